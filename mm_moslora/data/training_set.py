@@ -20,8 +20,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encod
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.text_tokens import SpecialTextError
 from mm_moslora.data.epoch_order import source_repeats
-from mm_moslora.data.images.decode_image import ImageError
-from mm_moslora.data.images.locate_image import check_picture, open_picture, picture_name, similar_file
+from mm_moslora.data.images.record_picture import ImageError, LocalPicture, similar_file
 from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.quarantine import Quarantine, summary
 from mm_moslora.data.record_faults import Code, RecordError
@@ -76,9 +75,11 @@ def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     if isinstance(picture, Frame):
         name = picture.clip.name
         return record.where.error(error.code, "video", f"{name}: {error.what}", error.remedy, path=name)
-    hint = similar_file(picture) if error.code == Code.IMAGE_MISSING and isinstance(picture, Path) else ""
-    name = picture_name(picture)
-    return record.where.error(error.code, f"image[{number}]", f"{name}: {error.what}", error.remedy + hint, path=name)
+    hint = ""
+    if error.code == Code.IMAGE_MISSING and isinstance(picture, LocalPicture):
+        hint = similar_file(picture.path)
+    what = f"{picture.name}: {error.what}"
+    return record.where.error(error.code, f"image[{number}]", what, error.remedy + hint, path=picture.name)
 
 
 def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...]] | None:
@@ -92,7 +93,7 @@ def placeholders_of(record: Record, image_processing: ImageProcessing | None) ->
     sizes = []
     for number, picture in enumerate(record.images):
         try:
-            sizes.append(check_picture(picture) or _NOT_FETCHED)
+            sizes.append(picture.size() or _NOT_FETCHED)
         except ImageError as error:
             raise image_fault(record, number, error) from error
     return image_processing.placeholders(sizes)
@@ -259,7 +260,7 @@ class TrainingSet:
         images = []
         for number, picture in enumerate(record.images[:count]):
             try:
-                images.append(open_picture(picture))
+                images.append(picture.rgb())
             except ImageError as error:
                 raise image_fault(record, number, error) from error
         return self.image_processing.see(images)
@@ -342,7 +343,7 @@ class TrainingSet:
         encoded = self.encoded(index, record)
         for number, picture in enumerate(record.images[: encoded.images]):
             try:
-                check_picture(picture)
+                picture.size()
             except ImageError as error:
                 raise image_fault(record, number, error) from error
         self.truncated += encoded.dropped_turns > 0

@@ -21,8 +21,15 @@ from mm_moslora_eval.metrics.exact_match import relaxed
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import IMAGE, VIDEO, Record
-from mm_moslora.data.images.decode_image import ImageError, check_image, open_image, read_picture
-from mm_moslora.data.images.locate_image import Picture, StoredPicture, check_picture, picture_name
+from mm_moslora.data.images.record_picture import (
+    ImageError,
+    LocalPicture,
+    Picture,
+    StoredPicture,
+    check_image,
+    open_image,
+    read_picture,
+)
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.data.sources.record_source import RecordSource
@@ -340,14 +347,14 @@ def _from_file(path: Path, images: Path | None, rng: random.Random) -> OwnData:
         try:
             record = source[row]
             for picture in record.images:
-                check_picture(picture)
+                picture.size()
             shown = [contents(picture) for picture in record.images]
         except (RecordError, ImageError, FileError) as fault:
             faults.append(str(fault))
             continue
-        if len(shown) == 1 and isinstance(record.images[0], Path):
+        if len(shown) == 1 and isinstance(record.images[0], LocalPicture):
             asked[shown[0]].append(row)
-            paths.setdefault(shown[0], record.images[0])
+            paths.setdefault(shown[0], record.images[0].path)
         else:
             several[row] = set(shown)
     if len(asked) < 2:
@@ -381,11 +388,11 @@ class _Contents:
         """
         if isinstance(picture, StoredPicture):
             return hashlib.sha256(picture.read()).hexdigest()
-        if not isinstance(picture, Path):
-            return picture_name(picture)
-        if picture not in self._known:
-            self._known[picture] = hashlib.sha256(read_picture(picture)).hexdigest()
-        return self._known[picture]
+        if not isinstance(picture, LocalPicture):
+            return picture.name
+        if picture.path not in self._known:
+            self._known[picture.path] = hashlib.sha256(read_picture(picture.path)).hexdigest()
+        return self._known[picture.path]
 
 
 def _held_out(paths: dict[str, Path], rng: random.Random, faults: list[str]) -> tuple[set[str], set[str]]:

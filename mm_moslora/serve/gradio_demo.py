@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
-from mm_moslora.data.images.decode_image import open_image
+from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.serve.api.chat_request import Message, Picture
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.attention_maps import attention_maps, overlay

@@ -14,7 +14,7 @@ from torch import Tensor
 from mm_moslora.batch import Example, ProcessedImage
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
-from mm_moslora.data.images.decode_image import open_image
+from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.models.assembly import Parts

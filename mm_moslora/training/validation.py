@@ -23,6 +23,7 @@ from mm_moslora.batch import Example, ProcessedImage
 from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
+from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.segment_attention import set_attention
@@ -190,7 +191,7 @@ class Validator:
         return Sample(
             question=turns[-1].text, expected=record.turns[first].text,
             prediction=held_out.encoder.decode_answer(self._decode(ids, seen)), correct=None,
-            image=picture if isinstance(picture, Path) else None,
+            image=picture.path if isinstance(picture, LocalPicture) else None,
         )  # fmt: skip
 
     def _decode(self, ids: Tensor, seen: list[ProcessedImage]) -> list[int]:

@@ -25,7 +25,7 @@ from fuzzing import Tally, main  # noqa: E402
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder  # noqa: E402
 from mm_moslora.data.chat.records import parse_record  # noqa: E402
-from mm_moslora.data.images.locate_image import PictureRules  # noqa: E402
+from mm_moslora.data.images.record_picture import PictureRules  # noqa: E402
 from mm_moslora.data.record_faults import Code, RecordError, Where  # noqa: E402
 from mm_moslora.data.sources.record_source import StrictJsonError, parse_strictly  # noqa: E402
 

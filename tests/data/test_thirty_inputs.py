@@ -18,8 +18,7 @@ from PIL import Image
 from tiny import make_records
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.images.decode_image import ImageError, open_image, open_image_bytes
-from mm_moslora.data.images.locate_image import open_picture
+from mm_moslora.data.images.record_picture import ImageError, open_image, open_image_bytes
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import RecordFile, open_source
 from mm_moslora.utils.errors import ConfigError, DataError
@@ -191,7 +190,7 @@ def test_15_a_link_that_leaves_the_image_folder(tmp_path: Path) -> None:
     row = chat("<image>", image="a.png")
     assert fault(tmp_path, row, image_folder=str(inside)).code == Code.PATH_ESCAPES
     config = SourceConfig(path=str(tmp_path / "d.jsonl"), image_folder=str(inside), follow_links=True)
-    assert open_picture(open_source(config)[0].images[0]).size == (4, 4)
+    assert open_source(config)[0].images[0].rgb().size == (4, 4)
 
 
 @pytest.mark.parametrize("name", ["http://x/a.png", "file:///a.png", "~/a.png", "%2e%2e/a.png", "a\\b.png", "a\0.png"])

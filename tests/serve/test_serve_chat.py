@@ -11,7 +11,7 @@ from films import number_of, write_film, write_frames
 from PIL import Image
 
 from mm_moslora.data.chat.records import parse_record
-from mm_moslora.data.images.locate_image import PictureRules, open_picture
+from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.serve.terminal_chat import Chat, interactive
 
@@ -73,7 +73,7 @@ def test_a_video_is_shown_as_frames_the_way_it_is_trained_on(
     rules = PictureRules(folder=tmp_path, video_frames=8)
     record = parse_record(asked, Where(file=tmp_path, line=None, row=0), rules)
     assert chat.turns[0] == record.turns[0]
-    assert [number_of(image) for image in chat.images[:8]] == [number_of(open_picture(p)) for p in record.images]
+    assert [number_of(image) for image in chat.images[:8]] == [number_of(p.rgb()) for p in record.images]
     assert len(chat.images) == 16
     question = chat.take_back()
     assert (question, chat.pending) == ("what happens?", [8, 8])

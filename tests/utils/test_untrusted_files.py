@@ -137,7 +137,7 @@ READERS_OF = {
 """The same of modules."""
 ALLOWED = {
     "mm_moslora/data/images/pyav_decode.py:_container": "a stream; FFmpeg opens nothing by itself",
-    "mm_moslora/data/images/decode_image.py:_opened": "a stream",
+    "mm_moslora/data/images/record_picture.py:_opened": "a stream",
     "mm_moslora/data/images/video_clip.py:_of_animation": "a stream",
     "mm_moslora/reporting/inline_images.py:shrunk": "a stream",
     "mm_moslora/data/images/remote_files.py:read_hub_file": "the hub's client, for files of the data set alone",

@@ -332,7 +332,7 @@ def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> l
 def data_url(image: ImageLike) -> str:
     """A picture as a data URL: files unchanged, opened pictures as PNG."""
     if isinstance(image, bytes | Path | StoredImage):
-        from mm_moslora.data.images.decode_image import read_picture
+        from mm_moslora.data.images.record_picture import read_picture
 
         data = image if isinstance(image, bytes) else read_picture(image) if isinstance(image, Path) else image.read()
         kind = next((name for start, name in _FIRST_BYTES.items() if data.startswith(start)), None)

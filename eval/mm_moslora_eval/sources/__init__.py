@@ -18,7 +18,7 @@ from mm_moslora_eval.sources.source_files import find_file, picture_folder
 from mm_moslora_eval.sources.source_images import rules_of
 
 if TYPE_CHECKING:
-    from mm_moslora.data.images.locate_image import PictureRules
+    from mm_moslora.data.images.record_picture import PictureRules
 
 __all__ = ["Source", "find_file", "load"]
 

@@ -18,7 +18,7 @@ from mm_moslora_eval.sources.source_images import Pictures, found, rules_of
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
 if TYPE_CHECKING:
-    from mm_moslora.data.images.locate_image import PictureRules
+    from mm_moslora.data.images.record_picture import PictureRules
 
 _OURS = ("id", "image", "question", "options", "answer", "category", "hint")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -42,7 +42,7 @@ class Hasher:
 
 
 def _digest(image: Path | StoredImage) -> str:
-    from mm_moslora.data.images.decode_image import MAX_BYTES
+    from mm_moslora.data.images.record_picture import MAX_BYTES
 
     if isinstance(image, StoredImage):
         return hashlib.sha256(image.read()).hexdigest()
@@ -51,18 +51,18 @@ def _digest(image: Path | StoredImage) -> str:
 
 
 def open_image(image: ImageLike) -> Image:
-    """Decode to RGB by the rules of training (`mm_moslora.data.images.decode_image`).
+    """Decode to RGB by the rules of training (`mm_moslora.data.images.record_picture`).
 
     Raises:
         DataError: not an image, cut short, too large or out of proportion.
     """
-    from mm_moslora.data.images import decode_image
+    from mm_moslora.data.images import record_picture
 
     if isinstance(image, Path):
-        return decode_image.open_image(image)
+        return record_picture.open_image(image)
     if isinstance(image, StoredImage):
         image = image.read()
-    return decode_image.open_image_bytes(image) if isinstance(image, bytes) else decode_image.as_rgb(image)
+    return record_picture.open_image_bytes(image) if isinstance(image, bytes) else record_picture.as_rgb(image)
 
 
 def mean_image(image: ImageLike) -> Image:

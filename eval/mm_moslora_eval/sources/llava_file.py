@@ -18,7 +18,7 @@ from mm_moslora_eval.sources.source_files import matches
 from mm_moslora_eval.sources.source_images import found
 
 if TYPE_CHECKING:
-    from mm_moslora.data.images.locate_image import PictureRules
+    from mm_moslora.data.images.record_picture import PictureRules
 
 Record = Mapping[str, Any]
 Found = tuple[tuple[ImageLike, ...], str | None]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora_eval.sources.document import ImageLike, StoredImage
 
 if TYPE_CHECKING:
-    from mm_moslora.data.images.locate_image import PictureRules
+    from mm_moslora.data.images.record_picture import PictureRules
 
 _AT_ONCE = 4096
 
@@ -24,7 +24,7 @@ def rules_of(folder: Path, *, follow_links: bool) -> PictureRules:
         folder: the image folder, resolved.
         follow_links: accept symbolic links that lead out of it.
     """
-    from mm_moslora.data.images.locate_image import PictureRules
+    from mm_moslora.data.images.record_picture import PictureRules
 
     return PictureRules(folder=folder, follow_links=follow_links)
 
@@ -38,7 +38,7 @@ def found(given: Any, *, file: Path, row: int, rules: PictureRules) -> tuple[tup
         row: number of the record, for messages.
         rules: rules for pictures.
     """
-    from mm_moslora.data.images.locate_image import StoredPicture, find_picture
+    from mm_moslora.data.images.record_picture import LocalPicture, find_picture
     from mm_moslora.data.record_faults import RecordError, Where
 
     where = Where(file=file, line=None, row=row)
@@ -49,8 +49,7 @@ def found(given: Any, *, file: Path, row: int, rules: PictureRules) -> tuple[tup
             picture = find_picture(item, index, where, rules)
         except RecordError as error:
             return (), f"image {error.what}; {error.remedy}"
-        assert isinstance(picture, Path | StoredPicture), "no host is allowed, and a picture is no frame of a video"
-        pictures.append(picture if isinstance(picture, Path) else picture.read())
+        pictures.append(picture.path if isinstance(picture, LocalPicture) else picture.read())
     return tuple(pictures), None
 
 
@@ -99,8 +98,7 @@ class Pictures:
         return counts
 
     def _read(self, row: int, name: str, place: int) -> bytes:
-        from mm_moslora.data.images.decode_image import read_picture
-        from mm_moslora.data.images.locate_image import StoredPicture, find_picture
+        from mm_moslora.data.images.record_picture import LocalPicture, find_picture, read_picture
         from mm_moslora.data.record_faults import Where
         from mm_moslora.data.sources.hf_tables import fetched_file
 
@@ -113,8 +111,7 @@ class Pictures:
         if fetched is not None:
             return fetched.read()
         picture = find_picture(value, place, Where(file=self._file, line=None, row=row), self._rules)
-        assert isinstance(picture, Path | StoredPicture), "no host is allowed, and a picture is no frame of a video"
-        return read_picture(picture) if isinstance(picture, Path) else picture.read()
+        return read_picture(picture.path) if isinstance(picture, LocalPicture) else picture.read()
 
 
 def _item(feature: Any) -> Any:

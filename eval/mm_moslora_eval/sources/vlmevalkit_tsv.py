@@ -24,7 +24,7 @@ from mm_moslora_eval.sources.source_files import matches
 from mm_moslora_eval.sources.source_images import found
 
 if TYPE_CHECKING:
-    from mm_moslora.data.images.locate_image import PictureRules
+    from mm_moslora.data.images.record_picture import PictureRules
 
 Row = dict[str, str]
 _INDEX_LENGTH = 64  # VLMEvalKit: a shorter cell is the index of another row

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from mm_moslora.data.images.locate_image import Picture, PictureRules, find_clip, find_picture, picture_name
-from mm_moslora.data.images.video_clip import Clip
+from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
+from mm_moslora.data.images.remote_files import find_remote
+from mm_moslora.data.images.video_clip import Clip, find_clip
 from mm_moslora.data.record_faults import Code, RecordError, Where, is_nothing, kind_of
 from mm_moslora.utils.untrusted_files import BAD_CHARACTER
 
@@ -114,7 +115,7 @@ class Record:
     @property
     def image_names(self) -> list[str]:
         """Paths, members or URLs of the images."""
-        return [picture_name(picture) for picture in self.images]
+        return [picture.name for picture in self.images]
 
 
 def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
@@ -140,16 +141,19 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
             turns = _images_asked_first(turns, len(marks))
     else:
         marks = _filled(marks, named, where)
-    shown = [
-        (find_clip if mark.kind == "video" else find_picture)(mark.given, index, where, rules)
-        for index, mark in enumerate(marks)
-    ]
+    shown = [_found(mark, index, where, rules) for index, mark in enumerate(marks)]
     _check_roles(turns, where)
     _check_places(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
         turns = _with_frames(turns, shown)
     images = tuple(picture for item in shown for picture in (item.pictures() if isinstance(item, Clip) else [item]))
     return Record(id=name, turns=tuple(turns), images=images, where=where)
+
+
+def _found(mark: _Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
+    if mark.kind == "video":
+        return find_clip(mark.given, index, where, rules)
+    return find_remote(mark.given, index, where, rules) or find_picture(mark.given, index, where, rules)
 
 
 def _marked_videos(value: Mapping[str, Any], named: Mapping[str, list[Any]]) -> str | None:

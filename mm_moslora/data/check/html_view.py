@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.images.decode_image import ImageError
-from mm_moslora.data.images.locate_image import open_picture
+from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.record_faults import RecordError
 
 THUMBNAIL = 224
@@ -90,7 +89,7 @@ def _card(sample: Sample, encoder: ConversationEncoder) -> str:
 def _figure(record: Record, number: int) -> str:
     name = record.image_names[number]
     try:
-        image = open_picture(record.images[number])
+        image = record.images[number].rgb()
     except ImageError as error:
         return f'<p class="bad">{escape(str(error))}</p>'
     shown = image.copy()

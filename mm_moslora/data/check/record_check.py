@@ -13,9 +13,8 @@ from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.images.decode_image import ImageError
-from mm_moslora.data.images.locate_image import check_picture, open_picture, picture_name
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
+from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
@@ -225,12 +224,11 @@ class _Look:
     def _pictures(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
         seen: dict[str, Fingerprint | None] = {}
         for number, picture in enumerate(record.images):
-            name = picture_name(picture)
-            if number >= encoded.images or name in report.images:
+            if number >= encoded.images or picture.name in report.images:
                 continue
             try:
-                size = check_picture(picture)
-                seen[name] = fingerprint(open_picture(picture)) if self.decode else None
+                size = picture.size()
+                seen[picture.name] = fingerprint(picture.rgb()) if self.decode else None
             except ImageError as error:
                 raise image_fault(record, number, error) from error
             if size is not None:

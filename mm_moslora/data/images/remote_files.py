@@ -8,13 +8,27 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
-from mm_moslora.data.images.decode_image import MAX_BYTES, ImageError, open_image_bytes, read_picture
-from mm_moslora.data.record_faults import Code
+from PIL import Image
+
+from mm_moslora.data.images.record_picture import (
+    DATA_URL,
+    MAX_BYTES,
+    ImageError,
+    PictureRules,
+    check_image_bytes,
+    content_of,
+    open_image_bytes,
+    read_picture,
+)
+from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import replacing
 from mm_moslora.utils.http_fetch import FetchError, FetchFault, Rules, fetch
 from mm_moslora.utils.run_paths import cache_folder
+from mm_moslora.utils.untrusted_files import BAD_CHARACTER, SCHEME
 
 SECONDS = 120.0
 """Seconds for a whole fetch, redirects included."""
@@ -38,6 +52,14 @@ class RemotePicture:
     def fetched(self) -> bool:
         """Whether its bytes are cached."""
         return self.path.is_file()
+
+    def rgb(self) -> Image.Image:
+        """See `Picture`."""
+        return open_image_bytes(self.read(), name=self.name)
+
+    def size(self) -> tuple[int, int] | None:
+        """See `Picture`."""
+        return check_image_bytes(self.read(), name=self.name) if self.fetched else None
 
     def read(self) -> bytes:
         """The bytes of the picture file, fetched if need be.
@@ -67,6 +89,28 @@ class RemotePicture:
                 what = f"redirects to {error.detail}, which image_hosts does not allow"
             remedy = "check the URL and the network, or download the pictures first"
             raise ImageError(Code.IMAGE_MISSING, self.name, what, remedy) from error
+
+
+def find_remote(given: Any, index: int, where: Where, rules: PictureRules) -> RemotePicture | None:
+    """The picture that a record names by a URL; None for any other name, or where the source allows no hosts.
+
+    Raises:
+        RecordError: BAD_IMAGE_NAME, the URL may not be fetched.
+    """
+    name = content_of(given)
+    plain = not isinstance(name, str) or not SCHEME.match(name) or DATA_URL.match(name) or BAD_CHARACTER.search(name)
+    if plain or not rules.hosts:
+        return None
+    try:
+        parts = urlsplit(name)
+        allowed = parts.scheme in ("http", "https") and parts.hostname in rules.hosts and parts.username is None
+    except ValueError:
+        allowed = False
+    if not allowed:
+        remedy = f"use http or https and one of the hosts in image_hosts ({', '.join(rules.hosts)})"
+        what = f"{ascii(name)[:100]} may not be fetched"
+        raise where.error(Code.BAD_IMAGE_NAME, f"image[{index}]", what, remedy, path=name)
+    return RemotePicture(name, rules.hosts)
 
 
 def is_of_set(path: str, dataset: str) -> bool:

@@ -4,7 +4,7 @@ Rules:
 
 - Of F frames the n at places round(i (F - 1) / (n - 1)) are taken, which include the first and the last. A video with
   fewer than n frames repeats some. For n = 1 the first frame is taken.
-- Frames become 8-bit RGB with the file's rotation applied, by the rules for pictures (`decode_image`).
+- Frames become 8-bit RGB with the file's rotation applied, by the rules for pictures (`record_picture`).
 - The content decides the kind, not the suffix. Pillow reads GIF, WebP and PNG. The frames of a folder are its pictures
   in natural order of their names. FFmpeg reads everything else through PyAV (`pyav_decode`).
 """
@@ -23,9 +23,20 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from mm_moslora.data.images.decode_image import ImageError, as_rgb, check_image, code_of, faults_of_pictures, open_image
 from mm_moslora.data.images.pyav_decode import MAX_FRAMES, check_pixels, decode_frames, places
-from mm_moslora.data.record_faults import Code
+from mm_moslora.data.images.record_picture import (
+    FAULT_CODES,
+    ImageError,
+    PictureRules,
+    StoredPicture,
+    as_rgb,
+    check_image,
+    content_of,
+    faults_of_pictures,
+    find_file,
+    open_image,
+)
+from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.utils.untrusted_files import FileError, opened
 
 SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv"})
@@ -128,7 +139,7 @@ class Clip:
                 _check_bytes(os.fstat(file.fileno()).st_size, self.name)
                 yield file
         except FileError as error:
-            raise ImageError(code_of(error.fault), self.name, error.what, error.remedy) from error
+            raise ImageError(FAULT_CODES[error.fault], self.name, error.what, error.remedy) from error
 
 
 @dataclass(frozen=True)
@@ -140,8 +151,38 @@ class Frame:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """See `Picture`."""
         return f"{self.clip.name}#frame={self.index + 1}of{self.clip.count}"
+
+    def rgb(self) -> Image.Image:
+        """See `Picture`; all frames of the clip are decoded."""
+        return self.clip.frames()[self.index]
+
+    def size(self) -> tuple[int, int]:
+        """See `Picture`; the first frame of the clip is decoded."""
+        return self.clip.size()
+
+
+def find_clip(given: Any, index: int, where: Where, rules: PictureRules) -> Clip:
+    """The video that a record names.
+
+    Args:
+        given: a path below the image folder (of a file, or of a folder of frames), bytes, or an object with `bytes` or
+            `path` as in Hugging Face tables.
+        index: number of the video within the record.
+        where: for messages.
+        rules: rules for names.
+
+    Raises:
+        RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
+    """
+    field_name, data = f"video[{index}]", content_of(given)
+    if isinstance(data, StoredPicture):
+        return Clip(data.read, data.name, rules.video_frames)
+    if isinstance(data, bytes):
+        return Clip(lambda: data, f"{where.file}:{where.row}#{field_name}", rules.video_frames)
+    path = find_file(data, field_name, where, rules)
+    return Clip(path, str(path), rules.video_frames, root=None if rules.follow_links else rules.folder)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.images.decode_image import read_picture
-from mm_moslora.data.images.locate_image import PictureRules, StoredPicture
+from mm_moslora.data.images.record_picture import PictureRules, StoredPicture, read_picture
 from mm_moslora.data.images.remote_files import is_of_set, read_hub_file
 from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.utils.errors import DataError, suggestion

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.images.locate_image import PictureRules
+from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.sources.record_source import RecordFile, RecordSource, Selection, require_file
 from mm_moslora.utils.errors import DataError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.data.chat.records import Record, parse_record
-from mm_moslora.data.images.locate_image import PictureRules
+from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list, scan_list_carefully
 from mm_moslora.utils.errors import DataError

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.data.images.locate_image import PictureRules, StoredPicture
+from mm_moslora.data.images.record_picture import PictureRules, StoredPicture
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.record_faults import Where
 from mm_moslora.data.sources.json_scan import MAX_VALUE_BYTES

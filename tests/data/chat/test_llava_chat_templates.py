@@ -17,7 +17,7 @@ from tiny import make_tokenizer
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, notes_of, set_chat_template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn, parse_record
-from mm_moslora.data.images.locate_image import PictureRules
+from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.utils.errors import ConfigError
 from tests.data.real_tokenizers import NAMES, real_tokenizer

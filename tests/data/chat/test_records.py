@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_moslora.data.chat.records import parse_record
-from mm_moslora.data.images.locate_image import PictureRules
+from mm_moslora.data.images.record_picture import LocalPicture, PictureRules
 from mm_moslora.data.record_faults import Code, RecordError, Where
 from mm_moslora.data.sources import json_scan, record_source
 from mm_moslora.data.sources.record_source import RecordFile
@@ -36,7 +36,7 @@ class TestGoodRecords:
         first, second = RecordFile(tmp_path / "a.json"), RecordFile(tmp_path / "a.jsonl")
         assert [record.id for record in first] == ["x", "7", "2"]
         assert [(r.id, r.turns, r.images) for r in first] == [(r.id, r.turns, r.images) for r in second]
-        assert first[0].images == (tmp_path / "a.png",)
+        assert first[0].images == (LocalPicture(tmp_path / "a.png"),)
         assert [second[row].where.line for row in range(3)] == [1, 3, 5]
 
     def test_byte_order_mark_and_crlf_do_not_matter(self, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ class TestGoodRecords:
         record = parse_record(row, Where(file=tmp_path, line=None, row=0), PictureRules(folder=tmp_path))
         assert [turn.role for turn in record.turns] == ["system", "user", "assistant"]
         assert record.turns[1].parts() == ["", "\nwhat is <image>?"]  # the typed one is text
-        assert record.images == (tmp_path / "a.png",)
+        assert record.images == (LocalPicture(tmp_path / "a.png"),)
 
     def test_images_named_beside_messages_fill_the_parts(self, tmp_path: Path) -> None:
         parts = [
@@ -183,7 +183,7 @@ class TestBadRecords:
         (folder / "a.png").symlink_to(tmp_path / "store.png")
         where = Where(file=tmp_path, line=None, row=0)
         assert parse_record(with_image("a.png"), where, PictureRules(folder=folder, follow_links=True)).images == (
-            folder / "a.png",
+            LocalPicture(folder / "a.png"),
         )
 
     @settings(deadline=None, max_examples=200)

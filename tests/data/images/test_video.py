@@ -19,8 +19,7 @@ from mm_moslora.data.chat.records import Record, parse_record
 from mm_moslora.data.check.html_view import Sample, page
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.images import pyav_decode, video_clip
-from mm_moslora.data.images.decode_image import ImageError
-from mm_moslora.data.images.locate_image import PictureRules, open_picture
+from mm_moslora.data.images.record_picture import ImageError, PictureRules
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.record_faults import Code, RecordError, Where
 from mm_moslora.data.sources.open_sources import open_source
@@ -182,7 +181,7 @@ class TestRecords:
         write_film(tmp_path / "a.mp4")
         record = parse({"id": "v", "video": "a.mp4", "conversations": QA}, tmp_path)
         assert record.turns[0].parts() == ["", "", "", "", "\nwhat happens?"]
-        assert [number_of(open_picture(picture)) for picture in record.images] == [0, 6, 13, 19]
+        assert [number_of(picture.rgb()) for picture in record.images] == [0, 6, 13, 19]
         assert record.image_names[1] == f"{tmp_path / 'a.mp4'}#frame=2of4"
 
     def test_every_form_names_videos(self, tmp_path: Path) -> None:
@@ -256,9 +255,9 @@ class TestRecords:
         (folder / "clip" / "frame_9.png").symlink_to(secret)
         value = {"video": "clip", "conversations": QA}
         with pytest.raises(ImageError, match="PATH_ESCAPES"):
-            open_picture(parse(value, folder).images[0])
+            parse(value, folder).images[0].rgb()
         record = parse(value, folder, follow_links=True)
-        assert [number_of(open_picture(picture)) for picture in record.images] == [0, 1, 2, 0]
+        assert [number_of(picture.rgb()) for picture in record.images] == [0, 1, 2, 0]
 
     def test_a_tar_file_and_a_table_hold_videos(self, tmp_path: Path) -> None:
         import datasets
@@ -276,7 +275,7 @@ class TestRecords:
         datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "d.parquet")
         for name in ("s.tar", "d.parquet"):
             source = open_source(SourceConfig(path=str(tmp_path / name), video_frames=3))
-            assert [number_of(open_picture(picture)) for picture in source[0].images] == [0, 10, 19], name
+            assert [number_of(picture.rgb()) for picture in source[0].images] == [0, 10, 19], name
 
     def test_no_frames_at_all_is_refused_by_the_recipe(self) -> None:
         with pytest.raises(ConfigError, match="video_frames"):

@@ -27,8 +27,7 @@ from tiny import make_records
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data import token_cache
 from mm_moslora.data.images import remote_files
-from mm_moslora.data.images.decode_image import ImageError
-from mm_moslora.data.images.locate_image import open_picture
+from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources import hf_tables
 from mm_moslora.data.sources.open_sources import RecordFile, open_source
@@ -47,7 +46,7 @@ def picture(colour: tuple[int, int, int] = (200, 30, 20)) -> bytes:
 
 
 def colour_of(record, number: int = 0) -> tuple[int, ...]:
-    return open_picture(record.images[number]).getpixel((0, 0))
+    return record.images[number].rgb().getpixel((0, 0))
 
 
 def chat(question: str, answer: str) -> list[dict[str, str]]:
@@ -65,14 +64,13 @@ def picture_folder(kind: str) -> dict[str, bytes]:
 FROM_THE_HUB = """
 import json
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.images.locate_image import open_picture
 from mm_moslora.data.sources.open_sources import open_source
 
 for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
     for name, column in (("metadata", "text"), ("classes", "label")):
         source = open_source(SourceConfig(path=f"hf:me/{name}", columns={"caption": column}, **options))
         for row in range(2):
-            colour = open_picture(source[row].images[0]).getpixel((0, 0))
+            colour = source[row].images[0].rgb().getpixel((0, 0))
             print(json.dumps([len(source), source[row].turns[1].text, colour]))
 """
 
@@ -427,7 +425,7 @@ class TestRemotePictures:
         address, asked = server
         record = self.record(tmp_path, f"{address}/{name}", ["127.0.0.1"])
         with pytest.raises(ImageError):
-            open_picture(record.images[0])
+            record.images[0].rgb()
         assert colour_of(record) == (200, 30, 20)
         assert asked == [f"/{name}"] * 2
 
@@ -437,7 +435,7 @@ class TestRemotePictures:
         record = self.record(tmp_path, f"{address}/slow.png", ["127.0.0.1"])
         begun = time.monotonic()
         with pytest.raises(ImageError, match=r"takes longer than 0.4 s"):
-            open_picture(record.images[0])
+            record.images[0].rgb()
         assert time.monotonic() - begun < 3
 
     @pytest.mark.parametrize("hosts", [[], ["example.org"]])

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_moslora.data.images import decode_image
-from mm_moslora.data.images.decode_image import ImageError, check_image, open_image, open_image_bytes
+from mm_moslora.data.images import record_picture
+from mm_moslora.data.images.record_picture import ImageError, check_image, open_image, open_image_bytes
 from mm_moslora.data.record_faults import Code
 
 
@@ -185,7 +185,7 @@ class TestRefusals:
             assert caught.value.code == code
 
     def test_a_file_beyond_the_limit_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decode_image, "MAX_BYTES", 10)
+        monkeypatch.setattr(record_picture, "MAX_BYTES", 10)
         (tmp_path / "a.png").write_bytes(data(RED))
         with pytest.raises(ImageError, match="IMAGE_TOO_LARGE"):
             open_image(tmp_path / "a.png")
@@ -223,5 +223,5 @@ def test_transparency_in_strips_gives_the_pixels_of_the_whole(mode: str, monkeyp
         image = image.convert(mode)
     layer = image.convert("RGBA")
     whole = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
-    monkeypatch.setattr(decode_image, "_STRIP", 100)  # strips of one row
-    assert decode_image.as_rgb(image).tobytes() == whole.tobytes()
+    monkeypatch.setattr(record_picture, "_STRIP", 100)  # strips of one row
+    assert record_picture.as_rgb(image).tobytes() == whole.tobytes()

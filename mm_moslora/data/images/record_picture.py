@@ -1,6 +1,7 @@
-"""Decodes picture files to 8-bit RGB by documented rules; any other file gives one clear error.
+"""A record's picture, from its name to 8-bit RGB; any other file gives one clear error.
 
-Rules:
+A name stands for a file below the image folder, for bytes within the data, or for a URL (`remote_files`). Rules of
+decoding:
 
 - EXIF rotation is applied (an orientation that does not exist is ignored); colour profiles are not.
 - Transparency is composited on white.
@@ -12,20 +13,25 @@ Rules:
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from mm_moslora.data.record_faults import Code
+from mm_moslora.data.record_faults import Code, Where, kind_of
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.untrusted_files import FileError, FileFault, opened
+from mm_moslora.utils.untrusted_files import FileError, FileFault, find_below, opened
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Accepted file formats, recognised by content."""
@@ -52,6 +58,16 @@ _SIGNS = (
     (b"\x1f\x8b", "is gzip data"),
     (b"{", "is JSON or text"),
 )
+DATA_URL = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,")
+"""Start of a URL that contains a picture."""
+FAULT_CODES = {
+    FileFault.BAD_NAME: Code.BAD_IMAGE_NAME,
+    FileFault.ESCAPES: Code.PATH_ESCAPES,
+    FileFault.MISSING: Code.IMAGE_MISSING,
+    FileFault.NOT_A_FILE: Code.IMAGE_NOT_A_FILE,
+    FileFault.TOO_LARGE: Code.IMAGE_TOO_LARGE,
+}
+"""Code of every fault of a file."""
 
 
 class ImageError(DataError):
@@ -73,6 +89,147 @@ class ImageError(DataError):
         return ImageError, (self.code, self.name, self.what, self.remedy)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PictureRules:
+    """Rules for the name of a picture or video."""
+
+    folder: Path
+    """The image folder, resolved; files must lie below it."""
+    follow_links: bool = False
+    """Accept symbolic links that lead out of it."""
+    hosts: tuple[str, ...] = ()
+    """Hosts from which pictures may be fetched."""
+    video_frames: int = 8
+    """Frames that are shown of a video."""
+
+
+class Picture(Protocol):
+    """A picture that a record names."""
+
+    @property
+    def name(self) -> str:
+        """Path, member or URL; of a frame its video and number."""
+        ...
+
+    def rgb(self) -> Image.Image:
+        """The picture as 8-bit RGB.
+
+        Raises:
+            ImageError: it cannot be read, fetched or decoded.
+        """
+        ...
+
+    def size(self) -> tuple[int, int] | None:
+        """Width and height as stored, from the header alone; None for a picture that is not fetched yet.
+
+        Raises:
+            ImageError: a fault in the header, as from `rgb`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LocalPicture:
+    """A picture file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """See `Picture`."""
+        return str(self.path)
+
+    def rgb(self) -> Image.Image:
+        """See `Picture`."""
+        return open_image(self.path)
+
+    def size(self) -> tuple[int, int]:
+        """See `Picture`."""
+        return check_image(self.path)
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture stored as bytes in a table, a tar file or the record itself."""
+
+    name: str
+    """For messages."""
+    read: Callable[[], bytes] = field(compare=False)
+    """The bytes of the picture file."""
+
+    def rgb(self) -> Image.Image:
+        """See `Picture`."""
+        return open_image_bytes(self.read(), name=self.name)
+
+    def size(self) -> tuple[int, int]:
+        """See `Picture`."""
+        return check_image_bytes(self.read(), name=self.name)
+
+
+def find_picture(given: Any, index: int, where: Where, rules: PictureRules) -> LocalPicture | StoredPicture:
+    """The picture that a record names; URLs of other machines are for `remote_files.find_remote`.
+
+    Args:
+        given: a path below the image folder, a data URL, bytes, an object with `bytes` or `path` as in Hugging Face
+            tables, or a `StoredPicture`.
+        index: number of the picture within the record.
+        where: for messages.
+        rules: rules for names.
+
+    Raises:
+        RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
+    """
+    field_name, data = f"image[{index}]", content_of(given)
+    if isinstance(data, StoredPicture):
+        return data
+    if isinstance(data, str) and DATA_URL.match(data):
+        try:
+            data = base64.b64decode(data.partition(",")[2], validate=True)
+        except (binascii.Error, ValueError) as error:
+            remedy = "encode the whole picture file"
+            raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is no base64 ({error})", remedy) from error
+    if isinstance(data, bytes):
+        return StoredPicture(f"{where.file}:{where.row}#{field_name}", lambda: data)
+    return LocalPicture(find_file(data, field_name, where, rules))
+
+
+def content_of(given: Any) -> Any:
+    """What an object of a table or a content part names: bytes, a path or a URL. Any other value as it is."""
+    if isinstance(given, Mapping) and ("bytes" in given or "path" in given):
+        given = given["bytes"] if given.get("bytes") is not None else given.get("path")
+    return given["url"] if isinstance(given, Mapping) and "url" in given else given  # OpenAI's image_url parts
+
+
+def find_file(name: Any, field_name: str, where: Where, rules: PictureRules) -> Path:
+    """The file below the image folder that a plain path names; `imagefolder` tables contain absolute paths.
+
+    Raises:
+        RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
+    """
+    if not isinstance(name, str) or not name.strip():
+        found = kind_of(name) if not isinstance(name, str) else "empty"
+        raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is {found}", "write a path below the image folder")
+    try:
+        return find_below(rules.folder, name, follow_links=rules.follow_links)
+    except FileError as error:
+        what, remedy = f"{error.name} {error.what}", error.remedy
+        if error.fault == FileFault.BAD_NAME:
+            remedy += "; nothing is downloaded unless the source names its host in image_hosts"
+        elif "links" in error.what:
+            remedy += ", or set follow_links for this source"
+        raise where.error(FAULT_CODES[error.fault], field_name, what, remedy, path=name) from error
+
+
+def similar_file(path: Path) -> str:
+    """A hint if a missing file exists with another spelling of its name, else empty."""
+    other = [path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD")]
+    other += [path.with_suffix(suffix) for suffix in (".jpg", ".JPG", ".jpeg", ".png", ".PNG", ".gif", ".webp")]
+    for candidate in other:
+        if candidate != path and candidate.is_file():
+            return f" There is {candidate.name!a}."
+    return ""
+
+
 def open_image(path: Path) -> Image.Image:
     """Open a picture file as RGB.
 
@@ -89,14 +246,9 @@ def open_image_bytes(data: bytes, *, name: str = "image") -> Image.Image:
         data: the whole file.
         name: for messages.
     """
-    with faults_of_pictures(name, data[:512]), _opened(io.BytesIO(data), name) as image:
+    with _opened(io.BytesIO(data), name) as image:
         image.load()
         return as_rgb(image)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture as RGB, by the rules of this module."""
-    return _to_rgb(_upright(image))
 
 
 def check_image(path: Path) -> tuple[int, int]:
@@ -108,31 +260,14 @@ def check_image(path: Path) -> tuple[int, int]:
     Raises:
         ImageError: a fault in the header, as from `open_image`; damage after the header is not detected.
     """
-    with _regular_file(path) as stream:
-        head = stream.read(512)
-        stream.seek(0)
-        with faults_of_pictures(str(path), head), _opened(stream, str(path)) as image:
-            return image.size
+    with _regular_file(path) as stream, _opened(stream, str(path)) as image:
+        return image.size
 
 
 def check_image_bytes(data: bytes, *, name: str = "image") -> tuple[int, int]:
     """Check the bytes of a picture file by their header alone; see `check_image`."""
-    with faults_of_pictures(name, data[:512]), _opened(io.BytesIO(data), name) as image:
+    with _opened(io.BytesIO(data), name) as image:
         return image.size
-
-
-_FAULTS = {
-    FileFault.BAD_NAME: Code.BAD_IMAGE_NAME,
-    FileFault.ESCAPES: Code.PATH_ESCAPES,
-    FileFault.MISSING: Code.IMAGE_MISSING,
-    FileFault.NOT_A_FILE: Code.IMAGE_NOT_A_FILE,
-    FileFault.TOO_LARGE: Code.IMAGE_TOO_LARGE,
-}
-
-
-def code_of(fault: FileFault) -> Code:
-    """The code of a file's fault."""
-    return _FAULTS[fault]
 
 
 @contextmanager
@@ -144,7 +279,7 @@ def _regular_file(path: Path) -> Iterator[BinaryIO]:
                 raise ImageError(Code.IMAGE_EMPTY, name, "is empty (0 bytes)", "replace the file")
             yield file
     except FileError as error:
-        raise ImageError(code_of(error.fault), name, error.what, error.remedy) from error
+        raise ImageError(FAULT_CODES[error.fault], name, error.what, error.remedy) from error
 
 
 def read_picture(path: Path) -> bytes:
@@ -177,7 +312,9 @@ def faults_of_pictures(name: str, head: bytes) -> Iterator[None]:
 
 @contextmanager
 def _opened(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
-    with Image.open(stream, formats=FORMATS) as image:
+    head = stream.read(512)
+    stream.seek(0)
+    with faults_of_pictures(name, head), Image.open(stream, formats=FORMATS) as image:
         check_size(image.size, name)
         yield image
 
@@ -203,14 +340,10 @@ def _guess(head: bytes) -> str:
     return next((what for sign, what in _SIGNS if start.startswith(sign)), "is no picture in an accepted format")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # with broken EXIF the pixels may still be sound
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as RGB, by the rules of this module."""
+    with suppress(Exception):  # with broken EXIF the pixels may still be sound
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _scaled(image)
     if image.mode == "LAB":
