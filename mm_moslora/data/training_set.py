@@ -16,9 +16,9 @@ from pathlib import Path
 
 from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
 from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.chat.chat_template import SpecialTextError
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.chat.text_tokens import SpecialTextError
 from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.record_picture import ImageError, LocalPicture, similar_file
 from mm_moslora.data.images.video_clip import Frame

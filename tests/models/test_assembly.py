@@ -14,8 +14,8 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.models.processing.image_processing import dummy_image_example
-from mm_moslora.models.processing.llava_processor import image_processor, image_transform, save_processor
+from mm_moslora.models.processing.image_processing import dummy_image_example, image_transform
+from mm_moslora.models.processing.llava_processor import image_processor, save_processor
 from mm_moslora.models.projectors.projector_layers import PixelShuffleProjector, ProjectorShape
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import image_features

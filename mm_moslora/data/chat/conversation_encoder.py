@@ -2,10 +2,10 @@
 
 Shapes: ``T`` tokens of one conversation.
 
-The chat template gives the scaffold (`template_scaffold`), in which special tokens are recognised. Contents are plain
-text even where they spell special tokens (`text_tokens`). Images are ids, never text. Token ids and flags are appended
-together, segment by segment, so labels need no search for turns. Training and inference share every step: a prompt is a
-training conversation that stops where the answer begins.
+The scaffold of the chat template (`chat_template`) may contain special tokens; contents are plain text even where they
+spell them. Images are ids, never text. Token ids and flags are appended together, segment by segment, so labels need no
+search for turns. Training and inference share every step: a prompt is a training conversation that stops where the
+answer begins.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
+from mm_moslora.data.chat.chat_template import THINK, THINK_END, Piece, Slot, Template, Thought, Tokens
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.records import IMAGE, Turn
-from mm_moslora.data.chat.template_scaffold import PLAIN_TEMPLATE, THINK, THINK_END, Slot, Template, Thought
-from mm_moslora.data.chat.text_tokens import Piece, Tokens
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
 
@@ -377,6 +376,3 @@ def _encoded(grown: _Growing) -> Encoded:
         thoughts=grown.thoughts,
         dropped_thoughts=grown.dropped_thoughts,
     )
-
-
-__all__ = ["PLAIN_TEMPLATE", "ConversationEncoder", "Encoded", "TooLong", "Turn"]

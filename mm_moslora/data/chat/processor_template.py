@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.records import Turn
-from mm_moslora.data.chat.template_scaffold import Template
 from mm_moslora.utils.errors import ConfigError
 
 PREFIX_TEMPLATE = (

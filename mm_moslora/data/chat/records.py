@@ -393,6 +393,3 @@ def _check_places(turns: list[Turn], images: int, where: Where) -> None:
     if ignored:
         what += f"; the ones in turns {ignored} do not count"
     raise where.error(Code.IMAGE_COUNT, "conversations", what, f"write one {IMAGE} per image, in human turns")
-
-
-__all__ = ["IMAGE", "Record", "RecordError", "Role", "Turn", "parse_record"]

@@ -249,7 +249,7 @@ class _Look:
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
         report.dropped_thoughts += encoded.dropped_thoughts
-        report.special_text += any(self.encoder.tokens.spells_special(text) for text in texts)
+        report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
         report.endless += _ends(encoded) - self.ends != set()
         report.text_only += not record.images

@@ -194,7 +194,7 @@ def find_picture(given: Any, index: int, where: Where, rules: PictureRules) -> L
 
 
 def content_of(given: Any) -> Any:
-    """What an object of a table or a content part names: bytes, a path or a URL. Any other value as it is."""
+    """The bytes, path or URL in an object of a table or of a content part; any other value unchanged."""
     if isinstance(given, Mapping) and ("bytes" in given or "path" in given):
         given = given["bytes"] if given.get("bytes") is not None else given.get("path")
     return given["url"] if isinstance(given, Mapping) and "url" in given else given  # OpenAI's image_url parts

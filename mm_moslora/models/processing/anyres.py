@@ -1,8 +1,9 @@
-"""Anyres: the whole picture and tiles of it, padding cut off, a newline embedding behind every row of patches.
+"""Anyres: the whole picture and tiles of it, without padding, with a newline embedding after every row of patches.
 
-The composition is transformers' own `LlavaNextForConditionalGeneration` with the recipe's parts inside, so that what is
-trained is what everybody loads. Visual tokens depend on the picture, so its own forward pass places them
-(`mm_moslora.models.batching.packed_batch`). The picture's whole view is squeezed to a square, as in LLaVA-NeXT.
+The composition is transformers' `LlavaNextForConditionalGeneration` with the recipe's parts inside, so that stock
+transformers loads the trained model. The number of visual tokens depends on the picture, so the forward pass of this
+class inserts them (`mm_moslora.models.batching.packed_batch`). The whole picture is squeezed to a square, as in
+LLaVA-NeXT.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NEWLINE = "image_newline"
 
 
 def require_anyres(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel, *, standard: bool) -> None:
-    """Refuse parts that LLaVA-NeXT cannot hold.
+    """Refuse parts that LLaVA-NeXT does not support.
 
     Raises:
         ModelError: with the reason and the nearest choice.
@@ -39,13 +40,12 @@ def require_anyres(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel,
     assert config.vision is not None
     if not standard:
         raise ModelError(
-            f"model.image_aspect is anyres, which LLaVA-NeXT holds with one CLIP, SigLIP, ViT or DINOv2 tower and "
-            f"mlp2x_gelu; here are {config.vision.name!r} and {config.projector.kind}. Choose these, or image_aspect "
-            "pad."
+            "model.image_aspect is anyres, which LLaVA-NeXT supports with one CLIP, SigLIP, ViT or DINOv2 tower and "
+            f"mlp2x_gelu; found {config.vision.name!r} and {config.projector.kind}. Choose these, or image_aspect pad."
         )
     if config.vision.select == "cls_patch":
         raise ModelError(
-            "model.image_aspect is anyres, whose tiles have no place for CLS. Use model.vision.select: patch."
+            "model.image_aspect is anyres, and its tiles have no CLS token. Use model.vision.select: patch."
         )
     native = getattr(tower.config, "image_size", spec.size)
     if native != spec.size:
@@ -58,7 +58,7 @@ def require_anyres(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel,
 def compose_anyres(
     config: ModelConfig, settings: dict[str, Any], spec: ImageSpec, *, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The empty shell on the meta device, its newline embedding real."""
+    """The model with weights on the meta device, except the newline embedding."""
     whole = LlavaNextConfig(**settings, image_grid_pinpoints=pinpoints(spec, config.anyres_tiles))
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(whole)

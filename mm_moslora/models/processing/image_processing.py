@@ -1,19 +1,23 @@
-"""Pictures in, tensors and placeholders out: for our own towers with their fixed number of visual tokens, and for
-everything whose processor decides how many tokens a picture takes."""
+"""Turns pictures into tensors and placeholder ids.
+
+An assembled model without anyres takes one square per picture and a fixed number of visual tokens. For any other model
+its processor decides how many tokens a picture takes.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
 from mm_moslora.models.families import processor_family
-from mm_moslora.models.processing.llava_processor import image_transform
 from mm_moslora.models.vision.feature_cache import pixel_hash
 
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
@@ -36,20 +40,70 @@ class SquareImageProcessing:
 
     def see(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
         """See `ImageProcessing.see`."""
-        return [self._one(self._transform(image)) for image in images]
-
-    def _one(self, pixels: Tensor) -> ProcessedImage:
-        return ProcessedImage(
-            placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=pixel_hash(pixels)
-        )  # fmt: skip
+        return [
+            ProcessedImage(
+                placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=pixel_hash(pixels)
+            )
+            for pixels in map(self._transform, images)
+        ]
 
     def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
         """See `ImageProcessing.placeholders`."""
         return [self._placeholders] * len(sizes)
 
 
+def image_transform(processor: LlavaImageProcessorPil) -> Callable[[Image.Image], Tensor]:
+    """A function from an RGB picture to float32 ``[3, H, W]``.
+
+    A picture that becomes a square as a whole, padded or not, skips the processor's steps in numpy: the same pixels (to
+    1e-6) in half the time.
+    """
+    side = _whole_square(processor)
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+        return torch.as_tensor(pixels, dtype=torch.float32)
+
+    if side is None:
+        return transform
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    background = tuple(int(value * 255) for value in processor.image_mean)
+
+    def transform_square(image: Image.Image) -> Tensor:
+        square = _on_square(image, background) if processor.do_pad else image
+        resized = square.resize((side, side), processor.resample)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+        return pixels.div_(255).sub_(mean).div_(std).contiguous()
+
+    return transform_square
+
+
+def _whole_square(processor: LlavaImageProcessorPil) -> int | None:
+    """The side of the square that every whole picture becomes; None where pictures are cropped or treated otherwise."""
+    size = {name: value for name, value in dict(processor.size).items() if value}
+    steps = processor.do_resize and processor.do_rescale and processor.do_normalize
+    if not steps or abs(processor.rescale_factor * 255 - 1) > 1e-9:
+        return None
+    if set(size) == {"height", "width"} and size["height"] == size["width"] and not processor.do_center_crop:
+        return int(size["height"])
+    crop = {name: value for name, value in dict(processor.crop_size or {}).items() if value}
+    if set(size) == {"shortest_edge"} and processor.do_pad:
+        side = int(size["shortest_edge"])
+        return side if not processor.do_center_crop or crop == {"height": side, "width": side} else None
+    return None
+
+
+def _on_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 class ProcessorImageProcessing:
-    """Pictures as a processor of transformers prepares them: tiles, patches, wrappers and all.
+    """Pictures as a processor of transformers prepares them, with its tiles, patches and wrapper tokens.
 
     Args:
         processor: with `image_token`.
@@ -84,7 +138,7 @@ class ProcessorImageProcessing:
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
 
     def _several(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
-        """Pictures of one sample, of a processor that does not tile them then (LLaVA-OneVision)."""
+        """Several pictures of one sample, for a processor that does not tile them then (LLaVA-OneVision)."""
         ids, tensors = self._call(images)
         count = len(images)
         tensors["batch_num_images"] = torch.full((count,), count)
@@ -120,7 +174,7 @@ class ProcessorImageProcessing:
 
 
 def dummy_image_example(image_processing: ImageProcessing) -> Example:
-    """A grey picture and its placeholders, nothing supervised: for ranks without pictures."""
+    """A grey picture and its placeholders without supervision, for ranks without pictures."""
     (seen,) = image_processing.see([Image.new("RGB", (32, 32), (127, 127, 127))])
     ids = torch.tensor(seen.placeholders)
     return Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=[seen])

@@ -1,15 +1,10 @@
-"""Processors: text and images in, tensors out, for our models and for stock transformers alike."""
+"""Processors of assembled models, which stock transformers loads: chat template, image processor, placeholders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -18,8 +13,8 @@ from mm_moslora.models.vlm import VlmConfig
 
 IMAGE_TOKEN = "<image>"  # noqa: S105  (a vocabulary entry)
 
-# Flattens content parts to text, so that a language model's own template, which knows strings only, takes messages
-# with images. LLaVA's rule: an image stands on a line of its own.
+# Flattens content parts to text, so that the template of a language model, which takes strings only, takes messages
+# with images. LLaVA's rule: an image is on a line of its own.
 _FLATTEN_PARTS = (
     "{%- set flat = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
@@ -82,63 +77,13 @@ def image_processor(spec: ImageSpec, aspect: str) -> LlavaImageProcessorPil:
     )
 
 
-def image_transform(processor: LlavaImageProcessorPil) -> Callable[[Image.Image], Tensor]:
-    """A function from an RGB picture to float32 ``[3, H, W]``.
-
-    Pictures that end as a whole square, padded or not, skip the processor's detours through numpy: the same pixels
-    (to 1e-6) in half the time.
-    """
-    side = _whole_square(processor)
-
-    def transform(image: Image.Image) -> Tensor:
-        pixels = processor(image, return_tensors="pt")["pixel_values"][0]
-        return torch.as_tensor(pixels, dtype=torch.float32)
-
-    if side is None:
-        return transform
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    background = tuple(int(value * 255) for value in processor.image_mean)
-
-    def transform_square(image: Image.Image) -> Tensor:
-        square = _on_square(image, background) if processor.do_pad else image
-        resized = square.resize((side, side), processor.resample)
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
-        return pixels.div_(255).sub_(mean).div_(std).contiguous()
-
-    return transform_square
-
-
-def _whole_square(processor: LlavaImageProcessorPil) -> int | None:
-    """The side of the square that every whole picture becomes; None where pictures are cropped or treated otherwise."""
-    size = {name: value for name, value in dict(processor.size).items() if value}
-    steps = processor.do_resize and processor.do_rescale and processor.do_normalize
-    if not steps or abs(processor.rescale_factor * 255 - 1) > 1e-9:
-        return None
-    if set(size) == {"height", "width"} and size["height"] == size["width"] and not processor.do_center_crop:
-        return int(size["height"])
-    crop = {name: value for name, value in dict(processor.crop_size or {}).items() if value}
-    if set(size) == {"shortest_edge"} and processor.do_pad:
-        side = int(size["shortest_edge"])
-        return side if not processor.do_center_crop or crop == {"height": side, "width": side} else None
-    return None
-
-
-def _on_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    if image.width == image.height:
-        return image
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 def flattening_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A chat template for contents in parts, from a language model's own, which knows strings only."""
+    """A chat template for contents in parts, made from that of a language model, which takes strings only."""
     return _FLATTEN_PARTS + tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
 
 
 def plain_template(template: str | None) -> str | None:
-    """A language model's own chat template behind `flattening_template`; any other as it is."""
+    """The chat template of the language model within a `flattening_template`; any other template unchanged."""
     return None if template is None else template.removeprefix(_FLATTEN_PARTS)
 
 
@@ -169,7 +114,7 @@ def build_processor(
 
 
 def takes_plain_contents(processor: Any) -> bool:
-    """Whether a processor carries a language model's own chat template, as those that we assemble do."""
+    """Whether a processor has the chat template of a language model, as processors of assembled models do."""
     return str(processor.chat_template or "").startswith(_FLATTEN_PARTS)
 
 

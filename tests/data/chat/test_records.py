@@ -66,7 +66,7 @@ class TestGoodRecords:
             "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}],
         }
         record = parse_record(row, Where(file=tmp_path, line=None, row=0), PictureRules(folder=tmp_path))
-        assert [path.name for path in record.images] == ["a.png", "b.png"]
+        assert [picture.path.name for picture in record.images] == ["a.png", "b.png"]
         assert record.turns[0].images == 2
 
     def test_a_placeholder_in_an_answer_is_text(self, tmp_path: Path) -> None:

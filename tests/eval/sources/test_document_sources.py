@@ -400,7 +400,7 @@ def test_pictures_are_opened_as_in_training(tmp_path: Path) -> None:
     from mm_moslora_eval.sources.image_controls import mean_image, open_image
     from PIL import Image
 
-    from mm_moslora.data.images.record_picture import open_image as open_image_of_training
+    from mm_moslora.data.images.record_picture import open_image as decoded_for_training
 
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
@@ -409,7 +409,7 @@ def test_pictures_are_opened_as_in_training(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (6, 4), (9, 9, 9)).save(tmp_path / "turned.jpg", exif=exif)
     for path in sorted(tmp_path.iterdir()):
-        expected = open_image_of_training(path)
+        expected = decoded_for_training(path)
         for source in (path, path.read_bytes(), Image.open(path)):
             assert open_image(source).size == expected.size
             assert np.array_equal(np.asarray(open_image(source)), np.asarray(expected))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mm_moslora.models.processing.llava_processor import image_processor, image_transform
+from mm_moslora.models.processing.image_processing import image_transform
+from mm_moslora.models.processing.llava_processor import image_processor
 from mm_moslora.models.vision.vision_tower import ImageSpec
 
 
