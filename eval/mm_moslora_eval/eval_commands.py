@@ -382,7 +382,7 @@ def comparison_text(result: Comparison) -> str:
 
 def table(results: Sequence[TaskResult]) -> str:
     """The results as an aligned table, followed by remarks on the numbers."""
-    from mm_moslora_eval.run.result_file import names_of
+    from mm_moslora_eval.report.evaluation_page import names_of
 
     rows = []
     names = names_of(results)

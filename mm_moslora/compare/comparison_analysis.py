@@ -54,7 +54,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
     arms = [_arm(settings, outcomes, arm, chosen, scores[arm.name]) for arm in settings.arms]
     add_controls(arms, scores)
     comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms})
-    from mm_moslora_eval.run.result_file import environment
+    from mm_moslora_eval.run.provenance import environment
 
     results = _plain(
         {

@@ -80,9 +80,8 @@ class Answers:
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
 
     def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
-        from mm_moslora_eval.run.answer_views import SAMPLES
+        from mm_moslora_eval.run.answer_views import SAMPLES, task_of
         from mm_moslora_eval.run.evaluate_suite import read_samples
-        from mm_moslora_eval.run.result_file import task_of
 
         places = [{mode: self._folder / place for mode, place in o.places[task].items()} for _, o in good]
         rows = [read_samples(place["own"] / SAMPLES) for place in places]
@@ -123,9 +122,8 @@ _SCORES = {"mme": "perception as a share of its 2,000 points"}
 
 def _scores(place: Path) -> list[float]:
     """The contribution of every answer to the task's score; without a task, the samples' own scores."""
-    from mm_moslora_eval.run.answer_views import SAMPLES
+    from mm_moslora_eval.run.answer_views import SAMPLES, read_scored, task_of
     from mm_moslora_eval.run.evaluate_suite import read_samples
-    from mm_moslora_eval.run.result_file import read_scored, task_of
 
     rules = task_of(place)
     if rules is None:
@@ -145,8 +143,8 @@ def _less(own: Sequence[Sequence[float]], control: Sequence[Sequence[float]], cl
 
 
 def _without_model(place: Path, training: Sequence[TrainingAnswer]) -> dict[str, list[float]]:
+    from mm_moslora_eval.run.answer_views import read_scored, task_of
     from mm_moslora_eval.run.baselines import answer_without_model
-    from mm_moslora_eval.run.result_file import read_scored, task_of
     from mm_moslora_eval.scoring.answer_scoring import JUDGED
 
     task = task_of(place)
@@ -167,7 +165,7 @@ def _without_model(place: Path, training: Sequence[TrainingAnswer]) -> dict[str,
 
 def _remarks(good: Sequence[tuple[int, Outcome]], places: Sequence[Mapping[str, Path]]) -> tuple[str, ...]:
     """Remarks on the answers, each once with the seeds that it holds for."""
-    from mm_moslora_eval.run.result_file import read_scored, task_of
+    from mm_moslora_eval.run.answer_views import read_scored, task_of
     from mm_moslora_eval.scoring.score_remarks import answers_alike, wordy
 
     seeds: dict[str, list[int]] = {}

@@ -16,9 +16,10 @@ from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.run_evidence import Told, ahead_by, before_tuning, row_of
+from mm_moslora_eval.run.answer_views import read_scored
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, read_training_answers
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
-from mm_moslora_eval.run.result_file import TaskResult, read_scored
+from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import RUN, Settings, claim_run
 from mm_moslora_eval.sources.image_controls import MODES, ImageMode
 

@@ -28,7 +28,7 @@ from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_views import SAMPLES, run_of
 from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
-from mm_moslora_eval.run.result_file import TaskResult, names_of, read_results
+from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
 from mm_moslora_eval.sources.image_controls import open_image
 
@@ -77,6 +77,34 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_text(target, page)
     return target
+
+
+def names_of(results: Sequence[TaskResult]) -> list[str]:
+    """`NAME@PROTOCOL` of every result with the selection and, if names collide, the data file, its checksum and the
+    rules."""
+
+    def described(result: TaskResult) -> tuple[str, str, str, str]:
+        about = result.about
+        selection = about.get("selection", {})
+        part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
+        asked = about.get("asked_as", result.protocol)
+        part += f", asked as {asked}" if asked != result.protocol else ""
+        path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
+        rules = ", ".join(str(result.about.get(rule, "?")) for rule in RULES)
+        checksum = f" [{str(result.subject[3])[:8]}]"
+        return (
+            f"{result.task}@{result.protocol}{part}",
+            f" ({path})",
+            checksum,
+            f" by {rules}, version {result.version}",
+        )
+
+    parts = {result.subject: described(result) for result in results}
+    shown = {subject: part[0] for subject, part in parts.items()}
+    for number in (1, 2, 3):
+        taken = Counter(shown.values())
+        shown = {subject: name + parts[subject][number] if taken[name] > 1 else name for subject, name in shown.items()}
+    return [shown[result.subject] for result in results]
 
 
 def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[dict[str, Any]]:

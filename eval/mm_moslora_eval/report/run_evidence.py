@@ -19,11 +19,12 @@ from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import replacing
 from mm_moslora.utils.untrusted_files import read_text
-from mm_moslora_eval.run.answer_views import SAMPLES
+from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, read_json, read_scored, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
-from mm_moslora_eval.run.result_file import TaskResult, lenient_result, read_scored
+from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, kept, spread
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, difference_of_scores
+from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import digest
 
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 UNTUNED = "untuned"
 """Folder within an evaluation's folder for the answers of the model before tuning."""
+LENIENT = "lenient"
+"""Mode of a lenient result, in which an answer counts if it contains the right word."""
 _MODES = {
     "own": ("tuned", "Tuned"), "wrong": ("wrong_image", "Tuned, wrong picture"),
     "blind": ("blind", "Tuned, blind (mean colour)"), "question_majority": ("best_answer", "Best answer per question"),
@@ -128,6 +131,24 @@ def before_tuning(
         less = ahead_by(lenient, own, samples) if own else None
         rows.append(Told(name="untuned_lenient", label=f"{label}, right word anywhere", result=lenient, less=less))
     return rows
+
+
+def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
+    """The lenient score of a view, in which every answer with the right word counts, and the samples.
+
+    None if a judge reads the answers, or if the score is no sum of right answers, as for captions.
+
+    Args:
+        place: a scored view, or TASK@PROTOCOL/MODE.
+    """
+    view = find_view(place)
+    task = task_of(view)
+    if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
+        return None
+    described = read_json(view / TASK)
+    samples = score_leniently(read_scored(view))
+    about = {key: described[key] for key in ABOUT if key in described}
+    return summarise(task, samples, mode=LENIENT, about=about), samples
 
 
 def ahead_by(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:

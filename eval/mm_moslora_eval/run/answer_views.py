@@ -1,4 +1,4 @@
-"""Views of stored answers: a selection of documents with the rules that score them.
+"""Views of stored answers: a selection of documents with the rules that score them, and the scored samples.
 
 The answers of a task are stored once per TASK@PROTOCOL/MODE, keyed by content, and never removed. A data set or a
 selection of it is a view with its own sub-folder, named after the selection and its checksum. Another selection, or
@@ -7,15 +7,22 @@ another data set of the same name, is a further view and replaces none.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.config.strict_reading import build_strictly
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, read_bytes
+from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, read_bytes, read_text
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
-from mm_moslora_eval.sources.document import DataSet, digest
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.sources.document import DataSet, Document, digest
 
 TASK, DOCUMENTS, SAMPLES = "task.json", "documents.jsonl", "samples.jsonl"
 RESCORED = "-as-"
@@ -80,10 +87,10 @@ def find_view(place: Path) -> Path:
     if not found:
         raise EvalError(f"{place / TASK} is missing; expected the folder TASK@PROTOCOL/MODE of a run, or a view in it.")
     own = [view for view in found if RESCORED not in view.name] or found
-    return max(own, key=lambda view: (_documents(view), (view / TASK).stat().st_mtime_ns, view.name))
+    return max(own, key=lambda view: (_count(view), (view / TASK).stat().st_mtime_ns, view.name))
 
 
-def _documents(view: Path) -> int:
+def _count(view: Path) -> int:
     path = view / DOCUMENTS
     return read_bytes(path, most=MOST_TEXT_BYTES).count(b"\n") if path.is_file() else 0
 
@@ -101,3 +108,90 @@ def run_of(view: Path) -> Path:
 def folder_of(view: Path) -> str:
     """The view relative to its run folder."""
     return view.relative_to(run_of(view)).as_posix()
+
+
+def task_of(place: Path) -> Task | None:
+    """The rules by which a view was scored; None if the samples are no answers to a task."""
+    path = place / TASK
+    return build_strictly(Task, read_json(path)["task"], source=str(path)) if path.is_file() else None
+
+
+def documents_of(view: Path) -> list[dict[str, Any]]:
+    """The documents of a view with their prompts and keys, as rows."""
+    path = view / DOCUMENTS
+    if not path.is_file():
+        raise EvalError(f"{path} is missing: {view} is not a task folder of a run.")
+    return [json.loads(text) for text in read_text(path).split("\n") if text]
+
+
+def write_samples(
+    view: Path, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]], scored: Sequence[Scored]
+) -> None:
+    """Write `samples.jsonl`: every document with its answer and its score."""
+    samples = [
+        _sample(index, row, answer, one)
+        for index, (row, answer, one) in enumerate(zip(rows, given, scored, strict=True))
+    ]
+    replace_text(view / SAMPLES, "".join(line(sample) for sample in samples))
+
+
+def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Scored) -> dict[str, Any]:
+    error = last_line(answer["error"])
+    kept = ("id", "category", "question", "hint", "options", "answers", "prompt", "images", "paths", "cluster")
+    return {
+        "index": index,
+        **{name: row[name] for name in kept},
+        "text": answer["text"],
+        "parsed": scored.parsed,
+        "numbers": list(scored.numbers),
+        "inferable": bool(scored.parsed.strip()),
+        "score": None if math.isnan(scored.score) else scored.score,
+        "failed": scored.failed,
+        "error": error,
+        "finish_reason": answer["finish_reason"],
+        "tokens": answer["tokens"],
+        "logprobs": answer["options"],
+    }
+
+
+def last_line(error: str | None) -> str | None:
+    """The last line of a traceback; None without an error."""
+    return (error.strip().splitlines() or ["no message"])[-1] if error else None
+
+
+def read_scored(place: Path) -> list[Scored]:
+    """The scored samples of a task folder, as input of an aggregation.
+
+    Raises:
+        EvalError: it is not a task folder, or it is not scored.
+    """
+    view = find_view(place)
+    path = view / SAMPLES
+    if not path.is_file():
+        raise EvalError(f"{path} is missing; score the folder first.")
+    rows = [json.loads(text) for text in read_text(path).split("\n") if text]
+    return [
+        Scored(
+            document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
+            failed=row["failed"], cluster=row["cluster"], numbers=tuple(row.get("numbers", ())),
+        )
+        for document, row in zip(documents_of(view), rows, strict=True)
+    ]  # fmt: skip
+
+
+def has_scores(view: Path) -> bool:
+    """Whether every sample of a view has a score."""
+    try:
+        return all(sample.score is not None for sample in read_scored(view))
+    except EvalError:
+        return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run."""
+    try:
+        return json.loads(read_text(path))  # type: ignore[no-any-return]
+    except FileError as error:
+        raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
+    except json.JSONDecodeError as error:
+        raise EvalError(f"{path} is damaged ({error}).") from error

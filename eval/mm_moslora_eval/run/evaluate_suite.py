@@ -15,9 +15,9 @@ from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, folder_of
+from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, folder_of, read_scored
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
-from mm_moslora_eval.run.result_file import RULES, TaskResult, read_scored, score_folder, write_results
+from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import keep
 from mm_moslora_eval.run.task_runner import Progress, Settings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars

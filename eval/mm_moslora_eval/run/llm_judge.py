@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ from mm_moslora.utils.redaction import redact_text
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, in_parallel
 from mm_moslora_eval.metrics import judge_scores
 from mm_moslora_eval.metrics.metric_text import letters
-from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, mathvista_question
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, mathvista_question, without_thinking
+from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document, digest
 
 logger = logging.getLogger(__name__)
@@ -234,15 +235,23 @@ GRADERS: dict[str, Callable[[Judge, Document, str], Grade]] = {
 """Metric of a task -> function with which a judge grades one answer."""
 
 
-def grade_all(judge: Judge, metric: str, given: Sequence[tuple[Document, str | None]]) -> list[Grade | None]:
-    """Grade answers; None for a missing answer.
+def graded(judge: Judge, metric: str, samples: Sequence[Scored]) -> list[Scored]:
+    """Grade answers; a missing answer and an unreadable grade score 0.
 
     Raises:
         BudgetError: see `Judge.ask`.
         EvalError: the judge cannot be reached, or its response is not valid.
     """
     grader = GRADERS[metric]
-    return _each(lambda document, answer: grader(judge, document, answer), given)
+    given = [(sample.document, None if sample.failed else sample.text) for sample in samples]
+    grades = _each(lambda document, answer: grader(judge, document, answer), _visible(given))
+    return [
+        replace(
+            sample, score=grade.score if grade else 0.0, parsed=grade.reply if grade and grade.readable else "",
+            numbers=grade.numbers if grade else (),
+        )
+        for sample, grade in zip(samples, grades, strict=True)
+    ]  # fmt: skip
 
 
 def extract_all(
@@ -251,13 +260,23 @@ def extract_all(
     """The answers found by a judge, for extractions that use one, and the extraction that parses them.
 
     Raises:
-        EvalError: see `grade_all`.
+        EvalError: see `graded`.
     """
+    given = _visible(given)
     if extraction not in JUDGE_EXTRACTIONS:
         return given, extraction
     find, then = JUDGE_EXTRACTIONS[extraction]
     found = _each(lambda document, answer: find(judge, document, answer), given)
     return [(document, text) for (document, _), text in zip(given, found, strict=True)], then
+
+
+def _visible(given: Sequence[tuple[Document, str | None]]) -> list[tuple[Document, str | None]]:
+    """Answers for the judge, without thinking; an answer with an unfinished thinking block is left out."""
+    seen = [None if text is None else without_thinking(text) for _, text in given]
+    return [
+        (document, None if answer is None or answer.unclosed else answer.text)
+        for (document, _), answer in zip(given, seen, strict=True)
+    ]
 
 
 def _each(ask: Callable[[Document, str], _T], given: Sequence[tuple[Document, str | None]]) -> list[_T | None]:

@@ -7,11 +7,13 @@ commands.
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,20 @@ from mm_moslora.utils.redaction import redact, redacted_command
 from mm_moslora.utils.untrusted_files import read_text_below
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.run.answer_log import line
-from mm_moslora_eval.run.result_file import environment
 
 FILE = "invocations.jsonl"
 _SECONDS = 5
+
+
+def environment() -> dict[str, str]:
+    """Versions of the software that can change an answer or a score."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
+    for package in ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def circumstances(model: Model) -> dict[str, Any]:

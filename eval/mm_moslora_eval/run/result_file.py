@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config.strict_reading import build_strictly
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import replace_text
-from mm_moslora.utils.untrusted_files import FileError, read_text
+from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.answer_log import line, read_folder
-from mm_moslora_eval.run.answer_views import DOCUMENTS, RESCORED, SAMPLES, TASK, answers_folder, find_view, folder_of
+from mm_moslora_eval.run.answer_log import read_folder
+from mm_moslora_eval.run.answer_views import (
+    DOCUMENTS,
+    RESCORED,
+    TASK,
+    answers_folder,
+    documents_of,
+    find_view,
+    folder_of,
+    has_scores,
+    last_line,
+    read_json,
+    write_samples,
+)
+from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
-from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, score_leniently, without_thinking
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, READS_ANSWERS
+from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, without_thinking
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, wordy
-from mm_moslora_eval.scoring.scored_sample import Aggregate, Scored, mean_with_error
+from mm_moslora_eval.scoring.scored_sample import Scored, mean_with_error
 from mm_moslora_eval.sources.document import Document
 
 if TYPE_CHECKING:
@@ -32,10 +43,6 @@ if TYPE_CHECKING:
 
 RULES = ("extraction", "metric", "aggregation")
 """Parts of a task that turn answers into a score."""
-
-
-LENIENT = "lenient"
-"""Mode of a lenient result, in which an answer counts if it contains the right word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,34 +143,6 @@ def result_from_dict(data: dict[str, Any]) -> TaskResult:
     return TaskResult(**{**data, **numbers, "counts": counts, "remarks": tuple(data.get("remarks", ()))})
 
 
-def names_of(results: Sequence[TaskResult]) -> list[str]:
-    """`NAME@PROTOCOL` of every result with the selection and, if names collide, the data file, its checksum and the
-    rules."""
-
-    def described(result: TaskResult) -> tuple[str, str, str, str]:
-        about = result.about
-        selection = about.get("selection", {})
-        part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
-        asked = about.get("asked_as", result.protocol)
-        part += f", asked as {asked}" if asked != result.protocol else ""
-        path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
-        rules = ", ".join(str(result.about.get(rule, "?")) for rule in RULES)
-        checksum = f" [{str(result.subject[3])[:8]}]"
-        return (
-            f"{result.task}@{result.protocol}{part}",
-            f" ({path})",
-            checksum,
-            f" by {rules}, version {result.version}",
-        )
-
-    parts = {result.subject: described(result) for result in results}
-    shown = {subject: part[0] for subject, part in parts.items()}
-    for number in (1, 2, 3):
-        taken = Counter(shown.values())
-        shown = {subject: name + parts[subject][number] if taken[name] > 1 else name for subject, name in shown.items()}
-    return [shown[result.subject] for result in results]
-
-
 def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
     """Score the answers of one view and write its `samples.jsonl`.
 
@@ -180,14 +159,14 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
         EvalError: files are missing or of another format, or documents have no answer yet.
     """
     view = find_view(place)
-    described = _read_json(view / TASK)
+    described = read_json(view / TASK)
     if described.get("format") != FORMAT:
         raise EvalError(
             f"{view} has format {described.get('format')!r}, this version reads {FORMAT}; "
             "score it with the version that wrote it."
         )
     task = build_strictly(Task, described["task"], source=str(view / TASK))
-    rows = _documents(view)
+    rows = documents_of(view)
     answers = read_folder(answers_folder(view))
     missing = [row["id"] for row in rows if row["key"] not in answers]
     if missing:
@@ -198,7 +177,7 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
     if rules is not None:
         view, task = _with_rules(view, described, task, rules)
     given = [answers[row["key"]] for row in rows]
-    about = {key: described[key] for key in _ABOUT if key in described}
+    about = {key: described[key] for key in ABOUT if key in described}
     about["date"] = max((str(answer["time"]) for answer in given if answer.get("time")), default=None)
     texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, given, strict=True)]
     scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
@@ -207,19 +186,21 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
     settled: dict[str, Any] = {
         "mode": described["mode"], "folder": folder_of(view),
         "truncated": sum(answer["finish_reason"] == "length" for answer in given),
-        "errors": [_last_line(answer["error"]) for answer in given],
+        "errors": [last_line(answer["error"]) for answer in given],
     }  # fmt: skip
     if reason is not None:
-        if not _has_scores(view):  # keep the scores of an earlier judge
-            _write_samples(view, rows, given, scored)
-        about["unscored"] = f"{reason.text} {_submit(task, view)}"
+        if not has_scores(view):  # keep the scores of an earlier judge
+            write_samples(view, rows, given, scored)
+        from mm_moslora_eval.run.submissions import keep_submission
+
+        about["unscored"] = f"{reason.text} {keep_submission(view, task.name)}"
         about |= {"judge_failed": True} if reason.failed else {}
         return unscored(task, scored, about=about, **settled)
-    _write_samples(view, rows, given, scored)
+    write_samples(view, rows, given, scored)
     return summarise(task, scored, about=about, **settled)
 
 
-_ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as")
+ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as")
 
 
 def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) -> tuple[Path, Task]:
@@ -236,23 +217,6 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     return view, kept
-
-
-def _write_samples(
-    view: Path, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]], scored: Sequence[Scored]
-) -> None:
-    samples = [
-        _sample(index, row, answer, one)
-        for index, (row, answer, one) in enumerate(zip(rows, given, scored, strict=True))
-    ]
-    replace_text(view / SAMPLES, "".join(line(sample) for sample in samples))
-
-
-def _has_scores(view: Path) -> bool:
-    try:
-        return all(sample.score is not None for sample in read_scored(view))
-    except EvalError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -276,12 +240,14 @@ def _scored(
     try:
         if task.metric in JUDGED:
             assert judge is not None
-            return _graded(task, given, plain, judge), None
+            from mm_moslora_eval.run.llm_judge import graded
+
+            return graded(judge, task.metric, plain), None
         read, extraction = given, task.extraction
         if judge is not None:
             from mm_moslora_eval.run.llm_judge import extract_all
 
-            read, extraction = extract_all(judge, extraction, _visible(given))
+            read, extraction = extract_all(judge, extraction, given)
     except EvalError as error:  # other tasks are still asked and scored
         return plain, _Unscored(str(error), failed=True)
     return [_score_one(task, sample, found, extraction) for sample, (_, found) in zip(plain, read, strict=True)], None
@@ -295,32 +261,6 @@ def _score_one(task: Task, sample: Scored, found: str | None, extraction: str) -
     return replace(scored, text=sample.text)
 
 
-def _graded(
-    task: Task, given: Sequence[tuple[Document, str | None]], plain: Sequence[Scored], judge: Judge
-) -> list[Scored]:
-    from mm_moslora_eval.run.llm_judge import grade_all
-
-    graded = []
-    for sample, grade in zip(plain, grade_all(judge, task.metric, _visible(given)), strict=True):
-        readable = grade is not None and grade.readable
-        graded.append(
-            replace(
-                sample, score=grade.score if grade else 0.0, parsed=grade.reply if grade and readable else "",
-                numbers=grade.numbers if grade else (),
-            )
-        )  # fmt: skip
-    return graded
-
-
-def _visible(given: Sequence[tuple[Document, str | None]]) -> list[tuple[Document, str | None]]:
-    """Answers for the judge, without thinking; an answer with an unfinished thinking block is left out."""
-    seen = [None if text is None else without_thinking(text) for _, text in given]
-    return [
-        (document, None if answer is None or answer.unclosed else answer.text)
-        for (document, _), answer in zip(given, seen, strict=True)
-    ]
-
-
 def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequence[str]) -> list[Scored]:
     return [
         Scored(
@@ -328,15 +268,6 @@ def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequ
         )
         for (document, text), cluster in zip(given, clusters, strict=True)
     ]
-
-
-def _submit(task: Task, view: Path) -> str:
-    from mm_moslora_eval.run.submissions import DEFAULT_FORM, SUFFIXES, submission
-
-    form = DEFAULT_FORM.get(task.name, "vlmevalkit")
-    path = view / f"submission.{SUFFIXES.get(form, 'json')}"
-    path.write_bytes(submission(view, form=form)[0])  # a file of the run itself, which scoring again may overwrite
-    return f"The answers were written to {path} in the form {form!r}."
 
 
 def unscored(
@@ -438,24 +369,6 @@ def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:
         yield from wordy(answered)
 
 
-def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
-    """The lenient score of a view, in which every answer with the right word counts, and the samples.
-
-    None if a judge reads the answers, or if the score is no sum of right answers, as for captions.
-
-    Args:
-        place: a scored view, or TASK@PROTOCOL/MODE.
-    """
-    view = find_view(place)
-    task = task_of(view)
-    if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
-        return None
-    described = _read_json(view / TASK)
-    samples = score_leniently(read_scored(view))
-    about = {key: described[key] for key in _ABOUT if key in described}
-    return summarise(task, samples, mode=LENIENT, about=about), samples
-
-
 def _categories(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
     """Means per category and second-level category; over whole questions if rotations count as one."""
     groups: dict[str, list[Scored]] = defaultdict(list)
@@ -463,93 +376,12 @@ def _categories(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, flo
         for name in {sample.document.category, sample.document.extra.get("l2-category")} - {None}:
             groups[str(name)].append(sample)
     add_up = AGGREGATIONS["circular"] if task.aggregation == "circular" else mean_with_error
-    return {name: _numbers(add_up(members), len(members)) for name, members in sorted(groups.items())}
-
-
-def _numbers(aggregate: Aggregate, count: int) -> dict[str, float]:
+    totals = {name: add_up(members) for name, members in sorted(groups.items())}
+    parts = ("score", "stderr", "low", "high")
     return {
-        "n": count,
-        "score": aggregate.score,
-        "stderr": aggregate.stderr,
-        "low": aggregate.low,
-        "high": aggregate.high,
+        name: {"n": len(groups[name])} | {part: getattr(total, part) for part in parts}
+        for name, total in totals.items()
     }
-
-
-def _last_line(error: str | None) -> str | None:
-    return (error.strip().splitlines() or ["no message"])[-1] if error else None
-
-
-def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Scored) -> dict[str, Any]:
-    error = _last_line(answer["error"])
-    kept = ("id", "category", "question", "hint", "options", "answers", "prompt", "images", "paths", "cluster")
-    return {
-        "index": index,
-        **{name: row[name] for name in kept},
-        "text": answer["text"],
-        "parsed": scored.parsed,
-        "numbers": list(scored.numbers),
-        "inferable": bool(scored.parsed.strip()),
-        "score": None if math.isnan(scored.score) else scored.score,
-        "failed": scored.failed,
-        "error": error,
-        "finish_reason": answer["finish_reason"],
-        "tokens": answer["tokens"],
-        "logprobs": answer["options"],
-    }
-
-
-def read_scored(place: Path) -> list[Scored]:
-    """The scored samples of a task folder, as input of an aggregation.
-
-    Raises:
-        EvalError: it is not a task folder, or it is not scored.
-    """
-    view = find_view(place)
-    path = view / SAMPLES
-    if not path.is_file():
-        raise EvalError(f"{path} is missing; score the folder first.")
-    rows = [json.loads(text) for text in read_text(path).split("\n") if text]
-    return [
-        Scored(
-            document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
-            failed=row["failed"], cluster=row["cluster"], numbers=tuple(row.get("numbers", ())),
-        )
-        for document, row in zip(_documents(view), rows, strict=True)
-    ]  # fmt: skip
-
-
-def task_of(place: Path) -> Task | None:
-    """The rules by which a view was scored; None if the samples are no answers to a task."""
-    path = place / TASK
-    return build_strictly(Task, _read_json(path)["task"], source=str(path)) if path.is_file() else None
-
-
-def _documents(view: Path) -> list[dict[str, Any]]:
-    path = view / DOCUMENTS
-    if not path.is_file():
-        raise EvalError(f"{path} is missing: {view} is not a task folder of a run.")
-    return [json.loads(text) for text in read_text(path).split("\n") if text]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(read_text(path))  # type: ignore[no-any-return]
-    except FileError as error:
-        raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
-    except json.JSONDecodeError as error:
-        raise EvalError(f"{path} is damaged ({error}).") from error
-
-
-def environment() -> dict[str, str]:
-    """Versions of the software that can change an answer or a score."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
-    for package in ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def read_results(folder: Path) -> list[TaskResult]:
@@ -557,7 +389,7 @@ def read_results(folder: Path) -> list[TaskResult]:
     path = folder / "results.json"
     if not path.is_file():
         return []
-    data = _read_json(path)
+    data = read_json(path)
     if data.get("format") != FORMAT:
         raise EvalError(
             f"{path} has format {data.get('format')!r}, this version reads {FORMAT}; choose another folder."

@@ -14,10 +14,9 @@ from typing import Any
 
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora.utils.files import output_file, replacing
-from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.metrics import vqa_accuracy
 from mm_moslora_eval.run.answer_log import line, read_folder
-from mm_moslora_eval.run.answer_views import DOCUMENTS, answers_folder, find_view
+from mm_moslora_eval.run.answer_views import answers_folder, documents_of, find_view
 from mm_moslora_eval.scoring.answer_scoring import without_thinking
 
 Row = Mapping[str, Any]
@@ -47,6 +46,14 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
     return missing
 
 
+def keep_submission(view: Path, task: str) -> str:
+    """Write the answers of a view into its folder, in the form that fits the task; returns a sentence about it."""
+    form = DEFAULT_FORM.get(task, "vlmevalkit")
+    path = view / f"submission.{SUFFIXES.get(form, 'json')}"
+    path.write_bytes(submission(view, form=form)[0])  # a file of the run itself, which scoring again may overwrite
+    return f"The answers were written to {path} in the form {form!r}."
+
+
 def submission(place: Path, *, form: str) -> tuple[bytes, int]:
     """The content of a submission file, and the number of documents without an answer.
 
@@ -56,7 +63,7 @@ def submission(place: Path, *, form: str) -> tuple[bytes, int]:
     if form not in FORMS:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, FORMS)} Known: {', '.join(FORMS)}.")
     view = find_view(place)
-    documents = [json.loads(text) for text in read_text(view / DOCUMENTS).split("\n") if text]
+    documents = documents_of(view)
     answers = read_folder(answers_folder(view))
     missing = [row["id"] for row in documents if row["key"] not in answers]
     if missing:
