@@ -3,10 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, add_moslora, resolve_targets
-from mm_moslora.adapters.folder_format import fold_state_dict
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
 from mm_moslora.adapters.folders.load_folder import load_adapter
-from mm_moslora.adapters.folders.save_folder import TakenAdapter, base_fingerprint, save_adapter, take_adapter
+from mm_moslora.adapters.folders.save_folder import TakenAdapter, fold_state_dict, save_adapter, take_adapter
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step
 from mm_moslora.adapters.merge_adapter import merge
@@ -14,6 +13,7 @@ from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, 
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_patches import patch_peft
+from mm_moslora.adapters.tree import base_fingerprint
 from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap
 from mm_moslora.kernels.lora.fused_lora_linear import fused_linear
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear, use_kernel

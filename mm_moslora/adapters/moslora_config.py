@@ -14,7 +14,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mm_moslora.adapters.folder_format import OWN_CONFIG, complete_folder, downloaded, read_manifest
+from mm_moslora.adapters.folder_format import OWN_CONFIG, downloaded, read_manifest
+from mm_moslora.adapters.folders.save_folder import complete_folder
 from mm_moslora.adapters.mixer import MixerInit, check_mixer_init
 from mm_moslora.utils.errors import AdapterError, suggestion
 

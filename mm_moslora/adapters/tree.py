@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import peft
@@ -12,7 +13,15 @@ from torch import nn
 from mm_moslora.adapters.folder_format import WRAPPED, bare_name, is_inner
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 
-__all__ = ["bare_name", "base_model", "is_inner", "named_adapter_layers", "named_base_modules", "unwrapped"]
+__all__ = [
+    "bare_name",
+    "base_fingerprint",
+    "base_model",
+    "is_inner",
+    "named_adapter_layers",
+    "named_base_modules",
+    "unwrapped",
+]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -52,3 +61,24 @@ def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]
     for path, module in base_model(model).named_modules():
         if isinstance(module, MoSLoRALayer):
             yield bare_name(path), module
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of the base model's structure: module paths and sizes, without adapters, dtype or quantisation.
+
+    Two models with equal fingerprints can carry the same adapter; whether it makes sense there is for the ids to say.
+
+    Args:
+        model: base model, or PEFT model.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    lines = []
+    for path, module in named_base_modules(model):
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            lines.append(f"{path} linear {module.in_features} {module.out_features}")
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            lines.append(f"{path}.{name} {list(getattr(parameter, 'ds_shape', parameter.shape))}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

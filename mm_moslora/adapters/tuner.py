@@ -14,7 +14,8 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import FACTORS, MIXER, OWN_CONFIG, downloaded, fold_state_dict, named_as_modules
+from mm_moslora.adapters.folder_format import FACTORS, MIXER, OWN_CONFIG, downloaded, named_as_modules
+from mm_moslora.adapters.folders.save_folder import fold_state_dict
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.fused_linear import link_siblings

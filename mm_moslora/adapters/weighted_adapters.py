@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import PREFIX, check_tensors
+from mm_moslora.adapters.folder_format import PREFIX
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.folders.save_folder import expected_shapes
+from mm_moslora.adapters.folders.save_folder import check_tensors, expected_shapes
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tree import is_inner, named_adapter_layers, unwrapped

@@ -29,12 +29,11 @@ from mm_moslora.adapters.folder_format import (
     STOCK_WEIGHTS,
     PlainPair,
     adapted_path,
-    fold_state_dict,
-    stock_config,
     target_paths,
 )
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_tensors
 from mm_moslora.adapters.folders.load_folder import read_folder
+from mm_moslora.adapters.folders.save_folder import fold_state_dict, stock_config
 from mm_moslora.adapters.tree import is_inner
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import output_file, replace_text, replacing

@@ -21,14 +21,13 @@ from mm_moslora.adapters.folder_format import (
     PREFIX,
     STOCK_WEIGHTS,
     adapted_path,
-    check_tensors,
     read_manifest,
 )
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign, read_tensors
-from mm_moslora.adapters.folders.save_folder import base_fingerprint, expected_shapes
+from mm_moslora.adapters.folders.save_folder import check_tensors, expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
-from mm_moslora.adapters.tree import is_inner, named_adapter_layers, named_base_modules
+from mm_moslora.adapters.tree import base_fingerprint, is_inner, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.run_paths import why_no_adapter_folder

@@ -1,11 +1,10 @@
-"""Save an adapter: take it out of its model, check it, write its folder."""
+"""Save an adapter: take it out of its model, check it, write its folder; see `folder_format`."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,31 @@ from typing import Any
 import peft
 import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import PREFIX, STOCK_CONFIG, check_tensors, named_as_modules, write_folder
-from mm_moslora.adapters.layers.sharded_weights import why_not_whole
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.tree import (
+from mm_moslora.adapters.folder_format import (
+    FACTORS,
+    FACTORS_B,
+    FORMAT,
+    FORMAT_VERSION,
+    MIXER,
+    OWN_CONFIG,
+    OWN_WEIGHTS,
+    PREFIX,
+    STOCK_CONFIG,
+    STOCK_WEIGHTS,
     bare_name,
-    base_model,
-    named_adapter_layers,
-    named_base_modules,
-    unwrapped,
+    named_as_modules,
+    target_paths,
 )
+from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
+from mm_moslora.adapters.layers.sharded_weights import why_not_whole
+from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
+from mm_moslora.kernels.lora.lora_math import fold_right
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.files import replace_text, sha256_of, staging
+from mm_moslora.utils.run_paths import writing
 
 
 def save_adapter(
@@ -59,7 +69,7 @@ def save_adapter(
 class TakenAdapter:
     """An adapter taken out of its model, to be written without it: while the model trains on, say."""
 
-    config: MoSLoRAConfig
+    config: AdapterOptions
     tensors: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     base: dict[str, Any]
@@ -90,7 +100,7 @@ def take_adapter(
     )
 
 
-def adapter_config(model: nn.Module, adapter_name: str) -> MoSLoRAConfig:
+def adapter_config(model: nn.Module, adapter_name: str) -> AdapterOptions:
     """The configuration of one adapter of a PEFT model or of the base model with adapters inside.
 
     Raises:
@@ -106,7 +116,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> MoSLoRAConfig:
     if adapter_name not in configs:
         raise AdapterError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs) or 'none'}.")
     config = configs[adapter_name]
-    if not isinstance(config, MoSLoRAConfig):
+    if not isinstance(config, AdapterOptions):
         raise AdapterError(
             f"Adapter {adapter_name!r} has a {type(config).__name__}, expected MoSLoRAConfig. Save it with its own "
             "library."
@@ -155,25 +165,191 @@ def _bare(name: str) -> str:
     return re.sub(r"^(module\.)*", "", bare_name(name)).removeprefix(PREFIX)
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the base model's structure: module paths and sizes, without adapters, dtype or quantisation.
-
-    Two models with equal fingerprints can carry the same adapter; whether it makes sense there is for the ids to say.
+def check_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, source: str = "The adapter"
+) -> None:
+    """Refuse factors that are not what the model needs.
 
     Args:
-        model: base model, or PEFT model.
+        tensors: name to tensor.
+        shapes: every name that must be there, and its shape.
+        source: what holds them, for the message.
+
+    Raises:
+        AdapterError: a factor is missing, unknown, empty, of another shape or no floats, or holds NaN or infinity.
+    """
+    factors = {name for name in tensors if name.endswith(FACTORS)}
+    for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
+        if names:
+            raise AdapterError(f"{source} {problem} {len(names)} factors, the first is {min(names)!r}.")
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterError(
+                f"{name} is empty. Under ZeRO-3 a parameter is a shard of size 0 on most ranks: gather before saving."
+            )
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise AdapterError(
+                f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shapes[name])}. It was made for "
+                "another base model, or its files were changed."
+            )
+        if name in shapes and not tensor.is_floating_point():
+            raise AdapterError(f"{source}: {name} holds {tensor.dtype}, expected floats. Its files were changed.")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{source}: {name} holds NaN or infinity; it is broken. Go back to an earlier checkpoint."
+            )
+
+
+def write_folder(
+    folder: Path,
+    config: AdapterOptions,
+    tensors: Mapping[str, Tensor],
+    *,
+    base: Mapping[str, Any],
+    auto_mapping: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the double folder from factors under their names in the folder.
+
+    Args:
+        folder: made if missing.
+        config: the adapter's configuration.
+        tensors: A, M, B and whatever else PEFT saves, in float32.
+        base: what to remember about the base model.
+        auto_mapping: PEFT's class hint for models without a task type.
+    """
+    paths = target_paths(tensors)
+    with writing(folder), staging(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staged:
+        for name, content in ((STOCK_WEIGHTS, fold_state_dict(tensors)), (OWN_WEIGHTS, tensors)):
+            save_file(_apart(content), staged / name, metadata={"format": "pt"})
+        _write_json(staged / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
+        own = config_to_dict(config) | {"target_modules": paths, "inference_mode": True}
+        files = {name: sha256_of(staged / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)}
+        _write_json(staged / OWN_CONFIG, _manifest(own, files=files, base=base))
+
+
+def fold_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors with mixers as a plain LoRA of the same rank with the same update.
+
+    Args:
+        tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
 
     Returns:
-        64 hexadecimal digits.
+        The same without mixers, ``B' = B M`` in B's dtype, contiguous: the product that the fused kernel uses, so
+        that a plain LoRA rounds as the live adapter does.
     """
-    lines = []
-    for path, module in named_base_modules(model):
-        if hasattr(module, "in_features") and hasattr(module, "out_features"):
-            lines.append(f"{path} linear {module.in_features} {module.out_features}")
+    folded: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(MIXER):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            lines.append(f"{path}.{name} {list(getattr(parameter, 'ds_shape', parameter.shape))}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+        suffix = next((suffix for suffix in FACTORS_B if name.endswith(suffix)), None)
+        mixer = None if suffix is None else tensors.get(name.removesuffix(suffix) + MIXER)
+        folded[name] = (tensor if mixer is None else fold_right(tensor, mixer).to(tensor.dtype)).contiguous()
+    return folded
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous and without shared memory (tied modules that train whole), as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        own = tensor.contiguous()
+        result[name] = own.clone() if own.data_ptr() in seen else own
+        seen.add(own.data_ptr())
+    return result
+
+
+def _manifest(config: dict[str, Any], *, files: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": config,
+        "files": dict(files),
+        "base": dict(base),
+    }
+
+
+def stock_config(
+    config: AdapterOptions, paths: Sequence[str] | None, auto_mapping: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content of stock PEFT's `adapter_config.json`.
+
+    Args:
+        config: the adapter's configuration.
+        paths: the adapted modules; None keeps the targets as they are.
+        auto_mapping: PEFT's class hint.
+    """
+    changes: dict[str, Any] = {"inference_mode": True, "auto_mapping": auto_mapping}
+    if not config.changes_base:  # else PEFT must take the same start out of its base
+        changes["init_lora_weights"] = True
+    if paths is not None:
+        changes |= {"target_modules": list(paths), "exclude_modules": None}
+        changes |= {"layers_to_transform": None, "layers_pattern": None}
+    data = config.to_lora_config(**changes).to_dict()
+    alpha = data["lora_alpha"]
+    data["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(data.items())}
+
+
+def config_to_dict(config: AdapterOptions) -> dict[str, Any]:
+    """Plain JSON data of a configuration; `config_from_dict` reads it back equal."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+def _class_of(kind: type[nn.Module]) -> dict[str, str]:
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
+def _auto_mapping(model: nn.Module, config: AdapterOptions) -> dict[str, str] | None:
+    return _class_of(type(base_model(model))) if config.task_type is None else None
+
+
+def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mapping[str, Any] | None) -> None:
+    """Turn what `PeftModel.save_pretrained` just wrote into the double folder.
+
+    Args:
+        folder: holds `adapter_model.safetensors` with mixers inside; without it, only the configuration is written.
+        config: the adapter's configuration. In a folder that is a double folder already it is all that is written.
+        auto_mapping: PEFT's class hint.
+
+    Raises:
+        AdapterError: the weights were pickled, hold an empty or broken factor, or lack mixers.
+    """
+    weights = folder / STOCK_WEIGHTS
+    if (folder / "adapter_model.bin").is_file():
+        raise AdapterError(
+            f"{folder / 'adapter_model.bin'} is a pickle: stock PEFT would load it and drop the mixers. "
+            "Save with safe_serialization=True, and remove that file."
+        )
+    if not weights.is_file():
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
+            _write_json(folder / OWN_CONFIG, _manifest(config_to_dict(config), files={}, base={}))
+        return
+    if _is_fold(folder):  # of what lies beside it: those are the factors, and this is the configuration alone
+        base = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["base"]
+        write_folder(folder, config, load_file(folder / OWN_WEIGHTS), base=base, auto_mapping=auto_mapping)
+        return
+    # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
+    tensors = {bare_name(name): t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
+    check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(FACTORS)})
+    mixed = (path for path in target_paths(tensors) if not config.is_plain(path))
+    bare = next((path for path in mixed if f"{PREFIX}{path}{MIXER}" not in tensors), None)
+    if bare is not None:
+        raise AdapterError(
+            f"{weights} has no mixer for {bare}, and the configuration gives it one: they are not of one adapter. Save "
+            "the model (save_adapter, save_pretrained), or write the configuration into a folder of its own."
+        )
+    write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping)
+
+
+def _is_fold(folder: Path) -> bool:
+    """Whether the folded weights that stock PEFT reads are the fold of A, M and B beside them."""
+    try:
+        manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
+        return all(sha256_of(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Module] | None) -> None:
@@ -192,11 +368,5 @@ def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Mo
     replace_text(folder / STOCK_CONFIG, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
-def _class_of(kind: type[nn.Module]) -> dict[str, str]:
-    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-
-
-def _auto_mapping(model: nn.Module, config: MoSLoRAConfig) -> dict[str, str] | None:
-    if config.task_type is not None:
-        return None
-    return _class_of(type(base_model(model)))
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from peft import LoraConfig
@@ -25,8 +25,38 @@ from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonorm
 from mm_moslora.kernels.lora.lora_math import delta_weight
 from mm_moslora.utils.errors import AdapterError
 
-if TYPE_CHECKING:
-    from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+
+@runtime_checkable
+class AdapterOptions(Protocol):
+    """What layers and folders need to know of a configuration; `MoSLoRAConfig` has it."""
+
+    mixer_trainable: bool
+    use_dora: bool
+    task_type: Any
+
+    @property
+    def mixer_form(self) -> str:
+        """dense or diagonal."""
+
+    @property
+    def factor_form(self) -> str:
+        """free, svd or orthonormal."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the start of A and B is taken out of the base weight."""
+
+    def is_plain(self, module_path: str) -> bool:
+        """Whether one module is plain LoRA."""
+
+    def mixer_for(self, module_path: str) -> str:
+        """The initialisation of one module's mixer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field."""
+
+    def to_lora_config(self, **changes: Any) -> LoraConfig:
+        """The same without the mixer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +101,20 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The mixer's variant, or what PEFT does where there is no mixer."""
-        if not hasattr(config, "mixer_init"):
+        if not isinstance(config, AdapterOptions):
             return super().resolve_lora_variant(config=config, **kwargs)
-        own = cast("MoSLoRAConfig", config)
-        if own.is_plain(self._module_path):
-            return super().resolve_lora_variant(config=own.to_lora_config(), **kwargs)
-        if own.use_dora and self.dora_variant is None:
+        if config.is_plain(self._module_path):
+            return super().resolve_lora_variant(config=config.to_lora_config(), **kwargs)
+        if config.use_dora and self.dora_variant is None:
             raise AdapterError(
                 f"{self._module_path}: use_dora with a mixer does not exist for {type(self).__name__}. Unset use_dora."
             )
-        self.mixer_init[self._adding] = own.mixer_for(self._module_path)
-        variant = self.dora_variant if own.use_dora else self.mixer_variant
+        self.mixer_init[self._adding] = config.mixer_for(self._module_path)
+        variant = self.dora_variant if config.use_dora else self.mixer_variant
         assert variant is not None
         return variant()
 
-    def start_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+    def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """Create the mixer, and put A and B where the form of the factors wants them."""
         like = self.factors(adapter_name).A
         rank = self.r[adapter_name]
@@ -101,7 +130,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             weight = init_mixer(rank, self.mixer_init[adapter_name], dtype=like.dtype, device=like.device)
         self.lora_mixer[adapter_name] = Mixer(weight, trainable=config.mixer_trainable)
 
-    def _place_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+    def _place_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """The truncated SVD of the base weight (LoRA-XS), or random orthonormal factors (StelLA)."""
         if not isinstance(self, lora.Linear):
             raise AdapterError(

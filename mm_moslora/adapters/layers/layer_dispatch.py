@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
 from mm_moslora.adapters.layers.base_weights import quantisation
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
 from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
@@ -22,13 +23,10 @@ from mm_moslora.adapters.layers.quantised_layers import create_quantised_layer
 from mm_moslora.kernels.lora.lora_matmul import is_plain
 from mm_moslora.utils.errors import AdapterError
 
-if TYPE_CHECKING:
-    from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig, **kwargs: Any) -> nn.Module:
+def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions, **kwargs: Any) -> nn.Module:
     """The adapted layer around `target`; PEFT calls this for every module it replaces.
 
     Args:
@@ -41,7 +39,7 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig,
         AdapterError: a module type or a quantised weight that cannot be adapted.
     """
     path = kwargs.get("target_name", "")
-    kwargs.pop("parameter_name", None)  # None always: `guards` refuses target_parameters
+    kwargs.pop("parameter_name", None)  # None always: `MoSLoRAConfig` refuses target_parameters
     if getattr(config, "target_modules_to_tie", None) and not config.is_plain(path):
         raise AdapterError(
             "ensure_weight_tying with the embedding among the targets: the tied head would need the embedding's mixer "

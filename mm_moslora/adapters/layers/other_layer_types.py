@@ -6,7 +6,7 @@ Shapes: A ``[R, D_in]`` (embedding: a column per token; convolution: ``[R, C, h,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from peft.tuners import lora
 from peft.tuners.lora.layer import Conv2d as StockConv2d
@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import MultiheadAttention as StockAttention
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mm_moslora.adapters.layers.adapter_layers import Factors, MoSLoRALayer
+from mm_moslora.adapters.layers.adapter_layers import AdapterOptions, Factors, MoSLoRALayer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
 from mm_moslora.adapters.layers.lora_variants import (
     ConvolutionVariant,
@@ -24,9 +24,6 @@ from mm_moslora.adapters.layers.lora_variants import (
     EmbeddingVariant,
 )
 from mm_moslora.kernels.lora.lora_math import delta_weight
-
-if TYPE_CHECKING:
-    from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 
 
 class MoSLoRAEmbedding(MoSLoRALayer, StockEmbedding):
@@ -100,7 +97,7 @@ class MoSLoRAMultiheadAttention(MoSLoRALayer, StockAttention):
         self,
         base_layer: nn.MultiheadAttention,
         adapter_name: str,
-        config: MoSLoRAConfig,
+        config: AdapterOptions,
         r: int = 0,
         lora_alpha: int = 1,
         **kwargs: Any,

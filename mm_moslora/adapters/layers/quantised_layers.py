@@ -6,16 +6,14 @@ a word. Here a quantised layer gets a class of this package, or an error.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 
+from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
 from mm_moslora.adapters.layers.base_weights import Quantisation
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
-
-if TYPE_CHECKING:
-    from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 
 
 class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
@@ -26,7 +24,7 @@ class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
 
 
 def create_quantised_layer(
-    target: nn.Module, adapter_name: str, *, kind: Quantisation, config: MoSLoRAConfig, **kwargs: Any
+    target: nn.Module, adapter_name: str, *, kind: Quantisation, config: AdapterOptions, **kwargs: Any
 ) -> nn.Module:
     """The adapted layer around a quantised one.
 
