@@ -1,4 +1,4 @@
-"""Look at what an adapter learned: sizes, ranks and the shape of its mixers.
+"""Statistics of an adapter: sizes, ranks and the shape of its mixers.
 
 Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``; the update is ``s B M A``. Its singular values are found from
 R x R matrices (QR of A and B), never from a ``[D_out, D_in]`` one.
@@ -23,12 +23,12 @@ from mm_moslora.utils.files import output_file
 from mm_moslora.utils.run_paths import writing
 
 _SIGN = b"mm_moslora"
-"""Software that a picture names, so that it is replaced by a newer one."""
+"""Software that a picture names, which marks it as replaceable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleReport:
-    """What one adapted module learned."""
+    """Statistics of one adapted module."""
 
     path: str
     """Module path."""
@@ -41,7 +41,7 @@ class ModuleReport:
     norm_update: float
     """Frobenius norm of ``s B M A``."""
     effective_rank: float
-    """exp of the entropy of the update's normalised singular values: R when all are equal, 1 when one rules."""
+    """exp of the entropy of the update's normalised singular values: R when all are equal, 1 when one is dominant."""
     identity_distance: float
     """``|M - I| / |I|``; 0 for plain LoRA."""
     orthogonal_distance: float

@@ -36,7 +36,7 @@ FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
 FACTORS_B = (".lora_B.weight", ".lora_embedding_B")
 FACTORS = (*FACTORS_A, *FACTORS_B, MIXER)
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""What torch calls the module inside a wrapper: of torch.compile, of activation checkpointing, of FSDP."""
+"""Torch's names for the module inside a wrapper: torch.compile, activation checkpointing, FSDP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class PlainPair:
 
 
 def bare_name(name: str) -> str:
-    """A name of a module or a parameter as it is without wrappers."""
+    """A name of a module or a parameter without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
@@ -65,7 +65,7 @@ def named_as_modules(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
 
 
 def is_inner(path: str) -> bool:
-    """Whether a module path lies inside an adapted layer: the out_proj of `nn.MultiheadAttention`, adapted with it."""
+    """Whether a module path is inside an adapted layer, as the out_proj of `nn.MultiheadAttention` is."""
     return ".base_layer." in path
 
 
@@ -78,7 +78,7 @@ def adapted_path(name: str) -> str | None:
 
 
 def target_paths(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules to adapt, from the names of their factors; what lies inside an adapted module comes with it."""
+    """The modules to adapt, by the names of their factors, without modules inside adapted modules."""
     paths = (adapted_path(name) for name in tensors)
     return sorted(path for path in paths if path is not None and not is_inner(path))
 
@@ -107,7 +107,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The content of `moslora.json`, of a version and with the parts that this release reads.
 
     Raises:
-        AdapterError: another format or version, a part that is missing, damaged JSON.
+        AdapterError: another format or version, a missing part, or damaged JSON.
     """
     manifest = read_json(root / OWN_CONFIG)
     if manifest.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Merge an adapter into the base weights, and make sure that nothing changed but the speed."""
+"""Merge an adapter into the base weights, and check that the outputs stay the same."""
 
 from __future__ import annotations
 

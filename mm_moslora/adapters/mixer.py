@@ -2,8 +2,8 @@
 
 Shapes: ``R`` rank, ``D_in`` and ``D_out`` the adapted layer's widths; A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
-The update is ``s * B M A``. Cut A into R rows and B into R columns: M says with which weight every row meets every
-column (arXiv 2406.11909, section 3). Plain LoRA is M = I: each row meets its own column only.
+The update is ``s * B M A``. Cut A into R rows and B into R columns: M holds the weight of every pair of a column
+and a row (arXiv 2406.11909, section 3). Plain LoRA is M = I: each row is paired with its own column only.
 """
 
 from __future__ import annotations

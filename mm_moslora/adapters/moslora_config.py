@@ -155,7 +155,7 @@ class MoSLoRAConfig(LoraConfig):
         """Write `adapter_config.json` for stock PEFT; called by `PeftModel.save_pretrained` after the weights.
 
         When the weights with mixers lie in the folder already, the folder becomes the double folder of `save_adapter`:
-        stock PEFT would otherwise load them, drop the mixers and be wrong without a word.
+        stock PEFT would otherwise load them, drop the mixers and compute wrong results silently.
         """
         complete_folder(Path(save_directory), self, auto_mapping=kwargs.get("auto_mapping_dict"))
 
@@ -168,7 +168,7 @@ class MoSLoRAConfig(LoraConfig):
         Args:
             pretrained_model_name_or_path: a folder of `save_adapter`, or of stock PEFT (then: frozen identity mixer).
             subfolder: folder inside it.
-            **kwargs: as for `peft.LoraConfig.from_pretrained`, for folders that are not ours.
+            **kwargs: as for `peft.LoraConfig.from_pretrained`, for folders of other libraries.
         """
         folder = downloaded(pretrained_model_name_or_path, (OWN_CONFIG,), subfolder=subfolder, **kwargs)
         if folder is not None and (folder / OWN_CONFIG).is_file():

@@ -47,7 +47,7 @@ class MixerCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find out now, not after hours, that there is nothing to log."""
+        """Refuse a model without mixers before training starts."""
         model: nn.Module = kwargs["model"]
         layers = [layer for _, layer in named_adapter_layers(model) if layer.holds(self.adapter_name)]
         if not layers:

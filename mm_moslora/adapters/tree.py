@@ -1,4 +1,4 @@
-"""The module tree of a model that carries adapters: without wrappers, without what lies inside adapted layers."""
+"""The module tree of a model with adapters, without wrappers and without the insides of adapted layers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the base model with its path; adapters, and what lies inside them, are left out."""
+    """Every module of the base model with its path, without adapters and their insides."""
     stack: list[tuple[str, nn.Module]] = [("", base_model(model))]
     while stack:
         path, module = stack.pop()
@@ -66,7 +66,7 @@ def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]
 def base_fingerprint(model: nn.Module) -> str:
     """A hash of the base model's structure: module paths and sizes, without adapters, dtype or quantisation.
 
-    Two models with equal fingerprints can carry the same adapter; whether it makes sense there is for the ids to say.
+    Two models with equal fingerprints can carry the same adapter. Their ids decide whether it was made for both.
 
     Args:
         model: base model, or PEFT model.

@@ -1,4 +1,4 @@
-"""Layers whose weight the module around them reads instead of calling them: an adapter there would do nothing."""
+"""Layers that are not called, because the module around them reads their weight; an adapter there has no effect."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NEVER_CALLED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("EdgeTamVideoPromptEncoder", "Sam3TrackerPromptEncoder"), ("not_a_point_embed",)),
     "Sam3TrackerVideoPromptEncoder": ("not_a_point_embed",),
 }
-"""Children whose weight a class of transformers reads, by the class's name; torch's MultiheadAttention reads any."""
+"""Children that are not called but read, by the name of the parent's class; torch's MultiheadAttention reads any."""
 
 SOMETIMES_CALLED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("x_proj", "out_proj")),
@@ -60,7 +60,7 @@ SOMETIMES_CALLED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"), ("lm_head",)),
     "DiffusionGemmaDecoderModel": ("embed_tokens",),
 }
-"""Children whose weight goes to a function (a fused kernel, mostly) on one way and that are called on another."""
+"""Children that one code path calls, while another passes their weight to a function (mostly a fused kernel)."""
 
 
 def why_not_called(parent: nn.Module | None, name: str) -> str | None:

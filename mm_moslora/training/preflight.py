@@ -1,7 +1,7 @@
 """Checks before anything is loaded, from the recipe, file names and installed packages.
 
 `check_recipe` imports nothing heavy; the command line calls it first, and `launch` before it starts ranks.
-`check_libraries` asks the libraries that a run imports anyway. Both run before models and records are loaded.
+`check_libraries` imports the libraries of a run and asks them. Both run before models and records are loaded.
 """
 
 from __future__ import annotations

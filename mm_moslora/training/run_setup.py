@@ -170,16 +170,16 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         checkpoint_layers(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
     if recipe.train.compile is not None:
         compile_layers(model, recipe.train.compile)
-    if (said := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
-        logger.info("%s", said)
+    if (note := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
+        logger.info("%s", note)
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
     )
     dummy = dummy_image_example(assembly.image_processing) if assembly.image_processing else None
     module = LossModule(model, dummy, memory=StepFeatureCache(_feature_store(recipe.model, model)))
-    ours = is_multimodal(model) and not assembly.is_pretrained_vlm
-    projector = dict(model.model.multi_modal_projector.state_dict()) if ours else {}
-    newline = newline_of(model) if ours else None
+    assembled = is_multimodal(model) and not assembly.is_pretrained_vlm
+    projector = dict(model.model.multi_modal_projector.state_dict()) if assembled else {}
+    newline = newline_of(model) if assembled else None
     projector |= {} if newline is None else {NEWLINE: newline}
     frozen_projector = {
         name: value.detach().float().cpu().clone()

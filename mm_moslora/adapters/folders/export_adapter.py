@@ -68,7 +68,7 @@ def export_adapter(
 
     Raises:
         AdapterError: unknown layout, or an adapter that the layout cannot express.
-        ConfigError: an adapter lies there already.
+        ConfigError: the folder holds an adapter already.
         OSError: `out` cannot be written.
     """
     if layout not in get_args(Layout):

@@ -75,8 +75,8 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
     for path, pair in pairs.items():
         outside, layers, inside = path.partition("layers.")
         # A vision tower has layers of the same names.
-        ours = bool(layers) and not set(outside.split(".")) - {"", "model", "language_model"}
-        name = names.get_name(f"model.layers.{inside}" if ours else path)
+        decoder = bool(layers) and not set(outside.split(".")) - {"", "model", "language_model"}
+        name = names.get_name(f"model.layers.{inside}" if decoder else path)
         if name == "output" and model_config.get("tie_word_embeddings"):
             raise AdapterError(
                 f"{path} is tied to the embedding (tie_word_embeddings), and llama.cpp has no head of its own for it "

@@ -54,7 +54,7 @@ def load_adapter(
         adapter_name: the adapter's name in PEFT.
         trainable: whether it is going to train; if not, the model is put into evaluation mode. A plain LoRA folder
             gets a trainable identity mixer when it trains, a frozen one (plain LoRA) otherwise.
-        base: what the base model is; an entry that contradicts the folder's is an error.
+        base: identity of the base model; an entry that contradicts the folder's is an error.
         autocast_adapter_dtype: keep the factors in float32 when the base is in half precision.
 
     Returns:
@@ -92,7 +92,7 @@ def load_adapter(
 
 
 def _read_for(model: nn.Module, folder: str | Path, base: Mapping[str, Any], *, trainable: bool) -> AdapterFolder:
-    """Read a folder and check it against the model and what is known of it."""
+    """Read a folder and check it against the model and the identity of its base."""
     content = read_folder(folder, trainable=trainable)
     config, source = content.config, str(folder)
     _check_base(model, content.base, base, source)
@@ -117,9 +117,9 @@ def _set_values(
 def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> int:
     """Set the factors of an adapter that do not train to those of its folder, bit for bit.
 
-    They are buffers, which no optimiser's state brings back, and making them anew is not exact: singular vectors
-    (`factor_form="svd"`) have other signs with another number of threads or on another device, and the mixer that was
-    trained between them would then mean something else.
+    They are buffers, so the optimiser's state does not hold them. Computing them again is not exact: with another
+    number of threads or on another device, singular vectors (`factor_form="svd"`) may have other signs, which do not
+    fit the trained mixer.
 
     Args:
         model: holds the adapter.
@@ -150,7 +150,7 @@ def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name
 
 
 def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder, source: str) -> None:
-    """Refuse values for an adapter that is there and computes something else with them."""
+    """Refuse values for an existing adapter that would compute other outputs with them."""
     layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
     found = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
     expected = expected_shapes(model, adapter_name)
@@ -181,7 +181,7 @@ def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder
 
 @contextmanager
 def _usable(source: str) -> Iterator[None]:
-    """PEFT checks an option where it uses it, and some not at all."""
+    """Turn PEFT's errors about a configuration into `AdapterError`; it checks many options only where it uses them."""
     try:
         yield
     except AdapterError:
@@ -191,7 +191,7 @@ def _usable(source: str) -> Iterator[None]:
 
 
 def _misfit(model: peft.PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> str | None:
-    """What of an adapter's tensors, besides A, M and B, does not fit the model that it was put into."""
+    """Why an adapter's tensors do not fit the model that it was put into; None if they do."""
     wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     lost = wanted.keys() - tensors.keys()
     if lost:
@@ -245,7 +245,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
 
 
 def _shapes_by_rank(content: AdapterFolder) -> dict[str, tuple[int, ...]]:
-    """What factors of these ranks look like, for readers that have no model; widths are taken as they are."""
+    """Expected shapes of the factors by rank, for readers without a model; widths are taken from the tensors."""
     config, tensors = content.config, content.tensors
     shapes: dict[str, tuple[int, ...]] = {}
     for name, A in tensors.items():

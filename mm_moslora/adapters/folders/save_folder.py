@@ -67,7 +67,7 @@ def save_adapter(
 
 @dataclass(frozen=True, kw_only=True)
 class TakenAdapter:
-    """An adapter taken out of its model, to be written without it: while the model trains on, say."""
+    """An adapter taken out of its model, so that it can be written while the model trains."""
 
     config: AdapterOptions
     tensors: dict[str, Tensor]
@@ -88,7 +88,7 @@ def take_adapter(
     state: Mapping[str, Tensor] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> TakenAdapter:
-    """What `save_adapter` writes. Tensors that are float32 on the CPU are not copied; see there for the rest."""
+    """The adapter that `save_adapter` writes; tensors that are float32 on the CPU are not copied."""
     model = unwrapped(model)
     config = adapter_config(model, adapter_name)
     return TakenAdapter(
@@ -161,22 +161,22 @@ def adapter_tensors(
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without what wrappers and PEFT put into it."""
+    """A parameter's name without the parts that wrappers and PEFT add."""
     return re.sub(r"^(module\.)*", "", bare_name(name)).removeprefix(PREFIX)
 
 
 def check_tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, source: str = "The adapter"
 ) -> None:
-    """Refuse factors that are not what the model needs.
+    """Refuse factors that do not fit the model.
 
     Args:
         tensors: name to tensor.
         shapes: every name that must be there, and its shape.
-        source: what holds them, for the message.
+        source: their folder or model, for the message.
 
     Raises:
-        AdapterError: a factor is missing, unknown, empty, of another shape or no floats, or holds NaN or infinity.
+        AdapterError: a factor is missing, unknown or empty, has another shape or dtype, or holds NaN or infinity.
     """
     factors = {name for name in tensors if name.endswith(FACTORS)}
     for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
@@ -213,8 +213,8 @@ def write_folder(
     Args:
         folder: made if missing.
         config: the adapter's configuration.
-        tensors: A, M, B and whatever else PEFT saves, in float32.
-        base: what to remember about the base model.
+        tensors: A, M, B and the other tensors that PEFT saves, in float32.
+        base: identity of the base model.
         auto_mapping: PEFT's class hint for models without a task type.
     """
     paths = target_paths(tensors)
@@ -248,7 +248,7 @@ def fold_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors contiguous and without shared memory (tied modules that train whole), as safetensors wants them."""
+    """Contiguous tensors without shared memory, as safetensors requires; tied modules that train whole share it."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -308,7 +308,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
 
     Args:
         folder: holds `adapter_model.safetensors` with mixers inside; without it, only the configuration is written.
-        config: the adapter's configuration. In a folder that is a double folder already it is all that is written.
+        config: the adapter's configuration; all that is written where the folder is a double folder already.
         auto_mapping: PEFT's class hint.
 
     Raises:
@@ -326,7 +326,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
             _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
             _write_json(folder / OWN_CONFIG, _manifest(config_to_dict(config), files={}, base={}))
         return
-    if _is_fold(folder):  # of what lies beside it: those are the factors, and this is the configuration alone
+    if _is_fold(folder):  # it is a double folder already; only the configuration is new
         base = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["base"]
         write_folder(folder, config, load_file(folder / OWN_WEIGHTS), base=base, auto_mapping=auto_mapping)
         return
@@ -344,7 +344,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
 
 
 def _is_fold(folder: Path) -> bool:
-    """Whether the folded weights that stock PEFT reads are the fold of A, M and B beside them."""
+    """Whether the folded weights are the fold of A, M and B in the same folder."""
     try:
         manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
         return all(sha256_of(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))

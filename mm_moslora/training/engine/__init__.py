@@ -40,7 +40,7 @@ __all__ = [
 
 
 def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) -> None:
-    """Refuse, before there is a model, what the engine that `train.zero` asks for refuses.
+    """Check the settings of the engine that `train.zero` names, before a model is loaded.
 
     Args:
         train: the recipe's `train`.
@@ -48,7 +48,7 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
         max_grad_norm: from `optim`.
 
     Raises:
-        ConfigError: DeepSpeed is missing or takes neither the settings nor the precision.
+        ConfigError: DeepSpeed is missing, or it refuses the settings or the precision.
     """
     if train.zero == "none":
         return
@@ -75,7 +75,7 @@ def build_engine(
     precision: str,
     optimizer: OptimizerSettings,
 ) -> Engine:
-    """The engine that `train.zero` asks for.
+    """The engine that `train.zero` names.
 
     Args:
         module: on the CPU.
@@ -91,7 +91,7 @@ def build_engine(
     try:
         return DeepSpeedEngine(module, groups, optimizer, config)
     except Exception as error:
-        lost = isinstance(error, MoSLoRAError | RuntimeError | OSError)  # ours, a rank's or the machine's
+        lost = isinstance(error, MoSLoRAError | RuntimeError | OSError)  # of this project, of a rank or of the machine
         if lost or not train.zero.endswith(".json"):
             raise
         raise deepspeed_refuses(train.zero, error) from error

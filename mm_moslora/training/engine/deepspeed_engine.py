@@ -42,8 +42,8 @@ class DeepSpeedEngine(Engine):
         self.max_grad_norm = optimizer.max_grad_norm
         if self.stage == 3 and self.manifold.factors:
             raise ConfigError(
-                "The adapter's factors are to stay orthonormal (factor_form), which takes whole matrices, and "
-                "train.zero is a ZeRO-3: it has them whole only while their layer computes. Choose zero0 to zero2."
+                "adapter.factor_form is orthonormal, which needs whole matrices, but train.zero is a ZeRO-3, which "
+                "gathers a matrix only while its layer computes. Choose zero0 to zero2."
             )
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
         precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
@@ -63,7 +63,7 @@ class DeepSpeedEngine(Engine):
     def _begin_step(self, with_images: list[float]) -> None:
         deepspeed_patches.clear_gradients(self.engine, self.stage)
         if deepspeed_patches.offloads(self.engine, self.stage) and any(with_images):
-            # Only what the last micro-batch uses is handed to the optimiser, so it must use the vision path, too.
+            # The optimiser gets gradients only of parameters that the last micro-batch uses: run the vision path there.
             with_images[-1] = max(1.0, with_images[-1])
 
     def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor:
@@ -74,7 +74,7 @@ class DeepSpeedEngine(Engine):
         return self.engine(batch, needs_vision, right=right)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        if self.stage == 0:  # its optimiser of stage 0 divides gradients by the scale that nobody multiplied (0.19)
+        if self.stage == 0:  # its optimiser divides gradients by a loss scale that was never applied (0.19)
             loss = loss * self.loss_scale
         # The loss is already divided by the step's token count, so accumulation must not divide again.
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -84,7 +84,7 @@ class DeepSpeedEngine(Engine):
         own_norm = self._gradient_norm() / self.loss_scale if self.stage == 0 else None
         rescales = bool(self.scaler_state())  # fp16: must see the overflow to lower its scale
         if own_norm is not None and not rescales and not (math.isfinite(loss) and math.isfinite(own_norm)):
-            # Stages 1 to 3 skip a step whose gradients are not finite by themselves; stage 0 would apply it.
+            # Stages 1 to 3 skip a step with gradients that are not finite; stage 0 would apply it.
             self.engine.zero_grad()
             self.engine.optimizer.zero_grad()
             return Update(total=loss, right=right, grad_norm=own_norm, applied=False)
@@ -123,7 +123,7 @@ class DeepSpeedEngine(Engine):
         return {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)} if dynamic else {}
 
     def _gradient_norm(self) -> float:
-        """Stage 0: gradients are whole and already averaged on every rank, and deepspeed does not tell their norm."""
+        """Stage 0: gradients are whole and averaged on every rank, and DeepSpeed does not compute their norm."""
         gradients = [p.grad.float() for _, p in self._named_trainable() if p.grad is not None]
         if not gradients:
             return 0.0

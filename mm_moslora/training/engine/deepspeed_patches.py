@@ -1,7 +1,7 @@
 """What the project replaces and corrects in a live DeepSpeed engine, and why.
 
 No upstream issue is known for any of it. The tests (`tests/training/test_deepspeed_patches.py`) fail when an installed
-release changes what a patch stands on.
+release changes what a patch relies on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mm_moslora.adapters.layers.fused_linear import FusedLinear
 
 
 def skip_shared_memory_operator() -> None:
-    """On CPUs: leave out an operator that only inference uses; it builds for minutes, and not at all without ninja."""
+    """On CPUs: leave out an operator that only inference uses. It takes minutes to build, and needs ninja."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

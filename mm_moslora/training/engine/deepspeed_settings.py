@@ -1,4 +1,4 @@
-"""DeepSpeed's settings: a preset or file, filled with what the recipe decides; and its start on this machine."""
+"""DeepSpeed's settings, from a preset or file and the recipe, and its start on this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PERSISTENT = 1_000_000
 def deepspeed_config(
     train: TrainConfig, precision: str, max_grad_norm: float, *, largest_adapter: int = 0
 ) -> dict[str, Any]:
-    """A preset or file, filled with what the recipe decides.
+    """A preset or file with the values of the recipe filled in.
 
     Args:
         train: the recipe's `train`.
@@ -86,15 +86,15 @@ def deepspeed_config(
 def check_settings(config: dict[str, Any], zero: str) -> None:
     """Have DeepSpeed read the settings of a user's file, so that it refuses them before a model is loaded.
 
-    Outside its groups DeepSpeed passes over keys that it does not know: one that resembles a known key is refused here,
-    others are named.
+    Outside its groups DeepSpeed ignores unknown keys. A key that resembles a known one is refused here; a warning names
+    the others.
 
     Args:
         config: from `deepspeed_config`.
         zero: the recipe's `train.zero`, a JSON file.
 
     Raises:
-        ConfigError: with DeepSpeed's words, or a key that it does not know.
+        ConfigError: DeepSpeed refuses the file, or a key resembles a known one.
     """
     import deepspeed
 
@@ -111,7 +111,7 @@ def check_settings(config: dict[str, Any], zero: str) -> None:
 
 
 def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:
-    """What to say of a file that DeepSpeed does not take.
+    """The error for a file that DeepSpeed refuses.
 
     Args:
         zero: the file.
@@ -125,7 +125,7 @@ def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:
 
 
 class _Noted(dict[str, Any]):
-    """Settings that note which keys are asked for, also in copies of them."""
+    """Settings that record the keys that are read, also in copies of them."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__(content)
@@ -144,7 +144,7 @@ class _Noted(dict[str, Any]):
         return super().__contains__(key)
 
     def keys(self) -> Any:
-        return KeysView(self)  # whose `in` asks here
+        return KeysView(self)  # its `in` calls `__contains__`
 
 
 def largest_adapter(groups: Iterable[ParameterGroup]) -> int:
@@ -154,7 +154,7 @@ def largest_adapter(groups: Iterable[ParameterGroup]) -> int:
 
 
 def import_deepspeed(zero: str) -> None:
-    """Import DeepSpeed, told which device it is for.
+    """Import DeepSpeed for the device of this machine.
 
     Args:
         zero: the recipe's `train.zero`.
@@ -165,7 +165,7 @@ def import_deepspeed(zero: str) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
-    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # deepspeed insists on it
+    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # DeepSpeed requires it
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
@@ -176,7 +176,7 @@ def import_deepspeed(zero: str) -> None:
 
 
 def prepare_deepspeed(zero: str) -> None:
-    """Make DeepSpeed start, on a machine without a compiler, too.
+    """Start DeepSpeed, also on a machine without a compiler.
 
     Args:
         zero: the recipe's `train.zero`.
@@ -194,7 +194,7 @@ def prepare_deepspeed(zero: str) -> None:
 
 
 def _warn_of_stale_locks() -> None:
-    """A build that was killed leaves a lock; whoever needs the same operator then waits for it without a word."""
+    """Warn of the locks that killed builds leave: a process that needs the same operator waits for them silently."""
     folder = extensions_folder(os.environ)
     locks = stale_locks(folder) if folder.is_dir() and distributed.local_rank() == 0 else []
     if locks:

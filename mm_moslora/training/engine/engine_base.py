@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LossModule(nn.Module):
-    """What an engine wraps: a micro-batch in, the sum of its token losses out."""
+    """The module that an engine wraps: it maps a micro-batch to the sum of its token losses."""
 
     def __init__(
         self, model: PreTrainedModel, dummy: Example | None, *, memory: StepFeatureCache | None = None
@@ -37,7 +37,7 @@ class LossModule(nn.Module):
         self.model = model
         self.dummy = None if dummy is None else Batch.from_examples([dummy])
         self.pictures = StepFeatureCache() if memory is None else memory
-        """What a frozen tower has already encoded."""
+        """Features that a frozen tower has already computed."""
 
     def forward(self, batch: Batch, needs_vision: bool, right: Tensor | None = None) -> Tensor:
         """Sum of cross entropies over the batch's supervised tokens, fp32 scalar.
@@ -54,7 +54,7 @@ class LossModule(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimiser step did."""
+    """The result of one optimiser step."""
 
     loss: float
     """Mean cross entropy per supervised token, over all ranks."""
@@ -71,30 +71,30 @@ class StepResult:
     samples: int = 0
     """Over all ranks."""
     right_tokens: int = 0
-    """Supervised tokens than which no other was more probable, over all ranks."""
+    """Supervised tokens that had the highest probability, over all ranks."""
     wait_seconds: float = field(default=0.0, compare=False)
-    """For which this rank waited at the start of the step until the others had come."""
+    """Seconds that this rank waited for the others at the start of the step."""
     own_loss_is_finite: bool = True
-    """Whether this rank's part of the loss is finite; looked at where the step was skipped."""
+    """Whether this rank's part of the loss is finite; checked only for skipped steps."""
     rescaling: bool = False
-    """A skipped step that only means that fp16's loss scale was still too large; it has been lowered."""
+    """Whether the step was skipped because the loss scale of fp16 was too large; it has been lowered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSums:
-    """What was measured on some batches, over all ranks."""
+    """Sums over some batches of all ranks."""
 
     loss: float
     """Sum of the cross entropies."""
     right: float
-    """Supervised tokens than which no other was more probable."""
+    """Supervised tokens that had the highest probability."""
     tokens: float
     """Supervised tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What came of the end of a step."""
+    """The result of the optimiser's part of a step."""
 
     total: float
     """Sum of all token losses."""
@@ -163,10 +163,10 @@ class Engine(ABC):
     """Runs optimiser steps and keeps the optimiser's state."""
 
     shares_products = True
-    """Micro-batches share the adapters' products; ZeRO-3 has the factors whole within a layer's passes only."""
+    """Whether micro-batches share the adapters' products; ZeRO-3 gathers the factors within a layer's passes only."""
 
     replicated = False
-    """Every rank holds all pieces."""
+    """Whether every rank holds all pieces."""
 
     def __init__(self, module: LossModule, groups: Sequence[ParameterGroup]) -> None:
         self.module = module
@@ -193,11 +193,11 @@ class Engine(ABC):
         wait_seconds = time.monotonic() - started
         self._begin_step(with_images)
         self.module.pictures.begin_step(micro_batches)
-        # Added up where it is computed, and read when everything is under way: the host waits for the device once.
+        # The sums stay on the device and are read after the last backward pass, so that the host waits once.
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         scale = distributed.world_size() / max(1.0, supervised)
-        # Towers sit out micro-batches without pictures; what is shared must be part of the last one.
+        # Towers are skipped in micro-batches without pictures, and a shared product must be part of the last one.
         sharing = one_product_per_step(self.module, leave_out=TOWER_NAMES) if self.shares_products else nullcontext()
         with sharing as window:
             for index, batch in enumerate(micro_batches):
@@ -323,7 +323,7 @@ class Engine(ABC):
         return [(piece.name, piece.start, piece.master) for piece in self.pieces()]
 
     def _on_manifold(self) -> dict[str, Tensor]:
-        kept = self.manifold.factors  # engines without it are not asked for their pieces
+        kept = self.manifold.factors  # without factors, the pieces are not collected
         return self.manifold.whole(self._masters(), replicated=self.replicated) if kept else {}
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:

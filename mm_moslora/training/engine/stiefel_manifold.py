@@ -1,6 +1,6 @@
 """Adapter factors that an engine keeps orthonormal: gradients projected, masters pulled back after every step.
 
-The optimiser holds masters, and under ZeRO pieces of them on every rank; the manifold is a matter of whole matrices.
+The optimiser holds masters, under ZeRO in pieces on every rank. A step on the manifold needs whole matrices.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from mm_moslora.launch.launcher import REQUESTS_TO_END_UNSAVED, RequestCounter
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _AGAIN_SECONDS = 30.0
-"""Delay before the exception is raised again, where Python or a library swallowed it (in a finaliser, say)."""
+"""Delay before the exception is raised again, where Python or a library swallowed it (in a finaliser, for example)."""
 
 
 class Stopped(KeyboardInterrupt):
