@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora.batch import Example
-from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
+from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
@@ -156,7 +156,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     assert training_set is not None
     validation_set = _data_set(recipe, assembly, validation=True)
     if checkpoint is None:
-        _start_projector(recipe, assembly, training_set)
+        _start_projector(recipe.model.projector, assembly, training_set)
     model = assembly.model.train()
     if not needs_padding(model):
         attention = training_attention(model, recipe.model.attention, device=distributed.device())
@@ -242,12 +242,12 @@ def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool) -> TrainingS
 
 
 @torch.no_grad()
-def _start_projector(recipe: Recipe, assembly: Parts, data: TrainingSet) -> None:
-    """Fit a new projector to pictures of the training data and their answers, as the recipe asks.
+def _start_projector(wanted: ProjectorConfig, assembly: Parts, data: TrainingSet) -> None:
+    """Fit a new projector to pictures of the training data and their answers, as its configuration asks.
 
     Rank 0 computes on the device that it trains on; the other ranks get its weights.
     """
-    model, wanted = assembly.model, recipe.model.projector
+    model = assembly.model
     if not is_multimodal(model) or assembly.is_pretrained_vlm or wanted.weights:
         return
     if not (wanted.fit_to_answers or wanted.scale_to_embeddings):
