@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the newest valid one, those that are put aside, and those that are deleted.
+"""The checkpoints of a run: the choice of the newest valid one, renaming of others, and deletion of old ones.
 
 `latest` is a hint for people; resuming takes the newest valid folder.
 """

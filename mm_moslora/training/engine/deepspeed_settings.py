@@ -107,7 +107,7 @@ def check_settings(config: dict[str, Any], zero: str) -> None:
         if close := difflib.get_close_matches(key, given.asked, n=1, cutoff=0.8):
             raise ConfigError(f"train.zero {zero}: DeepSpeed knows no key {key!r}. Did you mean {close[0]!r}?")
         if distributed.is_main():
-            logger.warning("train.zero %s: DeepSpeed knows no key %r and passes over it.", zero, key)
+            logger.warning("train.zero %s: DeepSpeed knows no key %r and ignores it.", zero, key)
 
 
 def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:

@@ -47,7 +47,7 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[En
     began: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
     if stages:
         began["stages"] = list(stages)
-    before = _told(folder)
+    before = _read_state(folder)
     if distributed.is_main():
         _write(folder, {"state": "running", **began})
     ending = Ending()
@@ -65,7 +65,7 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[En
         }
         if distributed.is_main():
             _write(folder, over if before is None or ending.begun else before)
-        elif reason and (ending.begun or 0 in ranks) and (_told(folder) or {}).get("state") == "running":
+        elif reason and (ending.begun or 0 in ranks) and (_read_state(folder) or {}).get("state") == "running":
             _write(folder, over)
         raise
     if distributed.is_main():
@@ -80,13 +80,13 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
         reason: why it fails.
         ranks: the ranks to blame.
     """
-    told = _told(folder)
+    told = _read_state(folder)
     if told is not None and told.get("state") == "running":
         over = {"state": "failed", "reason": redact_text(reason), "ranks": list(ranks), "ended": time.time()}
         _write(folder, told | over)
 
 
-def _told(folder: Path) -> dict[str, Any] | None:
+def _read_state(folder: Path) -> dict[str, Any] | None:
     """The current content of the file; None where it is missing or damaged."""
     try:
         return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))

@@ -1,5 +1,5 @@
-"""Stopping on request. Before there is anything to save, a signal ends the program at once. Later it sets a flag; the
-loop shares the flag between all ranks at the same step, and they save and exit.
+"""Stopping on request. Before there is anything to save, a signal ends the program at once. Later it sets a flag: all
+ranks learn of it at the same step, save and exit.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         signal.setitimer(signal.ITIMER_REAL, 0.0)  # an exception that was swallowed before takes effect here
-        self._previous = _heard_by(self._remember)
+        self._previous = _install(self._remember)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _put_back(self._previous)
+        _restore(self._previous)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -62,7 +62,7 @@ class StopRequest:
             raise Stopped
 
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        previous = _heard_by(leave, unless_ignored=True) if alone else {}
+        previous = _install(leave, unless_ignored=True) if alone else {}
         if previous:
             previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, leave)
         try:
@@ -71,7 +71,7 @@ class StopRequest:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            _put_back(previous)
+            _restore(previous)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
@@ -79,7 +79,7 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-def _heard_by(handler: Callable[[int, FrameType | None], None], *, unless_ignored: bool = False) -> dict[int, Any]:
+def _install(handler: Callable[[int, FrameType | None], None], *, unless_ignored: bool = False) -> dict[int, Any]:
     """Install a handler for the signals; returns the previous handlers."""
     numbers = [n for n in _SIGNALS if not (unless_ignored and signal.getsignal(n) == signal.SIG_IGN)]
     try:
@@ -88,6 +88,6 @@ def _heard_by(handler: Callable[[int, FrameType | None], None], *, unless_ignore
         return {}
 
 
-def _put_back(previous: dict[int, Any]) -> None:
+def _restore(previous: dict[int, Any]) -> None:
     for number, handler in previous.items():
         signal.signal(number, handler)

@@ -229,7 +229,7 @@ class Watchdog:
     def verdict(self) -> Blame:
         """The ranks to blame; waits a moment for ranks that are about to fail."""
         if self._thread.ident is None:  # the files in the folder are of an earlier start
-            return _no_word(set(range(distributed.world_size())) - {distributed.rank()})
+            return _without_heartbeat(set(range(distributed.world_size())) - {distributed.rank()})
         self._note_standstill()
         deadline = time.monotonic() + _CULPRIT_SECONDS
         while True:
@@ -251,7 +251,7 @@ class Watchdog:
             text = "; ".join(text for _, text in told)
             return Blame(text=f"{text}.", ranks=tuple(dict.fromkeys(beat.rank for beat, _ in told)))
         if missing := set(range(distributed.world_size())) - {beat.rank for beat in beats}:
-            return _no_word(missing)
+            return _without_heartbeat(missing)
         if len(beats) == 1:
             return Blame(text="There is one rank only.")
         return Blame(
@@ -295,10 +295,10 @@ class Watchdog:
         return [(beat, f"{beat.who} is behind, at step {beat.step} ({beat.phase})") for beat in behind]
 
 
-def _no_word(missing: set[int]) -> Blame:
+def _without_heartbeat(missing: set[int]) -> Blame:
     """Ranks without a heartbeat; at least one of them is to blame."""
     names = ", ".join(f"rank {rank}" for rank in sorted(missing)[:8])
-    text = f"There is no word of {names}{', ...' if len(missing) > 8 else ''}: see what was printed there."
+    text = f"No heartbeat came from {names}{', ...' if len(missing) > 8 else ''}: see the output there."
     return Blame(text=text, ranks=tuple(missing) if len(missing) == 1 else ())
 
 
