@@ -1,6 +1,6 @@
 """Measures the peak resident memory of two training steps, each size in a process of its own; JSON on stdout.
 
-First argument: a folder to write into; second: `text` or `towers`.
+Argument: a folder to write into.
 """
 
 from __future__ import annotations
@@ -30,11 +30,8 @@ from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngin
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.utils.hardware import keep_freed_memory
 
-SIZES = (
-    (256, 6, 2048, "none"), (384, 6, 1536, "none"), (512, 8, 1024, "none"), (768, 6, 1024, "none"),
-    (768, 6, 1024, "nf4"),
-)  # fmt: skip
-"""Width, layers, tokens, quantisation."""
+SIZES = ((256, 6, 2048, "none"), (768, 6, 1024, "none"), (768, 6, 1024, "nf4"))
+"""Width, layers, tokens, quantisation: activations take the most, weights do, and weights would."""
 TOWERS = (False, True)
 """Checkpointing of a tower with adapters."""
 PICTURES, TOKENS = 4, 1200
@@ -157,27 +154,25 @@ def write_tower(folder: Path) -> None:
 
 
 def main() -> None:
-    """One child per size."""
-    folder, what = Path(sys.argv[1]), sys.argv[2]
+    """One child per size, and two of a tower."""
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     assert CHUNK_BYTES
     importlib.import_module("bitsandbytes")  # so that no child's memory grows by it
     keep_freed_memory()  # as `train` does
     torch.randn(256, 256) @ torch.randn(256, 256)
-    if what == "towers":
-        write_tower(folder)
-        given = with_tower(folder, checkpointing=False)
-        build_meta_model(given.model, given.adapter)  # imports what it needs
-        for checkpointing in TOWERS:
-            found = in_child(lambda checkpointing=checkpointing: run_tower(folder, checkpointing))
-            print(json.dumps({"checkpointing": checkpointing} | found), flush=True)
-        return
     for width, layers, tokens, quantisation in SIZES:
         own = folder / str(width)
         configuration(width, layers).save_pretrained(own)
         found = in_child(lambda own=own, tokens=tokens, kind=quantisation: run(own, tokens, kind))
         known = {"width": width, "tokens": tokens, "quantisation": quantisation}
         print(json.dumps(known | found), flush=True)
+    write_tower(folder / "seeing")
+    given = with_tower(folder / "seeing", checkpointing=False)
+    build_meta_model(given.model, given.adapter)  # imports what it needs
+    for checkpointing in TOWERS:
+        found = in_child(lambda checkpointing=checkpointing: run_tower(folder / "seeing", checkpointing))
+        print(json.dumps({"checkpointing": checkpointing} | found), flush=True)
 
 
 if __name__ == "__main__":
