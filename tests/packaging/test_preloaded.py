@@ -78,6 +78,24 @@ def test_signals_reach_it_and_its_end_by_one_is_told(number: signal.Signals, pyt
         assert process.wait(60) == -number
 
 
+def test_a_signal_that_is_blocked_waits_until_the_process_asks_for_it(python: Preloaded) -> None:
+    """As under `env --block-signal`."""
+    code = (
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7)); print('there', flush=True);"
+        "found = [signal.sigtimedwait([signal.SIGTERM], 0.01) for _ in iter(signal.sigpending, {signal.SIGUSR1})];"
+        "print('waits', flush=True); signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])"
+    )
+    process = subprocess.Popen(
+        ["env", "--block-signal=USR1", python.ours, "-c", f"import signal, sys; {code}"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=60)[0] == "waits\n"
+    assert process.returncode == 7
+
+
 def test_it_ends_when_the_command_is_killed(python: Preloaded) -> None:
     process, pid = _started(python, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
     process.kill()

@@ -84,10 +84,11 @@ def _path() -> str:
 
 def _stand_in(executable: str, place: str, arguments: list[str]) -> None:
     """Be the command: ask for the process, hand signals on, and end as it ends."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none within the question, and some until it asks
     ignored = [int(number) for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
     files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_handed_on(number)]
     asked = {"executable": executable, "arguments": arguments, "folder": os.getcwd(), "ignored": ignored,
-             "environment": dict(os.environ), "files": files}  # fmt: skip
+             "blocked": [*map(int, blocked)], "environment": dict(os.environ), "files": files}  # fmt: skip
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(place)
 
@@ -95,13 +96,12 @@ def _stand_in(executable: str, place: str, arguments: list[str]) -> None:
             connection.send(bytes([number]))
 
         content = json.dumps(asked).encode()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # no signal within the question
         socket.send_fds(connection, [len(content).to_bytes(4, "little")], files)
         connection.sendall(content)
         for number in SIGNALS:
             if number not in ignored:
                 signal.signal(number, hand_on)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         status = int.from_bytes(connection.recv(4), "little")
     if os.WIFSIGNALED(status):
         import resource
@@ -184,6 +184,7 @@ def _keep(connection: socket.socket) -> None:
     content, size = b"", int.from_bytes(head, "little")
     while len(content) < size:
         content += connection.recv(size - len(content))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the process has its own
     process = os.fork()
     if process == 0:
         connection.close()
@@ -226,6 +227,7 @@ def _become(asked: dict, files: list[int]) -> None:
     for number in SIGNALS:  # not those of the tests, which a shell may have started with Ctrl-C ignored
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in asked["ignored"] else usual)
+    signal.pthread_sigmask(signal.SIG_SETMASK, asked["blocked"])
     torch.set_num_threads(
         torch.get_num_threads()
     )  # as mm_moslora.utils.hardware.renew_threads does; "stock" is without it
