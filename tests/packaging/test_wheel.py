@@ -25,7 +25,7 @@ from mm_moslora.planning.doctor import diagnose
 assert "site-packages" in mm_moslora.__file__, mm_moslora.__file__
 assert {"torch", "onnx", "open-clip-torch"} <= {finding.name for finding in diagnose()}
 gpus = ["--gpus", "8xA100-80G", "--samples", "1000", "--tokens-per-sample", "400"]
-for name in ("llava15_7b_moslora", "qwen25_vl_7b_moslora", "quickstart_tune"):
+for name in ("llava15_7b_moslora", "qwen3_vl_8b_moslora", "quickstart_tune"):
     assert run(["plan", name, *gpus]) == 0
 assert run(["eval", "list"]) == 0
 assert run(["train", *sys.argv[1:]]) == 0
