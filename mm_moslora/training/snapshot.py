@@ -12,7 +12,6 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +181,7 @@ class OptimizerState:
         (folder / OPTIMIZER_DETAILS).write_text(json.dumps(details), encoding="utf-8")
 
 
+@torch.no_grad()
 def load_optimizer(engine: Engine, folders: Sequence[Path]) -> None:
     """Read the optimiser state that any number of ranks on any ZeRO stage wrote into an engine.
 
@@ -190,58 +190,65 @@ def load_optimizer(engine: Engine, folders: Sequence[Path]) -> None:
         folders: one per rank that wrote.
 
     Raises:
-        CheckpointError: the state is incomplete, or that of another model.
+        CheckpointError: a folder or a part of a parameter is missing, or a parameter has another size.
     """
-    with StoredOptimizer(folders) as stored:
-        stored.fill(engine.pieces())
-        engine.refresh(lambda name: stored.whole(MASTER, name), stored.scaler)
+    stored = StoredOptimizer(folders)
+    groups: dict[int, list[Piece]] = defaultdict(list)
+    for piece in engine.pieces():
+        for kind, target in {MASTER: piece.master, **piece.moments}.items():
+            value = stored.whole(kind, piece.name)
+            if piece.start + target.numel() > value.numel():
+                raise CheckpointError(
+                    f"{folders[0].parent}: {piece.name} has {value.numel()} elements, expected at least "
+                    f"{piece.start + target.numel()}."
+                )
+            target.copy_(value.narrow(0, piece.start, target.numel()))
+        groups[id(piece.step)].append(piece)
+    for members in groups.values():
+        # A flat group has one count. Parameters that were stepped alone may differ; the largest count is taken.
+        members[0].step.fill_(max(stored.steps.get(piece.name, 0.0) for piece in members))
+    engine.refresh(lambda name: stored.whole(MASTER, name), stored.scaler)
 
 
 class StoredOptimizer:
-    """The pieces that all ranks of a checkpoint wrote, as whole parameters. Use it in a `with` block.
+    """The optimiser state of all ranks of a checkpoint.
 
     Args:
         folders: one per rank that wrote.
 
     Raises:
-        CheckpointError: a folder without state.
+        CheckpointError: there is no folder, or one without state.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
         self.steps: dict[str, float] = {}
         self.scaler: dict[str, float] = {}
-        self._places: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
-        self._files = ExitStack()
+        self._parts: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
         if not self.folders:
             raise CheckpointError("The checkpoint holds no trainer state, expected one folder per rank.")
-
-    def __enter__(self) -> StoredOptimizer:
         for folder in self.folders:
             try:
                 details = json.loads((folder / OPTIMIZER_DETAILS).read_text(encoding="utf-8"))
-                file = self._files.enter_context(safe_open(folder / OPTIMIZER, framework="pt"))
+                file = safe_open(folder / OPTIMIZER, framework="pt")
             except OSError as error:
                 raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
             self.steps |= details["steps"]
             self.scaler = self.scaler or details["scaler"]
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 kind, start, name = key.split(".", 2)
-                self._places[kind, name].append((int(start), file, key))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
+                self._parts[kind, name].append((int(start), file, key))
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """One flat fp32 tensor, put together from its pieces.
+        """One flat fp32 tensor, put together from its parts.
 
         Raises:
-            CheckpointError: a gap between pieces.
+            CheckpointError: it is missing, or there is a gap between parts.
         """
-        places = sorted(self._places[kind, name], key=lambda place: place[0])
+        if (kind, name) not in self._parts:
+            raise CheckpointError(f"{self.folders[0].parent} has no state of {name}, which trains.")
         parts, end = [], 0
-        for start, file, key in places:
+        for start, file, key in sorted(self._parts[kind, name], key=lambda part: part[0]):
             if start != end:
                 raise CheckpointError(
                     f"{self.folders[0].parent}: {kind} of {name} has a gap at element {end}, the next piece starts at "
@@ -250,30 +257,6 @@ class StoredOptimizer:
             parts.append(file.get_tensor(key))
             end += parts[-1].numel()
         return torch.cat(parts)
-
-    @torch.no_grad()
-    def fill(self, pieces: Sequence[Piece]) -> None:
-        """Write stored values into an engine's pieces.
-
-        Raises:
-            CheckpointError: a parameter that the checkpoint lacks, or of another size.
-        """
-        groups: dict[int, list[Piece]] = defaultdict(list)
-        for piece in pieces:
-            if (MASTER, piece.name) not in self._places:
-                raise CheckpointError(f"{self.folders[0].parent} has no state of {piece.name}, which trains.")
-            for kind, target in {MASTER: piece.master, **piece.moments}.items():
-                value = self.whole(kind, piece.name)
-                if piece.start + target.numel() > value.numel():
-                    raise CheckpointError(
-                        f"{self.folders[0].parent}: {piece.name} has {value.numel()} elements, expected at least "
-                        f"{piece.start + target.numel()}."
-                    )
-                target.copy_(value.narrow(0, piece.start, target.numel()))
-            groups[id(piece.step)].append(piece)
-        for members in groups.values():
-            # A flat group has one count; parameters that were ever stepped alone may differ, the most steps win.
-            members[0].step.fill_(max(self.steps.get(piece.name, 0.0) for piece in members))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mm_moslora.config import (
     TrainConfig,
     VisionConfig,
 )
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 STEPS, HALF = 4, 2
@@ -69,6 +71,13 @@ def write(recipe: Recipe, name: str = "") -> str:
     path = output.with_name(f"{name or output.name}.yaml")
     path.write_text(recipe.to_yaml())
     return str(path)
+
+
+def commit(run: Path, manifest: Manifest, write: Callable[[Path], None]) -> Path:
+    """Write one checkpoint and wait for it."""
+    saver = Saver(run)
+    saver.start(manifest, write)
+    return saver.finish()
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

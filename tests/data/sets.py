@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +73,17 @@ def damage(picture: Path) -> None:
     """Replace a picture by one that is cut short: its header is fine, its pixels are not."""
     Image.effect_noise((64, 64), 80).convert("RGB").save(picture)
     picture.write_bytes(picture.read_bytes()[:2000])
+
+
+def picture(colour: tuple[int, int, int] = (200, 30, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def colour_of(record, number: int = 0) -> tuple[int, ...]:
+    return record.images[number].rgb().getpixel((0, 0))
+
+
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

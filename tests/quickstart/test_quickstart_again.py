@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 from mm_moslora_eval.run.task_runner import open_run
+from trials import commit
 
 from mm_moslora.quickstart import model_assets, quickstart_evaluation, quickstart_run
 from mm_moslora.quickstart.instruction_data import DatasetFiles
 from mm_moslora.quickstart.quickstart_notes import QUICKSTART
 from mm_moslora.quickstart.quickstart_run import Choice
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, commit
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.utils.errors import ConfigError
 from tests.eval.eval_fake import FakeModel
 

@@ -43,8 +43,9 @@ def test_the_simulated_disk_finds_a_protocol_that_forgets_to_sync(forgotten, mon
 def test_every_flipped_bit_is_found(tmp_path):
     import bit_flips
     from commit_protocol import content_of, manifest
+    from trials import commit
 
-    from mm_moslora.training.checkpointing.checkpoint_folder import commit, rank_folder
+    from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 
     def write(folder):
         (rank_folder(folder, 0) / "optimizer.safetensors").write_bytes(content_of(1, "state"))

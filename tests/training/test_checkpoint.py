@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from between import just_before
+from trials import commit
 
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, commit, read_manifest
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, newest_valid, remove_old
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import CheckpointError

@@ -268,17 +268,6 @@ def amend(checkpoint: Path, counters: Mapping[str, float]) -> None:
         logger.warning("%s does not record the end of the run (%s); the end is measured again.", checkpoint, error)
 
 
-def commit(run: Path, manifest: Manifest, write: Callable[[Path], None]) -> Path:
-    """Write one checkpoint and wait for it; see `Saver`.
-
-    Raises:
-        CheckpointError: a rank could not write; earlier checkpoints are untouched.
-    """
-    saver = Saver(run)
-    saver.start(manifest, write)
-    return saver.finish()
-
-
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     """Read a checkpoint's manifest and check its files against it.
 

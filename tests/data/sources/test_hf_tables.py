@@ -1,0 +1,256 @@
+"""Hugging Face tables: files, folders of pictures, the hub, streams."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from fake_hub import fake_hub, run_beside
+
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources import hf_tables
+from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.utils.errors import ConfigError, DataError
+from tests.data.sets import chat, colour_of, picture
+
+
+def picture_folder(kind: str) -> dict[str, bytes]:
+    """Files of a cat and a dog, as `imagefolder` has them: with a table beside them, or in a folder per class."""
+    if kind == "classes":
+        return {"train/cat/a.png": picture((1, 0, 0)), "train/dog/b.png": picture((2, 0, 0))}
+    table = b"file_name,text\na.png,cat\nb.png,dog\n"
+    return {"a.png": picture((1, 0, 0)), "b.png": picture((2, 0, 0)), "metadata.csv": table}
+
+
+FROM_THE_HUB = """
+import json
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.sources.open_sources import open_source
+
+for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
+    for name, column in (("metadata", "text"), ("classes", "label")):
+        source = open_source(SourceConfig(path=f"hf:me/{name}", columns={"caption": column}, **options))
+        for row in range(2):
+            colour = source[row].images[0].rgb().getpixel((0, 0))
+            print(json.dumps([len(source), source[row].turns[1].text, colour]))
+"""
+
+
+class TestTables:
+    @pytest.fixture
+    def table(self):
+        import datasets
+
+        rows = [
+            {
+                "id": f"r{n}", "messages": chat("<image>\nwhat?", f"a{n}"),
+                "image": {"bytes": picture((n, 0, 0)), "path": None},
+            }
+            for n in range(6)
+        ]  # fmt: skip
+        return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+    @pytest.mark.parametrize("kind", ["parquet", "folder of parquet", "saved", "saved splits", "streamed"])
+    def test_every_way_gives_the_same_records(self, tmp_path: Path, monkeypatch, table, kind: str) -> None:
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        options = {}
+        path = tmp_path / "d"
+        if kind in ("parquet", "streamed"):
+            path = tmp_path / "d.parquet"
+            table.to_parquet(path)
+        elif kind == "folder of parquet":
+            path.mkdir()
+            table.to_parquet(path / "0.parquet")
+        elif kind == "saved":
+            table.save_to_disk(path)
+        else:
+            datasets.DatasetDict({"test": table}).save_to_disk(path)
+            options["split"] = "test"
+        if kind == "streamed":
+            options |= {"streaming": True, "limit": 4, "limit_by": "first"}
+        source = open_source(SourceConfig(path=str(path), **options))
+        assert len(source) == (4 if kind == "streamed" else 6)
+        assert [source[n].id for n in range(len(source))] == [f"r{n}" for n in range(len(source))]
+        assert [turn.text for turn in source[3].turns] == ["<image>\nwhat?", "a3"]
+        assert colour_of(source[3]) == (3, 0, 0)
+        if kind == "streamed":  # kept: nothing is read from the stream again
+            monkeypatch.setattr(datasets, "load_dataset", None)
+            assert len(open_source(SourceConfig(path=str(path), **options))) == 4
+
+    def test_content_parts_and_lists_of_images(self, tmp_path: Path) -> None:
+        import datasets
+
+        parts = [{"type": "image", "text": None}, {"type": "image", "text": None}, {"type": "text", "text": "differ?"}]
+        rows = [{
+            "images": [{"bytes": picture((5, 0, 0)), "path": None}, {"bytes": picture((7, 0, 0)), "path": None}],
+            "messages": [
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+            ],
+        }]  # fmt: skip
+        table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+        table.save_to_disk(tmp_path / "d")
+        record = open_source(SourceConfig(path=str(tmp_path / "d")))[0]
+        assert record.turns[0].images == 2
+        assert [colour_of(record, n) for n in (0, 1)] == [(5, 0, 0), (7, 0, 0)]
+
+    def test_columns_are_renamed_and_pictures_come_first(self, tmp_path: Path) -> None:
+        import datasets
+
+        rows = [{"query": "a <image> tag?", "label": "yes", "photo": {"bytes": picture(), "path": None}}]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+        columns = {"question": "query", "answer": "label", "image": "photo"}
+        record = open_source(SourceConfig(path=str(tmp_path / "d"), columns=columns))[0]
+        assert record.turns[0].parts() == ["", "\na <image> tag?"]
+        with pytest.raises(DataError, match="columns are query, label, photo"):
+            open_source(SourceConfig(path=str(tmp_path / "d"), columns={"question": "quary"}))
+
+    def test_a_path_in_a_table_may_not_leave_the_folder(self, tmp_path: Path) -> None:
+        import datasets
+
+        rows = [{"image": {"bytes": None, "path": "/etc/passwd"}, "question": "q", "answer": "a"}]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+        with pytest.raises(RecordError) as caught:
+            open_source(SourceConfig(path=str(tmp_path / "d")))[0]
+        assert caught.value.code == Code.PATH_ESCAPES
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_a_picture_column_may_not_name_a_file_elsewhere(self, tmp_path: Path, monkeypatch, streamed) -> None:
+        import datasets
+        import pyarrow.parquet
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        (tmp_path / "private.png").write_bytes(picture())
+        (tmp_path / "d").mkdir()
+        row = {"image": {"bytes": None, "path": str(tmp_path / "private.png")}, "question": "q", "answer": "a"}
+        table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
+        pyarrow.parquet.write_table(table.data.table, tmp_path / "d" / "0.parquet")
+        options = {"streaming": True, "limit": 1, "limit_by": "first"} if streamed else {}
+        source = open_source(SourceConfig(path=str(tmp_path / "d" / "0.parquet"), **options))
+        with pytest.raises(RecordError) as caught:
+            source[0]
+        assert caught.value.code == Code.PATH_ESCAPES
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    @pytest.mark.parametrize("kind", ["metadata", "classes"])
+    def test_folders_of_pictures(self, tmp_path: Path, monkeypatch, kind: str, streamed) -> None:
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        for name, data in picture_folder(kind).items():
+            (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "d" / name).write_bytes(data)
+        options = {"streaming": True, "limit": 2, "limit_by": "first"} if streamed else {}
+        columns = {"caption": "label" if kind == "classes" else "text"}
+        source = open_source(SourceConfig(path=str(tmp_path / "d"), columns=columns, **options))
+        assert [source[n].turns[1].text for n in range(2)] == ["cat", "dog"]
+        assert [colour_of(source[n]) for n in range(2)] == [(1, 0, 0), (2, 0, 0)]
+        with pytest.raises(RecordError, match=r"the record has 'image', '(label|text)'; write"):
+            open_source(SourceConfig(path=str(tmp_path / "d"), **options))[0]
+
+    def test_folders_of_pictures_on_the_hub(self, tmp_path: Path) -> None:
+        """The real client, in a process whose hub is this machine."""
+        with fake_hub() as hub:
+            hub.files = {("datasets", f"me/{kind}"): picture_folder(kind) for kind in ("metadata", "classes")}
+            done = run_beside(hub, tmp_path, FROM_THE_HUB)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = [(2, "cat", [1, 0, 0]), (2, "dog", [2, 0, 0])]
+        assert [tuple(json.loads(line)) for line in done.stdout.splitlines()] == lines * 4
+
+    @pytest.mark.parametrize("where", ["table", "split"])
+    def test_a_saved_set_names_no_table_elsewhere(self, tmp_path: Path, where: str) -> None:
+        import datasets
+
+        table = datasets.Dataset.from_list([{"question": "q", "answer": "secret"}])
+        table.save_to_disk(tmp_path / "private")
+        datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "d")
+        if where == "split":
+            (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["../private"]}')
+        else:
+            state = tmp_path / "d" / "train" / "state.json"
+            name = "../../private/data-00000-of-00001.arrow"
+            state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": name}]}))
+        with pytest.raises(DataError, match="leaves"):
+            open_source(SourceConfig(path=str(tmp_path / "d")))
+
+    def test_what_does_not_load_says_so(self, tmp_path: Path) -> None:
+        import datasets
+
+        table = datasets.Dataset.from_list([{"question": "q", "answer": "a"}])
+        datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "d")
+        with pytest.raises(DataError, match="no split 'train', only test"):
+            open_source(SourceConfig(path=str(tmp_path / "d")))
+        with pytest.raises(DataError, match="No file matches"):
+            open_source(SourceConfig(path=str(tmp_path / "*.parquet")))
+        with pytest.raises(ConfigError, match="streaming is set, so set limit"):
+            SourceConfig(path="hf:x", streaming=True)
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "reference://p.png::hf://datasets/evil/set@main/r.json", "zip://a.png::hf://datasets/evil/set@main/a.zip",
+            "hf://datasets/other/set@main/a.png", "HF://datasets/evil/set@main/a.png", "file:///etc/passwd",
+            "/dev/zero",
+        ],
+    )  # fmt: skip
+    def test_a_cell_of_a_hub_set_opens_no_other_protocol(self, tmp_path: Path, monkeypatch, path, streamed) -> None:
+        """fsspec reads any local file through such a chain."""
+        import datasets
+        import fsspec
+
+        opened: list[str] = []
+        monkeypatch.setattr(fsspec, "open", lambda path, *_, **__: opened.append(path) or io.BytesIO(picture()))
+        monkeypatch.setattr("huggingface_hub.HfFileSystem.open", lambda _, path, *__, **___: opened.append(path))
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        row = {"image": {"bytes": None, "path": path}, "question": "q", "answer": "a"}
+        table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
+        loaded = table.cast_column("image", datasets.Image())
+        monkeypatch.setattr(hf_tables, "load_checked", lambda **_: loaded.to_iterable_dataset() if streamed else loaded)
+        options = {"streaming": True, "limit": 1, "limit_by": "first"} if streamed else {}
+        with pytest.raises(RecordError) as caught:
+            open_source(SourceConfig(path="hf:evil/set", **options))[0]
+        assert caught.value.code in (Code.BAD_IMAGE_NAME, Code.PATH_ESCAPES)
+        assert opened == []
+
+    def test_pictures_deep_inside_a_column_are_not_opened_by_the_library(self, tmp_path: Path, monkeypatch) -> None:
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        (tmp_path / "private.png").write_bytes(picture())
+        inside = {"bytes": None, "path": str(tmp_path / "private.png")}
+        row = {"question": "q", "answer": "a", "more": [{"deep": {"photo": inside}}], "sound": inside}
+        table = datasets.Dataset.from_list([row])
+        kinds = {"more": datasets.List({"deep": {"photo": datasets.Image()}}), "sound": datasets.Image()}
+        for name, kind in kinds.items():
+            table = table.cast_column(name, kind)
+        shown = next(iter(hf_tables.undecoded(table.to_iterable_dataset())))
+        assert (shown["more"][0]["deep"]["photo"], shown["sound"]) == (inside, inside)
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    @pytest.mark.parametrize("named", ["{folder}/private.jsonl", "../private.jsonl", "link.jsonl"])
+    def test_the_readme_of_a_data_set_names_no_file_elsewhere(
+        self, tmp_path: Path, monkeypatch, named, streamed
+    ) -> None:
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        (tmp_path / "private.jsonl").write_text(json.dumps({"question": "q", "answer": "secret"}) + "\n")
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "link.jsonl").symlink_to(tmp_path / "private.jsonl")
+        config = f"configs:\n- config_name: default\n  data_files: {named.format(folder=tmp_path)}"
+        (tmp_path / "d" / "README.md").write_text(f"---\n{config}\n---\n")
+        options = {"streaming": True, "limit": 1, "limit_by": "first"} if streamed else {}
+        with pytest.raises(DataError, match=r"not one of its own files|does not load"):
+            open_source(SourceConfig(path=str(tmp_path / "d"), **options))
