@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_moslora.config import DataConfig, ModelConfig, Recipe, refuse_all_frozen, refuse_lacking, refuse_without_effect
+from mm_moslora.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    refuse_all_frozen,
+    refuse_lacking,
+    refuse_without_effect,
+)
 from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.data.sources.open_sources import require_sources
-from mm_moslora.training.checkpointing.run_checkpoints import refuse_resume
 from mm_moslora.training.deepspeed_presets import read_preset
-from mm_moslora.utils.errors import AdapterError, ConfigError, TrainingError, suggestion
+from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, TrainingError, suggestion
 from mm_moslora.utils.files import refuse_strangers
 from mm_moslora.utils.run_paths import (
     RUN_FILES,
@@ -47,14 +55,33 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
     refuse_resume(run, resume)
     refuse_all_frozen(recipe.model)
     require_template(recipe.model.chat_template)
-    _check_engine(recipe)
+    _check_engine(recipe.train, recipe.adapter)
     _check_measuring(recipe, tasks)
     refuse_lacking(recipe)
     check_data(recipe.data)
     _check_caches(recipe)
     goes_on = resume_folder(resume) is not None or (resume != "never" and bool(checkpoints(run)))
     if not goes_on:  # on resume, the checkpoint helps to find moved parts
-        _check_parts(recipe)
+        _check_parts(recipe.model, recipe.adapter)
+
+
+def refuse_resume(run: Path, resume: str) -> None:
+    """Refuse a value of `--resume` that contradicts the contents of the run folder.
+
+    Args:
+        run: the run folder.
+        resume: `auto`, `required`, `never`, or a checkpoint folder.
+
+    Raises:
+        CheckpointError: `required` without a checkpoint, `never` with one, or a folder that does not exist.
+    """
+    resume_folder(resume)
+    if resume == "never" and checkpoints(run):
+        raise CheckpointError(
+            f"{run} already holds checkpoints, but resume is never. Choose another train.output, or resume: auto."
+        )
+    if resume == "required" and not any(run.glob("checkpoint-*")):  # `newest_valid` reports damaged checkpoints
+        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
 
 
 def check_data(config: DataConfig) -> None:
@@ -81,8 +108,7 @@ def refuse_folder(run: Path) -> None:
     refuse_strangers(run, RUN_FILES, kind="run", also=RUN_SIGNS)
 
 
-def _check_engine(recipe: Recipe) -> None:
-    train = recipe.train
+def _check_engine(train: TrainConfig, adapter: AdapterConfig) -> None:
     if train.zero == "none":
         if train.precision == "fp16":
             raise ConfigError(
@@ -91,7 +117,7 @@ def _check_engine(recipe: Recipe) -> None:
             )
         return
     stage = read_preset(train.zero).get("zero_optimization", {}).get("stage", 0)
-    if stage == 3 and recipe.adapter.factor_form == "orthonormal":
+    if stage == 3 and adapter.factor_form == "orthonormal":
         raise ConfigError(
             f"adapter.factor_form is orthonormal, which needs whole matrices, but train.zero {train.zero} is a ZeRO-3, "
             "which gathers a matrix only while its layer computes. Choose zero0 to zero2."
@@ -136,9 +162,8 @@ def _check_caches(recipe: Recipe) -> None:
             )
 
 
-def _check_parts(recipe: Recipe) -> None:
+def _check_parts(model: ModelConfig, adapter: AdapterConfig) -> None:
     """Check the files that a run starts from, by their names alone."""
-    model, adapter = recipe.model, recipe.adapter
     refuse_without_effect(model)
     require_model("model.language", model.language)
     require_model("model.vlm", model.vlm)

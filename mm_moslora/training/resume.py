@@ -16,8 +16,9 @@ from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.config import Recipe
 from mm_moslora.models.model_paths import CONTENTS, base_fingerprints
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, rank_folder, read_manifest
-from mm_moslora.training.checkpointing.run_checkpoints import newest_valid, refuse_resume
+from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
 from mm_moslora.training.precision import resolve_precision
+from mm_moslora.training.preflight import refuse_resume
 from mm_moslora.training.run_setup import Run, seed_everything
 from mm_moslora.training.snapshot import RandomState, load_optimizer, moving_statistics
 from mm_moslora.utils import distributed

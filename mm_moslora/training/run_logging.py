@@ -139,11 +139,26 @@ class RunLog:
         }  # fmt: skip
 
     def write_summary(self) -> None:
-        """Write `summary.json` into the run folder."""
+        """Write `summary.json` into the run folder, for the report."""
         self.note_memory()
         self.clock.tick()
-        if distributed.is_main():
-            files.replace_json(self.run.folder / "summary.json", summary(self.run, self.total_steps))
+        if not distributed.is_main():
+            return
+        run, counters = self.run, self.run.counters
+        data: dict[str, Any] = dict(run.training_set.statistics())
+        if counters.get("tokens"):
+            data["supervised_share"] = counters["supervised_tokens"] / counters["tokens"]
+        if run.validation_set is not None:
+            data["validation_records"] = len(run.validation_set)
+        summary = {
+            "format": 1,  # of the run folder, see `mm_moslora.reporting.run_data`
+            "name": run.recipe.name, "steps": run.step, "total_steps": self.total_steps, "counters": counters,
+            "precision": run.precision, "world_size": distributed.world_size(), "zero": run.recipe.train.zero,
+            "components": [vars(row) for row in component_table(run.assembly)],
+            "tokens_per_image": run.assembly.tokens_per_image, "base": run.assembly.base,
+            "memory_gib": counters["memory_gib"], "data": data,
+        }  # fmt: skip
+        files.replace_json(run.folder / "summary.json", summary)
 
 
 def peak_memory_gib() -> float:
@@ -163,31 +178,3 @@ def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> 
         step_seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds, memory_gib=peak_memory_gib(),
         memory_reserved_gib=reserved, allocator_retries=retries,
     )  # fmt: skip
-
-
-def summary(run: Run, total: int) -> dict[str, Any]:
-    """Summary of a run for the report."""
-    return {
-        "format": 1,  # of the run folder, see report.schema
-        "name": run.recipe.name,
-        "steps": run.step,
-        "total_steps": total,
-        "counters": run.counters,
-        "precision": run.precision,
-        "world_size": distributed.world_size(),
-        "zero": run.recipe.train.zero,
-        "components": [vars(row) for row in component_table(run.assembly)],
-        "tokens_per_image": run.assembly.tokens_per_image,
-        "base": run.assembly.base,
-        "memory_gib": run.counters["memory_gib"],
-        "data": _data_facts(run),
-    }
-
-
-def _data_facts(run: Run) -> dict[str, Any]:
-    facts: dict[str, Any] = dict(run.training_set.statistics())
-    if run.counters.get("tokens"):
-        facts["supervised_share"] = run.counters["supervised_tokens"] / run.counters["tokens"]
-    if run.validation_set is not None:
-        facts["validation_records"] = len(run.validation_set)
-    return facts

@@ -19,28 +19,9 @@ from mm_moslora.training.checkpointing.checkpoint_folder import (
 )
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import CheckpointError, ConfigError
-from mm_moslora.utils.run_paths import MANIFEST, checkpoints, resume_folder
+from mm_moslora.utils.run_paths import MANIFEST, checkpoints
 
 logger = logging.getLogger(__name__)
-
-
-def refuse_resume(run: Path, resume: str) -> None:
-    """Refuse a value of `--resume` that contradicts the contents of the run folder.
-
-    Args:
-        run: the run folder.
-        resume: `auto`, `required`, `never`, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, or a folder that does not exist.
-    """
-    resume_folder(resume)
-    if resume == "never" and checkpoints(run):
-        raise CheckpointError(
-            f"{run} already holds checkpoints, but resume is never. Choose another train.output, or resume: auto."
-        )
-    if resume == "required" and not any(run.glob("checkpoint-*")):  # `newest_valid` reports damaged checkpoints
-        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
 
 
 def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
