@@ -52,7 +52,7 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
         raise AdapterError(f"{path or type(base).__name__} cannot carry MoSLoRA: {reason}")
     is_conv1d = isinstance(base, Conv1D)
     # Per layer, not in the user's configuration: one model may hold both layouts.
-    own = copy.copy(config)
+    own: Any = copy.copy(config)
     own.fan_in_fan_out, own.module_path = is_conv1d, path
     if kind := quantisation(base):
         return create_quantised_layer(target, adapter_name, kind=kind, config=own, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
+from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import Conv2d as StockConv2d
 from peft.tuners.lora.layer import Embedding as StockEmbedding
@@ -15,7 +16,7 @@ from peft.tuners.lora.layer import MultiheadAttention as StockAttention
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions, Factors, MoSLoRALayer
+from mm_moslora.adapters.layers.adapter_layers import Factors, MoSLoRALayer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
 from mm_moslora.adapters.layers.lora_variants import (
     ConvolutionVariant,
@@ -97,7 +98,7 @@ class MoSLoRAMultiheadAttention(MoSLoRALayer, StockAttention):
         self,
         base_layer: nn.MultiheadAttention,
         adapter_name: str,
-        config: AdapterOptions,
+        config: LoraConfig,
         r: int = 0,
         lora_alpha: int = 1,
         **kwargs: Any,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import LoraConfig
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
 from mm_moslora.adapters.layers.base_weights import Quantisation
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 
@@ -24,7 +24,7 @@ class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
 
 
 def create_quantised_layer(
-    target: nn.Module, adapter_name: str, *, kind: Quantisation, config: AdapterOptions, **kwargs: Any
+    target: nn.Module, adapter_name: str, *, kind: Quantisation, config: LoraConfig, **kwargs: Any
 ) -> nn.Module:
     """The adapted layer around a quantised one.
 
