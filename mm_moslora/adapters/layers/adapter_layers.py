@@ -2,8 +2,8 @@
 
 Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
-`MoSLoRALayer` is what all layer types share. The types are in `fused_linear`, `other_layer_types`, `quantised_layers`
-and `bitsandbytes_layers`; `layer_dispatch` chooses.
+`MoSLoRALayer` is the base of all layer types, which are in `fused_linear`, `other_layer_types`, `quantised_layers` and
+`bitsandbytes_layers`; `layer_dispatch` chooses.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Factors:
 
 
 class MoSLoRALayer(nn.Module, lora.LoraLayer):
-    """What all adapted layer types share: the mixers, by adapter name."""
+    """The base of all adapted layer types; holds the mixers, by adapter name."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
     other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "factor_form")
@@ -93,14 +93,14 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             self.lora_mixer = nn.ModuleDict()
             self.mixer_init = {}
             self.factor_form = {}
-        # PEFT resolves the variant before it hands the module's path on, and the path decides the mixer. For a fresh
-        # layer of some types it does not hand it on at all; `create_layer` leaves it in the configuration.
+        # The module's path decides the mixer, and PEFT resolves the variant before it passes the path. For a new layer
+        # of some types PEFT does not pass it at all; `create_layer` sets it in the configuration.
         path = str(kwargs.get("target_name") or getattr(kwargs.get("config"), "module_path", ""))
         self._adding, self._module_path = adapter_name, path
         super().update_layer(adapter_name, r, *args, **kwargs)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
-        """The mixer's variant, or what PEFT does where there is no mixer."""
+        """The mixer's variant, or PEFT's where there is no mixer."""
         if not isinstance(config, AdapterOptions):
             return super().resolve_lora_variant(config=config, **kwargs)
         if config.is_plain(self._module_path):
@@ -115,13 +115,13 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return variant()
 
     def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
-        """Create the mixer, and put A and B where the form of the factors wants them."""
+        """Create the mixer, and set A and B as the form of the factors demands."""
         like = self.factors(adapter_name).A
         rank = self.r[adapter_name]
         self.factor_form[adapter_name] = config.factor_form
         if config.factor_form != "free":
             self._place_factors(adapter_name, config)
-            # B A is not zero here, so the mixer carries the zero: training starts at the base model.
+            # B A is not zero here. A mixer of (almost) zero makes training start at the base model.
             scale = 1e-5 if config.factor_form == "svd" else 0.0
             weight = torch.randn(rank, rank, device=like.device, dtype=torch.float32).mul_(scale).to(like.dtype)
         elif config.mixer_form == "diagonal":
@@ -176,7 +176,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return cast(Mixer, self.lora_mixer[adapter_name]).matrix() if adapter_name in self.lora_mixer else None
 
     def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names, as PEFT saves them behind the module's path, and whole shapes of A, B and M."""
+        """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M."""
         factors = {"lora_A.weight": self.lora_A[adapter_name].weight, "lora_B.weight": self.lora_B[adapter_name].weight}
         yield from self._shapes(adapter_name, cast("dict[str, Tensor]", factors))
 
@@ -205,10 +205,10 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return self.wide_delta(adapter).to(self.factors(adapter).B.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Give a mixer the identity when A comes without one.
+        """Load the identity as the mixer where a state holds A and no mixer.
 
-        Folded factors and plain LoRA carry no mixer. Loading them beside a mixer that keeps its random start would be
-        wrong in silence; with the identity it is exact.
+        Folded factors and plain LoRA have no mixer. Beside the random start of a mixer they would be silently wrong;
+        with the identity they are exact.
         """
         for adapter_name, mixer in self.lora_mixer.items():
             key = f"{prefix}lora_mixer.{adapter_name}.weight"

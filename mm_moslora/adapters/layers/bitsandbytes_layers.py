@@ -1,4 +1,4 @@
-"""Adapted bitsandbytes layers. Imported only when a model holds one: bitsandbytes is an optional dependency."""
+"""Adapted bitsandbytes layers. The module is imported when a model holds one: bitsandbytes is optional."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mm_moslora.utils.errors import AdapterError
 
 
 def _refuse_dora_on_cpu(layer: Any, config: LoraConfig) -> None:
-    # PEFT's DoRA dequantises the weight at every step; on a CPU bitsandbytes 0.50 has by then packed it (4-bit) or lost
-    # its scales on the way (8-bit), and the result is wrong or an error from deep inside.
+    # PEFT's DoRA dequantises the weight at every step. On a CPU bitsandbytes 0.50 has repacked it before (4-bit) or
+    # lost its scales (8-bit): the result is wrong, or an error inside of bitsandbytes.
     if config.use_dora and layer.get_base_layer().weight.device.type == "cpu":
         raise AdapterError(
             "use_dora on a bitsandbytes layer works on a GPU only: on a CPU PEFT cannot read the quantised weight back."
@@ -37,18 +37,18 @@ class MoSLoRALinear4bit(FusedLinear, Linear4bit):
         return super().resolve_lora_variant(config=config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus the active adapters, ``[..., D_out]``, in the dtype of x under autocast, too."""
+        """Base output plus the active adapters, ``[..., D_out]``, in the dtype of x even under autocast."""
         if learns_through(self, x):
             unpack(self.get_base_layer().weight)
         return super().forward(x, *args, **kwargs).to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into the weight, which is quantised anew; see PEFT's layer."""
+        """Merge into the weight, which is quantised again; see PEFT's layer."""
         unpack(self.get_base_layer().weight)
         super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        """Take the merged adapters out again, within the rounding of the quantisation."""
+        """Subtract the merged adapters, within the rounding of the quantisation."""
         unpack(self.get_base_layer().weight)
         super().unmerge()
 

@@ -64,7 +64,7 @@ class MoSLoRAEmbedding(MoSLoRALayer, StockEmbedding):
         return delta_weight(factors.A, factors.M, factors.B, factors.scaling).T
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
-        """PEFT's own looks past variants on embeddings, which would drop the mixer."""
+        """A batch with an adapter per row; PEFT's method ignores variants on embeddings and would drop the mixer."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in sorted({name for name in adapter_names if self.holds(name)}):
             rows = [index for index, wanted in enumerate(adapter_names) if wanted == name]
@@ -86,10 +86,10 @@ class MoSLoRAConv2d(MoSLoRALayer, StockConv2d):
 class MoSLoRAMultiheadAttention(MoSLoRALayer, StockAttention):
     """`nn.MultiheadAttention` with LoRA and a mixer on in_proj (query, key and value as one) and on out_proj.
 
-    `nn.MultiheadAttention` reads weights and calls no layer, so the update goes into the weights for the length of a
-    forward pass. PEFT 0.21 does so by adding and subtracting, which leaves rounding behind, and adds the update of
-    out_proj twice, live and merged alike. Here the base weights are not touched; the factor of two is kept, so that a
-    saved folder means the same to stock PEFT.
+    `nn.MultiheadAttention` reads weights and calls no layer, so a forward pass runs with updated weights. PEFT 0.21
+    adds the update to the base weights and subtracts it, which leaves rounding errors, and adds the update of out_proj
+    twice, live and merged alike. Here the base weights do not change. The factor of two is kept: a saved folder means
+    the same to stock PEFT.
     """
 
     OUT_PROJ_FACTOR: ClassVar[float] = 2.0
@@ -126,8 +126,8 @@ class MoSLoRAMultiheadAttention(MoSLoRALayer, StockAttention):
             return plain
         base = self.get_base_layer()
         projection = cast(MoSLoRALinear, base.out_proj)
-        own = {"in_proj_weight": base.in_proj_weight, "out_proj.base_layer.weight": projection.weight}
-        weights = cast("dict[str, Tensor]", own)
+        frozen = {"in_proj_weight": base.in_proj_weight, "out_proj.base_layer.weight": projection.weight}
+        weights = cast("dict[str, Tensor]", frozen)
         for name in names:
             updates = (self.wide_delta(name), self.OUT_PROJ_FACTOR * projection.wide_delta(name))
             weights = {key: weight + update for (key, weight), update in zip(weights.items(), updates, strict=True)}

@@ -1,7 +1,7 @@
 """Adapters on quantised base layers: bitsandbytes in 4 and 8 bits, torchao's int8 weights.
 
-PEFT's quantised layers resolve only the variants they know and take every other configuration for plain LoRA, without
-a word. Here a quantised layer gets a class of this package, or an error.
+PEFT's quantised layers resolve the variants that they know and silently take every other configuration for plain LoRA.
+Here a quantised layer gets a class of this package, or an error.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def create_quantised_layer(
     """The adapted layer around a quantised one.
 
     Args:
-        target: the layer to adapt, perhaps inside another adapter.
+        target: the layer to adapt, or an adapted layer.
         adapter_name: the adapter's name.
-        kind: how the layer itself is quantised.
+        kind: of its quantisation.
         config: the adapter's configuration.
-        **kwargs: PEFT's own.
+        **kwargs: of PEFT.
     """
     if kind == "torchao int8":
         return MoSLoRATorchaoLinear(target, adapter_name, config=config, **kwargs)

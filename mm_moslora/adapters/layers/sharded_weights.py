@@ -1,7 +1,7 @@
-"""Weights that are cut up or offloaded: whether a module has them whole while it computes, and a tensor its values.
+"""Sharded and offloaded weights: whether a module's weights are whole while it computes, and a tensor holds values.
 
-DeepSpeed fetches a shard when the module that owns it is called, and for every module that it was registered with as an
-external parameter. A kernel that reads weights without calling their owners needs the latter.
+DeepSpeed gathers a parameter when its module is called, and for every module that registered it as an external
+parameter. A kernel that reads weights without calling their modules needs the latter.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 
 def fetches_whole(module: nn.Module) -> bool:
-    """Whether all weights below a module are whole now, and will be in the module's backward pass.
+    """Whether all weights below a module are whole, now and in the module's backward pass.
 
     Args:
-        module: in its forward pass; without ZeRO-3 all its weights are always whole.
+        module: in its forward pass; without ZeRO-3 its weights are always whole.
     """
     fetched = getattr(module, "_external_params", {})
     shards = (parameter for parameter in module.parameters() if hasattr(parameter, "ds_id"))
@@ -24,7 +24,7 @@ def fetches_whole(module: nn.Module) -> bool:
 
 
 def only_fetches(module: nn.Module) -> bool:
-    """Whether every hook of a module is one of DeepSpeed's that fetch weights; true of a module without hooks."""
+    """Whether every hook of a module is one of DeepSpeed's that gather weights; True without hooks."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     hooks = [hook for kind in kinds for hook in kind.values()]
     if hooks and not any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
@@ -33,7 +33,7 @@ def only_fetches(module: nn.Module) -> bool:
 
 
 def why_not_whole(tensor: Tensor) -> str | None:
-    """Why a tensor does not hold all its values here, None if it does."""
+    """Why a tensor does not hold all its values here; None: it does."""
     if tensor.is_meta:
         return (
             "is on the meta device and holds no values. Load the model before saving or merging it; what accelerate "

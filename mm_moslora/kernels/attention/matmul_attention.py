@@ -3,14 +3,14 @@
 Shapes: ``H`` heads, ``K`` heads of keys and values, ``G = H / K``, ``T`` tokens, ``E`` head width; a block has ``b``
 queries that see ``j`` keys.
 
-Forward ``S = s q k^T``, ``P = softmax(S)``, ``O = P v``. Backward, with P computed once more::
+Forward ``S = s q k^T``, ``P = softmax(S)``, ``O = P v``. Backward, with P recomputed::
 
     dv = P^T dO     dP = dO v^T     dS = P (dP - rowsum(P dP))     dq = s dS k     dk = s dS^T q
 
-On an AMD EPYC PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s where the same core multiplies matrices at 108
-in fp32 and at 485 in bf16; on an Intel Xeon with matrix units it uses them and is the faster of the two.
+On an AMD EPYC PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s; the same core multiplies matrices at 108 in
+fp32 and at 485 in bf16. On an Intel Xeon with matrix units the kernel uses them and is the faster of the two.
 `scripts/bench/attention.py` compares them. Scores and their softmax are in fp32, as in the kernel. The backward pass
-needs q, k and v; it is faster with P, which short segments in half precision keep.
+needs q, k and v; it is faster with P, which is kept for short segments in half precision.
 """
 
 from __future__ import annotations
@@ -23,17 +23,15 @@ from torch import Tensor
 from mm_moslora.utils.hardware import made_by_amd
 
 BLOCK, HALF_BLOCK = 64, 128
-"""Queries of a block in fp32, and in half precision, whose faster products may waste more above the diagonal."""
+"""Queries of a block in fp32 and in half precision: faster products may compute more above the diagonal."""
 SCORES = 2**21
 """Bytes of one block's scores, so that they stay in the cache: long segments take fewer heads at a time."""
-
-
 SHORT = 128
-"""Tokens up to which the kernel is faster in fp32 wherever it was measured."""
+"""Tokens up to which PyTorch's kernel is faster in fp32 on all measured CPUs."""
 
 
 def products_are_faster(q: Tensor) -> bool:
-    """Whether `attend` is to be taken rather than PyTorch's kernel, by what was measured; on the meta device always.
+    """Whether `attend` is faster than PyTorch's kernel, by measurements; on the meta device always True.
 
     Args:
         q: ``[H, T, E]``.
@@ -42,10 +40,11 @@ def products_are_faster(q: Tensor) -> bool:
 
 
 def keeps_probabilities(q: Tensor) -> bool:
-    """Whether the backward pass is to be given P: in half precision, for segments of at most eight head widths.
+    """Whether P is kept for the backward pass: in half precision, for segments of at most eight head widths.
 
-    P is then at most about as big as q, k, v and O together (more where query heads share keys, or nothing is masked).
-    Scores in fp32 are most of what it costs to compute, and its products need it in half precision anyway.
+    P is then at most about as large as q, k, v and O together (larger where query heads share keys, or nothing is
+    masked). Most of the cost of P is the scores in fp32, and the products of the backward pass read it in half
+    precision.
 
     Args:
         q: ``[H, T, E]``.
@@ -56,16 +55,16 @@ def keeps_probabilities(q: Tensor) -> bool:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, causal: bool = True, keep: list[Tensor] | None = None
 ) -> None:
-    """Attention to all keys, or to those up to the query's own place.
+    """Attention to all keys, or to those up to the query's position.
 
     Args:
         q: ``[H, T, E]``.
         k: ``[K, T, E]``.
         v: ``[K, T, E]``.
         scale: factor on the scores.
-        out: ``[H, T, E]``, takes the result; like the others in any layout.
+        out: ``[H, T, E]``, is overwritten with the result; like the others in any layout.
         causal: no query sees a later key.
-        keep: takes P of every block, in the dtype of q.
+        keep: P of every block is appended to it, in the dtype of q.
     """
     output, values = _grouped(out, k), v.contiguous()
     for heads, queries, P in _probabilities(_grouped(q, k), k, scale, causal=causal):
@@ -87,7 +86,7 @@ def attend_backward(
     causal: bool = True,
     kept: Iterator[Tensor] | None = None,
 ) -> None:
-    """The gradients of q, k and v from that of `attend`.
+    """The gradients of q, k and v from that of `attend`'s result.
 
     Args:
         grad: ``[H, T, E]``.
@@ -95,9 +94,9 @@ def attend_backward(
         k: ``[K, T, E]``.
         v: ``[K, T, E]``.
         scale: factor on the scores.
-        out: take the gradients of q, k and v.
+        out: are overwritten with the gradients of q, k and v.
         causal: as for `attend`.
-        kept: what `attend` kept, in its order; None: P is computed once more.
+        kept: what `attend` kept, in its order; None: P is recomputed.
     """
     rows, keys, values, pulls = (
         _grouped(q.contiguous(), k),
@@ -125,7 +124,7 @@ def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tens
     """`attend` by PyTorch's kernel.
 
     Returns:
-        The logarithms of the sums in its softmax, which its backward pass needs.
+        The logarithms of the softmax's sums, for the backward pass.
     """
     rows = _batched(q, k, v)
     output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, causal, scale=scale)
@@ -145,7 +144,7 @@ def attend_by_kernel_backward(
     out: tuple[Tensor, Tensor, Tensor],
     causal: bool,
 ) -> None:
-    """`attend_backward` for `attend_by_kernel`, from its output ``[H, T, E]`` and the logarithms it returned."""
+    """`attend_backward` for `attend_by_kernel`, from its output ``[H, T, E]`` and its logarithms."""
     rows = _batched(q, k, v)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     found = backward(grad.contiguous()[None], *rows, output[None], sums, 0.0, causal, scale=scale)
@@ -155,7 +154,7 @@ def attend_by_kernel_backward(
 
 
 def _batched(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With a batch of one, and as many heads of k and v as of q."""
+    """q, k and v with a batch of one, and as many heads of k and v as of q."""
     groups = q.shape[0] // k.shape[0]
     if groups > 1:
         k, v = (tensor.repeat_interleave(groups, 0) for tensor in (k, v))
@@ -163,7 +162,7 @@ def _batched(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Every block's heads of keys, and its queries.
+    """The heads of keys and the queries of every block.
 
     Args:
         rows: ``[K, G, T, E]``.
@@ -183,7 +182,7 @@ def _probabilities(rows: Tensor, keys: Tensor, scale: float, *, causal: bool) ->
         rows: ``[K, G, T, E]``.
         keys: ``[K, T, E]``.
         scale: factor on the scores.
-        causal: j is where the block's queries end.
+        causal: j is the end of the block's queries.
     """
     dtype = _wide(rows.dtype)
     future = torch.full((HALF_BLOCK, HALF_BLOCK), float("-inf"), dtype=dtype, device=rows.device).triu_(1)
@@ -199,7 +198,7 @@ def _probabilities(rows: Tensor, keys: Tensor, scale: float, *, causal: bool) ->
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add ``a b`` to a total that may be wider than its terms."""
+    """Add ``a b`` to a total that may have a wider dtype."""
     if total.dtype == a.dtype:
         total.baddbmm_(a, b)
     else:
@@ -207,7 +206,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _grouped(queries: Tensor, keys: Tensor) -> Tensor:
-    """``[K, G, T, E]``, the heads that share keys together."""
+    """``[K, G, T, E]``: heads of queries grouped by the keys that they share."""
     return queries.unflatten(0, (keys.shape[0], -1))
 
 

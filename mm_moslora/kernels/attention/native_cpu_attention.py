@@ -2,8 +2,8 @@
 
 Shapes: ``H`` heads of queries, ``K`` of keys and values, ``S`` tokens of the row, ``E`` head width.
 
-Scores and sums are in float32; of bfloat16, probabilities and the gradients of scores are rounded before their
-products, as in PyTorch's kernel. Kept for the backward pass are q, k, v, the output and a number per query.
+Scores and sums are in float32. In bfloat16, probabilities and the gradients of scores are rounded before their
+products, as in PyTorch's kernel. The backward pass keeps q, k, v, the output and a number per query.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from mm_moslora.kernels.native import library
 from mm_moslora.utils.hardware import multiplies_tiles
 
 SUFFIXES = {torch.float32: "full", torch.bfloat16: "half"}
-"""Of the functions for a dtype."""
+"""Suffix of the functions, by dtype."""
 WIDEST = 256
-"""Head width; as in the source."""
+"""Largest head width; as in the C++ source."""
 
 
 def runs_native(query: Tensor, key: Tensor, value: Tensor, *, segments: int) -> bool:
-    """Whether the C++ kernel is to compute some attention.
+    """Whether the C++ kernel computes this attention.
 
-    Not so in bfloat16 where PyTorch's kernel has matrix units for it, nor where most threads would have nothing to do,
-    nor under a mode that looks at every operator, such as a counter of FLOPs: it would not see the kernel.
+    It does not in bfloat16 on a CPU with matrix units, which PyTorch's kernel uses; nor where most threads would be
+    idle; nor under a dispatch mode (a counter of FLOPs, for example), which would not see the kernel.
 
     Args:
         query: ``[1, H, S, E]``.
         key: ``[1, K, S, E]``.
         value: ``[1, K, S, E]``.
-        segments: how many.
+        segments: their number.
     """
     given = {(tensor.dtype, tensor.device.type) for tensor in (query, key, value)}
     known = len(given) == 1 and query.dtype in SUFFIXES and query.device.type == "cpu"
@@ -90,7 +90,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """With contiguous heads."""
+    """The tensor with contiguous heads."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -113,5 +113,5 @@ def _call(
 
 
 def _places(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[int]:
-    """Of ``[1, H, S, E]``: where each begins, and the strides of its tokens and heads."""
+    """The address, the token stride and the head stride of every ``[1, H, S, E]``."""
     return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(2), tensor.stride(1))]

@@ -2,12 +2,14 @@
 
 Shapes: ``H`` heads, ``S`` tokens of the whole row, ``G`` segments, ``K`` supervised positions, ``E`` head width.
 
-A dense block-diagonal mask costs the square of the whole row; a loop over segments costs the sum of the squares and
-was measured 2.4 times faster on a CPU. There, a C++ kernel takes all segments in one call under the names that end in
-`native`; under the others a segment's attention is written as matrix products where these are faster than
-PyTorch's kernel. On CUDA, flash-attention's variable-length kernel is used when it is installed (transformers passes it
-`cu_seq_lens_*`), and otherwise PyTorch's own (`varlen_attn`; half precision, compute capability 8.0 or more). The form
-that torch 2.11 has of it takes as many heads of keys as of queries, so that shared ones are repeated for it.
+A dense block-diagonal mask costs the square of the row's length, a loop over segments the sum of the squares (2.4 times
+faster on a CPU).
+
+- CPU: attention names that end in `native` run a C++ kernel, which takes all segments in one call. The others compute a
+  segment by matrix products where these are faster than PyTorch's kernel.
+- CUDA: flash-attention's variable-length kernel runs where it is installed (transformers passes it `cu_seq_lens_*`),
+  else PyTorch's `varlen_attn` (half precision, compute capability 8.0 or more). In torch 2.11 `varlen_attn` takes as
+  many heads of keys as of queries, so shared heads are repeated.
 """
 
 from __future__ import annotations
@@ -47,14 +49,14 @@ NATIVE = {SEGMENTS: f"{SEGMENTS}_native", PICTURES: f"{PICTURES}_native"}
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a packed row tells the layers of a decoder and their attention, as their keyword `step_context`."""
+    """The segments of a packed row, as the keyword `step_context` of decoder layers and of their attention."""
 
     segment_lengths: tuple[int, ...]
-    """They sum to ``S``."""
+    """Tokens of each segment; the sum is ``S``."""
     ends: Tensor
-    """Where segments begin, and the end of the last, int32 ``[G + 1]``."""
+    """Starts of the segments and the end of the last one, int32 ``[G + 1]``."""
     target_positions: Tensor | None = None
-    """int64 ``[K]``: all that anybody reads of the last layer; None: everything."""
+    """Positions of the last layer that the head reads, int64 ``[K]``; None: all."""
 
 
 def segment_attention(
@@ -81,9 +83,9 @@ def segment_attention(
         attention_mask: always None here.
         dropout: attention dropout.
         scaling: factor on the scores; None: ``E ** -0.5``.
-        sliding_window: how many tokens back a token sees, its own place included; None: all.
-        step_context: says where the segments are.
-        native: the C++ kernel computes it where it can.
+        sliding_window: number of latest tokens that a token sees, itself included; None: all.
+        step_context: the segments.
+        native: use the C++ kernel where it can run.
 
     Returns:
         ``[1, S, H, E]`` and None.
@@ -121,7 +123,7 @@ def segment_attention(
 
 
 def variable_length_kernel(query: Tensor) -> Callable[..., Tensor] | None:
-    """PyTorch's `varlen_attn`, which takes all segments in one call; None where it does not run.
+    """PyTorch's `varlen_attn`, which takes all segments in one call; None where it cannot run.
 
     Args:
         query: ``[1, H, S, E]``.
@@ -132,7 +134,7 @@ def variable_length_kernel(query: Tensor) -> Callable[..., Tensor] | None:
 
 @cache
 def _shares_heads(kernel: Callable[..., Tensor]) -> bool:
-    """Whether several heads of queries may share one of keys; torch 2.11's form asks for as many keys as queries."""
+    """Whether a kernel takes fewer heads of keys than of queries; torch 2.11's `varlen_attn` does not."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 
@@ -157,18 +159,18 @@ def picture_attention(
     native: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention among all patches of a picture; transformers' own except where another is faster on a CPU.
+    """Attention among all patches of a picture: that of transformers, except where another is faster on a CPU.
 
     Args:
-        module: the attention layer; says whether it is causal.
+        module: the attention layer; its `is_causal` applies.
         query: ``[N, H, P, E]``, like key and value.
         key: see query.
         value: see query.
-        attention_mask: None in all towers that are known.
+        attention_mask: None in all known towers.
         dropout: attention dropout.
         scaling: factor on the scores; None: ``E ** -0.5``.
-        native: the C++ kernel computes it where it can.
-        rest: for transformers.
+        native: use the C++ kernel where it can run.
+        rest: arguments for transformers.
 
     Returns:
         ``[N, P, H, E]`` and None.
@@ -176,10 +178,10 @@ def picture_attention(
     causal = getattr(module, "is_causal", True) if rest.get("is_causal") is None else rest["is_causal"]
     plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
     pictures, _, patches, _ = query.shape
-    by_ours = native and native_cpu_attention.runs_native(query, key, value, segments=pictures)
+    by_native = native and native_cpu_attention.runs_native(query, key, value, segments=pictures)
     by_products = query.device.type == "cpu" and query.dtype.itemsize == 2 and products_are_faster(query[0])
-    if plain and (by_ours or by_products):
-        # Patches of all pictures behind each other.
+    if plain and (by_native or by_products):
+        # One row, a segment per picture.
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for tensor in (query, key, value))
         output = _on_cpu(q, k, v, scaling, (patches,) * pictures, causal=False, native=native)
         return output[0].unflatten(0, (pictures, patches)), None
@@ -206,10 +208,11 @@ def _on_cpu(
 
 
 class _CpuSegments(torch.autograd.Function):
-    """Attention of every segment, as products or by PyTorch's kernel, whichever `products_are_faster` says.
+    """Attention of every segment, by matrix products or by PyTorch's kernel (`products_are_faster`).
 
-    Kept are q, k and v; of products P where `keeps_probabilities` says so, of the kernel the output and its statistics.
-    On the meta device, where a plan counts what a GPU would keep, it is products that keep what a kernel does.
+    Both keep q, k and v for the backward pass. Products keep P as well where `keeps_probabilities` holds; the kernel
+    keeps its output and the statistics of its softmax. On the meta device products run, and keep what the kernel keeps:
+    a plan counts there what a GPU would keep.
     """
 
     @staticmethod
@@ -227,7 +230,7 @@ class _CpuSegments(torch.autograd.Function):
         output = query.new_empty(1, tokens, heads, width)
         kept: list[Tensor] = []
         keeps_output = query.is_meta
-        with torch.autocast("cpu", enabled=False):  # it would round the scores
+        with torch.autocast("cpu", enabled=False):  # autocast would round the scores
             for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
                 if not products_are_faster(q):
                     keeps_output = True
@@ -288,7 +291,7 @@ AttentionInterface.register(NATIVE[PICTURES], partial(picture_attention, native=
 
 
 def require_attention(requested: str) -> None:
-    """Refuse an attention that transformers does not know, or whose package is missing.
+    """Refuse an attention that transformers does not know, or that needs a missing package.
 
     Args:
         requested: `auto`, or a transformers attention name; one with a slash is a kernel on the hub.
@@ -296,8 +299,8 @@ def require_attention(requested: str) -> None:
     Raises:
         ConfigError: no such name, or no such package.
     """
-    ours = {PICTURES, *NATIVE.values()}  # towers', and those that `model.kernels` chooses
-    known = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name not in ours)]
+    internal = {PICTURES, *NATIVE.values()}  # for towers, and for the choice of `model.kernels`
+    known = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name not in internal)]
     if "/" not in requested and requested not in known:
         raise ConfigError(
             f"model.attention is {requested!r}, expected one of {', '.join(known)}.{suggestion(requested, known)}"
@@ -314,8 +317,8 @@ def training_attention(model: PreTrainedModel, requested: str = "auto", *, devic
 
     Args:
         model: the causal language model or VLM.
-        requested: `auto`, or a transformers attention name that is then used as it is (sdpa builds a dense mask).
-        device: where the model is going to run; None: where it is.
+        requested: `auto`, or a transformers attention name, which is used unchanged (sdpa builds a dense mask).
+        device: the device that the model will run on; None: its current one.
     """
     if requested != "auto":
         return requested
@@ -332,7 +335,7 @@ def set_attention(model: PreTrainedModel, name: str, *, native: bool = False) ->
     Args:
         model: causal language model or VLM.
         name: a transformers attention name, such as `training_attention` gives.
-        native: take the form of `SEGMENTS` and `PICTURES` that runs on the C++ kernel.
+        native: set the variants of `SEGMENTS` and `PICTURES` that run the C++ kernel.
     """
     model.get_decoder().set_attn_implementation(NATIVE.get(name, name) if native else name)
     tower = getattr(model.base_model, "vision_tower", None)
@@ -345,14 +348,14 @@ def set_attention(model: PreTrainedModel, name: str, *, native: bool = False) ->
 def segment_arguments(
     segment_lengths: tuple[int, ...], device: torch.device, *, target_positions: Tensor | None = None
 ) -> dict[str, Any]:
-    """Keyword arguments that tell a decoder where the segments of a row are: ours and flash-attention's.
+    """Keyword arguments with the segments of a row, for this module's attention and for flash-attention.
 
     Args:
-        segment_lengths: they sum to the row.
-        device: where the row is.
+        segment_lengths: tokens of each segment.
+        device: the row's device.
         target_positions: see `StepContext`.
     """
-    # Added up on the host and copied without waiting: made on the device, it would wait for all that runs there.
+    # A sum on the host and an asynchronous copy: a sum on the device would make the host wait for it.
     ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32).to(device, non_blocking=True)
     longest = max(segment_lengths)
     return {

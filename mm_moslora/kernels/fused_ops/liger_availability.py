@@ -1,4 +1,4 @@
-"""Whether Liger's Triton kernels can run here; they are used where they can and never required."""
+"""Whether Liger's Triton kernels can run here. They are optional."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 LIGER_RANGE = ">=0.8.5,<0.9"
-"""Versions of liger-kernel whose functions are called as they want it; the range of the extra `liger`."""
+"""Versions of liger-kernel with the signatures that `liger_ops` calls; the range of the extra `liger`."""
 OLDEST_CAPABILITY = (7, 0)
-"""Of NVIDIA's GPUs that Triton compiles for."""
+"""The lowest compute capability of a GPU that Triton compiles for."""
 
 
 def installed_liger() -> str | None:
@@ -34,10 +34,10 @@ def fits(found: str) -> bool:
 
 
 def why_not_liger(device: torch.device) -> str | None:
-    """Why Liger's kernels cannot run, as half a sentence; None: they can.
+    """Why Liger's kernels cannot run, as a clause; None: they can.
 
     Args:
-        device: of the model.
+        device: the model's.
     """
     found = installed_liger()
     if found is None:
@@ -59,7 +59,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     import torch
 
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
-        return None  # kernels run in Python, wherever the tensors are
+        return None  # kernels run in Python, on any device
     if device.type != "cuda":
         return f"Triton does not run on {device.type}"
     capability = torch.cuda.get_device_capability(device)

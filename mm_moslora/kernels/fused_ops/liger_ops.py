@@ -1,11 +1,11 @@
-"""The passes of lean decoder layers as Triton kernels: Liger's, and two of our own where Liger has none that fits.
+"""The passes of lean decoder layers as Triton kernels: Liger's, and two of this module where Liger has none that fits.
 
 Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
-Importing it needs liger_kernel and triton; `models.memory_efficient.kernel_selection` says whether they are here and
-chooses. The norm, its gradient and the gated activation with its gradients are Liger's. Ours are the norm rebuilt
-from the kept ``1 / rms``, which Liger would measure anew, and the rotation: Liger's turns query and key in place, which
-autograd may still need; a copy before costs as much as the rotation itself.
+The import needs liger_kernel and triton; `models.memory_efficient.kernel_selection` checks that and chooses. The norm,
+its gradient and the gated activation with its gradients are Liger's. This module adds two kernels. One recomputes the
+norm from the kept ``1 / rms``, which Liger would compute again. One is the rotary embedding: Liger's works in place on
+query and key, which autograd may still need, and a copy before it costs as much as the rotation.
 """
 
 from __future__ import annotations
@@ -57,15 +57,14 @@ def gated_silu(e: Tensor, g: Tensor) -> Tensor:
 
 
 def recompute_gated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """See `torch_ops.recompute_gated`; nothing is handed over, since Liger's gradients need e and g alone."""
+    """See `torch_ops.recompute_gated`; the second value is empty, since Liger's gradients need e and g alone."""
     return gated_silu(e, g), e.new_empty(0)
 
 
 def gated_silu_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """See `torch_ops.gated_silu_backward`; the gradients take the places of e and g.
+    """See `torch_ops.gated_silu_backward`; the gradients overwrite e and g.
 
-    Those are kept for the backward pass, so a second one through the same graph must not run on what is left of them:
-    autograd is told of the change, and raises.
+    Both are saved tensors. Their version counters increase, so that autograd raises in a second backward pass.
     """
     of_e, of_g = swiglu_backward(e.contiguous(), g.contiguous(), grad.contiguous())
     torch.autograd.graph.increment_version((e, g))

@@ -1,9 +1,9 @@
-"""The elementwise passes of lean decoder layers: RMS norm, gated activation, rotary embedding; and compiled, if asked.
+"""The elementwise passes of lean decoder layers (RMS norm, gated activation, rotary embedding), also compiled.
 
 Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
-Each is a chain of operators that reads and writes everything several times. A compiler makes one pass of a chain, and
-so do Liger's kernels (`liger_passes`); the matrix products around it gain nothing from either.
+Each is a chain of operators that reads and writes its tensors several times. A compiler makes one pass of a chain, and
+so do Liger's kernels (`liger_ops`). The matrix products around them gain nothing from either.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def recompute_rms_norm(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """The output of `rms_norm` once more, from its ``1 / rms``."""
+    """The output of `rms_norm` again, from its ``1 / rms``."""
     return _product(x, x.float(), inverse).to(x.dtype).mul_(weight)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient of x, from that of the norm's output, which may be used up."""
+    """The gradient of x, from that of the norm's output, which may be overwritten."""
     direction = _product(x, x.float(), inverse)
     pull = grad * weight if grad.dtype == torch.float32 else grad.float().mul_(weight.float())
     mean = torch.linalg.vecdot(pull, direction).div_(x.shape[-1])[:, None]
@@ -47,7 +47,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) 
 
 
 def _product(x: Tensor, wide: Tensor, inverse: Tensor) -> Tensor:
-    """``wide * inverse``, in the place of `wide` unless that is x itself."""
+    """``wide * inverse``, in place unless `wide` is x."""
     return wide * inverse if x.dtype == torch.float32 else wide.mul_(inverse)
 
 
@@ -57,13 +57,13 @@ def gated_silu(e: Tensor, g: Tensor) -> Tensor:
 
 
 def recompute_gated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """`gated_silu` once more, and what `gated_silu_backward` takes over from it, here ``silu(e)``."""
+    """`gated_silu` again, and an intermediate result for `gated_silu_backward`, here ``silu(e)``."""
     activated = F.silu(e)
     return activated * g, activated
 
 
 def gated_silu_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of e and g; what `recompute_gated` handed over is used up."""
+    """The gradients of e and g; `grad` and the intermediate result of `recompute_gated` are overwritten."""
     of_g = activated.mul_(grad)
     return torch.ops.aten.silu_backward(grad.mul_(g), e), of_g
 
@@ -82,7 +82,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedOps:
-    """The functions of this module, as they are, compiled, or as other kernels compute them."""
+    """The functions of this module: uncompiled, compiled, or as other kernels."""
 
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
     recompute_rms_norm: Callable[[Tensor, Tensor, Tensor], Tensor] = recompute_rms_norm
@@ -98,7 +98,7 @@ TORCH_OPS = FusedOps()
 
 @cache
 def compiled(backend: str) -> FusedOps:
-    """The passes compiled for rows of any length, when each is first called.
+    """The passes compiled for rows of any length; each compiles at its first call.
 
     Args:
         backend: of torch.compile.

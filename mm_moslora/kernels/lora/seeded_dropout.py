@@ -1,8 +1,8 @@
 """Dropout with masks that are drawn again from a seed instead of being kept.
 
-A mask is a tensor of integers as wide as the entries that it is for: all bits set where an entry stays, none where
-it is dropped. Applying it is one bitwise `and`, a fraction of what comparing and multiplying cost on a CPU. There,
-masks come in blocks of rows that stay near the core.
+A mask is a tensor of integers as wide as the entries: all bits are set where an entry stays, none where it is dropped.
+Applying it is one bitwise `and`, which costs a fraction of a comparison and a product on a CPU. On a CPU masks come in
+blocks of rows that fit into the cache.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bytes of an entry."""
+"""Integer dtype, by the bytes of an entry."""
 _STEPS = 2**15
-"""Random numbers that decide an entry: 15 bits of its own."""
+"""Possible random numbers of an entry: it has 15 bits."""
 _BLOCK = 2**19
 """Entries of a block on a CPU."""
 
@@ -33,7 +33,7 @@ def draw_seed() -> int:
 
 
 def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
-    """Dropout of x with the mask that the fused kernel would draw: a layer drops the same entries on either path.
+    """Dropout of x with the mask that the fused kernel draws: a layer drops the same entries on either path.
 
     Args:
         x: ``[..., D]``.
@@ -49,7 +49,7 @@ def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """What draws the mask of one layer's input."""
+    """The dropout mask of one layer's input, as a rate and a seed."""
 
     rate: float
     """Probability of dropping an entry, a multiple of 2^-15 (`exact_rate`)."""
@@ -59,13 +59,13 @@ class Mask:
 
 @dataclass(frozen=True)
 class KeptBits:
-    """Which entries of some rows stay."""
+    """The entries of some rows that stay."""
 
     bits: Tensor | None
-    """From `kept_bits`, or a part of such a mask; None: all stays."""
+    """From `kept_bits`, or a part of such a mask; None: all stay."""
 
     def keep(self, rows: Tensor) -> Tensor:
-        """`rows` ``[T, D]`` with zeros where entries are dropped: a new tensor, or `rows` itself if all stays."""
+        """`rows` ``[T, D]`` with zeros where entries are dropped: a new tensor, or `rows` itself if all stay."""
         return rows if self.bits is None else (rows.view(self.bits.dtype) & self.bits).view(rows.dtype)
 
     def keep_(self, rows: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class KeptBits:
         return rows
 
     def add(self, total: Tensor, rows: Tensor) -> None:
-        """Add to `total` what stays of `rows`, which may change; both ``[T, D]`` and contiguous."""
+        """Add the entries of `rows` that stay to `total`; `rows` may change; both ``[T, D]`` and contiguous."""
         total.add_(self.keep_(rows))
 
 
@@ -87,10 +87,10 @@ def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tupl
 
     Args:
         rows: ``[T, D]``.
-        masks: by the layer's place; None: everything stays.
+        masks: by the layer's index; None: everything stays.
 
     Yields:
-        Which layer, which rows, and which of their entries stay.
+        The layer's index, the rows, and the entries of them that stay.
     """
     sources = {place: kept_bits(rows, mask.rate, mask.seed) for place, mask in masks.items() if mask is not None}
     for block in _blocks(rows):
@@ -102,46 +102,46 @@ def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, 
     """The mask for `rows`, block by block; the same for the same seed (on the same kind of device).
 
     Args:
-        rows: ``[T, D]``; gives shape, width of an entry and device.
+        rows: ``[T, D]``; only its shape, dtype and device count.
         dropout: probability of dropping an entry, a multiple of 2^-15 (`exact_rate`).
         seed: from `draw_seed`.
 
     Yields:
-        Which rows, and for them integers ``[rows, D]``: -1 (all bits set) or 0.
+        The rows, and for them integers ``[rows, D]``: -1 (all bits set) or 0.
     """
     width, integers = rows.shape[1], _INTEGERS[rows.element_size()]
-    if rows.device.type == "meta":  # costs are counted there; nothing is drawn
+    if rows.device.type == "meta":  # a plan counts costs there
         yield slice(0, rows.shape[0]), torch.empty_like(rows, dtype=integers)
         return
     words = _random_words(rows.device, seed)
     for block in _blocks(rows):
-        # Nothing of that size stays here while other masks are drawn.
+        # No variable holds the mask while others are drawn: masks are as large as the rows.
         yield block, _lanes(words, (block.stop - block.start) * width, dropout).view(-1, width).to(integers)
 
 
 def _lanes(words: Callable[[int], Tensor], entries: int, dropout: float) -> Tensor:
     """The next mask, int16 ``[entries]``."""
     lanes = words(-(-entries // 4)).view(torch.int16)[:entries]
-    # With the sign bit set, subtracting the threshold leaves the sign where the other 15 bits reach it; shifting then
-    # spreads the sign over the entry.
+    # The sign bit is set first. Subtracting the threshold keeps it where the other 15 bits are at least the threshold,
+    # and the shift copies it to all bits of the entry.
     return lanes.bitwise_or_(-_STEPS).sub_(_threshold(dropout)).bitwise_right_shift_(15)
 
 
 def _threshold(dropout: float) -> int:
-    """How many of the random numbers drop an entry."""
+    """Number of random numbers that drop an entry."""
     return round(dropout * _STEPS)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Rows that are masked together; those of a CPU are a multiple of four, which uses whole words of 64 bits."""
+    """Blocks of rows; on a CPU their height is a multiple of four, which uses whole words of 64 bits."""
     count, width = rows.shape
     height = max(4, _BLOCK // width // 4 * 4) if rows.device.type == "cpu" else max(1, count)
     return (slice(start, min(start + height, count)) for start in range(0, count, height))
 
 
 def _random_words(device: torch.device, seed: int) -> Callable[[int], Tensor]:
-    """Draws int64 ``[count]`` at every call, all 64 bits random."""
-    if device.type == "cpu":  # numpy's generator takes half the time of torch's
+    """A function that draws int64 ``[count]`` at every call, all 64 bits random."""
+    if device.type == "cpu":  # numpy's generator takes half of torch's time
         numpy = np.random.Generator(np.random.SFC64(seed))
         return lambda count: torch.from_numpy(numpy.integers(-(2**63), 2**63, count, dtype=np.int64))
     generator = torch.Generator(device).manual_seed(seed)

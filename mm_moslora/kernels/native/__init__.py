@@ -1,4 +1,4 @@
-"""Attention for CPUs in C++, compiled once for the machine that it runs on where a compiler is, never required.
+"""Attention for CPUs in C++, compiled once per machine where a compiler is installed. It is optional.
 
 `mm_moslora.kernels.attention.native_cpu_attention` calls it.
 """
@@ -28,9 +28,9 @@ FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
 SECONDS = 300
-"""What a compilation may take; it takes two or three."""
+"""Time limit of a compilation, which takes two or three."""
 _DIGEST = 32
-"""Bytes of the sha256 at the end of a library, which loaders do not look at."""
+"""Bytes of the sha256 at the end of a library; loaders ignore it."""
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _HEADS = (_POINTER, _LONG, _LONG)
@@ -39,9 +39,9 @@ _ARGUMENTS = {
     "attend": (*_HEADS * 4, _POINTER, *_ATTENTION),
     "attend_backward": (*_HEADS * 5, _POINTER, *_HEADS * 3, *_ATTENTION),
 }
-"""What each function of the source takes; it is there once for each dtype."""
+"""Argument types of each function of the source, which exists for every dtype."""
 DTYPES = ("full", "half")
-"""How the functions of float32 and of bfloat16 end."""
+"""Suffixes of the functions of float32 and of bfloat16."""
 
 
 class NativeError(MoSLoRAError, RuntimeError):
@@ -53,7 +53,7 @@ class Library:
 
     Args:
         path: of the shared library.
-        compiler: that made it, in words.
+        compiler: name and version of its compiler.
     """
 
     def __init__(self, path: Path, compiler: str) -> None:
@@ -73,14 +73,14 @@ class Library:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that the kernels are compiled with: the one that CXX names, or one that is usual on Unix."""
+    """The C++ compiler for the kernels: the one that CXX names, or a usual one of Unix."""
     names = (os.environ.get("CXX") or "", *COMPILERS)
     return next(filter(None, (shutil.which(name) for name in names if name)), None) if os.name == "posix" else None
 
 
 @cache
 def library() -> Library:
-    """The kernels, compiled if this machine has not done so yet.
+    """The kernels; they are compiled at the first call on a machine.
 
     Raises:
         NativeError: they cannot be compiled or loaded.
@@ -99,13 +99,13 @@ def library() -> Library:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a library is as it was compiled: loading one that was cut ends the process."""
+    """Whether a library is undamaged: loading a truncated one ends the process."""
     content = path.read_bytes()
     return content[-_DIGEST:] == hashlib.sha256(content[:-_DIGEST]).digest()
 
 
 def _fingerprint(compiler: str) -> str:
-    """Of all that decides what comes out of the compiler: hosts may share a folder and differ in their processors."""
+    """A digest of everything that the compiled library depends on: hosts with other processors may share the folder."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
     kinds = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     sources = (path.read_text() for path in sorted((*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp"))))
@@ -114,7 +114,7 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Beside its place and then into it, so that ranks that start together do not read half a file."""
+    """Compile to a temporary file and rename it: a rank that starts at the same time never reads half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as made:

@@ -1,10 +1,11 @@
-"""Padded rows: one sample per row, as the processors of ready-made models make them. Prompts are read this way, and
-models train this way that are not known to take a packed row (`mm_moslora.models.batching.packed_batch`).
+"""Padded rows: one sample per row, as the processors of ready-made models make them.
+
+Prompts are read this way. Models without packed rows (`mm_moslora.models.batching.packed_batch`) train this way.
 
 Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width.
 
-The models are transformers' own and get what their processors would give them: ids, mask, image inputs, and one type
-per token where they ask for it (Qwen-VL derives its three-part positions from it, PaliGemma its prefix).
+The models are classes of transformers and get the same inputs as from their processors: ids, mask, image inputs, and a
+type per token where they take it (Qwen-VL derives its three-part positions from it, PaliGemma its prefix).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from mm_moslora.utils.errors import ModelError
 
 
 def padded_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
-    """What the head reads at the supervised positions, each sample in a row of its own, padded on the right.
+    """The hidden states at the supervised positions, one sample per row, padded on the right.
 
     Args:
-        model: an image-text-to-text model of transformers, with or without adapters inside.
+        model: an image-text-to-text model of transformers, with or without adapters.
         batch: on the model's device.
-        dummy: for a batch without images on a rank whose peers have some: it runs as one more row with a weight of
-            zero, so that every rank takes part in the same collectives.
+        dummy: for a batch without images where other ranks have some: it runs as one more row with a weight of zero, so
+            that all ranks take part in the same collectives.
 
     Returns:
         ``[K, D]``.
@@ -76,9 +77,9 @@ def padded_inputs(
         model: an image-text-to-text model of transformers.
         rows: ``G`` samples of ids in main memory, different lengths.
         pixel_values: of all pictures in order.
-        image_inputs: the rest that belongs to the pictures, anywhere.
-        answers: where each sample's first answer begins.
-        device: where the model takes them; None: where it is.
+        image_inputs: the other inputs of the pictures, on any device.
+        answers: the start of each sample's first answer.
+        device: of the result; None: the model's.
     """
     device = model.device if device is None else device
     whole = text_inputs(model, rows)
@@ -93,21 +94,22 @@ def padded_inputs(
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedCollator:
-    """For other trainers: turns examples into keyword arguments of a ready-made model, such as
-    `Trainer(data_collator=...)` needs. Records that turned out to be bad (`TrainingSet` gives None) are left out.
+    """Collates examples to keyword arguments of a ready-made model, for other trainers (`Trainer(data_collator=...)`).
+
+    Bad records (`TrainingSet` gives None) are left out.
     """
 
     model: nn.Module
-    """The image-text-to-text model of transformers that the examples are for, adapters around it or not."""
+    """The image-text-to-text model of transformers, with or without adapters."""
 
     def __call__(self, examples: Sequence[Example | None]) -> dict[str, Any]:
         """Make a batch in main memory.
 
         Returns:
-            What the model's own processor would give (see `padded_inputs`), and `labels`, int64 ``[G, T]``.
+            The keyword arguments (see `padded_inputs`), and `labels`, int64 ``[G, T]``.
 
         Raises:
-            DataError: not one example can be used.
+            DataError: no example can be used.
         """
         batch = Batch.from_examples(usable(examples))
         rows = list(batch.input_ids.split(batch.segment_lengths))
@@ -124,7 +126,7 @@ class PaddedCollator:
 
 
 def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Ids and mask ``[G, T]`` in main memory, and where the pictures are for models that ask for it.
+    """Ids and mask ``[G, T]`` in main memory, and the places of pictures for models that take them.
 
     Args:
         model: an image-text-to-text model of transformers.
@@ -139,7 +141,7 @@ def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Ten
 
 
 def takes(model: PreTrainedModel, keyword: str) -> bool:
-    """Whether the forward pass of a model names a keyword argument; it ignores any other one without an error.
+    """Whether the forward pass of a model has a keyword argument; it ignores unknown ones without an error.
 
     Args:
         model: of transformers, with or without its head.
@@ -151,13 +153,13 @@ def takes(model: PreTrainedModel, keyword: str) -> bool:
 def picture_inputs(
     model: PreTrainedModel, pixel_values: Tensor, image_inputs: dict[str, Tensor], *, device: torch.device | None = None
 ) -> dict[str, Any]:
-    """What a model takes of the pictures of all rows, where and as it takes it.
+    """The keyword arguments of a model for the pictures of all rows.
 
     Args:
         model: an image-text-to-text model of transformers.
         pixel_values: of all pictures in order.
-        image_inputs: the rest that belongs to the pictures, anywhere; see `readable`.
-        device: where the model takes them; None: where it is.
+        image_inputs: the other inputs of the pictures, on any device; see `readable`.
+        device: of the result; None: the model's.
     """
     device = model.device if device is None else device
     inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
@@ -175,7 +177,7 @@ def picture_inputs(
 
 
 def readable(batch: Batch) -> dict[str, Tensor]:
-    """A batch's image inputs, those that are read as numbers from main memory."""
+    """A batch's image inputs; those that the model reads as numbers are in main memory."""
     return {
         name: batch.on_host.image_inputs[name] if name in READ_INPUTS else value
         for name, value in batch.image_inputs.items()
@@ -183,7 +185,7 @@ def readable(batch: Batch) -> dict[str, Tensor]:
 
 
 def _in_rows(batch: Batch, width: int) -> Tensor:
-    """Where the supervised positions are in padded rows of this width that lie behind each other, ``[K]``."""
+    """The supervised positions in the flattened padded rows of this width, ``[K]``."""
     ends = torch.tensor(batch.segment_lengths).cumsum(0)
     row = torch.bucketize(batch.target_positions, ends, right=True)
     starts = ends - torch.tensor(batch.segment_lengths)
@@ -191,7 +193,7 @@ def _in_rows(batch: Batch, width: int) -> Tensor:
 
 
 def _first_supervised(batch: Batch) -> list[int]:
-    """Where the first answer of every sample begins, counted from its own start; its length where it has none."""
+    """The start of the first answer within every sample; the sample's length where it has none."""
     positions = batch.target_positions.tolist()
     starts, offset = [], 0
     for length in batch.segment_lengths:
@@ -205,7 +207,7 @@ def _runs(counts: Tensor) -> Tensor:
     """LLaVA-OneVision's pictures per sample, from one count per picture (1: tiled, more: one of several, not tiled).
 
     Raises:
-        ModelError: a single picture that is not tiled, which the model cannot be told.
+        ModelError: a single picture that is not tiled, which these counts cannot express.
     """
     runs: list[int] = []
     for tiled, group in itertools.groupby(counts.tolist(), key=lambda count: count == 1):

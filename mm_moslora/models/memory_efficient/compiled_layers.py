@@ -1,4 +1,4 @@
-"""`torch.compile` of the decoder layers, one by one or of their passes: short graphs, compiled once for all layers."""
+"""`torch.compile` of single decoder layers, or of their passes: short graphs, compiled once for all layers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mm_moslora.utils.errors import ConfigError, suggestion
 
 
 class CompiledLayer(nn.Module):
-    """Mixed in before a layer's class, to run its forward pass compiled.
+    """Mixed in before a layer's class; runs its forward pass compiled.
 
-    transformers wraps the forward pass of every class of layers for gradient checkpointing, and what is compiled around
-    that wrapper (`layer.compile`) has no effect: torch does not look into checkpoints. Here it is inside.
+    transformers wraps the forward pass of every layer class for gradient checkpointing. Compiling around that wrapper
+    (`layer.compile`) has no effect, since torch does not trace checkpoints. Here the compiled part is inside of it.
     """
 
     compiled_forward: Callable[..., Tensor]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the layer computes."""
+        """The layer's output."""
         return self.compiled_forward(hidden_states, *args, **kwargs)
 
 
@@ -34,7 +34,7 @@ def require_backend(backend: str) -> None:
     """Refuse a backend of torch.compile that cannot run here.
 
     Raises:
-        ConfigError: no such backend, or a compiler is missing.
+        ConfigError: unknown backend, or a compiler is missing.
     """
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
@@ -53,19 +53,19 @@ def require_backend(backend: str) -> None:
 def compile_layers(model: PreTrainedModel, backend: str) -> int:
     """Compile the decoder layers in place, for rows of any length; weights and their names stay.
 
-    Lean layers have the passes between their matrix products compiled, which is faster than the whole stock layer and
-    keeps as little as before. With gradient checkpointing what is computed again is compiled, too. The loop over
-    segments stays outside the graphs, for it would be compiled anew for every batch.
+    In lean layers the passes between matrix products are compiled, which is faster than the whole stock layer and keeps
+    as little as before. Gradient checkpointing recomputes with the compiled code. The loop over segments stays outside
+    of the graphs: it would be compiled again for every batch.
 
     Args:
         model: causal language model or VLM, adapters inside.
         backend: of torch.compile.
 
     Returns:
-        How many layers.
+        The number of layers.
 
     Raises:
-        ConfigError: no such backend, no layers, or a compiler is missing.
+        ConfigError: unknown backend, no layers, or a compiler is missing.
     """
     require_backend(backend)
     layers: Any = getattr(model.get_decoder(), "layers", None)

@@ -1,4 +1,4 @@
-"""Which kernels run: PyTorch's, Liger's between the products of lean layers on a GPU, C++ attention on a CPU."""
+"""The choice of kernels: PyTorch's, Liger's between the products of lean layers on a GPU, C++ attention on a CPU."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from mm_moslora.utils.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """What `model.kernels` comes to on a device."""
+    """The kernels that `model.kernels` gives on a device."""
 
     passes: FusedOps
-    """What lean layers run between their products."""
+    """Run between the products of lean layers."""
     words: str
-    """Whose they are, and why where that was not the recipe's word."""
+    """Their library, and the reason where it is not the recipe's choice."""
     required: str | None = None
-    """What the recipe insists on."""
+    """The library that the recipe requires."""
     native: bool = False
-    """Whether attention is to run on the C++ kernel, as `set_attention` is told."""
+    """Whether attention runs on the C++ kernel, for `set_attention`."""
 
 
 def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> Kernels:
-    """Liger's kernels or the C++ attention where they can run, else PyTorch's. The latter is compiled to know it.
+    """Liger's kernels or the C++ attention where they can run, else PyTorch's. The C++ attention is compiled to check.
 
     Args:
         wanted: auto, torch, liger or native.
-        device: that the model will be on.
-        lean: whether there will be lean layers for Liger's.
+        device: the model's.
+        lean: whether the model has lean layers, which Liger's kernels need.
 
     Raises:
-        ConfigError: liger or native is asked for and cannot run.
+        ConfigError: liger or native is required and cannot run.
     """
     if wanted == "torch":
         return Kernels(passes=TORCH_OPS, words="PyTorch's")
@@ -63,13 +63,13 @@ def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> K
 _WHERE = {
     "liger": f"They run on a GPU where liger-kernel is installed (pip install 'liger-kernel{LIGER_RANGE}'; Triton "
     "comes with PyTorch's CUDA builds).",
-    "native": "It runs on a CPU, where a C++ compiler is.",
+    "native": "It runs on a CPU and needs a C++ compiler.",
 }
-"""Kernels that a recipe may insist on."""
+"""Kernels that a recipe may require."""
 
 
 def _native_words(device: torch.device) -> str:
-    """Words for the C++ attention, once it is compiled.
+    """A description of the C++ attention, which is compiled for it.
 
     Raises:
         NativeError: it cannot run.
@@ -80,18 +80,18 @@ def _native_words(device: torch.device) -> str:
 
 
 def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
-    """Have the lean layers of a model run on these kernels, in place, where it has any.
+    """Set the kernels of a model's lean layers, in place.
 
     Args:
-        model: that `mm_moslora.models.memory_efficient.decoder_layers.use_lean_layers` has seen.
+        model: after `mm_moslora.models.memory_efficient.decoder_layers.use_lean_layers`.
         kernels: from `choose_kernels`.
         lean: as for `choose_kernels`.
 
     Returns:
-        What runs on them, attention included, in words; nothing where nothing does.
+        A sentence on what runs on them, attention included; empty where nothing does.
 
     Raises:
-        ConfigError: nothing does, and the recipe insists on such kernels.
+        ConfigError: nothing does, and the recipe requires them.
     """
     changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
     for layer in changed:
@@ -100,8 +100,8 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
         return f"Attention runs on {kernels.words}."
     if kernels.required and not changed:
         raise ConfigError(
-            f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and such "
-            f"kernels run in these alone ({', '.join(LEAN_LAYERS.values())}). Set model.kernels to auto."
+            f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and "
+            f"these kernels run in lean layers only ({', '.join(LEAN_LAYERS.values())}). Set model.kernels to auto."
         )
     if not changed:
         return ""

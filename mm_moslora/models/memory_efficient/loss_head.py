@@ -1,9 +1,9 @@
-"""Token-weighted cross entropy over supervised positions, without ever holding all their logits.
+"""Token-weighted cross entropy over supervised positions, a block of logits at a time.
 
 Shapes: ``K`` supervised positions of a micro-batch, ``C`` vocabulary, ``D`` LLM width.
 
 The loss of an optimiser step is ``sum over supervised tokens / global count of supervised tokens``; it does not depend
-on how the step is split into ranks, micro-batches or packs.
+on the split into ranks, micro-batches or packs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from transformers import PreTrainedModel
 from mm_moslora.models.transformers_patches import mix_in
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-"""Largest block of logits, as if in fp32. On a CPU a few hundred positions: every block reads the head's weights."""
+"""Largest block of logits, counted in fp32. On a CPU a few hundred positions: every block reads the head's weights."""
 SMALLEST_CHUNK = 128
-"""Positions; below that the matrix products lose speed."""
+"""Smallest block in positions; below it the matrix products lose speed."""
 CACHED_BYTES = 2 * 2**20
-"""Of fp32 logits that a CPU takes through all passes of the softmax before the next ones."""
+"""Bytes of fp32 logits that a CPU takes through all passes of the softmax at once."""
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
     """Sum of the cross entropies, in fp32.
 
     Args:
-        logits: ``[K, C]`` in any floating dtype; ``K`` may be 0, the sum is then 0 and carries a gradient of zero.
+        logits: ``[K, C]`` in any floating dtype; for ``K = 0`` the sum and its gradient are 0.
         targets: int64 ``[K]``.
         right: see `head_loss_sum`.
     """
@@ -41,13 +41,13 @@ def token_loss_sum(logits: Tensor, targets: Tensor, right: Tensor | None = None)
 
 
 class LossHead(nn.Linear):
-    """A language-model head that can go on to the loss; the class that `use_loss_head` gives to a plain head."""
+    """A language-model head that can compute the loss; `use_loss_head` mixes it into a plain head."""
 
     def forward(self, input: Tensor, targets: Tensor | None = None, right: Tensor | None = None) -> Tensor:
         """Logits ``[..., C]``; with targets ``[K]``, the sum of the cross entropies of ``input`` ``[K, D]`` instead.
 
-        The loss is part of the head's own call so that an engine that fetches weights per module (ZeRO-3) does it once,
-        however many chunks a rank has.
+        The loss is part of the head's call: an engine that gathers weights per module (ZeRO-3) does it once, for any
+        number of chunks.
         """
         if targets is None:
             return super().forward(input)
@@ -57,7 +57,7 @@ class LossHead(nn.Linear):
 
 
 def use_loss_head(model: PreTrainedModel) -> bool:
-    """Let the model's head compute the loss in chunks, in place; False where it is not a plain linear layer."""
+    """Make the model's head compute the loss in chunks, in place; False where it is not a plain linear layer."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None and "forward" not in head.__dict__:
         mix_in(head, LossHead)
@@ -81,7 +81,7 @@ def head_loss_sum(model: PreTrainedModel, hidden: Tensor, targets: Tensor, right
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Gradients are taken while a chunk's logits are at hand: nothing of size ``K x C`` is kept or computed twice."""
+    """The gradients of a chunk are computed with its loss: nothing of size ``K x C`` is kept or computed twice."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, right: Tensor | None) -> Tensor:
@@ -109,7 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        # In fp32, for a loss scale (fp16) may not fit into the narrow dtype before it meets small gradients.
+        # In fp32: a loss scale (fp16) may overflow the narrow dtype where its product with a small gradient does not.
         scaled = None if d_hidden is None else (d_hidden.float() * grad).to(d_hidden.dtype)
         return scaled, None if d_weight is None else (d_weight * grad).to(ctx.dtype), None, None
 
@@ -118,10 +118,10 @@ def _loss_(logits: Tensor, wanted: Tensor, *, right: Tensor | None, pull: bool) 
     """Sum of the cross entropies, in fp32; on a CPU a few rows at a time.
 
     Args:
-        logits: ``[K, C]``, used up: with `pull` they become the gradient of themselves.
-        wanted: int64 ``[K, 1]``.
+        logits: ``[K, C]``, overwritten; with `pull` by their gradient.
+        wanted: targets, int64 ``[K, 1]``.
         right: see `head_loss_sum`.
-        pull: whether the gradient is wanted.
+        pull: whether the gradient is computed.
     """
     rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, logits.shape[0])
     total = torch.zeros((), dtype=torch.float32, device=logits.device)

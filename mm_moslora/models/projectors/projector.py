@@ -1,9 +1,9 @@
-"""Projectors: from vision features to the language model's embedding space. One table, one class each.
+"""The table of projectors, which map vision features to the embedding space of the language model.
 
 Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
 
-Every class takes a `ProjectorShape`, maps ``[N, P, V]`` to ``[N, Q, D]``, tells ``Q`` from the shape alone (`tokens`)
-and ends in a linear layer (`last`).
+Every class takes a `ProjectorShape`, maps ``[N, P, V]`` to ``[N, Q, D]``, computes ``Q`` from the shape (`tokens`) and
+ends in a linear layer (`last`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def build_projector(kind: str, shape: ProjectorShape) -> Projector:
 
 
 def projector_tokens(kind: str, shape: ProjectorShape) -> int:
-    """Visual tokens per image, known before anything is built.
+    """Visual tokens per image, before a projector is built.
 
     Raises:
         ModelError: no such projector, or it does not fit the shape.
@@ -60,7 +60,7 @@ def projector_tokens(kind: str, shape: ProjectorShape) -> int:
 
 
 def projector_class(kind: str) -> type[Projector]:
-    """Look a projector up by name.
+    """The class of a projector.
 
     Raises:
         ModelError: no such projector.
@@ -76,6 +76,6 @@ def projector_class(kind: str) -> type[Projector]:
 
 
 def shaped(kind: str, shape: ProjectorShape) -> ProjectorShape:
-    """The shape with what the name says: the layers of mlpNx_gelu."""
+    """The shape with the depth that is part of the name (mlpNx_gelu)."""
     deep = _DEEP.fullmatch(kind)
     return replace(shape, depth=int(deep[1])) if deep else shape

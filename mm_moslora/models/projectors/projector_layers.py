@@ -1,4 +1,4 @@
-"""Projectors that treat patches alike: linear, MLPs of any depth, and those that fold or pool squares of patches.
+"""Projectors without learned queries: linear, MLPs of any depth, and those that fold or pool squares of patches.
 
 Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
 """
@@ -15,7 +15,7 @@ from mm_moslora.utils.errors import ModelError
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorShape:
-    """What a projector is built for."""
+    """The widths and sizes of a projector."""
 
     vision_width: int
     """``V``."""
@@ -44,7 +44,7 @@ class LinearProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         return self.linear
 
     @staticmethod
@@ -68,7 +68,7 @@ class MlpProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         return self.linear_2
 
     tokens = staticmethod(LinearProjector.tokens)
@@ -90,7 +90,7 @@ class DeepMlpProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         layer = self.layers[-1]
         assert isinstance(layer, nn.Linear)
         return layer
@@ -99,7 +99,7 @@ class DeepMlpProjector(nn.Module):
 
 
 class FusedMlpProjector(nn.Module):
-    """Three linear layers, the first to four times the vision width (prismatic's fused-gelu-mlp, for fused towers)."""
+    """Three linear layers; the first widens to four times the vision width (prismatic's fused-gelu-mlp)."""
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class FusedMlpProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         return self.linear_3
 
     tokens = staticmethod(LinearProjector.tokens)
@@ -142,7 +142,7 @@ class AvgPoolProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         return self.linear_2
 
     @staticmethod
@@ -154,7 +154,7 @@ class AvgPoolProjector(nn.Module):
 class PixelShuffleProjector(nn.Module):
     """Fold squares of ``shuffle x shuffle`` patches into one token, then norm and MLP (as in InternVL).
 
-    ``[N, P, V] -> [N, P / shuffle^2, D]``: fewer visual tokens, nothing thrown away.
+    ``[N, P, V] -> [N, P / shuffle^2, D]``: fewer visual tokens, with all features.
     """
 
     def __init__(self, shape: ProjectorShape) -> None:
@@ -181,7 +181,7 @@ class PixelShuffleProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         return self.linear_2
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""How a fresh projector begins: measured on pictures, in closed form, before anything trains.
+"""The start of a new projector: fitted to pictures in closed form, before training.
 
-Shapes: ``N`` pictures, ``Q`` visual tokens per picture, ``V`` width of what the first linear layer reads, ``H`` of what
-the last one reads, ``D`` LLM width.
+Shapes: ``N`` pictures, ``Q`` visual tokens per picture, ``V`` input width of the first linear layer, ``H`` input width
+of the last one, ``D`` LLM width.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from torch import Tensor, nn
 from mm_moslora.utils.errors import ModelError
 
 RIDGE = 0.02
-"""Of the variance of every dimension: what is added to it, so that few pictures do not determine a fit by chance."""
-
-
+"""The ridge, as a share of every dimension's variance: it keeps a fit to few pictures from following chance."""
 TOKENS_TO_FIT = 16
-"""Visual tokens of a picture, evenly spaced, that a fit is made from: more tell little and cost much."""
+"""Visual tokens per picture in a fit, evenly spaced: more add little and cost much."""
 
 
 def embedding_scale(visual_tokens: Tensor, embeddings: Tensor) -> float:
-    """The factor on a fresh projector's last layer that gives visual tokens the size of word embeddings.
+    """The factor on a new projector's last layer that gives visual tokens the size of word embeddings.
 
-    A fresh projector gives tokens several times larger or smaller than the words beside them; training first has to
-    undo that.
+    Tokens of a new projector are several times larger or smaller than word embeddings, which training first has to
+    undo.
 
     Args:
-        visual_tokens: of some real pictures, ``[..., D]``.
+        visual_tokens: of some pictures of the data, ``[..., D]``.
         embeddings: word embeddings ``[vocabulary, D]``.
     """
     return embedding_size(embeddings) / max(1e-12, float(visual_tokens.float().pow(2).mean().sqrt()))
@@ -43,20 +41,20 @@ def embedding_size(embeddings: Tensor) -> float:
 
 
 def fold_into(projector: nn.Module, mean: Tensor, spread: Tensor) -> None:
-    """Let a projector's first linear layer compute of features what it did of ``(features - mean) / spread``.
+    """Fold the normalisation ``(features - mean) / spread`` into a projector's first linear layer.
 
-    Features of a vision tower have most of their size in common: of DINOv2's, the part that differs between pictures
-    can be a tenth. A fresh layer then gives nearly the same token for every picture.
+    Most of a vision tower's features is common to all pictures: in DINOv2 the part that differs can be a tenth. Without
+    the normalisation a new layer gives nearly the same token for every picture.
 
     Args:
-        projector: changed in place; not at all where no dimension changes.
+        projector: changed in place; unchanged where no dimension varies.
         mean: ``[V]``.
-        spread: ``[V]``; dimensions that hardly change count as a tenth of the average.
+        spread: standard deviations, ``[V]``; at least a tenth of their mean is used.
     """
     layer = first_layer(projector)
     assert layer.bias is not None
     mean, spread = mean.to(layer.weight.device), spread.to(layer.weight.device)
-    if not float(spread.mean()) > 0:  # nothing differs
+    if not float(spread.mean()) > 0:  # no dimension varies
         return
     weight = layer.weight.float() / spread.clamp_min(0.1 * float(spread.mean()))
     layer.bias.copy_(layer.bias.float() - weight @ mean)
@@ -64,23 +62,24 @@ def fold_into(projector: nn.Module, mean: Tensor, spread: Tensor) -> None:
 
 
 def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *, size: float) -> float | None:
-    """Set the last layer so that visual tokens point where the words that belong to their picture do.
+    """Fit the last layer so that visual tokens point in the directions of their picture's words.
 
-    Least squares with a ridge, from what the layer reads to the mean embedding of the words. What all pictures have in
-    common is left out, and what differs gets the size of a word embedding. A language model that can do something with
-    a word, name it or compare it, then finds it in the picture, too.
+    The fit is ridge regression from the layer's input to the mean embedding of the words. The mean over all pictures is
+    left out, and the rest gets the size of word embeddings. The language model then reads in the picture what it can
+    already read in a word.
 
     Args:
         projector: changed in place.
-        pairs: for some pictures at a time, what the last layer reads ``[N, Q, H]``, and the mean embeddings ``[N, D]``.
-        size: root mean square that the tokens get.
+        pairs: for some pictures at a time, the input of the last layer ``[N, Q, H]`` and the mean embeddings ``[N,
+            D]``.
+        size: root mean square of the tokens.
 
     Returns:
-        The share of the words' variance that the tokens follow, 0 to 1; None, and nothing changed, where the words or
+        The share of the words' variance that the tokens explain, 0 to 1; None, and nothing changed, where the words or
         the pictures do not differ.
 
     Raises:
-        ModelError: what the layer reads is not finite.
+        ModelError: the layer's input is not finite.
     """
     layer = last_layer(projector)
     rows, moments = 0, _Moments(layer)
@@ -89,8 +88,8 @@ def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *
         x = hidden[:, places.to(hidden.device)].double()
         if not bool(x.isfinite().all()):
             raise ModelError(
-                "The vision tower gives features that are not finite for a picture of the training data, so that the "
-                "projector cannot be fitted. Train in fp32 or bf16, or leave model.projector.fit_to_answers out."
+                "The vision tower gives features that are not finite for a picture of the training data: the projector "
+                "cannot be fitted. Train in fp32 or bf16, or leave model.projector.fit_to_answers out."
             )
         rows += x.shape[0] * x.shape[1]
         moments.add(x.flatten(0, 1), words.double().to(x.device).repeat_interleave(x.shape[1], 0))
@@ -113,7 +112,7 @@ def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *
 
 
 class _Moments:
-    """Sums over rows of what a least-squares fit needs, where the layer is."""
+    """Sums over rows for a least-squares fit, on the layer's device."""
 
     def __init__(self, layer: nn.Linear) -> None:
         zeros = partial(torch.zeros, dtype=torch.double, device=layer.weight.device)
@@ -131,18 +130,18 @@ class _Moments:
 
 
 def first_layer(projector: nn.Module) -> nn.Linear:
-    """The linear layer that a projector begins with, behind a pooling or a norm at most."""
+    """The first linear layer of a projector; only a pooling or a norm comes before it."""
     return next(module for module in projector.modules() if isinstance(module, nn.Linear))
 
 
 def last_layer(projector: nn.Module) -> nn.Linear:
-    """The linear layer whose output is the visual tokens."""
+    """The linear layer that puts out the visual tokens."""
     return cast(nn.Linear, projector.last if hasattr(projector, "last") else projector.linear_2)
 
 
 @contextmanager
 def inputs_of(layer: nn.Module) -> Iterator[Callable[[], Tensor]]:
-    """Within the block, the function that it gives returns what the layer read since the last call, fp32."""
+    """Record a layer's inputs within the block; the function returns those since its last call, in fp32."""
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float()))
 

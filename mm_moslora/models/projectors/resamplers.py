@@ -1,9 +1,9 @@
-"""Projectors with a number of visual tokens of their own: learned queries or convolutions look at the patches.
+"""Projectors with a chosen number of visual tokens: learned queries or convolutions read the patches.
 
 Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
 
-All end in a linear layer to the language model's width, and hold every parameter in a module whose forward pass uses
-it, so that ZeRO-3 gathers it in time.
+All end in a linear layer to the language model's width. The forward pass of a module uses every parameter that it
+holds, so that ZeRO-3 gathers it in time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mm_moslora.utils.errors import ModelError
 
 
 def heads_for(width: int) -> int:
-    """Attention heads of 64, or the widest that divide the width."""
+    """Number of attention heads of width 64, or of the largest smaller width that divides."""
     return width // next(size for size in (64, 48, 32, 16, 8, 4, 2, 1) if width % size == 0)
 
 
 class CrossAttention(nn.Module):
-    """Queries look at patches and at each other (Flamingo's perceiver, 2204.14198, section 3.1.1)."""
+    """Queries attend to patches and to each other (Flamingo's perceiver, 2204.14198, section 3.1.1)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class PerceiverProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         return self.linear
 
     @staticmethod
@@ -93,7 +93,7 @@ class PerceiverProjector(nn.Module):
 
 
 class QFormerProjector(nn.Module):
-    """BLIP-2's Q-Former (2301.12597) at the tower's width, transformers' own: ``[N, P, V] -> [N, Q, D]``."""
+    """BLIP-2's Q-Former (2301.12597) of transformers, at the tower's width: ``[N, P, V] -> [N, Q, D]``."""
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class QFormerProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         return self.linear
 
     tokens = staticmethod(PerceiverProjector.tokens)
@@ -125,7 +125,7 @@ class QFormerProjector(nn.Module):
 class CAbstractorProjector(nn.Module):
     """Honeybee's C-Abstractor (2312.06742, section 3.2): RegNet stages around a pooling, then an MLP.
 
-    Gives ``queries`` tokens and keeps the places of the patches, which learned queries lose.
+    It gives ``queries`` tokens in the order of the patches' places, which learned queries do not keep.
     ``[N, P, V] -> [N, Q, D]``.
     """
 
@@ -157,7 +157,7 @@ class CAbstractorProjector(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
+        """The layer that puts out the visual tokens."""
         return self.linear_2
 
     @staticmethod

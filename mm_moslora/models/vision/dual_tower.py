@@ -1,4 +1,4 @@
-"""Two vision towers side by side: each sees the picture as it was trained to, and their features are joined by channel.
+"""Two vision towers side by side: each gets the pixels that it was trained on; features are joined by channel.
 
 Shapes: ``N`` images, ``P`` patches per image, ``V`` width of both towers together, ``H x W`` pixels.
 """
@@ -23,7 +23,7 @@ class FusedVisionConfig(PreTrainedConfig):
     prefixes: list[int] | None = None
     """Tokens before the first patch, per tower."""
     statistics: list[list[list[float]]] | None = None
-    """Pixel mean and standard deviation, per tower. Pictures come as the first one wants them."""
+    """Pixel mean and standard deviation, per tower. Inputs are normalised for the first one."""
     hidden_size: int = 0
     """Width of the joined features."""
     image_size: int = 224

@@ -1,7 +1,7 @@
-"""open_clip towers as transformers' own classes, where these can express them: equal features, stock exports.
+"""open_clip towers as classes of transformers, where these can express them: equal features, stock exports.
 
-What can be expressed is read off the built tower, not off its name: a plain CLIP ViT becomes `CLIPVisionModel`, a
-SigLIP ViT of timm `SiglipVisionModel`. Everything else stays open_clip's own, behind the wrapper.
+The built tower decides, not its name: a plain CLIP ViT becomes `CLIPVisionModel`, a SigLIP ViT of timm becomes
+`SiglipVisionModel`. Other towers stay classes of open_clip in a `WrappedVisionModel`.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def _clip(tower: Any) -> PreTrainedModel | None:
         "embeddings.patch_embedding.weight": old["conv1.weight"],
         "embeddings.position_embedding.weight": old["positional_embedding"],
     }
-    for ours, theirs in (("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")):
-        state |= _copied(old, theirs, ours)
+    for target, source in (("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")):
+        state |= _copied(old, source, target)
     for index in range(len(blocks)):
-        theirs, ours = f"transformer.resblocks.{index}.", f"encoder.layers.{index}."
-        state |= _split_qkv(old, f"{theirs}attn.in_proj_", f"{ours}self_attn.")
-        for name, own in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
+        source, target = f"transformer.resblocks.{index}.", f"encoder.layers.{index}."
+        state |= _split_qkv(old, f"{source}attn.in_proj_", f"{target}self_attn.")
+        for name, new in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
                           ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):  # fmt: skip
-            state |= _copied(old, theirs + name, ours + own)
+            state |= _copied(old, source + name, target + new)
     return _filled(CLIPVisionModel, config, state)
 
 
@@ -90,24 +90,24 @@ def _siglip(trunk: Any) -> PreTrainedModel | None:
     state = {"embeddings.position_embedding.weight": old["pos_embed"][0]}
     state |= _copied(old, "patch_embed.proj", "embeddings.patch_embedding") | _copied(old, "norm", "post_layernorm")
     for index in range(len(trunk.blocks)):
-        theirs, ours = f"blocks.{index}.", f"encoder.layers.{index}."
-        state |= _split_qkv(old, f"{theirs}attn.qkv.", f"{ours}self_attn.")
-        for name, own in (("attn.proj", "self_attn.out_proj"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
+        source, target = f"blocks.{index}.", f"encoder.layers.{index}."
+        state |= _split_qkv(old, f"{source}attn.qkv.", f"{target}self_attn.")
+        for name, new in (("attn.proj", "self_attn.out_proj"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
                           ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):  # fmt: skip
-            state |= _copied(old, theirs + name, ours + own)
+            state |= _copied(old, source + name, target + new)
     return _filled(SiglipVisionModel, config, state)
 
 
-def _copied(old: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    return {f"{ours}.{kind}": old[f"{theirs}.{kind}"] for kind in ("weight", "bias") if f"{theirs}.{kind}" in old}
+def _copied(old: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    return {f"{target}.{kind}": old[f"{source}.{kind}"] for kind in ("weight", "bias") if f"{source}.{kind}" in old}
 
 
-def _split_qkv(old: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    """Query, key and value lie behind each other in one matrix there."""
+def _split_qkv(old: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    """Query, key and value, which are one matrix in open_clip and timm."""
     state = {}
     for kind in ("weight", "bias"):
-        for name, part in zip("qkv", old[theirs + kind].chunk(3), strict=True):
-            state[f"{ours}{name}_proj.{kind}"] = part
+        for name, part in zip("qkv", old[source + kind].chunk(3), strict=True):
+            state[f"{target}{name}_proj.{kind}"] = part
     return state
 
 
@@ -116,7 +116,7 @@ def _filled(kind: Any, config: Any, state: dict[str, Tensor]) -> PreTrainedModel
         model = kind(config)
     model.load_state_dict({name: value.clone() for name, value in state.items()}, strict=True, assign=True)
     for name, value in list(model.named_buffers()):  # position ids, the only ones
-        owner, _, own = name.rpartition(".")
+        owner, _, buffer = name.rpartition(".")
         ids = torch.arange(value.shape[-1])[None]
-        model.get_submodule(owner).register_buffer(own, ids, persistent=False)
+        model.get_submodule(owner).register_buffer(buffer, ids, persistent=False)
     return model

@@ -1,4 +1,4 @@
-"""open_clip and timm towers that transformers has no class for, behind one registered wrapper.
+"""open_clip and timm towers that transformers has no class for, in one registered wrapper.
 
 Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``H x W`` pixels.
 """
@@ -23,7 +23,7 @@ from mm_moslora.utils.errors import ModelError, suggestion
 
 logger = logging.getLogger(__name__)
 
-_RANDOM = "model.vision: %r without pretrained has random weights, other ones every time it is loaded."
+_RANDOM = "model.vision: %r without pretrained has random weights, which differ at every load."
 BICUBIC = 3
 """PIL's number for bicubic resampling, as image processors store it."""
 
@@ -78,10 +78,10 @@ class WrappedVisionModel(PreTrainedModel):
         """Towers initialise themselves."""
 
     def train(self, mode: bool = True) -> WrappedVisionModel:
-        """As always, but what is frozen goes on seeing as it does in evaluation.
+        """Set the mode; frozen parts stay in evaluation mode.
 
-        A batch normalisation in training mode would normalise by the batch at hand and move its statistics, which no
-        checkpoint of a frozen tower holds: the projector would learn features that nothing shows it afterwards.
+        A batch normalisation in training mode normalises by the current batch and moves its statistics, which no
+        checkpoint of a frozen tower holds: the projector would learn from features that inference does not have.
         """
         super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
         for module in self.modules():
@@ -93,7 +93,7 @@ class WrappedVisionModel(PreTrainedModel):
 
     @property
     def blocks(self) -> int:
-        """Number of blocks or stages whose output can be asked for."""
+        """Number of blocks or stages with an output."""
         trunk: Any = getattr(self.tower, "trunk", self.tower)
         if hasattr(trunk, "feature_info"):
             return len(trunk.feature_info)
@@ -127,7 +127,7 @@ class WrappedVisionModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=states[indices[-1]], hidden_states=cast(Any, tuple(states)))
 
     def _match_statistics(self) -> None:
-        """Give running statistics the dtype of their weights, where somebody cast the weights alone."""
+        """Give running statistics the dtype of their weights, where the weights alone were cast."""
         for module in self.tower.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.data = module.running_mean.data.to(module.weight.dtype)
@@ -144,7 +144,7 @@ class WrappedVisionModel(PreTrainedModel):
 
 
 def _widens_at_the_end(trunk: Any) -> bool:
-    """Whether a convolutional trunk has one more layer behind its last stage (its features are then the layer's)."""
+    """Whether a convolutional trunk has a layer after its last stage, which then gives its features."""
     stages: Any = getattr(trunk, "feature_info", ())
     return bool(stages) and hasattr(trunk, "conv_head") and trunk.num_features != stages[-1]["num_chs"]
 
@@ -176,8 +176,8 @@ AutoModel.register(WrappedVisionConfig, WrappedVisionModel)
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Change the dtype of a model's parameters in place.
 
-    Buffers stay as they are (rotary frequencies and running statistics lose too much in half precision), and so do
-    modules that ask for fp32.
+    Buffers do not change (rotary frequencies and running statistics lose too much in half precision), nor do modules
+    that require fp32.
     """
     kept = {id(parameter) for parameter in fp32_parameters(module)}
     for parameter in module.parameters():
@@ -186,7 +186,7 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def fp32_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters that stay in fp32 whatever the rest of the model is cast to: those of towers with batch norm."""
+    """Parameters that stay in fp32 in a model of any dtype: those of towers with batch norm."""
     return [
         parameter
         for child in module.modules()
@@ -196,7 +196,7 @@ def fp32_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def is_timm_folder(folder: Path) -> bool:
-    """A folder as timm publishes it: config.json with an architecture and without the model type of this package."""
+    """Whether a folder is one of timm: config.json has an architecture and no model type of this package."""
     file = folder / "config.json"
     if not file.is_file():
         return False
@@ -243,7 +243,7 @@ def require_named(name: str | None) -> None:
     """Refuse a vision tower of open_clip or timm by a name that the library does not know.
 
     Args:
-        name: `open_clip:MODEL`, `timm:MODEL`, or anything else, which is passed over.
+        name: `open_clip:MODEL` or `timm:MODEL`; others are ignored.
 
     Raises:
         ModelError: no such model.
@@ -266,7 +266,7 @@ def require_named(name: str | None) -> None:
 
 
 def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
-    """An open_clip tower by name or folder, with its pixel statistics; as transformers' own class where it can be.
+    """An open_clip tower by name or folder, with its pixel statistics; as a class of transformers where one fits.
 
     Without weights it is only built.
 
@@ -310,18 +310,18 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
 
 
 def _load_tower(tower: WrappedVisionModel, weights: Path, *, prefixes: tuple[str, ...]) -> None:
-    """Load a tower's weights; keys of a text tower or a classifier are left out, a missing weight is an error."""
+    """Load a tower's weights without those of a text tower or a classifier; a missing weight is an error."""
     from safetensors.torch import load_file
 
     if not weights.is_file():
         raise ModelError(f"{weights} does not exist, expected the weights of the vision tower there.")
     state = load_file(weights)
     prefix = next(item for item in prefixes if any(key.startswith(item) for key in state))
-    own = tower.tower.state_dict()
+    expected = tower.tower.state_dict()
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
-    # An open_clip tower ends in a projection to the text space that a trunk-only file does not hold and we never use.
+    missing = [key for key in expected if key not in found and not key.endswith("num_batches_tracked")]
+    # An open_clip tower ends in a projection to the text space, which is never used; a trunk-only file lacks it.
     missing = [key for key in missing if not key.startswith(("head.", "proj"))]
     if missing:
         raise ModelError(f"{weights} lacks {len(missing)} weights of the tower, the first is {missing[0]!r}.")
-    tower.tower.load_state_dict({key: value for key, value in found.items() if key in own}, strict=False)
+    tower.tower.load_state_dict({key: value for key, value in found.items() if key in expected}, strict=False)

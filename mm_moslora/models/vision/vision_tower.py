@@ -1,10 +1,11 @@
-"""Vision encoders: transformers towers as they are, open_clip towers as such where they can be, other open_clip and
-timm towers through one registered wrapper, and two of them side by side.
+"""Vision encoders: towers of transformers, of open_clip (as a class of transformers where one fits) and of timm.
+
+Other towers of open_clip and timm are in one registered wrapper. Two towers can run side by side.
 
 Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``H x W`` pixels.
 
-Everything that the rest of the model must know about a tower (visual tokens, width, pixel statistics) is an
-`ImageSpec`, known before any weight is loaded.
+An `ImageSpec` holds what the rest of the model needs of a tower (visual tokens, width, pixel statistics); it is known
+before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from mm_moslora.utils.errors import ModelError, reason_of
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """What a vision tower takes and gives."""
+    """Input and output of a vision tower."""
 
     size: int
     """Side of the square input, pixels."""
     tokens: int
-    """Patches per image, prefix tokens not counted (``P``)."""
+    """Patches per image, without prefix tokens (``P``)."""
     width: int
-    """Feature width (``V``), all selected layers together."""
+    """Width of the features (``V``), all selected layers together."""
     prefix: int
     """Tokens before the first patch: CLS and registers."""
     patch: int
-    """Side of a patch, pixels; 0 where the tower has none (convolutional trunks)."""
+    """Side of a patch, pixels; 0: the tower has no patches (convolutional trunks)."""
     mean: tuple[float, float, float]
     """Pixel mean per channel, after scaling to 0..1."""
     std: tuple[float, float, float]
@@ -60,7 +61,7 @@ class ImageSpec:
         """Patches along one side.
 
         Raises:
-            ModelError: the patches are no square.
+            ModelError: the patches form no square.
         """
         side = math.isqrt(self.tokens)
         if side * side != self.tokens:
@@ -84,7 +85,7 @@ def load_vision(config: VisionConfig, *, dtype: torch.dtype = torch.float32) -> 
 
 
 def sketch_vision(config: VisionConfig) -> tuple[PreTrainedModel, ImageSpec]:
-    """What `load_vision` gives, on the meta device: only configurations are read.
+    """The result of `load_vision` on the meta device; only configurations are read.
 
     Raises:
         ModelError: as `load_vision`.
@@ -189,7 +190,7 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
     family = tower_family(whole.model_type)
     if family.patches_vary:
         raise ModelError(
-            f"model.vision.name is {config.name!r}, a NaFlex SigLIP2 whose number of patches depends on the picture. "
+            f"model.vision.name is {config.name!r}, a NaFlex SigLIP2: its number of patches depends on the picture. "
             "Choose one of fixed size, such as google/siglip2-so400m-patch14-384."
         )
     half = family.vision_half if whole.model_type == family.whole else None
@@ -203,7 +204,7 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
 
 
 def _processor_statistics(config: VisionConfig, tower: PreTrainedConfig) -> PixelStatistics:
-    """Pixel statistics from the checkpoint's preprocessor file, or the family's own where there is none."""
+    """Pixel statistics from the checkpoint's preprocessor file, or those of the family where there is none."""
     usual = tower_family(tower.model_type).statistics
     size = int(getattr(tower, "image_size", 224))
     from transformers.image_processing_base import ImageProcessingMixin
