@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from mm_moslora.batch import Batch
-from mm_moslora.models.vision.frozen_tower import StepFeatureCache
+from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.training.engine import LossModule, StepResult
 from mm_moslora.training.run_setup import Run

@@ -41,8 +41,7 @@ from mm_moslora.models.projectors.projector_start import (
     last_layer,
 )
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table
-from mm_moslora.models.vision.feature_cache import FeatureStore, tower_hash
-from mm_moslora.models.vision.frozen_tower import StepFeatureCache
+from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import image_features, is_multimodal, needs_padding
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.metrics.mixer_metrics import mixer_matrices

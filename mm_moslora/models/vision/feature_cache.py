@@ -1,18 +1,18 @@
 """Features of pictures, kept by key in memory and on disk.
 
-On disk are those of a frozen vision tower, one file per picture, shared by all runs and ranks that use the tower.
-An entry is named by what the tower was shown (the prepared pixels, so picture and processing count) and lies in a
-folder named by the tower (weights, configuration, layers, dtype). It is written aside and renamed, so any number of
-processes may share a folder, and read as a memory map. An entry that is not what was written is encoded again and
-counted.
+The disk holds features of a frozen vision tower, one file per picture, for all runs and ranks that use the tower. A
+hash of the prepared pixels names the entry, so picture and processing count; a hash of the tower (weights,
+configuration, layers, dtype) names its folder. An entry is written to a temporary file and renamed, so any number of
+processes may share a folder, and is read as a memory map. A damaged entry is counted, and the picture is encoded again.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,50 +25,52 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mm_moslora.batch import Batch
+from mm_moslora.utils import distributed
 from mm_moslora.utils.files import replacing
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Part of a tower's name; a change of what is stored makes new folders."""
+"""Part of a tower's hash: another format gets other folders."""
 _FEATURES, _CHECKSUM = "features", "xxh3_128"
 MEMORY_BYTES = 2**30
-"""Of features in memory; 576 tokens of width 4096 take 4.7 MB in bf16."""
+"""Limit of features in memory; 576 tokens of width 4096 take 4.7 MB in bf16."""
 _KEPT_FREE = 2**30
-"""Bytes that stay free on the disk: checkpoints need room more than a cache."""
+"""Bytes that stay free on the disk, for checkpoints."""
 
 
 @dataclass(kw_only=True)
 class StoreCounts:
-    """What became of the pictures asked for since the store was opened, in this process."""
+    """Counts of the pictures requested from a store in this process."""
 
     read: int = 0
     """Found on disk."""
     encoded: int = 0
-    """Not there; the tower ran."""
+    """Not found; the tower ran."""
     written: int = 0
-    """Encoded and kept."""
+    """Encoded and stored."""
     damaged: int = 0
-    """There, but not what was written; encoded again."""
+    """Found damaged; encoded again."""
     unwritten: int = 0
-    """Encoded and not kept: the limit is reached, or the disk is full."""
+    """Encoded and not stored: the limit is reached, or the disk is full."""
 
     @property
     def hit_share(self) -> float:
-        """Pictures that were found on disk, out of all asked for."""
+        """Share of the requested pictures that were found on disk."""
         return self.read / max(1, self.read + self.encoded)
 
     def __str__(self) -> str:
-        """For people."""
+        """All counts, for messages."""
         return ", ".join(f"{getattr(self, item.name):,} {item.name}" for item in fields(self))
 
 
 def tower_hash(tower: PreTrainedModel, layers: int | list[int]) -> str:
-    """A name for a tower's features: its weights, configuration and layers.
+    """A hash of what a tower's features depend on: weights, configuration and layers.
 
     Args:
-        tower: whole on this process (before ZeRO-3 cuts it up).
-        layers: hidden states that are kept.
+        tower: whole on this process (before ZeRO-3 shards it).
+        layers: of the stored hidden states.
     """
     digest = xxhash.xxh3_128()
     config = {k: v for k, v in tower.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
@@ -80,10 +82,10 @@ def tower_hash(tower: PreTrainedModel, layers: int | list[int]) -> str:
 
 
 def pixel_hash(pixels: Tensor) -> str:
-    """A name for a prepared picture.
+    """A hash of a prepared picture.
 
     Args:
-        pixels: ``[3, H, W]`` as the tower gets them, on the CPU.
+        pixels: ``[3, H, W]``, the tower's input, on the CPU.
     """
     return xxhash.xxh3_128_hexdigest(_bytes(pixels))
 
@@ -93,7 +95,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _size_of(file: Path) -> int:
-    """Bytes of a file, none where another process has just taken it away."""
+    """Bytes of a file, 0 where another process has just deleted it."""
     try:
         return file.stat().st_size
     except FileNotFoundError:
@@ -101,13 +103,13 @@ def _size_of(file: Path) -> int:
 
 
 class FeatureStore:
-    """The features of one tower.
+    """The features of one tower on disk.
 
     Args:
         folder: of all towers.
         tower: from `tower_hash`.
-        limit_gib: size of this tower's folder beyond which nothing is added; 0: none but the disk's.
-        writers: processes that add to it at the same time.
+        limit_gib: size of this tower's folder beyond which nothing is added; 0: no limit but the disk's.
+        writers: number of processes that add to it at the same time.
     """
 
     def __init__(self, folder: Path, tower: str, *, limit_gib: float = 0.0, writers: int = 1) -> None:
@@ -123,7 +125,7 @@ class FeatureStore:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, key: str) -> Tensor | None:
-        """The features of a picture, on the CPU; None where they are not there or damaged.
+        """The features of a picture, on the CPU; None where they are missing or damaged.
 
         Args:
             key: from `pixel_hash`.
@@ -136,7 +138,7 @@ class FeatureStore:
                 value: Tensor = file.get_tensor(_FEATURES)
                 checksum = (file.metadata() or {}).get(_CHECKSUM)
         except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
-            # Another process may have taken it away; torch, which maps the file, tells so in words alone.
+            # Another process may have deleted it; torch, which maps the file, raises a RuntimeError then.
             if not isinstance(error, FileNotFoundError) and "No such file" not in str(error):
                 self._damaged(path, str(error))
             return None
@@ -151,7 +153,7 @@ class FeatureStore:
         logger.warning("The cached features in %s are damaged (%s); the picture is encoded again.", path, why)
 
     def write(self, key: str, value: Tensor) -> None:
-        """Keep the features of a picture that was encoded, if there is room.
+        """Store the features of a picture, if there is room.
 
         Args:
             key: from `pixel_hash`.
@@ -188,11 +190,11 @@ class FeatureStore:
 
 
 class FeatureCache:
-    """Features by key: in memory, where the least recently used go first, and on disk where a store is given.
+    """Features by key: in memory (the least recently used are dropped first), and on disk where a store is given.
 
     Args:
-        memory_bytes: beyond which features in memory go; 0: none stay.
-        store: reads and keeps what is not in memory.
+        memory_bytes: limit of features in memory; 0: none are kept there.
+        store: for features that are not in memory.
     """
 
     def __init__(self, *, memory_bytes: float = MEMORY_BYTES, store: FeatureStore | None = None) -> None:
@@ -215,10 +217,10 @@ class FeatureCache:
         """Features of all keys.
 
         Args:
-            keys: wanted; one may occur several times.
-            encode: given the places in `keys` of features that are missing, returns these. It is called once, with an
-                empty list if need be: ranks may have to agree about it.
-            device: where features from disk go.
+            keys: of the features; a key may occur several times.
+            encode: returns the features at some places of `keys`. It is called once with the missing ones, even if
+                there are none: ranks may have to agree about them.
+            device: of features from disk.
         """
         places: dict[str, int] = {}
         for place, key in enumerate(keys):
@@ -239,18 +241,77 @@ class FeatureCache:
         return [found[key] for key in keys]
 
     def forget(self, keys: Iterable[str] | None = None) -> None:
-        """Take features out of memory.
+        """Drop features from memory.
 
         Args:
-            keys: whose; None: all.
+            keys: of these features; None: all.
         """
         for key in list(self._features if keys is None else keys):
             if (value := self._features.pop(key, None)) is not None:
                 self._used -= value.nbytes
 
     def _remember(self, found: Mapping[str, Tensor]) -> None:
-        self.forget(found)  # they go to the end
+        self.forget(found)  # moves them to the end
         self._features.update(found)
         self._used += sum(value.nbytes for value in found.values())
         while self._used > self._memory_bytes:
             self.forget([next(iter(self._features))])
+
+
+class StepFeatureCache:
+    """Features of the pictures of an optimiser step, and of earlier runs where a store is given.
+
+    Args:
+        store: features on disk; None: the step alone is remembered.
+    """
+
+    def __init__(self, store: FeatureStore | None = None) -> None:
+        self.cache = FeatureCache(memory_bytes=math.inf, store=store)
+        self._to_come: Counter[str] = Counter()
+
+    @property
+    def store(self) -> FeatureStore | None:
+        """Features on disk."""
+        return self.cache.store
+
+    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+        """Note the step's micro-batches: pictures of later ones stay in memory."""
+        self.cache.forget()
+        self._to_come = Counter(key for batch in micro_batches for key in set(batch.image_keys))
+
+    def states(
+        self, pixels: Tensor, keys: Sequence[str], encode: Callable[[Tensor], Tensor], *, together: bool
+    ) -> Tensor:
+        """Features of pictures, ``[N, ...]``.
+
+        Args:
+            pixels: ``[N, 3, H, W]`` as the tower takes them.
+            keys: ``N`` of them, from `pixel_hash`; those with the same key are encoded once. Another number of keys:
+                they are computed.
+            encode: from some of `pixels` to their features.
+            together: all ranks run `encode`, or none does (ZeRO-3 gathers the tower's weights while it runs).
+        """
+        if len(keys) != len(pixels):
+            # Without a store nothing is gained by knowing which are the same.
+            keys = [str(place) if self.store is None else pixel_hash(row) for place, row in enumerate(pixels)]
+
+        def encode_missing(places: Sequence[int]) -> Sequence[Tensor]:
+            count = float(len(places))
+            if together and self.store is not None:
+                (count,) = distributed.sum_over_ranks([count])
+            if not count:
+                return []
+            whole = len(places) == len(pixels)
+            chosen = pixels if whole else _chosen(pixels, list(places) or [0])
+            return list(encode(chosen))[: len(places)]
+
+        rows = self.cache.get_many(keys, encode_missing, device=pixels.device)
+        self._to_come -= Counter(set(keys))
+        # What is in memory differs between ranks; about what is on disk they agree.
+        self.cache.forget(keys if together else [key for key in keys if key not in self._to_come])
+        return torch.stack(rows)
+
+
+def _chosen(rows: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Some rows; with a list as the index the host would wait for its copy to an accelerator."""
+    return rows[torch.tensor(numbers).to(rows.device, non_blocking=True)]

@@ -14,8 +14,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, OptimConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
-from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, pixel_hash, tower_hash
-from mm_moslora.models.vision.frozen_tower import StepFeatureCache
+from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, StepFeatureCache, pixel_hash, tower_hash
 from mm_moslora.models.vlm import image_features
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.parameter_groups import parameter_groups
