@@ -15,7 +15,7 @@ from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_patches import patch_peft
 from mm_moslora.adapters.tree import base_fingerprint
 from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap
-from mm_moslora.kernels.lora.fused_lora_linear import fused_linear
+from mm_moslora.kernels.lora.lora_linear import fused_linear
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear, use_kernel
 
 if TYPE_CHECKING:

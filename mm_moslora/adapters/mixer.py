@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moslora.kernels.lora.lora_math import autocasts
+from mm_moslora.kernels.lora.lora_math import autocasts, mixer_matrix
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
@@ -160,7 +160,7 @@ class Mixer(_Factor):
 
     def matrix(self) -> Tensor:
         """M as ``[R, R]``; the parameter itself unless the mixer is diagonal."""
-        return self.weight if self.weight.ndim == 2 else torch.diag(self.weight)
+        return mixer_matrix(self.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         """``z M^T`` for ``z`` of shape ``[..., R]``."""

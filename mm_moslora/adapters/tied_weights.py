@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mm_moslora.adapters.tree import named_adapter_layers
-from mm_moslora.kernels.lora.lora_matmul import is_plain
+from mm_moslora.kernels.lora.lora_linear import is_plain
 
 
 @torch.no_grad()

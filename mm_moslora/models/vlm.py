@@ -1,10 +1,10 @@
-"""The vision-language model: transformers' LLaVA, with any projector, and its forward pass on a padding-free batch.
+"""The vision-language model: LLaVA of transformers with any projector, and its forward pass on a padding-free batch.
 
 Shapes: ``S`` tokens of the batch, ``K`` supervised positions, ``N`` images, ``Q`` visual tokens per image,
 ``D`` LLM width, ``C`` vocabulary.
 
-With a stock tower and `mlp2x_gelu` the model *is* `LlavaForConditionalGeneration`; everything else is `VlmModel`, the
-same composition with another projector, registered with the Auto classes.
+With a stock tower and `mlp2x_gelu` the model is a `LlavaForConditionalGeneration`. Other parts make a
+`VlmForConditionalGeneration`: the same composition with another projector, registered with the Auto classes.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from mm_moslora.batch import Batch
-from mm_moslora.models.batching.packed_batch import packed_hidden, packed_row_hidden, packs
+from mm_moslora.models.batching.packed_batch import packed_hidden, packs
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import PROJECTOR, PROJECTOR_ITSELF, TOWER_NAMES
+from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
 from mm_moslora.models.projectors.projector import build_projector
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
-from mm_moslora.models.vision.frozen_tower import StepFeatureCache, is_frozen, tower_states, unique_states
+from mm_moslora.models.vision.feature_cache import StepFeatureCache
+from mm_moslora.models.vision.frozen_tower import is_frozen, tower_states, unique_states
 from mm_moslora.utils.errors import ModelError
 
 
 class VlmConfig(LlavaConfig):
-    """LLaVA's configuration plus a projector by name and the tower's prefix tokens."""
+    """LLaVA's configuration with a projector by name and the tower's prefix tokens."""
 
     model_type = "mm_moslora_vlm"
 
@@ -57,7 +59,7 @@ class VlmConfig(LlavaConfig):
 
     @property
     def projector_shape(self) -> ProjectorShape:
-        """What the projector is built for."""
+        """The projector's shape."""
         return ProjectorShape(
             vision_width=self.vision_width,
             language_width=self.get_text_config().hidden_size,
@@ -69,7 +71,7 @@ class VlmConfig(LlavaConfig):
 
 
 class VlmModel(LlavaModel):
-    """LLaVA without its head, any projector."""
+    """LLaVA without its head, with any projector."""
 
     config_class = VlmConfig
 
@@ -97,7 +99,7 @@ class VlmModel(LlavaModel):
 
 
 class VlmForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA with a head, any projector."""
+    """LLaVA with its head and any projector."""
 
     config_class = VlmConfig
 
@@ -112,32 +114,32 @@ AutoModelForImageTextToText.register(VlmConfig, VlmForConditionalGeneration)
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:
-    """Whether the model sees."""
+    """Whether the model has a vision tower."""
     return getattr(model.config, "vision_config", None) is not None
 
 
 def has_own_forward(model: PreTrainedModel) -> bool:
-    """Whether pictures go through a model's own forward pass: every vision-language model but LLaVA and our own.
+    """Whether the model's forward pass places the pictures: all vision-language models but LLaVA and `VlmModel`.
 
-    Such a model reads prompts as rows of their own (`mm_moslora.models.batching.padded_batch`).
+    Such a model reads prompts as padded rows (`mm_moslora.models.batching.padded_batch`).
     """
     return is_multimodal(model) and not isinstance(model, LlavaForConditionalGeneration)
 
 
 def needs_padding(model: PreTrainedModel) -> bool:
-    """Whether a batch has to be cut into padded rows, since the model cannot train on a packed one."""
+    """Whether the model cannot train on packed rows and needs padded ones."""
     return has_own_forward(model) and not packs(model)
 
 
 def part_of(name: str) -> str:
-    """Which part of a model a parameter belongs to: projector, vision or language."""
+    """The part of a model that a parameter belongs to: projector, vision or language."""
     if PROJECTOR.search(name):
         return "projector"
     return "vision" if any(part in name for part in TOWER_NAMES) else "language"
 
 
 def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """What makes visual tokens of a tower's features, by path: one module, in Qwen3-VL several of one tower."""
+    """The projectors by path: one module, in Qwen3-VL several after one tower."""
     return {path: module for path, module in model.named_modules() if PROJECTOR_ITSELF.search(path)}
 
 
@@ -149,8 +151,8 @@ def image_features(
     Args:
         model: a model for which `is_multimodal` holds.
         pixel_values: ``[N, 3, H, W]``.
-        keys: names of the pictures' content; a frozen tower encodes those with the same name once.
-        memory: what was encoded before.
+        keys: hashes of the pictures; a frozen tower encodes those with the same key once.
+        memory: pictures that were encoded before.
 
     Returns:
         ``[N, Q, D]``.
@@ -167,7 +169,7 @@ def image_features(
 
 
 def _project(model: Any, states: Tensor) -> Tensor:
-    """Visual tokens ``[N, Q, D]`` of a tower's hidden states, tokens before the first patch dropped."""
+    """Visual tokens ``[N, Q, D]`` of a tower's hidden states, without the tokens before the first patch."""
     config = model.config
     stock = int(config.vision_feature_select_strategy == "default")
     features = states[:, getattr(config, "vision_prefix", stock) :]
@@ -178,13 +180,13 @@ def _project(model: Any, states: Tensor) -> Tensor:
 def supervised_hidden(
     model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None, memory: StepFeatureCache | None = None
 ) -> Tensor:
-    """What the head reads at the supervised positions of a padding-free batch.
+    """The hidden states at the supervised positions of a padding-free batch.
 
     Args:
-        model: causal language model or vision-language model, with or without adapters inside.
+        model: causal language model or vision-language model, with or without adapters.
         batch: one micro-batch on the model's device.
-        dummy: one picture, for a batch without images on a rank whose peers have some: the vision path runs with a
-            weight of zero, so that every rank takes part in the same collectives.
+        dummy: one picture, for a batch without images where other ranks have some: the vision path runs with a weight
+            of zero, so that all ranks take part in the same collectives.
         memory: pictures that a frozen tower encoded before.
 
     Returns:
@@ -196,12 +198,12 @@ def supervised_hidden(
     if has_own_forward(model):
         read = padded_hidden if needs_padding(model) else packed_hidden
         return read(model, batch, dummy=dummy)
-    positions = batch.position_ids[None]
-    if is_multimodal(model):
-        return packed_row_hidden(
-            model, batch, position_ids=positions, inputs_embeds=_embeddings(model, batch, dummy, memory)
-        )
-    return packed_row_hidden(model, batch, position_ids=positions, input_ids=batch.input_ids[None])
+    words = (
+        {"inputs_embeds": _embeddings(model, batch, dummy, memory)}
+        if is_multimodal(model)
+        else {"input_ids": batch.input_ids[None]}
+    )
+    return packed_row_hidden(model, batch, position_ids=batch.position_ids[None], **words)
 
 
 def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memory: StepFeatureCache | None) -> Tensor:
@@ -213,7 +215,7 @@ def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memor
         tokens = image_features(model, dummy.pixel_values, keys=dummy.image_keys, memory=memory)
         return embeddings + 0.0 * tokens.sum().to(embeddings.dtype)
     features = image_features(model, batch.pixel_values, keys=batch.image_keys, memory=memory)
-    # How many there are is a value: on an accelerator the host would have to wait for it.
+    # On the host: the number of places is a value, which the host would have to wait for on an accelerator.
     places = (batch.on_host.input_ids == model.config.image_token_id).nonzero()[:, 0]
     found, expected = places.shape[0], features.shape[0] * features.shape[1]
     if found != expected:

@@ -129,13 +129,13 @@ def train_counting(*arguments: str) -> int:
 
     from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
     from mm_moslora.config import load_recipe
-    from mm_moslora.kernels.lora.fused_lora_linear import _FusedLinears
+    from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
 
     counts = {"fused": 0, "modules": 0}
     fused, modules = _FusedLinears.apply, MoSLoRAVariant.forward
 
     def by_kernel(*args):
-        counts["fused"] += torch.is_grad_enabled() * ((len(args) - 2) // 5)
+        counts["fused"] += torch.is_grad_enabled() * ((len(args) - 2) // TENSORS)
         return fused(*args)
 
     def by_modules(*args, **kwargs):

@@ -85,7 +85,7 @@ def fake_cuda() -> Iterator[Any]:
     from torch.utils import _foreach_utils, checkpoint
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from mm_moslora.kernels.lora import lora_matmul
+    from mm_moslora.kernels.lora import lora_linear
 
     FakeTensor, host = fake_tensor.FakeTensor, fake_tensor.unset_fake_temporarily
     leaves, tree_map = torch.utils._pytree.tree_leaves, torch.utils._pytree.tree_map
@@ -229,7 +229,7 @@ def fake_cuda() -> Iterator[Any]:
         (FakeTensor, "tolist", tolist),
         (torch, "tensor", tensor),
         (torch.nn.functional, "scaled_dot_product_attention", attention),
-        (lora_matmul, "PLAIN_TYPES", (*lora_matmul.PLAIN_TYPES, FakeTensor)),
+        (lora_linear, "PLAIN_TYPES", (*lora_linear.PLAIN_TYPES, FakeTensor)),
         (checkpoint, "get_device_states", lambda *_: ([], [])),  # these ask the driver
         (checkpoint, "set_device_states", lambda *_, **__: None),
     ]

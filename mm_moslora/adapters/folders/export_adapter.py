@@ -35,6 +35,7 @@ from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_tens
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import fold_state_dict, stock_config
 from mm_moslora.adapters.tree import is_inner
+from mm_moslora.kernels.lora.lora_math import fold
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import output_file, replace_text, replacing
 from mm_moslora.utils.run_paths import writing
@@ -153,10 +154,7 @@ def largest_difference(
 
 
 def _update(A: Tensor, M: Tensor | None, B: Tensor, x: Tensor) -> Tensor:
-    z = A.flatten(1).to(x.dtype) @ x
-    if M is not None:
-        z = M.to(x.dtype) @ z if M.ndim == 2 else M.to(x.dtype)[:, None] * z
-    return B.flatten(1).to(x.dtype) @ z
+    return B.flatten(1).to(x.dtype) @ (fold(A.to(x.dtype), M).flatten(1) @ x)
 
 
 def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:

@@ -1,10 +1,10 @@
-"""Base weights: plain ones, and quantised ones that are made dense for the length of one product.
+"""Base weights: plain ones, and quantised ones that are dequantised for one product.
 
 Shapes: x ``[..., D_in]``, W ``[D_out, D_in]``.
 
-`weight_of` gives what a linear layer multiplies with, or None where the product is not all that the layer would
-compute. A quantised weight is read with its library's own function, into the dtype that the library computes in, once
-forward and once backward; nothing dense is kept in between.
+`weight_of` gives the weight of a linear layer, or None where the layer computes more than the product with it. The
+library's function dequantises a weight into the dtype that the library computes in, once forward and once backward; no
+dense weight is kept in between.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.sharded_weights import only_fetches
+from mm_moslora.kernels.lora.lora_linear import Packed, is_plain
 from mm_moslora.kernels.lora.lora_math import autocasts
-from mm_moslora.kernels.lora.lora_matmul import Packed, is_plain
 
 Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8"]
 
-# By name: none of the libraries is imported unless a model already uses it.
+# By name: the libraries are imported only by models that use them.
 _BNB: dict[str, Quantisation] = {"Linear4bit": "bitsandbytes 4-bit", "Linear8bitLt": "bitsandbytes 8-bit"}
 _AUTOCASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantisation(base: nn.Module) -> Quantisation | None:
-    """How a linear layer's weight is quantised; None if it is not, or in a way that is not supported."""
+    """The quantisation of a linear layer's weight; None: none, or one that is not supported."""
     for kind in type(base).__mro__:
         if kind.__module__.partition(".")[0] == "bitsandbytes" and kind.__name__ in _BNB:
             return _BNB[kind.__name__]
@@ -40,13 +40,13 @@ def quantisation(base: nn.Module) -> Quantisation | None:
 
 
 def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
-    """What a linear layer multiplies x with; None where that product is not all that the layer would compute.
+    """The weight that a linear layer multiplies x with; None where the layer computes more, or the weight trains.
 
     Args:
-        base: the layer, without adapters. Weights that train are not for the fused kernel.
+        base: the layer, without adapters.
         x: its input, ``[..., D_in]``.
     """
-    # Hooks and replaced forwards (offloading, tensor parallelism) only run when the base is called as a module.
+    # Hooks and replaced forward methods (offloading, tensor parallelism) run only when the base is called as a module.
     if "forward" in base.__dict__ or torch.compiler.is_compiling() or not only_fetches(base):
         return None
     weight = base.weight if type(base).forward is nn.Linear.forward else None
@@ -61,18 +61,18 @@ def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
 
 
 def _packed_weight(base: nn.Module, x: Tensor) -> Packed | None:
-    """The library's own layer computes evaluation: it has kernels for single tokens."""
+    """None in evaluation: the library's layer has kernels for single tokens."""
     kind = quantisation(base)
     if kind is None or not learns_through(base, x):
         return None
     if kind == "bitsandbytes 4-bit":
         return _four_bit(base, x)
-    # LLM.int8 rounds its input to 8 bits, too; no product with a dense weight is that.
+    # LLM.int8 rounds its input to 8 bits as well; a product with a dense weight does not.
     return _int8(base, x) if kind == "torchao int8" else None
 
 
 def learns_through(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a gradient may go through a layer to x, or a pass is the first of two of gradient checkpointing."""
+    """Whether a gradient may flow through a layer to x, now or in the second pass of gradient checkpointing."""
     return layer.training or (x.requires_grad and torch.is_grad_enabled())
 
 
@@ -118,8 +118,8 @@ def _four_bit(base: Any, x: Tensor) -> _FourBit | None:
 def unpack(weight: Any) -> None:
     """Undo the layout that bitsandbytes gives a 4-bit weight at the first evaluation on a CPU.
 
-    Its kernel for that layout has no gradient, so that nothing would learn through the layer, and PEFT reads it as the
-    usual layout: a merge was off by 28 % of the output's range, without a word. Its scales stay rounded to bfloat16.
+    The kernel for that layout has no gradient, so nothing would learn through the layer. PEFT reads it as the usual
+    layout, which makes a merge wrong by 28 % of the output's range. The scales stay rounded to bfloat16.
 
     Args:
         weight: `Params4bit`; changed in place.
@@ -132,10 +132,10 @@ def unpack(weight: Any) -> None:
 
 
 def stop_repacking(model: nn.Module) -> None:
-    """Have evaluations on a CPU leave 4-bit weights in the layout, and with the values, that training reads.
+    """Keep the layout and the values of 4-bit weights in evaluations on a CPU, so that training can read them.
 
     Args:
-        model: that is going to train; changed in place.
+        model: the model to train; changed in place.
     """
     for module in model.modules():
         if quantisation(module) == "bitsandbytes 4-bit":
@@ -150,7 +150,7 @@ class _Int8:
     weight: Any
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """``[D_out, D_in]``, scaled in float32; torchao scales the product, and keeps a dense copy for its backward."""
+        """``[D_out, D_in]``, scaled in float32; torchao scales the product and keeps a dense weight for backward."""
         return cast(Tensor, self.weight.dequantize(dtype))
 
 

@@ -2,9 +2,9 @@
 
 Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
-Siblings read the same input (query, key and value; gate and up) and are computed in one node. The first of them to be
-called computes all of them; the others pick up their result. A layer that is called with another tensor after all
-computes for itself, and from the next pass on its family does.
+Siblings read the same input (query, key and value; gate and up) and are computed in one node. The first one called
+computes all of them; the others return their result. A layer that is called with another tensor computes itself, and
+its family computes layer by layer from the next pass on.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
-from mm_moslora.adapters.layers.step_window import StepWindow
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer
-from mm_moslora.kernels.lora.fused_lora_linear import fused_linears
+from mm_moslora.kernels.lora.lora_linear import LinearOperands, compute_dtype, fused_linears
 from mm_moslora.kernels.lora.lora_math import current_kernel, is_traced
-from mm_moslora.kernels.lora.lora_matmul import LinearOperands
+from mm_moslora.kernels.lora.mixed_product import StepWindow, mixed_product
+from mm_moslora.kernels.lora.seeded_dropout import exact_rate
 from mm_moslora.utils.errors import AdapterError
 
-# Others are wrappers (FSDP's, say), or a module that somebody put in the place of one.
+# Other types are wrappers (FSDP's, for example) or replacements by the user.
 _FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
 
 _FAMILIES = (
@@ -40,40 +40,37 @@ _FAMILIES = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-"""Names of layers that read one input, in the order in which models call them."""
+"""Names of layers that read one input, in the order of their calls."""
 
 _SECOND_INPUTS = {"key_value_states", "encoder_hidden_states", "context", "latents", "key", "memory"}
 """Arguments of a module that may read its keys and values from elsewhere."""
 
 
 class FusedLinear(MoSLoRALayer):
-    """A linear layer that the fused kernel computes where that is all that PEFT's layer would."""
+    """A linear layer that the fused kernel computes where PEFT's layer computes nothing more."""
 
     siblings: SiblingProjections | None = None
     """The layers that read the same input, if there are any; see `link_siblings`."""
     step_window: StepWindow | None = None
     """Within `one_product_per_step`."""
 
-    def forward(self, x: Tensor, *args: Any, plain_too: bool = False, **kwargs: Any) -> Tensor:
-        """Base output plus the active adapters, ``[..., D_out]``; for `plain_too` see `fused_operands`."""
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the active adapters, ``[..., D_out]``."""
         if args or kwargs or is_traced():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         if self.siblings is not None:
             ready = self.siblings.output(self, x)
             if ready is not None:
                 return ready
-        layer = self.fused_operands(x, plain_too=plain_too)
-        if layer is None:
-            return super().forward(x)  # type: ignore[no-any-return]
-        window = self.step_window
-        return fused_linears(x, [layer], None if window is None else window.products((self,)))[0]
+        layer = self.fused_operands(x)
+        return super().forward(x) if layer is None else fused_linears(x, [layer])[0]  # type: ignore[no-any-return]
 
     def fused_operands(self, x: Tensor, *, plain_too: bool = False) -> LinearOperands | None:
-        """What the fused kernel needs to compute this layer, None where it would not compute what the modules do.
+        """This layer's operands for the fused kernel; None where the modules would compute something else.
 
         Args:
             x: the input, ``[..., D_in]``.
-            plain_too: an adapter without a mixer as well, which `use_kernel("auto")` leaves to PEFT.
+            plain_too: also for an adapter without a mixer, which `use_kernel("auto")` leaves to PEFT.
         """
         adapter = self._fusable_adapter(plain_too=plain_too)
         if adapter is None:
@@ -84,28 +81,24 @@ class FusedLinear(MoSLoRALayer):
             return None
         if (not isinstance(weight, Tensor) or hasattr(weight, "ds_id")) and not fetches_whole(self):
             return None
-        if not all(self._only_holds(part[adapter]) for part in (self.lora_A, self.lora_B)):
+        parts = [part[adapter] for part in (self.lora_A, self.lora_B, self.lora_mixer) if adapter in part]
+        if not all(map(self._only_holds, parts)):
             return None
-        if adapter in self.lora_mixer and not self._only_holds(self.lora_mixer[adapter]):
-            return None
-        factors, dropout = self.factors(adapter), self.lora_dropout[adapter]
-        return LinearOperands(
-            weight=weight,
-            bias=base.bias,
-            A=factors.A,
-            M=factors.M,
-            B=factors.B,
-            scaling=factors.scaling,
-            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
-        )
+        A, B = (cast(Tensor, part[adapter].weight) for part in (self.lora_A, self.lora_B))
+        M = cast(Tensor, self.lora_mixer[adapter].weight) if adapter in self.lora_mixer else None
+        dropout = self.lora_dropout[adapter]
+        rate = exact_rate(dropout.p) if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        product = mixed_product if self.step_window is None else self.step_window.product
+        C = product(B, M, self.scaling[adapter] / (1.0 - rate), compute_dtype(x))
+        return LinearOperands(weight=weight, bias=base.bias, A=A, C=C, dropout=rate)
 
     @staticmethod
     def _only_holds(part: nn.Module) -> bool:
-        """Whether a factor's weight is there without its module being called: FSDP and offloading fetch it then."""
+        """Whether a factor's weight can be read without calling its module (FSDP and offloading gather in a call)."""
         return type(part) in _FACTOR_TYPES and "forward" not in part.__dict__ and only_fetches(part)
 
     def _fusable_adapter(self, *, plain_too: bool) -> str | None:
-        """The one active adapter, if the fused kernel computes exactly what the modules would."""
+        """The one active adapter, if the fused kernel computes exactly what the modules compute."""
         kernel = current_kernel()
         if kernel == "reference" or self.disable_adapters or self.merged:
             return None
@@ -130,10 +123,10 @@ class MoSLoRALinear(FusedLinear, lora.Linear):
 
 
 class SiblingProjections:
-    """The family of one input."""
+    """Layers that read one input."""
 
     def __init__(self, layers: Sequence[FusedLinear]) -> None:
-        """Nothing is computed together before the first layer is called."""
+        """Nothing is computed before the first layer is called."""
         self.layers = tuple(layers)
         self._together = self._together_before = True
         self._input: Tensor | None = None
@@ -141,16 +134,16 @@ class SiblingProjections:
         self._ready: dict[int, Tensor] = {}
 
     def output(self, layer: FusedLinear, x: Tensor) -> Tensor | None:
-        """A layer's output for x, or None if it must compute for itself.
+        """A layer's output for x, or None where it must compute itself.
 
         Args:
-            layer: of this family (a replica of one computes for itself).
+            layer: of this family (a replica of one computes itself).
             x: ``[..., D_in]``.
         """
         if layer is self.layers[0]:
             return self._compute(x) if torch.is_grad_enabled() and self._may_compute() else None
         if self._input is not x or self._version != x._version:
-            # A pass that fell back to single layers leaves nothing behind to be mistaken about.
+            # After a pass by single layers no result is left, and the family stays together.
             self._together = self._together and not self._ready
             return None
         ready = self._ready.pop(id(layer), None)
@@ -159,7 +152,7 @@ class SiblingProjections:
         return ready
 
     def _may_compute(self) -> bool:
-        """Checkpointing needs the same nodes in the forward pass and in its repetition during the backward pass."""
+        """Checkpointing needs the same nodes in the forward pass and in its recomputation during the backward pass."""
         self._input, self._ready = None, {}
         if torch._C._current_graph_task_id() == -1:
             self._together_before = self._together
@@ -168,31 +161,28 @@ class SiblingProjections:
     def _compute(self, x: Tensor) -> Tensor | None:
         chosen: list[tuple[FusedLinear, LinearOperands]] = []
         for layer in self.layers:
-            # Such hooks (ZeRO-3's, for one) give every layer an input tensor of its own.
+            # Such hooks (ZeRO-3's, for example) give every layer another input tensor.
             hooked = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
             operands = None if hooked else layer.fused_operands(x)
             if operands is not None:
                 chosen.append((layer, operands))
         if len(chosen) < 2 or chosen[0][0] is not self.layers[0]:
             return None
-        layers = tuple(layer for layer, _ in chosen)
-        window = layers[0].step_window
-        shared = None if window is None else window.products(layers)
-        own, *others = fused_linears(x, [operands for _, operands in chosen], shared)
+        own, *others = fused_linears(x, [operands for _, operands in chosen])
         self._input, self._version = x, x._version
-        self._ready = {id(layer): result for layer, result in zip(layers[1:], others, strict=True)}
+        self._ready = {id(layer): result for (layer, _), result in zip(chosen[1:], others, strict=True)}
         return own
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: no results."""
+        """The state of copies and pickles: without results."""
         return self.__dict__ | {"_input": None, "_ready": {}}
 
 
 def link_siblings(model: nn.Module) -> int:
-    """Let adapted layers that read the same input compute together, wherever names and signatures say that they do.
+    """Compute adapted layers that read the same input together, where names and signatures show that they do.
 
-    `add_moslora` and `load_adapter` call it; after `peft.get_peft_model` call it yourself. The results are the same
-    but for the order of sums; it takes effect in training only.
+    `add_moslora` and `load_adapter` call it; after `peft.get_peft_model` call it yourself. Results differ in the order
+    of sums only. It takes effect in training only.
 
     Args:
         model: PEFT model, or the base model with adapters inside.
@@ -220,9 +210,9 @@ def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -
 
     Put it around the micro-batches (forward and backward) of one optimiser step, not around the step itself. In the
     block a micro-batch costs what plain LoRA costs. B and M get their gradients in the backward pass of the micro-batch
-    that `last_micro_batch()` announced, or else when the block ends; through autograd and its hooks either way. The
-    factors must not change inside; adapters may be switched and scaled (what the last micro-batch does not use gets its
-    gradients when the block ends). An engine that reduces gradients during `backward` (DeepSpeed,
+    that `last_micro_batch()` announced, or when the block ends; both ways autograd runs their hooks. The factors must
+    not change in the block. Adapters may be switched and scaled: factors that the last micro-batch does not use get
+    their gradients when the block ends. An engine that reduces gradients during `backward` (DeepSpeed,
     DistributedDataParallel) needs the call of `last_micro_batch`, and every adapted layer in the last micro-batch.
 
     Args:
@@ -241,8 +231,8 @@ def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -
     if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
         raise AdapterError(
             "one_product_per_step does not work under ZeRO-3: B and M are whole only while their layer computes, and "
-            "their gradients must come in its backward pass. Leave it out; every micro-batch then computes its own "
-            "product, 8 D_out R^2 operations a layer."
+            "their gradients must come in its backward pass. Leave it out; every micro-batch then computes the product "
+            "again, 8 D_out R^2 operations a layer."
         )
     try:
         for layer in layers:

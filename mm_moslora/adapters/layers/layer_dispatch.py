@@ -1,7 +1,7 @@
-"""Which adapted layer goes around which module.
+"""The adapted layer for a module, by its type.
 
-`create_layer` is the only entrance. It knows the module types that are supported and raises for every other one; PEFT's
-own dispatch, left to itself, would put plain LoRA on a quantised layer without a word.
+`create_layer` is the only entrance. It raises for module types that are not supported. PEFT's dispatch would silently
+put plain LoRA on a quantised layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mm_moslora.adapters.layers.base_weights import quantisation
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
 from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
 from mm_moslora.adapters.layers.quantised_layers import create_quantised_layer
-from mm_moslora.kernels.lora.lora_matmul import is_plain
+from mm_moslora.kernels.lora.lora_linear import is_plain
 from mm_moslora.utils.errors import AdapterError
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +33,7 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
         target: the layer to adapt.
         adapter_name: the adapter's name.
         config: the adapter's configuration.
-        **kwargs: PEFT's own (rank, alpha, the module's path, ...).
+        **kwargs: of PEFT (rank, alpha, the module's path, ...).
 
     Raises:
         AdapterError: a module type or a quantised weight that cannot be adapted.
@@ -55,14 +55,14 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
     own: Any = copy.copy(config)
     own.fan_in_fan_out, own.module_path = is_conv1d, path
     if kind := quantisation(base):
-        return create_quantised_layer(target, adapter_name, kind=kind, config=own, **kwargs)
+        return create_quantised_layer(target, adapter_name, kind=kind, config=config, **kwargs)
     if isinstance(base, nn.Embedding):
-        return MoSLoRAEmbedding(target, adapter_name, config=own, **kwargs)
+        return MoSLoRAEmbedding(target, adapter_name, config=config, **kwargs)
     if isinstance(base, nn.Conv2d):
-        return MoSLoRAConv2d(target, adapter_name, config=own, **kwargs)
+        return MoSLoRAConv2d(target, adapter_name, config=config, **kwargs)
     if isinstance(base, nn.MultiheadAttention):
-        return MoSLoRAMultiheadAttention(base, adapter_name, config=own, **kwargs)
-    return MoSLoRALinear(target, adapter_name, config=own, is_target_conv_1d_layer=is_conv1d, **kwargs)
+        return MoSLoRAMultiheadAttention(base, adapter_name, config=config, **kwargs)
+    return MoSLoRALinear(target, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
 
 def why_not_adaptable(base: nn.Module) -> str | None:
@@ -90,8 +90,8 @@ def why_not_adaptable(base: nn.Module) -> str | None:
     weight = base.weight
     if not is_plain(weight) or weight.dtype not in _FLOATS:
         return (
-            f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype}), and stock PEFT would put "
-            "plain LoRA there without a word. Load the base in float32, bfloat16 or float16, in 4 or 8 bits of "
+            f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype}), and stock PEFT would "
+            "silently put plain LoRA there. Load the base in float32, bfloat16 or float16, in 4 or 8 bits of "
             "bitsandbytes, or in torchao's int8."
         )
     return None
@@ -135,7 +135,7 @@ def _linear_widths(base: nn.Module) -> tuple[int, int]:
 
 
 def _why_not_embedding(base: nn.Embedding) -> str | None:
-    """Scaled word embeddings (Gemma's) are known to PEFT; others change what is looked up, or what was found."""
+    """PEFT knows scaled word embeddings (Gemma's). Others change the ids before the look-up, or the rows after it."""
     names = list(inspect.signature(type(base).forward).parameters)[1:]
     if hasattr(base, "embed_scale") and len(names) == 1:
         return None
@@ -147,7 +147,7 @@ def _why_not_embedding(base: nn.Embedding) -> str | None:
 
 
 def _why_not_convolution(base: nn.Conv2d) -> str | None:
-    # PEFT's A is a plain convolution with the base's kernel, stride and padding, and nothing else of it.
+    # PEFT's A is a plain convolution with the base's kernel, stride and padding, without its other options.
     if base.groups != 1:
         return f"it has {base.groups} groups, whose update cannot be merged. Choose other targets."
     if base.dilation != (1, 1) or base.padding_mode != "zeros":

@@ -1,10 +1,10 @@
-"""How a LoRA layer starts, runs, merges and unmerges with a mixer: PEFT's variant interface, one class per layer type.
+"""Start, forward pass, merge and unmerge of a LoRA layer with a mixer: PEFT's variant interface, one class per type.
 
 Shapes: x ``[..., D_in]`` (token ids for embeddings, ``[N, C, H, W]`` for convolutions), A ``[R, D_in]``, M ``[R, R]``,
 B ``[D_out, R]``.
 
 DoRA (arXiv 2402.09353) scales every row of ``W + s B A`` to a trained length. With a mixer the direction is
-``W + s B M A``; PEFT's own DoRA modules compute it when they get ``M A`` (or ``B M``) where they expect A (or B).
+``W + s B M A``; PEFT's DoRA modules compute it when ``M A`` (or ``B M``) takes the place of A (or B).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from peft.tuners.lora.dora import DoraConv2dLayer, DoraEmbeddingLayer, DoraLinea
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from mm_moslora.kernels.lora.lora_math import combine, fold, is_traced
+from mm_moslora.kernels.lora.lora_math import fold, is_traced
+from mm_moslora.kernels.lora.mixed_product import combine
 from mm_moslora.kernels.lora.seeded_dropout import seeded_dropout
 
 
@@ -30,7 +31,7 @@ class MoSLoRAVariant(LoraVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """``result + s B(M(A(dropout(x))))``, by calling the submodules: their hooks (ZeRO-3, FSDP) must fire."""
+        """``result + s B(M(A(dropout(x))))``; the submodules are called, so that their hooks (ZeRO-3, FSDP) run."""
         dropout = module.lora_dropout[active_adapter]
         if module.training and isinstance(dropout, nn.Dropout):
             x = dropout(x) if is_traced() else seeded_dropout(x, dropout.p)
@@ -70,7 +71,7 @@ class ConvolutionVariant(MoSLoRAVariant):
 
 
 class EmbeddingVariant(MoSLoRAVariant):
-    """The mixer on an embedding: the looked-up column of A is mixed, then expanded."""
+    """The mixer on an embedding: it mixes the column of A that a token looks up."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -84,7 +85,7 @@ class EmbeddingVariant(MoSLoRAVariant):
 
 
 class MixedFactor:
-    """``M A`` in the place of the module A: called, it mixes A's output; its `weight` is the folded factor."""
+    """``M A`` in the place of the module A: a call mixes A's output, and `weight` is the folded factor."""
 
     def __init__(self, A: nn.Module, mixer: nn.Module, *, channels_first: bool = False) -> None:
         self._A, self._mixer, self._channels_first = A, mixer, channels_first

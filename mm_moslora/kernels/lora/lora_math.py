@@ -1,15 +1,15 @@
 """MoSLoRA as functions of tensors: update, fold, and the adapted linear layer written out.
 
 Shapes: ``D_in``, ``D_out`` widths, ``R`` rank; x ``[..., D_in]``, W ``[D_out, D_in]``, A ``[R, D_in]``, M ``[R, R]``,
-B ``[D_out, R]``; ``s`` is the scaling. The fused forward and backward are in `kernel`.
+B ``[D_out, R]``; ``s`` is the scaling. `lora_linear` computes a layer, `mixed_product` the product ``s B M``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
     """Choose how adapted layers compute, within the block.
 
     Args:
-        kernel: `auto` (fused where it applies, and PEFT's own path for plain LoRA outside of lean layers), `reference`
-            (always the plain three-factor chain) or `fused` (plain LoRA too).
+        kernel: `auto` (fused where it applies, PEFT's path for plain LoRA outside of lean layers), `reference` (always
+            factor by factor) or `fused` (plain LoRA too).
 
     Raises:
         AdapterError: another name.
@@ -44,11 +44,11 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export, torch.jit.trace or a transform of torch.func looks at the operations.
+    """Whether torch.compile, torch.export, torch.jit.trace or a transform of torch.func records the operations.
 
-    They cannot look into a custom autograd node.
+    None of them can record a custom autograd node.
     """
-    # Dynamo, which knows the first to be true, never sees the others.
+    # Dynamo takes the first to be true and never evaluates the others.
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -59,6 +59,11 @@ def is_traced() -> bool:
 def current_kernel() -> Kernel:
     """The kernel of the innermost `use_kernel`, `auto` outside."""
     return _kernel.get()
+
+
+def mixer_matrix(M: Tensor) -> Tensor:
+    """M as ``[R, R]``: the tensor itself unless it is a diagonal ``[R]``."""
+    return M if M.ndim == 2 else torch.diag(M)
 
 
 def fold(A: Tensor, M: Tensor | None) -> Tensor:
@@ -74,23 +79,7 @@ def fold(A: Tensor, M: Tensor | None) -> Tensor:
     if M is None:
         return A
     dtype = torch.promote_types(torch.promote_types(A.dtype, M.dtype), torch.float32)
-    matrix = M if M.ndim == 2 else torch.diag(M)
-    return (matrix.to(dtype) @ A.to(dtype).flatten(1)).view(A.shape)
-
-
-def fold_right(B: Tensor, M: Tensor) -> Tensor:
-    """``B M``: the B of a plain LoRA of the same rank with the same update.
-
-    Args:
-        B: ``[D_out, R]``, or ``[D_out, R, 1, 1]`` for a convolution.
-        M: ``[R, R]``, or ``[R]`` for a diagonal.
-
-    Returns:
-        Same shape as B, in the wider dtype of the two and at least float32.
-    """
-    dtype = torch.promote_types(torch.promote_types(B.dtype, M.dtype), torch.float32)
-    matrix = M if M.ndim == 2 else torch.diag(M)
-    return (B.to(dtype).flatten(1) @ matrix.to(dtype)).view(B.shape)
+    return (mixer_matrix(M).to(dtype) @ A.to(dtype).flatten(1)).view(A.shape)
 
 
 def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tensor:
@@ -114,7 +103,7 @@ def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tens
 def reference_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, M: Tensor | None, B: Tensor, scaling: float
 ) -> Tensor:
-    """The adapted linear layer written out, factor by factor; the yardstick of `fused_linear`.
+    """The adapted linear layer written out, factor by factor; tests compare `fused_linear` with it.
 
     Args:
         x: ``[..., D_in]``.
@@ -134,32 +123,6 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-    """``C = s B M`` in the wider dtype of the two and at least float32, rounded once; on GPUs `scaled_product`.
-
-    Some CPUs take several times as long for so small a product in bfloat16, and so the value is that of `fold_right`.
-
-    Args:
-        B: ``[D_out, R]``.
-        M: ``[R, R]``; None is the identity.
-        dtype: of the result.
-        scaling: s.
-    """
-    if M is None:
-        return (B * scaling).to(dtype)
-    if multiplies_at_once(B, M, dtype):
-        return scaled_product(B, M, scaling)
-    return fold_right(B, M).mul_(scaling).to(dtype)
-
-
-def multiplies_at_once(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether to take `scaled_product`: on a GPU, which adds up in float32 as it does for all other products.
-
-    Where cuBLAS splits a long sum it may round the parts (torch.backends.cuda.matmul has switches against that).
-    """
-    return a.device.type == "cuda" and a.dtype == b.dtype == dtype and b.ndim == 2
-
-
-def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``s a b`` in one kernel, where converting, multiplying, scaling and rounding would take five."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off for a device within the block, where it is on."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()

@@ -1,10 +1,10 @@
-"""Packed rows: conversations behind each other in one row, none of which sees another, and nothing is padding.
+"""Packed rows of ready-made models: conversations one after another in one row, without padding.
 
 Shapes: ``S`` tokens of the row, ``G`` conversations, ``T`` longest of them, ``K`` supervised positions, ``D`` width.
 
-Ready-made models take such a row where their attention is causal throughout: their own forward pass places the pictures
-and gets positions that restart with every conversation. In Qwen-VL these have three parts, which the model computes as
-for padded rows.
+No conversation attends to another. A model takes such a row where its attention is causal throughout. Its forward pass
+places the pictures and gets positions that restart with every conversation. In Qwen-VL positions have three parts,
+which the model computes as for padded rows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch
-from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.padded_batch import picture_inputs, readable, takes, text_inputs
 from mm_moslora.models.families import vlm_family
-from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
+from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
 from mm_moslora.utils.errors import ModelError
 
 _ENCODED = "mm_encoder_outputs"
@@ -38,32 +37,14 @@ def has_mrope(model: PreTrainedModel) -> bool:
     return hasattr(model.base_model, "get_rope_index")
 
 
-def packed_row_hidden(model: PreTrainedModel, batch: Batch, **inputs: Any) -> Tensor:
-    """What the head reads at the supervised positions of one row.
-
-    Args:
-        model: causal language model or vision-language model, with or without adapters inside.
-        batch: one micro-batch on the model's device.
-        inputs: ids or embeddings, and positions.
-
-    Returns:
-        ``[K, D]``.
-    """
-    trimmed, device = drops_positions(model), batch.input_ids.device
-    positions = batch.target_positions if trimmed else None
-    inputs |= segment_arguments(batch.segment_lengths, device, target_positions=positions)
-    hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
-    return hidden if trimmed else hidden[batch.target_positions]
-
-
 def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
     """`packed_row_hidden` of a ready-made model.
 
     Args:
         model: one that `packs`.
         batch: see `packed_row_hidden`.
-        dummy: for a batch without images on a rank whose peers have some: one more conversation with a weight of zero,
-            so that every rank takes part in the same collectives.
+        dummy: for a batch without images where other ranks have some: one more conversation with a weight of zero, so
+            that all ranks take part in the same collectives.
 
     Returns:
         ``[K, D]``.
@@ -84,7 +65,7 @@ def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
 
 
 def _with_stand_in(batch: Batch, dummy: Batch) -> Batch:
-    """The batch with a conversation behind it, whose last position is read, too."""
+    """The batch with one more conversation at its end; the last position is supervised, too."""
     end = torch.tensor([batch.tokens + dummy.tokens - 1]).to(batch.input_ids.device, non_blocking=True)
     return replace(
         batch,
@@ -99,7 +80,7 @@ def _with_stand_in(batch: Batch, dummy: Batch) -> Batch:
 
 
 def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """``[1, S]``; where they have three parts ``[4, 1, S]``, plain ones first, which tell where conversations begin."""
+    """``[1, S]``; of three parts ``[4, 1, S]``: the plain ones, which mark the starts of conversations, come first."""
     plain = batch.position_ids[None]
     if not has_mrope(model):
         return plain
@@ -117,9 +98,9 @@ def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What the forward pass takes of the pictures.
+    """The pictures as keyword arguments of the forward pass.
 
-    Qwen-VL's would hand the keywords of its decoder's attention to the tower as well; its pictures are encoded before.
+    Qwen-VL's would pass the keywords of the decoder's attention to the tower as well; its pictures are encoded before.
 
     Raises:
         ModelError: the installed transformers does not take encoded pictures.

@@ -1,20 +1,24 @@
-"""Decoder layers that keep little for the backward pass, for families whose layers are known; the rest is untouched.
+"""Decoder layers that keep little for the backward pass ("lean"), for the model families of `LEAN_LAYERS`.
 
-Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``H`` heads, ``E`` head width.
+Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
 `use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging, generation and
-gradient checkpointing go on as before. A layer falls back to its own forward pass whenever a call is not plain training
-on a padding-free row: with a cache, without gradients, with trained base weights, LLM.int8 weights, several
-adapters, or weights that ZeRO-3 has taken away (our engine has it fetch them, a layer at a time).
+gradient checkpointing work unchanged. A layer falls back to its stock forward pass where a call is not plain training
+on a padding-free row: with a cache, without gradients, with trained base weights, LLM.int8 weights, several adapters,
+or weights that ZeRO-3 has released (the engine of this package lets it gather them, a layer at a time).
 
-The last layer does one thing more: what follows its attention is computed at the supervised positions alone, since
-nothing reads the others. That is exact.
+A layer is three autograd nodes: norm, query, key and value; the output projection; norm and gated MLP. What a cheap
+elementwise pass can recompute is not kept: the norm's output is recomputed from its input, the product of the gated MLP
+from its two factors. Per token and layer 6 D + 2 F values are kept (stock modules with PEFT's adapters keep about twice
+as many in fp32, three times in bf16). Base weights are frozen and get no gradient.
+`mm_moslora.kernels.lora.lora_linear` has the formulas of the linear layers.
+
+The last layer computes what follows its attention at the supervised positions alone, since the head reads no others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,24 +29,24 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole
-from mm_moslora.kernels.attention.segment_attention import StepContext
+from mm_moslora.batch import Batch
+from mm_moslora.kernels.attention.segment_attention import StepContext, segment_arguments
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
+from mm_moslora.kernels.lora.lora_linear import TENSORS, LinearOperands, LinearRules, LoraMatmul, fused_linears
 from mm_moslora.kernels.lora.lora_math import autocasts
-from mm_moslora.kernels.lora.lora_matmul import LinearOperands
 from mm_moslora.models.families import LEAN_LAYERS
-from mm_moslora.models.memory_efficient.decoder_autograd import gated_mlp, normed_linears, rotate, turns
 from mm_moslora.models.transformers_patches import mix_in
 
 
 class LeanLayer(nn.Module):
-    """Mixed in before a known decoder layer's class; see the module's description."""
+    """Mixed in before the class of a decoder layer; see the module's description."""
 
     is_last: bool = False
-    """Whether the layer may drop positions that nothing reads."""
+    """Whether the layer may drop positions that the head does not read."""
     passes: FusedOps = TORCH_OPS
-    """What runs between the products."""
+    """The elementwise passes between the products."""
     compiled_fallback: Callable[..., Tensor] | None = None
-    """The stock form, compiled, for the calls that fall back while training."""
+    """The stock forward pass, compiled, for calls in training that fall back."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[1, S, D]``, or ``[1, K, D]`` from the last layer when `step_context` names the supervised positions."""
@@ -54,20 +58,19 @@ class LeanLayer(nn.Module):
             stock = self.compiled_fallback if self.compiled_fallback is not None and self.training else super().forward
             output: Tensor = stock(hidden_states, *args, **kwargs)
             return output if positions is None else output[:, positions]
-        q, k, v, gate, up, down = linears
-        x = hidden_states.squeeze(0)  # not [0], whose gradient is a copy into zeros
+        q, k, v, o, gate, up, down = linears
+        x = hidden_states.squeeze(0)  # not [0]: its gradient is a copy into zeros
         norm = layer.input_layernorm
         projected = normed_linears(x, norm.weight, norm.variance_epsilon, (q, k, v), self.passes)
         attended = _attention(layer.self_attn, projected, kwargs, self.passes)
         if positions is not None:
             attended, x = attended[positions], x[positions]
-        o_proj = layer.self_attn.o_proj
-        x = x + (o_proj(attended, plain_too=True) if isinstance(o_proj, FusedLinear) else o_proj(attended))
+        x = x + fused_linears(attended, [o])[0]
         norm = layer.post_attention_layernorm
         return gated_mlp(x, norm.weight, norm.variance_epsilon, gate, up, down, self.passes)[None]
 
     def compile_passes(self, backend: str) -> None:
-        """Compile what runs between the products, and the stock form for calls that fall back to it while training.
+        """Compile the passes between the products, and the stock forward pass for calls in training that fall back.
 
         Args:
             backend: of torch.compile.
@@ -77,7 +80,7 @@ class LeanLayer(nn.Module):
 
 
 def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, Any], passes: FusedOps) -> Tensor:
-    """What stands between q, k, v and the output projection; ``[S, H * E]``."""
+    """The input of the output projection, ``[S, H * E]``, from the outputs of q, k and v."""
     query, key, value = (tensor.view(tensor.shape[0], -1, attention.head_dim) for tensor in projected)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
@@ -100,7 +103,7 @@ def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, 
 
 
 def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[LinearOperands] | None:
-    """q, k, v, gate, up and down as tensors (the output projection runs as a module), or None: fall back."""
+    """The operands of q, k, v, o, gate, up and down; None: the layer falls back."""
     if not (torch.is_grad_enabled() and layer.training) or torch.compiler.is_compiling() or hidden.shape[0] != 1:
         return None
     embeddings = kwargs.get("position_embeddings")
@@ -114,39 +117,38 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[LinearOp
     norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
     if any(w.requires_grad or w.dtype != hidden.dtype for w in norms) or not fetches_whole(layer):
         return None
-    modules = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    found = [_operands(module, hidden) for module in modules]
-    return None if any(item is None for item in found) else cast(list[LinearOperands], found)
+    attention_modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    found: list[LinearOperands] = []
+    for module in (*attention_modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        operands = _operands(module, hidden)
+        if operands is None:
+            return None
+        found.append(operands)
+    return found
 
 
 def _operands(module: nn.Module, x: Tensor) -> LinearOperands | None:
-    """A linear layer as tensors where their product is all that the module would compute.
+    """The operands of a linear layer; None where the module computes more than their products.
 
     Args:
         module: `nn.Linear`, a quantised one, or an adapted layer around either.
-        x: its input, for dtype and device.
+        x: a tensor of its input's dtype and device.
     """
     if isinstance(module, FusedLinear):
-        found = module.fused_operands(x, plain_too=True)
-        if found is None or module.step_window is None:
-            return found
-        product = module.step_window.product(module, found, x.dtype)
-        return replace(found, M=None, B=product, scaling=1.0)
+        return module.fused_operands(x, plain_too=True)
     weight = weight_of(module, x)
-    if weight is None:
-        return None
-    return LinearOperands(weight=weight, bias=cast(nn.Linear, module).bias, A=None, M=None, B=None)
+    return None if weight is None else LinearOperands(weight=weight, bias=cast(nn.Linear, module).bias)
 
 
 def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
     """Make the decoder layers of a model lean, in place.
 
     Args:
-        model: causal language model or VLM, adapters inside or not yet.
-        depth: decoder layers of the whole model, where the one at hand holds only some of them; None: its own.
+        model: causal language model or VLM, with or without adapters.
+        depth: number of decoder layers of the whole model, where `model` holds only some of them; None: it holds all.
 
     Returns:
-        How many layers changed; 0 where the family is unknown.
+        The number of layers changed; 0 where the family is unknown.
     """
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
@@ -164,12 +166,171 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
 
 
 def _deepstack_layers(model: PreTrainedModel) -> int:
-    """Decoder layers, from the first, to whose outputs a model adds visual features at all visual positions."""
+    """Number of decoder layers, from the first, whose outputs get visual features added at all visual positions."""
     tower = getattr(model.config, "vision_config", None)
     return len(getattr(tower, "deepstack_visual_indexes", ()))
 
 
 def drops_positions(model: PreTrainedModel) -> bool:
-    """Whether the model's last layer returns the supervised positions alone when it is given them."""
+    """Whether the model's last layer returns the supervised positions alone where `step_context` names them."""
     layers = getattr(model.get_decoder(), "layers", None)
     return layers is not None and len(layers) > 0 and bool(getattr(layers[len(layers) - 1], "is_last", False))
+
+
+def packed_row_hidden(model: PreTrainedModel, batch: Batch, **inputs: Any) -> Tensor:
+    """The hidden states at the supervised positions of one packed row.
+
+    Args:
+        model: causal language model or vision-language model, with or without adapters.
+        batch: one micro-batch on the model's device.
+        inputs: ids or embeddings, and positions.
+
+    Returns:
+        ``[K, D]``.
+    """
+    trimmed, device = drops_positions(model), batch.input_ids.device
+    positions = batch.target_positions if trimmed else None
+    inputs |= segment_arguments(batch.segment_lengths, device, target_positions=positions)
+    hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    return hidden if trimmed else hidden[batch.target_positions]
+
+
+def normed_linears(
+    x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[LinearOperands], passes: FusedOps
+) -> tuple[Tensor, ...]:
+    """RMS norm, then several linear layers that read it; keeps x and the adapters' inner products.
+
+    Args:
+        x: ``[S, D]``.
+        norm_weight: ``[D]``, frozen.
+        eps: of the norm.
+        linears: read the norm's output.
+        passes: the elementwise passes.
+
+    Returns:
+        ``[S, D_out]`` for each.
+    """
+    flat = [tensor for linear in linears for tensor in linear.tensors()]
+    return _NormedLinears.apply(x, norm_weight, eps, passes, LinearRules.of(linears), *flat)  # type: ignore[no-any-return]
+
+
+def gated_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate: LinearOperands,
+    up: LinearOperands,
+    down: LinearOperands,
+    passes: FusedOps,
+) -> Tensor:
+    """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x, the outputs of gate and up, and inner products.
+
+    Args:
+        x: ``[S, D]``.
+        norm_weight: ``[D]``, frozen.
+        eps: of the norm.
+        gate: ``D -> F``.
+        up: ``D -> F``.
+        down: ``F -> D``.
+        passes: the elementwise passes.
+
+    Returns:
+        ``[S, D]``.
+    """
+    flat = [tensor for linear in (gate, up, down) for tensor in linear.tensors()]
+    rules = (LinearRules.of((gate, up)), LinearRules.of((down,)))
+    return _GatedMlp.apply(x, norm_weight, eps, passes, rules, *flat)  # type: ignore[no-any-return]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, passes: FusedOps) -> Tensor:
+    """Rotary embedding of whole heads in the layout of halves; keeps nothing of the size of x.
+
+    Args:
+        x: ``[S, H, E]``.
+        cos: ``[S, 1, E]``, from `turns`.
+        sin: ``[S, 1, E]``, from `turns`.
+        passes: the rotation.
+    """
+    return _Rotate.apply(x, cos, sin, passes)  # type: ignore[no-any-return]
+
+
+def turns(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of `rotate`: cosines, and sines that are negative in the first half; ``[S, 1, E]``.
+
+    Args:
+        cos: ``[S, E]``, both halves equal.
+        sin: ``[S, E]``, both halves equal.
+        dtype: of the rotated tensor.
+    """
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, None].to(dtype), torch.cat((-first, second), dim=-1)[:, None].to(dtype)
+
+
+class _NormedLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, passes: FusedOps, rules: LinearRules, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        y, inverse = passes.rms_norm(x, weight, eps)
+        outputs, z = LoraMatmul(flat, rules, y.dtype).outputs(y)
+        ctx.rules, ctx.passes = rules, passes
+        ctx.save_for_backward(x, weight, inverse, z, *flat)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse, z, *flat = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        y = ctx.passes.recompute_rms_norm(x, weight, inverse)
+        dy, found = LoraMatmul(flat, ctx.rules, y.dtype).gradients(y, z, grads, needs[4:], needs_x=needs_x)
+        dx = None if dy is None else ctx.passes.rms_norm_backward(dy, x, weight, inverse)
+        return dx, None, None, None, None, *found
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        passes: FusedOps,
+        rules: tuple[LinearRules, LinearRules],
+        *flat: Tensor | None,
+    ) -> Tensor:
+        y, inverse = passes.rms_norm(x, weight, eps)
+        (e, g), z = LoraMatmul(flat[: 2 * TENSORS], rules[0], y.dtype).outputs(y)
+        del y
+        (output,), z_down = LoraMatmul(flat[2 * TENSORS :], rules[1], x.dtype).outputs(passes.gated_silu(e, g))
+        ctx.rules, ctx.passes = rules, passes
+        ctx.save_for_backward(x, weight, inverse, z, e, g, z_down, *flat)
+        return output.add_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse, z, e, g, z_down, *flat = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        needs_up, needs_down = needs[4 : 4 + 2 * TENSORS], needs[4 + 2 * TENSORS :]
+        down = LoraMatmul(flat[2 * TENSORS :], ctx.rules[1], x.dtype)
+        h, activated = ctx.passes.recompute_gated(e, g)
+        dh, found_down = down.gradients(h, z_down, (grad,), needs_down, needs_x=True)
+        del h
+        pulls = ctx.passes.gated_silu_backward(dh, e, g, activated)
+        y = ctx.passes.recompute_rms_norm(x, weight, inverse)
+        up = LoraMatmul(flat[: 2 * TENSORS], ctx.rules[0], x.dtype)
+        dy, found = up.gradients(y, z, pulls, needs_up, needs_x=needs_x)
+        dx = None if dy is None else ctx.passes.rms_norm_backward(dy, x, weight, inverse).add_(grad)
+        return dx, None, None, None, None, *found, *found_down
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, passes: FusedOps) -> Tensor:
+        ctx.passes = passes
+        ctx.save_for_backward(cos, sin)
+        return passes.rotary_embedding(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return ctx.passes.rotary_embedding(grad, cos, -sin), None, None, None

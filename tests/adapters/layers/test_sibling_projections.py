@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, link_siblings, use_kernel
-from mm_moslora.kernels.lora.fused_lora_linear import _FusedLinears
+from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = _FusedLinears.apply
 
     def counted(*args):
-        made.append((len(args) - 2) // 5)
+        made.append((len(args) - 2) // TENSORS)
         return original(*args)
 
     monkeypatch.setattr(_FusedLinears, "apply", counted)

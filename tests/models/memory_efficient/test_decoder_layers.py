@@ -12,9 +12,11 @@ import transformers as t
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.kernels.lora.lora_linear import LinearOperands, fused_linears
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
 from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.utils.errors import AdapterError
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -174,6 +176,38 @@ def test_what_lean_layers_cannot_do_runs_as_before(case: str) -> None:
     loss, gradients = loss_and_gradients(model, given)
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert_close(gradients, stock)
+
+
+def test_biases_that_train_learn_in_lean_layers() -> None:
+    model, given = adapted("qwen2", bias="lora_only"), batch()
+    _, stock = loss_and_gradients(model, given)
+    assert any(name.endswith("q_proj.base_layer.bias") for name in stock)
+    use_lean_layers(model)
+    _, lean = loss_and_gradients(model, given)
+    assert_close(lean, stock)
+
+
+def test_lean_layers_have_no_second_derivative() -> None:
+    model, given = adapted("llama", target_modules=["q_proj", "v_proj"]), batch()
+    use_lean_layers(model)
+    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
+    with pytest.raises(AdapterError, match="no second derivative"):
+        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
+
+
+def test_an_output_projection_without_an_adapter_keeps_nothing() -> None:
+    model, given = adapted("llama", target_modules=["q_proj", "v_proj"]), batch()
+    stock_loss, stock = loss_and_gradients(model, given)
+    use_lean_layers(model)
+    loss, lean = loss_and_gradients(model, given)
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert_close(lean, stock)
+    x = torch.randn(5, 32, requires_grad=True)
+    operands = LinearOperands(weight=model.model.layers[0].self_attn.o_proj.weight, bias=None)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        fused_linears(x, [operands])
+    assert [tensor.data_ptr() for tensor in kept] == [operands.weight.data_ptr()]
 
 
 def test_generation_saving_and_copies_know_nothing_of_lean_layers(tmp_path) -> None:

@@ -25,7 +25,9 @@ from mm_moslora.adapters import (
     use_kernel,
 )
 from mm_moslora.adapters.orthonormal_factors import OrthonormalFactor, orthonormal_factors, project_gradients
-from mm_moslora.kernels.lora.fused_lora_linear import _FusedLinears
+from mm_moslora.kernels.lora import mixed_product
+from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
+from mm_moslora.kernels.lora.mixed_product import combine
 from mm_moslora.kernels.lora.seeded_dropout import KeptBits, kept_bits
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.utils.errors import AdapterError
@@ -110,19 +112,81 @@ def test_one_product_gives_all_gradients_in_the_last_backward_pass_when_told_so(
         assert torch.equal(found[name], _gradients(model)[name])
 
 
-def test_one_product_is_computed_once_and_follows_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lean", [False, True])
+def test_one_product_is_computed_once_and_follows_the_optimiser(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = _model(), []
+
+    def noted(*args):
+        made.append(combine(*args))
+        return made[-1]
+
+    monkeypatch.setattr(mixed_product, "combine", noted)
+    if lean:
+        assert use_lean_layers(model.get_base_model())
+    ids = IDS[:1]
+    with one_product_per_step(model):
+        model(ids)
+        model(ids)
+    assert len(made) == 14
+    layers = [module for module in model.modules() if isinstance(module, MoSLoRALinear)]
+    assert all(layer.step_window is None for layer in layers)
+    for layer in layers:
+        layer.lora_mixer["default"].weight.data.mul_(2)
+    with one_product_per_step(model):
+        model(ids)
+    for first, second in zip(made[:14], made[14:], strict=True):
+        torch.testing.assert_close(second, 2 * first)
+
+
+def test_sums_over_micro_batches_are_as_exact_as_the_base() -> None:
+    model = _model().double()
+    for ids in (IDS, IDS + 3):
+        model(ids, labels=ids).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    with one_product_per_step(model):
+        for ids in (IDS, IDS + 3):
+            model(ids, labels=ids).loss.backward()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-14, rtol=1e-11)
+
+
+def test_a_product_that_an_evaluation_made_trains_afterwards() -> None:
     model = _model()
-    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
-    with one_product_per_step(model) as window:
+    model(IDS, labels=IDS).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    with one_product_per_step(model):
+        with torch.inference_mode():
+            model(IDS)
+        model(IDS, labels=IDS).loss.backward()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_backward_pass_after_the_step_is_refused() -> None:
+    model = _model()
+    with one_product_per_step(model):
+        loss = model(IDS, labels=IDS).loss
+    with pytest.raises(AdapterError, match="Put forward and backward passes into the block"):
+        loss.backward()
+
+
+def test_factors_that_begin_to_train_within_a_step_get_their_gradients() -> None:
+    model = _model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(IDS, labels=IDS).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    with one_product_per_step(model):
+        for parameter in trained:
+            parameter.requires_grad_(False)
         model(IDS)
-        first = window.products(layer.siblings.layers).C[0]
-        model(IDS)
-        assert window.products(layer.siblings.layers).C[0] is first
-    assert layer.step_window is None
-    layer.lora_mixer["default"].weight.data.mul_(2)
-    with one_product_per_step(model) as window:
-        model(IDS)
-        torch.testing.assert_close(window.products(layer.siblings.layers).C[0], 2 * first)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model(IDS, labels=IDS).loss.backward()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_one_product_works_with_checkpointing_and_fires_gradient_hooks() -> None:
@@ -234,7 +298,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = _FusedLinears.apply
 
     def counted(*args):
-        made.extend([1] * ((len(args) - 2) // 5))
+        made.extend([1] * ((len(args) - 2) // TENSORS))
         return original(*args)
 
     monkeypatch.setattr(_FusedLinears, "apply", counted)

@@ -85,7 +85,7 @@ def test_nothing_of_the_size_of_a_batch_is_kept_but_x_and_z() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fused_linear(x, weight, bias, A, M, B, 1.0)
-    known = {tensor.data_ptr() for tensor in (x, weight, A, M, B)}
+    known = {tensor.data_ptr() for tensor in (x, weight, bias, A, M, B)}
     new = [tensor for tensor in kept if tensor.data_ptr() not in known]
     z, C = (tuple(tensor.shape) for tensor in new)
     assert (z, C) == ((10, 4), (8, 4))
