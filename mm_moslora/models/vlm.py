@@ -1,7 +1,7 @@
 """The vision-language model: LLaVA of transformers with any projector, and its forward pass on a padding-free batch.
 
-Shapes: ``S`` tokens of the batch, ``K`` supervised positions, ``N`` images, ``Q`` visual tokens per image,
-``D`` LLM width, ``C`` vocabulary.
+Shapes: ``S`` tokens of the batch, ``K`` supervised positions, ``D`` LLM width, ``N`` images, ``Q`` visual tokens per
+image, ``L`` tokens of a tower per image (before any is dropped), ``V`` width of the selected layers together.
 
 With a stock tower and `mlp2x_gelu` the model is a `LlavaForConditionalGeneration`. Other parts make a
 `VlmForConditionalGeneration`: the same composition with another projector, registered with the Auto classes.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -33,8 +34,9 @@ from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
 from mm_moslora.models.projectors.projector import build_projector
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
-from mm_moslora.models.vision.frozen_tower import is_frozen, tower_states, unique_states
 from mm_moslora.utils.errors import ModelError
+
+_Layers = int | list[int]
 
 
 class VlmConfig(LlavaConfig):
@@ -94,7 +96,7 @@ class VlmModel(LlavaModel):
             `pooler_output` is a list of ``N`` tensors ``[Q, D]``.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        states = tower_states(self.vision_tower, layer, pixel_values)
+        states = _tower_states(self.vision_tower, layer, pixel_values)
         return BaseModelOutputWithPooling(pooler_output=cast(Any, list(_project(self, states))))
 
 
@@ -161,11 +163,63 @@ def image_features(
     weight = next(tower.parameters())
     dtype = weight.dtype if weight.is_floating_point() else None
     pixels = pixel_values.to(device=weight.device, dtype=dtype, non_blocking=True)
-    if not is_frozen(tower):
-        return _project(model.model, tower_states(tower, layer, pixels))
-    states = unique_states(tower, layer, pixels, keys=keys, memory=memory)
-    with torch.no_grad() if is_frozen(model.model.multi_modal_projector) else contextlib.nullcontext():
+    if not _is_frozen(tower):
+        return _project(model.model, _tower_states(tower, layer, pixels))
+    states = _unique_states(tower, layer, pixels, keys=keys, memory=memory)
+    with torch.no_grad() if _is_frozen(model.model.multi_modal_projector) else contextlib.nullcontext():
         return _project(model.model, states)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether nothing in a module trains, adapters included."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _tower_states(tower: PreTrainedModel, layer: _Layers, pixels: Tensor) -> Tensor:
+    """Selected hidden states side by side, ``[N, L, V]``.
+
+    Args:
+        tower: any.
+        layer: one or several.
+        pixels: ``[N, 3, H, W]``.
+
+    Raises:
+        ModelError: the installed transformers does not give these layers.
+    """
+    output: Any = tower(pixels, output_hidden_states=layer, return_dict=True)
+    states = [output.hidden_states[item] for item in ([layer] if isinstance(layer, int) else layer)]
+    if any(state is None for state in states):
+        raise ModelError(
+            f"{type(tower).__name__} of transformers {transformers.__version__} does not give the hidden states of "
+            f"feature_layer {layer}. Install a release in the range that `mm-moslora doctor` names."
+        )
+    return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+
+
+def _unique_states(
+    tower: PreTrainedModel, layer: _Layers, pixels: Tensor, *, keys: Sequence[str], memory: StepFeatureCache | None
+) -> Tensor:
+    """`_tower_states` of a frozen tower without a graph; pictures with the same key are encoded once.
+
+    The tower is in evaluation mode: dropout of a frozen tower is off in training, too.
+
+    Args:
+        tower: frozen.
+        layer: selected.
+        pixels: ``[N, 3, H, W]``.
+        keys: ``N`` of them, or none.
+        memory: pictures that were encoded before; None: this call alone counts.
+    """
+    if tower.training:
+        tower.eval()
+    sharded = any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
+
+    def encode(chosen: Tensor) -> Tensor:
+        # ZeRO-3 prefetches weights of the layers behind the tower, which train: they must not be inference tensors.
+        with torch.no_grad() if sharded else torch.inference_mode():
+            return _tower_states(tower, layer, chosen)
+
+    return (memory or StepFeatureCache()).states(pixels, keys, encode, together=sharded)
 
 
 def _project(model: Any, states: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from mm_moslora.adapters.folder_format import (
 from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
-from mm_moslora.kernels.lora.lora_math import fold_right
+from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import replace_text, sha256_of, staging
 from mm_moslora.utils.run_paths import writing

@@ -55,14 +55,14 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
     own: Any = copy.copy(config)
     own.fan_in_fan_out, own.module_path = is_conv1d, path
     if kind := quantisation(base):
-        return create_quantised_layer(target, adapter_name, kind=kind, config=config, **kwargs)
+        return create_quantised_layer(target, adapter_name, kind=kind, config=own, **kwargs)
     if isinstance(base, nn.Embedding):
-        return MoSLoRAEmbedding(target, adapter_name, config=config, **kwargs)
+        return MoSLoRAEmbedding(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.Conv2d):
-        return MoSLoRAConv2d(target, adapter_name, config=config, **kwargs)
+        return MoSLoRAConv2d(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.MultiheadAttention):
-        return MoSLoRAMultiheadAttention(base, adapter_name, config=config, **kwargs)
-    return MoSLoRALinear(target, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs)
+        return MoSLoRAMultiheadAttention(base, adapter_name, config=own, **kwargs)
+    return MoSLoRALinear(target, adapter_name, config=own, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
 
 def why_not_adaptable(base: nn.Module) -> str | None:
