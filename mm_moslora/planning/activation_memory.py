@@ -36,7 +36,7 @@ NF4_BYTES = 0.516
 _DENSE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 """Matrix products with weights; all other products belong to attention."""
 PROBE = 256
-"""Number of tokens for which activations are counted; activations are proportional to it."""
+"""Number of tokens for which activations are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class ActivationMemory:
     """Why tiles and tokens of a picture come from the configuration instead of the model's own processor."""
     kept_per_layer: float
     """Kept by one decoder layer for its backward pass."""
+    products: int
+    """Kept by all decoder layers for any number of tokens, in bytes: the products B M of the adapters."""
     kept_elsewhere: float
     """Kept by embeddings and the last norm."""
     kept_per_image: float
@@ -103,12 +105,14 @@ def activation_memory(
     each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[model.quantisation]
     config: Any = bones.model.config.get_text_config()
     inner = config.intermediate_size
-    kept = _kept_by_layer(bones, dtype) / PROBE
+    least, most = (_kept_by_layer(bones, dtype, tokens) for tokens in (1, PROBE))
+    kept = (most - least) / (PROBE - 1)
     image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
     return ActivationMemory(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
         tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=kept,
+        products=round(bones.layers * (least - kept)),
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four tensors of its inner width and four of the model's width.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
@@ -136,19 +140,19 @@ def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
     return total
 
 
-def _kept_by_layer(bones: MetaModel, dtype: torch.dtype) -> int:
+def _kept_by_layer(bones: MetaModel, dtype: torch.dtype, tokens: int) -> int:
     decoder: Any = bones.model.get_decoder()
     layer: Any = bones.held[0]
     width = bones.model.config.get_text_config().hidden_size
     with torch.device("meta"):
-        hidden = torch.zeros(1, PROBE, width, dtype=dtype, requires_grad=True)
-        positions = torch.zeros(1, PROBE, dtype=torch.long)
-        rope = positions.expand(3, 1, PROBE) if has_mrope(bones.model) else positions
+        hidden = torch.zeros(1, tokens, width, dtype=dtype, requires_grad=True)
+        positions = torch.zeros(1, tokens, dtype=torch.long)
+        rope = positions.expand(3, 1, tokens) if has_mrope(bones.model) else positions
         try:
             embeddings = decoder.rotary_emb(hidden, rope)
             arguments: dict[str, Any] = {"position_ids": positions, "position_embeddings": embeddings}
             if not needs_padding(bones.model):
-                arguments |= segment_arguments((PROBE,), hidden.device)
+                arguments |= segment_arguments((tokens,), hidden.device)
             return kept_bytes(lambda: layer(hidden, attention_mask=None, **arguments), layer)
         except (AttributeError, TypeError) as error:
             raise ModelError(f"{type(layer).__name__} cannot be planned: {error}") from error

@@ -165,7 +165,7 @@ def memory(
     whole = adapters * b if by_weights > 1 else 0
     return Memory(
         weights=size.weight_bytes / by_weights,
-        adapters=trained * b / by_weights + whole,
+        adapters=trained * b / by_weights + whole + size.products,
         gradients=trained * (4 if zero == "none" else b) / by_gradients,
         optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
         activations=tokens * kept + images * size.kept_per_image,

@@ -215,7 +215,7 @@ def test_ready_made_models_are_planned_on_packed_rows_and_lean_layers(name: str,
     lean = memory_of(recipe)
     stock = memory_of(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lean_layers=False)))
     assert lean.is_lean
-    assert lean.kept_per_layer < 0.5 * stock.kept_per_layer
+    assert lean.kept_per_layer < 0.6 * stock.kept_per_layer
     assert lean.counter.drops  # though Qwen3-VL's three deepstack layers reach the end of the two that are at hand
     assert not stock.counter.drops
 
