@@ -165,10 +165,10 @@ def memory(
     whole = adapters * b if by_weights > 1 else 0
     return Memory(
         weights=size.weight_bytes / by_weights,
-        adapters=trained * b / by_weights + whole + size.products,
+        adapters=trained * b / by_weights + whole,
         gradients=trained * (4 if zero == "none" else b) / by_gradients,
         optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
-        activations=tokens * kept + images * size.kept_per_image,
+        activations=tokens * kept + images * size.kept_per_image + size.products,
         workspace=tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
         logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
         buffers=(0 if zero == "none" else 2 * min(BUCKET, trained) * b) + gathered,
