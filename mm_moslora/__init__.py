@@ -1,4 +1,4 @@
-"""mm_moslora: assemble a vision-language model, tune it with MoSLoRA, measure it, hand it on."""
+"""mm_moslora: assemble a vision-language model, tune it with MoSLoRA, measure it, export it."""
 
 import mm_moslora.utils.log_filters  # noqa: F401  (before anything imports peft or transformers)
 

@@ -43,7 +43,7 @@ def run(
 
     Args:
         model: the model, or a function that loads it; it is called after all tasks and their data are found.
-        tasks: names as in `registry.get_task`.
+        tasks: names as in `task_registry.get_task`.
         output: run folder.
         modes: own, blind, wrong.
         baselines: majority, question_majority.
@@ -295,7 +295,7 @@ def describe(name: str) -> str:
     try:
         lines += ["", dry_run([name])]
     except EvalError as error:
-        lines += ["", f"The data is not here: {error}"]
+        lines += ["", f"The data cannot be read: {error}"]
     return "\n".join(lines)
 
 
@@ -324,11 +324,11 @@ def check(name: str) -> str:
                     faults.append(f"{item.document.id}: image cannot be decoded: {error}")
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:10])
-        raise EvalError(f"{len(faults)} of {len(items)} documents of {data.path} are unsound:\n{shown}")
+        raise EvalError(f"{len(faults)} of {len(items)} documents of {data.path} have faults:\n{shown}")
     count = f"{len(items)} documents, {len(seen)} pictures, {data.dropped} rows left out"
     expected = task.expected_count
     odd = f"; the full set has {expected}" if expected not in (None, len(items)) else ""
-    return f"{task.id}: {data.path} is sound: {count}{odd}"
+    return f"{task.id}: {data.path} has no faults: {count}{odd}"
 
 
 def compare(run_a: Path, run_b: Path) -> tuple[Comparison, str]:

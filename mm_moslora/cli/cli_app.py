@@ -46,7 +46,7 @@ def _shown_default(value: object) -> str | None:
 app = App(
     name="mm-moslora",
     version=__version__,
-    help="Assemble a vision-language model, tune it with MoSLoRA, measure it, hand it on.",
+    help="Assemble a vision-language model, tune it with MoSLoRA, measure it, export it.",
     suppress_keyboard_interrupt=False,  # `run` handles it
     default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
 )

@@ -174,7 +174,7 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
         console.print(_pictures(found))
     if found.idle:
         console.print(
-            f"[yellow]{found.idle} of {gpus.count} GPUs have nothing to do[/]: a step has {gpus.count - found.idle} "
+            f"[yellow]{found.idle} of {gpus.count} GPUs are idle[/]: a step has {gpus.count - found.idle} "
             f"{'records' if rows == 1 else 'rows'}. Take fewer GPUs, or raise train.global_batch."
         )
     if found.own is not None:

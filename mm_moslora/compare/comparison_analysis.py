@@ -198,8 +198,8 @@ def _comparisons(
         estimates = [difference(left, right) for left in lefts.values()]
         corrected = holm([estimate.p_value for estimate in estimates])
         for (arm, left), estimate, p in zip(lefts.items(), estimates, corrected, strict=True):
-            told = [controls[name].get(column) for name in (arm, settings.reference_arm)]
-            stand = any(item is None or item["above"] for item in told)
+            found = [controls[name].get(column) for name in (arm, settings.reference_arm)]
+            stand = any(item is None or item["above"] for item in found)
             pair = (list(left.values()), list(right.values()))
             row = _row(settings, (arm, column), estimate, p, pair, comparisons=len(names), stand=stand)
             asked = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]

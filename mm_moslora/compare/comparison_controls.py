@@ -98,7 +98,7 @@ class Answers:
         for name, floor in self._floors(task, places[0]["own"]).items():
             if (
                 name == "majority" or self._training
-            ):  # a baseline that knows the test answers per question is not a floor
+            ):  # a baseline that knows the test answers per question is no control
                 less[name] = _less(own, [floor] * len(own), clusters)
         return TaskAnswers(
             own=TaskScores(scores=own, clusters=clusters), less=less,
@@ -203,8 +203,8 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
             if (found := _above([scores[arm["name"]][task] for task in tasks], tasks))
         }
     for column in {column for arm in arms for column in arm["controls"]}:
-        told = [arm["controls"][column] for arm in arms if column in arm["controls"]]
-        for item, p in zip(told, holm([item["p"] for item in told]), strict=True):
+        found = [arm["controls"][column] for arm in arms if column in arm["controls"]]
+        for item, p in zip(found, holm([item["p"] for item in found]), strict=True):
             item["p_corrected"] = p
             item["above"] = item["above"] and p < SIGNIFICANT
 

@@ -94,8 +94,8 @@ class Comparison:
         shared = {*self.settings.tasks} & {*self.settings.validation}
         if shared and self.settings.tunes:
             raise ConfigError(
-                f"{sorted(shared)[0]!r} is both a test task and the validation split: rates would be chosen on what is "
-                "reported. Give another file with --validation."
+                f"{sorted(shared)[0]!r} is both a test task and the validation split: rates would be chosen on the "
+                "reported data. Give another file with --validation."
             )
         self._claim({**self._trained_on(), **measured})
         self._read_outcomes()
@@ -326,20 +326,18 @@ def plan_lines(settings: Settings) -> list[str]:
             f"({settings.tuning_seeds} seed{'s' * (settings.tuning_seeds > 1)} of their own)"
         )
     else:
-        lines.append(f"learning rate {rates} for every arm, not tuned: a difference may be one of learning rates")
+        lines.append(f"learning rate {rates} for every arm, not tuned: a difference may come from it")
     lines.append(
         f"{reported} runs with {settings.seeds} new seed{'s' * (settings.seeds > 1)} each are measured on "
         + ", ".join(names[task] for task in settings.tasks)
     )
-    lines.append(
-        f"every run has the same number of steps; {settings.reference_arm} is what the others are compared with"
-    )
+    lines.append(f"every run has the same number of steps; the other arms are compared with {settings.reference_arm}")
     if settings.controls:
         lines.append(
-            "reported runs also answer with a plain and with another item's picture (--no-controls leaves it out)"
+            "reported runs are also measured with a plain picture and with another item's picture (--no-controls: not)"
         )
     if settings.seeds == 1:
-        lines.append("with one seed the comparison cannot say whether another seed would give the same")
+        lines.append("one seed cannot show the variation between seeds")
     return lines
 
 
@@ -361,7 +359,7 @@ def _file_of(task: str) -> str:
 
 def _killed(code: int, log: Path) -> str:
     if code < 0:
-        hint = "; signal 9 is often the kernel short of memory" if code == -9 else ""
+        hint = "; signal 9 often means that the machine ran out of memory" if code == -9 else ""
         return f"the process was ended by signal {-code}{hint}; see {log}"
     return f"the process ended with code {code}; see {log}"
 

@@ -25,7 +25,7 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
     verdicts += [{"mood": mood_of_arms(row), "text": arms_sentence(row)} for row in shown]
     remarks = []
     if not results["comparisons"]:
-        remarks.append("Nothing to compare yet: the reference or every other arm has no measured run.")
+        remarks.append("No comparison yet: the reference, or every other arm, has no measured run.")
     for arm in results["arms"]:
         remarks += _arm_sentences(arm, results)
     remarks += [
@@ -34,7 +34,7 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
         for failure in results["failures"]
     ]
     if results["settings"]["tuning_seeds"] == 0:
-        remarks.append("The learning rate was not tuned: a difference between arms may be one of learning rates.")
+        remarks.append("The learning rate was not tuned: a difference between arms may come from it.")
     return {"verdicts": verdicts, "remarks": remarks, "says": [*(item["text"] for item in verdicts), *remarks]}
 
 
@@ -42,20 +42,18 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[s
     lines = [f"{arm['name']}: {remark}" for remark in arm["remarks"]]
     if arm["edge"]:
         lines.append(
-            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid: its best rate may lie beyond. Widen --lr."
+            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr."
         )
     if arm["rate"] is None:
         done = len({point["rate"] for point in arm["curve"]}) == len(results["settings"]["rates"])
         lines.append(
-            f"{arm['name']}: no learning rate of the grid worked; it is left out."
+            f"{arm['name']}: no learning rate of the grid worked; the arm is left out."
             if done
             else f"{arm['name']}: its learning rate is not chosen yet."
         )
     wanted, good = results["settings"]["seeds"], [seed for seed in arm["seeds"] if seed["status"] == "ok"]
     if arm["seeds"] and len(good) < wanted:
-        lines.append(
-            f"{arm['name']} counts with {len(good)} of {wanted} seeds; those that are missing may be the worst ones."
-        )
+        lines.append(f"{arm['name']}: {len(good)} of {wanted} seeds were measured; the missing ones may be the worst.")
     worse = [s["seed"] for s in arm["seeds"] if (s["last_loss"] or 0) > (s["first_loss"] or math.inf)]
     if worse:
         lines.append(f"{arm['name']}: the training loss went up over the run (seed {', '.join(map(str, worse))}).")

@@ -45,7 +45,7 @@ USES = {
     "tensorboard": "track.trackers: [tensorboard], the default",
     "gguf": "the quickstart, and export --to gguf",
     "onnx": "the quickstart",
-    "zstandard": "the quickstart's stamps, where Debian's dpkg is not at hand",
+    "zstandard": "the quickstart's stamps, where Debian's dpkg is not installed",
     "rich": "doctor, plan and eval show",
     "psutil": "launch on a host file",
 }
@@ -216,7 +216,7 @@ def _accelerator() -> list[Finding]:
             Finding(
                 name="accelerator",
                 status="warn",
-                detail=f"an NVIDIA driver is here, but torch sees no GPU (torch is built for {built})",
+                detail=f"an NVIDIA driver is installed, but torch finds no GPU (torch is built for {built})",
                 remedy="Install a torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi.",
             )
         ]
@@ -227,7 +227,7 @@ def _precision() -> list[Finding]:
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        detail = "the GPU computes bf16" if fast else "the GPU has no bf16; precision auto is fp32"
+        detail = "the GPU supports bf16" if fast else "the GPU does not support bf16; precision auto is fp32"
         return [Finding(name="bf16", status="ok" if fast else "warn", detail=detail)]
     text = _read(Path("/proc/cpuinfo"))
     found = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
@@ -319,7 +319,7 @@ def _memory() -> list[Finding]:
             name="memory",
             status="ok" if enough else "warn",
             detail=f"{available:.1f} GiB available",
-            remedy="" if enough else "The quickstart wants 6 GiB; close other programs or use --smoke.",
+            remedy="" if enough else "The quickstart needs 6 GiB; close other programs or use --smoke.",
         )
     ]
 

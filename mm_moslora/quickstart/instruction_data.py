@@ -85,7 +85,7 @@ def build_easy_vqa(
     """Write training and held-out files from an easy-VQA folder.
 
     Args:
-        source: folder from `assets.easy_vqa`.
+        source: folder from `model_assets.easy_vqa`.
         out: folder for the JSONL files.
         train_images: pictures taken from the package's training half (4,000 there).
         test_questions: held-out questions, half open and half yes/no, from the package's test half.

@@ -15,7 +15,7 @@ from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.report.run_evidence import Told, ahead_by, before_tuning, row_of
+from mm_moslora_eval.report.run_evidence import NamedResult, ahead_by, before_tuning, row_of
 from mm_moslora_eval.run.answer_views import read_scored
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, read_training_answers
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
@@ -179,16 +179,16 @@ def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> 
     """The tuned model first, then the untuned one, then the controls, each with the tuned model's lead over it."""
     places = {mode: folder / "eval" / "tuned" / mode / result.folder for mode, result in after.items() if result.folder}
     own = read_scored(places["own"])
-    told = []
+    rows = []
     for mode, (name, label) in _ROWS.items():
         result = after[mode]
         less = difference_of(result.about.get("own_less_this"))
         if mode in places and mode != "own":
             less = ahead_by(result, own, read_scored(places[mode]))
-        told.append(Told(name=name, label=label, result=result, less=less))
+        rows.append(NamedResult(name=name, label=label, result=result, less=less))
     place = folder / "eval" / "untuned" / "own" / before.folder
-    told[1:1] = before_tuning(before, place, own=own, label=_BEFORE)
-    return [row_of(item) for item in told]
+    rows[1:1] = before_tuning(before, place, own=own, label=_BEFORE)
+    return [row_of(item) for item in rows]
 
 
 def _samples(folder: Path, untuned: TaskResult, tuned: TaskResult, data: DatasetFiles) -> list[dict[str, Any]]:

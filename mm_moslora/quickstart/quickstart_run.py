@@ -412,10 +412,10 @@ def _commands(folder: Path, pictures: Path, *, stock: bool) -> list[tuple[str, s
     tune, task = _shown(folder / "tune"), f"llava:{_shown(folder / 'data' / 'test.jsonl')}@{pictures}"
     layout = [] if stock else ["--to", "hf"]
     words = {
-        "Talk to it": ["chat", tune, "--image", "PICTURE"],
-        "Hand it on": ["export", tune, _shown(folder / "handed-on"), *layout],
+        "Chat with it": ["chat", tune, "--image", "PICTURE"],
+        "Export it": ["export", tune, _shown(folder / "handed-on"), *layout],
         "Measure it again": ["eval", "run", task, "--model", tune, "--output", _shown(folder / "again")],
-        "See what is supervised": ["data", "view", tune],
+        "Show supervised tokens": ["data", "view", tune],
     }
     return [(what, shlex.join([_program(), *map(str, command)])) for what, command in words.items()]
 
@@ -433,6 +433,6 @@ def _program() -> str:
 
 
 def _closing(folder: Path, clock: _Clock, data: DatasetFiles, *, stock: bool) -> str:
-    lines = [f"Took {format_seconds(clock.total)} in all. Look at {folder / 'report.html'}", ""]
+    lines = [f"Took {format_seconds(clock.total)}. Report: {folder / 'report.html'}", ""]
     lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder, data.images, stock=stock)]
     return "\n".join(lines)

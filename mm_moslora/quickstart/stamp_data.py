@@ -88,7 +88,7 @@ def build_stamps(
     """Write square pictures on white, training and held-out files from a stamps folder.
 
     Args:
-        source: folder from `assets.stamps`.
+        source: folder from `model_assets.stamps`.
         out: folder for the pictures and JSONL files.
         test_share: share of each category's pictures that is held out.
         seed: chooses the split and the negative pictures of yes/no questions.

@@ -223,14 +223,14 @@ def _told(output: Path, data: OwnData, size: Size) -> str:
         ("report", run),
     )  # fmt: skip
     lines = [
-        f"{output}: {data.epoch} conversations about {data.train_pictures} pictures to learn from, "
+        f"{output}: {data.epoch} conversations about {data.train_pictures} training pictures, "
         f"{len(data.test)} questions about {data.test_pictures} held-out pictures; {size.steps} steps."
     ]
     if data.faults:
         lines += ["Left out:", data.fault_lines()]
     if len(data.test) < 200 and not data.captions:
         lines.append(
-            f"{len(data.test)} held-out questions tell apart scores that differ by about "
+            f"{len(data.test)} held-out questions show differences of about "
             f"{100 * 1.96 * math.sqrt(0.5 / len(data.test)):.0f} points or more; more pictures, more certainty."
         )
     if "wrong" not in modes:

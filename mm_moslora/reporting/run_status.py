@@ -52,11 +52,11 @@ def read_state(folder: Path) -> RunState:
 
 def _state(folder: Path) -> RunState:
     for place in (folder, *reversed(stage_folders(folder))):
-        told = read_object(place / "state.json")
-        if told.get("state") in ("finished", "stopped", "failed"):
-            return _ended(place, told)
-        if told.get("state") == "running":
-            return _running(place, told)
+        recorded = read_object(place / "state.json")
+        if recorded.get("state") in ("finished", "stopped", "failed"):
+            return _ended(place, recorded)
+        if recorded.get("state") == "running":
+            return _running(place, recorded)
     return RunState(name=_guess(folder))
 
 
@@ -87,32 +87,32 @@ def read_object(path: Path) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _ended(place: Path, told: Mapping[str, Any]) -> RunState:
+def _ended(place: Path, recorded: Mapping[str, Any]) -> RunState:
     """The state that the run recorded; where one of several ranks failed, the reason starts with it."""
-    reason = str(told["reason"]) if told.get("reason") else None
-    given = told.get("ranks")
+    reason = str(recorded["reason"]) if recorded.get("reason") else None
+    given = recorded.get("ranks")
     ranks = tuple(rank for rank in given if isinstance(rank, int)) if isinstance(given, list) else ()
     if reason and len(ranks) == 1 and "rank " not in reason:
         failures = [beat.failure for beat in _beats(place)]
         if len(failures) > 1 and failures.count(None) >= 1:  # an error on all ranks names none of them
             reason = f"Rank {ranks[0]}: {reason}"
-    return RunState(name=told["state"], reason=reason, ranks=ranks)
+    return RunState(name=recorded["state"], reason=reason, ranks=ranks)
 
 
-def _running(place: Path, told: Mapping[str, Any]) -> RunState:
+def _running(place: Path, recorded: Mapping[str, Any]) -> RunState:
     """Whether the processes of a run without a recorded end still run."""
     beats = _beats(place)
     if not beats:
-        return _without_beats(place, told)
+        return _without_beats(place, recorded)
     gone = [beat for beat in beats if not beat.is_over and _is_gone(beat)]
     failed = [beat for beat in beats if beat.failure or beat.gave_up]
     if any(not beat.is_over and beat not in gone for beat in beats):
         quiet = [beat for beat in beats if (not beat.is_over and beat.age > STALE_SECONDS) or beat in gone]
-        return _told_by("running", [*failed, *quiet])
+        return _state_of_ranks("running", [*failed, *quiet])
     if failed:
-        return _told_by("failed", failed)
+        return _state_of_ranks("failed", failed)
     if gone or any(beat.phase != "ended" for beat in beats):
-        return _told_by("killed", gone or beats)
+        return _state_of_ranks("killed", gone or beats)
     return RunState(name=_guess(place))  # all ended without being able to write
 
 
@@ -122,9 +122,9 @@ def _beats(place: Path) -> list[Heartbeat]:
         began = (place / "state.json").stat().st_mtime
     except OSError:
         return []
-    told = read_object(place / "state.json")
-    if told.get("state") != "running" and isinstance(told.get("since"), int | float):
-        began = float(told["since"])
+    recorded = read_object(place / "state.json")
+    if recorded.get("state") != "running" and isinstance(recorded.get("since"), int | float):
+        began = float(recorded["since"])
     return [beat for beat in read_heartbeats(place / FOLDER) if beat.written >= began - EARLIER_SECONDS]
 
 
@@ -134,16 +134,16 @@ def _is_gone(beat: Heartbeat) -> bool:
     return beat.age > STALE_SECONDS
 
 
-def _told_by(name: Name, beats: Sequence[Heartbeat]) -> RunState:
+def _state_of_ranks(name: Name, beats: Sequence[Heartbeat]) -> RunState:
     """A state with a reason about some ranks."""
     if not beats:
         return RunState(name=name)
     return RunState(
-        name=name, reason="; ".join(_said(beat) for beat in beats[:3]), ranks=tuple(beat.rank for beat in beats)
+        name=name, reason="; ".join(_rank_text(beat) for beat in beats[:3]), ranks=tuple(beat.rank for beat in beats)
     )  # fmt: skip
 
 
-def _said(beat: Heartbeat) -> str:
+def _rank_text(beat: Heartbeat) -> str:
     where = f"at step {beat.step}"
     if beat.failure:
         return f"{beat.who} failed {where}: {beat.failure}"
@@ -154,10 +154,10 @@ def _said(beat: Heartbeat) -> str:
     return f"{beat.who} is silent for {format_seconds(age)}, last seen {where} ({beat.phase})"
 
 
-def _without_beats(place: Path, told: Mapping[str, Any]) -> RunState:
+def _without_beats(place: Path, recorded: Mapping[str, Any]) -> RunState:
     """The state by the recorded process, or where it cannot be checked, by the ages of the run's files."""
-    process, age = told.get("process"), _age(place)
-    if told.get("host") == socket.gethostname() and isinstance(process, int):
+    process, age = recorded.get("process"), _age(place)
+    if recorded.get("host") == socket.gethostname() and isinstance(process, int):
         return RunState(name="running" if is_running(process) else "killed")
     if age < STALE_SECONDS:
         return RunState(name="running")

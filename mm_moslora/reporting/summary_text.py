@@ -13,12 +13,12 @@ from mm_moslora.utils.text_format import format_seconds
 
 EXPLAINED = {
     "tuned": "the model after tuning",
-    "untuned": "the same parts before tuning: they do not know the form of answer yet",
-    "untuned_lenient": "before tuning, every answer counted that holds the right word",
-    "wrong_image": "tuned, but shown another item's picture",
-    "blind": "tuned, but shown a plain picture of the mean colour",
+    "untuned": "the model before tuning, which does not know the form of the answers",
+    "untuned_lenient": "before tuning, every answer that contains the right word counted as right",
+    "wrong_image": "the tuned model with another item's picture",
+    "blind": "the tuned model with a plain picture of the mean colour",
     "majority": "no model: always the most frequent answer",
-    "best_answer": "no model: to each question its most frequent answer",
+    "best_answer": "no model: the most frequent answer to each question",
 }
 
 
@@ -82,11 +82,12 @@ def standing(data: RunData) -> Verdict | None:
         "running": [f"This run is under way{f',{place}' if step else ''}{stage}.", *why],
         "stopped": [f"This run was stopped{place}{stage}.", again],
         "killed": [
-            f"The processes of this run ended without a word{place}{stage}: killed, or their machine went down.",
+            f"The processes of this run ended{place}{stage} without recording an end: they were killed, or the "
+            "machine failed.",
             *why,
             again,
         ],
-        "failed": [f"This run failed{place}{stage}.", *(why or ["Its folder does not say why."])],
+        "failed": [f"This run failed{place}{stage}.", *(why or ["The run folder records no reason."])],
     }.get(data.state.name)
     mood: Mood = "mixed" if data.state.name in ("running", "stopped") else "bad"
     return Verdict(task="", mood=mood, sentences=sentences) if sentences else None
@@ -110,13 +111,13 @@ def headings(rows: Sequence[EvaluationRow]) -> dict[tuple[Any, ...], str]:
         part = "" if row.selection == "all" else f", {row.selection} questions"
         return f"{row.task}{part}", f", {row.score.n} questions", f", {row.protocol}", f" [{row.subject[:8]}]"
 
-    told = {row.measured_on: parts(row) for row in rows}
-    names = {key: part[0] for key, part in told.items()}
+    facts = {row.measured_on: parts(row) for row in rows}
+    names = {key: part[0] for key, part in facts.items()}
     for number in (1, 2, 3):
         taken = Counter(names.values())
-        more = {key: [told[other][number] for other in names if names[other] == names[key]] for key in names}
+        more = {key: [facts[other][number] for other in names if names[other] == names[key]] for key in names}
         names = {
-            key: name + told[key][number] if taken[name] > 1 and len(set(more[key])) > 1 else name
+            key: name + facts[key][number] if taken[name] > 1 and len(set(more[key])) > 1 else name
             for key, name in names.items()
         }
     return names
@@ -150,7 +151,7 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
         numbers += f"; before tuning it was {score_text(before.score.mean, unit, named=False)}"
         if lenient is not None:
             shown = score_text(lenient.score.mean, unit, named=False)
-            numbers += f", or {shown} where every answer counts that holds the right word"
+            numbers += f", or {shown} if every answer that contains the right word counts"
     return Verdict(task=task, mood=found.mood, sentences=[conclusion, f"{numbers}.", *evidence, *tuned.remarks])
 
 
@@ -185,7 +186,9 @@ def tiles(data: RunData) -> list[Tile]:
             note = f"{low} to {high}"
             if "untuned" in by_name:
                 before = by_name.get("untuned_lenient", by_name["untuned"])
-                words = ", counted wherever it holds the right word" if before.name == "untuned_lenient" else ""
+                words = (
+                    ", counting every answer that contains the right word" if before.name == "untuned_lenient" else ""
+                )
                 note += f"; before tuning {score_text(before.score.mean, unit, named=False)}{words}"
             label = f"{unit or 'Right answers'}{f', {task}' if task else ''}"
             found.append(Tile(label=label, value=mean, note=note))

@@ -5,10 +5,10 @@ Rules:
 - A difference is shown when its 95 % interval excludes zero and it rests on at least `FEWEST` independent pictures or
   questions. Otherwise it is "not shown", which does not claim equality.
 - A model looks at the picture when its own pictures score above the plain picture and above another item's picture.
-- Tuning helped when the model looks, scores above the answers that need no model, and above the model before tuning.
-  For the latter, every answer counts as right that holds the right word.
-- Arms of a comparison are compared only where one of the two is above its controls. Where their questions show
-  pictures, and blind and wrong pictures were not measured, the conclusion is about their answers only.
+- Tuning helped when the model looks at the picture, scores above the answers that need no model, and above the model
+  before tuning. For the model before tuning, every answer that contains the right word counts as right.
+- Two arms are compared only where at least one of them is above its controls. Where their questions show pictures, and
+  blind and wrong pictures were not measured, the conclusion is about their answers only.
 
 Each conclusion needs several conditions at once, so none needs a correction for the number of tests (Berger 1982).
 Intervals come from `mm_moslora_eval.scoring.error_bars` and `mm_moslora.compare.seed_statistics`. Pure Python.
@@ -30,7 +30,7 @@ SIGNIFICANT = 0.05
 PICTURE_CONTROLS = ("wrong_image", "blind")
 FLOORS = ("majority", "best_answer")
 AGAINST = {
-    "untuned_lenient": "the model before tuning, every answer that holds the right word counted as right",
+    "untuned_lenient": "the model before tuning, with every answer that contains the right word counted as right",
     "untuned": "the model before tuning",
     "wrong_image": "another item's picture",
     "blind": "a plain picture of the mean colour",
@@ -89,8 +89,8 @@ class Difference:
         value, low, high = (
             f"{number:+.3f}" if self.unit else f"{100 * number:+.1f}" for number in (self.value, self.low, self.high)
         )
-        told = f"{self.unit} {value}" if self.unit else f"{value} points"
-        return f"{told} (no interval)" if math.isnan(self.low) else f"{told} (95 % {low} to {high})"
+        text = f"{self.unit} {value}" if self.unit else f"{value} points"
+        return f"{text} (no interval)" if math.isnan(self.low) else f"{text} (95 % {low} to {high})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -138,15 +138,13 @@ def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True
     above_floors = all(shown.get(name, "more") == "more" for name in FLOORS)
     mood: Mood = "mixed"
     if before == "less":
-        mood, conclusion = "bad", "Tuning made it worse."
+        mood, conclusion = "bad", "Tuning made the model worse."
     elif beaten and missing:
         conclusion = _unasked(missing)
     elif pictures and not looks:
-        conclusion = (
-            "It is not shown that the model looks at the picture, so nothing follows about whether tuning helped."
-        )
+        conclusion = "It is not shown that the model looks at the picture, so it is not known whether tuning helped."
         if before == "more":
-            conclusion += " What it learned may be the form and the frequencies of answers alone."
+            conclusion += " It may have learned only the form and the frequencies of answers."
     elif not above_floors:
         conclusion = f"{_SEEN[looks]} is not shown to do better than answers that need no model."
     elif before is None:
@@ -156,8 +154,8 @@ def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True
         conclusion = f"{_SEEN[looks]} is not shown to do better than before tuning."
     else:
         mood, conclusion = "good", f"Tuning helped{', and the model looks at the picture' if looks else ''}."
-    told = [name for name in AGAINST if name in shown and (name, "untuned_lenient" in shown) != ("untuned", True)]
-    evidence = [against(name, differences[name]) for name in told]
+    compared = [name for name in AGAINST if name in shown and (name, "untuned_lenient" in shown) != ("untuned", True)]
+    evidence = [against(name, differences[name]) for name in compared]
     return Judgement(mood=mood, sentences=(conclusion, *evidence), looks=looks)
 
 
@@ -167,14 +165,14 @@ _SEEN = {True: "The model looks at the picture, but it", False: "The model"}
 def _unasked(controls: Sequence[str]) -> str:
     words = {"wrong_image": "a wrong picture", "blind": "a plain picture"}
     return (
-        f"The model was not asked with {' and '.join(words[name] for name in controls)} (`--modes blind --modes wrong` "
-        "of `eval run`): it is not known whether it looks, and nothing follows about whether tuning helped."
+        f"The model was not measured with {' and '.join(words[name] for name in controls)} (`--modes blind --modes "
+        "wrong` of `eval run`), so it is not known whether it looks at the picture, or whether tuning helped."
     )
 
 
 def against(name: str, difference: Difference) -> str:
     """One comparison of a tuned model as a sentence."""
-    few = f", for {difference.groups} independent questions are too few" if difference.few else ""
+    few = f"; {difference.groups} independent questions are too few" if difference.few else ""
     words = {"more": "more", "less": "less", "not shown": f"not shown to be more{few}"}[difference.shown]
     return f"Against {AGAINST.get(name, name)}: {difference.points}, {words}."
 
@@ -210,15 +208,15 @@ def best_of(names: Sequence[str], apart: bool, *, idle: Sequence[str] = ()) -> s
     """
     doubt = f" Not shown to look at the picture: {', '.join(idle)}." if idle else ""
     if apart:
-        return f"{names[0]} is best; its interval is apart from all others.{doubt}"
+        return f"{names[0]} is best: its interval overlaps no other.{doubt}"
     return (
-        f"No difference is shown between {', '.join(names)}: their intervals overlap. One run per setting says nothing "
-        f"about other seeds; `mm-moslora compare` trains several.{doubt}"
+        f"No difference is shown between {', '.join(names)}: their intervals overlap. One run per setting cannot show "
+        f"the effect of the seed; `mm-moslora compare` trains several seeds.{doubt}"
     )
 
 
 OVERLAP = "Where two 95 % intervals overlap, a difference is not shown."
-HOLDS_ZERO = "An interval that holds zero shows no difference; it does not show that there is none."
+HOLDS_ZERO = "An interval that contains zero shows no difference. It does not show that there is none."
 
 Verdict = Literal["better", "worse", "not shown", "one seed", "nothing follows"]
 
@@ -230,7 +228,7 @@ def verdict_of_arms(difference: Difference, p: float, *, seeds: tuple[int, int],
         difference: arm minus reference.
         p: p-value, corrected for the number of arms.
         seeds: number of measured runs per arm.
-        stand: whether one of the two is above its controls.
+        stand: whether at least one of the two is above its controls.
     """
     if not stand:
         return "nothing follows"
@@ -250,29 +248,29 @@ def arms_sentence(row: Mapping[str, Any]) -> str:
     numbers = f"{found.points}, corrected p {row['p_corrected']:.2g}"
     match row["verdict"]:
         case "nothing follows":
-            return f"{subject}: nothing follows from {found.points}, for neither is above its controls."
+            return f"{subject}: no conclusion from {found.points}, since neither is above its controls."
         case "one seed":
             return (
-                f"{subject}: {numbers}, for these documents and this one seed. The interval knows nothing of other "
-                "seeds: run at least 3 (--seeds 3) before believing it."
+                f"{subject}: {numbers}, for these documents and this one seed. The interval leaves out the variation "
+                "between seeds; run at least 3 (--seeds 3)."
             )
         case "better" | "worse":
             if _looked(row):
                 return f"{subject}: {row['verdict']}, {numbers}; {size}."
             return (
-                f"{subject}: {row['verdict']} in answers alone, {numbers}; {size}. It is not known whether either "
+                f"{subject}: {row['verdict']} in answers only, {numbers}; {size}. It is not known whether either "
                 "looks at the picture."
             )
     if found.few:
         return f"{subject}: not shown, {numbers}; {found.groups} independent pictures or questions are too few."
     if not row["stderr"] and not row["difference"]:
         return (
-            f"{subject}: not shown, every one of {size} scores the same; a true difference of up to "
+            f"{subject}: not shown, both score the same on all {size}; a true difference of up to "
             f"{100 * found.high:.1f} points would not have been seen."
         )
     return (
-        f"{subject}: not shown, {numbers}; {size} show a true difference of {100 * row['detectable']:.1f} points four "
-        "times out of five."
+        f"{subject}: not shown, {numbers}; {size} would show a true difference of {100 * row['detectable']:.1f} points "
+        "four times out of five."
     )
 
 
@@ -298,28 +296,28 @@ def above_controls(
         alone: whether it is the only column of the conclusions.
         asked: whether measurements with blind and wrong pictures were requested.
     """
-    told = {arm["name"]: arm["controls"][column] for arm in arms if column in arm["controls"]}
-    if not told:
+    results = {arm["name"]: arm["controls"][column] for arm in arms if column in arm["controls"]}
+    if not results:
         return []
     where = "" if alone else f"{column}: "
-    above = [name for name, found in told.items() if found["above"]]
-    below = [name for name in told if name not in above]
-    names = {row["name"] for found in told.values() for row in found["rows"]}
+    above = [name for name, found in results.items() if found["above"]]
+    below = [name for name in results if name not in above]
+    names = {row["name"] for found in results.values() for row in found["rows"]}
     parts = [
         *(["answering without the right picture"] if names & set(PICTURE_CONTROLS) else []),
         *(["always giving the most frequent answer"] if names & set(FLOORS) else []),
     ]
     lines: list[tuple[Mood, str]] = []
     if not above:
-        said = f"No arm is shown to beat {' and '.join(parts)}: nothing follows about which way to tune is better."
-        lines.append(("mixed", where + said))
+        text = f"No arm is shown to be above {' and '.join(parts)}, so no arm can be called better."
+        lines.append(("mixed", where + text))
     elif below:
-        said = f"Above {' and '.join(parts)}: {', '.join(above)}. Not shown to be: {', '.join(below)}."
-        lines.append(("mixed", where + said))
+        text = f"Above {' and '.join(parts)}: {', '.join(above)}. Not shown to be above: {', '.join(below)}."
+        lines.append(("mixed", where + text))
     else:
         lines.append(("good", f"{where}Every arm is above {' and '.join(parts)}."))
-    if not all(found["complete"] for found in told.values()):
-        why = "There are no two different pictures for it in every task" if asked else "--no-controls left it out"
-        lines.append(("mixed", f"{where}The arms were not asked with blind and wrong pictures everywhere. {why}: it is "
-                      "not known whether any of them looks at the picture."))  # fmt: skip
+    if not all(found["complete"] for found in results.values()):
+        why = "a task has fewer than two different pictures" if asked else "--no-controls was given"
+        lines.append(("mixed", f"{where}Not every task was measured with blind and wrong pictures ({why}), so it is "
+                      "not known whether any arm looks at the picture."))  # fmt: skip
     return lines

@@ -69,7 +69,7 @@ class Demo:
         pictures = [part for message in messages for part in message.parts if isinstance(part, Picture)]
         opened = [open_image(Path(picture.url)) for picture in pictures]
         if opened and not self.models.sees:
-            raise DataError("This model has no vision encoder, so it cannot look at a picture.")
+            raise DataError("This model has no vision encoder, so it takes no pictures.")
         ids, seen = self.models.prompt(turns_of(messages), opened)
         names = list(self.models.variants)[:2]
         happened: queue.Queue[tuple[int, Piece]] = queue.Queue()
@@ -165,16 +165,16 @@ def build(demo: Demo) -> Any:
             with gr.Column(scale=2):
                 base = gr.Textbox(
                     label="The model before tuning", interactive=False, lines=4, elem_id="base",
-                    placeholder=f"There is none: {demo.why_no_base}." if demo.why_no_base else None,
+                    placeholder=f"Not available: {demo.why_no_base}." if demo.why_no_base else None,
                 )  # fmt: skip
-                looked = gr.Image(label="Where the tuned answer looked", interactive=False, elem_id="attention")
+                attention = gr.Image(label="Where the tuned answer looked", interactive=False, elem_id="attention")
         with place:
             # Answers are shown as plain text: the model's output must not be rendered as markup.
             chatbot = gr.Chatbot(
                 label="The tuned model", render_markdown=False, sanitize_html=True, height=520, elem_id="tuned"
             )
             gr.ChatInterface(
-                answer, multimodal=True, chatbot=chatbot, additional_outputs=[base, looked], title="mm_moslora demo",
+                answer, multimodal=True, chatbot=chatbot, additional_outputs=[base, attention], title="mm_moslora demo",
                 description=_DESCRIPTION, analytics_enabled=False, flagging_mode="never", save_history=False,
                 textbox=gr.MultimodalTextbox(
                     file_types=["image"], placeholder="Ask about a picture", sources=["upload"]

@@ -93,7 +93,7 @@ class Chat:
 
     def _look(self, pictures: list[Image.Image], name: str) -> None:
         if self.assembly.image_processing is None:
-            raise DataError("This model has no vision encoder, so it cannot look at a picture.")
+            raise DataError("This model has no vision encoder, so it takes no pictures.")
         self.images += pictures
         self.names.append(name)
         self.pending.append(len(pictures))

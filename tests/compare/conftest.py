@@ -1,4 +1,4 @@
-"""The processes of compare start from one that has imported everything."""
+"""The processes of a comparison start from one with all imports."""
 
 from __future__ import annotations
 

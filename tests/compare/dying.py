@@ -1,4 +1,4 @@
-"""What the processes of the pool's tests do; a module of its own, so that they import next to nothing."""
+"""Functions for the processes of the pool's tests; a separate module, so that they import little."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mm_moslora.compare.process_pool import Slot
 
 
 def work(item: str, slot: Slot) -> None:
-    """Die by signal 9 when told so, else leave a word."""
+    """End by signal 9 if requested, else write a file."""
     if item == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     Path(item).write_text("lived")
 
 
 def meet(job: Job, slot: Slot) -> None:
-    """A run that ends once it has met the run of the other device, and then fails if it is the second arm's first."""
+    """A run that waits for the run on the other device; the first run of the second arm then fails."""
     comparison_cell._run = _meeting
     comparison_cell.run(comparison_cell.dataclasses.replace(job, devices=slot.devices))
 

@@ -1,4 +1,4 @@
-"""`mm-moslora compare` end to end on tiny models: tuning, seeds, a failing arm, going on, the page, bad input."""
+"""`mm-moslora compare` end to end on tiny models: tuning, seeds, a failing arm, continuing, the page, bad input."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_validation_is_held_out_by_picture_and_never_trained_on(finished: Path):
 def test_changed_data_are_refused_before_anything_runs(
     tmp_path: Path, recipe: Path, records: Path, capsys, changed: str
 ):
-    """The split of the first call is never used for the data of a second one."""
+    """The split of the first call is not used for other data."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     train.write_text(records.read_text())
     test.write_text((recipe.parent / "test.jsonl").read_text())
@@ -168,7 +168,7 @@ def test_the_same_data_in_another_place_are_the_same(tmp_path: Path, recipe: Pat
 
 
 @pytest.mark.slow
-def test_a_stopped_comparison_goes_on(tmp_path: Path, recipe: Path, records: Path, capsys):
+def test_a_stopped_comparison_continues(tmp_path: Path, recipe: Path, records: Path, capsys):
     stop = command(recipe, records, tmp_path / "out", "--max-minutes", "0", arms="lora,moslora:kaiming", rates="1e-3")
     assert cli.run(stop) == 75
     assert cli.run([*stop[:-2], "--plan"]) == 0
@@ -180,7 +180,7 @@ def test_a_stopped_comparison_goes_on(tmp_path: Path, recipe: Path, records: Pat
 
 
 @pytest.mark.slow
-def test_a_signal_saves_what_runs_and_the_same_command_goes_on(
+def test_a_signal_saves_running_runs_and_the_same_command_continues(
     tmp_path: Path, recipe: Path, records: Path, python: Preloaded
 ):
     line = command(recipe, records, tmp_path / "out", "--train.steps", "400", arms="lora,moslora:kaiming", rates="1e-3")
@@ -198,14 +198,14 @@ def test_a_signal_saves_what_runs_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "ok", "odd": 1}'])
-def test_a_damaged_outcome_is_named_and_never_run_over(tmp_path: Path, text: str):
+def test_a_damaged_outcome_is_named_and_never_overwritten(tmp_path: Path, text: str):
     assert read_outcome(tmp_path) is None
     (tmp_path / "outcome.json").write_text(text)
     with pytest.raises(ConfigError, match=r"outcome\.json is damaged .*Delete it"):
         read_outcome(tmp_path)
 
 
-def test_a_folder_of_the_user_is_no_place_for_a_comparison(tmp_path: Path):
+def test_a_folder_with_other_files_is_refused_for_a_comparison(tmp_path: Path):
     (tmp_path / "results.json").write_text("mine")
     with pytest.raises(ConfigError, match=r"already holds results\.json"), exclusive(tmp_path):
         pytest.fail("it would be overwritten")
@@ -216,8 +216,8 @@ def test_a_folder_of_the_user_is_no_place_for_a_comparison(tmp_path: Path):
             (tmp_path / "results.json").touch()
 
 
-def test_metrics_that_are_moved_aside_while_they_are_read_are_no_fault(tmp_path: Path, monkeypatch):
-    """By a run that starts afresh."""
+def test_metrics_that_disappear_while_they_are_read_are_no_error(tmp_path: Path, monkeypatch):
+    """A run that starts from step 0 moves them aside."""
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"loss": 1}\n{"lo')
     assert metrics(tmp_path) == [{"loss": 1}]
@@ -226,7 +226,7 @@ def test_metrics_that_are_moved_aside_while_they_are_read_are_no_fault(tmp_path:
     assert not file.exists()
 
 
-def test_a_process_that_is_killed_takes_no_other_with_it(tmp_path: Path):
+def test_a_killed_process_does_not_affect_the_others(tmp_path: Path):
     pool = Pool(work, [Slot(), Slot()])
     pool.start("dies")
     pool.start(str(tmp_path / "other"))
@@ -260,7 +260,7 @@ def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | Non
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
 
-def test_with_several_devices_runs_go_side_by_side_one_on_each(tmp_path: Path, monkeypatch, caplog):
+def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, monkeypatch, caplog):
     fake_devices(monkeypatch, 2, visible="4,7")
     monkeypatch.setattr("mm_moslora.compare.comparison_run._work", meet)
     comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
@@ -277,7 +277,7 @@ def test_with_several_devices_runs_go_side_by_side_one_on_each(tmp_path: Path, m
     assert "moslora:kaiming at 0.0001, seed 0: failed: AssertionError: boom" in caplog.text
 
 
-def test_devices_are_shared_out_by_runs(monkeypatch):
+def test_devices_are_divided_among_runs(monkeypatch):
     fake_devices(monkeypatch, 5)
     assert [slot.devices for slot in slots(parallel=None, devices_per_run=2)] == [("0", "1"), ("2", "3")]
     assert [slot.devices for slot in slots(parallel=2, devices_per_run=1)] == [("0",), ("1",)]
@@ -302,7 +302,7 @@ def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():
     assert "lora" not in choose_rates(asked, outcomes), "its runs are not over"
 
 
-def test_arms_differ_in_what_their_names_say_and_nothing_else():
+def test_arms_differ_only_in_the_keys_of_their_names():
     names = (
         "lora,tsm,moslora:kaiming,lora-xs,stella,diagonal,dora,rslora,lora+,full,moslora:orthogonal@rank=16@alpha=32"
     )
@@ -341,7 +341,7 @@ def test_arms_differ_in_what_their_names_say_and_nothing_else():
         (["--tasks", ""], "No test task"),
         (["--tasks", "gqa_testdv"], "Did you mean"),
         (["--reference", "dora"], "is not an arm"),
-        (["--lr", "1e-4,2e-4", "--validation", "SAME"], "chosen on what is reported"),
+        (["--lr", "1e-4,2e-4", "--validation", "SAME"], "chosen on the reported data"),
         (["--gpus-per-run", "2"], "accelerator"),
         (["--optim.lrr", "1"], "unknown key"),
     ],
@@ -364,7 +364,7 @@ def test_a_folder_of_another_comparison_or_version_is_refused(recipe: Path, reco
     out.mkdir()
     line = command(recipe, records, out, "--only-report")
     assert cli.run(line) == 0  # claims the folder; nothing has run
-    assert "Nothing to compare yet" in capsys.readouterr().out
+    assert "No comparison yet" in capsys.readouterr().out
     assert cli.run([*line, "--limit", "3"]) == 1
     assert "was started with limit None" in capsys.readouterr().err
     stored = json.loads((out / "comparison.json").read_text())
@@ -377,7 +377,7 @@ def test_a_folder_of_another_comparison_or_version_is_refused(recipe: Path, reco
 
 
 @pytest.mark.slow
-def test_what_a_run_says_at_its_end_is_kept_beside_it(finished: Path):
+def test_the_last_output_of_a_run_is_in_its_log(finished: Path):
     place = finished / "runs" / "lora-targets=-nope_lr0.01_tune0"
     assert read_outcome(place).status == "failed"
     assert (place / "log.txt").is_file()
@@ -417,11 +417,11 @@ def test_the_same_command_only_reports_and_a_seed_can_be_added(finished: Path, r
 
 
 @pytest.mark.slow
-def test_one_seed_says_what_it_cannot_say(finished: Path, recipe: Path, records: Path, capsys):
+def test_the_plan_of_one_seed_names_its_limit(finished: Path, recipe: Path, records: Path, capsys):
     line = command(recipe, records, finished)
     line[line.index("--seeds") + 1] = "1"
     assert cli.run([*line, "--plan"]) == 0
-    assert "with one seed the comparison cannot say whether another seed would give the same" in capsys.readouterr().out
+    assert "one seed cannot show the variation between seeds" in capsys.readouterr().out
     assert cli.run(line) == 0
     results = json.loads((finished / "results.json").read_text())
     assert [row["verdict"] for row in results["comparisons"]] == ["nothing follows"]

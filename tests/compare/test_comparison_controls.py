@@ -1,4 +1,4 @@
-"""Arms against their controls, end to end from stored answers: what a comparison may say, and what it may not."""
+"""Arms against their controls, end to end from stored answers, and the conclusions that follow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Says = Callable[[str, str], str]
 
 
 class Arm(FakeModel):
-    """Answers by the question and by the number of the picture that is shown, `` for one that is none of the set's."""
+    """Answers by question and number of the shown picture; an empty text for a picture outside the set."""
 
     def __init__(self, says: Says, folder: Path, *, seed: int) -> None:
         super().__init__(fingerprint=f"{says.__name__}{seed}")
@@ -62,7 +62,7 @@ def no_to_all(question: str, shown: str) -> str:
 
 
 def knows_the_questions(question: str, shown: str) -> str:
-    """Right without looking, as a model that has learned the test's questions."""
+    """Right without the picture, like a model that has learned the test questions."""
     return truth(question.split()[-1])
 
 
@@ -70,7 +70,7 @@ def analysed(
     folder: Path, says: Sequence[Says], *, pictures: bool = True, second: bool = True, aggregation: str = "mean",
     **changes: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Results of two arms and two seeds from such answers, and the comparison."""
+    """The results of two arms with two seeds each, and the comparison."""
     data = folder / "data"
     data.mkdir()
     rows = []
@@ -97,14 +97,14 @@ def analysed(
 
 
 NOTHING = (
-    "No arm is shown to beat answering without the right picture and always giving the most frequent answer: nothing "
-    "follows about which way to tune is better."
+    "No arm is shown to be above answering without the right picture and always giving the most frequent answer, so no "
+    "arm can be called better."
 )
 
 
 @pytest.mark.parametrize("says", [(no_to_all, no_to_all), (knows_the_questions, no_to_all)])
-def test_where_no_arm_beats_its_controls_nothing_follows(tmp_path: Path, says: tuple[Says, Says]) -> None:
-    """User trial, 5: arms that answer no to everything, and a resolution that came of it."""
+def test_no_arm_above_its_controls_allows_no_conclusion(tmp_path: Path, says: tuple[Says, Says]) -> None:
+    """Arms that answer no to everything have constant scores, from which no resolution is computed."""
     results, _ = analysed(tmp_path, says)
     assert results["says"][0] == NOTHING
     assert [row["verdict"] for row in results["comparisons"]] == ["nothing follows"]
@@ -113,8 +113,8 @@ def test_where_no_arm_beats_its_controls_nothing_follows(tmp_path: Path, says: t
     constant = [arm["remarks"] for arm in results["arms"] if arm["remarks"]]
     assert len(constant) == says.count(no_to_all)
     assert constant[0] == [
-        "test, seeds 0, 1: All 40 answers are 'no', the reference of 26: the score is that of one answer to every "
-        "question."
+        "test, seeds 0, 1: All 40 answers are 'no', the reference answer of 26: the score is that of one answer to "
+        "every question."
     ]
     shown = table(results)
     assert NOTHING in shown
@@ -122,7 +122,7 @@ def test_where_no_arm_beats_its_controls_nothing_follows(tmp_path: Path, says: t
     assert "The learning rate was not tuned" in shown
 
 
-def test_arms_that_look_are_told_apart(tmp_path: Path) -> None:
+def test_arms_that_look_at_pictures_are_compared(tmp_path: Path) -> None:
     results, _ = analysed(tmp_path, (sees, sees_badly))
     lora, kaiming = (arm["controls"]["test"] for arm in results["arms"])
     assert lora["above"]
@@ -137,7 +137,7 @@ def test_arms_that_look_are_told_apart(tmp_path: Path) -> None:
     assert results["verdicts"][0]["text"].startswith("Every arm is above answering without the right picture")
 
 
-def test_arms_are_compared_by_the_score_that_the_task_tells(tmp_path: Path) -> None:
+def test_arms_are_compared_by_the_score_of_the_task(tmp_path: Path) -> None:
     """F1 of yes: 14 of 40 pictures are a yes, of which the second arm misses those of every fifth picture."""
     results, comparison = analysed(tmp_path, (sees, sees_badly), aggregation="pope")
     f1 = next(o for name, o in comparison.outcomes.items() if "kaiming" in name).test
@@ -157,27 +157,27 @@ def test_arms_are_compared_by_the_score_that_the_task_tells(tmp_path: Path) -> N
 
 def test_one_arm_that_looks_is_enough_and_the_other_is_named(tmp_path: Path) -> None:
     results, _ = analysed(tmp_path, (no_to_all, sees))
-    assert results["says"][0].endswith(": moslora:kaiming. Not shown to be: lora.")
+    assert results["says"][0].endswith(": moslora:kaiming. Not shown to be above: lora.")
     (row,) = results["comparisons"]
     assert row["verdict"] == "better"
 
 
-def test_controls_that_were_left_out_are_missed(tmp_path: Path) -> None:
+def test_missing_controls_are_named(tmp_path: Path) -> None:
     results, _ = analysed(tmp_path, (sees, sees_badly), controls=False)
     assert [row["name"] for row in results["arms"][0]["controls"]["test"]["rows"]] == ["majority"]
-    assert any("--no-controls left it out: it is not known" in line for line in results["says"])
+    assert any("(--no-controls was given), so it is not known" in line for line in results["says"])
 
 
 @pytest.mark.parametrize("left_out", [{"controls": False}, {"second": False}], ids=["not asked", "one picture"])
-def test_above_a_floor_alone_an_arm_is_better_in_answers_alone(tmp_path: Path, left_out: dict[str, bool]) -> None:
+def test_an_arm_above_a_baseline_only_is_better_in_answers_only(tmp_path: Path, left_out: dict[str, bool]) -> None:
     results, _ = analysed(tmp_path, (no_to_all, knows_the_questions), **left_out)
     assert [row["verdict"] for row in results["comparisons"]] == ["better"]
     assert results["verdicts"][-1]["mood"] == "mixed"
     text = results["verdicts"][-1]["text"]
-    assert "better in answers alone" in text
+    assert "better in answers only" in text
     assert "It is not known whether either looks at the picture." in text
     assert any("--no-controls" in line for line in results["says"]) == ("controls" in left_out)
-    assert any("no two different pictures" in line for line in results["says"]) == ("second" in left_out)
+    assert any("fewer than two different pictures" in line for line in results["says"]) == ("second" in left_out)
 
 
 def test_a_text_task_takes_no_control_from_the_mean_over_tasks() -> None:
@@ -196,7 +196,7 @@ def test_a_text_task_takes_no_control_from_the_mean_over_tasks() -> None:
     assert not alone["complete"]
 
 
-def test_text_tasks_have_the_most_frequent_answer_for_a_control(tmp_path: Path) -> None:
+def test_the_control_of_text_tasks_is_the_most_frequent_answer(tmp_path: Path) -> None:
     results, _ = analysed(tmp_path, (knows_the_questions, no_to_all), pictures=False)
     found = results["arms"][0]["controls"]["test"]
     assert [row["name"] for row in found["rows"]] == ["majority"]
@@ -205,7 +205,7 @@ def test_text_tasks_have_the_most_frequent_answer_for_a_control(tmp_path: Path) 
     assert not any("blind" in line for line in results["says"])
 
 
-def test_floors_say_what_they_were_learned_from(tmp_path: Path) -> None:
+def test_baselines_name_their_training_data(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "is it 3"}, {"from": "gpt", "value": "yes"}]
     (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
     results, comparison = analysed(tmp_path, (sees, no_to_all))
@@ -235,7 +235,7 @@ def test_a_narrow_screen_shows_the_scores(tmp_path: Path) -> None:
 
 
 def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_path: Path) -> None:
-    """Such as the likeness of generated pictures, of eight subjects."""
+    """An example is the similarity of generated pictures of eight subjects."""
     settings = Settings(arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=["likeness"])
     outcomes = {}
     for number, cell in enumerate(reported_cells(settings, choose_rates(settings, {}))):

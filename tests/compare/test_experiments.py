@@ -1,4 +1,4 @@
-"""The paper's experiments: their recipes are recipes, their question sets are sound and split without overlap."""
+"""The paper's experiments: valid recipes, valid question sets, splits without overlap."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_small_sets_ask_nothing_that_was_taught(commonsense, tmp_path: Path):
+def test_small_test_sets_share_no_question_with_training(commonsense, tmp_path: Path):
     folders = list(commonsense.KINDS)
     stamps = [(f"A thing number {n}.", folders[n % len(folders)]) for n in range(60)]
     words = [(f"word{chr(97 + n // 26)}{chr(97 + n % 26)}", f"meaning {n}") for n in range(60)]
@@ -72,7 +72,7 @@ def test_the_small_sets_ask_nothing_that_was_taught(commonsense, tmp_path: Path)
     assert not taught & chosen_by
 
 
-def test_the_full_set_is_put_in_the_prompt_that_the_evaluation_uses(commonsense, tmp_path: Path):
+def test_the_full_set_has_the_prompt_of_the_evaluation(commonsense, tmp_path: Path):
     record = {"instruction": "Is water wet?", "input": "", "output": "the correct answer is true", "answer": "true"}
     (tmp_path / "170k.json").write_text(json.dumps([record]))
     assert commonsense.convert_full(tmp_path / "170k.json", tmp_path / "out.jsonl") == 1
@@ -125,7 +125,7 @@ def stamps_folder(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_subject_experiment_runs_stops_and_goes_on(subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_subject_experiment_runs_stops_and_continues(subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     stamps = stamps_folder(tmp_path / "stamps")
     shape = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     ResNetModel(shape).save_pretrained(tmp_path / "encoder")

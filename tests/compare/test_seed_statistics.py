@@ -1,4 +1,4 @@
-"""The error of a difference when documents and seeds are both a sample, against simulation, scipy and by hand."""
+"""The error of a difference over documents and seeds, against simulation, scipy and hand calculation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_one_seed_is_the_paired_t_test():
     assert ours.p_value == pytest.approx(scipy.ttest_rel(a, b).pvalue)
 
 
-def test_documents_without_spread_leave_welch_between_seeds():
-    """When all documents of a run score alike, only the seeds are a sample: Welch's t-test."""
+def test_without_variance_between_documents_it_is_welchs_test_between_seeds():
+    """If all documents of a run score the same, only the seeds vary: Welch's t-test."""
     a = [[value] * 50 for value in (0.50, 0.58, 0.54)]
     b = [[value] * 50 for value in (0.40, 0.46, 0.49)]
     ours = difference({"t": scores(a)}, {"t": scores(b)})
@@ -69,8 +69,8 @@ def simulate(generator: random.Random, *, seeds: int, documents: int, spread: fl
 
 
 @pytest.mark.parametrize(("spread", "seeds"), [(0.0, 3), (0.5, 3), (0.5, 5)])
-def test_two_equal_arms_are_rarely_told_apart(spread, seeds):
-    """The share of false alarms stays near 5 %: with the documents alone it would be several times that."""
+def test_two_equal_arms_rarely_differ_significantly(spread, seeds):
+    """The rate of false positives stays near 5 %; an error from documents alone would give several times that."""
     generator = random.Random(7)
     runs = [simulate(generator, seeds=seeds, documents=80, spread=spread, effect=0.0) for _ in range(250)]
     alarms = sum(difference(a, b).p_value < 0.05 for a, b in runs) / len(runs)
@@ -96,8 +96,8 @@ def test_a_true_difference_of_about_the_detectable_size_is_seen():
 
 
 @pytest.mark.parametrize("of", ["arms", "runs"])
-def test_scores_without_spread_have_an_unknown_error_and_not_none(of: str):
-    """Three questions that all differ alike show nothing; thirty do, and thirty equal ones bound the difference."""
+def test_equal_scores_have_an_unknown_error_instead_of_zero(of: str):
+    """Three equal differences show nothing, thirty do, and thirty equal scores bound the difference."""
 
     def less(a, b, clusters=None):
         if of == "runs":
@@ -119,7 +119,7 @@ def test_scores_without_spread_have_an_unknown_error_and_not_none(of: str):
     assert (same.low, same.high) == (pytest.approx(-0.0950, abs=1e-4), pytest.approx(0.0950, abs=1e-4))
 
 
-def test_the_mean_of_an_arm_knows_its_seeds():
+def test_the_error_of_an_arms_mean_includes_its_seeds():
     rows = [[1.0, 0.0] * 100, [1.0, 1.0, 1.0, 0.0] * 50]
     one, two = arm_mean({"t": scores(rows[:1])}), arm_mean({"t": scores(rows)})
     assert (one.value, two.value) == (0.5, 0.625)

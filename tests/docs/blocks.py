@@ -1,4 +1,4 @@
-"""Code blocks of the documents, and how each line of them is tried: run on tiny stand-ins, or checked and not run.
+"""Code blocks of the documents, and how each line is tested: run on tiny stand-ins, or checked without running it.
 
 A block is run where it can be. What needs a GPU, a network or a person is checked: commands are parsed against the
 real command line, scripts and make targets must exist. A comment
@@ -14,13 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "eval" / "README.md", ROOT / "deepspeed_configs" / "README.md",
+    ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md", ROOT / "eval" / "README.md",
+    ROOT / "deepspeed_configs" / "README.md",
     *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"),
 ])  # fmt: skip
 _FENCE = re.compile(r"^(?P<mark>`{3,})(?P<kind>[\w-]*)[^\n]*\n(?P<text>.*?)^(?P=mark)[ \t]*$", re.M | re.S)
 _SKIP = re.compile(r"<!-- docs: skip (?P<reason>.+?) -->\s*$", re.S)
 PARSED_ONLY = {"quickstart", "chat", "serve", "demo", "board", "doctor", "launch"}
-"""Verbs that talk to people or networks, or take minutes: their options are checked, nothing is run."""
+"""Verbs that need a person or a network, or take minutes: their options are checked, nothing is run."""
 PLAIN = {"", "text", "bibtex", "json", "console", "html", "mermaid"}
 
 
@@ -59,14 +60,14 @@ def commands(text: str) -> list[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """A command that is not run: what it names must exist.
+    """Check a command that is not run: the files, targets and options that it names must exist.
 
     Raises:
-        AssertionError: it does not, or nobody knows how to check it.
+        AssertionError: one of them does not exist, or the program is unknown here.
     """
     while "=" in words[0] and not words[0].startswith("-"):
         words = words[1:]  # VARIABLE=value in front
-    program, rest = words[0], words[1:]
+    program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
         targets = [word for word in rest if "=" not in word]
@@ -84,12 +85,12 @@ def check_command(words: list[str]) -> None:
         wrapped = shlex.split(rest[rest.index("--wrap") + 1])
         parse(wrapped[wrapped.index("mm-moslora") + 1 :])
     elif program in ("python", "sbatch", "bash") or program.startswith("scripts/"):
-        scripts = [word for word in words if word.startswith(("scripts/", "examples/", "eval/"))]
+        scripts = [word for word in words if word.startswith(("scripts/", "examples/", "eval/", "tests/"))]
         assert scripts, f"nothing to check in {words}"
         for script in scripts:
             assert (ROOT / script).is_file(), f"{script} does not exist"
     else:
-        raise AssertionError(f"nobody knows how to check {program!r}")
+        raise AssertionError(f"there is no check for the program {program!r}; add one")
 
 
 def check_extras(words: list[str]) -> None:
@@ -102,7 +103,7 @@ def check_extras(words: list[str]) -> None:
 
 
 def parse(words: list[str]) -> None:
-    """Read a command line of ours without running it."""
+    """Parse an mm-moslora command line without running it."""
     from mm_moslora.cli import app
 
     app.parse_args(words, exit_on_error=False, print_error=False)

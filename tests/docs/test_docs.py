@@ -14,16 +14,16 @@ from mm_moslora.config import Recipe
 from mm_moslora.config.strict_reading import build_strictly
 from tests.docs.blocks import DOCUMENTS, PARSED_ONLY, PLAIN, ROOT, Block, blocks, check_command, commands, parse
 
-OURS = "mm-moslora"
+PROGRAM = "mm-moslora"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
 def run_shell(block: Block) -> None:
-    """Run our commands of a shell block, check the others."""
+    """Run the mm-moslora commands of a shell block, check the others."""
     found = commands(block.text)
     assert found, f"{block}: holds no command"
     for words in found:
-        if words[0] != OURS:
+        if words[0] != PROGRAM:
             check_command(words)
         elif words[1] in PARSED_ONLY or "..." in words:
             parse(words[1:])
@@ -46,7 +46,7 @@ def run_yaml(block: Block) -> None:
 
 
 def namespace(document: Path) -> dict:
-    """What a document's Python begins with: `model`, a tiny vision-language model, and its like under other names."""
+    """Names in a document's Python: `model`, a tiny vision-language model, and others of its kind."""
     if document.parent.name == "eval":
         from mm_moslora_eval.backends.open_model import open_model
 
@@ -72,7 +72,7 @@ def run_document(document: Path) -> None:
             names = names or {"__name__": "document", **namespace(document)}
             exec(compile(block.text, str(block), "exec"), names)
         else:
-            raise AssertionError(f"{block}: nobody knows how to try a block of {block.kind!r}")
+            raise AssertionError(f"{block}: there is no test for a block of {block.kind!r}; add one")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Data files and models that are made, not downloaded."""
+"""Generated data files and models; nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures and question files that are made, not downloaded."""
+"""Generated pictures and question files; nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model without weights: its answers are a function of what it is shown."""
+"""A model without weights: its answers are a function of prompt and pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny exported LLaVA whose answers differ from question to question."""
+"""A tiny exported LLaVA with different answers to different questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny OpenAI-compatible server for tests: scripted faults, answers that depend on what is asked."""
+"""A tiny OpenAI-compatible server for tests: scripted faults, answers that depend on the request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Server:
-    """Answers chat completions with `reply(payload)`; first works through `faults` (HTTP status codes)."""
+    """Answers chat completions with `faults` (HTTP status codes) first, then with `reply(payload)`."""
 
     def __init__(self, reply: Callable[[dict[str, Any]], Any], faults: list[int]) -> None:
         self.reply, self.faults = reply, faults

@@ -135,7 +135,7 @@ def by_letter(name: str, rows: Sequence[Row], runs: Runs, letters: Sequence[str]
 
 
 def mmbench_stages(rows: list[Row], runs: Runs) -> list[Any]:
-    """The file holds the first of two stages; what it leaves open is read by the second one, MMStar's extractor."""
+    """The file holds the first of two stages; the second stage, MMStar's extractor, reads what the first cannot."""
     found = run_rows("mmbench_en_dev@lmms_eval", rows, runs, choice).parsed
     second = run_rows("mmstar@lmms_eval", rows, runs, choice).parsed
     left_open = [row["expected"] in (False, "", None) for row in rows]
@@ -269,7 +269,7 @@ def _value(text: str, like: Any) -> Any:
 
 
 def by_question(rows: Sequence[Row], column: str) -> Callable[[str, float], str]:
-    """A judge that replies with a column of the row whose number the question holds."""
+    """A judge that replies with a column of the row that the question names."""
 
     def reply(prompt: str, temperature: float) -> str:
         number = int(prompt.rsplit("golden ", 1)[1].split(";", 1)[0])

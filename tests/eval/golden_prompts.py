@@ -136,7 +136,7 @@ VLMEVALKIT_TASKS = {
 
 
 def prompt_vlmevalkit(row: Row) -> Any:
-    """VLMEvalKit's XTuner adapter names the picture after the text and then puts it first, where it stands here."""
+    """VLMEvalKit's XTuner adapter lists the picture after the text and then moves it first; here it is first."""
     given = {
         key: value if value is None or isinstance(value, list) else str(value) for key, value in row["doc"].items()
     }

@@ -25,7 +25,7 @@ def predictions(samples: Sequence[Row]) -> list[str]:
 
 
 def pope_llava(row: Row, runs: Runs) -> Any:
-    """One file of LLaVA's three; where its script divides by zero ours says 0, and the protocol says so."""
+    """One of LLaVA's three files; where its script divides by zero the score is 0, as `differences` states."""
     run = runs("pope@llava", pope_documents(row["samples"], "one"), predictions(row["samples"]))
     if row["expected"] == "ZeroDivisionError":
         assert run.result.score == 0.0
@@ -182,7 +182,7 @@ def llavabench_summary(row: Row, runs: Runs) -> Any:
 
 
 def mmvet_grades(rows: list[Row], runs: Runs) -> list[Any]:
-    """`nan` is a grade in VLMEvalKit and none here, as the protocol says."""
+    """`nan` is a grade in VLMEvalKit and not here, as `differences` states."""
     name = "mmvet@vlmevalkit"
     judge = by_question(rows, "judge_outputs")
     run = runs(name, judged_documents(rows), ["answer"] * len(rows), judge=judge)

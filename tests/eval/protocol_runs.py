@@ -1,4 +1,4 @@
-"""Runs of shipped tasks on given answers, and what their protocols call."""
+"""Runs of shipped tasks on given answers, and the functions that their protocols call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONE = task_runner.Settings(batch_size=64, rank=0, world_size=1)
 
 
 class GivenAnswers:
-    """A model whose answers, or log-likelihoods of the options, are known."""
+    """A model with given answers, or given log-likelihoods of the options."""
 
     name = "given answers"
     fingerprint = "given"
@@ -54,7 +54,7 @@ class GivenAnswers:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of a shipped protocol wrote."""
+    """The files of a run of a shipped protocol."""
 
     result: TaskResult
     samples: list[dict[str, Any]]
@@ -70,7 +70,7 @@ class Run:
 
 
 class Runs:
-    """Runs shipped protocols below a folder, each in one of its own."""
+    """Runs shipped protocols, each in its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
@@ -123,7 +123,7 @@ def scripted(reply: Callable[[str, float], str]) -> Endpoint:
 
 
 def shipped_protocols() -> dict[str, Task]:
-    """Every shipped task, and the two that a data file is by itself."""
+    """Every shipped task, and the two tasks of data files."""
     return all_tasks() | {name: get_task(name) for name in ("llava:questions.jsonl", "tsv:bench.tsv")}
 
 

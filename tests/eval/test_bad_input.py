@@ -46,7 +46,7 @@ def score(path: Path, texts: Sequence[str], run: Path) -> tuple[TaskResult, list
 
 
 def counted(path: Path, problem: str, run: Path) -> None:
-    """Row 0 is good and right; row 1 is bad: it is recorded, counts as wrong and costs row 0 nothing."""
+    """Row 0 is valid and right. Row 1 is invalid: it is recorded, counts as wrong and does not affect row 0."""
     result, samples = score(path, ["A", "A"], run)
     assert (result.score, result.counts.failed, result.counts.scored) == (0.5, 1, 1)
     assert problem in samples[1]["error"]
@@ -161,7 +161,7 @@ def test_a_model_that_answers_code_is_not_run(write_tsv: Writer, encoded: str, t
     assert not marker.exists()
 
 
-def test_a_set_without_references_is_exported_and_one_gap_is_counted(tmp_path: Path) -> None:
+def test_a_set_without_references_is_exported_and_a_missing_one_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture(1))
     rows = [{"question_id": n, "image": "a.png", "text": f"Q{n}?"} for n in range(2)]
     path = tmp_path / "q.jsonl"

@@ -1,4 +1,4 @@
-"""Our checkpoints in other harnesses give the scores that our runner gives; skipped where a harness is missing."""
+"""Checkpoints of mm_moslora get the same scores in other harnesses; skipped where a harness is missing."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_bare_continuations_are_scored_as_a_full_forward_pass_scores_them(tiny: 
 
 
 @needs_lm_eval
-def test_lm_eval_gets_the_scores_of_our_runner(tiny: Path, tmp_path: Path) -> None:
+def test_lm_eval_scores_equal_those_of_eval_run(tiny: Path, tmp_path: Path) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
     from mm_moslora_eval.backends.lm_eval_adapter import lm_eval_model
@@ -112,7 +112,7 @@ def test_lm_eval_gets_the_scores_of_our_runner(tiny: Path, tmp_path: Path) -> No
 
 
 @needs_lmms_eval
-def test_lmms_eval_gets_the_scores_of_our_runner(tiny: Path, tmp_path: Path) -> None:
+def test_lmms_eval_scores_equal_those_of_eval_run(tiny: Path, tmp_path: Path) -> None:
     import datasets
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
@@ -196,7 +196,7 @@ def test_vlmevalkit_example_answers_a_message(tiny: Path, tmp_path: Path) -> Non
     assert expected.strip().startswith(said[:3])
 
 
-def test_made_up_documents_replace_none_of_the_user(tmp_path: Path) -> None:
+def test_miniature_documents_replace_no_file_of_the_user(tmp_path: Path) -> None:
     for _ in range(2):
         make_miniature(tmp_path / "made")
     (tmp_path / "pope.tsv").write_text("mine")

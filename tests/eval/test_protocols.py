@@ -1,4 +1,4 @@
-"""Protocols that bear the name of a harness: what they call, how they read, and what they say of themselves."""
+"""Protocols with the name of a harness: the functions that they call, their extraction, their description."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_public_metric_is_called_by_a_shipped_protocol() -> None:
     assert not unused, f"wire them into a task of eval/tasks or delete them: {', '.join(unused)}"
 
 
-def test_a_function_that_another_protocol_calls_is_not_taken_for_this_ones() -> None:
+def test_a_function_of_another_protocol_is_not_counted_for_this_one() -> None:
     called = functions_of(get_task("pope@llava"))
     assert {"yes_no.pope", "yes_no.pope_llava", "error_bars.bootstrap_stderr"} <= called.keys()
     others = {"yes_no.pope_lmms_eval", "yes_no.pope_lmms_eval_rates", "yes_no.mme", "multiple_choice.lmms_eval"}
@@ -72,7 +72,7 @@ def test_the_default_protocol_is_the_one_that_model_reports_use() -> None:
     assert without_published == set()
 
 
-def test_a_protocol_says_where_it_differs_in_its_description_and_its_results(runs: Runs) -> None:
+def test_differences_of_a_protocol_are_in_its_description_and_results(runs: Runs) -> None:
     task = get_task("mmvet@vlmevalkit")
     assert any("this project's wording" in text for text in task.differences)
     assert "differs:     The judge is asked in this project's wording" in eval_commands.describe("mmvet@vlmevalkit")
@@ -82,7 +82,7 @@ def test_a_protocol_says_where_it_differs_in_its_description_and_its_results(run
     assert run.result.about["judge"]["wording"] == llm_judge.WORDING
 
 
-def test_what_lmms_eval_reads_elsewhere_stops_at_and_shows_otherwise_is_said() -> None:
+def test_differences_from_lmms_eval_are_listed() -> None:
     for task in all_tasks().values():
         said = " ".join(task.differences)
         if task.protocol.startswith("lmms_eval"):
@@ -96,7 +96,7 @@ UNTIL = ("mmbench_en_dev", "seedbench_image", "seedbench_all", "textvqa_val", "v
 """Tasks that lmms-eval ends at a string."""
 
 
-def test_every_judged_protocol_names_the_wording_as_this_projects() -> None:
+def test_judged_protocols_name_this_projects_wording() -> None:
     judged = [task for task in all_tasks().values() if task.metric in JUDGED or task.extraction.startswith("mathvista")]
     assert len(judged) >= 12
     assert not [task.id for task in judged if not any("this project's wording" in text for text in task.differences)]
@@ -197,7 +197,7 @@ THOUGHTS = {
 }
 
 
-def test_thinking_is_taken_out_before_anything_is_read_and_counted(runs: Runs) -> None:
+def test_thinking_is_removed_before_scoring_and_counted(runs: Runs) -> None:
     options = {"A": "cat", "B": "dog"}
     made = [Document(id=str(n), question="q", options=options, answers=("B",)) for n in range(len(THOUGHTS))]
     run = runs("ai2d@vlmevalkit", made, list(THOUGHTS))
@@ -215,7 +215,7 @@ def test_a_yes_within_thinking_is_no_answer() -> None:
     assert score_answer(document, "<think>Is it not", **rules).parsed == ""
 
 
-def test_a_judge_and_a_server_see_no_thinking(runs: Runs, tmp_path: Path) -> None:
+def test_judges_and_submissions_get_no_thinking(runs: Runs, tmp_path: Path) -> None:
     shown: list[str] = []
 
     def grade(prompt: str, _: float) -> str:
@@ -235,7 +235,7 @@ def test_a_judge_and_a_server_see_no_thinking(runs: Runs, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "out.json").read_text()) == {"v1_0": "a cat", "v1_1": ""}
 
 
-def test_without_a_judge_thinking_is_counted_all_the_same(runs: Runs) -> None:
+def test_thinking_is_counted_without_a_judge_too(runs: Runs) -> None:
     document = Document(id="1", question="q", answers=("a",), category="rec")
     result = runs("mmvet@llava", [document], ["<think>x</think>a"]).result
     assert math.isnan(result.score)

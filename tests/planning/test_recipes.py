@@ -280,7 +280,7 @@ def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(
     words = ["plan", "llava15_7b_moslora", "--gpus", f"{count}xA100-80G", "--model.vision.name"]
     words += [recipe.model.vision.name, "--model.language", str(recipe.model.language)]
     assert cli.run(words) == 0
-    assert ("872 of 1000 GPUs have nothing to do" in capsys.readouterr().out) == (count == 1000)
+    assert ("872 of 1000 GPUs are idle" in capsys.readouterr().out) == (count == 1000)
 
 
 def test_packed_rows_are_what_the_batch_sizes_of_a_plan_count(folders, planned, monkeypatch, capsys) -> None:

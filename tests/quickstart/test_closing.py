@@ -28,8 +28,8 @@ def test_commands_survive_blanks_and_ask_for_a_layout_that_holds_the_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     commands = {what: shlex.split(text)[1:] for what, text in _commands(tmp_path / "my run", Path("/a b"), stock=stock)}
-    assert commands["Talk to it"] == ["chat", "my run/tune", "--image", "PICTURE"]
-    assert commands["Hand it on"] == ["export", "my run/tune", "my run/handed-on", *([] if stock else ["--to", "hf"])]
+    assert commands["Chat with it"] == ["chat", "my run/tune", "--image", "PICTURE"]
+    assert commands["Export it"] == ["export", "my run/tune", "my run/handed-on", *([] if stock else ["--to", "hf"])]
     assert commands["Measure it again"][:3] == ["eval", "run", "llava:my run/data/test.jsonl@/a b"]
 
 

@@ -1,4 +1,4 @@
-"""A small finished run folder, with everything a report can show."""
+"""A small finished run folder with all files of a report."""
 
 from __future__ import annotations
 

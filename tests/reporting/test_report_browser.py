@@ -1,4 +1,4 @@
-"""The report in a real browser: its script runs, nothing is refused, nothing overflows, both schemes have ink."""
+"""The report in a real browser: its script runs, nothing overflows, both colour schemes are readable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _browse(tmp_path: Path, page: Path, *arguments: str) -> subprocess.Completed
     )  # fmt: skip
 
 
-def test_script_runs_and_the_console_stays_silent(tmp_path: Path, run_folder: Path) -> None:
+def test_the_script_runs_without_console_messages(tmp_path: Path, run_folder: Path) -> None:
     page = build_report(run_folder, tmp_path / "report.html")
     result = _browse(tmp_path, page, "--dump-dom")
     assert "CONSOLE" not in result.stderr, result.stderr

@@ -1,4 +1,4 @@
-"""Several runs on one page: laid over each other, told apart, and nothing claimed that the intervals do not show."""
+"""Several runs on one page: overlaid curves, one colour per run, and conclusions from the intervals only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mm_moslora.utils.errors import ConfigError
 
 @pytest.fixture
 def two(run_folder: Path) -> tuple[Path, Path]:
-    """The run of the other tests, and one that answers worse, with another rank."""
+    """The run of the other tests, and a worse one with another rank."""
     (run_folder / "tune" / "config.yaml").write_text("adapter: {rank: 8}\noptim: {lr: 1e-4}\n")
     other = run_folder.parent / "other"
     shutil.copytree(run_folder, other)
@@ -37,7 +37,7 @@ def two(run_folder: Path) -> tuple[Path, Path]:
 def test_scores_curves_samples_and_differences_are_side_by_side(two: tuple[Path, Path], tmp_path: Path) -> None:
     page = build_report(two, tmp_path / "both.html").read_text()
     assert "<h1>2 runs</h1>" in page
-    assert "run is best; its interval is apart from all others." in page
+    assert "run is best: its interval overlaps no other." in page
     assert page.count('class="whisker"') == 8
     assert page.count('<polyline class="line c1"') >= 4
     assert "<code>adapter.rank</code>" in page
@@ -47,7 +47,7 @@ def test_scores_curves_samples_and_differences_are_side_by_side(two: tuple[Path,
 
 
 def test_a_run_has_one_colour_in_all_charts(two: tuple[Path, Path], tmp_path: Path) -> None:
-    """Also in a chart for which the first run has nothing to draw."""
+    """The colour is the same in a chart without data of the first run."""
     path = two[0] / "tune" / "metrics.jsonl"
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if "validation_loss" not in line))
     page = build_report(two, tmp_path / "both.html").read_text()
@@ -56,7 +56,7 @@ def test_a_run_has_one_colour_in_all_charts(two: tuple[Path, Path], tmp_path: Pa
     assert 'class="dot c0"' not in tuned
 
 
-def test_overlapping_intervals_claim_nothing(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_overlapping_intervals_show_no_difference(two: tuple[Path, Path], tmp_path: Path) -> None:
     rows = json.loads((two[1] / "evaluation.json").read_text())
     next(row for row in rows if row["name"] == "tuned").update(mean=0.84, low=0.79, high=0.89)
     (two[1] / "evaluation.json").write_text(json.dumps(rows))
@@ -110,7 +110,7 @@ def test_the_environment_of_a_run_without_a_full_summary_is_shown(run_folder: Pa
     assert "abc123" in page
 
 
-def test_names_tell_runs_of_one_folder_name_apart(tmp_path: Path, run_folder: Path) -> None:
+def test_runs_with_equal_folder_names_get_unique_names(tmp_path: Path, run_folder: Path) -> None:
     first, second = tmp_path / "a" / "run", tmp_path / "b" / "run"
     for folder in (first, second):
         shutil.copytree(run_folder, folder)
@@ -132,7 +132,7 @@ def test_in_a_browser(two: tuple[Path, Path], tmp_path: Path) -> None:
         assert browser.errors == []
 
 
-def test_a_report_replaces_reports_alone(run_folder: Path, tmp_path: Path) -> None:
+def test_a_report_replaces_only_reports(run_folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     for _ in range(2):
         build_report(run_folder, page)

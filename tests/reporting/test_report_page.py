@@ -1,4 +1,4 @@
-"""The report is one safe, self-contained page that says what is there and what is not."""
+"""The report is one safe, self-contained page; it shows all parts and names missing ones."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ def test_model_output_is_text_never_markup(run_folder: Path) -> None:
     assert "{{ 7*7 }}" in page.text
 
 
-def test_right_and_wrong_answers_are_told_apart_by_more_than_colour(run_folder: Path) -> None:
+def test_right_and_wrong_answers_differ_by_more_than_colour(run_folder: Path) -> None:
     marks = [(a["class"], a["title"]) for a in _page(run_folder).of("span", "mark")]
     assert marks == [("mark no", "wrong"), ("mark yes", "right"), ("mark yes", "right"), ("mark no", "wrong")]
 
 
-def test_pictures_are_inlined_small_and_drawings_without_loss(run_folder: Path) -> None:
+def test_pictures_are_inlined_small_and_drawings_losslessly(run_folder: Path) -> None:
     sources = [a["src"] or "" for a in _page(run_folder).of("img") if (a.get("alt") or "").startswith("Picture")]
     pictures = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
     assert [picture.size for picture in pictures] == [(64, 64), (320, 213)]
@@ -145,7 +145,7 @@ def test_pictures_outside_the_run_or_damaged_are_left_out(run_folder: Path, name
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples.json", "summary.json", "alerts.jsonl"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "device"])
-def test_files_that_lead_out_of_the_run_or_are_none_are_not_read(tmp_path: Path, name: str, kind: str) -> None:
+def test_links_out_of_the_run_and_special_files_are_not_read(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / "private").write_text('{"step": 1, "title": "canary", "text": "canary"}')
     run = tmp_path / "run"
     run.mkdir()
@@ -164,7 +164,7 @@ def test_files_that_lead_out_of_the_run_or_are_none_are_not_read(tmp_path: Path,
     ] in page.text or name == "metrics.jsonl"
 
 
-def test_missing_parts_are_said_to_be_missing(tmp_path: Path) -> None:
+def test_missing_parts_are_named_as_missing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     page = _page(tmp_path)
     assert len(page.of("figure", "chart")) == 1
@@ -190,28 +190,31 @@ def test_damaged_parts_are_named_and_the_rest_is_shown(run_folder: Path) -> None
     assert len(page.of("div", "whisker")) == 4
 
 
-def told(folder: Path, state: str, **more: object) -> _Page:
+def page_of_state(folder: Path, state: str, **more: object) -> _Page:
     (folder / "state.json").write_text(
         json.dumps({"state": state, "host": socket.gethostname(), "stages": ["align", "tune"]} | more)
     )
     return _page(folder)
 
 
-def test_how_a_run_stands_is_said_first(run_folder: Path) -> None:
-    assert "This run" not in told(run_folder, "finished").text
-    failed = told(run_folder, "failed", reason=f"no room for hf_{'Ab1' * 10} <b>").text
+def test_the_report_begins_with_the_status_of_the_run(run_folder: Path) -> None:
+    assert "This run" not in page_of_state(run_folder, "finished").text
+    failed = page_of_state(run_folder, "failed", reason=f"no room for hf_{'Ab1' * 10} <b>").text
     assert "This run failed at step 400 in stage tune." in failed
     assert "no room for" in failed
     assert "hf_Ab1" not in failed
-    assert "The same command continues it" in told(run_folder, "stopped").text
-    assert "under way, at step 400" in told(run_folder, "running", process=os.getpid()).text
+    assert "The same command continues it" in page_of_state(run_folder, "stopped").text
+    assert "under way, at step 400" in page_of_state(run_folder, "running", process=os.getpid()).text
     with subprocess.Popen(["true"]) as gone:
         pass
-    assert "ended without a word at step 400" in told(run_folder, "running", process=gone.pid).text
+    assert (
+        "ended at step 400 in stage tune without recording an end"
+        in page_of_state(run_folder, "running", process=gone.pid).text
+    )
 
 
 def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path: Path) -> None:
-    page = told(tmp_path, "failed", reason="train.jsonl does not exist")
+    page = page_of_state(tmp_path, "failed", reason="train.jsonl does not exist")
     assert "This run failed before its first step." in page.text
     assert "train.jsonl does not exist" in page.text
 
@@ -253,7 +256,7 @@ def _leaks(text: str) -> list[str]:
 
 
 def _everywhere(value: Any, secret: str) -> Any:
-    """The same JSON with a secret at the end of every text that is no path, name or number."""
+    """The same JSON with a secret at the end of every text, except paths, names and numbers."""
     if isinstance(value, dict):
         kept = ("image", "name", "path", "task", "what", "state", "stages")
         return {key: item if key in kept else _everywhere(item, secret) for key, item in value.items()}
@@ -283,8 +286,8 @@ def test_a_secret_anywhere_in_a_run_is_neither_on_its_page_nor_on_the_board(
         (place / "alerts.jsonl").write_text(json.dumps({"title": "Run failed", "text": secret}) + "\n")
         (place / "quarantine.jsonl").write_text(json.dumps({"reason": secret}) + "\n")
     (run_folder / "tune" / "metrics.jsonl").open("a").write(json.dumps({"step": 401, "loss": secret, secret: 1}) + "\n")
-    told = {"state": "failed", "reason": secret, "stages": ["align", "tune"]}
-    (run_folder / "state.json").write_text(json.dumps(told))
+    page_of_state = {"state": "failed", "reason": secret, "stages": ["align", "tune"]}
+    (run_folder / "state.json").write_text(json.dumps(page_of_state))
     shutil.copytree(run_folder, run_folder.parent / "other")
     page = _page(run_folder)
     assert page.text.count(REDACTED) > 10

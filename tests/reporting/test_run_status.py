@@ -1,4 +1,4 @@
-"""How a run stands: from what it recorded and from the heartbeats of its ranks, also those of other hosts."""
+"""The state of a run, from its records and the heartbeats of its ranks on this host and others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mm_moslora.utils.errors import ConfigError
 ELSEWHERE = "node2"
 
 
-def told(folder: Path, *, age: float = 10_000, **content: Any) -> None:
-    """`state.json`, written so many seconds ago."""
+def write_state(folder: Path, *, age: float = 10_000, **content: Any) -> None:
+    """Write a `state.json` of the given age in seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {"state": "running", "process": 77, "host": ELSEWHERE, "since": time.time() - age} | content
     (folder / "state.json").write_text(json.dumps(written))
@@ -29,24 +29,24 @@ def told(folder: Path, *, age: float = 10_000, **content: Any) -> None:
 
 
 def beat(folder: Path, rank: int, *, age: float, phase: str = "step", host: str = ELSEWHERE, **more: Any) -> None:
-    """The heartbeat of a rank, written so many seconds ago."""
+    """Write the heartbeat of a rank, of the given age in seconds."""
     (folder / "heartbeat").mkdir(exist_ok=True)
     path = folder / "heartbeat" / f"rank-{rank:05d}.json"
     path.write_text(json.dumps({"rank": rank, "host": host, "pid": 77, "step": 12, "phase": phase} | more))
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_a_run_of_another_host_whose_ranks_answer_goes_on(tmp_path: Path) -> None:
-    """No metrics for hours: a long validation, or `log_every`."""
-    told(tmp_path)
+def test_a_run_of_another_host_with_heartbeats_is_running(tmp_path: Path) -> None:
+    """Metrics may be hours old, in a long validation or with a large `log_every`."""
+    write_state(tmp_path)
     beat(tmp_path, 0, age=2)
     beat(tmp_path, 1, age=1)
     assert read_state(tmp_path).name == "running"
     assert read_state(tmp_path).reason is None
 
 
-def test_a_host_that_went_down_is_named_with_its_rank(tmp_path: Path) -> None:
-    told(tmp_path)
+def test_a_silent_host_is_named_with_its_rank(tmp_path: Path) -> None:
+    write_state(tmp_path)
     beat(tmp_path, 0, age=7200)
     state = read_state(tmp_path)
     assert (state.name, state.ranks) == ("killed", (0,))
@@ -56,8 +56,8 @@ def test_a_host_that_went_down_is_named_with_its_rank(tmp_path: Path) -> None:
     assert any("silent for 2 h 00 min" in sentence for sentence in said.sentences)
 
 
-def test_one_silent_rank_of_two_is_told_while_the_other_waits(tmp_path: Path) -> None:
-    told(tmp_path)
+def test_one_silent_rank_of_two_is_named_while_the_other_waits(tmp_path: Path) -> None:
+    write_state(tmp_path)
     beat(tmp_path, 0, age=1)
     beat(tmp_path, 1, age=400)
     state = read_state(tmp_path)
@@ -65,8 +65,8 @@ def test_one_silent_rank_of_two_is_told_while_the_other_waits(tmp_path: Path) ->
     assert "rank 1 (process 77 on node2) is silent for 6 min 00 s" in str(state.reason)
 
 
-def test_a_rank_that_failed_is_the_reason_and_those_that_lost_it_are_not(tmp_path: Path) -> None:
-    told(tmp_path)
+def test_the_failed_rank_is_the_reason_and_ranks_that_gave_up_are_not(tmp_path: Path) -> None:
+    write_state(tmp_path)
     beat(tmp_path, 0, age=50, phase="failed: DistributedError: The other ranks cannot be reached.")
     beat(tmp_path, 1, age=50, phase="failed: OutOfMemoryError: no room")
     state = read_state(tmp_path)
@@ -74,8 +74,8 @@ def test_a_rank_that_failed_is_the_reason_and_those_that_lost_it_are_not(tmp_pat
     assert state.reason == "rank 1 (process 77 on node2) failed at step 12: OutOfMemoryError: no room"
 
 
-def test_a_recorded_reason_names_its_rank_unless_all_say_the_same(tmp_path: Path) -> None:
-    told(tmp_path, state="failed", reason="no room", ranks=[0])
+def test_a_recorded_reason_names_its_rank_unless_all_ranks_failed(tmp_path: Path) -> None:
+    write_state(tmp_path, state="failed", reason="no room", ranks=[0])
     beat(tmp_path, 0, age=50, phase="failed: OutOfMemoryError: no room")
     beat(tmp_path, 1, age=50, phase="failed: DistributedError: The other ranks cannot be reached.")
     assert read_state(tmp_path).reason == "Rank 0: no room"
@@ -83,23 +83,23 @@ def test_a_recorded_reason_names_its_rank_unless_all_say_the_same(tmp_path: Path
     assert read_state(tmp_path).reason == "no room"
 
 
-def test_heartbeats_of_an_earlier_start_say_nothing(tmp_path: Path) -> None:
-    told(tmp_path, age=3)
+def test_heartbeats_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
+    write_state(tmp_path, age=3)
     beat(tmp_path, 0, age=500, phase="failed: ValueError: earlier")
     assert read_state(tmp_path).name == "running"
 
 
-def test_a_process_number_that_was_given_again_is_not_the_run(tmp_path: Path) -> None:
-    """This process bears the number of one that died long before it was started."""
-    told(tmp_path, host=socket.gethostname(), process=os.getpid())
+def test_a_reused_process_id_is_not_the_run(tmp_path: Path) -> None:
+    """This process has the id of a process that ended long before it was started."""
+    write_state(tmp_path, host=socket.gethostname(), process=os.getpid())
     beat(tmp_path, 0, age=9000, host=socket.gethostname(), pid=os.getpid())
     assert read_state(tmp_path).name == "killed"
 
 
-def test_a_process_that_is_gone_from_this_machine_is_seen_in_seconds(tmp_path: Path) -> None:
+def test_an_ended_process_of_this_machine_is_noticed_within_seconds(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as gone:
         pass
-    told(tmp_path, host=socket.gethostname(), process=gone.pid)
+    write_state(tmp_path, host=socket.gethostname(), process=gone.pid)
     beat(tmp_path, 0, age=10, host=socket.gethostname(), pid=gone.pid)
     assert read_state(tmp_path).name == "killed"
     beat(tmp_path, 0, age=0, host=socket.gethostname(), pid=gone.pid)  # of a container with numbers of its own
@@ -107,19 +107,19 @@ def test_a_process_that_is_gone_from_this_machine_is_seen_in_seconds(tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"rank": 0}', '{"rank": 1e999}', "[" * 5000])
-def test_a_damaged_heartbeat_is_passed_over(content: str, tmp_path: Path) -> None:
-    told(tmp_path, age=1)
+def test_a_damaged_heartbeat_is_ignored(content: str, tmp_path: Path) -> None:
+    write_state(tmp_path, age=1)
     beat(tmp_path, 0, age=0)
     (tmp_path / "heartbeat" / "rank-00001.json").write_text(content)
     assert read_state(tmp_path).name == "running"
 
 
-def test_a_stage_is_known_by_the_manifest_and_not_by_its_name(tmp_path: Path) -> None:
+def test_stages_come_from_the_state_file_and_not_from_folder_names(tmp_path: Path) -> None:
     for name in ("align", "other"):
-        told(tmp_path / name, state="stopped")
+        write_state(tmp_path / name, state="stopped")
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(ConfigError, match=r"It contains runs: give one or several of .*/align, .*/other"):
         build_report(tmp_path, tmp_path / "out.html")
     (tmp_path / "align" / "state.json").write_text("{}")
-    told(tmp_path, state="finished", stages=["align", "../other", 7, "missing"])
+    write_state(tmp_path, state="finished", stages=["align", "../other", 7, "missing"])
     assert [stage.name for stage in load_run(tmp_path).stages] == ["align"]

@@ -1,4 +1,4 @@
-"""What the report claims follows from the intervals, and charts place numbers where they belong."""
+"""Verdicts follow from the intervals, and charts place numbers correctly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONTROLS = {"blind": (0.2, 0.3), "wrong_image": (0.3, 0.4)}
         ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "not shown to do better than"),
         ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "or 65.0 % where every answer"),
         ({"untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "mixed", "not asked with a wrong picture"),
-        ({"untuned": (0.85, 0.9), **CONTROLS}, "bad", "Tuning made it worse."),
+        ({"untuned": (0.85, 0.9), **CONTROLS}, "bad", "Tuning made the model worse."),
         ({"untuned": (0.1, 0.2), **CONTROLS, "best_answer": (0.65, 0.75)}, "mixed", "answers that need no model"),
         ({"blind": (0.2, 0.3), "wrong_image": (0.72, 0.74)}, "mixed", "It is not shown that the model looks"),
     ],
@@ -40,15 +40,15 @@ def test_claims_follow_from_the_intervals(rows: dict[str, tuple[float, float]], 
     assert claim in " ".join(found.sentences)
 
 
-def test_question_by_question_shows_what_overlapping_intervals_do_not() -> None:
+def test_paired_differences_show_more_than_overlapping_intervals() -> None:
     less = Difference(value=0.1, low=0.05, high=0.15, groups=100)
     for paired, claim in ((None, "not shown that the model looks"), (less, "The model looks at the picture")):
         rows = [_row("tuned", 0.5, 0.7), *(_row(name, 0.4, 0.6, less=paired) for name in CONTROLS)]
         assert claim in verdict("t", rows).sentences[0]
 
 
-def test_remarks_stand_with_the_verdict_and_floors_say_what_they_learned() -> None:
-    """User trial, 7: the report said training data where the evaluated set was meant."""
+def test_remarks_stand_with_the_verdict_and_baselines_name_their_training_data() -> None:
+    """A baseline from the evaluated set is not described as one from training data."""
     tuned = _row("tuned", 0.5, 0.7, remarks=("All 40 answers are 'no'.",), pictures=False)
     assert "All 40 answers are 'no'." in verdict("t", [tuned]).sentences
     floor = _row("majority", 0.5, 0.7, learned_from="the evaluated set")
@@ -57,13 +57,13 @@ def test_remarks_stand_with_the_verdict_and_floors_say_what_they_learned() -> No
 
 
 @pytest.mark.parametrize(("learned_from", "counts"), [("the evaluated set", False), ("training answers", True)])
-def test_a_best_answer_that_knows_the_test_is_no_control(learned_from: str, counts: bool) -> None:
+def test_best_answers_learned_from_the_test_set_are_no_control(learned_from: str, counts: bool) -> None:
     best = _row("best_answer", 0.65, 0.75, learned_from=learned_from)
     rows = [_row("tuned", 0.7, 0.8), *(_row(name, *interval) for name, interval in CONTROLS.items()), best]
     assert ("answers that need no model" in verdict("t", rows).sentences[0]) == counts
 
 
-def test_without_a_tuned_row_nothing_is_claimed() -> None:
+def test_without_a_tuned_row_there_is_no_verdict() -> None:
     assert verdict("t", [_row("untuned", 0.1, 0.2)]) is None
 
 

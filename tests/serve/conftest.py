@@ -1,4 +1,4 @@
-"""A server around a tiny model, shared by tests that leave it as it was, and servers of one's own."""
+"""A server around a tiny model for tests that do not change it, and servers for single tests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def models(assembly: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def server(models: Any) -> Iterator[Running]:
-    """One server with ordinary limits for all tests that leave it as it was."""
+    """One server with ordinary limits, for all tests that do not change it."""
     from mm_moslora.serve.api.request_limits import Limits
     from mm_moslora.serve.inference.continuous_batching import Engine
 
@@ -54,7 +54,7 @@ def server(models: Any) -> Iterator[Running]:
 
 @pytest.fixture
 def serve_with(models: Any) -> Callable[..., Any]:
-    """A server of one's own: `with serve_with(queue=2, key="...") as running:`."""
+    """A server for one test: `with serve_with(queue=2, key="...") as running:`."""
     from mm_moslora.serve.api.request_limits import Limits
     from mm_moslora.serve.inference.continuous_batching import Engine
 

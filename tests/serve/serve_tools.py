@@ -1,4 +1,4 @@
-"""A server in a thread of its own around a tiny model, and pictures as data URLs."""
+"""A server around a tiny model in a thread, and pictures as data URLs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def asking(text: str, *pictures: str, **more: Any) -> dict[str, Any]:
 
 
 def pixels_of(models: Any, picture: Image.Image) -> Any:
-    """What the tower sees of a picture, ``[3, H, W]``."""
+    """A picture as the tower's input, ``[3, H, W]``."""
     return models.assembly.image_processing.see([picture])[0].tensors["pixel_values"][0]
 
 
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     def __init__(self, engine: Any, app: Any, port: int) -> None:
         self.engine, self.app, self.port = engine, app, port
@@ -64,7 +64,7 @@ class Running:
 
 @contextmanager
 def listening(app: Any, limits: Any) -> Iterator[int]:
-    """Any application on a port of its own."""
+    """Run an application on a free port."""
     from mm_moslora.serve.api.http_server import Server, settings
 
     server = Server(settings(app, host="127.0.0.1", port=0, limits=limits))

@@ -1,4 +1,4 @@
-"""The server answers as the model does alone: through OpenAI's client, whole and streamed, one and many at once."""
+"""Answers of the server equal those of the model alone: whole and streamed, single and concurrent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("openai", reason="the official client is not installed (pip 
 
 
 def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> str:
-    """What `models.generation` answers to one prompt, nothing beside it."""
+    """The answer of `models.decoding.generation` to one prompt alone."""
     import torch
 
     from mm_moslora.data.chat.records import Turn
@@ -31,7 +31,7 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
 
 
 def questions(count: int) -> list[tuple[str, list[Image.Image], int]]:
-    """Questions of different lengths with 0 to 2 pictures, and how long the answers may be."""
+    """Questions of different lengths with 0 to 2 pictures, and the longest answer of each."""
     made = []
     for index in range(count):
         pictures = [
@@ -42,7 +42,7 @@ def questions(count: int) -> list[tuple[str, list[Image.Image], int]]:
     return made
 
 
-def test_sixty_four_streams_at_once_answer_as_each_alone(server: Any, models: Any) -> None:
+def test_sixty_four_concurrent_streams_equal_single_answers(server: Any, models: Any) -> None:
     asked = questions(64)
     client = server.client()
 

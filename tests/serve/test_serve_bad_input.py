@@ -1,4 +1,4 @@
-"""Whatever a client sends, it gets OpenAI's error shape with a text of ours, and the server goes on serving.
+"""Any bad input gets OpenAI's error format with a text of this project, and the server continues.
 
 The numbers are those of the list of bad inputs in docs/serving.md.
 """
@@ -35,7 +35,7 @@ def refused(reply: Any, status: int, *, code: str | None = None, param: str | No
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that says it is large and holds next to nothing."""
+    """A PNG with a large size in its header and almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -226,11 +226,11 @@ def test_input_17_unknown_model_and_unknown_fields(server: Any) -> None:
         ("logit_bias", {"1": 5}), ("modalities", ["audio"]), ("tool_choice", "required"),
     ],
 )  # fmt: skip
-def test_input_17_fields_that_ask_for_what_it_cannot_do_are_refused(server: Any, field: str, value: Any) -> None:
+def test_input_17_fields_for_missing_features_are_refused(server: Any, field: str, value: Any) -> None:
     refused(server.post(asking("hello") | {field: value}), 400, code="unsupported_parameter", param=field)
 
 
-def test_input_20_a_key_is_needed_everywhere_but_for_health(serve_with: Any, caplog: Any) -> None:
+def test_input_20_a_key_is_needed_everywhere_except_for_health(serve_with: Any, caplog: Any) -> None:
     with caplog.at_level("INFO"), serve_with(key=KEY) as server:
         for headers in ({}, {"Authorization": f"Basic {KEY}"}, {"Authorization": "Bearer wrong"}):
             refused(server.post(asking("hello"), headers=headers), 401, code="invalid_api_key")

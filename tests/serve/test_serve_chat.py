@@ -1,4 +1,4 @@
-"""The terminal conversation: commands, pictures by path, mistakes, and answers that remember."""
+"""The terminal chat: commands, pictures by path, mistakes, and answers that use the conversation."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_reset_forgets_everything(chat: Chat, monkeypatch: Any, capsys: Any) -> 
     assert chat.ask("is it red?") == fresh
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat: Chat, monkeypatch: Any, capsys: Any) -> None:
+def test_ctrl_c_stops_the_answer_and_keeps_its_text(chat: Chat, monkeypatch: Any, capsys: Any) -> None:
     from mm_moslora.serve import terminal_chat
 
     real = terminal_chat.stream
@@ -101,7 +101,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat: Chat, monkeypatch
     assert [turn.role for turn in chat.turns] == ["user", "assistant"]
 
 
-def test_a_conversation_that_no_longer_fits_says_so_and_can_go_on_after_a_reset(
+def test_a_too_long_conversation_is_an_error_and_continues_after_a_reset(
     chat: Chat, monkeypatch: Any, capsys: Any
 ) -> None:
     said = talk(chat, ["red " * 900, "/reset", "is it red?"], monkeypatch, capsys)

@@ -1,4 +1,4 @@
-"""The demo: both models are asked the same, attention is drawn, and a real browser can use the page."""
+"""The demo: both models get the same question, attention is drawn, and the page works in a real browser."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "red.png"
 
 
-def test_both_answers_are_those_of_chat_and_attention_covers_the_picture(demo: Demo, pair: Any, picture: Path) -> None:
+def test_both_answers_equal_those_of_chat_and_attention_covers_the_picture(
+    demo: Demo, pair: Any, picture: Path
+) -> None:
     from mm_moslora.serve.terminal_chat import Chat
 
     expected = []

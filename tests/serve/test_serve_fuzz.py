@@ -55,5 +55,5 @@ def test_a_thousand_broken_requests_get_no_5xx_and_no_text_of_a_library(soak: An
         (400, b'{"error": {"message": "m", "type": "t", "param": null, "code": "c"}}', None), (200, b"", None),
     ],
 )  # fmt: skip
-def test_the_soak_sees_faults(soak: Any, status: int, reply: bytes, fault: str | None) -> None:
+def test_the_soak_reports_faults(soak: Any, status: int, reply: bytes, fault: str | None) -> None:
     assert soak.fault_of(status, "POST", reply) == fault

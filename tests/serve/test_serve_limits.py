@@ -1,4 +1,4 @@
-"""The server under its own limits: what a request holds is counted to its end, and nobody else waits for it."""
+"""The limits of the server: memory counts until a request ends, and other requests do not wait for it."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def test_a_body_is_counted_until_its_answer_ends_and_not_kept_longer_than_needed
     ],
     ids=["items", "escapes", "deep", "rather deep", "one key", "far keys", "text", "escaped text", "wide text"],
 )  # fmt: skip
-def test_bodies_that_are_dear_to_read_are_refused_while_others_are_answered(
-    server: Any, body: bytes, what: str
-) -> None:
+def test_expensive_bodies_are_refused_while_others_are_answered(server: Any, body: bytes, what: str) -> None:
     slowest, over = [0.0], threading.Event()
 
     def watch() -> None:
@@ -106,7 +104,7 @@ def test_bodies_that_are_dear_to_read_are_refused_while_others_are_answered(
     assert max(slowest) < 2  # 8.5 s where lists are parsed on the event loop; a busy machine is no fault
 
 
-def test_what_cannot_fit_is_refused_before_it_is_tokenised_or_opened(
+def test_requests_above_the_limits_are_refused_before_tokenising_or_decoding(
     serve_with: Any, models: Any, monkeypatch: Any
 ) -> None:
     with serve_with() as server:
@@ -131,10 +129,8 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenised_or_opened(
         ("L", (3000, 100), False), ("L", (1500, 100), True),
     ],
 )  # fmt: skip
-def test_pictures_are_counted_by_what_they_take_in_memory(
-    serve_with: Any, mode: str, size: tuple[int, int], allowed: bool
-) -> None:
-    """Copies in between, and the square around a strip, count; how small the file is does not."""
+def test_pictures_are_counted_by_their_memory(serve_with: Any, mode: str, size: tuple[int, int], allowed: bool) -> None:
+    """Intermediate copies and the square around a strip count; the size of the file does not."""
     with serve_with(pictures_bytes=20 * MIB) as server:
         reply = server.post(asking("what?", data_url(Image.new(mode, size))))
         assert reply.status_code == (200 if allowed else 400), reply.text
@@ -143,7 +139,7 @@ def test_pictures_are_counted_by_what_they_take_in_memory(
         wait_until(lambda: metric(server, "pictures_bytes") == 0)
 
 
-def test_pictures_that_do_not_fit_together_are_opened_one_after_the_other(serve_with: Any) -> None:
+def test_pictures_above_the_shared_limit_are_opened_one_after_the_other(serve_with: Any) -> None:
     body = json.dumps(asking("what?", data_url(Image.new("RGB", (1000, 1000)))))
     with serve_with(pictures_bytes=20 * MIB) as server, ThreadPoolExecutor(6) as pool:
         assert [reply.status_code for reply in pool.map(server.post, [body] * 6)] == [200] * 6
@@ -151,8 +147,8 @@ def test_pictures_that_do_not_fit_together_are_opened_one_after_the_other(serve_
         wait_until(lambda: metric(server, "pictures_bytes") == 0)
 
 
-def test_work_that_nobody_waits_for_stops_and_gives_back_what_it_held(serve_with: Any, monkeypatch: Any) -> None:
-    """The time is over while the first of two pictures is opened; the second one never is."""
+def test_abandoned_work_stops_and_releases_its_memory(serve_with: Any, monkeypatch: Any) -> None:
+    """The deadline passes while the first of two pictures is opened; the second one is not opened."""
     from mm_moslora.serve.inference import request_images as pictures
 
     opened, go = [], threading.Event()
@@ -196,8 +192,8 @@ def test_a_client_that_leaves_while_its_pictures_are_opened_frees_its_place(serv
         wait_until(lambda: metric(server, "pictures_bytes") == metric(server, "bodies_bytes") == 0)
 
 
-def test_clients_that_send_slowly_take_no_place_of_others(serve_with: Any) -> None:
-    """Forty bodies that never end, where 3 requests may be under way."""
+def test_slow_uploads_do_not_count_as_waiting_requests(serve_with: Any) -> None:
+    """Forty bodies without an end, where 3 requests may be in progress."""
     with serve_with(queue=2, batch=1) as server:
         slow = [server.socket() for _ in range(40)]
         try:
@@ -222,7 +218,7 @@ def test_any_loopback_address_is_a_name_of_this_machine(server: Any, host: str, 
     assert server.get("/health", headers={"Host": host}).status_code == status
 
 
-def test_a_budget_serves_who_waited_longest_and_forgets_who_gave_up() -> None:
+def test_a_budget_serves_the_longest_waiting_request_and_drops_cancelled_ones() -> None:
     async def scenario() -> None:
         budget = Budget(10)
         assert budget.take(8)
@@ -271,5 +267,5 @@ def test_a_short_attack_leaves_the_server_healthy() -> None:
     assert result["health_slowest"] < 5  # tests share the machine; the figures of an idle one are in the documents
 
 
-def test_the_limits_say_what_they_bound() -> None:
+def test_the_largest_allowed_picture_fits_the_memory_limit() -> None:
     assert Limits().pictures_bytes >= 24 * Limits().image_pixels  # the largest allowed picture fits with transparency

@@ -1,4 +1,4 @@
-"""Overload, clients that leave, stall or trickle, faults inside, and an orderly end."""
+"""Overload, clients that disconnect, stall or send slowly, internal errors, and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_input_19_two_hundred_clients_get_answers_or_429_and_good_ones_are_right
         assert server.post(asking("hello")).status_code == 200
 
 
-def test_fifty_at_once_never_see_each_others_pictures(models: Any, serve_with: Any) -> None:
-    """A model that says the mean colour of its own pictures, whoever else is in the batch."""
+def test_fifty_concurrent_requests_get_answers_about_their_own_pictures(models: Any, serve_with: Any) -> None:
+    """The model answers with the mean colour of its own pictures."""
     from mm_moslora.serve.api.request_limits import Limits
     from mm_moslora.serve.inference.continuous_batching import Engine
 
@@ -126,8 +126,8 @@ def test_input_18_a_client_that_leaves_frees_its_place(serve_with: Any, slow_eng
         assert server.post(asking("hello")).status_code == 200
 
 
-def test_what_waits_for_the_model_when_the_engine_stops_is_told(models: Any) -> None:
-    """An errand that comes in the engine's last step would wait for ever, and the process with it."""
+def test_functions_waiting_for_the_model_get_an_error_when_the_engine_stops(models: Any) -> None:
+    """A function that arrives in the engine's last step must not wait forever."""
     from mm_moslora.serve.api.api_errors import ApiError
     from mm_moslora.serve.api.request_limits import Limits
     from mm_moslora.serve.inference.continuous_batching import Engine, Job
@@ -235,7 +235,7 @@ QUESTIONS = [f"{word} is the color of shape {word}?" for word in ("a", "bb", "re
 
 @pytest.fixture
 def alone(serve_with: Any) -> dict[str, str]:
-    """What each question is answered when it is asked alone."""
+    """The answer to each question asked alone."""
     with serve_with() as server:
         return {
             question: server.post(asking(question)).json()["choices"][0]["message"]["content"]
@@ -244,7 +244,7 @@ def alone(serve_with: Any) -> dict[str, str]:
 
 
 def ask_together(server: Any) -> dict[str, Any]:
-    """Eight questions that are decoded together: nothing is admitted before all wait."""
+    """Eight questions that are decoded together: none is admitted before all are waiting."""
     engine = server.engine
     turn = engine._turn
 
@@ -275,7 +275,7 @@ def row_of(engine: Any, group: Any, question: str) -> int | None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_without_a_largest_one_choose_no_token(temperature: float, value: float) -> None:
+def test_logits_without_a_finite_maximum_are_an_error(temperature: float, value: float) -> None:
     from mm_moslora.serve.inference.token_sampling import Sampling, choose
     from mm_moslora.utils.errors import ModelError
 
@@ -289,7 +289,7 @@ def test_logits_without_a_largest_one_choose_no_token(temperature: float, value:
     assert choose(hidden, sampling, {}, sampling.generator(0)) == 17
 
 
-def test_a_row_of_nan_is_an_error_of_that_row_and_of_no_other(serve_with: Any, alone: dict[str, str]) -> None:
+def test_a_row_of_nan_is_an_error_of_that_row_only(serve_with: Any, alone: dict[str, str]) -> None:
     with serve_with() as server:
         engine = server.engine
         step = engine._step
@@ -305,7 +305,9 @@ def test_a_row_of_nan_is_an_error_of_that_row_and_of_no_other(serve_with: Any, a
         assert engine.failures == 1
 
 
-def test_a_row_whose_token_or_text_fails_ends_alone(serve_with: Any, alone: dict[str, str], monkeypatch: Any) -> None:
+def test_an_error_in_sampling_or_text_ends_one_row_only(
+    serve_with: Any, alone: dict[str, str], monkeypatch: Any
+) -> None:
     from mm_moslora.serve.inference.text_stream import TextStream
 
     with serve_with() as server:
@@ -321,10 +323,10 @@ def test_a_row_whose_token_or_text_fails_ends_alone(serve_with: Any, alone: dict
         check_one_failed(ask_together(server), QUESTIONS[5], alone)
 
 
-def test_a_step_that_fails_for_the_batch_costs_the_row_that_fails_alone_too(
+def test_after_a_failed_batch_step_only_the_rows_that_fail_alone_end(
     serve_with: Any, alone: dict[str, str], monkeypatch: Any
 ) -> None:
-    """The forward pass does not say whose fault it is."""
+    """The forward pass does not name the row that fails."""
     from mm_moslora.models.decoding.prefix_cache import Decoder
 
     with serve_with() as server:
@@ -380,8 +382,8 @@ def test_a_fault_outside_any_answer_leaves_the_engine_alive(serve_with: Any) -> 
         assert server.post(asking("hello")).status_code == 200
 
 
-def test_a_client_that_leaves_while_its_prompt_is_read_disturbs_nobody(serve_with: Any) -> None:
-    """The second of two prompts is given up during the first one's pass, and frees its place."""
+def test_a_client_that_disconnects_while_its_prompt_is_read_frees_its_place(serve_with: Any) -> None:
+    """The second of two prompts is cancelled while the first one is read."""
     with serve_with() as server:
         engine = server.engine
         read, started, on = engine.models.read, threading.Event(), threading.Event()
@@ -408,7 +410,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_disturbs_nobody(serve_wit
         assert server.post(asking("hello")).status_code == 200
 
 
-def test_health_is_red_when_the_engine_is_dead(serve_with: Any) -> None:
+def test_health_fails_when_the_engine_has_ended(serve_with: Any) -> None:
     with serve_with() as server:
         server.engine.stop()
         assert server.get("/health").status_code == 503
@@ -440,7 +442,7 @@ def test_metrics_count_what_happened(serve_with: Any) -> None:
 
 @pytest.mark.slow
 def test_input_19_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path, python: Preloaded) -> None:
-    """The real process: SIGTERM in the middle of a stream; the stream ends whole and the process with 0."""
+    """SIGTERM during a stream of a real process: the stream is complete, and the process exits with 0."""
     code = (
         "import sys, time; from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
         "def slow(*a): time.sleep(0.05); step(*a)\n"

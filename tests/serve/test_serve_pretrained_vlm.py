@@ -1,4 +1,4 @@
-"""Ready-made models behind the server, the demo and the chat: each answer is the one that transformers gives alone."""
+"""Ready-made models in the server, the demo and the chat: each answer equals that of transformers alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILIES = ["qwen3_vl", "smolvlm", "paligemma", "llava", "llava_next"]
 
 
 def picture(width: int, height: int, colour: tuple[int, int, int]) -> Image.Image:
-    """Noise, so that no tile is plain."""
+    """A picture of noise, so that every tile has content."""
     noise = Image.effect_noise((width, height), 60).convert("RGB")
     return Image.blend(noise, Image.new("RGB", (width, height), colour), 0.5)
 
@@ -31,7 +31,7 @@ QUESTIONS = [
 
 
 def told_apart(model: Any) -> None:
-    """Weights with which answers depend on every token; fresh ones say the same to everybody."""
+    """Weights with which answers depend on every token; with fresh weights all answers are equal."""
     import torch
 
     torch.manual_seed(3)
@@ -61,7 +61,7 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any
 
 
 def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> str:
-    """What transformers' own `generate` says to the same ids and pictures."""
+    """The answer of transformers' own `generate` to the same ids and pictures."""
     import torch
 
     from mm_moslora.batch import Example
@@ -112,7 +112,9 @@ def server(open_family: Any) -> Iterator[Any]:
         yield running
 
 
-def test_bad_input_has_the_same_shape_and_leaves_it_serving(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_gets_the_same_error_format_and_the_server_continues(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image_processing = server.engine.models.assembly.image_processing
 
     def refuse(images: Any) -> None:
@@ -135,7 +137,7 @@ def test_bad_input_has_the_same_shape_and_leaves_it_serving(server: Any, monkeyp
     assert server.post(good).status_code == 200
 
 
-def test_one_prompt_that_fails_takes_no_other_with_it(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_prompt_does_not_affect_the_others(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     models = server.engine.models
     read = models.read
 

@@ -1,4 +1,4 @@
-"""Pictures from allowed hosts, and nothing from anywhere else: parser tricks, inner addresses, redirects, floods."""
+"""Pictures from allowed hosts only: parser tricks, private addresses, redirects, endless replies."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_the_checked_address_is_connected_to_and_redirects_are_checked_anew(host
         fetch("https://ok.example/a.png")
 
 
-def test_floods_and_errors_end(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_replies_and_errors_end_the_fetch(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch = RemotePictures(["ok.example"])
     hosts["ok.example"] = [Reply(200, body=b"x" * 2**20, endless=True)]
     with pytest.raises(ApiError, match="more than"):

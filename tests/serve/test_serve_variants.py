@@ -1,4 +1,4 @@
-"""Several adapters of one base by model name: each answers as it does when it is loaded alone."""
+"""Several adapters of one base by model name: each answers as if it were loaded alone."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_model_alone_is_merged_and_answers_the_same(runs: tuple[Path, Path]) -
     assert load_models(runs[0]).default == "one"
 
 
-def test_an_adapter_folder_without_a_run_is_enough_and_what_it_lacks_is_said(
+def test_an_adapter_folder_without_a_run_is_served_with_a_warning(
     runs: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mm_moslora.serve.inference.served_models import load_models
@@ -170,14 +170,14 @@ def looking(
 
 
 def _tokens(models: Any, name: str) -> Any:
-    """Visual tokens of the picture as the server takes them, from its cache perhaps."""
+    """Visual tokens of the picture in the server, possibly from its cache."""
     seen = models.assembly.image_processing.see([PICTURE])
     with models.use(name):
         return models.image_tokens(name, seen)
 
 
 def _tokens_alone(folder: Path, *, tuned: bool) -> Any:
-    """The same of a model that never knew another one."""
+    """Visual tokens of the picture in a model without other variants."""
     import torch
 
     from mm_moslora.models.decoding.generation import encode_images
@@ -193,10 +193,10 @@ def _tokens_alone(folder: Path, *, tuned: bool) -> Any:
 
 
 @pytest.mark.parametrize("order", [("eyes", "eyes-base", "plain"), ("plain", "eyes-base", "eyes")])
-def test_no_variant_sees_with_the_eyes_of_another(
+def test_adapters_in_the_tower_do_not_share_visual_tokens(
     looking: Path, runs: tuple[Path, Path], order: tuple[str, ...]
 ) -> None:
-    """Adapters in the tower change what is seen; whoever was asked first decides nothing."""
+    """Adapters in the tower change the visual tokens, whatever variant was asked first."""
     import torch
 
     from mm_moslora.serve.inference.served_models import load_models
@@ -213,7 +213,7 @@ def test_no_variant_sees_with_the_eyes_of_another(
     assert not torch.allclose(found["eyes"], found["eyes-base"], atol=1e-3)
 
 
-def test_variants_that_see_alike_share_what_was_seen(runs: tuple[Path, Path]) -> None:
+def test_variants_with_the_same_tower_share_visual_tokens(runs: tuple[Path, Path]) -> None:
     """Adapters in the language model alone: the tower runs once for the tuned model and the one before tuning."""
     from mm_moslora.serve.inference.served_models import load_models
 
@@ -223,8 +223,8 @@ def test_variants_that_see_alike_share_what_was_seen(runs: tuple[Path, Path]) ->
     assert (models.features.misses, models.features.hits) == (1, 1)
 
 
-def test_the_demo_shows_the_model_before_tuning_with_its_own_eyes(looking: Path, tmp_path: Path) -> None:
-    """Asked second, it answers as it does alone."""
+def test_the_demo_runs_the_tower_of_the_model_before_tuning(looking: Path, tmp_path: Path) -> None:
+    """Its answer is the same when it is asked second."""
     from mm_moslora.models.load_model import load
     from mm_moslora.serve.gradio_demo import Demo, messages_of
     from mm_moslora.serve.inference.served_models import load_models
@@ -262,11 +262,11 @@ def test_the_demo_shows_the_model_before_tuning_with_its_own_eyes(looking: Path,
         ),
     ],
 )
-def test_a_run_that_reads_requests_differently_is_refused_by_the_names_of_what_differs(
+def test_a_run_with_other_prompt_or_picture_settings_is_refused_with_the_keys(
     runs: tuple[Path, Path], tmp_path: Path, language_folder: Path, vision_folder: Path, records: Path,
     change: dict[str, Any], keys: list[str],
 ) -> None:  # fmt: skip
-    """The folder of the second run with another recipe in it: the recipe alone decides."""
+    """The second run's folder with another recipe: only the recipe is compared."""
     import shutil
 
     from mm_moslora.serve.inference.served_models import load_models
@@ -286,7 +286,7 @@ def test_a_run_that_reads_requests_differently_is_refused_by_the_names_of_what_d
 
 
 def test_keys_that_change_neither_prompt_nor_picture_are_no_difference(runs: tuple[Path, Path], looking: Path) -> None:
-    """`vision.mode` says what trains."""
+    """`vision.mode` only chooses what trains."""
     from mm_moslora.serve.inference.served_models import load_models
 
     assert list(load_models(runs[0], further={"eyes": looking}).variants) == ["one", "eyes"]
@@ -315,7 +315,7 @@ def test_an_export_takes_adapters_of_runs_with_its_settings_only(
         load_models(tmp_path / "export", further={"other": other})
 
 
-def test_the_model_before_tuning_is_refused_where_its_weights_are_gone(
+def test_the_model_before_tuning_is_refused_without_its_weights(
     language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path
 ) -> None:
     from mm_moslora.serve.inference.served_models import load_models, why_no_base
@@ -351,7 +351,7 @@ def test_every_variant_of_an_anyres_model_has_its_own_newline(
 def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
     runs: tuple[Path, Path], language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path, caplog: Any
 ) -> None:
-    """Or the tuned one where that is gone, which the log says."""
+    """If that file is missing, it has the tuned projector, and the log names this."""
     import shutil
 
     import torch
@@ -376,8 +376,8 @@ def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
     assert torch.equal(_tokens(models, "tuned"), _tokens(models, "tuned-base"))
 
 
-def test_how_a_projector_began_decides_no_request():
-    """Its weights are compared; a run that fitted a fresh one and a run that took it over read requests alike."""
+def test_the_start_of_a_projector_is_no_difference_of_settings():
+    """Only its weights are compared, not `fit_to_answers` or `weights`."""
     from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
     from mm_moslora.serve.inference.adapter_compatibility import _flat
 

@@ -1,4 +1,4 @@
-"""What the vLLM recipe of docs/serving.md hands over has the names that vLLM reads.
+"""The files of the vLLM recipe of docs/serving.md have the names that vLLM reads.
 
 vLLM's LLaVA maps `model.language_model.` to `language_model.model.` and takes LoRA tensors of the linear layers below
 it; names that match nothing are passed over in silence there, so they are checked here.
@@ -66,7 +66,7 @@ def test_the_base_is_stock_llava_with_its_processor(handed_over: Path) -> None:
     assert tops <= {"language_model", "vision_tower", "multi_modal_projector", "lm_head"}
 
 
-def test_every_adapter_tensor_finds_a_linear_layer_of_its_size(handed_over: Path) -> None:
+def test_every_adapter_tensor_has_a_linear_layer_of_its_size(handed_over: Path) -> None:
     base = {as_vllm(name): shape for name, shape in names(handed_over / "base" / "model.safetensors").items()}
     adapter = names(handed_over / "for-vllm" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 2  # two layers, seven linears, A and B

@@ -141,7 +141,7 @@ class CaptionReport:
 
 
 def caption_report(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionReport:
-    """BLEU, ROUGE-L and CIDEr-D of tokenised captions; see `ptb.tokenize`."""
+    """BLEU, ROUGE-L and CIDEr-D of tokenised captions; see `ptb_tokeniser.tokenize`."""
     per_image = cider(captions, references)
     rouge = [rouge_l(caption, people) for caption, people in zip(captions, references, strict=True)]
     return CaptionReport(

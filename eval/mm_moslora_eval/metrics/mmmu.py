@@ -1,6 +1,6 @@
 """MMMU's open questions: find the key phrases and numbers of an answer and compare them with the reference.
 
-Source: the evaluation script of MMMU. Letters are parsed in `mcq.mmmu_official` and `mcq.mmmu_lmms_eval`.
+Source: the evaluation script of MMMU. Letters are parsed in `multiple_choice`.
 """
 
 from __future__ import annotations

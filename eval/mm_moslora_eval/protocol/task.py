@@ -61,11 +61,11 @@ class Task:
     prompt: Prompt = field(default_factory=Prompt)
     decoding: Decoding = field(default_factory=Decoding)
     extraction: str = "text"
-    """A name in `scoring.EXTRACTORS`."""
+    """A name in `answer_scoring.EXTRACTORS`."""
     metric: str = "exact"
-    """A name in `scoring.METRICS`."""
+    """A name in `answer_scoring.METRICS`."""
     aggregation: str = "mean"
-    """A name in `aggregation.AGGREGATIONS`."""
+    """A name in `score_aggregation.AGGREGATIONS`."""
     expected_count: int | None = None
     """Documents in the full set; results note any other number."""
     licence: str = "unknown"

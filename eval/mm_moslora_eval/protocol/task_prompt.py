@@ -52,7 +52,7 @@ class Prompt:
     system: str | None = None
     """System message."""
     function: str | None = None
-    """A name in `tasks.wordings.WORDINGS`, for prompts that need code; the template then is not used."""
+    """A name in `coded_prompts.WORDINGS`, for prompts that need code; the template then is not used."""
 
     def __post_init__(self) -> None:
         if self.images not in ("first", "last"):

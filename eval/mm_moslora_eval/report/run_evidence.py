@@ -61,7 +61,10 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     newest = find_checkpoint(run) == checkpoint
     step = int(json.loads(read_text(checkpoint / MANIFEST))["step"])
     weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
-    rows = [_row(told, step=step, model=weights) for told in _whole(list(_told(results, before, output)))]
+    rows = [
+        _row(named, step=step, model=weights)
+        for named in _complete_subjects(list(_named_results(results, before, output)))
+    ]
     try:
         with held(run / ".evaluation.lock", wait=True):  # another evaluation of the run may write at the same time
             known = _known(run / "evaluation.json")
@@ -69,8 +72,8 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
             _name_metrics(rows, known)
             if newest:  # reports show the last checkpoint
                 _merge(run / "evaluation.json", known, rows)
-                told = {row["subject"] for row in rows}
-                _keep_samples(run, [result for result in results if _subject(result) in told], output)
+                subjects = {row["subject"] for row in rows}
+                _keep_samples(run, [result for result in results if _subject(result) in subjects], output)
             if rows:
                 _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step)
     except OSError as error:
@@ -83,7 +86,7 @@ def _subject(result: TaskResult) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class NamedResult:
     """A result under its name in the run's folder."""
 
     name: str
@@ -95,7 +98,7 @@ class Told:
     """Whether the questions have pictures."""
 
 
-def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: Path) -> Iterator[Told]:
+def _named_results(results: Sequence[TaskResult], before: Sequence[TaskResult], output: Path) -> Iterator[NamedResult]:
     for result in results:
         name, label = _MODES.get(result.mode, (result.mode, result.mode))
         less = difference_of(result.about.get("own_less_this"))
@@ -105,7 +108,7 @@ def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: P
             less = ahead_by(result, own, read_scored(output / result.folder)) if own and result.scored else None
         elif result.folder:
             pictures = any(row["images"] for row in read_samples(output / result.folder))
-        yield Told(name=name, label=label, result=result, less=less, pictures=pictures)
+        yield NamedResult(name=name, label=label, result=result, less=less, pictures=pictures)
     for result in before:
         own = _own_samples(result, output)
         yield from before_tuning(result, output / UNTUNED / result.folder, own=own)
@@ -113,7 +116,7 @@ def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: P
 
 def before_tuning(
     result: TaskResult, place: Path, *, own: Sequence[Scored], label: str = "Before tuning"
-) -> list[Told]:
+) -> list[NamedResult]:
     """The scores of the model before tuning, strict and lenient.
 
     Args:
@@ -125,11 +128,13 @@ def before_tuning(
     if not result.scored:
         return []
     less = ahead_by(result, own, read_scored(place)) if own else None
-    rows = [Told(name="untuned", label=label, result=result, less=less)]
+    rows = [NamedResult(name="untuned", label=label, result=result, less=less)]
     if (found := lenient_result(place)) is not None:
         lenient, samples = found
         less = ahead_by(lenient, own, samples) if own else None
-        rows.append(Told(name="untuned_lenient", label=f"{label}, right word anywhere", result=lenient, less=less))
+        rows.append(
+            NamedResult(name="untuned_lenient", label=f"{label}, right word anywhere", result=lenient, less=less)
+        )
     return rows
 
 
@@ -170,27 +175,27 @@ def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
     return [] if any(sample.score is None for sample in samples) else samples
 
 
-def row_of(told: Told) -> dict[str, Any]:
+def row_of(named: NamedResult) -> dict[str, Any]:
     """A row of `evaluation.json`, without the details of the measurement."""
-    result, unit = told.result, SCORE_NAMES.get(_aggregation(told.result), "")
+    result, unit = named.result, SCORE_NAMES.get(_aggregation(named.result), "")
     categories = {
         category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
         for category, part in result.categories.items()
         if not unit and all(math.isfinite(part[key]) for key in ("score", "low", "high"))  # those are of another score
     }
     return {
-        "name": told.name, "label": told.label, "task": result.task, "n": result.n, "mean": result.score,
+        "name": named.name, "label": named.label, "task": result.task, "n": result.n, "mean": result.score,
         "low": result.low, "high": result.high, "categories": categories,
         "not_inferable": result.counts.not_inferable, "failed": result.counts.failed, "remarks": list(result.remarks),
-        "learned_from": result.about.get("learned_from", ""), "less": told.less.to_dict() if told.less else None,
-        "pictures": told.pictures, "unit": unit,
+        "learned_from": result.about.get("learned_from", ""), "less": named.less.to_dict() if named.less else None,
+        "pictures": named.pictures, "unit": unit,
     }  # fmt: skip
 
 
-def _whole(told: Sequence[Told]) -> list[Told]:
+def _complete_subjects(results: Sequence[NamedResult]) -> list[NamedResult]:
     """The rows of subjects with a score in every row; conclusions from only some of the rows could differ."""
     odd: dict[str, TaskResult] = {}
-    for item in told:
+    for item in results:
         numbers = (item.result.score, item.result.low, item.result.high)
         if not item.result.counts.scored or not all(map(math.isfinite, numbers)):
             odd.setdefault(_subject(item.result), item.result)
@@ -198,15 +203,15 @@ def _whole(told: Sequence[Told]) -> list[Told]:
         remarks = " ".join(result.remarks) or "there is no score"
         logger.warning("The run's folder gets no scores of %s@%s: %s.", result.task, result.protocol,
                        f"{result.mode}: {remarks}".rstrip("."))  # fmt: skip
-    return [item for item in told if _subject(item.result) not in odd]
+    return [item for item in results if _subject(item.result) not in odd]
 
 
-def _row(told: Told, *, step: int, model: str) -> dict[str, Any]:
+def _row(named: NamedResult, *, step: int, model: str) -> dict[str, Any]:
     """A row of `evaluation.json`."""
-    result = told.result
+    result = named.result
     selection = result.about.get("selection", {})
-    of_before = told.name.startswith(UNTUNED)
-    return row_of(told) | {
+    of_before = named.name.startswith(UNTUNED)
+    return row_of(named) | {
         "step": step, "protocol": result.protocol, "subject": _subject(result),
         "data": result.about.get("data", {}).get("sha256", ""), "selection": selection.get("name", "all"),
         "model": model if result.folder and not of_before else None,
@@ -279,8 +284,8 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
     from mm_moslora.utils.files import replace_json
 
     own = [result for result in results if result.mode == "own"]
-    told = {_subject(result) for result in own}
-    known = [row for row in _known(run / "samples.json") if row.get("subject") not in told]
+    subjects = {_subject(result) for result in own}
+    known = [row for row in _known(run / "samples.json") if row.get("subject") not in subjects]
     rows: list[dict[str, Any]] = []
     for result in own:
         after = read_samples(output / result.folder)

@@ -60,7 +60,7 @@ def evaluate(
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
 
     Raises:
-        EvalError: see `runner.run_task` and `runner.open_run`.
+        EvalError: see `task_runner.run_task` and `task_runner.open_run`.
     """
     settings = settings or Settings()
     with open_run(output, model, rank=settings.rank):
@@ -82,7 +82,7 @@ def evaluate_held(
     progress: Progress | None,
     judge: Judge | None,
 ) -> list[TaskResult]:
-    """`evaluate` for a caller that holds the run folder (`runner.open_run`) over several tasks."""
+    """`evaluate` for a caller that holds the run folder (`task_runner.open_run`) over several tasks."""
     data = task.load()
     hasher = Hasher()
     results: list[TaskResult] = []

@@ -150,7 +150,7 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
     `about["unscored"]` is the reason, and a submission file is written to the samples' folder.
 
     Args:
-        place: the folder that `runner.run_task` returned, or TASK@PROTOCOL/MODE.
+        place: the folder that `task_runner.run_task` returned, or TASK@PROTOCOL/MODE.
         rules: a task with the extraction, metric and aggregation to use instead of the original ones; the samples are
             then written to a further view.
         judge: grades free answers.
@@ -172,7 +172,7 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
     if missing:
         raise EvalError(
             f"{view}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
-            "run the evaluation again, it goes on where it stopped."
+            "run the same evaluation again to continue."
         )
     if rules is not None:
         view, task = _with_rules(view, described, task, rules)

@@ -25,14 +25,14 @@ _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|/\S+")
 
 def failures(errors: Sequence[str | None]) -> Iterator[str]:
     """The most common error; errors that differ only in names and numbers count as one."""
-    told = [error for error in errors if error is not None]
-    if not told:
+    found = [error for error in errors if error is not None]
+    if not found:
         return
-    kinds = Counter(_PARTICULAR.sub("...", error) for error in told)
+    kinds = Counter(_PARTICULAR.sub("...", error) for error in found)
     kind, count = kinds.most_common(1)[0]
-    example = next(error for error in told if _PARTICULAR.sub("...", error) == kind)
-    most = "all" if count == len(told) else f"{count} of them"
-    yield f"{len(told)} of {len(errors)} samples failed, {most} like this: {_short(example)}"
+    example = next(error for error in found if _PARTICULAR.sub("...", error) == kind)
+    most = "all" if count == len(found) else f"{count} of them"
+    yield f"{len(found)} of {len(errors)} samples failed, {most} with this error: {_short(example)}"
 
 
 def thinking(answered: Sequence[Scored]) -> Iterator[str]:
@@ -41,8 +41,8 @@ def thinking(answered: Sequence[Scored]) -> Iterator[str]:
     thought, unclosed = sum(answer.thought for answer in answers), sum(answer.unclosed for answer in answers)
     if thought:
         yield (
-            f"{thought} of {len(answers)} answers hold <think> blocks, which were taken out before reading; "
-            f"{unclosed} of these blocks never end, so that there is no answer to read."
+            f"{thought} of {len(answers)} answers contain <think> blocks, which were removed before scoring; "
+            f"{unclosed} of these blocks have no end, so these answers cannot be read."
         )
 
 
@@ -53,17 +53,17 @@ def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
     unread = [sample for sample in answered if not sample.parsed.strip()]
     if len(unread) == len(answered):
         commonest, _ = Counter(_plain(sample.text) for sample in unread).most_common(1)[0]
-        yield f"None of {len(answered)} answers could be read; the commonest is {_short(commonest)!r}."
+        yield f"None of {len(answered)} answers could be read; the most common is {_short(commonest)!r}."
     answers = Counter(_plain(sample.parsed) for sample in answered if sample.parsed.strip())
     if not answers:
         return
     commonest, count = answers.most_common(1)[0]
     expected = sum(commonest in map(_plain, sample.document.answers) for sample in answered)
     if count >= ALIKE * len(answered) and count - expected >= _APART * len(answered):
-        said = "All" if count == len(answered) else f"{count} of"
+        share = "All" if count == len(answered) else f"{count} of"
         yield (
-            f"{said} {len(answered)} answers are {_short(commonest)!r}, the reference of {expected}: the score is that "
-            "of one answer to every question."
+            f"{share} {len(answered)} answers are {_short(commonest)!r}, the reference answer of {expected}: the "
+            "score is that of one answer to every question."
         )
 
 
@@ -75,8 +75,8 @@ def wordy(answered: Sequence[Scored]) -> Iterator[str]:
     missed = lenient - sum(sample.score for sample in answered) / len(answered)
     if missed >= _APART:
         yield (
-            f"{100 * missed:.1f} % of the answers hold the right word among others and count as wrong: with them the "
-            f"score is {100 * lenient:.1f} %. The score is one of the form of answers, too."
+            f"{100 * missed:.1f} % of the answers contain the right word among others and count as wrong. With them "
+            f"the score is {100 * lenient:.1f} %, so the score also measures the form of the answers."
         )
 
 

@@ -20,7 +20,7 @@ from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
-_OURS = ("id", "image", "question", "options", "answer", "category", "hint")
+_KEYS = ("id", "image", "question", "options", "answer", "category", "hint")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -34,11 +34,11 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     Raises:
         EvalError: the data set cannot be opened, or a named column does not exist.
     """
-    unknown = source.columns.keys() - set(_OURS)
+    unknown = source.columns.keys() - set(_KEYS)
     if unknown:
         name = sorted(unknown)[0]
         raise EvalError(
-            f"source.columns: {name!r} is not a document field.{suggestion(name, _OURS)} Fields: {', '.join(_OURS)}."
+            f"source.columns: {name!r} is not a document field.{suggestion(name, _KEYS)} Fields: {', '.join(_KEYS)}."
         )
     from mm_moslora.data.sources.hf_tables import hub_store
 
@@ -48,12 +48,13 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     if source.lm_eval_task is not None:
         documents = checked(_choices(table, source), source=source.path)
         return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
-    for ours, theirs in source.columns.items():
-        names = [part.strip() for part in theirs.split(",")]
+    for field, columns in source.columns.items():
+        names = [part.strip() for part in columns.split(",")]
         missing = [name for name in names if name not in table.column_names]
         if missing:
             raise EvalError(
-                f"{source.path} has no column {missing[0]!r} (for {ours}).{suggestion(missing[0], table.column_names)} "
+                f"{source.path} has no column {missing[0]!r} (for {field})."
+                f"{suggestion(missing[0], table.column_names)} "
                 f"Columns: {', '.join(table.column_names)}."
             )
     rows = len(table)
@@ -150,8 +151,8 @@ def _choices(table: Any, source: Source) -> Iterator[Document]:
         )
 
 
-def _names(columns: Mapping[str, str], ours: str) -> list[str]:
-    return [name.strip() for name in columns.get(ours, ours).split(",")]
+def _names(columns: Mapping[str, str], field: str) -> list[str]:
+    return [name.strip() for name in columns.get(field, field).split(",")]
 
 
 def document(
@@ -180,7 +181,7 @@ def document(
 
     options = _options(row, columns.get("options", "options"))
     identity = str(cell("id") if cell("id") is not None else default_id)
-    used = {part.strip() for name in _OURS for part in columns.get(name, name).split(",")}
+    used = {part.strip() for name in _KEYS for part in columns.get(name, name).split(",")}
     return Document(
         id=identity,
         images=tuple(images),

@@ -125,7 +125,7 @@ def _rows(path: Path, *, required: tuple[str, ...] = ("index", "answer")) -> Ite
         except csv.Error as error:
             if strict and "unexpected end of data" not in str(error):
                 continue  # text after a closing quote: harmless, and common in the field's files
-            raise EvalError(f"{path} is not a sound TSV ({error}): a quote is opened and never closed.") from error
+            raise EvalError(f"{path} is not a valid TSV ({error}): a quote is opened and never closed.") from error
         except UnicodeDecodeError as error:
             raise EvalError(f"{path} is not UTF-8 text ({error}); convert it.") from error
         yield from rows

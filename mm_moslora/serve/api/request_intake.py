@@ -223,7 +223,7 @@ def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
 
 def client_left() -> ApiError:
     """The error for a client that has disconnected; only the log shows it."""
-    return ApiError("The client left.", status=499, code="client_left")
+    return ApiError("The client disconnected.", status=499, code="client_left")
 
 
 async def left(receive: Receive) -> None:

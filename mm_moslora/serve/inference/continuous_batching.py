@@ -187,7 +187,7 @@ class Engine:
             if self._stopping:
                 raise _stopping()
             if len(self._waiting) + len(jobs) > self.limits.queue:
-                raise busy(f"{len(self._waiting)} answers wait already")
+                raise busy(f"{len(self._waiting)} answers are waiting")
             self._waiting.extend(jobs)
             self._changed.notify()
 

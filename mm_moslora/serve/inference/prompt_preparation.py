@@ -93,7 +93,7 @@ def prepare(
 
 def _too_long(what: str, tokens: int, longest: int) -> ApiError:
     return ApiError(
-        f"{what} and the answer up to {tokens}; this model holds {longest} together. Shorten the conversation, send "
+        f"{what} and the answer up to {tokens}; the model's context has {longest}. Shorten the conversation, send "
         "fewer pictures or lower max_tokens.",
         param="messages", code="context_length_exceeded",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Everything that can answer: our model, transformers models, OpenAI-compatible servers, stored answers."""
+"""All backends: models of mm_moslora, transformers models, OpenAI-compatible servers, stored answers."""
 
 from __future__ import annotations
 
@@ -110,10 +110,10 @@ def _with_another_word(content: dict[str, Any]) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["", "hf:"])
-def test_a_model_that_reads_pictures_or_words_otherwise_is_another_model(
+def test_other_processing_of_pictures_or_text_changes_the_fingerprint(
     exported: Path, tmp_path: Path, kind: str, file: str, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Answers that are kept of one must not count for the other."""
+    """Stored answers of one must not count for the other."""
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
     before = open_model(f"{kind}{folder}", precision="fp32").fingerprint
@@ -214,7 +214,7 @@ def test_endpoint_that_is_not_there_ends_the_run_at_once(host: str, monkeypatch:
     assert waits == []
 
 
-def test_endpoint_that_goes_away_is_waited_for_and_then_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_stops_answering_is_retried_and_then_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     with serve(lambda _: "yes") as server:
         model = EndpointModel(Endpoint(url=server.url, model="m", attempts=3))
@@ -247,7 +247,7 @@ def test_endpoint_scores_options_from_the_first_tokens_and_never_guesses() -> No
 @pytest.mark.parametrize(
     "name", ["openai:no-url", "openai:http://127.0.0.1/v1", "openai:http://me:pw@host/v1#m", "nowhere"]
 )
-def test_a_model_name_that_means_nothing_is_explained(name: str) -> None:
+def test_an_unknown_model_name_is_an_error_with_the_forms(name: str) -> None:
     with pytest.raises(EvalError) as error:
         open_model(name)
     assert "pw" not in str(error.value)
@@ -332,7 +332,7 @@ SHEET = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 
 
 def workbook(path: Path) -> None:
-    """What pandas writes for VLMEvalKit: shared strings, numbers as numbers, an empty cell left out."""
+    """A workbook as pandas writes it for VLMEvalKit: shared strings, numbers as numbers, no empty cells."""
     strings = ["index", "question", "prediction", *dict.fromkeys(SAID), "line_x000A_break"]
     shared = "".join(f"<si><t>{text}</t></si>" for text in strings)
 
@@ -354,7 +354,7 @@ def workbook(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write"), [("a.jsonl", llava_mme), ("b.jsonl", lmms_eval_samples), ("c.xlsx", workbook)]
 )
-def test_replay_reads_what_other_harnesses_leave(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_replay_reads_files_of_other_harnesses(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
     task = get_task(mme_bench(tmp_path))
     write(tmp_path / name)
     model = ReplayModel(tmp_path / name)
@@ -376,7 +376,7 @@ def test_replay_reads_the_workbook_that_export_writes(question_file: Path, tmp_p
 
 
 def test_a_workbook_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A megabyte of a zip file may hold a gigabyte; what the file says of its size is not believed."""
+    """A megabyte of a zip file may unpack to a gigabyte; the size in its header is not trusted."""
     monkeypatch.setattr("mm_moslora_eval.backends.stored_answers._MOST_CELLS", 1 << 16)
     bomb = tmp_path / "bomb.xlsx"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as book:
@@ -394,7 +394,7 @@ def test_a_workbook_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytes
     ("name", "data"),
     [("a.xlsx", b"no zip"), ("b.xlsx", None), ("c.jsonl", b'{"doc_id": 1, "resps": []}\n'), ("d.jsonl", b"[" * 99999)],
 )
-def test_replay_refuses_what_it_cannot_read(name: str, data: bytes | None, tmp_path: Path) -> None:
+def test_replay_refuses_unreadable_files(name: str, data: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / name
     if data is None:
         with zipfile.ZipFile(path, "w") as book:

@@ -1,4 +1,4 @@
-"""What `mm-moslora eval run --model RUN` leaves with the run: rows and samples for its report, scores for trackers."""
+"""`mm-moslora eval run --model RUN` stores rows and samples in the run for its report, and sends scores to trackers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def measured(
     return folder
 
 
-def test_the_run_folder_holds_what_its_report_shows(measured: Path) -> None:
+def test_the_run_folder_holds_the_scores_and_samples_of_its_report(measured: Path) -> None:
     rows = json.loads((measured / "run" / "evaluation.json").read_text())
     assert [row["name"] for row in rows] == ["tuned", "untuned", "untuned_lenient", "wrong_image", "majority"]
     by_name = {row["name"]: row for row in rows}
@@ -91,7 +91,7 @@ def test_the_run_folder_holds_what_its_report_shows(measured: Path) -> None:
     assert (measured / "run" / "metrics.jsonl").read_text() == (measured / "metrics").read_text()
 
 
-def test_every_tracker_leads_from_the_score_to_the_adapter(measured: Path) -> None:
+def test_every_tracker_links_the_score_to_the_adapter(measured: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = measured / "run"
@@ -116,7 +116,7 @@ def test_every_tracker_leads_from_the_score_to_the_adapter(measured: Path) -> No
     assert any(row.get("train/step") == 4 and "eval/test" in row for row in named[last])
 
 
-def test_a_model_that_is_no_run_of_ours_is_left_alone(measured: Path, tmp_path: Path, records: Path) -> None:
+def test_the_folder_of_a_model_without_a_run_gets_no_scores(measured: Path, tmp_path: Path, records: Path) -> None:
     task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
     export = tmp_path / "export"
     assert cli.run(["merge", str(measured / "run"), str(export)]) == 0
@@ -129,7 +129,7 @@ def test_a_model_that_is_no_run_of_ours_is_left_alone(measured: Path, tmp_path: 
     assert (measured / "run" / "evaluations.jsonl").read_text() == kept
 
 
-def test_what_an_earlier_model_was_ahead_by_is_forgotten(tmp_path: Path) -> None:
+def test_differences_of_an_earlier_model_are_removed(tmp_path: Path) -> None:
     less = {"value": 0.5, "low": 0.4, "high": 0.6, "groups": 20}
     shared = {"subject": "s", "task": "t", "n": 20, "less": less}
     known = [shared | {"name": "tuned", "model": "a"}, shared | {"name": "untuned", "model": None}]
@@ -140,7 +140,7 @@ def test_what_an_earlier_model_was_ahead_by_is_forgotten(tmp_path: Path) -> None
 
 
 def test_baselines_learn_from_the_training_file(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:
-    """In the folder that the recipe names, for its pictures lie elsewhere."""
+    """Its pictures are in the folder that the recipe names."""
     (tmp_path / "train.jsonl").write_text(records.read_text())
     task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
     line = ["eval", "run", task, "--model", str(measured / "run"), "--no-track", "--baselines", "majority",
@@ -151,7 +151,7 @@ def test_baselines_learn_from_the_training_file(measured: Path, tmp_path: Path, 
     assert "missing.jsonl" in capsys.readouterr().err
 
 
-def test_an_export_has_no_before(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:
+def test_an_export_has_no_model_before_tuning(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:
     assert cli.run(["merge", str(measured / "run"), str(tmp_path / "export")]) == 0
     task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
     line = ["eval", "run", task, "--model", str(tmp_path / "export"), "--output", str(tmp_path / "eval"), "--untuned"]
@@ -159,8 +159,8 @@ def test_an_export_has_no_before(measured: Path, tmp_path: Path, records: Path, 
     assert "has no model before tuning" in capsys.readouterr().err
 
 
-def test_two_evaluations_that_end_together_both_leave_their_scores(measured: Path, monkeypatch: Any) -> None:
-    """The second comes while the first has read the scores that are there and not yet written its own."""
+def test_two_evaluations_that_end_together_both_store_their_scores(measured: Path, monkeypatch: Any) -> None:
+    """The second one writes after the first has read the stored scores and before it writes its own."""
     monkeypatch.setattr(run_evidence, "_tell_trackers", lambda *_, **__: None)
     results = {result.mode: result for result in read_results(measured / "eval")}
     scores = measured / "run" / "evaluation.json"
@@ -184,10 +184,10 @@ def _tracked(run: Path) -> list[tuple[str, str, int, float]]:
     return [(row["task"], row["name"], row["n"], row["mean"]) for row in rows]
 
 
-def test_a_smaller_or_failed_run_never_takes_the_place_of_a_complete_one(
+def test_a_smaller_or_failed_run_never_replaces_a_complete_one(
     measured: Path, tmp_path: Path, records: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    """The same file with a limit, another file of the same name, and runs of which samples fail."""
+    """The same file with a limit, another file of the same name, and runs with failed samples."""
     monkeypatch.setattr(run_evidence, "_tell_trackers", lambda *_, **__: None)
     run, images = measured / "run", records.parent / "images"
     line = ["eval", "run", f"llava:{measured / 'test.jsonl'}@{images}", "--model", str(run), "--no-report"]
@@ -225,7 +225,7 @@ def test_a_smaller_or_failed_run_never_takes_the_place_of_a_complete_one(
     assert len(metrics) == 3
 
 
-def test_scores_of_an_older_step_leave_with_it(tmp_path: Path) -> None:
+def test_scores_of_an_older_step_are_removed(tmp_path: Path) -> None:
     row = {"name": "tuned", "task": "t", "subject": "s", "n": 3, "model": "a", "failed": 0, "mean": 0.5}
     control, floor = row | {"name": "wrong_image"}, row | {"name": "majority", "model": None}
     run_evidence._merge(tmp_path / "evaluation.json", [row, control, floor], [row | {"model": "b", "mean": 0.7}])
@@ -233,7 +233,7 @@ def test_scores_of_an_older_step_leave_with_it(tmp_path: Path) -> None:
     assert [(item["name"], item["model"]) for item in kept] == [("tuned", "b"), ("majority", None)]
 
 
-def test_a_foreign_run_copies_and_shows_no_file_of_this_machine(
+def test_a_run_of_another_person_shows_no_file_of_this_machine(
     measured: Path, tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Paths in samples.jsonl and task.json of somebody else's evaluation, and links in its folder, open nothing."""
@@ -270,7 +270,7 @@ def _caption(number: int) -> str:
 
 
 class Describer(FakeModel):
-    """Describes the picture that it is shown, in as many right words of eight."""
+    """Describes the picture with the given number of right words out of eight."""
 
     def __init__(self, folder: Path, *, right: int) -> None:
         super().__init__(fingerprint=f"describes{right}")
@@ -285,8 +285,8 @@ class Describer(FakeModel):
 
 
 @pytest.mark.parametrize("right", [2, 7])
-def test_captions_are_told_by_the_name_of_their_score(tmp_path: Path, right: int) -> None:
-    """CIDEr is no share: it may be above 1, and single captions are neither right nor wrong."""
+def test_caption_scores_are_named_cider(tmp_path: Path, right: int) -> None:
+    """CIDEr is not a share: it may be above 1, and single captions are neither right nor wrong."""
     for number in range(CAPTIONED):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     rows = [
@@ -298,8 +298,8 @@ def test_captions_are_told_by_the_name_of_their_score(tmp_path: Path, right: int
     output = tmp_path / "eval"
     results = evaluate(Describer(tmp_path, right=right), task, output, modes=MODES, baselines=("majority",))
     before = evaluate(Describer(tmp_path, right=0), task, output / run_evidence.UNTUNED, modes=("own",), baselines=())
-    told = run_evidence._whole(list(run_evidence._told(results, before, output)))
-    kept = {item.name: run_evidence._row(item, step=1, model="m") for item in told}
+    named = run_evidence._complete_subjects(list(run_evidence._named_results(results, before, output)))
+    kept = {item.name: run_evidence._row(item, step=1, model="m") for item in named}
     assert kept.keys() == {"tuned", "untuned", "wrong_image", "blind", "majority"}
     assert (kept["tuned"]["mean"] > 1) == (right == 7)
     for name in kept.keys() - {"tuned"}:
@@ -317,4 +317,4 @@ def test_captions_are_told_by_the_name_of_their_score(tmp_path: Path, right: int
     assert "answered right" not in page
     assert " points" not in page
     lost = replace(results[0], counts=replace(results[0].counts, scored=0))
-    assert run_evidence._whole([replace(told[0], result=lost), *told[1:]]) == []
+    assert run_evidence._complete_subjects([replace(named[0], result=lost), *named[1:]]) == []

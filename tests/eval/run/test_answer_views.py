@@ -1,4 +1,4 @@
-"""A selection is a view of the stored answers: nothing is deleted, nothing is mixed, less never replaces more."""
+"""A selection is a view of the stored answers: nothing is deleted, and less never replaces more."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_selection_of_a_finished_run_deletes_and_asks_nothing(
     assert sorted(result.n for result in eval_commands.score(run)) == [1, 40]
 
 
-def test_answers_of_a_selection_serve_the_whole_and_another_selection(tmp_path: Path) -> None:
+def test_answers_of_a_selection_are_reused_by_other_selections(tmp_path: Path) -> None:
     data, run = write_questions(tmp_path / "data", count=20), tmp_path / "run"
     asked(run, data, limit=5, modes=("wrong",))
     first, _ = asked(run, data, samples=("q2", "q7"), modes=("wrong",))
@@ -102,7 +102,7 @@ def test_runs_on_other_documents_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_scores_by_unlike_rules_are_neither_compared_nor_put_under_one_heading(tmp_path: Path) -> None:
-    """A task file that was edited keeps its name and protocol."""
+    """An edited task file keeps its name and protocol."""
     task = get_task(f"llava:{write_questions(tmp_path / 'data', count=12)}")
     edited = dataclasses.replace(task, metric="anls")
     for run, rules in (("a", task), ("b", edited)):
@@ -134,7 +134,7 @@ def test_a_changed_picture_is_another_view_and_the_old_one_stays(tmp_path: Path)
     assert restored == before
 
 
-def test_answers_that_another_process_still_writes_are_left_to_it(tmp_path: Path) -> None:
+def test_answers_that_another_process_writes_are_not_merged(tmp_path: Path) -> None:
     with AnswerLog(tmp_path, rank=1, batch_size=1) as writing:
         writing.add({"key": "b", "text": "1"})
         with AnswerLog(tmp_path, rank=0, batch_size=1) as log:
@@ -147,7 +147,7 @@ def test_answers_that_another_process_still_writes_are_left_to_it(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
-def test_a_model_is_known_by_its_weights_and_not_by_its_path(tmp_path: Path) -> None:
+def test_a_model_is_identified_by_its_weights_and_not_by_its_path(tmp_path: Path) -> None:
     data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
     asked(run, data)
     renamed = FakeModel()
@@ -212,7 +212,7 @@ def test_scoring_keeps_the_untuned_models_results_apart(tmp_path: Path) -> None:
     assert [json.loads(text)["results"] for text in before] == [json.loads(text)["results"] for text in after]
 
 
-def test_results_say_what_computed_the_answers_whoever_scores_them(
+def test_results_keep_the_environment_of_the_answers_when_scored_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Detailed(FakeModel):
@@ -238,7 +238,7 @@ def test_results_say_what_computed_the_answers_whoever_scores_them(
 
 
 class Constant(FakeModel):
-    """Says one word to everything."""
+    """Gives one word as every answer."""
 
     def __init__(self, said: str) -> None:
         super().__init__()
@@ -248,10 +248,10 @@ class Constant(FakeModel):
         return Answer(text=self.said, tokens=1, finish_reason="stop")
 
 
-def test_one_answer_to_every_question_is_pointed_out(tmp_path: Path) -> None:
+def test_one_answer_to_every_question_is_a_remark(tmp_path: Path) -> None:
     data, run = write_questions(tmp_path / "data", count=48), tmp_path / "run"
     _, (result,) = asked(run, data, model=Constant("Yes."))
-    said = "All 48 answers are 'yes', the reference of 12: the score is that of one answer to every question."
+    said = "All 48 answers are 'yes', the reference answer of 12: the score is that of one answer to every question."
     assert result.remarks == (said,)
     assert said in eval_commands.table([result])
     assert said in json.loads((run / "results.json").read_text())["results"][0]["remarks"]
@@ -260,7 +260,7 @@ def test_one_answer_to_every_question_is_pointed_out(tmp_path: Path) -> None:
     assert mixed.remarks == ()
 
 
-def test_an_answer_that_fits_all_questions_is_no_fault(tmp_path: Path) -> None:
+def test_one_answer_that_is_right_for_all_questions_is_no_remark(tmp_path: Path) -> None:
     data = write_questions(tmp_path / "data", count=12)
     rows = [json.loads(text) | {"answer": "yes"} for text in data.read_text().splitlines()]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -268,18 +268,20 @@ def test_an_answer_that_fits_all_questions_is_no_fault(tmp_path: Path) -> None:
     assert (result.score, result.remarks) == (1.0, ())
 
 
-def test_failures_come_with_their_commonest_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_most_common_error_of_failed_samples_is_a_remark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_questions(tmp_path / "data", count=5)
     stored = tmp_path / "stored.json"
     stored.write_text(json.dumps({"q0": "yes"}))
     line = ["eval", "run", f"llava:{data}", "--model", f"replay:{stored}", "--output", str(tmp_path / "run")]
     assert command_line.run(line) == 3
-    reason = "4 of 5 samples failed, all like this: RuntimeError:"
+    reason = "4 of 5 samples failed, all with this error: RuntimeError:"
     assert reason in capsys.readouterr().out
     assert reason in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_run_of_a_release_without_views_is_read_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_of_a_release_without_views_is_read_and_continued(tmp_path: Path) -> None:
     data, run = write_questions(tmp_path / "data", count=12), tmp_path / "run"
     _, (before,) = asked(run, data)
     view = run / before.folder
@@ -323,7 +325,7 @@ def test_an_endpoint_that_hangs_does_not_outlive_an_interrupt() -> None:
         connection.close()
 
 
-def test_a_reply_that_breaks_off_is_asked_for_again() -> None:
+def test_an_incomplete_reply_is_requested_again() -> None:
     whole = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
     served = 0
 
@@ -347,7 +349,7 @@ def test_a_reply_that_breaks_off_is_asked_for_again() -> None:
     assert EndpointModel(endpoint).endpoint.usage.retries == 1
 
 
-def test_a_description_says_which_pictures_are_shown_and_what_cannot_be_asked(tmp_path: Path) -> None:
+def test_a_description_names_shown_pictures_and_documents_without_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(picture(0))
     rows = [
         {"question_id": "a", "image": "0.png", "text": "<image>\nWhat?", "answer": "x"},

@@ -103,7 +103,7 @@ def test_input_08_mmvet_is_graded_retried_cached_and_counted(mmvet: Path, tmp_pa
     assert all(json.loads(path.read_text())["reply"] for path in (tmp_path / "run" / "judge").glob("*.json"))
 
 
-def test_the_budget_ends_the_grading_and_keeps_what_was_said(mmvet: Path, tmp_path: Path) -> None:
+def test_the_budget_ends_the_grading_and_keeps_the_replies(mmvet: Path, tmp_path: Path) -> None:
     task = judged_task(mmvet, "mmvet")
     evaluate(FakeModel(), task, tmp_path / "run", modes=("own",), settings=ONE)
     place = tmp_path / "run" / "mmvet@own" / "own"
@@ -138,7 +138,7 @@ def test_input_08_a_judge_that_is_down_is_no_zero_and_does_not_stop_the_next_tas
     assert [result.task for result in read_results(run)] == ["judged", "plain"]
 
 
-def test_what_a_judge_has_said_outlives_a_call_without_one(mmvet: Path, tmp_path: Path) -> None:
+def test_grades_survive_scoring_without_a_judge(mmvet: Path, tmp_path: Path) -> None:
     task, run = judged_task(mmvet, "mmvet"), tmp_path / "run"
     with serve(grades) as server:
         judge = Judge(Endpoint(url=server.url, model="j", first_wait=0.01), cache=run / "judge")
@@ -159,7 +159,7 @@ def test_a_damaged_reply_in_the_cache_is_asked_for_again(tmp_path: Path) -> None
         assert len(server.payloads) == 2
 
 
-def test_two_judges_of_one_name_at_two_addresses_share_no_reply(tmp_path: Path) -> None:
+def test_two_judges_with_one_name_and_two_addresses_share_no_reply(tmp_path: Path) -> None:
     with serve(lambda _: "0.5") as one, serve(lambda _: "0.9") as other:
         for _ in range(2):
             for server, reply in ((one, "0.5"), (other, "0.9")):
@@ -258,7 +258,7 @@ def _workbook(data: bytes) -> list[list[str]]:
     return [["".join(cell.itertext()) for cell in row.iter(f"{name}c")] for row in sheet.iter(f"{name}row")]
 
 
-def test_a_file_of_the_user_is_no_place_for_a_submission(answered: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_refused_for_a_submission(answered: Path, tmp_path: Path) -> None:
     mine = tmp_path / "answers.json"
     mine.write_text("mine")
     with pytest.raises(ConfigError, match=r"answers\.json exists and is not replaced"):
@@ -266,7 +266,7 @@ def test_a_file_of_the_user_is_no_place_for_a_submission(answered: Path, tmp_pat
     assert mine.read_text() == "mine"
 
 
-def test_a_folder_is_no_place_for_a_submission(answered: Path, tmp_path: Path) -> None:
+def test_a_folder_is_refused_for_a_submission(answered: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder; expected the file to write"):
         write_submission(answered, tmp_path, form="vizwiz")
 

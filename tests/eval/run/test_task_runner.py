@@ -1,4 +1,4 @@
-"""The runner loses nothing, mixes nothing and asks nothing twice."""
+"""The runner loses no answers, mixes none and asks no question twice."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_document_is_asked_once_and_scored_once(question_file: Path, tmp_p
     assert [item.to_dict() for item in read_results(tmp_path / "run")] == [item.to_dict() for item in results]
 
 
-def test_second_run_calls_the_model_for_nothing(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+def test_a_second_run_does_not_call_the_model(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
     first = evaluate(model, task_of(question_file), tmp_path / "run", settings=ONE)
     before = stripped(tmp_path / "run" / "results.json")
     again = FakeModel()
@@ -329,7 +329,7 @@ def _without_times(path: Path) -> bytes:
 
 @pytest.mark.slow
 def test_kill_9_at_random_points(tmp_path: Path) -> None:
-    """Two ranks killed ten times at random points end with the files of a quiet run byte for byte, times aside."""
+    """Two ranks, killed ten times at random points, write the files of an undisturbed run, except times."""
     data = write_questions(tmp_path / "data", count=120, pictures=24)
     _finish(_start(data, tmp_path / "quiet", tmp_path / "quiet.log", 1, 0.0))
     generator = random.Random(7)
@@ -356,9 +356,7 @@ def test_kill_9_at_random_points(tmp_path: Path) -> None:
     assert len([name for name in asked if name != "q5"]) <= 2 * 119 + kills * 4
 
 
-def test_hosts_whose_processes_have_the_same_number_write_the_same_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_process_ids_on_two_hosts_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
     just_before(monkeypatch, Path, "replace", lambda: replace_text(path, "theirs"), when=lambda *_: True)
     replace_text(path, "ours")
@@ -366,7 +364,7 @@ def test_hosts_whose_processes_have_the_same_number_write_the_same_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_of_the_user_is_no_place_for_an_evaluation(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_for_an_evaluation(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("mine")
     with pytest.raises(ConfigError, match=r"already holds results\.json"), open_run(tmp_path, FakeModel()):
         pytest.fail("it would be overwritten")

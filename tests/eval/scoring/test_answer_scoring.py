@@ -1,4 +1,4 @@
-"""Defaults where the field's code is wrong, statistics against textbook values, baselines, corpus metrics."""
+"""Defaults where reference implementations have bugs, statistics against textbook values, baselines, corpus metrics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def task(**changes: Any) -> Task:
     return Task(**{"name": "t", "source": Source(kind="tsv", path="t.tsv"), **changes})
 
 
-def test_defaults_do_not_share_the_anchors_faults() -> None:
+def test_defaults_do_not_have_the_faults_of_the_reference_implementations() -> None:
     assert multiple_choice.extract_letter("Sorry, I can't help with images of people yet.", OPTIONS) == ""
     assert multiple_choice.extract_letter("a rabbit", {"A": "", "B": "rabbit"}) == "B"
     assert vqa_accuracy.normalize("a." * 40) == "a" * 40
@@ -82,7 +82,7 @@ def test_intervals() -> None:
     assert error_bars.sign_test(0, 0) == 1.0
 
 
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_true_value_at_its_level() -> None:
     generator = random.Random(0)
     hits = 0
     for _ in range(1000):
@@ -100,7 +100,7 @@ def test_clusters_widen_the_error_of_correlated_samples() -> None:
 
 
 @pytest.mark.parametrize("right", [0.0, 1.0])
-def test_answers_that_are_all_alike_leave_an_interval_as_wide_as_their_pictures_allow(right: float) -> None:
+def test_equal_scores_have_the_interval_of_their_number_of_pictures(right: float) -> None:
     samples = [
         Scored(document=Document(id=str(i), question="?"), text="", parsed="", score=right, cluster=i % 10)
         for i in range(40)
@@ -110,7 +110,7 @@ def test_answers_that_are_all_alike_leave_an_interval_as_wide_as_their_pictures_
     assert (found.low, found.high) == error_bars.wilson_interval(10 * right, 10)
 
 
-def test_paired_comparison_sees_what_two_intervals_do_not() -> None:
+def test_a_paired_comparison_shows_more_than_two_intervals() -> None:
     generator = random.Random(1)
     hard = [float(generator.random() < 0.5) for _ in range(400)]
     better = [max(value, float(generator.random() < 0.05)) for value in hard]

@@ -1,4 +1,4 @@
-"""Corners of the metrics where the field's implementations surprise, each by the behaviour a reader of scores sees."""
+"""Edge cases of the metrics in which reference implementations differ from expectation."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_mmvet_grades(reply: str, strict: float | None, vlmevalkit: float | None
     assert [read(reply) for read in readers] == [strict, vlmevalkit, lmms_eval]
 
 
-def test_mmvet_table_row_sets_its_marks_apart() -> None:
+def test_mmvet_table_row_escapes_its_separators() -> None:
     row = judge_scores.mmvet_table_row("x?", "-1<AND>-5<OR>0", "x = 3")
     assert row == "x? | -1 <AND> -5 <OR> 0 | x = 3 | "
 
@@ -187,7 +187,7 @@ def test_vqa_normalisers_differ_where_they_are_known_to() -> None:
     assert vqa_accuracy.normalize_evalai("." * 40) == "." * 8
 
 
-def test_yes_and_no_across_the_anchors() -> None:
+def test_yes_and_no_in_the_reference_implementations() -> None:
     readers = (yes_no.vlmevalkit, yes_no.mme_lmms_eval, yes_no.pope_llava, yes_no.pope_lmms_eval)
     assert [read("Yes, no doubt") for read in readers] == ["", "yes", "no", ""]
     assert [read("") for read in readers] == ["", "", "yes", ""]

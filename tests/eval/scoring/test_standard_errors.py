@@ -25,7 +25,7 @@ SPLITS = ("random", "popular", "adversarial")
 
 
 def samples_of(seed: int, *, rotations: bool = False) -> list[Scored]:
-    """Two to four questions on each picture, whose scores go together."""
+    """Two to four questions on each picture, with correlated scores."""
     generator = np.random.default_rng(seed)
     made = []
     for picture in range(PICTURES):
@@ -169,7 +169,7 @@ def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) 
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-def test_what_samples_bring_has_the_mean_and_the_error_of_the_score(name: str) -> None:
+def test_contributions_of_samples_have_the_mean_and_the_error_of_the_score(name: str) -> None:
     samples = prepared(name, seed=3)
     brought = score_by_sample(name, samples)
     assert np.mean(brought) == pytest.approx(AGGREGATIONS[name](samples).score)

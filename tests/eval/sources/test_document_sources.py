@@ -1,4 +1,4 @@
-"""Data files: good ones become documents, bad ones a clear error or a counted failure, never a wrong score."""
+"""Data files: valid ones become documents, invalid ones a clear error or a counted failure, never a wrong score."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_tsv_row_that_cannot_be_asked_is_counted_as_failed(
         ("index\tquestion\tanswer\n", "holds no documents"),
     ],
 )
-def test_tsv_that_is_not_sound_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_tsv_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.tsv"
     path.write_text(text)
     with pytest.raises(EvalError, match=message):
@@ -171,7 +171,7 @@ def test_llava_conversations_give_one_document_per_pair(tmp_path: Path) -> None:
         ('{"id": "x", "conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]}', "are from"),
     ],
 )
-def test_llava_file_that_is_not_sound_is_refused(tmp_path: Path, line: str, message: str) -> None:
+def test_an_invalid_llava_file_is_refused(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(EvalError, match=message):
@@ -200,7 +200,7 @@ def test_braces_in_a_question_stay_as_they_are(tmp_path: Path) -> None:
     assert task.prompt.text(task.load().documents[0]) == "Is {hint} in {0}?"
 
 
-def test_local_parquet_is_a_task_of_ten_lines(tmp_path: Path) -> None:
+def test_a_local_parquet_file_is_a_task(tmp_path: Path) -> None:
     import datasets
 
     table = {"q": ["What?", "Which?"], "choices": [["cat", "dog"], ["a", "b"]], "label": [1, 0], "topic": ["x", "y"]}
@@ -224,7 +224,7 @@ metric: equal
 
 
 def hf_documents(folder: Path, images: list[Any], **source: str) -> list[Document]:
-    """Of a task file whose data lie beside it in a parquet file."""
+    """Documents of a task file with a parquet file beside it."""
     import datasets
 
     rows = [{"id": str(n), "question": "q", "answer": "a", "image": image} for n, image in enumerate(images)]
@@ -274,7 +274,7 @@ def test_a_picture_cell_opens_nothing_outside_either(tmp_path: Path) -> None:
 
 
 def problem_of(document: Document) -> str | None:
-    """Why a document cannot be asked, once its pictures are read."""
+    """The reason why a document cannot be asked, after its pictures are read."""
     task = get_task("pope")
     return Preparation(task, [document], mode="own", seed=0, fingerprint="", hasher=Hasher()).items[0].problem
 
@@ -346,7 +346,7 @@ def test_folders_and_files_with_an_at_sign_are_found(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("protocol", ["../../elsewhere", "/tmp/x", "..", "a/b", "a@b", "", "a\\b", "x" * 300])
-def test_a_protocol_is_a_name_and_no_path(tmp_path: Path, protocol: str) -> None:
+def test_a_protocol_name_is_not_a_path(tmp_path: Path, protocol: str) -> None:
     path = tmp_path / "t.yaml"
     path.write_text(f"name: t\nprotocol: '{protocol}'\nsource: {{kind: tsv, path: x}}\n")
     with pytest.raises((ConfigError, EvalError), match=r"not acceptable|name of more than"):
@@ -383,7 +383,7 @@ def test_unknown_names_get_a_suggestion() -> None:
         get_task("pope@llama")
 
 
-def test_every_shipped_task_is_sound_and_described() -> None:
+def test_every_shipped_task_is_valid_and_described() -> None:
     tasks = all_tasks()
     assert len({task.name for task in tasks.values()}) >= 30
     for identifier, task in tasks.items():
@@ -428,9 +428,7 @@ def test_a_saved_folder_that_is_damaged_is_one_clear_error(state: str, tmp_path:
     assert str(caught.value)
 
 
-def test_a_hub_set_shows_no_picture_that_another_set_left_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_set_shows_no_cached_picture_of_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import huggingface_hub
 
@@ -457,7 +455,7 @@ def test_a_hub_set_shows_no_picture_that_another_set_left_in_the_cache(
             assert own.images[0].read() == picture(1)
 
 
-def test_a_saved_folder_is_known_by_its_content_and_a_hub_set_by_its_commit(
+def test_a_saved_folder_is_identified_by_content_and_a_hub_set_by_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil

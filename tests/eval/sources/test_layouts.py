@@ -188,11 +188,11 @@ def answer_of(answer: Any, answer_is: str = "auto", options: tuple[str, ...] = (
         ("3", "auto", "C"),
     ],
 )
-def test_what_an_answer_says_about_the_options(answer: Any, answer_is: str, letter: str) -> None:
+def test_answer_is_names_the_option(answer: Any, answer_is: str, letter: str) -> None:
     assert answer_of(answer, answer_is).answers == (letter,)
 
 
-def test_a_number_that_is_an_index_and_a_text_is_not_guessed() -> None:
+def test_a_number_that_may_be_an_index_or_a_text_is_an_error() -> None:
     with pytest.raises(EvalError, match="option C as an index and option B as a text"):
         answer_of("2")
     assert answer_of("1", options=("cat", "dog")).answers == ("B",)

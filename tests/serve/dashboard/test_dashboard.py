@@ -120,7 +120,7 @@ def test_a_recipe_that_links_out_of_the_run_is_not_shown(runs: Path) -> None:
     assert "canary" not in json.dumps([folder.rows(), folder.detail("sweep/rank4")])
 
 
-def test_a_heartbeat_that_is_a_pipe_does_not_hold_the_board(runs: Path) -> None:
+def test_a_heartbeat_that_is_a_pipe_does_not_block_the_board(runs: Path) -> None:
     run = runs / "sweep" / "rank4"
     (run / "state.json").write_text('{"state": "running", "host": "elsewhere", "process": 1}')
     (run / "heartbeat").mkdir(exist_ok=True)
@@ -129,7 +129,7 @@ def test_a_heartbeat_that_is_a_pipe_does_not_hold_the_board(runs: Path) -> None:
     assert row["state"] in ("running", "stopped", "killed")
 
 
-def test_runs_that_bear_the_name_of_a_stage_are_runs_of_their_own(tmp_path: Path) -> None:
+def test_runs_with_the_name_of_a_stage_are_separate_runs(tmp_path: Path) -> None:
     for name in ("align", "tune", "mine", "mine/inner"):
         make_run(tmp_path / name, steps=5, total=30, rank=4, mean=None)
     (tmp_path / "mine" / "state.json").write_text('{"state": "stopped"}')
@@ -149,7 +149,7 @@ def test_runs_that_bear_the_name_of_a_stage_are_runs_of_their_own(tmp_path: Path
      ("evaluation.json", '[{"categories": 3}]'),
      ("state.json", '{"stages": [["x"]], "reason": 3, "state": "failed", "ranks": 4}')],
 )  # fmt: skip
-def test_no_file_of_one_run_takes_the_others_away(name: str, content: str, runs: Path) -> None:
+def test_a_bad_file_of_one_run_does_not_hide_the_others(name: str, content: str, runs: Path) -> None:
     from starlette.testclient import TestClient
 
     (runs / "sweep" / "rank8" / name).write_text(content)
@@ -160,7 +160,7 @@ def test_no_file_of_one_run_takes_the_others_away(name: str, content: str, runs:
     assert client.get("/api/run", params={"id": "sweep/rank8"}).status_code == 200
 
 
-def test_several_may_look_while_runs_come_and_go(runs: Path) -> None:
+def test_several_clients_read_while_runs_appear_and_disappear(runs: Path) -> None:
     folder = Folder(runs)
     stop = threading.Event()
 
@@ -210,7 +210,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         create_board(tmp_path / "nowhere")
 
 
-def test_no_path_leads_out_and_other_hosts_get_nothing(port: int) -> None:
+def test_paths_out_of_the_folder_and_other_hosts_are_refused(port: int) -> None:
     import httpx
 
     url = f"http://127.0.0.1:{port}"
@@ -274,7 +274,7 @@ def test_in_a_browser_it_follows_compares_filters_and_shows(port: int, runs: Pat
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
-def test_ctrl_c_ends_it_quietly_while_somebody_watches(runs: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_it_without_errors_while_a_client_is_connected(runs: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mm_moslora", "board", str(runs), "--port", "0"]
     with (
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,

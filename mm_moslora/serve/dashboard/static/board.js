@@ -180,7 +180,7 @@
     const keys = [...new Set(chosen.flatMap((id) => Object.keys(row(id)?.recipe ?? {})))].sort();
     const lines = keys.map((key) => [key, chosen.map((id) => row(id)?.recipe[key] ?? "·")]).filter(([, cells]) => chosen.length < 2 || new Set(cells).size > 1);
     if (!lines.length) return missing(chosen.length > 1 ? "The recipes are equal, or missing." : "This run has no recipe in its folder.");
-    return make("div", { class: "card scroll" }, make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, chosen.length > 1 ? "What differs" : "Key"), ...chosen.map((id) => make("th", {}, title(id))))),
+    return make("div", { class: "card scroll" }, make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, chosen.length > 1 ? "Differing key" : "Key"), ...chosen.map((id) => make("th", {}, title(id))))),
       make("tbody", {}, ...lines.map(([key, cells]) => make("tr", {}, make("td", {}, make("code", {}, key)), ...cells.map((cell) => make("td", {}, cell)))))));
   };
 
