@@ -219,7 +219,9 @@ class _Clock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.json"
-        self.seconds: dict[str, float] = kept(self.path, dict, fits=lambda said: format_seconds(_total(said))) or {}
+        self.seconds: dict[str, float] = (
+            kept(self.path, dict, fits=lambda content: format_seconds(_total(content))) or {}
+        )
 
     def stage(self, name: str) -> _Stage:
         return _Stage(self, name)
@@ -403,7 +405,9 @@ def _summarise(
 def _tuned(folder: Path) -> dict[str, Any]:
     """The summary of the tuned stage; where it is damaged, an earlier call's copy, or an empty one."""
     for place in (folder / "tune", folder):
-        if found := kept(place / "summary.json", dict, fits=lambda said: said["tokens_per_image"] + said["memory_gib"]):
+        if found := kept(
+            place / "summary.json", dict, fits=lambda content: content["tokens_per_image"] + content["memory_gib"]
+        ):
             return dict(found)
     return {}
 

@@ -134,7 +134,7 @@ def initialise(
                 with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
                     stream.writelines(lines)
         discard(output / MARK)  # the folder is now the user's, and this project replaces nothing in it
-    return _told(output, data, size)
+    return _closing_text(output, data, size)
 
 
 def _repeated_file(times: int) -> str:
@@ -210,7 +210,7 @@ aggregation: caption
 """
 
 
-def _told(output: Path, data: OwnData, size: Size) -> str:
+def _closing_text(output: Path, data: OwnData, size: Size) -> str:
     task = str(output / "task.yaml") if data.captions else f"llava:{output / 'test.jsonl'}@{data.images}"
     run = str(output / "run")
     modes = ("own", "wrong", "blind") if data.test_pictures >= LEAST_TEST else ("own", "blind")

@@ -130,13 +130,13 @@ def _verdict(groups: Sequence[tuple[str, EvaluationRow]]) -> str | None:
     if len(tuned) < 2:
         return None
     ranked = sorted(tuned, key=lambda item: -item[1].score.mean)
-    (best_name, best), (_, second) = ranked[0], ranked[1]
-    apart = best.score.low > second.score.high
-    level = [name for name, row in ranked if row.score.high >= best.score.low]
+    best = ranked[0][1].score
+    level = [name for name, row in ranked if row.score.high >= best.low]
     rows = {name: [row for other, row in groups if other == name] for name, row in ranked if row.pictures}
     idle = [name for name, its in rows.items() if not judge_tuning(summary_text.differences(its)).looks]
-    said = best_of([best_name] if apart else level, apart, idle=idle)
-    return " ".join([said, *(f"{name}: {remark}" for name, row in ranked for remark in row.remarks)])
+    return " ".join(
+        [best_of(level, idle=idle), *(f"{name}: {remark}" for name, row in ranked for remark in row.remarks)]
+    )
 
 
 def _samples(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:

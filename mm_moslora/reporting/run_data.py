@@ -187,8 +187,8 @@ def load_run(folder: Path) -> RunData:
         alerts=_alerts(folder, stages, notes),
         notes=notes,
     )
-    told = (folder / "state.json").is_file()  # the only file of a run that failed before its first step
-    if not (data.summary or data.stages or told or data.evaluation or data.samples or data.mixers or notes):
+    has_state = (folder / "state.json").is_file()  # the only file of a run that failed before its first step
+    if not (data.summary or data.stages or has_state or data.evaluation or data.samples or data.mixers or notes):
         raise ConfigError(
             f"{folder} holds none of summary.json, metrics.jsonl, evaluation.json, samples.json or mixers.json. "
             f"{_which(folder)}"

@@ -198,16 +198,15 @@ def between(difference: Difference, *, a: str = "A", b: str = "B") -> str:
     return f"It is not shown that {a} and {b} differ{few}"
 
 
-def best_of(names: Sequence[str], apart: bool, *, idle: Sequence[str] = ()) -> str:
+def best_of(names: Sequence[str], *, idle: Sequence[str] = ()) -> str:
     """Which of several runs of a report is best.
 
     Args:
-        names: with `apart` only the best one, else the best one first, with those that overlap it.
-        apart: whether the best one's interval overlaps no other.
+        names: the best one first, then those with an interval that overlaps the best one's.
         idle: compared runs that are not shown to look at their pictures.
     """
     doubt = f" Not shown to look at the picture: {', '.join(idle)}." if idle else ""
-    if apart:
+    if len(names) == 1:
         return f"{names[0]} is best: its interval overlaps no other.{doubt}"
     return (
         f"No difference is shown between {', '.join(names)}: their intervals overlap. One run per setting cannot show "

@@ -153,8 +153,8 @@ def build(demo: Demo) -> Any:
 
     def answer(message: dict[str, Any], history: list[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
         try:
-            for said in demo.ask(messages_of(message, history)):
-                yield said.tuned or "…", said.base, said.attention
+            for event in demo.ask(messages_of(message, history)):
+                yield event.tuned or "…", event.base, event.attention
         except MoSLoRAError as error:
             yield f"({error})", "", None
 

@@ -110,17 +110,17 @@ class Chat:
         self.turns.append(asked)
         self._asked.append(self.pending)
         self.pending = []
-        text, said = TextStream(self.encoder), ""
+        text, answer = TextStream(self.encoder), ""
         try:
             for token in self._tokens(ids, seen):
                 piece = text.add(token)
-                said += piece
+                answer += piece
                 yield piece
             rest = text.finish()
-            said += rest
+            answer += rest
             yield rest
         finally:
-            self.turns.append(Turn(role="assistant", text=said))
+            self.turns.append(Turn(role="assistant", text=answer))
 
     def ask(self, question: str) -> str:
         """Ask and return the whole answer."""

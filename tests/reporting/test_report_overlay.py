@@ -64,6 +64,17 @@ def test_overlapping_intervals_show_no_difference(two: tuple[Path, Path], tmp_pa
     assert "No difference is shown between" in page
 
 
+def test_the_best_run_is_compared_with_every_interval(two: tuple[Path, Path], tmp_path: Path) -> None:
+    """The third run has the lowest mean, and an interval that reaches the best one's."""
+    third = tmp_path / "third"
+    shutil.copytree(two[1], third)
+    rows = json.loads((third / "evaluation.json").read_text())
+    next(row for row in rows if row["name"] == "tuned").update(mean=0.35, low=0.1, high=0.95)
+    (third / "evaluation.json").write_text(json.dumps(rows))
+    page = build_report([*two, third], tmp_path / "three.html").read_text()
+    assert "No difference is shown between run, third:" in page
+
+
 def test_scores_on_other_questions_stand_under_another_heading(two: tuple[Path, Path], tmp_path: Path) -> None:
     """Two runs on files of one name, and a run of one question: unlike rows are never one table."""
     for folder, subject in zip(two, ("a" * 16, "b" * 16), strict=True):

@@ -26,8 +26,8 @@ CONTROLS = {"blind": (0.2, 0.3), "wrong_image": (0.3, 0.4)}
     [
         ({"untuned": (0.1, 0.2), **CONTROLS}, "good", "Tuning helped, and the model looks at the picture."),
         ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "not shown to do better than"),
-        ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "or 65.0 % where every answer"),
-        ({"untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "mixed", "not asked with a wrong picture"),
+        ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "or 65.0 % if every answer"),
+        ({"untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "mixed", "not measured with a wrong picture"),
         ({"untuned": (0.85, 0.9), **CONTROLS}, "bad", "Tuning made the model worse."),
         ({"untuned": (0.1, 0.2), **CONTROLS, "best_answer": (0.65, 0.75)}, "mixed", "answers that need no model"),
         ({"blind": (0.2, 0.3), "wrong_image": (0.72, 0.74)}, "mixed", "It is not shown that the model looks"),

@@ -274,7 +274,7 @@ def test_a_text_model_refuses_pictures(assembly: Any, serve_with: Any) -> None:
 
 def test_a_conversation_that_is_too_long_names_the_numbers(server: Any) -> None:
     message = refused(server.post(asking("red " * 2000)), 400, code="context_length_exceeded")
-    assert re.search(r"takes \d+ tokens .* holds 512", message)
+    assert re.search(r"takes \d+ tokens .* context has 512", message)
 
 
 def test_animations_and_rotations_are_ordinary_pictures(server: Any) -> None:

@@ -114,7 +114,7 @@ class Endpoint:
                 reply = self._post(body)
             except _TryAgainError as error:
                 last = attempt + 1 == self.attempts
-                if error.nobody and (last or not self.usage.calls):
+                if error.unreachable and (last or not self.usage.calls):
                     raise EvalError(
                         f"No server answers at {self.url} ({error}). Start it, or check the address."
                     ) from error
@@ -149,8 +149,8 @@ class Endpoint:
             raise RuntimeError(f"{self.url} answered HTTP {error.code}: {text}") from error
         except (OSError, http.client.HTTPException) as error:  # no connection, or an incomplete reply
             reason = getattr(error, "reason", error)
-            nobody = isinstance(reason, ConnectionRefusedError | socket.gaierror)
-            raise _TryAgainError(str(reason) or type(error).__name__, nobody=nobody) from error
+            unreachable = isinstance(reason, ConnectionRefusedError | socket.gaierror)
+            raise _TryAgainError(str(reason) or type(error).__name__, unreachable=unreachable) from error
         except ValueError as error:  # no JSON, or no UTF-8
             raise _TryAgainError(f"the reply is no JSON ({error})") from error
         if not _has_message(reply):
@@ -175,9 +175,9 @@ def _has_message(reply: Any) -> bool:
 
 
 class _TryAgainError(Exception):
-    def __init__(self, text: str, *, wait: float | None = None, nobody: bool = False) -> None:
+    def __init__(self, text: str, *, wait: float | None = None, unreachable: bool = False) -> None:
         super().__init__(text)
-        self.wait, self.nobody = wait, nobody
+        self.wait, self.unreachable = wait, unreachable
 
 
 def _retry_after(text: str | None) -> float | None:

@@ -68,11 +68,11 @@ def _text(row: Mapping[str, Any]) -> str | None:
     if value is not None:
         return str(value)
     for key in ("resps", "filtered_resps"):  # lmms-eval: a list per request, with a list of attempts
-        said = row.get(key)
-        while isinstance(said, list) and said:
-            said = said[0]
-        if isinstance(said, str):
-            return said
+        value = row.get(key)
+        while isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, str):
+            return value
     return None
 
 

@@ -233,15 +233,15 @@ def _place(run: Path, result: TaskResult) -> Path | None:
 def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
     """Whether the model uses the pictures: own pictures against the controls, sample by sample."""
     scored = {result.mode: place for result in results if result.scored and (place := _place(run, result))}
-    said = []
+    sentences = []
     for control, words in (("blind", "a plain picture"), ("wrong", "another item's picture")):
         if not {"own", control} <= scored.keys():
             continue
         pair = compare(scored["own"], scored[control]).paired
-        said.append(
+        sentences.append(
             f"{own_pictures(pair.as_difference, control=words)} {pair.wins} samples gained, {pair.losses} lost."
         )
-    return said
+    return sentences
 
 
 def _categories(result: TaskResult) -> list[dict[str, Any]]:

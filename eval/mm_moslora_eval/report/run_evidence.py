@@ -269,8 +269,8 @@ def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str,
     measured = {row.get("subject"): row.get("model") for row in known if row.get("name") == "tuned"}
     others = {subject for subject, model in models.items() if measured.get(subject, model) != model}
     kept = [row | {"less": None} if row.get("subject") in others else row for row in kept]  # less another model
-    anew = {(row["task"], row["n"]) for row in rows}  # replace rows of releases without subjects
-    kept = [row for row in kept if row.get("subject") or (row.get("task"), row.get("n")) not in anew]
+    replaced = {(row["task"], row["n"]) for row in rows}  # replace rows of releases without subjects
+    kept = [row for row in kept if row.get("subject") or (row.get("task"), row.get("n")) not in replaced]
     merged = {(row.get("subject"), row.get("task"), row.get("name")): row for row in [*kept, *rows]}
     modes = [name for name, _ in _MODES.values()]
     names = ["tuned", "untuned", "untuned_lenient", *modes, *(name for _, _, name in merged)]

@@ -74,10 +74,8 @@ class Reply:
         }  # fmt: skip
 
     def _usage(self) -> dict[str, int]:
-        said = sum(self._tokens)
-        return {
-            "prompt_tokens": self.prompt_tokens, "completion_tokens": said, "total_tokens": self.prompt_tokens + said,
-        }  # fmt: skip
+        completion, prompt = sum(self._tokens), self.prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _frame(value: dict[str, Any]) -> bytes:

@@ -56,7 +56,7 @@ class _EngineState:
         }
         counters = {
             "prompt_tokens": ("Tokens of prompts read.", engine.prompt_tokens),
-            "answer_tokens": ("Tokens said.", engine.answer_tokens),
+            "answer_tokens": ("Tokens of answers.", engine.answer_tokens),
             "decoding_steps": ("Decoding steps, each over one batch.", engine.steps),
             "engine_failures": ("Steps that failed.", engine.failures),
             "image_cache_hits": ("Pictures with visual tokens in the cache.", models.features.hits),

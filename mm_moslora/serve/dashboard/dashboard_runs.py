@@ -131,8 +131,8 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
         data = load_run(path)
         row, detail = row | _row(data, shown_name), _detail(name, data)
     except Exception as error:  # written by a newer release, partly deleted or damaged: the other runs are shown
-        told = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}: {error}"
-        row |= {"state": "unreadable", "fault": redact_text(told)}
+        reason = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}: {error}"
+        row |= {"state": "unreadable", "fault": redact_text(reason)}
         detail = {"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "notes": []}
     return Shown(stamp=stamp, row=_finite(row), detail=_finite(detail))
 

@@ -48,16 +48,16 @@ def refuse_other_settings(assembly: Parts, main: Path, checkpoint: Path) -> None
 
 def _differing_keys(served: Path, added: Path) -> list[str]:
     """Recipe keys with different values in two checkpoints."""
-    ours, theirs = (_flat("model", model_of(folder)) for folder in (served, added))
-    known, other = stored_fingerprints(served), stored_fingerprints(added)
-    for key in known.keys() & other.keys() & ours.keys() & theirs.keys():
+    a, b = (_flat("model", model_of(folder)) for folder in (served, added))
+    hash_a, hash_b = stored_fingerprints(served), stored_fingerprints(added)
+    for key in hash_a.keys() & hash_b.keys() & a.keys() & b.keys():
         # Models are compared by content; their paths may differ.
-        if known[key] == other[key]:
-            theirs[key] = ours[key]
+        if hash_a[key] == hash_b[key]:
+            b[key] = a[key]
         else:
-            ours[key], theirs[key] = f"{ours[key]} ({known[key][:8]})", f"{theirs[key]} ({other[key][:8]})"
-    keys = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-    return [f"{key} is {ours.get(key, 'unset')} in the served model, {theirs.get(key, 'unset')} here" for key in keys]
+            a[key], b[key] = f"{a[key]} ({hash_a[key][:8]})", f"{b[key]} ({hash_b[key][:8]})"
+    keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    return [f"{key} is {a.get(key, 'unset')} in the served model, {b.get(key, 'unset')} here" for key in keys]
 
 
 def _flat(prefix: str, part: Any) -> dict[str, str]:
@@ -73,34 +73,34 @@ def _flat(prefix: str, part: Any) -> dict[str, str]:
 
 def _differing_parts(assembly: Parts, added: ModelConfig) -> list[str]:
     """Differences between an export, which has no recipe, and a run, found by comparing the loaded parts."""
-    theirs = load_parts(added, weights="none")
+    parts = load_parts(added, weights="none")
     config = assembly.model.config
     template = assembly.processor.chat_template if assembly.is_pretrained_vlm else assembly.tokenizer.chat_template
-    other = theirs.tokenizer if theirs.template_processor is None else theirs.template_processor
+    other = parts.tokenizer if parts.template_processor is None else parts.template_processor
     vision = added.vision if added.vlm is None else None
     pairs: dict[str, tuple[Any, Any]] = {
         "the chat template or system prompt": (plain_template(template), plain_template(other.chat_template)),
-        "the number of visual tokens": (assembly.tokens_per_image, theirs.tokens_per_image),
+        "the number of visual tokens": (assembly.tokens_per_image, parts.tokens_per_image),
         **_image_settings(
-            getattr(assembly.processor, "image_processor", None), getattr(theirs.processor, "image_processor", None)
+            getattr(assembly.processor, "image_processor", None), getattr(parts.processor, "image_processor", None)
         ),
     }
     if vision is not None:
         pairs["model.vision.feature_layer"] = (getattr(config, "vision_feature_layer", None), vision.feature_layer)
     return [
-        f"{name} differs" if isinstance(ours, str) else f"{name} is {ours} in the served model, {here} here"
-        for name, (ours, here) in pairs.items()
-        if ours != here
+        f"{name} differs" if isinstance(a, str) else f"{name} is {a} in the served model, {b} here"
+        for name, (a, b) in pairs.items()
+        if a != b
     ]
 
 
-def _image_settings(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
+def _image_settings(served: Any, added: Any) -> dict[str, tuple[Any, Any]]:
     """Settings of two image processors by name; only settings that both have are compared."""
-    if ours is None or theirs is None:
-        return {"the vision encoder": (ours is not None, theirs is not None)}
-    mine, other = ours.to_dict(), theirs.to_dict()
-    names = sorted((mine.keys() & other.keys()) - {"image_processor_type", "processor_class", "_processor_class"})
-    return {f"{name} of pictures": (_plain(mine[name]), _plain(other[name])) for name in names}
+    if served is None or added is None:
+        return {"the vision encoder": (served is not None, added is not None)}
+    a, b = served.to_dict(), added.to_dict()
+    names = sorted((a.keys() & b.keys()) - {"image_processor_type", "processor_class", "_processor_class"})
+    return {f"{name} of pictures": (_plain(a[name]), _plain(b[name])) for name in names}
 
 
 def _plain(value: Any) -> Any:

@@ -72,7 +72,7 @@ class Job:
     """Set by the owner of the job to cancel it before the next token."""
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
-    said: Counter[int] = field(default_factory=Counter)
+    occurrences: Counter[int] = field(default_factory=Counter)
     tokens: list[int] = field(default_factory=list)
     """The answer so far."""
 
@@ -366,7 +366,7 @@ class Engine:
         going, tokens = [], []
         for number, row in enumerate(group.rows()):
             try:
-                token = choose(decoder.logits[number], row.job.sampling, row.job.said, row.generator)
+                token = choose(decoder.logits[number], row.job.sampling, row.job.occurrences, row.generator)
                 goes_on = self._say(row.job, row.text, token)
             except Exception as error:
                 self._fail(row.job, error)
@@ -394,7 +394,7 @@ class Engine:
             self._end(job, "stop", text.finish())
             return False
         job.tokens.append(token)
-        job.said[token] += 1
+        job.occurrences[token] += 1
         self.answer_tokens += 1
         piece = text.add(token)
         if text.stopped:

@@ -44,21 +44,21 @@ class Sampling:
         return made
 
 
-def choose(logits: Tensor, sampling: Sampling, said: Mapping[int, int], generator: torch.Generator) -> int:
+def choose(logits: Tensor, sampling: Sampling, occurrences: Mapping[int, int], generator: torch.Generator) -> int:
     """Sample the next token.
 
     Args:
         logits: fp32 ``[C]``; not changed.
         sampling: settings.
-        said: occurrences of each token so far.
+        occurrences: occurrences of each token so far.
         generator: used when the temperature is not zero.
 
     Raises:
         ModelError: a logit is NaN, or none is finite.
     """
-    if said and (sampling.presence_penalty or sampling.frequency_penalty):
-        tokens = torch.tensor(list(said), device=logits.device)
-        counts = torch.tensor(list(said.values()), dtype=logits.dtype, device=logits.device)
+    if occurrences and (sampling.presence_penalty or sampling.frequency_penalty):
+        tokens = torch.tensor(list(occurrences), device=logits.device)
+        counts = torch.tensor(list(occurrences.values()), dtype=logits.dtype, device=logits.device)
         logits = logits.index_add(
             0, tokens, -(sampling.presence_penalty + sampling.frequency_penalty * counts)
         )  # fmt: skip
