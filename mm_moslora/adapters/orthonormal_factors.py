@@ -1,8 +1,8 @@
 """Factors that stay orthonormal while they train (StelLA, arXiv 2510.01938), for any optimiser and for engines.
 
-Shapes: A ``[R, D_in]`` has orthonormal rows, B ``[D_out, R]`` orthonormal columns. Both lie on a Stiefel manifold. A
-step on it is: the gradient's part along the manifold, the optimiser's step from there, that step's part along the
-manifold, and its end pulled back to the manifold (polar decomposition).
+Shapes: A ``[R, D_in]`` has orthonormal rows, B ``[D_out, R]`` orthonormal columns. Both are points of a Stiefel
+manifold. A step has four parts: the gradient is projected onto the tangent space, the optimiser steps, its step is
+projected, and its end is pulled back to the manifold (polar decomposition).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mm_moslora.utils.errors import AdapterError
 
 @dataclass(frozen=True, kw_only=True)
 class OrthonormalFactor:
-    """One factor that is to stay on its manifold."""
+    """One factor that stays on its manifold."""
 
     weight: nn.Parameter
     """A or B."""
@@ -27,13 +27,13 @@ class OrthonormalFactor:
     """Whether its rows are orthonormal (A), or its columns (B)."""
 
     def tangent(self, point: Tensor, direction: Tensor) -> Tensor:
-        """The part of a direction along the manifold at a point, in fp32; all shaped like the factor."""
+        """A direction projected onto the tangent space at a point, in fp32; all shaped like the factor."""
         point, direction = self._tall(_wide(point)), self._tall(_wide(direction))
         product = point.T @ direction
         return self._tall(direction - point @ ((product + product.T) / 2))
 
     def end(self, start: Tensor, moved: Tensor) -> Tensor:
-        """Where a step ends that an optimiser made from a point of the manifold.
+        """The end of an optimiser's step, pulled back to the manifold.
 
         Args:
             start: before the step.
@@ -44,7 +44,7 @@ class OrthonormalFactor:
         return U @ Vh
 
     def error(self, point: Tensor) -> float:
-        """How far a point is from the manifold: the largest entry of ``|Q^T Q - I|``."""
+        """Distance of a point from the manifold: the largest entry of ``|Q^T Q - I|``."""
         tall = self._tall(_wide(point.detach()))
         return float((tall.T @ tall - torch.eye(tall.shape[1], device=tall.device, dtype=tall.dtype)).abs().max())
 
@@ -76,10 +76,9 @@ def _pair(factors: Any) -> tuple[OrthonormalFactor, OrthonormalFactor]:
 
 
 def project_gradients(factor: OrthonormalFactor) -> None:
-    """Have every gradient of a factor projected onto the tangent space where autograd hands it over.
+    """Project every gradient of a factor onto the tangent space, by a hook of autograd.
 
-    The projection is linear, so that it makes no difference whether it comes before or after gradients are added up,
-    over micro-batches and ranks.
+    The projection is linear, so it may come before gradients are added up over micro-batches and ranks.
     """
 
     @torch.no_grad()
@@ -93,8 +92,8 @@ def keep_orthonormal(model: nn.Module, optimizer: torch.optim.Optimizer, *, adap
     """Keep A's rows and B's columns orthonormal while an optimiser trains them (StelLA, arXiv 2510.01938).
 
     Before a step the gradients are projected onto the tangent space of the Stiefel manifold; afterwards the step the
-    optimiser made is projected too, and its end is pulled back to the manifold (polar decomposition). Our training loop
-    does so by itself, on masters as well.
+    optimiser made is projected too, and its end is pulled back to the manifold (polar decomposition). The
+    training loop of this project does so itself, also for masters.
 
     Args:
         model: holds an adapter with ``factor_form="orthonormal"``.

@@ -1,11 +1,11 @@
-"""What changes in PEFT itself on import: two entries in its tables, and what has no entry.
+"""Changes of PEFT itself on import: two entries in its tables, and functions without a table.
 
 - `PEFT_TYPE_TO_TUNER_MAPPING[LORA]` becomes `MoSLoRAModel` and `PEFT_TYPE_TO_CONFIG_MAPPING[LORA]`
-  `LoraConfigOfFolder`: `register_peft_method` takes no type that is there, and the enumeration of types is closed
+  `LoraConfigOfFolder`: `register_peft_method` refuses existing types, and the enumeration of types is closed
   (huggingface/peft#2273, #2282).
-- `load_peft_weights` reads A, M and B of a double folder: no hook of a tuner sees the folder, and trainers that go on
-  from a checkpoint load it into an adapter that is there (huggingface/peft#2273).
-- `reduce_intruder_dimension` refuses mixers: it writes A and B of a new adapter and asks no tuner
+- `load_peft_weights` reads A, M and B of a double folder: no hook of a tuner sees the folder, and trainers that resume
+  from a checkpoint load it into an existing adapter (huggingface/peft#2273).
+- `reduce_intruder_dimension` refuses mixers: it writes A and B of a new adapter without a hook for tuners
   (huggingface/peft#2907).
 - `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`: mixers that plain LoRA lacks would be set to zero
   (huggingface/peft#2177).
@@ -39,7 +39,7 @@ _stock_intruders = intruders.reduce_intruder_dimension
 def load_peft_weights(
     model_id: str, device: Any = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
-    """A, M and B where the folder has them, checked against its hashes; else what PEFT reads."""
+    """A, M and B where the folder has them, checked against its hashes; otherwise PEFT's result."""
     folder = None if key_mapping else downloaded(model_id, (OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS), **hub)
     if folder is None:
         return _stock_weights(model_id, device=device, key_mapping=key_mapping, **hub)
@@ -59,7 +59,7 @@ def reduce_intruder_dimension(peft_model: Any, old_adapter_name: str = "default"
 
 
 def patch_peft() -> None:
-    """Enter the tuner and the configuration, and put the functions in their places; once more changes nothing."""
+    """Enter the tuner and the configuration, and replace the functions; a second call changes nothing."""
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = MoSLoRAModel
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] = LoraConfigOfFolder
     modules: tuple[Any, ...] = (peft, peft_model, utils, save_and_load, hotswap)

@@ -1,4 +1,4 @@
-"""Tied weights: before an update is merged into one, every module that shares it gets a copy of its own."""
+"""Tied weights: every module that shares one gets its own copy before an update is merged into it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mm_moslora.kernels.lora.lora_linear import is_plain
 
 @torch.no_grad()
 def untie(model: nn.Module) -> None:
-    """Take the tied weights of a model apart, if an adapted layer has one of them; else nothing happens.
+    """Untie the tied weights of a model if an adapted layer has one of them.
 
     Merging into a tied weight would change the other modules that hold it, too: an update of the head would become one
-    of the embedding. Weights are untied all together, because `tie_word_embeddings`, which is set to False, speaks for
+    of the embedding. All weights are untied together, because `tie_word_embeddings`, which becomes False, applies to
     all of them when the model is loaded again.
 
     Args:

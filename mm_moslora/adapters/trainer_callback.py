@@ -1,4 +1,4 @@
-"""The mixers' figures in Hugging Face's `Trainer`: a callback that logs them to whatever the trainer reports to."""
+"""A callback for Hugging Face's `Trainer` that logs statistics of the mixers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class MixerCallback(TrainerCallback):
         trainer = Trainer(model=add_moslora(model, config), ...)
         trainer.add_callback(MixerCallback(trainer, every=50))
 
-    The figures go through `trainer.log`: into `state.log_history`, and to every tracker in `report_to`. Under ZeRO-3
-    the factors are gathered for it; a model sharded by FSDP is refused when training begins.
+    The statistics go through `trainer.log`: into `state.log_history`, and to every tracker in `report_to`. Under ZeRO-3
+    the factors are gathered first; a model sharded by FSDP is refused when training begins.
     """
 
     def __init__(self, trainer: Trainer, *, every: int | None = None, adapter_name: str = "default") -> None:
-        """Log every so many optimiser steps, and after the last one.
+        """Log at an interval of optimiser steps, and after the last one.
 
         Args:
             trainer: the trainer it is added to (TRL's are trainers, too).

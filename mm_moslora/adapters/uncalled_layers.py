@@ -64,7 +64,7 @@ SOMETIMES_CALLED: Mapping[str, tuple[str, ...]] = {
 
 
 def why_not_called(parent: nn.Module | None, name: str) -> str | None:
-    """Why an adapter on a child of a module would do nothing, or nothing on some ways through it; None if it works.
+    """Why an adapter on a child of a module would have no effect on all or some code paths; None if it has.
 
     Args:
         parent: the module that holds the layer.
