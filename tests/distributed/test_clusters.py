@@ -123,7 +123,7 @@ def test_torchrun_started_by_hand_has_a_code_of_its_own_and_the_folder_says_what
     """Told to end, it exits with 1 and a traceback, whatever its ranks do: see docs/reliability.md."""
     run, log = tmp_path / "run", tmp_path / "log"
     recipe = write(make_recipe(parts, run, "zero2", steps=2000))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [cluster["PYTHON"], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
     def told(*, stepped: bool) -> str:
         with started([*torchrun, "-m", "mm_moslora", "train", recipe], cluster, log) as process:

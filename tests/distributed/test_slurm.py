@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import slurm
 from between import somebody_builds
+from preloaded import Preloaded
 from slurm import Cluster, wait_for
 from trials import hexed, make_recipe, weights, write
 
@@ -27,10 +28,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def batch(monkeypatch):
+def batch(monkeypatch, python):
+    return words_of(monkeypatch, python)
+
+
+def words_of(monkeypatch: pytest.MonkeyPatch, python: Preloaded) -> Callable[..., list[str]]:
     """The words before the recipe: the shipped script, with resources that this machine has."""
     for name, value in {
-        "PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PYTHON": str(python.ours), "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
@@ -39,6 +44,26 @@ def batch(monkeypatch):
         return ["--gpus-per-node=0", "--cpus-per-task=2", f"--chdir={ROOT}", *options, str(SCRIPT)]
 
     return words
+
+
+@pytest.fixture(scope="module")
+def waiting(cluster, parts, ranks, python, tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """A job whose ranks wait for a cache, and its log. SLURM takes a minute over it, beside the first test.
+
+    With a limit of a minute and five minutes' notice SLURM sends the signal early.
+    """
+    folder = tmp_path_factory.mktemp("waiting")
+    cache, log = folder / "cache", folder / "log"
+    first, recipe = (
+        replace(made, data=replace(made.data, cache=str(cache)))
+        for made in (make_recipe(parts, folder / name, "zero2", steps=1) for name in ("first", "run"))
+    )
+    ranks.run([write(first)])
+    with somebody_builds(cache), pytest.MonkeyPatch.context() as patch:
+        words = words_of(patch, python)("--time=1", "--signal=B:USR1@300")
+        with cluster.job(log, *words, write(recipe)) as job:
+            patch.undo()
+            yield job, log
 
 
 def newest(run: Path) -> int:
@@ -65,11 +90,12 @@ def undisturbed(run: Path, step: int, parts, ranks) -> bool:
     return same_losses and weights(run, step) == weights(run.with_name("straight"), step)
 
 
+@pytest.mark.usefixtures("waiting")
 def test_the_time_limit_saves_and_goes_on_and_a_cancelled_job_stays_away(cluster, batch, parts, ranks, tmp_path):
-    """SLURM looks at limits twice a minute and announces them up to a minute too early."""
+    """SLURM looks at limits twice a minute and announces them up to half a minute too early."""
     run, log = tmp_path / "run", tmp_path / "log"
     recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
-    with cluster.job(log, *batch("--time=2", "--signal=B:USR1@5"), write(recipe)) as job:
+    with cluster.job(log, *batch("--time=1", "--signal=B:USR1@5"), write(recipe)) as job:
         wait_for(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
         first = newest(run)
         assert first > 0, said(log)
@@ -84,27 +110,20 @@ def test_the_time_limit_saves_and_goes_on_and_a_cancelled_job_stays_away(cluster
     assert undisturbed(run, last, parts, ranks)
 
 
-def test_a_job_that_saves_nothing_before_its_time_limit_ends(cluster, batch, parts, ranks, tmp_path):
-    """Its ranks wait for a cache; with a limit of a minute and five minutes' notice SLURM sends the signal early."""
-    log = tmp_path / "log"
-    first, recipe = (
-        replace(made, data=replace(made.data, cache=str(tmp_path / "cache")))
-        for made in (make_recipe(parts, tmp_path / name, "zero2", steps=1) for name in ("first", "run"))
-    )
-    ranks.run([write(first)])
-    words = batch("--time=1", "--signal=B:USR1@300")
-    with somebody_builds(tmp_path / "cache"), cluster.job(log, *words, write(recipe)) as job:
-        over = ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
-        wait_for(lambda: cluster.show(job, "JobState") in over, lambda: said(log))
-        assert cluster.show(job, "JobState") == "FAILED"
-        assert cluster.show(job, "Restarts") == "1"
+def test_a_job_that_saves_nothing_before_its_time_limit_ends(cluster, waiting):
+    job, log = waiting
+    over = ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
+    wait_for(lambda: cluster.show(job, "JobState") in over, lambda: said(log))
+    assert cluster.show(job, "JobState") == "FAILED"
+    assert cluster.show(job, "Restarts") == "1"
     assert "started 2 times, and its last run saved no checkpoint before its time limit" in log.read_text()
 
 
 def test_a_preempted_job_saves_and_goes_on(cluster, batch, parts, ranks, monkeypatch, tmp_path):
-    """On two nodes with a rank each."""
+    """On two nodes with a rank each, by processes of SLURM's own, not forked ones: it tells and ends them all."""
     run, log = tmp_path / "run", tmp_path / "log"
     recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
+    monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("NPROC", "1")
     words = batch("--time=10", "--nodes=2", "--cpus-per-task=1", "--partition=low")
     with cluster.job(log, *words, write(recipe)) as job:
