@@ -111,7 +111,9 @@ class MoSLoRAModel(LoraModel):
         if not any(name in layer.lora_mixer for layer in layers for name in adapters):
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
             return
-        unknown = sorted(k for k, value in kwargs.items() if k != "svd_rank" and value not in (None, True, "total"))
+        # PEFT reads density and majority_sign_method for averages only, which are refused below.
+        read = kwargs.keys() - {"svd_rank", "density", "majority_sign_method"}
+        unknown = sorted(name for name in read if kwargs[name] not in (None, True))
         if unknown:
             raise AdapterError(f"{unknown[0]} is not supported for adapters with mixers. Leave it out.")
         kind = cast(Combination, combination_type)

@@ -309,7 +309,8 @@ def test_weighted_sum(kind: str, way: str) -> None:
     if way == "ours":
         add_weighted_adapter(model, ["default", "second"], [0.7, -0.4], "sum")
     else:
-        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", combination_type="cat")
+        unread = {"density": 0.5, "majority_sign_method": "frequency"}  # of averages, as in PEFT
+        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", combination_type="cat", **unread)
     for layer in _layers(model):
         wanted = 0.7 * layer.wide_delta("default") - 0.4 * layer.wide_delta("second")
         torch.testing.assert_close(layer.wide_delta("sum"), wanted, atol=1e-5, rtol=1e-5)
@@ -332,9 +333,11 @@ def test_weighted_svd(kind: str) -> None:
 def test_weighted_refuses(kind: str) -> None:
     """`add_weighted_adapter` refuses what averages the factors apart"""
     model = _second(_adapted(kind), r=4)
-    for combination in ("linear", "ties", "dare_linear"):
+    for combination, options in (("linear", {}), ("ties", {"density": 0.5}), ("dare_linear", {"density": 0.5})):
         with pytest.raises(AdapterError, match="no meaning for three factors"):
-            model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type=combination)
+            model.add_weighted_adapter(
+                ["default", "second"], [1.0, 1.0], "sum", combination_type=combination, **options
+            )
     assert "sum" not in model.peft_config
     before = _run(model, kind)
     with pytest.raises(AdapterError, match="has an adapter 'second' already"):

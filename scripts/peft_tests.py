@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Run PEFT's own LoRA tests with `MoSLoRAConfig` in the place of `LoraConfig`: passed, refused, failed.
+
+    pip download --no-deps --no-binary peft "peft==$(python -c 'import peft; print(peft.__version__)')"
+    tar xf peft-*.tar.gz && python scripts/peft_tests.py peft-*/
+
+`refused` are tests that end with an `AdapterError`: what docs/adapters.md says is refused. Nothing is downloaded: tests
+that want a model of the hub are skipped. What follows the folder goes to pytest: `-k conv2d`, `tests/test_config.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OFFLINE = re.compile("offline|couldn't connect|LocalEntryNotFound", re.IGNORECASE)
+
+
+class Exchange:
+    """A plugin of pytest: tests of LoRA alone, and what they end with."""
+
+    def __init__(self) -> None:
+        self.refused: Counter[str] = Counter()
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out the tests of other adapters."""
+        chosen = [item for item in items if _of_lora(item)]
+        config.hook.pytest_deselected(items=[item for item in items if not _of_lora(item)])
+        items[:] = chosen
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Any:
+        """Count refusals, and skip what would have to be downloaded."""
+        from mm_moslora.utils.errors import AdapterError
+
+        try:
+            return (yield)
+        except AdapterError as error:
+            self.refused[re.sub(r"/\S*/", "", str(error))] += 1
+            pytest.skip(f"refused: {error}")
+        except OSError as error:
+            if OFFLINE.search(f"{type(error).__name__} {error}"):
+                pytest.skip("needs a model of the hub")
+            raise
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say what was refused, and how often."""
+        terminalreporter.section(f"{self.refused.total()} refused")
+        for message, count in self.refused.most_common():
+            terminalreporter.line(f"{count:4d}  {message}")
+
+
+def _of_lora(item: pytest.Item) -> bool:
+    from peft.config import PeftConfigMixin
+
+    from mm_moslora.adapters import MoSLoRAConfig
+
+    given = getattr(item, "callspec", None)
+    values = list(given.params.values()) if given else []
+    kinds = {value if inspect.isclass(value) else type(value) for value in values}
+    configurations = {kind for kind in kinds if issubclass(kind, PeftConfigMixin)}
+    if configurations:
+        return configurations == {MoSLoRAConfig}
+    return re.search(r"\bLoraConfig\(", inspect.getsource(item.function)) is not None
+
+
+def main(arguments: list[str]) -> int:
+    """Exchange the configuration in PEFT's namespace, then run the tests of its folder."""
+    if not arguments or not (Path(arguments[0]) / "tests" / "testing_common.py").is_file():
+        print(__doc__)
+        return 2
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import peft
+
+    from mm_moslora.adapters import MoSLoRAConfig
+
+    peft.LoraConfig = MoSLoRAConfig  # type: ignore[misc]
+    os.chdir(arguments[0])
+    tests = arguments[1:]
+    if not any(word.startswith("tests/") for word in tests):
+        tests.append("tests/test_custom_models.py")
+    options = ["-c", os.devnull, "--rootdir=.", "--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
+    return int(pytest.main([*options, *tests], plugins=[Exchange()]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
