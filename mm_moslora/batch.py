@@ -1,11 +1,11 @@
-"""What travels from data to model: one `Example` per conversation, one `Batch` per micro-batch. Nothing else does.
+"""The data that models take: one `Example` per conversation, one `Batch` per micro-batch.
 
 Shapes: ``T`` tokens of one example, ``S`` tokens of the whole batch, ``G`` examples (segments) in the batch,
 ``N`` images, ``K`` supervised positions, ``H x W`` pixels.
 
-A batch is **padding-free**: its examples lie behind each other in one row of ``S`` tokens, position ids restart with
-every example, and attention never crosses from one example into the next. Models that cannot take such a row get the
-same batch cut into padded rows (`mm_moslora.models.batching.padded_batch`).
+A batch is **padding-free**: its examples follow each other in one row of ``S`` tokens, position ids restart with every
+example, and attention stays within each example. Models that cannot take such a row get the same batch cut into padded
+rows (`mm_moslora.models.batching.padded_batch`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessedImage:
-    """One picture, ready for a model."""
+    """One picture as the inputs of a model."""
 
-    placeholders: tuple[int, ...]
-    """Token ids that stand for it in a conversation."""
+    placeholders: tuple[int, ...] = ()
+    """Its token ids in a conversation."""
     tensors: dict[str, Tensor]
-    """What the model takes of it, pictures, tiles or patches first: `pixel_values`, `image_grid_thw`, ..."""
+    """Inputs of the model, with pictures, tiles or patches first: `pixel_values`, `image_grid_thw`, ..."""
     key: str = ""
-    """Names its pixels: equal keys, equal pixels. Empty: nothing is known; it counts as different from all others."""
+    """Identifies its pixels: equal keys, equal pixels. Empty: unknown; it counts as different from all others."""
 
 
 class ImageProcessing(Protocol):
-    """What turns pictures into tensors for one model."""
+    """Turns pictures into tensors for one model."""
 
     @property
     def fixed(self) -> bool:
@@ -48,58 +48,27 @@ class ImageProcessing(Protocol):
         ...
 
     def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
-        """As many token ids as pictures of these widths and heights take, known without decoding them."""
+        """Placeholder ids of pictures with these widths and heights, without decoding them."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One conversation, tokenised, its images decoded."""
+    """One tokenised conversation with its decoded images."""
 
     id: str
-    """The record's own id, for logs and quarantine."""
+    """The record's id, for logs and quarantine."""
     input_ids: Tensor
     """int64 ``[T]``; every image placeholder is already expanded to one token per visual token."""
     supervised: Tensor
-    """bool ``[T]``; True where the token is an answer token or its end-of-turn and is to be predicted."""
-    pixel_values: Tensor | None = None
-    """float32 ``[n, 3, H, W]`` in the order of the placeholders, or None for text only. Ready-made models have shapes
-    of their own, with pictures, tiles or patches first."""
-    image_inputs: dict[str, Tensor] = field(default_factory=dict)
-    """What else a model takes with its pictures (`image_grid_thw`, `image_sizes`, ...), pictures or tiles first."""
-    images: int = 0
-    """Pictures; 0 with `pixel_values` means one per entry."""
-    image_keys: tuple[str, ...] = ()
-    """`ProcessedImage.key` of every picture, or nothing."""
-    image_rows: tuple[int, ...] = ()
-    """How many entries of `pixel_values` (pictures, tiles, patches) every picture has, or nothing."""
+    """bool ``[T]``; True for the tokens of an answer and its end-of-turn token."""
+    pictures: Sequence[ProcessedImage] = ()
+    """In the order of their placeholders."""
 
     def __post_init__(self) -> None:
-        if self.pixel_values is not None and not self.images:
-            object.__setattr__(self, "images", int(self.pixel_values.shape[0]))
-        if self.pixel_values is not None and not self.image_rows and self.images == self.pixel_values.shape[0]:
-            object.__setattr__(self, "image_rows", (1,) * self.images)
         assert self.input_ids.ndim == 1
         assert self.input_ids.shape == self.supervised.shape
         assert self.supervised.dtype == torch.bool
-
-    @classmethod
-    def of(cls, *, id: str, input_ids: Tensor, supervised: Tensor, seen: Sequence[ProcessedImage]) -> Example:
-        """An example with its pictures.
-
-        Args:
-            id: the record's own.
-            input_ids: int64 ``[T]``.
-            supervised: bool ``[T]``.
-            seen: its pictures in order.
-        """
-        tensors = join_images([picture.tensors for picture in seen])
-        pixels = tensors.pop("pixel_values", None)
-        return cls(
-            id=id, input_ids=input_ids, supervised=supervised, pixel_values=pixels, image_inputs=tensors,
-            images=len(seen), image_keys=tuple(picture.key for picture in seen) if all(s.key for s in seen) else (),
-            image_rows=tuple(int(picture.tensors["pixel_values"].shape[0]) for picture in seen),
-        )  # fmt: skip
 
     @property
     def length(self) -> int:
@@ -108,17 +77,17 @@ class Example:
 
     @property
     def labels(self) -> Tensor:
-        """The ids of supervised tokens, `IGNORED` elsewhere; the first, which no position predicts, never counts."""
+        """The ids of supervised tokens, `IGNORED` elsewhere and for the first token, which no position predicts."""
         labels = self.input_ids.masked_fill(~self.supervised, IGNORED)
         labels[0] = IGNORED
         return labels
 
 
 def usable(examples: Sequence[Example | None]) -> list[Example]:
-    """The examples of a batch without those that turned out to be bad.
+    """The examples of a batch without bad ones (None).
 
     Raises:
-        DataError: none is left.
+        DataError: all are bad.
     """
     kept = [example for example in examples if example is not None]
     if not kept:
@@ -127,7 +96,7 @@ def usable(examples: Sequence[Example | None]) -> list[Example]:
 
 
 def join_images(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Lay the tensors of several pictures behind each other, padding further dimensions with zeros to the largest."""
+    """Concatenate the tensors of several pictures; other dimensions than the first are padded with zeros."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: _concatenate([part[name] for part in parts if name in part]) for name in names}
 
@@ -160,23 +129,24 @@ class Batch:
     targets: Tensor
     """int64 ``[K]``; the supervised next tokens."""
     pixel_values: Tensor | None = None
-    """float32 ``[N, 3, H, W]`` of all images, in order of their placeholders, or None; see `Example.pixel_values`."""
+    """float32 ``[N, 3, H, W]`` of all images in the order of their placeholders; None for text only. The shapes of
+    ready-made models differ, with images, tiles or patches first."""
     image_inputs: dict[str, Tensor] = field(default_factory=dict)
-    """See `Example.image_inputs`."""
+    """Other inputs that a model takes with its images (`image_grid_thw`, `image_sizes`, ...), images or tiles first."""
     images: int = 0
     """Images in the batch, ``N``."""
     image_keys: tuple[str, ...] = ()
-    """See `Example.image_keys`; ``N`` of them, or none."""
+    """`ProcessedImage.key` of the ``N`` images; empty if one of them has none."""
     image_rows: tuple[tuple[int, ...], ...] = ()
-    """`Example.image_rows` of each of the ``G`` examples, or nothing where one of them does not say."""
+    """Entries of `pixel_values` (images, tiles, patches) that every image of each of the ``G`` examples has."""
     ids: tuple[str, ...] = field(default=())
-    """The examples' ids, for logs."""
+    """Ids of the examples, for logs."""
     host: Batch | None = field(default=None, repr=False)
-    """On an accelerator: the batch in main memory that this one is a copy of."""
+    """On an accelerator: the batch in main memory from which this one was copied."""
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example]) -> Batch:
-        """Lay examples behind each other.
+        """Join examples to one row.
 
         Args:
             examples: at least one; their order is kept.
@@ -186,20 +156,14 @@ class Batch:
         offset = 0
         for example in examples:
             position_ids.append(torch.arange(example.length))
-            # The first token of a conversation has no position that could predict it.
+            # No position predicts the first token of a conversation.
             supervised = example.supervised[1:].nonzero().flatten()
             positions.append(supervised + offset)
             targets.append(example.input_ids[1:][supervised])
             offset += example.length
-        parts = [
-            example.image_inputs | {"pixel_values": example.pixel_values}
-            for example in examples
-            if example.pixel_values is not None
-        ]
-        tensors = join_images(parts)
-        images = sum(example.images for example in examples)
-        keys = tuple(key for example in examples for key in example.image_keys)
-        rows = tuple(example.image_rows for example in examples)
+        pictures = [picture for example in examples for picture in example.pictures]
+        tensors = join_images([picture.tensors for picture in pictures])
+        keys = tuple(picture.key for picture in pictures)
         return cls(
             input_ids=torch.cat([example.input_ids for example in examples]),
             position_ids=torch.cat(position_ids),
@@ -208,9 +172,12 @@ class Batch:
             targets=torch.cat(targets),
             pixel_values=tensors.pop("pixel_values", None),
             image_inputs=tensors,
-            images=images,
-            image_keys=keys if len(keys) == images else (),
-            image_rows=rows if all(len(own) == e.images for own, e in zip(rows, examples, strict=True)) else (),
+            images=len(pictures),
+            image_keys=keys if all(keys) else (),
+            image_rows=tuple(
+                tuple(int(picture.tensors["pixel_values"].shape[0]) for picture in example.pictures)
+                for example in examples
+            ),
             ids=tuple(example.id for example in examples),
         )
 
@@ -226,11 +193,11 @@ class Batch:
 
     @property
     def on_host(self) -> Batch:
-        """The same batch where its values can be read without waiting for an accelerator."""
+        """The same batch in main memory, where reading values does not wait for an accelerator."""
         return self.host or self
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; to an accelerator the host does not wait for the copy."""
+        """The same batch on another device; the host does not wait for a copy to an accelerator."""
         target = torch.device(device)
         if target.type == "cpu" and self.host is not None:
             return self.host
@@ -238,7 +205,7 @@ class Batch:
         return copied if target.type == "cpu" else replace(copied, host=self.on_host)
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory that an accelerator copies from while the host goes on; `DataLoader` calls it."""
+        """The same batch in pinned memory, from which copies are asynchronous; `DataLoader` calls it."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -30,7 +30,7 @@ AHEAD = 3
 
 
 class _Prepared(NamedTuple):
-    """A micro-batch and the faults of the records that are left out of it."""
+    """A micro-batch, and the faults of records that were left out of it."""
 
     batch: Batch | None
     faults: list[tuple[int, RecordError]]
@@ -146,7 +146,7 @@ class BatchLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._workers = None  # torch ends the processes when their iterator goes
+        self._workers = None  # torch ends the processes when their iterator is deleted
         if self._thread is not None:
             # The thread puts at most one more item; the emptied queue has room for it.
             while not self._queue.empty():
@@ -179,8 +179,8 @@ class BatchLoader:
         return prepared.batch or Batch.from_examples([_empty(self.data)])
 
     def _start_workers(self) -> Iterator[_Prepared]:
-        # Forked, so that the data set need not be picklable; its own generator, so that the run's random state, which
-        # checkpoints restore bit for bit, is left alone.
+        # Forked, so that the data set need not be picklable. A separate generator leaves the run's random state alone,
+        # which checkpoints restore bit for bit.
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         numbers = (micro for step in self._dealt() for micro in step)
         loader = DataLoader(
@@ -230,7 +230,7 @@ def largest_batch(data: TrainingSet, micro_batch: int) -> Batch:
     for number in chosen:
         try:
             examples.append(data.load(number))
-        except RecordError:  # found and counted when its turn comes
+        except RecordError:  # the iterator finds and counts it later
             continue
     return Batch.from_examples(examples or [_empty(data)])
 

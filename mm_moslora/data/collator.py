@@ -42,16 +42,14 @@ class Collator:
             DataError: no example can be used, or the model computes its positions from the pictures.
         """
         kept = usable(examples)
-        if any("image_grid_thw" in example.image_inputs for example in kept):
+        pictures = [picture.tensors for example in kept for picture in example.pictures]
+        if any("image_grid_thw" in tensors for tensors in pictures):
             raise DataError(
                 "These examples are of a Qwen-VL model, which counts positions by its pictures. Use "
                 "mm_moslora.models.batching.padded_batch.PaddedCollator(model=model) instead of Collator."
             )
         batch: dict[str, Any] = self._row(kept) if self.packed else self._padded(kept)
-        images = [
-            item.image_inputs | {"pixel_values": item.pixel_values} for item in kept if item.pixel_values is not None
-        ]
-        return batch | join_images(images)
+        return batch | join_images(pictures)
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         longest = max(example.length for example in examples)

@@ -77,7 +77,8 @@ def pack(numbers: Iterable[int], lengths: Sequence[int], *, tokens: int, waiting
         tokens: per row.
         waiting: see `WAITING`.
     """
-    coming, pool, rows = iter(numbers), _Pool(), []
+    coming, pool = iter(numbers), _Pool()
+    rows: list[list[int]] = []
     while True:
         for number in itertools.islice(coming, waiting - len(pool)):
             assert lengths[number] <= tokens, "an example is longer than a row"
@@ -163,7 +164,7 @@ def plan_epoch(
 ) -> list[list[int]]:
     """The optimiser steps of an epoch, each a list of example numbers; every example exactly once.
 
-    `grouped` orders by modality and length as LLaVA does, with its own random generator. Each modality is shuffled and
+    `grouped` orders by modality and length as LLaVA does, with another random generator. Each modality is shuffled and
     cut into mega-batches. Each mega-batch is sorted by length and cut into steps of one modality. The remainders of
     both modalities share steps. The steps are shuffled; a step with too few examples comes last.
 
@@ -217,7 +218,7 @@ def plan_llava(
     """The optimiser steps of an epoch as LLaVA's `group_by_modality_length` forms them.
 
     The same records share a step as in LLaVA with the same torch seed. LLaVA uses the global generator, this function
-    its own with `seed + epoch`. Mega-batches of one modality are shuffled; the remainders of both come last, mixed.
+    a generator with `seed + epoch`. Mega-batches of one modality are shuffled; the remainders of both come last, mixed.
 
     Args:
         words: white-space separated words of each record, which LLaVA uses as its length.

@@ -105,7 +105,7 @@ class Where:
     row: int
     """Number of the record within its file, from 0."""
     id: str | None = None
-    """The record's own id, once it is known."""
+    """The record's id, once it is known."""
 
     def named(self, name: str) -> Where:
         """The same place with the record's id."""

@@ -64,7 +64,7 @@ class TokenCache:
     Args:
         folder: a finished cache.
         source: the source of its records.
-        image_token_id: the id that stands for an image.
+        image_token_id: the id of the image placeholder.
         tokens_per_image: tokens that an image expands to; 1 where the cache holds every picture's tokens.
     """
 

@@ -1,4 +1,4 @@
-"""The training set: makes examples from records with the encoder and image transform; counts unusable records.
+"""The training set: makes examples from records with the encoder and image processing; counts unusable records.
 
 Shapes: ``H x W`` pixels.
 """
@@ -110,7 +110,7 @@ class TrainingSet:
     Args:
         sources: at least one.
         encoder: tokenises.
-        eyes: turn pictures into tensors; None for a language model alone.
+        image_processing: turns pictures into tensors; None for a language model alone.
         config: the recipe's `data`.
         quarantine_path: file for bad records.
         on_progress: called with (records read, all records) while the set is built.
@@ -242,12 +242,8 @@ class TrainingSet:
         else:
             encoded = self.encoded(index, record)
             seen = self.see(record, encoded.images)
-        return Example.of(
-            id=record.id,
-            input_ids=encoded.input_ids,
-            supervised=encoded.supervised,
-            seen=seen[: encoded.images],
-        )
+        pictures = seen[: encoded.images]
+        return Example(id=record.id, input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=pictures)
 
     def see(self, record: Record, count: int) -> list[ProcessedImage]:
         """The first pictures of a record, ready for the model.
@@ -287,7 +283,8 @@ class TrainingSet:
                 file,
                 self.encoder,
                 encode=self.encode,
-                settings=f"{config.max_length} {self._eyesight()} {file.rules}",  # the cache also holds faults of names
+                # The cache also holds faults of names, so the rules of names are part of its settings.
+                settings=f"{config.max_length} {self._image_settings()} {file.rules}",
                 tokens_per_image=self.encoder.tokens_per_image
                 if self.image_processing is not None and self.image_processing.fixed
                 else 1,
@@ -296,7 +293,7 @@ class TrainingSet:
             for file in self.files
         ]
 
-    def _eyesight(self) -> str:
+    def _image_settings(self) -> str:
         """The image settings that the number of tokens depends on."""
         if self.image_processing is None or self.image_processing.fixed:
             return str(self.image_processing is not None)

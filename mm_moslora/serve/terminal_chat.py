@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_moslora.batch import Example, ProcessedImage
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.images.record_picture import open_image
@@ -154,9 +154,7 @@ class Chat:
         model = self.assembly.model
         stops = stop_token_ids(model, self.assembly.tokenizer.eos_token_id)
         if has_own_forward(model):
-            nothing = torch.zeros(len(ids), dtype=torch.bool)
-            example = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
-            yield from stream_padded_row(model, example, max_new_tokens=self.max_new_tokens, stop_ids=stops)
+            yield from stream_padded_row(model, ids, seen, max_new_tokens=self.max_new_tokens, stop_ids=stops)
             return
         for number in range(len(self.features), len(seen)):
             self.features[number] = encode_images(model, seen[number].tensors["pixel_values"])[0]

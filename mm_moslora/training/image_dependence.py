@@ -139,20 +139,20 @@ def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
     bounds = torch.searchsorted(batch.target_positions, torch.tensor(starts)).tolist()
     found: list[Replaced] = []
     row = several = 0
-    for number, own in enumerate(batch.image_rows or [None] * len(batch.segment_lengths)):
+    for number, own in enumerate(batch.image_rows):
         targets = slice(bounds[number], bounds[number + 1])
         behind = batch.target_positions[targets] - starts[number]
         ids = batch.input_ids[starts[number] : starts[number + 1]]
-        count = _images_read(ids, behind, token, images=1 if own is None else len(own))
+        count = _images_read(ids, behind, token, images=len(own))
         image = (several + 1) % count if count > 1 else 0
         several += count > 1
-        edges = list(itertools.accumulate(own or (), initial=row))
-        rows = slice(None) if own is None else slice(edges[image], edges[min(image + 1, len(edges) - 1)])
+        edges = list(itertools.accumulate(own, initial=row))
+        rows = slice(edges[image], edges[min(image + 1, len(edges) - 1)])
         row = edges[-1]
         if count and bool(batch.pixel_values[rows].any()):  # all-zero images are padding
-            what = "the images" if own is None else f"image {image + 1} of {len(own)}"
             name = batch.ids[number] if batch.ids else str(number)
-            found.append(Replaced(what=f"{what} of record {name}", of=count, rows=rows, targets=targets))
+            what = f"image {image + 1} of {len(own)} of record {name}"
+            found.append(Replaced(what=what, of=count, rows=rows, targets=targets))
     return found
 
 

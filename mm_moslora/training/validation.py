@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mm_moslora.batch import Example, ProcessedImage
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
@@ -198,9 +198,7 @@ class Validator:
         model, limit = self.run.assembly.model, self.run.recipe.validate.sample_tokens
         stops = stop_token_ids(model, self.run.assembly.tokenizer.eos_token_id)
         if has_own_forward(model):
-            nothing = torch.zeros(len(ids), dtype=torch.bool)
-            prompt = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
-            return list(stream_padded_row(model, prompt, max_new_tokens=limit, stop_ids=stops))
+            return list(stream_padded_row(model, ids, seen, max_new_tokens=limit, stop_ids=stops))
         features = None
         if seen:
             pixels = torch.cat([picture.tensors["pixel_values"] for picture in seen])

@@ -300,10 +300,12 @@ def check_equal(ours: Callable[[int], Any], peer: Callable[[int], Any], count: i
     for number in range(min(count, 32)):
         one, other = ours(number), peer(number)
         ids = one.input_ids.tolist()
-        if one.images:
+        if one.pictures:
             first = ids.index(token)
             ids[first : first + VISUAL_TOKENS] = [-200]
-            difference = (one.pixel_values[0] - torch.as_tensor(other["image"])).abs().max().item()
+            difference = (
+                (one.pictures[0].tensors["pixel_values"][0] - torch.as_tensor(other["image"])).abs().max().item()
+            )
             assert difference < 0.02, f"pixels differ by {difference}"
         assert ids == other["input_ids"].tolist(), f"ids of record {number} differ"
         supervised = one.input_ids[one.supervised].tolist()

@@ -46,7 +46,7 @@ from transformers import (
 from yardstick import ALPHA, LANGUAGE, RANK, Contender, saved_bytes
 
 from mm_moslora import adapters
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
@@ -99,13 +99,9 @@ def batch_of(samples: str, model: PreTrainedModel) -> Batch:
         ids[5 : 5 + visual] = _TOKENS["image_token_id"]
         ids[5 + visual] = _TOKENS["vision_end_token_id"]
         supervised = torch.arange(length) >= length - round(SUPERVISED * length)
-        examples.append(
-            Example(
-                id=str(number), input_ids=ids, supervised=supervised,
-                pixel_values=torch.randn(rows * columns, 3 * 2 * side * side),
-                image_inputs={"image_grid_thw": torch.tensor([[1, rows, columns]])}, images=1,
-            )
-        )  # fmt: skip
+        pixels = torch.randn(rows * columns, 3 * 2 * side * side)
+        picture = ProcessedImage(tensors={"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])})
+        examples.append(Example(id=str(number), input_ids=ids, supervised=supervised, pictures=[picture]))
     return Batch.from_examples(examples)
 
 

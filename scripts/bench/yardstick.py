@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from mm_moslora import adapters
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
@@ -122,7 +122,14 @@ def examples(vocabulary: int) -> list[Example]:
         supervised = torch.zeros(length, dtype=torch.bool)
         supervised[-count:] = True
         pixels = torch.randn(1, 3, 224, 224)
-        found.append(Example(id=str(number), input_ids=ids, supervised=supervised, pixel_values=pixels))
+        found.append(
+            Example(
+                id=str(number),
+                input_ids=ids,
+                supervised=supervised,
+                pictures=[ProcessedImage(tensors={"pixel_values": pixels})],
+            )
+        )
     return found
 
 
@@ -148,7 +155,7 @@ def padded(items: list[Example]) -> dict[str, Tensor]:
         ids[row, : item.length] = item.input_ids
         labels[row, : item.length] = torch.where(item.supervised, item.input_ids, -100)
         mask[row, : item.length] = 1
-    pixels = torch.cat([item.pixel_values for item in items if item.pixel_values is not None])
+    pixels = torch.cat([picture.tensors["pixel_values"] for item in items for picture in item.pictures])
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": pixels}
 
 

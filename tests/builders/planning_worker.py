@@ -17,7 +17,7 @@ from typing import cast
 import torch
 import transformers
 
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
 from mm_moslora.models.assembly import Parts
@@ -112,7 +112,12 @@ def run_tower(folder: Path, checkpointing: bool) -> dict[str, int]:
     ids = torch.randint(0, 7000, (TOKENS // PICTURES,))
     ids[: bones.tokens_per_image] = model.config.image_token_id
     supervised = torch.arange(len(ids)) >= len(ids) * 15 // 16
-    example = Example(id="", input_ids=ids, supervised=supervised, pixel_values=torch.randn(1, 3, 224, 224))
+    example = Example(
+        id="",
+        input_ids=ids,
+        supervised=supervised,
+        pictures=[ProcessedImage(tensors={"pixel_values": torch.randn(1, 3, 224, 224)})],
+    )
     batch = Batch.from_examples([example] * PICTURES)
     return {"start": start, "peak": peak_of(given, model, batch), "supervised": batch.supervised_tokens}
 

@@ -40,9 +40,10 @@ def test_examples_have_their_pixels_and_exact_lengths(path):
         example = data[index]
         assert example.id == f"r{index}"
         assert example.length == data.lengths[index]
-        assert bool(data.has_image[index]) == (index % 4 != 3) == (example.pixel_values is not None)
+        assert bool(data.has_image[index]) == (index % 4 != 3) == bool(example.pictures)
         assert example.supervised.any()
-    assert data[0].pixel_values.shape == (1, 3, 4, 4)
+    (picture,) = data[0].pictures
+    assert picture.tensors["pixel_values"].shape == (1, 3, 4, 4)
 
 
 def test_statistics_for_a_report_are_counts_of_what_is_used(path):
@@ -142,10 +143,10 @@ def test_long_records_lose_pairs_with_their_images(path):
     rewrite(path, lengthen)
     whole, cut = make_set(path), make_set(path, max_length=100)
     assert whole.truncated == 0
-    assert whole[0].pixel_values.shape[0] == 2
+    assert len(whole[0].pictures) == 2
     assert cut.truncated == 1
     assert cut[0].length <= 100
-    assert cut[0].pixel_values.shape[0] == 1
+    assert len(cut[0].pictures) == 1
     assert (cut[0].input_ids == cut.encoder.image_token_id).sum() == 4
 
 

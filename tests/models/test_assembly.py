@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from tiny import make_vision, supervised_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
 from mm_moslora.models.assembly import load_parts
@@ -62,9 +63,8 @@ def example(assembly, text=(5, 6, 7, 8), name="a"):
     supervised[-3:] = True
     generator = torch.Generator().manual_seed(3)
     size = assembly.image.size
-    return Example(
-        id=name, input_ids=ids, supervised=supervised, pixel_values=torch.randn(1, 3, size, size, generator=generator)
-    )
+    picture = ProcessedImage(tensors={"pixel_values": torch.randn(1, 3, size, size, generator=generator)})
+    return Example(id=name, input_ids=ids, supervised=supervised, pictures=[picture])
 
 
 MATRIX = [
@@ -111,10 +111,8 @@ def test_a_padding_free_batch_gives_each_sample_the_logits_it_has_alone(vision, 
     alone = []
     with torch.no_grad():
         for item in (text, with_image, text):
-            logits = assembly.model(
-                input_ids=item.input_ids[None],
-                pixel_values=item.pixel_values,
-            ).logits[0]
+            shown = Batch.from_examples([item]).pixel_values
+            logits = assembly.model(input_ids=item.input_ids[None], pixel_values=shown).logits[0]
             alone.append(logits[item.supervised.nonzero().flatten() - 1])
         for attention in (training_attention(assembly.model), "sdpa"):
             set_attention(assembly.model, attention)
@@ -140,9 +138,7 @@ def test_a_dummy_image_touches_every_projector_weight_and_changes_nothing(langua
 def test_placeholders_that_do_not_match_the_images_are_named(language_folder, vision_folder):
     assembly = load_parts(config_for(language_folder, str(vision_folder)))
     good = example(assembly, name="row 17")
-    bad = Example(
-        id="row 17", input_ids=good.input_ids[:-6], supervised=good.supervised[:-6], pixel_values=good.pixel_values
-    )
+    bad = replace(good, input_ids=good.input_ids[:-6], supervised=good.supervised[:-6])
     with pytest.raises(ModelError, match=r"14 image placeholders.*16 visual tokens.*row 17"):
         supervised_logits(assembly.model, Batch.from_examples([bad]))
 

@@ -111,7 +111,7 @@ def test_a_combination_is_built_trained_saved_loaded_exported_and_asked(language
     ):  # fmt: skip
         encoded = encoder.encode(conversation(text))
         seen = tuned.image_processing.see(images)
-        examples.append(Example.of(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, seen=seen))
+        examples.append(Example(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=seen))
     with torch.no_grad():
         alone = torch.cat([supervised_logits(tuned.model, Batch.from_examples([item])) for item in examples])
         mixed = supervised_logits(tuned.model, Batch.from_examples(examples))

@@ -74,7 +74,7 @@ def encoder_of(assembly):
 def example_of(assembly, turns, images=(), name="a"):
     seen = assembly.image_processing.see(images)
     encoded = encoder_of(assembly).encode(turns, pictures=[item.placeholders for item in seen])
-    return Example.of(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, seen=seen)
+    return Example(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=seen)
 
 
 def conversation(text, answer="red"):

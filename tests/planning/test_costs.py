@@ -16,7 +16,7 @@ from planning_configs import memory_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora import adapters
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention import segment_attention
 from mm_moslora.kernels.attention.segment_attention import set_attention
@@ -110,7 +110,12 @@ def test_flops_are_within_two_per_cent_of_torchs_count(mode: str, lean: bool, mo
     ids = torch.randint(0, 500, (length,))
     ids[:16] = 511
     supervised = torch.arange(length) >= 100
-    example = Example(id="", input_ids=ids, supervised=supervised, pixel_values=torch.randn(1, 3, 56, 56))
+    example = Example(
+        id="",
+        input_ids=ids,
+        supervised=supervised,
+        pictures=[ProcessedImage(tensors={"pixel_values": torch.randn(1, 3, 56, 56)})],
+    )
     batch = Batch.from_examples([example])
     # torch's counter knows no in-place addmm_, which adapters add themselves with.
     known = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}

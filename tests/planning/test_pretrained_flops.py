@@ -46,7 +46,7 @@ def seen_batch(assembly: Parts) -> Batch:
     for own in (pictures[:1], pictures[1:]):
         seen = assembly.image_processing.see(own)
         ids = torch.tensor([number for one in seen for number in (*one.placeholders, 5)] + [5] * 24)
-        examples.append(Example.of(id="", input_ids=ids, supervised=torch.arange(len(ids)) >= len(ids) - 9, seen=seen))
+        examples.append(Example(id="", input_ids=ids, supervised=torch.arange(len(ids)) >= len(ids) - 9, pictures=seen))
     return Batch.from_examples(examples)
 
 

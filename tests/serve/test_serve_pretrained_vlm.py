@@ -62,15 +62,15 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any
 
 def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> str:
     """The answer of transformers' own `generate` to the same ids and pictures."""
-    import torch
 
-    from mm_moslora.batch import Example
+    from mm_moslora.batch import join_images
     from mm_moslora.data.chat.records import Turn
     from mm_moslora.models.batching.padded_batch import padded_inputs
 
     ids, seen = models.prompt([Turn.asking(text, images=len(pictures))], pictures)
-    row = Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=seen)
-    inputs = padded_inputs(models.assembly.model, [ids], row.pixel_values, row.image_inputs, answers=[len(ids)])
+    tensors = join_images([picture.tensors for picture in seen])
+    pixels = tensors.pop("pixel_values", None)
+    inputs = padded_inputs(models.assembly.model, [ids], pixels, tensors, answers=[len(ids)])
     said = models.assembly.model.generate(
         **inputs, max_new_tokens=count, do_sample=False, eos_token_id=models.stops, pad_token_id=models.stops[0]
     )[0, len(ids) :].tolist()

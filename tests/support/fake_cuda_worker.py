@@ -206,7 +206,7 @@ def benchmark() -> dict[str, Any]:
 class Loaded(list):  # type: ignore[type-arg]
     """Examples in memory in the place of a training set."""
 
-    has_image = property(lambda self: [example.pixel_values is not None for example in self])
+    has_image = property(lambda self: [bool(example.pictures) for example in self])
 
 
 def fitted(recipe: Recipe) -> dict[str, Any]:

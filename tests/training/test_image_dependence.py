@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import make_records
 from vlms import make_vlm
 
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import ProjectorConfig, SourceConfig, VisionConfig
 from mm_moslora.models import vlm
 from mm_moslora.models.batching import padded_batch
@@ -126,7 +126,7 @@ def batch_of(*conversations: tuple[list[int], list[int]]) -> Batch:
         [
             Example(
                 id=f"r{number}", input_ids=torch.tensor(ids), supervised=torch.tensor(supervised).bool(),
-                pixel_values=torch.ones(ids.count(IMAGE), 3, 2, 2) if IMAGE in ids else None, images=ids.count(IMAGE),
+                pictures=[ProcessedImage(tensors={"pixel_values": torch.ones(1, 3, 2, 2)})] * ids.count(IMAGE),
             )
             for number, (ids, supervised) in enumerate(conversations)
         ]
@@ -211,7 +211,7 @@ def test_a_ready_made_model_that_reads_one_of_two_images_is_stopped(family, tmp_
         for first, second in batch.image_rows:
             pixels[row + first : row + first + second] = 0.5
             row += first + second
-        return hidden(model, replace(batch, pixel_values=pixels), **kwargs)
+        return hidden(model, replace(batch, pictures=[ProcessedImage(tensors={"pixel_values": pixels})]), **kwargs)
 
     monkeypatch.setattr(vlm, "packed_hidden", without_the_second)
     with pytest.raises(TrainingError, match="image 2 of 2 of record"):

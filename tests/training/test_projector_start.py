@@ -40,10 +40,9 @@ def prepared(recipe: Recipe, source: SourceConfig) -> Run:
 
 
 def tokens(run: Run, place: int) -> torch.Tensor:
-    pixels = run.training_set.load(place).pixel_values
-    assert pixels is not None
+    (picture,) = run.training_set.load(place).pictures
     with torch.no_grad():
-        return image_features(run.assembly.model, pixels).float().mean((0, 1))
+        return image_features(run.assembly.model, picture.tensors["pixel_values"]).float().mean((0, 1))
 
 
 def test_visual_tokens_point_to_the_answers_of_a_sorted_file(recipe, tmp_path, monkeypatch):

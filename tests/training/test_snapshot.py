@@ -55,7 +55,7 @@ def test_the_loaded_model_gives_the_logits_of_the_trained_one(recipe, records, t
     assert exported.stock
     assert exported.max_logit_difference < 1e-4
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "export").eval()
-    inputs = {"input_ids": example.input_ids[None], "pixel_values": example.pixel_values}
+    inputs = {"input_ids": example.input_ids[None], "pixel_values": batch.pixel_values}
     with torch.no_grad():
         torch.testing.assert_close(stock(**inputs).logits[0, batch.target_positions], expected, rtol=0, atol=1e-5)
     export_lora(live, tmp_path / "lora")
@@ -67,13 +67,14 @@ def test_the_loaded_model_gives_the_logits_of_the_trained_one(recipe, records, t
 
 
 def _example(assembly):
-    from mm_moslora.batch import Example
+    from mm_moslora.batch import Example, ProcessedImage
 
     ids = torch.tensor([5, *[assembly.image_token_id] * assembly.tokens_per_image, 6, 7, 8])
     supervised = torch.zeros(len(ids), dtype=torch.bool)
     supervised[-3:] = True
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    return Example(id="x", input_ids=ids, supervised=supervised, pixel_values=pixels)
+    picture = ProcessedImage(tensors={"pixel_values": pixels})
+    return Example(id="x", input_ids=ids, supervised=supervised, pictures=[picture])
 
 
 @pytest.mark.parametrize("mode", ["frozen", "last_n", "full"])

@@ -54,9 +54,9 @@ class Slot:
     lead: str
     """Answers only: white space between the generation prompt and the answer, which the model writes itself."""
     left: str
-    """What the template trims at the content's start: keep (nothing), space, or lines (line breaks)."""
+    """Trimming at the content's start: keep (none), space, or lines (line breaks)."""
     right: str
-    """What the template trims at the content's end."""
+    """Trimming at the content's end."""
 
     def trim(self, parts: Sequence[str]) -> list[str]:
         """A content, in parts around its images, trimmed as the template does."""
@@ -109,7 +109,7 @@ class Template:
         self._thoughts: dict[tuple[str, ...], Thought | None] = {}
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
-        """The contents that need a slot each, the shape to plan for, and the turn that each content comes from."""
+        """The contents that need a slot each, the shape to plan for, and the turn number of each content."""
         return list(turns), tuple(turn.role for turn in turns), list(range(len(turns)))
 
     def plan(self, roles: tuple[str, ...]) -> Plan:
@@ -148,7 +148,7 @@ class Template:
         return True
 
     def missing_bos(self) -> list[int]:
-        """The beginning-of-sequence id if the tokenizer adds one and the template does not; else nothing."""
+        """The beginning-of-sequence id if the tokenizer adds one and the template does not; else empty."""
         start = self.plan(("user", "assistant")).slots[0].before
         if not _adds_bos(self.tokenizer) or start.startswith(str(self.tokenizer.bos_token)):
             return []
@@ -156,7 +156,7 @@ class Template:
 
     @cached_property
     def has_default_system(self) -> bool:
-        """Whether the template writes its own system text where none is given."""
+        """Whether the template writes a default system text for a conversation without one."""
         if not self.accepts(("system", "user", "assistant")):
             return False
         header, between = (slot.before for slot in self.plan(("system", "user", "assistant")).slots[:2])
@@ -287,7 +287,7 @@ class Tokens:
             for text, (number, special) in added.items()
             if text.strip() and (special or text in named or text in scaffold)
         }
-        """Text and id of every token that untrusted text must not become."""
+        """Text and id of every token that untrusted text must not be encoded as."""
         longest_first = sorted(self.guarded, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._counted = set(self.guarded.values()) - {tokenizer.unk_token_id}  # unknown characters give unk, too
@@ -362,7 +362,7 @@ class Tokens:
         for entry in state["added_tokens"]:
             entry["content"] = self._names.get(entry["content"], entry["content"])
         copy = Tokenizer.from_str(json.dumps(state))
-        # Tokens of the model's own vocabulary get new ids under their private names.
+        # Tokens of the base vocabulary get new ids under their private names.
         for text, number in known.items():
             found = copy.token_to_id(self._names.get(text, text))
             if found is None:

@@ -51,7 +51,7 @@ class Encoded:
     """Answers with thinking that the chat template or the recipe leaves out."""
 
 
-class TooLong(DataError):  # noqa: N818  (reads as what happened)
+class TooLong(DataError):  # noqa: N818  (the name of the fault)
     """Not even the first question and answer fit."""
 
     code = Code.TOO_LONG
@@ -224,7 +224,7 @@ class ConversationEncoder:
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of a generated answer, without special tokens and without the template's own space before it.
+        """The text of a generated answer, without special tokens and without the template's space before it.
 
         An answer that is put back into the conversation as this text gives the same tokens again.
         """
@@ -275,7 +275,7 @@ class ConversationEncoder:
             ids = list(grown.pictures[grown.images])
         grown.add(ids, supervised=False)
         grown.images += 1
-        # LLaVA tokenises the text after a picture as a text of its own.
+        # LLaVA tokenises the text after a picture separately.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
 
     def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:

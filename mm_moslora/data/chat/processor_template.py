@@ -1,7 +1,7 @@
 """Chat templates of ready-made vision-language models, which place pictures themselves among the parts of a content.
 
 The shape of a turn is its role and, for a question with pictures, the order of its parts: `user:it` is a picture and a
-text. A template may write pictures before all texts, or wrap them; the scaffold contains whatever it writes.
+text. A template may write pictures before all texts, or wrap them; the scaffold contains all of this text.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ProcessorTemplate(Template):
             kinds = ""
             for place, text in enumerate(texts):
                 kinds += "i" if place else ""
-                # Templates write their own line breaks around a picture.
+                # Templates write line breaks around a picture themselves.
                 text = text.removeprefix("\n") if place else text
                 text = text.removesuffix("\n") if place + 1 < len(texts) else text
                 if text:

@@ -55,7 +55,7 @@ class Turn:
     role: Role
     """The speaker."""
     text: str
-    """The content; `<image>` in a user's text stands for the next image."""
+    """The content; `<image>` in a user's text is replaced by the next image."""
     places: tuple[int, ...] | None = None
     """Offsets of the `<image>` that are images, for a source that distinguishes them from typed text; None: all are."""
 
@@ -76,7 +76,7 @@ class Turn:
 
     @classmethod
     def asking(cls, text: str, *, images: int = 0) -> Turn:
-        """A question in which `<image>` is text, with images before it, each on a line of its own."""
+        """A question in which `<image>` is text, with images before it, each on a separate line."""
         mark = f"{IMAGE}\n"
         return cls(role="user", text=mark * images + text, places=tuple(len(mark) * i for i in range(images)))
 
@@ -104,7 +104,7 @@ class Record:
     """One conversation with the paths of its images."""
 
     id: str
-    """The record's own id, or its number."""
+    """The record's id, or its number."""
     turns: tuple[Turn, ...]
     """An optional system turn, then questions and answers in turn."""
     images: tuple[Picture, ...] = ()
@@ -337,7 +337,7 @@ def _of_parts(role: Role, content: list[Any], field: str, where: Where, marks: l
 
 
 def _image_first(text: str) -> str:
-    """LLaVA's rule: the only image of a question goes before it, on a line of its own; several images stay in place.
+    """LLaVA's rule: the only image of a question is moved before it, to a separate line; several images are not moved.
 
     Half of LLaVA's instruction data has the image at the end; chat and evaluation put it first.
     """

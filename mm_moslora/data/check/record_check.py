@@ -38,11 +38,11 @@ class CheckReport:
     max_bad_share: float
     """Share of bad records above which a run stops; 0 when any bad record stops it."""
     records: int = 0
-    """Records in all."""
+    """All records."""
     bad: Counter[Code] = field(default_factory=Counter)
     """Bad records by fault."""
     faults: list[RecordError] = field(default_factory=list)
-    """Each of them."""
+    """Every one of these faults."""
     text_only: int = 0
     """Usable records without a picture."""
     one_image: int = 0
@@ -150,10 +150,10 @@ def check(
         encoder: tokenises.
         config: the recipe's `data`.
         vision: whether the model has a vision encoder.
-        eyes: count the tokens of every picture; None: every picture takes the encoder's fixed number.
+        image_processing: counts the tokens of every picture; None: every picture takes the encoder's fixed number.
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
-        on_progress: called with (records done, records in all).
+        on_progress: called with (records done, all records).
 
     Raises:
         DataError: a source cannot be read at all.

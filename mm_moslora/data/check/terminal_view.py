@@ -67,7 +67,7 @@ def view_tokens(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, image_t
 
 
 def _runs(ids: Sequence[int], supervised: Sequence[bool], special: set[int]) -> list[tuple[list[int], bool]]:
-    """Stretches of equal supervision; special tokens stand alone, except repeated ones."""
+    """Stretches of equal supervision; special tokens, with their repeats, are separate stretches."""
     runs: list[tuple[list[int], bool]] = []
     for number, flag in zip(ids, supervised, strict=True):
         if runs and runs[-1][1] == flag:

@@ -1,7 +1,7 @@
 """Frames of a video file, read by FFmpeg through PyAV.
 
-A file cannot make the decoder open another file: only listed containers are accepted, without playlists, and a request
-of a container for anything but its own bytes is refused.
+A file cannot make the decoder open another file. Only listed containers are accepted, without playlists, and a
+container is refused any other file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """A record's picture, from its name to 8-bit RGB; any other file gives one clear error.
 
-A name stands for a file below the image folder, for bytes within the data, or for a URL (`remote_files`). Rules of
-decoding:
+A record names a file below the image folder, bytes within the data, or a URL (`remote_files`). Rules of decoding:
 
 - EXIF rotation is applied (an orientation that does not exist is ignored); colour profiles are not.
 - Transparency is composited on white.

@@ -77,7 +77,7 @@ class TableSource(RecordSource):
         return found
 
     def fingerprint(self) -> str:
-        """The dataset's own fingerprint."""
+        """The fingerprint that `datasets` computes."""
         return self._identity
 
 
@@ -231,7 +231,7 @@ def load_saved(folder: Path) -> Any:
 
 
 def _is_own(file: str, path: str) -> bool:
-    """Whether a data file lies in the data set's own folder or repository on the hub."""
+    """Whether a data file lies in the folder of the data set, or in its repository on the hub."""
     if not Path(path).is_dir():
         return is_of_set(file, path)
     try:

@@ -34,7 +34,7 @@ class TarSource(RecordSource):
     """The records of some tar files.
 
     A record has a `.json` member (an object in any form of `records`) or a `.txt` member (a caption). Its other members
-    are pictures and videos. A json member that names pictures may name only members of its own record.
+    are pictures and videos. A json member may name only pictures of the same record.
 
     Args:
         pattern: a path, with `*` or `{0000..0012}`.

@@ -5,46 +5,55 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from mm_moslora.batch import Example
+from mm_moslora.batch import ProcessedImage, join_images
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest
 
 
 @torch.inference_mode()
-def prefill_row(model: PreTrainedModel, prompt: Example) -> Decoder:
+def prefill_row(model: PreTrainedModel, prompt: Tensor, pictures: Sequence[ProcessedImage]) -> Decoder:
     """Run one prompt with its pictures; the decoder stands at its end and can join others.
 
     Args:
         model: an image-text-to-text model of transformers, in eval mode.
-        prompt: ids and pictures; nothing in it needs to be supervised.
+        prompt: int64 ``[T]``, placeholders expanded.
+        pictures: in the order of their placeholders.
 
     Raises:
         ModelError: placeholders and images do not match.
     """
     decoder = Decoder(model)
-    row = prompt.input_ids
-    decoder.start(padded_inputs(model, [row], prompt.pixel_values, prompt.image_inputs, answers=[len(row)]))
+    tensors = join_images([picture.tensors for picture in pictures])
+    pixels = tensors.pop("pixel_values", None)
+    decoder.start(padded_inputs(model, [prompt], pixels, tensors, answers=[len(prompt)]))
     return decoder
 
 
 @torch.inference_mode()
 def stream_padded_row(
-    model: PreTrainedModel, prompt: Example, *, max_new_tokens: int, stop_ids: Sequence[int]
+    model: PreTrainedModel,
+    prompt: Tensor,
+    pictures: Sequence[ProcessedImage],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
 ) -> Iterator[int]:
     """Greedy answer to one prompt, token by token, without the one that ends it.
 
     Args:
         model: an image-text-to-text model of transformers, in eval mode.
         prompt: see `prefill_row`.
+        pictures: see `prefill_row`.
         max_new_tokens: most tokens.
         stop_ids: tokens that end the answer.
 
     Raises:
         ModelError: see `likeliest`.
     """
-    decoder = prefill_row(model, prompt)
+    decoder = prefill_row(model, prompt, pictures)
     for number in range(max_new_tokens):
         chosen, (number_of_token,) = likeliest(decoder.logits)
         if number_of_token in stop_ids:

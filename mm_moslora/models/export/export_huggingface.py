@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from mm_moslora import adapters
 from mm_moslora.adapters.folders.save_folder import name_base
-from mm_moslora.batch import Example
 from mm_moslora.models.assembly import Parts, savable_generation_config
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.families import tower_family
@@ -265,7 +264,6 @@ def _probe(assembly: Parts, model: PreTrainedModel) -> Tensor:
         return model(input_ids=text[None]).logits[0]
     (seen,) = assembly.image_processing.see([Image.linear_gradient("L").convert("RGB")])
     ids = torch.cat([torch.tensor(seen.placeholders), text])
-    example = Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=[seen])
-    assert example.pixel_values is not None
-    inputs = padded_inputs(model, [ids], example.pixel_values, example.image_inputs, answers=[len(ids)])
+    others = {name: value for name, value in seen.tensors.items() if name != "pixel_values"}
+    inputs = padded_inputs(model, [ids], seen.tensors["pixel_values"], others, answers=[len(ids)])
     return model(**inputs).logits[0]

@@ -50,8 +50,8 @@ def require_anyres(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel,
     native = getattr(tower.config, "image_size", spec.size)
     if native != spec.size:
         raise ModelError(
-            f"model.image_aspect is anyres at {spec.size} pixels, but LLaVA-NeXT cuts tiles of the tower's own size, "
-            f"{native}. Set model.vision.image_size to {native} or leave it out."
+            f"model.image_aspect is anyres at {spec.size} pixels, but LLaVA-NeXT cuts tiles of the tower's native "
+            f"size, {native}. Set model.vision.image_size to {native} or leave it out."
         )
 
 
@@ -80,7 +80,7 @@ def newline_of(model: PreTrainedModel) -> nn.Parameter | None:
 def anyres_processor(
     tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, tiles: Sequence[tuple[int, int]]
 ) -> LlavaNextProcessor:
-    """The processor that goes with the model, PIL backend."""
+    """The processor of the model, PIL backend."""
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": spec.size},
         crop_size={"height": spec.size, "width": spec.size},

@@ -79,7 +79,7 @@ def image_transform(processor: LlavaImageProcessorPil) -> Callable[[Image.Image]
 
 
 def _whole_square(processor: LlavaImageProcessorPil) -> int | None:
-    """The side of the square that every whole picture becomes; None where pictures are cropped or treated otherwise."""
+    """Side of the square to which every picture is resized as a whole; None for any other processing."""
     size = {name: value for name, value in dict(processor.size).items() if value}
     steps = processor.do_resize and processor.do_rescale and processor.do_normalize
     if not steps or abs(processor.rescale_factor * 255 - 1) > 1e-9:
@@ -177,4 +177,4 @@ def dummy_image_example(image_processing: ImageProcessing) -> Example:
     """A grey picture and its placeholders without supervision, for ranks without pictures."""
     (seen,) = image_processing.see([Image.new("RGB", (32, 32), (127, 127, 127))])
     ids = torch.tensor(seen.placeholders)
-    return Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=[seen])
+    return Example(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), pictures=[seen])

@@ -37,7 +37,7 @@ _FLATTEN_PARTS = (
 
 
 class VlmProcessor(LlavaProcessor):
-    """LLaVA's processor with a fixed number of visual tokens per image, whatever the tower and the projector."""
+    """LLaVA's processor with a fixed number of visual tokens per image, for any tower and projector."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ def plain_template(template: str | None) -> str | None:
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, aspect: str, tokens_per_image: int, standard: bool
 ) -> LlavaProcessor:
-    """The processor that goes with an assembled model.
+    """The processor of an assembled model.
 
     Args:
         tokenizer: with the image token in its vocabulary.

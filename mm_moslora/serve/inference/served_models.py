@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mm_moslora import adapters
-from mm_moslora.batch import Example, ProcessedImage
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.models.assembly import Parts, load_projector
@@ -140,8 +140,7 @@ class Models:
         model = self.assembly.model
         if has_own_forward(model):
             ((ids, seen),) = prompts
-            nothing = torch.zeros(len(ids), dtype=torch.bool)
-            return prefill_row(model, Example.of(id="", input_ids=ids, supervised=nothing, seen=seen))
+            return prefill_row(model, ids, seen)
         decoder = Decoder(model)
         made = [Prompt(input_ids=ids, features=self.image_tokens(name, seen)) for ids, seen in prompts]
         decoder.append([embed_prompt(model, prompt) for prompt in made])

@@ -220,4 +220,5 @@ def test_sources_of_all_kinds_train_together(tmp_path: Path) -> None:
     ]
     data = TrainingSet(sources, chatml_encoder(), tiny_eyes(), config=DataConfig())
     assert len(data.usable) == 7
-    assert data.load(6).pixel_values.shape == (1, 3, 4, 4)
+    (shown,) = data.load(6).pictures
+    assert shown.tensors["pixel_values"].shape == (1, 3, 4, 4)

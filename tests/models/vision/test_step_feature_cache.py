@@ -37,7 +37,7 @@ def batch(assembly, *colours):
         seen = assembly.image_processing.see([Image.new("RGB", (20, 24), colour)])
         ids = torch.tensor([1, *seen[0].placeholders, 5 + number, 6, 7])
         supervised = torch.arange(len(ids)) >= len(ids) - 2
-        examples.append(Example.of(id=str(number), input_ids=ids, supervised=supervised, seen=seen))
+        examples.append(Example(id=str(number), input_ids=ids, supervised=supervised, pictures=seen))
     return Batch.from_examples(examples)
 
 
