@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mm_moslora.batch import Example
+from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.training_set import TrainingSet
@@ -290,8 +290,8 @@ def _spread_out(
     chosen = [shown[len(shown) * place // count] for place in range(count)] if len(shown) > count else shown
     for done, index in enumerate(chosen, start=1):
         example = data[index]
-        if example is not None and example.pixel_values is not None:
-            yield example, example.pixel_values.flatten(0, -4)
+        if example is not None and example.pictures:
+            yield example, join_images([picture.tensors for picture in example.pictures])["pixel_values"].flatten(0, -4)
         if on_progress is not None:
             on_progress(done, len(chosen))
 

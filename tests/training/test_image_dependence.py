@@ -211,7 +211,7 @@ def test_a_ready_made_model_that_reads_one_of_two_images_is_stopped(family, tmp_
         for first, second in batch.image_rows:
             pixels[row + first : row + first + second] = 0.5
             row += first + second
-        return hidden(model, replace(batch, pictures=[ProcessedImage(tensors={"pixel_values": pixels})]), **kwargs)
+        return hidden(model, replace(batch, pixel_values=pixels), **kwargs)
 
     monkeypatch.setattr(vlm, "packed_hidden", without_the_second)
     with pytest.raises(TrainingError, match="image 2 of 2 of record"):
