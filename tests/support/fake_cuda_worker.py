@@ -232,9 +232,9 @@ def answers(run: run_setup.Run, batches: list[Batch], device: Any) -> dict[str, 
     if has_own_forward(model):
         number = next(n for n in run.training_set.usable if run.training_set.has_image[n])
         example = run.training_set.load(number)
-        decoder = prefill_row(model, example)
+        decoder = prefill_row(model, example.input_ids, example.pictures)
         if decoder.can_share:
-            decoder.join(prefill_row(model, example))
+            decoder.join(prefill_row(model, example.input_ids, example.pictures))
         decoder.extend(
             model.get_input_embeddings()(decoder.logits.argmax(-1)[:, None]),
             torch.ones(len(decoder.logits), 1, dtype=torch.long, device=CUDA),
