@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from preloaded import Preloaded
 
 from mm_moslora import cli
-from mm_moslora.quickstart import model_assets
+from mm_moslora.quickstart import model_assets, user_recipe
 
 LANGUAGES = ("meta-llama/Llama-3.1-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 TOWERS = ("openai/clip-vit-large-patch14-336", "google/siglip-base-patch16-224")
@@ -29,9 +33,18 @@ def coarse_tower(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _start_at_once(python: Preloaded) -> Iterator[None]:
+    """The processes of `compare` have imported everything."""
+    multiprocessing.set_executable(str(python.ours))
+    yield
+    multiprocessing.set_executable(sys.executable)
+
+
 @pytest.fixture(autouse=True)
 def _parts(monkeypatch, language_folder: Path, coarse_tower: Path) -> None:
-    """What the quickstart would fetch."""
+    """What the quickstart would fetch, for runs of few steps."""
+    monkeypatch.setattr(user_recipe, "MOST_EPOCHS", 2)
     monkeypatch.setattr(model_assets, "language_model", lambda _say: language_folder)
     monkeypatch.setattr(model_assets, "efficientnet_timm", lambda _say: coarse_tower)
 
