@@ -125,46 +125,45 @@ def test_a_rank_that_dies_while_it_starts_is_named(place, rank, parts, ranks, tm
         assert f"rank {rank}" in str(state.reason)
 
 
-def test_a_rank_that_is_woken_says_that_it_was_stopped(parts, ranks, tmp_path):
+def hang(how, parts, ranks, tmp_path):
+    """A run in which rank 1 hangs at step 2, when rank 0 has said so."""
     recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.05)
-    group = ranks.start(["faults:at_step", "SIGSTOP", "1", "2", write(recipe)])
+    group = ranks.start(["faults:at_step", how, "1", "2", write(recipe)])
     started = time.monotonic()
     while "No progress for" not in group.output(0) and time.monotonic() - started < 120:
         time.sleep(0.2)
+    return group
+
+
+def check_named(group, run):
+    """Rank 0 has named rank 1, said where it waits itself, and ended."""
+    assert f"rank 1 (process {group.pids[1]} on" in group.output(0), group.outputs
+    assert "in step_or_not" in (run / "stacks" / "rank-00000.txt").read_text()
+    state = read_state(run)
+    assert (state.name, state.ranks) == ("failed", (1,))
+    assert str(state.reason).startswith("No progress for ")
+    assert group.codes[0] == watchdog.EXIT_HANG
+
+
+def test_a_rank_that_is_stopped_is_named_and_says_so_when_it_is_woken(parts, ranks, tmp_path):
+    group = hang("SIGSTOP", parts, ranks, tmp_path)
     time.sleep(watchdog._STANDSTILL)
     os.kill(group.pids[1], signal.SIGCONT)
     ranks.finish(group, limit=60)
+    check_named(group, tmp_path / "run")
+    assert "is silent for" in group.output(0)
     assert f"rank 1 (process {group.pids[1]} on" in group.output(1)
     assert "it was stopped, or its machine slept" in group.output(1)
     assert "network" not in group.output(1)
     assert "is silent for" in str(read_state(tmp_path / "run").reason), "the first word counts"
 
 
-@pytest.mark.parametrize("what", ["SIGSTOP", "sleep"])
-def test_a_rank_that_hangs_is_named_with_stacks_in_time(what, parts, ranks, tmp_path):
-    recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.05)
-    group = ranks.start(["faults:at_step", what, "1", "2", write(recipe)])
-    started = time.monotonic()
-    try:
-        while "No progress for" not in group.output(0) and time.monotonic() - started < 120:
-            time.sleep(0.2)
-    finally:
-        if what == "SIGSTOP":
-            os.kill(group.pids[1], signal.SIGKILL)
-    ranks.finish(group, limit=60)
-    assert f"rank 1 (process {group.pids[1]} on" in group.output(0), group.outputs
-    stacks = tmp_path / "run" / "stacks"
-    assert "in step_or_not" in (stacks / "rank-00000.txt").read_text()
-    state = read_state(tmp_path / "run")
-    assert (state.name, state.ranks) == ("failed", (1,))
-    assert str(state.reason).startswith("No progress for ")
-    if what == "sleep":
-        assert "does not wait for others: it is in lost_in_thought (faults.py:" in group.output(0)
-        assert "in lost_in_thought" in (stacks / "rank-00001.txt").read_text()
-        assert group.codes == [70, 70]
-    else:
-        assert "is silent for" in group.output(0)
-        assert group.codes[0] == 70
+def test_a_rank_that_hangs_is_named_with_stacks_in_time(parts, ranks, tmp_path):
+    group = ranks.finish(hang("sleep", parts, ranks, tmp_path), limit=60)
+    check_named(group, tmp_path / "run")
+    assert "does not wait for others: it is in lost_in_thought (faults.py:" in group.output(0)
+    assert "in lost_in_thought" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
+    assert group.codes == [watchdog.EXIT_HANG] * 2
 
 
 @pytest.fixture(scope="module")
