@@ -57,7 +57,7 @@ class Exchange:
             terminalreporter.line(f"{count:4d}  {message}")
 
 
-def _of_lora(item: pytest.Item) -> bool:
+def _of_lora(item: Any) -> bool:
     from peft.config import PeftConfigMixin
 
     from mm_moslora.adapters import MoSLoRAConfig
