@@ -198,9 +198,9 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
     """
     for arm in arms:
         arm["controls"] = {
-            column: found
+            column: differences
             for column, tasks in columns_of(scores[arm["name"]]).items()
-            if (found := _above([scores[arm["name"]][task] for task in tasks], tasks))
+            if (differences := _above([scores[arm["name"]][task] for task in tasks], tasks))
         }
     for column in {column for arm in arms for column in arm["controls"]}:
         found = [arm["controls"][column] for arm in arms if column in arm["controls"]]
