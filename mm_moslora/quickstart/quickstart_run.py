@@ -54,7 +54,7 @@ class Plan:
 
 PLANS: dict[tuple[Images, bool], Plan] = {
     ("easy-vqa", False): Plan(train_images=768, align_steps=2, tune_epochs=1.0, test_questions=320),
-    ("easy-vqa", True): Plan(train_images=64, align_steps=2, tune_epochs=1.0, test_questions=40),
+    ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
     ("stamps", False): Plan(train_images=10_000, align_steps=20, tune_epochs=1.0, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }

@@ -205,7 +205,7 @@ def test_thinking_is_removed_before_scoring_and_counted(runs: Runs) -> None:
     counts = run.result.counts
     assert (counts.thinking, counts.unclosed_thinking, counts.not_inferable) == (5, 2, 2)
     assert [sample["text"] for sample in run.samples] == list(THOUGHTS)
-    assert any("5 of 6 answers hold <think> blocks" in line and "2 of these" in line for line in run.result.remarks)
+    assert any("5 of 6 answers contain <think> blocks" in line and "2 of these" in line for line in run.result.remarks)
 
 
 def test_a_yes_within_thinking_is_no_answer() -> None:

@@ -44,8 +44,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, language_folder: Path, vi
     from mm_moslora.models.processing.llava_processor import save_processor
 
     folder = tmp_path_factory.mktemp("exported")
-    assembly = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
     torch.manual_seed(3)
+    assembly = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
     for name, weight in assembly.model.model.language_model.named_parameters():
         if "layers" in name and weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.3)  # answers differ between questions
