@@ -7,6 +7,8 @@
   from a checkpoint load it into an existing adapter (huggingface/peft#2273).
 - `reduce_intruder_dimension` refuses mixers: it writes A and B of a new adapter without a hook for tuners
   (huggingface/peft#2907).
+- `prepare_model_for_compiled_hotswap` refuses another rank for mixers: it pads A and B, and its `hotswap_adapter` cannot
+  fill a padded M (huggingface/peft#2177).
 - `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`: mixers that plain LoRA lacks would be set to zero
   (huggingface/peft#2177).
 
@@ -16,6 +18,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import peft
@@ -23,16 +26,18 @@ from peft import peft_model, utils
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import intruders
 from peft.utils import hotswap, save_and_load
-from torch import Tensor
+from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS, downloaded
+from mm_moslora.adapters.folder_format import OWN_CONFIG, OWN_WEIGHTS, PREFIX, STOCK_WEIGHTS, downloaded
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError
 
 _stock_weights = save_and_load.load_peft_weights
 _stock_intruders = intruders.reduce_intruder_dimension
+_stock_prepare = hotswap.prepare_model_for_compiled_hotswap
 
 
 @functools.wraps(_stock_weights)
@@ -40,11 +45,22 @@ def load_peft_weights(
     model_id: str, device: Any = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
     """A, M and B where the folder has them, checked against its hashes; otherwise PEFT's result."""
-    folder = None if key_mapping else downloaded(model_id, (OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS), **hub)
+    folder = downloaded(model_id, (OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS), **hub)
     if folder is None:
         return _stock_weights(model_id, device=device, key_mapping=key_mapping, **hub)
     device = utils.infer_device() if device is None else device
-    return {name: tensor.to(device) for name, tensor in read_folder(folder).tensors.items()}
+    tensors = read_folder(folder).tensors
+    return {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _renamed(name: str, key_mapping: dict[str, str]) -> str:
+    """The name after the first pattern that occurs in it, without PEFT's prefix, was replaced."""
+    path = name.removeprefix(PREFIX)
+    for pattern, replacement in key_mapping.items():
+        path, count = re.subn(pattern, replacement, path)
+        if count:
+            break
+    return f"{PREFIX}{path}"
 
 
 @functools.wraps(_stock_intruders)
@@ -58,6 +74,20 @@ def reduce_intruder_dimension(peft_model: Any, old_adapter_name: str = "default"
     _stock_intruders(peft_model, old_adapter_name, *args, **kwargs)
 
 
+@functools.wraps(_stock_prepare)
+def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None, **kwargs: Any) -> None:
+    """Refuse another rank for adapters with mixers."""
+    for path, layer in named_adapter_layers(model):
+        ranks = {layer.r[name] for name in layer.lora_mixer}
+        if target_rank is not None and ranks - {target_rank}:
+            raise AdapterError(
+                f"target_rank is {target_rank}, but {path} has a mixer of rank {min(ranks - {target_rank})}, which PEFT "
+                "does not pad. Leave target_rank out and swap adapters of one rank, or swap plain LoRA "
+                '(mm_moslora.adapters.export_adapter with layout="peft").'
+            )
+    _stock_prepare(model, target_rank=target_rank, **kwargs)
+
+
 def patch_peft() -> None:
     """Enter the tuner and the configuration, and replace the functions; a second call changes nothing."""
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = MoSLoRAModel
@@ -66,6 +96,7 @@ def patch_peft() -> None:
     for module in modules:
         module.load_peft_weights = load_peft_weights
     intruders.reduce_intruder_dimension = reduce_intruder_dimension
+    hotswap.prepare_model_for_compiled_hotswap = prepare_model_for_compiled_hotswap
     # It compares these keys of `to_dict` of both configurations; stock LoRA has no mixer_init.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
     if "mixer_init" not in keys:

@@ -164,6 +164,35 @@ def test_a_damaged_manifest_is_one_clear_error(saved: Path, tmp_path: Path, chan
         peft.PeftModel.from_pretrained(llama(), folder)
 
 
+def test_a_key_mapping_renames_the_mixers_too(saved: Path) -> None:
+    class Outer(nn.Module):
+        prepare_inputs_for_generation = None  # a `PeftModelForCausalLM` looks for it
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+    model = peft.PeftModel.from_pretrained(Outer(), saved, key_mapping={"^never": "no", "^model": "inner.model"})
+    found = {name.replace("model.inner.model", "model.model"): t for name, t in factors(model).items()}
+    assert same(found, factors(adapted()))
+
+
+def test_peft_pads_no_mixers_and_prepares_adapters_of_one_rank(saved: Path) -> None:
+    model = adapted()
+    before = factors(model)
+    with pytest.raises(AdapterError, match=r"target_rank is 8, but .*q_proj has a mixer of rank 4"):
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert same(factors(model), before)
+    expected = logits(model)
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    torch.testing.assert_close(logits(model), expected)
+    hotswap.hotswap_adapter(model, str(saved), adapter_name="default", torch_device="cpu")
+    assert same(factors(model), before)
+    plain = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS))
+    hotswap.prepare_model_for_compiled_hotswap(plain, target_rank=8)
+    assert {tensor.shape[0] for name, tensor in factors(plain).items() if "lora_A" in name} == {8}
+
+
 def test_mixed_models_load_mixers_and_x_lora_loads_the_fold(saved: Path) -> None:
     mixed = peft.PeftMixedModel.from_pretrained(llama(), str(saved))
     assert torch.equal(logits(mixed.eval()), logits(load_adapter(llama(), saved)))
@@ -216,21 +245,23 @@ def test_the_model_that_peft_makes_trains_like_the_one_that_this_package_makes(s
 
 def test_what_is_replaced_in_peft_is_what_was_read() -> None:
     """Read the new function, and its callers, before the expected words change."""
-    weights, intruder = peft_patches._stock_weights, peft_patches._stock_intruders
-    found = {
-        f"{function.__module__}.{function.__name__}{inspect.signature(function)}" for function in (weights, intruder)
-    }
+    replaced = (peft_patches._stock_weights, peft_patches._stock_intruders, peft_patches._stock_prepare)
+    found = {f"{function.__module__}.{function.__name__}{inspect.signature(function)}" for function in replaced}
     assert found == {
         "peft.utils.save_and_load.load_peft_weights(model_id: 'str', device: 'Optional[str]' = None, key_mapping: "
         "'Optional[dict[str, str]]' = None, **hf_hub_download_kwargs) -> 'dict'",
         "peft.tuners.lora.intruders.reduce_intruder_dimension(peft_model, old_adapter_name='default', "
         "new_adapter_name='intruder_reduced', top_k=10, threshold_epsilon=0.5, mitigation_lambda=0.75, "
         "logging_sink=<built-in function print>)",
+        "peft.utils.hotswap.prepare_model_for_compiled_hotswap(model: 'torch.nn.Module', *, target_rank: "
+        "'Optional[int]' = None, config: 'Optional[LoraConfig | dict[str, LoraConfig]]' = None, check_compiled: "
+        "\"Literal['error', 'warn', 'ignore']\" = 'error') -> 'None'",
     }
     for caller in (peft.PeftModel.load_adapter, hotswap.hotswap_adapter):
         assert "load_peft_weights(" in inspect.getsource(caller)
         assert caller.__globals__["load_peft_weights"] is peft_patches.load_peft_weights
     assert intruders.reduce_intruder_dimension is peft_patches.reduce_intruder_dimension
+    assert hotswap.prepare_model_for_compiled_hotswap is peft_patches.prepare_model_for_compiled_hotswap
     assert "config_keys_to_check = CONFIG_KEYS_TO_CHECK[" in inspect.getsource(hotswap.check_hotswap_configs_compatible)
 
 
