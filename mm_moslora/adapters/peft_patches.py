@@ -7,8 +7,8 @@
   from a checkpoint load it into an existing adapter (huggingface/peft#2273).
 - `reduce_intruder_dimension` refuses mixers: it writes A and B of a new adapter without a hook for tuners
   (huggingface/peft#2907).
-- `prepare_model_for_compiled_hotswap` refuses another rank for mixers: it pads A and B, and its `hotswap_adapter` cannot
-  fill a padded M (huggingface/peft#2177).
+- `prepare_model_for_compiled_hotswap` refuses another rank for mixers: it pads A and B, and `hotswap_adapter` cannot fill
+  a padded M (huggingface/peft#2177).
 - `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`: mixers that plain LoRA lacks would be set to zero
   (huggingface/peft#2177).
 
@@ -78,12 +78,12 @@ def reduce_intruder_dimension(peft_model: Any, old_adapter_name: str = "default"
 def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None, **kwargs: Any) -> None:
     """Refuse another rank for adapters with mixers."""
     for path, layer in named_adapter_layers(model):
-        ranks = {layer.r[name] for name in layer.lora_mixer}
-        if target_rank is not None and ranks - {target_rank}:
+        ranks = {layer.r[name] for name in layer.lora_mixer} - {target_rank}
+        if target_rank is not None and ranks:
             raise AdapterError(
-                f"target_rank is {target_rank}, but {path} has a mixer of rank {min(ranks - {target_rank})}, which PEFT "
-                "does not pad. Leave target_rank out and swap adapters of one rank, or swap plain LoRA "
-                '(mm_moslora.adapters.export_adapter with layout="peft").'
+                f"target_rank is {target_rank}, but {path} has a mixer of rank {min(ranks)}, which PEFT does not pad. "
+                "Leave target_rank out and swap adapters of one rank, or swap plain LoRA (export_adapter with "
+                'layout="peft").'
             )
     _stock_prepare(model, target_rank=target_rank, **kwargs)
 

@@ -104,7 +104,17 @@ def test_a_plain_lora_adapter_gets_the_folded_factors(saved: Path) -> None:
         assert not any(isinstance(module, MoSLoRALayer) for module in model.modules())
         assert torch.equal(logits(model.eval()), logits(folded(llama(), saved)))
         torch.testing.assert_close(logits(model), logits(adapted()), atol=1e-5, rtol=0)
-    assert type(peft.PeftConfig.from_pretrained(saved)) is peft.LoraConfig
+    config = peft.PeftConfig.from_pretrained(saved)
+    assert type(config) is peft.LoraConfig
+    fresh, base = peft.get_peft_model(llama(), config), llama()
+    peft.inject_adapter_in_model(config, base)
+    base_of_transformers = llama()
+    base_of_transformers.load_adapter(saved)
+    for model in (fresh, base, base_of_transformers):
+        assert not any(isinstance(module, MoSLoRALayer) for module in model.modules())
+    assert torch.equal(logits(base_of_transformers), logits(folded(llama(), saved)))
+    own = MoSLoRAConfig.from_pretrained(saved)
+    assert any("lora_mixer" in name for name, _ in peft.get_peft_model(llama(), own).named_parameters())
 
 
 def test_folders_of_plain_lora_are_what_they_were(tmp_path: Path) -> None:
