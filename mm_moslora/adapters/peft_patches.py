@@ -7,8 +7,8 @@
   from a checkpoint load it into an existing adapter (huggingface/peft#2273).
 - `reduce_intruder_dimension` refuses mixers: it writes A and B of a new adapter without a hook for tuners
   (huggingface/peft#2907).
-- `prepare_model_for_compiled_hotswap` refuses another rank for mixers: it pads A and B, and `hotswap_adapter` cannot fill
-  a padded M (huggingface/peft#2177).
+- `prepare_model_for_compiled_hotswap` refuses another rank for mixers: it pads A and B, and `hotswap_adapter` cannot
+  fill a padded M (huggingface/peft#2177).
 - `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`: mixers that plain LoRA lacks would be set to zero
   (huggingface/peft#2177).
 
