@@ -12,7 +12,7 @@
 - `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`: mixers that plain LoRA lacks would be set to zero
   (huggingface/peft#2177).
 
-`tests/adapters/test_tuner.py` fails when one of them is another function.
+`tests/adapters/test_tuner.py` fails when one of them has another signature or another caller; it reads no bodies.
 """
 
 from __future__ import annotations

@@ -1,0 +1,162 @@
+"""Private interfaces of libraries that are read or called but not patched; a test fails when a release changes one.
+
+`docs/architecture.md` lists them with the reasons.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners import lora
+from torch import nn
+from transformers import DynamicCache, LlamaConfig
+from transformers.cache_utils import DynamicLayer
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_peft_takes_custom_layers_and_embeds_by_methods() -> None:
+    assert parameters(peft.LoraConfig._register_custom_module) == ["self", "mapping"]
+    assert parameters(lora.Embedding._embed)[:3] == ["self", "input", "weight"]
+    assert parameters(lora.Embedding._get_embed_scale) == ["self"]
+    assert parameters(lora.layer.MultiheadAttention._check_forward_args) == ["self", "x", "args", "kwargs"]
+    assert lora.Linear(nn.Linear(2, 2), "chosen", config=peft.LoraConfig(r=1), r=1)._active_adapter == ["chosen"]
+
+
+def test_accelerate_keeps_its_hook_on_the_module() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    layer, hook = nn.Linear(2, 2), ModelHook()
+    assert not hasattr(layer, "_hf_hook")
+    add_hook_to_module(layer, hook)
+    assert layer._hf_hook is hook
+
+
+def test_deepspeed_registers_external_parameters_by_identity() -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, register_external_parameter
+
+    module = nn.Linear(2, 2)
+    parameter = nn.Parameter(torch.ones(2))
+    register_external_parameter(module, parameter)
+    external: Any = module._external_params
+    assert list(external) == [id(parameter)]
+    assert {status.name for status in ZeroParamStatus} >= {"AVAILABLE", "NOT_AVAILABLE"}
+    assert "ds_status" in Init._convert_to_deepspeed_param.__code__.co_names
+
+
+def test_torch_tells_tracing_modes_and_the_backward_pass() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    assert torch._C._len_torch_dispatch_stack() == 0
+    with Mode():
+        assert torch._C._len_torch_dispatch_stack() == 1
+    assert tree_leaves(tree_map(lambda value: value + 1, {"a": [1, (2,)]})) == [2, 3]
+
+    assert torch._C._get_tracing_state() is None
+    traced: list[bool] = []
+    torch.jit.trace(lambda x: traced.append(torch._C._get_tracing_state() is not None) or x + 1, torch.ones(1))
+    assert traced[0]
+    inside: list[bool] = []
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    torch.func.vmap(lambda x: inside.append(torch._C._functorch.peek_interpreter_stack() is not None) or x)(
+        torch.ones(2)
+    )
+    assert inside == [True]
+
+    x, tasks = torch.ones(1, requires_grad=True), []
+    x.register_hook(lambda _: tasks.append(torch._C._current_graph_task_id()))
+    assert torch._C._current_graph_task_id() == -1
+    (2 * x).sum().backward()
+    assert tasks[0] != -1
+    assert x.untyped_storage()._cdata == x.view(1).untyped_storage()._cdata != torch.ones(1).untyped_storage()._cdata
+
+
+def test_operators_of_torch_take_what_they_are_given() -> None:
+    aten = torch.ops.aten
+    named = {
+        operator: [argument.name for argument in operator.default._schema.arguments]
+        for operator in (
+            aten._softmax_backward_data, aten._scaled_dot_product_flash_attention_for_cpu,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        )
+    }  # fmt: skip
+    assert list(named.values()) == [
+        ["grad_output", "output", "dim", "input_dtype"],
+        ["query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"],
+        ["grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal", "attn_mask", "scale"],
+    ]
+
+
+def test_layers_of_a_dynamic_cache_can_be_others() -> None:
+    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=2))
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer] * 2
+    assert parameters(DynamicLayer.lazy_initialization) == ["self", "key_states", "value_states"]
+    assert parameters(DynamicLayer.batch_select_indices) == ["self", "indices"]
+
+    class Layer(DynamicLayer):
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return key_states, "mine"
+
+    cache.layers = [Layer() for _ in cache.layers]
+    assert cache.update(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), 0)[1] == "mine"
+
+
+def test_bitsandbytes_packs_for_cpus_where_it_is_undone() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from bitsandbytes import functional
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    assert parameters(functional._convert_weight_packed_for_cpu_inverse)[:2] == ["packed_weight", "quant_state"]
+    assert "packing_format_for_cpu" in functional._convert_weight_packed_for_cpu.__code__.co_names
+    layer = Linear4bit(64, 64)
+    assert {"support_avx512bf16_for_cpu", "compute_type_is_set", "compute_dtype"} <= set(vars(layer))
+    assert parameters(layer.set_compute_type) == ["x"]
+    assert type(layer.weight) is Params4bit
+    assert layer.weight.quant_state is None
+
+
+def test_torchao_keeps_the_forms_of_quantised_activations_on_the_tensor() -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layer = nn.Sequential(nn.Linear(32, 32))
+    quantize_(layer, Int8WeightOnlyConfig(version=2))
+    weight: Any = layer[0].weight
+    assert type(weight).__name__ == "Int8Tensor"
+    assert weight.act_quant_kwargs is None
+    assert weight.act_pre_scale is None
+
+
+def test_open_clip_builds_a_vision_tower_alone() -> None:
+    model = pytest.importorskip("open_clip.model", reason="open_clip_torch is not installed")
+    assert parameters(model._build_vision_tower)[:3] == ["embed_dim", "vision_cfg", "quick_gelu"]
+
+
+def test_datasets_identify_a_table() -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    one, other = (datasets.Dataset.from_dict({"a": [value]}) for value in (1, 2))
+    assert one._fingerprint != other._fingerprint
+    assert isinstance(one._fingerprint, str)
+
+
+def test_uvicorn_calls_the_methods_that_are_overridden() -> None:
+    module = pytest.importorskip("uvicorn.protocols.http.h11_impl", reason="uvicorn is not installed")
+    protocol = module.H11Protocol
+    assert parameters(protocol.connection_made) == ["self", "transport"]
+    assert parameters(protocol.data_received) == ["self", "data"]
+    assert parameters(protocol.connection_lost) == ["self", "exc"]
+    assert parameters(protocol.send_400_response) == ["self", "msg"]
+    assert {"connections", "cycle", "conn"} <= set(protocol.__init__.__code__.co_names)
