@@ -114,7 +114,7 @@ class VlmFamily:
     tower: str = "model.vision_tower"
     """Path of the vision tower."""
     projectors: tuple[str, ...] = ("multi_modal_projector",)
-    """Last parts of the paths of what makes visual tokens of features, as regular expressions."""
+    """Last parts of the paths of what makes visual tokens of features, as regular expressions; empty: the tower does."""
     processor: str = ""
     """Class of the processor, where it has a peculiarity named below."""
     packed: bool = False
@@ -151,7 +151,7 @@ VLMS = {
     "qwen2_5_vl": VlmFamily(**_QWEN),
     "qwen3_vl": VlmFamily(**_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}),
     "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True),  # a prefix sees what follows it
-    "fuyu": VlmFamily(tower="model.vision_embed_tokens"),
+    "fuyu": VlmFamily(tower="model.vision_embed_tokens", projectors=()),
 }  # fmt: skip
 
 TOWER_PATHS = tuple(dict.fromkeys(family.tower for family in VLMS.values()))

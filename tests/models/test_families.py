@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny import make_vision
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from vlms import FAMILIES
 
 from mm_moslora.adapters.folders.gguf_adapter import FAMILIES as GGUF
@@ -94,6 +94,20 @@ def test_a_ready_made_model_has_the_parts_of_its_family(name):
     assert processor_family(processor) in ((family,) if family.processor else (VlmFamily(),))
     decoder = type(model.get_decoder().layers[0]).__name__
     assert use_lean_layers(model) == (2 if decoder in LEAN_LAYERS else 0)
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_the_paths_of_a_family_are_in_transformers_model(name):
+    """Of its default size, with one decoder layer, on the meta device."""
+    config = AutoConfig.for_model(name)
+    config.get_text_config().num_hidden_layers = 1
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert tower_path(model) == VLMS[name].tower
+    paths = [path for path, _ in model.named_modules()]
+    missing = [end for end in VLMS[name].projectors if not any(re.search(rf"(^|\.){end}$", path) for path in paths)]
+    assert missing == []
+    assert bool(projectors(model)) == bool(VLMS[name].projectors)
 
 
 @pytest.mark.parametrize("name", VLMS)
