@@ -114,7 +114,7 @@ class VlmFamily:
     tower: str = "model.vision_tower"
     """Path of the vision tower."""
     projectors: tuple[str, ...] = ("multi_modal_projector",)
-    """Last parts of the paths of what makes visual tokens of features, as regular expressions; empty: the tower does."""
+    """Last parts of the paths of what makes visual tokens of features, as regular expressions; none: the tower."""
     processor: str = ""
     """Class of the processor, where it has a peculiarity named below."""
     packed: bool = False
