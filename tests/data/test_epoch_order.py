@@ -152,6 +152,12 @@ class TestPacking:
         rows = pack([0, 1, 0], [5, 6], tokens=8)
         assert Counter(number for row in rows for number in row) == {0: 2, 1: 1}
 
+    def test_a_row_takes_the_oldest_and_then_the_best_fit(self) -> None:
+        # 40 tokens are left beside 60; 12 and 27 fill them better than 30, the oldest, and 35, the longest.
+        assert set(pack(range(5), [60, 30, 12, 27, 35], tokens=100)[0]) == {0, 2, 3}
+        # While there is room for more than three average examples, the oldest come in their order.
+        assert pack(range(30), [20, 5, 3, 9, *[10] * 26], tokens=100)[0][:4] == [0, 1, 2, 3]
+
     def test_lengths_like_those_of_instruction_data_fill_the_rows(self) -> None:
         rng = random.Random(0)
         lengths = [min(2048, int(rng.lognormvariate(5, 0.75)) + 40 + 576 * (rng.random() < 0.94)) for _ in range(4000)]

@@ -56,6 +56,53 @@ def test_a_projector_gives_as_many_tokens_as_it_says_and_uses_every_weight(kind,
     torch.testing.assert_close(twin(features), output, rtol=0, atol=0)
 
 
+def attention(q, k, v, heads):
+    """softmax(q k^T / sqrt(d)) v, written out."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_perceiver_queries_attend_to_patches_and_queries():
+    projector, features = build_projector("perceiver", SHAPE), torch.randn(2, 36, 24)
+    x = projector.queries.expand(2, -1, -1)
+    for block in projector.blocks:
+        layer = block.attention
+        queries = layer.norm_queries(x)
+        rows = torch.cat([layer.norm_patches(features + projector.places), queries], 1)
+        x = x + layer.out(attention(layer.q(queries), *layer.kv(rows).chunk(2, -1), layer.heads))
+        x = x + block.feed_forward(x)
+    torch.testing.assert_close(projector(features), projector.linear(projector.norm(x)))
+
+
+@torch.no_grad()
+def test_qformer_queries_attend_to_themselves_and_then_to_patches():
+    projector, features = build_projector("qformer", SHAPE).eval(), torch.randn(2, 36, 24)
+
+    def attend(block, x, rows):
+        inner = block.attention
+        mixed = attention(inner.query(x), inner.key(rows), inner.value(rows), inner.num_attention_heads)
+        return block.output.LayerNorm(x + block.output.dense(mixed))
+
+    x = projector.qformer.layernorm(projector.queries).expand(2, -1, -1)
+    for layer in projector.qformer.encoder.layer:
+        x = attend(layer.attention, x, x)
+        x = attend(layer.crossattention, x, features)
+        x = layer.output_query.LayerNorm(x + layer.output_query.dense(layer.intermediate_query(x)))
+    torch.testing.assert_close(projector(features), projector.linear(x))
+
+
+@torch.no_grad()
+def test_the_c_abstractor_averages_the_places_of_a_cell():
+    projector, features = build_projector("c_abstractor", SHAPE), torch.randn(2, 36, 24)
+    patches = (features + projector.places).unflatten(1, (6, 6)).permute(0, 3, 1, 2)
+    cells = projector.before(patches).unflatten(3, (2, 3)).unflatten(2, (2, 3)).mean((3, 5))
+    tokens = projector.after(cells).flatten(2).transpose(1, 2)
+    expected = projector.linear_2(nn.functional.silu(projector.linear_1(tokens)))
+    torch.testing.assert_close(projector(features), expected)
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp3x_gelu", "fused_mlp", "avg_pool"])
 @torch.no_grad()
 def test_a_fresh_projector_computes_of_features_what_it_did_of_standardised_ones(kind):
