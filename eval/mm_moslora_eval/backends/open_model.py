@@ -72,13 +72,18 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
 
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
     from mm_moslora.models.assembly import load_parts
-    from mm_moslora.models.load_model import load, model_of
+    from mm_moslora.models.load_model import load, model_of, recipe_of
     from mm_moslora.models.vlm import has_own_forward
+    from mm_moslora.training.run_setup import seed_everything
 
     folder = find_checkpoint(Path(name))
     if untuned and not (folder / MANIFEST).is_file():
         raise EvalError(f"{name} is an export, which has no model before tuning. Give a run or a checkpoint.")
-    assembly = load_parts(model_of(folder), dtype=dtype) if untuned else load(folder, dtype=dtype)
+    if untuned:
+        seed_everything(recipe_of(folder).train.seed)  # a new projector is drawn as in the run
+        assembly = load_parts(model_of(folder), dtype=dtype)
+    else:
+        assembly = load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if has_own_forward(assembly.model):

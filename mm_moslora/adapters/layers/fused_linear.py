@@ -88,7 +88,9 @@ class FusedLinear(MoSLoRALayer):
         M = cast(Tensor, self.lora_mixer[adapter].weight) if adapter in self.lora_mixer else None
         dropout = self.lora_dropout[adapter]
         rate = exact_rate(dropout.p) if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        product = mixed_product if self.step_window is None else self.step_window.product
+        # Without gradients of A a micro-batch might have none at all, which DeepSpeed does not expect.
+        shared = self.step_window is not None and A.requires_grad
+        product = self.step_window.product if shared else mixed_product
         C = product(B, M, self.scaling[adapter] / (1.0 - rate), compute_dtype(x))
         return LinearOperands(weight=weight, bias=base.bias, A=A, C=C, dropout=rate)
 
@@ -239,6 +241,9 @@ def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -
             layer.step_window = window
         yield window
         window.settle()
+    except BaseException:
+        window.abandon()
+        raise
     finally:
         for layer in layers:
             layer.step_window = None

@@ -136,6 +136,12 @@ class StepWindow:
             product.gradient.settle()
         self._products.clear()
 
+    def abandon(self) -> None:
+        """End the step after an error: B and M get nothing, and a later backward pass through a product is refused."""
+        for product in self._products.values():
+            product.gradient.abandon()
+        self._products.clear()
+
 
 def mixed_product(B: Tensor, M: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
     """``C = s B M`` outside of a `StepWindow`: the step has one micro-batch.
@@ -189,6 +195,10 @@ class _ProductGradient:
             self.total.add_(dC)
         total, self.total = self.total, None
         return total
+
+    def abandon(self) -> None:
+        """Drop the sum."""
+        self.total, self.settled = None, True
 
     def settle(self) -> None:
         """Give B and M the sum in a backward pass, which calls their hooks."""

@@ -36,6 +36,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.dummy = None if dummy is None else Batch.from_examples([dummy])
+        # A text then has no path to what trains, and its loss no gradient.
+        self.language_is_frozen = not any(p.requires_grad for p in model.get_decoder().parameters())
         self.pictures = StepFeatureCache() if memory is None else memory
         """Features that a frozen tower has already computed."""
 
@@ -44,10 +46,12 @@ class LossModule(nn.Module):
 
         Args:
             batch: on the model's device.
-            needs_vision: some rank has images in this micro-batch, so every rank must run the vision path.
+            needs_vision: some rank has images in this micro-batch, so every rank must run the vision path. It also runs
+                where the language model is frozen.
             right: see `head_loss_sum`.
         """
-        dummy = self.dummy.to(batch.input_ids.device) if self.dummy and needs_vision and not batch.images else None
+        vision = (needs_vision or self.language_is_frozen) and not batch.images
+        dummy = self.dummy.to(batch.input_ids.device) if self.dummy and vision else None
         hidden = supervised_hidden(self.model, batch, dummy=dummy, memory=self.pictures)
         return head_loss_sum(self.model, hidden, batch.targets, right)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,15 @@ def test_a_backward_pass_after_the_step_is_refused() -> None:
     model = _model()
     with one_product_per_step(model):
         loss = model(IDS, labels=IDS).loss
+    with pytest.raises(AdapterError, match="Put forward and backward passes into the block"):
+        loss.backward()
+
+
+def test_a_backward_pass_after_a_step_that_an_error_ended_is_refused() -> None:
+    model = _model()
+    with suppress(KeyError), one_product_per_step(model):
+        loss = model(IDS, labels=IDS).loss
+        raise KeyError
     with pytest.raises(AdapterError, match="Put forward and backward passes into the block"):
         loss.backward()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import make_records
 from trials import HALF, STEPS, hexed, losses, make_recipe, weights, write
 
 from mm_moslora.config import Recipe
@@ -85,3 +86,18 @@ def test_frozen_factors_come_back_from_the_checkpoint(parts, ranks, tmp_path):
     assert weights(tmp_path / "halves", STEPS) == weights(tmp_path / "straight", STEPS)
     first, last = factors(tmp_path / "halves", HALF), factors(tmp_path / "halves")
     assert all(torch.equal(first[name], last[name]) == ("lora_mixer" not in name) for name in first)
+
+
+def test_a_text_alone_gives_frozen_parts_no_gradient_and_no_error(parts, ranks, tmp_path):
+    """Micro-batches in which neither mixers (their products are shared) nor the projector would have a gradient."""
+    mixed = parts | {"records": make_records(tmp_path / "records", 8, text_only_every=2)}
+
+    def recipe(name: str, zero: str, **train: str) -> Recipe:
+        return make_recipe(mixed, tmp_path / name, zero, order="sequential", micro_batch=1, global_batch=4, **train)
+
+    small = formed(recipe("svd-zero2", "zero2", precision="bf16"), factor_form="svd")
+    align = [recipe(f"align-{zero}", zero) for zero in ("zero2", "none")]
+    align = [replace(item, model=replace(item.model, language_mode="frozen")) for item in align]
+    ranks.run([write(small), *map(write, align)], ranks=1)
+    assert len(losses(tmp_path / "svd-zero2")) == STEPS
+    assert losses(tmp_path / "align-zero2") == pytest.approx(losses(tmp_path / "align-none"), rel=1e-5)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from between import just_before
+from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.model_interface import Answer, Request
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report import run_evidence
@@ -67,6 +68,11 @@ def measured(
         middle = [*line[:4], str(folder / "run" / "checkpoint-000002"), "--output", str(folder / "middle")]
         assert cli.run(middle) == 0
     return folder
+
+
+def test_the_untuned_model_is_the_same_in_every_call(measured: Path) -> None:
+    models = [open_model(str(measured / "run"), precision="fp32", untuned=True) for _ in range(2)]
+    assert models[0].fingerprint == models[1].fingerprint
 
 
 def test_the_run_folder_holds_the_scores_and_samples_of_its_report(measured: Path) -> None:
