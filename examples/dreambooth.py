@@ -6,7 +6,7 @@
         --model PATH_OR_ID --pictures DIR --class-pictures DIR --out DIR  SDXL, on a GPU
 
 The adapter sits in the attention layers of the denoiser: a UNet (which predicts the noise) or a transformer (which
-predicts the velocity of a straight path from data to noise). It is written twice: as our folder, and as
+predicts the velocity of a straight path from data to noise). It is written twice: as a MoSLoRA folder, and as
 `pytorch_lora_weights.safetensors`, which stock diffusers reads with `pipeline.load_lora_weights(folder)`.
 
 Shapes: latents ``[N, C, H, W]``, text ``[N, L, D]``, pooled text ``[N, P]``.
@@ -157,7 +157,7 @@ def _loss(denoiser: nn.Module, objective: Objective, example: Example, generator
 
 
 def write(denoiser: nn.Module, out: Path, *, component: str) -> None:
-    """Write our folder to `out/adapter` and diffusers' file next to it."""
+    """Write the MoSLoRA folder to `out/adapter` and diffusers' file next to it."""
     save_adapter(denoiser, out / "adapter")
     export_adapter(out / "adapter", out, layout="diffusers", component=component)
 

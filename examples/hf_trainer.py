@@ -4,7 +4,7 @@
     python examples/hf_trainer.py OUT
 
 A small causal language model from a config learns a repeating pattern; the checkpoints and the final folder are double
-folders, which our loader and stock PEFT both read.
+folders, which `load_adapter` and stock PEFT both read.
 """
 
 from __future__ import annotations

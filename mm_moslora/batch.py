@@ -125,7 +125,7 @@ class Batch:
     segment_lengths: tuple[int, ...]
     """``G`` lengths that sum to ``S``."""
     target_positions: Tensor
-    """int64 ``[K]``; positions whose next token is supervised. Only these reach the language-model head."""
+    """int64 ``[K]``; positions before a supervised token. Only these reach the language-model head."""
     targets: Tensor
     """int64 ``[K]``; the supervised next tokens."""
     pixel_values: Tensor | None = None

@@ -5,6 +5,7 @@ This module imports nothing heavy at module level, so that `--help`, listing and
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from mm_moslora_eval.run.evaluate_suite import Comparison
     from mm_moslora_eval.run.llm_judge import Judge
     from mm_moslora_eval.run.result_file import TaskResult
-    from mm_moslora_eval.run.task_runner import Progress, Settings
+    from mm_moslora_eval.run.task_runner import Settings
     from mm_moslora_eval.sources.document import Document
     from mm_moslora_eval.sources.image_controls import ImageMode
 
@@ -101,7 +102,8 @@ def _run_held(
         record(output, model, asdict(settings))
     results: list[TaskResult] = []
     for task in tasks:
-        results += evaluate_held(model, task, output, settings=settings, progress=_named(task.id, progress), **rest)
+        told = None if progress is None else functools.partial(progress, task.id)
+        results += evaluate_held(model, task, output, settings=settings, progress=told, **rest)
     return results
 
 
@@ -115,10 +117,6 @@ def training_answers(name: str) -> Sequence[TrainingAnswer]:
 
     path, folder = file_and_folder(name)
     return read_training_answers(Path(path), image_folder=Path(folder) if folder else None) if path else ()
-
-
-def _named(name: str, progress: Callable[[str, int, int], None] | None) -> Progress | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:

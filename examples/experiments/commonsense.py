@@ -29,7 +29,7 @@ KINDS = {
     "animals": "animal", "clothes": "clothing", "food": "food", "household": "household", "plants": "plant",
     "space": "space", "sports": "sport", "vehicles": "vehicle",
 }  # fmt: skip
-"""Folders of the stamps whose sentences say what kind of thing it is, and the answer word."""
+"""Folders of stamps with sentences about the kind of thing, and the answer word of each."""
 RECIPES = Path(__file__).parent / "recipes"
 
 

@@ -8,7 +8,7 @@ teaches it one subject (a picture under small shifts and mirrored) with prior pr
 adapters are in attention, feed-forward and convolution layers, for a UNet this small has little attention. Scored by
 the cosine between features of generated and of real pictures of the subject, from the frozen EfficientNet-Lite0 of
 the quickstart; what the model scores before tuning is printed first. Rates are tuned and seeds kept apart as in `mm-
-moslora compare`, whose analysis and page are used. The paper's own setting is
+moslora compare`; its analysis and its page are used. The paper's own setting is
 `examples/recipes/sdxl_dreambooth_moslora.yaml`. Again continues.
 
 Shapes: pictures ``[N, 3, S, S]`` from -1 to 1, text ``[N, 1, D]``, features ``[N, F]``.

@@ -70,7 +70,7 @@ def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
 
 
 def without_yes_no(record: dict[str, Any]) -> dict[str, Any]:
-    """A conversation without the questions whose answer is yes or no; the picture stands before the first one left."""
+    """A conversation without its yes/no questions; the picture stands before the first one left."""
     turns = record["conversations"]
     kept = [pair for pair in zip(turns[::2], turns[1::2], strict=True) if pair[1]["value"] not in YES_NO]
     questions = [question["value"].removeprefix(f"{IMAGE_TOKEN}\n") for question, _ in kept]

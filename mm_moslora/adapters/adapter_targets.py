@@ -141,7 +141,7 @@ def _match(
         if left_out:
             kinds = ", ".join(sorted({path.rpartition(".")[2] for path in left_out}))
             logger.info(
-                "all-linear leaves out %d layers whose weight is read without a call: %s.", len(left_out), kinds
+                "all-linear leaves out %d layers; their weight is read without a call: %s.", len(left_out), kinds
             )
         return [path for path in linear if path not in left_out]
     if isinstance(targets, str):

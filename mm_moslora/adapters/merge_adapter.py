@@ -45,8 +45,8 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
 
     Raises:
         AdapterError: no PEFT model; a factor that is not finite, or a bias without a place (nothing is changed then);
-            or a layer whose merged output differs by more than the tolerance (the base weights are put back to within
-            rounding).
+            or a merged output of a layer that differs by more than the tolerance (the base weights are put back to
+            within rounding).
     """
     model = cast(peft.PeftModel, unwrapped(model))
     layers = {

@@ -177,7 +177,7 @@ class Mixer(_Factor):
 
 
 class FrozenFactor(_Factor):
-    """A or B that must not train (LoRA-XS): a linear layer whose weight is a buffer."""
+    """A or B that must not train (LoRA-XS): a linear layer with its weight in a buffer."""
 
     def __init__(self, weight: Tensor) -> None:
         """Keep the factor, ``[out, in]``."""

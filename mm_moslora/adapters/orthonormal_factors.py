@@ -102,7 +102,7 @@ def keep_orthonormal(model: nn.Module, optimizer: torch.optim.Optimizer, *, adap
         adapter_name: the adapter.
 
     Raises:
-        AdapterError: no such adapter, one whose factors are not orthonormal, or an optimiser that does not hold them;
+        AdapterError: no such adapter, one with other than orthonormal factors, or an optimiser that does not hold them;
             the latter at a step, too, where another (DeepSpeed's) has put copies in their places since.
     """
     kept: list[OrthonormalFactor] = []

@@ -51,7 +51,7 @@ class MixerCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         layers = [layer for _, layer in named_adapter_layers(model) if layer.holds(self.adapter_name)]
         if not layers:
-            raise AdapterError(f"The model has no adapter {self.adapter_name!r}, whose mixers could be logged.")
+            raise AdapterError(f"The model has no adapter {self.adapter_name!r} with mixers to log.")
         if any(type(factor).__name__ == "DTensor" for layer in layers for factor in layer.parameters()):
             raise AdapterError(
                 "The model is sharded by FSDP, and the mixers' figures need whole factors. Use DeepSpeed."

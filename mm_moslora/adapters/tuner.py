@@ -157,7 +157,7 @@ class MoSLoRAModel(LoraModel):
 def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
     if isinstance(model, peft.PeftModel):
         raise AdapterError(
-            "The model is a PeftModel already; wrapped once more, nobody could load what it saves. Give it another "
+            "The model is a PeftModel already. A second wrapper saves names that no loader reads. Give it another "
             "adapter with add_moslora or model.add_adapter, or take the first one out (model.unload())."
         )
     if config.target_parameters:

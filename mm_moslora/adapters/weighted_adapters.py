@@ -38,7 +38,7 @@ def add_weighted_adapter(
     combination: Combination = "cat",
     rank: int | None = None,
 ) -> None:
-    """Add an adapter whose update is the weighted sum of other adapters' updates.
+    """Add an adapter with the weighted sum of other adapters' updates as its update.
 
     Args:
         model: the PEFT model; the new adapter is not made active. Modules that adapters train whole (`modules_to_save`)
@@ -119,7 +119,7 @@ def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALa
         if name not in configs:
             raise AdapterError(f"The model has no adapter {name!r}; it has {sorted(configs)}.")
         if configs[name].use_dora:
-            raise AdapterError(f"Adapter {name!r} uses DoRA, whose update is not a sum of factors. Merge it instead.")
+            raise AdapterError(f"Adapter {name!r} uses DoRA: its update is not a sum of factors. Merge it instead.")
         for option in ("trainable_token_indices", "lora_bias"):
             if getattr(configs[name], option):
                 raise AdapterError(f"Adapter {name!r} has {option}, which cannot be added up. Merge it instead.")

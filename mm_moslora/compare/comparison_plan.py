@@ -36,7 +36,7 @@ Status = Literal["ok", "diverged", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The user's settings."""
+    """Settings of a comparison: arms, learning rates, seeds and tasks."""
 
     arms: Sequence[Arm]
     rates: Sequence[float]

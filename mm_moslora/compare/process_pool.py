@@ -42,7 +42,9 @@ def slots(*, parallel: int | None, devices_per_run: int) -> list[Slot]:
             raise ConfigError(f"--gpus-per-run is {devices_per_run}, but there is no accelerator here. Leave it out.")
         return [Slot() for _ in range(parallel or 1)]
     if len(names) < devices_per_run:
-        raise ConfigError(f"--gpus-per-run is {devices_per_run}, but there are {len(names)} accelerators.")
+        raise ConfigError(
+            f"--gpus-per-run is {devices_per_run}, but there are {len(names)} accelerators. Give at most that many."
+        )
     groups = [tuple(names[start : start + devices_per_run]) for start in range(0, len(names), devices_per_run)]
     full = [Slot(devices=group) for group in groups if len(group) == devices_per_run]
     return full[:parallel]

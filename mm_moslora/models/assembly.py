@@ -89,7 +89,7 @@ class Parts:
 
     @property
     def template_processor(self) -> Any:
-        """The processor of a ready-made model, whose chat template then counts; else None."""
+        """The processor that decides the chat template: that of a ready-made model; else None."""
         return self.processor if self.is_pretrained_vlm else None
 
     @cached_property

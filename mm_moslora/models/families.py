@@ -36,7 +36,7 @@ class TowerFamily:
     statistics: Statistics = IMAGENET
     """Of pictures, where the checkpoint has no preprocessor file."""
     whole: str | None = None
-    """`model_type` of the contrastive model whose vision half the tower is."""
+    """`model_type` of the contrastive model that the tower is the vision half of."""
     vision_half: str | None = None
     """Class of that half."""
     any_size: bool = False
@@ -128,7 +128,7 @@ class VlmFamily:
     host_inputs: tuple[str, ...] = ()
     """Image inputs that are read as numbers alone: they stay in main memory."""
     read_inputs: tuple[str, ...] = ()
-    """Image inputs that are read as numbers, too: in main memory first, so that nobody waits for them."""
+    """Image inputs that the host reads, too: they are copied to the device later, so that a read does not wait."""
 
 
 _IDEFICS: dict[str, Any] = {"tower": "model.vision_model", "projectors": ("connector",), "one_image_list": True}
@@ -166,7 +166,7 @@ PROJECTOR = re.compile(rf"(^|\.)({_PROJECTORS}|image_newline)(\.|$)")
 HOST_INPUTS = frozenset(name for family in VLMS.values() for name in family.host_inputs)
 """Image inputs that models read as numbers and do nothing else with: they stay in main memory."""
 READ_INPUTS = HOST_INPUTS.union(*(family.read_inputs for family in VLMS.values()))
-"""Image inputs that are read as numbers, from main memory, where nobody has to wait for them."""
+"""Image inputs that the host reads: from main memory, so that it does not wait for the device."""
 
 
 def tower_family(model_type: str) -> TowerFamily:

@@ -75,14 +75,16 @@ def import_parts(source: Path, folder: Path, *, language: str | None = None) -> 
     """
     check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = _settings(source)
+    config_file = (source if source.is_dir() else source.parent) / "config.json"
+    settings = dict(json.loads(config_file.read_text(encoding="utf-8"))) if config_file.is_file() else {}
     if source.is_dir() and (source / "adapter_config.json").is_file():
         return _import_lora(source, folder, settings, language)
     if source.suffix == ".pth":
         return _import_xtuner(source, folder, language)
     files = _weight_files(source)
     state = {name: value for file in files for name, value in _tensors(file) if _PROJECTOR.match(name)}
-    kind = _write_projector(state, folder, newline=_newline(files))
+    newline = next((value for file in files for name, value in _tensors(file) if name.endswith(NEWLINE)), None)
+    kind = _write_projector(state, folder, newline=newline)
     whole = source.is_dir() and any(not _is_extra(name) for file in files for name, _ in _tensors(file))
     result = Imported(
         folder=folder, kind="LLaVA, whole" if whole else "LLaVA, projector", projector=kind, settings=settings,
@@ -127,11 +129,6 @@ def whole_config(imported: Imported, *, vision: str | None = None, language: str
     )
 
 
-def _settings(source: Path) -> dict[str, Any]:
-    file = (source if source.is_dir() else source.parent) / "config.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
 def _weight_files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
@@ -170,12 +167,8 @@ def _is_extra(name: str) -> bool:
     return bool(_PROJECTOR.match(name)) or "vision_tower" in name or NEWLINE in name
 
 
-def _newline(files: list[Path]) -> Tensor | None:
-    return next((value for file in files for name, value in _tensors(file) if name.endswith(NEWLINE)), None)
-
-
 def _own_names(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """Kind of a projector and its tensors under our names."""
+    """Kind of a projector, and its tensors under this project's names."""
     local = {}
     for name, value in state.items():
         match = _PROJECTOR.match(name)
@@ -296,7 +289,10 @@ def _merge_factors(factors: Mapping[str, Tensor], folder: Path, language: str | 
     own = model.state_dict()
     odd = [name for name, value in factors.items() if name not in own or own[name].shape != value.shape]
     if odd:
-        raise ModelError(f"{language!r} does not fit the checkpoint: {odd[0]!r} is unknown or of another shape.")
+        raise ModelError(
+            f"{language!r} does not fit the checkpoint: {odd[0]!r} is unknown or of another shape. "
+            "Name the model that the checkpoint was trained from: --language BASE."
+        )
     model.load_state_dict(dict(factors), strict=False)
     return _save_language(model, language, folder / "language")
 

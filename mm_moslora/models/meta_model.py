@@ -103,7 +103,7 @@ def build_meta_model(
         seen, unseen = _seen(config, picture) if size_decides(config) else (None, "")
     if not needs_padding(model):
         set_attention(model, SEGMENTS)
-        if config.lean_layers and config.quantisation != "int8":  # whose layers run in their stock form
+        if config.lean_layers and config.quantisation != "int8":  # layers of int8 run in their stock form
             use_lean_layers(model, depth=parts.layers)
     tokens, patches = parts.tokens_per_image, None
     if parts.is_pretrained_vlm:
@@ -120,7 +120,7 @@ def size_decides(config: ModelConfig) -> bool:
 
 
 def _seen(config: ModelConfig, picture: tuple[int, int]) -> tuple[ProcessedImage | None, str]:
-    """A picture in the eyes of the model's own processor, or why it has none."""
+    """A picture as the model's own processor prepares it, or the reason why it cannot."""
     try:
         processing = load_parts(config, weights="none").image_processing
     except (ModelError, OSError, ValueError, KeyError) as error:

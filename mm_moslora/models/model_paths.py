@@ -94,7 +94,7 @@ def fingerprint(path: Path) -> str:
     """A hash of what a model's files are called, how large they are, and of samples all over them.
 
     Args:
-        path: a folder with a configuration and weights, or one file, whose name then does not count.
+        path: a folder with a configuration and weights, or one file, regardless of its name.
     """
     digest = hashlib.sha256()
     inside = sorted(path.iterdir()) if path.is_dir() else []

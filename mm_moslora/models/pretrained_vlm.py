@@ -62,10 +62,10 @@ def load_pretrained_processor(name: str, revision: str | None) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model.vlm is {name!r}, whose processor does not load: {reason_of(error)}.") from error
+        raise ModelError(f"The processor of model.vlm {name!r} does not load: {reason_of(error)}.") from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "image_token", None) is None:
         raise ModelError(
-            f"model.vlm is {name!r}, whose processor ({type(processor).__name__}) takes no pictures with placeholders. "
+            f"The processor of model.vlm {name!r} ({type(processor).__name__}) takes no pictures with placeholders. "
             "Put a language model into model.language, or choose another vision-language model."
         )
     return processor

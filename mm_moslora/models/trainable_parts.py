@@ -26,7 +26,7 @@ from mm_moslora.utils.run_paths import adapter_folder
 def attach_adapters(
     assembly: Parts, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
 ) -> peft.PeftModel | None:
-    """Put MoSLoRA into the components whose mode is `adapter`, and set what trains everywhere else.
+    """Put MoSLoRA into the components with the mode `adapter`, and set what trains everywhere else.
 
     Args:
         assembly: from `load_parts`; its model is changed in place.

@@ -231,7 +231,7 @@ def _closing_text(output: Path, data: OwnData, size: Size) -> str:
     if len(data.test) < 200 and not data.captions:
         lines.append(
             f"{len(data.test)} held-out questions show differences of about "
-            f"{100 * 1.96 * math.sqrt(0.5 / len(data.test)):.0f} points or more; more pictures, more certainty."
+            f"{100 * 1.96 * math.sqrt(0.5 / len(data.test)):.0f} points or more. More pictures show smaller ones."
         )
     if "wrong" not in modes:
         lines.append(

@@ -138,7 +138,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """The contents of a report."""
+    """What a report shows of one run folder, read and checked."""
 
     folder: Path
     summary: dict[str, Any]

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,6 @@ from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
 """Numbers of pictures: few for the scale, more for the spread of every dimension, most for the fit to answers."""
@@ -316,7 +315,8 @@ def _hidden_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tens
     words = cast(Tensor, model.get_input_embeddings().weight)
     progress = Progress("fit projector", 0, unit="picture")
     with inputs_of(last_layer(model.model.multi_modal_projector)) as taken:
-        for some in _batches(_spread_out(data, PICTURES_TO_FIT, on_progress=progress.of)):
+        records = _spread_out(data, PICTURES_TO_FIT, on_progress=progress.of)
+        while some := list(islice(records, PICTURES_TO_SCALE)):
             pixels, targets = [], []
             for example, shown in some:
                 answers = example.input_ids[example.supervised]
@@ -326,11 +326,6 @@ def _hidden_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tens
             if pixels:
                 image_features(model, torch.cat(pixels))
                 yield taken(), torch.cat(targets)
-
-
-def _batches(records: Iterator[T]) -> Iterator[list[T]]:
-    while some := list(islice(records, PICTURES_TO_SCALE)):
-        yield some
 
 
 @contextmanager

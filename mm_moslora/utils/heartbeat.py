@@ -46,7 +46,7 @@ class Heartbeat:
 
     @property
     def who(self) -> str:
-        """For messages."""
+        """Rank, process and host, as messages name them."""
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
     @property

@@ -20,8 +20,8 @@ from tests.data.chat_templates import build_tokenizer
 OF_SET = ("quarantine_path", "on_progress", "exact_limit")
 
 
-class TinyEyes:
-    """Pictures that all take as many tokens."""
+class TinyTower:
+    """Image processing without a tower: every picture takes the same number of tokens."""
 
     fixed = True
 
@@ -50,9 +50,9 @@ def chatml_encoder() -> ConversationEncoder:
     return ConversationEncoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=4)
 
 
-def tiny_eyes() -> TinyEyes:
-    """Those that go with `chatml_encoder`."""
-    return TinyEyes(to_pixels, token=chatml_encoder().image_token_id)
+def tiny_tower() -> TinyTower:
+    """The one that goes with `chatml_encoder`."""
+    return TinyTower(to_pixels, token=chatml_encoder().image_token_id)
 
 
 def make_set(*paths: Path, weights: list[float] | None = None, vision: bool = True, **options) -> TrainingSet:
@@ -65,7 +65,7 @@ def make_set(*paths: Path, weights: list[float] | None = None, vision: bool = Tr
         SourceConfig(path=str(path), image_folder=str(path.parent / "images"), weight=weight)
         for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True)
     ]
-    image_processing = tiny_eyes() if vision else None
+    image_processing = tiny_tower() if vision else None
     return TrainingSet(sources, chatml_encoder(), image_processing, config=DataConfig(**options), **of_set)
 
 

@@ -18,7 +18,7 @@ from mm_moslora.utils.errors import DataError
 
 @pytest.fixture(scope="module")
 def tiny_vlm(tmp_path_factory):
-    """A tiny assembled model and a training set with its own encoder and eyes."""
+    """A tiny assembled model and a training set with its own encoder and image processing."""
     from mm_moslora.models.assembly import load_parts
 
     folder = tmp_path_factory.mktemp("vlm")

@@ -21,7 +21,7 @@ from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.data.worker_processes import in_processes
 from mm_moslora.utils import files
 from mm_moslora.utils.file_locks import held
-from tests.data.sets import chatml_encoder, make_set, tiny_eyes
+from tests.data.sets import chatml_encoder, make_set, tiny_tower
 
 
 def alive(pid: int) -> bool:
@@ -86,7 +86,7 @@ class TestTokenCache:
         def usable(**rules: Any) -> int:
             source = SourceConfig(path=str(path), image_folder=str(tmp_path / "images"), **rules)
             config = DataConfig(cache=str(cache), max_bad_share=0.5)
-            return len(TrainingSet([source], chatml_encoder(), tiny_eyes(), config=config).usable)
+            return len(TrainingSet([source], chatml_encoder(), tiny_tower(), config=config).usable)
 
         assert usable() == 11
         assert usable(image_hosts=["pictures.example"]) == 12

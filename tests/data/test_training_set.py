@@ -18,7 +18,7 @@ from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.data.training_set import TrainingSet
 from tests.data.conftest import Setup
-from tests.data.sets import TinyEyes
+from tests.data.sets import TinyTower
 
 Write = Callable[..., Path]
 
@@ -40,7 +40,7 @@ def build(
     sources = [SourceConfig(path=str(path), image_folder=str(path.parent / "images")) for path in paths]
     to_pixels = options.pop("transform", transform)
     encoder = setup.encoder()
-    image_processing = None if to_pixels is None else TinyEyes(to_pixels, token=encoder.image_token_id, tokens=3)
+    image_processing = None if to_pixels is None else TinyTower(to_pixels, token=encoder.image_token_id, tokens=3)
     return TrainingSet(sources, encoder, image_processing, config=config, quarantine_path=out, **options)
 
 

@@ -50,7 +50,7 @@ def test_only_what_trains_travels(stage: str, counted: Path) -> None:
     gradients = MICRO_BATCHES if stage == "zero2" else 1
     assert trained <= found["bytes"]["allreduce"] <= gradients * trained
     assert found["bytes"].get("allgather_base", 0) == (0 if stage == "zero0" else trained)
-    assert set(found["calls"]) <= {"allreduce", "allgather_base"}
+    assert {"allreduce"} <= set(found["calls"]) <= {"allreduce", "allgather_base"}
 
 
 @pytest.mark.parametrize("run", ["zero3", "zero3-checkpointing"])

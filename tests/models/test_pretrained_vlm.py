@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from films import write_animation
 from PIL import Image
 from tiny import supervised_logits
 from torch import nn
+from video_files import write_animation
 from vlms import FAMILIES, make_vlm
 
 from mm_moslora.batch import Batch, Example

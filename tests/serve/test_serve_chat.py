@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from films import number_of, write_film, write_frames
 from PIL import Image
+from video_files import number_of, write_frames, write_video
 
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
@@ -65,7 +65,7 @@ def test_a_video_is_shown_as_frames_the_way_it_is_trained_on(
     chat: Chat, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     write_frames(tmp_path / "clip", 20)
-    film = write_film(tmp_path / "film.mp4", frames=4)
+    film = write_video(tmp_path / "film.mp4", frames=4)
     said = talk(chat, [f"/video {tmp_path / 'clip'}", "what happens?", str(film), "/video gone"], monkeypatch, capsys)
     assert said.count("8 frames of the video go") == 2
     assert "cannot be opened" in said

@@ -26,6 +26,7 @@ def test_other_forms_train_and_hand_over_a_merged_model(recipe: Recipe, tmp_path
     recipe = formed(recipe, **form)
     train(recipe)
     mixers = json.loads((Path(recipe.train.output) / "mixers.json").read_text())
+    assert mixers
     assert all(len(row) == mixer["rank"] == 4 for mixer in mixers for row in mixer.get("after", []))
     assert all(mixer["moved"] > 0 for mixer in mixers)
     capsys.readouterr()

@@ -110,10 +110,15 @@ class Prompt:
         if all(tags):
             order = tuple(int(number) - 1 for number in tags)
             if not set(order) <= set(range(images)):
-                raise EvalError(f"the text names image {max(order) + 1}, the document has {images} images")
+                raise EvalError(
+                    f"the text names image {max(order) + 1}, the document has {images} images; name existing ones"
+                )
             return order
         if any(tags) or len(tags) != images:
-            raise EvalError(f"the text has {len(tags)} image tags, the document has {images} images")
+            raise EvalError(
+                f"the text has {len(tags)} image tags, the document has {images} images; write one tag per image, or "
+                "number all tags"
+            )
         return tuple(range(images))
 
     def _question(self, question: str) -> str:

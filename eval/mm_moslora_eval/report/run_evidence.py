@@ -289,9 +289,10 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
     rows: list[dict[str, Any]] = []
     for result in own:
         after = read_samples(output / result.folder)
-        old = {row["id"]: row for row in _samples_if_any(output / UNTUNED / result.folder)}
+        before = output / UNTUNED / result.folder
+        old = {row["id"]: row for row in (read_samples(before) if (before / SAMPLES).is_file() else [])}
         share = max(1, MOST_EVIDENCE // len(own))
-        right = _open if _aggregation(result) in CAPTIONS else _right
+        graded = _aggregation(result) in CAPTIONS
         for row in spread(spread(after, MOST_EVIDENCE), share):
             earlier = old.get(row["id"], {})
             rows.append(
@@ -299,8 +300,8 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
                     "image": _copied(run, output, row, f"{_subject(result)}-{len(rows):02d}"),
                     "question": row["question"], "options": row["options"],
                     "answer": row["answers"][0] if row["answers"] else "", "before": earlier.get("text"),
-                    "after": row["text"], "before_correct": right(earlier.get("score")),
-                    "after_correct": right(row["score"]), "task": result.task,
+                    "after": row["text"], "before_correct": _right(earlier.get("score"), graded=graded),
+                    "after_correct": _right(row["score"], graded=graded), "task": result.task,
                     "subject": _subject(result), "n": result.n,
                 }
             )  # fmt: skip
@@ -308,16 +309,9 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
         replace_json(run / "samples.json", sorted([*known, *rows], key=lambda row: -int(row.get("n") or 0)))
 
 
-def _samples_if_any(place: Path) -> list[dict[str, Any]]:
-    return read_samples(place) if (place / SAMPLES).is_file() else []
-
-
-def _right(score: float | None) -> bool | None:
-    return None if score is None else score >= 0.5
-
-
-def _open(_score: float | None) -> None:
-    """The verdict of an answer that is neither right nor wrong."""
+def _right(score: float | None, *, graded: bool) -> bool | None:
+    """None for a score that is not right or wrong, and for no score."""
+    return score >= 0.5 if score is not None and not graded else None
 
 
 def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | None:

@@ -135,10 +135,6 @@ def _hallusion_place(sample: Scored) -> dict[str, str]:
     return {"category": sample.document.category or "", "subcategory": subcategory, **place}
 
 
-def _of_draw(place: dict[str, str], draw: int) -> dict[str, str]:
-    return place | {"set_id": f"{place['set_id']} (draw {draw})"} if draw else place
-
-
 def hallusionbench(samples: Samples) -> Aggregate:
     """HallusionBench's aAcc, with fAcc and qAcc."""
     return _bootstrapped(samples, _hallusion_numbers(samples, ("category", "subcategory")), headline="aAcc")
@@ -162,7 +158,10 @@ def _hallusion_numbers(samples: Samples, within: Sequence[str]) -> Callable[[Sam
     places = {sample.document.id: _hallusion_place(sample) for sample in samples}
 
     def numbers(drawn: Samples) -> Numbers:
-        rows = [_of_draw(places[sample.document.id], sample.draw) for sample in drawn]
+        rows = [dict(places[sample.document.id]) for sample in drawn]
+        for row, sample in zip(rows, drawn, strict=True):
+            if sample.draw:
+                row["set_id"] = f"{row['set_id']} (draw {sample.draw})"
         return yes_no.hallusionbench(rows, [sample.score == 1.0 for sample in drawn], within=within)
 
     return numbers

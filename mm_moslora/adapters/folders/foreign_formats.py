@@ -96,8 +96,9 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
     lost = [name for name in tensors if "lora_mixer" in name or ("lora_AB" in name and not is_authors)]
     if lost:
         raise AdapterError(
-            f"{root} holds mixers ({lost[0]!r}) that its configuration does not speak of. Loaded as plain LoRA it "
-            "would be wrong."
+            f"{root} holds mixers ({lost[0]!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter would "
+            "be wrong. Restore the file that was saved with it, or save the adapter again with the program that "
+            "trained it."
         )
     known = {item.name for item in dataclasses.fields(LoraConfig)} - {"runtime_config", "peft_type"}
     stock = LoraConfig(**{key: value for key, value in data.items() if key in known})

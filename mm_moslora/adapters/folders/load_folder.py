@@ -212,7 +212,7 @@ def _has_place(name: str, config: MoSLoRAConfig) -> bool:
     """Whether an entry besides the factors can belong to this adapter."""
     if any(getattr(config, option) for option in _EXTRAS) or config.bias != "none":
         return True
-    # PEFT saves the embeddings of a model whose vocabulary was resized.
+    # PEFT saves the embeddings of a model with a resized vocabulary.
     return any(part in EMBEDDING_LAYER_NAMES for part in name.split("."))
 
 

@@ -96,7 +96,7 @@ def take_adapter(
         tensors=adapter_tensors(model, adapter_name, state),
         shapes=expected_shapes(model, adapter_name),
         base=dict(base or {}) | {"fingerprint": base_fingerprint(model)},
-        auto_mapping=_auto_mapping(model, config),
+        auto_mapping=_class_of(type(base_model(model))) if config.task_type is None else None,
     )
 
 
@@ -297,10 +297,6 @@ def config_to_dict(config: AdapterOptions) -> dict[str, Any]:
 
 def _class_of(kind: type[nn.Module]) -> dict[str, str]:
     return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-
-
-def _auto_mapping(model: nn.Module, config: AdapterOptions) -> dict[str, str] | None:
-    return _class_of(type(base_model(model))) if config.task_type is None else None
 
 
 def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mapping[str, Any] | None) -> None:

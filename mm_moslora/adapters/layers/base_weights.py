@@ -61,7 +61,7 @@ def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
 
 
 def _packed_weight(base: nn.Module, x: Tensor) -> Packed | None:
-    """None in evaluation: the library's layer has kernels for single tokens."""
+    """The weight of a quantised layer that learns; None in evaluation, which the library's own kernels do faster."""
     kind = quantisation(base)
     if kind is None or not learns_through(base, x):
         return None

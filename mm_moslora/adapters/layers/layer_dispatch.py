@@ -140,8 +140,8 @@ def _why_not_embedding(base: nn.Embedding) -> str | None:
     if hasattr(base, "embed_scale") and len(names) == 1:
         return None
     return (
-        f"it is {type(base).__module__}.{type(base).__name__}, an embedding whose forward pass ({', '.join(names)}) is "
-        "not that of torch.nn.Embedding: an adapter would look up other rows, or be added in another place than the "
+        f"it is {type(base).__module__}.{type(base).__name__}, an embedding, and its forward pass ({', '.join(names)}) "
+        "is not that of torch.nn.Embedding: an adapter would look up other rows, or be added in another place than the "
         "weight. Choose other targets, or train it whole (modules_to_save)."
     )
 
@@ -149,7 +149,7 @@ def _why_not_embedding(base: nn.Embedding) -> str | None:
 def _why_not_convolution(base: nn.Conv2d) -> str | None:
     # PEFT's A is a plain convolution with the base's kernel, stride and padding, without its other options.
     if base.groups != 1:
-        return f"it has {base.groups} groups, whose update cannot be merged. Choose other targets."
+        return f"it has {base.groups} groups, and their update cannot be merged. Choose other targets."
     if base.dilation != (1, 1) or base.padding_mode != "zeros":
         return (
             f"it has dilation {base.dilation} and {base.padding_mode} padding; PEFT's LoRA convolution has neither and "

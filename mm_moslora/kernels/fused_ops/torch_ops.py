@@ -82,7 +82,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedOps:
-    """The functions of this module: uncompiled, compiled, or as other kernels."""
+    """One implementation of every operation: the functions of this module, or their compiled or kernel versions."""
 
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
     recompute_rms_norm: Callable[[Tensor, Tensor, Tensor], Tensor] = recompute_rms_norm

@@ -124,12 +124,7 @@ def _lanes(words: Callable[[int], Tensor], entries: int, dropout: float) -> Tens
     lanes = words(-(-entries // 4)).view(torch.int16)[:entries]
     # The sign bit is set first. Subtracting the threshold keeps it where the other 15 bits are at least the threshold,
     # and the shift copies it to all bits of the entry.
-    return lanes.bitwise_or_(-_STEPS).sub_(_threshold(dropout)).bitwise_right_shift_(15)
-
-
-def _threshold(dropout: float) -> int:
-    """Number of random numbers that drop an entry."""
-    return round(dropout * _STEPS)
+    return lanes.bitwise_or_(-_STEPS).sub_(round(dropout * _STEPS)).bitwise_right_shift_(15)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

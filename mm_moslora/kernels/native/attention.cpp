@@ -41,7 +41,7 @@ struct Extent {
   i64 columns;
 };
 
-// Tiles of rows up to `rows`; `extent` says what of a tile whose first row it is given is to be computed.
+// Tiles of rows up to `rows`; `extent` takes the first row of a tile and returns what is to be computed of it.
 template <class U, class F>
 void product(Left<U> a, Right<U> b, i64 rows, i64 columns, float* c, i64 pitch, bool add, F extent) {
   for (i64 start = 0; start < columns; start += PANEL, b.first += b.panel)

@@ -1,4 +1,4 @@
-// Tiles of matrix products whose sums stay in registers. Products are of 32-bit units: a float, or two neighbours in
+// Tiles of matrix products; their sums stay in registers. Products are of 32-bit units: a float, or two neighbours in
 // bfloat16 where the processor multiplies such pairs.
 
 #pragma once

@@ -224,7 +224,7 @@ def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def _common_length(ids: Sequence[Tensor]) -> int:
-    """How many tokens all rows begin with; at least one token of every row is left over."""
+    """Length of the common beginning of all rows; at most one token less than the shortest row."""
     shortest = min(row.shape[0] for row in ids) - 1
     same = torch.ones(shortest, dtype=torch.bool, device=ids[0].device)
     for row in ids[1:]:

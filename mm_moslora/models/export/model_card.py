@@ -151,7 +151,7 @@ def _results(checkpoint: Path) -> str:
             part = item.get("about", {}).get("selection", {}).get("name", "all")
             what = ", ".join([item["protocol"], item["mode"], *([part] if part != "all" else [])])
             name = f"{file.parent.name}: {item['task']} ({what})"
-            if name in rows:  # another data set whose file has this name
+            if name in rows:  # the file of another data set has this name
                 name += f" [{str(item.get('about', {}).get('data', {}).get('sha256'))[:8]}]"
             rows[name] = f"{mean} [{low}, {high}], n {item['n']}"
     return _table("Results (percent where no score is named; 95 % intervals)", rows) if rows else ""

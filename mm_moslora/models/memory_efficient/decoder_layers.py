@@ -85,7 +85,7 @@ def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, 
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = kwargs["position_embeddings"]
-    cos, sin = turns(cos[0], sin[0], query.dtype)
+    cos, sin = rotary_factors(cos[0], sin[0], query.dtype)
     query, key = rotate(query, cos, sin, passes), rotate(key, cos, sin, passes)
     function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     rest = {name: given for name, given in kwargs.items() if name not in ("position_embeddings", "use_cache", "cache")}
@@ -166,7 +166,7 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
 
 
 def _deepstack_layers(model: PreTrainedModel) -> int:
-    """Number of decoder layers, from the first, whose outputs get visual features added at all visual positions."""
+    """Number of decoder layers, from the first, with visual features added to their outputs at visual positions."""
     tower = getattr(model.config, "vision_config", None)
     return len(getattr(tower, "deepstack_visual_indexes", ()))
 
@@ -247,14 +247,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, passes: FusedOps) -> Tensor:
 
     Args:
         x: ``[S, H, E]``.
-        cos: ``[S, 1, E]``, from `turns`.
-        sin: ``[S, 1, E]``, from `turns`.
+        cos: ``[S, 1, E]``, from `rotary_factors`.
+        sin: ``[S, 1, E]``, from `rotary_factors`.
         passes: the rotation.
     """
     return _Rotate.apply(x, cos, sin, passes)  # type: ignore[no-any-return]
 
 
-def turns(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_factors(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The factors of `rotate`: cosines, and sines that are negative in the first half; ``[S, 1, E]``.
 
     Args:

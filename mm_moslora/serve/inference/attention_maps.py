@@ -54,7 +54,7 @@ def attention_maps(
     with models.use(name), attention_within(model, "eager"):  # the fast ones do not give their weights out
         embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, seen)))
         weights = model.get_decoder()(inputs_embeds=embedded[None], output_attentions=True, use_cache=False).attentions
-    asking = range(len(input_ids) - 1, length - 1)  # the positions whose output became the answer
+    asking = range(len(input_ids) - 1, length - 1)  # the outputs at these positions became the answer
     attention = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0)
     maps = attention[ids == models.assembly.image_token_id].view(len(seen), side, side)
     return [one / one.max().clamp_min(1e-12) for one in maps]

@@ -74,7 +74,7 @@ class Models:
         """Whether answers can be decoded in one batch; models with a sliding window do not support padded rows."""
         # A processor changes its tokenizer's settings during a call, so one thread at a time may use it.
         self._alone = threading.Lock() if assembly.is_pretrained_vlm else nullcontext()
-        self._eyes_of = {name: _eyes_of(assembly, variant) for name, variant in self.variants.items()}
+        self._vision_keys = {name: _vision_key(assembly, variant) for name, variant in self.variants.items()}
         self.features = FeatureCache()
         """Cache of visual tokens: a conversation sends the same picture at every turn."""
 
@@ -169,7 +169,7 @@ class Models:
         if not seen:
             return None
         pixels = [item.tensors["pixel_values"][0] for item in seen]
-        keys = [f"{self._eyes_of[name]} {hashlib.sha256(item.numpy().tobytes()).hexdigest()}" for item in pixels]
+        keys = [f"{self._vision_keys[name]} {hashlib.sha256(item.numpy().tobytes()).hexdigest()}" for item in pixels]
 
         def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
             if not numbers:
@@ -180,7 +180,7 @@ class Models:
         return torch.cat(self.features.get_many(keys, encode))
 
 
-def _eyes_of(assembly: Parts, variant: Variant) -> str:
+def _vision_key(assembly: Parts, variant: Variant) -> str:
     """A key for what decides a picture's visual tokens besides the base; variants with equal keys share them.
 
     It names the projector, and the adapter where it has weights before the language model.

@@ -140,7 +140,7 @@ class Speedometer:
         """FLOPs that a step of this rank alone needs.
 
         Returns:
-            None on a device whose peak is not known.
+            None on a device with an unknown peak.
         """
         return self._needed(result, self._seen(micro_batches), micro_batches=len(micro_batches))
 

@@ -89,7 +89,7 @@ def test_an_authors_folder_without_mixers_or_without_its_word_is_an_error(tmp_pa
     folder = _authors_folder(_trained(), tmp_path / "a")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_use_mixer": False}))
-    with pytest.raises(AdapterError, match="does not speak of"):
+    with pytest.raises(AdapterError, match="declares none"):
         load_adapter(llama(), folder)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     plain = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if "lora_AB" not in k}

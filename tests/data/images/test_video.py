@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from films import number_of, write_animation, write_film, write_frames
+from video_files import number_of, write_animation, write_frames, write_video
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import Record, parse_record
@@ -28,16 +28,16 @@ from tests.data.sets import chatml_encoder, make_set
 
 QA = [{"from": "human", "value": "<video>\nwhat happens?"}, {"from": "gpt", "value": "it gets brighter"}]
 KINDS = {
-    "h264 with frames out of order": lambda p: write_film(p / "a.mp4", options={"bf": "3", "g": "7"}),
-    "h264 with one key frame": lambda p: write_film(p / "a.mkv", options={"g": "1000"}),
-    "mpeg4": lambda p: write_film(p / "a.avi", codec="mpeg4"),
-    "vp9": lambda p: write_film(p / "a.webm", codec="libvpx-vp9"),
-    "mpeg2": lambda p: write_film(p / "a.ts", codec="mpeg2video", rate=25),
+    "h264 with frames out of order": lambda p: write_video(p / "a.mp4", options={"bf": "3", "g": "7"}),
+    "h264 with one key frame": lambda p: write_video(p / "a.mkv", options={"g": "1000"}),
+    "mpeg4": lambda p: write_video(p / "a.avi", codec="mpeg4"),
+    "vp9": lambda p: write_video(p / "a.webm", codec="libvpx-vp9"),
+    "mpeg2": lambda p: write_video(p / "a.ts", codec="mpeg2video", rate=25),
     "gif": lambda p: write_animation(p / "a.gif"),
     "webp": lambda p: write_animation(p / "a.webp"),
     "png": lambda p: write_animation(p / "a.png"),
     "folder": lambda p: write_frames(p / "a"),
-    "wrong suffix": lambda p: write_film(p / "b.mp4").rename(p / "a.txt"),
+    "wrong suffix": lambda p: write_video(p / "b.mp4").rename(p / "a.txt"),
 }
 
 
@@ -60,8 +60,8 @@ class TestFrames:
         assert Clip(path, "", 3).size() == (64, 48)
 
     def test_a_short_video_shows_frames_several_times(self, tmp_path: Path) -> None:
-        assert shown(write_film(tmp_path / "a.mp4", frames=3), 6) == [0, 0, 1, 1, 2, 2]
-        assert shown(write_film(tmp_path / "b.mp4", frames=1), 3) == [0, 0, 0]
+        assert shown(write_video(tmp_path / "a.mp4", frames=3), 6) == [0, 0, 1, 1, 2, 2]
+        assert shown(write_video(tmp_path / "b.mp4", frames=1), 3) == [0, 0, 0]
 
     def test_the_rule_of_places_holds_for_any_numbers(self) -> None:
         for frames in range(1, 40):
@@ -74,18 +74,18 @@ class TestFrames:
                 assert not gaps or max(gaps) - min(gaps) <= 1
 
     def test_frames_are_the_same_every_time(self, tmp_path: Path) -> None:
-        path = write_film(tmp_path / "a.mp4", options={"bf": "3", "g": "7"})
+        path = write_video(tmp_path / "a.mp4", options={"bf": "3", "g": "7"})
         first, second = (Clip(path, "", 6).frames() for _ in range(2))
         assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
 
     def test_a_video_filmed_upright_is_shown_upright(self, tmp_path: Path) -> None:
-        (image,) = Clip(write_film(tmp_path / "a.mp4", rotation=90), "", 1).frames()
+        (image,) = Clip(write_video(tmp_path / "a.mp4", rotation=90), "", 1).frames()
         assert image.size == (48, 64) == Clip(tmp_path / "a.mp4", "", 2).size()
         dark = image.convert("L").resize((1, 3)).tobytes()
         assert dark[2] < dark[0]  # what was left is at the bottom after a quarter turn against the clock
 
     def test_what_comes_last_in_a_cut_file_is_left_out_or_named(self, tmp_path: Path) -> None:
-        path = write_film(tmp_path / "a.ts", frames=20, codec="mpeg2video", rate=25)
+        path = write_video(tmp_path / "a.ts", frames=20, codec="mpeg2video", rate=25)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         found = shown(path, 4)
         assert found[0] == 0
@@ -125,8 +125,9 @@ class TestBroken:
 
     def test_cut_and_flipped_files_are_frames_or_one_named_error(self, tmp_path: Path) -> None:
         draw = random.Random(0)
-        originals = [write_film(tmp_path / "o.mp4", frames=8).read_bytes(), write_film(tmp_path / "o.mkv").read_bytes(),
-                     write_film(tmp_path / "o.avi", codec="mpeg4").read_bytes()]  # fmt: skip
+        originals = [write_video(tmp_path / "o.mp4", frames=8).read_bytes(),
+                     write_video(tmp_path / "o.mkv").read_bytes(),
+                     write_video(tmp_path / "o.avi", codec="mpeg4").read_bytes()]  # fmt: skip
         named = 0
         for number in range(150):
             data = bytearray(originals[number % 3])
@@ -143,7 +144,7 @@ class TestBroken:
         assert named > 20
 
     def test_too_long_and_too_large_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path, moving = write_film(tmp_path / "a.mp4"), write_animation(tmp_path / "a.gif")
+        path, moving = write_video(tmp_path / "a.mp4"), write_animation(tmp_path / "a.gif")
         monkeypatch.setattr(pyav_decode, "MAX_SECONDS", 1)
         assert self.fault(path).code == Code.VIDEO_TOO_LONG
         monkeypatch.setattr(pyav_decode, "MAX_SECONDS", 100)
@@ -155,7 +156,7 @@ class TestBroken:
         assert self.fault(path, 1).code == Code.VIDEO_TOO_LARGE
 
     def test_a_playlist_is_no_video_and_nothing_behind_it_is_opened(self, tmp_path: Path) -> None:
-        inner = write_film(tmp_path / "inner.mp4")
+        inner = write_video(tmp_path / "inner.mp4")
         lists = {
             "a.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{inner}\n#EXT-X-ENDLIST\n",
             "b.mp4": f"ffconcat version 1.0\nfile {inner}\n",
@@ -168,7 +169,7 @@ class TestBroken:
     def test_without_pyav_the_run_stops_and_says_what_to_install(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        path, moving = write_film(tmp_path / "a.mp4"), write_animation(tmp_path / "a.gif")
+        path, moving = write_video(tmp_path / "a.mp4"), write_animation(tmp_path / "a.gif")
         monkeypatch.setitem(sys.modules, "av", None)
         assert shown(moving, 2) == [0, 19]
         with pytest.raises(DataError, match=r"pip install '?av>=") as caught:
@@ -178,7 +179,7 @@ class TestBroken:
 
 class TestRecords:
     def test_a_video_is_so_many_pictures_in_its_place(self, tmp_path: Path) -> None:
-        write_film(tmp_path / "a.mp4")
+        write_video(tmp_path / "a.mp4")
         record = parse({"id": "v", "video": "a.mp4", "conversations": QA}, tmp_path)
         assert record.turns[0].parts() == ["", "", "", "", "\nwhat happens?"]
         assert [number_of(picture.rgb()) for picture in record.images] == [0, 6, 13, 19]
@@ -262,7 +263,7 @@ class TestRecords:
     def test_a_tar_file_and_a_table_hold_videos(self, tmp_path: Path) -> None:
         import datasets
 
-        path = write_film(tmp_path / "a.mp4")
+        path = write_video(tmp_path / "a.mp4")
         with tarfile.open(tmp_path / "s.tar", "w") as tar:
             tar.add(path, "k.mp4")
             (tmp_path / "k.txt").write_text("it gets brighter")
@@ -287,7 +288,7 @@ class TestInTraining:
     def path(self, tmp_path: Path) -> Path:
         folder = tmp_path / "images"
         folder.mkdir()
-        write_film(folder / "good.mp4", frames=9)
+        write_video(folder / "good.mp4", frames=9)
         (folder / "bad.mp4").write_bytes(b"no video")
         rows = [{"id": name, "video": f"{name}.mp4", "conversations": QA} for name in ("good", "bad")]
         rows.append({"id": "text", "conversations": [{"from": "human", "value": "q"}, QA[1]]})
@@ -312,13 +313,13 @@ class TestInTraining:
 
         from mm_moslora.config import DataConfig
         from mm_moslora.data.training_set import TrainingSet
-        from tests.data.sets import tiny_eyes
+        from tests.data.sets import tiny_tower
 
         source = SourceConfig(path=str(path), image_folder=str(path.parent / "images"))
         config = DataConfig(cache=str(path.parent / "cache"), max_bad_share=0.5)
         for frames in (8, 2, 8):
             sources = [dataclasses.replace(source, video_frames=frames)]
-            data = TrainingSet(sources, chatml_encoder(), tiny_eyes(), config=config)
+            data = TrainingSet(sources, chatml_encoder(), tiny_tower(), config=config)
             assert len(data[0].pictures) == frames
             assert data[0].length == data.lengths[0]
 

@@ -23,7 +23,7 @@ from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import RecordFile, open_source
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.utils.errors import DataError
-from tests.data.sets import chatml_encoder, colour_of, make_set, picture, tiny_eyes
+from tests.data.sets import chatml_encoder, colour_of, make_set, picture, tiny_tower
 
 
 class TestTarFiles:
@@ -218,7 +218,7 @@ def test_sources_of_all_kinds_train_together(tmp_path: Path) -> None:
         SourceConfig(path=str(path), image_folder=str(tmp_path / "images")),
         SourceConfig(path=str(tmp_path / "d")),
     ]
-    data = TrainingSet(sources, chatml_encoder(), tiny_eyes(), config=DataConfig())
+    data = TrainingSet(sources, chatml_encoder(), tiny_tower(), config=DataConfig())
     assert len(data.usable) == 7
     (shown,) = data.load(6).pictures
     assert shown.tensors["pixel_values"].shape == (1, 3, 4, 4)

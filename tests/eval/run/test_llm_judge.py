@@ -100,7 +100,9 @@ def test_input_08_mmvet_is_graded_retried_cached_and_counted(mmvet: Path, tmp_pa
             path.write_text(text)
         assert score_folder(place, judge=again).score == result.score
         assert len(server.payloads) == asked + 4
-    assert all(json.loads(path.read_text())["reply"] for path in (tmp_path / "run" / "judge").glob("*.json"))
+    replies = [json.loads(path.read_text())["reply"] for path in (tmp_path / "run" / "judge").glob("*.json")]
+    assert replies
+    assert all(replies)
 
 
 def test_the_budget_ends_the_grading_and_keeps_the_replies(mmvet: Path, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_tag_for_an_image_that_is_not_there_is_a_counted_failure() -> None:
     task = get_task("mmmu_val@lmms_eval")
     document = Document(id="1", images=(picture(1),), question="<image 2>?", options={"A": "x"}, answers=("A",))
     (item,) = Preparation(task, [document], mode="own", seed=0, fingerprint="f", hasher=Hasher()).items
-    assert item.problem == "the text names image 2, the document has 1 images"
+    assert item.problem == "the text names image 2, the document has 1 images; name existing ones"
 
 
 @pytest.mark.parametrize("seed", range(8))

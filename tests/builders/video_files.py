@@ -20,7 +20,7 @@ def number_of(image: Image.Image) -> int:
     return round((float(np.asarray(image.convert("L")).mean()) - 20) / STEP)
 
 
-def write_film(
+def write_video(
     path: Path, frames: int = 20, *, codec: str = "libx264", size: tuple[int, int] = (64, 48), rotation: int = 0,
     options: dict[str, str] | None = None, rate: int = 10,
 ) -> Path:  # fmt: skip
