@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mm_moslora.config import Recipe
 
 LONGEST = ("distributed", "training", "planning", "compare", "models", "scripts", "docs")
-"""Folders whose tests begin first, so that the workers end together."""
+"""Folders of tests that begin first, so that the workers end together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist loadfile`: a file is one worker's, and so are all files whose tests start groups of ranks."""
+    """`--dist loadfile`: a file is one worker's, and so are all files with tests that start groups of ranks."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):

@@ -40,13 +40,13 @@ def llama(dtype: torch.dtype = torch.float32, **changes: int) -> LlamaForCausalL
 
 
 def gpt2() -> GPT2LMHeadModel:
-    """A two-layer GPT-2, whose linear layers are `Conv1D`."""
+    """A two-layer GPT-2; its linear layers are `Conv1D`."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2)).eval()
 
 
 def llava() -> LlavaForConditionalGeneration:
-    """A LLaVA whose vision tower and language model share the names q_proj, k_proj and v_proj."""
+    """A LLaVA; its vision tower and its language model share the names q_proj, k_proj and v_proj."""
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )

@@ -22,7 +22,7 @@ from mm_moslora.utils.errors import AdapterError
 
 
 def both_kinds(folder: str) -> None:
-    """See `ranks.Ranks.start`, which also ends the process: torch keeps the group, whose threads outlive it."""
+    """See `ranks.Ranks.start`, which also ends the process: torch keeps the group, and its threads outlive it."""
     os.environ |= {"ACCELERATE_USE_CPU": "1", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
     dist.init_process_group("gloo")
     fsdp1(Path(folder))

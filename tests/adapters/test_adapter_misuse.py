@@ -275,7 +275,7 @@ def test_all_linear_leaves_out_what_fused_kernels_read(kind: str, fused: int, ca
     caplog.set_level("INFO", logger="mm_moslora")
     model = add_moslora(mamba(kind), config(target_modules=None))
     assert {row.path.rpartition(".")[2] for row in adapted_modules(model)} == {"in_proj"}
-    assert f"all-linear leaves out {2 * fused} layers whose weight is read without a call" in caplog.text
+    assert f"all-linear leaves out {2 * fused} layers; their weight is read without a call" in caplog.text
     assert "out_proj" in caplog.text
     with pytest.raises(
         AdapterError, match=r"out_proj' cannot carry MoSLoRA: .* hands this layer's weight to a function"

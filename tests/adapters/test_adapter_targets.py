@@ -125,7 +125,7 @@ def test_multihead_attention_keeps_its_unreachable_projection() -> None:
 
 
 class _Int8Linear(nn.Linear):
-    """A stand-in for a quantised layer: a linear layer whose weight is not floating point."""
+    """A stand-in for a quantised layer: a linear layer with a weight that is not floating point."""
 
     def __init__(self) -> None:
         super().__init__(8, 8)

@@ -1,4 +1,4 @@
-"""Weights that numpy draws: the same under every release of PyTorch, whose random numbers change between releases."""
+"""Weights that numpy draws: the same under every release of PyTorch, where random numbers change between releases."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class FusedMlp(nn.Module):
 
 
 class FusedModel(t.LlamaModel):
-    """A Llama whose layers hold InternLM2's five linear layers; it is counted, never run."""
+    """A Llama with InternLM2's five linear layers in each layer; it is counted, never run."""
 
     config_class = FusedConfig
 

@@ -170,7 +170,7 @@ def train_with_other_signs(*arguments: str) -> int:
 
 
 def train_unseeing(*arguments: str) -> int:
-    """Train models whose visual tokens are zeros, whatever the picture."""
+    """Train models with zeros as visual tokens, whatever the picture."""
     import torch
     from ranks import train_recipes
 

@@ -24,7 +24,7 @@ def write_video(
     path: Path, frames: int = 20, *, codec: str = "libx264", size: tuple[int, int] = (64, 48), rotation: int = 0,
     options: dict[str, str] | None = None, rate: int = 10,
 ) -> Path:  # fmt: skip
-    """A video file whose kind is told by its suffix; the left third is a little darker, so that its sides differ."""
+    """A video file of the kind of its suffix; the left third is a little darker, so that its sides differ."""
     import av
 
     with av.open(path, "w") as container:

@@ -53,7 +53,7 @@ def test_tasks_weigh_equally():
 
 
 def simulate(generator: random.Random, *, seeds: int, documents: int, spread: float, effect: float):
-    """Right/wrong scores whose probability depends on the document, the arm's run and chance."""
+    """Right/wrong scores; their probability depends on the document, the arm's run and chance."""
     hardness = [generator.gauss(0, 1.0) for _ in range(documents)]
 
     def arm(shift):

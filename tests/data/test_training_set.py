@@ -105,7 +105,7 @@ def test_a_full_disk_stops_no_run_for_a_bad_record(tmp_path: Path, caplog: pytes
 
 
 class TestDamageFoundLate:
-    """A picture whose header is fine and whose pixels are not."""
+    """A picture with a good header and broken pixels."""
 
     @pytest.fixture
     def data(self, chatml: Setup, records_file: Path, tmp_path: Path) -> TrainingSet:

@@ -152,7 +152,7 @@ def slow_between_steps(rank: str, seconds: str, *recipes: str) -> int:
 
 
 def lost_in_thought() -> None:
-    """A hang whose place must show in the stacks."""
+    """A hang; its place must show in the stacks."""
     time.sleep(3600)
 
 

@@ -59,7 +59,7 @@ def cluster(tmp_path: Path, python: Preloaded) -> dict[str, str]:
 
 @contextmanager
 def started(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A command whose processes are all gone afterwards."""
+    """A command; its processes are all gone afterwards."""
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -95,7 +95,7 @@ def test_the_hosts_of_a_host_file_train_together(parts, cluster, tmp_path):
 
 @pytest.mark.parametrize("starter", ["script", "launch"])
 def test_a_host_file_of_this_machine_alone_trains_here_and_saves_when_it_is_stopped(starter, parts, cluster, tmp_path):
-    """By processes of its own, not forked ones: who is whose child is the point."""
+    """By processes of its own, not forked ones: parents and children are the point."""
     run, log, hosts = tmp_path / "run", tmp_path / "log", tmp_path / "hosts.txt"
     hosts.write_text("localhost slots=2\n")
     starters = {

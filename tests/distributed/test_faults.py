@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_had_is_told_on_every_rank(parts, ranks, tmp_pat
 
 
 def test_a_rank_does_not_end_while_a_thread_of_gloo_is_at_work():
-    """Such a thread drops tensors late; a process whose interpreter ends meanwhile aborts."""
+    """Such a thread drops tensors late; a process aborts if its interpreter ends meanwhile."""
     begun, over = threading.Event(), []
 
     def work():

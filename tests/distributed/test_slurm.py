@@ -48,7 +48,7 @@ def words_of(monkeypatch: pytest.MonkeyPatch, python: Preloaded) -> Callable[...
 
 @pytest.fixture(scope="module")
 def waiting(cluster, parts, ranks, python, tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """A job whose ranks wait for a cache, and its log. SLURM takes a minute over it, beside the first test.
+    """A job with ranks that wait for a cache, and its log. SLURM takes a minute over it, beside the first test.
 
     With a limit of a minute and five minutes' notice SLURM sends the signal early.
     """
@@ -72,7 +72,7 @@ def newest(run: Path) -> int:
 
 
 def steps(run: Path) -> int:
-    """Steps whose metrics are written."""
+    """Steps with metrics in the file."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return max((json.loads(line).get("step", 0) for line in lines if line.endswith("\n")), default=0)

@@ -96,7 +96,7 @@ def check_fused(folder, names):
 
 
 def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(parts, ranks, tmp_path):
-    """Layers of families that nobody knows, whose micro-batches share the products of the adapters."""
+    """Layers of unknown families; their micro-batches share the products of the adapters."""
     recipes = {name: make_recipe(parts, tmp_path / name, name, dropout=0.1) for name in (*STAGES, "none")}
     recipes = {name: replace(item, model=replace(item.model, lean_layers=False)) for name, item in recipes.items()}
     ranks.run(["trials:train_counting", *(write(recipe) for recipe in recipes.values())], ranks=1)

@@ -52,7 +52,7 @@ def attending(made_by_amd: Callable[[bool], None]) -> Callable[[str], bool]:
 
 @pytest.fixture
 def made_by_amd(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Choose whose processor this is taken for."""
+    """Choose the maker of processors that this one is taken for."""
     return lambda amd: monkeypatch.setattr(matmul_attention, "made_by_amd", lambda: amd)
 
 

@@ -302,7 +302,7 @@ def test_an_older_torch_is_told_to_record(given, expected, monkeypatch):
 
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(saves, monkeypatch, tmp_path):
-    """Also one whose ranks had not begun, or could not save."""
+    """Also one with ranks that had not begun, or could not save."""
     leave = "(mark.touch(), sys.exit(1))" if saves else "sys.exit(1)"
     script = (
         "import pathlib, signal, sys, time\n"

@@ -1,4 +1,4 @@
-"""QMoSLoRA: a recipe whose language model is in 4 bits trains its adapters and leaves the packed weights alone."""
+"""QMoSLoRA: a recipe with a language model in 4 bits trains its adapters and leaves the packed weights alone."""
 
 from __future__ import annotations
 

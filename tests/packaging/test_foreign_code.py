@@ -66,7 +66,7 @@ def test_the_search_finds_what_it_looks_for() -> None:
 
 @pytest.fixture
 def evil(tmp_path: Path) -> Path:
-    """A folder whose model exists in its own code only."""
+    """A folder of a model that exists in its own code only."""
     folder = tmp_path / "evil"
     make_tokenizer().save_pretrained(folder)
     names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoProcessor")
@@ -82,7 +82,7 @@ def evil(tmp_path: Path) -> Path:
 
 
 def _in_a_terminal(command: list[str | Path]) -> tuple[int, str]:
-    """Run a command whose input and output are a terminal where somebody says yes to everything."""
+    """Run a command in a terminal where somebody says yes to everything."""
     ours, theirs = pty.openpty()
     try:
         os.write(ours, b"y\n" * 20)

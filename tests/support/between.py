@@ -14,7 +14,7 @@ import pytest
 def just_before(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[..., Any], *, when: Callable[..., bool]
 ) -> None:
-    """Run `act` once, right before the first call of `owner.name` whose arguments `when` is true of."""
+    """Run `act` once, right before the first call of `owner.name` with arguments that `when` accepts."""
     inner, came = getattr(owner, name), []
 
     def called(*arguments: Any, **options: Any) -> Any:

@@ -182,7 +182,7 @@ def fake_cuda() -> Iterator[Any]:
 
         @staticmethod
         def _sized(func: Any, value: Any, args: Any) -> Any:
-            """A result whose shape the values of a mask say."""
+            """A result with a shape that depends on the values of a mask."""
             if value is not None:
                 return tree_map(lambda real: torch.empty(real.shape, dtype=real.dtype, device="cuda:0"), value)
             (mask,) = (x for x in args[1] if x is not None)

@@ -50,7 +50,7 @@ def fake_hub() -> Iterator[FakeHub]:
 
 
 def run_beside(hub: FakeHub, folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own whose hub is this one and whose caches lie in `folder`."""
+    """Run Python code in a process of its own, with this hub, and with its caches in `folder`."""
     here = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_nobody", "HF_HOME": str(folder / "hf")}
     here |= {"MM_MOSLORA_CACHE": str(folder / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(

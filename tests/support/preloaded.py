@@ -1,6 +1,6 @@
-"""Pythons that start at once: commands on the disk whose processes are forked from one that has imported everything.
+"""Pythons that start at once: commands on the disk; their processes are forked from one that has imported everything.
 
-Importing PyTorch, transformers, PEFT and DeepSpeed takes a process ten seconds. A test whose subject is what the
+Importing PyTorch, transformers, PEFT and DeepSpeed takes a process ten seconds. A test of what the
 process does then starts `python.ours`, or `python.stock`, which has imported nothing of ours, in place of
 `sys.executable`. What is started is a process like any other: arguments, environment, working folder, open files,
 signals and exit code are its own, and it ends when the command is killed. What libraries read from the environment

@@ -1,4 +1,4 @@
-"""A model whose loss does not depend on its images is found in the first step, and no other is."""
+"""A model with a loss that does not depend on its images is found in the first step, and no other is."""
 
 from __future__ import annotations
 

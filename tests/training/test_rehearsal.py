@@ -77,7 +77,7 @@ def test_a_trial_that_reads_back_otherwise_is_an_error(recipe, monkeypatch):
 
 
 def test_the_self_test_finds_gradients_that_are_off(monkeypatch):
-    """As in DeepSpeed 0.17.6 to 0.18.2, whose ZeRO-2 gave a third of the gradient."""
+    """As in DeepSpeed 0.17.6 to 0.18.2: their ZeRO-2 gave a third of the gradient."""
     train_config = TrainConfig(zero="none")
     rehearsal.self_test(train_config, "fp32")
     real = Engine.step

@@ -206,7 +206,7 @@ def test_resume_from_a_named_folder_continues_exactly(recipe, tmp_path):
 
 @pytest.mark.parametrize("mode", ["full", "frozen"])
 def test_a_run_goes_on_when_the_stage_before_it_is_gone(recipe, tmp_path, mode):
-    """Projector and adapter of an earlier run, whose folder was cleaned up meanwhile."""
+    """Projector and adapter of an earlier run; its folder was cleaned up meanwhile."""
     before = with_train(recipe, output=str(tmp_path / "before"), steps=2)
     stage = train(before).checkpoint
     projector = ProjectorConfig(weights=str(stage / "projector.safetensors"), mode=mode)

@@ -260,7 +260,7 @@ def _retrain_folded(folder: Path) -> None:
 
 
 def _edit_tensor(folder: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
-    """Change (None: remove) the first tensor with `part` in its name, in a folder whose hashes agree."""
+    """Change (None: remove) the first tensor with `part` in its name, in a folder with hashes that agree."""
     from mm_moslora.utils.files import sha256_of
 
     path = folder / "moslora.safetensors"

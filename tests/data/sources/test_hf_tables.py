@@ -157,7 +157,7 @@ class TestTables:
             open_source(SourceConfig(path=str(tmp_path / "d"), **options))[0]
 
     def test_folders_of_pictures_on_the_hub(self, tmp_path: Path) -> None:
-        """The real client, in a process whose hub is this machine."""
+        """The real client, in a process with this machine as its hub."""
         with fake_hub() as hub:
             hub.files = {("datasets", f"me/{kind}"): picture_folder(kind) for kind in ("metadata", "classes")}
             done = run_beside(hub, tmp_path, FROM_THE_HUB)

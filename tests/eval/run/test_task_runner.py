@@ -372,4 +372,4 @@ def test_a_folder_with_other_files_is_refused_for_an_evaluation(tmp_path: Path) 
     for text in ("[]", "{", "1"):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(EvalError, match=r"run\.json is damaged"), open_run(tmp_path, FakeModel()):
-            pytest.fail("whose answers are these?")
+            pytest.fail("these answers belong to no request")

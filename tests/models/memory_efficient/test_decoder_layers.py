@@ -90,7 +90,7 @@ def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(f
     before = kept_bytes(model, given)
     assert use_lean_layers(model) == 3
     use_loss_head(model)
-    if dropout:  # behind the last attention it computes fewer rows, whose masks are other ones
+    if dropout:  # behind the last attention it computes fewer rows, and their masks are other ones
         model.model.layers[-1].is_last = False
     torch.manual_seed(3)
     lean_loss, lean = loss_and_gradients(model, given)
