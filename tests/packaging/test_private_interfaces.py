@@ -84,19 +84,38 @@ def test_torch_tells_tracing_modes_and_the_backward_pass() -> None:
     assert x.untyped_storage()._cdata == x.view(1).untyped_storage()._cdata != torch.ones(1).untyped_storage()._cdata
 
 
+def test_modules_of_torch_keep_their_parts_and_hooks_in_dictionaries() -> None:
+    layer = nn.Linear(2, 2)
+    assert set(layer._parameters) == {"weight", "bias"}
+    assert set(nn.Sequential(layer)._modules) == {"0"}
+    for register, kept in (
+        (layer.register_forward_hook, layer._forward_hooks),
+        (layer.register_forward_pre_hook, layer._forward_pre_hooks),
+        (layer.register_full_backward_hook, layer._backward_hooks),
+        (layer.register_full_backward_pre_hook, layer._backward_pre_hooks),
+    ):  # fmt: skip
+        register(lambda *_: None)
+        assert len(kept) == 1
+    assert torch.compile(layer, backend="eager")._orig_mod is layer  # type: ignore[attr-defined]
+    assert nn.MultiheadAttention(4, 2)._qkv_same_embed_dim
+    assert not nn.MultiheadAttention(4, 2, kdim=3)._qkv_same_embed_dim
+    assert isinstance(nn.BatchNorm2d(2), nn.modules.batchnorm._BatchNorm)
+
+
 def test_operators_of_torch_take_what_they_are_given() -> None:
     aten = torch.ops.aten
     named = {
         operator: [argument.name for argument in operator.default._schema.arguments]
         for operator in (
             aten._softmax_backward_data, aten._scaled_dot_product_flash_attention_for_cpu,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward, aten._local_scalar_dense,
         )
     }  # fmt: skip
     assert list(named.values()) == [
         ["grad_output", "output", "dim", "input_dtype"],
         ["query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"],
         ["grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal", "attn_mask", "scale"],
+        ["self"],
     ]
 
 
@@ -150,6 +169,13 @@ def test_datasets_identify_a_table() -> None:
     one, other = (datasets.Dataset.from_dict({"a": [value]}) for value in (1, 2))
     assert one._fingerprint != other._fingerprint
     assert isinstance(one._fingerprint, str)
+
+
+def test_the_hub_reads_whether_it_is_offline_when_it_is_asked() -> None:
+    from huggingface_hub import constants
+
+    assert isinstance(constants.HF_HUB_OFFLINE, bool)
+    assert "HF_HUB_OFFLINE" in constants.is_offline_mode.__code__.co_names
 
 
 def test_uvicorn_calls_the_methods_that_are_overridden() -> None:

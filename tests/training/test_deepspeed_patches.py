@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import link_hp_params
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -68,6 +69,7 @@ def test_stage_3_reads_and_writes_its_own_state() -> None:
 def test_masters_of_the_other_stages_are_where_they_are_read() -> None:
     assert attributes(DeepSpeedZeroOptimizer) >= {"bit16_groups", "single_partition_of_fp32_groups", "cpu_offload"}
     assert attributes(FP16_UnfusedOptimizer) >= {"fp16_groups", "fp32_groups"}
+    assert "_hp_mapping" in link_hp_params.__code__.co_names
 
 
 def test_the_scaler_ends_a_run_at_its_lowest_scale_unless_told_otherwise() -> None:
