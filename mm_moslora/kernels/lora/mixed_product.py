@@ -201,7 +201,7 @@ class _ProductGradient:
         self.total, self.settled = None, True
 
     def settle(self) -> None:
-        """Give B and M the sum in a backward pass, which calls their hooks."""
+        """Add the gradients from the sum to B and M by a backward pass of their own, so that hooks on them run."""
         total, self.settled = self.take(), True
         if total is None:
             return

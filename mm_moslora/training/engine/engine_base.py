@@ -112,7 +112,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Consecutive elements of one parameter whose optimiser state this rank holds.
+    """Consecutive elements of one parameter; this rank holds their optimiser state.
 
     All tensors are flat views of equal length into what the optimiser uses; writing to them changes it.
     """
