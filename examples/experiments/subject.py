@@ -182,10 +182,10 @@ class World:
         rng = random.Random(0)
         chosen = [names[index % len(names)] for index in range(plan.subjects)]
         subjects = [views(pictures[name][rng.randrange(len(pictures[name]))]) for name in chosen]
-        eyes = AutoModel.from_pretrained(encoder, trust_remote_code=False).eval().requires_grad_(False)
+        tower = AutoModel.from_pretrained(encoder, trust_remote_code=False).eval().requires_grad_(False)
         world = cls(
             plan=plan, base=base, scheduler=scheduler, subjects=subjects,
-            classes=[pictures[name] for name in chosen], encoder=eyes, references=[],
+            classes=[pictures[name] for name in chosen], encoder=tower, references=[],
         )  # fmt: skip
         world.references = [world.features(subject) for subject in subjects]
         return world

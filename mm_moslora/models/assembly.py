@@ -282,8 +282,8 @@ def pretrained_parts(
 
 def is_standard(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel) -> bool:
     """Whether stock transformers can express the model as `LlavaForConditionalGeneration`."""
-    ours = isinstance(tower, WrappedVisionModel | FusedVisionModel)
-    return config.projector.kind == "mlp2x_gelu" and not ours and spec.prefix in (0, 1)
+    wrapped = isinstance(tower, WrappedVisionModel | FusedVisionModel)
+    return config.projector.kind == "mlp2x_gelu" and not wrapped and spec.prefix in (0, 1)
 
 
 def load_language(

@@ -54,10 +54,10 @@ def load(
         AdapterError: the adapter is damaged or belongs to another base.
     """
     folder = find_checkpoint(Path(path))
-    is_ours, is_adapter = (folder / MANIFEST).is_file(), (folder / ADAPTER_CONFIG).is_file()
-    if base is not None and (is_ours or not is_adapter):
+    is_checkpoint, is_adapter = (folder / MANIFEST).is_file(), (folder / ADAPTER_CONFIG).is_file()
+    if base is not None and (is_checkpoint or not is_adapter):
         raise ModelError(f"{folder} is no adapter of another trainer; it knows its base. Leave out base.")
-    if is_ours:
+    if is_checkpoint:
         return _load_checkpoint(folder, merge=merge, dtype=dtype, quantised=quantised)
     if is_adapter:
         return _load_adapter(folder, base, merge=merge, dtype=dtype)

@@ -61,7 +61,7 @@ class TowerShape:
     def of_picture(self) -> VisionWork:
         """One picture, by the configuration: one tile of the tower's size, or of `PICTURE` where it has none."""
         if getattr(self.model, "vision_grid", 0):
-            return self._ours()
+            return self._assembled()
         side = side_of(self.config, "image_size")
         width, height = (side, side) if side else PICTURE
         return self.of_tile(height, width)
@@ -77,7 +77,7 @@ class TowerShape:
         if host.pixel_values is None:
             return VisionWork()
         if getattr(self.model, "vision_grid", 0):
-            return self._ours().times(host.images)
+            return self._assembled().times(host.images)
         if (grids := host.image_inputs.get("image_grid_thw")) is not None:
             return self._of_grids(grids)
         pixels = host.pixel_values
@@ -89,13 +89,13 @@ class TowerShape:
     def tokens(self, patches: float, tiles: int) -> float:
         """Rows of the projector from patches, prefix tokens included, of several tiles."""
         if getattr(self.model, "vision_grid", 0):
-            return tiles * self._ours().tokens
+            return tiles * self._assembled().tokens
         return (patches - tiles * self.prefix) / self.patches_per_row
 
     def _all_pairs(self, patches: float, *, tokens: float) -> VisionWork:
         return VisionWork(patches=patches, pairs=patches**2 * self.width * self.layers, tokens=tokens)
 
-    def _ours(self) -> VisionWork:
+    def _assembled(self) -> VisionWork:
         """This project's towers report their patches, whatever their training resolution was."""
         patches = int(self.model.vision_grid) ** 2 + int(self.model.vision_prefix)
         return self._all_pairs(patches, tokens=float(self.model.image_seq_length))
