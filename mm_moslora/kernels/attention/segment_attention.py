@@ -275,8 +275,8 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Segments need no mask."""
+def no_mask(*_: Any, **__: Any) -> None:
+    """The mask function of an attention that needs none, or makes its own."""
 
 
 SEGMENT_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
@@ -285,7 +285,7 @@ SEGMENT_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
 """By the name of the attention."""
 for _name, _function in SEGMENT_FUNCTIONS.items():
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, _no_mask)
+    AttentionMaskInterface.register(_name, no_mask)
 AttentionInterface.register(PICTURES, picture_attention)
 AttentionInterface.register(NATIVE[PICTURES], partial(picture_attention, native=True))
 

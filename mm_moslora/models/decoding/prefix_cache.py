@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from mm_moslora.kernels.attention.segment_attention import no_mask
 from mm_moslora.models.families import decoder_family
 from mm_moslora.models.transformers_patches import attention_within, forward_within
 from mm_moslora.utils.errors import ModelError
@@ -149,12 +150,8 @@ def _visible(valid: Tensor, new: int) -> Tensor | None:
     return causal[None] & (valid[:, None, :] != 0)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The attention builds its own mask."""
-
-
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
-AttentionMaskInterface.register(SHARED_PREFIX, _no_mask)
+AttentionMaskInterface.register(SHARED_PREFIX, no_mask)
 
 
 def _tall(linear: nn.Linear) -> Callable[[Tensor], Tensor]:

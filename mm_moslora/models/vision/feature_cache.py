@@ -3,7 +3,7 @@
 The disk holds features of a frozen vision tower, one file per picture, for all runs and ranks that use the tower. A
 hash of the prepared pixels names the entry, so picture and processing count; a hash of the tower (weights,
 configuration, layers, dtype) names its folder. An entry is written to a temporary file and renamed, so any number of
-processes may share a folder, and is read as a memory map. A damaged entry is counted, and the picture is encoded again.
+processes may share a folder, and is read as a memory map. A damaged entry is logged, and the picture is encoded again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,11 @@ class StoreCounts:
     """Not found; the tower ran."""
     written: int = 0
     """Encoded and stored."""
-    damaged: int = 0
-    """Found damaged; encoded again."""
-    unwritten: int = 0
-    """Encoded and not stored: the limit is reached, or the disk is full."""
 
     @property
     def hit_share(self) -> float:
         """Share of the requested pictures that were found on disk."""
         return self.read / max(1, self.read + self.encoded)
-
-    def __str__(self) -> str:
-        """All counts, for messages."""
-        return ", ".join(f"{getattr(self, item.name):,} {item.name}" for item in fields(self))
 
 
 def tower_hash(tower: PreTrainedModel, layers: int | list[int]) -> str:
@@ -149,7 +141,6 @@ class FeatureStore:
         return value
 
     def _damaged(self, path: Path, why: str) -> None:
-        self.counts.damaged += 1
         logger.warning("The cached features in %s are damaged (%s); the picture is encoded again.", path, why)
 
     def write(self, key: str, value: Tensor) -> None:
@@ -164,7 +155,6 @@ class FeatureStore:
         kept = value.detach().cpu().contiguous()
         size = kept.numel() * kept.element_size()
         if self._full or not self._has_room(size):
-            self.counts.unwritten += 1
             return
         try:
             path.parent.mkdir(exist_ok=True)
@@ -172,7 +162,6 @@ class FeatureStore:
                 save_file({_FEATURES: kept}, aside, metadata={_CHECKSUM: xxhash.xxh3_128_hexdigest(_bytes(kept))})
         except (OSError, SafetensorError) as error:
             self._stop(f"writing fails: {error}")
-            self.counts.unwritten += 1
             return
         self._size += size * self._writers
         self.counts.written += 1

@@ -95,7 +95,7 @@ def test_a_second_run_reads_what_the_first_encoded(assembly, tmp_path):
     assert results[0] == results[1], "bit for bit"
 
 
-def test_a_damaged_entry_is_encoded_again_and_counted(assembly, tmp_path):
+def test_a_damaged_entry_is_encoded_again_and_logged(assembly, tmp_path, caplog):
     pixels = torch.stack([torch.full((3, 28, 28), value) for value in (0.1, 0.2, 0.3)])
     keys = [pixel_hash(row) for row in pixels]
     memory = StepFeatureCache(store(assembly, tmp_path))
@@ -108,10 +108,11 @@ def test_a_damaged_entry_is_encoded_again_and_counted(assembly, tmp_path):
     memory = StepFeatureCache(store(assembly, tmp_path))
     found = image_features(assembly.model, pixels, keys=keys, memory=memory)
     torch.testing.assert_close(found, expected)
-    assert (memory.store.counts.damaged, memory.store.counts.written) == (2, 2)
+    assert (memory.store.counts.read, memory.store.counts.written) == (1, 2)
+    assert caplog.text.count("are damaged") == 2
     again = StepFeatureCache(store(assembly, tmp_path))
     image_features(assembly.model, pixels, keys=keys, memory=again)
-    assert (again.store.counts.read, again.store.counts.damaged) == (3, 0)
+    assert (again.store.counts.read, again.store.counts.encoded) == (3, 0)
 
 
 def test_other_weights_layers_and_pictures_have_other_names(assembly):
@@ -130,14 +131,14 @@ def test_other_weights_layers_and_pictures_have_other_names(assembly):
     )
 
 
-def test_beyond_the_limit_nothing_is_added_and_it_is_counted(assembly, tmp_path, caplog):
+def test_beyond_the_limit_nothing_is_added_and_it_is_logged(assembly, tmp_path, caplog):
     pixels = torch.stack([torch.full((3, 28, 28), value) for value in (0.1, 0.2, 0.3)])
     keys = [pixel_hash(row) for row in pixels]
     one = 17 * 32 * 4 / 2**30  # tokens with CLS, width, bytes
     memory = StepFeatureCache(store(assembly, tmp_path, limit_gib=2.5 * one))
     expected = image_features(assembly.model, pixels)
     torch.testing.assert_close(image_features(assembly.model, pixels, keys=keys, memory=memory), expected)
-    assert (memory.store.counts.written, memory.store.counts.unwritten) == (2, 1)
+    assert (memory.store.counts.encoded, memory.store.counts.written) == (3, 2)
     assert "reached its limit" in caplog.text
 
 
@@ -150,12 +151,12 @@ def test_an_entry_that_goes_while_the_folder_is_measured_counts_nothing(tmp_path
 
 def _fill(folder, key, value, repeats):
     made = FeatureStore(folder, "tower")
+    made._damaged = lambda path, why: pytest.fail(why)
     for _ in range(repeats):
         cache = FeatureCache(memory_bytes=0, store=made)
         (found,) = cache.get_many([key], lambda numbers: [torch.full((64, 64), value) for _ in numbers])
         assert torch.equal(found, torch.full((64, 64), value))
         made._path(key).unlink(missing_ok=True)
-    assert made.counts.damaged == 0
 
 
 def test_processes_that_write_the_same_entry_never_read_half_of_it(tmp_path):
@@ -191,7 +192,7 @@ def test_a_full_disk_stops_the_cache_and_not_the_run(assembly, tmp_path, monkeyp
     pixels = torch.zeros(1, 3, 28, 28)
     found = image_features(assembly.model, pixels, keys=[pixel_hash(pixels[0])], memory=memory)
     assert torch.isfinite(found).all()
-    assert memory.store.counts.unwritten == 1
+    assert (memory.store.counts.encoded, memory.store.counts.written) == (1, 0)
     assert "No space left" in caplog.text
 
 
