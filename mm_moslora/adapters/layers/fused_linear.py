@@ -89,8 +89,8 @@ class FusedLinear(MoSLoRALayer):
         dropout = self.lora_dropout[adapter]
         rate = exact_rate(dropout.p) if self.training and isinstance(dropout, nn.Dropout) else 0.0
         # Without gradients of A a micro-batch might have none at all, which DeepSpeed does not expect.
-        shared = self.step_window is not None and A.requires_grad
-        product = self.step_window.product if shared else mixed_product
+        window = self.step_window if A.requires_grad else None
+        product = mixed_product if window is None else window.product
         C = product(B, M, self.scaling[adapter] / (1.0 - rate), compute_dtype(x))
         return LinearOperands(weight=weight, bias=base.bias, A=A, C=C, dropout=rate)
 
