@@ -150,13 +150,15 @@ def test_an_entry_that_goes_while_the_folder_is_measured_counts_nothing(tmp_path
 
 
 def _fill(folder, key, value, repeats):
-    made = FeatureStore(folder, "tower")
+    made, expected = FeatureStore(folder, "tower"), torch.full((64, 64), value)
     made._damaged = lambda path, why: pytest.fail(why)
-    for _ in range(repeats):
+    for number in range(repeats):
         cache = FeatureCache(memory_bytes=0, store=made)
-        (found,) = cache.get_many([key], lambda numbers: [torch.full((64, 64), value) for _ in numbers])
-        assert torch.equal(found, torch.full((64, 64), value))
-        made._path(key).unlink(missing_ok=True)
+        (found,) = cache.get_many([key], lambda numbers: [expected for _ in numbers])
+        assert torch.equal(found, expected)
+        made.write(key, expected)  # beside processes that read it
+        if number % 2:
+            made._path(key).unlink(missing_ok=True)
 
 
 def test_processes_that_write_the_same_entry_never_read_half_of_it(tmp_path):
