@@ -8,7 +8,7 @@ EXTRAS := $(VENV)/extras
 LOWEST := $(VENV)/lowest
 GPU_IMAGE := $(VENV)/gpu-image
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-WORKERS ?= 2
+WORKERS ?= 3
 
 # Threads that wait for work leave the cores to others.
 export OMP_WAIT_POLICY ?= passive
