@@ -33,13 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist loadfile`: a file is one worker's, and so are all files with tests that start groups of ranks."""
+    """`--dist loadfile`: a file is one worker's, and so are all files with tests that start groups of ranks.
+
+    Files with jobs and hosts that mostly wait are left to the other workers.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "distributed" if "distributed/" in file else file
+            waits = file.endswith(("test_slurm.py", "test_two_hosts.py"))
+            return "distributed" if "distributed/" in file and not waits else file
 
     if config.getoption("dist") != "loadfile":
         return None
