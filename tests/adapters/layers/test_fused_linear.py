@@ -40,6 +40,18 @@ def _model(**changes):
     return model
 
 
+def _losses(model, optimizer, *, steps: int) -> list[float]:
+    """The loss before each of some optimiser steps."""
+    losses = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
 def _gradients(model) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert found
@@ -375,13 +387,7 @@ def test_svd_core_trains_the_mixer_alone_in_the_weights_leading_subspaces(tmp_pa
     torch.testing.assert_close(factors.B @ factors.A, (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-5, rtol=0)
     model.set_adapter("default")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
+    losses = _losses(model, optimizer, steps=4)
     assert losses[-1] < losses[0]
     assert torch.equal(layer.factors("default").A, factors.A)
     model.eval()
@@ -399,13 +405,7 @@ def test_orthonormal_factors_stay_orthonormal_and_the_loss_falls(wrapped: bool) 
     keep_orthonormal(model, optimizer)
     layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
     start = layer.factors("default").A.detach().clone()
-    losses = []
-    for _ in range(6):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
+    losses = _losses(model, optimizer, steps=6)
     assert losses[-1] < losses[0]
     factors = layer.factors("default")
     torch.testing.assert_close(factors.A @ factors.A.T, torch.eye(4), atol=1e-5, rtol=0)
