@@ -9,6 +9,8 @@
   (huggingface/peft#2907).
 - `prepare_model_for_compiled_hotswap` refuses another rank for mixers: it pads A and B, and `hotswap_adapter` cannot
   fill a padded M (huggingface/peft#2177).
+- `hotswap_adapter_from_state_dict` refuses mixers of another rank before it changes anything: it copies tensor by
+  tensor, and would fail halfway (huggingface/peft#2177).
 - `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`: mixers that plain LoRA lacks would be set to zero
   (huggingface/peft#2177).
 
@@ -38,6 +40,7 @@ from mm_moslora.utils.errors import AdapterError
 _stock_weights = save_and_load.load_peft_weights
 _stock_intruders = intruders.reduce_intruder_dimension
 _stock_prepare = hotswap.prepare_model_for_compiled_hotswap
+_stock_swap = hotswap.hotswap_adapter_from_state_dict
 
 
 @functools.wraps(_stock_weights)
@@ -88,6 +91,21 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
     _stock_prepare(model, target_rank=target_rank, **kwargs)
 
 
+@functools.wraps(_stock_swap)
+def hotswap_adapter_from_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """Refuse mixers of another rank."""
+    for name, present in model.state_dict().items():
+        key = name.removeprefix("_orig_mod.")
+        if ".lora_mixer." in key and key in state_dict and state_dict[key].shape != present.shape:
+            raise AdapterError(
+                f"{key} has shape {list(state_dict[key].shape)}, the model's has {list(present.shape)}: mixers are "
+                "swapped within one rank and form. Load the adapter under a name of its own (model.load_adapter)."
+            )
+    _stock_swap(model, state_dict, adapter_name, *args, **kwargs)
+
+
 def patch_peft() -> None:
     """Enter the tuner and the configuration, and replace the functions; a second call changes nothing."""
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = MoSLoRAModel
@@ -97,6 +115,7 @@ def patch_peft() -> None:
         module.load_peft_weights = load_peft_weights
     intruders.reduce_intruder_dimension = reduce_intruder_dimension
     hotswap.prepare_model_for_compiled_hotswap = prepare_model_for_compiled_hotswap
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
     # It compares these keys of `to_dict` of both configurations; stock LoRA has no mixer_init.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
     if "mixer_init" not in keys:

@@ -203,6 +203,17 @@ def test_peft_pads_no_mixers_and_prepares_adapters_of_one_rank(saved: Path) -> N
     assert {tensor.shape[0] for name, tensor in factors(plain).items() if "lora_A" in name} == {8}
 
 
+@pytest.mark.parametrize("rank", [2, 8])
+def test_peft_swaps_no_mixers_of_another_rank_and_changes_nothing(saved: Path, tmp_path: Path, rank: int) -> None:
+    other = add_moslora(llama(), MoSLoRAConfig(r=rank, lora_alpha=8, target_modules=TARGETS))
+    save_adapter(other, tmp_path / "other")
+    model = peft.PeftModel.from_pretrained(llama(), str(saved))
+    before = factors(model)
+    with pytest.raises(AdapterError, match=r"mixers are swapped within one rank.*under a name of its own"):
+        hotswap.hotswap_adapter(model, str(tmp_path / "other"), adapter_name="default", torch_device="cpu")
+    assert same(factors(model), before)
+
+
 def test_mixed_models_load_mixers_and_x_lora_loads_the_fold(saved: Path) -> None:
     mixed = peft.PeftMixedModel.from_pretrained(llama(), str(saved))
     assert torch.equal(logits(mixed.eval()), logits(load_adapter(llama(), saved)))
@@ -255,7 +266,12 @@ def test_the_model_that_peft_makes_trains_like_the_one_that_this_package_makes(s
 
 def test_what_is_replaced_in_peft_is_what_was_read() -> None:
     """Read the new function, and its callers, before the expected words change."""
-    replaced = (peft_patches._stock_weights, peft_patches._stock_intruders, peft_patches._stock_prepare)
+    replaced = (
+        peft_patches._stock_weights,
+        peft_patches._stock_intruders,
+        peft_patches._stock_prepare,
+        peft_patches._stock_swap,
+    )
     found = {f"{function.__module__}.{function.__name__}{inspect.signature(function)}" for function in replaced}
     assert found == {
         "peft.utils.save_and_load.load_peft_weights(model_id: 'str', device: 'Optional[str]' = None, key_mapping: "
@@ -266,12 +282,17 @@ def test_what_is_replaced_in_peft_is_what_was_read() -> None:
         "peft.utils.hotswap.prepare_model_for_compiled_hotswap(model: 'torch.nn.Module', *, target_rank: "
         "'Optional[int]' = None, config: 'Optional[LoraConfig | dict[str, LoraConfig]]' = None, check_compiled: "
         "\"Literal['error', 'warn', 'ignore']\" = 'error') -> 'None'",
+        "peft.utils.hotswap.hotswap_adapter_from_state_dict(model: 'torch.nn.Module', state_dict: "
+        "'dict[str, torch.Tensor]', adapter_name: 'str', config: 'LoraConfig', parameter_prefix: 'str' = 'lora_') -> "
+        "'None'",
     }
     for caller in (peft.PeftModel.load_adapter, hotswap.hotswap_adapter):
         assert "load_peft_weights(" in inspect.getsource(caller)
         assert caller.__globals__["load_peft_weights"] is peft_patches.load_peft_weights
     assert intruders.reduce_intruder_dimension is peft_patches.reduce_intruder_dimension
     assert hotswap.prepare_model_for_compiled_hotswap is peft_patches.prepare_model_for_compiled_hotswap
+    assert "hotswap_adapter_from_state_dict(" in inspect.getsource(hotswap.hotswap_adapter)
+    assert hotswap.hotswap_adapter_from_state_dict is peft_patches.hotswap_adapter_from_state_dict
     assert "config_keys_to_check = CONFIG_KEYS_TO_CHECK[" in inspect.getsource(hotswap.check_hotswap_configs_compatible)
 
 

@@ -214,8 +214,9 @@ def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -
     block a micro-batch costs what plain LoRA costs. B and M get their gradients in the backward pass of the micro-batch
     that `last_micro_batch()` announced, or when the block ends; both ways autograd runs their hooks. The factors must
     not change in the block. Adapters may be switched and scaled: factors that the last micro-batch does not use get
-    their gradients when the block ends. Adapters with a frozen A (LoRA-XS) compute C in every pass. An engine that reduces gradients during `backward` (DeepSpeed,
-    DistributedDataParallel) needs the call of `last_micro_batch`, and every adapted layer in the last micro-batch.
+    their gradients when the block ends. Adapters with a frozen A (LoRA-XS) compute C in every pass. An engine that
+    reduces gradients during `backward` (DeepSpeed, DistributedDataParallel) needs the call of `last_micro_batch`, and
+    every adapted layer in the last micro-batch.
 
     Args:
         model: PEFT model, or the base model with adapters inside.
