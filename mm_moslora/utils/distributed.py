@@ -75,7 +75,8 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} ({error}). Check that every rank was started and the port is free."
+            f"{os.environ.get('MASTER_PORT')}, where rank 0 listens ({error}). Check that every rank was started, that "
+            f"none has ended (its output says why), and that the port is free."
         ) from error
     atexit.register(_leave)
 
