@@ -133,7 +133,9 @@ def test_a_rank_that_cannot_join_says_where_it_tried_and_what_to_look_at(parts, 
     group = ranks.start(["faults:while_starting", "0", place, "train", write(recipe)])
     ranks.finish(group, limit=120)
     assert group.codes == [-signal.SIGKILL, 1], group.outputs
-    assert re.search(r"Rank 1 of 2 could not join the others at 127\.0\.0\.1:\d+, where rank 0 listens", group.output(1))
+    assert re.search(
+        r"Rank 1 of 2 could not join the others at 127\.0\.0\.1:\d+, where rank 0 listens", group.output(1)
+    )
     assert "that none has ended (its output says why)" in group.output(1)
 
 
