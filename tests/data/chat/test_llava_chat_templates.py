@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import json
@@ -20,7 +19,7 @@ from mm_moslora.data.chat.records import Turn, parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.utils.errors import ConfigError
-from tests.data.real_tokenizers import NAMES, real_tokenizer
+from tests.data.real_tokenizers import NAMES, real_tokenizer, tokenizer_copy
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_labels.json"
 ENDS = {
@@ -49,7 +48,7 @@ def conversations(name: str, template: str) -> list[list[tuple[str, str]]]:
 
 @functools.cache
 def tokenizer_with(name: str, controls: tuple[str, ...]):
-    tokenizer = copy.deepcopy(real_tokenizer(name))
+    tokenizer = tokenizer_copy(name)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<image>", *controls]}, replace_extra_special_tokens=False
     )
@@ -163,7 +162,7 @@ def test_generation_stops_where_answers_end(template: str) -> None:
 def test_the_template_is_kept_with_the_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = copy.deepcopy(real_tokenizer("llama"))
+    tokenizer = tokenizer_copy("llama")
     set_chat_template(tokenizer, "v1", faithful=True)
     tokenizer.save_pretrained(tmp_path)
     notes = notes_of(AutoTokenizer.from_pretrained(tmp_path).chat_template)
@@ -177,7 +176,7 @@ CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))
 @pytest.mark.parametrize("template", ["plain", "v1", "llama_2", "mistral"])
 def test_faithful_gives_the_ids_and_labels_of_llava(template: str, legacy: bool) -> None:
     """Values of LLaVA's own functions, run on the 32k SentencePiece model with BOS."""
-    tokenizer = copy.deepcopy(real_tokenizer("llama-legacy" if legacy else "llama"))
+    tokenizer = tokenizer_copy("llama-legacy" if legacy else "llama")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     set_chat_template(tokenizer, template, faithful=True)
     made = ConversationEncoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=1)
@@ -210,7 +209,7 @@ def test_texts_and_ids_are_those_of_other_code_bases(code: str, template: str) -
     for case in OTHERS:
         if (case["code"], case["template"]) != (code, template):
             continue
-        tokenizer = copy.deepcopy(real_tokenizer(case["tokenizer"]))
+        tokenizer = tokenizer_copy(case["tokenizer"])
         controls = [case["eos"]] if "eos" in case else list(CHAT_TEMPLATES[template].controls)
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [*controls, "<image>"]}, replace_extra_special_tokens=False
