@@ -13,6 +13,8 @@ WORKERS ?= 3
 # Threads that wait for work leave the cores to others.
 export OMP_WAIT_POLICY ?= passive
 export PYTHONUNBUFFERED = 1
+# Compiled modules are kept, also where the environment forbids it: the tests start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
 # Not the user's cache: a lock that a killed build left there would hang every run.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
