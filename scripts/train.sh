@@ -8,8 +8,8 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/train.sh [OPTIONS] RECIPE [OVERRIDES...]
 
-Trains RECIPE (a YAML file or the name of a preset) with one process per GPU, or one process on the CPU.
-Everything after RECIPE is passed on to `mm-moslora train`.
+Trains RECIPE (a YAML file or the name of a preset) with one process per GPU, or one process on the CPU. This is
+`mm-moslora launch`, with the Python of this checkout; `mm-moslora launch --help` has all options.
 
   scripts/train.sh llava15_7b_moslora --optim.lr 1e-4 --train.output runs/first
   NPROC=2 scripts/train.sh my.yaml --train.zero zero2
@@ -25,6 +25,8 @@ Options
   --rdzv-id WORD     distinguishes runs with the same rendezvous (default mm-moslora)
   --local-addr ADDR  this host's address, where its name resolves to another one
   --max-restarts N   after a rank dies or hangs, restart all from the newest checkpoint, at most N times (default 0)
+  --log-dir FOLDER   also write the output of every rank to rank-00000.log and so on
+  --doctor           check hosts, versions, network and speed of the ranks instead of training
   --dry-run          print the resolved recipe and the command, and start nothing
   --help             this text
 
@@ -39,27 +41,5 @@ Exit codes: 0 finished, 75 stopped on request (run the same command again), anyt
 TEXT
 }
 
-dry_run=false
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -h | --help) usage; exit 0 ;;
-    --dry-run) dry_run=true; shift ;;
-    --nnodes | --rdzv | --rdzv-id | --local-addr | --max-restarts) elastic_option "$@"; shift 2 ;;
-    -*) fail "unknown option $1 before RECIPE; see --help" ;;
-    *) break ;;
-  esac
-done
-[ $# -gt 0 ] || fail "RECIPE is missing; see --help"
-
-find_python
-run_environment
-show_recipe "$@"
-elastic_arguments
-command=(
-  "$PYTHON" -m torch.distributed.run "${ELASTIC[@]}" --nproc_per_node "$(process_count)" -m mm_moslora train "$@"
-)
-printf '# %q' "${command[0]}" >&2
-printf ' %q' "${command[@]:1}" >&2
-echo >&2
-if $dry_run; then exit 0; fi
-run_and_report "${command[@]}"
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+launch "$@"

@@ -203,8 +203,10 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
         Save and stop after this optimiser step.
     """
     from mm_moslora.launch.launcher import EXIT_REQUEUE, leave_mark, stopped_text
+    from mm_moslora.launch.rank_logs import keep_rank_log
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
+    keep_rank_log(os.environ)
     resolved = _recipe(recipe, overrides)
     stop = StopRequest()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -47,40 +48,67 @@ def launch(
     nproc: int | None = None,
     nnodes: int = 1,
     rdzv: str | None = None,
+    rdzv_id: str | None = None,
+    local_addr: str | None = None,
+    deepspeed: bool = False,
     hostfile: Path | None = None,
     max_restarts: int = 0,
+    through: str = "",
+    python: str | None = None,
+    srun: str = "",
+    log_dir: Path | None = None,
     requeue: bool = False,
+    doctor: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Train a recipe on all accelerators of one or several machines; the same command again continues it.
 
     One process needs no launcher, several use torchrun, the hosts of a host file use deepspeed. A SLURM job with
-    several nodes or with --requeue uses srun.
+    several nodes, with --requeue or with --srun uses srun and one torchrun per node. Exit codes: 0 finished, 75 stopped
+    on request (the same command continues the run), anything else failed.
 
     Parameters
     ----------
     recipe
         YAML file, or the name of a shipped preset.
     nproc
-        Processes on each host; default: $NPROC, else one per accelerator.
+        Processes on each host; default: $NPROC, else one per accelerator of that host.
     nnodes
         Hosts; run the same command on each, with --rdzv.
     rdzv
         HOST:PORT of the rendezvous; it must belong to one of the hosts.
+    rdzv_id
+        Distinguishes runs with the same rendezvous; default: mm-moslora.
+    local_addr
+        This host's address, where its name resolves to another one.
+    deepspeed
+        Start the processes of this machine by DeepSpeed's launcher instead of torchrun, which stops more gracefully.
     hostfile
-        File with lines such as `worker-1 slots=8`; the hosts are reached through ssh.
+        File with lines such as `worker-1 slots=8`; the hosts are reached through ssh by DeepSpeed's launcher.
     max_restarts
         Number of restarts from the newest checkpoint when a rank dies or hangs.
+    through
+        Words before the command on every host, split as a shell does: a container ("apptainer exec --nv IMAGE"), or a
+        script that loads modules and ends with `exec "$@"`.
+    python
+        Python of the ranks, where --through or --srun leads into a container; default: this one.
+    srun
+        Further options of srun in a SLURM job, split as a shell does: "--container-image=IMAGE".
+    log_dir
+        Also write the output of every rank to rank-00000.log and so on in this folder.
     requeue
         In a SLURM job: requeue the job when SIGUSR1 announces its time limit (--signal=B:USR1@SECONDS). A requeued job
         that saved no new checkpoint is not requeued again.
+    doctor
+        Run `doctor --distributed` with the recipe on these ranks instead of training.
     dry_run
         Print the resolved recipe and the command without starting anything.
     """
     from mm_moslora.config import load_recipe, override_items
-    from mm_moslora.launch.launcher import EXIT_REQUEUE, Topology
+    from mm_moslora.launch.launcher import EXIT_REQUEUE
     from mm_moslora.launch.launcher import launch as start
     from mm_moslora.launch.slurm_job import WARNING, Job, Requeue
+    from mm_moslora.launch.topology import Topology
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
     job = Job.current(os.environ)
@@ -89,19 +117,20 @@ def launch(
     try:
         with stop.at_once():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks the signal until now
-            spread = job is not None and (requeue or job.nodes > 1) and nnodes == 1 and hostfile is None
+            spread = job is not None and (requeue or srun or job.nodes > 1) and nnodes == 1 and hostfile is None
             places = Topology(
-                nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts,
-                job=job if spread else None,
+                nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
+                deepspeed=deepspeed, hostfile=hostfile, max_restarts=max_restarts, through=_words("through", through),
+                python=python or sys.executable, srun=_words("srun", srun), job=job if spread else None,
             )  # fmt: skip
             options, keys = _sorted(overrides)
             resolved = load_recipe(recipe, override_items(keys))
             print(resolved.to_yaml(), end="", flush=True)
-            if not dry_run and hostfile is None:  # other hosts may see other files
+            if not dry_run and hostfile is None and not doctor:  # other hosts may see other files
                 refuse_early(resolved, options.get("resume", "auto"))
-            arguments = [recipe, *overrides]
-            folder = Path(resolved.train.output)
-            return start(places, arguments, run_folder=folder, dry_run=dry_run, requeue=again)
+            verb = ["doctor", "--distributed", recipe, *keys] if doctor else ["train", recipe, *overrides]
+            run_folder = None if doctor else Path(resolved.train.output)
+            return start(places, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=again)
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
         return again.stopped({stop.received}, EXIT_REQUEUE) if again else EXIT_REQUEUE
@@ -134,6 +163,14 @@ def _processes(nproc: int | None) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"NPROC is {text!r}, expected a number from 1 on.")
     return int(text)
+
+
+def _words(option: str, text: str) -> tuple[str, ...]:
+    """The words of an option, split as a shell does."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ConfigError(f"--{option} is {text!r}, which has an open quote ({error}).") from error
 
 
 def _sorted(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:

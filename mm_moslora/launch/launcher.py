@@ -10,18 +10,20 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.launch.slurm_job import Job, Requeue
+from mm_moslora.launch.host_file import DEEPSPEED_ENV_FILE, exported_lines
+from mm_moslora.launch.rank_logs import LOG_FOLDER
+from mm_moslora.launch.slurm_job import Requeue
+from mm_moslora.launch.topology import Topology, command
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import discard, refuse_strangers, replace_text
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
@@ -87,97 +89,12 @@ def leave_mark(run_folder: Path, number: int) -> None:
         logger.info("%s is not written: %s", run_folder / STOPPED, error)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Topology:
-    """The processes and hosts of a run."""
-
-    nproc: int | None = None
-    """Processes on each host; None: $NPROC, else one per accelerator, or one."""
-    nnodes: int = 1
-    """Number of hosts; the same command runs on each."""
-    rdzv: str | None = None
-    """HOST:PORT of the rendezvous."""
-    hostfile: Path | None = None
-    """File with lines such as `worker-1 slots=8`; the deepspeed launcher starts the ranks there through ssh."""
-    max_restarts: int = 0
-    """Maximum number of restarts from the newest checkpoint after a rank dies or hangs."""
-    job: Job | None = None
-    """The SLURM job that runs the ranks on its nodes; None: this machine, or the hosts in the other fields."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {least} or more.")
-        if self.rdzv is not None and not _is_place(self.rdzv):
-            raise ConfigError(f"--rdzv is {self.rdzv!r}, expected HOST:PORT such as node-1:29400.")
-        if self.rdzv is not None and self.nnodes == 1:
-            raise ConfigError(f"--rdzv {self.rdzv} is for several hosts, but --nnodes is 1. Give --nnodes, too.")
-        if self.nnodes > 1 and self.rdzv is None:
-            raise ConfigError(f"--nnodes is {self.nnodes}, but no --rdzv HOST:PORT is given. Give --rdzv, too.")
-        if self.hostfile is not None and self.nnodes > 1:
-            raise ConfigError("--hostfile and --nnodes are two ways to use several hosts; give one of them.")
-        if self.hostfile is not None and not self.hostfile.is_file():
-            raise ConfigError(f"--hostfile {self.hostfile} does not exist.")
-        if self.hostfile is not None:
-            _check_hosts(self.hostfile)
-        if self.hostfile is not None and self.max_restarts:
-            raise ConfigError("--max-restarts needs torchrun; the deepspeed launcher of --hostfile cannot restart.")
-
-
-def _check_hosts(hostfile: Path) -> None:
-    lines = [line.partition("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines()]
-    wrong = [line for line in lines if line and not re.fullmatch(r"\S+\s+slots=[1-9]\d*", line)]
-    if wrong or not any(lines):
-        found = f"holds {wrong[0]!r}" if wrong else "names no host"
-        raise ConfigError(f"--hostfile {hostfile} {found}, expected lines such as 'worker-1 slots=8'.")
-
-
-def _is_place(text: str) -> bool:
-    """Whether the text has the form HOST:PORT."""
-    host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
-
-
-def accelerators() -> int:
-    """Number of accelerators that are visible to this process."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def command(places: Topology, arguments: Sequence[str]) -> list[str]:
-    """The command that starts the ranks.
-
-    Args:
-        places: processes and hosts.
-        arguments: those of `mm-moslora train`.
-    """
-    train = ["mm_moslora", "train", *arguments]
-    if places.hostfile is not None:
-        return [
-            sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(places.hostfile), "--no_local_rank",
-            "--module", *train,
-        ]  # fmt: skip
-    nproc = places.nproc or (places.job and places.job.gpus_on_node) or max(1, accelerators())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
-    if places.max_restarts:
-        torchrun += ["--max_restarts", str(places.max_restarts)]
-    if places.job is not None:
-        return [*places.job.srun(), *torchrun, *places.job.rendezvous(), "-m", *train]
-    if places.nnodes > 1:
-        meet = ["--rdzv_backend", "c10d", "--rdzv_id", "mm-moslora", "--rdzv_endpoint", str(places.rdzv)]
-        return [*torchrun, "--nnodes", str(places.nnodes), *meet, "-m", *train]
-    if nproc == 1 and not places.max_restarts:
-        return [sys.executable, "-m", *train]
-    return [*torchrun, "--standalone", "-m", *train]
-
-
 def launch(
     places: Topology,
     arguments: Sequence[str],
     *,
-    run_folder: Path,
+    run_folder: Path | None,
+    log_folder: Path | None = None,
     dry_run: bool = False,
     requeue: Requeue | None = None,
 ) -> int:
@@ -185,39 +102,27 @@ def launch(
 
     Args:
         places: processes and hosts.
-        arguments: those of `mm-moslora train`.
-        run_folder: gets the mark of a run that was stopped.
+        arguments: the verb of the ranks and its arguments.
+        run_folder: gets the mark of a run that was stopped; None: the verb trains nothing.
+        log_folder: gets the output of every rank, see `mm_moslora.launch.rank_logs`.
         dry_run: print the command and start nothing.
         requeue: decides whether a stopped run's SLURM job goes back into the queue.
 
     Returns:
         0 after a finished run, 75 after a requested stop, else the launcher's code.
     """
-    environment = {
-        "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
-        # torchrun keeps one store over restarts, in which ranks would find the addresses of dead ranks.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    } | os.environ  # fmt: skip
     words = command(places, arguments)
     logger.info("%s", shlex.join(words))
     if dry_run:
         return 0
+    if run_folder is None:
+        return _run_ranks(places, words, log_folder).code
     mark = run_folder / STOPPED
     refuse_strangers(run_folder, (STOPPED,), kind="run", also=RUN_SIGNS)
     discard(mark)
-    tell: Callable[[int], None] = _terminate
-    kill: Callable[[int], None] = kill_tree
-    if places.hostfile is not None:
-        tell = end_deepspeed
-    elif places.job is not None:
-        tell, kill = places.job.terminate_step, _terminate  # srun kills its step on SIGTERM
     if requeue is not None:
         requeue.watch(run_folder)
-    # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
-    ended = run_and_hand_on(
-        words, _SIGNALS, tell=tell, kill=kill, env=environment, process_group=0, stdin=subprocess.DEVNULL
-    )
+    ended = _run_ranks(places, words, log_folder)
     # The code alone is not enough: DeepSpeed's runner reports success for a launcher that a signal ended.
     unsaved = bool(ended.signals) and not (ended.code == 0 and _is_finished(run_folder))
     if not mark.exists() and not unsaved:
@@ -225,6 +130,35 @@ def launch(
     if not mark.exists():
         logger.info("Stopped by a signal without saving. The same command resumes from the newest checkpoint, if any.")
     return requeue.stopped(ended.signals, EXIT_REQUEUE) if requeue is not None else EXIT_REQUEUE
+
+
+def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) -> Ended:
+    """Run the command of the ranks in their environment."""
+    environment = {
+        "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
+        # torchrun keeps one store over restarts, in which ranks would find the addresses of dead ranks.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    } | os.environ  # fmt: skip
+    if log_folder is not None:
+        environment[LOG_FOLDER] = str(log_folder.absolute())
+    tell: Callable[[int], None] = _terminate
+    kill: Callable[[int], None] = kill_tree
+    if places.uses_deepspeed:
+        tell = end_deepspeed
+        environment = {"OMP_NUM_THREADS": "1"} | environment  # torchrun sets it, too
+    elif places.job is not None:
+        tell, kill = places.job.terminate_step, _terminate  # srun kills its step on SIGTERM
+    with contextlib.ExitStack() as stack:
+        if places.hostfile is not None:
+            file = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="deepspeed_env-", encoding="utf-8"))
+            file.write(exported_lines(environment))
+            file.flush()
+            environment[DEEPSPEED_ENV_FILE] = file.name
+        # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
+        return run_and_hand_on(
+            words, _SIGNALS, tell=tell, kill=kill, env=environment, process_group=0, stdin=subprocess.DEVNULL
+        )
 
 
 def _is_finished(run_folder: Path) -> bool:

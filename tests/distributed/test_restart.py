@@ -78,6 +78,6 @@ def test_ranks_that_are_told_to_stop_while_they_load_end_and_ask_to_be_started_a
         wait_for(lambda: all(beat.exists() for beat in beats), process, tmp_path / "log")
         process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=60) == 75, said(tmp_path / "log")
-    assert "Stopped on request without saving." in said(tmp_path / "log")
+    assert "Stopped by a signal without saving." in said(tmp_path / "log")
     assert not any(Path(f"/proc/{json.loads(beat.read_text())['pid']}/exe").exists() for beat in beats)
     assert not list((tmp_path / "run").glob("checkpoint-*"))

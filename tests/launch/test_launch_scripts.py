@@ -1,4 +1,4 @@
-"""The launchers: clean by shellcheck, explained by --help, honest in a dry run, gentle when they are stopped."""
+"""The launch scripts: clean by shellcheck, explained by --help, honest in a dry run. `test_launcher.py` has the rest."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mm_moslora.cli import run
@@ -45,18 +42,6 @@ def recipe(tmp_path: Path) -> Path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").touch()
     return path
-
-
-@pytest.fixture
-def stub(tmp_path: Path, environment: dict[str, str]) -> dict[str, str]:
-    """A Python that answers `config` for real and runs $TRAIN in place of the launcher."""
-    path = tmp_path / "stub-python"
-    path.write_text(
-        f'#!/usr/bin/env bash\ncase "$*" in *" train "*) printf "%s\\n" "$@" >"$HOME/arguments"; eval "$TRAIN" ;;'
-        f' *) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
-    )
-    path.chmod(0o755)
-    return environment | {"PYTHON": str(path)}
 
 
 def test_shellcheck_finds_nothing() -> None:
@@ -137,161 +122,12 @@ def test_wrong_use_is_one_clear_line(script: str, environment: dict[str, str], r
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "nproc", "said"),
-    [
-        (["--nnodes", "two"], "1", "--nnodes is 'two', expected a number from 1 on"),
-        (["--nnodes", "2"], "1", "--nnodes 2 needs --rdzv HOST:PORT"),
-        (["--nnodes", "2", "--rdzv", "node-1"], "1", "--rdzv is 'node-1', expected HOST:PORT"),
-        (["--max-restarts", "-1"], "1", "--max-restarts is '-1', expected a number from 0 on"),
-        (["--rdzv"], "1", "--rdzv has no value"),
-        ([], "many", "NPROC is 'many', expected a number from 1 on"),
-    ],
-)
-def test_an_option_that_cannot_be_is_one_line(
-    options: list[str], nproc: str, said: str, stub: dict[str, str], recipe: Path
-) -> None:
-    """Before anything starts; `config` is answered without loading it."""
-    python = Path(stub["PYTHON"])
-    python.write_text(f"#!/usr/bin/env bash\ncat {shlex.quote(str(recipe))}\n")
-    last = [] if options == ["--rdzv"] else [str(recipe)]
-    result = _run("train.sh", "--dry-run", *options, *last, environment=stub | {"NPROC": nproc})
-    assert result.returncode == 2
-    assert said in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
-
-
 def test_every_script_answers_help_and_starts_nothing(environment: dict[str, str]) -> None:
     """Those of `soak` and the rest of the folder; parts of others say so."""
     common = _run("common.sh", "--help", environment=environment)
-    assert common.stdout.startswith("Shared functions of train.sh, train_deepspeed.sh and train_slurm.sbatch")
+    assert common.stdout.startswith("Shared functions of train.sh and train_deepspeed.sh")
     for name in ("adapter_table.py", "readme_results.py", "soak/parts.py", "soak/fuzzing.py", "soak/simulated_disk.py"):
         words = [sys.executable, str(SCRIPTS / name), "--help"]
         result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180, check=False)
         assert result.returncode == 0, result.stderr
         assert "usage: " in result.stdout or "nothing to run" in result.stdout, name
-
-
-@pytest.mark.parametrize(
-    ("train", "code"),
-    [("exit 0", 0), ("exit 3", 3), ('touch "$HOME/run/STOPPED"; exit 1', 75)],
-)
-def test_exit_code_says_how_the_run_ended(train: str, code: int, stub: dict[str, str], recipe: Path) -> None:
-    (recipe.parent / "run" / "STOPPED").touch()  # of an earlier stop: must not count
-    result = _run("train.sh", str(recipe), "--optim.lr", "1e-4", environment=stub | {"TRAIN": train})
-    assert result.returncode == code, result.stderr
-    passed = (recipe.parent / "arguments").read_text().splitlines()
-    assert passed[-4:] == ["train", str(recipe), "--optim.lr", "1e-4"]
-    assert passed[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def test_a_file_of_the_user_that_is_called_stopped_is_left_alone(stub: dict[str, str], recipe: Path) -> None:
-    """In a folder that is no run's; it says nothing about how a run ended."""
-    (recipe.parent / "run" / "run.lock").unlink()
-    (recipe.parent / "run" / "STOPPED").write_text("mine")
-    result = _run("train.sh", str(recipe), environment=stub | {"TRAIN": "exit 3"})
-    assert result.returncode == 3, result.stderr
-    assert (recipe.parent / "run" / "STOPPED").read_text() == "mine"
-
-
-def test_a_run_that_has_failed_before_it_is_waited_for_is_no_success(tmp_path: Path) -> None:
-    """A shell forgets processes that ended, but not their codes; everything that it does is slow here."""
-    code = f"""source {shlex.quote(str(SCRIPTS / "common.sh"))}
-RUN_FOLDER={shlex.quote(str(tmp_path))}
-trap() {{ sleep 0.2; builtin trap "$@"; }}
-kill() {{ sleep 0.2; builtin kill "$@"; }}
-run_and_report bash -c 'exit 3'"""
-    assert subprocess.run(["bash", "-c", code], check=False).returncode == 3
-
-
-def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_ends_all() -> None:
-    code = f"""source {shlex.quote(str(SCRIPTS / "common.sh"))}
-hand_on() {{ echo told; }}
-kill_tree() {{ echo "ended $1"; }}
-CHILD=7 SECONDS=100
-heard; heard INT
-SECONDS=200; heard; heard INT; heard INT
-SECONDS=300; heard; heard INT"""
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["told", "ended 7"]
-    assert done.stderr.splitlines() == [
-        "The run saves before it ends. Ctrl-C again, more than 3 s later, ends it unsaved."
-    ]
-
-
-def test_all_that_a_launcher_started_ends_with_it() -> None:
-    rank = "import time; print(flush=True); time.sleep(60)"
-    torchrun = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
-    with subprocess.Popen([sys.executable, "-c", torchrun], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        assert ranks
-        code = f"source {shlex.quote(str(SCRIPTS / 'common.sh'))}; kill_tree {process.pid}"
-        subprocess.run(["bash", "-c", code], check=True)
-        assert process.wait(20) == -signal.SIGKILL
-        assert not psutil.wait_procs(ranks, timeout=20)[1]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str, str], recipe: Path) -> None:
-    train = (
-        'trap \'sleep 0.5; touch "$HOME/run/saved" "$HOME/run/STOPPED"; exit 1\' TERM; touch "$HOME/run/started";'
-        "for _ in $(seq 300); do sleep 0.1; done"
-    )
-    process = subprocess.Popen(
-        ["bash", str(SCRIPTS / "train.sh"), str(recipe)], env=stub | {"TRAIN": train}, stderr=subprocess.PIPE
-    )
-    try:
-        _wait_for(recipe.parent / "run" / "started")
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 75
-    assert (recipe.parent / "run" / "saved").exists()
-    assert b"continues the run" in errors
-
-
-@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("running", 75)])
-def test_a_launcher_that_takes_a_stop_for_a_success_is_not_believed(
-    state: str, code: int, stub: dict[str, str], recipe: Path
-) -> None:
-    """The runner of DeepSpeed does, where the launcher below it was ended by a signal."""
-    (recipe.parent / "run" / "state.json").write_text(json.dumps({"state": state}))
-    train = 'trap "exit 0" TERM; touch "$HOME/run/started"; for _ in $(seq 300); do sleep 0.1; done'
-    process = subprocess.Popen(
-        ["bash", str(SCRIPTS / "train.sh"), str(recipe)], env=stub | {"TRAIN": train}, stderr=subprocess.DEVNULL
-    )
-    try:
-        _wait_for(recipe.parent / "run" / "started")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == code
-    finally:
-        process.kill()
-
-
-def test_ctrl_c_in_a_terminal_reaches_the_launcher_once(stub: dict[str, str], recipe: Path) -> None:
-    """A terminal sends it to the whole process group, and torchrun leaves its ranks when it hears a second one."""
-    train = (
-        'trap \'echo heard >>"$HOME/heard"\' TERM INT; touch "$HOME/run/started"; '
-        'until [ -e "$HOME/heard" ]; do sleep 0.1; done; sleep 0.5; exit 1'
-    )
-    process = subprocess.Popen(
-        ["bash", str(SCRIPTS / "train.sh"), str(recipe)], env=stub | {"TRAIN": train}, stderr=subprocess.DEVNULL,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    try:
-        _wait_for(recipe.parent / "run" / "started")
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=120) == 75
-    finally:
-        process.kill()
-    assert (recipe.parent / "heard").read_text().splitlines() == ["heard"]
-
-
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)

@@ -17,9 +17,11 @@ import pytest
 from between import just_before
 
 from mm_moslora import cli
-from mm_moslora.launch import launcher, slurm_job
-from mm_moslora.launch.launcher import Topology, command
+from mm_moslora.launch import launcher, slurm_job, topology
+from mm_moslora.launch.host_file import exported_lines
+from mm_moslora.launch.rank_logs import keep_rank_log
 from mm_moslora.launch.slurm_job import Job, Requeue
+from mm_moslora.launch.topology import Topology, command
 from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision.stop_signals import Stopped
 from mm_moslora.utils import distributed
@@ -27,22 +29,90 @@ from mm_moslora.utils.errors import ConfigError
 
 
 def joined(places: Topology) -> str:
-    return " ".join(command(places, ["r.yaml", "--optim.lr", "1e-4"]))
+    return " ".join(command(places, ["train", "r.yaml", "--optim.lr", "1e-4"]))
 
 
 def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
-    monkeypatch.setattr(launcher, "accelerators", lambda: 4)
+    monkeypatch.setattr(topology, "accelerators", lambda: 4)
     assert "--nproc_per_node 4 --standalone -m mm_moslora train r.yaml --optim.lr 1e-4" in joined(Topology())
-    monkeypatch.setattr(launcher, "accelerators", lambda: 0)
+    monkeypatch.setattr(topology, "accelerators", lambda: 0)
     assert joined(Topology()).endswith("-m mm_moslora train r.yaml --optim.lr 1e-4")
     assert "torch.distributed.run" not in joined(Topology())
-    assert "--max_restarts 3 --standalone" in joined(Topology(max_restarts=3))
+    assert "--max_restarts 3 --nproc_per_node 1 --standalone" in joined(Topology(max_restarts=3))
     two = joined(Topology(nnodes=2, rdzv="node-1:29400"))
     assert "--rdzv_backend c10d" in two
-    assert "--rdzv_endpoint node-1:29400 --nnodes 2" in two or "--nnodes 2" in two
+    assert "--nnodes 2 " in two
+    assert "--rdzv_endpoint node-1:29400 --rdzv_id mm-moslora -m" in two
+    named = joined(Topology(nnodes=2, rdzv="node-1:29400", rdzv_id="second", local_addr="10.0.0.2", nproc=2))
+    assert "--nproc_per_node 2 " in named
+    assert "--rdzv_id second --local_addr 10.0.0.2 -m" in named
     hosts = tmp_path / "hosts"
     hosts.write_text("worker-1 slots=8\n")
-    assert f"deepspeed.launcher.runner --hostfile {hosts}" in joined(Topology(hostfile=hosts))
+    monkeypatch.setenv("MASTER_PORT", "12345")
+    runner = "deepspeed.launcher.runner --master_port 12345 --no_local_rank"
+    assert f"{runner} --hostfile {hosts} --module mm_moslora train" in joined(Topology(hostfile=hosts))
+    assert f"{runner} --num_gpus 2 --module" in joined(Topology(deepspeed=True, nproc=2))
+
+
+def test_ranks_run_in_containers_and_behind_scripts(slurm_tools, monkeypatch):
+    words = ("apptainer", "exec", "--bind", "/a b:/data", "image.sif")
+    inside = Topology(nproc=1, through=words, python="python3")
+    assert command(inside, ["train", "r.yaml"]) == [*words, "python3", "-m", "mm_moslora", "train", "r.yaml"]
+    job = Topology(nproc=8, job=job_of(), through=("./with-modules.sh",), srun=("--container-image=x",))
+    assert f"--container-image=x ./with-modules.sh {sys.executable} -m torch.distributed.run --nproc" in joined(job)
+    assert cli.run(["launch", "--dry-run", "--through", "apptainer exec 'image", "quickstart_tune"]) == 1
+
+
+def test_what_the_hosts_of_a_host_file_get(monkeypatch, tmp_path, caplog):
+    """DeepSpeed writes `export NAME="value"; ` for a shell on the host."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".deepspeed_env").write_text("HF_HOME=/scratch/hf\n\nOWN=1\n")
+    given = {
+        "HF_HOME": "/home/hf", "HF_TOKEN": "hf_secret", "WANDB_NOTES": 'costs $5 or "more" \\ `x`', "GLOO_SOCKET_IFNAME": "ib0",
+        "MM_MOSLORA_MODELS": "/a b", "OMP_NUM_THREADS": "4", "PATH": "/bin", "HF_ODD": "two\nlines",
+    }  # fmt: skip
+    lines = exported_lines(given)
+    runner = PDSHRunner.__new__(PDSHRunner)
+    runner.exports = {}
+    for line in lines.splitlines(keepends=True):
+        runner.add_export(*line.split("=", maxsplit=1))
+    exports = "".join(f"export {name}={value}; " for name, value in runner.exports.items())
+    shell = subprocess.run(["bash", "-c", f"{exports} env -0"], env={}, capture_output=True, text=True, check=True)
+    got = dict(word.split("=", 1) for word in shell.stdout.split("\0") if word)
+    expected = given | {"HF_HOME": "/scratch/hf", "OWN": "1"}
+    for name in ("HF_TOKEN", "PATH", "HF_ODD"):
+        assert got.get(name) != given[name]
+        del expected[name]
+    assert expected.items() <= got.items()
+    assert "HF_ODD, HF_TOKEN: not passed on" in caplog.text
+
+
+def test_every_rank_has_a_log_of_its_own_that_signals_do_not_end(tmp_path):
+    """What is written outside Python, too; standard output and error stay apart."""
+    code = """
+import os, signal, sys, time
+from mm_moslora.launch.rank_logs import keep_rank_log
+keep_rank_log(os.environ)
+children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+while any("sh" in open(f"/proc/{child}/comm").read() for child in children):
+    time.sleep(0.01)
+for child in children:
+    os.kill(int(child), signal.SIGTERM)
+print(len(children), flush=True)
+os.system("echo outside")
+sys.stderr.write("failed\\n")
+"""
+    environment = os.environ | {"RANK": "3", "MM_MOSLORA_LOG_DIR": str(tmp_path / "logs")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\noutside\n", "failed\n")
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.name == "rank-00003.log"
+    assert {"outside", "failed"} <= set(log.read_text().split())
+    assert log.read_text().splitlines()[0].partition(": ")[2].startswith("rank 3 on ")
+    keep_rank_log({})  # changes nothing
 
 
 @pytest.fixture
@@ -74,8 +144,14 @@ def test_a_slurm_job_goes_through_srun(slurm_tools):
     assert words.startswith(f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 --job-name=mm-moslora-{os.getpid()}")
     assert "--cpus-per-task=64" in words
     assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3 --rdzv_endpoint node-7:20012" in words
-    assert "--nproc_per_node 4 " in joined(Topology(job=job_of(SLURM_GPUS_ON_NODE="4")))
     assert Job.current({}) is None
+
+
+def test_nodes_of_a_slurm_job_count_their_own_gpus(slurm_tools, monkeypatch):
+    """SLURM_GPUS_ON_NODE is that of the first node."""
+    assert "--nproc_per_node gpu --nnodes 2 " in joined(Topology(job=job_of(SLURM_GPUS_ON_NODE="4")))
+    monkeypatch.setattr(topology, "accelerators", lambda: 0)
+    assert "--nproc_per_node 1 --nnodes 2 " in joined(Topology(job=job_of()))
 
 
 def test_a_slurm_step_is_told_by_its_name_and_srun_before_there_is_one(slurm_tools):
@@ -182,7 +258,11 @@ def test_nproc_of_the_environment_counts(monkeypatch, capsys):
     [
         ({"nnodes": 2}, "no --rdzv HOST:PORT"),
         ({"hostfile": "missing"}, "does not exist"),
-        ({"hostfile": "missing", "nnodes": 2, "rdzv": "a:1"}, "two ways"),
+        ({"hostfile": "one", "nnodes": 2, "rdzv": "a:1"}, "two ways"),
+        ({"hostfile": "one", "through": ("x",)}, "--through needs torchrun"),
+        ({"deepspeed": True, "max_restarts": 1}, "--max-restarts needs torchrun"),
+        ({"local_addr": "10.0.0.1"}, "--local-addr 10.0.0.1 is for several hosts"),
+        ({"srun": ("--container-image=x",)}, "--srun is for SLURM jobs"),
         ({"hostfile": "odd"}, "holds 'worker-2', expected lines such as 'worker-1 slots=8'"),
         ({"hostfile": "empty"}, "names no host"),
         ({"nproc": 0}, "--nproc is 0, expected 1 or more"),
@@ -196,6 +276,7 @@ def test_nproc_of_the_environment_counts(monkeypatch, capsys):
 def test_wrong_places_are_explained(wrong, said, tmp_path):
     (tmp_path / "odd").write_text("# two\nworker-1 slots=8  # the first\n\nworker-2\n")
     (tmp_path / "empty").write_text("# none\n")
+    (tmp_path / "one").write_text("worker-1 slots=8\n")
     if "hostfile" in wrong:
         wrong = wrong | {"hostfile": tmp_path / wrong["hostfile"]}
     with pytest.raises(ConfigError, match=said):
@@ -300,10 +381,19 @@ def test_an_older_torch_is_told_to_record(given, expected, monkeypatch):
         assert os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE") == expected
 
 
-@pytest.mark.parametrize("saves", [True, False])
-def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(saves, monkeypatch, tmp_path):
-    """Also one with ranks that had not begun, or could not save."""
-    leave = "(mark.touch(), sys.exit(1))" if saves else "sys.exit(1)"
+@pytest.mark.parametrize(
+    ("leave", "state", "code"),
+    [
+        ("(mark.touch(), sys.exit(1))", "stopped", 75),
+        ("sys.exit(1)", "running", 75),
+        ("sys.exit(0)", "running", 75),
+        ("sys.exit(0)", "finished", 0),
+    ],
+)
+def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(leave, state, code, monkeypatch, tmp_path):
+    """Also one with ranks that had not begun, or could not save; DeepSpeed's runner takes a stop for a success."""
+    (tmp_path / "state.json").write_text(f'{{"state": "{state}"}}')
+    (tmp_path / "run.lock").touch()
     script = (
         "import pathlib, signal, sys, time\n"
         f"mark = pathlib.Path({str(tmp_path / 'STOPPED')!r})\n"
@@ -320,7 +410,7 @@ def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(saves,
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert launcher.launch(Topology(), [], run_folder=tmp_path) == 75
+    assert launcher.launch(Topology(), [], run_folder=tmp_path) == code
     thread.join()
 
 

@@ -1,0 +1,55 @@
+"""Variables that DeepSpeed's launcher passes on to the hosts of a host file.
+
+By itself it exports variables that begin with MLFLOW, PYTHON, MV2, UCX and, with GPUs, NCCL, and the lines of
+`.deepspeed_env` in the home and in the current folder, or of the file in `DS_ENV_FILE`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from mm_moslora.utils.redaction import is_secret_name
+
+logger = logging.getLogger(__name__)
+
+DEEPSPEED_ENV_FILE = "DS_ENV_FILE"
+"""DeepSpeed's variable for the name of that file; absolute paths work, too."""
+PASSED_ON = (
+    "DS_", "GLOO_", "HF_", "MKL_", "MM_MOSLORA_", "NCCL_", "OMP_", "PYTORCH_", "TENSORBOARD_", "TOKENIZERS_", "TORCH_",
+    "TRACKIO_", "TRANSFORMERS_", "WANDB_",
+)  # fmt: skip
+"""Beginnings of the names that are passed on."""
+
+
+def exported_lines(environment: Mapping[str, str]) -> str:
+    """The content of a file for `DS_ENV_FILE`: variables to pass on, then the lines of the user's own files.
+
+    Variables with names of secrets are left out, since DeepSpeed writes all values into command lines, which other
+    users of the hosts can read. So are values with line breaks, which such a file cannot hold.
+
+    Args:
+        environment: of the launcher.
+    """
+    chosen = {
+        name: value for name, value in environment.items() if name.startswith(PASSED_ON) and name != DEEPSPEED_ENV_FILE
+    }
+    kept = {name: value for name, value in chosen.items() if not is_secret_name(name) and "\n" not in value}
+    if left_out := sorted(chosen.keys() - kept.keys()):
+        logger.warning(
+            "%s: not passed on to the hosts. Log in on each host (hf auth login, wandb login), or use a .deepspeed_env "
+            "file.", ", ".join(left_out),
+        )  # fmt: skip
+    lines = [f"{name}={_escaped(value)}" for name, value in kept.items()]
+    own = environment.get(DEEPSPEED_ENV_FILE, ".deepspeed_env")
+    for file in dict.fromkeys(folder / own for folder in (Path.home(), Path())):
+        if file.is_file():  # later lines win; DeepSpeed fails on lines without a value
+            lines += [line for line in file.read_text(encoding="utf-8").splitlines() if "=" in line]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _escaped(value: str) -> str:
+    """A value that DeepSpeed's double quotes keep as it is."""
+    return re.sub(r'([\\"$`])', r"\\\1", value)

@@ -1,0 +1,45 @@
+"""One log file per rank: everything that a rank and its libraries write, also outside Python."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+LOG_FOLDER = "MM_MOSLORA_LOG_DIR"
+"""Variable with the folder; `launch --log-dir` sets it for the ranks."""
+
+
+def keep_rank_log(environment: Mapping[str, str]) -> None:
+    """Write this process's output also to `rank-00003.log` in the folder of `MM_MOSLORA_LOG_DIR`, if that is set.
+
+    A restarted rank appends to the file. `tee` outlives the rank and ignores signals that schedulers send to all
+    processes, so no line is lost.
+
+    Args:
+        environment: such as `os.environ`.
+    """
+    folder = environment.get(LOG_FOLDER)
+    if not folder:
+        return
+    rank = int(environment.get("RANK", "0"))
+    path = Path(folder) / f"rank-{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        file.write(f"--- {now}: rank {rank} on {socket.gethostname()}, process {os.getpid()}\n")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        number = stream.fileno()
+        # In a new session and with ignored signals, so that no terminal or scheduler ends it before the rank.
+        tee = subprocess.Popen(
+            ["sh", "-c", 'trap "" TERM INT HUP USR1; exec tee -a "$0"', str(path)], stdin=subprocess.PIPE,
+            stdout=number, start_new_session=True,
+        )  # fmt: skip
+        assert tee.stdin is not None
+        os.dup2(tee.stdin.fileno(), number)
+        tee.stdin.close()
