@@ -93,17 +93,12 @@ def test_the_hosts_of_a_host_file_train_together(parts, cluster, tmp_path):
     assert len(metrics(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("starter", ["script", "launch"])
-def test_a_host_file_of_this_machine_alone_trains_here_and_saves_when_it_is_stopped(starter, parts, cluster, tmp_path):
+def test_a_host_file_of_this_machine_alone_trains_here_and_saves_when_it_is_stopped(parts, cluster, tmp_path):
     """By processes of its own, not forked ones: parents and children are the point."""
     run, log, hosts = tmp_path / "run", tmp_path / "log", tmp_path / "hosts.txt"
     hosts.write_text("localhost slots=2\n")
-    starters = {
-        "script": ["bash", str(ROOT / "scripts" / "train_deepspeed.sh")],
-        "launch": [sys.executable, "-m", "mm_moslora", "launch"],
-    }
     recipe = write(make_recipe(parts, run, "zero2", steps=2000))
-    command = [*starters[starter], "--hostfile", str(hosts), recipe]
+    command = [sys.executable, "-m", "mm_moslora", "launch", "--hostfile", str(hosts), recipe]
     with started(command, cluster | {"PYTHON": sys.executable}, log) as process:
         deadline = time.monotonic() + 300
         while not has_stepped(run):
