@@ -1,4 +1,4 @@
-"""The launch scripts: clean by shellcheck, explained by --help, honest in a dry run. `test_launcher.py` has the rest."""
+"""The launch scripts: clean by shellcheck, explained by --help, honest in a dry run. The rest: `test_launcher.py`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ def test_what_the_hosts_of_a_host_file_get(monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".deepspeed_env").write_text("HF_HOME=/scratch/hf\n\nOWN=1\n")
     given = {
-        "HF_HOME": "/home/hf", "HF_TOKEN": "hf_secret", "WANDB_NOTES": 'costs $5 or "more" \\ `x`', "GLOO_SOCKET_IFNAME": "ib0",
+        "HF_HOME": "/home/hf", "HF_TOKEN": "hf_secret", "WANDB_NOTES": 'costs $5 or "more" \\ `x`',
+        "GLOO_SOCKET_IFNAME": "ib0",
         "MM_MOSLORA_MODELS": "/a b", "OMP_NUM_THREADS": "4", "PATH": "/bin", "HF_ODD": "two\nlines",
     }  # fmt: skip
     lines = exported_lines(given)
