@@ -160,7 +160,7 @@ def _largest_step(run: Run) -> int:
 
 
 def _check_restored(run: Run, taken: Snapshot) -> None:
-    state = run.engine.trainable_state()
+    state = run.engine.trainable_state(keep=distributed.is_main())
     changed = [
         name
         for name, value in state.items()

@@ -15,7 +15,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.metrics.mixer_metrics import adapter_metrics, mixer_matrices, write_mixers
+from mm_moslora.training.metrics.mixer_metrics import MIXERS, adapter_metrics, mixer_matrices, write_mixers
 from mm_moslora.training.metrics.throughput import Clock, RankFigures, Speedometer
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
@@ -73,7 +73,7 @@ class RunLog:
             self.trackers.log(metrics | self.extra, step)
             self.extra = {}
         if recipe.track.mixers_every and step % recipe.track.mixers_every == 0:
-            state = self.run.engine.trainable_state()
+            state = self.run.engine.trainable_state(only=".lora_", keep=distributed.is_main())
             if distributed.is_main():
                 self.trackers.log(adapter_metrics(self.run.assembly.model, state), step)
 
@@ -116,7 +116,7 @@ class RunLog:
 
     def final_mixers(self) -> None:
         """Write and log the mixers at the end beside those at the start."""
-        final = mixer_matrices(self.run.engine.trainable_state())
+        final = mixer_matrices(self.run.engine.trainable_state(only=MIXERS))
         if distributed.is_main():
             mixers = write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)
             self.trackers.log_mixers(mixers, self.run.step)

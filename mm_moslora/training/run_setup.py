@@ -44,7 +44,7 @@ from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import image_features, is_multimodal, needs_padding
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
-from mm_moslora.training.metrics.mixer_metrics import mixer_matrices
+from mm_moslora.training.metrics.mixer_metrics import MIXERS, mixer_matrices
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.preflight import refuse_folder
@@ -189,7 +189,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     return Run(
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
-        first_mixers=mixer_matrices(engine.trainable_state()), contents=base_fingerprints(parts),
+        first_mixers=mixer_matrices(engine.trainable_state(only=MIXERS)), contents=base_fingerprints(parts),
     )  # fmt: skip
 
 

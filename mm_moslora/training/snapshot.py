@@ -75,7 +75,8 @@ def snapshot(run: Run) -> Snapshot:
     Raises:
         CheckpointError: the weights to save differ from the trained ones.
     """
-    weights = {name.removeprefix("model."): value for name, value in run.engine.trainable_state().items()}
+    state = run.engine.trainable_state(keep=distributed.is_main())
+    weights = {name.removeprefix("model."): value for name, value in state.items()}
     expected = {name for name, parameter in run.assembly.model.named_parameters() if parameter.requires_grad}
     if set(weights) != expected:
         odd = sorted(set(weights) ^ expected)

@@ -70,6 +70,11 @@ def train_counting(*arguments: str) -> int:
             lora = [p for name, p in self.module.named_parameters() if "lora_" in name]
             cut_up = sum(not getattr(p, "ds_persist", True) for p in lora)
             layer = next(m for name, m in self.module.named_modules() if name.endswith("language_model.layers.0"))
+            mixers = self.trainable_state(only=".lora_mixer", keep=distributed.is_main())
+            assert 0 < len(mixers) < len(lora)
+            assert {value.is_meta for value in mixers.values()} == {not distributed.is_main()}
+            shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.module.named_parameters()}
+            assert all(value.shape == shapes[name] for name, value in mixers.items())
             found.append(
                 {
                     "calls": traffic.calls, "bytes": traffic.bytes, "sizes": traffic.sizes, "trainable": trainable,

@@ -130,12 +130,13 @@ class DeepSpeedEngine(Engine):
         squares = torch.stack([gradient.pow(2).sum() for gradient in gradients]).tolist()  # one wait for the device
         return math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """See `Engine.trainable_state`; gathers the fp32 masters from all ranks."""
+    def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
+        """See `Engine.trainable_state`; gathers the fp32 masters from all ranks, one parameter at a time."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         state, masters = {}, self._masters_of_stage_0()
-        for name, parameter in self._named_trainable():
+        chosen = [(name, parameter) for name, parameter in self._named_trainable() if only in name]
+        for name, parameter in chosen:
             value = masters.get(id(parameter))
             value = safe_get_full_fp32_param(parameter) if value is None else value
             value = parameter.data if value is None else value  # its own master
@@ -145,7 +146,7 @@ class DeepSpeedEngine(Engine):
                     "this is a defect of the ZeRO stage in use, choose another one."
                 )
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            state[name] = value.detach().float().cpu().reshape(shape).clone()
+            state[name] = value.detach().to("cpu" if keep else "meta", torch.float32, copy=True).reshape(shape)
         return state
 
     def _masters_of_stage_0(self) -> dict[int, Tensor]:

@@ -277,8 +277,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Full fp32 values of every trainable parameter by name, on the CPU, the same on every rank."""
+    def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
+        """Full fp32 values of trainable parameters by name, on the CPU. All ranks take part.
+
+        Args:
+            only: part of the names of the wanted parameters; all have the empty one.
+            keep: whether this rank keeps the values; if not, it gets tensors of their shapes on the meta device.
+        """
 
     @abstractmethod
     def pieces(self) -> list[Piece]:

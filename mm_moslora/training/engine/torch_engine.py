@@ -71,11 +71,12 @@ class TorchEngine(Engine):
             for pair in zip(masters, group.parameters, strict=True)
         ]
 
-    def trainable_state(self) -> dict[str, Tensor]:
+    def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
         """See `Engine.trainable_state`."""
-        names = [name for name, _ in self._named_trainable()]
         masters = [master for group in self.masters for master in group]
-        return {name: master.detach().cpu().clone() for name, master in zip(names, masters, strict=True)}
+        named = zip(self._named_trainable(), masters, strict=True)
+        device = "cpu" if keep else "meta"
+        return {name: master.detach().to(device, copy=True) for (name, _), master in named if only in name}
 
     def pieces(self) -> list[Piece]:
         """See `Engine.pieces`."""

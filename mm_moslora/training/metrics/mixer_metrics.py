@@ -22,15 +22,19 @@ LARGEST = 64
 """Side above which a mixer's picture is downsampled."""
 
 
+MIXERS = ".lora_mixer"
+"""Part of the names of mixers' parameters."""
+
+
 def mixer_matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The mixers of a trainable state as ``[R, R]``, by module path.
 
     Args:
         state: parameter name to full fp32 value.
     """
-    mixers = {name: value.float() for name, value in state.items() if ".lora_mixer" in name}
+    mixers = {name: value.float() for name, value in state.items() if MIXERS in name}
     return {
-        name.split(".lora_mixer")[0].removeprefix("model."): torch.diag(mixer) if mixer.ndim == 1 else mixer.clone()
+        name.split(MIXERS)[0].removeprefix("model."): torch.diag(mixer) if mixer.ndim == 1 else mixer.clone()
         for name, mixer in mixers.items()
     }
 
