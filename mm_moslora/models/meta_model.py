@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, refuse_all_frozen, refuse_without_effect
-from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of

@@ -195,7 +195,7 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     Raises:
         MoSLoRAError: names the key, what was found and what was expected.
     """
-    from mm_moslora.kernels.attention.segment_attention import require_attention
+    from mm_moslora.kernels.attention.attention_choice import require_attention
     from mm_moslora.models.memory_efficient.compiled_layers import require_backend
     from mm_moslora.models.projectors.projector import projector_class
     from mm_moslora.models.trainable_parts import moslora_config, start_folder

@@ -21,7 +21,7 @@ from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.training_set import TrainingSet
-from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
@@ -157,8 +157,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         _start_projector(recipe.model.projector, assembly, training_set)
     model = assembly.model.train()
     if not needs_padding(model):
-        attention = training_attention(model, recipe.model.attention, device=distributed.device())
-        set_attention(model, attention, native=kernels.native)
+        attention = choose_attention(model, recipe.model.attention, device=distributed.device())
+        set_attention(model, attention.name, native=kernels.native)
+        _say_what_runs(attention)
     use_loss_head(model)
     if recipe.model.lean_layers:
         use_lean_layers(model)
@@ -191,6 +192,29 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
         first_mixers=mixer_matrices(engine.trainable_state(only=MIXERS)), contents=base_fingerprints(parts),
     )  # fmt: skip
+
+
+def _say_what_runs(attention: AttentionChoice) -> None:
+    """Log the attention kernel, kernels that do not run, and a warning where ranks differ in GPU or kernel."""
+    gpus = [(gpu, attention.words) for gpu in (distributed.gpu_in_words(),) if gpu]
+    everywhere = distributed.gather_objects((gpus, attention.faults))
+    if not distributed.is_main():
+        return
+    for fault in dict.fromkeys(fault for _, faults in everywhere for fault in faults):
+        logger.warning("%s.", fault.rstrip("."))
+    if attention.words:
+        logger.info("Attention runs on %s.", attention.words)
+    kinds: dict[str, list[int]] = {}
+    for index, (found, _) in enumerate(everywhere):
+        for gpu, words in found:
+            kinds.setdefault(f"{gpu} (attention: {words})", []).append(index)
+    if len(kinds) > 1:
+        listed = "; ".join(f"ranks {', '.join(map(str, ranks))}: {kind}" for kind, ranks in kinds.items())
+        logger.warning(
+            "The ranks run on different GPUs or kernels: %s. Every step takes as long as the slowest rank, and "
+            "micro-batches must fit the smallest GPU.",
+            listed,
+        )
 
 
 def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> tuple[ModelConfig, AdapterConfig]:

@@ -26,7 +26,7 @@ from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
-from mm_moslora.kernels.attention.segment_attention import set_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, stop_token_ids
 from mm_moslora.models.decoding.row_decoding import stream_padded_row

@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
-from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels

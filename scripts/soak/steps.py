@@ -27,7 +27,8 @@ import transformers
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
-from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head

@@ -13,7 +13,7 @@ from trials import make_recipe
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
-from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import Kernels, use_kernels

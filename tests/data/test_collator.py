@@ -46,7 +46,7 @@ def test_a_named_template_reaches_model_and_processor(tmp_path: Path) -> None:
 
 
 def test_a_packed_row_gives_each_sample_its_own_loss_and_gradients(tiny_vlm) -> None:
-    from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+    from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
     from mm_moslora.training.engine import LossModule
 
     assembly, data = tiny_vlm
@@ -78,7 +78,7 @@ def test_a_packed_row_gives_each_sample_its_own_loss_and_gradients(tiny_vlm) -> 
 def test_the_hugging_face_trainer_takes_our_examples(tiny_vlm, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+    from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
     from mm_moslora.training.engine import LossModule
 
     assembly, data = tiny_vlm

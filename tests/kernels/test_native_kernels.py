@@ -19,7 +19,8 @@ from pass_checks import RunChecks, lean_model
 
 from mm_moslora.config import ModelConfig, Recipe, TrainConfig
 from mm_moslora.kernels import native
-from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS, set_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention
+from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
 from mm_moslora.planning import doctor
 from mm_moslora.training.validation import whole_model

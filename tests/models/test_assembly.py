@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.processing.image_processing import dummy_image_example, image_transform
 from mm_moslora.models.processing.llava_processor import image_processor, save_processor

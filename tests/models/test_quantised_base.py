@@ -11,7 +11,7 @@ import transformers as t
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
-from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head

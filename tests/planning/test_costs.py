@@ -19,7 +19,7 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention import segment_attention
-from mm_moslora.kernels.attention.segment_attention import set_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
 from mm_moslora.planning.run_plan import memory

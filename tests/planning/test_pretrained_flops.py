@@ -15,7 +15,8 @@ from vlms import FAMILIES, make_vlm
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
-from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.trainable_parts import attach_adapters

@@ -7,28 +7,25 @@ faster on a CPU).
 
 - CPU: attention names that end in `native` run a C++ kernel, which takes all segments in one call. The others compute a
   segment by matrix products where these are faster than PyTorch's kernel.
-- CUDA: flash-attention's variable-length kernel runs where it is installed (transformers passes it `cu_seq_lens_*`),
-  else PyTorch's `varlen_attn` (half precision, compute capability 8.0 or more). In torch 2.11 `varlen_attn` takes as
-  many heads of keys as of queries, so shared heads are repeated.
+- CUDA: PyTorch's `varlen_attn`, or a loop over segments; see `gpu_attention`. `attention_choice` takes flash-attention
+  where it is installed and runs.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from mm_moslora.kernels.attention import native_cpu_attention
+from mm_moslora.kernels.attention.gpu_attention import HeadShape, VarlenKernel, pytorch_kernel
 from mm_moslora.kernels.attention.matmul_attention import (
     attend,
     attend_backward,
@@ -37,7 +34,7 @@ from mm_moslora.kernels.attention.matmul_attention import (
     keeps_probabilities,
     products_are_faster,
 )
-from mm_moslora.utils.errors import ConfigError, suggestion
+from mm_moslora.utils.errors import ConfigError
 
 SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
@@ -45,6 +42,8 @@ PICTURES = "mm_moslora_pictures"
 """Name of the vision towers' attention."""
 NATIVE = {SEGMENTS: f"{SEGMENTS}_native", PICTURES: f"{PICTURES}_native"}
 """Names of the same attention with the C++ kernel where it can run."""
+_BEYOND_SOFTMAX = ("softcap", "s_aux", "sinks", "position_bias")
+"""Arguments of transformers' layers that change the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ def segment_attention(
     *,
     step_context: StepContext,
     native: bool = False,
-    **_: Any,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment of one row.
 
@@ -86,25 +85,28 @@ def segment_attention(
         sliding_window: number of latest tokens that a token sees, itself included; None: all.
         step_context: the segments.
         native: use the C++ kernel where it can run.
+        rest: is not read.
 
     Returns:
         ``[1, S, H, E]`` and None.
+
+    Raises:
+        ConfigError: the layer asks for more than softmax attention.
     """
     segment_lengths, ends = step_context.segment_lengths, step_context.ends
     assert attention_mask is None
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
-    windowed = sliding_window is not None and max(segment_lengths) > sliding_window
-    if not dropout and (kernel := variable_length_kernel(query)) is not None:
-        options: dict[str, Any] = {"scale": scaling}
-        if _shares_heads(kernel):
-            options["enable_gqa"] = query.shape[1] != key.shape[1]
-        else:
-            groups = query.shape[1] // key.shape[1]
-            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if more := sorted(name for name in _BEYOND_SOFTMAX if rest.get(name) is not None):
+        raise ConfigError(
+            f"The attention of {type(module).__name__} has {', '.join(more)}, which this attention leaves out. Set "
+            "model.attention to eager."
+        )
+    longest = max(segment_lengths)
+    windowed = sliding_window is not None and longest > sliding_window
+    if not dropout and (kernel := varlen_kernel(query, key)) is not None:
         rows = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-        options["window_size"] = (sliding_window - 1 if windowed and sliding_window else -1, 0)
-        longest = max(segment_lengths)
-        return kernel(*rows, ends, ends, longest, longest, **options).unsqueeze(0), None
+        window = sliding_window - 1 if windowed and sliding_window else -1
+        return kernel(*rows, ends, longest, scaling, window).unsqueeze(0), None
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
         return _on_cpu(query, key, value, scaling, segment_lengths, causal=True, native=native), None
     groups = query.shape[1] // key.shape[1]
@@ -122,29 +124,19 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def variable_length_kernel(query: Tensor) -> Callable[..., Tensor] | None:
-    """PyTorch's `varlen_attn`, which takes all segments in one call; None where it cannot run.
+def varlen_kernel(query: Tensor, key: Tensor) -> VarlenKernel | None:
+    """The kernel that takes all segments in one call; None: there is none for these tensors.
 
     Args:
         query: ``[1, H, S, E]``.
+        key: ``[1, H_kv, S, E]``.
     """
-    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    return _varlen_attn(query.device) if query.device.type == "cuda" and fits else None
-
-
-@cache
-def _shares_heads(kernel: Callable[..., Tensor]) -> bool:
-    """Whether a kernel takes fewer heads of keys than of queries; torch 2.11's `varlen_attn` does not."""
-    return "enable_gqa" in inspect.signature(kernel).parameters
-
-
-@cache
-def _varlen_attn(device: torch.device) -> Callable[..., Tensor] | None:
-    from torch.nn.attention.varlen import varlen_attn
-
-    if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+    if query.device.type != "cuda":
         return None
-    return cast(Any, varlen_attn) if torch.cuda.get_device_capability(device) >= (8, 0) else None
+    groups = query.shape[1] // key.shape[1]
+    return pytorch_kernel(
+        HeadShape(device=query.device, dtype=query.dtype, width=query.shape[-1], groups=groups)
+    ).kernel
 
 
 def picture_attention(
@@ -288,61 +280,6 @@ for _name, _function in SEGMENT_FUNCTIONS.items():
     AttentionMaskInterface.register(_name, no_mask)
 AttentionInterface.register(PICTURES, picture_attention)
 AttentionInterface.register(NATIVE[PICTURES], partial(picture_attention, native=True))
-
-
-def require_attention(requested: str) -> None:
-    """Refuse an attention that transformers does not know, or that needs a missing package.
-
-    Args:
-        requested: `auto`, or a transformers attention name; one with a slash is a kernel on the hub.
-
-    Raises:
-        ConfigError: no such name, or no such package.
-    """
-    internal = {PICTURES, *NATIVE.values()}  # for towers, and for the choice of `model.kernels`
-    known = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name not in internal)]
-    if "/" not in requested and requested not in known:
-        raise ConfigError(
-            f"model.attention is {requested!r}, expected one of {', '.join(known)}.{suggestion(requested, known)}"
-        )
-    if requested == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ConfigError(
-            "model.attention is 'flash_attention_2', which needs a GPU and flash-attn; one of them is missing here. "
-            "Set model.attention to auto, which takes the fastest that is there."
-        )
-
-
-def training_attention(model: PreTrainedModel, requested: str = "auto", *, device: torch.device | None = None) -> str:
-    """Name of the attention to train with on padding-free batches.
-
-    Args:
-        model: the causal language model or VLM.
-        requested: `auto`, or a transformers attention name, which is used unchanged (sdpa builds a dense mask).
-        device: the device that the model will run on; None: its current one.
-    """
-    if requested != "auto":
-        return requested
-    half_on_gpu = (device or model.device).type == "cuda" and model.dtype.itemsize == 2
-    decoder = model.get_decoder()
-    if half_on_gpu and is_flash_attn_2_available() and getattr(decoder, "_supports_flash_attn", False):
-        return "flash_attention_2"
-    return SEGMENTS if getattr(decoder, "_supports_attention_backend", False) else "sdpa"
-
-
-def set_attention(model: PreTrainedModel, name: str, *, native: bool = False) -> None:
-    """Switch the language model's attention, and that of a vision tower that runs transformers' default.
-
-    Args:
-        model: causal language model or VLM.
-        name: a transformers attention name, such as `training_attention` gives.
-        native: set the variants of `SEGMENTS` and `PICTURES` that run the C++ kernel.
-    """
-    model.get_decoder().set_attn_implementation(NATIVE.get(name, name) if native else name)
-    tower = getattr(model.base_model, "vision_tower", None)
-    if not isinstance(tower, PreTrainedModel) or not tower._supports_attention_backend:
-        return
-    if tower.config._attn_implementation == "sdpa":
-        tower.set_attn_implementation(NATIVE[PICTURES] if native else PICTURES)
 
 
 def segment_arguments(

@@ -16,7 +16,8 @@ from mm_moslora import adapters
 from mm_moslora.adapters import MoSLoRALinear
 from mm_moslora.batch import Batch
 from mm_moslora.config import AdapterConfig, ModelConfig, ValidateConfig, VisionConfig
-from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import VLMS

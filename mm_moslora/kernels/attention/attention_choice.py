@@ -1,0 +1,118 @@
+"""The attention of a model in training: which one, by the recipe, the device and the model, and how it is set.
+
+On CUDA it is the first of flash-attention 4, 3 and 2 that is installed and runs (transformers passes it `cu_seq_lens_*`),
+else PyTorch's `varlen_attn`, else a loop over segments. Models with softcapping, sinks or a position bias get
+transformers' `eager`, since the others would leave these out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mm_moslora.kernels.attention.gpu_attention import FLASH, HeadShape, flash_fault, is_installed, pytorch_kernel
+from mm_moslora.kernels.attention.segment_attention import NATIVE, PICTURES, SEGMENTS
+from mm_moslora.utils.errors import ConfigError, suggestion
+
+
+def require_attention(requested: str) -> None:
+    """Refuse an attention that transformers does not know, or that needs a missing package.
+
+    Args:
+        requested: `auto`, or a transformers attention name; one with a slash is a kernel on the hub.
+
+    Raises:
+        ConfigError: no such name, or no such package.
+    """
+    internal = {PICTURES, *NATIVE.values()}  # for towers, and for the choice of `model.kernels`
+    known = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name not in internal)]
+    if "/" not in requested and requested not in known:
+        raise ConfigError(
+            f"model.attention is {requested!r}, expected one of {', '.join(known)}.{suggestion(requested, known)}"
+        )
+    if requested in FLASH and not is_installed(requested):
+        package = "flash-attn" if requested == FLASH[-1] else f"flash-attn-{requested[-1]}"
+        raise ConfigError(
+            f"model.attention is {requested!r}, which needs a GPU and {package}; one of them is missing here. "
+            "Set model.attention to auto, which takes the fastest that is there."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionChoice:
+    """The attention of a language model in training."""
+
+    name: str
+    """Of transformers."""
+    words: str = ""
+    """What it runs on, for the log; empty on a CPU, where `model.kernels` says it."""
+    faults: tuple[str, ...] = ()
+    """A sentence for every kernel that should run here and does not."""
+
+
+def choose_attention(
+    model: PreTrainedModel, requested: str = "auto", *, device: torch.device | None = None
+) -> AttentionChoice:
+    """The attention to train with on padding-free batches. On a GPU every kernel is tried first.
+
+    Args:
+        model: the causal language model or VLM.
+        requested: `auto`, or a transformers attention name, which is used unchanged (sdpa builds a dense mask).
+        device: the device that the model will run on; None: its current one.
+
+    Raises:
+        ConfigError: the kernel that was asked for does not run here.
+    """
+    device, decoder = device or model.device, model.get_decoder()
+    plain = getattr(decoder, "_supports_attention_backend", False) and getattr(decoder, "_supports_sdpa", False)
+    if requested == "auto" and not plain:
+        # A class without sdpa asks for softcapping, sinks or a position bias.
+        name = "sdpa" if getattr(decoder, "_supports_sdpa", False) else "eager"
+        return AttentionChoice(name=name, words=f"transformers' {name}, the one that {type(decoder).__name__} takes")
+    if device.type != "cuda" or requested not in ("auto", SEGMENTS, *FLASH):
+        return AttentionChoice(name=SEGMENTS if requested == "auto" else requested)
+    shape, faults = _head_shape(model, device), []
+    packages = FLASH if requested == "auto" else (requested,) if requested in FLASH else ()
+    for name in packages if shape.dtype.itemsize == 2 and getattr(decoder, "_supports_flash_attn", False) else ():
+        if requested == "auto" and not is_installed(name):
+            continue
+        if (fault := flash_fault(name, shape)) is None:
+            return AttentionChoice(name=name, words=name, faults=tuple(faults))
+        faults.append(f"{name} does not run here: {fault}")
+    if requested in FLASH:
+        found = faults[0] if faults else f"{type(decoder).__name__} in {shape.dtype} does not take it"
+        raise ConfigError(f"model.attention is {requested!r}, but {found}. Set model.attention to auto.")
+    tried = pytorch_kernel(shape)
+    return AttentionChoice(name=SEGMENTS, words=tried.words, faults=(*faults, *tried.faults))
+
+
+def training_attention(model: PreTrainedModel, requested: str = "auto", *, device: torch.device | None = None) -> str:
+    """The name in `choose_attention`."""
+    return choose_attention(model, requested, device=device).name
+
+
+def _head_shape(model: PreTrainedModel, device: torch.device) -> HeadShape:
+    config = model.get_decoder().config
+    heads = config.num_attention_heads
+    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return HeadShape(device=device, dtype=model.dtype, width=width, groups=groups)
+
+
+def set_attention(model: PreTrainedModel, name: str, *, native: bool = False) -> None:
+    """Switch the language model's attention, and that of a vision tower that runs transformers' default.
+
+    Args:
+        model: causal language model or VLM.
+        name: a transformers attention name, such as `training_attention` gives.
+        native: set the variants of `SEGMENTS` and `PICTURES` that run the C++ kernel.
+    """
+    model.get_decoder().set_attn_implementation(NATIVE.get(name, name) if native else name)
+    tower = getattr(model.base_model, "vision_tower", None)
+    if not isinstance(tower, PreTrainedModel) or not tower._supports_attention_backend:
+        return
+    if tower.config._attn_implementation == "sdpa":
+        tower.set_attn_implementation(NATIVE[PICTURES] if native else PICTURES)
