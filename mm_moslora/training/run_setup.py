@@ -157,7 +157,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         _start_projector(recipe.model.projector, assembly, training_set)
     model = assembly.model.train()
     if not needs_padding(model):
-        attention = choose_attention(model, recipe.model.attention, device=distributed.device())
+        with distributed.failing_together("Choosing the attention"):
+            attention = choose_attention(model, recipe.model.attention, device=distributed.device())
         set_attention(model, attention.name, native=kernels.native)
         _say_what_runs(attention)
     use_loss_head(model)

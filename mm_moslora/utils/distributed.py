@@ -1,6 +1,7 @@
 """Ranks: this process's rank, the world size, and the collectives that the project needs.
 
-It reads only the launcher variables that all launchers set: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+It reads only the launcher variables that all launchers set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and
+MM_MOSLORA_BACKEND.
 Without a launcher the world size is one, and every function here still works.
 """
 
@@ -22,6 +23,9 @@ from packaging.version import Version
 from mm_moslora.utils.errors import DistributedError
 
 T = TypeVar("T")
+
+BACKEND = "MM_MOSLORA_BACKEND"
+"""Environment variable: another backend of torch.distributed, such as `gloo`, with which ranks may share a GPU."""
 
 
 def rank() -> int:
@@ -51,6 +55,23 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def gpu_in_words() -> str:
+    """Name, memory and compute capability of this rank's GPU; empty on a CPU."""
+    own = device()
+    if own.type != "cuda":
+        return ""
+    found = torch.cuda.get_device_properties(own)
+    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+
+
+def backend() -> str:
+    """The backend of the process group: the variable `BACKEND`, else gloo for host tensors and NCCL for those on GPUs.
+
+    Numbers of the host then never wait for a GPU.
+    """
+    return os.environ.get(BACKEND) or ("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
+
+
 def join(*, timeout_minutes: float = 30.0) -> None:
     """Join the process group, once per process; the process leaves the group at its end.
 
@@ -64,14 +85,14 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
-    backend, more = "gloo", {}
+    chosen, more = backend(), {}
     if device().type == "cuda":
-        backend, more = "nccl", _on_own_gpu()
+        more = _on_own_gpu(one_rank_each="nccl" in chosen)
     _record_flight()
     if world_size() == 1:  # no process group is needed, so no port is opened and no child inherits an address
         more |= {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1}
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **more)
+        dist.init_process_group(chosen, timeout=timedelta(minutes=timeout_minutes), **more)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"
@@ -81,23 +102,39 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     atexit.register(_leave)
 
 
-def _on_own_gpu() -> dict[str, Any]:
+def _on_own_gpu(*, one_rank_each: bool) -> dict[str, Any]:
     """Make this rank's GPU the current device; returns arguments for `init_process_group`.
 
+    Args:
+        one_rank_each: ranks cannot share a GPU.
+
     Raises:
-        DistributedError: this machine has more ranks than GPUs.
+        DistributedError: this machine has more ranks than GPUs, or the GPU does not run this PyTorch.
     """
     count = torch.cuda.device_count()
     # A single visible GPU may be assigned to this rank by its launcher (its own CUDA_VISIBLE_DEVICES).
-    if 1 < count <= local_rank():
+    if one_rank_each and 1 < count <= local_rank():
         raise DistributedError(
             f"This is rank {local_rank()} of its machine, counted from 0, and there are {count} GPUs; NCCL takes one "
-            f"rank per GPU. Start {count} processes here, or name more GPUs in CUDA_VISIBLE_DEVICES."
+            f"rank per GPU. Start {count} processes here, or name more GPUs in CUDA_VISIBLE_DEVICES. With "
+            f"{BACKEND}=gloo ranks share GPUs."
         )
-    torch.cuda.set_device(device())
-    # Without device_id, a barrier guesses the GPU from the global rank. Releases before 2.7.1 may hang with it
-    # (https://github.com/pytorch/pytorch/issues/153960), so they keep the guess.
-    return {"device_id": device()} if Version(torch.__version__) >= Version("2.7.1") else {}
+    own = device()
+    torch.cuda.set_device(own)
+    _try_gpu(own)
+    # Without device_id, a barrier of NCCL guesses the GPU from the global rank.
+    return {"device_id": own} if one_rank_each else {}
+
+
+def _try_gpu(own: torch.device) -> None:
+    try:
+        torch.ones(1, device=own).add_(1).item()
+    except RuntimeError as error:
+        raise DistributedError(
+            f"{gpu_in_words()} does not run PyTorch {torch.__version__} ({str(error).splitlines()[0]}), which was "
+            f"built for {', '.join(torch.cuda.get_arch_list()) or 'no GPU'}. Install a PyTorch for this GPU and its "
+            'driver, or train on the CPU with CUDA_VISIBLE_DEVICES="".'
+        ) from error
 
 
 def _record_flight() -> None:
@@ -163,7 +200,8 @@ def table_over_ranks(values: list[float]) -> list[list[float]]:
 def _reduce(values: list[float], operation: Any) -> list[float]:
     if _alone():
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    on_host = "gloo" in str(dist.get_backend_config())  # a group of another program may have NCCL alone
+    tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else device())
     dist.all_reduce(tensor, op=operation)
     return [float(value) for value in tensor.tolist()]
 
@@ -175,9 +213,8 @@ def add_up(tensor: torch.Tensor) -> None:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
-    if not _alone():
-        dist.barrier()
+    """Wait for all ranks, not for their GPUs."""
+    max_over_ranks([0.0])
 
 
 def from_main(value: T) -> T:

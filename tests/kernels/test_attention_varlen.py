@@ -1,25 +1,31 @@
-"""On CUDA all segments of a row go through PyTorch's variable-length kernel in one call, with the right arguments.
+"""On CUDA all segments of a row go through one kernel, which is tried first, with the right arguments.
 
-Without a GPU: the kernel's meaning is written out after its documentation, and its calls are made on meta tensors.
+Without a GPU: a kernel's meaning is written out after its documentation, and the installed one is called on meta
+tensors. `tests/gpu` has the kernels themselves.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import varlen
 
-from mm_moslora.kernels.attention import segment_attention as attention
-from mm_moslora.kernels.attention.segment_attention import segment_arguments, segment_attention
+from mm_moslora.kernels.attention import gpu_attention, segment_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention
+from mm_moslora.kernels.attention.gpu_attention import HeadShape, Tried, fault_of, pytorch_kernel
+from mm_moslora.utils.errors import ConfigError
 
 LENGTHS = (5, 1, 12)
 HEADS, WIDTH, SCALE = 4, 16, 0.3
+CPU = HeadShape(device=torch.device("cpu"), dtype=torch.bfloat16, width=WIDTH, groups=2)
 
 
 def documented(
@@ -28,9 +34,10 @@ def documented(
 ) -> Tensor:  # fmt: skip
     """`torch.nn.attention.varlen.varlen_attn` on ``[T, H, E]``, as its documentation has it."""
     assert enable_gqa or query.shape[1] == key.shape[1]
-    assert max_q == max_k == max(LENGTHS)
-    outputs = []
-    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
+    assert cu_seq_q.dtype == torch.int32
+    outputs, ends = [], cu_seq_q.tolist()
+    assert max_q == max_k == max(end - start for start, end in itertools.pairwise(ends))
+    for start, end in itertools.pairwise(ends):
         q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
         places = torch.arange(end - start)
         ahead = places[None, :] - places[:, None]
@@ -40,19 +47,38 @@ def documented(
     return torch.cat(outputs, 1).transpose(0, 1)
 
 
-def documented_by_2_11(
+def kernel_of_2_11(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
-    *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1), shares: bool = True,
 ) -> Tensor:  # fmt: skip
-    """The same as torch 2.11 documents it: all three have the same number of heads."""
-    return documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+    """The same without the argument for shared heads, which it takes all the same, or takes wrong."""
+    if not shares and query.shape[1] != key.shape[1]:
+        key, value = (tensor[:, :1].expand(-1, query.shape[1], -1) for tensor in (key, value))
+    given = {"scale": scale, "window_size": window_size}
+    return documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa=True, **given)
+
+
+KERNELS = {"documented": documented, "2.11": kernel_of_2_11, "2.11, wrong": partial(kernel_of_2_11, shares=False)}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Tensor]], None]:
+    """Puts a kernel into PyTorch's place, and takes the CPU for a GPU that it runs on."""
+    monkeypatch.setattr(gpu_attention, "_why_not_pytorch", lambda _: None)
+    pytorch_kernel.cache_clear()
+
+    def put(kernel: Callable[..., Tensor]) -> None:
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        pytorch_kernel.cache_clear()
+
+    return put
 
 
 @pytest.mark.parametrize("window", [None, 4, 100])
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
-@pytest.mark.parametrize("kernel", [documented, documented_by_2_11])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_kernel_is_told_what_the_loop_over_segments_computes(
-    kernel: Callable[..., Tensor], window: int | None, key_heads: int, monkeypatch: pytest.MonkeyPatch
+    kernel: str, window: int | None, key_heads: int, installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     shapes = [(1, heads, sum(LENGTHS), WIDTH) for heads in (HEADS, key_heads, key_heads)]
@@ -61,54 +87,119 @@ def test_the_kernel_is_told_what_the_loop_over_segments_computes(
 
     def result() -> list[Tensor]:
         leaves = [row.clone().requires_grad_() for row in rows]
-        given = segment_arguments(LENGTHS, torch.device("cpu")) | {"sliding_window": window, "scaling": SCALE}
-        output, _ = segment_attention(torch.nn.Module(), *leaves, None, **given)
+        given = segment_attention.segment_arguments(LENGTHS, torch.device("cpu"))
+        given |= {"sliding_window": window, "scaling": SCALE}
+        output, _ = segment_attention.segment_attention(torch.nn.Module(), *leaves, None, **given)
         output.backward(pull)
         return [output.detach(), *(leaf.grad for leaf in leaves)]
 
-    expected, asked = result(), []
-    monkeypatch.setattr(attention, "variable_length_kernel", lambda query: asked.append(query) or kernel)
+    expected = result()
+    installed(KERNELS[kernel])
+    found = pytorch_kernel(HeadShape(device=CPU.device, dtype=torch.float64, width=WIDTH, groups=HEADS // key_heads))
+    monkeypatch.setattr(segment_attention, "varlen_kernel", lambda *_: found.kernel)
     for mine, exact in zip(result(), expected, strict=True):
         torch.testing.assert_close(mine, exact)
-    assert len(asked) == 1
+    wrong = kernel == "2.11, wrong" and key_heads < HEADS
+    assert found.words == f"PyTorch's varlen_attn{' with repeated heads' if wrong else ''}"
+    assert len(found.faults) == wrong
 
 
-def test_pytorchs_kernel_takes_a_row_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "variable_length_kernel", lambda _: varlen_attn)
+def test_a_kernel_that_fails_or_is_wrong_is_named_and_the_loop_taken(installed) -> None:
+    def missing(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("no kernel image is available for execution on the device\nmore")
+
+    installed(missing)
+    found = pytorch_kernel(CPU)
+    assert found.kernel is None
+    assert found.words.startswith("a loop over segments")
+    assert found.faults[0].startswith(
+        "PyTorch's varlen_attn with shared heads does not run here: RuntimeError: no kernel"
+    )
+    assert found.faults[0].endswith("execution on the device")
+
+    def across_segments(query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    assert "its output differs" in str(fault_of(across_segments, CPU))
+
+
+def test_a_kernel_is_tried_wherever_attention_is_first_called(installed) -> None:
+    """In inference mode, under autocast, and without drawing from the generator of the run."""
+    installed(documented)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert pytorch_kernel(CPU).faults == ()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_the_installed_kernel_takes_a_row_forward_and_backward(key_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = partial(gpu_attention._varlen_attn, repeats=False)
+    monkeypatch.setattr(segment_attention, "varlen_kernel", lambda *_: kernel)
     rows = [
         torch.empty(1, sum(LENGTHS), heads, WIDTH, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-        for heads in (HEADS, 2, 2)
+        for heads in (HEADS, key_heads, key_heads)
     ]
     leaves = [row.requires_grad_() for row in rows]
-    output, _ = segment_attention(torch.nn.Module(), *leaves, None, **segment_arguments(LENGTHS, rows[0].device))
+    given = segment_attention.segment_arguments(LENGTHS, rows[0].device)
+    output, _ = segment_attention.segment_attention(torch.nn.Module(), *leaves, None, **given)
     assert output.shape == (1, sum(LENGTHS), HEADS, WIDTH)
     assert output.dtype == torch.bfloat16
     output.sum().backward()
     assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
 
 
+def test_the_installed_kernel_has_the_arguments_that_are_passed() -> None:
+    names = list(inspect.signature(varlen.varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= set(names)
+    for number in (2, 3, 4):
+        assert isinstance(gpu_attention.is_installed(f"flash_attention_{number}"), bool)
+        assert f"flash_attention_{number}" in transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys()
+
+
 def test_the_kernel_is_not_asked_where_attention_has_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "variable_length_kernel", lambda _: pytest.fail("it knows no dropout"))
+    monkeypatch.setattr(segment_attention, "varlen_kernel", lambda *_: pytest.fail("it knows no dropout"))
     rows = [torch.randn(1, HEADS, sum(LENGTHS), WIDTH) for _ in range(3)]
-    given = segment_arguments(LENGTHS, torch.device("cpu"))
-    segment_attention(torch.nn.Module(), *rows, None, dropout=0.1, **given)
+    given = segment_attention.segment_arguments(LENGTHS, torch.device("cpu"))
+    segment_attention.segment_attention(torch.nn.Module(), *rows, None, dropout=0.1, **given)
 
 
-def test_the_kernel_is_for_half_precision_on_devices_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability, devices = {"now": (8, 0)}, itertools.count(100)  # what a device can is asked once
+def test_the_reason_for_the_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = {"now": (8, 0)}
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability["now"])
 
-    def found(dtype: torch.dtype = torch.bfloat16, width: int = WIDTH, kind: str = "cuda") -> bool:
-        device = torch.device(kind, next(devices))
-        query = SimpleNamespace(dtype=dtype, shape=(1, HEADS, 8, width), device=device)
-        return attention.variable_length_kernel(query) is not None
+    def reason(dtype: torch.dtype = torch.bfloat16, width: int = WIDTH, kind: str = "cuda") -> str | None:
+        return gpu_attention._why_not_pytorch(HeadShape(device=torch.device(kind, 0), dtype=dtype, width=width))
 
-    assert found()
-    assert found(torch.float16, width=256)
-    assert not found(torch.float32)
-    assert not found(width=12)
-    assert not found(width=264)
-    assert not found(kind="cpu")
+    assert reason() is None
+    assert reason(torch.float16, width=256) is None
+    assert "float32" in reason(torch.float32)
+    assert "12 wide" in reason(width=12)
+    assert "264 wide" in reason(width=264)
+    assert "NVIDIA" in reason(kind="cpu")
     capability["now"] = (7, 5)
-    assert not found()
+    assert "compute capability 7.5" in reason()
+
+
+def test_attention_that_is_more_than_softmax_runs_on_eager() -> None:
+    """Gemma 2 caps its scores; an attention that leaves this out trains another model."""
+    config = transformers.Gemma2Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, vocab_size=32, attn_logit_softcapping=0.1,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config)
+    assert choose_attention(model).name == "eager"
+    assert choose_attention(model, device=torch.device("cuda", 0)).name == "eager"
+    model.set_attn_implementation(segment_attention.SEGMENTS)
+    ids = torch.arange(5)[None]
+    with pytest.raises(ConfigError, match=r"Gemma2Attention has softcap.*eager"):
+        model(ids, **segment_attention.segment_arguments((5,), ids.device))
+
+
+def test_nothing_is_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [torch.randn(1, HEADS, 4, WIDTH) for _ in range(2)]
+    monkeypatch.setattr(segment_attention, "pytorch_kernel", lambda _: pytest.fail("tried") or Tried(kernel=None))
+    assert segment_attention.varlen_kernel(*rows) is None

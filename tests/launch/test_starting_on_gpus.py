@@ -8,10 +8,12 @@ import transformers
 from trials import make_recipe
 
 from mm_moslora.batch import Batch, Example
-from mm_moslora.kernels.attention import segment_attention
+from mm_moslora.kernels.attention import attention_choice, gpu_attention
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS
+from mm_moslora.training import run_setup
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import DistributedError
+from mm_moslora.utils.errors import ConfigError, DistributedError
 
 CUDA = torch.device("cuda", 0)
 
@@ -20,29 +22,60 @@ CUDA = torch.device("cuda", 0)
 def gpus(monkeypatch):
     """Four of them, and what was made the current one."""
     chosen = []
+    monkeypatch.delenv(distributed.BACKEND, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed, "_try_gpu", lambda _: None)
     return chosen
 
 
-def test_a_rank_joins_with_its_own_gpu(gpus, monkeypatch):
+@pytest.fixture
+def group(monkeypatch):
+    """What `join` asks of torch.distributed."""
+    asked = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **more: asked.update(more, to=backend))
+    monkeypatch.setattr(distributed.atexit, "register", lambda _: None)
+    return asked
+
+
+def test_a_rank_joins_with_its_own_gpu(gpus, group, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("RANK", "10")
-    assert distributed._on_own_gpu() == {"device_id": torch.device("cuda", 2)}
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    distributed.join()
     assert gpus == [torch.device("cuda", 2)]
+    assert group["device_id"] == torch.device("cuda", 2)
+    assert group["to"] == "cpu:gloo,cuda:nccl", "numbers of the host would wait for the GPU"
 
 
-def test_more_ranks_than_gpus_are_refused(gpus, monkeypatch):
+def test_more_ranks_than_gpus_are_refused_unless_they_can_share(gpus, group, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "5")
-    with pytest.raises(DistributedError, match="4 GPUs"):
-        distributed._on_own_gpu()
+    with pytest.raises(DistributedError, match=r"4 GPUs.*MM_MOSLORA_BACKEND=gloo"):
+        distributed.join()
+    monkeypatch.setenv(distributed.BACKEND, "gloo")
+    distributed.join()
+    assert group["to"] == "gloo"
+    assert "device_id" not in group
+    assert gpus == [torch.device("cuda", 1)]
 
 
-def test_one_visible_gpu_may_be_a_ranks_own(gpus, monkeypatch):
+def test_one_visible_gpu_may_be_a_ranks_own(gpus, group, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "5")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert distributed._on_own_gpu() == {"device_id": torch.device("cuda", 0)}
+    distributed.join()
+    assert group["device_id"] == torch.device("cuda", 0)
+
+
+def test_a_gpu_that_this_pytorch_does_not_run_on_is_named(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+    monkeypatch.setattr(torch, "ones", broken)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    monkeypatch.setattr(distributed, "gpu_in_words", lambda: "Tesla K80, 12 GiB, compute capability 3.7")
+    with pytest.raises(DistributedError, match=r"Tesla K80.*3\.7 does not run PyTorch.*no kernel image.*sm_75, sm_90"):
+        distributed._try_gpu(CUDA)
 
 
 def test_in_a_step_on_a_gpu_nobody_is_blamed_for_where_he_waits(monkeypatch):
@@ -60,13 +93,46 @@ def language():
     return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_attention_is_chosen_for_the_device_to_come(language, monkeypatch, installed):
-    """The model is still on the CPU then."""
-    monkeypatch.setattr(segment_attention, "is_flash_attn_2_available", lambda: installed)
-    chosen = segment_attention.training_attention(language, device=CUDA)
-    assert chosen == ("flash_attention_2" if installed else segment_attention.SEGMENTS)
-    assert segment_attention.training_attention(language.float(), device=CUDA) == segment_attention.SEGMENTS
+def choose(language, monkeypatch, installed, faults=None, requested="auto"):
+    """The choice for a GPU while the model is on the CPU, with flash-attention packages and kernels that fail."""
+    monkeypatch.setattr(attention_choice, "is_installed", lambda name: name in installed)
+    monkeypatch.setattr(attention_choice, "flash_fault", lambda name, _: (faults or {}).get(name))
+    found = gpu_attention.Tried(kernel=None, words="PyTorch's")
+    monkeypatch.setattr(attention_choice, "pytorch_kernel", lambda _: found)
+    return attention_choice.choose_attention(language, requested, device=CUDA)
+
+
+def test_attention_is_chosen_for_the_device_to_come(language, monkeypatch):
+    two, three, four = (f"flash_attention_{number}" for number in (2, 3, 4))
+    assert choose(language, monkeypatch, {two}).name == two
+    assert choose(language, monkeypatch, {two, three, four}).name == four
+    assert choose(language, monkeypatch, {two}, requested=SEGMENTS).name == SEGMENTS
+    own = choose(language, monkeypatch, {})
+    assert (own.name, own.words) == (SEGMENTS, "PyTorch's")
+    assert choose(language.float(), monkeypatch, {two, three}).name == SEGMENTS
+
+
+def test_attention_that_does_not_load_is_named_and_the_next_one_taken(language, monkeypatch):
+    two, three = "flash_attention_2", "flash_attention_3"
+    broken = {three: "ImportError: undefined symbol"}
+    found = choose(language, monkeypatch, {two, three}, broken)
+    assert (found.name, found.words) == (two, two)
+    assert found.faults == ("flash_attention_3 does not run here: ImportError: undefined symbol",)
+    with pytest.raises(ConfigError, match="undefined symbol"):
+        choose(language, monkeypatch, {two, three}, broken, requested=three)
+    monkeypatch.setattr(attention_choice, "is_installed", lambda _: False)
+    with pytest.raises(ConfigError, match="flash-attn-3"):
+        attention_choice.require_attention("flash_attention_3")
+
+
+def test_different_gpus_among_the_ranks_are_named_once(monkeypatch, caplog):
+    others = [([("A100, 80 GiB", "varlen")], ("one fault",)), ([("L4, 23 GiB", "loop")], ("one fault",))]
+    monkeypatch.setattr(distributed, "gather_objects", lambda _: others)
+    run_setup._say_what_runs(attention_choice.AttentionChoice(name=SEGMENTS, words="varlen"))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings[0] == "one fault."
+    assert "ranks 0: A100, 80 GiB (attention: varlen); ranks 1: L4, 23 GiB (attention: loop)" in warnings[1]
+    assert len(warnings) == 2
 
 
 def test_a_batch_on_a_device_knows_the_host_it_came_from():

@@ -1,8 +1,8 @@
 """The attention of a model in training: which one, by the recipe, the device and the model, and how it is set.
 
-On CUDA it is the first of flash-attention 4, 3 and 2 that is installed and runs (transformers passes it `cu_seq_lens_*`),
-else PyTorch's `varlen_attn`, else a loop over segments. Models with softcapping, sinks or a position bias get
-transformers' `eager`, since the others would leave these out.
+On CUDA it is the first of flash-attention 4, 3 and 2 that is installed and runs (transformers passes them
+`cu_seq_lens_*`), else PyTorch's `varlen_attn`, else a loop over segments. Models with softcapping, sinks or a position
+bias get transformers' `eager`, since the others would leave these out.
 """
 
 from __future__ import annotations
