@@ -74,7 +74,8 @@ def choose_attention(
         return AttentionChoice(name=name, words=f"transformers' {name}, the one that {type(decoder).__name__} takes")
     if device.type != "cuda" or requested not in ("auto", SEGMENTS, *FLASH):
         return AttentionChoice(name=SEGMENTS if requested == "auto" else requested)
-    shape, faults = _head_shape(model, device), []
+    shape = _head_shape(model, device)
+    faults: list[str] = []
     packages = FLASH if requested == "auto" else (requested,) if requested in FLASH else ()
     for name in packages if shape.dtype.itemsize == 2 and getattr(decoder, "_supports_flash_attn", False) else ():
         if requested == "auto" and not is_installed(name):

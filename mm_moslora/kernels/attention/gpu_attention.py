@@ -94,7 +94,7 @@ def pytorch_kernel(shape: HeadShape) -> Tried:
     """
     if reason := _why_not_pytorch(shape):
         return Tried(kernel=None, words=f"a loop over segments, since {reason}")
-    faults = []
+    faults: list[str] = []
     for repeats, words in ((False, "PyTorch's varlen_attn"), (True, "PyTorch's varlen_attn with repeated heads")):
         if repeats and shape.groups == 1:
             continue
@@ -142,8 +142,11 @@ def _varlen_attn(
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     elif _documents_shared_heads(varlen_attn):
         options["enable_gqa"] = groups > 1
-    attend: Callable[..., Tensor] = varlen_attn
-    return attend(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(window, 0), **options)
+    attend: Callable[..., Any] = varlen_attn
+    output: Tensor = attend(
+        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(window, 0), **options
+    )
+    return output
 
 
 @cache
@@ -153,8 +156,8 @@ def _documents_shared_heads(function: Callable[..., Any]) -> bool:
 
 def _of_row(kernel: VarlenKernel, query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:
     """A kernel on ``[1, H, T, E]``, as `fault_of` calls it."""
-    rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-    return kernel(*rows, ends, max(LENGTHS), None, -1)[None]
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    return kernel(q, k, v, ends, max(LENGTHS), None, -1)[None]
 
 
 def is_installed(name: str) -> bool:
@@ -196,16 +199,16 @@ def fault_of(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], shape: 
         # The caller may be in inference mode, under autocast or in a backward pass.
         with torch.inference_mode(mode=False), torch.enable_grad(), torch.autocast(shape.device.type, enabled=False):
             *rows, pull = (tensor.to(shape.device, copy=True) for tensor in given)
-            leaves = [row.requires_grad_() for row in rows]
-            output = attend(*leaves, ends.to(shape.device))  # type: ignore[arg-type]
+            q, k, v = leaves = [row.requires_grad_() for row in rows]
+            output = attend(q, k, v, ends.to(shape.device))
             found = [output, *torch.autograd.grad(output, leaves, pull)]
             found = [tensor.detach().to("cpu", torch.float32) for tensor in found]
     except Exception as error:  # an unsuitable build fails in many ways
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     for what, mine, exact in zip(("output", "dq", "dk", "dv"), found, _by_products(*given), strict=True):
-        error = float((mine - exact).norm() / exact.norm())
-        if not error <= WORST:  # also where it is not a number
-            return f"its {what} differs from products in fp32 by {error:.1%}"
+        apart = float((mine - exact).norm() / exact.norm())
+        if not apart <= WORST:  # also where it is not a number
+            return f"its {what} differs from products in fp32 by {apart:.1%}"
     return None
 
 
@@ -225,6 +228,6 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, pull: Tensor) -> lis
         groups = query.shape[1] // key.shape[1]
         wide = [leaves[0], *(leaf.repeat_interleave(groups, dim=1) for leaf in leaves[1:])]
         parts = zip(*(tensor.split(LENGTHS, dim=2) for tensor in wide), strict=True)
-        attended = [nn.functional.scaled_dot_product_attention(*part, is_causal=True) for part in parts]
+        attended = [nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
         output = torch.cat(attended, dim=2).transpose(1, 2)
         return [output.detach(), *torch.autograd.grad(output, leaves, pull.float())]

@@ -104,9 +104,9 @@ def segment_attention(
     longest = max(segment_lengths)
     windowed = sliding_window is not None and longest > sliding_window
     if not dropout and (kernel := varlen_kernel(query, key)) is not None:
-        rows = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         window = sliding_window - 1 if windowed and sliding_window else -1
-        return kernel(*rows, ends, longest, scaling, window).unsqueeze(0), None
+        return kernel(q, k, v, ends, longest, scaling, window).unsqueeze(0), None
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
         return _on_cpu(query, key, value, scaling, segment_lengths, causal=True, native=native), None
     groups = query.shape[1] // key.shape[1]
