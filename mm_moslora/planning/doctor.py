@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -209,7 +209,18 @@ def _accelerator() -> list[Finding]:
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
-        return [Finding(name="accelerator", status="ok", detail=names)]
+        built = torch.cuda.get_arch_list()
+        too_old = sorted({device.name for device in devices if not _runs(built, (device.major, device.minor))})
+        if too_old:
+            return [
+                Finding(
+                    name="accelerator", status="bad",
+                    detail=f"{names}: torch {torch.__version__} holds no kernels for {', '.join(too_old)} (it has "
+                    f"{', '.join(built)})",
+                    remedy="Take other cards (CUDA_VISIBLE_DEVICES), or a torch build for these.",
+                )
+            ]  # fmt: skip
+        return [mixed_cards([device.name for device in devices], names)]
     if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
         built = torch.version.cuda or "no CUDA"
         return [
@@ -221,6 +232,33 @@ def _accelerator() -> list[Finding]:
             )
         ]
     return [Finding(name="accelerator", status="ok", detail="none; the CPU is used")]
+
+
+def _runs(built: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether kernels for these architectures (sm_90, compute_120) run on a card of this compute capability."""
+    for name in built:
+        kind, _, digits = name.partition("_")
+        major, minor = divmod(int(re.sub(r"\D", "", digits) or 0), 10)
+        binary = kind == "sm" and major == capability[0] and minor <= capability[1]
+        if binary or (kind == "compute" and (major, minor) <= capability):
+            return True
+    return not built
+
+
+def mixed_cards(names: Sequence[str], detail: str) -> Finding:
+    """The finding on the cards of one machine or of all ranks.
+
+    Args:
+        names: of the cards.
+        detail: the text.
+    """
+    if len(set(names)) < 2:
+        return Finding(name="accelerator", status="ok", detail=detail)
+    return Finding(
+        name="accelerator", status="warn", detail=f"different cards: {detail}",
+        remedy="Every step waits for the slowest card, and a micro-batch must fit the smallest. Choose equal cards "
+        "(CUDA_VISIBLE_DEVICES, or a SLURM constraint).",
+    )  # fmt: skip
 
 
 def _precision() -> list[Finding]:

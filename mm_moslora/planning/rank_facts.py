@@ -1,0 +1,204 @@
+"""What every rank reports of its host, software, device and network, and what differs among the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mm_moslora.planning.doctor import Finding, mixed_cards
+from mm_moslora.utils import distributed
+from mm_moslora.utils.package_requirements import installed_version
+
+SAME = ("mm-moslora", "torch", "transformers", "peft", "deepspeed", "safetensors")
+"""Packages whose versions must agree."""
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_LOOPBACK = ("127.", "::1")
+_MOST_CLOCK_OFFSET = 2.0
+"""Seconds; heartbeats and logs of several hosts are compared by their times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFacts:
+    """One rank's report."""
+
+    rank: int
+    host: str
+    software: dict[str, str]
+    """Versions, and a hash over this package's files."""
+    card: str
+    """Name of the accelerator; CPU without one."""
+    memory_gib: float = 0.0
+    """Memory of the accelerator."""
+    address: str = ""
+    """The address that the host's own name resolves to."""
+    interfaces: dict[str, list[str]] = field(default_factory=dict)
+    """Addresses of each network interface that is up."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """The variables that choose interfaces."""
+    clock: float = 0.0
+    """Seconds since the epoch, read by all ranks at once."""
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def facts_of_this_rank() -> RankFacts:
+    """Read them."""
+    import torch
+
+    software = {name: installed_version(name) or "not installed" for name in SAME}
+    software |= {"Python": platform.python_version(), "code": _code()}
+    card, memory = "CPU", 0.0
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(distributed.device())
+        card, memory = properties.name, properties.total_memory / 2**30
+        software |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+    return RankFacts(
+        rank=distributed.rank(), host=socket.gethostname(), software=software, card=card, memory_gib=memory,
+        address=_own_address(), interfaces=_interfaces(),
+        chosen={name: os.environ[name] for name in INTERFACE_VARIABLES if os.environ.get(name)},
+    )  # fmt: skip
+
+
+def _code() -> str:
+    """A short hash over this package's Python files: checkouts of one version may differ."""
+    import mm_moslora
+
+    found = hashlib.sha256()
+    folder = Path(mm_moslora.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _own_address() -> str:
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
+    except OSError:
+        return ""
+
+
+def _interfaces() -> dict[str, list[str]]:
+    import psutil
+
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: [item.address for item in items if item.family in families]
+        for name, items in psutil.net_if_addrs().items()
+        if name in up
+    }
+
+
+def differences(facts: Sequence[RankFacts]) -> Iterator[Finding]:
+    """Compare the reports of all ranks.
+
+    Args:
+        facts: in order of rank.
+    """
+    hosts = defaultdict(list)
+    for item in facts:
+        hosts[item.host].append(item.rank)
+    text = ", ".join(f"{spans(ranks)} on {host}" for host, ranks in hosts.items())
+    yield Finding(name="ranks", status="ok", detail=f"{len(facts)}: {text}")
+    yield from _software(facts)
+    cards = {item.card: item.memory_gib for item in facts}
+    detail = _groups({item.rank: item.card for item in facts}, facts) if len(cards) > 1 else next(iter(cards))
+    yield mixed_cards(list(cards), detail)
+    if faults := list(network_faults(facts)):
+        yield from faults
+    else:
+        used = sorted({f"{name}={value}" for item in facts for name, value in item.chosen.items()})
+        yield Finding(name="network", status="ok", detail=", ".join(used) or "interfaces are chosen by host names")
+    offsets = {item.host: item.clock - facts[0].clock for item in facts}
+    host, offset = max(offsets.items(), key=lambda pair: abs(pair[1]))
+    if abs(offset) <= _MOST_CLOCK_OFFSET:
+        yield Finding(name="clocks", status="ok", detail=f"within {abs(offset):.1f} s")
+    else:
+        yield Finding(
+            name="clocks", status="warn", detail=f"that of {host} is {offset:+.1f} s from that of {facts[0].host}",
+            remedy="Synchronise the clocks (chronyc, timedatectl): heartbeats are compared by their times.",
+        )  # fmt: skip
+
+
+def _software(facts: Sequence[RankFacts]) -> Iterator[Finding]:
+    names = {name: None for item in facts for name in item.software}
+    wrong = [name for name in names if len({item.software.get(name) for item in facts}) > 1]
+    for name in wrong:
+        versions = {item.rank: item.software.get(name, "none") for item in facts}
+        yield Finding(
+            name=f"{name} of the ranks", status="bad", detail=_groups(versions, facts),
+            remedy="Give all hosts the same environment: on a shared file system, or by one container image.",
+        )  # fmt: skip
+    if not wrong:
+        yield Finding(name="software", status="ok", detail=f"the same on all ranks: {', '.join(names)}")
+
+
+def _groups(values: Mapping[int, str], facts: Sequence[RankFacts]) -> str:
+    """`2.13.0 on ranks 0-3 (host-a); 2.11.0 on rank 4 (host-b)`."""
+    ranks = defaultdict(list)
+    for rank, value in values.items():
+        ranks[value].append(rank)
+    return "; ".join(f"{value} on {named(found, facts)}" for value, found in ranks.items())
+
+
+def network_faults(facts: Sequence[RankFacts]) -> Iterator[Finding]:
+    """Variables that name no interface, and host names that lead other hosts nowhere.
+
+    Args:
+        facts: of the ranks that are there.
+    """
+    for item in facts:
+        for variable, value in item.chosen.items():
+            if not _names_one(variable, value, item.interfaces):
+                yield Finding(
+                    name=f"network of rank {item.rank}", status="bad",
+                    detail=f"{variable} is {value}, which {item.host} lacks; it has {_listed(item.interfaces)}",
+                    remedy=f"Set {variable} to an interface that reaches the other hosts.",
+                )  # fmt: skip
+    hosts = {item.host: item for item in facts}
+    for item in hosts.values() if len(hosts) > 1 else ():
+        if item.address.startswith(_LOOPBACK) and "GLOO_SOCKET_IFNAME" not in item.chosen:
+            yield Finding(
+                name=f"name of {item.host}", status="bad",
+                detail=f"{item.host} resolves to {item.address} there, which other hosts cannot reach",
+                remedy=f"Set GLOO_SOCKET_IFNAME (of {_listed(item.interfaces)}), or mend /etc/hosts.",
+            )  # fmt: skip
+
+
+def _names_one(variable: str, value: str, interfaces: Iterable[str]) -> bool:
+    """Whether a variable names an interface of the host. NCCL takes beginnings of names, `=` exact ones, `^` others."""
+    exact, excluded = value.startswith("=") or variable.startswith("GLOO"), value.startswith("^")
+    wanted = [word for word in value.lstrip("=^").split(",") if word]
+    if excluded and not variable.startswith("GLOO"):
+        return any(not name.startswith(tuple(wanted)) for name in interfaces)
+    return any(name == word if exact else name.startswith(word) for name in interfaces for word in wanted)
+
+
+def _listed(interfaces: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(name for name, addresses in interfaces.items() if addresses and name != "lo") or "none but lo"
+
+
+def named(ranks: Iterable[int], facts: Sequence[RankFacts]) -> str:
+    """`rank 4 (host-b)`, `ranks 0-3 (host-a, host-b)`."""
+    ranks = list(ranks)
+    hosts = dict.fromkeys(item.host for item in facts if item.rank in ranks)
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)} ({', '.join(hosts)})"
+
+
+def spans(ranks: Iterable[int]) -> str:
+    """`0-3, 6`."""
+    found: list[list[int]] = []
+    for rank in sorted(ranks):
+        if found and rank == found[-1][1] + 1:
+            found[-1][1] = rank
+        else:
+            found.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
