@@ -177,10 +177,11 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
             f"[yellow]{found.idle} of {gpus.count} GPUs are idle[/]: a step has {gpus.count - found.idle} "
             f"{'records' if rows == 1 else 'rows'}. Take fewer GPUs, or raise train.global_batch."
         )
-    if found.own is not None:
-        console.print(as_it_stands(found, found.own))
+    console.print(f"{as_it_stands(found, found.own)} {found.remedy}".rstrip())
     if best is None:
-        console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}.[/] Take more or larger GPUs, or nf4.")
+        console.print(
+            f"[red]Nothing fits on {gpus.count} x {gpus.name}[/] without offloading. Take more or larger GPUs, or nf4."
+        )
         return
     share = utilisation(gpus, found.activation_memory)
     console.print(

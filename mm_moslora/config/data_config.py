@@ -83,6 +83,16 @@ class DataConfig:
     pack_tokens: int = 0
     """Pack examples into rows of up to this many tokens; train.global_batch and micro_batch then count rows. 0: off."""
 
+    @property
+    def longest_key(self) -> str:
+        """The key that bounds what is never cut: an example, or a packed row."""
+        return "data.pack_tokens" if self.pack_tokens else "data.max_length"
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of an example, or of a packed row."""
+        return self.pack_tokens or self.max_length
+
     def __post_init__(self) -> None:
         at_least("data.max_length", self.max_length, 8)
         at_least("data.workers", self.workers, 0)

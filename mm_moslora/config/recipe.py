@@ -52,6 +52,12 @@ class Recipe:
             f"model.kernels is {self.model.kernels!r} and train.compile is {self.train.compile!r}: both would run "
             "between the matrix products of lean layers. Leave train.compile out, or set model.kernels to auto.",
         )
+        budget, longest = self.train.micro_tokens, self.data.longest
+        require(
+            budget is None or budget >= longest,
+            f"train.micro_tokens is {budget}, expected at least {self.data.longest_key} ({longest}): an example, or a "
+            "packed row, is never cut. Raise it, lower the other, or leave it out.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every default filled in."""

@@ -19,9 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import DataConfig
-from mm_moslora.data.epoch_order import deal, pack, plan_epoch, plan_llava, plan_rows, records_of_epoch
+from mm_moslora.data.epoch_order import (
+    MicroBatchLimit,
+    deal,
+    pack,
+    plan_epoch,
+    plan_llava,
+    plan_rows,
+    records_of_epoch,
+)
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.utils import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +41,16 @@ AHEAD = 3
 class _Prepared(NamedTuple):
     """A micro-batch, and the faults of records that were left out of it."""
 
-    batch: Batch | None
+    batches: list[Batch]
+    """One; none without usable records; several where the records have more tokens than was known."""
     faults: list[tuple[int, RecordError]]
 
 
 class _Preparation(Dataset[_Prepared]):
     """Micro-batches by the numbers of their records; runs in the thread or in a worker process."""
 
-    def __init__(self, data: TrainingSet) -> None:
-        self.data = data
+    def __init__(self, data: TrainingSet, limit: MicroBatchLimit) -> None:
+        self.data, self.limit = data, limit
 
     def __getitem__(self, numbers: list[int]) -> _Prepared:
         examples: list[Example] = []
@@ -50,7 +60,18 @@ class _Preparation(Dataset[_Prepared]):
                 examples.append(self.data.load(number))
             except RecordError as error:
                 faults.append((number, error))
-        return _Prepared(Batch.from_examples(examples) if examples else None, faults)
+        return _Prepared([Batch.from_examples(part) for part in self._parts(examples)], faults)
+
+    def _parts(self, examples: list[Example]) -> Iterator[list[Example]]:
+        """The examples in their order, cut where the tokens go beyond the limit."""
+        part: list[Example] = []
+        for example in examples:
+            if part and not self.limit.holds_tokens([member.length for member in (*part, example)]):
+                yield part
+                part = []
+            part.append(example)
+        if part:
+            yield part
 
 
 def _as_it_is(item: Any) -> Any:
@@ -61,7 +82,8 @@ class BatchLoader:
     """Endless iterator over optimiser steps, each a list of micro-batches; use it in a `with` block.
 
     A damaged record is left out of its micro-batch, counted and written to quarantine. A micro-batch without examples
-    holds one token without supervision, so that all ranks take the same number of forward passes.
+    holds one token without supervision, so that all ranks take the same number of forward passes. Where lengths are
+    estimates, a micro-batch beyond the limit is cut, and one collective per step evens the number out.
 
     Args:
         data: the training set.
@@ -69,7 +91,7 @@ class BatchLoader:
         world_size: processes.
         config: the recipe's `data`; 0 workers prepare in a thread.
         global_batch: examples, or packed rows, per optimiser step over all ranks.
-        micro_batch: examples, or packed rows, per micro-batch and rank.
+        limit: size of a micro-batch of one rank.
         seed: seed of the order.
         start_step: optimiser steps already done; the loader has no other state.
         pin: put batches into pinned memory, for asynchronous copies to an accelerator.
@@ -86,13 +108,13 @@ class BatchLoader:
         world_size: int,
         config: DataConfig,
         global_batch: int,
-        micro_batch: int,
+        limit: MicroBatchLimit,
         seed: int = 0,
         start_step: int = 0,
         pin: bool = False,
     ) -> None:
         self.data, self.rank, self.world_size, self.config, self.pin = data, rank, world_size, config, pin
-        self.global_batch, self.micro_batch, self.seed, self.start_step = global_batch, micro_batch, seed, start_step
+        self.global_batch, self.limit, self.seed, self.start_step = global_batch, limit, seed, start_step
         self.steps_per_epoch = len(self.plan(0))
         """Optimiser steps per epoch; with packing those of the first epoch, as later ones differ by a few steps."""
         self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=AHEAD)
@@ -135,12 +157,12 @@ class BatchLoader:
     def __iter__(self) -> Iterator[list[Batch]]:
         if self._workers is not None:
             for micro_batches in self._dealt():
-                yield [self._received(next(self._workers)) for _ in micro_batches]
+                yield self._evened([batch for _ in micro_batches for batch in self._received(next(self._workers))])
         while self._thread is not None:
             item = self._queue.get()
             if isinstance(item, Exception):
                 raise item
-            yield item
+            yield self._evened(item)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -168,15 +190,22 @@ class BatchLoader:
     def _deal(self, step: list[list[int]]) -> list[list[list[int]]]:
         """This rank's micro-batches of a step, as units."""
         lengths = [sum(self.data.lengths[number] for number in unit) for unit in step]
-        places = deal(range(len(step)), lengths, world_size=self.world_size, micro_batch=self.micro_batch)[self.rank]
+        places = deal(range(len(step)), lengths, world_size=self.world_size, limit=self.limit)[self.rank]
         return [[step[place] for place in micro] for micro in places]
 
-    def _received(self, prepared: _Prepared) -> Batch:
+    def _evened(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of a step, as many as on every other rank."""
+        if self.limit.tokens is None or self.data.exact:
+            return batches
+        (most,) = distributed.max_over_ranks([float(len(batches))])
+        return batches + [Batch.from_examples([_empty(self.data)])] * (int(most) - len(batches))
+
+    def _received(self, prepared: _Prepared) -> list[Batch]:
         for number, fault in prepared.faults:
             if number not in self.data.quarantine:
                 logger.warning("Left out: %s", fault)
             self.data.quarantine.add(number, fault)
-        return prepared.batch or Batch.from_examples([_empty(self.data)])
+        return prepared.batches or [Batch.from_examples([_empty(self.data)])]
 
     def _start_workers(self) -> Iterator[_Prepared]:
         # Forked, so that the data set need not be picklable. A separate generator leaves the run's random state alone,
@@ -184,17 +213,17 @@ class BatchLoader:
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         numbers = (micro for step in self._dealt() for micro in step)
         loader = DataLoader(
-            _Preparation(self.data), batch_size=None, sampler=_Endless(numbers), num_workers=self.config.workers,
+            _Preparation(self.data, self.limit), batch_size=None, sampler=_Endless(numbers), num_workers=self.config.workers,
             collate_fn=_as_it_is, prefetch_factor=AHEAD, multiprocessing_context=context, generator=torch.Generator(),
             pin_memory=self.pin,
         )  # fmt: skip
         return iter(loader)
 
     def _work(self) -> None:
-        preparation = _Preparation(self.data)
+        preparation = _Preparation(self.data, self.limit)
         try:
             for micro_batches in self._dealt():
-                batches = [self._received(preparation[numbers]) for numbers in micro_batches]
+                batches = [batch for numbers in micro_batches for batch in self._received(preparation[numbers])]
                 self._queue.put([batch.pin_memory() for batch in batches] if self.pin else batches)
                 if self._stop.is_set():
                     return
@@ -212,26 +241,30 @@ class _Endless(torch.utils.data.Sampler[list[int]]):
         return self.numbers
 
 
-def largest_batch(data: TrainingSet, micro_batch: int) -> Batch:
+def largest_batch(data: TrainingSet, limit: MicroBatchLimit) -> Batch:
     """The micro-batch that needs the most memory: the longest examples, with pictures if any example has pictures."""
-    order = sorted(data.usable, key=lambda number: (data.lengths[number], data.has_image[number]), reverse=True)
+    units = [[number] for number in data.usable]
     if data.config.pack_tokens:
-        rows = pack(data.usable, data.lengths, tokens=data.config.pack_tokens)
-        rows.sort(
-            key=lambda row: (sum(data.lengths[n] for n in row), sum(data.has_image[n] for n in row)), reverse=True
-        )
-        order = [number for row in rows[:micro_batch] for number in row]
-        micro_batch = len(order)
-    with_image = next((number for number in order if data.has_image[number]), order[0])
-    chosen = order[:micro_batch]
-    if with_image not in chosen:
-        chosen[-1] = with_image
-    examples = []
-    for number in chosen:
+        units = pack(data.usable, data.lengths, tokens=data.config.pack_tokens)
+    tokens, pictures = (
+        [sum(of[number] for number in unit) for unit in units] for of in (data.lengths, data.has_image)
+    )  # fmt: skip
+    order = sorted(range(len(units)), key=lambda place: (tokens[place], pictures[place]), reverse=True)
+    first = next((place for place in order if pictures[place]), order[0])
+    chosen: list[int] = []
+    for place in (first, *(place for place in order if place != first)):
+        if limit.holds([tokens[other] for other in (*chosen, place)]):
+            chosen.append(place)
+        if len(chosen) == limit.examples:
+            break
+    examples: list[Example] = []
+    for number in (number for place in chosen for number in units[place]):
         try:
-            examples.append(data.load(number))
+            example = data.load(number)
         except RecordError:  # the iterator finds and counts it later
             continue
+        if not examples or limit.holds_tokens([member.length for member in (*examples, example)]):
+            examples.append(example)
     return Batch.from_examples(examples or [_empty(data)])
 
 

@@ -10,6 +10,7 @@ import bisect
 import itertools
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -247,24 +248,62 @@ def _cut(items: list[Any], size: int) -> list[list[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def deal(batch: Sequence[int], lengths: Sequence[int], *, world_size: int, micro_batch: int) -> list[list[list[int]]]:
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchLimit:
+    """The size of a micro-batch of one rank."""
+
+    examples: int
+    """Most examples, or packed rows."""
+    tokens: int | None = None
+    """Most tokens; None: any number. An example with more is alone in its micro-batch."""
+    padded: bool = False
+    """Whether the model pads the examples of a micro-batch to the longest, and the padding counts as tokens."""
+
+    def holds(self, lengths: Sequence[int]) -> bool:
+        """Whether examples or rows of these lengths may share a micro-batch."""
+        return len(lengths) <= 1 or (len(lengths) <= self.examples and self.holds_tokens(lengths))
+
+    def holds_tokens(self, lengths: Sequence[int]) -> bool:
+        """Whether the tokens of examples of these lengths, of any number, are within the limit."""
+        size = max(lengths, default=0) * len(lengths) if self.padded else sum(lengths)
+        return self.tokens is None or size <= self.tokens
+
+
+def deal(
+    batch: Sequence[int], lengths: Sequence[int], *, world_size: int, limit: MicroBatchLimit
+) -> list[list[list[int]]]:
     """Divide the examples of one step among ranks and micro-batches, so that all ranks get about as many tokens.
 
-    Examples are assigned longest first, each to the rank with the fewest tokens that has room (the LPT rule). The
-    longest examples of all ranks are in the first micro-batch, so that ranks finish each micro-batch together.
+    The number of micro-batches grows until each is within the limit.
 
     Args:
         batch: example numbers.
         lengths: tokens per example, by example number.
         world_size: ranks.
-        micro_batch: examples per micro-batch and rank.
+        limit: size of a micro-batch.
 
     Returns:
         ``[rank][micro-batch]`` lists; every example once, every rank the same number of micro-batches. A micro-batch
         is empty only where the step has fewer examples than there are micro-batches over all ranks.
     """
-    count = -(-len(batch) // (world_size * micro_batch))
-    room = count * micro_batch
+    count = -(-len(batch) // (world_size * limit.examples))
+    if limit.tokens is not None:
+        count = max(count, -(-sum(min(limit.tokens, lengths[index]) for index in batch) // (world_size * limit.tokens)))
+    while True:
+        ranks = _deal(batch, lengths, world_size=world_size, room=count * limit.examples, count=count)
+        if all(limit.holds([lengths[index] for index in micro]) for micros in ranks for micro in micros):
+            return ranks
+        count += 1
+
+
+def _deal(
+    batch: Sequence[int], lengths: Sequence[int], *, world_size: int, room: int, count: int
+) -> list[list[list[int]]]:
+    """`deal` into a number of micro-batches.
+
+    Examples are assigned longest first, each to the rank with the fewest tokens that has room (the LPT rule). The
+    longest examples of all ranks are in the first micro-batch, so that ranks finish each micro-batch together.
+    """
     least = min(count, len(batch) // world_size)
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size

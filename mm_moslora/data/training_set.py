@@ -137,6 +137,8 @@ class TrainingSet:
         self.quarantine = Quarantine(quarantine_path, len(self), config)
         self.estimated = len(self) > exact_limit and config.cache is None
         """Whether `lengths` are estimates."""
+        self.exact = not self.estimated and (image_processing is None or image_processing.fixed)
+        """Whether `lengths` are surely those of the examples; headers may be wrong, or not fetched yet."""
         self._look = len(self) <= exact_limit
         if self.estimated and config.pack_tokens:
             raise DataError(

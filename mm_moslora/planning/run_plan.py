@@ -1,34 +1,26 @@
 """Memory, time and cost of a run before it starts, from a recipe and a list of GPUs; only configurations are read.
 
-Symbols: ``P`` frozen and ``Pt`` trainable parameters, ``W`` GPUs, ``T`` tokens of a micro-batch, ``K`` supervised ones,
-``C`` vocabulary, ``D`` width, ``F`` MLP width, ``b`` bytes per value. Formulas and their checks: docs/performance.md.
+A setting fits when its largest micro-batch does: examples of `data.max_length` tokens, or full packed rows, up to
+`train.micro_batch` and `train.micro_tokens`. Time is that of mean examples. Formulas and checks: docs/performance.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
-from mm_moslora.planning.activation_memory import ActivationMemory, activation_memory
+from mm_moslora.training.deepspeed_presets import stage_name
+from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
+from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, Memory, StepMemory
 from mm_moslora.training.metrics.gpu_specs import Gpus
 from mm_moslora.training.metrics.step_flops import Flops, StepShape
 from mm_moslora.utils.errors import ConfigError
 
-GIB = 2**30
-FREE_SHARE = 0.94
-"""Share of a GPU's memory that a plan may fill; the rest allows for fragmentation."""
-CONTEXT = 1.2 * GIB
-"""CUDA context, libraries and communication buffers."""
-BUCKET = 50_000_000
-"""Elements of a reduce bucket in the presets."""
-LIVE = 1_000_000_000
-"""ZeRO-3: elements that stay gathered (stage3_max_live_parameters), at most the whole model."""
 STAGES = ("zero1", "zero2", "zero3")
 
 KNOWN_DATA = {
@@ -55,36 +47,16 @@ class DataSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one GPU, by part."""
-
-    weights: float
-    adapters: float
-    """Trained weights, in the compute dtype."""
-    gradients: float
-    optimiser: float
-    activations: float
-    workspace: float
-    """Largest temporaries of a backward pass."""
-    logits: float
-    buffers: float
-    """ZeRO's buckets and gathered weights."""
-    context: float = CONTEXT
-
-    @property
-    def total(self) -> float:
-        """All parts."""
-        return float(sum(getattr(self, item.name) for item in fields(self)))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Option:
     """One setting with its estimate."""
 
     zero: str
     checkpointing: bool
     micro_batch: int
+    most: int | None
+    """Most tokens of a micro-batch, where that is less than `micro_batch` of the longest examples."""
     memory: Memory
+    """With the largest micro-batch."""
     tokens_per_second: float
     """Over all GPUs, at the middle of the expected utilisation."""
     fits: bool
@@ -92,7 +64,8 @@ class Option:
     @property
     def label(self) -> str:
         """Display name."""
-        return f"{self.zero}, micro-batch {self.micro_batch}{', checkpointing' if self.checkpointing else ''}"
+        most = "" if self.most is None else f" up to {self.most:,} tokens"
+        return f"{self.zero}, micro-batch {self.micro_batch}{most}{', checkpointing' if self.checkpointing else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +84,10 @@ class Plan:
     options: list[Option]
     idle: int
     """GPUs without a record in a step, when a step has fewer records than GPUs."""
-    own: Option | None
-    """The recipe's own setting; None for a DeepSpeed file of the user."""
+    own: Option
+    """The recipe's own setting."""
+    remedy: str
+    """What would make it fit, as a sentence; empty where it fits."""
 
     def hours(self, option: Option) -> float:
         """Wall time of the run."""
@@ -130,51 +105,6 @@ def known_data(sources: Sequence[SourceConfig], tokens_per_image: int) -> DataSi
     return None
 
 
-def memory(
-    size: ActivationMemory,
-    *,
-    zero: str,
-    world: int,
-    tokens: float,
-    supervised: float,
-    images: float,
-    checkpointing: bool,
-    logit_chunk: int = CHUNK_BYTES["cuda"],
-) -> Memory:
-    """Bytes on one GPU.
-
-    Args:
-        size: of the model.
-        zero: `none` (plain torch), or zero0 to zero3.
-        world: GPUs.
-        tokens: of one micro-batch.
-        supervised: of those.
-        images: in the micro-batch.
-        checkpointing: full, of the decoder.
-        logit_chunk: bytes of fp32 logits at a time.
-    """
-    trained, b = size.trainable, size.value_bytes
-    split = {"none": (1, 1, 1), "zero0": (1, 1, 1), "zero1": (1, 1, world), "zero2": (1, world, world)}
-    by_weights, by_gradients, by_states = split.get(zero.removesuffix("_offload"), (world, world, world))
-    masters = 0 if b == 4 and zero != "none" else 4
-    layers = size.layers * size.width * b if checkpointing else size.layers * size.kept_per_layer
-    kept = layers + (size.kept_per_layer if checkpointing else 0) + size.kept_elsewhere
-    rows = min(supervised, max(SMALLEST_CHUNK, logit_chunk // (4 * size.vocabulary)))
-    gathered = min(LIVE, size.frozen + trained) * 2 * b if by_weights > 1 else 0
-    adapters = sum(mine for part, (_, mine) in size.parts.items() if part.endswith(("adapter", "mixer")))
-    whole = adapters * b if by_weights > 1 else 0
-    return Memory(
-        weights=size.weight_bytes / by_weights,
-        adapters=trained * b / by_weights + whole,
-        gradients=trained * (4 if zero == "none" else b) / by_gradients,
-        optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
-        activations=tokens * kept + images * size.kept_per_image + size.products,
-        workspace=tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
-        logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
-        buffers=(0 if zero == "none" else 2 * min(BUCKET, trained) * b) + gathered,
-    )
-
-
 def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
     """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures."""
     lean = size.is_lean
@@ -182,10 +112,10 @@ def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
 
 
 def speed(
-    size: ActivationMemory, gpus: Gpus, data: DataSize, *, zero: str, micro_batch: int, checkpointing: bool
+    size: ActivationMemory, gpus: Gpus, data: DataSize, *, zero: str, samples: float, checkpointing: bool
 ) -> float:
-    """Tokens per second over all GPUs; ZeRO-3's gathers overlap with computation as far as possible."""
-    samples = micro_batch * data.per_row
+    """Tokens per second over all GPUs with mean micro-batches of so many samples; ZeRO-3's gathers overlap with
+    computation as far as possible."""
     work = _flops(size, data, samples, checkpointing=checkpointing).total
     seconds = work / (gpus.peak * utilisation(gpus, size))
     if zero.startswith("zero3"):
@@ -258,25 +188,25 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens))
     busy = busy_share(train.global_batch, gpus.count)
 
+    longest = recipe.data.longest
+
     def option(zero: str, checkpointing: bool, micro_batch: int) -> Option:
-        samples = micro_batch * data.per_row
-        needed = memory(
-            size, zero=zero, world=gpus.count, tokens=samples * data.tokens,
-            supervised=samples * data.tokens * data.supervised, images=samples * data.pictures,
-            checkpointing=checkpointing,
-        )  # fmt: skip
+        step = StepMemory(size=size, zero=zero, world=gpus.count, checkpointing=checkpointing)
+        budget = train.micro_tokens or step.token_budget(gpus.memory, longest=longest) or longest
+        tokens = min(budget, micro_batch * longest)
+        needed = step.worst(tokens)
+        samples = min(micro_batch * data.per_row, budget / data.tokens)
         return Option(
-            zero=zero, checkpointing=checkpointing, micro_batch=micro_batch, memory=needed,
+            zero=zero, checkpointing=checkpointing, micro_batch=micro_batch,
+            most=tokens if tokens < micro_batch * longest else None, memory=needed,
             tokens_per_second=busy * speed(
-                size, gpus, data, zero=zero, micro_batch=micro_batch, checkpointing=checkpointing
+                size, gpus, data, zero=zero, samples=samples, checkpointing=checkpointing
             ),
             fits=needed.total <= FREE_SHARE * gpus.memory,
         )  # fmt: skip
 
     options = [option(*setting) for setting in settings(train.global_batch, gpus)]
-    own = None
-    if not train.zero.endswith(".json"):
-        own = option(train.zero, train.gradient_checkpointing, train.micro_batch)
+    own = option(stage_name(train.zero), train.gradient_checkpointing, train.micro_batch)
     fitting = [option for option in options if option.fits]
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
     flops = _flops(size, data, 1, checkpointing=best.checkpointing if best else False)
@@ -288,4 +218,13 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
         gpus=gpus, activation_memory=size,
         picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
         idle=max(0, gpus.count - train.global_batch), own=own,
+        remedy="" if own.fits else _remedy(recipe, size, gpus, own),
     )  # fmt: skip
+
+
+def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> str:
+    step = StepMemory(size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing)
+    if fits := step.token_budget(gpus.memory, longest=recipe.data.longest):
+        return f"train.micro_tokens up to {fits} fits, or leave it out."
+    change = step.remedies(gpus.memory, longest=recipe.data.longest, key=recipe.data.longest_key)
+    return f"To make it fit, {change}."

@@ -32,6 +32,23 @@ def read_preset(name: str) -> dict[str, Any]:
     return settings
 
 
+def stage_name(zero: str) -> str:
+    """`none`, or `zero0` to `zero3`, with `_offload` where the optimiser's state is in main memory.
+
+    Args:
+        zero: the recipe's `train.zero`.
+
+    Raises:
+        ConfigError: as `read_preset`.
+    """
+    if zero == "none":
+        return zero
+    settings = read_preset(zero).get("zero_optimization", {})
+    offload = settings.get("offload_optimizer")
+    offloads = isinstance(offload, dict) and offload.get("device", "none") != "none"
+    return f"zero{settings.get('stage', 0)}{'_offload' if offloads else ''}"
+
+
 def _file(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".json":

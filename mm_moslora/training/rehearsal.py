@@ -146,15 +146,15 @@ def rehearse(run: Run, saver: Saver) -> None:
 def _largest_step(run: Run) -> int:
     """Run one optimiser step on the longest examples with a learning rate of 0; returns their number of tokens."""
     train = run.recipe.train
-    batch = largest_batch(run.training_set, train.micro_batch)
-    accumulated = -(-train.global_batch // (train.micro_batch * distributed.world_size()))
+    batch = largest_batch(run.training_set, run.limit)
+    several = run.limit.tokens is not None or train.global_batch > train.micro_batch * distributed.world_size()
     try:
-        run.engine.step([batch] * min(2, accumulated), 0.0)
+        run.engine.step([batch] * (2 if several else 1), 0.0)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"The largest micro-batch, {train.micro_batch} examples with {batch.tokens} tokens and {batch.images} "
-            f"images, does not fit into memory ({error}). Lower train.micro_batch or data.max_length, set "
-            "train.gradient_checkpointing, or use a higher ZeRO stage."
+            f"The largest micro-batch, {len(batch.ids)} examples with {batch.tokens} tokens and {batch.images} "
+            f"images, does not fit into memory ({error}). Lower train.micro_batch, train.micro_tokens or "
+            "data.max_length, set train.gradient_checkpointing, or use a higher ZeRO stage."
         ) from error
     return batch.tokens
 

@@ -40,6 +40,7 @@ _FREE_KEYS = (
 _ROUNDING_KEYS = (
     "train.zero",
     "train.micro_batch",
+    "train.micro_tokens",
     "train.gradient_checkpointing",
     "train.compile",
     "model.attention",

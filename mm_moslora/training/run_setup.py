@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import Parts, load_parts
@@ -48,6 +49,7 @@ from mm_moslora.training.metrics.mixer_metrics import MIXERS, mixer_matrices
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.preflight import refuse_folder
+from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.file_locks import held
@@ -116,6 +118,8 @@ class Run:
     training_set: TrainingSet
     validation_set: TrainingSet | None
     engine: Engine
+    limit: MicroBatchLimit
+    """Size of this rank's micro-batches, the same on all ranks."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
     """Full weights of a frozen projector; under ZeRO-3 the model holds shards."""
     first_mixers: dict[str, Tensor] = field(default_factory=dict)
@@ -142,6 +146,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     lean = recipe.model.lean_layers and recipe.train.compile is None
     kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean)
     parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
+    micro_tokens = token_budget(recipe, parts, precision=precision)
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
         model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
@@ -191,6 +196,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     return Run(
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
+        limit=MicroBatchLimit(
+            examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
+        ),
         first_mixers=mixer_matrices(engine.trainable_state(only=MIXERS)), contents=base_fingerprints(parts),
     )  # fmt: skip
 

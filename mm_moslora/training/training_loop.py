@@ -176,7 +176,7 @@ class _Loop:
             world_size=distributed.world_size(),
             config=recipe.data,
             global_batch=recipe.train.global_batch,
-            micro_batch=recipe.train.micro_batch,
+            limit=run.limit,
             seed=recipe.train.seed,
             start_step=run.step,
             pin=run.engine.device.type == "cuda",

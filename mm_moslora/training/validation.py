@@ -157,7 +157,7 @@ class Validator:
         loss = right = count = 0.0
         loader = BatchLoader(
             held_out, rank=distributed.rank(), world_size=distributed.world_size(), config=recipe.data,
-            global_batch=recipe.train.global_batch, micro_batch=recipe.train.micro_batch, seed=0,
+            global_batch=recipe.train.global_batch, limit=self.run.limit, seed=0,
         )  # fmt: skip
         with loader:
             batches = iter(loader)

@@ -68,7 +68,7 @@ from measuring import (
 )  # fmt: skip
 from yardstick import YARDSTICK, Contender, Setting
 
-from mm_moslora.data.epoch_order import deal, plan_epoch
+from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
 from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.progress_bar import Progress
@@ -248,7 +248,7 @@ def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) ->
     lengths = [min(1472, max(20, int(rng.lognormvariate(5.45, 0.7)))) + 576 * image for image in has_image]
     whole = ranks * per_rank
     ours = plan_epoch(lengths, has_image, seed=0, epoch=0, global_batch=whole)
-    dealt = [deal(step, lengths, world_size=ranks, micro_batch=per_rank) for step in ours]
+    dealt = [deal(step, lengths, world_size=ranks, limit=MicroBatchLimit(examples=per_rank)) for step in ours]
     spent = sum(ranks * max(sum(lengths[i] for i in rank[0]) for rank in step) for step in dealt)
     shares = {"ours": sum(lengths) / spent}
     for name, order in (("random, padded", "random"), ("LLaVA's grouping, padded", "grouped")):

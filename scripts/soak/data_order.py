@@ -20,6 +20,7 @@ import torch
 from mm_moslora.batch import Example
 from mm_moslora.config import DataConfig
 from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.utils.progress_bar import Progress
 
 EPOCHS = 2
@@ -35,6 +36,7 @@ class Numbers:
         self.lengths = [rng.randrange(1, 200) for _ in range(total)]
         self.words = [rng.randrange(1, 60) for _ in range(total)]
         share = rng.choice((0.0, 0.3, 0.7, 1.0))
+        self.exact = True
         self.has_image = [rng.random() < share for _ in range(total)]
         self.members, self.quarantine = [], set()
         for size in sizes:
@@ -48,16 +50,17 @@ class Numbers:
         return Example(id=str(number), input_ids=torch.tensor([0, 1]), supervised=torch.tensor([False, True]))
 
 
-def _loader(data: Numbers, rank: int, world: int, micro: int, batch: int, config: DataConfig, seed: int, start: int):
+def _loader(
+    data: Numbers, rank: int, world: int, limit: MicroBatchLimit, batch: int, config: DataConfig, seed: int, start: int
+):
     return BatchLoader(
-        data, rank=rank, world_size=world, config=config, global_batch=batch, micro_batch=micro, seed=seed,
-        start_step=start,
-    )  # fmt: skip
+        data, rank=rank, world_size=world, config=config, global_batch=batch, limit=limit, seed=seed, start_step=start
+    )
 
 
-def _stretch(data: Numbers, world: int, micro: int, count: int, **settings) -> Iterator[list[int]]:
+def _stretch(data: Numbers, world: int, limit: MicroBatchLimit, count: int, **settings) -> Iterator[list[int]]:
     """The samples of some steps, collected from all ranks as they arrive."""
-    ranks = [_loader(data, rank, world, micro, **settings) for rank in range(world)]
+    ranks = [_loader(data, rank, world, limit, **settings) for rank in range(world)]
     entered = [loader.__enter__() for loader in ranks]
     try:
         arriving = [iter(loader) for loader in entered]
@@ -80,14 +83,16 @@ def case(seed: int, *, workers: int = 0) -> str:
         max_length=256, pack_tokens=rng.choice((256, 512)) if packed else 0,
     )  # fmt: skip
     settings = {"batch": batch, "config": config, "seed": rng.randrange(100)}
-    plan = _loader(data, 0, 1, 1, start=0, **settings)
+    plan = _loader(data, 0, 1, MicroBatchLimit(examples=1), start=0, **settings)
     epochs = [[sorted(step) for step in plan.plan(epoch)] for epoch in range(EPOCHS)]
     expected = [step for epoch in epochs for step in epoch]
     found: list[list[int]] = []
     while len(found) < len(expected):
         count = min(len(expected) - len(found), rng.randrange(1, len(expected) + 1))
-        world, micro = rng.randrange(1, 9), rng.randrange(1, 5)
-        found += _stretch(data, world, micro, count, start=len(found), **settings)
+        limit = MicroBatchLimit(
+            examples=rng.randrange(1, 5), tokens=rng.choice((None, 256, 512)), padded=rng.random() < 0.3
+        )
+        found += _stretch(data, rng.randrange(1, 9), limit, count, start=len(found), **settings)
     if found != expected:
         return "another order"
     return next((fault for epoch in epochs if (fault := _fault(epoch, data))), GOOD)

@@ -10,7 +10,7 @@ from torch import nn
 
 from mm_moslora.config import Recipe
 from mm_moslora.models.model_sizes import known_shape, known_shapes
-from mm_moslora.planning.activation_memory import ActivationMemory, activation_memory
+from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 
 INTERNLM2 = "internlm/internlm2-chat-7b"
 CONVERTED = "internlm2-chat-7b-llama"

@@ -60,6 +60,12 @@ def with_train(recipe: Recipe, **changes) -> Recipe:
     return replace(recipe, train=replace(recipe.train, **changes))
 
 
+def bounded(recipe: Recipe, micro_batch: int, **train) -> Recipe:
+    """The same with at most two of its pictures in a micro-batch, by their tokens."""
+    short = replace(recipe, data=replace(recipe.data, max_length=64))
+    return with_train(short, micro_batch=micro_batch, micro_tokens=128, **train)
+
+
 def full(recipe: Recipe) -> Recipe:
     """The same with a language model that trains whole, without adapters."""
     return replace(recipe, model=replace(recipe.model, language_mode="full"))

@@ -15,8 +15,13 @@ from tiny import make_records
 
 from mm_moslora.config import DataConfig
 from mm_moslora.data.batch_loader import BatchLoader, largest_batch
+from mm_moslora.data.epoch_order import MicroBatchLimit
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import damage, make_set
+
+
+FOUR = MicroBatchLimit(examples=4)
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +29,11 @@ def path(tmp_path_factory) -> Path:
     return make_records(tmp_path_factory.mktemp("loader"), 22)
 
 
-def loader_for(data, *, rank=0, world=1, micro=2, global_batch=4, start=0, seed=0, **options) -> BatchLoader:
+def loader_for(data, *, rank=0, world=1, micro=2, tokens=None, global_batch=4, start=0, seed=0, **options) -> BatchLoader:
     config = DataConfig(**({"workers": 0, "max_bad_share": 1.0} | options))
     return BatchLoader(
-        data, rank=rank, world_size=world, config=config, global_batch=global_batch, micro_batch=micro, seed=seed,
+        data, rank=rank, world_size=world, config=config, global_batch=global_batch, seed=seed,
+        limit=MicroBatchLimit(examples=micro, tokens=tokens),
         start_step=start,
     )  # fmt: skip
 
@@ -56,6 +62,47 @@ def test_every_record_once_per_epoch_over_all_ranks(path, world, micro, order):
         assert len({len(rank[step]) for rank in ranks}) == 1, "ranks must take the same number of micro-batches"
     reference = [sorted(flat([step])) for step in ids_of(loader_for(data, micro=8, global_batch=8, order=order), steps)]
     assert [sorted(name for rank in ranks for name in flat([rank[step]])) for step in range(steps)] == reference
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_token_budget_cuts_the_same_steps_into_more_micro_batches(path, world, workers):
+    data = make_set(path)
+    sizes = {f"r{number}": data.lengths[number] for number in range(22)}
+    budget = 2 * max(sizes.values())
+    ranks = [
+        ids_of(loader_for(data, rank=rank, world=world, micro=8, tokens=budget, global_batch=8, workers=workers), 6)
+        for rank in range(world)
+    ]
+    whole = ids_of(loader_for(data, micro=8, global_batch=8), 6)
+    assert [sorted(name for rank in ranks for name in flat([rank[step]])) for step in range(6)] == [
+        sorted(flat([step])) for step in whole
+    ]
+    for steps in zip(*ranks, strict=True):
+        assert len({len(step) for step in steps}) == 1
+        assert max(sum(sizes[name] for name in batch if name) for step in steps for batch in step) <= budget
+    assert max(len(step) for step in ranks[0]) > 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_records_longer_than_their_estimates_stay_within_the_budget(path, tmp_path, workers, monkeypatch):
+    """One collective evens out what other ranks cut."""
+    data = make_set(path, exact_limit=5)
+    for number in data.usable:
+        data.lengths[number] = 10
+    assert not data.exact
+    longest = max(make_set(path).lengths)
+    asked = []
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda values: asked.append(values) or [values[0] + 1])
+    with loader_for(data, micro=8, tokens=2 * longest, global_batch=8, workers=workers) as loader:
+        steps = list(itertools.islice(loader, 3))
+    assert asked == [[len(step) - 1.0] for step in steps]
+    assert asked[0][0] > 2
+    assert all(batch.tokens <= 2 * longest for step in steps for batch in step)
+    assert all(not step[-1].supervised_tokens and step[-1].tokens == 1 for step in steps)
+    assert sorted(name for step in steps for batch in step for name in batch.ids if name) == sorted(
+        f"r{number}" for number in range(22)
+    )
 
 
 @pytest.mark.parametrize("start", range(14))
@@ -163,11 +210,21 @@ def test_it_ends_cleanly_at_any_moment(path, workers):
     assert not multiprocessing.active_children()
 
 
+def test_the_rehearsal_tries_the_longest_examples_within_the_budget(path):
+    data = make_set(path)
+    longest = max(data.lengths)
+    for tokens in (longest, 3 * longest):
+        batch = largest_batch(data, MicroBatchLimit(examples=8, tokens=tokens))
+        assert batch.images
+        assert tokens - longest < batch.tokens <= tokens
+    assert len(largest_batch(data, MicroBatchLimit(examples=8)).ids) == 8
+
+
 class TestPackedLoader:
-    def loader(self, data, *, rank=0, world_size=1, start_step=0, micro_batch=1) -> BatchLoader:
+    def loader(self, data, *, rank=0, world_size=1, start_step=0, micro_batch=1, tokens=None) -> BatchLoader:
         return BatchLoader(
-            data, rank=rank, world_size=world_size, config=data.config, global_batch=4, micro_batch=micro_batch,
-            seed=3, start_step=start_step,
+            data, rank=rank, world_size=world_size, config=data.config, global_batch=4, seed=3,
+            limit=MicroBatchLimit(examples=micro_batch, tokens=tokens), start_step=start_step,
         )  # fmt: skip
 
     def data(self, tmp_path: Path, **options):
@@ -206,9 +263,21 @@ class TestPackedLoader:
             assert self.steps(self.loader(data, start_step=start), 2) == whole[start : start + 2]
 
     def test_the_rehearsal_tries_a_full_row(self, tmp_path: Path) -> None:
-        batch = largest_batch(self.data(tmp_path), 2)
+        batch = largest_batch(self.data(tmp_path), MicroBatchLimit(examples=2))
         assert 480 < batch.tokens <= 512
         assert batch.images
+
+    def test_rows_share_a_micro_batch_within_the_budget(self, tmp_path: Path) -> None:
+        data = self.data(tmp_path)
+        free, bound = (
+            self.steps(self.loader(data, micro_batch=4, tokens=tokens), 6) for tokens in (None, 512)
+        )  # fmt: skip
+        assert [sorted(sum(step, ())) for step in free] == [sorted(sum(step, ())) for step in bound]
+        assert [len(step) for step in free[:5]] == [1] * 5
+        assert {len(step) for step in bound} <= {1, 2}
+        sizes = {f"r{number}": data.lengths[number] for number in range(60)}
+        assert 256 < max(sum(sizes[name] for name in ids) for step in bound for ids in step) <= 512
+        assert largest_batch(data, MicroBatchLimit(examples=4, tokens=600)).tokens <= 512
 
     def test_settings_that_cannot_work_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"at least data\.max_length"):
@@ -220,6 +289,6 @@ class TestPackedLoader:
 
 def test_the_llava_order_is_a_recipe_key(tmp_path: Path) -> None:
     data = make_set(make_records(tmp_path, 30), order="llava")
-    loader = BatchLoader(data, rank=0, world_size=1, config=data.config, global_batch=4, micro_batch=4)
+    loader = BatchLoader(data, rank=0, world_size=1, config=data.config, global_batch=4, limit=FOUR)
     assert sorted(number for step in loader.plan(0) for number in step) == list(range(30))
     assert data.words[0] == len(["<image>", "what", "is", "the", "color?", "red", "is", "it", "red?", "yes"])

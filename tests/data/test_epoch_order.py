@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.epoch_order import deal, fill_rate, pack, plan_epoch, plan_llava, records_of_epoch
+from mm_moslora.data.epoch_order import (
+    MicroBatchLimit,
+    deal,
+    fill_rate,
+    pack,
+    plan_epoch,
+    plan_llava,
+    records_of_epoch,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "llava_order.json"
 ORDERS = ["grouped", "random", "sequential"]
@@ -33,7 +41,7 @@ def test_every_example_once_for_every_world_and_micro_batch(examples, order, glo
     assert all(len(step) == global_batch for step in steps[:-1])
     lengths = [length for length, _ in examples]
     for step in steps:
-        ranks = deal(step, lengths, world_size=world, micro_batch=micro)
+        ranks = deal(step, lengths, world_size=world, limit=MicroBatchLimit(examples=micro))
         assert len(ranks) == world
         assert len({len(rank) for rank in ranks}) == 1, "ranks must take the same number of micro-batches"
         assert sorted(number for rank in ranks for batch in rank for number in batch) == sorted(step)
@@ -79,7 +87,7 @@ def test_grouped_steps_hold_similar_lengths():
 @given(st.lists(st.integers(1, 2048), min_size=1, max_size=64), st.integers(1, 8))
 def test_ranks_get_about_as_many_tokens(lengths, world):
     """Longest-first dealing: no rank is above the mean by more than the longest example."""
-    ranks = deal(range(len(lengths)), lengths, world_size=world, micro_batch=64)
+    ranks = deal(range(len(lengths)), lengths, world_size=world, limit=MicroBatchLimit(examples=64))
     loads = [sum(lengths[number] for batch in rank for number in batch) for rank in ranks]
     assert max(loads) <= sum(loads) / world + max(lengths)
 
@@ -87,14 +95,14 @@ def test_ranks_get_about_as_many_tokens(lengths, world):
 def test_balance_beats_dealing_in_turn():
     rng = random.Random(3)
     lengths = [rng.randint(50, 2048) for _ in range(64)]
-    ranks = deal(range(64), lengths, world_size=4, micro_batch=4)
+    ranks = deal(range(64), lengths, world_size=4, limit=MicroBatchLimit(examples=4))
     loads = [sum(lengths[number] for batch in rank for number in batch) for rank in ranks]
     in_turn = [sum(lengths[number] for number in range(64) if number % 4 == rank) for rank in range(4)]
     assert max(loads) - min(loads) < 0.2 * (max(in_turn) - min(in_turn))
 
 
 def test_a_short_step_leaves_no_rank_out_while_there_are_examples():
-    ranks = deal([0, 1, 2, 3, 4], [1000, 1, 1, 1, 1], world_size=4, micro_batch=2)
+    ranks = deal([0, 1, 2, 3, 4], [1000, 1, 1, 1, 1], world_size=4, limit=MicroBatchLimit(examples=2))
     assert [any(rank) for rank in ranks] == [True] * 4
 
 
@@ -135,7 +143,7 @@ class TestMixture:
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=64), st.integers(1, 8), st.integers(1, 5))
 def test_no_micro_batch_is_empty_while_there_are_examples_for_all(lengths, world, micro):
     """An empty micro-batch costs a forward pass of a rank, and other ranks wait for it."""
-    ranks = deal(range(len(lengths)), lengths, world_size=world, micro_batch=micro)
+    ranks = deal(range(len(lengths)), lengths, world_size=world, limit=MicroBatchLimit(examples=micro))
     batches = [batch for rank in ranks for batch in rank]
     assert all(batches) or len(lengths) < len(batches)
 
@@ -178,3 +186,38 @@ def test_the_llava_order_holds_the_records_of_llavas_steps(case) -> None:
         seed=case["seed"], epoch=0, global_batch=case["global_batch"],
     )  # fmt: skip
     assert [sorted(step) for step in steps] == case["steps"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 2048), max_size=64), st.integers(1, 8), st.integers(1, 8), st.integers(2048, 9000),
+    st.booleans(),
+)  # fmt: skip
+def test_a_micro_batch_has_no_more_tokens_than_allowed(lengths, world, micro, tokens, padded):
+    limit = MicroBatchLimit(examples=micro, tokens=tokens, padded=padded)
+    ranks = deal(range(len(lengths)), lengths, world_size=world, limit=limit)
+    assert sorted(number for rank in ranks for batch in rank for number in batch) == list(range(len(lengths)))
+    assert len({len(rank) for rank in ranks}) == 1
+    for batch in (batch for rank in ranks for batch in rank):
+        sizes = [lengths[number] for number in batch]
+        assert len(batch) <= micro
+        assert (max(sizes, default=0) * len(sizes) if padded else sum(sizes)) <= tokens
+    batches = [batch for rank in ranks for batch in rank]
+    assert all(batches) or len(lengths) < len(batches)
+
+
+def test_a_budget_that_does_not_bind_changes_nothing_and_one_that_does_costs_few_micro_batches():
+    rng = random.Random(4)
+    lengths = [rng.randint(600, 1100) for _ in range(64)]
+    free, wide, tight = (
+        deal(range(64), lengths, world_size=4, limit=MicroBatchLimit(examples=8, tokens=tokens))
+        for tokens in (None, 8800, 4096)
+    )
+    assert wide == free
+    assert (len(free[0]), len(tight[0])) == (2, 4)  # a rank has about 13,600 tokens
+    assert [sorted(sum(rank, [])) for rank in tight] == [sorted(sum(rank, [])) for rank in free]
+
+
+def test_an_example_beyond_the_budget_is_alone():
+    limit = MicroBatchLimit(examples=4, tokens=100)
+    assert [0] in deal([0, 1, 2], [500, 40, 40], world_size=1, limit=limit)[0]

@@ -14,6 +14,7 @@ from tiny import make_records
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.data.training_set import TrainingSet
@@ -116,7 +117,8 @@ class TestDamageFoundLate:
 
     def test_the_order_of_later_epochs_does_not_change(self, data: TrainingSet) -> None:
         """Only one rank sees the damage; if it changed the plan, the ranks would no longer agree."""
-        batches = BatchLoader(data, rank=0, world_size=2, config=data.config, global_batch=8, micro_batch=2)
+        limit = MicroBatchLimit(examples=2)
+        batches = BatchLoader(data, rank=0, world_size=2, config=data.config, global_batch=8, limit=limit)
         before = batches.plan(1)
         assert data[5] is None
         assert batches.plan(1) == before

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import make_records
-from trials import STAGES, full, losses, make_recipe, metrics, write
+from trials import STAGES, bounded, full, losses, make_recipe, metrics, write
 
 pytestmark = pytest.mark.slow
 SPLITS = (1, 2, 4)
@@ -17,13 +17,15 @@ SPLITS = (1, 2, 4)
 
 @pytest.fixture(scope="module")
 def splits(parts, ranks, tmp_path_factory) -> Path:
-    """Eight samples per step as 1 x 4, 2 x 2 and 4 x 1 (ranks x micro-batches), on every stage, in fp32.
+    """Eight samples per step as 1 x 4, 2 x 1 to 2 and 4 x 1 (ranks x micro-batches), on every stage, in fp32.
 
-    The six steps hold one without any picture, in which the projector gets no gradient.
+    On two ranks the tokens decide: four samples share a micro-batch where they have no pictures. The six steps hold one without any picture, in which the projector gets no gradient.
     """
     folder = tmp_path_factory.mktemp("splits")
     for world in SPLITS:
         recipes = [make_recipe(parts, folder / f"{stage}-{world}", stage, steps=6) for stage in STAGES]
+        if world == 2:
+            recipes = [bounded(recipe, 4) for recipe in recipes]
         ranks.run([write(recipe) for recipe in recipes], ranks=world)
     ranks.run([write(make_recipe(parts, folder / "none-1", "none", steps=6))], ranks=1)
     return folder

@@ -22,8 +22,8 @@ from mm_moslora.kernels.attention import segment_attention
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
-from mm_moslora.planning.run_plan import memory
 from mm_moslora.training.engine import LossModule, StepResult
+from mm_moslora.training.metrics.gpu_memory import StepMemory
 from mm_moslora.training.metrics.gpu_specs import device_peak, parse_gpus
 from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
 from mm_moslora.training.metrics.throughput import RankFigures, Speedometer
@@ -44,10 +44,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
 def planned(recipe: Recipe, row: dict[str, int], *, tokens: int, images: int = 0) -> float:
     size = memory_of(recipe, dtype=torch.float32)
-    needed = memory(
-        size, zero="none", world=1, tokens=tokens, supervised=row["supervised"], images=images,
-        checkpointing=False, logit_chunk=CHUNK_BYTES["cpu"],
-    )  # fmt: skip
+    step = StepMemory(size=size, zero="none", world=1, checkpointing=False, logit_chunk=CHUNK_BYTES["cpu"])
+    needed = step.of(tokens, supervised=row["supervised"], images=images)
     return needed.total - needed.context
 
 

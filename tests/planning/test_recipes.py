@@ -25,9 +25,10 @@ from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.model_sizes import known_shapes
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.planning import run_plan
-from mm_moslora.planning.activation_memory import ActivationMemory, activation_memory
-from mm_moslora.planning.run_plan import DataSize, Plan, known_data, memory, plan
+from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
+from mm_moslora.planning.run_plan import DataSize, Plan, known_data, plan
 from mm_moslora.training.engine import largest_adapter
+from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, StepMemory
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.training_loop import lr_factor
@@ -164,7 +165,6 @@ def test_the_head_of_a_recipe_and_the_table_say_what_is_planned(name: str, folde
         data = DataSize(samples=int(given["--samples"]), tokens=float(given["--tokens-per-sample"]))
     gpus = parse_gpus(given["--gpus"])
     found = plan(shipped(name, folders | {INTERNLM2: folders[CONVERTED]}), gpus, data)
-    assert found.own is not None
     assert found.best is not None
     assert found.own.fits
     line = f"#          {as_it_stands(found, found.own)}"
@@ -286,10 +286,12 @@ def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(
 def test_packed_rows_are_what_the_batch_sizes_of_a_plan_count(folders, planned, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     recipe = shipped("llava15_7b_moslora", folders)
-    found = planned("llava15_7b_moslora", "8xA100-80G")
-    size = found.data
-    rows = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, pack_tokens=4 * round(size.tokens)))
-    packed = plan(rows, parse_gpus("8xA100-80G"))
+    size = planned("llava15_7b_moslora", "8xA100-80G").data
+    alike = dataclasses.replace(recipe.data, max_length=round(size.tokens))
+    rows = dataclasses.replace(alike, pack_tokens=4 * round(size.tokens))
+    found, packed = (
+        plan(dataclasses.replace(recipe, data=data), parse_gpus("8xA100-80G")) for data in (alike, rows)
+    )  # fmt: skip
     assert packed.data.per_row == pytest.approx(4, rel=1e-3)
     of = {(o.zero, o.checkpointing, o.micro_batch): o for o in found.options}
     compared = 0
@@ -329,8 +331,7 @@ def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:
     assert packed.is_lean
     assert packed.kept_per_layer == whole.kept_per_layer
     needed = [
-        memory(size, zero="zero2", world=4, tokens=1000, supervised=100, images=1, checkpointing=True)
-        for size in (whole, packed)
+        StepMemory(size=size, zero="zero2", world=4, checkpointing=True).worst(1000) for size in (whole, packed)
     ]
     assert needed[1].workspace - needed[0].workspace == 4096 * 14_336 * 2  # one weight of Llama 3 made dense
     assert not memory_of(load_recipe_with(recipe, "int8")).is_lean
@@ -343,3 +344,39 @@ def load_recipe_with(recipe: Recipe, quantisation: str) -> Recipe:
     changed = recipe.to_dict()
     changed["model"]["quantisation"] = quantisation
     return Recipe.from_dict(changed)
+
+
+def changed(recipe: Recipe, **overrides: Any) -> Recipe:
+    """The same with other keys of `train` and `data`."""
+    data = {key: overrides.pop(key) for key in ("max_length", "pack_tokens") if key in overrides}
+    return dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, **data), train=dataclasses.replace(recipe.train, **overrides)
+    )
+
+
+def test_a_plan_judges_the_largest_micro_batch_and_says_what_would_fit(folders) -> None:
+    """16 examples of 2,048 tokens take 100 GiB besides the weights; the mean ones take half of it."""
+    gpus, recipe = parse_gpus("8xA100-80G"), shipped("llava15_7b_moslora", folders)
+    own = plan(recipe, gpus).own
+    assert own.fits
+    assert own.micro_batch * recipe.data.max_length > own.most > recipe.data.max_length
+    step = StepMemory(size=memory_of(recipe), zero="zero2", world=8, checkpointing=False)
+    assert own.memory == step.worst(own.most)
+    assert own.memory.total < own.memory.total * 1.1 <= FREE_SHARE * gpus.memory < step.worst(own.most + 1).total * 1.11
+    found = plan(changed(recipe, micro_tokens=16 * 2048), gpus)
+    assert not found.own.fits
+    assert found.remedy == f"train.micro_tokens up to {own.most} fits, or leave it out."
+    assert plan(changed(recipe, micro_tokens=own.most), gpus).own.fits
+
+    small = parse_gpus("8xRTX4090")
+    found = plan(changed(recipe, max_length=8192), small)
+    assert not found.own.fits
+    limit, change = re.fullmatch(
+        r"To make it fit, lower data\.max_length to (\d+), or set (.*), or take larger or more GPUs\.", found.remedy
+    ).groups()
+    assert change == "train.zero to zero3 and train.gradient_checkpointing to true"
+    assert plan(changed(recipe, max_length=int(limit)), small).own.fits
+    assert not plan(changed(recipe, max_length=int(limit) + 1), small).own.fits
+    assert plan(changed(recipe, max_length=8192, zero="zero3", gradient_checkpointing=True), small).own.fits
+    rows = plan(changed(recipe, pack_tokens=8192), small)
+    assert "lower data.pack_tokens to" in rows.remedy

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig
-from trials import hexed, losses, with_train
+from trials import bounded, hexed, losses, with_train
 
 from mm_moslora.config import OptimConfig, SourceConfig
 from mm_moslora.models.load_model import load
@@ -111,6 +111,13 @@ def test_the_loss_does_not_depend_on_micro_batches(recipe, tmp_path):
     values = {micro: losses(tmp_path / f"m{micro}") for micro in (1, 2, 8)}
     assert values[1] == pytest.approx(values[8], rel=1e-5)
     assert values[2] == pytest.approx(values[8], rel=1e-5)
+    tight, packed = bounded(recipe, 8, output=str(tmp_path / "tight")), replace(recipe.data, pack_tokens=256)
+    train(tight, stop_at=3)
+    train(with_train(tight, micro_tokens=300))  # on another machine, say
+    assert losses(tmp_path / "tight") == pytest.approx(values[8], rel=1e-5)
+    for name, tokens in (("rows", None), ("few rows", 512)):
+        train(with_train(replace(recipe, data=packed), micro_tokens=tokens, output=str(tmp_path / name), steps=3))
+    assert losses(tmp_path / "few rows") == pytest.approx(losses(tmp_path / "rows"), rel=1e-5)
 
 
 def test_without_deepspeed_one_process_trains_and_a_stage_says_what_is_missing(recipe, monkeypatch):

@@ -202,7 +202,7 @@ def test_held_out_records_are_seen_once_however_training_mixes(recipe):
     held_out = replace(recipe.data.train[0], limit=5)
     data = replace(recipe.data, validation=[held_out], mixing="parts", epoch_records=200)
     run = prepare(replace(recipe, data=data))
-    loader = BatchLoader(run.validation_set, rank=0, world_size=1, config=data, global_batch=4, micro_batch=4)
+    loader = BatchLoader(run.validation_set, rank=0, world_size=1, config=data, global_batch=4, limit=run.limit)
     assert sorted(number for step in loader.plan(0) for number in step) == [0, 1, 2, 3, 4]
 
 

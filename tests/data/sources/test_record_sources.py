@@ -199,11 +199,13 @@ class TestLimits:
 
 def test_parts_share_an_epoch(tmp_path: Path) -> None:
     from mm_moslora.data.batch_loader import BatchLoader
+    from mm_moslora.data.epoch_order import MicroBatchLimit
 
     paths = [make_records(tmp_path / name, count) for name, count in (("a", 30), ("b", 10))]
     config = {"mixing": "parts", "epoch_records": 60, "order": "random"}
     data = make_set(*paths, weights=[1.0, 3.0], **config)
-    loader = BatchLoader(data, rank=0, world_size=1, config=data.config, global_batch=4, micro_batch=4)
+    limit = MicroBatchLimit(examples=4)
+    loader = BatchLoader(data, rank=0, world_size=1, config=data.config, global_batch=4, limit=limit)
     seen = Counter(number >= 30 for step in loader.plan(0) for number in step)
     assert seen == {False: 15, True: 45}
 

@@ -1,0 +1,93 @@
+"""The default token budget on a GPU: what surely fits, and an error before loading where one example does not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trials import with_train
+
+from mm_moslora.training import run_setup, token_budget
+from mm_moslora.training.deepspeed_presets import stage_name
+from mm_moslora.training.metrics.activation_memory import activation_memory
+from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, GIB, MODEL_ERROR, StepMemory
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ConfigError, TrainingError
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Has the run believe in a GPU of so many GiB; other ranks have larger ones."""
+
+    def put_in(gib: float) -> None:
+        memory = SimpleNamespace(total_memory=gib * GIB)
+        monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+
+    return put_in
+
+
+def budget_of(recipe):
+    return token_budget.token_budget(recipe, recipe.model, precision="bf16")
+
+
+def test_a_gpu_gets_the_tokens_that_surely_fit_and_a_cpu_any_number(recipe, card):
+    assert budget_of(recipe) is None
+    assert budget_of(with_train(recipe, micro_tokens=999)) == 999
+    before = torch.get_rng_state()
+    card(4)
+    found = budget_of(recipe)
+    assert torch.equal(torch.get_rng_state(), before)
+    step = StepMemory(
+        size=activation_memory(recipe.model, recipe.adapter), zero="none", world=1, checkpointing=False
+    )  # fmt: skip
+    room = FREE_SHARE * 4 * GIB / (1 + MODEL_ERROR)
+    assert step.worst(found).total <= room < step.worst(found + 1).total
+    assert budget_of(with_train(recipe, gradient_checkpointing=True)) > found
+    assert budget_of(with_train(recipe, micro_tokens=999)) == 999
+    card(2)
+    assert budget_of(recipe) < 0.6 * found
+
+
+def test_a_gpu_too_small_for_one_example_is_told_before_loading_with_what_would_fit(recipe, card, monkeypatch):
+    monkeypatch.setattr(run_setup, "load_parts", lambda *_, **__: pytest.fail("the model is loaded"))
+    long = replace(recipe, data=replace(recipe.data, max_length=60_000))
+    card(2.15)
+    with pytest.raises(TrainingError, match=r"data\.max_length is 60000, .* takes about .* GiB \(.*activations") as caught:
+        run_setup.prepare(long)
+    text = str(caught.value)
+    assert "the smallest GPU of this run has 2.1 GiB, of which 94% can be used" in text
+    assert "set train.gradient_checkpointing to true" in text
+    most = int(re.search(r"lower data\.max_length to (\d+)", text)[1])
+    fitting = replace(recipe, data=replace(recipe.data, max_length=most))
+    assert token_budget.token_budget(fitting, fitting.model, precision="fp32") == most
+    rows = replace(recipe, data=replace(recipe.data, pack_tokens=60_000))
+    with pytest.raises(TrainingError, match=r"data\.pack_tokens is 60000"):
+        run_setup.prepare(rows)
+    assert budget_of(with_train(rows, micro_tokens=60_000)) == 60_000
+
+
+def test_a_model_that_cannot_be_estimated_trains_without_a_budget(recipe, card, monkeypatch, caplog):
+    def unknown(*_, **__):
+        raise AttributeError("no rotary_emb")
+
+    monkeypatch.setattr(token_budget, "activation_memory", unknown)
+    card(80)
+    assert budget_of(recipe) is None
+    assert "cannot be estimated (no rotary_emb)" in caplog.text
+
+
+def test_stages_are_read_from_presets_and_files(tmp_path):
+    assert [stage_name(name) for name in ("none", "zero1", "zero3", "zero2_offload")] == [
+        "none", "zero1", "zero3", "zero2_offload",
+    ]  # fmt: skip
+    file = tmp_path / "own.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
+    assert stage_name(str(file)) == "zero3_offload"
+    file.write_text("{}")
+    assert stage_name(str(file)) == "zero0"
+    with pytest.raises(ConfigError, match="zero4"):
+        stage_name("zero4")
