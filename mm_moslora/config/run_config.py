@@ -70,9 +70,9 @@ class TrainConfig:
     micro_batch: int = 4
     """Most examples per forward pass and rank."""
     micro_tokens: int | None = None
-    """Most tokens per forward pass and rank, at least data.max_length (data.pack_tokens of packed rows). The examples of
-    a step are cut into as many micro-batches as this takes. None: on a GPU as many as surely fit into its memory, by the
-    estimate of `plan`; on a CPU any number."""
+    """Most tokens per forward pass and rank, at least data.max_length (data.pack_tokens of packed rows). A step is cut
+    into as many micro-batches as this takes. None: on a GPU as many as surely fit into its memory, by the estimate of
+    `plan`; on a CPU any number."""
     zero: str = "zero2"
     """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch."""
     precision: Precision = "auto"

@@ -28,7 +28,10 @@ def test_every_shipped_recipe_parses_and_survives_a_round_trip(name):
         ({"adapter": {"rank": 0}}, r"adapter\.rank is 0, expected at least 1"),
         ({"train": {"steps": "many"}}, r"train\.steps is 'many' \(str\), expected int"),
         ({"train": {"global_batch": 6, "micro_batch": 4}}, r"multiple of train\.micro_batch \(4\)"),
-        ({"train": {"micro_tokens": 2047}}, r"train\.micro_tokens is 2047, expected at least data\.max_length \(2048\)"),
+        (
+            {"train": {"micro_tokens": 2047}},
+            r"train\.micro_tokens is 2047, expected at least data\.max_length \(2048\)",
+        ),
         (
             {"train": {"micro_tokens": 2048}, "data": {"pack_tokens": 4096}},
             r"train\.micro_tokens is 2048, expected at least data\.pack_tokens \(4096\)",

@@ -20,7 +20,6 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import damage, make_set
 
-
 FOUR = MicroBatchLimit(examples=4)
 
 
@@ -29,7 +28,9 @@ def path(tmp_path_factory) -> Path:
     return make_records(tmp_path_factory.mktemp("loader"), 22)
 
 
-def loader_for(data, *, rank=0, world=1, micro=2, tokens=None, global_batch=4, start=0, seed=0, **options) -> BatchLoader:
+def loader_for(
+    data, *, rank=0, world=1, micro=2, tokens=None, global_batch=4, start=0, seed=0, **options
+) -> BatchLoader:
     config = DataConfig(**({"workers": 0, "max_bad_share": 1.0} | options))
     return BatchLoader(
         data, rank=rank, world_size=world, config=config, global_batch=global_batch, seed=seed,

@@ -19,7 +19,8 @@ SPLITS = (1, 2, 4)
 def splits(parts, ranks, tmp_path_factory) -> Path:
     """Eight samples per step as 1 x 4, 2 x 1 to 2 and 4 x 1 (ranks x micro-batches), on every stage, in fp32.
 
-    On two ranks the tokens decide: four samples share a micro-batch where they have no pictures. The six steps hold one without any picture, in which the projector gets no gradient.
+    On two ranks the tokens decide: four samples share a micro-batch where they have no pictures. The six steps hold
+    one without any picture, in which the projector gets no gradient.
     """
     folder = tmp_path_factory.mktemp("splits")
     for world in SPLITS:

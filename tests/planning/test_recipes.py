@@ -25,9 +25,9 @@ from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.model_sizes import known_shapes
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.planning import run_plan
-from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.planning.run_plan import DataSize, Plan, known_data, plan
 from mm_moslora.training.engine import largest_adapter
+from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, StepMemory
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.training.parameter_groups import parameter_groups
@@ -330,9 +330,7 @@ def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:
     assert packed.weight_bytes < 0.4 * whole.weight_bytes
     assert packed.is_lean
     assert packed.kept_per_layer == whole.kept_per_layer
-    needed = [
-        StepMemory(size=size, zero="zero2", world=4, checkpointing=True).worst(1000) for size in (whole, packed)
-    ]
+    needed = [StepMemory(size=size, zero="zero2", world=4, checkpointing=True).worst(1000) for size in (whole, packed)]
     assert needed[1].workspace - needed[0].workspace == 4096 * 14_336 * 2  # one weight of Llama 3 made dense
     assert not memory_of(load_recipe_with(recipe, "int8")).is_lean
     data = known_data(recipe.data.train, whole.tokens_per_image)

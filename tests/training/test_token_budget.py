@@ -56,7 +56,9 @@ def test_a_gpu_too_small_for_one_example_is_told_before_loading_with_what_would_
     monkeypatch.setattr(run_setup, "load_parts", lambda *_, **__: pytest.fail("the model is loaded"))
     long = replace(recipe, data=replace(recipe.data, max_length=60_000))
     card(2.15)
-    with pytest.raises(TrainingError, match=r"data\.max_length is 60000, .* takes about .* GiB \(.*activations") as caught:
+    with pytest.raises(
+        TrainingError, match=r"data\.max_length is 60000, .* takes about .* GiB \(.*activations"
+    ) as caught:
         run_setup.prepare(long)
     text = str(caught.value)
     assert "the smallest GPU of this run has 2.1 GiB, of which 94% can be used" in text

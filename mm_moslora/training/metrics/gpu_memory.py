@@ -69,7 +69,7 @@ class StepMemory:
         """Memory with a micro-batch of so many tokens, supervised tokens and images."""
         size, zero = self.size, self.zero
         trained, b = size.trainable, size.value_bytes
-        split = {name: (1, 1, 1) for name in ("none", "zero0")}
+        split = dict.fromkeys(("none", "zero0"), (1, 1, 1))
         split |= {"zero1": (1, 1, self.world), "zero2": (1, self.world, self.world)}
         by_weights, by_gradients, by_states = split.get(zero.removesuffix("_offload"), (self.world,) * 3)
         masters = 0 if b == 4 and zero != "none" else 4
