@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 import peft
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -104,7 +104,13 @@ class Parts:
         )
 
 
-def load_parts(config: ModelConfig, *, weights: Weights = "all", dtype: torch.dtype = torch.float32) -> Parts:
+def load_parts(
+    config: ModelConfig,
+    *,
+    weights: Weights = "all",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Parts:
     """Load a recipe's model, or as much of it as is needed, without adapters.
 
     Args:
@@ -113,6 +119,9 @@ def load_parts(config: ModelConfig, *, weights: Weights = "all", dtype: torch.dt
             data preparation. `shapes`: the model on the meta device with a few of its decoder layers, and no tokenizer
             and processor, for planning; only configurations are read.
         dtype: dtype of every weight.
+        device: where `all` puts the weights, without a copy in main memory; None: main memory. On `meta` the weights of
+            transformers' models are not read; other parts (new projectors, towers of open_clip and timm) are in main
+            memory.
 
     Raises:
         ModelError: a part is unknown or does not fit.
@@ -122,31 +131,51 @@ def load_parts(config: ModelConfig, *, weights: Weights = "all", dtype: torch.dt
     place: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
     load = _assembled if config.vlm is None else _pretrained
     with place:
-        return load(config, weights=weights, dtype=dtype)
+        return load(config, weights=weights, dtype=dtype, device=device)
 
 
-def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype) -> Parts:
-    language = _language(config, weights=weights, dtype=dtype)
+def is_quantised(config: ModelConfig) -> bool:
+    """Whether a recipe's base model has packed weights, by the recipe or by its own configuration.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    if config.quantisation != "none":
+        return True
+    if config.vlm is not None:
+        own = sizes_of(config.vlm, config.vlm_revision, key="model.vlm")
+    else:
+        assert config.language is not None
+        own = sizes_of(config.language, config.language_revision, key="model.language")
+    return getattr(own, "quantization_config", None) is not None
+
+
+def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, device: torch.device | None) -> Parts:
+    language = _language(config, weights=weights, dtype=dtype, device=device)
     parts = Parts(
         model=cast(PreTrainedModel, language.model), tokenizer=language.tokenizer, layers=language.layers,
         base={"language": config.language, "language_revision": config.language_revision}, thinking=config.thinking,
     )  # fmt: skip
     if config.vision is None:
         return parts
-    tower, spec = load_vision(config.vision, dtype=dtype) if weights == "all" else sketch_vision(config.vision)
+    if weights == "all":
+        tower, spec = load_vision(config.vision, dtype=dtype, device=device)
+    else:
+        tower, spec = sketch_vision(config.vision)
     shape = projector_shape(config, spec, language.config)
     tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
     standard = is_standard(config, spec, tower)
     _require_fitting(config, spec, tower, standard=standard)
     token = language.add_image_token()
+    own = None if device is None or device.type == "meta" else device  # of parts that are made, not read
     if weights != "none":
         settings = llava_settings(config.vision, spec, tower, language.config, image_token_id=token, tokens=tokens)
         if config.image_aspect == "anyres":
-            parts.model = compose_anyres(config, settings, spec, dtype=dtype)
+            parts.model = compose_anyres(config, settings, spec, dtype=dtype, device=own)
         else:
             parts.model = compose(config, settings, shape, standard=standard, prefix=spec.prefix)
     if weights == "all":
-        projector = build_projector(config.projector.kind, shape).to(dtype)
+        projector = build_projector(config.projector.kind, shape).to(device=own, dtype=dtype)
         _fill(parts.model, cast(PreTrainedModel, language.model), tower, projector)
         if config.projector.weights:
             load_projector(projector, Path(config.projector.weights), newline=newline_of(parts.model))
@@ -177,7 +206,7 @@ class _Language(NamedTuple):
         return token
 
 
-def _language(config: ModelConfig, *, weights: Weights, dtype: torch.dtype) -> _Language:
+def _language(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, device: torch.device | None) -> _Language:
     assert config.language is not None
     name, revision = config.language, config.language_revision
     if weights == "shapes":
@@ -185,7 +214,9 @@ def _language(config: ModelConfig, *, weights: Weights, dtype: torch.dtype) -> _
         alone = AutoModelForCausalLM.from_config(text, trust_remote_code=False) if config.vision is None else None
         return _Language(text, cast(Any, None), alone, layers)
     if weights == "all":
-        model, tokenizer = load_language(name, revision, dtype=dtype, quantisation=config.quantisation)
+        model, tokenizer = load_language(
+            name, revision, dtype=dtype, quantisation=config.quantisation, device=device
+        )
         language = _Language(model.config, tokenizer, model)
     else:
         language = _Language(*_language_config(name, revision))
@@ -234,7 +265,7 @@ def _processor(
     return build_processor(tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard)
 
 
-def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype) -> Parts:
+def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, device: torch.device | None) -> Parts:
     assert config.vlm is not None
     name, revision = config.vlm, config.vlm_revision
     base = {"vlm": name, "vlm_revision": revision}
@@ -244,7 +275,7 @@ def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype) ->
         model = AutoModelForImageTextToText.from_config(whole, trust_remote_code=False)
         return Parts(model=model, is_pretrained_vlm=True, base=base, layers=layers, thinking=config.thinking)
     if weights == "all":
-        model, processor = load_pretrained_vlm(name, revision, dtype=dtype)
+        model, processor = load_pretrained_vlm(name, revision, dtype=dtype, device=device)
         savable_generation_config(model)
         token = None
     else:
@@ -287,9 +318,9 @@ def is_standard(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel) ->
 
 
 def load_language(
-    name: str, revision: str | None, *, dtype: torch.dtype, quantisation: str = "none"
+    name: str, revision: str | None, *, dtype: torch.dtype, quantisation: str = "none", device: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load any causal language model with its tokenizer.
+    """Load any causal language model with its tokenizer; `device` as in `load_parts`.
 
     Raises:
         ModelError: nothing there, or not a causal language model.
@@ -301,6 +332,7 @@ def load_language(
             revision=revision,
             dtype=dtype,
             quantization_config=_quantisation(quantisation, dtype),
+            device_map=device,
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -380,13 +412,28 @@ def add_embedding_row(language: PreTrainedModel, token_id: int) -> None:
 
     The row is the mean of all others: it is never looked up (visual tokens take its place) and its logit never wins.
     """
-    old = int(cast(Any, language.get_input_embeddings()).weight.shape[0])
-    if token_id >= old:
-        language.resize_token_embeddings(token_id + 1, mean_resizing=False)
-        tables = {language.get_input_embeddings().weight, language.get_output_embeddings().weight}
+    first = cast(nn.Parameter, language.get_input_embeddings().weight)
+    old, device = first.shape[0], first.device
+    if token_id < old:
+        return
+    # transformers draws the rows that are set here. On the CPU, so that its generator moves as far for every device.
+    _move_tables(language, torch.device("cpu"))
+    language.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    if device.type != "meta":
         with torch.no_grad():
-            for table in tables:
+            for table in {language.get_input_embeddings().weight, language.get_output_embeddings().weight}:
                 table[old:] = table[:old].float().mean(dim=0).to(table.dtype)
+    _move_tables(language, device)
+
+
+def _move_tables(language: PreTrainedModel, device: torch.device) -> None:
+    """Move the embedding table and the head; from the meta device without values."""
+    for owner in cast(list[nn.Module], [language.get_input_embeddings(), language.get_output_embeddings()]):
+        if cast(Tensor, owner.weight).is_meta:
+            owner.to_empty(device=device)
+        else:
+            owner.to(device)
+    language.tie_weights()  # the meta device makes other parameters
 
 
 def register_image_token(tokenizer: PreTrainedTokenizerBase) -> int:

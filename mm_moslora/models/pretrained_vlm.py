@@ -20,13 +20,16 @@ PICTURE = (640, 480)
 """Width and height of the picture that stands for all where they decide what it costs: of most of COCO's."""
 
 
-def load_pretrained_vlm(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def load_pretrained_vlm(
+    name: str, revision: str | None, *, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[PreTrainedModel, Any]:
     """Load a ready-made model with its processor.
 
     Args:
         name: folder or hub id.
         revision: on the hub.
         dtype: of the weights.
+        device: of the weights, read straight to it; None: main memory. On `meta` they are not read.
 
     Raises:
         ModelError: nothing there, or no image-text-to-text model.
@@ -34,7 +37,7 @@ def load_pretrained_vlm(name: str, revision: str | None, *, dtype: torch.dtype) 
     processor = load_pretrained_processor(name, revision)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=dtype, trust_remote_code=False
+            name, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

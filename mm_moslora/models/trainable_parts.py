@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -46,9 +47,12 @@ def attach_adapters(
             # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base cost
             # a third of the step.
             if adapter.weights is not None:
-                assembly.peft_model = adapters.load_adapter(
-                    assembly.model, start_folder(adapter), trainable=True, autocast_adapter_dtype=False
-                )
+                with warnings.catch_warnings():
+                    # Under ZeRO-3 rank 0 has the values, and every weight of the other ranks would get a warning.
+                    warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+                    assembly.peft_model = adapters.load_adapter(
+                        assembly.model, start_folder(adapter), trainable=True, autocast_adapter_dtype=False
+                    )
             else:
                 assembly.peft_model = adapters.add_moslora(
                     assembly.model,

@@ -23,7 +23,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
-from mm_moslora.models.assembly import Parts, load_parts
+from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
@@ -44,7 +44,7 @@ from mm_moslora.models.projectors.projector_start import (
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import image_features, is_multimodal, needs_padding
-from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
+from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine, weights_place
 from mm_moslora.training.metrics.mixer_metrics import MIXERS, mixer_matrices
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
@@ -150,8 +150,10 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
         model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
-    assembly = load_parts(model_start, dtype=dtype_of(precision))
-    attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
+    with distributed.failing_together("Loading the model"):  # under ZeRO-3 rank 0 alone reads its weights
+        place = weights_place(recipe.train, quantised=is_quantised(model_start))
+        assembly = load_parts(model_start, dtype=dtype_of(precision), device=place)
+        attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
     if distributed.is_main():
         for line in trainable_table(assembly):
             logger.info("%s", line)
@@ -243,7 +245,9 @@ def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> t
 def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:
     if config.vision is None or config.vision.feature_cache is None:
         return None
-    tower = tower_hash(model.model.vision_tower, model.config.vision_feature_layer)
+    own = distributed.is_main()  # which has the weights at every ZeRO stage
+    tower = tower_hash(model.model.vision_tower, model.config.vision_feature_layer) if own else ""
+    tower = distributed.from_main(tower)
     return FeatureStore(
         Path(config.vision.feature_cache).expanduser(),
         tower,
@@ -288,7 +292,8 @@ def _start_projector(wanted: ProjectorConfig, assembly: Parts, data: TrainingSet
         if distributed.is_main():
             with _where_it_trains(model):
                 _fit(assembly, data, to_answers=wanted.fit_to_answers)
-    projector.load_state_dict(distributed.from_main(projector.state_dict()))
+    weights = {name: value.cpu() for name, value in projector.state_dict().items()}
+    projector.load_state_dict(distributed.from_main(weights))
 
 
 def _fit(assembly: Parts, data: TrainingSet, *, to_answers: bool) -> None:
@@ -363,15 +368,16 @@ def _hidden_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tens
 
 @contextmanager
 def _where_it_trains(model: PreTrainedModel) -> Iterator[None]:
-    """Tower and projector on this rank's device inside the block; the engine later takes the model from the host."""
+    """Tower and projector on this rank's device inside the block, and then where they were."""
     parts: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
+    before = next(parts[0].parameters()).device
     for part in parts:
         part.to(distributed.device())
     try:
         yield
     finally:
         for part in parts:
-            part.to("cpu")
+            part.to(before)
 
 
 def trainable_table(assembly: Parts) -> list[str]:

@@ -12,13 +12,14 @@ from tiny import make_vision, supervised_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from mm_moslora.batch import Batch, Example, ProcessedImage
-from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.processing.image_processing import dummy_image_example, image_transform
 from mm_moslora.models.processing.llava_processor import image_processor, save_processor
 from mm_moslora.models.projectors.projector_layers import PixelShuffleProjector, ProjectorShape
+from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import image_features
 from mm_moslora.utils.errors import ModelError
@@ -176,6 +177,28 @@ def test_data_preparation_and_planning_need_no_weights(language_folder, tmp_path
     shapes = load_parts(config, weights="shapes")
     assert {parameter.device.type for parameter in shapes.model.parameters()} == {"meta"}
     assert (shapes.tokenizer, shapes.processor, shapes.layers, shapes.tokens_per_image) == (None, None, 2, 16)
+
+
+@pytest.mark.parametrize("aspect", ["pad", "anyres"])
+def test_on_the_meta_device_no_weights_are_read_and_all_else_is_the_same(aspect, language_folder, tmp_path):
+    config = replace(config_for(language_folder, str(make_vision(tmp_path / "clip", "clip"))), image_aspect=aspect)
+    loaded, states = [], []
+    for device in (None, torch.device("meta")):
+        torch.manual_seed(3)
+        parts = load_parts(config, device=device)
+        attach_adapters(parts, config, AdapterConfig(rank=2, alpha=4))
+        loaded.append(parts.model)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    here, there = (dict(model.named_parameters(remove_duplicate=False)) for model in loaded)
+    assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in here.items()} == {
+        name: (p.shape, p.dtype, p.requires_grad) for name, p in there.items()
+    }
+    made = [name for name, parameter in there.items() if not parameter.is_meta]
+    assert all("multi_modal_projector" in name or "image_newline" in name for name in made)
+    assert all(torch.equal(there[name], here[name]) for name in made)
+    assert len(made) == 4 + (aspect == "anyres")
+    assert loaded[1].get_input_embeddings().weight is loaded[1].get_output_embeddings().weight
 
 
 @pytest.mark.parametrize("weights", ["all", "none", "shapes"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from mm_moslora.training.engine.deepspeed_patches import skip_shared_memory_operator
@@ -44,6 +45,26 @@ def test_gathers_of_a_parameter_take_a_list() -> None:
     assert inner(convert, "all_gather")[0] == "param_list"
     assert inner(convert, "all_gather_coalesced")[0] == "params"
     assert "persistent_parameters" in attributes(DeepSpeedZeroOptimizer_Stage3)
+
+
+def test_weights_are_cut_up_one_by_one_and_by_their_identity() -> None:
+    assert inner(Init._convert_to_deepspeed_param, "convert_to_zero_parameters") == ["param_list"]
+    seen: list[nn.Parameter] = []
+
+    class Noting(Init):
+        def __init__(self) -> None:
+            self.local_device = torch.device("cpu")
+
+        def _zero_init_param(self, param: nn.Parameter) -> None:
+            seen.append(param)
+
+    def arriving() -> Iterator[nn.Parameter]:
+        for number in range(3):
+            assert len(seen) == number  # the one before is done
+            yield nn.Parameter(torch.zeros(number + 1))
+
+    Noting()._convert_to_zero_parameters(arriving())
+    assert [len(parameter) for parameter in seen] == [1, 2, 3]
 
 
 def test_hooks_of_stage_3_are_kept_by_handle() -> None:

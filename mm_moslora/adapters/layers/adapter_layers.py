@@ -123,7 +123,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             self._place_factors(adapter_name, config)
             # B A is not zero here. A mixer of (almost) zero makes training start at the base model.
             scale = 1e-5 if config.factor_form == "svd" else 0.0
-            weight = torch.randn(rank, rank, device=like.device, dtype=torch.float32).mul_(scale).to(like.dtype)
+            weight = torch.randn(rank, rank, dtype=torch.float32).mul_(scale).to(like)  # the same on every device
         elif config.mixer_form == "diagonal":
             weight = torch.ones(rank, dtype=like.dtype, device=like.device)
         else:

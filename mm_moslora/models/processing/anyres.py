@@ -56,14 +56,15 @@ def require_anyres(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel,
 
 
 def compose_anyres(
-    config: ModelConfig, settings: dict[str, Any], spec: ImageSpec, *, dtype: torch.dtype
+    config: ModelConfig, settings: dict[str, Any], spec: ImageSpec, *, dtype: torch.dtype, device: torch.device | None
 ) -> PreTrainedModel:
-    """The model with weights on the meta device, except the newline embedding."""
+    """The model with weights on the meta device, except the newline embedding, which is drawn in main memory."""
     whole = LlavaNextConfig(**settings, image_grid_pinpoints=pinpoints(spec, config.anyres_tiles))
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(whole)
     width = whole.get_text_config().hidden_size
-    model.model.image_newline = nn.Parameter(torch.randn(width, dtype=dtype) * width**-0.5)
+    newline = torch.randn(width, dtype=dtype) * width**-0.5
+    model.model.image_newline = nn.Parameter(newline.to(device=device))
     return model
 
 

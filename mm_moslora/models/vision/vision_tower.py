@@ -14,9 +14,10 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mm_moslora.config import VisionConfig
@@ -69,18 +70,24 @@ class ImageSpec:
         return side
 
 
-def load_vision(config: VisionConfig, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ImageSpec]:
+def load_vision(
+    config: VisionConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> tuple[PreTrainedModel, ImageSpec]:
     """Load a vision tower, or two side by side, and describe it.
 
     Args:
         config: the recipe's `model.vision`.
         dtype: dtype of the weights.
+        device: of the weights; None: main memory. On `meta` those of transformers are not read, and others are in main
+            memory.
 
     Raises:
         ModelError: unknown tower, a size it cannot take, a layer it does not have, or two that do not fit together.
     """
-    tower, spec = _load(config, weights=True)
+    tower, spec = _load(config, weights=True, device=device)
     cast_parameters(tower, dtype)
+    if device is not None and device.type != "meta":
+        cast(nn.Module, tower).to(device)  # towers of open_clip and timm are read by main memory
     return tower, spec
 
 
@@ -94,30 +101,34 @@ def sketch_vision(config: VisionConfig) -> tuple[PreTrainedModel, ImageSpec]:
         return _load(config, weights=False)
 
 
-def _load(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, ImageSpec]:
-    tower, statistics = _load_one(config, weights=weights)
+def _load(
+    config: VisionConfig, *, weights: bool, device: torch.device | None = None
+) -> tuple[PreTrainedModel, ImageSpec]:
+    tower, statistics = _load_one(config, weights=weights, device=device)
     spec = describe(tower, config, statistics)
-    return _load_beside(config, tower, spec, weights=weights) if config.fuse_with else (tower, spec)
+    return _load_beside(config, tower, spec, weights=weights, device=device) if config.fuse_with else (tower, spec)
 
 
-def _load_one(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, PixelStatistics]:
+def _load_one(
+    config: VisionConfig, *, weights: bool, device: torch.device | None
+) -> tuple[PreTrainedModel, PixelStatistics]:
     library, _, name = config.name.partition(":")
     if library == "open_clip":
         return load_open_clip(name, config, weights=weights)
     if library == "timm" or is_timm_folder(Path(config.name)):
         return load_timm(name if library == "timm" else config.name, config, weights=weights)
-    return _load_transformers(config, weights=weights)
+    return _load_transformers(config, weights=weights, device=device)
 
 
 def _load_beside(
-    config: VisionConfig, tower: PreTrainedModel, spec: ImageSpec, *, weights: bool
+    config: VisionConfig, tower: PreTrainedModel, spec: ImageSpec, *, weights: bool, device: torch.device | None
 ) -> tuple[PreTrainedModel, ImageSpec]:
     """Load the second tower and join the two channel by channel (prismatic, 2402.07865, section 4.2)."""
     assert config.fuse_with is not None
     alone = dataclasses.replace(
         config, name=config.fuse_with, fuse_with=None, revision=None, image_size=config.image_size or spec.size
     )
-    second, statistics = _load_one(alone, weights=weights)
+    second, statistics = _load_one(alone, weights=weights, device=device)
     other = describe(second, alone, statistics)
     if other.tokens != spec.tokens:
         raise ModelError(
@@ -174,7 +185,9 @@ def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatisti
     )  # fmt: skip
 
 
-def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, PixelStatistics]:
+def _load_transformers(
+    config: VisionConfig, *, weights: bool, device: torch.device | None
+) -> tuple[PreTrainedModel, PixelStatistics]:
     import transformers
 
     try:
@@ -199,7 +212,9 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
         part = getattr(whole, "vision_config", whole)
         sketch: PreTrainedModel = loader(part) if half else loader.from_config(part, trust_remote_code=False)
         return sketch, _processor_statistics(config, sketch.config)
-    tower = loader.from_pretrained(config.name, revision=config.revision, dtype=torch.float32, trust_remote_code=False)
+    tower = loader.from_pretrained(
+        config.name, revision=config.revision, dtype=torch.float32, device_map=device, trust_remote_code=False
+    )
     return tower, _processor_statistics(config, tower.config)
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from mm_moslora.config import TrainConfig
+from mm_moslora.training.deepspeed_presets import read_preset
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_settings import (
     check_settings,
@@ -21,6 +24,7 @@ from mm_moslora.training.engine.deepspeed_settings import (
 from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "deepspeed_config",
     "largest_adapter",
     "prepare_deepspeed",
+    "weights_place",
 ]
 
 
@@ -67,6 +72,23 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
         check_settings(config, train.zero)
 
 
+def weights_place(train: TrainConfig, *, quantised: bool) -> torch.device | None:
+    """Where this rank reads frozen and initial weights to; None: main memory.
+
+    Below ZeRO-3 that is the device that trains. Under ZeRO-3 rank 0 reads them into main memory, and the engine sends
+    every rank its shard, so the other ranks read none.
+
+    Args:
+        train: the recipe's `train`.
+        quantised: the base model is packed while it is read, which every rank does by itself.
+    """
+    device = distributed.device()
+    stage = 0 if train.zero == "none" else read_preset(train.zero).get("zero_optimization", {}).get("stage", 0)
+    if stage < 3 or quantised:
+        return None if device.type == "cpu" else device
+    return None if distributed.is_main() else torch.device("meta")
+
+
 def build_engine(
     module: LossModule,
     groups: Sequence[ParameterGroup],
@@ -78,7 +100,7 @@ def build_engine(
     """The engine that `train.zero` names.
 
     Args:
-        module: on the CPU.
+        module: on the CPU or on the device that trains; under ZeRO-3 see `weights_place`.
         groups: from `parameter_groups`.
         train: the recipe's `train`.
         precision: resolved.

@@ -45,8 +45,12 @@ class DeepSpeedEngine(Engine):
                 "adapter.factor_form is orthonormal, which needs whole matrices, but train.zero is a ZeRO-3, which "
                 "gathers a matrix only while its layer computes. Choose zero0 to zero2."
             )
+        if self.stage == 3:
+            deepspeed_patches.shard_from_main(module, config, device=self.device)
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
-        precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
+        precise = []
+        if self.stage < 3:  # stage 3 cuts them up in the dtype of the others
+            precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
         self.shares_products = self.stage < 3
         self.replicated = self.stage == 0
@@ -54,9 +58,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             deepspeed_patches.fetch_whole_layers(module)
             deepspeed_patches.gather_persistent_together(self.engine)
-        if self.stage < 3:  # stage 3 has already cut them up
-            for parameter, value in precise:
-                parameter.data = value.to(parameter.device)
+        for parameter, value in precise:
+            parameter.data = value.to(parameter.device)
         if self.stage == 0:
             deepspeed_patches.undo_warm_up_step(self.engine)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
+from mm_moslora.utils import distributed
 
 
 def skip_shared_memory_operator() -> None:
@@ -74,6 +75,50 @@ def clear_gradients(engine: Any, stage: int) -> None:
     for buffer in buffers:
         if buffer is not None:
             buffer.zero_()
+
+
+@torch.no_grad()
+def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.device) -> None:
+    """Stage 3: cut rank 0's weights up over all ranks, one after the other.
+
+    `deepspeed.initialize` would first move the whole model to each rank's device. DeepSpeed's own conversion, used here,
+    sends rank 0's values anyway, so the other ranks may have their weights on the meta device.
+
+    Args:
+        module: weights that are not on the meta device may be in main memory. Parameters stay the same objects.
+        config: DeepSpeed's.
+        device: of this rank.
+    """
+    from deepspeed.runtime.zero import Init
+
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((kind for name, kind in half.items() if config.get(name, {}).get("enabled")), None)
+    buffers = list(module.buffers())
+    values = distributed.from_main([buffer.cpu() for buffer in buffers] if distributed.is_main() else [])
+    for buffer, value in zip(buffers, values, strict=True):
+        _allocate(buffer, device)
+        buffer.data = value.to(device)
+
+    def arriving() -> Iterator[nn.Parameter]:
+        for parameter in module.parameters():
+            _allocate(parameter, device)
+            if dtype is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+            yield parameter
+
+    parameters = arriving()
+    first: Any = next(parameters)
+    Init(module=nn.ParameterList([first]), config_dict_or_path=config)
+    first.convert_to_zero_parameters(parameters)  # takes one when the one before is cut up
+
+
+def _allocate(tensor: Tensor, device: torch.device) -> None:
+    """Give a tensor of the meta device memory on a device; it stays the same object."""
+    if tensor.is_meta:
+        empty = torch.empty_like(tensor, device=device)
+        empty = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        vars(empty).update(vars(tensor))
+        torch.utils.swap_tensors(tensor, empty)
 
 
 def fetch_whole_layers(module: nn.Module) -> None:
