@@ -214,9 +214,7 @@ def _language(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, devi
         alone = AutoModelForCausalLM.from_config(text, trust_remote_code=False) if config.vision is None else None
         return _Language(text, cast(Any, None), alone, layers)
     if weights == "all":
-        model, tokenizer = load_language(
-            name, revision, dtype=dtype, quantisation=config.quantisation, device=device
-        )
+        model, tokenizer = load_language(name, revision, dtype=dtype, quantisation=config.quantisation, device=device)
         language = _Language(model.config, tokenizer, model)
     else:
         language = _Language(*_language_config(name, revision))
@@ -318,7 +316,12 @@ def is_standard(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel) ->
 
 
 def load_language(
-    name: str, revision: str | None, *, dtype: torch.dtype, quantisation: str = "none", device: torch.device | None = None
+    name: str,
+    revision: str | None,
+    *,
+    dtype: torch.dtype,
+    quantisation: str = "none",
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model with its tokenizer; `device` as in `load_parts`.
 

@@ -81,8 +81,8 @@ def clear_gradients(engine: Any, stage: int) -> None:
 def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.device) -> None:
     """Stage 3: cut rank 0's weights up over all ranks, one after the other.
 
-    `deepspeed.initialize` would first move the whole model to each rank's device. DeepSpeed's own conversion, used here,
-    sends rank 0's values anyway, so the other ranks may have their weights on the meta device.
+    `deepspeed.initialize` would first move the whole model to each rank's device. DeepSpeed's conversion of one weight,
+    used here, sends rank 0's values anyway, so the other ranks may have theirs on the meta device.
 
     Args:
         module: weights that are not on the meta device may be in main memory. Parameters stay the same objects.
