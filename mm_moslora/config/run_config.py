@@ -87,6 +87,9 @@ class TrainConfig:
     ZeRO-3."""
     seed: int = 0
     """Seeds initialisation, data order and dropout."""
+    deterministic: bool = False
+    """On a GPU: kernels that always add up in the same order, so that a repeated or resumed run gives the same digits.
+    Slower; an operator without such a kernel is an error that names it. CPUs do so anyway."""
     save_every: int = 0
     """Optimiser steps between checkpoints; 0: only the last step is saved."""
     keep_last: int = 2

@@ -43,6 +43,7 @@ _ROUNDING_KEYS = (
     "train.micro_tokens",
     "train.gradient_checkpointing",
     "train.compile",
+    "train.deterministic",
     "model.attention",
     "model.lean_layers",
     "model.kernels",

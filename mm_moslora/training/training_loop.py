@@ -21,6 +21,7 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Saver, amend, fo
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, set_aside_newer
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.image_dependence import ImageCheck
+from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import find_resume, restore
@@ -100,6 +101,7 @@ def train(
         _check(recipe, resume, measure)
     # Each waits for the other ranks, so each may find that one is gone; the inner `blaming` words the recorded end.
     with (
+        run_arithmetic(deterministic=recipe.train.deterministic),
         watchdog.blaming(),
         run_setup.exclusive(folder),
         record_run_state(folder) as ending,

@@ -11,6 +11,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention import attention_choice, gpu_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.training import run_setup
+from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DistributedError
@@ -109,6 +110,8 @@ def test_attention_is_chosen_for_the_device_to_come(language, monkeypatch):
     assert choose(language, monkeypatch, {two}, requested=SEGMENTS).name == SEGMENTS
     own = choose(language, monkeypatch, {})
     assert (own.name, own.words) == (SEGMENTS, "PyTorch's")
+    with run_arithmetic(deterministic=True):
+        assert choose(language, monkeypatch, {two}).name == SEGMENTS, "its order of sums is not PyTorch's to choose"
     assert choose(language.float(), monkeypatch, {two, three}).name == SEGMENTS
 
 

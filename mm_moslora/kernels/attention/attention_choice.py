@@ -76,7 +76,9 @@ def choose_attention(
         return AttentionChoice(name=SEGMENTS if requested == "auto" else requested)
     shape = _head_shape(model, device)
     faults: list[str] = []
-    packages = FLASH if requested == "auto" else (requested,) if requested in FLASH else ()
+    packages = () if requested == SEGMENTS else FLASH if requested == "auto" else (requested,)
+    if requested == "auto" and torch.are_deterministic_algorithms_enabled():
+        packages = ()  # PyTorch's kernel keeps to its switch; the packages have their own, if any
     for name in packages if shape.dtype.itemsize == 2 and getattr(decoder, "_supports_flash_attn", False) else ():
         if requested == "auto" and not is_installed(name):
             continue
