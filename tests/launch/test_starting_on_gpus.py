@@ -35,6 +35,7 @@ def gpus(monkeypatch):
 def group(monkeypatch):
     """What `join` asks of torch.distributed."""
     asked = {}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **more: asked.update(more, to=backend))
     monkeypatch.setattr(distributed.atexit, "register", lambda _: None)
     return asked
