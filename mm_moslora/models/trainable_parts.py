@@ -42,7 +42,9 @@ def attach_adapters(
     assembly.model.requires_grad_(False)
     stop_repacking(assembly.model)
     if components:
-        with torch.random.fork_rng():
+        # Not of all GPUs, on each of which this rank would open a context.
+        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=gpus):
             torch.manual_seed(seed)
             # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base cost
             # a third of the step.

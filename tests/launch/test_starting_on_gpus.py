@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
 from trials import make_recipe
 
 from mm_moslora.batch import Batch, Example
+from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention import attention_choice, gpu_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
+from mm_moslora.models.assembly import Parts
+from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training import run_setup
 from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.supervision import watchdog
@@ -137,6 +142,15 @@ def test_different_gpus_among_the_ranks_are_named_once(monkeypatch, caplog):
     assert warnings[0] == "one fault."
     assert "ranks 0: A100, 80 GiB (attention: varlen); ranks 1: L4, 23 GiB (attention: loop)" in warnings[1]
     assert len(warnings) == 2
+
+
+def test_a_rank_touches_no_other_gpu_when_it_draws_adapters(gpus, language, monkeypatch):
+    touched = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: touched.append(devices) or nullcontext())
+    recipe = Recipe.from_dict({"model": {"language": "none"}})
+    attach_adapters(Parts(model=language), recipe.model, recipe.adapter)
+    assert touched == [[3]]
 
 
 def test_a_batch_on_a_device_knows_the_host_it_came_from():

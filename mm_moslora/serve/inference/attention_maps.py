@@ -42,7 +42,7 @@ def attention_maps(
         answer: token ids.
 
     Returns:
-        ``[G, G]`` per picture, largest value 1; None where nothing can be drawn: no picture, no answer, a text that
+        ``[G, G]`` per picture on the CPU, largest value 1; None where nothing can be drawn: no picture, no answer, a text that
         is too long, or visual tokens that form no square.
     """
     side = math.isqrt(models.assembly.tokens_per_image)
@@ -55,7 +55,7 @@ def attention_maps(
         embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, seen)))
         weights = model.get_decoder()(inputs_embeds=embedded[None], output_attentions=True, use_cache=False).attentions
     asking = range(len(input_ids) - 1, length - 1)  # the outputs at these positions became the answer
-    attention = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0)
+    attention = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0).cpu()
     maps = attention[ids == models.assembly.image_token_id].view(len(seen), side, side)
     return [one / one.max().clamp_min(1e-12) for one in maps]
 
