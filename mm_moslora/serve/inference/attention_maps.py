@@ -42,8 +42,8 @@ def attention_maps(
         answer: token ids.
 
     Returns:
-        ``[G, G]`` per picture on the CPU, largest value 1; None where nothing can be drawn: no picture, no answer, a text
-        that is too long, or visual tokens that form no square.
+        ``[G, G]`` per picture on the CPU, largest value 1; None where nothing can be drawn: no picture, no answer, a
+        text that is too long, or visual tokens that form no square.
     """
     side = math.isqrt(models.assembly.tokens_per_image)
     length = len(input_ids) + len(answer)
