@@ -55,7 +55,7 @@ def launch(
     max_restarts: int = 0,
     through: str = "",
     python: str | None = None,
-    srun: str = "",
+    srun: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     log_dir: Path | None = None,
     requeue: bool = False,
     doctor: bool = False,

@@ -48,7 +48,7 @@ def words_of(monkeypatch: pytest.MonkeyPatch, python: Preloaded) -> Callable[...
 
 @pytest.fixture(scope="module")
 def waiting(cluster, parts, ranks, python, tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """A job with ranks that wait for a cache, and its log. SLURM takes a minute over it, beside the first test.
+    """A job with ranks that wait for a cache, and its log. SLURM takes half a minute over it, beside the first test.
 
     With a limit of a minute and five minutes' notice SLURM sends the signal early.
     """
@@ -92,10 +92,12 @@ def undisturbed(run: Path, step: int, parts, ranks) -> bool:
 
 @pytest.mark.usefixtures("waiting")
 def test_the_time_limit_saves_and_goes_on_and_a_cancelled_job_stays_away(cluster, batch, parts, ranks, tmp_path):
-    """SLURM looks at limits twice a minute and announces them up to half a minute too early."""
+    """The announcement comes by hand. SLURM, which looks at limits twice a minute, announces that of `waiting`."""
     run, log = tmp_path / "run", tmp_path / "log"
     recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
-    with cluster.job(log, *batch("--time=1", "--signal=B:USR1@5"), write(recipe)) as job:
+    with cluster.job(log, *batch("--time=10"), write(recipe)) as job:
+        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        cluster.announce_limit(job)
         wait_for(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
         first = newest(run)
         assert first > 0, said(log)
@@ -113,6 +115,9 @@ def test_the_time_limit_saves_and_goes_on_and_a_cancelled_job_stays_away(cluster
 def test_a_job_that_saves_nothing_before_its_time_limit_ends(cluster, waiting):
     job, log = waiting
     over = ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
+    wait_for(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
+    wait_for(lambda: cluster.show(job, "JobState") == "RUNNING", lambda: said(log))
+    cluster.announce_limit(job)
     wait_for(lambda: cluster.show(job, "JobState") in over, lambda: said(log))
     assert cluster.show(job, "JobState") == "FAILED"
     assert cluster.show(job, "Restarts") == "1"
@@ -120,12 +125,18 @@ def test_a_job_that_saves_nothing_before_its_time_limit_ends(cluster, waiting):
 
 
 def test_a_preempted_job_saves_and_goes_on(cluster, batch, parts, ranks, monkeypatch, tmp_path):
-    """On two nodes with a rank each, by processes of SLURM's own, not forked ones: it tells and ends them all."""
-    run, log = tmp_path / "run", tmp_path / "log"
+    """On two nodes with a rank each, by processes of SLURM's own, not forked ones: it tells and ends them all.
+
+    Behind a script, as for containers and modules, and with a log for each rank.
+    """
+    run, log, logs = tmp_path / "run", tmp_path / "log", tmp_path / "logs"
     recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("NPROC", "1")
+    (tmp_path / "on a node").write_text('echo "node $SLURM_NODEID, label $LABEL"\nexec "$@"\n')
     words = batch("--time=10", "--nodes=2", "--cpus-per-task=1", "--partition=low")
+    words += ["--through", f"env LABEL='a b' bash '{tmp_path / 'on a node'}'", "--srun", "--label"]
+    words += ["--log-dir", str(logs)]
     with cluster.job(log, *words, write(recipe)) as job:
         wait_for(lambda: steps(run) > 2, lambda: said(log))
         urgent = ["--partition=high", "--nodes=2", "--cpus-per-task=2", "--wrap", "true"]
@@ -140,3 +151,6 @@ def test_a_preempted_job_saves_and_goes_on(cluster, batch, parts, ranks, monkeyp
     last = newest(run)
     assert last > first, said(log)
     assert undisturbed(run, last, parts, ranks)
+    for node in (0, 1):
+        assert f"{node}: node {node}, label a b\n" in log.read_text()
+        assert logs.joinpath(f"rank-0000{node}.log").read_text().count(f": rank {node} on ") == 2

@@ -61,6 +61,10 @@ class Cluster:
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
         return done.stdout.strip()
 
+    def announce_limit(self, job: str) -> None:
+        """Signal a job's batch script as SLURM does before the time limit, with `--signal=B:USR1@SECONDS`."""
+        self.ask("scancel", "--batch", "--signal=USR1", job)
+
     def submit(self, log: Path, *words: str) -> str:
         """Submit a batch job that appends to a log; returns its number."""
         command = ["sbatch", "--parsable", "--requeue", "--open-mode=append", f"--output={log}", *words]

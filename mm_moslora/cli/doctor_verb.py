@@ -1,0 +1,68 @@
+"""The verb `doctor`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.config import load_recipe, override_items
+
+if TYPE_CHECKING:
+    from mm_moslora.planning.doctor import Finding
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
+
+
+def register(app: App) -> None:
+    """Add the verb to the command line."""
+    app.command(doctor)
+
+
+def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool = False, limit: float = 180.0) -> int:
+    """Check versions, accelerator, threads and stale locks; exit code 1 when a finding is bad.
+
+    Parameters
+    ----------
+    recipe
+        The recipe to be trained: YAML file, or the name of a shipped preset. Its packages then count as needed. Without
+        one, only the required packages do.
+    distributed
+        Check all ranks of a launcher together: versions, cards, network, clocks, the speed of every link, and each host
+        as without this option. `mm-moslora launch --doctor RECIPE` starts it as it starts a run.
+    limit
+        Seconds for --distributed, after which a message names the ranks that are missing or hang.
+    """
+    from mm_moslora.launch.rank_logs import keep_rank_log
+    from mm_moslora.planning.doctor import diagnose
+
+    resolved = None if recipe is None else load_recipe(recipe, override_items(overrides))
+    if not distributed:
+        return _report(diagnose(None if resolved is None else Path(resolved.train.output), resolved))
+    keep_rank_log(os.environ)
+    quiet_libraries()
+    from mm_moslora.planning.distributed_doctor import diagnose_ranks
+    from mm_moslora.utils.distributed import is_main
+
+    return _report(diagnose_ranks(resolved, limit=limit), show=is_main())
+
+
+def _report(findings: list[Finding], *, show: bool = True) -> int:
+    """Print the findings; returns the exit code."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", "check", "found", "remedy", box=None)
+    signs = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
+    for item in findings:
+        table.add_row(signs[item.status], *map(escape, (item.name, item.detail, item.remedy)))
+    if show:
+        console = Console()
+        if not console.is_terminal:
+            console.width = 160  # logs have no width of their own
+        console.print(table)
+    return 1 if any(item.status == "bad" for item in findings) else 0
