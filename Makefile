@@ -1,4 +1,4 @@
-# make quickstart | test | test-extras | test-versions | check | smoke | clean. Each sets up .venv on first use and is fast the second time.
+# make quickstart | test | test-extras | test-versions | check | smoke | gpu | gpu-wheels | clean. Each sets up .venv on first use and is fast the second time.
 # PYTHON chooses the interpreter (3.11 or later): make test PYTHON=python3.12
 
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do command -v $$name && break; done)
@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image check clean
+.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image check gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
@@ -28,6 +28,8 @@ help:
 	@echo "make test-extras what needs gradio, trackio, MLflow or Liger's kernels"
 	@echo "make test-versions  a part of the suite on the lowest versions, and on what GPU images carry"
 	@echo "make check       format, lint, types, import layers and circles, shell scripts"
+	@echo "make gpu         tests/gpu and the benchmark on a GPU, with the Python that is there (PYTHON=...); again until done"
+	@echo "make gpu-wheels  what a bare GPU machine lacks, into build/gpu_wheels"
 	@echo "make clean       remove the environment, caches and build products; runs/ stays"
 
 quickstart: $(VENV)/.installed
@@ -117,6 +119,13 @@ $(GPU_IMAGE)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(UV) pip install --quiet --python $(GPU_IMAGE)/bin/python --editable '.[test,serve,quant,video]' 'torch==2.11.*' \
 	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*"
 	@touch $@
+
+# Not in .venv, which holds PyTorch for CPUs where make made it: PYTHON=..., else the python3 of the machine.
+gpu:
+	scripts/gpu.sh
+
+gpu-wheels: $(VENV)/.installed-dev
+	$(BIN)/python scripts/gpu_wheels.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mm_moslora.utils.hardware import hardware
@@ -27,43 +25,29 @@ def interleaved(
     *,
     after_round: Callable[[], None] = lambda: None,
     results: dict[str, list[Any]] | None = None,
-    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, in rotating order, after one warm-up round.
+    """CPU seconds of every contender in every round, in rotating order, after one warm-up round.
 
     Args:
         steps: the function of each contender.
         rounds: number of measured rounds.
         after_round: called after every round, the warm-up included.
         results: gets the return values of the contenders.
-        clock: default: the process's CPU time; see `clock_of`.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(-1, rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            start = clock()
+            start = time.process_time()
             result = steps[name]()
-            seconds = clock() - start
+            seconds = time.process_time() - start
             if turn >= 0:
                 times[name].append(seconds)
                 if results is not None:
                     results.setdefault(name, []).append(result)
         after_round()
     return times
-
-
-def clock_of(device: str) -> Callable[[], float]:
-    """CPU time of the process; for a GPU the wall time after a synchronisation."""
-    if device == "cpu":
-        return time.process_time
-
-    def when_done() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return when_done
 
 
 def ratios(times: Mapping[str, list[float]], name: str, against: str) -> list[float]:
@@ -76,33 +60,24 @@ def ratio(times: Mapping[str, list[float]], name: str, against: str) -> float:
     return statistics.median(ratios(times, name, against))
 
 
-def kernel_seconds(
-    step: Callable[[], Any], wanted: Callable[[str, list[list[int]]], bool], *, device: str = "cpu"
-) -> tuple[float, float]:
-    """Device seconds of one step's operators: the wanted ones, and all.
+def kernel_seconds(step: Callable[[], Any], wanted: Callable[[str, list[list[int]]], bool]) -> tuple[float, float]:
+    """CPU seconds of one step's operators: the wanted ones, and all.
 
     Args:
         step: a step that has run before.
         wanted: selects an operator by its name and the shapes of its arguments (empty for other values than tensors).
-        device: device of the measured time.
     """
-    on_cpu = device == "cpu"
-    activities = [ProfilerActivity.CPU] if on_cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities, record_shapes=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         step()
-        clock_of(device)()
-    averages = profiled.key_averages(group_by_input_shape=True)
-    events = [event for event in averages if event.device_type == DeviceType.CPU]  # these include the GPU's kernels
-    times = [event.self_cpu_time_total if on_cpu else event.self_device_time_total for event in events]
-    chosen = sum(spent for event, spent in zip(events, times, strict=True) if wanted(event.key, event.input_shapes))
-    return chosen / 1e6, sum(times) / 1e6
+    events = profiled.key_averages(group_by_input_shape=True)
+    chosen = sum(event.self_cpu_time_total for event in events if wanted(event.key, event.input_shapes))
+    return chosen / 1e6, sum(event.self_cpu_time_total for event in events) / 1e6
 
 
-def head(benchmark: str, *packages: str, device: str = "cpu") -> dict[str, Any]:
+def head(benchmark: str, *packages: str) -> dict[str, Any]:
     """Header of a result: benchmark, hardware, date, versions."""
-    where = "one thread" if device == "cpu" else torch.cuda.get_device_name(device)
     return {
-        "benchmark": benchmark, "hardware": f"{hardware()}; {where}", "date": datetime.now(UTC).date().isoformat(),
+        "benchmark": benchmark, "hardware": f"{hardware()}; one thread", "date": datetime.now(UTC).date().isoformat(),
         "versions": {
             name: metadata.version(name).partition("+")[0] for name in ("torch", *packages, "mm_moslora")
         } | {"python": platform.python_version()},

@@ -5,14 +5,13 @@
     python scripts/bench/train.py --json             one object on stdout
     python scripts/bench/train.py --rows rows.jsonl  keep finished rows there; a stopped run continues
     python scripts/bench/train.py --quick            3 rounds, the large vocabulary only
-    python scripts/bench/train.py --device cuda --width 2048 --layers 16   on a GPU, with a model that fills it
 
 The model is that of `yardstick.py` (CLIP 6 x 256 at 224 pixels, Llama 512 x 6, rank 16, four conversations of 304 to
 512 tokens). A step is a forward and a backward pass. All contenders have the same weights and samples. They run in
 turn, in an order that rotates from round to round. Times are process CPU times of one thread, and figures are medians
 of the ratios of single rounds. Losses and fp32 gradients are compared before the timing. Saved bytes are counted.
 
-On a GPU, times are wall times between synchronisations. The script has not been run on a GPU.
+`gpu.py` is the benchmark for GPUs.
 
 The process keeps memory from step to step, as `mm-moslora train` does (`keep_freed_memory`), which speeds up the peers,
 too.
@@ -59,14 +58,13 @@ import yardstick
 from measuring import (
     PRODUCTS,
     Rows,
-    clock_of,
     head,
     interleaved,
     kernel_seconds,
     ratio,
     settings_of,
 )  # fmt: skip
-from yardstick import YARDSTICK, Contender, Setting
+from yardstick import YARDSTICK, Contender
 
 from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
@@ -86,9 +84,9 @@ TARGETS = {
 class Product:
     """A bare matrix product, timed like a contender."""
 
-    def __init__(self, rows: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, rows: int, inner: int, columns: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        self.left, self.right = (torch.randn(n, inner).to(device, dtype) for n in (rows, columns))
+        self.left, self.right = (torch.randn(n, inner).to(dtype) for n in (rows, columns))
         self.flops = 2 * rows * inner * columns
 
     def step(self) -> None:
@@ -96,17 +94,16 @@ class Product:
         self.left @ self.right.t()
 
 
-def products(dtype: torch.dtype, setting: Setting) -> dict[str, Product]:
+def products(dtype: torch.dtype) -> dict[str, Product]:
     """The matrix products by rows, inner and columns; the fastest one is the peak."""
-    tokens, width, inner = sum(yardstick.LENGTHS), setting.width, setting.inner
-    square = 1024 if setting.device == "cpu" else 8192
-    shapes = ((tokens, width, inner), (tokens, inner, width), (tokens, width, width), (square, square, square))
-    return {f"product {shape}": Product(*shape, dtype, setting.device) for shape in shapes}
+    tokens, width, inner = sum(yardstick.LENGTHS), YARDSTICK.width, YARDSTICK.inner
+    shapes = ((tokens, width, inner), (tokens, inner, width), (tokens, width, width), (1024, 1024, 1024))
+    return {f"product {shape}": Product(*shape, dtype) for shape in shapes}
 
 
-def needed_flops(vocabulary: int, setting: Setting = YARDSTICK) -> float:
+def needed_flops(vocabulary: int) -> float:
     """FLOPs that a step on the yardstick needs; see the module docstring."""
-    width, inner, layers, rank = setting.width, setting.inner, setting.layers, yardstick.RANK
+    width, inner, layers, rank = YARDSTICK.width, YARDSTICK.inner, YARDSTICK.layers, yardstick.RANK
     tokens, supervised = sum(yardstick.LENGTHS), sum(yardstick.SUPERVISED)
     pairs = sum(length * (length + 1) // 2 for length in yardstick.LENGTHS)
     attention_in, rest = 3 * width * width, width * width + 3 * width * inner
@@ -123,7 +120,7 @@ def needed_flops(vocabulary: int, setting: Setting = YARDSTICK) -> float:
     return float(decoder + scores + head + tower + projector)
 
 
-def check_equal(contenders: dict[str, Contender], name: str, *, device: str = "cpu") -> dict[str, float]:
+def check_equal(contenders: dict[str, Contender], name: str) -> dict[str, float]:
     """Largest relative differences from the peer: of the loss, and in fp32 of any gradient.
 
     Raises:
@@ -131,7 +128,7 @@ def check_equal(contenders: dict[str, Contender], name: str, *, device: str = "c
     """
     losses = {kind: float(contender.forward().detach()) for kind, contender in contenders.items()}
     found = {"loss_difference": max(abs(loss - losses["hf"]) / losses["hf"] for loss in losses.values())}
-    limit = (1e-5 if device == "cpu" else 1e-4) if name == "fp32" else 5e-3
+    limit = 1e-5 if name == "fp32" else 5e-3
     if name == "fp32":
         theirs, found["gradient_difference"] = contenders["hf"].gradients(), 0.0
         for kind, contender in contenders.items():
@@ -147,7 +144,7 @@ def check_equal(contenders: dict[str, Contender], name: str, *, device: str = "c
     return found
 
 
-def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], setting: Setting, *, extras: bool) -> None:
+def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], *, extras: bool) -> None:
     """Add the missing rows, one per vocabulary and dtype."""
     cases = list(itertools.product(vocabularies, DTYPES))
     missing = [case for case in cases if rows.find(vocabulary=case[0], dtype=case[1]) is None]
@@ -159,18 +156,18 @@ def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], settin
                 progress.update(progress.done + 1, note)
 
             beside = extras and vocabulary == VOCABULARIES[0]
-            rows.add(step_row(vocabulary, name, rounds, setting, beside=beside, after_round=after_round))
+            rows.add(step_row(vocabulary, name, rounds, beside=beside, after_round=after_round))
 
 
-def shown_beside(vocabulary: int, dtype: torch.dtype, setting: Setting) -> dict[str, Contender]:
+def shown_beside(vocabulary: int, dtype: torch.dtype) -> dict[str, Contender]:
     """Contenders without targets, as far as their requirements are installed."""
-    found = {"stock layers": yardstick.ours(vocabulary, dtype, setting, lean=False)}
+    found = {"stock layers": yardstick.ours(vocabulary, dtype, lean=False)}
     if any(map(shutil.which, ("c++", "g++", "clang++"))):
-        found["compiled"] = yardstick.ours(vocabulary, dtype, setting, compiler="inductor")
+        found["compiled"] = yardstick.ours(vocabulary, dtype, compiler="inductor")
     else:
         logger.warning("No C++ compiler here: the compiled step is left out.")
     if importlib.util.find_spec("trl") is not None:
-        found["trl"] = yardstick.trl(vocabulary, dtype, setting)
+        found["trl"] = yardstick.trl(vocabulary, dtype)
     else:
         logger.warning("TRL is not installed and left out.")
     return found
@@ -180,7 +177,6 @@ def step_row(
     vocabulary: int,
     name: str,
     rounds: int,
-    setting: Setting = YARDSTICK,
     *,
     beside: bool,
     after_round: Callable[[], None] = lambda: None,
@@ -188,25 +184,24 @@ def step_row(
     """All contenders on one vocabulary in one dtype."""
     dtype = DTYPES[name]
     contenders = {
-        "hf": yardstick.peer(vocabulary, dtype, setting),
-        "best hf": yardstick.peer(vocabulary, dtype, setting, supervised_only=True, wide_adapters=False),
-        "ours": yardstick.ours(vocabulary, dtype, setting),
+        "hf": yardstick.peer(vocabulary, dtype),
+        "best hf": yardstick.peer(vocabulary, dtype, supervised_only=True, wide_adapters=False),
+        "ours": yardstick.ours(vocabulary, dtype),
     }
     if beside:
-        contenders |= shown_beside(vocabulary, dtype, setting)
-    equal = check_equal(contenders, name, device=setting.device)
+        contenders |= shown_beside(vocabulary, dtype)
+    equal = check_equal(contenders, name)
     saved = {kind: yardstick.saved_bytes(contender) / 2**20 for kind, contender in contenders.items()}
-    bare = products(dtype, setting)
+    bare = products(dtype)
     steps = {kind: timed.step for kind, timed in (contenders | bare).items()}
-    times = interleaved(steps, rounds, after_round=after_round, clock=clock_of(setting.device))
+    times = interleaved(steps, rounds, after_round=after_round)
     kernels, whole = kernel_seconds(
         contenders["ours"].step,
         lambda name, _: name in PRODUCTS or "attention" in name.lower(),
-        device=setting.device,
     )
     peak = max(product.flops / statistics.median(times[key]) for key, product in bare.items())
     seconds = {kind: statistics.median(times[kind]) for kind in contenders}
-    mfu = {kind: needed_flops(vocabulary, setting) / spent / peak for kind, spent in seconds.items()}
+    mfu = {kind: needed_flops(vocabulary) / spent / peak for kind, spent in seconds.items()}
     return {
         "case": "step", "dtype": name, "vocabulary": vocabulary, **equal,
         "speedup_vs": {kind: ratio(times, kind, "ours") for kind in contenders if kind != "ours"},
@@ -216,20 +211,18 @@ def step_row(
     }  # fmt: skip
 
 
-def dropout_row(name: str, rounds: int, setting: Setting) -> dict[str, Any]:
+def dropout_row(name: str, rounds: int) -> dict[str, Any]:
     """The large vocabulary with adapter dropout; every contender draws its own masks."""
     vocabulary, dtype = VOCABULARIES[0], DTYPES[name]
     contenders = {
-        "hf": yardstick.peer(vocabulary, dtype, setting, dropout=DROPOUT),
-        "best hf": yardstick.peer(
-            vocabulary, dtype, setting, supervised_only=True, wide_adapters=False, dropout=DROPOUT
-        ),
-        "stock layers": yardstick.ours(vocabulary, dtype, setting, lean=False, dropout=DROPOUT),
-        "ours": yardstick.ours(vocabulary, dtype, setting, dropout=DROPOUT),
-        "ours without dropout": yardstick.ours(vocabulary, dtype, setting),
+        "hf": yardstick.peer(vocabulary, dtype, dropout=DROPOUT),
+        "best hf": yardstick.peer(vocabulary, dtype, supervised_only=True, wide_adapters=False, dropout=DROPOUT),
+        "stock layers": yardstick.ours(vocabulary, dtype, lean=False, dropout=DROPOUT),
+        "ours": yardstick.ours(vocabulary, dtype, dropout=DROPOUT),
+        "ours without dropout": yardstick.ours(vocabulary, dtype),
     }
     steps = {kind: timed.step for kind, timed in contenders.items()}
-    times = interleaved(steps, rounds, clock=clock_of(setting.device))
+    times = interleaved(steps, rounds)
     return {
         "case": "dropout", "dtype": name, "dropout": DROPOUT,
         "speedup_vs": {kind: ratio(times, kind, "ours") for kind in contenders if kind != "ours"},
@@ -277,8 +270,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def show(rows: list[dict[str, Any]], summary: dict[str, float], setting: Setting) -> None:
-    """Print the table; targets apply to the yardstick's default setting only."""
+def show(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
+    """Print the table."""
     print(f"{'vocabulary':>10} dtype {'contender':14} {'ours faster by':>14} {'saved MiB':>10} {'useful MFU':>10}")
     for row in rows:
         for kind in row.get("seconds", ()):
@@ -295,7 +288,7 @@ def show(rows: list[dict[str, Any]], summary: dict[str, float], setting: Setting
                 print(f"useful tokens, {row['ranks']} ranks x {row['per_rank']}: {kind:26} {share:.3f}")
     for key, value in summary.items():
         sign = "<=" if key == "saved_activation_ratio" else ">="
-        target = f"   target {sign} {TARGETS[key]}" if key in TARGETS and setting == YARDSTICK else ""
+        target = f"   target {sign} {TARGETS[key]}" if key in TARGETS else ""
         print(f"{key:28} {value:6.3f}{target}")
 
 
@@ -306,37 +299,29 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the large vocabulary only, 3 rounds")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
     parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--width", type=int, default=YARDSTICK.width, help="of the language model, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=YARDSTICK.layers, help="of the language model")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here.")
-    if options.width % 64 or options.width < 64 or options.layers < 2:
-        parser.error("--width takes a multiple of 64, --layers a number from 2.")
-    setting = Setting(device=options.device, width=options.width, layers=options.layers)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     peers = ["trl"] if importlib.util.find_spec("trl") is not None else []
-    opening = head("train", "transformers", "peft", *peers, device=setting.device)
-    kernels = choose_kernels("auto", torch.device(setting.device)).words
-    opening |= {"width": setting.width, "layers": setting.layers, "kernels": kernels}
+    opening = head("train", "transformers", "peft", *peers)
+    kernels = choose_kernels("auto", torch.device("cpu")).words
+    opening |= {"kernels": kernels}
     rounds = options.rounds or (3 if options.quick else 5)
     rows = Rows(options.rows, settings_of(opening, rounds=rounds))
     if rows.find(case="padding") is None:
         rows.add(padding_row())
     for name in () if options.quick else DTYPES:
         if rows.find(case="dropout", dtype=name) is None:
-            rows.add(dropout_row(name, rounds, setting))
+            rows.add(dropout_row(name, rounds))
     vocabularies = VOCABULARIES[:1] if options.quick else VOCABULARIES
-    measure_steps(rows, rounds, vocabularies, setting, extras=not options.quick)
+    measure_steps(rows, rounds, vocabularies, extras=not options.quick)
     summary = summarise(rows.rows)
     if options.json:
         print(json.dumps(opening | {"rows": rows.rows, "summary": summary}))
     else:
-        show(rows.rows, summary, setting)
+        show(rows.rows, summary)
     return 0
 
 

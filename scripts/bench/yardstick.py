@@ -3,7 +3,7 @@
 Shapes: ``G`` conversations, ``T`` longest of them, ``S`` tokens of all, ``K`` supervised positions, ``C`` vocabulary.
 
 Every contender gets the same weights and samples. The adapters' B is not zero, so that the adapters have an effect.
-`Setting` enlarges the model and moves it to a GPU.
+`Setting` has the sizes of the model.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Sizes of the language model, and the device."""
+    """Sizes of the language model."""
 
-    device: str = "cpu"
     width: int = 512
     """Width of the language model, in heads of 64."""
     layers: int = 6
@@ -179,13 +178,12 @@ def _adapted_by_peft(
             mixer.weight.copy_(M)
             layer.lora_B["default"].weight.copy_(B)
             layer.lora_B["default"] = nn.Sequential(mixer, layer.lora_B["default"])
-    return model.to(setting.device), wrapped
+    return model, wrapped
 
 
 def _padded_inputs(vocabulary: int, dtype: torch.dtype, setting: Setting) -> dict[str, Tensor]:
     given = padded(examples(vocabulary))
-    given["pixel_values"] = given["pixel_values"].to(dtype)
-    return {name: tensor.to(setting.device) for name, tensor in given.items()}
+    return given | {"pixel_values": given["pixel_values"].to(dtype)}
 
 
 def peer(
@@ -202,7 +200,7 @@ def peer(
     Args:
         vocabulary: C.
         dtype: dtype of the base.
-        setting: sizes and device.
+        setting: sizes.
         supervised_only: compute logits at supervised positions only.
         wide_adapters: PEFT's default, adapters in fp32 under a base in bf16; otherwise in the base's dtype.
         dropout: dropout of the adapters.
@@ -241,7 +239,7 @@ def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Co
         trainer = SFTTrainer(
             model=wrapped,
             args=SFTConfig(
-                output_dir=folder, use_cpu=setting.device == "cpu", bf16=False, gradient_checkpointing=False,
+                output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False,
                 report_to="none", max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
                 remove_unused_columns=False,
             ),
@@ -290,7 +288,6 @@ def ours(
             layer: Any = model.get_submodule(path)
             for part, value in zip((layer.lora_A, layer.lora_mixer, layer.lora_B), given, strict=True):
                 part["default"].weight.copy_(value)
-    model.to(setting.device)
     kernels_too = lean and compiler is None
     kernels = choose_kernels("auto", model.device, lean=kernels_too)
     set_attention(model, training_attention(model), native=kernels.native)
@@ -301,7 +298,7 @@ def ours(
     if compiler is not None:
         compile_layers(model, compiler)
     module = LossModule(model, None)
-    batch = Batch.from_examples(examples(vocabulary)).to(setting.device)
+    batch = Batch.from_examples(examples(vocabulary))
     return Contender(model=model, forward=lambda: module(batch, True) / batch.supervised_tokens)
 
 

@@ -173,33 +173,43 @@ def one_layer() -> dict[str, Any]:
 
 
 def benchmark() -> dict[str, Any]:
-    """A step of every contender of the training benchmark; the device is there from when a model is moved to it."""
+    """What the contenders of the GPU benchmark run, from models that are made on the device."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
-    import yardstick
+    import gpu_batches
+    import gpu_decode
+    import gpu_models
+    from gpu_contenders import BY_NAME
 
-    setting = yardstick.Setting(device="cuda", width=128, layers=2)
-    contenders: dict[str, Any] = {
-        "hf": partial(yardstick.peer), "best hf": partial(yardstick.peer, supervised_only=True, wide_adapters=False),
-        "ours": partial(yardstick.ours, dropout=0.1), "stock layers": partial(yardstick.ours, lean=False),
-    }  # fmt: skip
-    found = {}
-    for kind, make in contenders.items():
+    def applied(module: Any, function: Any, recurse: bool = True) -> Any:
+        """As `nn.Module._apply`, which swaps the values of tensors; these have none."""
+        for child in module.children():
+            child._apply(function)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else function(buffer)
+        return module
+
+    shape, found = gpu_batches.SHAPES["tiny"], {}
+    items = gpu_batches.batches_of(shape)[0][0]
+    for name in ("ours", "hf", "hf-best", "decode-ours"):
         with ExitStack() as stack:
-            devices = []
-
-            def to(model: Any, target: Any, stack: ExitStack = stack, devices: list[Any] = devices) -> Any:
-                if isinstance(target, torch.dtype):
-                    return nn.Module.to(model, target)
-                assert target == "cuda"
-                devices.append(stack.enter_context(fake_cuda.fake_cuda()))
-                fake_cuda.to_cuda(model)
-                return model
-
-            with mock.patch.object(transformers.PreTrainedModel, "to", to):
-                contender = make(256, torch.bfloat16, setting)
-            devices[0].noted()
-            contender.step()
-            found[kind] = devices[0].noted()
+            stack.enter_context(mock.patch.object(nn.Module, "_apply", applied))
+            stack.enter_context(mock.patch.object(distributed, "device", return_value=CUDA))
+            stack.enter_context(mock.patch.object(distributed, "join"))
+            device = stack.enter_context(fake_cuda.fake_cuda())
+            if name.startswith("decode"):
+                decode = gpu_decode.MAKERS[name](shape, CUDA)
+                device.noted()
+                decode(gpu_batches.padded(items[-1:], CUDA, torch.bfloat16), 2)
+            else:
+                runner = gpu_models.build(shape, BY_NAME[name], CUDA)
+                runner.gradients(items)
+                batches = [runner.prepare(part) for part in gpu_batches.split(items, 2)]
+                device.noted()
+                runner.step(batches)
+            found[name] = device.noted()
     return found
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,6 +63,8 @@ def tower_hash(tower: PreTrainedModel, layers: int | list[int]) -> str:
         tower: whole on this process (before ZeRO-3 shards it).
         layers: of the stored hidden states.
     """
+    import xxhash
+
     digest = xxhash.xxh3_128()
     config = {k: v for k, v in tower.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps([FORMAT, type(tower).__name__, config, layers], sort_keys=True, default=str).encode())
@@ -79,7 +80,13 @@ def pixel_hash(pixels: Tensor) -> str:
     Args:
         pixels: ``[3, H, W]``, the tower's input, on the CPU.
     """
-    return xxhash.xxh3_128_hexdigest(_bytes(pixels))
+    return _checksum(pixels)
+
+
+def _checksum(tensor: Tensor) -> str:
+    import xxhash  # a step without a cache needs none
+
+    return xxhash.xxh3_128_hexdigest(_bytes(tensor))
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -134,7 +141,7 @@ class FeatureStore:
             if not isinstance(error, FileNotFoundError) and "No such file" not in str(error):
                 self._damaged(path, str(error))
             return None
-        if xxhash.xxh3_128_hexdigest(_bytes(value)) != checksum:
+        if _checksum(value) != checksum:
             self._damaged(path, "its checksum differs")
             return None
         self.counts.read += 1
@@ -159,7 +166,7 @@ class FeatureStore:
         try:
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as aside:
-                save_file({_FEATURES: kept}, aside, metadata={_CHECKSUM: xxhash.xxh3_128_hexdigest(_bytes(kept))})
+                save_file({_FEATURES: kept}, aside, metadata={_CHECKSUM: _checksum(kept)})
         except (OSError, SafetensorError) as error:
             self._stop(f"writing fails: {error}")
             return

@@ -1,0 +1,253 @@
+#!/usr/bin/env python
+"""Training steps and decoding on a GPU: this project against transformers, PEFT and Liger.
+
+    python scripts/bench/gpu.py --out rows.jsonl                LLaVA-1.5-7B, as far as 560 seconds go; run it again
+    python scripts/bench/gpu.py --out rows.jsonl --shape 3b     or 1b, where launches dominate
+    python scripts/bench/gpu.py --out rows.jsonl --only ours hf-best
+    python scripts/bench/gpu.py --table rows.jsonl              print the table again
+    python scripts/bench/gpu.py --shape tiny --device cpu       a try without a GPU
+
+The checkout needs torch, transformers and peft; contenders that need more are left out with the reason. Models come
+from configurations, with random bf16 weights made on the device. A contender runs in a process of its own, for about 60
+seconds at most, and its row is written as it ends. A row that is there (same shape, contender, versions and card, and
+the same sources of this project where the contender runs them) is not measured again. A contender that fails is a row
+with its error, and the rest goes on; --retry measures failed ones again. The exit code is 75 where the time was over
+before all were measured: the same command goes on.
+
+Training figures are of whole optimiser steps on three rotating batches of some 13,300 tokens each, in lengths like
+those of LLaVA's 665k mix, and on a full one of 16,384 tokens. Where memory does not suffice, batches are split into 2,
+4 or 8 micro-batches.
+
+Contenders (rank 128, adapters in all linear layers of the decoder, a projector that trains, a frozen tower):
+    hf                  transformers and PEFT: padded, fp32 adapters under autocast, all logits, checkpointing
+    hf-best             the same with Liger's kernels and loss where they run, on padding-free rows with this project's
+                        attention, bf16 adapters, logits at supervised positions only
+    ours                the step of `mm-moslora train`; ours-torch, -triton, -liger and -inductor have other passes
+    ours-lora           without mixers; -half-rank has half the rank; -dropout 0.05 of it; -zero1, -zero2 DeepSpeed
+    decode-ours         greedy decoding, against `generate` of transformers and vLLM
+
+Useful MFU is the speed of the needed FLOPs (no padding, no recomputation, no mixers, the head at supervised positions)
+over that of the process's own 8192^3 product. `busy` is the share of a step in which a kernel runs (a profiled step's
+kernels over an unprofiled step's time). Gradients are those of A, M and B in two layers of full width, against fp64:
+relative differences, median and worst.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gpu_contenders import BY_NAME, CONTENDERS, Contender
+from gpu_table import PREDICTIONS, table
+from parent import end_with_parent
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from mm_moslora.utils.hardware import hardware  # noqa: E402  (needs the path)
+
+logger = logging.getLogger("gpu")
+LIMIT = 60.0
+"""Seconds of a contender's process, its start included; three steps are measured even so."""
+GRACE = 30.0
+"""Further seconds before the process is killed."""
+AGAIN = 75
+"""Exit code where the time was over before all contenders were measured."""
+SHAPES = ("llava-1.5-7b", "3b", "1b", "tiny")
+KEY = ("shape", "contender", "card", "versions")
+
+
+def card_of(device: str) -> str:
+    """The card's name, asked for in a process that then frees it; on a CPU the processor's.
+
+    Raises:
+        SystemExit: PyTorch finds no GPU.
+    """
+    if device == "cpu":
+        return hardware()
+    code = "import torch; print(torch.cuda.get_device_name(0))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if asked.returncode:
+        why = last_line(asked.stderr)
+        raise SystemExit(f"PyTorch finds no GPU here ({why}). For a try without one: --shape tiny --device cpu.")
+    return asked.stdout.strip().splitlines()[-1]
+
+
+def last_line(text: str) -> str:
+    """The last line that is not empty."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
+
+
+def sources() -> str:
+    """A hash of this project's and the benchmark's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "mm_moslora").rglob("*.py"), *Path(__file__).parent.glob("gpu*.py")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; None: not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def key_of(contender: Contender, shape: str, card: str) -> dict[str, Any]:
+    """What a row is found by."""
+    versions = {package: version_of(package) for package in contender.packages}
+    if contender.runs_sources:
+        versions["mm_moslora"] = sources()
+    return {"shape": shape, "contender": contender.name, "card": card, "versions": versions}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file; a last line that was not finished is left out.
+
+    Raises:
+        SystemExit: the file holds something else.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise SystemExit(f"{path} holds no rows of this script ({error}). Name another file.") from error
+    if any(not isinstance(row, dict) or not {*KEY} <= row.keys() for row in rows):
+        raise SystemExit(f"{path} holds no rows of this script. Name another file.")
+    return rows
+
+
+class RowFile:
+    """The rows of a file, which grows as contenders end."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows = [] if path is None else read_rows(path)
+        if path is not None and path.is_file():  # without a line that was not finished
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The last row with a key."""
+        found = [row for row in self.rows if all(row[name] == key[name] for name in KEY)]
+        return found[-1] if found else None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a row; it takes the place of an earlier one with its key in the table."""
+        self.rows.append(row)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
+def measure(contender: Contender, shape: str, device: str, seconds: float) -> dict[str, Any]:
+    """Run a contender's process; its figures, or its error."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        row, log = Path(folder) / "row.json", Path(folder) / "log"
+        command = [
+            sys.executable, str(Path(__file__).with_name("gpu_measure.py")), contender.name, "--shape", shape,
+            "--device", device, "--until", str(started + seconds), "--row", str(row),
+        ]  # fmt: skip
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT)
+            try:
+                code = process.wait(timeout=seconds + GRACE)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                process.kill()
+                process.wait()
+        spent = {"process_seconds": round(time.monotonic() - started, 1)}
+        if code == 0 and row.is_file():
+            return json.loads(row.read_text()) | spent
+        why = f"killed after {seconds + GRACE:.0f} s" if code is None else f"exit code {code}"
+        return {"error": f"{why}: {last_line(log.read_text(errors='replace'))}"} | spent
+
+
+def run(wanted: Sequence[Contender], rows: RowFile, options: argparse.Namespace, started: float) -> int:
+    """Measure what is missing while there is time; returns the number of contenders that are left."""
+    card = card_of(options.device)
+    keys = {contender.name: key_of(contender, options.shape, card) for contender in wanted}
+
+    def is_missing(contender: Contender) -> bool:
+        row = rows.find(keys[contender.name])
+        return row is None or (options.retry and "error" in row)
+
+    missing = [contender for contender in wanted if is_missing(contender)]
+    logger.info("%s on %s: %d of %d rows are there.", options.shape, card, len(wanted) - len(missing), len(wanted))
+    longest = 0.0
+    for number, contender in enumerate(missing):
+        left = options.budget - (time.monotonic() - started)
+        if left < min(LIMIT, max(longest, LIMIT / 2)):
+            logger.info("%d contenders are left; the same command goes on with them.", len(missing) - number)
+            return len(missing) - number
+        if contender.needs and version_of(contender.needs) is None:
+            row: dict[str, Any] = {"left_out": f"{contender.needs} is not installed", "process_seconds": 0.0}
+        else:
+            row = measure(contender, options.shape, options.device, max(1.0, min(LIMIT, left - 10.0)))
+        rows.add(keys[contender.name] | {"date": datetime.now(UTC).isoformat(timespec="seconds")} | row)
+        longest = max(longest, row["process_seconds"])
+        spent = time.monotonic() - started
+        rest = longest * (len(missing) - number - 1)
+        logger.info(
+            "%d/%d %s: %s; %.0f s spent, at most %.0f s left", number + 1, len(missing), contender.name, words(row),
+            spent, rest,
+        )  # fmt: skip
+    return 0
+
+
+def words(row: dict[str, Any]) -> str:
+    """A row in a few words."""
+    if "error" in row:
+        return f"failed ({row['error']})"
+    if "left_out" in row:
+        return f"left out ({row['left_out']})"
+    if "decoding" in row:
+        speeds = {size: one.get("tokens_per_second", 0.0) for size, one in row["decoding"].items()}
+        return ", ".join(f"batch {size} {speed:,.0f} tokens/s" for size, speed in speeds.items())
+    return f"{row['seconds']:.3f} s, {row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.2f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark, or print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON Lines file of rows; only missing ones are measured")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--only", nargs="+", choices=BY_NAME, metavar="CONTENDER", help="contenders to measure")
+    parser.add_argument("--budget", type=float, default=560.0, metavar="SECONDS", help="start no contender after them")
+    parser.add_argument("--retry", action="store_true", help="measure contenders with an error again")
+    parser.add_argument("--predictions", type=Path, default=PREDICTIONS, help="JSON file, shown beside the figures")
+    parser.add_argument("--table", type=Path, metavar="ROWS", help="print the table of these rows and measure nothing")
+    options = parser.parse_args(arguments)
+    if options.table is not None:
+        if not options.table.is_file():
+            parser.error(f"{options.table} does not exist.")
+        print(table(read_rows(options.table), options.predictions))
+        return 0
+    if options.device == "cpu" and options.shape != "tiny":
+        parser.error("--device cpu takes --shape tiny; the others are for GPUs.")
+    started = time.monotonic()
+    end_with_parent()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    rows = RowFile(options.out)
+    left = run([BY_NAME[name] for name in options.only] if options.only else CONTENDERS, rows, options, started)
+    print(table(rows.rows, options.predictions))
+    return AGAIN if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The table of the GPU benchmark (`gpu.py`) from its rows, as Markdown, with predictions beside what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_contenders import CONTENDERS
+
+PREDICTIONS = Path(__file__).with_name("gpu_predictions.json")
+TARGETED = "llava-1.5-7b"
+"""The shape that the targets are for, on an H100."""
+
+Row = Mapping[str, Any]
+
+
+def table(rows: Sequence[Row], predictions: Path) -> str:
+    """Tables of all shapes and cards; of rows with one contender, shape and card the last one counts."""
+    predicted: dict[str, Any] = json.loads(predictions.read_text())
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["shape"], row["card"]), {})[row["contender"]] = row
+    parts = [part for (shape, card), found in groups.items() for part in _group(shape, card, found, predicted)]
+    if not parts:
+        return "There are no rows."
+    return "\n\n".join([*parts, f"Predictions were made on {predicted['made']}: {predicted['basis']}."])
+
+
+def _group(shape: str, card: str, found: Mapping[str, Row], predicted: Row) -> list[str]:
+    order = [contender.name for contender in CONTENDERS if contender.name in found]
+    steps = {name: found[name] for name in order if "seconds" in found[name]}
+    decoding = {name: found[name] for name in order if "decoding" in found[name]}
+    expected = predicted["shapes"].get(shape, {}) if predicted["card"] in card else {}
+    parts = [f"### {shape} on {card}"]
+    if steps:
+        parts += [_steps(steps, expected), *_summary(steps, shape), _head(steps)]
+    if decoding:
+        parts.append(_decoding(decoding))
+    failed = [
+        f"- {name}: {'failed' if 'error' in found[name] else 'left out'}, "
+        f"{found[name].get('error') or found[name].get('left_out')}"
+        for name in order
+        if {"error", "left_out"} & found[name].keys()
+    ]
+    return [*parts, *(["\n".join(failed)] if failed else [])]
+
+
+def _steps(steps: Mapping[str, Row], expected: Row) -> str:
+    head = (
+        "contender", "s a step", "predicted", "tokens/s", "predicted", "useful MFU", "predicted",
+        "full batch, tokens/s", "GiB", "micro-batches", "kernels", "busy", "gradients: median, worst",
+        "time over `ours`",
+    )  # fmt: skip
+    return _markdown(
+        head, [_cells(name, row, expected.get(name, {}), steps.get("ours")) for name, row in steps.items()]
+    )
+
+
+def _cells(name: str, row: Row, expected: Row, ours: Row | None) -> list[str]:
+    full, errors = row.get("full", {}), row.get("gradients")
+    return [
+        name,
+        f"{row['seconds']:.3f}", _range(expected, "seconds", "{:.2f}"),
+        f"{row['tokens_per_second']:,.0f}", _range(expected, "tokens_per_second", "{:,.0f}"),
+        f"{row['mfu']:.3f}", _range(expected, "mfu", "{:.2f}"),
+        f"{full['tokens_per_second']:,.0f}" if "seconds" in full else "does not fit",
+        f"{row['peak_memory_gib']:.1f}", str(row["micro_batches"]), f"{row['kernels']:,}", f"{row['busy']:.2f}",
+        f"{errors['median']:.1e}, {errors['worst']:.1e}" if errors else "",
+        f"{row['seconds'] / ours['seconds']:.2f}" if ours else "",
+    ]  # fmt: skip
+
+
+def _range(expected: Row, name: str, form: str) -> str:
+    value = expected.get(name)
+    if value is None:
+        return ""
+    return " to ".join(form.format(one) for one in (value if isinstance(value, list) else [value]))
+
+
+def _summary(steps: Mapping[str, Row], shape: str) -> list[str]:
+    """What the targets are about, as far as both sides are there."""
+
+    def seconds(name: str) -> float:
+        return float(steps[name]["seconds"])
+
+    def best_peer() -> float:
+        names = [name for name in ("hf-best", "hf-best-checkpointing") if name in steps]
+        return min(map(seconds, names)) / seconds("ours")
+
+    figures: list[tuple[str, Callable[[], float], str, str]] = [
+        ("real tokens/s", lambda: steps["ours"]["tokens_per_second"], "{:,.0f}", ">= 15,000"),
+        ("useful MFU", lambda: steps["ours"]["mfu"], "{:.3f}", ">= 0.45"),
+        ("time of the best peer over `ours`", best_peer, "{:.2f}", ">= 1.3"),
+        ("dropout, share of a step", lambda: seconds("ours-dropout") / seconds("ours") - 1, "{:.3f}", "<= 0.06"),
+        ("MoSLoRA over LoRA", lambda: seconds("ours") / seconds("ours-lora"), "{:.3f}", "<= 1.02"),
+        (
+            "MoSLoRA over LoRA, half the rank", lambda: seconds("ours-half-rank") / seconds("ours-lora-half-rank"),
+            "{:.3f}", "<= 1.02",
+        ),
+        ("largest difference of first losses", lambda: _difference(steps), "{:.1e}", "<= 5e-3"),
+    ]  # fmt: skip
+    lines = []
+    for what, figure, form, target in figures:
+        try:
+            value = form.format(figure())
+        except (KeyError, ValueError):  # a side was not measured
+            continue
+        lines.append([what, value, *([target] if shape == TARGETED else [])])
+    head = ("", "measured", *(["target on an H100"] if shape == TARGETED else []))
+    return [_markdown(head, lines)] if lines else []
+
+
+def _difference(steps: Mapping[str, Row]) -> float:
+    """Of the losses of the first step, relative, among contenders that compute the same one."""
+    same = {contender.name for contender in CONTENDERS if not contender.dropout and not contender.half_rank}
+    losses = [row["first_loss"] for name, row in steps.items() if name in same]
+    if len(losses) < 2:
+        raise KeyError("another loss")
+    return (max(losses) - min(losses)) / min(losses)
+
+
+def _decoding(decoding: Mapping[str, Row]) -> str:
+    sizes = list(next(iter(decoding.values()))["decoding"])
+    lines = []
+    for name, row in decoding.items():
+        lines.append([name, *(_speed(row["decoding"].get(size, {})) for size in sizes)])
+    return _markdown(("decoding: tokens/s, s to the first token", *(f"batch {size}" for size in sizes)), lines)
+
+
+def _speed(one: Row) -> str:
+    if "seconds" not in one:
+        return str(one.get("error", ""))
+    return f"{one['tokens_per_second']:,.0f}, {one['first_token_seconds']:.3f}"
+
+
+def _head(steps: Mapping[str, Row]) -> str:
+    """Ceilings, dates and versions."""
+    peaks, copies = ([row[name] for row in steps.values()] for name in ("peak_tflops", "copy_tbs"))
+    versions: dict[str, set[str]] = {}
+    for row in steps.values():
+        for package, version in row["versions"].items():
+            versions.setdefault(package, set()).add(str(version))
+    named = ", ".join(f"{package} {' or '.join(sorted(found))}" for package, found in versions.items())
+    dates = sorted(row["date"][:10] for row in steps.values())
+    return (
+        f"Product peak {min(peaks):.4g} to {max(peaks):.4g} TFLOP/s, copy {min(copies):.3g} to {max(copies):.3g} TB/s. "
+        f"{dates[0]} to {dates[-1]}. {named}."
+    )
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

@@ -1,0 +1,152 @@
+"""Wheels for a GPU machine, and the command that tests and measures there: what they refuse, keep and do not repeat."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import gpu_wheels
+
+SCRIPTS = Path(gpu_wheels.__file__).parent
+REQUIRES = {
+    "one": ['two==2.0; python_version >= "3.12"', 'never>=1; python_version < "3.12"', 'extra>=1; extra == "all"'],
+    "two": ["numpy>=2", "torch"],
+    "three": ["two<2", "numpy<3"],
+}
+"""What made-up packages require."""
+
+
+def fetch(name, versions, folder, python, *, size=0):
+    """A wheel of the version that is asked for exactly, else of 2.0."""
+    wheel = Path(folder) / f"{name}-{str(versions).removeprefix('==') or '2.0'}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        lines = [f"Requires-Dist: {line}" for line in REQUIRES[name]]
+        archive.writestr(
+            f"{wheel.name[:-16]}.dist-info/METADATA", "\n".join(["Metadata-Version: 2.1", *lines]) + "\n\n"
+        )
+        archive.writestr("content", b"\0" * size)
+    return wheel
+
+
+def test_wheels_go_together_and_the_rest_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_wheels, "fetch", fetch)
+    assert gpu_wheels.collect(["one", "two"], tmp_path, "3.12") == ["numpy>=2", "torch"]
+    assert sorted(wheel.name for wheel in tmp_path.iterdir()) == [
+        "one-2.0-py3-none-any.whl",
+        "two-2.0-py3-none-any.whl",
+    ]
+    with pytest.raises(SystemExit, match=r"three-2.0-py3-none-any.whl requires two<2, and 2.0 was collected"):
+        gpu_wheels.collect(["one", "two", "three"], tmp_path, "3.12")
+
+
+def test_wheels_above_the_limit_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(gpu_wheels, "PACKAGES", ("two",))
+    monkeypatch.setattr(gpu_wheels, "fetch", lambda *given: fetch(*given, size=2**20))
+    (tmp_path / "earlier.whl").touch()
+    arguments = ["--out", str(tmp_path), "--limit"]
+    with pytest.raises(SystemExit, match="above the limit"):
+        gpu_wheels.main([*arguments, "1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier.whl"]
+    gpu_wheels.main([*arguments, "2"])
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "two-2.0-py3-none-any.whl"
+    ]  # two versions cannot be installed
+    assert "1.00 MiB  two-2.0-py3-none-any.whl" in capsys.readouterr().out
+
+
+def test_every_wheel_has_a_declared_version_or_is_required_by_another() -> None:
+    assert str(gpu_wheels.declared()["transformers"]) == "<6,>=5.23"
+    assert {"deepspeed", "liger-kernel", "cyclopts", "datasets"} <= gpu_wheels.declared().keys()
+
+
+PYTHON = """#!/bin/sh
+echo "$*" >>"$CALLS"
+case "$*" in
+  *pip*install*) exit 0 ;;
+  *pytest*) echo "$PYTHONPATH" >>"$CALLS"; exit "$TESTS" ;;
+  *--table*) echo table; exit 0 ;;
+  *gpu.py*) exit "$ROWS" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with tests for GPUs, and a Python that notes what it is asked for."""
+    for name in ("gpu.sh", "common.sh"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        shutil.copy(SCRIPTS / name, tmp_path / "scripts" / name)
+    for file in ("mm_moslora/code.py", "tests/gpu/test_one.py", "build/gpu_wheels/two-2.0-py3-none-any.whl"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def run(checkout: Path, *, tests: int = 0, rows: int = 0, **more: str) -> tuple[int, list[str], str]:
+    """Exit code, the calls of Python, and stderr."""
+    calls = checkout / "calls"
+    calls.write_text("")
+    environment = os.environ | {
+        "PYTHON": str(checkout / "python"), "CALLS": str(calls), "TESTS": str(tests), "ROWS": str(rows), **more,
+    }  # fmt: skip
+    done = subprocess.run([checkout / "scripts" / "gpu.sh"], env=environment, capture_output=True, text=True)
+    return done.returncode, calls.read_text().splitlines(), done.stderr
+
+
+def test_wheels_then_tests_then_the_shapes(checkout: Path) -> None:
+    code, calls, _ = run(checkout)
+    assert code == 0
+    install, tests, path, *shapes = calls
+    assert "--no-index --no-deps" in install
+    assert install.endswith("build/gpu_wheels/two-2.0-py3-none-any.whl")
+    assert tests.endswith("tests/gpu")
+    site = Path(path.split(":")[0])
+    assert str(site) in install
+    assert not site.exists()  # removed at the end
+    assert [call.split("--shape ")[1].split()[0] for call in shapes] == ["llava-1.5-7b", "1b", "3b"]
+
+
+def test_failed_tests_do_not_stop_the_benchmark_and_are_not_repeated(checkout: Path) -> None:
+    code, calls, said = run(checkout, tests=1)
+    assert code == 1
+    assert "tests/gpu: exit code 1" in said
+    assert sum("gpu.py --out" in call for call in calls) == 3
+    code, calls, _ = run(checkout, tests=0)
+    assert code == 1  # as it was on these sources
+    assert not any("-m pytest" in call for call in calls)
+    (checkout / "mm_moslora" / "code.py").write_text("changed = 1\n")
+    code, calls, _ = run(checkout, tests=0)
+    assert code == 0
+    assert any("-m pytest" in call for call in calls)
+
+
+def test_rows_that_are_left_ask_for_another_call_with_the_results_of_this_one(checkout: Path) -> None:
+    code, calls, _ = run(checkout, rows=75)
+    assert code == 75
+    assert sum("gpu.py --out" in call for call in calls) == 1
+    (checkout / "build" / "gpu" / "rows.jsonl").write_text("{}\n")
+    code, calls, _ = run(checkout, OUT=str(checkout / "elsewhere"))
+    assert code == 0
+    assert not any("-m pytest" in call for call in calls)
+    assert (checkout / "elsewhere" / "rows.jsonl").read_text() == "{}\n"
+
+
+def test_missing_tests_and_wheels_are_said(checkout: Path) -> None:
+    shutil.rmtree(checkout / "tests")
+    shutil.rmtree(checkout / "build")
+    code, _, said = run(checkout, SHAPES="tiny", DEVICE="cpu")
+    assert code == 0
+    assert "There are no tests in tests/gpu." in said
+    assert "No wheels in build/gpu_wheels" in said
+    code, _, said = run(checkout, LIMIT="soon")
+    assert code != 0
+    assert "LIMIT is 'soon', expected a number from 60 on" in said
