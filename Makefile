@@ -47,7 +47,7 @@ test-extras: $(EXTRAS)/.installed
 
 # What notices first when a library is another than the one beside which the code was written.
 VERSIONED := tests/packaging/test_dependencies.py tests/adapters/test_adapter_behaviours.py tests/adapters/layers/test_quantised_layers.py \
-  tests/data/sources/test_record_sources.py tests/data/sources/test_hf_tables.py tests/models/test_assembly.py tests/kernels/test_attention_varlen.py \
+  tests/data/sources/test_record_sources.py tests/data/sources/test_hf_tables.py tests/gpu tests/models/test_assembly.py tests/kernels/test_attention_varlen.py \
   tests/models/vision/test_encoders.py tests/models/batching/test_packed_batch.py tests/models/test_pretrained_vlm.py \
   tests/tracking/test_trackers.py tests/training/test_golden_losses.py tests/training/test_image_dependence.py
 VERSION_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VERSIONS=$@ $(VENV)/$@/bin/python -m pytest -q -n $(WORKERS) \
