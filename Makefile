@@ -25,7 +25,7 @@ help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
 	@echo "make smoke       the same in miniature, about three minutes, at lower quality"
 	@echo "make test        the whole test suite"
-	@echo "make test-extras what needs gradio, trackio, MLflow or Liger's kernels"
+	@echo "make test-extras what needs gradio, trackio, MLflow or Triton"
 	@echo "make test-versions  a part of the suite on the lowest versions, and on what GPU images carry"
 	@echo "make check       format, lint, types, import layers and circles, shell scripts"
 	@echo "make gpu         tests/gpu and the benchmark on a GPU, with the Python that is there (PYTHON=...); again until done"
@@ -43,11 +43,12 @@ test: $(VENV)/.installed-dev
 
 test-extras: $(EXTRAS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q -n $(WORKERS) tests/tracking/test_tracking_depth.py \
-	  tests/serve/test_serve_demo.py tests/models/memory_efficient/test_kernel_selection.py $(ARGS)
+	  tests/serve/test_serve_demo.py tests/models/memory_efficient/test_kernel_selection.py tests/kernels/lora/test_triton_dropout.py $(ARGS)
 
 # What notices first when a library is another than the one beside which the code was written.
 VERSIONED := tests/packaging/test_dependencies.py tests/adapters/test_adapter_behaviours.py tests/adapters/layers/test_quantised_layers.py \
   tests/data/sources/test_record_sources.py tests/data/sources/test_hf_tables.py tests/gpu tests/models/test_assembly.py tests/kernels/test_attention_varlen.py \
+  tests/kernels/lora/test_triton_dropout.py tests/models/memory_efficient/test_kernel_selection.py \
   tests/models/vision/test_encoders.py tests/models/batching/test_packed_batch.py tests/models/test_pretrained_vlm.py \
   tests/tracking/test_trackers.py tests/training/test_golden_losses.py tests/training/test_image_dependence.py
 VERSION_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VERSIONS=$@ $(VENV)/$@/bin/python -m pytest -q -n $(WORKERS) \
@@ -92,7 +93,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 # gradio and trackio insist on an older Pillow and MLflow on an older pyarrow than the rest is tested with, so they live in
-# an environment on top of the first one: what they do not change is found there. Liger's kernels bring Triton, 1 GB that
+# an environment on top of the first one: what they do not change is found there. liger-kernel brings Triton, 1 GB that
 # nothing else here uses without a GPU.
 $(EXTRAS)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(BIN)/python -m venv $(EXTRAS)

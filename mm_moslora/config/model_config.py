@@ -132,11 +132,11 @@ class ModelConfig:
     """Load the assembled language model's linear layers in 4 bits (nf4, double quantised) or 8; needs bitsandbytes."""
     lean_layers: bool = True
     """Decoder layers of known families keep less for the backward pass; the computed values do not change."""
-    kernels: Literal["auto", "torch", "liger", "native"] = "auto"
-    """liger: Liger's Triton kernels between the matrix products of lean layers, on a GPU. native: a C++ kernel for
-    attention, on a CPU. torch: PyTorch's own operators. auto: liger where liger-kernel is installed, native where a
-    C++ compiler is installed. `train.compile` compiles the operators between the products; auto then uses no Triton
-    kernels."""
+    kernels: Literal["auto", "torch", "triton", "liger", "native"] = "auto"
+    """triton: Triton kernels between the matrix products of lean layers, and for adapter dropout, on a GPU. liger:
+    Liger's between the products, where it has them; needs liger-kernel. native: a C++ kernel for attention, on a CPU.
+    torch: PyTorch's own operators. auto: triton on a GPU, native where a C++ compiler is installed. `train.compile`
+    compiles the operators between the products; auto then has Triton kernels for dropout alone."""
 
     def __post_init__(self) -> None:
         require(
@@ -174,7 +174,7 @@ class ModelConfig:
             "model.faithful is set; it means LLaVA's token ids, so set model.chat_template to one of LLaVA's.",
         )
         require(
-            self.lean_layers or self.kernels != "liger",
+            self.lean_layers or self.kernels not in ("triton", "liger"),
             f"model.kernels is {self.kernels!r}, but model.lean_layers is false, and these kernels run only in lean "
             "layers. Set lean_layers: true, or kernels: auto.",
         )

@@ -48,7 +48,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(
-            self.train.compile is None or self.model.kernels != "liger",
+            self.train.compile is None or self.model.kernels not in ("triton", "liger"),
             f"model.kernels is {self.model.kernels!r} and train.compile is {self.train.compile!r}: both would run "
             "between the matrix products of lean layers. Leave train.compile out, or set model.kernels to auto.",
         )

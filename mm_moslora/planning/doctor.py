@@ -21,8 +21,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from mm_moslora.config import Recipe, needs
-from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, installed_liger, why_not_liger
+from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, installed_liger
 from mm_moslora.kernels.native import find_compiler
+from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.utils.hardware import extensions_folder, stale_locks
 from mm_moslora.utils.package_requirements import (
     declared,
@@ -282,18 +283,18 @@ def _precision() -> list[Finding]:
 
 def _kernels() -> list[Finding]:
     torch = importlib.import_module("torch")
-    found = installed_liger()
     on_gpu = torch.cuda.is_available()
-    reason = why_not_liger(torch.device("cuda" if on_gpu else "cpu"))
+    reason = why_not_triton(torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
     if reason is None:
-        detail = f"Liger's (liger-kernel {found}) run between the matrix products of lean decoder layers"
+        detail = "Triton's run between the matrix products of lean decoder layers, and for adapter dropout"
     elif not on_gpu and (compiler := find_compiler()) is not None:
         detail = f"attention runs on a C++ kernel (compiled by {compiler} at the first run): {reason}"
     else:
         detail = f"PyTorch's own run between the matrix products of lean decoder layers: {reason}"
-    fine = found is None or fits(found)
-    remedy = "" if fine else f"pip install 'liger-kernel{LIGER_RANGE}'"
-    return [Finding(name="kernels", status="ok" if fine else "warn", detail=detail, remedy=remedy)]
+    found = installed_liger()
+    if found is not None and not fits(found):
+        detail += f"; model.kernels liger needs liger-kernel{LIGER_RANGE}, and {found} is installed"
+    return [Finding(name="kernels", status="warn" if on_gpu and reason is not None else "ok", detail=detail)]
 
 
 def _compiler() -> list[Finding]:

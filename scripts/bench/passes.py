@@ -5,7 +5,7 @@
     python scripts/bench/passes.py --json   one object on stdout
 
 Every operator of PyTorch is a kernel launch on a GPU that reads its tensors and writes its results. One fused kernel
-for a pass (`model.kernels: liger`, `train.compile`) is one launch that reads the inputs and writes the outputs once.
+for a pass (`model.kernels: triton`, `train.compile`) is one launch that reads the inputs and writes the outputs once.
 The passes run on the meta device, where operators are counted without data.
 """
 

@@ -163,6 +163,8 @@ class PassChecks(RunChecks):
         assert_as_exact(y, expected, exact.detach())
         eager = TORCH_OPS.rms_norm_backward(grad.clone(), x, weight, inverse)
         assert_as_exact(self.passes.rms_norm_backward(grad.clone(), x, weight, inverse), eager, of_x)
+        found, wanted = (ops.rms_norm_weight_gradient(grad, x, inverse) for ops in (self.passes, TORCH_OPS))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * tokens)
 
     @DTYPES
     @SHAPES

@@ -40,7 +40,7 @@ def quantisation(base: nn.Module) -> Quantisation | None:
 
 
 def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
-    """The weight that a linear layer multiplies x with; None where the layer computes more, or the weight trains.
+    """The weight that a linear layer multiplies x with; None where the layer computes more.
 
     Args:
         base: the layer, without adapters.
@@ -53,8 +53,6 @@ def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
     if not is_plain(weight):
         return _packed_weight(base, x)
     assert isinstance(weight, Tensor)
-    if weight.requires_grad:
-        return None
     if autocasts(x.device):
         return weight if x.dtype in _AUTOCASTS and weight.dtype in _AUTOCASTS else None
     return weight if weight.dtype == x.dtype else None

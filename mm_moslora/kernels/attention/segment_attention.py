@@ -14,7 +14,7 @@ faster on a CPU).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -56,6 +56,8 @@ class StepContext:
     """Starts of the segments and the end of the last one, int32 ``[G + 1]``."""
     target_positions: Tensor | None = None
     """Positions of the last layer that the head reads, int64 ``[K]``; None: all."""
+    rotary: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """What layers compute from the position embeddings that they share, kept by the first."""
 
 
 def segment_attention(

@@ -1,23 +1,21 @@
-"""Whether Liger's Triton kernels can run here. They are optional."""
+"""Whether Liger's Triton kernels can run here. They are optional, and chosen by name only."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from mm_moslora.kernels.triton_availability import why_not_triton
+
 if TYPE_CHECKING:
     import torch
 
 LIGER_RANGE = ">=0.8.5,<0.9"
 """Versions of liger-kernel with the signatures that `liger_ops` calls; the range of the extra `liger`."""
-OLDEST_CAPABILITY = (7, 0)
-"""The lowest compute capability of a GPU that Triton compiles for."""
 
 
 def installed_liger() -> str | None:
@@ -44,29 +42,10 @@ def why_not_liger(device: torch.device) -> str | None:
         return "liger-kernel is not installed"
     if not fits(found):
         return f"liger-kernel is {found}, expected {LIGER_RANGE}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if (reason := _why_not_triton(device)) is not None:
+    if (reason := why_not_triton(device)) is not None:
         return reason
     try:
         importlib.import_module("liger_kernel.ops")
     except Exception as error:  # a Triton that does not fit torch or the driver fails in many ways
         return f"liger-kernel {found} does not import ({type(error).__name__}: {error})"
     return None
-
-
-def _why_not_triton(device: torch.device) -> str | None:
-    import torch
-
-    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
-        return None  # kernels run in Python, on any device
-    if device.type != "cuda":
-        return f"Triton does not run on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        return f"Triton needs compute capability {_dotted(OLDEST_CAPABILITY)}, and the GPU has {_dotted(capability)}"
-    return None
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))

@@ -3,7 +3,7 @@
 Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
 Each is a chain of operators that reads and writes its tensors several times. A compiler makes one pass of a chain, and
-so do Liger's kernels (`liger_ops`). The matrix products around them gain nothing from either.
+so do the kernels of `triton_ops`. The matrix products around them gain nothing from either.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) 
     pull = grad * weight if grad.dtype == torch.float32 else grad.float().mul_(weight.float())
     mean = torch.linalg.vecdot(pull, direction).div_(x.shape[-1])[:, None]
     return pull.addcmul_(direction, mean, value=-1).mul_(inverse).to(x.dtype)
+
+
+def rms_norm_weight_gradient(grad: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of the norm's weight ``[D]``, fp32, from that of its output; call it before `rms_norm_backward`."""
+    direction = _product(x, x.float(), inverse).to(x.dtype)
+    return direction.float().mul_(grad).sum(0) if x.dtype != torch.float32 else (direction * grad).sum(0)
 
 
 def _product(x: Tensor, wide: Tensor, inverse: Tensor) -> Tensor:
@@ -87,6 +93,7 @@ class FusedOps:
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
     recompute_rms_norm: Callable[[Tensor, Tensor, Tensor], Tensor] = recompute_rms_norm
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = rms_norm_backward
+    rms_norm_weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = rms_norm_weight_gradient
     gated_silu: Callable[[Tensor, Tensor], Tensor] = gated_silu
     recompute_gated: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = recompute_gated
     gated_silu_backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = gated_silu_backward

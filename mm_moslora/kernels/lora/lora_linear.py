@@ -5,7 +5,7 @@ Shapes: ``T`` tokens (all leading dimensions), ``D_in``, ``D_out`` widths, ``R``
 
 Forward ``y = x W^T + (x A^T) C^T``. Backward with ``u = dY C`` and ``z = x A^T``::
 
-    dX = dY W + u A     dA = u^T x     dC = dY^T z
+    dX = dY W + u A     dA = u^T x     dC = dY^T z     dW = dY^T x (where W trains)
 
 No product of size T is spent on M, and nothing of size T is kept but x and z. Layers that read one x (query, key and
 value; gate and up) have their A on top of each other: z, dA and the adapters' part of dX are one product each, and the
@@ -24,7 +24,15 @@ from torch.nn import functional as F
 
 from mm_moslora.kernels.lora.lora_math import autocasts, without_autocast
 from mm_moslora.kernels.lora.mixed_product import mixed_product
-from mm_moslora.kernels.lora.seeded_dropout import Mask, draw_seed, exact_rate, kept_blocks
+from mm_moslora.kernels.lora.seeded_dropout import (
+    Mask,
+    draw_seed,
+    exact_rate,
+    kept_blocks,
+    kept_rows,
+    kernel_masks,
+    triton_kernels,
+)
 from mm_moslora.utils.errors import AdapterError
 
 PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
@@ -48,7 +56,7 @@ class LinearOperands:
     """What one linear layer computes with, adapted or not."""
 
     weight: Tensor | Packed
-    """``[D_out, D_in]``; gets no gradient."""
+    """``[D_out, D_in]``."""
     bias: Tensor | None
     """``[D_out]``."""
     A: Tensor | None = None
@@ -102,14 +110,14 @@ def fused_linear(
     *,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`reference_linear` in one autograd node; the base weight is frozen.
+    """`reference_linear` in one autograd node.
 
     The factors may be wider than x (float32 masters over a bfloat16 base): small copies are cast, x never is. Under
     autocast everything runs in autocast's dtype, as the modules would.
 
     Args:
         x: ``[..., D_in]``, in the dtype of `weight` outside autocast.
-        weight: ``[D_out, D_in]``; gets no gradient.
+        weight: ``[D_out, D_in]``.
         bias: ``[D_out]`` or None.
         A: ``[R, D_in]``.
         M: ``[R, R]``; None is the identity.
@@ -148,7 +156,8 @@ class _FusedLinears(torch.autograd.Function):
         results, z = LoraMatmul(tensors, rules, x.dtype).outputs(x)
         ctx.rules, ctx.shape, ctx.dtype = rules, x.shape, x.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(None if z is None else x, z, *tensors)
+        learns_weight = any(ctx.needs_input_grad[2::TENSORS])
+        ctx.save_for_backward(x if learns_weight or z is not None else None, z, *tensors)
         return tuple(results)
 
     @staticmethod
@@ -199,8 +208,8 @@ class LoraMatmul:
             return rows @ A.t()
         z = rows.new_empty(rows.shape[0], A.shape[0])
         adapted = {index: mask for index, mask in enumerate(self.masks) if self.ranks[index]}
-        for index, block, kept in kept_blocks(rows, adapted):
-            self._part(z, index, 1)[block] = kept.keep(rows[block]) @ self._factor(index).t()
+        for index, block, kept in kept_rows(rows, adapted):
+            self._part(z, index, 1)[block] = kept @ self._factor(index).t()
         return z
 
     def gradients(
@@ -215,7 +224,7 @@ class LoraMatmul:
         """The gradient of x, and those of every layer's tensors; None where it is not needed.
 
         Args:
-            x: ``[T, D_in]``; None: no layer has an adapter.
+            x: ``[T, D_in]``; None: no layer has an adapter or a weight that trains.
             z: from `outputs`.
             grads: every ``dY`` ``[T, D_out]``; None: nothing reads that layer's output.
             needs: which of the layers' tensors need a gradient.
@@ -239,11 +248,12 @@ class LoraMatmul:
             if needs_x or any(needs[2::TENSORS]):
                 dX, dAs = self._input_gradients(x, grads, needs_x=needs_x)
             for index, grad in enumerate(grads):
-                _, needs_bias, needs_A, needs_C = needs[TENSORS * index : TENSORS * (index + 1)]
+                needs_W, needs_bias, needs_A, needs_C = needs[TENSORS * index : TENSORS * (index + 1)]
                 A, dA = self.As[index], dAs.get(index)
+                dW = self._weight_gradient(index, grad, x) if needs_W and grad is not None else None
                 dbias = grad.sum(0) if needs_bias and grad is not None else None
                 dC = self._product_gradient(index, grad, z) if needs_C and grad is not None and z is not None else None
-                found += [None, dbias, dA.to(A.dtype) if needs_A and A is not None and dA is not None else None, dC]
+                found += [dW, dbias, dA.to(A.dtype) if needs_A and A is not None and dA is not None else None, dC]
         return dX, found
 
     def _input_gradients(
@@ -258,10 +268,18 @@ class LoraMatmul:
         if not us:
             return self._through_weights(grads, None) if needs_x else None, {}
         assert x is not None
-        if any(self.masks[index] for index in us):
+        masked = any(self.masks[index] for index in us)
+        kernels = triton_kernels(x) if masked else None
+        if masked and kernels is None:
             dX, gradients = self._masked_gradients(x, us, needs_x=needs_x)
             return self._through_weights(grads, dX) if needs_x else None, gradients
         dX = self._through_weights(grads, None) if needs_x else None
+        if kernels is not None:
+            masks = {index: self.masks[index] for index in us}
+            if dX is not None:
+                factors = [self._factor(index) for index in us]
+                kernels.add_kept_products(dX, list(us.values()), factors, kernel_masks(masks))
+            return dX, {index: us[index].t() @ kept for index, _, kept in kept_rows(x, masks)}
         u, A = _joined(list(us.values()), 1), _joined([self._factor(index) for index in us], 0)
         if dX is not None:
             dX.addmm_(u, A)
@@ -304,6 +322,13 @@ class LoraMatmul:
         """``dC`` of one layer."""
         # z^T dY is faster than dY^T z where D_out is large.
         return (self._part(z, index, 1).t() @ grad).t()
+
+    def _weight_gradient(self, index: int, grad: Tensor, x: Tensor | None) -> Tensor:
+        """``dW`` of one layer."""
+        weight = self.weights[index]
+        assert weight is not None
+        assert x is not None
+        return (grad.t() @ x).to(weight.dtype)
 
     def _factor(self, index: int) -> Tensor:
         assert self.A is not None

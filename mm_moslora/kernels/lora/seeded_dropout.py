@@ -2,17 +2,22 @@
 
 A mask is a tensor of integers as wide as the entries: all bits are set where an entry stays, none where it is dropped.
 Applying it is one bitwise `and`, which costs a fraction of a comparison and a product on a CPU. On a CPU masks come in
-blocks of rows that fit into the cache.
+blocks of rows that fit into the cache. On a GPU the kernels of `triton_dropout` draw masks of their own in registers.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mm_moslora.kernels.triton_availability import interpreted, why_not_triton
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype, by the bytes of an entry."""
@@ -20,6 +25,32 @@ _STEPS = 2**15
 """Possible random numbers of an entry: it has 15 bits."""
 _BLOCK = 2**19
 """Entries of a block on a CPU."""
+
+
+_kernels: Literal["auto", "torch"] = "auto"
+
+
+def set_dropout_kernels(kernels: Literal["auto", "torch"]) -> None:
+    """Choose what draws the masks on a GPU, in this process; not between a forward pass and its backward pass.
+
+    Args:
+        kernels: `auto` (Triton where it runs) or `torch`.
+    """
+    global _kernels
+    _kernels = kernels
+
+
+def triton_kernels(rows: Tensor) -> Any | None:
+    """The module `triton_dropout`, where its kernels draw the masks for `rows`; None elsewhere."""
+    at_hand = rows.is_cuda or (rows.device.type == "cpu" and interpreted())
+    return _triton_module(rows.device) if _kernels == "auto" and at_hand and rows.element_size() < 8 else None
+
+
+@cache
+def _triton_module(device: torch.device) -> Any | None:
+    if why_not_triton(device) is not None:
+        return None
+    return importlib.import_module("mm_moslora.kernels.lora.triton_dropout")
 
 
 def exact_rate(dropout: float) -> float:
@@ -42,8 +73,8 @@ def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
     dropout = exact_rate(dropout)
     if not dropout or not x.numel():
         return x
-    rows = x.reshape(-1, x.shape[-1])
-    kept = torch.cat([bits.bitwise_and_(1).to(x.dtype) for _, bits in kept_bits(rows, dropout, draw_seed())])
+    rows, mask = x.reshape(-1, x.shape[-1]), Mask(rate=dropout, seed=draw_seed())
+    kept = torch.cat([ones for _, _, ones in kept_rows(torch.ones_like(rows), {0: mask})])
     return (rows * kept).view_as(x) / (1.0 - dropout)
 
 
@@ -55,6 +86,29 @@ class Mask:
     """Probability of dropping an entry, a multiple of 2^-15 (`exact_rate`)."""
     seed: int
     """From `draw_seed`."""
+
+
+def kernel_masks(masks: Mapping[int, Mask | None]) -> list[tuple[int, int]]:
+    """Masks as the kernels of `triton_dropout` take them; one that drops nothing for None."""
+    return [(0, 0) if mask is None else (mask.seed, round(mask.rate * _STEPS)) for mask in masks.values()]
+
+
+def kept_rows(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[int, slice, Tensor]]:
+    """Rows with zeros where the masks of several layers drop entries.
+
+    Args:
+        rows: ``[T, D]``.
+        masks: by the layer's index; None: everything stays.
+
+    Yields:
+        The layer's index, the rows, and what stays of them.
+    """
+    if (kernels := triton_kernels(rows)) is not None:
+        copies = kernels.kept_copies(rows, kernel_masks(masks))
+        yield from ((place, slice(0, rows.shape[0]), copy) for place, copy in zip(masks, copies, strict=True))
+        return
+    for place, block, kept in kept_blocks(rows, masks):
+        yield place, block, kept.keep(rows[block])
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``F`` MLP wid
 
 `use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging, generation and
 gradient checkpointing work unchanged. A layer falls back to its stock forward pass where a call is not plain training
-on a padding-free row: with a cache, without gradients, with trained base weights, LLM.int8 weights, several adapters,
-or weights that ZeRO-3 has released (the engine of this package lets it gather them, a layer at a time).
+on a padding-free row: with a cache, without gradients, with LLM.int8 weights, several adapters, or weights that ZeRO-3
+has released (the engine of this package lets it gather them, a layer at a time).
 
 A layer is three autograd nodes: norm, query, key and value; the output projection; norm and gated MLP. What a cheap
 elementwise pass can recompute is not kept: the norm's output is recomputed from its input, the product of the gated MLP
 from its two factors. Per token and layer 6 D + 2 F values are kept (stock modules with PEFT's adapters keep about twice
-as many in fp32, three times in bf16). Base weights are frozen and get no gradient.
-`mm_moslora.kernels.lora.lora_linear` has the formulas of the linear layers.
+as many in fp32, three times in bf16). Base weights and norms may train; what their gradients need is kept or recomputed
+anyway, except the input of the output projection. `mm_moslora.kernels.lora.lora_linear` has the formulas of the linear layers.
 
 The last layer computes what follows its attention at the supervised positions alone, since the head reads no others.
 """
@@ -19,6 +19,7 @@ The last layer computes what follows its attention at the supervised positions a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -82,11 +83,9 @@ class LeanLayer(nn.Module):
 def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, Any], passes: FusedOps) -> Tensor:
     """The input of the output projection, ``[S, H * E]``, from the outputs of q, k and v."""
     query, key, value = (tensor.view(tensor.shape[0], -1, attention.head_dim) for tensor in projected)
-    if hasattr(attention, "q_norm"):
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    cos, sin = kwargs["position_embeddings"]
-    cos, sin = rotary_factors(cos[0], sin[0], query.dtype)
-    query, key = rotate(query, cos, sin, passes), rotate(key, cos, sin, passes)
+    factors = _rotary_factors(kwargs, query.dtype)
+    query = rotate(query, factors, passes, norm=getattr(attention, "q_norm", None))
+    key = rotate(key, factors, passes, norm=getattr(attention, "k_norm", None))
     function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     rest = {name: given for name, given in kwargs.items() if name not in ("position_embeddings", "use_cache", "cache")}
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
@@ -114,8 +113,9 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[LinearOp
     attention, mlp = layer.self_attn, layer.mlp
     if attention.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         return None
-    norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-    if any(w.requires_grad or w.dtype != hidden.dtype for w in norms) or not fetches_whole(layer):
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    if any(norm.weight.dtype != hidden.dtype for norm in norms) or not fetches_whole(layer):
         return None
     attention_modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     found: list[LinearOperands] = []
@@ -202,7 +202,7 @@ def normed_linears(
 
     Args:
         x: ``[S, D]``.
-        norm_weight: ``[D]``, frozen.
+        norm_weight: ``[D]``.
         eps: of the norm.
         linears: read the norm's output.
         passes: the elementwise passes.
@@ -227,7 +227,7 @@ def gated_mlp(
 
     Args:
         x: ``[S, D]``.
-        norm_weight: ``[D]``, frozen.
+        norm_weight: ``[D]``.
         eps: of the norm.
         gate: ``D -> F``.
         up: ``D -> F``.
@@ -242,28 +242,48 @@ def gated_mlp(
     return _GatedMlp.apply(x, norm_weight, eps, passes, rules, *flat)  # type: ignore[no-any-return]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, passes: FusedOps) -> Tensor:
-    """Rotary embedding of whole heads in the layout of halves; keeps nothing of the size of x.
+@dataclass(frozen=True, kw_only=True)
+class RotaryFactors:
+    """What a rotation multiplies with, forward and backward; each ``[S, 1, E]``."""
+
+    cos: Tensor
+    """Both halves equal."""
+    sin: Tensor
+    """Negative in the first half."""
+    back: Tensor
+    """``-sin``."""
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> RotaryFactors:
+        """From cosines and sines with two equal halves, each ``[S, E]``."""
+        first, second = sin.chunk(2, dim=-1)
+        signed = torch.cat((-first, second), dim=-1)[:, None].to(dtype)
+        return cls(cos=cos[:, None].to(dtype), sin=signed, back=-signed)
+
+
+def _rotary_factors(kwargs: dict[str, Any], dtype: torch.dtype) -> RotaryFactors:
+    """The factors for a layer's position embeddings, made once for all layers of a forward pass."""
+    cos, sin = kwargs["position_embeddings"]
+    context: StepContext | None = kwargs.get("step_context")
+    made: dict[Any, Any] = {} if context is None else context.rotary
+    key = (id(cos), id(sin), dtype)
+    if key not in made:  # beside the embeddings themselves, whose ids stay theirs then
+        made[key] = RotaryFactors.of(cos[0], sin[0], dtype), cos, sin
+    factors: RotaryFactors = made[key][0]
+    return factors
+
+
+def rotate(x: Tensor, factors: RotaryFactors, passes: FusedOps, *, norm: Any = None) -> Tensor:
+    """Rotary embedding of whole heads in the layout of halves; keeps x only for a norm before it.
 
     Args:
         x: ``[S, H, E]``.
-        cos: ``[S, 1, E]``, from `rotary_factors`.
-        sin: ``[S, 1, E]``, from `rotary_factors`.
-        passes: the rotation.
+        factors: of the tokens' positions.
+        passes: the elementwise passes.
+        norm: RMS norm of every head before the rotation (Qwen3), or None.
     """
-    return _Rotate.apply(x, cos, sin, passes)  # type: ignore[no-any-return]
-
-
-def rotary_factors(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The factors of `rotate`: cosines, and sines that are negative in the first half; ``[S, 1, E]``.
-
-    Args:
-        cos: ``[S, E]``, both halves equal.
-        sin: ``[S, E]``, both halves equal.
-        dtype: of the rotated tensor.
-    """
-    first, second = sin.chunk(2, dim=-1)
-    return cos[:, None].to(dtype), torch.cat((-first, second), dim=-1)[:, None].to(dtype)
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+    return _Rotate.apply(x, weight, eps, factors, passes)  # type: ignore[no-any-return]
 
 
 class _NormedLinears(torch.autograd.Function):
@@ -280,11 +300,13 @@ class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, z, *flat = ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad
+        needs_x, needs_weight, *needs = ctx.needs_input_grad
         y = ctx.passes.recompute_rms_norm(x, weight, inverse)
-        dy, found = LoraMatmul(flat, ctx.rules, y.dtype).gradients(y, z, grads, needs[4:], needs_x=needs_x)
-        dx = None if dy is None else ctx.passes.rms_norm_backward(dy, x, weight, inverse)
-        return dx, None, None, None, None, *found
+        matmul = LoraMatmul(flat, ctx.rules, y.dtype)
+        dy, found = matmul.gradients(y, z, grads, needs[3:], needs_x=needs_x or needs_weight)
+        del y
+        dx, dweight = _norm_gradients(ctx.passes, dy, x, weight, inverse, needs_weight=needs_weight)
+        return dx, dweight, None, None, None, *found
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -309,8 +331,8 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, z, e, g, z_down, *flat = ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad
-        needs_up, needs_down = needs[4 : 4 + 2 * TENSORS], needs[4 + 2 * TENSORS :]
+        needs_x, needs_weight, *needs = ctx.needs_input_grad
+        needs_up, needs_down = needs[3 : 3 + 2 * TENSORS], needs[3 + 2 * TENSORS :]
         down = LoraMatmul(flat[2 * TENSORS :], ctx.rules[1], x.dtype)
         h, activated = ctx.passes.recompute_gated(e, g)
         dh, found_down = down.gradients(h, z_down, (grad,), needs_down, needs_x=True)
@@ -318,19 +340,42 @@ class _GatedMlp(torch.autograd.Function):
         pulls = ctx.passes.gated_silu_backward(dh, e, g, activated)
         y = ctx.passes.recompute_rms_norm(x, weight, inverse)
         up = LoraMatmul(flat[: 2 * TENSORS], ctx.rules[0], x.dtype)
-        dy, found = up.gradients(y, z, pulls, needs_up, needs_x=needs_x)
-        dx = None if dy is None else ctx.passes.rms_norm_backward(dy, x, weight, inverse).add_(grad)
-        return dx, None, None, None, None, *found, *found_down
+        dy, found = up.gradients(y, z, pulls, needs_up, needs_x=needs_x or needs_weight)
+        del y, pulls
+        dx, dweight = _norm_gradients(ctx.passes, dy, x, weight, inverse, needs_weight=needs_weight)
+        return None if dx is None else dx.add_(grad), dweight, None, None, None, *found, *found_down
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, passes: FusedOps) -> Tensor:
-        ctx.passes = passes
-        ctx.save_for_backward(cos, sin)
-        return passes.rotary_embedding(x, cos, sin)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, factors: RotaryFactors, passes: FusedOps
+    ) -> Tensor:
+        ctx.factors, ctx.passes = factors, passes
+        y, inverse = x, None
+        if weight is not None:
+            rows, inverse = passes.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)
+            y = rows.view(x.shape)
+        ctx.save_for_backward(None if weight is None else x, weight, inverse)
+        return passes.rotary_embedding(y, factors.cos, factors.sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return ctx.passes.rotary_embedding(grad, cos, -sin), None, None, None
+        x, weight, inverse = ctx.saved_tensors
+        dy = ctx.passes.rotary_embedding(grad, ctx.factors.cos, ctx.factors.back)
+        if weight is None:
+            return dy, None, None, None, None
+        rows, pull = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, dy))
+        needs_weight = ctx.needs_input_grad[1]
+        dx, dweight = _norm_gradients(ctx.passes, pull, rows, weight, inverse, needs_weight=needs_weight)
+        return None if dx is None else dx.view(x.shape), dweight, None, None, None
+
+
+def _norm_gradients(
+    passes: FusedOps, dy: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, *, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a norm's input and of its weight (None: not needed); `dy` may be overwritten."""
+    if dy is None:
+        return None, None
+    dweight = passes.rms_norm_weight_gradient(dy, x, inverse).to(weight.dtype) if needs_weight else None
+    return passes.rms_norm_backward(dy, x, weight, inverse), dweight

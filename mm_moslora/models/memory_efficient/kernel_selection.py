@@ -1,18 +1,26 @@
-"""The choice of kernels: PyTorch's, Liger's between the products of lean layers on a GPU, C++ attention on a CPU."""
+"""The choice of kernels: PyTorch's, Triton's between the products of lean layers on a GPU, C++ attention on a CPU."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
+from mm_moslora.kernels.lora.seeded_dropout import set_dropout_kernels
 from mm_moslora.kernels.native import NativeError, library
+from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.models.families import LEAN_LAYERS
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,27 +35,27 @@ class Kernels:
     """The library that the recipe requires."""
     native: bool = False
     """Whether attention runs on the C++ kernel, for `set_attention`."""
+    dropout: Literal["auto", "torch"] = "auto"
+    """What draws the masks of adapter dropout on a GPU, see `set_dropout_kernels`."""
 
 
 def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> Kernels:
-    """Liger's kernels or the C++ attention where they can run, else PyTorch's. The C++ attention is compiled to check.
+    """Triton's kernels or the C++ attention where they can run, else PyTorch's. Both are compiled to check.
 
     Args:
-        wanted: auto, torch, liger or native.
+        wanted: auto, torch, triton, liger or native.
         device: the model's.
-        lean: whether the model has lean layers, which Liger's kernels need.
+        lean: whether the model has lean layers, which the Triton kernels between products need.
 
     Raises:
-        ConfigError: liger or native is required and cannot run.
+        ConfigError: triton, liger or native is required and cannot run.
     """
     if wanted == "torch":
-        return Kernels(passes=TORCH_OPS, words="PyTorch's")
+        return Kernels(passes=TORCH_OPS, words="PyTorch's", dropout="torch")
     required = wanted if wanted in _WHERE else None
-    reason = why_not_liger(device)
+    reason = why_not_liger(device) if wanted == "liger" else why_not_triton(device)
     if lean and wanted != "native" and reason is None:
-        from mm_moslora.kernels.fused_ops.liger_ops import LIGER_OPS
-
-        return Kernels(passes=LIGER_OPS, words=f"Liger's (liger-kernel {installed_liger()})", required=required)
+        return _on_triton(wanted, required)
     if wanted == "native" or (wanted == "auto" and device.type == "cpu"):
         try:
             return Kernels(passes=TORCH_OPS, words=_native_words(device), required=required, native=True)
@@ -57,10 +65,34 @@ def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> K
         raise ConfigError(
             f"model.kernels is {wanted!r}, but {reason}. {_WHERE[required]} Or set model.kernels to auto."
         )
+    if device.type == "cuda" and lean:
+        _warn_of_eager_passes(str(reason))
     return Kernels(passes=TORCH_OPS, words=f"PyTorch's ({reason})")
 
 
+def _on_triton(wanted: str, required: str | None) -> Kernels:
+    if wanted == "liger":
+        from mm_moslora.kernels.fused_ops.liger_ops import LIGER_OPS
+
+        return Kernels(passes=LIGER_OPS, words=f"Liger's (liger-kernel {installed_liger()})", required=required)
+    from mm_moslora.kernels.fused_ops.triton_ops import TRITON_OPS
+
+    return Kernels(passes=TRITON_OPS, words=f"Triton's (triton {version('triton')})", required=required)
+
+
+@cache
+def _warn_of_eager_passes(reason: str) -> None:
+    logger.warning(
+        "%s. Norms, activations and rotations run on PyTorch's operators, each of which reads and writes whole "
+        "tensors; a step is estimated to take a quarter longer. Install what is missing, or set model.kernels to torch "
+        "to accept this.",
+        reason[:1].upper() + reason[1:],
+    )
+
+
 _WHERE = {
+    "triton": "They run on a GPU of compute capability 7.0 or more, with the Triton of PyTorch's CUDA builds and a C "
+    "compiler.",
     "liger": f"They run on a GPU where liger-kernel is installed (pip install 'liger-kernel{LIGER_RANGE}'; Triton "
     "comes with PyTorch's CUDA builds).",
     "native": "It runs on a CPU and needs a C++ compiler.",
@@ -96,6 +128,7 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
     changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
     for layer in changed:
         layer.passes = kernels.passes
+    set_dropout_kernels(kernels.dropout)
     if kernels.native:
         return f"Attention runs on {kernels.words}."
     if kernels.required and not changed:

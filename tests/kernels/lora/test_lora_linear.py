@@ -28,8 +28,10 @@ def _inputs(dtype: torch.dtype, *, bias: bool, mixer: bool, factors: torch.dtype
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mixer", [True, False])
-def test_gradients_are_right_in_float64(bias: bool, mixer: bool) -> None:
+@pytest.mark.parametrize("base_trains", [True, False])
+def test_gradients_are_right_in_float64(bias: bool, mixer: bool, base_trains: bool) -> None:
     inputs = _inputs(torch.float64, bias=bias, mixer=mixer)
+    inputs[1].requires_grad_(base_trains)
     assert torch.autograd.gradcheck(lambda *given: fused_linear(*given, 1.7), inputs)
 
 

@@ -13,7 +13,7 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, fused_linears
-from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, use_lean_layers
+from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, RotaryFactors, use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.utils.errors import AdapterError
@@ -176,6 +176,51 @@ def test_what_lean_layers_cannot_do_runs_as_before(case: str) -> None:
     loss, gradients = loss_and_gradients(model, given)
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert_close(gradients, stock)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("which", ["all weights", "the last layers", "adapters beside trained weights"])
+def test_base_weights_and_norms_train_in_lean_layers(family: str, which: str) -> None:
+    torch.manual_seed(0)
+    model, given = FAMILIES[family](), batch()
+    if which == "adapters beside trained weights":
+        model = adapted(family)
+        model.requires_grad_(True)
+    elif which == "the last layers":
+        model.requires_grad_(False)
+        model.model.layers[-2:].requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    set_attention(model, training_attention(model))
+    model.train()
+    stock_loss, stock = loss_and_gradients(model, given)
+    before = kept_bytes(model, given)
+    use_lean_layers(model)
+    use_loss_head(model)
+    loss, lean = loss_and_gradients(model, given)
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert any("norm" in name for name in lean)
+    assert_close(lean, stock)
+    assert kept_bytes(model, given) < 0.8 * before
+
+
+def test_the_position_embeddings_are_prepared_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = adapted("qwen3"), batch()
+    use_lean_layers(model)
+    made: list[torch.dtype] = []
+    prepare = RotaryFactors.of
+
+    def counted(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> RotaryFactors:
+        made.append(dtype)
+        return prepare(cos, sin, dtype)
+
+    monkeypatch.setattr(RotaryFactors, "of", counted)
+    loss_and_gradients(model, given)
+    assert made == [torch.float32]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_and_gradients(model, given)
+    assert len(made) == 2
 
 
 def test_biases_that_train_learn_in_lean_layers() -> None:

@@ -1,0 +1,61 @@
+"""Whether Triton's kernels run on a device."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+OLDEST_CAPABILITY = (7, 0)
+"""The lowest compute capability of a GPU that Triton compiles for."""
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, as a clause; None: they can.
+
+    Args:
+        device: the model's.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return None
+    import torch
+
+    if device.type != "cuda":
+        return f"Triton does not run on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"Triton needs compute capability {_dotted(OLDEST_CAPABILITY)}, and the GPU has {_dotted(capability)}"
+    return _why_it_fails(device.index)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in Python, on any device."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def _why_it_fails(index: int | None) -> str | None:
+    """Runs a kernel once: it is compiled, which needs a C compiler and a Triton that fits PyTorch and the driver."""
+    import torch
+
+    device = torch.device("cuda", index)
+    try:
+        passes = importlib.import_module("mm_moslora.kernels.fused_ops.triton_ops")
+        ones = torch.ones(1, 8, device=device)
+        if float(passes.gated_silu(ones, ones)[0, 0]) < 0.7:
+            return "Triton's kernels give wrong numbers on this GPU"
+    except Exception as error:  # it fails in many ways
+        reason = " ".join(str(error).split())[:200]
+        return f"Triton's kernels do not run here ({type(error).__name__}: {reason})"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
