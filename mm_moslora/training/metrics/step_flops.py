@@ -135,7 +135,7 @@ class FlopCounter:
         held = list(decoder.layers)
         count = layers or len(held)
         behind = ("o_proj", "dense", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
-        self.drops = drops_positions(model) and frozen  # a trained layer runs in its stock form
+        self.drops = drops_positions(model)
         self.decoder = _count([module for layer in held for module in _with_paths(layer)]).times(count / len(held))
         self.behind = _count([(path, m) for path, m in _with_paths(held[-1]) if path.rpartition(".")[2] in behind])
         head = model.get_output_embeddings()
