@@ -32,7 +32,7 @@ def why_not_triton(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         return f"Triton needs compute capability {_dotted(OLDEST_CAPABILITY)}, and the GPU has {_dotted(capability)}"
-    return _why_it_fails(device.index)
+    return _why_it_fails(device.index or 0)
 
 
 def interpreted() -> bool:
@@ -41,7 +41,7 @@ def interpreted() -> bool:
 
 
 @cache
-def _why_it_fails(index: int | None) -> str | None:
+def _why_it_fails(index: int) -> str | None:
     """Runs a kernel once: it is compiled, which needs a C compiler and a Triton that fits PyTorch and the driver."""
     import torch
 

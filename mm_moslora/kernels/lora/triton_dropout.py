@@ -1,6 +1,6 @@
 """Dropout of adapters as Triton kernels: masks are drawn in registers where they are applied, and are never stored.
 
-Shapes: ``T`` tokens, ``D`` width of x, ``R`` rank, ``N`` layers that read x; x ``[T, D]``, u ``[T, N R]``, A ``[N R, D]``.
+Shapes: ``T`` tokens, ``D`` width of x, ``R`` rank; x ``[T, D]``, u ``[T, R]``, A ``[R, D]``.
 
 An entry's random number is a function of the seed, its row and its column (Philox), so every kernel draws the same mask
 from a seed, whatever its tiles are. One call of Philox gives eight numbers of 15 bits, for eight columns.
@@ -141,7 +141,8 @@ def _kept_product(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["seed0", "seed1", "seed2"])  # type: ignore[untyped-decorator]
 def _add_kept(  # type: ignore[no-untyped-def]
     total, u, A, stride, tokens, width, seed0, seed1, seed2, dropped0, dropped1, dropped2, RANK0: tl.constexpr,
-    RANK1: tl.constexpr, RANK2: tl.constexpr, MASKS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    RANK1: tl.constexpr, RANK2: tl.constexpr, MASKS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

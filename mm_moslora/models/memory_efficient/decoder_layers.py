@@ -11,7 +11,8 @@ A layer is three autograd nodes: norm, query, key and value; the output projecti
 elementwise pass can recompute is not kept: the norm's output is recomputed from its input, the product of the gated MLP
 from its two factors. Per token and layer 6 D + 2 F values are kept (stock modules with PEFT's adapters keep about twice
 as many in fp32, three times in bf16). Base weights and norms may train; what their gradients need is kept or recomputed
-anyway, except the input of the output projection. `mm_moslora.kernels.lora.lora_linear` has the formulas of the linear layers.
+anyway, except the input of the output projection. `mm_moslora.kernels.lora.lora_linear` has the formulas of the linear
+layers.
 
 The last layer computes what follows its attention at the supervised positions alone, since the head reads no others.
 """

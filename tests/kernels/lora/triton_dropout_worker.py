@@ -99,9 +99,7 @@ def test_forward_and_backward_pass_draw_the_same_masks(rates: tuple[float, ...])
     torch.manual_seed(3)
     masks = dict(enumerate(Mask(rate=rate, seed=draw_seed()) if rate else None for rate in rates))
     ones = kept((70, 80), *kernel_masks(masks))
-    wanted = [
-        x @ W.T + ((x * one.view_as(x)) @ A.T) @ C.T for W, A, C, one in zip(weights, As, Cs, ones, strict=True)
-    ]
+    wanted = [x @ W.T + ((x * one.view_as(x)) @ A.T) @ C.T for W, A, C, one in zip(weights, As, Cs, ones, strict=True)]
     pulls = [torch.randn_like(y) for y in found]
     torch.testing.assert_close(list(found), wanted)
     inputs = [x, *As, *Cs]
