@@ -89,9 +89,8 @@ find_python
 PIP=${PIP:-$PYTHON -m pip}
 wheels=${WHEELS:-build/gpu_wheels} out=${OUT:-build/gpu} shapes=${SHAPES:-llava-1.5-7b 1b 3b} device=${DEVICE:-cuda}
 limit=${LIMIT:-570}
-needs_number LIMIT 60 "$limit"
-run_environment
-export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD:$PWD/eval${PYTHONPATH:+:$PYTHONPATH}"
+[[ "$limit" =~ ^[0-9]+$ ]] && [ "$limit" -ge 60 ] || fail "LIMIT is '$limit', expected a number from 60 on"
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/eval${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 for name in rows.jsonl tests.ended; do  # of earlier calls, whose folder of results was another one
   if [ ! -f "$out/$name" ] && [ -f "build/gpu/$name" ]; then

@@ -28,7 +28,7 @@ from mm_moslora import adapters
 from mm_moslora.adapters import one_product_per_step
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, OptimConfig, TrainConfig
-from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
@@ -39,6 +39,7 @@ from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
 from mm_moslora.training.parameter_groups import parameter_groups
+from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 
@@ -212,7 +213,8 @@ def hf_best(shape: Shape, contender: Contender, device: torch.device) -> Runner:
     fused loss reads supervised positions only.
     """
     model, _ = with_peft(shape, contender, device, wide_adapters=False)
-    set_attention(model, training_attention(model))
+    attention = choose_attention(model, device=device)
+    set_attention(model, attention.name)
     head: Any = model.get_output_embeddings()
 
     def entropy(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -236,7 +238,10 @@ def hf_best(shape: Shape, contender: Contender, device: torch.device) -> Runner:
     return Runner(
         model=model, loss=loss, step=plain_step(model, loss),
         prepare=lambda items: Batch.from_examples(items).to(device),
-        notes={"passes": f"Liger's {version('liger-kernel')}" if liger else "PyTorch's (no liger-kernel)"},
+        notes={
+            "passes": f"Liger's {version('liger-kernel')}" if liger else "PyTorch's (no liger-kernel)",
+            "attention": attention.words,
+        },
     )  # fmt: skip
 
 
@@ -278,7 +283,8 @@ def ours(shape: Shape, contender: Contender, device: torch.device) -> Runner:
         adapters.add_moslora(model, config, component=LANGUAGE, autocast_adapter_dtype=False)
     model.get_submodule("model.multi_modal_projector").requires_grad_(True)
     set_factors(model)
-    set_attention(model, training_attention(model, device=device), native=kernels.native)
+    attention = choose_attention(model, device=device)
+    set_attention(model, attention.name, native=kernels.native)
     use_loss_head(model)
     use_lean_layers(model)
     if contender.checkpointing:
@@ -294,19 +300,20 @@ def ours(shape: Shape, contender: Contender, device: torch.device) -> Runner:
 
     @contextmanager
     def last_of_one() -> Iterator[None]:
-        with one_product_per_step(module, leave_out=TOWER_NAMES) as window:
+        with one_product_per_step(module, leave_out=TOWER_NAMES) as window, run_arithmetic(deterministic=False):
             window.last_micro_batch()
             yield
 
     def step(micro_batches: Sequence[Batch]) -> float:
-        result = engine.step(micro_batches, 1.0)
+        with run_arithmetic(deterministic=False):
+            result = engine.step(micro_batches, 1.0)
         assert result.applied, "the step was skipped: a loss or gradient is not finite"
         return result.loss
 
     return Runner(
         model=model, step=step, around=last_of_one, prepare=lambda items: Batch.from_examples(items).to(device),
         loss=lambda batch: module(batch, True) / max(1, batch.supervised_tokens),
-        notes={"passes": "compiled by inductor" if compiles else words},
+        notes={"passes": "compiled by inductor" if compiles else words, "attention": attention.words},
     )  # fmt: skip
 
 

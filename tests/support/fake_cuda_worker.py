@@ -22,7 +22,6 @@ import torch
 import transformers
 from tiny import make_records, make_vision
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import _disable_current_modes
 from trials import make_parts, make_recipe
 from vlms import FAMILIES, make_vlm
@@ -30,7 +29,8 @@ from vlms import FAMILIES, make_vlm
 from mm_moslora.adapters import one_product_per_step, use_kernel
 from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
-from mm_moslora.kernels.attention import segment_attention
+from mm_moslora.kernels.attention import gpu_attention, segment_attention
+from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, score_options
 from mm_moslora.models.decoding.row_decoding import prefill_row
@@ -153,7 +153,7 @@ def one_layer() -> dict[str, Any]:
     model: Any = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.bfloat16)
     recipe = Recipe.from_dict({"model": {"language": "none"}, "adapter": {"rank": 8, "alpha": 16}})
     attach_adapters(Parts(model=model), recipe.model, recipe.adapter)
-    segment_attention.set_attention(model, segment_attention.SEGMENTS)
+    set_attention(model, segment_attention.SEGMENTS)
     use_lean_layers(model)
     model.train()
     layer = model.model.layers[0]
@@ -237,7 +237,7 @@ def fitted(recipe: Recipe) -> dict[str, Any]:
 def answers(run: run_setup.Run, batches: list[Batch], device: Any) -> dict[str, Any]:
     """Decoding and option scoring, as evaluation and serving do it."""
     model = run.assembly.model.eval()
-    segment_attention.set_attention(model, "sdpa")
+    set_attention(model, "sdpa")
     device.noted()
     if has_own_forward(model):
         number = next(n for n in run.training_set.usable if run.training_set.has_image[n])
@@ -266,7 +266,9 @@ def main(folder: Path, *names: str) -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     parts = make_parts(folder / "parts", records=8) | {"clip": make_vision(folder / "clip", "clip")}
-    segment_attention._varlen_attn = lambda _: varlen_attn  # the driver is asked otherwise
+    # No values tell whether a kernel is right, and no driver its capability.
+    gpu_attention._why_not_pytorch = lambda shape: None if shape.dtype.itemsize == 2 else "it is for half precision"
+    gpu_attention.fault_of = lambda *_: None
     plain = make_recipe(parts, folder / "fitted", "none", precision="bf16")
     alone = {"one layer": one_layer, "benchmark": benchmark, "projector's fit": partial(fitted, plain)}
     for name in names or (*CHANGES, *alone):
