@@ -24,6 +24,7 @@ from mm_moslora.config import Recipe, needs
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, installed_liger
 from mm_moslora.kernels.native import find_compiler
 from mm_moslora.kernels.triton_availability import why_not_triton
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.hardware import extensions_folder, stale_locks
 from mm_moslora.utils.package_requirements import (
     declared,
@@ -113,6 +114,7 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
         _python,
         lambda: _libraries(recipe),
         _accelerator,
+        lambda: _engine(recipe),
         _precision,
         _kernels,
         _compiler,
@@ -226,12 +228,11 @@ def _accelerator() -> list[Finding]:
         built = torch.version.cuda or "no CUDA"
         return [
             Finding(
-                name="accelerator",
-                status="warn",
+                name="accelerator", status="warn",
                 detail=f"an NVIDIA driver is installed, but torch finds no GPU (torch is built for {built})",
                 remedy="Install a torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi.",
             )
-        ]
+        ]  # fmt: skip
     return [Finding(name="accelerator", status="ok", detail="none; the CPU is used")]
 
 
@@ -262,6 +263,21 @@ def mixed_cards(names: Sequence[str], detail: str) -> Finding:
     )  # fmt: skip
 
 
+def _engine(recipe: Recipe | None) -> list[Finding]:
+    """Whether DeepSpeed takes the settings of `train.zero`, and can build the operators that they need."""
+    if recipe is None or recipe.train.zero == "none":
+        return []
+    from mm_moslora.training.engine import check_engine
+    from mm_moslora.training.precision import resolve_precision
+
+    train = recipe.train
+    try:
+        check_engine(train, precision=resolve_precision(train.precision), max_grad_norm=recipe.optim.max_grad_norm)
+    except ConfigError as error:
+        return [Finding(name="train.zero", status="bad", detail=str(error), remedy="Choose another train.zero.")]
+    return [Finding(name="train.zero", status="ok", detail=f"{train.zero}: DeepSpeed takes its settings")]
+
+
 def _precision() -> list[Finding]:
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
@@ -272,13 +288,8 @@ def _precision() -> list[Finding]:
     found = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
     if found:
         return [Finding(name="bf16", status="ok", detail=f"this CPU multiplies bf16 fast ({', '.join(found)})")]
-    return [
-        Finding(
-            name="bf16",
-            status="ok",
-            detail="this CPU has neither amx_bf16 nor avx512_bf16: precision auto is fp32, and bf16 would be slower",
-        )
-    ]
+    none = "this CPU has neither amx_bf16 nor avx512_bf16: precision auto is fp32, and bf16 would be slower"
+    return [Finding(name="bf16", status="ok", detail=none)]
 
 
 def _kernels() -> list[Finding]:
@@ -301,14 +312,8 @@ def _compiler() -> list[Finding]:
     compiler = find_compiler()
     ninja = shutil.which("ninja") or (importlib.util.find_spec("ninja") and "ninja")
     present = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if there]
-    return [
-        Finding(
-            name="compiler",
-            status="ok",
-            detail=f"{' and '.join(present) or 'neither compiler nor ninja'} here; none is needed "
-            "(DeepSpeed's shared-memory op is declined and AdamW is torch's own)",
-        )
-    ]
+    detail = f"{' and '.join(present) or 'neither compiler nor ninja'} here; none is needed (AdamW is torch's own)"
+    return [Finding(name="compiler", status="ok", detail=detail)]
 
 
 def _extension_locks() -> list[Finding]:

@@ -116,7 +116,14 @@ def _check_engine(train: TrainConfig, adapter: AdapterConfig) -> None:
                 "Choose bf16 or fp32, or zero0 to zero3."
             )
         return
-    stage = read_preset(train.zero).get("zero_optimization", {}).get("stage", 0)
+    settings = read_preset(train.zero).get("zero_optimization", {})
+    offload = settings.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise ConfigError(
+            f"train.zero {train.zero} keeps the optimiser's state on a disk (offload_optimizer.device nvme), where "
+            "checkpoints cannot read it. Choose cpu; weights may be there (offload_param)."
+        )
+    stage = settings.get("stage", 0)
     if stage == 3 and adapter.factor_form == "orthonormal":
         raise ConfigError(
             f"adapter.factor_form is orthonormal, which needs whole matrices, but train.zero {train.zero} is a ZeRO-3, "

@@ -43,6 +43,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_of_host() -> int:
+    """Number of processes on this machine, where the launcher says it (torchrun, DeepSpeed); else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
 def is_main() -> bool:
     """Whether this is rank 0."""
     return rank() == 0

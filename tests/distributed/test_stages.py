@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import make_records
-from trials import STAGES, bounded, full, losses, make_recipe, metrics, write
+from trials import STAGES, bounded, full, hexed, losses, make_recipe, metrics, write
 
 pytestmark = pytest.mark.slow
 SPLITS = (1, 2, 4)
@@ -39,6 +39,16 @@ def test_losses_and_gradients_are_those_of_plain_torch(stage, world, splits):
     norms = [f"{kind}_norm/{part}" for kind in ("weight", "momentum") for part in ("adapter", "mixer", "projector")]
     for key in ("loss", "grad_norm", *norms):
         assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+
+
+def test_weights_that_each_host_keeps_whole_give_the_same_numbers_and_go_on(parts, ranks, tmp_path):
+    """Also the small ones, which are gathered after each step, and with a rehearsal's engine in the same process."""
+    plain, copied = (
+        make_recipe(parts, tmp_path / zero, zero, steps=4, save_every=2, dropout=0.1, rehearsal=zero == "zero3_hpz")
+        for zero in ("zero3", "zero3_hpz")
+    )
+    ranks.run([write(plain), f"{write(copied)}@2", write(copied)])
+    assert hexed(tmp_path / "zero3_hpz") == hexed(tmp_path / "zero3")
 
 
 def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):

@@ -74,6 +74,13 @@ def test_a_recipe_decides_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {name for name, status in found.items() if status == "bad"} == {"bitsandbytes", "wandb"}
 
 
+def test_a_recipe_names_settings_that_deepspeed_takes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = {zero: statuses(load_recipe("quickstart_tune", [f"train.zero={zero}"])) for zero in ("zero3_full", "zeropp")}
+    assert [found[zero]["train.zero"] for zero in found] == ["ok", "bad"]
+    assert "train.zero" not in statuses(load_recipe("quickstart_tune", ["train.zero=none"]))
+
+
 def test_a_harmful_version_is_bad_only_where_it_is_used() -> None:
     assert check_version("deepspeed", "0.18.0", use="zero", needed=False).status == "warn"
     assert check_version("deepspeed", "0.18.0", use="zero", needed=True).status == "bad"

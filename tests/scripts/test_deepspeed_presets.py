@@ -14,7 +14,15 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.hardware import extensions_folder
 
 FOLDER = Path(__file__).parents[2] / "deepspeed_configs"
-STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
+STAGES = {
+    "zero0": 0, "zero1": 1, "zero2": 2, "zero2_full": 2, "zero2_offload": 2, "zero2_cpuadam": 2, "zero3": 3,
+    "zero3_full": 3, "zero3_hpz": 3, "zeropp": 3, "zero3_offload": 3, "zero3_nvme": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_MOSLORA_NVME", str(tmp_path))
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -28,25 +36,29 @@ def test_the_presets_are_these() -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_deepspeed_accepts_a_filled_preset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_accepts_a_filled_preset(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = _load(name)
-    config |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
-    config |= {"gradient_clipping": 1.0, "bf16": {"enabled": True, "check_grad_overflow": True}}
-    config["fp16"] |= {"enabled": False}
-    if STAGES[name] == 3:
-        assert config["zero_optimization"]["stage3_param_persistence_threshold"] == "auto"
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 1_000_000
-    assert "auto" not in json.dumps(config)
+    from mm_moslora.training.engine.deepspeed_settings import check_settings, deepspeed_config
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    config = deepspeed_config(TrainConfig(zero=name, global_batch=8, micro_batch=2), "bf16", 1.0)
+    check_settings(config, name)  # no key that it does not know
     parsed = DeepSpeedConfig(config)
+    zero = parsed.zero_config
     assert parsed.zero_optimization_stage == STAGES[name]
     assert parsed.zero_allow_untested_optimizer
-    assert parsed.zero_force_ds_cpu_optimizer is False
-    assert (parsed.zero_config.offload_optimizer is not None) == name.endswith("_offload")
+    assert parsed.zero_force_ds_cpu_optimizer is (name == "zero2_cpuadam")
+    offloads = {"zero2_offload": "cpu", "zero2_cpuadam": "cpu", "zero3_offload": "cpu", "zero3_nvme": "cpu"}
+    assert getattr(zero.offload_optimizer, "device", None) == offloads.get(name)
+    assert getattr(zero.offload_param, "device", None) == {"zero3_offload": "cpu", "zero3_nvme": "nvme"}.get(name)
+    assert zero.zero_hpz_partition_size == (8 if name in ("zero3_hpz", "zeropp") else 1)
+    assert zero.zero_quantized_nontrainable_weights is (name == "zeropp")
     if STAGES[name] == 3:
-        assert parsed.zero_config.param_persistence_threshold == 1_000_000
+        assert zero.param_persistence_threshold == 1_000_000
+    if name == "zero3_nvme":
+        assert zero.offload_param.nvme_path == tmp_path
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from mm_moslora.training.engine.deepspeed_patches import skip_shared_memory_operator
+from mm_moslora.training.engine.deepspeed_patches import cpu_adam, skip_shared_memory_operator
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+from deepspeed.ops import adam
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -65,6 +66,41 @@ def test_weights_are_cut_up_one_by_one_and_by_their_identity() -> None:
 
     Noting()._convert_to_zero_parameters(arriving())
     assert [len(parameter) for parameter in seen] == [1, 2, 3]
+
+
+def test_copies_of_a_host_are_dropped_by_the_optimiser() -> None:
+    assert "ds_secondary_tensor" in attributes(DeepSpeedZeroOptimizer_Stage3)
+    assert inspect.signature(DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor).parameters.keys() == {"self"}
+
+
+def test_the_compiled_adam_counts_steps_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for DeepSpeed's class, whose operator takes minutes to build: it counts in an int."""
+    real = inspect.signature(adam.DeepSpeedCPUAdam.__init__).parameters
+
+    class Counting(torch.optim.Optimizer):
+        def __init__(self, groups: Any, **settings: Any) -> None:
+            assert settings.keys() <= real.keys()
+            assert settings.pop("adamw_mode")
+            super().__init__(groups, settings)
+
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    count = self.state[parameter].setdefault("step", 0)
+                    assert isinstance(count, int)
+                    self.state[parameter]["step"] = count + 1
+
+    monkeypatch.setattr(adam, "DeepSpeedCPUAdam", Counting)
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    adamw = torch.optim.AdamW([{"params": [first], "lr": 0.1}, {"params": [second], "weight_decay": 0.5}], eps=1e-5)
+    made = cpu_adam(adamw)
+    assert [group["weight_decay"] for group in made.param_groups] == [1e-2, 0.5]
+    assert made.param_groups[0]["lr"] == 0.1
+    loaded = made.state[first]["step"] = torch.tensor(7.0)
+    made.step()
+    made.step()
+    assert made.state[first]["step"] is loaded
+    assert [made.state[parameter]["step"].item() for parameter in (first, second)] == [9.0, 2.0]
 
 
 def test_hooks_of_stage_3_are_kept_by_handle() -> None:

@@ -124,6 +124,9 @@ FROM_LIBRARIES: dict[str, tuple[str, str]] = {
     "precision": ("--train.zero zero2 --train.precision fp16", "train.precision is fp16"),
     "a key of DeepSpeed": ("--train.zero HERE/key.json", "DeepSpeed knows no key 'zero_optimisation'"),
     "a key in a group": ("--train.zero HERE/inner.json", "DeepSpeed refuses train.zero"),
+    "quantised weights": ("--train.zero zeropp", "zeropp needs DeepSpeed's operator Quantizer"),
+    "weights on a disk": ("--train.zero zero3_nvme", "MM_MOSLORA_NVME is not set"),
+    "state on a disk": ("--train.zero HERE/disk.json", "where checkpoints cannot read it"),
     "a file against the recipe": ("--train.zero HERE/half.json", "bf16.enabled is True, but train.precision is fp32"),
     "compiled on ZeRO-3": ("--train.zero zero3 --train.compile inductor", "train.compile is 'inductor' with"),
 }
@@ -142,6 +145,7 @@ def test_what_libraries_tell_is_refused_before_models_and_records_are_loaded(
     broken = {
         "key": SETTINGS | {"zero_optimisation": {"stage": 2}},
         "inner": SETTINGS | {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 1}},
+        "disk": SETTINGS | {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         "half": SETTINGS | {"bf16": {"enabled": True}},
     }
     for stem, content in broken.items():

@@ -14,6 +14,7 @@ from mm_moslora.config import TrainConfig
 from mm_moslora.training.deepspeed_presets import read_preset
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_settings import (
+    check_operators,
     check_settings,
     deepspeed_config,
     deepspeed_refuses,
@@ -68,6 +69,7 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
             f"train.precision is {train.precision} ({precision}), which DeepSpeed does not compute in on this machine "
             f"({accelerator.device_name()}). Choose another, or auto."
         )
+    check_operators(config, train.zero)
     if train.zero.endswith(".json"):
         check_settings(config, train.zero)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mm_moslora.batch import Batch
 from mm_moslora.models.vision.timm_open_clip_tower import fp32_parameters
 from mm_moslora.training.engine import deepspeed_patches
+from mm_moslora.training.engine.deepspeed_settings import wants_cpu_adam
 from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils.errors import ConfigError, TrainingError
@@ -48,6 +49,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             deepspeed_patches.shard_from_main(module, config, device=self.device)
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
+        if wants_cpu_adam(config):
+            adamw = deepspeed_patches.cpu_adam(adamw)
         precise = []
         if self.stage < 3:  # stage 3 cuts them up in the dtype of the others
             precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]

@@ -39,6 +39,34 @@ def undo_warm_up_step(engine: Any) -> None:
             master.copy_(weight)
 
 
+def cpu_adam(adamw: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """DeepSpeed's compiled AdamW for main memory, with the groups and settings of torch's.
+
+    It counts steps in an int, for which the state of a checkpoint has a tensor; a step turns one into the other.
+    DeepSpeed asks for the class itself, so the step of the instance is replaced.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    settings = adamw.defaults
+    made: Any = DeepSpeedCPUAdam(
+        adamw.param_groups, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], adamw_mode=True
+    )
+    counted = made.step
+
+    def step(closure: Any = None) -> Any:
+        tensors = {key: state["step"] for key, state in made.state.items() if isinstance(state.get("step"), Tensor)}
+        for key, tensor in tensors.items():
+            made.state[key]["step"] = int(tensor)
+        result = counted(closure)
+        for key, state in made.state.items():
+            if "step" in state:
+                state["step"] = tensors.get(key, torch.tensor(0.0)).fill_(state["step"])
+        return result
+
+    made.step = step
+    return made  # type: ignore[no-any-return]
+
+
 def skip_at_lowest_scale(scaler: Any) -> None:
     """Skip a step that overflows at the lowest scale, too; DeepSpeed's stages 1 to 3 would end the run at the first.
 
@@ -90,6 +118,7 @@ def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.
         device: of this rank.
     """
     from deepspeed.runtime.zero import Init
+    from deepspeed.utils import groups
 
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((kind for name, kind in half.items() if config.get(name, {}).get("enabled")), None)
@@ -108,7 +137,9 @@ def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.
 
     parameters = arriving()
     first: Any = next(parameters)
-    Init(module=nn.ParameterList([first]), config_dict_or_path=config)
+    # The ranks of a host may share a group already, of the rehearsal's engine; DeepSpeed makes it once per process.
+    group = groups._get_zero_param_intra_parallel_group()
+    Init(module=nn.ParameterList([first]), config_dict_or_path=config, zero_param_parallel_group=group)
     first.convert_to_zero_parameters(parameters)  # takes one when the one before is cut up
 
 
@@ -137,9 +168,10 @@ def fetch_whole_layers(module: nn.Module) -> None:
 
 
 def gather_persistent_together(engine: Any) -> None:
-    """Stage 3: after a step, bring the small parameters that stay whole together, not one by one.
+    """Stage 3: after a step, bring the small parameters that stay whole together, not one by one, and those of the step.
 
-    DeepSpeed sends one gather for each, 672 in a step for the adapters of a 7B model.
+    DeepSpeed sends one gather for each, 672 in a step for the adapters of a 7B model. With `zero_hpz_partition_size` it
+    gathers them from each host's copies of before the step, which it drops only afterwards.
     """
     kept = engine.optimizer.persistent_parameters
     if not kept:
@@ -149,9 +181,12 @@ def gather_persistent_together(engine: Any) -> None:
     def together(param_list: Sequence[Any] | None = None, **options: Any) -> Any:
         if param_list is None or options:
             return one_by_one(param_list, **options)
+        engine.optimizer.invalidate_secondary_tensor()
         absent = [parameter for parameter in param_list if parameter.ds_status.name == "NOT_AVAILABLE"]
-        if absent:
-            absent[0].all_gather_coalesced(absent).wait()
+        for copied in (False, True):  # one gather takes either shards or copies of the host
+            some = [parameter for parameter in absent if (parameter.ds_secondary_tensor is not None) == copied]
+            if some:
+                some[0].all_gather_coalesced(some).wait()
         return None
 
     kept[0].all_gather = together

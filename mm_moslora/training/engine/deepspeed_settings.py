@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import Callable, Iterable, KeysView, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from mm_moslora.utils.run_paths import shipped_folder
 
 logger = logging.getLogger(__name__)
 
+NVME_FOLDER = "MM_MOSLORA_NVME"
+"""Variable with the folder of a fast local disk, for presets that swap weights."""
 PERSISTENT = 1_000_000
 """Elements up to which ZeRO-3 leaves weights whole on every rank, where adapters are no larger."""
 
@@ -65,9 +67,12 @@ def deepspeed_config(
         elif given == "auto" or key == "train_micro_batch_size_per_gpu":
             config[key] = value
     zero = config.get("zero_optimization", {})
-    threshold = "stage3_param_persistence_threshold"
-    if zero.get("stage") == 3 and zero.get(threshold, "auto") == "auto":
-        zero[threshold] = max(PERSISTENT, largest_adapter)
+    if zero.get("stage") == 3:
+        zero.setdefault("stage3_param_persistence_threshold", "auto")
+    for group, key, value in _filled_of_stage_3(largest_adapter):
+        settings = zero if group is None else zero.get(group)
+        if isinstance(settings, dict) and settings.get(key) == "auto":
+            settings[key] = value()
     if train.compile is not None and zero.get("stage") == 3:
         raise ConfigError(
             f"train.compile is {train.compile!r} with train.zero {train.zero}. Compiled layers are tried on ZeRO-0 to "
@@ -81,6 +86,67 @@ def deepspeed_config(
     if unused and distributed.is_main():
         logger.warning("%s: %s left out, since the recipe decides (optim).", train.zero, " and ".join(unused))
     return config
+
+
+def _filled_of_stage_3(largest_adapter: int) -> list[tuple[str | None, str, Callable[[], object]]]:
+    """Group below `zero_optimization`, key, and its value in place of "auto"."""
+    return [
+        (None, "stage3_param_persistence_threshold", lambda: max(PERSISTENT, largest_adapter)),
+        (None, "zero_hpz_partition_size", distributed.ranks_of_host),
+        ("offload_param", "nvme_path", nvme_folder),
+    ]
+
+
+def nvme_folder() -> str:
+    """The folder of `MM_MOSLORA_NVME`, where weights are swapped to.
+
+    Raises:
+        ConfigError: the variable is not set, or it names no folder.
+    """
+    given = os.environ.get(NVME_FOLDER, "")
+    if not given or not os.path.isdir(given):
+        found = f"is {given!r}, which is no folder" if given else "is not set"
+        raise ConfigError(f"{NVME_FOLDER} {found}. Set it to a folder on a fast local disk of every host.")
+    return given
+
+
+def check_operators(config: Mapping[str, Any], zero: str) -> None:
+    """Refuse settings whose operators of DeepSpeed cannot run or be built here.
+
+    Args:
+        config: from `deepspeed_config`.
+        zero: the recipe's `train.zero`.
+
+    Raises:
+        ConfigError: names the operator and what it needs.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    settings = config.get("zero_optimization", {})
+    devices = {(settings.get(group) or {}).get("device") for group in ("offload_param", "offload_optimizer")}
+    quantises = any(value is True for key, value in settings.items() if key.startswith("zero_quantized_"))
+    needed = [
+        (quantises, "QuantizerBuilder", "NVIDIA GPUs and a CUDA compiler (nvcc)"),
+        ("nvme" in devices, "AsyncIOBuilder", "libaio (Debian: apt-get install libaio-dev) and NVIDIA GPUs"),
+        (wants_cpu_adam(config), "CPUAdamBuilder", "a C++ compiler and ninja"),
+    ]
+    for wanted, name, needs in needed:
+        if not wanted:
+            continue
+        builder = accelerator.create_op_builder(name)
+        if builder is None or type(builder).__name__ != name or not builder.is_compatible(verbose=False):
+            raise ConfigError(
+                f"train.zero {zero} needs DeepSpeed's operator {name.removesuffix('Builder')}, which cannot be built "
+                f"here (device {accelerator.device_name()}). It needs {needs}. Choose another train.zero."
+            )
+
+
+def wants_cpu_adam(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's compiled AdamW steps the parameters that are offloaded to main memory."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer")
+    offloads = isinstance(offload, dict) and offload.get("device", "none") != "none"
+    return offloads and config.get("zero_force_ds_cpu_optimizer") is True
 
 
 def check_settings(config: dict[str, Any], zero: str) -> None:
