@@ -76,7 +76,9 @@ def test_a_recipe_decides_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_recipe_names_settings_that_deepspeed_takes_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    found = {zero: statuses(load_recipe("quickstart_tune", [f"train.zero={zero}"])) for zero in ("zero3_full", "zeropp")}
+    found = {
+        zero: statuses(load_recipe("quickstart_tune", [f"train.zero={zero}"])) for zero in ("zero3_full", "zeropp")
+    }
     assert [found[zero]["train.zero"] for zero in found] == ["ok", "bad"]
     assert "train.zero" not in statuses(load_recipe("quickstart_tune", ["train.zero=none"]))
 

@@ -48,7 +48,7 @@ class DeepSpeedEngine(Engine):
             )
         if self.stage == 3:
             deepspeed_patches.shard_from_main(module, config, device=self.device)
-        adamw = optimizer.adamw(groups, [group.parameters for group in groups])
+        adamw: torch.optim.Optimizer = optimizer.adamw(groups, [group.parameters for group in groups])
         if wants_cpu_adam(config):
             adamw = deepspeed_patches.cpu_adam(adamw)
         precise = []

@@ -168,7 +168,7 @@ def fetch_whole_layers(module: nn.Module) -> None:
 
 
 def gather_persistent_together(engine: Any) -> None:
-    """Stage 3: after a step, bring the small parameters that stay whole together, not one by one, and those of the step.
+    """Stage 3: after a step, bring the small parameters that stay whole together, not one by one.
 
     DeepSpeed sends one gather for each, 672 in a step for the adapters of a 7B model. With `zero_hpz_partition_size` it
     gathers them from each host's copies of before the step, which it drops only afterwards.
