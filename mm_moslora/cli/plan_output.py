@@ -11,7 +11,8 @@ from mm_moslora.cli.eval_verbs import quiet_libraries
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
-    from mm_moslora.planning.run_plan import Memory, Option, Plan
+    from mm_moslora.planning.run_plan import Option, Plan
+    from mm_moslora.training.metrics.gpu_memory import Memory
 
 SHOWN = 12
 

@@ -77,10 +77,14 @@ class TrainConfig:
     """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch."""
     precision: Precision = "auto"
     """auto: bf16 on hardware with fast bf16, else fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the language model's backward pass."""
+    gradient_checkpointing: bool | int = False
+    """Recompute activations in the language model's backward pass: true in all decoder layers, a number in so many from
+    the first."""
     vision_gradient_checkpointing: bool = False
     """Recompute activations in the vision encoder's backward pass; pays only when the encoder trains."""
+    activation_offload: bool = False
+    """Keep the inputs of checkpointed layers in pinned main memory until the backward pass: for micro-batches of very
+    many tokens. No use on a CPU."""
     compile: str | None = None
     """Backend of torch.compile for decoder layers (inductor). Of lean layers the operators between the matrix products
     are compiled, of all others the whole layer. None: no compilation. Works with gradient_checkpointing, not with
@@ -115,6 +119,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least("train.global_batch", self.global_batch, 1)
         at_least("train.micro_batch", self.micro_batch, 1)
+        at_least("train.gradient_checkpointing", self.gradient_checkpointing, 0)
+        require(
+            bool(not self.activation_offload or self.gradient_checkpointing or self.vision_gradient_checkpointing),
+            "train.activation_offload moves the inputs of checkpointed layers to main memory, and no layer is "
+            "checkpointed. Set train.gradient_checkpointing to true, or leave it out.",
+        )
         require(
             self.global_batch % self.micro_batch == 0,
             f"train.global_batch is {self.global_batch}, expected a multiple of train.micro_batch "

@@ -11,6 +11,7 @@ import peft
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mm_moslora import adapters
 from mm_moslora.adapters.folders.load_folder import read_folder
@@ -154,11 +155,15 @@ def _blocks(component: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda blocks: len(list(blocks))))
 
 
-def checkpoint_layers(component: PreTrainedModel) -> None:
+def checkpoint_layers(component: PreTrainedModel, first: int | None = None) -> None:
     """Keep the inputs of a component's layers alone; the backward pass runs each layer again.
 
+    Args:
+        component: a decoder or a tower.
+        first: so many layers from the first, which the backward pass recomputes when all others are freed; None: all.
+
     Raises:
-        ConfigError: its class has no checkpointing.
+        ConfigError: its class has no checkpointing, or fewer layers.
     """
     if not component.supports_gradient_checkpointing:
         raise ConfigError(
@@ -166,6 +171,16 @@ def checkpoint_layers(component: PreTrainedModel) -> None:
             "train.vision_gradient_checkpointing off for it."
         )
     component.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if first is None:
+        return
+    layers = [module for module in component.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if first > len(layers):
+        raise ConfigError(
+            f"train.gradient_checkpointing is {first}, but {type(component).__name__} has {len(layers)} layers. Give "
+            "fewer, or true for all."
+        )
+    for layer in layers[first:]:
+        layer.gradient_checkpointing = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,8 @@ class Option:
     """One setting with its estimate."""
 
     zero: str
-    checkpointing: bool
+    checkpointing: bool | int
+    """See `StepMemory.checkpointing`."""
     micro_batch: int
     most: int | None
     """Most tokens of a micro-batch, where that is less than `micro_batch` of the longest examples."""
@@ -60,12 +61,16 @@ class Option:
     tokens_per_second: float
     """Over all GPUs, at the middle of the expected utilisation."""
     fits: bool
+    offload: bool = False
+    """See `StepMemory.offload`."""
 
     @property
     def label(self) -> str:
         """Display name."""
         most = "" if self.most is None else f" up to {self.most:,} tokens"
-        return f"{self.zero}, micro-batch {self.micro_batch}{most}{', checkpointing' if self.checkpointing else ''}"
+        some = "" if self.checkpointing is True else f" of {self.checkpointing} layers"
+        again = f", checkpointing{some}" if self.checkpointing else ""
+        return f"{self.zero}, micro-batch {self.micro_batch}{most}{again}{', offload' if self.offload else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +117,14 @@ def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
 
 
 def speed(
-    size: ActivationMemory, gpus: Gpus, data: DataSize, *, zero: str, samples: float, checkpointing: bool
+    size: ActivationMemory, gpus: Gpus, data: DataSize, *, zero: str, samples: float, checkpointing: float
 ) -> float:
     """Tokens per second over all GPUs with mean micro-batches of so many samples; ZeRO-3's gathers overlap with
-    computation as far as possible."""
+    computation as far as possible. `checkpointing` is the share of the layers."""
     work = _flops(size, data, samples, checkpointing=checkpointing).total
     seconds = work / (gpus.peak * utilisation(gpus, size))
     if zero.startswith("zero3"):
-        passes = 3 if checkpointing else 2
+        passes = 2 + checkpointing
         seconds = max(seconds, passes * size.weight_bytes * (gpus.count - 1) / gpus.count / gpus.bandwidth)
     elif gpus.count > 1:
         seconds += 2 * size.trainable * size.value_bytes / gpus.bandwidth / 4  # a few micro-batches share it
@@ -131,7 +136,7 @@ def busy_share(global_batch: int, gpus: int) -> float:
     return global_batch / (gpus * math.ceil(global_batch / gpus))
 
 
-def _flops(size: ActivationMemory, data: DataSize, count: float, *, checkpointing: bool) -> Flops:
+def _flops(size: ActivationMemory, data: DataSize, count: float, *, checkpointing: float) -> Flops:
     shape = StepShape(
         tokens=round(count * data.tokens), supervised=round(count * data.tokens * data.supervised),
         pairs=count * data.tokens * (data.tokens + 1) / 2, images=round(count * data.pictures),
@@ -142,7 +147,7 @@ def _flops(size: ActivationMemory, data: DataSize, count: float, *, checkpointin
 def _simplest(options: list[Option]) -> Option | None:
     """Order of about equally fast settings: ZeRO-2, 1, 3, then the larger micro-batch (fewer, larger kernels)."""
     order = {"zero0": 0, "zero2": 0, "zero1": 1, "zero3": 2}
-    return min(options, key=lambda o: (o.checkpointing, order[o.zero], -o.micro_batch), default=None)
+    return min(options, key=lambda o: (bool(o.checkpointing), order[o.zero], -o.micro_batch), default=None)
 
 
 def settings(global_batch: int, gpus: Gpus) -> Iterator[tuple[str, bool, int]]:
@@ -190,8 +195,8 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
 
     longest = recipe.data.longest
 
-    def option(zero: str, checkpointing: bool, micro_batch: int) -> Option:
-        step = StepMemory(size=size, zero=zero, world=gpus.count, checkpointing=checkpointing)
+    def option(zero: str, checkpointing: bool | int, micro_batch: int, *, offload: bool = False) -> Option:
+        step = StepMemory(size=size, zero=zero, world=gpus.count, checkpointing=checkpointing, offload=offload)
         budget = train.micro_tokens or step.token_budget(gpus.memory, longest=longest) or longest
         tokens = min(budget, micro_batch * longest)
         needed = step.worst(tokens)
@@ -200,16 +205,18 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             zero=zero, checkpointing=checkpointing, micro_batch=micro_batch,
             most=tokens if tokens < micro_batch * longest else None, memory=needed,
             tokens_per_second=busy * speed(
-                size, gpus, data, zero=zero, samples=samples, checkpointing=checkpointing
+                size, gpus, data, zero=zero, samples=samples, checkpointing=step.share_again
             ),
-            fits=needed.total <= FREE_SHARE * gpus.memory,
+            fits=needed.total <= FREE_SHARE * gpus.memory, offload=offload,
         )  # fmt: skip
 
     options = [option(*setting) for setting in settings(train.global_batch, gpus)]
-    own = option(stage_name(train.zero), train.gradient_checkpointing, train.micro_batch)
+    own = option(
+        stage_name(train.zero), train.gradient_checkpointing, train.micro_batch, offload=train.activation_offload
+    )
     fitting = [option for option in options if option.fits]
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
-    flops = _flops(size, data, 1, checkpointing=best.checkpointing if best else False)
+    flops = _flops(size, data, 1, checkpointing=float(best.checkpointing) if best else 0.0)
     epochs = train.epochs
     if train.steps:
         epochs = train.steps * train.global_batch * data.per_row / data.samples
@@ -223,7 +230,9 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
 
 
 def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> str:
-    step = StepMemory(size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing)
+    step = StepMemory(
+        size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload
+    )
     if fits := step.token_budget(gpus.memory, longest=recipe.data.longest):
         return f"train.micro_tokens up to {fits} fits, or leave it out."
     change = step.remedies(gpus.memory, longest=recipe.data.longest, key=recipe.data.longest_key)

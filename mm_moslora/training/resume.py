@@ -42,6 +42,7 @@ _ROUNDING_KEYS = (
     "train.micro_batch",
     "train.micro_tokens",
     "train.gradient_checkpointing",
+    "train.activation_offload",
     "train.compile",
     "train.deterministic",
     "model.attention",

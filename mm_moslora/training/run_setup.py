@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora.batch import Example, join_images
-from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe
+from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
+from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
@@ -171,10 +172,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     use_loss_head(model)
     if recipe.model.lean_layers:
         use_lean_layers(model)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_layers(model.get_decoder())
-    if recipe.train.vision_gradient_checkpointing and is_multimodal(model):
-        checkpoint_layers(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
+    _checkpoint(model, recipe.train)
     if recipe.train.compile is not None:
         compile_layers(model, recipe.train.compile)
     if (note := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
@@ -203,6 +201,16 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         ),
         first_mixers=mixer_matrices(engine.trainable_state(only=MIXERS)), contents=base_fingerprints(parts),
     )  # fmt: skip
+
+
+def _checkpoint(model: PreTrainedModel, train: TrainConfig) -> None:
+    """Recompute layers in the backward pass as the recipe says, with their inputs in main memory if it says so."""
+    if again := train.gradient_checkpointing:
+        checkpoint_layers(model.get_decoder(), None if again is True else again)
+    if train.vision_gradient_checkpointing and is_multimodal(model):
+        checkpoint_layers(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
+    if train.activation_offload:
+        offload_inputs(model)
 
 
 def _say_what_runs(attention: AttentionChoice) -> None:

@@ -45,6 +45,9 @@ def test_every_shipped_recipe_parses_and_survives_a_round_trip(name):
         ({"optim": {"min_lr_ratio": 7}}, r"optim\.min_lr_ratio is 7\.0, expected 0 to 1"),
         ({"train": {"log_every": 0}}, r"train\.log_every is 0, expected at least 1"),
         ({"train": {"max_skipped_steps": 0}}, r"train\.max_skipped_steps is 0, expected at least 1"),
+        ({"train": {"gradient_checkpointing": -1}}, r"train\.gradient_checkpointing is -1, expected at least 0"),
+        ({"train": {"gradient_checkpointing": "all"}}, r"train\.gradient_checkpointing is 'all' \(str\), expected bool"),
+        ({"train": {"activation_offload": True}}, r"no layer is checkpointed\. Set train\.gradient_checkpointing"),
         ({"adapter": {"alpha": 0}}, r"adapter\.alpha is 0\.0, expected more than 0"),
         ({"model": {}}, r"name exactly one of them"),
         ({"data": {"train": {"path": "x"}}}, r"data\.train is .* expected a list"),
@@ -58,6 +61,11 @@ def test_what_does_not_fit_is_named(change, message):
 def test_numbers_are_read_as_people_write_them():
     recipe = Recipe.from_yaml("model: {language: x}\noptim: {lr: 1e-4, projector_lr: 3}\ntrain: {steps: 10.0}\n")
     assert (recipe.optim.lr, recipe.optim.projector_lr, recipe.train.steps) == (1e-4, 3.0, 10)
+    for written, value in (("true", True), ("12", 12), ("false", False)):
+        text = f"model: {{language: x}}\ntrain: {{gradient_checkpointing: {written}}}\n"
+        found = Recipe.from_yaml(text).train.gradient_checkpointing
+        assert found is value or (found == value and type(found) is int)
+        assert Recipe.from_yaml(Recipe.from_yaml(text).to_yaml()).train.gradient_checkpointing == found
 
 
 def test_a_repeated_key_is_refused():

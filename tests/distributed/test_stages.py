@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import make_records
-from trials import STAGES, bounded, full, hexed, losses, make_recipe, metrics, write
+from trials import STAGES, bounded, full, hexed, losses, make_recipe, metrics, with_train, write
 
 pytestmark = pytest.mark.slow
 SPLITS = (1, 2, 4)
@@ -234,5 +234,9 @@ def test_checkpointing_a_component_changes_no_number(parts, ranks, tmp_path):
             vision_gradient_checkpointing=True,
         ),
     )
-    ranks.run([write(plain), write(saving)])
+    away = with_train(saving, output=str(tmp_path / "away"), activation_offload=True)
+    some = with_train(away, output=str(tmp_path / "some"), gradient_checkpointing=1, zero="zero3")
+    ranks.run([write(plain), write(saving), write(away), write(some)])
     assert losses(tmp_path / "saving") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+    assert losses(tmp_path / "away") == losses(tmp_path / "saving")
+    assert losses(tmp_path / "some") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)

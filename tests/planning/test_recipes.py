@@ -352,6 +352,28 @@ def changed(recipe: Recipe, **overrides: Any) -> Recipe:
     )
 
 
+def test_a_plan_knows_what_checkpointing_of_some_layers_and_offload_save(folders) -> None:
+    gpus, recipe = parse_gpus("8xA100-80G"), shipped("llava15_7b_moslora", folders)
+    size, settings = memory_of(recipe), ((False, False), (8, False), (8, True), (True, False), (True, True), (99, True))
+    kept = {
+        setting: StepMemory(size=size, zero="zero2", world=8, checkpointing=setting[0], offload=setting[1])
+        .worst(10_000).activations
+        for setting in settings
+    }  # fmt: skip
+    row, layer = 10_000 * size.width * 2, 10_000 * size.kept_per_layer
+    assert kept[False, False] - kept[8, False] == pytest.approx(8 * (layer - row))
+    assert kept[8, False] - kept[8, True] == pytest.approx(6 * row)
+    assert kept[8, False] - kept[True, False] == pytest.approx(23 * layer - 24 * row)  # one layer is recomputed
+    assert kept[True, False] - kept[True, True] == pytest.approx(30 * row)
+    assert kept[99, True] == kept[True, True]
+    found = [plan(changed(recipe, gradient_checkpointing=again), gpus).own for again in (False, 8, True)]
+    assert [option.label.rpartition(", ")[2] for option in found[1:]] == ["checkpointing of 8 layers", "checkpointing"]
+    assert found[0].tokens_per_second > found[1].tokens_per_second > found[2].tokens_per_second
+    long = changed(recipe, max_length=170_000, gradient_checkpointing=True)
+    assert "train.activation_offload to true" in plan(long, gpus).remedy
+    assert plan(changed(long, activation_offload=True), gpus).own.label.endswith("checkpointing, offload")
+
+
 def test_a_plan_judges_the_largest_micro_batch_and_says_what_would_fit(folders) -> None:
     """16 examples of 2,048 tokens take 100 GiB besides the weights; the mean ones take half of it."""
     gpus, recipe = parse_gpus("8xA100-80G"), shipped("llava15_7b_moslora", folders)

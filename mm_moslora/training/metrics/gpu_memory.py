@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from dataclasses import dataclass, fields, replace
+from itertools import product
 
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
@@ -60,10 +61,18 @@ class StepMemory:
     """`none` (plain torch), zero0 to zero3, or one of these with `_offload`; see `stage_name`."""
     world: int
     """GPUs."""
-    checkpointing: bool
-    """Full, of the decoder."""
+    checkpointing: bool | int
+    """Of the decoder: all layers, none, or so many from the first."""
+    offload: bool = False
+    """Whether the inputs of checkpointed layers are in main memory; two of them are on the GPU at a time."""
     logit_chunk: int = CHUNK_BYTES["cuda"]
     """Bytes of fp32 logits at a time."""
+
+    @property
+    def share_again(self) -> float:
+        """Share of the decoder layers that the backward pass recomputes."""
+        every = self.checkpointing is True
+        return 1.0 if every else min(self.checkpointing, self.size.layers) / self.size.layers
 
     def of(self, tokens: float, *, supervised: float, images: float) -> Memory:
         """Memory with a micro-batch of so many tokens, supervised tokens and images."""
@@ -73,8 +82,11 @@ class StepMemory:
         split |= {"zero1": (1, 1, self.world), "zero2": (1, self.world, self.world)}
         by_weights, by_gradients, by_states = split.get(zero.removesuffix("_offload"), (self.world,) * 3)
         masters = 0 if b == 4 and zero != "none" else 4
-        layers = size.layers * (size.width * b if self.checkpointing else size.kept_per_layer)
-        kept = layers + (size.kept_per_layer if self.checkpointing else 0) + size.kept_elsewhere
+        again = round(self.share_again * size.layers)
+        inputs = min(2, again) if self.offload else again
+        # The first layers are recomputed, one at a time, when those behind them are freed.
+        whole_layers = max(size.layers - again, min(1, again))
+        kept = inputs * size.width * b + whole_layers * size.kept_per_layer + size.kept_elsewhere
         rows = min(supervised, max(SMALLEST_CHUNK, self.logit_chunk // (4 * size.vocabulary)))
         gathered = min(LIVE, size.frozen + trained) * 2 * b if by_weights > 1 else 0
         adapters = sum(mine for part, (_, mine) in size.parts.items() if part.endswith(("adapter", "mixer")))
@@ -122,11 +134,15 @@ class StepMemory:
         """
         most = self.most_tokens(FREE_SHARE * capacity)
         found = [f"lower {key} to {most}"] if most >= SHORTEST else []
-        stages = (self.zero, "zero3", "zero3_offload") if self.world > 1 else (self.zero, "zero2_offload")
-        for zero, checkpointing in itertools.product(stages, (self.checkpointing, True)):
-            if replace(self, zero=zero, checkpointing=checkpointing).token_budget(capacity, longest=longest):
+        stages, last = ((self.zero, "zero3"), "zero3_offload") if self.world > 1 else ((self.zero,), "zero2_offload")
+        mild = ((self.checkpointing, self.offload), (True, self.offload))
+        tries = (product(stages, mild), product(stages, ((True, True),)), product((last,), (*mild, (True, True))))
+        for zero, (checkpointing, offload) in itertools.chain(*tries):
+            other = replace(self, zero=zero, checkpointing=checkpointing, offload=offload)
+            if other.token_budget(capacity, longest=longest):
                 changes = [f"train.zero to {zero}"] if zero != self.zero else []
-                changes += ["train.gradient_checkpointing to true"] if checkpointing != self.checkpointing else []
+                changes += ["train.gradient_checkpointing to true"] if checkpointing is not self.checkpointing else []
+                changes += ["train.activation_offload to true"] if offload != self.offload else []
                 found.append("set " + " and ".join(changes))
                 break
         return ", or ".join([*found, "take larger or more GPUs"])

@@ -2,7 +2,7 @@
 
 Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``R`` rank, ``C`` vocabulary, ``N`` images.
 
-A multiply-add counts as two. With ``g`` = 1 under full gradient checkpointing, else 0, a linear layer of ``n`` weights
+A multiply-add counts as two. With ``g`` the share of checkpointed layers, a linear layer of ``n`` weights
 costs per token: ``2 n`` forward, ``2 n`` for the input's gradient, ``2 n`` for the weight's gradient where it trains,
 and ``2 n g`` for the recomputation.
 A frozen base therefore costs 4 N per token (6 N checkpointed), an adapter of ``a = r (d_in + d_out)`` weights 6 a, full
@@ -95,12 +95,12 @@ class _Linears:
         """This group, a number of times."""
         return _Linears(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
 
-    def cost(self, tokens: float, *, passes_back: bool, again: int) -> float:
+    def cost(self, tokens: float, *, passes_back: bool, again: float) -> float:
         """FLOPs of the base weights."""
         every = 2 + 2 * again + (2 if passes_back else 0)
         return tokens * (every * (self.frozen + self.trained) + 2 * self.trained)
 
-    def adapter_cost(self, tokens: float, micro_batches: int, *, again: int) -> float:
+    def adapter_cost(self, tokens: float, micro_batches: int, *, again: float) -> float:
         """FLOPs of adapters and mixers."""
         return tokens * self.adapters * (6 + 2 * again) + micro_batches * self.mixers * (8 + 2 * again)
 
@@ -185,15 +185,15 @@ class FlopCounter:
         counted_apart = picture.patches * self.tower.adapters + tokens * within.forward
         self.per_patch = (picture.flops - picture.attention - 2 * counted_apart) / picture.patches
 
-    def count(self, shape: StepShape, *, checkpointing: bool = False, vision_checkpointing: bool = False) -> Flops:
+    def count(self, shape: StepShape, *, checkpointing: float = 0.0, vision_checkpointing: bool = False) -> Flops:
         """FLOPs of forward and backward passes.
 
         Args:
             shape: the step, on one rank or over all.
-            checkpointing: full gradient checkpointing of the decoder, with its recomputation counted.
+            checkpointing: share of the decoder's layers with gradient checkpointing; their recomputation is counted.
             vision_checkpointing: the same for a tower that trains.
         """
-        again, steps = int(checkpointing), shape.micro_batches
+        again, steps = float(checkpointing), shape.micro_batches
         dropped = shape.tokens - shape.supervised if self.drops else 0
         base = self.decoder.cost(shape.tokens, passes_back=self.passes_back, again=again)
         base -= self.behind.cost(dropped, passes_back=self.passes_back, again=again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -13,10 +14,12 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, fused_linears
+from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, RotaryFactors, use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
+from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.vlm import supervised_hidden
-from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError, ConfigError
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -316,3 +319,57 @@ def test_the_vocabulary_head_loss_is_cross_entropy_in_any_number_of_chunks(monke
     assert right.item() == 0
     assert empty.item() == 0
     assert torch.autograd.grad(empty, hidden)[0].abs().sum() == 0
+
+
+def checkpointed(*, family: str = "llama", first: int | None = None, offload: bool) -> t.PreTrainedModel:
+    model = adapted(family, lora_dropout=0.3)
+    use_lean_layers(model)
+    checkpoint_layers(model.get_decoder(), first)
+    if offload:
+        offload_inputs(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("first", [None, 2])
+def test_offloaded_inputs_give_the_same_numbers_in_every_micro_batch(family: str, first: int | None) -> None:
+    given, found = batch(), []
+    for offload in (False, True):
+        model = checkpointed(family=family, first=first, offload=offload)
+        torch.manual_seed(3)
+        found.append([loss_and_gradients(model, given) for _ in range(2)])
+    for (loss, gradients), (again, offloaded) in zip(*found, strict=True):
+        assert again == loss
+        assert offloaded.keys() == gradients.keys()
+        assert all(torch.equal(offloaded[name], gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_no_input_of_a_checkpointed_layer_is_kept_where_it_was_computed(offload: bool) -> None:
+    model, inputs = checkpointed(offload=offload), []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    given = batch()
+    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
+    assert [tensor() is not None for tensor in inputs[1:]] == [not offload] * 2  # the first is the embeddings
+    loss.backward()
+    assert len(inputs) == 3  # hooks run once
+
+
+def test_a_pass_without_its_backward_pass_is_forgotten() -> None:
+    model, given = checkpointed(offload=True), batch()
+    torch.manual_seed(3)
+    loss, gradients = loss_and_gradients(model, given)
+    del loss
+    head_loss_sum(model, supervised_hidden(model, given), given.targets)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    again = loss_and_gradients(model, given)[1]
+    assert all(torch.equal(again[name], gradients[name]) for name in gradients)
+
+
+def test_so_many_layers_are_checkpointed_and_not_more_than_there_are() -> None:
+    kept = [kept_bytes(checkpointed(first=first, offload=False), batch()) for first in (1, 2, 3)]
+    assert kept[0] > kept[1] > kept[2]
+    with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing is 4, but LlamaModel has 3 layers"):
+        checkpointed(first=4, offload=False)
