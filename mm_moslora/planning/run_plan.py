@@ -230,9 +230,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
 
 
 def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> str:
-    step = StepMemory(
-        size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload
-    )
+    step = StepMemory(size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload)
     if fits := step.token_budget(gpus.memory, longest=recipe.data.longest):
         return f"train.micro_tokens up to {fits} fits, or leave it out."
     change = step.remedies(gpus.memory, longest=recipe.data.longest, key=recipe.data.longest_key)

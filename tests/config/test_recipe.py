@@ -46,7 +46,10 @@ def test_every_shipped_recipe_parses_and_survives_a_round_trip(name):
         ({"train": {"log_every": 0}}, r"train\.log_every is 0, expected at least 1"),
         ({"train": {"max_skipped_steps": 0}}, r"train\.max_skipped_steps is 0, expected at least 1"),
         ({"train": {"gradient_checkpointing": -1}}, r"train\.gradient_checkpointing is -1, expected at least 0"),
-        ({"train": {"gradient_checkpointing": "all"}}, r"train\.gradient_checkpointing is 'all' \(str\), expected bool"),
+        (
+            {"train": {"gradient_checkpointing": "all"}},
+            r"train\.gradient_checkpointing is 'all' \(str\), expected bool",
+        ),
         ({"train": {"activation_offload": True}}, r"no layer is checkpointed\. Set train\.gradient_checkpointing"),
         ({"adapter": {"alpha": 0}}, r"adapter\.alpha is 0\.0, expected more than 0"),
         ({"model": {}}, r"name exactly one of them"),

@@ -1,7 +1,7 @@
 """Inputs of checkpointed layers in main memory until the backward pass recomputes the layers.
 
-With checkpointing a layer keeps its input alone, ``[1, S, D]``: 2 D bytes per token in bf16. Offloaded, the inputs of all
-layers take no memory of the GPU, except that of the layer at work and of the next one, which is fetched meanwhile.
+With checkpointing a layer keeps its input alone, ``[1, S, D]``: 2 D bytes per token in bf16. Offloaded, the inputs take
+no memory of the GPU, except that of the layer at work and of the next one, which is fetched meanwhile.
 """
 
 from __future__ import annotations
