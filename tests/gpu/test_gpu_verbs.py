@@ -116,7 +116,7 @@ def test_the_demo_draws_attention(trained, picture, device) -> None:
 
 
 def test_the_server_answers(trained, picture) -> None:
-    for name in ("uvicorn", "starlette", "openai", "httpx"):
+    for name in ("uvicorn", "starlette", "httpx"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     from PIL import Image
 

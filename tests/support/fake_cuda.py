@@ -1,7 +1,7 @@
 """A CUDA device without a GPU: fake tensors have shapes, dtypes and devices but no values.
 
 In `fake_cuda`, an operator that gets tensors of two devices raises, as on a GPU. What makes the host wait for the
-device is noted with its place in the code, and so is every kernel launch. Tensors that were copied from the host, and
+device is noted with its place in the code. Tensors that were copied from the host, and
 what is computed from these alone (positions, masks, pictures), have their values beside them, so that code that reads
 them goes on. Not seen: other values, the random generator's state, memory, and time.
 
@@ -22,13 +22,6 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-VIEWS = {
-    "alias", "as_strided", "chunk", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand",
-    "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "_reshape_alias", "select", "slice", "split",
-    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unfold", "_unsafe_view", "unsqueeze",
-    "view",
-}  # fmt: skip
-"""Operators that launch nothing."""
 SIZED_BY_VALUES = {
     "bincount", "equal", "masked_select", "nonzero", "unique_consecutive", "unique_dim", "_unique2",
 }  # fmt: skip
@@ -91,17 +84,15 @@ def fake_cuda() -> Iterator[Any]:
     leaves, tree_map = torch.utils._pytree.tree_leaves, torch.utils._pytree.tree_map
 
     class Device(TorchDispatchMode):
-        """What was launched, and where the host waited."""
+        """Where the host waited."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.kernels: Counter[str] = Counter()
             self.waits: Counter[str] = Counter()
 
-        def noted(self) -> dict[str, Any]:
-            """What happened since the last call."""
-            found = {"kernels": dict(self.kernels), "waits": dict(self.waits)}
-            self.kernels.clear()
+        def noted(self) -> dict[str, int]:
+            """The waits since the last call."""
+            found = dict(self.waits)
             self.waits.clear()
             return found
 
@@ -149,11 +140,8 @@ def fake_cuda() -> Iterator[Any]:
                 self._copy(args[1].device.type, args[0].device.type, len(args) > 2 and bool(args[2]))
             elif len(kinds) == 2 and any(tensor.device.type == "cpu" and tensor.ndim for tensor in tensors):
                 self.wait(f"{name} reads a tensor of the host")
-            elif "cuda" in {*kinds, target} and name not in VIEWS:
-                self.kernels[name] += 1
 
         def _copy(self, source: str, target: str, non_blocking: bool) -> None:
-            self.kernels["copy"] += 1
             if not non_blocking:
                 self.wait(f"copies {source} to {target}")
 

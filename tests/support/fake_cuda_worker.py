@@ -10,7 +10,6 @@ import logging
 import sys
 import time
 import traceback
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,23 +18,16 @@ from unittest import mock
 
 import fake_cuda
 import torch
-import transformers
-from tiny import make_records, make_vision
-from torch import nn
+from tiny import make_records
 from torch.utils._python_dispatch import _disable_current_modes
 from trials import make_parts, make_recipe
 from vlms import FAMILIES, make_vlm
 
-from mm_moslora.adapters import one_product_per_step, use_kernel
 from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
-from mm_moslora.kernels.attention import gpu_attention, segment_attention
 from mm_moslora.kernels.attention.attention_choice import set_attention
-from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, score_options
 from mm_moslora.models.decoding.row_decoding import prefill_row
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.feature_cache import FeatureStore
 from mm_moslora.models.vlm import has_own_forward, is_multimodal
 from mm_moslora.training import run_setup
@@ -44,21 +36,16 @@ from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.utils import distributed
 
 CUDA = torch.device("cuda", 0)
-OWN_START = {"mixer_init": "orthogonal"}
 CHANGES: dict[str, dict[str, Any]] = {
     "bf16": {"adapter.dropout": 0.1},
-    "fp32": {"train.precision": "fp32"},
-    "reference kernel": {"train.precision": "fp32", "adapter.dropout": 0.1},
-    "stock layers": {"model.lean_layers": False},
-    "gradient checkpointing": {"train.gradient_checkpointing": True, "adapter.dropout": 0.1},
-    "adapter in the tower, checkpointed": {"vision.mode": "adapter", "train.vision_gradient_checkpointing": True},
-    "StelLA": {"adapter": OWN_START | {"factor_form": "orthonormal"}, "train.precision": "fp32"},
-    "DoRA": {"adapter.use_dora": True},
+    "adapter in the tower, checkpointed": {
+        "vision.mode": "adapter", "train.vision_gradient_checkpointing": True, "train.gradient_checkpointing": True,
+    },
+    "StelLA": {"adapter": {"mixer_init": "orthogonal", "factor_form": "orthonormal"}, "train.precision": "fp32"},
     "all weights": {"model.language_mode": "full", "train.precision": "fp32"},
     "text": {},
     "feature cache": {},
-    "anyres": {"model.image_aspect": "anyres"},
-    "qwen2_5_vl": {}, "qwen3_vl": {},
+    "qwen2_5_vl": {},
 }  # fmt: skip
 
 ANSWERING = ("bf16", "qwen2_5_vl")
@@ -79,7 +66,6 @@ def changed(name: str, parts: dict[str, Path], folder: Path) -> Recipe:
     if name == "text":
         recipe = replace(recipe, model=replace(recipe.model, vision=None))
     vision = {"feature_cache": str(output / "cache")} if name == "feature cache" else {}
-    vision |= {"name": str(parts["clip"])} if name == "anyres" else {}
     for key, value in ({"vision": vision} | CHANGES[name]).items():
         part, _, field = key.partition(".")
         more = {field: value} if field else value
@@ -129,8 +115,7 @@ def train_step(name: str, recipe: Recipe) -> dict[str, Any]:
         settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
         engine = TorchEngine(module, parameter_groups(module, recipe.optim), settings)
         device.noted()
-        with use_kernel("reference" if name == "reference kernel" else "auto"):
-            result = engine.step(batches, 1.0)
+        result = engine.step(batches, 1.0)
         found = {"step": device.noted(), "applied": result.applied, "loss": result.loss}
         if is_multimodal(model):
             module(blind.to(CUDA), True)  # the dummy picture
@@ -141,75 +126,6 @@ def train_step(name: str, recipe: Recipe) -> dict[str, Any]:
             engine.evaluate(batches[:1])
             found["evaluate"] = device.noted()
             found |= answers(run, batches, device)
-    return found
-
-
-def one_layer() -> dict[str, Any]:
-    """Forward and backward of one lean decoder layer in bf16: four segments, grouped heads, seven adapted linears."""
-    kind = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=100,
-    )  # fmt: skip
-    model: Any = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.bfloat16)
-    recipe = Recipe.from_dict({"model": {"language": "none"}, "adapter": {"rank": 8, "alpha": 16}})
-    attach_adapters(Parts(model=model), recipe.model, recipe.adapter)
-    set_attention(model, segment_attention.SEGMENTS)
-    use_lean_layers(model)
-    model.train()
-    layer = model.model.layers[0]
-    layer.is_last = False
-    with fake_cuda.fake_cuda() as device:
-        fake_cuda.to_cuda(model)
-        x = torch.empty(1, 32, 64, dtype=torch.bfloat16, device=CUDA, requires_grad=True)
-        turns = model.model.rotary_emb(x.detach(), torch.empty(1, 32, dtype=torch.long, device=CUDA))
-        segments = segment_attention.segment_arguments((8, 8, 8, 8), CUDA)
-        device.noted()
-        with one_product_per_step(model) as window:
-            window.last_micro_batch()
-            y = layer(x, position_embeddings=turns, attention_mask=None, **segments)
-            forward = device.noted()
-            y.backward(torch.empty_like(y))
-        return {"forward": forward, "backward": device.noted()}
-
-
-def benchmark() -> dict[str, Any]:
-    """What the contenders of the GPU benchmark run, from models that are made on the device."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
-    import gpu_batches
-    import gpu_decode
-    import gpu_models
-    from gpu_contenders import BY_NAME
-
-    def applied(module: Any, function: Any, recurse: bool = True) -> Any:
-        """As `nn.Module._apply`, which swaps the values of tensors; these have none."""
-        for child in module.children():
-            child._apply(function)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else function(buffer)
-        return module
-
-    shape, found = gpu_batches.SHAPES["tiny"], {}
-    items = gpu_batches.batches_of(shape)[0][0]
-    for name in ("ours", "hf", "hf-best", "decode-ours"):
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(nn.Module, "_apply", applied))
-            stack.enter_context(mock.patch.object(distributed, "device", return_value=CUDA))
-            stack.enter_context(mock.patch.object(distributed, "join"))
-            device = stack.enter_context(fake_cuda.fake_cuda())
-            if name.startswith("decode"):
-                decode = gpu_decode.MAKERS[name](shape, CUDA)
-                device.noted()
-                decode(gpu_batches.padded(items[-1:], CUDA, torch.bfloat16), 2)
-            else:
-                runner = gpu_models.build(shape, BY_NAME[name], CUDA)
-                runner.gradients(items)
-                batches = [runner.prepare(part) for part in gpu_batches.split(items, 2)]
-                device.noted()
-                runner.step(batches)
-            found[name] = device.noted()
     return found
 
 
@@ -265,12 +181,9 @@ def main(folder: Path, *names: str) -> None:
     """Run all cases, or some."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    parts = make_parts(folder / "parts", records=8) | {"clip": make_vision(folder / "clip", "clip")}
-    # No values tell whether a kernel is right, and no driver its capability.
-    gpu_attention._why_not_pytorch = lambda shape: None if shape.dtype.itemsize == 2 else "it is for half precision"
-    gpu_attention.fault_of = lambda *_: None
+    parts = make_parts(folder / "parts", records=8)
     plain = make_recipe(parts, folder / "fitted", "none", precision="bf16")
-    alone = {"one layer": one_layer, "benchmark": benchmark, "projector's fit": partial(fitted, plain)}
+    alone = {"projector's fit": partial(fitted, plain)}
     for name in names or (*CHANGES, *alone):
         started = time.process_time()
         try:
