@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +20,14 @@ from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
 from mm_moslora.training import run_setup
 from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import ConfigError
 
-PRESETS = sorted(path.stem for path in (CHECKOUT / "deepspeed_configs").glob("*.json"))
+COMPILED = ("zero2_cpuadam", "zeropp", "zero3_nvme")
+"""Presets with operators that DeepSpeed builds at their first use."""
+PRESETS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in COMPILED else name
+    for name in sorted(path.stem for path in (CHECKOUT / "deepspeed_configs").glob("*.json"))
+]
 WORKER = Path(__file__).with_name("train_recipes.py")
 
 
@@ -40,14 +45,18 @@ def train_elsewhere(*words: str, ranks: int = 1, **more: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_gives_the_losses_of_plain_torch(preset, parts, tmp_path) -> None:
+def test_every_preset_gives_the_losses_of_plain_torch(preset, parts, tmp_path, monkeypatch) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    if "offload" in preset and not (shutil.which("ninja") and shutil.which("c++")):
-        pytest.skip("ninja or c++, which build DeepSpeed's Adam for CPUs, is missing")
-    plain = make_recipe(parts, tmp_path / "none", "none", micro_batch=4)
-    train(plain)
-    train(make_recipe(parts, tmp_path / preset, preset, micro_batch=4))
-    assert losses(tmp_path / preset) == pytest.approx(losses(tmp_path / "none"), rel=1e-4)
+    monkeypatch.setenv("MM_MOSLORA_NVME", str(tmp_path))
+    train(make_recipe(parts, tmp_path / "none", "none", micro_batch=4))
+    try:
+        train(make_recipe(parts, tmp_path / preset, preset, micro_batch=4))
+    except ConfigError as error:
+        if preset not in COMPILED:
+            raise
+        pytest.skip(str(error))
+    rounded = 0.05 if preset == "zeropp" else 1e-4
+    assert losses(tmp_path / preset) == pytest.approx(losses(tmp_path / "none"), rel=rounded)
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
