@@ -9,22 +9,22 @@ usage() {
 Usage: scripts/gpu.sh
 
 Installs the wheels of build/gpu_wheels (scripts/gpu_wheels.py) into a folder of their own, runs tests/gpu on the GPU, and
-then scripts/bench/gpu.py until the time is over. Tests that have ended on the same sources, and rows that are there, are
-not repeated: run the same command again until it exits with 0. Nothing is fetched from a network.
+then scripts/bench/gpu.py until the time is over. Files of tests that have ended on the same sources, and rows that are
+there, are not repeated: run the same command again until it exits with 0. Nothing is fetched from a network.
 
 On a machine that starts bare each time, bring build/gpu_wheels and, from the second call on, build/gpu with the results
 of the earlier calls.
 
 Environment
   OUT       folder of results (default build/gpu): rows.jsonl, table.md, tests.log
-  LIMIT     seconds of one call (default 570); tests that take longer are stopped, with exit code 124
+  LIMIT     seconds of one call (default 570); a file of tests that takes longer is stopped, with exit code 124
   SHAPES    shapes of the benchmark, in order (default "llava-1.5-7b 1b 3b")
   DEVICE    cuda (default), or cpu for a try with SHAPES=tiny
   WHEELS    folder of wheels (default build/gpu_wheels)
   PYTHON    Python to use (default: .venv/bin/python of the checkout, else python3)
   PIP       pip to use (default: that of PYTHON)
 
-Exit codes: 0 finished, 75 rows are left (run the same command again), 1 tests failed or nothing can run, 2 usage.
+Exit codes: 0 finished, 75 tests or rows are left (run the same command again), 1 tests failed or nothing can run, 2 usage.
 TEXT
 }
 
@@ -42,23 +42,33 @@ install_wheels() {
   export PYTHONPATH="$site:$PYTHONPATH"
 }
 
-# Run tests/gpu, unless they have ended on these sources. Returns pytest's exit code.
+# Run the files of tests/gpu that have not ended on these sources. Returns 1 where tests failed, 75 where files are left.
 run_tests() {
-  local sources code
+  local sources file code began failed=0
   if ! compgen -G "tests/gpu/test_*.py" >/dev/null; then
     say "There are no tests in tests/gpu."
     return 0
   fi
   sources=$(find mm_moslora tests/gpu -name '*.py' -print0 | sort -z | xargs -0 cat | sha256sum | cut -c 1-12)
-  if [ "$(cut -d ' ' -f 1 "$out/tests.ended" 2>/dev/null)" = "$sources" ]; then
-    say "tests/gpu has ended on these sources; delete $out/tests.ended to run it again."
-    return "$(cut -d ' ' -f 2 "$out/tests.ended")"
-  fi
-  timeout --signal INT --kill-after 10 "$((limit - SECONDS - 30))" "$PYTHON" -m pytest -q -n0 -p no:cacheprovider tests/gpu 2>&1 |
-    tee "$out/tests.log"
-  code=${PIPESTATUS[0]}
-  echo "$sources $code" >"$out/tests.ended"
-  return "$code"
+  touch "$out/tests.ended"
+  for file in tests/gpu/test_*.py; do
+    code=$(sed -n "s|^$sources $file ||p" "$out/tests.ended")
+    if [ -n "$code" ]; then
+      say "$file has ended on these sources with exit code $code; delete $out/tests.ended to run it again."
+    else
+      began=$SECONDS
+      [ $((limit - began)) -ge 60 ] || return 75
+      timeout --signal INT --kill-after 10 "$((limit - began - 15))" "$PYTHON" -m pytest -q -n0 -p no:cacheprovider \
+        "$file" 2>&1 | tee -a "$out/tests.log"
+      code=${PIPESTATUS[0]}
+      if [ "$code" -ge 124 ] && [ "$began" -gt 60 ]; then  # stopped, and it had less than a whole call
+        return 75
+      fi
+      echo "$sources $file $code" >>"$out/tests.ended"
+    fi
+    [ "$code" -eq 0 ] || failed=1
+  done
+  return "$failed"
 }
 
 # Measure every shape as far as the time goes. Returns 75 where rows are left.
@@ -100,10 +110,11 @@ done
 install_wheels
 run_tests
 tests=$?
+[ "$tests" -ne 75 ] || exit 75
 run_benchmark
 rows=$?
 [ "$rows" -eq 0 ] || exit "$rows"
 if [ "$tests" -ne 0 ]; then
-  say "tests/gpu: exit code $tests, see $out/tests.log"
-  exit 1
+  say "Tests of tests/gpu failed, see $out/tests.log."
 fi
+exit "$tests"

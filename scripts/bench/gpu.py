@@ -171,10 +171,11 @@ def measure(contender: Contender, shape: str, device: str, seconds: float) -> di
                 process.kill()
                 process.wait()
         spent = {"process_seconds": round(time.monotonic() - started, 1)}
-        if code == 0 and row.is_file():
+        try:  # the row counts even where the process then failed to end
             return json.loads(row.read_text()) | spent
-        why = f"killed after {seconds + GRACE:.0f} s" if code is None else f"exit code {code}"
-        return {"error": f"{why}: {last_line(log.read_text(errors='replace'))}"} | spent
+        except (OSError, ValueError):
+            why = f"killed after {seconds + GRACE:.0f} s" if code is None else f"exit code {code}"
+            return {"error": f"{why}: {last_line(log.read_text(errors='replace'))}"} | spent
 
 
 def run(wanted: Sequence[Contender], rows: RowFile, options: argparse.Namespace, started: float) -> int:

@@ -70,7 +70,7 @@ PYTHON = """#!/bin/sh
 echo "$*" >>"$CALLS"
 case "$*" in
   *pip*install*) exit 0 ;;
-  *pytest*) echo "$PYTHONPATH" >>"$CALLS"; exit "$TESTS" ;;
+  *-m" "pytest*) echo "$PYTHONPATH" >>"$CALLS"; exit "$TESTS" ;;
   *--table*) echo table; exit 0 ;;
   *gpu.py*) exit "$ROWS" ;;
 esac
@@ -108,7 +108,7 @@ def test_wheels_then_tests_then_the_shapes(checkout: Path) -> None:
     install, tests, path, *shapes = calls
     assert "--no-index --no-deps" in install
     assert install.endswith("build/gpu_wheels/two-2.0-py3-none-any.whl")
-    assert tests.endswith("tests/gpu")
+    assert tests.endswith("tests/gpu/test_one.py")
     site = Path(path.split(":")[0])
     assert str(site) in install
     assert not site.exists()  # removed at the end
@@ -118,7 +118,7 @@ def test_wheels_then_tests_then_the_shapes(checkout: Path) -> None:
 def test_failed_tests_do_not_stop_the_benchmark_and_are_not_repeated(checkout: Path) -> None:
     code, calls, said = run(checkout, tests=1)
     assert code == 1
-    assert "tests/gpu: exit code 1" in said
+    assert "Tests of tests/gpu failed" in said
     assert sum("gpu.py --out" in call for call in calls) == 3
     code, calls, _ = run(checkout, tests=0)
     assert code == 1  # as it was on these sources
@@ -127,6 +127,17 @@ def test_failed_tests_do_not_stop_the_benchmark_and_are_not_repeated(checkout: P
     code, calls, _ = run(checkout, tests=0)
     assert code == 0
     assert any("-m pytest" in call for call in calls)
+
+
+def test_files_of_tests_that_have_ended_are_not_repeated(checkout: Path) -> None:
+    assert run(checkout)[0] == 0
+    (checkout / "tests" / "gpu" / "test_two.py").touch()
+    ended = checkout / "build" / "gpu" / "tests.ended"
+    sources = ended.read_text().split()[0]
+    code, calls, _ = run(checkout)  # an empty file more: the sources are the same
+    assert code == 0
+    assert [call.split()[-1] for call in calls if "-m pytest" in call] == ["tests/gpu/test_two.py"]
+    assert ended.read_text() == f"{sources} tests/gpu/test_one.py 0\n{sources} tests/gpu/test_two.py 0\n"
 
 
 def test_rows_that_are_left_ask_for_another_call_with_the_results_of_this_one(checkout: Path) -> None:
