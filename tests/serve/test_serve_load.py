@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from preloaded import Preloaded
 
+from mm_moslora.serve.inference.token_sampling import Draw, Sampling, choose
 from tests.serve.serve_tools import asking, data_url, pixels_of
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -131,7 +132,6 @@ def test_functions_waiting_for_the_model_get_an_error_when_the_engine_stops(mode
     from mm_moslora.serve.api.api_errors import ApiError
     from mm_moslora.serve.api.request_limits import Limits
     from mm_moslora.serve.inference.continuous_batching import Engine, Job
-    from mm_moslora.serve.inference.token_sampling import Sampling
 
     engine, stepping, on, told = Engine(models, Limits(context=512)), threading.Event(), threading.Event(), []
 
@@ -273,20 +273,72 @@ def row_of(engine: Any, group: Any, question: str) -> int | None:
     return next((number for number, text in enumerate(texts) if question in text), None)
 
 
+def draw_of(sampling: Sampling, occurrences: dict[int, int] | None = None) -> Draw:
+    return Draw(sampling=sampling, occurrences=occurrences or {}, generator=sampling.generator(0))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_without_a_finite_maximum_are_an_error(temperature: float, value: float) -> None:
-    from mm_moslora.serve.inference.token_sampling import Sampling, choose
-    from mm_moslora.utils.errors import ModelError
-
+def test_logits_without_a_finite_maximum_are_an_error_of_their_row(temperature: float, value: float) -> None:
     sampling = Sampling(temperature=temperature)
-    logits = torch.full((50,), value if value < 0 else 0.0)
-    logits[17] = value
-    with pytest.raises(ModelError, match="no token can be chosen"):
-        choose(logits, sampling, {}, sampling.generator(0))
-    hidden = torch.full((50,), float("-inf"))
-    hidden[17] = 1.0
-    assert choose(hidden, sampling, {}, sampling.generator(0)) == 17
+    logits = torch.full((2, 50), float("-inf"))
+    logits[1, 17] = 1.0
+    logits[0] = value if value < 0 else 0.0
+    logits[0, 17] = value
+    wrong, fine = choose(logits, [draw_of(sampling), draw_of(sampling)])
+    assert "no token can be chosen" in str(wrong)
+    assert fine == 17
+
+
+def one_by_one(logits: torch.Tensor, draw: Draw) -> int:
+    """A token of one row, by torch's own sampling."""
+    sampling = draw.sampling
+    logits = logits.clone()
+    for token, count in draw.occurrences.items():
+        penalty = sampling.presence_penalty + sampling.frequency_penalty * torch.tensor(float(count))
+        logits[token] += -penalty
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities = ((logits - logits.max()).double() / sampling.temperature).softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        probabilities[order[ordered.cumsum(dim=-1) - ordered >= sampling.top_p]] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=draw.generator))
+
+
+def test_rows_that_are_drawn_together_get_the_tokens_of_single_ones_with_one_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each with settings and a generator of its own, for 50 tokens; ties, and a temperature next to zero."""
+    waits: list[int] = []
+    read = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> Any:
+        waits.append(1)
+        return read(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    settings = [
+        Sampling(seed=0),
+        Sampling(seed=1, temperature=1.0),
+        Sampling(seed=2, temperature=0.7, top_p=0.9),
+        Sampling(seed=3, temperature=1.5, top_p=0.3, presence_penalty=0.5, frequency_penalty=0.25),
+        Sampling(seed=4, temperature=1e-5),
+        Sampling(seed=5, presence_penalty=1.0, frequency_penalty=1.0),
+        Sampling(seed=6, temperature=2.0, frequency_penalty=1.5),
+    ]
+    together, single = ([draw_of(sampling, {}) for sampling in settings] for _ in range(2))
+    torch.manual_seed(0)
+    for step in range(1, 51):
+        logits = torch.randn(len(settings), 1000).mul(3).round(decimals=1)
+        with monkeypatch.context() as patch:
+            for name in ("item", "__int__", "__bool__", "cpu", "numpy"):
+                patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("waits for the device"))
+            tokens = choose(logits, together)
+        assert len(waits) == step
+        assert tokens == [one_by_one(row, draw) for row, draw in zip(logits, single, strict=True)]
+        for draw, token in [*zip(together, tokens, strict=True), *zip(single, tokens, strict=True)]:
+            draw.occurrences[token] = draw.occurrences.get(token, 0) + 1
 
 
 def test_a_row_of_nan_is_an_error_of_that_row_only(serve_with: Any, alone: dict[str, str]) -> None:

@@ -399,8 +399,17 @@ def likeliest(logits: Tensor) -> tuple[Tensor, list[int]]:
     tokens = logits.argmax(dim=-1)  # of NaN, where there is one
     numbers, highest = torch.stack((tokens.double(), logits.gather(-1, tokens[..., None]).flatten().double())).tolist()
     if wrong := [value for value in highest if not math.isfinite(value)]:
-        raise ModelError(
-            f"The largest of the model's logits is {wrong[0]}, so no token can be chosen. Its weights or a picture's "
-            "features are damaged, or too large for its number format: try another checkpoint, or fp32."
-        )
+        raise logits_error(wrong[0])
     return tokens, [int(number) for number in numbers]
+
+
+def logits_error(highest: float) -> ModelError:
+    """The error for logits whose largest is not finite.
+
+    Args:
+        highest: the largest one.
+    """
+    return ModelError(
+        f"The largest of the model's logits is {highest}, so no token can be chosen. Its weights or a picture's "
+        "features are damaged, or too large for its number format: try another checkpoint, or fp32."
+    )

@@ -28,7 +28,8 @@ from mm_moslora.serve.api.api_errors import ApiError, busy
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.serve.inference.text_stream import TextStream
-from mm_moslora.serve.inference.token_sampling import Sampling, choose
+from mm_moslora.serve.inference.token_sampling import Draw, Sampling, choose
+from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.redaction import redacted_traceback
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,11 @@ def _stopping() -> ApiError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
+class _Row(Draw):
     """One answer with the state that its next token depends on, besides the decoder."""
 
     job: Job
     text: TextStream
-    generator: torch.Generator
 
 
 class _Group:
@@ -348,9 +348,12 @@ class Engine:
     def _read(self, name: str, jobs: list[Job]) -> None:
         """Run prompts and add their rows to the batch."""
         rows = [
-            _Row(job=job, text=TextStream(self.models.encoder, job.stop), generator=job.sampling.generator(job.choice))
+            _Row(
+                job=job, text=TextStream(self.models.encoder, job.stop), sampling=job.sampling,
+                occurrences=job.occurrences, generator=job.sampling.generator(job.choice),
+            )
             for job in jobs
-        ]
+        ]  # fmt: skip
         with self.models.use(name):
             decoder = self.models.read(name, [(job.input_ids, job.seen) for job in jobs])
         groups = self._groups[name]
@@ -364,9 +367,11 @@ class Engine:
         decoder = group.decoder
         assert decoder is not None
         going, tokens = [], []
-        for number, row in enumerate(group.rows()):
+        rows = group.rows()
+        for number, (row, token) in enumerate(zip(rows, choose(decoder.logits, rows), strict=True)):
             try:
-                token = choose(decoder.logits[number], row.job.sampling, row.job.occurrences, row.generator)
+                if isinstance(token, ModelError):
+                    raise token
                 goes_on = self._say(row.job, row.text, token)
             except Exception as error:
                 self._fail(row.job, error)

@@ -1,17 +1,19 @@
-"""Sampling the next token of one answer.
+"""Sampling the next tokens of a batch of answers.
 
-Shapes: ``C`` vocabulary.
+Shapes: ``B`` answers, ``R`` those with a temperature, ``C`` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mm_moslora.models.decoding.prefix_cache import likeliest
+from mm_moslora.models.decoding.prefix_cache import logits_error
+from mm_moslora.utils.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,32 +46,81 @@ class Sampling:
         return made
 
 
-def choose(logits: Tensor, sampling: Sampling, occurrences: Mapping[int, int], generator: torch.Generator) -> int:
-    """Sample the next token.
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What the next token of one answer depends on, besides its logits."""
+
+    sampling: Sampling
+    occurrences: Mapping[int, int]
+    """Occurrences of each token so far."""
+    generator: torch.Generator
+    """On the CPU; used when the temperature is not zero."""
+
+
+def choose(logits: Tensor, draws: Sequence[Draw]) -> list[int | ModelError]:
+    """Sample the next token of every answer; the host waits for the device once.
+
+    A row's token does not depend on the other rows. It is the token that `torch.multinomial` draws with the row's
+    generator on the CPU.
 
     Args:
-        logits: fp32 ``[C]``; not changed.
-        sampling: settings.
-        occurrences: occurrences of each token so far.
-        generator: used when the temperature is not zero.
+        logits: fp32 ``[B, C]``; not changed.
+        draws: ``B`` of them.
 
-    Raises:
-        ModelError: a logit is NaN, or none is finite.
+    Returns:
+        For every row its token, or the error of logits that are not finite.
     """
-    if occurrences and (sampling.presence_penalty or sampling.frequency_penalty):
-        tokens = torch.tensor(list(occurrences), device=logits.device)
-        counts = torch.tensor(list(occurrences.values()), dtype=logits.dtype, device=logits.device)
-        logits = logits.index_add(
-            0, tokens, -(sampling.presence_penalty + sampling.frequency_penalty * counts)
-        )  # fmt: skip
-    _, (token,) = likeliest(logits[None])
-    if sampling.temperature == 0:
-        return token
-    highest = logits[token]
-    # Subtracting the maximum first keeps the smallest temperature from overflowing.
-    probabilities = ((logits - highest).double().cpu() / sampling.temperature).softmax(dim=-1)
-    if sampling.top_p < 1:
-        sorted_ones, order = probabilities.sort(descending=True)
-        beyond = sorted_ones.cumsum(dim=-1) - sorted_ones >= sampling.top_p
-        probabilities[order[beyond]] = 0.0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    logits = _penalised(logits, draws)
+    tokens = logits.argmax(dim=-1)  # of NaN, where there is one
+    highest = logits.gather(-1, tokens[:, None])
+    rows = [number for number, draw in enumerate(draws) if draw.sampling.temperature]
+    if rows:
+        chosen = _on(logits, rows)
+        # Subtracting the maximum first keeps the smallest temperature from overflowing.
+        drawn = _drawn(logits[chosen] - highest[chosen], [draws[number] for number in rows])
+        tokens = tokens.index_copy(0, chosen, drawn)
+    numbers, values = torch.stack((tokens.double(), highest.flatten().double())).tolist()
+    return [
+        int(number) if math.isfinite(value) else logits_error(value)
+        for number, value in zip(numbers, values, strict=True)
+    ]
+
+
+def _on(like: Tensor, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers on the device of another tensor, without waiting for it."""
+    return torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)
+
+
+def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits ``[B, C]`` without the penalties for tokens that have occurred."""
+    rows, tokens, amounts = [], [], []
+    for number, draw in enumerate(draws):
+        sampling = draw.sampling
+        if draw.occurrences and (sampling.presence_penalty or sampling.frequency_penalty):
+            counts = torch.tensor(list(draw.occurrences.values()), dtype=logits.dtype)
+            rows += [number] * len(counts)
+            tokens += draw.occurrences
+            amounts.append(-(sampling.presence_penalty + sampling.frequency_penalty * counts))
+    if not rows:
+        return logits
+    changes = torch.cat(amounts).to(logits.device, non_blocking=True)
+    return logits.index_put((_on(logits, rows), _on(logits, tokens)), changes, accumulate=True)
+
+
+def _drawn(distances: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Tokens ``[R]`` drawn by logits ``[R, C]`` whose maximum is zero."""
+    temperatures = _on(distances, [draw.sampling.temperature for draw in draws], torch.float64)
+    probabilities = (distances.double() / temperatures[:, None]).softmax(dim=-1)
+    nuclear = [number for number, draw in enumerate(draws) if draw.sampling.top_p < 1]
+    if nuclear:
+        rows = _on(distances, nuclear)
+        top_p = _on(distances, [draws[number].sampling.top_p for number in nuclear], torch.float64)
+        sorted_ones, order = probabilities[rows].sort(dim=-1, descending=True)
+        beyond = sorted_ones.cumsum(dim=-1) - sorted_ones >= top_p[:, None]
+        kept = probabilities[rows].masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+        probabilities = probabilities.index_copy(0, rows, kept)
+    # What torch.multinomial does, with a generator for each row: the largest of probabilities over exponential noise.
+    noise = torch.empty(distances.shape, dtype=torch.float64, pin_memory=distances.is_cuda)
+    for row, draw in zip(noise, draws, strict=True):
+        row.exponential_(generator=draw.generator)
+    return (probabilities / noise.to(distances.device, non_blocking=True)).argmax(dim=-1)
