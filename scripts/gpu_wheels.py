@@ -36,10 +36,13 @@ PACKAGES = (
     "cyclopts", "docstring-parser", "rich-rst",                              # the command line
     "datasets", "dill", "multiprocess", "open-clip-torch", "ftfy", "wcwidth", "gguf",
     "starlette", "uvicorn",                                                  # mm-moslora serve
+    "bitsandbytes",                                                          # 4- and 8-bit bases
 )  # fmt: skip
 """In an order in which those that require others exactly come first."""
 BUILT = ("deepspeed",)
 """Packages without wheels; they are built without compiled parts."""
+LIBRARIES = re.compile(r"lib\w+_(cuda\d+|rocm\d+|xpu\d+)\.so")
+"""Libraries of which a wheel holds one for each platform (bitsandbytes); only that of the machine's CUDA is kept."""
 PLATFORMS = ("2_28", "2_34", "2_31", "2_27", "2_24", "2_17", "2_5")
 
 
@@ -72,6 +75,28 @@ def required(wheel: Path, python: str) -> list[Requirement]:
     return [one for one in found if one.marker is None or one.marker.evaluate(environment)]
 
 
+def slim(wheel: Path, cuda: str) -> None:
+    """Take libraries for other platforms out of a wheel, in place.
+
+    Args:
+        wheel: the file.
+        cuda: version of the machine's CUDA without its dot.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        others = {
+            name for name in archive.namelist() if (match := LIBRARIES.search(name)) and match[1] != f"cuda{cuda}"
+        }
+        if not others:
+            return
+        kept = [(item, archive.read(item)) for item in archive.infolist() if item.filename not in others]
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for item, content in kept:
+            if item.filename.endswith(".dist-info/RECORD"):
+                lines = content.decode().splitlines(keepends=True)
+                content = "".join(line for line in lines if line.split(",")[0] not in others).encode()
+            archive.writestr(item, content)
+
+
 def fetch(name: str, versions: SpecifierSet, folder: Path, python: str) -> Path:
     """Download or build one wheel.
 
@@ -98,7 +123,7 @@ def fetch(name: str, versions: SpecifierSet, folder: Path, python: str) -> Path:
     return made
 
 
-def collect(names: Iterable[str], folder: Path, python: str) -> list[str]:
+def collect(names: Iterable[str], folder: Path, python: str, cuda: str) -> list[str]:
     """Collect wheels into a folder; returns what they require beyond each other, sorted.
 
     Raises:
@@ -108,6 +133,7 @@ def collect(names: Iterable[str], folder: Path, python: str) -> list[str]:
     versions, wheels = declared(), []
     for name in dict.fromkeys(wanted):
         wheels.append(fetch(name, versions.get(name, SpecifierSet()), folder, python))
+        slim(wheels[-1], cuda)
         for requirement in required(wheels[-1], python):
             other = canonicalize_name(requirement.name)
             versions[other] = versions.get(other, SpecifierSet()) & requirement.specifier
@@ -130,12 +156,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--without", nargs="+", default=[], metavar="PACKAGE", help="packages to leave out")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_wheels", help="replaced as a whole")
     parser.add_argument("--python", default="3.12", help="version of the machine's Python")
+    parser.add_argument("--cuda", default="130", help="version of the machine's CUDA without its dot")
     parser.add_argument("--limit", type=float, default=40.0, metavar="MIB", help="of all wheels together")
     options = parser.parse_args(arguments)
     left_out = {canonicalize_name(name) for name in options.without}
     names = [name for name in (*PACKAGES, *options.more) if canonicalize_name(name) not in left_out]
     with tempfile.TemporaryDirectory() as folder:
-        beyond = collect(names, Path(folder), options.python)
+        beyond = collect(names, Path(folder), options.python, options.cuda)
         wheels = sorted(Path(folder).iterdir(), key=lambda wheel: -wheel.stat().st_size)
         sizes = {wheel.name: wheel.stat().st_size / 2**20 for wheel in wheels}
         for name, size in sizes.items():

@@ -37,13 +37,13 @@ def fetch(name, versions, folder, python, *, size=0):
 
 def test_wheels_go_together_and_the_rest_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_wheels, "fetch", fetch)
-    assert gpu_wheels.collect(["one", "two"], tmp_path, "3.12") == ["numpy>=2", "torch"]
+    assert gpu_wheels.collect(["one", "two"], tmp_path, "3.12", "130") == ["numpy>=2", "torch"]
     assert sorted(wheel.name for wheel in tmp_path.iterdir()) == [
         "one-2.0-py3-none-any.whl",
         "two-2.0-py3-none-any.whl",
     ]
     with pytest.raises(SystemExit, match=r"three-2.0-py3-none-any.whl requires two<2, and 2.0 was collected"):
-        gpu_wheels.collect(["one", "two", "three"], tmp_path, "3.12")
+        gpu_wheels.collect(["one", "two", "three"], tmp_path, "3.12", "130")
 
 
 def test_wheels_above_the_limit_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -59,6 +59,21 @@ def test_wheels_above_the_limit_change_nothing(tmp_path: Path, monkeypatch: pyte
         "two-2.0-py3-none-any.whl"
     ]  # two versions cannot be installed
     assert "1.00 MiB  two-2.0-py3-none-any.whl" in capsys.readouterr().out
+
+
+def test_only_the_library_of_the_machines_cuda_is_carried(tmp_path: Path) -> None:
+    names = ["bnb/libbnb_cuda130.so", "bnb/libbnb_cuda118.so", "bnb/libbnb_rocm70.so", "bnb/libbnb_cpu.so"]
+    wheel = tmp_path / "bnb-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+        archive.writestr("bnb-1.dist-info/RECORD", "".join(f"{name},sha256=0,1\n" for name in names))
+    gpu_wheels.slim(wheel, "130")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.namelist() == ["bnb/libbnb_cuda130.so", "bnb/libbnb_cpu.so", "bnb-1.dist-info/RECORD"]
+        assert archive.read("bnb-1.dist-info/RECORD").decode().split() == [
+            "bnb/libbnb_cuda130.so,sha256=0,1", "bnb/libbnb_cpu.so,sha256=0,1",
+        ]  # fmt: skip
 
 
 def test_every_wheel_has_a_declared_version_or_is_required_by_another() -> None:
