@@ -164,11 +164,12 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     if checkpoint is None:
         _start_projector(recipe.model.projector, assembly, training_set)
     model = assembly.model.train()
+    attention = AttentionChoice(name="")
     if not needs_padding(model):
         with distributed.failing_together("Choosing the attention"):
             attention = choose_attention(model, recipe.model.attention, device=distributed.device())
         set_attention(model, attention.name, native=kernels.native)
-        _say_what_runs(attention)
+    _say_what_runs(attention, precision)
     use_loss_head(model)
     if recipe.model.lean_layers:
         use_lean_layers(model)
@@ -213,10 +214,12 @@ def _checkpoint(model: PreTrainedModel, train: TrainConfig) -> None:
         offload_inputs(model)
 
 
-def _say_what_runs(attention: AttentionChoice) -> None:
+def _say_what_runs(attention: AttentionChoice, precision: str) -> None:
     """Log the attention kernel, kernels that do not run, and a warning where ranks differ in GPU or kernel."""
-    gpus = [(gpu, attention.words) for gpu in (distributed.gpu_in_words(),) if gpu]
-    everywhere = distributed.gather_objects((gpus, attention.faults))
+    gpu, faults = distributed.gpu_in_words(), attention.faults
+    if gpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        faults = (*faults, f"{gpu} emulates bf16, which is slow; set train.precision to fp16 or fp32")
+    everywhere = distributed.gather_objects(([(gpu, attention.words)] if gpu else [], faults))
     if not distributed.is_main():
         return
     for fault in dict.fromkeys(fault for _, faults in everywhere for fault in faults):
@@ -226,7 +229,7 @@ def _say_what_runs(attention: AttentionChoice) -> None:
     kinds: dict[str, list[int]] = {}
     for index, (found, _) in enumerate(everywhere):
         for gpu, words in found:
-            kinds.setdefault(f"{gpu} (attention: {words})", []).append(index)
+            kinds.setdefault(f"{gpu} (attention: {words})" if words else gpu, []).append(index)
     if len(kinds) > 1:
         listed = "; ".join(f"ranks {', '.join(map(str, ranks))}: {kind}" for kind, ranks in kinds.items())
         logger.warning(

@@ -115,6 +115,30 @@ def test_dropout_drops_its_share_and_repeats_its_mask(device) -> None:
     assert float((drawn[0] == 0).float().mean()) == pytest.approx(rate, abs=0.01)
 
 
+def test_adapters_alone_work_on_a_model_that_is_on_the_device(device, tmp_path) -> None:
+    from mm_moslora.adapters.adapter_inspection import inspect_model
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).to(device)
+    base, ids = copy.deepcopy(model), torch.arange(8, device=device)[None]
+    tuned = adapters.add_moslora(model, adapters.MoSLoRAConfig(r=4, lora_alpha=8))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    logits = tuned.eval()(input_ids=ids).logits
+    adapters.save_adapter(tuned, tmp_path / "adapter")
+    again = adapters.load_adapter(base, tmp_path / "adapter").eval()
+    assert {report.rank for report in inspect_model(again)} == {4}
+    torch.testing.assert_close(again(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3)
+
+
 def test_sums_over_many_tokens_are_rounded_once(device) -> None:
     """The gradients of A and of ``s B M`` against fp64, beside fp64 that is rounded to the same format."""
     torch.manual_seed(0)

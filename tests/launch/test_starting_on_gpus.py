@@ -137,7 +137,7 @@ def test_attention_that_does_not_load_is_named_and_the_next_one_taken(language, 
 def test_different_gpus_among_the_ranks_are_named_once(monkeypatch, caplog):
     others = [([("A100, 80 GiB", "varlen")], ("one fault",)), ([("L4, 23 GiB", "loop")], ("one fault",))]
     monkeypatch.setattr(distributed, "gather_objects", lambda _: others)
-    run_setup._say_what_runs(attention_choice.AttentionChoice(name=SEGMENTS, words="varlen"))
+    run_setup._say_what_runs(attention_choice.AttentionChoice(name=SEGMENTS, words="varlen"), "fp32")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings[0] == "one fault."
     assert "ranks 0: A100, 80 GiB (attention: varlen); ranks 1: L4, 23 GiB (attention: loop)" in warnings[1]
@@ -151,6 +151,14 @@ def test_a_rank_touches_no_other_gpu_when_it_draws_adapters(gpus, language, monk
     recipe = Recipe.from_dict({"model": {"language": "none"}})
     attach_adapters(Parts(model=language), recipe.model, recipe.adapter)
     assert touched == [[3]]
+
+
+def test_a_gpu_that_emulates_bf16_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(distributed, "gpu_in_words", lambda: "T4, 15 GiB, compute capability 7.5")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    for precision in ("bf16", "fp16"):
+        run_setup._say_what_runs(attention_choice.AttentionChoice(name=SEGMENTS), precision)
+    assert caplog.text.count("T4, 15 GiB, compute capability 7.5 emulates bf16") == 1
 
 
 def test_a_batch_on_a_device_knows_the_host_it_came_from():
