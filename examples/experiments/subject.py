@@ -9,7 +9,7 @@ adapters are in attention, feed-forward and convolution layers, for a UNet this 
 the cosine between features of generated and of real pictures of the subject, from the frozen EfficientNet-Lite0 of
 the quickstart; what the model scores before tuning is printed first. Rates are tuned and seeds kept apart as in `mm-
 moslora compare`; its analysis and its page are used. The paper's own setting is
-`examples/recipes/sdxl_dreambooth_moslora.yaml`. Again continues.
+`mm-moslora diffusion config sdxl_subject`. Again continues.
 
 Shapes: pictures ``[N, 3, S, S]`` from -1 to 1, text ``[N, 1, D]``, features ``[N, F]``.
 """
@@ -38,10 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from dreambooth import Example, Recipe, adapt, noise_objective, train
-
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings, choose_rates, reported_cells, tuning_cells
@@ -55,6 +52,40 @@ TARGETS = (
     "conv_out", "time_emb_proj",
 )  # fmt: skip
 MEASURE = "similarity"
+Batch = tuple[Tensor, Tensor]
+"""Pictures and their text."""
+
+
+def adapt(denoiser: nn.Module, config: MoSLoRAConfig) -> nn.Module:
+    """Put the adapter of an arm into the UNet."""
+    return add_moslora(denoiser, config, targets=list(TARGETS)).train()
+
+
+def noise_loss(denoiser: nn.Module, scheduler: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Squared error of the predicted noise."""
+    pictures, text = batch
+    noise = torch.randn(pictures.shape, generator=generator)
+    steps = torch.randint(scheduler.config.num_train_timesteps, (len(pictures),), generator=generator)
+    noisy = scheduler.add_noise(pictures, noise, steps)
+    return F.mse_loss(denoiser(noisy, steps, encoder_hidden_states=text).sample, noise)
+
+
+def train(
+    denoiser: nn.Module, scheduler: Any, pairs: Iterator[tuple[Batch, Batch]], *, lr: float, steps: int, seed: int
+) -> list[float]:
+    """Learn the subject, and the class with the same weight (prior preservation); returns the losses."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        loss = sum(noise_loss(denoiser, scheduler, batch, generator) for batch in next(pairs))
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,18 +242,21 @@ class World:
         """Teach every subject with one arm, rate and seed; score the pictures that it makes then."""
         started = time.monotonic()
         adapter = {key.split(".")[1]: value for key, value in cell.arm.changes.items() if key.startswith("adapter.")}
-        recipe = Recipe(
-            rank=adapter.get("rank", self.plan.rank), mixer_init=adapter["mixer_init"],
-            mixer_trainable=adapter["mixer_trainable"], lr=cell.rate, steps=self.plan.steps, accumulation=1,
-            resolution=SIDE, seed=cell.seed, targets=TARGETS,
+        rank = adapter.get("rank", self.plan.rank)
+        config = MoSLoRAConfig(
+            r=rank, lora_alpha=rank, mixer_init=adapter["mixer_init"], mixer_trainable=adapter["mixer_trainable"],
+            init_lora_weights="gaussian",
         )  # fmt: skip
         rows, losses, trainable, seconds = [], [], 0, 0.0
         for index in range(len(self.subjects)):
             torch.manual_seed(cell.seed)
-            denoiser = adapt(copy.deepcopy(self.base), recipe)
+            denoiser = adapt(copy.deepcopy(self.base), config)
             trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
             begun = time.monotonic()
-            losses += train(denoiser, recipe, noise_objective(self.scheduler), self._pairs(index, cell.seed))
+            losses += train(
+                denoiser, self.scheduler, self._pairs(index, cell.seed), lr=cell.rate, steps=self.plan.steps,
+                seed=cell.seed,
+            )  # fmt: skip
             seconds += time.monotonic() - begun
             # The noise of tuning runs is another one than that of reported runs; arms and seeds share it.
             scores = self._score(denoiser.eval(), index, noise_seed=1 if cell.tuning else 0)
@@ -243,14 +277,14 @@ class World:
             memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         )  # fmt: skip
 
-    def _pairs(self, index: int, seed: int) -> Iterator[tuple[Example, Example]]:
+    def _pairs(self, index: int, seed: int) -> Iterator[tuple[Batch, Batch]]:
         generator, half = torch.Generator().manual_seed(seed), self.plan.batch // 2
         subject, others = self.subjects[index], self.classes[index]
         while True:
             sides = []
             for pictures, text in ((subject, SUBJECT), (others, index)):
                 drawn = torch.randint(len(pictures), (half,), generator=generator)
-                sides.append(Example(latents=pictures[drawn], text=embedding(text, half)))
+                sides.append((pictures[drawn], embedding(text, half)))
             yield sides[0], sides[1]
 
     @torch.no_grad()
@@ -310,14 +344,11 @@ def teach_base(model: nn.Module, scheduler: Any, classes: Sequence[Tensor], plan
     """Teach the whole model pictures of every category."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    objective = noise_objective(scheduler)
     progress = Progress("teach the base model", plan.base_steps)
     for step in range(plan.base_steps):
         index = int(torch.randint(len(classes), (1,), generator=generator))
         drawn = torch.randint(len(classes[index]), (plan.batch,), generator=generator)
-        example = Example(latents=classes[index][drawn], text=embedding(index, plan.batch))
-        prediction, target = objective(model, example, generator)
-        F.mse_loss(prediction, target).backward()
+        noise_loss(model, scheduler, (classes[index][drawn], embedding(index, plan.batch)), generator).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

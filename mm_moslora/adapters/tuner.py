@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import FACTORS, MIXER, OWN_CONFIG, downloaded, named_as_modules
+from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.save_folder import fold_state_dict
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
@@ -71,6 +72,7 @@ class MoSLoRAModel(LoraModel):
             _take_out(model, adapter_name, spared=before)
             raise
         link_siblings(model)
+        patch_diffusers()
         if not config.inference_mode:
             stop_repacking(model)
 

@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from mm_moslora import __version__
 from mm_moslora.cli import compare_verb, doctor_verb, export_verbs, init_verb, launch_verbs, report_verbs, serve_verbs
 from mm_moslora.cli.data_verbs import data_app
+from mm_moslora.cli.diffusion_verbs import diffusion_app
 from mm_moslora.cli.eval_verbs import eval_app, quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
 from mm_moslora.config import load_recipe, override_items
@@ -52,6 +53,7 @@ app = App(
 )
 app.command(data_app)
 app.command(eval_app)
+app.command(diffusion_app)
 serve_verbs.register(app)
 init_verb.register(app)
 launch_verbs.register(app)

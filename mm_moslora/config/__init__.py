@@ -16,7 +16,15 @@ from mm_moslora.config.model_config import (
     refuse_without_effect,
 )
 from mm_moslora.config.needed_packages import Need, needs, refuse_lacking
-from mm_moslora.config.recipe import RECIPES_FOLDER, Recipe, load_recipe, override_items, recipe_names
+from mm_moslora.config.recipe import (
+    RECIPES_FOLDER,
+    Recipe,
+    YamlRecipe,
+    load_recipe,
+    override_items,
+    read_recipe,
+    recipe_names,
+)
 from mm_moslora.config.run_config import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
 
 __all__ = [
@@ -37,9 +45,11 @@ __all__ = [
     "TrainConfig",
     "ValidateConfig",
     "VisionConfig",
+    "YamlRecipe",
     "load_recipe",
     "needs",
     "override_items",
+    "read_recipe",
     "recipe_names",
     "refuse_all_frozen",
     "refuse_lacking",

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import yaml
 
@@ -30,10 +30,42 @@ from mm_moslora.utils.run_paths import checkpoints
 from mm_moslora.utils.untrusted_files import read_text
 
 RECIPES_FOLDER = Path(__file__).with_name("recipes")
+R = TypeVar("R", bound="YamlRecipe")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class YamlRecipe:
+    """Base of recipe dataclasses: reading from YAML and plain data, and writing back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every default filled in."""
+        return typing.cast(dict[str, Any], plain(self))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `from_yaml` reads it back equal."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "recipe") -> Self:
+        """Build a recipe from plain data.
+
+        Args:
+            data: nested mappings with the field names of the dataclasses.
+            source: where the data came from, for messages.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type or an impossible value.
+        """
+        return build_strictly(cls, _at_home(data), source=source)
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str = "recipe") -> Self:
+        """Build a recipe from YAML text; see `from_dict`."""
+        return cls.from_dict(parse_yaml(text, source=source), source=source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(YamlRecipe):
     """The complete configuration of a run."""
 
     name: str = "run"
@@ -59,32 +91,6 @@ class Recipe:
             "packed row, is never cut. Raise it, lower the other, or leave it out.",
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, every default filled in."""
-        return typing.cast(dict[str, Any], plain(self))
-
-    def to_yaml(self) -> str:
-        """The resolved recipe as YAML; `Recipe.from_yaml` reads it back equal."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
-        """Build a recipe from plain data.
-
-        Args:
-            data: nested mappings with the field names of the dataclasses.
-            source: where the data came from, for messages.
-
-        Raises:
-            ConfigError: an unknown key, a wrong type or an impossible value.
-        """
-        return build_strictly(cls, _at_home(data), source=source)
-
-    @classmethod
-    def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
-        """Build a recipe from YAML text; see `from_dict`."""
-        return cls.from_dict(parse_yaml(text, source=source), source=source)
-
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by path or by the name of a shipped preset, and apply dotted overrides.
@@ -98,39 +104,52 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises:
         ConfigError: no such recipe, an unknown key or an impossible value; names the override that causes the error.
     """
+    return read_recipe(Recipe, name_or_path, overrides, presets=RECIPES_FOLDER)
+
+
+def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str] = (), *, presets: Path) -> R:
+    """Read a recipe of any kind; see `load_recipe`.
+
+    Args:
+        kind: dataclass of the recipe.
+        name_or_path: see `load_recipe`.
+        overrides: see `load_recipe`.
+        presets: folder of the shipped presets.
+    """
     path = Path(name_or_path)
     if path.is_dir():
         path = _recipe_of_run(path)
     is_file = path.is_file()
     if not is_file:
-        preset = RECIPES_FOLDER / f"{name_or_path}.yaml"
+        preset = presets / f"{name_or_path}.yaml"
         if path.suffix in (".yaml", ".yml") or not preset.is_file():
             raise ConfigError(
                 f"No recipe {str(name_or_path)!r}: neither a file nor a preset."
-                f"{suggestion(str(name_or_path), recipe_names())} Presets: {', '.join(recipe_names())}."
+                f"{suggestion(str(name_or_path), recipe_names(presets))} Presets: {', '.join(recipe_names(presets))}."
             )
         path = preset
     elif _holds_records(path):
+        names = ", ".join(recipe_names(presets))
         raise ConfigError(
             f"{path} holds data, expected a recipe. Name the data in one: RECIPE --data.train '[{{path: {path}, "
-            f"image_folder: FOLDER}}]', where RECIPE is a YAML file, a run or a preset ({', '.join(recipe_names())})."
+            f"image_folder: FOLDER}}]', where RECIPE is a YAML file, a run or a preset ({names})."
         )
     data = parse_yaml(read_text(path), source=str(path))
-    if is_file and path.resolve().parent != RECIPES_FOLDER.resolve():
+    if is_file and path.resolve().parent != presets.resolve():
         typed = [item.partition("=")[0].strip().lstrip("-") for item in overrides]
         data = seen_from_here(data, path.parent, source=str(path), typed=typed)
-    changed = _overridden(data, overrides)
+    changed = _overridden(kind, data, overrides)
     try:
-        return Recipe.from_dict(changed, source=str(path))
+        return kind.from_dict(changed, source=str(path))
     except ConfigError as error:
-        if not (guilty := _guilty(data, overrides, str(error), source=str(path))):
+        if not (guilty := _guilty(kind, data, overrides, str(error), source=str(path))):
             raise
         word = "Override" if len(guilty) == 1 else "Overrides"
         what = str(error).removeprefix(f"{path}: ")
         raise ConfigError(f"{word} {', '.join(map(repr, guilty))}: {what}") from error
 
 
-def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def _overridden(kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The plain data of a recipe with the overrides applied."""
     changed: dict[str, Any] = copy.deepcopy(dict(data))
     for item in overrides:
@@ -138,17 +157,19 @@ def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
         if not separator or not key:
             raise ConfigError(f"Override {item!r} is not of the form key=value, such as optim.lr=1e-4.")
         keys = key.strip().lstrip("-").split(".")
-        read = parse_text(value) if takes_text(Recipe, keys) else parse_scalar(value)
-        set_dotted(Recipe, changed, keys, read, item)
+        read = parse_text(value) if takes_text(kind, keys) else parse_scalar(value)
+        set_dotted(kind, changed, keys, read, item)
     return changed
 
 
-def _guilty(data: Mapping[str, Any], overrides: Sequence[str], said: str, *, source: str) -> list[str]:
+def _guilty(
+    kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequence[str], said: str, *, source: str
+) -> list[str]:
     """The overrides that cause an error: removing one of them removes the error, or else changes it."""
     cured, changed = [], []
     for number, item in enumerate(overrides):
         try:
-            Recipe.from_dict(_overridden(data, [*overrides[:number], *overrides[number + 1 :]]), source=source)
+            kind.from_dict(_overridden(kind, data, [*overrides[:number], *overrides[number + 1 :]]), source=source)
             cured.append(item)
         except ConfigError as error:
             changed += [item] if str(error) != said else []
@@ -181,9 +202,9 @@ def _recipe_of_run(folder: Path) -> Path:
     raise ConfigError(f"{folder} is a folder without config.yaml, neither a checkpoint nor a run with checkpoints.")
 
 
-def recipe_names() -> list[str]:
+def recipe_names(presets: Path = RECIPES_FOLDER) -> list[str]:
     """Names of the shipped presets."""
-    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in presets.glob("*.yaml"))
 
 
 def override_items(tokens: Sequence[str]) -> list[str]:

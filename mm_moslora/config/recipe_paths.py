@@ -19,8 +19,12 @@ from mm_moslora.utils.run_paths import RUN_SIGNS, file_and_folder
 _PATHS = (
     "data.train.*.path", "data.train.*.image_folder", "data.validation.*.path", "data.validation.*.image_folder",
     "data.cache", "model.projector.weights", "model.vision.feature_cache", "adapter.weights", "train.output",
+    "data.prior.pictures",
 )  # fmt: skip
-_MODELS = ("model.language", "model.vlm", "model.vision.name", "model.vision.pretrained", "model.vision.fuse_with")
+_MODELS = (
+    "model.language", "model.vlm", "model.vision.name", "model.vision.pretrained", "model.vision.fuse_with",
+    "model.base", "model.vae", "data.pictures", "validate.dino", "validate.clip",
+)  # fmt: skip
 """Keys that hold a folder, a file, or a name that is looked up elsewhere."""
 _TASKS = "validate.tasks.*"
 _TASK_FILE = re.compile(r"(.+\.ya?ml)((?:@[^@/]*)?)")

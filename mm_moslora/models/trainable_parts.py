@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import peft
 import torch
@@ -96,8 +96,13 @@ def adapted_components(model: PreTrainedModel, config: ModelConfig) -> list[str]
     return paths
 
 
-def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
-    """The PEFT configuration of a recipe's adapter."""
+def moslora_config(adapter: AdapterConfig, **more: Any) -> adapters.MoSLoRAConfig:
+    """The PEFT configuration of a recipe's adapter.
+
+    Args:
+        adapter: the recipe's `adapter`.
+        more: further fields of the configuration; the task type of a language model unless they name one.
+    """
     return adapters.MoSLoRAConfig(
         r=adapter.rank,
         lora_alpha=cast(int, adapter.alpha),
@@ -111,7 +116,7 @@ def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
         factor_form=adapter.factor_form,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
-        task_type="CAUSAL_LM",
+        **({"task_type": "CAUSAL_LM"} | more),
     )
 
 

@@ -19,6 +19,8 @@ Secrets are removed here, so that neither a report nor a dashboard shows one.
                          "after", "before_correct", "after_correct"}]
     mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "distance_from_identity",
                          "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
+    drawings.json      [{"step", "prompt", "seed", "image", "untuned"}], validation pictures of a diffusion run as paths
+                       below the run folder, beside the untuned model's with the same noise; see `drawing_grid`
     environment.json   {fact: value} where the summary has no `environment`
     quarantine.jsonl   one line per record that could not be used, with its "reason"
     state.json         {"state": running, finished, stopped or failed, "reason", "ranks": those to blame, "process",

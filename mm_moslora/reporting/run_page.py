@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.reporting import summary_text
+from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
 from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
@@ -116,6 +117,8 @@ def _context(data: RunData) -> dict[str, Any]:
         "tiles": summary_text.tiles(data),
         "assembly": _assembly(summary),
         "tasks": [_task(task, rows) for task, rows in tasks],
+        "drawings": drawing_grid(data.folder),
+        "draws": data.summary.get("kind") == "diffusion",
         "overlap": OVERLAP,
         "samples": _samples(data),
         "samples_left": max(0, len(data.samples) - MOST_SAMPLES),
@@ -229,7 +232,7 @@ def _charts(stage: Stage) -> list[Markup]:
     rates = sorted({key for record in stage.metrics for key in record if key.startswith("lr/")})
     wanted = [
         (
-            "Loss per supervised token",
+            "Loss per supervised token" if any("supervised_tokens" in row for row in stage.metrics) else "Loss",
             [
                 Series(name="every step", points=loss, faint=True),
                 Series(name="training, smoothed", points=smooth(loss)),
@@ -246,6 +249,7 @@ def _charts(stage: Stage) -> list[Markup]:
             False,
         ),
         ("Learning rate", [Series(name=key[3:], points=curve(stage, key)) for key in rates], True),
+        ("Pictures per second", _smoothed("pictures per second", curve(stage, "pictures_per_second")), True),
         ("Throughput, tokens per second", _smoothed("tokens per second", curve(stage, "tokens_per_second")), True),
         ("Gradient norm", _smoothed("gradient norm", curve(stage, "grad_norm")), False),
         (
@@ -311,10 +315,11 @@ def _commands(data: RunData) -> list[dict[str, str]]:
     recipes = [stage.name for stage in data.stages if stage.config]
     if not recipes:
         return []
+    verb = f"mm-moslora {'diffusion ' if data.summary.get('kind') == 'diffusion' else ''}train"
     return [
         {
             "what": "Train again" if name == "train" else f"Stage {name} again",
-            "command": f"mm-moslora train {'' if name == 'train' else name + '/'}config.yaml --train.output runs/again",
+            "command": f"{verb} {'' if name == 'train' else name + '/'}config.yaml --train.output runs/again",
         }
         for name in recipes
     ]

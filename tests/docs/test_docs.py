@@ -13,6 +13,7 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora import cli
 from mm_moslora.config import Recipe
 from mm_moslora.config.strict_reading import build_strictly
+from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.models.projectors.projector import PROJECTORS
 from tests.docs.blocks import DOCUMENTS, PARSED_ONLY, PLAIN, ROOT, Block, blocks, check_command, commands, parse
 
@@ -36,7 +37,9 @@ def run_shell(block: Block) -> None:
 def run_yaml(block: Block) -> None:
     """A recipe or a task; one that begins with `# NAME.yaml` is written, for the commands below it."""
     data = yaml.safe_load(block.text)
-    if "model" in data:
+    if "base" in data.get("model", {}):
+        DiffusionRecipe.from_yaml(block.text, source=str(block))
+    elif "model" in data:
         Recipe.from_yaml(block.text, source=str(block))
     elif "source" in data:
         build_strictly(Task, data, source=str(block))

@@ -5,15 +5,16 @@
     peft        adapter_config.json + adapter_model.safetensors, every option of LoRA kept
     vllm        the same with one rank, one scaling and module names as targets, which is what vLLM's loader accepts
     diffusers   pytorch_lora_weights.safetensors with `unet.` or `transformer.` names, for `load_lora_weights`
+    kohya       one .safetensors file with `lora_unet_...`, `lora_te1_...` names and alphas, for A1111 and ComfyUI
     gguf        one .gguf file for llama.cpp's `--lora`
 
-In the last three the scaling s is a part of B, and alpha equals the rank.
+In all but the first the scaling s is a part of B, and alpha equals the rank.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,10 +41,13 @@ from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import output_file, replace_text, replacing
 from mm_moslora.utils.run_paths import writing
 
-Layout = Literal["peft", "vllm", "diffusers", "gguf"]
+Layout = Literal["peft", "vllm", "diffusers", "kohya", "gguf"]
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of diffusers' pipelines that load LoRA."""
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+"""Kohya's names of the components; the first text encoder is `lora_te` where there is one only."""
+_KOHYA_SIGN = b"lora_down"
 
 
 def export_adapter(
@@ -52,16 +56,18 @@ def export_adapter(
     *,
     layout: Layout,
     component: str = "unet",
+    beside: Sequence[str] = (),
     model_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter folder in another program's layout.
 
     Args:
         folder: an adapter folder of any kind that `load_adapter` reads.
-        out: folder to write into (made if missing), or the .gguf file. An export for diffusers keeps what the file
-            there holds of other components: one folder for a UNet and its text encoders.
+        out: folder to write into (made if missing), or the .gguf or Kohya's file. An export for diffusers or Kohya
+            keeps what the file there holds of other components: one file for a UNet and its text encoders.
         layout: see the module's text.
-        component: diffusers only: which part of the pipeline it adapts, one of `COMPONENTS`.
+        component: diffusers and kohya only: which part of the pipeline it adapts, one of `COMPONENTS`.
+        beside: kohya only: the components that the file will hold in the end, which decides on `lora_te`.
         model_config: gguf only: the `config.json` of the language model, or of the model around it, as a mapping.
 
     Returns:
@@ -87,6 +93,8 @@ def export_adapter(
         if model_config is None:
             raise AdapterError("A gguf file needs the language model's configuration. Pass model_config.")
         return write_gguf(target, plain_pairs(content), model_config)
+    if layout == "kohya":
+        return _write_kohya(target, plain_pairs(content), component, beside)
     config: dict[str, Any] | None = None
     if layout == "peft":
         tensors = fold_state_dict(content.tensors)
@@ -112,6 +120,29 @@ def export_adapter(
             save_file(tensors, part, metadata={"format": "pt"})
         if config is not None:
             replace_text(target / STOCK_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return target
+
+
+def _write_kohya(target: Path, pairs: Mapping[str, PlainPair], component: str, beside: Sequence[str]) -> Path:
+    """Write or complete Kohya's file."""
+    if component not in KOHYA:
+        raise AdapterError(
+            f"Kohya's layout names the layers of a UNet and of CLIP's text encoders; it has no names for "
+            f"{component!r} as diffusers builds it. Export with layout='diffusers', which ComfyUI reads, too."
+        )
+    output_file(target, sign=_KOHYA_SIGN)
+    name = "lora_te" if component == "text_encoder" and "text_encoder_2" not in beside else KOHYA[component]
+    others = read_tensors(target) if target.is_file() else {}
+    tensors = {key: value for key, value in others.items() if not key.startswith(f"{name}_")}
+    for path, pair in pairs.items():
+        # transformers 5 has no `text_model` module in the first text encoder; Kohya's names keep it
+        inner = f"text_model.{path}" if component != "unet" and not path.startswith("text_") else path
+        key = f"{name}_{inner.replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": pair.A, f"{key}.lora_up.weight": pair.B}
+        tensors[f"{key}.alpha"] = torch.tensor(float(len(pair.A)))
+    with writing(target), replacing(target) as part:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata={"format": "pt"})
     return target
 
 

@@ -1,0 +1,85 @@
+"""Changes of diffusers: what its savers write of an adapter with mixers draws the same pictures, or is refused.
+
+`pipeline.save_lora_weights` takes a state that its caller made of A, M and B, and no class of the adapter sees it;
+diffusers drops M when it reads that. So `LoraBaseMixin.write_lora_layers`, through which the savers of all pipelines
+go, folds M into B first. `model.save_lora_adapter` makes its state itself and refuses.
+
+The changes are made once an adapter is put into a model and diffusers is imported.
+`tests/adapters/test_adapter_diffusion.py` fails when diffusers renames one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor
+
+from mm_moslora.adapters.folder_format import MIXER
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.kernels.lora.mixed_product import fold_right
+from mm_moslora.utils.errors import AdapterError
+
+_NAMES_OF_B = (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight")
+"""PEFT's name and diffusers' own."""
+_OWN_FIELDS = {field.name for field in dataclasses.fields(MoSLoRAConfig)} - {
+    field.name for field in dataclasses.fields(LoraConfig)
+}
+
+
+def without_mixers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a pipeline's adapters as plain LoRA: ``B' = B M``.
+
+    Args:
+        tensors: under PEFT's or diffusers' names.
+
+    Raises:
+        AdapterError: a mixer without its B.
+    """
+    folded = {name: tensor for name, tensor in tensors.items() if not name.endswith(MIXER)}
+    for name in tensors.keys() - folded.keys():
+        stem = name.removesuffix(MIXER)
+        factor = next((stem + part for part in _NAMES_OF_B if stem + part in folded), None)
+        if factor is None:
+            raise AdapterError(
+                f"{name} has no B beside it, so it cannot be folded, and diffusers would drop it. Save with "
+                "mm_moslora.adapters.save_adapter, then export_adapter(layout='diffusers')."
+            )
+        folded[factor] = fold_right(folded[factor], tensors[name]).to(folded[factor].dtype).contiguous()
+    return folded
+
+
+def patch_diffusers() -> None:
+    """Change diffusers' savers where it is imported; a second call changes nothing."""
+    if "diffusers" not in sys.modules:
+        return
+    from diffusers.loaders.lora_base import LoraBaseMixin
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    if hasattr(LoraBaseMixin.write_lora_layers, "__wrapped__"):
+        return
+    stock_write, stock_save = LoraBaseMixin.write_lora_layers, PeftAdapterMixin.save_lora_adapter
+
+    @functools.wraps(stock_write)
+    def write_lora_layers(state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        told = kwargs.get("lora_adapter_metadata")
+        if told:  # LoraConfig of the reader takes its own fields only
+            kept = {key: value for key, value in told.items() if key.rpartition(".")[2] not in _OWN_FIELDS}
+            kwargs["lora_adapter_metadata"] = kept
+        stock_write(without_mixers(state_dict), *args, **kwargs)
+
+    @functools.wraps(stock_save)
+    def save_lora_adapter(self: Any, save_directory: Any, adapter_name: str = "default", **kwargs: Any) -> None:
+        if isinstance(getattr(self, "peft_config", {}).get(adapter_name), MoSLoRAConfig):
+            raise AdapterError(
+                "save_lora_adapter would write mixers that diffusers drops when it reads them. Save with "
+                "mm_moslora.adapters.save_adapter, or with the pipeline's save_lora_weights."
+            )
+        stock_save(self, save_directory, adapter_name=adapter_name, **kwargs)
+
+    LoraBaseMixin.write_lora_layers = staticmethod(write_lora_layers)
+    PeftAdapterMixin.save_lora_adapter = save_lora_adapter

@@ -1,0 +1,94 @@
+"""The verbs `diffusion train`, `diffusion config` and `diffusion export`. Parsing and printing only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+diffusion_app = App(name="diffusion", help="Tune diffusion models: SD 1 and 2, SDXL, SD3, Flux.")
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
+
+
+@diffusion_app.command
+def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int | None = None) -> int:
+    """Train a diffusion recipe; the same command again continues it.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset (see `mm-moslora diffusion config`).
+    resume
+        auto, required, never, or a checkpoint folder.
+    stop_at
+        Save and stop after this optimiser step.
+    """
+    from mm_moslora.cli.eval_verbs import quiet_libraries
+    from mm_moslora.config import override_items
+    from mm_moslora.diffusion.diffusion_recipe import load_diffusion_recipe
+    from mm_moslora.launch.launcher import EXIT_REQUEUE, leave_mark, stopped_text
+    from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
+    from mm_moslora.utils import distributed
+
+    resolved = load_diffusion_recipe(recipe, override_items(overrides))
+    stop, folder = StopRequest(), Path(resolved.train.output)
+    try:
+        with stop.at_once():
+            quiet_libraries()
+            from mm_moslora.diffusion.diffusion_training import train_diffusion
+
+            result = train_diffusion(resolved, resume=resume, stop_at=stop_at, stop=stop)
+    except Stopped:
+        leave_mark(folder, stop.received)
+        print(stopped_text(stop.received), end="")
+        return EXIT_REQUEUE
+    if distributed.is_main():
+        print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
+        if result.stopped_by:
+            leave_mark(folder, result.stopped_by)
+            print(stopped_text(result.stopped_by), end="")
+        elif result.step >= result.total_steps:
+            print(
+                f'Draw with it: pipeline.load_lora_weights("{result.checkpoint}")\nReport: mm-moslora report {folder}'
+            )
+    distributed.barrier()
+    return EXIT_REQUEUE if result.stopped_by else 0
+
+
+@diffusion_app.command
+def config(recipe: str | None = None, *overrides: Overrides) -> int:
+    """Print the resolved recipe, every default filled in; without a recipe, list the shipped presets.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset.
+    """
+    from mm_moslora.config import override_items, recipe_names
+    from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, load_diffusion_recipe
+
+    if recipe is None:
+        print("\n".join(recipe_names(DIFFUSION_RECIPES)))
+        return 0
+    print(load_diffusion_recipe(recipe, override_items(overrides)).to_yaml(), end="")
+    return 0
+
+
+@diffusion_app.command
+def export(run: Path, output: Path, *, to: Literal["diffusers", "kohya"] = "diffusers") -> int:
+    """Write the adapters of a run into one file that other programs read; mixers are folded into B.
+
+    Parameters
+    ----------
+    run
+        A run, or one of its checkpoints.
+    output
+        diffusers: folder for `pytorch_lora_weights.safetensors`. kohya: the .safetensors file.
+    to
+        diffusers: `pipeline.load_lora_weights`. kohya: AUTOMATIC1111, ComfyUI.
+    """
+    from mm_moslora.diffusion.diffusion_export import write_lora_file
+
+    print(write_lora_file(run, output, layout=to))
+    return 0

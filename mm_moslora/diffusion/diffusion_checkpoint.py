@@ -1,0 +1,180 @@
+"""Checkpoints of a diffusion run: the project's folders, with one adapter per component and diffusers' file beside."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_moslora.adapters import take_adapter
+from mm_moslora.diffusion.diffusion_export import write_lora_file
+from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
+from mm_moslora.diffusion.diffusion_setup import DiffusionRun
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder, read_manifest
+from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, newest_valid, set_aside_newer
+from mm_moslora.training.preflight import refuse_resume
+from mm_moslora.training.resume import changed_keys
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import CheckpointError
+from mm_moslora.utils.run_paths import resume_folder
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.pt"
+"""File of a rank's trainer state in a checkpoint: parameters in fp32, optimiser, schedule, loss scale."""
+_SCALER = "loss_scaler"
+"""DeepSpeed's key of the object that scales the loss."""
+
+
+def find_resume(recipe: DiffusionRecipe, folder: Path, resume: str) -> tuple[Path, Manifest] | None:
+    """The checkpoint to resume from, the same on every rank.
+
+    Args:
+        recipe: resolved.
+        folder: of the run.
+        resume: see `train_diffusion`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another run, or `resume` contradicts the folder.
+        DistributedError: the same on another rank.
+    """
+    choice: str | None = None
+    with distributed.failing_together("Looking for a checkpoint"):
+        if distributed.is_main():
+            refuse_resume(folder, resume)
+            named = resume_folder(resume)
+            if named is not None:
+                found: tuple[Path, Manifest] | None = (named, read_manifest(named))
+            else:
+                found = None if resume == "never" else newest_valid(folder)
+            if found is not None:
+                _check_same_run(*found, recipe)
+                choice = str(found[0])
+    choice = distributed.from_main(choice)
+    return None if choice is None else (Path(choice), read_manifest(Path(choice), verify=False))
+
+
+def _check_same_run(folder: Path, manifest: Manifest, recipe: DiffusionRecipe) -> None:
+    changed = [*changed_keys(manifest.recipe, recipe.to_dict()).other_run]
+    if manifest.world_size != distributed.world_size():
+        changed.append(f"processes: {manifest.world_size} -> {distributed.world_size()}")
+    if changed:
+        raise CheckpointError(
+            f"{folder} belongs to another run: {'; '.join(changed[:6])}. Restore this, or choose another train.output. "
+            f"To start from its weights: --adapter.weights {folder}."
+        )
+
+
+class Checkpoints:
+    """Saves and restores the state of a session; all ranks call each method together.
+
+    Args:
+        run: the run.
+        trainable: trained parameters by component and name.
+        optimizer: accelerate's.
+        schedule: of the learning rate.
+        accelerator: of accelerate.
+    """
+
+    def __init__(
+        self, run: DiffusionRun, trainable: dict[str, nn.Parameter], optimizer: Any, schedule: Any, accelerator: Any
+    ) -> None:
+        self.run, self.recipe, self.trainable = run, run.recipe, trainable
+        self.optimizer, self.schedule, self.accelerator = optimizer, schedule, accelerator
+        self.saver, self.tidier = Saver(run.folder), Tidier(run.folder)
+        self.sharded = self.recipe.train.zero != "none"
+        self.saved_at = -1
+        """Step of the last checkpoint in the run folder."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained parameters in fp32 on the CPU; all ranks take part."""
+        if not self.sharded:
+            return {name: p.detach().float().cpu().clone() for name, p in self.trainable.items()}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in self.trainable.items()}
+
+    def save(self) -> None:
+        """Write the checkpoint of this step, and apply the retention policy."""
+        run = self.run
+        state = self.state()
+        taken = {}
+        for name in run.family.adapted_names():
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            own_frozen = dict(getattr(run.family.pipeline, name).named_parameters())
+            full = {key: own.get(key, value.detach()) for key, value in own_frozen.items() if "lora_" in key}
+            base = {"id": self.recipe.model.base, "revision": self.recipe.model.revision, "component": name}
+            taken[name] = take_adapter(getattr(run.family.pipeline, name), state=full, base=base)
+        trainer: dict[str, Any] = {"optimizer": self._optimizer_state(), "schedule": self.schedule.state_dict()}
+        if self.accelerator.scaler is not None:
+            trainer["scaler"] = self.accelerator.scaler.state_dict()
+        if distributed.is_main():
+            trainer["parameters"] = state
+
+        def write(folder: Path) -> None:
+            torch.save(trainer, rank_folder(folder) / STATE)
+            if distributed.is_main():
+                (folder / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+                for name, adapter in taken.items():
+                    adapter.write(folder / "adapter" / name)
+                write_lora_file(folder / "adapter", folder)
+
+        manifest = Manifest(
+            step=run.step, world_size=distributed.world_size(), recipe=self.recipe.to_dict(),
+            base={"id": self.recipe.model.base, "revision": self.recipe.model.revision}, counters=dict(run.counters),
+            trainable={name: list(value.shape) for name, value in state.items()}, files={}, data=run.data,
+            precision=run.precision,
+        )  # fmt: skip
+        size = sum(value.numel() for value in state.values()) * 4 * 6
+        self.saver.start(manifest, write, size=size)
+        self.saver.finish()
+        self.saved_at = run.step
+        if distributed.is_main():
+            self.tidier.start(Retention(last=self.recipe.train.keep_last))
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        if not self.sharded:
+            state: dict[str, Any] = self.optimizer.state_dict()
+            return state
+        # Numbers and tensors only: the loss scaler is an object, and is read from this one.
+        state = {key: value for key, value in self.optimizer.optimizer.state_dict().items() if key != _SCALER}
+        return state | {"scale": float(self.optimizer.optimizer.loss_scale)}
+
+    def restore(self, folder: Path, manifest: Manifest) -> None:
+        """Restore a checkpoint; training then goes on bit for bit.
+
+        Raises:
+            CheckpointError: the pictures or prompts are others.
+        """
+        run = self.run
+        if manifest.data != run.data:
+            raise CheckpointError(
+                f"The pictures or prompts differ from those of {folder}. Restore them, or choose another train.output."
+            )
+        ranks = range(manifest.world_size) if self.sharded else sorted({0, distributed.rank()})
+        states = {
+            rank: torch.load(rank_folder(folder, rank) / STATE, map_location="cpu", weights_only=True) for rank in ranks
+        }
+        own = states[distributed.rank()]
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(states[0]["parameters"][name])
+        if self.sharded:
+            zero = self.optimizer.optimizer
+            parts = [states[rank]["optimizer"] | {_SCALER: zero.loss_scaler} for rank in ranks]
+            zero.load_state_dict(parts, load_optimizer_states=True, load_from_fp32_weights=True)
+            zero.loss_scaler.cur_scale = own["optimizer"]["scale"]
+        else:
+            self.optimizer.load_state_dict(own["optimizer"])
+        self.schedule.load_state_dict(own["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(own["scaler"])
+        run.step, run.counters = manifest.step, dict(manifest.counters)
+        if folder.resolve().parent == run.folder.resolve():
+            self.saved_at = run.step
+            if distributed.is_main():
+                set_aside_newer(run.folder, run.step)
+        logger.info("Continuing from %s, step %d.", folder.name, run.step)

@@ -1,0 +1,156 @@
+"""What a diffusion run needs before its first step: pipeline, pictures, adapters, optimiser, accelerator."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_moslora.adapters import add_moslora, load_adapter
+from mm_moslora.diffusion.denoising_loss import DenoisingLoss
+from mm_moslora.diffusion.diffusion_export import adapter_parts
+from mm_moslora.diffusion.diffusion_recipe import ATTENTION, DiffusionOptimConfig, DiffusionRecipe
+from mm_moslora.diffusion.drawing import PICTURES, ValidationPictures, complete_class_pictures, drawn_set
+from mm_moslora.diffusion.latent_batches import LatentBatches
+from mm_moslora.diffusion.pipeline_families import PipelineFamily, load_family
+from mm_moslora.diffusion.subject_pictures import PictureSet, PromptedPicture, subject_pictures
+from mm_moslora.diffusion.tiny_pipelines import drawn_pictures
+from mm_moslora.models.trainable_parts import moslora_config
+from mm_moslora.training.metrics.mixer_metrics import MIXERS
+from mm_moslora.training.precision import dtype_of
+from mm_moslora.utils import distributed
+
+
+@dataclass(kw_only=True)
+class DiffusionRun:
+    """The parts of a run."""
+
+    recipe: DiffusionRecipe
+    folder: Path
+    precision: str
+    family: PipelineFamily
+    batches: LatentBatches
+    pictures: ValidationPictures
+    data: str
+    """Fingerprint of the pictures."""
+    step: int = 0
+    counters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def validate_every(self) -> int:
+        """Optimiser steps between validations; 0: only at the end."""
+        epoch = len(self.batches.sets[0]) / self.batches.per_step
+        wanted = self.recipe.validate.every_epochs * epoch
+        return max(1, round(wanted)) if wanted else 0
+
+
+def prepare(recipe: DiffusionRecipe, folder: Path, precision: str) -> DiffusionRun:
+    """Load the pipeline, read and encode the pictures, draw what the untuned pipeline has to draw, add the adapters."""
+    device = distributed.device()
+    subject_folder = Path(recipe.data.pictures)
+    if recipe.data.pictures == "drawn":
+        subject_folder = drawn_set(folder / PICTURES / "subject", drawn_pictures())
+    subjects = subject_pictures(recipe.data, subject_folder)
+    family = load_family(recipe, dtype=dtype_of(precision))
+    prior = recipe.data.prior
+    prompts = [*(item.prompt for item in subjects), *recipe.validate.prompts, *([prior.prompt] if prior else [])]
+    family.check_prompts(prompts)
+    family.pipeline.to(device)
+    pictures = ValidationPictures(family, folder)
+    pictures.draw_untuned()
+    sets = [_picture_set(family, "subject", subjects)]
+    if prior is not None:
+        drawn = complete_class_pictures(family, Path(prior.pictures or folder / PICTURES / "class"))
+        sets.append(_picture_set(family, "class", [PromptedPicture(path=path, prompt=prior.prompt) for path in drawn]))
+    batches = LatentBatches(family, sets, rank=distributed.rank(), world_size=distributed.world_size())
+    batches.fill_caches()
+    _adapt(family)
+    return DiffusionRun(
+        recipe=recipe, folder=folder, precision=precision, family=family, batches=batches, pictures=pictures,
+        data="-".join(item.fingerprint() for item in sets),
+    )  # fmt: skip
+
+
+def _picture_set(family: PipelineFamily, name: str, pictures: list[PromptedPicture]) -> PictureSet:
+    data = family.recipe.data
+    return PictureSet(
+        pictures=pictures, name=name, seed=family.recipe.train.seed, side=family.resolution, crop=data.crop,
+        flip=data.flip, repeats=data.repeats if name == "subject" else 1, fixed=data.cache_latents,
+    )  # fmt: skip
+
+
+def _adapt(family: PipelineFamily) -> None:
+    """Put the adapters into the components of the pipeline that train."""
+    recipe = family.recipe
+    torch.manual_seed(recipe.train.seed)
+    init = "gaussian" if recipe.adapter.factor_init == "gaussian" else True
+    for name in family.adapted_names():
+        component, targets = getattr(family.pipeline, name), recipe.adapter.targets
+        if name != family.denoiser_name:
+            targets = recipe.adapter.text_encoder_targets
+        elif targets == ATTENTION:
+            targets = [target for target in family.attention if _has(component, target)]
+        config = moslora_config(recipe.adapter, task_type=None, init_lora_weights=init)
+        adapted = add_moslora(component, config, targets=targets)
+        if recipe.adapter.weights is not None:
+            load_adapter(adapted, adapter_parts(Path(recipe.adapter.weights))[name], trainable=True)
+        if recipe.train.gradient_checkpointing:
+            enable = (
+                getattr(component, "enable_gradient_checkpointing", None) or component.gradient_checkpointing_enable
+            )
+            enable()
+
+
+def _has(component: nn.Module, target: str) -> bool:
+    return any(name.endswith(f".{target}") for name, _ in component.named_modules())
+
+
+def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.optim.Optimizer:
+    """AdamW with groups for factors and mixers of the denoiser and of the text encoders."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in loss.parts.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_text, is_mixer = name.startswith("text_encoder"), MIXERS in name
+        lr = config.text_encoder_lr if is_text and config.text_encoder_lr is not None else config.lr
+        if is_mixer and config.mixer_lr is not None:
+            lr = config.mixer_lr
+        label = f"{'text encoder ' if is_text else ''}{'mixer' if is_mixer else 'adapter'}"
+        decay = 0.0 if is_mixer or parameter.ndim < 2 else config.weight_decay
+        group = groups.setdefault(f"{label}/{decay}", {"params": [], "lr": lr, "weight_decay": decay, "name": label})
+        group["params"].append(parameter)
+    kind: Any = torch.optim.AdamW
+    if config.optimizer == "adamw_8bit":
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.AdamW8bit
+    made: torch.optim.Optimizer = kind(list(groups.values()), betas=config.betas, eps=config.eps)
+    return made
+
+
+def make_accelerator(run: DiffusionRun) -> Any:
+    """accelerate's Accelerator with the recipe's precision, accumulation and ZeRO stage."""
+    from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
+    train, plugin = run.recipe.train, None
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process, with other settings
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's own, which `train.zero` replaces
+    if train.zero != "none":
+        plugin = DeepSpeedPlugin(
+            zero_stage=int(train.zero[-1]), gradient_accumulation_steps=train.accumulation,
+            gradient_clipping=run.recipe.optim.max_grad_norm or None,
+        )  # fmt: skip
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.batch
+        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+    # SDXL and SD3 read the last layer but one of a text encoder, so adapters behind it get no gradient.
+    unused = run.recipe.model.text_encoders == "adapter"
+    return Accelerator(
+        mixed_precision="no" if run.precision == "fp32" else run.precision, deepspeed_plugin=plugin,
+        gradient_accumulation_steps=train.accumulation, cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )  # fmt: skip

@@ -1,0 +1,156 @@
+"""Pictures that a pipeline draws: of the class for prior preservation, and of validation prompts.
+
+A picture's noise follows from its seed alone, so that pictures of several steps differ by the weights only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mm_moslora.diffusion.pipeline_families import PipelineFamily
+from mm_moslora.diffusion.subject_pictures import picture_files
+from mm_moslora.reporting.drawing_grid import DRAWINGS
+from mm_moslora.tracking import Trackers
+from mm_moslora.tracking.tracker import Sample
+from mm_moslora.utils import distributed, files
+from mm_moslora.utils.progress_bar import Progress
+
+logger = logging.getLogger(__name__)
+
+PICTURES = "pictures"
+UNTUNED = "untuned"
+
+
+@torch.no_grad()
+def draw(family: PipelineFamily, prompt: str, seed: int, *, sampling_steps: int, guidance: float | None) -> Image.Image:
+    """One picture of a prompt."""
+    more: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
+    noise = torch.Generator().manual_seed(seed)
+    latents = family.pipeline(
+        prompt, num_inference_steps=sampling_steps, height=family.resolution, width=family.resolution, generator=noise,
+        output_type="latent", **more,
+    ).images  # fmt: skip
+    picture: Image.Image = family.decode(latents, family.resolution)[0]
+    return picture
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as part:
+        picture.save(part, "PNG")
+
+
+def complete_class_pictures(family: PipelineFamily, folder: Path) -> list[Path]:
+    """The class's pictures for prior preservation; missing ones are drawn with the untuned pipeline.
+
+    Args:
+        family: without adapters.
+        folder: keeps what it holds; drawn pictures are called `drawn-00000.png` and so on.
+
+    Returns:
+        The first `data.prior.count` pictures of the folder.
+    """
+    prior, validate = family.recipe.data.prior, family.recipe.validate
+    assert prior is not None
+    present = {path.name for path in picture_files(folder)}
+    names = (f"drawn-{number:05d}.png" for number in range(prior.count + len(present)))
+    missing = [name for name in names if name not in present][: max(0, prior.count - len(present))]
+    if missing:
+        logger.info("%s holds %d pictures; %d more of %r are drawn.", folder, len(present), len(missing), prior.prompt)
+        own = missing[distributed.rank() :: distributed.world_size()]
+        with Progress("draw the class", len(own), unit="picture") as progress:
+            for number, name in enumerate(own, start=1):
+                seed = family.recipe.train.seed + int(name[6:11])
+                picture = draw(
+                    family, prior.prompt, seed, sampling_steps=validate.sampling_steps, guidance=validate.guidance
+                )
+                save_picture(picture, folder / name)
+                progress.update(number)
+        distributed.barrier()
+    return picture_files(folder)[: prior.count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A validation picture to draw."""
+
+    prompt: str
+    seed: int
+    name: str
+
+
+class ValidationPictures:
+    """Draws the validation prompts, and keeps `drawings.json` for the report.
+
+    Args:
+        family: the pipeline.
+        run: the run folder.
+    """
+
+    def __init__(self, family: PipelineFamily, run: Path) -> None:
+        self.family, self.run, self.config = family, run, family.recipe.validate
+        self.wanted = [
+            Drawing(prompt=prompt, seed=self.config.seed + number, name=f"{index}-{number}.png")
+            for index, prompt in enumerate(self.config.prompts)
+            for number in range(self.config.pictures)
+        ]
+
+    def draw_untuned(self) -> None:
+        """Draw with the untuned pipeline what is not drawn yet; before adapters are added."""
+        self._draw(self.run / PICTURES / UNTUNED, again=False)
+
+    def __call__(self, step: int, trackers: Trackers) -> list[Path]:
+        """Draw all prompts, on rank 0; returns the files."""
+        drawn = self._draw(self.run / PICTURES / f"step-{step:06d}", again=True)
+        if distributed.is_main() and drawn:
+            self._record(step)
+            samples = [
+                Sample(question=f"{item.prompt} (seed {item.seed})", expected="", prediction="", image=path)
+                for item, path in zip(self.wanted, drawn, strict=True)
+            ]
+            trackers.log_samples("drawings", samples, step)
+        distributed.barrier()
+        return drawn
+
+    def _draw(self, folder: Path, *, again: bool) -> list[Path]:
+        paths = [folder / item.name for item in self.wanted]
+        due = [pair for pair in zip(self.wanted, paths, strict=True) if again or not pair[1].is_file()]
+        if distributed.is_main() and due:
+            with Progress(f"draw {folder.name}", len(due), unit="picture") as progress:
+                for number, (item, path) in enumerate(due, start=1):
+                    steps, guidance = self.config.sampling_steps, self.config.guidance
+                    picture = draw(self.family, item.prompt, item.seed, sampling_steps=steps, guidance=guidance)
+                    save_picture(picture, path)
+                    progress.update(number)
+        return paths
+
+    def _record(self, step: int) -> None:
+        """Replace the rows of this step and of later ones, which a resumed run draws again."""
+        path = self.run / DRAWINGS
+        try:
+            rows = [row for row in files.read_json(path, list) if row["step"] < step]
+        except (OSError, ValueError, LookupError, TypeError):
+            rows = []
+        for item in self.wanted:
+            row = {"step": step, "prompt": item.prompt, "seed": item.seed}
+            row["image"] = f"{PICTURES}/step-{step:06d}/{item.name}"
+            row["untuned"] = f"{PICTURES}/{UNTUNED}/{item.name}"
+            rows.append(row)
+        files.replace_json(path, rows)
+
+
+def drawn_set(folder: Path, pictures: Sequence[Image.Image]) -> Path:
+    """Write drawn pictures of a subject into a folder, unless they are there."""
+    for number, picture in enumerate(pictures):
+        if distributed.is_main() and not (folder / f"{number}.png").is_file():
+            save_picture(picture, folder / f"{number}.png")
+    distributed.barrier()
+    return folder

@@ -1,0 +1,283 @@
+"""Diffusion runs on tiny pipelines: resuming bit for bit, every family, stock diffusers draws the same pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from preloaded import Preloaded
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+from mm_moslora.diffusion.diffusion_checkpoint import STATE
+from mm_moslora.diffusion.diffusion_export import write_lora_file
+from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
+from mm_moslora.diffusion.diffusion_training import train_diffusion
+from mm_moslora.diffusion.tiny_pipelines import SIDE, tiny_pipeline
+from mm_moslora.tracking import read_metrics
+from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, DataError, DivergedError, ModelError
+
+Make = Callable[..., DiffusionRecipe]
+PROMPT = "a photo of an ikat cat in a bucket"
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Every leaf of nested dictionaries and lists; numbers as hexadecimals."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for k, item in items for key, leaf in flat(item, f"{name}.{k}").items()}
+    if isinstance(value, torch.Tensor):
+        return {name: value.numpy().tobytes().hex()}
+    return {name: value.hex() if isinstance(value, float) else value}
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    return flat(torch.load(checkpoint / "trainer" / "rank-00000" / STATE, weights_only=True))
+
+
+def losses(run: Path) -> list[str]:
+    return [record["loss"].hex() for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+
+
+BUSY = (
+    "model.text_encoders=adapter", "data.crop=random", "data.flip=true", "data.repeats=2", "adapter.dropout=0.1",
+    "optim.schedule=cosine", "optim.warmup=1",
+)  # fmt: skip
+
+
+def test_an_interrupted_run_equals_the_straight_run_to_the_last_bit(recipe: Make, tmp_path: Path) -> None:
+    straight = train_diffusion(recipe(*BUSY, run="straight"))
+    first = train_diffusion(recipe(*BUSY, run="cut"), stop_at=2)
+    assert (first.step, first.checkpoint.name) == (2, "checkpoint-000002")
+    torch.manual_seed(999)  # what a new process would have differs from what the first one had
+    second = train_diffusion(recipe(*BUSY, run="cut"))
+    assert state(second.checkpoint) == state(straight.checkpoint)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
+    assert len(losses(tmp_path / "cut")) == 4
+    other = train_diffusion(recipe(*BUSY, "train.seed=1", run="other"))
+    assert state(other.checkpoint) != state(straight.checkpoint)
+
+
+def test_a_signal_saves_and_ends_with_75_and_the_same_command_goes_on(python: Preloaded, tmp_path: Path) -> None:
+    words = ["-m", "mm_moslora", "diffusion", "train", "tiny_subject", "--train.output", str(tmp_path / "run")]
+    words += ["--train.steps", "2000", "--validate.prompts", "[]", "--track.trackers", "[]", "--train.save_every", "0"]
+    started = subprocess.Popen([python.ours, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    limit = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").is_file() or not read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert time.monotonic() < limit
+        assert started.poll() is None, started.stdout.read()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGUSR1)
+    said, _ = started.communicate(timeout=120)
+    assert started.returncode == 75, said
+    assert "STOPPED" in {path.name for path in (tmp_path / "run").iterdir()}
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    step = int(checkpoint.name[-6:])
+    again = subprocess.run(
+        [python.ours, *words, "--stop-at", str(step + 1)], capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"Continuing from {checkpoint.name}" in again.stderr
+
+
+def drawn_by_stock(base: str, source: Path, prompt: str = PROMPT) -> np.ndarray:
+    pipeline = tiny_pipeline(base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(source))
+    noise = torch.Generator().manual_seed(0)
+    picture = pipeline(prompt, num_inference_steps=2, height=SIDE, width=SIDE, generator=noise).images[0]
+    return np.asarray(picture, dtype=int)
+
+
+def own_picture(run: Path, folder: str) -> np.ndarray:
+    return np.asarray(Image.open(run / "pictures" / folder / "0-0.png"), dtype=int)
+
+
+DRAWS = (f"validate.prompts=[{PROMPT}]", "validate.sampling_steps=2", "validate.pictures=1", "validate.every_epochs=0")
+
+
+@pytest.mark.parametrize("base", ["tiny-sd", "tiny-sd-v", "tiny-sdxl", "tiny-sd3", "tiny-flux"])
+def test_every_family_trains_and_stock_diffusers_draws_the_same_picture(
+    base: str, recipe: Make, tmp_path: Path
+) -> None:
+    own = recipe(f"model.base={base}", "model.text_encoders=adapter", "train.steps=2", *DRAWS)
+    result, run = train_diffusion(own), tmp_path / "run"
+    tuned, untuned = own_picture(run, "step-000002"), own_picture(run, "untuned")
+    assert np.abs(tuned - untuned).max() > 8
+    assert np.abs(drawn_by_stock(base, result.checkpoint) - tuned).max() <= 1
+    moved = [entry["moved"] for entry in json.loads((run / "mixers.json").read_text())]
+    assert len([share for share in moved if share > 0]) > 8
+    parts = {path.name for path in (result.checkpoint / "adapter").iterdir()}
+    assert parts == {"unet" if base.startswith(("tiny-sd-", "tiny-sdx")) or base == "tiny-sd" else "transformer"} | {
+        "text_encoder", *(["text_encoder_2"] if base in ("tiny-sdxl", "tiny-sd3") else [])
+    }  # fmt: skip
+    if "unet" not in parts:
+        with pytest.raises(AdapterError, match="Kohya's layout names"):
+            write_lora_file(run, tmp_path / "kohya.safetensors", layout="kohya")
+        return
+    write_lora_file(run, tmp_path / "kohya.safetensors", layout="kohya")
+    assert np.abs(drawn_by_stock(base, tmp_path / "kohya.safetensors") - tuned).max() <= 1
+
+
+def test_kohya_names_have_alphas_and_a_file_of_the_user_is_kept(recipe: Make, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    train_diffusion(recipe("model.base=tiny-sd", "model.text_encoders=adapter", "train.steps=1"))
+    out = write_lora_file(tmp_path / "run", tmp_path / "k.safetensors", layout="kohya")
+    with safe_open(out, "pt") as file:
+        names = set(file.keys())
+    stem = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    assert {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"} <= names
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in names
+    (tmp_path / "mine.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match="is not replaced"):
+        write_lora_file(tmp_path / "run", tmp_path / "mine.safetensors", layout="kohya")
+    with pytest.raises(AdapterError, match="holds no adapters"):
+        write_lora_file(tmp_path / "nothing", tmp_path / "k")
+
+
+def test_lora_is_the_same_keys_and_a_run_starts_from_anothers_weights(recipe: Make, tmp_path: Path) -> None:
+    lora = ("adapter.mixer_init=identity", "adapter.mixer_trainable=false")
+    result = train_diffusion(recipe(*lora, "train.steps=2"))
+    taught = state(result.checkpoint)
+    assert not any("lora_mixer" in name for name in taught)
+    started = recipe(*lora, "train.steps=1", "optim.lr=0", f"adapter.weights={tmp_path / 'run'}", run="second")
+    again = state(train_diffusion(started).checkpoint)
+    assert {k: v for k, v in again.items() if k.startswith(".parameters")} == {
+        k: v for k, v in taught.items() if k.startswith(".parameters")
+    }
+
+
+def test_prior_preservation_draws_missing_class_pictures_and_keeps_those_that_are_there(
+    recipe: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cats"
+    folder.mkdir()
+    Image.new("RGB", (70, 64), "green").save(folder / "mine.png")
+    before = (folder / "mine.png").read_bytes()
+    prior = ("data.prior.prompt=a cat", "data.prior.count=3", f"data.prior.pictures={folder}", "train.steps=2")
+    train_diffusion(recipe(*prior, "validate.sampling_steps=2", "data.cache_latents=true", "loss.min_snr_gamma=5"))
+    assert sorted(path.name for path in folder.iterdir()) == ["drawn-00000.png", "drawn-00001.png", "mine.png"]
+    assert (folder / "mine.png").read_bytes() == before
+    off = train_diffusion(recipe("train.steps=2", run="off"))
+    assert losses(tmp_path / "off") != losses(tmp_path / "run")
+    assert not list((off.checkpoint.parent / "pictures").glob("class*"))
+
+
+def test_bad_input_is_one_error_each(recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match="the scheduler of tiny-sd-v says v_prediction"):
+        train_diffusion(recipe("model.base=tiny-sd-v", "model.prediction=epsilon", run="a"))
+    with pytest.raises(ConfigError, match="matches flows"):
+        train_diffusion(recipe("model.base=tiny-sd3", "loss.min_snr_gamma=5", run="b"))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        train_diffusion(recipe(f"model.base={tmp_path}", run="c"))
+    with pytest.raises(DataError, match="is no folder"):
+        train_diffusion(recipe(f"data.pictures={tmp_path / 'none'}", run="d"))
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        train_diffusion(recipe("train.precision=fp16", run="e"))
+    long = f"data.prompt={'cat ' * 60}"
+    with pytest.raises(DataError, match=r"1 of 1 prompts are too long: .* 182 tokens, and the text encoder reads 77"):
+        train_diffusion(recipe(long, run="f"))
+    with caplog.at_level(logging.WARNING):
+        train_diffusion(recipe(long, "data.long_prompts=truncate", "train.steps=1", run="g"))
+    assert "1 of 1 prompts are cut" in caplog.text
+
+
+def test_a_run_folder_is_continued_by_its_own_recipe_only(recipe: Make, tmp_path: Path) -> None:
+    train_diffusion(recipe("train.steps=2"), stop_at=1)
+    with pytest.raises(CheckpointError, match=r"optim.lr: 0.02 -> 0.01"):
+        train_diffusion(recipe("train.steps=2", "optim.lr=0.01"))
+    with pytest.raises(CheckpointError, match="resume is never"):
+        train_diffusion(recipe("train.steps=2"), resume="never")
+    Image.new("RGB", (64, 64)).save(tmp_path / "run" / "pictures" / "subject" / "more.png")
+    with pytest.raises(CheckpointError, match="pictures or prompts differ"):
+        train_diffusion(recipe("train.steps=2"))
+    (tmp_path / "mine" / "pictures").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="already holds pictures"):
+        train_diffusion(recipe(run="mine"))
+
+
+def test_numbers_that_are_not_finite_stop_the_run(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mm_moslora.diffusion import denoising_loss
+
+    monkeypatch.setattr(denoising_loss.DenoisingLoss, "forward", _not_a_number)
+    with pytest.raises(DivergedError, match="3 steps in a row"):
+        train_diffusion(recipe("train.max_skipped_steps=3", "train.steps=9"))
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "failed"
+
+
+def _not_a_number(self: Any, batch: Any) -> torch.Tensor:
+    return sum(p.sum() for p in self.parameters() if p.requires_grad) * float("nan")
+
+
+@pytest.mark.parametrize("change", ["train.precision=bf16", "train.gradient_checkpointing=true"])
+def test_bf16_and_checkpointing_train(change: str, recipe: Make, tmp_path: Path) -> None:
+    train_diffusion(recipe("train.steps=2", run="plain"))
+    changed = train_diffusion(recipe("train.steps=2", "model.text_encoders=adapter", change, *DRAWS))
+    values = torch.load(changed.checkpoint / "trainer" / "rank-00000" / STATE, weights_only=True)["parameters"]
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    plain, own = ([float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("plain", "run"))
+    assert own == pytest.approx(plain, rel=0.02)
+
+
+def test_a_pipeline_in_a_folder_with_another_vae_trains(recipe: Make, tmp_path: Path) -> None:
+    tiny_pipeline("tiny-sdxl").save_pretrained(tmp_path / "base")
+    tiny_pipeline("tiny-sdxl").vae.save_pretrained(tmp_path / "vae")
+    folder = recipe(f"model.base={tmp_path / 'base'}", f"model.vae={tmp_path / 'vae'}", "train.steps=2")
+    built_in = recipe("train.steps=2", run="built-in")
+    states = [state(train_diffusion(item).checkpoint) for item in (folder, built_in)]
+    assert states[0] == states[1]
+    named = json.loads((tmp_path / "base" / "model_index.json").read_text()) | {"_class_name": "KandinskyPipeline"}
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(named))
+    with pytest.raises(ModelError, match="is a KandinskyPipeline, expected one of StableDiffusionPipeline"):
+        train_diffusion(recipe(f"model.base={tmp_path / 'base'}", run="other"))
+
+
+def test_scores_need_encoders_and_are_named_where_one_is_missing(
+    recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    dino = transformers.ViTConfig(**shape, image_size=32, patch_size=16)
+    transformers.ViTModel(dino).save_pretrained(tmp_path / "dino")
+    size = {"height": 32, "width": 32}
+    transformers.ViTImageProcessor(size=size).save_pretrained(tmp_path / "dino")
+    train_diffusion(
+        recipe("train.steps=1", *DRAWS, f"validate.dino={tmp_path / 'dino'}", f"validate.clip={tmp_path / 'none'}")
+    )
+    scores = json.loads((tmp_path / "run" / "subject_scores.json").read_text())
+    assert set(scores["tuned"]) == {"dino"}
+    assert -1 <= scores["untuned"]["dino"] <= 1
+    assert "no clip scores" in caplog.text
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["eval/dino"] == scores["tuned"]["dino"]
+
+
+def test_zero_2_steps_as_plain_training_and_resumes(recipe: Make, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    plain = train_diffusion(recipe("train.steps=3", run="plain"))
+    sharded = train_diffusion(recipe("train.steps=3", "train.zero=zero2"))
+    train_diffusion(recipe("train.steps=3", "train.zero=zero2", run="cut"), stop_at=2)
+    train_diffusion(recipe("train.steps=3", "train.zero=zero2", run="cut"))
+    numbers = {name: [float.fromhex(value) for value in losses(tmp_path / name)] for name in ("plain", "run", "cut")}
+    assert numbers["run"] == pytest.approx(numbers["plain"], rel=1e-5)
+    assert numbers["cut"] == numbers["run"]
+    values = [
+        torch.load(result.checkpoint / "trainer" / "rank-00000" / STATE, weights_only=True)["parameters"]
+        for result in (plain, sharded)
+    ]
+    for name, value in values[0].items():
+        torch.testing.assert_close(values[1][name], value, atol=1e-5, rtol=1e-4)
