@@ -50,7 +50,6 @@ class DiffusionRun:
 
 def prepare(recipe: DiffusionRecipe, folder: Path, precision: str) -> DiffusionRun:
     """Load the pipeline, read and encode the pictures, draw what the untuned pipeline has to draw, add the adapters."""
-    device = distributed.device()
     subject_folder = Path(recipe.data.pictures)
     if recipe.data.pictures == "drawn":
         subject_folder = drawn_set(folder / PICTURES / "subject", drawn_pictures())
@@ -59,10 +58,11 @@ def prepare(recipe: DiffusionRecipe, folder: Path, precision: str) -> DiffusionR
     prior = recipe.data.prior
     prompts = [*(item.prompt for item in subjects), *recipe.validate.prompts, *([prior.prompt] if prior else [])]
     family.check_prompts(prompts)
-    family.pipeline.to(device)
+    family.gather()
     pictures = ValidationPictures(family, folder)
     pictures.draw_untuned()
     sets = [_picture_set(family, "subject", subjects)]
+    family.gather()
     if prior is not None:
         drawn = complete_class_pictures(family, Path(prior.pictures or folder / PICTURES / "class"))
         sets.append(_picture_set(family, "class", [PromptedPicture(path=path, prompt=prior.prompt) for path in drawn]))

@@ -206,7 +206,11 @@ class _Session:
         }
         for name, value in added.items():
             counters[name] = counters.get(name, 0.0) + value
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        scaler = self.accelerator.scaler
+        if applied:
+            self.skipped_in_a_row = 0
+        elif scaler is None or scaler.get_scale() <= 1:  # fp16 skips steps until its loss scale fits
+            self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
             raise DivergedError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "

@@ -62,9 +62,10 @@ def complete_class_pictures(family: PipelineFamily, folder: Path) -> list[Path]:
     assert prior is not None
     present = {path.name for path in picture_files(folder)}
     names = (f"drawn-{number:05d}.png" for number in range(prior.count + len(present)))
-    missing = [name for name in names if name not in present][: max(0, prior.count - len(present))]
+    wanted = [name for name in names if name not in present][: max(0, prior.count - len(present))]
+    missing = distributed.from_main(wanted)  # other ranks may have seen pictures that a faster one has drawn
     if missing:
-        logger.info("%s holds %d pictures; %d more of %r are drawn.", folder, len(present), len(missing), prior.prompt)
+        logger.info("%s lacks %d pictures of %r; they are drawn.", folder, len(missing), prior.prompt)
         own = missing[distributed.rank() :: distributed.world_size()]
         with Progress("draw the class", len(own), unit="picture") as progress:
             for number, name in enumerate(own, start=1):
@@ -124,12 +125,14 @@ class ValidationPictures:
         paths = [folder / item.name for item in self.wanted]
         due = [pair for pair in zip(self.wanted, paths, strict=True) if again or not pair[1].is_file()]
         if distributed.is_main() and due:
+            self.family.gather()
             with Progress(f"draw {folder.name}", len(due), unit="picture") as progress:
                 for number, (item, path) in enumerate(due, start=1):
                     steps, guidance = self.config.sampling_steps, self.config.guidance
                     picture = draw(self.family, item.prompt, item.seed, sampling_steps=steps, guidance=guidance)
                     save_picture(picture, path)
                     progress.update(number)
+            self.family.rest()
         return paths
 
     def _record(self, step: int) -> None:

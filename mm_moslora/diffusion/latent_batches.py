@@ -48,8 +48,11 @@ class LatentBatches:
         if self.recipe.model.text_encoders == "frozen":
             for prompt in prompts:
                 self._told[prompt] = self.family.encode([prompt])
-        if not self.recipe.data.cache_latents:
-            return
+        if self.recipe.data.cache_latents:
+            self._cache_latents()
+        self.family.rest()
+
+    def _cache_latents(self) -> None:
         total = sum(map(len, self.sets))
         with Progress("encode pictures", total, unit="picture") as progress:
             for pictures in self.sets:

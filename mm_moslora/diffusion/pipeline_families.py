@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe, PipelineConfig
 from mm_moslora.diffusion.tiny_pipelines import TINY_PIPELINES, tiny_pipeline
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError, reason_of, suggestion
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 
@@ -89,6 +90,21 @@ class PipelineFamily:
         """The components that carry an adapter."""
         more = self.clip_names if self.recipe.model.text_encoders == "adapter" else ()
         return [self.denoiser_name, *more]
+
+    def gather(self) -> None:
+        """Bring all parts to this process's device, to draw or encode."""
+        self.pipeline.to(distributed.device())
+
+    def rest(self) -> None:
+        """On a GPU: take the parts to main memory that do not run in a step."""
+        if distributed.device().type == "cpu":
+            return
+        encoders = self.text_encoder_names if self.recipe.model.text_encoders == "frozen" else ()
+        for name in [*encoders, *(["vae"] if self.recipe.data.cache_latents else [])]:
+            part = getattr(self.pipeline, name, None)
+            if part is not None:
+                part.to("cpu")
+        torch.cuda.empty_cache()
 
     @property
     def resolution(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.reporting.drawing_grid import drawn_samples
 from mm_moslora.reporting.overlay_page import LARGEST, flat_recipe
 from mm_moslora.reporting.run_data import MARKS, EvaluationRow, RunData, is_run, load_run
 from mm_moslora.reporting.run_status import read_state, stage_folders
@@ -179,6 +180,7 @@ def _system(row: EvaluationRow) -> dict[str, Any]:
 
 
 def _detail(name: str, data: RunData) -> dict[str, Any]:
+    samples = (data.samples or drawn_samples(data.folder))[:MOST_SAMPLES]
     return {
         "id": name,
         "stages": [{"name": stage.name, "curves": _curves(stage.metrics)} for stage in data.stages],
@@ -190,13 +192,13 @@ def _detail(name: str, data: RunData) -> dict[str, Any]:
                 "number": number, "picture": sample.image is not None, "kind": sample_kind(sample),
                 "question": sample.question, "answer": sample.answer, "before": sample.before, "after": sample.after,
             }
-            for number, sample in enumerate(data.samples[:MOST_SAMPLES])
+            for number, sample in enumerate(samples)
         ],
         "mixers": [
             {"path": mixer.path, "before": mixer.before, "after": mixer.after, "figures": mixer.figures}
             for mixer in data.mixers if mixer.after
         ],
-        "pictures": [sample.image for sample in data.samples[:MOST_SAMPLES]],
+        "pictures": [sample.image for sample in samples],
         "notes": [*data.alerts, *data.notes],
     }  # fmt: skip
 
