@@ -300,4 +300,6 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|deepspeed|timm|open_clip)(\.|$)")
+    warnings.filterwarnings(
+        "ignore", module=r"(torch|transformers|peft|deepspeed|timm|open_clip|diffusers|accelerate)(\.|$)"
+    )

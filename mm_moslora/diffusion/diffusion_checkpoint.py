@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
 """File of a rank's trainer state in a checkpoint: parameters in fp32, optimiser, schedule, loss scale."""
-_SCALER = "loss_scaler"
-"""DeepSpeed's key of the object that scales the loss."""
+_SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups")
+"""What a checkpoint keeps of DeepSpeed's state of ZeRO-1 and 2: tensors and numbers; the rest follows from the run."""
 
 
 def find_resume(recipe: DiffusionRecipe, folder: Path, resume: str) -> tuple[Path, Manifest] | None:
@@ -139,9 +139,9 @@ class Checkpoints:
         if not self.sharded:
             state: dict[str, Any] = self.optimizer.state_dict()
             return state
-        # Numbers and tensors only: the loss scaler is an object, and is read from this one.
-        state = {key: value for key, value in self.optimizer.optimizer.state_dict().items() if key != _SCALER}
-        return state | {"scale": float(self.optimizer.optimizer.loss_scale)}
+        zero = self.optimizer.optimizer
+        state = zero.state_dict()
+        return {key: state[key] for key in _SHARDED} | {"scale": float(zero.loss_scale)}
 
     def restore(self, folder: Path, manifest: Manifest) -> None:
         """Restore a checkpoint; training then goes on bit for bit.
@@ -164,9 +164,10 @@ class Checkpoints:
                 parameter.copy_(states[0]["parameters"][name])
         if self.sharded:
             zero = self.optimizer.optimizer
-            parts = [states[rank]["optimizer"] | {_SCALER: zero.loss_scaler} for rank in ranks]
+            scale = own["optimizer"].pop("scale")
+            parts = [zero.state_dict() | states[rank]["optimizer"] for rank in ranks]
             zero.load_state_dict(parts, load_optimizer_states=True, load_from_fp32_weights=True)
-            zero.loss_scaler.cur_scale = own["optimizer"]["scale"]
+            zero.loss_scaler.cur_scale = scale
         else:
             self.optimizer.load_state_dict(own["optimizer"])
         self.schedule.load_state_dict(own["schedule"])

@@ -20,6 +20,7 @@ from mm_moslora.diffusion.pipeline_families import PipelineFamily, load_family
 from mm_moslora.diffusion.subject_pictures import PictureSet, PromptedPicture, subject_pictures
 from mm_moslora.diffusion.tiny_pipelines import drawn_pictures
 from mm_moslora.models.trainable_parts import moslora_config
+from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import MIXERS
 from mm_moslora.training.precision import dtype_of
 from mm_moslora.utils import distributed
@@ -127,7 +128,7 @@ def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.o
     if config.optimizer == "adamw_8bit":
         import bitsandbytes
 
-        kind = bitsandbytes.optim.AdamW8bit
+        kind = bitsandbytes.optim.adamw.AdamW8bit
     made: torch.optim.Optimizer = kind(list(groups.values()), betas=config.betas, eps=config.eps)
     return made
 
@@ -141,6 +142,7 @@ def make_accelerator(run: DiffusionRun) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process, with other settings
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's own, which `train.zero` replaces
     if train.zero != "none":
+        prepare_deepspeed(train.zero)
         plugin = DeepSpeedPlugin(
             zero_stage=int(train.zero[-1]), gradient_accumulation_steps=train.accumulation,
             gradient_clipping=run.recipe.optim.max_grad_norm or None,
@@ -151,6 +153,6 @@ def make_accelerator(run: DiffusionRun) -> Any:
     unused = run.recipe.model.text_encoders == "adapter"
     return Accelerator(
         mixed_precision="no" if run.precision == "fp32" else run.precision, deepspeed_plugin=plugin,
-        gradient_accumulation_steps=train.accumulation, cpu=not torch.cuda.is_available(),
+        gradient_accumulation_steps=train.accumulation, cpu=plugin is None and not torch.cuda.is_available(),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )  # fmt: skip

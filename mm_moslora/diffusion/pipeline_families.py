@@ -81,10 +81,9 @@ class PipelineFamily:
             )
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The UNet or transformer."""
-        found: nn.Module = getattr(self.pipeline, self.denoiser_name)
-        return found
+    def denoiser(self) -> Any:
+        """The UNet or transformer, a module with a `config`."""
+        return getattr(self.pipeline, self.denoiser_name)
 
     def adapted_names(self) -> list[str]:
         """The components that carry an adapter."""
@@ -299,7 +298,7 @@ def _loaded(config: PipelineConfig, dtype: torch.dtype) -> Any:
                 part.to(dtype)
         return pipeline
     known = [name for kind in FAMILIES for name in kind.classes]
-    base, more = config.base, {"revision": config.revision}
+    base, more = config.base, dict[str, Any](revision=config.revision)
     try:
         index = diffusers.DiffusionPipeline.load_config(base, **more)
         name = str(dict(index).get("_class_name"))

@@ -56,7 +56,7 @@ def _t5(width: int) -> tuple[Any, Any]:
 
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = [(name, 0.0) for name in ("<pad>", "</s>", "<unk>")] + [("▁", -2.0), *((one, -2.0) for one in letters)]
-    tokenizer = transformers.T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
     config = transformers.T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return transformers.T5EncoderModel(config), tokenizer
 
@@ -129,7 +129,7 @@ def _flux() -> Any:
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    pipeline = diffusers.FluxPipeline(
+    pipeline: Any = diffusers.FluxPipeline(
         transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=_vae(shift=0.1), text_encoder=_clip(projected=False), tokenizer=_tokenizer(), text_encoder_2=t5,
         tokenizer_2=tokenizer,

@@ -237,8 +237,10 @@ def test_a_pipeline_in_a_folder_with_another_vae_trains(recipe: Make, tmp_path: 
     tiny_pipeline("tiny-sdxl").vae.save_pretrained(tmp_path / "vae")
     folder = recipe(f"model.base={tmp_path / 'base'}", f"model.vae={tmp_path / 'vae'}", "train.steps=2")
     built_in = recipe("train.steps=2", run="built-in")
-    states = [state(train_diffusion(item).checkpoint) for item in (folder, built_in)]
-    assert states[0] == states[1]
+    train_diffusion(folder)
+    train_diffusion(built_in)
+    numbers = [[float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("run", "built-in")]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-6)
     named = json.loads((tmp_path / "base" / "model_index.json").read_text()) | {"_class_name": "KandinskyPipeline"}
     (tmp_path / "base" / "model_index.json").write_text(json.dumps(named))
     with pytest.raises(ModelError, match="is a KandinskyPipeline, expected one of StableDiffusionPipeline"):
@@ -263,7 +265,8 @@ def test_scores_need_encoders_and_are_named_where_one_is_missing(
     assert set(scores["tuned"]) == {"dino"}
     assert -1 <= scores["untuned"]["dino"] <= 1
     assert "no clip scores" in caplog.text
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["eval/dino"] == scores["tuned"]["dino"]
+    logged = [row["eval/dino"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/dino" in row]
+    assert logged == [scores["tuned"]["dino"]]
 
 
 def test_zero_2_steps_as_plain_training_and_resumes(recipe: Make, tmp_path: Path) -> None:

@@ -57,12 +57,13 @@ def patch_diffusers() -> None:
     """Change diffusers' savers where it is imported; a second call changes nothing."""
     if "diffusers" not in sys.modules:
         return
-    from diffusers.loaders.lora_base import LoraBaseMixin
-    from diffusers.loaders.peft import PeftAdapterMixin
+    from diffusers.loaders import lora_base, peft
 
-    if hasattr(LoraBaseMixin.write_lora_layers, "__wrapped__"):
+    pipelines: Any = lora_base.LoraBaseMixin
+    models: Any = peft.PeftAdapterMixin
+    if hasattr(pipelines.write_lora_layers, "__wrapped__"):
         return
-    stock_write, stock_save = LoraBaseMixin.write_lora_layers, PeftAdapterMixin.save_lora_adapter
+    stock_write, stock_save = pipelines.write_lora_layers, models.save_lora_adapter
 
     @functools.wraps(stock_write)
     def write_lora_layers(state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
@@ -81,5 +82,5 @@ def patch_diffusers() -> None:
             )
         stock_save(self, save_directory, adapter_name=adapter_name, **kwargs)
 
-    LoraBaseMixin.write_lora_layers = staticmethod(write_lora_layers)
-    PeftAdapterMixin.save_lora_adapter = save_lora_adapter
+    pipelines.write_lora_layers = staticmethod(write_lora_layers)
+    models.save_lora_adapter = save_lora_adapter
