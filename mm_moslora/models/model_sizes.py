@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from mm_moslora.config import RECIPES_FOLDER
 from mm_moslora.utils.errors import ModelError, reason_of
+from mm_moslora.utils.run_paths import require_model
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
     Raises:
         ModelError: there is no configuration.
     """
+    require_model(key, name)
     try:
         return config_to_count(name, revision)
     except (OSError, ValueError, KeyError) as error:
