@@ -83,7 +83,7 @@ def mixer_gradients(dC: Tensor, B: Tensor, M: Tensor | None, scaling: float) -> 
 def _multiplies_at_once(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Whether to take `_scaled_product`: on a GPU, which adds up in float32 as it does for all other products.
 
-    Where cuBLAS splits a long sum it may round the parts (torch.backends.cuda.matmul has switches against that).
+    Where cuBLAS splits a long sum it may round the parts; a run switches that off (`training.precision`).
     """
     return a.device.type == "cuda" and a.dtype == b.dtype == dtype
 
