@@ -1,4 +1,4 @@
-"""Measures the peak resident memory of two training steps, each size in a process of its own; JSON on stdout.
+"""Measures the peak resident memory of a training step after a small one, each size in a process of its own; JSON on stdout.
 
 Argument: a folder to write into.
 """
@@ -84,7 +84,7 @@ def built(folder: Path, quantisation: str) -> transformers.PreTrainedModel:
 
 
 def run(folder: Path, tokens: int, quantisation: str) -> dict[str, int]:
-    """Two steps."""
+    """A small and a whole step."""
     start = status("VmRSS")
     given = recipe(folder, quantisation)
     supervised = torch.arange(tokens // 2) >= tokens * 3 // 8
@@ -103,7 +103,7 @@ def with_tower(folder: Path, checkpointing: bool) -> Recipe:
 
 
 def run_tower(folder: Path, checkpointing: bool) -> dict[str, int]:
-    """Two steps on pictures."""
+    """A small step, and a whole one on pictures."""
     given = with_tower(folder, checkpointing)
     bones = build_meta_model(given.model, given.adapter, dtype=torch.float32)
     # What is needed is asked here, not what lies in the holes between blocks that the C library keeps.
@@ -134,8 +134,9 @@ def peak_of(given: Recipe, model: transformers.PreTrainedModel, batch: Batch) ->
     module = LossModule(model, None)
     settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
     engine = TorchEngine(module, parameter_groups(module, given.optim), settings)
-    for _ in range(2):
-        engine.step([batch], 1.0)
+    few = Example(id="", input_ids=torch.arange(16), supervised=torch.ones(16).bool())
+    engine.step([Batch.from_examples([few])], 1.0)  # makes the optimiser's state
+    engine.step([batch], 1.0)
     return status("VmHWM")
 
 

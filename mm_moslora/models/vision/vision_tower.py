@@ -24,6 +24,7 @@ from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import TOWERS, tower_family
 from mm_moslora.models.model_sizes import config_to_count
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
+from mm_moslora.models.vision.repeated_layers import repeated_layers
 from mm_moslora.models.vision.timm_open_clip_tower import (
     BICUBIC,
     PixelStatistics,
@@ -168,7 +169,8 @@ def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatisti
     with torch.device("meta"):
         twin = type(tower)(tower.config).eval()
         try:
-            output = twin(torch.zeros(1, 3, size, size), output_hidden_states=config.feature_layer)
+            with repeated_layers(twin):
+                output = twin(torch.zeros(1, 3, size, size), output_hidden_states=config.feature_layer)
             layers = [config.feature_layer] if isinstance(config.feature_layer, int) else config.feature_layer
             features = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
         except (IndexError, RuntimeError, AssertionError, ValueError, TypeError) as error:
