@@ -1,4 +1,4 @@
-"""Measures the peak resident memory of a training step after a small one, each size in a process of its own; JSON on stdout.
+"""Measures the peak memory of a training step after a small one, each size in a process of its own; JSON on stdout.
 
 Argument: a folder to write into.
 """
