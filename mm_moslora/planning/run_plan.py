@@ -111,9 +111,16 @@ def known_data(sources: Sequence[SourceConfig], tokens_per_image: int) -> DataSi
 
 
 def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
-    """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures."""
-    lean = size.is_lean
-    return (0.40 if lean else 0.30) if gpus.peak > 5e14 else (0.45 if lean else 0.33)
+    """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures.
+
+    A decoder without adapters that does not train multiplies by its weights alone.
+    """
+    decoder, newer = size.counter.decoder, gpus.peak > 5e14
+    if not decoder.trained and not decoder.adapters:
+        return 0.43 if newer else 0.48
+    if size.is_lean:
+        return 0.40 if newer else 0.45
+    return 0.30 if newer else 0.33
 
 
 def speed(

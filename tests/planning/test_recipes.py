@@ -186,8 +186,9 @@ PUBLISHED = [  # https://github.com/haotian-liu/LLaVA: README.md, scripts/v1_5/p
 
 @pytest.mark.parametrize(("name", "gpus", "hours"), PUBLISHED)
 def test_plans_with_the_settings_of_published_runs_are_within_a_fifth_of_their_times(name, gpus, hours, folders):
-    """They recompute all activations, in pretraining too, which the recipes here need not."""
+    """They recompute all activations, in pretraining too, in stock layers, which the recipes here need not."""
     recipe = changed(shipped(name, folders), gradient_checkpointing=True)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lean_layers=False))
     found = plan(recipe, parse_gpus(gpus))
     assert found.own.fits
     assert found.hours(found.own) == pytest.approx(hours, rel=0.2)
