@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, add_moslora, resolve_targets
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
+from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.load_folder import load_adapter
-from mm_moslora.adapters.folders.save_folder import TakenAdapter, fold_state_dict, save_adapter, take_adapter
+from mm_moslora.adapters.folders.save_folder import TakenAdapter, save_adapter, take_adapter
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step
 from mm_moslora.adapters.merge_adapter import merge
-from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer
+from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_patches import patch_peft
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 patch_peft()
 
 __all__ = [
+    "MIXER_FORMS",
     "MIXER_INITS",
     "AdaptedModule",
     "Layout",
     "Mixer",
     "MixerCallback",
+    "MixerForm",
     "MixerInit",
     "MoSLoRAConfig",
     "MoSLoRALayer",

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import FACTORS_A, MIXER, PREFIX, adapted_path
+from mm_moslora.adapters.folder_format import FACTORS_A, PREFIX, adapted_path
+from mm_moslora.adapters.folders.folder_tensors import mixer_matrices
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
@@ -66,6 +67,7 @@ def inspect_adapter(folder: str | Path) -> list[ModuleReport]:
         AdapterError: see `load_adapter`; no factor in the folder.
     """
     content = read_folder(folder)
+    mixers = mixer_matrices(content.tensors, mixer_form=content.config.mixer_form)
     reports = []
     for name, A in content.tensors.items():
         path = adapted_path(name)
@@ -74,7 +76,7 @@ def inspect_adapter(folder: str | Path) -> list[ModuleReport]:
         suffix = next(suffix for suffix in FACTORS_A if name.endswith(suffix))
         B = content.tensors[f"{PREFIX}{path}{suffix.replace('_A', '_B')}"]
         scaling = content.config.scaling_for(path.partition(".base_layer.")[0])
-        reports.append(describe(path, A, content.tensors.get(f"{PREFIX}{path}{MIXER}"), B, scaling))
+        reports.append(describe(path, A, mixers.get(f"{PREFIX}{path}"), B, scaling))
     if not reports:
         raise AdapterError(f"{folder} holds no factors to inspect.")
     return sorted(reports, key=lambda report: _natural(report.path))
@@ -124,14 +126,14 @@ def describe(path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float) 
     Args:
         path: its name in the report.
         A: ``[R, D_in]``, or a convolution's.
-        M: ``[R, R]``, ``[R]`` for a diagonal, None for the identity.
+        M: ``[R, R]``, None for the identity.
         B: ``[D_out, R]``, or a convolution's.
         scaling: s.
     """
     A, B = A.double().flatten(1), B.double().flatten(1)
     rank = len(A)
     identity = torch.eye(rank, dtype=torch.float64)
-    mixer = identity if M is None else M.double() if M.ndim == 2 else torch.diag(M.double())
+    mixer = identity if M is None else M.double()
     # B = Qb Rb and A^T = Qa Ra: the update has the singular values of s Rb M Ra^T.
     core = torch.linalg.qr(B).R @ mixer @ torch.linalg.qr(A.T).R.T
     singular = torch.linalg.svdvals(scaling * core)

@@ -19,8 +19,8 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
-from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, check_expression, unmatched_patterns
 from mm_moslora.adapters.tree import is_inner, named_adapter_layers, named_base_modules, unwrapped
 from mm_moslora.adapters.uncalled_layers import why_not_called
@@ -335,8 +335,8 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
         for name in layer.adapter_names():
             if adapter_name not in (None, name):
                 continue
-            factors = layer.factors(name)
-            trains = factors.M is not None and cast(Mixer, layer.lora_mixer[name]).trainable
+            mixer, mixed = layer.mixer_tensors(name).values(), name in layer.lora_mixer
+            trains = mixed and cast(Mixer, layer.lora_mixer[name]).trainable
             width_in, width_out = layer.widths
             rows.append(
                 AdaptedModule(
@@ -344,15 +344,15 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
                     in_features=width_in,
                     out_features=width_out,
                     rank=layer.r[name],
-                    scaling=factors.scaling,
-                    mixer=layer.mixer_init[name] if factors.M is not None else "none",
+                    scaling=layer.scaling[name],
+                    mixer=layer.mixer_init[name] if mixed else "none",
                     mixer_trainable=trains,
-                    parameters=_size(factors.A) + _size(factors.B) + (_size(factors.M) if trains else 0),
+                    parameters=sum(map(_size, (*layer.outer_factors(name), *(mixer if trains else ())))),
                 )
             )
     return rows
 
 
-def _size(tensor: Tensor | None) -> int:
+def _size(tensor: Tensor) -> int:
     # A ZeRO-3 shard is empty on most ranks; DeepSpeed keeps the whole size beside it.
-    return 0 if tensor is None else int(getattr(tensor, "ds_numel", tensor.numel()))
+    return int(getattr(tensor, "ds_numel", tensor.numel()))

@@ -31,10 +31,11 @@ PREFIX = "base_model.model."
 STOCK_CONFIG, STOCK_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, OWN_WEIGHTS = "moslora.json", "moslora.safetensors"
 MIXER = ".lora_mixer.weight"
+MIXER_PART = ".lora_mixer."
+"""Before the names of a mixer's tensors; forms name them, and `weight` is M itself."""
 # Embeddings keep their factors as bare parameters.
 FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
 FACTORS_B = (".lora_B.weight", ".lora_embedding_B")
-FACTORS = (*FACTORS_A, *FACTORS_B, MIXER)
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Torch's names for the module inside a wrapper: torch.compile, activation checkpointing, FSDP."""
 
@@ -62,6 +63,21 @@ def named_as_modules(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
     held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     places = {bare_name(name): name.replace("_fsdp_wrapped_module.", "") for name, _ in held}
     return {places.get(bare_name(name), name): tensor for name, tensor in state.items()}
+
+
+def is_factor(name: str) -> bool:
+    """Whether a name, as in the folder, is that of A, of B or of a mixer's tensor."""
+    return name.endswith((*FACTORS_A, *FACTORS_B)) or (MIXER_PART in name and "." not in name.rpartition(MIXER_PART)[2])
+
+
+def mixers_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The mixers' tensors by their names, by what stands before ``.lora_mixer.`` in the folder."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        start, part, name = key.rpartition(MIXER_PART)
+        if part:
+            found.setdefault(start, {})[name] = tensor
+    return found
 
 
 def is_inner(path: str) -> bool:

@@ -1,26 +1,29 @@
-"""The mixer M of MoSLoRA: how it starts, and the module that holds it.
+"""The mixer M of MoSLoRA: its forms, and how it starts.
 
 Shapes: ``R`` rank, ``D_in`` and ``D_out`` the adapted layer's widths; A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
 The update is ``s * B M A``. Cut A into R rows and B into R columns: M holds the weight of every pair of a column
 and a row (arXiv 2406.11909, section 3). Plain LoRA is M = I: each row is paired with its own column only.
+
+A `MixerForm` makes M of tensors: of R x R weights, of R (a diagonal), of blocks. `MIXER_FORMS` holds the forms by name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, Self, get_args
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moslora.kernels.lora.lora_math import autocasts, mixer_matrix
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
 MIXER_INITS: tuple[str, ...] = get_args(MixerInit)
+NO_MIXER = "none"
+"""In `mixer_pattern`: a module without a mixer, plain LoRA."""
 
 
 def init_mixer(
@@ -68,12 +71,13 @@ def init_mixer(
     return mixer.to(device=device, dtype=dtype)
 
 
-def check_mixer_init(kind: str, where: str) -> None:
+def check_mixer_init(kind: str, where: str, *, known: tuple[str, ...] = MIXER_INITS) -> None:
     """Refuse what is not a mixer initialisation, with the reason.
 
     Args:
         kind: the name to check.
         where: the option that holds it, for the message.
+        known: what it may be.
 
     Raises:
         AdapterError: unknown, or `zeros`.
@@ -83,10 +87,8 @@ def check_mixer_init(kind: str, where: str) -> None:
             f"{where} is {kind!r}: with M = 0 and B = 0 the gradients of A, M and B are all exactly zero, so training "
             f"never starts. Use one of {', '.join(MIXER_INITS)}."
         )
-    if kind not in MIXER_INITS:
-        raise AdapterError(
-            f"{where} is {kind!r}, expected one of {', '.join(MIXER_INITS)}.{suggestion(str(kind), MIXER_INITS)}"
-        )
+    if kind not in known:
+        raise AdapterError(f"{where} is {kind!r}, expected one of {', '.join(known)}.{suggestion(str(kind), known)}")
 
 
 def butterfly(rank: int) -> Tensor:
@@ -112,78 +114,216 @@ def butterfly(rank: int) -> Tensor:
     return half.repeat(2, 2)
 
 
-def orthonormal_rows(rank: int, width: int) -> Tensor:
-    """Random ``[R, width]`` with orthonormal rows, float32 on the CPU.
+class MixerForm:
+    """How M is made of tensors: which ones, how they start, and what they do to subspace coordinates.
 
-    Args:
-        rank: R, at most `width`.
-        width: length of a row.
-    """
-    rows = torch.empty(rank, width, dtype=torch.float32, device="cpu")
-    nn.init.orthogonal_(rows)
-    return rows
-
-
-class _Factor(nn.Module):
-    """A factor that is a buffer where it must not train.
-
-    No optimiser, no `requires_grad_` sweep of PEFT and no sharding can then make it move.
+    A form of one's own is a subclass with `shapes`, `identity` and `matrix`, and a line ``MIXER_FORMS["name"] = Form``.
+    M that depends on its input has no matrix: such a form gives `apply` in the place of `matrix`. It trains, is saved
+    and loaded, and cannot be folded or merged.
     """
 
-    weight: Tensor
+    size_means: ClassVar[str] = ""
+    """What SIZE is in the option ``mixer_form="name:SIZE"``; empty: the form takes none."""
+    inits: ClassVar[tuple[str, ...]] = ()
+    """Values of `mixer_init` that `start` follows; empty: the form has one start of its own."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        try:
-            return super()._apply(fn, recurse)
-        except NotImplementedError:
-            # Loading through the meta device fills it later; until then PEFT moves all but parameters that are empty.
-            if "weight" in self._buffers and self.weight.is_meta:
-                return self
-            raise
+    def __init__(self, spec: str, size: int) -> None:
+        """Use `form_named`.
 
-
-class Mixer(_Factor):
-    """Holds M and applies it to a row vector of subspace coordinates."""
-
-    def __init__(self, weight: Tensor, *, trainable: bool) -> None:
-        """Keep ``[R, R]``, or ``[R]`` for a diagonal mixer."""
-        super().__init__()
-        if trainable:
-            self.weight = nn.Parameter(weight)
-        else:
-            self.register_buffer("weight", weight)
+        Args:
+            spec: the option, such as `block_diagonal:4`.
+            size: the number in it; 0 without one.
+        """
+        self.spec, self.size = spec, size
 
     @property
-    def trainable(self) -> bool:
-        """Whether M is a parameter."""
-        return "weight" in self._parameters
+    def fixed(self) -> bool:
+        """Whether M is one matrix for all inputs."""
+        return type(self).matrix is not MixerForm.matrix
 
-    def matrix(self) -> Tensor:
-        """M as ``[R, R]``; the parameter itself unless the mixer is diagonal."""
-        return mixer_matrix(self.weight)
+    def check(self, rank: int) -> None:
+        """Refuse a rank that the form cannot have.
 
-    def forward(self, z: Tensor) -> Tensor:
-        """``z M^T`` for ``z`` of shape ``[..., R]``."""
-        # PEFT casts parameters to float32 but leaves buffers in the base's dtype: the narrower side follows.
-        if self.trainable and not autocasts(z.device):
-            z = z.to(self.weight.dtype)
-        weight = self.weight if self.trainable else self.weight.to(z.dtype)
-        return F.linear(z, weight) if weight.ndim == 2 else z * weight
+        Raises:
+            AdapterError: it cannot.
+        """
 
-    def extra_repr(self) -> str:
-        """Size, form and whether it trains."""
-        form = "dense" if self.weight.ndim == 2 else "diagonal"
-        return f"rank={self.weight.shape[0]}, form={form}, trainable={self.trainable}"
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The tensors that train and are saved: their shapes by name. Only M itself may be called `weight`."""
+        raise NotImplementedError
+
+    def identity(self, rank: int) -> dict[str, Tensor]:
+        """Tensors that make M the identity, in float32 on the CPU. An adapter without mixers loads with them."""
+        raise NotImplementedError
+
+    def start(self, rank: int, kind: str) -> dict[str, Tensor]:
+        """Tensors to begin training with, in float32 on the CPU; those of `identity` unless a form has others.
+
+        Args:
+            rank: R.
+            kind: one of `inits`.
+        """
+        return self.identity(rank)
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """M ``[R, R]``, differentiable in the tensors.
+
+        Raises:
+            AdapterError: the form has none.
+        """
+        raise AdapterError(
+            f"The mixer form {self.spec!r} depends on the layer's input, so M is no matrix: this adapter cannot be "
+            "folded into plain LoRA, merged, exported or inspected. Use it unmerged, with mm_moslora.adapters."
+        )
+
+    def apply(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``M z`` of every row of subspace coordinates.
+
+        Args:
+            z: ``[..., R]``.
+            tensors: of the form, in the dtype of z.
+        """
+        return F.linear(z, self.matrix(tensors))
 
 
-class FrozenFactor(_Factor):
-    """A or B that must not train (LoRA-XS): a linear layer with its weight in a buffer."""
+class Dense(MixerForm):
+    """M itself, ``[R, R]``."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """Keep the factor, ``[out, in]``."""
-        super().__init__()
-        self.register_buffer("weight", weight.detach())
+    inits = MIXER_INITS
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x W^T`` in the dtype of x."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """R x R weights."""
+        return {"weight": (rank, rank)}
+
+    def identity(self, rank: int) -> dict[str, Tensor]:
+        """I."""
+        return {"weight": torch.eye(rank, device="cpu")}
+
+    def start(self, rank: int, kind: str) -> dict[str, Tensor]:
+        """See `init_mixer`."""
+        return {"weight": init_mixer(rank, kind)}
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor itself."""
+        return tensors["weight"]
+
+
+class Diagonal(MixerForm):
+    """One weight per rank-1 subspace, ``[R]``; each starts at 1."""
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """R weights."""
+        return {"weight": (rank,)}
+
+    def identity(self, rank: int) -> dict[str, Tensor]:
+        """Ones."""
+        return {"weight": torch.ones(rank, device="cpu")}
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weights on the diagonal."""
+        return torch.diag(tensors["weight"])
+
+    def apply(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``z`` times the weights."""
+        return z * tensors["weight"]
+
+
+class BlockDiagonal(MixerForm):
+    """SIZE dense blocks on the diagonal, ``[SIZE, R / SIZE, R / SIZE]``: subspaces mix within their group."""
+
+    size_means = "the number of blocks"
+    inits = MIXER_INITS
+
+    def check(self, rank: int) -> None:
+        """The blocks are equal."""
+        if rank % self.size:
+            raise AdapterError(f"mixer_form is {self.spec!r}, and {self.size} blocks do not divide the rank {rank}.")
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The blocks."""
+        return {"blocks": (self.size, rank // self.size, rank // self.size)}
+
+    def identity(self, rank: int) -> dict[str, Tensor]:
+        """Identities."""
+        return {"blocks": torch.eye(rank // self.size, device="cpu").repeat(self.size, 1, 1)}
+
+    def start(self, rank: int, kind: str) -> dict[str, Tensor]:
+        """Every block as a mixer of its size; see `init_mixer`."""
+        return {"blocks": torch.stack([init_mixer(rank // self.size, kind) for _ in range(self.size)])}
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The blocks in one matrix."""
+        return torch.block_diag(*tensors["blocks"])
+
+
+class LowRank(MixerForm):
+    """``M = I + left right`` with left ``[R, SIZE]`` and right ``[SIZE, R]``: 2 R SIZE weights instead of R^2."""
+
+    size_means = "the rank of M - I"
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Both factors."""
+        return {"left": (rank, self.size), "right": (self.size, rank)}
+
+    def identity(self, rank: int) -> dict[str, Tensor]:
+        """A left factor of zero, beside a right one that lets it learn."""
+        return {"left": torch.zeros(rank, self.size, device="cpu"), "right": torch.eye(self.size, rank, device="cpu")}
+
+    def start(self, rank: int, kind: str) -> dict[str, Tensor]:
+        """The identity; the right factor is random, with orthonormal rows where they fit."""
+        right = nn.init.orthogonal_(torch.empty(self.size, rank, dtype=torch.float32, device="cpu"))
+        return self.identity(rank) | {"right": right}
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``I + left right``."""
+        product = tensors["left"] @ tensors["right"]
+        return product + torch.eye(len(product), dtype=product.dtype, device=product.device)
+
+
+MIXER_FORMS: dict[str, type[MixerForm]] = {
+    "dense": Dense,
+    "diagonal": Diagonal,
+    "block_diagonal": BlockDiagonal,
+    "low_rank": LowRank,
+}
+"""Forms by their names in `mixer_form`; add those of your own."""
+
+
+def form_named(spec: str) -> MixerForm:
+    """The form that an option names.
+
+    Args:
+        spec: `name`, or `name:SIZE` where the form takes a size.
+
+    Raises:
+        AdapterError: no such form, or a size that it lacks or does not take.
+    """
+    name, colon, size = spec.partition(":") if isinstance(spec, str) else (spec, "", "")
+    if name not in MIXER_FORMS:
+        raise AdapterError(
+            f"mixer_form is {spec!r}, expected one of {', '.join(MIXER_FORMS)}.{suggestion(str(name), MIXER_FORMS)} A "
+            "form of your own is known once the file that adds it to MIXER_FORMS is imported."
+        )
+    form = MIXER_FORMS[name]
+    if not form.size_means and colon:
+        raise AdapterError(f"mixer_form is {spec!r}, but {name} takes no size. Write {name!r}.")
+    if form.size_means and not (size.isdecimal() and int(size)):
+        raise AdapterError(f"mixer_form is {spec!r}; {name} takes {form.size_means}. Write '{name}:4', for example.")
+    return form(spec, int(size or 0))
+
+
+def form_of(tensors: Mapping[str, Tensor]) -> MixerForm:
+    """The form of a mixer whose configuration is not at hand.
+
+    Args:
+        tensors: of one mixer.
+
+    Raises:
+        AdapterError: the form does not keep M itself.
+    """
+    if set(tensors) != {"weight"} or tensors["weight"].ndim not in (1, 2):
+        raise AdapterError(
+            f"A mixer of the tensors {', '.join(sorted(tensors))} has a form that only its configuration names. "
+            "Load the adapter with its MoSLoRAConfig (load_adapter), or export it first (export_adapter)."
+        )
+    return form_named("dense" if tensors["weight"].ndim == 2 else "diagonal")

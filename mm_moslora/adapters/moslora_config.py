@@ -16,7 +16,7 @@ from torch import nn
 
 from mm_moslora.adapters.folder_format import OWN_CONFIG, downloaded, read_manifest
 from mm_moslora.adapters.folders.save_folder import complete_folder
-from mm_moslora.adapters.mixer import MixerInit, check_mixer_init
+from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 # These give the product B A a meaning at the start (a part of the base weight, or zero by construction).
@@ -38,8 +38,7 @@ _OTHER_LAYOUTS = (
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "mixer_pattern")
 
-MixerForm = Literal["dense", "diagonal"]
-FactorForm = Literal["free", "svd", "orthonormal"]
+FactorForm = Literal["free", "mixed", "svd", "stella", "orthonormal"]
 
 
 @dataclass
@@ -66,18 +65,26 @@ class MoSLoRAConfig(LoraConfig):
     )
     mixer_pattern: dict[str, str] = field(
         default_factory=dict,
-        metadata={"help": "Module name, or regular expression on its end, to mixer_init; like rank_pattern."},
+        metadata={
+            "help": "Module name, or regular expression on its end, to mixer_init, or to none (no mixer); "
+            "like rank_pattern."
+        },
     )
-    mixer_form: MixerForm = field(
+    mixer_form: str = field(
         default="dense",
-        metadata={"help": "dense: M is R x R. diagonal: M is R weights, one per rank-1 subspace, starting at 1."},
+        metadata={
+            "help": "What M is made of: dense (R x R weights), diagonal (R weights, one per rank-1 subspace, starting "
+            "at 1), block_diagonal:4 (4 blocks), low_rank:4 (the identity and a product of rank 4), or a name of your "
+            "own in MIXER_FORMS."
+        },
     )
     factor_form: FactorForm = field(
         default="free",
         metadata={
-            "help": "free: A and B train. svd: A and B are frozen at the base weight's leading singular vectors, M "
-            "trains (LoRA-XS, arXiv 2405.17604). orthonormal: A and B stay orthonormal (StelLA, arXiv 2510.01938); "
-            "call keep_orthonormal on the optimiser."
+            "help": "free: A and B train. mixed: A starts as M A, without a mixer from there (plain LoRA). svd: A and "
+            "B are frozen at the base weight's leading singular vectors, M trains (LoRA-XS, arXiv 2405.17604). stella: "
+            "A and B stay orthonormal, M starts as the identity (StelLA, arXiv 2510.01938). orthonormal: A and B stay "
+            "orthonormal, M starts at zero. For the last two call keep_orthonormal on the optimiser."
         },
     )
 
@@ -92,7 +99,7 @@ class MoSLoRAConfig(LoraConfig):
         super().__post_init__()
         check_mixer_init(self.mixer_init, "mixer_init")
         for key, kind in self.mixer_pattern.items():
-            check_mixer_init(kind, f"mixer_pattern[{key!r}]")
+            check_mixer_init(kind, f"mixer_pattern[{key!r}]", known=(*MIXER_INITS, NO_MIXER))
         self._check_ranks()
         self._check_forms()
         for name in _OTHER_LAYOUTS:
@@ -101,15 +108,15 @@ class MoSLoRAConfig(LoraConfig):
                     f"{name} is set, and adapters with it are more than A and B of modules, which is all that a mixer "
                     "goes with and that is saved and loaded here. Unset it, or use peft.LoraConfig."
                 )
-        if self.has_mixer:
+        if self.has_mixer or self.factor_form == "mixed":
             self._check_other_options()
         self._register_custom_module(dict(self.layer_classes))  # type: ignore[arg-type]
 
     @property
     def has_mixer(self) -> bool:
         """Whether any module can get a mixer that is not the frozen identity."""
-        kinds = {self.mixer_init, *self.mixer_pattern.values()}
-        return self.mixer_trainable or kinds != {"identity"}
+        kinds = {self.mixer_init, *self.mixer_pattern.values()} - {NO_MIXER}
+        return self.factor_form != "mixed" and (self.mixer_trainable or kinds != {"identity"})
 
     @property
     def changes_base(self) -> bool:
@@ -118,7 +125,7 @@ class MoSLoRAConfig(LoraConfig):
         return isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS)
 
     def mixer_for(self, module_path: str) -> str:
-        """The initialisation of one module's mixer; `mixer_pattern` goes before `mixer_init`."""
+        """The initialisation of one module's mixer, or `none`; `mixer_pattern` goes before `mixer_init`."""
         return str(self.mixer_pattern.get(get_pattern_key(list(self.mixer_pattern), module_path), self.mixer_init))
 
     def rank_for(self, module_path: str) -> int:
@@ -137,8 +144,9 @@ class MoSLoRAConfig(LoraConfig):
         return self.alpha_for(module_path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def is_plain(self, module_path: str) -> bool:
-        """Whether one module is plain LoRA: its mixer is the frozen identity."""
-        return not self.mixer_trainable and self.mixer_for(module_path) == "identity"
+        """Whether one module is plain LoRA: it has no mixer, or the frozen identity."""
+        kind = self.mixer_for(module_path)
+        return self.factor_form == "mixed" or kind == NO_MIXER or (not self.mixer_trainable and kind == "identity")
 
     def to_lora_config(self, **changes: Any) -> LoraConfig:
         """The same options without the mixer, as stock PEFT's `LoraConfig`.
@@ -177,26 +185,41 @@ class MoSLoRAConfig(LoraConfig):
         return from_lora_config(stock)
 
     def _check_forms(self) -> None:
-        for name, known in (("mixer_form", get_args(MixerForm)), ("factor_form", get_args(FactorForm))):
-            value = getattr(self, name)
-            if value not in known:
-                raise AdapterError(
-                    f"{name} is {value!r}, expected one of {', '.join(known)}.{suggestion(str(value), known)}"
-                )
-        special = self.mixer_form != "dense" or self.factor_form != "free"
-        if not special:
+        known = get_args(FactorForm)
+        if self.factor_form not in known:
+            raise AdapterError(
+                f"factor_form is {self.factor_form!r}, expected one of {', '.join(known)}."
+                f"{suggestion(str(self.factor_form), known)}"
+            )
+        form = form_named(self.mixer_form)
+        for rank in {self.r, *(self.rank_pattern or {}).values()}:
+            form.check(rank)
+        placed = self.factor_form in ("svd", "stella", "orthonormal")
+        if self.mixer_form == "dense" and self.factor_form == "free":
             return
         where = f"mixer_form={self.mixer_form!r}, factor_form={self.factor_form!r}"
-        if not self.mixer_trainable:
+        if not self.mixer_trainable and self.factor_form != "mixed":
             raise AdapterError(f"{where} needs a mixer that trains. Set mixer_trainable=True.")
-        if self.mixer_pattern or self.mixer_init != "orthogonal":
+        asked = {self.mixer_init, *self.mixer_pattern.values()} - {NO_MIXER}
+        if (placed or not form.inits) and asked != {"orthogonal"}:
             raise AdapterError(
-                f"{where} brings its own start of the mixer. Leave mixer_init and mixer_pattern at their defaults."
+                f"{where} brings its own start of the mixer. Leave mixer_init at its default, and let mixer_pattern "
+                "say none at most."
             )
-        if self.mixer_form != "dense" and self.factor_form != "free":
+        if unknown := sorted(asked - set(form.inits)) if form.inits else []:
+            raise AdapterError(f"{where} has no start {unknown[0]!r}, expected one of {', '.join(form.inits)}.")
+        if placed and self.mixer_pattern:
+            raise AdapterError(f"{where} needs a mixer in every module. Leave mixer_pattern out.")
+        if self.factor_form in ("svd", "orthonormal") and self.mixer_form != "dense":
             raise AdapterError(f"{where}: fixed subspaces need a dense mixer. Use one of the two.")
-        if self.factor_form != "free" and self.use_dora:
+        if self.factor_form == "stella" and self.mixer_form not in ("dense", "diagonal"):
+            raise AdapterError(
+                f"{where}: StelLA's middle factor is dense or diagonal. Set mixer_form to one of the two."
+            )
+        if placed and self.use_dora:
             raise AdapterError(f"{where} together with use_dora is not defined. Unset one of them.")
+        if self.factor_form == "mixed" and not form.fixed:
+            raise AdapterError(f"{where}: a mixer that depends on its input cannot be folded into A.")
 
     def _check_kinds(self) -> None:
         if not isinstance(self.mixer_trainable, bool):
@@ -232,7 +255,7 @@ class MoSLoRAConfig(LoraConfig):
 
     def _check_other_options(self) -> None:
         init = self.init_lora_weights
-        plain_start = self.mixer_init == "identity" and set(self.mixer_pattern.values()) <= {"identity"}
+        plain_start = self.mixer_init == "identity" and set(self.mixer_pattern.values()) <= {"identity", NO_MIXER}
         meaningful = isinstance(init, str) and init.lower().startswith(_MEANINGFUL_INITS)
         if meaningful and (not plain_start or init == "mica"):
             raise AdapterError(

@@ -11,7 +11,7 @@
   fill a padded M (huggingface/peft#2177).
 - `hotswap_adapter_from_state_dict` refuses mixers of another rank before it changes anything: it copies tensor by
   tensor, and would fail halfway (huggingface/peft#2177).
-- `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`: mixers that plain LoRA lacks would be set to zero
+- `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init` and `mixer_form`: mixers that plain LoRA lacks would be set to zero
   (huggingface/peft#2177).
 
 `tests/adapters/test_tuner.py` fails when one of them has another signature or another caller; it reads no bodies.
@@ -116,7 +116,6 @@ def patch_peft() -> None:
     intruders.reduce_intruder_dimension = reduce_intruder_dimension
     hotswap.prepare_model_for_compiled_hotswap = prepare_model_for_compiled_hotswap
     hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
-    # It compares these keys of `to_dict` of both configurations; stock LoRA has no mixer_init.
+    # It compares these keys of `to_dict` of both configurations; stock LoRA has neither.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
-    if "mixer_init" not in keys:
-        keys.append("mixer_init")
+    keys += [name for name in ("mixer_init", "mixer_form") if name not in keys]

@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import FACTORS, MIXER, OWN_CONFIG, downloaded, named_as_modules
+from mm_moslora.adapters.folder_format import MIXER_PART, OWN_CONFIG, downloaded, is_factor, named_as_modules
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
-from mm_moslora.adapters.folders.save_folder import fold_state_dict
+from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.fused_linear import link_siblings
@@ -135,6 +135,8 @@ class MoSLoRAModel(LoraModel):
         unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
         if isinstance(config, MoSLoRAConfig):
+            for _, layer in named_adapter_layers(model):
+                layer.mixer_tensors(adapter_name)  # refuses what no reader knows
             # In place: PEFT goes on with it for the modules that train whole.
             state_dict |= named_as_modules(model, state_dict)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -144,7 +146,7 @@ class MoSLoRAModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if not isinstance(config, MoSLoRAConfig):
-            if any(name.endswith(MIXER) for name in state_dict):
+            if any(MIXER_PART in name for name in state_dict):
                 state_dict = fold_state_dict(state_dict)
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -206,16 +208,21 @@ def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> s
     if any(adapter_name in layer.merged_adapters for layer in layers):
         return "it is merged into the weights"
     if stray := min(
-        (name for name in values if name.endswith((*FACTORS, ".lora_magnitude_vector.weight"))), default=None
+        (name for name in values if is_factor(name) or name.endswith(".lora_magnitude_vector.weight")), default=None
     ):
         return f"it has no {stray}"
-    ends = tuple(f".lora_{kind}.{adapter_name}.weight" for kind in ("mixer", "A", "B", "magnitude_vector"))
+    ends = tuple(f".lora_{kind}.{adapter_name}.weight" for kind in ("A", "B", "magnitude_vector"))
     ends += tuple(f".lora_embedding_{kind}.{adapter_name}" for kind in ("A", "B"))
+    mixer = f"{MIXER_PART}{adapter_name}."
+    present = named_as_modules(model, model.state_dict())
+    held = {name: tensor for name, tensor in present.items() if name.endswith(ends) or mixer in name}
+    mixed = {name.partition(mixer)[0] for name in values if mixer in name}
     # A mixer that is not there is the identity.
-    held = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(ends)}
-    lost = [name for name in held if name not in values and not name.endswith(ends[0])]
+    lost = [name for name in held if name not in values and (mixer not in name or name.partition(mixer)[0] in mixed)]
     if lost:
         return f"they lack {min(lost)}"
+    if unknown := min((name for name in values if mixer in name and name not in held), default=None):
+        return f"it has no {unknown}"
     for name, own in held.items():
         given = values.get(name)
         if given is not None and own.numel() and own.shape != given.shape:  # a shard of ZeRO-3 is empty

@@ -16,10 +16,12 @@ from peft.tuners.lora import LoraModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import PREFIX
+from mm_moslora.adapters.folder_format import MIXER_PART, PREFIX, mixers_in
+from mm_moslora.adapters.folders.folder_tensors import check_tensors
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.folders.save_folder import check_tensors, expected_shapes
+from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tree import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.kernels.lora.lora_math import delta_weight
@@ -174,9 +176,11 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
         raise AdapterError(f"Adapter {adapter_name!r} is merged into the weights. Unmerge it before swapping.")
     shapes = expected_shapes(model, adapter_name)
     tensors = dict(content.tensors)
-    for name, shape in shapes.items():
-        if "lora_mixer" in name and name not in tensors:
-            tensors[name] = torch.eye(shape[0]) if len(shape) == 2 else torch.ones(shape)
+    mixers = mixers_in(tensors)
+    for path, layer in layers.items():
+        if adapter_name in layer.lora_mixer and f"{PREFIX}{path}" not in mixers:
+            identity = cast(Mixer, layer.lora_mixer[adapter_name]).form.identity(layer.r[adapter_name])
+            tensors |= {f"{PREFIX}{path}{MIXER_PART}{name}": tensor for name, tensor in identity.items()}
     check_tensors(tensors, shapes)
     extra = sorted(tensors.keys() - shapes.keys())
     if extra:
@@ -194,8 +198,11 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
         for name, _ in layer.named_factor_shapes(adapter_name):
             kind, _, rest = name.partition(".")
             owner = getattr(layer, kind)[adapter_name]
-            target = owner.weight if rest else owner
-            target.copy_(tensors[f"{PREFIX}{path}.{name}"])
+            value = tensors[f"{PREFIX}{path}.{name}"]
+            if rest:
+                owner.load_state_dict({rest: value}, strict=False)
+            else:
+                owner.copy_(value)
         # The out_proj of an attention follows the attention.
         layer.lora_alpha[adapter_name] = content.config.alpha_for(path.partition(".base_layer.")[0])
         layer.set_scale(adapter_name, 1.0)

@@ -58,8 +58,8 @@ def compare(
     recipe
         YAML file, or the name of a shipped preset (see `mm-moslora config`).
     arms
-        lora, moslora:kaiming, moslora:orthogonal, moslora:identity, moslora:butterfly, tsm, diagonal, lora-xs, stella,
-        dora, rslora, lora+, full;
+        lora, moslora:kaiming, moslora:orthogonal, moslora:identity, moslora:butterfly, tsm, moslora-init, diagonal,
+        lora-xs, stella, orthonormal, dora, rslora, lora+, full;
         with @key=value for other adapter or recipe keys, such as moslora:orthogonal@rank=16.
     lr
         Learning rates to try with every arm, such as 5e-5,1e-4,2e-4; default: the recipe's own, not tuned.

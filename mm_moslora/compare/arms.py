@@ -28,12 +28,20 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         "a diagonal mixer: one trained weight per rank-1 subspace",
         {"adapter.mixer_init": "orthogonal", "adapter.mixer_form": "diagonal"},
     ),
+    "moslora-init": (
+        "MoSLoRA's start alone: A starts as M A, and plain LoRA trains from there",
+        {"adapter.mixer_init": "kaiming", "adapter.factor_form": "mixed"},
+    ),
     "lora-xs": (
         "LoRA-XS: A and B frozen at the weight's leading singular vectors, the mixer alone trains",
         {"adapter.mixer_init": "orthogonal", "adapter.factor_form": "svd"},
     ),
     "stella": (
-        "StelLA: A and B stay orthonormal around a mixer that starts at zero",
+        "StelLA: A and B stay orthonormal around a mixer that starts as the identity",
+        {"adapter.mixer_init": "orthogonal", "adapter.factor_form": "stella"},
+    ),
+    "orthonormal": (
+        "A and B stay orthonormal around a mixer that starts at zero",
         {"adapter.mixer_init": "orthogonal", "adapter.factor_form": "orthonormal"},
     ),
     "dora": ("DoRA: LoRA and a trained length of every row", _LORA | {"adapter.use_dora": True}),

@@ -54,8 +54,8 @@ class DiffusionAdapterConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.factor_form != "orthonormal",
-            "adapter.factor_form is orthonormal, which only `mm-moslora train` steps along. Choose free or svd.",
+            self.factor_form not in ("stella", "orthonormal"),
+            f"adapter.factor_form is {self.factor_form}, which only `mm-moslora train` steps along. Choose free or svd.",
         )
 
 

@@ -94,7 +94,8 @@ class _Session:
         self.total = self.recipe.train.steps
         loss = DenoisingLoss(run.family)
         self.trainable = {name: p for name, p in loss.parts.named_parameters() if p.requires_grad}
-        self.first_mixers = mixer_matrices({n: p.detach().cpu() for n, p in self.trainable.items()})
+        self.parts = loss.parts
+        self.first_mixers = mixer_matrices(self.parts, {n: p.detach().cpu() for n, p in self.trainable.items()})
         optimizer = make_optimizer(loss, self.recipe.optim)
         optim = self.recipe.optim
         self.schedule = get_scheduler(
@@ -239,7 +240,7 @@ class _Session:
         state = self.checkpoints.state()
         if distributed.is_main():
             log_scores(run.family, run.batches.sets[0], drawn, run.pictures, self.trackers, run.step)
-            after = mixer_matrices(state)
+            after = mixer_matrices(self.parts, state)
             rows = write_mixers(run.folder / "mixers.json", before=self.first_mixers, after=after)
             self.trackers.log_mixers(rows, run.step)
         run.counters["finished"] = 1.0

@@ -124,10 +124,10 @@ def _check_engine(train: TrainConfig, adapter: AdapterConfig) -> None:
             "checkpoints cannot read it. Choose cpu; weights may be there (offload_param)."
         )
     stage = settings.get("stage", 0)
-    if stage == 3 and adapter.factor_form == "orthonormal":
+    if stage == 3 and adapter.factor_form in ("stella", "orthonormal"):
         raise ConfigError(
-            f"adapter.factor_form is orthonormal, which needs whole matrices, but train.zero {train.zero} is a ZeRO-3, "
-            "which gathers a matrix only while its layer computes. Choose zero0 to zero2."
+            f"adapter.factor_form is {adapter.factor_form}, which needs whole matrices, but train.zero {train.zero} is "
+            "a ZeRO-3, which gathers a matrix only while its layer computes. Choose zero0 to zero2."
         )
 
 

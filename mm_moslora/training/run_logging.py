@@ -116,7 +116,7 @@ class RunLog:
 
     def final_mixers(self) -> None:
         """Write and log the mixers at the end beside those at the start."""
-        final = mixer_matrices(self.run.engine.trainable_state(only=MIXERS))
+        final = mixer_matrices(self.run.assembly.model, self.run.engine.trainable_state(only=MIXERS))
         if distributed.is_main():
             mixers = write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)
             self.trackers.log_mixers(mixers, self.run.step)

@@ -200,7 +200,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         limit=MicroBatchLimit(
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
-        first_mixers=mixer_matrices(engine.trainable_state(only=MIXERS)), contents=base_fingerprints(parts),
+        first_mixers=mixer_matrices(model, engine.trainable_state(only=MIXERS)), contents=base_fingerprints(parts),
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_known_mixers_have_known_distances() -> None:
     assert math.isinf(halves.condition)
     assert halves.crossed_energy == pytest.approx(0.5)
     assert halves.effective_rank == pytest.approx(2.0)
-    scaled = describe("m", A, torch.tensor([1.0, 2.0, 3.0, 4.0]), B, 1.0)
+    scaled = describe("m", A, torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0])), B, 1.0)
     assert scaled.condition == pytest.approx(4.0)
     assert scaled.crossed_energy == 0.0
 

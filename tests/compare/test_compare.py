@@ -304,7 +304,8 @@ def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():
 
 def test_arms_differ_only_in_the_keys_of_their_names():
     names = (
-        "lora,tsm,moslora:kaiming,lora-xs,stella,diagonal,dora,rslora,lora+,full,moslora:orthogonal@rank=16@alpha=32"
+        "lora,tsm,moslora:kaiming,moslora-init,lora-xs,stella,stella@mixer_form=diagonal,orthonormal,diagonal,dora,rslora,"
+        "lora+,full,moslora:orthogonal@rank=16@alpha=32"
     )
     adapter = {"use_rslora": True, "dropout": 0.1, "mixer_init": "kaiming", "factor_form": "svd"}
     shared = Recipe.from_dict({"model": {"language": "x"}, "adapter": adapter})
@@ -317,8 +318,10 @@ def test_arms_differ_only_in_the_keys_of_their_names():
     assert [name for name, one in made.items() if one.adapter.use_dora] == ["dora"]
     assert made["lora+"].optim.lora_plus_ratio == 16
     forms = {name: one.adapter.factor_form for name, one in made.items() if one.adapter.factor_form != "free"}
-    assert forms == {"lora-xs": "svd", "stella": "orthonormal"}
-    assert [name for name, one in made.items() if one.adapter.mixer_form == "diagonal"] == ["diagonal"]
+    expected = {"moslora-init": "mixed", "lora-xs": "svd", "stella": "stella", "orthonormal": "orthonormal"}
+    assert forms == expected | {"stella@mixer_form=diagonal": "stella"}
+    diagonal = [name for name, one in made.items() if one.adapter.mixer_form == "diagonal"]
+    assert diagonal == ["stella@mixer_form=diagonal", "diagonal"]
     for one in made.values():
         moslora_config(one.adapter)  # a combination that exists
     assert made["full"].model.language_mode == "full"

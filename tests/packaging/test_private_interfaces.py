@@ -76,6 +76,10 @@ def test_torch_tells_tracing_modes_and_the_backward_pass() -> None:
     )
     assert inside == [True]
 
+    assert torch.autograd.forward_ad._current_level < 0
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.autograd.forward_ad._current_level == 0
+
     x, tasks = torch.ones(1, requires_grad=True), []
     x.register_hook(lambda _: tasks.append(torch._C._current_graph_task_id()))
     assert torch._C._current_graph_task_id() == -1

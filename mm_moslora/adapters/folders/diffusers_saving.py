@@ -19,7 +19,8 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-from mm_moslora.adapters.folder_format import MIXER
+from mm_moslora.adapters.folder_format import MIXER, MIXER_PART
+from mm_moslora.adapters.folders.folder_tensors import mixer_matrices
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
@@ -40,16 +41,15 @@ def without_mixers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         AdapterError: a mixer without its B.
     """
-    folded = {name: tensor for name, tensor in tensors.items() if not name.endswith(MIXER)}
-    for name in tensors.keys() - folded.keys():
-        stem = name.removesuffix(MIXER)
+    folded = {name: tensor for name, tensor in tensors.items() if MIXER_PART not in name}
+    for stem, M in mixer_matrices(tensors).items():
         factor = next((stem + part for part in _NAMES_OF_B if stem + part in folded), None)
         if factor is None:
             raise AdapterError(
-                f"{name} has no B beside it, so it cannot be folded, and diffusers would drop it. Save with "
+                f"{stem}{MIXER} has no B beside it, so it cannot be folded, and diffusers would drop it. Save with "
                 "mm_moslora.adapters.save_adapter, then export_adapter(layout='diffusers')."
             )
-        folded[factor] = fold_right(folded[factor], tensors[name]).to(folded[factor].dtype).contiguous()
+        folded[factor] = fold_right(folded[factor], M).to(folded[factor].dtype).contiguous()
     return folded
 
 

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_moslora.adapters.folder_format import (
-    MIXER,
     PREFIX,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
@@ -32,9 +31,10 @@ from mm_moslora.adapters.folder_format import (
     adapted_path,
     target_paths,
 )
+from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, mixer_matrices
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_tensors
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.folders.save_folder import fold_state_dict, stock_config
+from mm_moslora.adapters.folders.save_folder import stock_config
 from mm_moslora.adapters.tree import is_inner
 from mm_moslora.kernels.lora.lora_math import fold
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -97,7 +97,7 @@ def export_adapter(
         return _write_kohya(target, plain_pairs(content), component, beside)
     config: dict[str, Any] | None = None
     if layout == "peft":
-        tensors = fold_state_dict(content.tensors)
+        tensors = fold_state_dict(content.tensors, mixer_form=content.config.mixer_form)
         config = stock_config(content.config, target_paths(content.tensors), None)
     elif layout == "vllm":
         tensors, config = _vllm_files(content)
@@ -171,14 +171,15 @@ def largest_difference(
     prefix = f"{component}." if layout == "diffusers" else PREFIX
     found = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}
     generator = torch.Generator().manual_seed(0)
+    mixers = mixer_matrices(content.tensors, mixer_form=content.config.mixer_form)
     worst = 0.0
     for path in target_paths(content.tensors):
-        A, M, B = (content.tensors.get(f"{PREFIX}{path}{part}") for part in (".lora_A.weight", MIXER, ".lora_B.weight"))
+        A, B = (content.tensors.get(f"{PREFIX}{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
         own_A, own_B = (found.get(f"{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
         if A is None or B is None or own_A is None or own_B is None:
             raise AdapterError(f"{out} has no factors for {path}, which {folder} adapts. Export it again.")
         x = torch.randn(A[0].numel(), 8, generator=generator, dtype=torch.float64)
-        expected = _update(A, M, B, x) * content.config.scaling_for(path)
+        expected = _update(A, mixers.get(f"{PREFIX}{path}"), B, x) * content.config.scaling_for(path)
         difference = (_update(own_A, None, own_B, x) - expected).abs().max()
         worst = max(worst, float(difference / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)))
     return worst
@@ -206,7 +207,7 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
             f"The adapter began with init_lora_weights={init!r}, which changed the base; on the unchanged one it would "
             "be wrong. Export with layout='peft' (--to lora), or merge."
         )
-    folded = fold_state_dict(content.tensors)
+    folded = fold_state_dict(content.tensors, mixer_form=content.config.mixer_form)
     pairs: dict[str, PlainPair] = {}
     used = set()
     for name, A in folded.items():

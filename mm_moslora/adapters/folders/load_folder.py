@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import inject
 from mm_moslora.adapters.folder_format import (
-    MIXER,
+    MIXER_PART,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
     STOCK_WEIGHTS,
-    adapted_path,
+    mixers_in,
     read_manifest,
 )
+from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign, read_tensors
-from mm_moslora.adapters.folders.save_folder import check_tensors, expected_shapes
+from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
+from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tree import base_fingerprint, is_inner, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -133,11 +135,11 @@ def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name
         AdapterError: see `read_folder`; a factor that the folder lacks.
     """
     frozen = {
-        f"{PREFIX}{path}.{kind}.weight": buffer
+        f"{PREFIX}{path}.{kind}.{name}": buffer
         for path, layer in named_adapter_layers(model)
         for kind in ("lora_A", "lora_mixer", "lora_B")
         if adapter_name in (modules := cast(nn.ModuleDict, getattr(layer, kind)))
-        and (buffer := modules[adapter_name]._buffers.get("weight")) is not None
+        for name, buffer in modules[adapter_name].named_buffers(recurse=False)
     }
     if not frozen:
         return 0
@@ -240,44 +242,25 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
         content = _read_own(root) if has_config else read_foreign(root, trainable=trainable)
     if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
-    check_tensors(content.tensors, _shapes_by_rank(content), source=str(root))
+    check_tensors(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))
     return content
-
-
-def _shapes_by_rank(content: AdapterFolder) -> dict[str, tuple[int, ...]]:
-    """Expected shapes of the factors by rank, for readers without a model; widths are taken from the tensors."""
-    config, tensors = content.config, content.tensors
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, A in tensors.items():
-        path = adapted_path(name)
-        if path is None:
-            continue
-        outer = path.partition(".base_layer.")[0]
-        rank = config.rank_for(outer)
-        shapes[name] = (rank, *A.shape[1:])
-        start = f"{PREFIX}{path}"
-        other = start + name.removeprefix(start).replace("_A", "_B")
-        B = tensors.get(other)
-        shapes[other] = (0, rank) if B is None else (*B.shape[:1], rank, *B.shape[2:])
-        if f"{start}{MIXER}" in tensors or not config.is_plain(outer):
-            shapes[f"{start}{MIXER}"] = (rank,) if config.mixer_form == "diagonal" else (rank, rank)
-    return shapes
 
 
 def _read_own(root: Path) -> AdapterFolder:
     manifest = read_manifest(root)
-    if lost := {STOCK_WEIGHTS, OWN_WEIGHTS} - manifest["files"].keys():
-        raise AdapterError(f"{root / OWN_CONFIG} has no sha256 of {min(lost)}. Copy the folder again.")
-    for name, expected in manifest["files"].items():
-        path = root / name
-        if not path.is_file():
-            raise AdapterError(f"{root} lacks {name}. Copy the whole folder.")
-        if sha256_of(path) != expected:
-            raise AdapterError(_stale(root, name))
     try:
         config = config_from_dict(manifest["config"])
     except AdapterError as error:
         raise AdapterError(f"{root / OWN_CONFIG}: {error}") from error
+    expected = {STOCK_WEIGHTS, OWN_WEIGHTS} if form_named(config.mixer_form).fixed else {OWN_WEIGHTS}
+    if lost := expected - manifest["files"].keys():
+        raise AdapterError(f"{root / OWN_CONFIG} has no sha256 of {min(lost)}. Copy the folder again.")
+    for name, digest in manifest["files"].items():
+        path = root / name
+        if not path.is_file():
+            raise AdapterError(f"{root} lacks {name}. Copy the whole folder.")
+        if sha256_of(path) != digest:
+            raise AdapterError(_stale(root, name))
     return AdapterFolder(config=config, tensors=read_tensors(root / OWN_WEIGHTS), base=manifest["base"])
 
 
@@ -312,6 +295,7 @@ def _planned_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the folder must have to fit the model."""
     modules = dict(named_base_modules(model))
+    mixers, form = mixers_in(tensors), form_named(config.mixer_form)
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         if path not in modules:
@@ -320,12 +304,11 @@ def _planned_shapes(
         if reason:
             raise AdapterError(f"{source} adapts {path!r}, which cannot carry MoSLoRA: {reason}")
         rank = config.rank_for(path)
-        mixer = (rank,) if config.mixer_form == "diagonal" else (rank, rank)
         for name, shape in factor_shapes(modules[path], rank).items():
             shapes[f"{PREFIX}{path}.{name}"] = shape
             if name.endswith(("lora_A.weight", "lora_embedding_A")):
                 inner = name.removesuffix("lora_A.weight").removesuffix("lora_embedding_A")
-                mixer_name = f"{PREFIX}{path}.{inner}lora_mixer.weight"
-                if mixer_name in tensors or not config.is_plain(path):
-                    shapes[mixer_name] = mixer
+                start = f"{PREFIX}{path}.{inner}".removesuffix(".")
+                if start in mixers or not config.is_plain(path):
+                    shapes |= {f"{start}{MIXER_PART}{part}": shape for part, shape in form.shapes(rank).items()}
     return shapes

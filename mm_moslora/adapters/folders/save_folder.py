@@ -16,26 +16,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import (
-    FACTORS,
-    FACTORS_B,
     FORMAT,
     FORMAT_VERSION,
-    MIXER,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
     bare_name,
+    is_factor,
+    mixers_in,
     named_as_modules,
     target_paths,
 )
+from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state_dict, shapes_by_rank
 from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
+from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
-from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import replace_text, sha256_of, staging
+from mm_moslora.utils.files import discard, replace_text, sha256_of, staging
 from mm_moslora.utils.run_paths import writing
 
 
@@ -165,41 +165,6 @@ def _bare(name: str) -> str:
     return re.sub(r"^(module\.)*", "", bare_name(name)).removeprefix(PREFIX)
 
 
-def check_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, source: str = "The adapter"
-) -> None:
-    """Refuse factors that do not fit the model.
-
-    Args:
-        tensors: name to tensor.
-        shapes: every name that must be there, and its shape.
-        source: their folder or model, for the message.
-
-    Raises:
-        AdapterError: a factor is missing, unknown or empty, has another shape or dtype, or holds NaN or infinity.
-    """
-    factors = {name for name in tensors if name.endswith(FACTORS)}
-    for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
-        if names:
-            raise AdapterError(f"{source} {problem} {len(names)} factors, the first is {min(names)!r}.")
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise AdapterError(
-                f"{name} is empty. Under ZeRO-3 a parameter is a shard of size 0 on most ranks: gather before saving."
-            )
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
-            raise AdapterError(
-                f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shapes[name])}. It was made for "
-                "another base model, or its files were changed."
-            )
-        if name in shapes and not tensor.is_floating_point():
-            raise AdapterError(f"{source}: {name} holds {tensor.dtype}, expected floats. Its files were changed.")
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"{source}: {name} holds NaN or infinity; it is broken. Go back to an earlier checkpoint."
-            )
-
-
 def write_folder(
     folder: Path,
     config: AdapterOptions,
@@ -216,35 +181,24 @@ def write_folder(
         tensors: A, M, B and the other tensors that PEFT saves, in float32.
         base: identity of the base model.
         auto_mapping: PEFT's class hint for models without a task type.
+
+    Raises:
+        AdapterError: factors that a reader of the folder would refuse.
     """
     paths = target_paths(tensors)
-    with writing(folder), staging(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staged:
-        for name, content in ((STOCK_WEIGHTS, fold_state_dict(tensors)), (OWN_WEIGHTS, tensors)):
+    check_tensors(tensors, shapes_by_rank(config, tensors))
+    contents = {OWN_WEIGHTS: tensors}
+    if form_named(config.mixer_form).fixed:  # else no plain LoRA computes the same, and there is none in the folder
+        contents = {STOCK_WEIGHTS: fold_state_dict(tensors, mixer_form=config.mixer_form), OWN_WEIGHTS: tensors}
+    with writing(folder), staging(folder, (STOCK_CONFIG, *contents, OWN_CONFIG)) as staged:
+        for name, content in contents.items():
             save_file(_apart(content), staged / name, metadata={"format": "pt"})
         _write_json(staged / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
         own = config_to_dict(config) | {"target_modules": paths, "inference_mode": True}
-        files = {name: sha256_of(staged / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)}
+        files = {name: sha256_of(staged / name) for name in contents}
         _write_json(staged / OWN_CONFIG, _manifest(own, files=files, base=base))
-
-
-def fold_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Factors with mixers as a plain LoRA of the same rank with the same update.
-
-    Args:
-        tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
-
-    Returns:
-        The same without mixers, ``B' = B M`` in B's dtype, contiguous: the product that the fused kernel uses, so
-        that a plain LoRA rounds as the live adapter does.
-    """
-    folded: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(MIXER):
-            continue
-        suffix = next((suffix for suffix in FACTORS_B if name.endswith(suffix)), None)
-        mixer = None if suffix is None else tensors.get(name.removesuffix(suffix) + MIXER)
-        folded[name] = (tensor if mixer is None else fold_right(tensor, mixer).to(tensor.dtype)).contiguous()
-    return folded
+        if STOCK_WEIGHTS not in contents:
+            discard(folder / STOCK_WEIGHTS)  # of an earlier adapter, or from PEFT, which drops the mixers in loading
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -316,21 +270,23 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
             f"{folder / 'adapter_model.bin'} is a pickle: stock PEFT would load it and drop the mixers. "
             "Save with safe_serialization=True, and remove that file."
         )
+    if _is_intact(folder):  # it is an adapter folder already; only the configuration is new
+        base = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["base"]
+        write_folder(folder, config, load_file(folder / OWN_WEIGHTS), base=base, auto_mapping=auto_mapping)
+        return
     if not weights.is_file():
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
             _write_json(folder / OWN_CONFIG, _manifest(config_to_dict(config), files={}, base={}))
         return
-    if _is_fold(folder):  # it is a double folder already; only the configuration is new
-        base = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["base"]
-        write_folder(folder, config, load_file(folder / OWN_WEIGHTS), base=base, auto_mapping=auto_mapping)
-        return
     # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
     tensors = {bare_name(name): t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
-    check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(FACTORS)})
+    if empty := next((name for name, tensor in tensors.items() if is_factor(name) and not tensor.numel()), None):
+        raise AdapterError(f"{empty} of {weights} is empty. Gather the factors of all ranks before saving.")
     mixed = (path for path in target_paths(tensors) if not config.is_plain(path))
-    bare = next((path for path in mixed if f"{PREFIX}{path}{MIXER}" not in tensors), None)
+    mixers = mixers_in(tensors)
+    bare = next((path for path in mixed if f"{PREFIX}{path}" not in mixers), None)
     if bare is not None:
         raise AdapterError(
             f"{weights} has no mixer for {bare}, and the configuration gives it one: they are not of one adapter. Save "
@@ -339,11 +295,12 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
     write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping)
 
 
-def _is_fold(folder: Path) -> bool:
-    """Whether the folded weights are the fold of A, M and B in the same folder."""
+def _is_intact(folder: Path) -> bool:
+    """Whether the folder holds A, M and B, their fold where there is one, and no other weights."""
     try:
-        manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
-        return all(sha256_of(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))
+        files = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["files"]
+        there = {name for name in (STOCK_WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()}
+        return OWN_WEIGHTS in there == set(files) and all(sha256_of(folder / name) == files[name] for name in there)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

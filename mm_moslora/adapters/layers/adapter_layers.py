@@ -20,9 +20,10 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer, orthonormal_rows
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
-from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
-from mm_moslora.kernels.lora.lora_math import delta_weight
+from mm_moslora.adapters.mixer import MixerForm, form_named
+from mm_moslora.kernels.lora.lora_math import delta_weight, fold
 from mm_moslora.utils.errors import AdapterError
 
 
@@ -36,11 +37,11 @@ class AdapterOptions(Protocol):
 
     @property
     def mixer_form(self) -> str:
-        """dense or diagonal."""
+        """How M is made of tensors; see `form_named`."""
 
     @property
     def factor_form(self) -> str:
-        """free, svd or orthonormal."""
+        """free, mixed, svd, stella or orthonormal."""
 
     @property
     def changes_base(self) -> bool:
@@ -51,6 +52,9 @@ class AdapterOptions(Protocol):
 
     def mixer_for(self, module_path: str) -> str:
         """The initialisation of one module's mixer."""
+
+    def rank_for(self, module_path: str) -> int:
+        """The rank of one module."""
 
     def to_dict(self) -> dict[str, Any]:
         """Every field."""
@@ -80,6 +84,10 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "factor_form")
     mixer_variant: ClassVar[type[LoraVariant]] = MoSLoRAVariant
     dora_variant: ClassVar[type[LoraVariant] | None] = None
+    outer_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    """A and B, as PEFT saves them below the module's path."""
+    random_factor: ClassVar[int] = 0
+    """Which of them starts random; the other starts at zero."""
 
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]
@@ -98,6 +106,9 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         path = str(kwargs.get("target_name") or getattr(kwargs.get("config"), "module_path", ""))
         self._adding, self._module_path = adapter_name, path
         super().update_layer(adapter_name, r, *args, **kwargs)
+        config = kwargs.get("config")
+        if isinstance(config, AdapterOptions) and config.factor_form == "mixed":
+            self._mix_start(adapter_name, config)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The mixer's variant, or PEFT's where there is no mixer."""
@@ -116,22 +127,46 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
 
     def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """Create the mixer, and set A and B as the form of the factors demands."""
-        like = self.factors(adapter_name).A
-        rank = self.r[adapter_name]
+        like, _ = self.outer_factors(adapter_name)
+        rank, form = self.r[adapter_name], form_named(config.mixer_form)
+        if not form.fixed:
+            self._check_input_dependent(form, config)
         self.factor_form[adapter_name] = config.factor_form
         if config.factor_form != "free":
             self._place_factors(adapter_name, config)
+        if like.is_meta:
+            tensors = {name: torch.empty(shape, device="meta") for name, shape in form.shapes(rank).items()}
+        elif config.factor_form in ("svd", "orthonormal"):
             # B A is not zero here. A mixer of (almost) zero makes training start at the base model.
             scale = 1e-5 if config.factor_form == "svd" else 0.0
-            weight = torch.randn(rank, rank, dtype=torch.float32).mul_(scale).to(like)  # the same on every device
-        elif config.mixer_form == "diagonal":
-            weight = torch.ones(rank, dtype=like.dtype, device=like.device)
+            tensors = {"weight": torch.randn(rank, rank, dtype=torch.float32).mul_(scale)}  # the same on every device
+        elif config.factor_form == "stella":
+            tensors = form.identity(rank)
         else:
-            weight = init_mixer(rank, self.mixer_init[adapter_name], dtype=like.dtype, device=like.device)
-        self.lora_mixer[adapter_name] = Mixer(weight, trainable=config.mixer_trainable)
+            tensors = form.start(rank, self.mixer_init[adapter_name])
+        tensors = {name: tensor.to(like) for name, tensor in tensors.items()}
+        self.lora_mixer[adapter_name] = Mixer(form, tensors, trainable=config.mixer_trainable)
+
+    def _check_input_dependent(self, form: MixerForm, config: AdapterOptions) -> None:
+        if config.use_dora or isinstance(self, lora.layer.MultiheadAttention):
+            where = "use_dora" if config.use_dora else f"{self._module_path} (nn.MultiheadAttention)"
+            raise AdapterError(
+                f"{where} needs M as a matrix, but the mixer form {form.spec!r} depends on the layer's input. Choose "
+                "other targets or another mixer_form, and leave use_dora out."
+            )
+
+    @torch.no_grad()
+    def _mix_start(self, adapter_name: str, config: AdapterOptions) -> None:
+        """Put the start of a mixer into A (into B of an embedding, whose A is zero); plain LoRA goes on from there."""
+        kind, factor = config.mixer_for(self._module_path), self.outer_factors(adapter_name)[self.random_factor]
+        if kind == "none" or factor.is_meta:
+            return
+        form, rank = form_named(config.mixer_form), self.r[adapter_name]
+        M = form.matrix(form.start(rank, kind)).to(factor.device)
+        factor.copy_(fold(factor.T, M.T).T if self.random_factor else fold(factor, M))
 
     def _place_factors(self, adapter_name: str, config: AdapterOptions) -> None:
-        """The truncated SVD of the base weight (LoRA-XS), or random orthonormal factors (StelLA)."""
+        """The truncated SVD of the base weight (LoRA-XS), or random orthonormal factors."""
         if not isinstance(self, lora.Linear):
             raise AdapterError(
                 f"factor_form={config.factor_form!r} is for unquantised linear layers; {self._module_path} is a "
@@ -162,27 +197,40 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         """The adapters in this layer, sorted."""
         return sorted(self.lora_A)
 
-    def factors(self, adapter_name: str) -> Factors:
-        """A, M, B and s of one adapter; A and B are the parameters themselves, and so is a dense M."""
-        return Factors(
-            A=cast(Tensor, self.lora_A[adapter_name].weight),
-            M=self.mixer_matrix(adapter_name),
-            B=cast(Tensor, self.lora_B[adapter_name].weight),
-            scaling=self.scaling[adapter_name],
-        )
+    def outer_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A and B of one adapter, the parameters themselves."""
+        return cast(Tensor, self.lora_A[adapter_name].weight), cast(Tensor, self.lora_B[adapter_name].weight)
 
-    def mixer_matrix(self, adapter_name: str) -> Tensor | None:
-        """M ``[R, R]`` of one adapter; None for the frozen identity."""
-        return cast(Mixer, self.lora_mixer[adapter_name]).matrix() if adapter_name in self.lora_mixer else None
+    def factors(self, adapter_name: str) -> Factors:
+        """A, M, B and s of one adapter; A and B are the parameters themselves, and so is a dense M.
+
+        Raises:
+            AdapterError: M depends on its input.
+        """
+        A, B = self.outer_factors(adapter_name)
+        M = cast(Mixer, self.lora_mixer[adapter_name]).matrix() if adapter_name in self.lora_mixer else None
+        return Factors(A=A, M=M, B=B, scaling=self.scaling[adapter_name])
+
+    def mixer_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of one adapter's mixer by name; empty: the frozen identity.
+
+        Raises:
+            AdapterError: something else than a `Mixer` is in its place.
+        """
+        if adapter_name not in self.lora_mixer:
+            return {}
+        mixer: Any = self.lora_mixer[adapter_name]
+        if not isinstance(getattr(mixer, "form", None), MixerForm):  # wrappers such as FSDP's pass attributes on
+            raise AdapterError(
+                f"The mixer of adapter {adapter_name!r} was replaced by a {type(mixer).__name__}, which no reader of a "
+                "folder knows. Write it as a MixerForm and name it in mixer_form; see docs/tutorials/extending.md."
+            )
+        return cast("dict[str, Tensor]", mixer.tensors())
 
     def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M."""
-        factors = {"lora_A.weight": self.lora_A[adapter_name].weight, "lora_B.weight": self.lora_B[adapter_name].weight}
-        yield from self._shapes(adapter_name, cast("dict[str, Tensor]", factors))
-
-    def _shapes(self, adapter_name: str, factors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        if adapter_name in self.lora_mixer:
-            factors["lora_mixer.weight"] = cast(Tensor, self.lora_mixer[adapter_name].weight)
+        """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M's tensors."""
+        factors = dict(zip(self.outer_names, self.outer_factors(adapter_name), strict=True))
+        factors |= {f"lora_mixer.{name}": tensor for name, tensor in self.mixer_tensors(adapter_name).items()}
         for name, factor in factors.items():
             yield name, tuple(getattr(factor, "ds_shape", factor.shape))
 
@@ -211,12 +259,10 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         with the identity they are exact.
         """
         for adapter_name, mixer in self.lora_mixer.items():
-            key = f"{prefix}lora_mixer.{adapter_name}.weight"
+            start = f"{prefix}lora_mixer.{adapter_name}."
             names = (f"{prefix}lora_A.{adapter_name}.weight", f"{prefix}lora_embedding_A.{adapter_name}")
             factor = next((state_dict[name] for name in names if name in state_dict), None)
-            if factor is not None and key not in state_dict:
-                rank = factor.shape[0]
-                square = cast(Tensor, mixer.weight).ndim == 2
-                start = torch.eye(rank) if square else torch.ones(rank)
-                state_dict[key] = start.to(factor)
+            if factor is not None and not any(name.startswith(start) for name in state_dict):
+                identity = cast(MixerForm, mixer.form).identity(factor.shape[0])
+                state_dict |= {f"{start}{name}": tensor.to(factor) for name, tensor in identity.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)

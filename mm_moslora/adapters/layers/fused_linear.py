@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import weight_of
+from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer
 from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
-from mm_moslora.adapters.mixer import FrozenFactor, Mixer
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, compute_dtype, fused_linears
 from mm_moslora.kernels.lora.lora_math import current_kernel, is_traced
 from mm_moslora.kernels.lora.mixed_product import StepWindow, mixed_product
@@ -85,7 +85,9 @@ class FusedLinear(MoSLoRALayer):
         if not all(map(self._only_holds, parts)):
             return None
         A, B = (cast(Tensor, part[adapter].weight) for part in (self.lora_A, self.lora_B))
-        M = cast(Tensor, self.lora_mixer[adapter].weight) if adapter in self.lora_mixer else None
+        M = cast(Mixer, self.lora_mixer[adapter]) if adapter in self.lora_mixer else None
+        if M is not None and not M.form.fixed:
+            return None
         dropout = self.lora_dropout[adapter]
         rate = exact_rate(dropout.p) if self.training and isinstance(dropout, nn.Dropout) else 0.0
         # Without gradients of A a micro-batch might have none at all, which DeepSpeed does not expect.

@@ -5,7 +5,7 @@ Shapes: A ``[R, D_in]`` (embedding: a column per token; convolution: ``[R, C, h,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 from peft import LoraConfig
@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import MultiheadAttention as StockAttention
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mm_moslora.adapters.layers.adapter_layers import Factors, MoSLoRALayer
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
 from mm_moslora.adapters.layers.lora_variants import (
     ConvolutionVariant,
@@ -31,6 +31,8 @@ class MoSLoRAEmbedding(MoSLoRALayer, StockEmbedding):
     """`nn.Embedding` with LoRA and a mixer. In PEFT's start A is zero and B is random here."""
 
     mixer_variant = EmbeddingVariant
+    outer_names = ("lora_embedding_A", "lora_embedding_B")
+    random_factor = 1
     dora_variant = DoraEmbeddingVariant
 
     def holds(self, adapter_name: str) -> bool:
@@ -41,22 +43,9 @@ class MoSLoRAEmbedding(MoSLoRALayer, StockEmbedding):
         """The adapters in this layer, sorted."""
         return sorted(self.lora_embedding_A.keys())
 
-    def factors(self, adapter_name: str) -> Factors:
-        """A ``[R, V]``, M, B ``[D_out, R]`` and s of one adapter."""
-        return Factors(
-            A=self.lora_embedding_A[adapter_name],
-            M=self.mixer_matrix(adapter_name),
-            B=self.lora_embedding_B[adapter_name],
-            scaling=self.scaling[adapter_name],
-        )
-
-    def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names, as PEFT saves them behind the module's path, and shapes of A, B and M."""
-        factors: dict[str, Tensor] = {
-            "lora_embedding_A": self.lora_embedding_A[adapter_name],
-            "lora_embedding_B": self.lora_embedding_B[adapter_name],
-        }
-        yield from self._shapes(adapter_name, factors)
+    def outer_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A ``[R, V]`` and B ``[D_out, R]`` of one adapter."""
+        return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
     def wide_delta(self, adapter_name: str) -> Tensor:
         """``(s B M A)^T``, ``[V, D_out]`` like the base weight."""

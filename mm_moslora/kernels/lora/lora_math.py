@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -44,15 +45,16 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export, torch.jit.trace or a transform of torch.func records the operations.
+    """Whether torch.compile, torch.export, torch.jit.trace, torch.func or forward_ad takes the operations.
 
-    None of them can record a custom autograd node.
+    None of them can take a custom autograd node.
     """
     # Dynamo takes the first to be true and never evaluates the others.
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )
 
 
@@ -61,17 +63,12 @@ def current_kernel() -> Kernel:
     return _kernel.get()
 
 
-def mixer_matrix(M: Tensor) -> Tensor:
-    """M as ``[R, R]``: the tensor itself unless it is a diagonal ``[R]``."""
-    return M if M.ndim == 2 else torch.diag(M)
-
-
 def fold(A: Tensor, M: Tensor | None) -> Tensor:
     """``M A``: the A of a plain LoRA of the same rank with the same update.
 
     Args:
         A: ``[R, D_in]``, or ``[R, ...]`` for a convolution.
-        M: ``[R, R]``, or ``[R]`` for a diagonal; None is the identity.
+        M: ``[R, R]``; None is the identity.
 
     Returns:
         Same shape as A, in the wider dtype of the two and at least float32.
@@ -79,7 +76,7 @@ def fold(A: Tensor, M: Tensor | None) -> Tensor:
     if M is None:
         return A
     dtype = torch.promote_types(torch.promote_types(A.dtype, M.dtype), torch.float32)
-    return (mixer_matrix(M).to(dtype) @ A.to(dtype).flatten(1)).view(A.shape)
+    return (M.to(dtype) @ A.to(dtype).flatten(1)).view(A.shape)
 
 
 def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tensor:

@@ -1,11 +1,13 @@
 """The product ``C = s B M`` of an adapted layer, its chain rule, and one product for all micro-batches of a step.
 
-Shapes: ``D_out`` width, ``R`` rank; M ``[R, R]`` (``[R]``: a diagonal; None: the identity), B ``[D_out, R]``, C
-``[D_out, R]``; ``s`` is the scaling.
+Shapes: ``D_out`` width, ``R`` rank; M ``[R, R]`` (None: the identity), B ``[D_out, R]``, C ``[D_out, R]``; ``s`` is the
+scaling.
 
 To every kernel C is the B of a plain LoRA without scaling. B and M get their gradients from that of C::
 
     dB = s dC M^T     dM = s B^T dC
+
+Where M is made of other tensors (`Mixing`), autograd leads its gradient to them.
 """
 
 from __future__ import annotations
@@ -13,14 +15,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mm_moslora.kernels.lora.lora_math import mixer_matrix, without_autocast
+from mm_moslora.kernels.lora.lora_math import without_autocast
 from mm_moslora.utils.errors import AdapterError
+
+
+class Mixing(Protocol):
+    """What M is made of; a mixer's module."""
+
+    def matrix(self) -> Tensor:
+        """M ``[R, R]``, with a graph to the tensors that it is made of."""
+        ...
+
+    def learning(self) -> list[Tensor]:
+        """The tensors that it is made of and that train."""
+        ...
 
 
 def fold_right(B: Tensor, M: Tensor) -> Tensor:
@@ -28,13 +42,13 @@ def fold_right(B: Tensor, M: Tensor) -> Tensor:
 
     Args:
         B: ``[D_out, R]``, or ``[D_out, R, 1, 1]`` for a convolution.
-        M: ``[R, R]``, or ``[R]`` for a diagonal.
+        M: ``[R, R]``.
 
     Returns:
         Same shape as B, in the wider dtype of the two and at least float32.
     """
     dtype = torch.promote_types(torch.promote_types(B.dtype, M.dtype), torch.float32)
-    return (B.to(dtype).flatten(1) @ mixer_matrix(M).to(dtype)).view(B.shape)
+    return (B.to(dtype).flatten(1) @ M.to(dtype)).view(B.shape)
 
 
 def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
@@ -44,14 +58,14 @@ def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.
 
     Args:
         B: ``[D_out, R]``.
-        M: ``[R, R]``, or ``[R]`` for a diagonal; None is the identity.
+        M: ``[R, R]``; None is the identity.
         dtype: of the result.
         scaling: s.
     """
     if M is None:
         return (B * scaling).to(dtype)
     if _multiplies_at_once(B, M, dtype):
-        return _scaled_product(B, mixer_matrix(M), scaling)
+        return _scaled_product(B, M, scaling)
     return fold_right(B, M).mul_(scaling).to(dtype)
 
 
@@ -61,7 +75,7 @@ def mixer_gradients(dC: Tensor, B: Tensor, M: Tensor | None, scaling: float) -> 
     Args:
         dC: ``[D_out, R]``.
         B: ``[D_out, R]``.
-        M: ``[R, R]``, or ``[R]`` for a diagonal; None is the identity.
+        M: ``[R, R]``; None is the identity.
         scaling: s.
 
     Returns:
@@ -70,14 +84,13 @@ def mixer_gradients(dC: Tensor, B: Tensor, M: Tensor | None, scaling: float) -> 
     wide = torch.promote_types(torch.promote_types(B.dtype, dC.dtype), torch.float32)
     if M is None:
         return (dC.to(wide) * scaling).to(B.dtype), None
-    matrix = mixer_matrix(M)
     if M.dtype == B.dtype and _multiplies_at_once(B, dC, B.dtype):
-        dB, dM = _scaled_product(dC, matrix.t(), scaling), _scaled_product(B.t(), dC, scaling)
+        dB, dM = _scaled_product(dC, M.t(), scaling), _scaled_product(B.t(), dC, scaling)
     else:
         dC = dC.to(wide)
-        dB = (dC @ matrix.to(wide).t()).mul_(scaling).to(B.dtype)
+        dB = (dC @ M.to(wide).t()).mul_(scaling).to(B.dtype)
         dM = (B.to(wide).t() @ dC).mul_(scaling).to(M.dtype)
-    return dB, dM if M.ndim == 2 else dM.diagonal()
+    return dB, dM
 
 
 def _multiplies_at_once(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
@@ -105,12 +118,12 @@ class StepWindow:
         """Call before the last forward pass: its backward pass gives B and M the gradients of all micro-batches."""
         self._last = True
 
-    def product(self, B: Tensor, M: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+    def product(self, B: Tensor, M: Tensor | Mixing | None, scaling: float, dtype: torch.dtype) -> Tensor:
         """``C = s B M``, ``[D_out, R]``; B and M get their gradients when the step has all of them.
 
         Args:
             B: ``[D_out, R]``, the same tensor in every micro-batch.
-            M: ``[R, R]``, or ``[R]`` for a diagonal, the same tensor in every micro-batch; None is the identity.
+            M: ``[R, R]`` or what it is made of, the same object in every micro-batch; None is the identity.
             scaling: s.
             dtype: of the product.
         """
@@ -118,15 +131,19 @@ class StepWindow:
         product = self._products.get(key)
         if product is None:
             with torch.inference_mode(mode=False), torch.no_grad(), without_autocast(B.device):
-                value = combine(B, M, dtype, scaling)
+                value = combine(B, _matrix(M), dtype, scaling)
             gradient = _ProductGradient(B=B, M=M, scaling=scaling)
             product = self._products[key] = _Product(value=value, gradient=gradient)
-        learn = (B.requires_grad, M is not None and M.requires_grad)
-        if not any(learn):
+        learning = [factor for factor in (B, M) if isinstance(factor, Tensor) and factor.requires_grad]
+        learning += [] if M is None or isinstance(M, Tensor) else M.learning()
+        if not learning:
             return product.value
-        product.gradient.learn = learn
+        product.gradient.learning = learning
         # Autograd calls the hooks of all inputs, even without a gradient, so B and M are inputs of the last node alone.
-        factors = (B, M) if self._last else (None, None)
+        factors: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self._last:
+            with without_autocast(B.device):
+                factors = B, _matrix(M)
         anchor = torch.zeros((), requires_grad=True)
         return _MixedProduct.apply(anchor, product, *factors)  # type: ignore[no-any-return]
 
@@ -143,12 +160,12 @@ class StepWindow:
         self._products.clear()
 
 
-def mixed_product(B: Tensor, M: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+def mixed_product(B: Tensor, M: Tensor | Mixing | None, scaling: float, dtype: torch.dtype) -> Tensor:
     """``C = s B M`` outside of a `StepWindow`: the step has one micro-batch.
 
     Args:
         B: ``[D_out, R]``.
-        M: ``[R, R]``, or ``[R]`` for a diagonal; None is the identity.
+        M: ``[R, R]``; None is the identity.
         scaling: s.
         dtype: of the product.
     """
@@ -162,10 +179,10 @@ class _ProductGradient:
     """The gradient of a product, and the factors that it belongs to."""
 
     B: Tensor
-    M: Tensor | None
+    M: Tensor | Mixing | None
     scaling: float
-    learn: tuple[bool, bool] = (False, False)
-    """Whether B and M trained in the forward pass. Switching adapters may freeze them before the step ends."""
+    learning: Sequence[Tensor] = ()
+    """What trained in the forward pass. Switching adapters may freeze it before the step ends."""
     total: Tensor | None = None
     """``dC``, ``[D_out, R]`` in at least float32, summed over the micro-batches; None before the first."""
     settled: bool = False
@@ -205,11 +222,13 @@ class _ProductGradient:
         total, self.settled = self.take(), True
         if total is None:
             return
-        with without_autocast(total.device):
-            grads = mixer_gradients(total, self.B, self.M, self.scaling)
-        found = zip((self.B, self.M), grads, self.learn, strict=True)
-        pairs = [(factor, grad) for factor, grad, learns in found if learns and factor is not None]
-        with _learning([factor for factor, _ in pairs]):
+        with _learning(self.learning), torch.enable_grad(), without_autocast(total.device):
+            M = _matrix(self.M)
+            with torch.no_grad():
+                grads = mixer_gradients(total, self.B, M, self.scaling)
+            learns_B = any(factor is self.B for factor in self.learning)
+            found = zip((self.B, M), grads, (learns_B, len(self.learning) > learns_B), strict=True)
+            pairs = [(factor, grad) for factor, grad, learns in found if learns and factor is not None]
             torch.autograd.backward([factor for factor, _ in pairs], [grad for _, grad in pairs])
 
 
@@ -245,6 +264,10 @@ class _MixedProduct(torch.autograd.Function):
         with without_autocast(total.device):
             dB, dM = mixer_gradients(total, B, M, gradient.scaling)
         return None, None, dB if ctx.needs_input_grad[2] else None, dM if ctx.needs_input_grad[3] else None
+
+
+def _matrix(M: Tensor | Mixing | None) -> Tensor | None:
+    return M if M is None or isinstance(M, Tensor) else M.matrix()
 
 
 @contextmanager

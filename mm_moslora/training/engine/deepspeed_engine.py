@@ -43,8 +43,8 @@ class DeepSpeedEngine(Engine):
         self.max_grad_norm = optimizer.max_grad_norm
         if self.stage == 3 and self.manifold.factors:
             raise ConfigError(
-                "adapter.factor_form is orthonormal, which needs whole matrices, but train.zero is a ZeRO-3, which "
-                "gathers a matrix only while its layer computes. Choose zero0 to zero2."
+                "adapter.factor_form keeps A and B orthonormal, which needs whole matrices, but train.zero is a "
+                "ZeRO-3, which gathers a matrix only while its layer computes. Choose zero0 to zero2."
             )
         if self.stage == 3:
             deepspeed_patches.shard_from_main(module, config, device=self.device)

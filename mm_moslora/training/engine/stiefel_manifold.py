@@ -1,4 +1,4 @@
-"""Adapter factors that an engine keeps orthonormal: gradients projected, masters pulled back after every step.
+"""Adapter factors that an engine keeps orthonormal: gradients of the manifold, masters pulled back after every step.
 
 The optimiser holds masters, under ZeRO in pieces on every rank. A step on the manifold needs whole matrices.
 """
@@ -21,7 +21,7 @@ class StiefelFactors:
     """The orthonormal factors among the trainable parameters; none in most models."""
 
     def __init__(self, module: nn.Module, named: Sequence[tuple[str, nn.Parameter]], device: torch.device) -> None:
-        """Find them, and have their gradients projected from now on.
+        """Find them, and have their gradients become the manifold's from now on.
 
         Args:
             module: with adapters inside, not sharded.

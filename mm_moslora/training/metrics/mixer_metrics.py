@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_inspection import describe, summary
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.files import replace_json
 
@@ -26,17 +29,28 @@ MIXERS = ".lora_mixer"
 """Part of the names of mixers' parameters."""
 
 
-def mixer_matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The mixers of a trainable state as ``[R, R]``, by module path.
+@torch.no_grad()
+def mixer_matrices(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mixers that train as ``[R, R]``, by module path; none of those that depend on their input.
 
     Args:
+        model: the model with its adapters.
         state: parameter name to full fp32 value.
     """
-    mixers = {name: value.float() for name, value in state.items() if MIXERS in name}
+    whole = {name.removeprefix("model."): value.float() for name, value in state.items() if MIXERS in name}
     return {
-        name.split(MIXERS)[0].removeprefix("model."): torch.diag(mixer) if mixer.ndim == 1 else mixer.clone()
-        for name, mixer in mixers.items()
+        path: _matrix(path, layer, name, whole).clone()
+        for path, layer in named_adapter_layers(model)
+        for name, mixer in layer.lora_mixer.items()
+        if cast(Mixer, mixer).form.fixed and any(key.startswith(f"{path}{MIXERS}.{name}.") for key in whole)
     }
+
+
+def _matrix(path: str, layer: MoSLoRALayer, name: str, whole: Mapping[str, Tensor]) -> Tensor:
+    """M of one adapter, of the values of a state and, where it has none, of the layer's own."""
+    own = layer.mixer_tensors(name)
+    tensors = {part: whole.get(f"{path}{MIXERS}.{name}.{part}", tensor) for part, tensor in own.items()}
+    return cast(Mixer, layer.lora_mixer[name]).form.matrix(tensors)
 
 
 def mixer_figures(matrix: Tensor) -> dict[str, float]:
@@ -56,6 +70,7 @@ def mixer_figures(matrix: Tensor) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def adapter_metrics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, float]:
     """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`.
 
@@ -70,16 +85,18 @@ def adapter_metrics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     reports = []
     for path, layer in named_adapter_layers(model):
         for name in layer.adapter_names():
-            kept = layer.factors(name)
+            if name in layer.lora_mixer and not cast(Mixer, layer.lora_mixer[name]).form.fixed:
+                continue
+            own_A, own_B = layer.outer_factors(name)
             inside = {
                 key.removeprefix(f"{path}.").partition(".")[0]: value
                 for key, value in whole.items()
                 if key.startswith(f"{path}.lora_") and f".{name}" in key
             }
-            A = inside.get("lora_A", inside.get("lora_embedding_A", kept.A))
-            B = inside.get("lora_B", inside.get("lora_embedding_B", kept.B))
-            M = inside.get("lora_mixer", kept.M)
-            reports.append(describe(path, A.cpu(), None if M is None else M.cpu(), B.cpu(), kept.scaling))
+            A = inside.get("lora_A", inside.get("lora_embedding_A", own_A))
+            B = inside.get("lora_B", inside.get("lora_embedding_B", own_B))
+            M = _matrix(path, layer, name, whole).cpu() if name in layer.lora_mixer else None
+            reports.append(describe(path, A.cpu(), M, B.cpu(), layer.scaling[name]))
     found = summary(reports) if reports else {}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
