@@ -55,7 +55,7 @@ class DiffusionAdapterConfig(AdapterConfig):
         super().__post_init__()
         require(
             self.factor_form not in ("stella", "orthonormal"),
-            f"adapter.factor_form is {self.factor_form}, which only `mm-moslora train` steps along. Choose free or svd.",
+            f"adapter.factor_form is {self.factor_form}, which only `mm-moslora train` steps along. Choose svd.",
         )
 
 
