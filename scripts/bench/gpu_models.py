@@ -69,7 +69,7 @@ def base(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16
     )  # fmt: skip
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
     model.requires_grad_(False)
     model.get_submodule("model.multi_modal_projector").requires_grad_(True)
     return model.train()

@@ -24,6 +24,7 @@ EXTRA_ONLY = ("serve",)
 OPTIONAL = {
     "triton": "PyTorch's CUDA builds bring it, and liger-kernel",
     "compression": "Python's own from 3.14 on",
+    "vllm": "only a benchmark for GPUs compares with it, where it is installed",
 }
 UNMEASURED = {"mlflow", "trackio", "pandas", "gradio", "liger-kernel", "lmms-eval", "lm-eval"}
 """Extras that the lowest environment leaves out: they contradict others there, or are as large as the rest."""
