@@ -21,6 +21,7 @@ from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
+from tests.eval.eval_data import picture
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -95,3 +96,24 @@ def test_the_adapter_configuration_is_one_that_vllm_accepts(handed_over: Path) -
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_the_harness_gets_the_answers_of_the_folder_from_a_server(server: Any, models: Any) -> None:
+    """This project's own server in the place of vLLM, which speaks the same protocol: pictures, texts, counts, ends."""
+    from mm_moslora_eval.backends.local_model import LocalModel
+    from mm_moslora_eval.backends.open_model import open_model
+    from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Request
+
+    requests = [
+        Request(
+            id=str(number), images=pictures, max_new_tokens=6,
+            messages=(Message(role="user", content=(*([IMAGE] * len(pictures)), "\n" * bool(pictures) + text)),),
+        )
+        for number, (text, pictures) in enumerate(
+            [("what color?", (picture(1),)), ("what color?", (picture(2),)), ("say yes", ()), ("is it red?", (picture(1),))]
+        )
+    ]  # fmt: skip
+    asked = open_model(f"openai:{server.url}/v1#tiny")
+    expected = dict(LocalModel(models.assembly, name="tiny", reference=True).generate(requests, batch_size=1))
+    assert dict(asked.generate(requests, batch_size=8)) == expected
+    assert len({answer.text for answer in expected.values()}) == len(requests)
