@@ -99,21 +99,24 @@ def test_the_adapter_configuration_is_one_that_vllm_accepts(handed_over: Path) -
 
 
 def test_the_harness_gets_the_answers_of_the_folder_from_a_server(server: Any, models: Any) -> None:
-    """This project's own server in the place of vLLM, which speaks the same protocol: pictures, texts, counts, ends."""
+    """This project's own server in the place of vLLM, which speaks the same protocol. It does not count stop tokens."""
     from mm_moslora_eval.backends.local_model import LocalModel
     from mm_moslora_eval.backends.open_model import open_model
     from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Request
 
+    first, second = (picture(1),), (picture(2),)
+    questions = [("what color?", first), ("what color?", second), ("say yes", ()), ("red?", first)]
     requests = [
         Request(
             id=str(number), images=pictures, max_new_tokens=6,
             messages=(Message(role="user", content=(*([IMAGE] * len(pictures)), "\n" * bool(pictures) + text)),),
         )
-        for number, (text, pictures) in enumerate(
-            [("what color?", (picture(1),)), ("what color?", (picture(2),)), ("say yes", ()), ("is it red?", (picture(1),))]
-        )
+        for number, (text, pictures) in enumerate(questions)
     ]  # fmt: skip
-    asked = open_model(f"openai:{server.url}/v1#tiny")
-    expected = dict(LocalModel(models.assembly, name="tiny", reference=True).generate(requests, batch_size=1))
-    assert dict(asked.generate(requests, batch_size=8)) == expected
-    assert len({answer.text for answer in expected.values()}) == len(requests)
+    backends = (open_model(f"openai:{server.url}/v1#tiny"), LocalModel(models.assembly, name="tiny", reference=True))
+    asked, expected = (
+        {number: (answer.text, answer.finish_reason) for number, answer in backend.generate(requests, batch_size=8)}
+        for backend in backends
+    )
+    assert asked == expected
+    assert len(set(expected.values())) == len(requests)
