@@ -93,7 +93,9 @@ def _on(like: Tensor, values: Sequence[float], dtype: torch.dtype = torch.int64)
 
 def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Logits ``[B, C]`` without the penalties for tokens that have occurred."""
-    rows, tokens, amounts = [], [], []
+    rows: list[int] = []
+    tokens: list[int] = []
+    amounts: list[Tensor] = []
     for number, draw in enumerate(draws):
         sampling = draw.sampling
         if draw.occurrences and (sampling.presence_penalty or sampling.frequency_penalty):
