@@ -45,7 +45,7 @@ class DiffusionAdapterConfig(AdapterConfig):
     alpha: float = 4.0
     """s = alpha / rank (or alpha / sqrt(rank) with use_rslora)."""
     targets: str | list[str] = ATTENTION
-    """attention, all-linear, or names of layers of the denoiser."""
+    """attention, all-linear, or names of layers of the denoiser. The patterns above are of its paths, too."""
     text_encoder_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj"])
     """Names of layers of the text encoders."""
     factor_init: Literal["gaussian", "kaiming"] = "gaussian"
@@ -68,7 +68,8 @@ class PriorConfig:
     pictures: str | None = None
     """Folder of pictures of the class. None: `pictures/class` in the run folder."""
     count: int = 100
-    """Pictures of the class. Missing ones, of an empty folder all, are drawn with the untuned model."""
+    """Pictures of the class. Missing ones, of an empty folder all, are drawn with the untuned model, by
+    validate.sampling_steps and validate.guidance."""
     weight: float = 1.0
     """Weight of their loss."""
 

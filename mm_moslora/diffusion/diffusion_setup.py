@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mm_moslora.adapters import add_moslora, load_adapter
+from mm_moslora.data.images.record_picture import check_image
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
 from mm_moslora.diffusion.diffusion_export import adapter_parts
 from mm_moslora.diffusion.diffusion_recipe import ATTENTION, DiffusionOptimConfig, DiffusionRecipe
@@ -24,6 +25,7 @@ from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import MIXERS
 from mm_moslora.training.precision import dtype_of
 from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -78,6 +80,8 @@ def prepare(recipe: DiffusionRecipe, folder: Path, precision: str) -> DiffusionR
 
 def _picture_set(family: PipelineFamily, name: str, pictures: list[PromptedPicture]) -> PictureSet:
     data = family.recipe.data
+    for item in pictures:
+        check_image(item.path)  # by the header: a file that is no picture is found before the first step
     return PictureSet(
         pictures=pictures, name=name, seed=family.recipe.train.seed, side=family.resolution, crop=data.crop,
         flip=data.flip, repeats=data.repeats if name == "subject" else 1, fixed=data.cache_latents,
@@ -90,15 +94,22 @@ def _adapt(family: PipelineFamily) -> None:
     torch.manual_seed(recipe.train.seed)
     init = "gaussian" if recipe.adapter.factor_init == "gaussian" else True
     for name in family.adapted_names():
-        component, targets = getattr(family.pipeline, name), recipe.adapter.targets
-        if name != family.denoiser_name:
-            targets = recipe.adapter.text_encoder_targets
+        component, adapter, targets = getattr(family.pipeline, name), recipe.adapter, recipe.adapter.targets
+        if name != family.denoiser_name:  # patterns name paths of the denoiser
+            adapter = replace(adapter, mixer_pattern={}, rank_pattern={}, alpha_pattern={})
+            targets = adapter.text_encoder_targets
         elif targets == ATTENTION:
             targets = [target for target in family.attention if _has(component, target)]
-        config = moslora_config(recipe.adapter, task_type=None, init_lora_weights=init)
+        config = moslora_config(adapter, task_type=None, init_lora_weights=init)
         adapted = add_moslora(component, config, targets=targets)
-        if recipe.adapter.weights is not None:
-            load_adapter(adapted, adapter_parts(Path(recipe.adapter.weights))[name], trainable=True)
+        if adapter.weights is not None:
+            parts = adapter_parts(Path(adapter.weights))
+            if name not in parts:
+                raise ConfigError(
+                    f"adapter.weights {adapter.weights} has adapters of {', '.join(parts)}, none of {name}, which "
+                    "trains. Choose other weights, or model.text_encoders: frozen."
+                )
+            load_adapter(adapted, parts[name], trainable=True)
         if recipe.train.gradient_checkpointing:
             enable = (
                 getattr(component, "enable_gradient_checkpointing", None) or component.gradient_checkpointing_enable

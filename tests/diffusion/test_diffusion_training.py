@@ -222,6 +222,13 @@ def _not_a_number(self: Any, batch: Any) -> torch.Tensor:
     return sum(p.sum() for p in self.parameters() if p.requires_grad) * float("nan")
 
 
+def test_adam_in_8_bits_trains_and_resumes(recipe: Make) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    eight = recipe("train.steps=2", "optim.optimizer=adamw_8bit")
+    train_diffusion(eight, stop_at=1)
+    assert train_diffusion(eight).step == 2
+
+
 @pytest.mark.parametrize("change", ["train.precision=bf16", "train.gradient_checkpointing=true"])
 def test_bf16_and_checkpointing_train(change: str, recipe: Make, tmp_path: Path) -> None:
     train_diffusion(recipe("train.steps=2", run="plain"))
@@ -247,26 +254,40 @@ def test_a_pipeline_in_a_folder_with_another_vae_trains(recipe: Make, tmp_path: 
         train_diffusion(recipe(f"model.base={tmp_path / 'base'}", run="other"))
 
 
-def test_scores_need_encoders_and_are_named_where_one_is_missing(
-    recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def encoders(folder: Path) -> tuple[Path, Path]:
+    """A DINO and a CLIP of random weights."""
     import transformers
 
+    tokenizer = tiny_pipeline("tiny-sd").tokenizer
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     dino = transformers.ViTConfig(**shape, image_size=32, patch_size=16)
-    transformers.ViTModel(dino).save_pretrained(tmp_path / "dino")
-    size = {"height": 32, "width": 32}
-    transformers.ViTImageProcessor(size=size).save_pretrained(tmp_path / "dino")
-    train_diffusion(
-        recipe("train.steps=1", *DRAWS, f"validate.dino={tmp_path / 'dino'}", f"validate.clip={tmp_path / 'none'}")
-    )
+    transformers.ViTModel(dino).save_pretrained(folder / "dino")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "dino")
+    last = len(tokenizer) - 1
+    text = {**shape, "vocab_size": last + 1, "bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+    vision = {**shape, "image_size": 32, "patch_size": 16}
+    clip = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(clip).save_pretrained(folder / "clip")
+    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder / "clip")
+    return folder / "dino", folder / "clip"
+
+
+def test_scores_are_measured_where_encoders_are_at_hand_and_named_where_not(
+    recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dino, clip = encoders(tmp_path)
+    train_diffusion(recipe("train.steps=1", *DRAWS, f"validate.dino={dino}", f"validate.clip={clip}"))
     scores = json.loads((tmp_path / "run" / "subject_scores.json").read_text())
-    assert set(scores["tuned"]) == {"dino"}
-    assert -1 <= scores["untuned"]["dino"] <= 1
-    assert "no clip scores" in caplog.text
+    assert set(scores["tuned"]) == set(scores["untuned"]) == {"dino", "clip_i", "clip_t"}
+    assert all(-1 <= value <= 1 for value in scores["tuned"].values())
+    assert scores["tuned"] != scores["untuned"]
     logged = [row["eval/dino"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/dino" in row]
     assert logged == [scores["tuned"]["dino"]]
+    train_diffusion(recipe("train.steps=1", *DRAWS, f"validate.clip={tmp_path / 'none'}", run="without"))
+    assert "no clip scores" in caplog.text
+    assert not (tmp_path / "without" / "subject_scores.json").exists()
 
 
 def test_zero_2_steps_as_plain_training_and_resumes(recipe: Make, tmp_path: Path) -> None:
