@@ -27,9 +27,10 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     from mm_moslora.cli.eval_verbs import quiet_libraries
     from mm_moslora.config import override_items
     from mm_moslora.diffusion.diffusion_recipe import load_diffusion_recipe
-    from mm_moslora.launch.launcher import EXIT_REQUEUE, leave_mark, stopped_text
+    from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, leave_mark, stopped_text
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
     from mm_moslora.utils import distributed
+    from mm_moslora.utils.files import discard
 
     resolved = load_diffusion_recipe(recipe, override_items(overrides))
     stop, folder = StopRequest(), Path(resolved.train.output)
@@ -48,7 +49,9 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
         if result.stopped_by:
             leave_mark(folder, result.stopped_by)
             print(stopped_text(result.stopped_by), end="")
-        elif result.step >= result.total_steps:
+        else:
+            discard(folder / STOPPED)
+        if result.step >= result.total_steps:
             print(
                 f'Draw with it: pipeline.load_lora_weights("{result.checkpoint}")\nReport: mm-moslora report {folder}'
             )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
+from mm_moslora import diffusion
 from mm_moslora.cli.cli_app import run
 from mm_moslora.config import recipe_names
+from mm_moslora.diffusion import pipeline_families
 from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, DiffusionRecipe, load_diffusion_recipe
+from mm_moslora.diffusion.diffusion_training import train_diffusion
 from mm_moslora.utils.errors import ConfigError
 
 
@@ -59,3 +63,17 @@ def test_the_command_lists_and_prints_recipes(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.split() == ["sdxl_subject", "tiny_subject"]
     assert run(["diffusion", "config", "sdxl_subject", "--adapter.rank", "8"]) == 0
     assert "rank: 8" in capsys.readouterr().out
+
+
+def test_without_diffusers_everything_imports_and_training_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = Path(diffusion.__file__).parent
+    for file in package.glob("*.py"):
+        outside = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {(getattr(node, "module", None) or node.names[0].name).partition(".")[0] for node in outside}
+        assert not names & {"diffusers", "accelerate"}, file
+    monkeypatch.setattr(pipeline_families, "is_installed", lambda name: False)
+    with pytest.raises(ConfigError, match=r"need diffusers, which is missing. Run: pip install .*diffusers>=0.35"):
+        train_diffusion(load_diffusion_recipe("tiny_subject", [f"train.output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()

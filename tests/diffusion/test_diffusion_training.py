@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from preloaded import Preloaded
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
+from mm_moslora.cli.cli_app import run
+from mm_moslora.diffusion.denoising_loss import DenoisingLoss
 from mm_moslora.diffusion.diffusion_checkpoint import STATE
 from mm_moslora.diffusion.diffusion_export import write_lora_file
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
@@ -68,26 +68,32 @@ def test_an_interrupted_run_equals_the_straight_run_to_the_last_bit(recipe: Make
     assert state(other.checkpoint) != state(straight.checkpoint)
 
 
-def test_a_signal_saves_and_ends_with_75_and_the_same_command_goes_on(python: Preloaded, tmp_path: Path) -> None:
-    words = ["-m", "mm_moslora", "diffusion", "train", "tiny_subject", "--train.output", str(tmp_path / "run")]
-    words += ["--train.steps", "2000", "--validate.prompts", "[]", "--track.trackers", "[]", "--train.save_every", "0"]
-    started = subprocess.Popen([python.ours, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    limit = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").is_file() or not read_metrics(tmp_path / "run" / "metrics.jsonl"):
-        assert time.monotonic() < limit
-        assert started.poll() is None, started.stdout.read()
-        time.sleep(0.05)
-    started.send_signal(signal.SIGUSR1)
-    said, _ = started.communicate(timeout=120)
-    assert started.returncode == 75, said
-    assert "STOPPED" in {path.name for path in (tmp_path / "run").iterdir()}
-    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    step = int(checkpoint.name[-6:])
-    again = subprocess.run(
-        [python.ours, *words, "--stop-at", str(step + 1)], capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, again.stderr
-    assert f"Continuing from {checkpoint.name}" in again.stderr
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_ends_with_75_and_the_same_command_goes_on(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward, calls = DenoisingLoss.forward, []
+
+    def interrupted(self: DenoisingLoss, batch: Any) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == 3:  # the first forward pass of the second step
+            os.kill(os.getpid(), number)
+        return forward(self, batch)
+
+    monkeypatch.setattr(DenoisingLoss, "forward", interrupted)
+    words = ["diffusion", "train", "tiny_subject", "--train.steps", "3", "--train.save_every", "0"]
+    words += ["--train.precision", "fp32", "--validate.prompts", "[]", "--track.trackers", "[]", "--train.output"]
+    assert run([*words, str(tmp_path / "run")]) == 75
+    assert (tmp_path / "run" / "STOPPED").is_file()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert run([*words, str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "STOPPED").exists()
+    assert run([*words, str(tmp_path / "straight")]) == 0
+    assert 'load_lora_weights("' in capsys.readouterr().out
+    last = [state(tmp_path / name / "checkpoint-000003") for name in ("run", "straight")]
+    assert last[0] == last[1]
+    assert run([*words, str(tmp_path / "run")]) == 0  # nothing is left
+    assert len(calls) == 2 * 2 + 2 + 3 * 2
 
 
 def drawn_by_stock(base: str, source: Path, prompt: str = PROMPT) -> np.ndarray:
@@ -111,11 +117,11 @@ def test_every_family_trains_and_stock_diffusers_draws_the_same_picture(
     base: str, recipe: Make, tmp_path: Path
 ) -> None:
     own = recipe(f"model.base={base}", "model.text_encoders=adapter", "train.steps=2", *DRAWS)
-    result, run = train_diffusion(own), tmp_path / "run"
-    tuned, untuned = own_picture(run, "step-000002"), own_picture(run, "untuned")
+    result, folder = train_diffusion(own), tmp_path / "run"
+    tuned, untuned = own_picture(folder, "step-000002"), own_picture(folder, "untuned")
     assert np.abs(tuned - untuned).max() > 8
     assert np.abs(drawn_by_stock(base, result.checkpoint) - tuned).max() <= 1
-    moved = [entry["moved"] for entry in json.loads((run / "mixers.json").read_text())]
+    moved = [entry["moved"] for entry in json.loads((folder / "mixers.json").read_text())]
     assert len([share for share in moved if share > 0]) > 8
     parts = {path.name for path in (result.checkpoint / "adapter").iterdir()}
     assert parts == {"unet" if base.startswith(("tiny-sd-", "tiny-sdx")) or base == "tiny-sd" else "transformer"} | {
@@ -123,9 +129,9 @@ def test_every_family_trains_and_stock_diffusers_draws_the_same_picture(
     }  # fmt: skip
     if "unet" not in parts:
         with pytest.raises(AdapterError, match="Kohya's layout names"):
-            write_lora_file(run, tmp_path / "kohya.safetensors", layout="kohya")
+            write_lora_file(folder, tmp_path / "kohya.safetensors", layout="kohya")
         return
-    write_lora_file(run, tmp_path / "kohya.safetensors", layout="kohya")
+    write_lora_file(folder, tmp_path / "kohya.safetensors", layout="kohya")
     assert np.abs(drawn_by_stock(base, tmp_path / "kohya.safetensors") - tuned).max() <= 1
 
 
