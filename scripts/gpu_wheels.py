@@ -32,7 +32,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     "transformers", "peft", "liger-kernel",                                  # newer than an image's, or not there
-    "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types",    # train.zero
+    "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",  # train.zero
     "cyclopts", "docstring-parser", "rich-rst",                              # the command line
     "datasets", "dill", "multiprocess", "open-clip-torch", "ftfy", "wcwidth", "gguf",
     "starlette", "uvicorn",                                                  # mm-moslora serve

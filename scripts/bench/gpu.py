@@ -90,9 +90,13 @@ def last_line(text: str) -> str:
 
 
 def sources() -> str:
-    """A hash of this project's and the benchmark's Python files."""
-    digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "mm_moslora").rglob("*.py"), *Path(__file__).parent.glob("gpu*.py")]):
+    """A hash of the Python files that a step and decoding run."""
+    digest, project = hashlib.sha256(), ROOT / "mm_moslora"
+    steps = [
+        path for folder in ("adapters", "kernels", "models", "training") for path in (project / folder).rglob("*.py")
+    ]
+    measuring = [path for path in Path(__file__).parent.glob("gpu_*.py") if path.name != "gpu_table.py"]
+    for path in sorted([*steps, *measuring, project / "batch.py"]):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -96,8 +96,15 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def launched(clock: Clock, runner: Runner, batch: Sequence[Sequence[Example]]) -> tuple[int, float]:
-    """Kernels of a step, and the seconds in which at least one works, copies included; on a CPU PyTorch's operators."""
+def launched(clock: Clock, runner: Runner, batch: Sequence[Sequence[Example]], seconds: float) -> dict[str, Any]:
+    """Kernels of a step, and the share of its time in which at least one works; on a CPU PyTorch's operators.
+
+    Args:
+        clock: of the device.
+        runner: the contender.
+        batch: in micro-batches.
+        seconds: of the same step without a profiler, which takes time.
+    """
     on_cpu, prepared = clock.device.type == "cpu", [runner.prepare(part) for part in batch]
     with profile(activities=[ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA]) as profiled:
         clock.timed(lambda: runner.step(prepared))
@@ -108,8 +115,11 @@ def launched(clock: Clock, runner: Runner, batch: Sequence[Sequence[Example]]) -
         and not getattr(event, "is_user_annotation", False)
         and (event.name.startswith("aten::") if on_cpu else not event.name.endswith(" Sync"))
     ]
+    if not events:
+        raise RuntimeError("the profiler saw no kernel")
+    busy = covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
     kernels = sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
-    return kernels, covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
+    return {"kernels": kernels, "busy": min(1.0, busy / seconds)}
 
 
 def peak_memory(device: torch.device) -> float:
@@ -166,21 +176,36 @@ def steps_of(contender: Contender, shape: Shape, clock: Clock, parts: int, peak:
     times, first = series(clock, runner, rotating, parts, warm_up=WARM_UP, steps=STEPS)
     row = {"micro_batches": parts, "first_loss": first, **figures(times, tokens[:3], flops[:3], peak)}
     row |= {"peak_memory_gib": peak_memory(clock.device), **runner.notes}
-    row["kernels"], busy = launched(clock, runner, split(rotating[0], parts))
-    row["busy"] = min(1.0, busy / statistics.median(seconds for number, seconds in times if number == 0))
-    try:
+    own = statistics.median(seconds for number, seconds in times if number == 0)
+    row["profile"] = part(lambda: launched(clock, runner, split(rotating[0], parts), own))
+
+    def full_batch() -> dict[str, Any]:
         times, _ = series(clock, runner, [full], parts, warm_up=1, steps=FEWEST)
-        row["full"] = figures(times, tokens[3:], flops[3:], peak)
-    except torch.OutOfMemoryError as error:
-        row["full"] = {"error": str(error).splitlines()[0]}
+        return figures(times, tokens[3:], flops[3:], peak)
+
+    row["full"] = part(full_batch)
     return row
+
+
+def part(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Figures beside the main ones; where they fail, such as a profiler that cannot start, the error."""
+    try:
+        return work()
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        traceback.print_exc()
+        return {"error": in_a_line(error)}
+
+
+def in_a_line(error: Exception) -> str:
+    """An exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def training_row(contender: Contender, shape: Shape, clock: Clock) -> dict[str, Any]:
     """Ceilings, gradients and steps; where memory does not suffice, with twice as many micro-batches."""
     row: dict[str, Any] = dict(ceilings(clock))
     if contender.gradients:
-        row["gradients"] = compared_gradients(contender, shape, clock.device)
+        row["gradients"] = part(lambda: compared_gradients(contender, shape, clock.device))
     parts = 1
     while True:
         clear(clock.device)
@@ -189,7 +214,7 @@ def training_row(contender: Contender, shape: Shape, clock: Clock) -> dict[str, 
         except torch.OutOfMemoryError as error:
             if parts == MOST_PARTS:
                 raise
-            print(f"{parts} micro-batches do not fit: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{parts} micro-batches do not fit: {in_a_line(error)}", file=sys.stderr)
         parts *= 2
 
 
@@ -212,7 +237,7 @@ def row_of(contender: Contender, shape: Shape, clock: Clock) -> dict[str, Any]:
         return {"left_out": str(reason)}
     except Exception as error:
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+        return {"error": in_a_line(error)}
 
 
 def main() -> int:

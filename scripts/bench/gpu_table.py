@@ -39,6 +39,12 @@ def _group(shape: str, card: str, found: Mapping[str, Row], predicted: Row) -> l
     if decoding:
         parts.append(_decoding(decoding))
     failed = [
+        f"- {name}: {part} failed, {row[part]['error']}"
+        for name, row in steps.items()
+        for part in ("gradients", "profile", "full")
+        if "error" in row.get(part, {})
+    ]
+    failed += [
         f"- {name}: {'failed' if 'error' in found[name] else 'left out'}, "
         f"{found[name].get('error') or found[name].get('left_out')}"
         for name in order
@@ -59,15 +65,16 @@ def _steps(steps: Mapping[str, Row], expected: Row) -> str:
 
 
 def _cells(name: str, row: Row, expected: Row, ours: Row | None) -> list[str]:
-    full, errors = row.get("full", {}), row.get("gradients")
+    full, profile, errors = row["full"], row["profile"], row.get("gradients", {})
     return [
         name,
         f"{row['seconds']:.3f}", _range(expected, "seconds", "{:.2f}"),
         f"{row['tokens_per_second']:,.0f}", _range(expected, "tokens_per_second", "{:,.0f}"),
         f"{row['mfu']:.3f}", _range(expected, "mfu", "{:.2f}"),
-        f"{full['tokens_per_second']:,.0f}" if "seconds" in full else "does not fit",
-        f"{row['peak_memory_gib']:.1f}", str(row["micro_batches"]), f"{row['kernels']:,}", f"{row['busy']:.2f}",
-        f"{errors['median']:.1e}, {errors['worst']:.1e}" if errors else "",
+        f"{full['tokens_per_second']:,.0f}" if "seconds" in full else "failed",
+        f"{row['peak_memory_gib']:.1f}", str(row["micro_batches"]),
+        *(("failed", "") if "error" in profile else (f"{profile['kernels']:,}", f"{profile['busy']:.2f}")),
+        f"{errors['median']:.1e}, {errors['worst']:.1e}" if "median" in errors else "failed" if errors else "",
         f"{row['seconds'] / ours['seconds']:.2f}" if ours else "",
     ]  # fmt: skip
 

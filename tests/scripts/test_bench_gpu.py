@@ -25,7 +25,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 def figures(**changes):
     return {
         "seconds": 0.9, "tokens_per_second": 14_800.0, "mfu": 0.44, "steps": 10, "tokens": [13_000] * 3,
-        "peak_memory_gib": 60.0, "micro_batches": 1, "kernels": 5000, "busy": 0.98, "first_loss": 10.4,
+        "peak_memory_gib": 60.0, "micro_batches": 1, "profile": {"kernels": 5000, "busy": 0.98}, "first_loss": 10.4,
         "full": {"seconds": 1.1, "tokens_per_second": 14_900.0}, "peak_tflops": 790.0, "copy_tbs": 3.0,
         "date": "2026-12-01T00:00:00+00:00",
     } | changes  # fmt: skip
@@ -66,7 +66,7 @@ def test_two_contenders_run_on_a_cpu_and_a_second_call_measures_nothing(python: 
     for found in rows.values():
         assert "error" not in found, found
         assert found["gradients"]["median"] < 0.02  # of bf16
-        assert found["kernels"] > 1000
+        assert found["profile"]["kernels"] > 1000
         assert found["full"]["tokens"] == [512]
     losses = [found["first_loss"] for found in rows.values()]
     assert max(losses) - min(losses) < 5e-3
@@ -132,7 +132,8 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
 def test_the_table_shows_predictions_beside_measurements_and_targets(tmp_path: Path) -> None:
     rows = [
         row("ours", seconds=2.0), row("ours", seconds=0.85, tokens_per_second=15_600.0),
-        row("hf-best", seconds=1.0), row("hf-best-checkpointing", seconds=1.19),
+        row("hf-best", seconds=1.0, full={"error": "OutOfMemoryError: too little"}),
+        row("hf-best-checkpointing", seconds=1.19),
         row("ours-dropout", seconds=0.90), row("decode-vllm", left_out="vllm is not installed"),
     ]  # fmt: skip
     del rows[-1]["seconds"]
@@ -142,6 +143,7 @@ def test_the_table_shows_predictions_beside_measurements_and_targets(tmp_path: P
     assert "| time of the best peer over `ours` | 1.18 | >= 1.3 |" in text
     assert "| dropout, share of a step | 0.059 | <= 0.06 |" in text
     assert "MoSLoRA over LoRA" not in text  # one side is missing
+    assert "- hf-best: full failed, OutOfMemoryError: too little" in text
     assert "- decode-vllm: left out, vllm is not installed" in text
     assert "none of these figures is a measurement" in text
     elsewhere = [one | {"card": "NVIDIA A100-SXM4-80GB"} for one in rows]
