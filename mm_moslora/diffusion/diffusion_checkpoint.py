@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters import take_adapter
+from mm_moslora.adapters.folders.export_adapter import DIFFUSERS_WEIGHTS
+from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.diffusion.diffusion_export import write_lora_file
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.diffusion.diffusion_setup import DiffusionRun
@@ -17,8 +19,8 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver,
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, newest_valid, set_aside_newer
 from mm_moslora.training.preflight import refuse_resume
 from mm_moslora.training.resume import changed_keys
-from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import CheckpointError
+from mm_moslora.utils import distributed, files
+from mm_moslora.utils.errors import AdapterError, CheckpointError
 from mm_moslora.utils.run_paths import resume_folder
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,15 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: DiffusionRecipe) -
             f"{folder} belongs to another run: {'; '.join(changed[:6])}. Restore this, or choose another train.output. "
             f"To start from its weights: --adapter.weights {folder}."
         )
+
+
+def _write_plain_file(folder: Path) -> None:
+    """Write diffusers' file beside the adapters, or say why it cannot express them (DoRA, mixers that depend on x)."""
+    try:
+        write_lora_file(folder / "adapter", folder)
+    except AdapterError as error:
+        files.discard(folder / DIFFUSERS_WEIGHTS)
+        logger.warning("The checkpoint has no %s: %s", DIFFUSERS_WEIGHTS, error)
 
 
 class Checkpoints:
@@ -120,7 +131,7 @@ class Checkpoints:
                 (folder / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
                 for name, adapter in taken.items():
                     adapter.write(folder / "adapter" / name)
-                write_lora_file(folder / "adapter", folder)
+                _write_plain_file(folder)
 
         manifest = Manifest(
             step=run.step, world_size=distributed.world_size(), recipe=self.recipe.to_dict(),
@@ -162,6 +173,8 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(states[0]["parameters"][name])
+        for name in run.family.adapted_names():
+            restore_frozen_factors(getattr(run.family.pipeline, name), folder / "adapter" / name)
         if self.sharded:
             zero = self.optimizer.optimizer
             scale = own["optimizer"].pop("scale")

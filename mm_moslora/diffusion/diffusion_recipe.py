@@ -55,7 +55,8 @@ class DiffusionAdapterConfig(AdapterConfig):
         super().__post_init__()
         require(
             self.factor_form not in ("stella", "orthonormal"),
-            f"adapter.factor_form is {self.factor_form}, which only `mm-moslora train` steps along. Choose svd.",
+            f"adapter.factor_form is {self.factor_form}, which only `mm-moslora train` steps along. "
+            "Choose free, mixed or svd.",
         )
 
 
@@ -189,6 +190,9 @@ class DiffusionTrainConfig:
     """Recompute activations in the backward pass."""
     seed: int = 0
     """Seeds initialisation, order, crops, noise and timesteps."""
+    deterministic: bool = False
+    """On a GPU: kernels that always add up in the same order, so that a resumed run gives the same digits. CPUs do so
+    anyway."""
     save_every: int = 0
     """Optimiser steps between checkpoints; 0: only the last step is saved."""
     keep_last: int = 2

@@ -72,7 +72,11 @@ def train_diffusion(
         raise ConfigError(f"optim.optimizer is adamw_8bit, which needs: {install_command('bitsandbytes')}")
     distributed.join()
     folder = Path(recipe.train.output)
-    with run_arithmetic(deterministic=False), exclusive(folder), record_run_state(folder) as ending:
+    with (
+        run_arithmetic(deterministic=recipe.train.deterministic),
+        exclusive(folder),
+        record_run_state(folder) as ending,
+    ):
         found = find_resume(recipe, folder, resume)
         run = prepare(recipe, folder, precision)
         session = _Session(run, build_trackers(recipe.track), found, stop or StopRequest())

@@ -38,7 +38,7 @@ def test_the_sdxl_recipe_has_the_settings_of_the_paper() -> None:
         ("adapter.rnk=4", "Did you mean 'rank'"),
         ("data.prompt=null", "give one of prompt"),
         ("data.resolution=30", "multiple of 8"),
-        ("adapter.factor_form=orthonormal", "Choose free or svd"),
+        ("adapter.factor_form=orthonormal", "Choose free, mixed or svd"),
         ("validate.dino=x", "validate.prompts is empty"),
         ("data.prior.weight=1", "missing data.prior.prompt"),
         ("model.prediction=x0", "expected one of auto, epsilon, v_prediction"),

@@ -152,6 +152,19 @@ def test_kohya_names_have_alphas_and_a_file_of_the_user_is_kept(recipe: Make, tm
         write_lora_file(tmp_path / "nothing", tmp_path / "k")
 
 
+@pytest.mark.parametrize("change", ["adapter.use_dora=true", "adapter.factor_form=svd", "adapter.mixer_form=diagonal"])
+def test_other_adapters_train_and_resume(
+    change: str, recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight = train_diffusion(recipe(change, "train.steps=2", run="straight"))
+    train_diffusion(recipe(change, "train.steps=2"), stop_at=1)
+    resumed = train_diffusion(recipe(change, "train.steps=2"))
+    assert state(resumed.checkpoint) == state(straight.checkpoint)
+    plain = resumed.checkpoint / "pytorch_lora_weights.safetensors"
+    assert plain.is_file() == ("dora" not in change)
+    assert ("cannot express (DoRA" in caplog.text) == ("dora" in change)
+
+
 def test_lora_is_the_same_keys_and_a_run_starts_from_anothers_weights(recipe: Make, tmp_path: Path) -> None:
     lora = ("adapter.mixer_init=identity", "adapter.mixer_trainable=false")
     result = train_diffusion(recipe(*lora, "train.steps=2"))
