@@ -175,8 +175,8 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
         console.print(_pictures(found))
     if found.idle:
         console.print(
-            f"[yellow]{found.idle} of {gpus.count} GPUs are idle[/]: a step has {gpus.count - found.idle} "
-            f"{'records' if rows == 1 else 'rows'}. Take fewer GPUs, or raise train.global_batch."
+            f"[yellow]{found.idle} of {gpus.count} GPUs are idle[/]: the {'records' if rows == 1 else 'rows'} "
+            f"of a step keep {gpus.count - found.idle} busy. Take fewer GPUs, or raise train.global_batch."
         )
     console.print(f"{as_it_stands(found, found.own)} {found.remedy}".rstrip())
     if best is None:

@@ -75,6 +75,9 @@ class TrainConfig:
     `plan`; on a CPU any number."""
     zero: str = "zero2"
     """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch."""
+    sequence_parallel: int = 1
+    """Ranks that compute every packed row together, each a part of its tokens (DeepSpeed's Ulysses): for examples too
+    long for one GPU. A divisor of the number of ranks and of the attention heads."""
     precision: Precision = "auto"
     """auto: bf16 on hardware with fast bf16, else fp32."""
     gradient_checkpointing: bool | int = False
@@ -119,6 +122,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least("train.global_batch", self.global_batch, 1)
         at_least("train.micro_batch", self.micro_batch, 1)
+        at_least("train.sequence_parallel", self.sequence_parallel, 1)
+        require(
+            self.sequence_parallel == 1 or self.zero != "none",
+            f"train.sequence_parallel is {self.sequence_parallel}, and train.zero none is plain torch in one process. "
+            "Set train.zero to zero2 or zero3.",
+        )
         at_least("train.gradient_checkpointing", self.gradient_checkpointing, 0)
         require(
             bool(not self.activation_offload or self.gradient_checkpointing or self.vision_gradient_checkpointing),

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from mm_moslora.batch import Batch
+from mm_moslora.batch import WHOLE_ROW, Batch, RowShare
 from mm_moslora.models.batching.packed_batch import packed_hidden, packs
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import PROJECTOR, PROJECTOR_ITSELF, TOWER_NAMES
@@ -232,7 +232,12 @@ def _project(model: Any, states: Tensor) -> Tensor:
 
 
 def supervised_hidden(
-    model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None, memory: StepFeatureCache | None = None
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    dummy: Batch | None = None,
+    memory: StepFeatureCache | None = None,
+    share: RowShare = WHOLE_ROW,
 ) -> Tensor:
     """The hidden states at the supervised positions of a padding-free batch.
 
@@ -242,6 +247,7 @@ def supervised_hidden(
         dummy: one picture, for a batch without images where other ranks have some: the vision path runs with a weight
             of zero, so that all ranks take part in the same collectives.
         memory: pictures that a frozen tower encoded before.
+        share: the part of the row that this rank computes; only models without a forward pass of their own take one.
 
     Returns:
         ``[K, D]``.
@@ -257,7 +263,7 @@ def supervised_hidden(
         if is_multimodal(model)
         else {"input_ids": batch.input_ids[None]}
     )
-    return packed_row_hidden(model, batch, position_ids=batch.position_ids[None], **words)
+    return packed_row_hidden(model, batch, share=share, position_ids=batch.position_ids[None], **words)
 
 
 def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memory: StepFeatureCache | None) -> Tensor:

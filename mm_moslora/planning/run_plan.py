@@ -198,12 +198,15 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
         raise ConfigError("The size of the data is not known. Give --samples and --tokens-per-sample.")
     tokens = min(data.tokens, recipe.data.max_length)
     data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens))
-    busy = busy_share(train.global_batch, gpus.count)
+    together = train.sequence_parallel
+    busy = busy_share(train.global_batch, max(1, gpus.count // together))
 
     longest = recipe.data.longest
 
     def option(zero: str, checkpointing: bool | int, micro_batch: int, *, offload: bool = False) -> Option:
-        step = StepMemory(size=size, zero=zero, world=gpus.count, checkpointing=checkpointing, offload=offload)
+        step = StepMemory(
+            size=size, zero=zero, world=gpus.count, checkpointing=checkpointing, offload=offload, together=together
+        )
         budget = train.micro_tokens or step.token_budget(gpus.memory, longest=longest) or longest
         tokens = min(budget, micro_batch * longest)
         needed = step.worst(tokens)
@@ -212,7 +215,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             zero=zero, checkpointing=checkpointing, micro_batch=micro_batch,
             most=tokens if tokens < micro_batch * longest else None, memory=needed,
             tokens_per_second=busy * speed(
-                size, gpus, data, zero=zero, samples=samples, checkpointing=step.share_again
+                size, gpus, data, zero=zero, samples=samples / together, checkpointing=step.share_again
             ),
             fits=needed.total <= FREE_SHARE * gpus.memory, offload=offload,
         )  # fmt: skip
@@ -231,13 +234,16 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     return Plan(
         gpus=gpus, activation_memory=size,
         picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
-        idle=max(0, gpus.count - train.global_batch), own=own,
+        idle=max(0, gpus.count - together * train.global_batch), own=own,
         remedy="" if own.fits else _remedy(recipe, size, gpus, own),
     )  # fmt: skip
 
 
 def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> str:
-    step = StepMemory(size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload)
+    step = StepMemory(
+        size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload,
+        together=recipe.train.sequence_parallel,
+    )  # fmt: skip
     if fits := step.token_budget(gpus.memory, longest=recipe.data.longest):
         return f"train.micro_tokens up to {fits} fits, or leave it out."
     change = step.remedies(gpus.memory, longest=recipe.data.longest, key=recipe.data.longest_key)

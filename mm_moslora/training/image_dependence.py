@@ -90,12 +90,15 @@ class ImageCheck:
         with undisturbed(engine), _without_memory(engine.module), eager, _read_by_head(engine.module) as read:
             engine.evaluate([plain])
             engine.evaluate([noise])
-        same = (read[0] == read[1]).all(dim=-1).cpu()  # [K]
+        same = torch.ones(batch.supervised_tokens, dtype=torch.bool)  # [K]
+        same[engine.module.share.targets(batch)] = (read[0] == read[1]).all(dim=-1).cpu()
         ignored = [item.what for item in chosen if bool(same[item.targets].all())]
         found = distributed.gather_objects((len(chosen), ignored))
-        everywhere = [what for _, items in found for what in items]
+        rows = [found[first : first + engine.copies] for first in range(0, len(found), engine.copies)]
+        # A record is ignored when all ranks that share its row say so.
+        everywhere = [what for (_, items), *others in rows for what in items if all(what in own for _, own in others)]
         if everywhere:
-            tried = sum(count for count, _ in found)
+            tried = sum(count for (count, _), *_ in rows)
             model = type(self.run.assembly.model).__name__
             raise TrainingError(
                 f"The loss does not depend on the images: with noise in place of {', '.join(everywhere[:4])} "

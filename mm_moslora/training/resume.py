@@ -43,6 +43,7 @@ _ROUNDING_KEYS = (
     "train.micro_tokens",
     "train.gradient_checkpointing",
     "train.activation_offload",
+    "train.sequence_parallel",
     "train.compile",
     "train.deterministic",
     "model.attention",

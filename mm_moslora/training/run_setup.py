@@ -45,7 +45,15 @@ from mm_moslora.models.projectors.projector_start import (
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import image_features, is_multimodal, needs_padding
-from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine, weights_place
+from mm_moslora.training.engine import (
+    Engine,
+    LossModule,
+    OptimizerSettings,
+    build_engine,
+    prepare_deepspeed,
+    weights_place,
+)
+from mm_moslora.training.engine.ulysses import row_share, share_rows
 from mm_moslora.training.metrics.mixer_metrics import MIXERS, mixer_matrices
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
@@ -170,6 +178,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             attention = choose_attention(model, recipe.model.attention, device=distributed.device())
         set_attention(model, attention.name, native=kernels.native)
     _say_what_runs(attention, precision)
+    if (together := recipe.train.sequence_parallel) > 1:
+        prepare_deepspeed(recipe.train.zero)
+        share_rows(model, together)
     use_loss_head(model)
     if recipe.model.lean_layers:
         use_lean_layers(model)
@@ -182,7 +193,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
     )
     dummy = dummy_image_example(assembly.image_processing) if assembly.image_processing else None
-    module = LossModule(model, dummy, memory=StepFeatureCache(_feature_store(recipe.model, model)))
+    module = LossModule(
+        model, dummy, memory=StepFeatureCache(_feature_store(recipe.model, model)), share=row_share(together)
+    )
     assembled = is_multimodal(model) and not assembly.is_pretrained_vlm
     projector = dict(model.model.multi_modal_projector.state_dict()) if assembled else {}
     newline = newline_of(model) if assembled else None

@@ -62,7 +62,7 @@ def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: 
         return None
     step = StepMemory(
         size=size, zero=stage_name(train.zero), world=distributed.world_size(),
-        checkpointing=train.gradient_checkpointing, offload=train.activation_offload,
+        checkpointing=train.gradient_checkpointing, offload=train.activation_offload, together=train.sequence_parallel,
     )  # fmt: skip
     budget = step.token_budget(capacity, longest=longest)
     if not budget:

@@ -174,8 +174,8 @@ class _Loop:
         self.run, self.recipe, self.watchdog, self.stop, self.fresh = run, recipe, watchdog, stop, not resumed
         self.loader = BatchLoader(
             run.training_set,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=distributed.rank() // run.engine.copies,
+            world_size=distributed.world_size() // run.engine.copies,
             config=recipe.data,
             global_batch=recipe.train.global_batch,
             limit=run.limit,

@@ -155,9 +155,10 @@ class Validator:
     def _loss(self, held_out: TrainingSet) -> dict[str, float]:
         recipe = self.run.recipe
         loss = right = count = 0.0
+        together = self.run.engine.copies
         loader = BatchLoader(
-            held_out, rank=distributed.rank(), world_size=distributed.world_size(), config=recipe.data,
-            global_batch=recipe.train.global_batch, limit=self.run.limit, seed=0,
+            held_out, rank=distributed.rank() // together, world_size=distributed.world_size() // together,
+            config=recipe.data, global_batch=recipe.train.global_batch, limit=self.run.limit, seed=0,
         )  # fmt: skip
         with loader:
             batches = iter(loader)

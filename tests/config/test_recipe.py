@@ -50,6 +50,8 @@ def test_every_shipped_recipe_parses_and_survives_a_round_trip(name):
             {"train": {"gradient_checkpointing": "all"}},
             r"train\.gradient_checkpointing is 'all' \(str\), expected bool",
         ),
+        ({"train": {"sequence_parallel": 0}}, r"train\.sequence_parallel is 0, expected at least 1"),
+        ({"train": {"sequence_parallel": 2, "zero": "none"}}, r"Set train\.zero to zero2 or zero3"),
         ({"train": {"activation_offload": True}}, r"no layer is checkpointed\. Set train\.gradient_checkpointing"),
         ({"adapter": {"alpha": 0}}, r"adapter\.alpha is 0\.0, expected more than 0"),
         ({"model": {}}, r"name exactly one of them"),

@@ -103,6 +103,18 @@ def test_the_compiled_adam_counts_steps_for_checkpoints(monkeypatch: pytest.Monk
     assert [made.state[parameter]["step"].item() for parameter in (first, second)] == [9.0, 2.0]
 
 
+def test_ulysses_wraps_an_attention_of_transformers() -> None:
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    assert {
+        "attn", "batch_size", "attn_head_count", "attn_head_size", "kv_head_count", "num_hidden_layers",
+        "process_group", "seq_length_is_variable",
+    } <= set(parameters(UlyssesSPAttentionHF.__init__))  # fmt: skip
+    assert parameters(UlyssesSPAttentionHF.forward)[:6] == [
+        "self", "module", "query", "key", "value", "attention_mask",
+    ]  # fmt: skip
+
+
 def test_hooks_of_stage_3_are_kept_by_handle() -> None:
     assert attributes(DeepSpeedZeRoOffload) >= {"fwd_pre_hook", "forward_hooks", "backward_hooks"}
     handle = nn.Linear(1, 1).register_forward_hook(lambda *_: None)

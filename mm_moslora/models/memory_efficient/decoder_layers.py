@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole
-from mm_moslora.batch import Batch
+from mm_moslora.batch import WHOLE_ROW, Batch, RowShare
 from mm_moslora.kernels.attention.segment_attention import StepContext, segment_arguments
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
 from mm_moslora.kernels.lora.lora_linear import TENSORS, LinearOperands, LinearRules, LoraMatmul, fused_linears
@@ -178,22 +178,27 @@ def drops_positions(model: PreTrainedModel) -> bool:
     return layers is not None and len(layers) > 0 and bool(getattr(layers[len(layers) - 1], "is_last", False))
 
 
-def packed_row_hidden(model: PreTrainedModel, batch: Batch, **inputs: Any) -> Tensor:
-    """The hidden states at the supervised positions of one packed row.
+def packed_row_hidden(model: PreTrainedModel, batch: Batch, *, share: RowShare = WHOLE_ROW, **inputs: Any) -> Tensor:
+    """The hidden states at the supervised positions of one packed row, or of this rank's part of it.
 
     Args:
         model: causal language model or vision-language model, with or without adapters.
         batch: one micro-batch on the model's device.
-        inputs: ids or embeddings, and positions.
+        share: the part; the model's attention then sees the parts of all ranks.
+        inputs: ids or embeddings, and positions, of the whole row.
 
     Returns:
         ``[K, D]``.
     """
     trimmed, device = drops_positions(model), batch.input_ids.device
-    positions = batch.target_positions if trimmed else None
-    inputs |= segment_arguments(batch.segment_lengths, device, target_positions=positions)
+    lengths, positions = batch.segment_lengths, batch.target_positions
+    if share.of > 1:
+        inputs = {name: share.cut(value, batch) for name, value in inputs.items()}
+        lengths = (*lengths, padding) if (padding := share.padding(batch)) else lengths  # a segment of its own
+        positions = positions[share.targets(batch)] - share.index * share.width(batch)
+    inputs |= segment_arguments(lengths, device, target_positions=positions if trimmed else None)
     hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
-    return hidden if trimmed else hidden[batch.target_positions]
+    return hidden if trimmed else hidden[positions]
 
 
 def normed_linears(

@@ -54,10 +54,15 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
         max_grad_norm: from `optim`.
 
     Raises:
-        ConfigError: DeepSpeed is missing, or it refuses the settings or the precision.
+        ConfigError: DeepSpeed is missing, or it refuses the settings or the precision, or the ranks cannot be grouped.
     """
     if train.zero == "none":
         return
+    if (world := distributed.world_size()) % train.sequence_parallel:
+        raise ConfigError(
+            f"train.sequence_parallel is {train.sequence_parallel}, which does not divide the {world} ranks of this "
+            "run. Choose a divisor of their number."
+        )
     config = deepspeed_config(train, precision, max_grad_norm)
     import_deepspeed(train.zero)
     from deepspeed.accelerator import get_accelerator

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora.adapters import one_product_per_step
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import WHOLE_ROW, Batch, Example, RowShare
 from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
@@ -31,10 +31,15 @@ class LossModule(nn.Module):
     """The module that an engine wraps: it maps a micro-batch to the sum of its token losses."""
 
     def __init__(
-        self, model: PreTrainedModel, dummy: Example | None, *, memory: StepFeatureCache | None = None
+        self,
+        model: PreTrainedModel,
+        dummy: Example | None,
+        *,
+        memory: StepFeatureCache | None = None,
+        share: RowShare = WHOLE_ROW,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.share = model, share
         self.dummy = None if dummy is None else Batch.from_examples([dummy])
         # A text then has no path to what trains, and its loss no gradient.
         self.language_is_frozen = not any(p.requires_grad for p in model.get_decoder().parameters())
@@ -42,7 +47,7 @@ class LossModule(nn.Module):
         """Features that a frozen tower has already computed."""
 
     def forward(self, batch: Batch, needs_vision: bool, right: Tensor | None = None) -> Tensor:
-        """Sum of cross entropies over the batch's supervised tokens, fp32 scalar.
+        """Sum of cross entropies over the supervised tokens of the batch, or of this rank's part, fp32 scalar.
 
         Args:
             batch: on the model's device.
@@ -52,8 +57,9 @@ class LossModule(nn.Module):
         """
         vision = (needs_vision or self.language_is_frozen) and not batch.images
         dummy = self.dummy.to(batch.input_ids.device) if self.dummy and vision else None
-        hidden = supervised_hidden(self.model, batch, dummy=dummy, memory=self.pictures)
-        return head_loss_sum(self.model, hidden, batch.targets, right)
+        hidden = supervised_hidden(self.model, batch, dummy=dummy, memory=self.pictures, share=self.share)
+        targets = batch.targets if self.share.of == 1 else batch.targets[self.share.targets(batch)]
+        return head_loss_sum(self.model, hidden, targets, right)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +183,8 @@ class Engine(ABC):
         self.groups = list(groups)
         self.device = distributed.device()
         self.manifold = StiefelFactors(module, self._named_trainable(), self.device)
+        self.copies = getattr(module, "share", WHOLE_ROW).of
+        """Ranks that get the same micro-batches, and compute their parts."""
 
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
         """One optimiser step.
@@ -193,7 +201,9 @@ class Engine(ABC):
             *(float(batch.images > 0) for batch in micro_batches),
         ]
         started = time.monotonic()
-        supervised, tokens, images, samples, *with_images = distributed.sum_over_ranks(counts)
+        sums_of_ranks = distributed.sum_over_ranks(counts)
+        supervised, tokens, images, samples = (total / self.copies for total in sums_of_ranks[:4])
+        with_images = sums_of_ranks[4:]
         wait_seconds = time.monotonic() - started
         self._begin_step(with_images)
         self.module.pictures.begin_step(micro_batches)
@@ -253,6 +263,7 @@ class Engine(ABC):
         for batch, with_images in zip(micro_batches, flags, strict=True):
             total += self._evaluate(batch.to(self.device), with_images > 0, right)
         (count,) = distributed.sum_over_ranks([float(sum(batch.supervised_tokens for batch in micro_batches))])
+        count /= self.copies
         sums = torch.stack((total, right.double()))
         distributed.add_up(sums)
         loss, over_all = sums.tolist()

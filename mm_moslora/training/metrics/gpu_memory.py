@@ -65,6 +65,8 @@ class StepMemory:
     """Of the decoder: all layers, none, or so many from the first."""
     offload: bool = False
     """Whether the inputs of checkpointed layers are in main memory; two of them are on the GPU at a time."""
+    together: int = 1
+    """Ranks that compute a row together (`train.sequence_parallel`), each a part of its tokens and all its pictures."""
     logit_chunk: int = CHUNK_BYTES["cuda"]
     """Bytes of fp32 logits at a time."""
 
@@ -77,6 +79,8 @@ class StepMemory:
     def of(self, tokens: float, *, supervised: float, images: float) -> Memory:
         """Memory with a micro-batch of so many tokens, supervised tokens and images."""
         size, zero = self.size, self.zero
+        row = tokens * size.width * size.value_bytes if self.together > 1 else 0.0  # its embeddings are whole
+        tokens, supervised = tokens / self.together, supervised / self.together
         trained, b = size.trainable, size.value_bytes
         split = dict.fromkeys(("none", "zero0"), (1, 1, 1))
         split |= {"zero1": (1, 1, self.world), "zero2": (1, self.world, self.world)}
@@ -97,7 +101,7 @@ class StepMemory:
             gradients=trained * (4 if zero == "none" else b) / by_gradients,
             optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
             activations=tokens * kept + images * size.kept_per_image + size.products,
-            workspace=tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
+            workspace=2 * row + tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
             logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
             buffers=(0 if zero == "none" else 2 * min(BUCKET, trained) * b) + gathered,
         )

@@ -106,9 +106,11 @@ class Speedometer:
     Args:
         model: the model with its trainable parameters set.
         device_name: name from the driver; None asks torch.
+        copies: ranks that get the same micro-batches (`train.sequence_parallel`).
     """
 
-    def __init__(self, model: PreTrainedModel, *, device_name: str | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, device_name: str | None = None, copies: int = 1) -> None:
+        self.copies = copies
         if device_name is None:
             device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         self.peak = device_peak(device_name)
@@ -124,14 +126,14 @@ class Speedometer:
             own: this rank's.
         """
         names, values = zip(*asdict(own).items(), strict=True)
-        tokens = float(sum(batch.tokens for batch in micro_batches))
+        tokens = sum(batch.tokens for batch in micro_batches) / self.copies
         table = distributed.table_over_ranks([tokens, *values, *self._seen(micro_batches)])
         loads, *columns = zip(*table, strict=True)
         figures = dict(zip(names, columns[: len(names)], strict=True))
         world = len(table)
         metrics = {"padding_share": 1.0 - result.tokens / max(1.0, world * max(loads))} | _spread(figures)
-        seen = [sum(column) for column in columns[len(names) :]]
-        needed = self._needed(result, seen, micro_batches=world * len(micro_batches))
+        seen = [sum(column) / self.copies for column in columns[len(names) :]]
+        needed = self._needed(result, seen, micro_batches=world * len(micro_batches) // self.copies)
         if needed is not None and self.peak is not None:
             metrics["mfu"] = needed.total / (max(1e-9, *figures["step_seconds"]) * world * self.peak)
         return metrics

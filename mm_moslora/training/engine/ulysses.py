@@ -1,0 +1,71 @@
+"""Sequence parallelism by DeepSpeed's Ulysses: the ranks of a group compute one packed row together.
+
+Each rank runs all layers on its share of the tokens. Around the attention it gives the others their tokens and gets all
+tokens for its share of the heads (2309.14509), so the attention sees whole segments. All ranks of a group take the same
+micro-batches; to the rest of the engine each is one of the data-parallel ranks, with the loss of its own tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mm_moslora.batch import RowShare
+from mm_moslora.kernels.attention.attention_choice import set_attention
+from mm_moslora.kernels.attention.segment_attention import no_mask
+from mm_moslora.models.vlm import has_own_forward
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ConfigError
+
+ULYSSES = "mm_moslora_ulysses"
+"""Name under which the attention is registered with transformers."""
+
+
+def row_share(ranks: int) -> RowShare:
+    """The part of every row that this rank computes; groups are of consecutive ranks.
+
+    Args:
+        ranks: of a group.
+    """
+    return RowShare(index=distributed.rank() % ranks, of=ranks)
+
+
+def share_rows(model: PreTrainedModel, ranks: int) -> None:
+    """Have the attention of a decoder see the tokens of all ranks of a group; every rank of the run calls it.
+
+    Args:
+        model: its attention is set; DeepSpeed is started.
+        ranks: of a group, see `refuse_sequence_parallel`.
+
+    Raises:
+        ConfigError: the model's forward pass takes whole rows, or its heads cannot be divided.
+    """
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    if has_own_forward(model):
+        raise ConfigError(
+            f"train.sequence_parallel is {ranks}, but {type(model).__name__} places pictures and positions by itself "
+            "and takes whole rows. Set it to 1, or assemble a model with model.language and model.vision."
+        )
+    config: Any = model.get_decoder().config
+    heads = config.num_attention_heads
+    groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, distributed.world_size(), ranks)]
+    try:
+        attention = UlyssesSPAttentionHF(
+            attn=ALL_ATTENTION_FUNCTIONS[config._attn_implementation],
+            batch_size=1,
+            attn_head_count=heads,
+            attn_head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            kv_head_count=getattr(config, "num_key_value_heads", None) or heads,
+            num_hidden_layers=config.num_hidden_layers,
+            process_group=groups[distributed.rank() // ranks],
+            seq_length_is_variable=True,
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.sequence_parallel is {ranks}: {error}. Choose a divisor of the heads.") from error
+    AttentionInterface.register(ULYSSES, attention)
+    AttentionMaskInterface.register(ULYSSES, no_mask)
+    set_attention(model, ULYSSES)
