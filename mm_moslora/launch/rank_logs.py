@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from pathlib import Path
 
 LOG_FOLDER = "MM_MOSLORA_LOG_DIR"
 """Variable with the folder; `launch --log-dir` sets it for the ranks."""
+_REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that schedulers and terminals send to all processes of a job."""
 
 
 def keep_rank_log(environment: Mapping[str, str]) -> None:
     """Write this process's output also to `rank-00003.log` in the folder of `MM_MOSLORA_LOG_DIR`, if that is set.
 
-    A restarted rank appends to the file. `tee` outlives the rank and ignores signals that schedulers send to all
-    processes, so no line is lost.
+    A restarted rank appends to the file. `tee` outlives the rank, and signals that schedulers send to all processes
+    are blocked in it, so no line is lost.
 
     Args:
         environment: such as `os.environ`.
@@ -35,11 +38,14 @@ def keep_rank_log(environment: Mapping[str, str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         number = stream.fileno()
-        # In a new session and with ignored signals, so that no terminal or scheduler ends it before the rank.
-        tee = subprocess.Popen(
-            ["sh", "-c", 'trap "" TERM INT HUP USR1; exec tee -a "$0"', str(path)], stdin=subprocess.PIPE,
-            stdout=number, start_new_session=True,
-        )  # fmt: skip
+        # A program inherits which signals are blocked, so no terminal or scheduler ends it before the rank.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+        try:
+            tee = subprocess.Popen(
+                ["tee", "-a", str(path)], stdin=subprocess.PIPE, stdout=number, start_new_session=True
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert tee.stdin is not None
         os.dup2(tee.stdin.fileno(), number)
         tee.stdin.close()
