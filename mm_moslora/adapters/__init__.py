@@ -21,7 +21,7 @@ from mm_moslora.kernels.lora.lora_linear import fused_linear
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear, use_kernel
 
 if TYPE_CHECKING:
-    from mm_moslora.adapters.trainer_callback import MixerCallback
+    from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay
 
 patch_peft()
 
@@ -58,16 +58,15 @@ __all__ = [
     "reference_linear",
     "resolve_targets",
     "save_adapter",
+    "spare_mixers_from_decay",
     "take_adapter",
     "use_kernel",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "MixerCallback":
+    if name not in ("MixerCallback", "spare_mixers_from_decay"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mm_moslora.adapters.trainer_callback import (
-        MixerCallback,  # transformers' Trainer brings datasets and pandas: a second
-    )
+    from mm_moslora.adapters import trainer_callback  # transformers' Trainer brings datasets and pandas: a second
 
-    return MixerCallback
+    return getattr(trainer_callback, name)

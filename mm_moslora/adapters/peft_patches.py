@@ -5,6 +5,8 @@
   (huggingface/peft#2273, #2282).
 - `load_peft_weights` reads A, M and B of a double folder: no hook of a tuner sees the folder, and trainers that resume
   from a checkpoint load it into an existing adapter (huggingface/peft#2273).
+- `get_peft_model_state_dict`, as `save_pretrained` calls it, refuses shards: writing them ends in an error of
+  safetensors about storages.
 - `reduce_intruder_dimension` refuses mixers: it writes A and B of a new adapter without a hook for tuners
   (huggingface/peft#2907).
 - `prepare_model_for_compiled_hotswap` refuses another rank for mixers: it pads A and B, and `hotswap_adapter` cannot
@@ -29,18 +31,32 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import intruders
 from peft.utils import hotswap, save_and_load
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mm_moslora.adapters.folder_format import OWN_CONFIG, OWN_WEIGHTS, PREFIX, STOCK_WEIGHTS, downloaded
 from mm_moslora.adapters.folders.load_folder import read_folder
+from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError
 
+_stock_state = save_and_load.get_peft_model_state_dict
 _stock_weights = save_and_load.load_peft_weights
 _stock_intruders = intruders.reduce_intruder_dimension
 _stock_prepare = hotswap.prepare_model_for_compiled_hotswap
 _stock_swap = hotswap.hotswap_adapter_from_state_dict
+
+
+@functools.wraps(_stock_state)
+def whole_state(model: Any, state_dict: Any = None, adapter_name: str = "default", **kwargs: Any) -> dict[str, Tensor]:
+    """The tensors that `save_pretrained` writes, whole."""
+    tensors: dict[str, Tensor] = _stock_state(model, state_dict, adapter_name, **kwargs)
+    if isinstance(model.peft_config[adapter_name], MoSLoRAConfig):
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor) and (reason := why_not_whole(tensor)):
+                raise AdapterError(f"{name} {reason}")
+    return tensors
 
 
 @functools.wraps(_stock_weights)
@@ -110,6 +126,8 @@ def patch_peft() -> None:
     """Enter the tuner and the configuration, and replace the functions; a second call changes nothing."""
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = MoSLoRAModel
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] = LoraConfigOfFolder
+    saving: Any = peft_model
+    saving.get_peft_model_state_dict = whole_state  # in save_pretrained alone: others may save shards
     modules: tuple[Any, ...] = (peft, peft_model, utils, save_and_load, hotswap)
     for module in modules:
         module.load_peft_weights = load_peft_weights

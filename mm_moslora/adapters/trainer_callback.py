@@ -1,4 +1,4 @@
-"""A callback for Hugging Face's `Trainer` that logs statistics of the mixers."""
+"""For Hugging Face's `Trainer` and TRL's: mixers outside of weight decay, and a callback that logs their figures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,33 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mm_moslora.adapters.adapter_inspection import inspect_model, summary
+from mm_moslora.adapters.folder_format import MIXER_PART
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
+
+
+def spare_mixers_from_decay(trainer: Trainer) -> None:
+    """Leave mixers out of a trainer's weight decay, as `mm-moslora train` does. Call it before `train`, also to resume.
+
+    Decay shrinks a mixer from a start that is not zero. The trainer decays every parameter but biases and norms, which
+    it knows by name and type; its `get_decay_parameter_names` is replaced on this one trainer.
+
+    Args:
+        trainer: before its optimiser exists.
+
+    Raises:
+        AdapterError: it has an optimiser, whose groups are fixed.
+    """
+    if trainer.optimizer is not None:
+        raise AdapterError(
+            "The trainer has its optimiser already, and with it the parameters that decay. Call "
+            "spare_mixers_from_decay before train; in an optimiser of your own give the parameters with lora_mixer in "
+            "their names a weight_decay of 0."
+        )
+    decayed = trainer.get_decay_parameter_names
+    trainer.get_decay_parameter_names = lambda model: [  # type: ignore[method-assign]
+        name for name in decayed(model) if MIXER_PART not in f".{name}"
+    ]
 
 
 class MixerCallback(TrainerCallback):

@@ -64,9 +64,14 @@ def fsdp2(folder: Path) -> None:
     fully_shard(model, mesh=mesh)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient.full_tensor(), expected[name])
-    for refused in (lambda: save_adapter(model, folder / "shards"), lambda: merge(model)):
+    for refused in (
+        lambda: save_adapter(model, folder / "shards"),
+        lambda: model.save_pretrained(folder / "shards"),
+        lambda: merge(model),
+    ):
         with pytest.raises(AdapterError, match=r"is a shard \(FSDP"):
             refused()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         save_adapter(model, folder / "fsdp2", state=state)
+        model.save_pretrained(folder / "fsdp2-peft", state_dict=state)

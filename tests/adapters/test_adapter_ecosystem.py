@@ -126,7 +126,7 @@ def test_fsdp_trains_and_a_shard_is_named(python: Preloaded, tmp_path: Path) -> 
     with Ranks(tmp_path / "ranks", python.ours) as ranks:
         ranks.run(["adapters.fsdp_ranks:both_kinds", str(tmp_path)])
     live = logits(adapted())
-    for kind in ("fsdp1", "fsdp2"):
+    for kind in ("fsdp1", "fsdp2", "fsdp2-peft"):
         assert torch.equal(logits(load_adapter(llama(), tmp_path / kind)), live)
 
 
@@ -143,9 +143,12 @@ def test_trainer_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(form: dict, 
     """PEFT reads the folded factors, which left M at the identity and A and B with moments of others."""
     rows = [{"input_ids": row, "labels": row} for row in (torch.arange(96).reshape(12, 8) % 59).tolist()]
 
-    def run(folder: str, resume: Path | None) -> peft.PeftModel:
+    def run(folder: str, resume: Path | None, *, loaded: bool = False) -> peft.PeftModel:
         set_seed(0)
-        model = add_moslora(llama(), MoSLoRAConfig(r=4, target_modules=SIBLINGS, task_type="CAUSAL_LM", **form))
+        if loaded:
+            model = peft.PeftModel.from_pretrained(llama(), resume, is_trainable=True)
+        else:
+            model = add_moslora(llama(), MoSLoRAConfig(r=4, target_modules=SIBLINGS, task_type="CAUSAL_LM", **form))
         options = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "learning_rate": 3e-2}
         quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
         arguments = TrainingArguments(str(tmp_path / folder), **options, **quiet)
@@ -153,9 +156,10 @@ def test_trainer_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(form: dict, 
         return model
 
     whole = run("whole", None)
-    resumed = run("resumed", tmp_path / "whole" / "checkpoint-2").state_dict()
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed[name], tensor), name
+    for loaded in (False, True):
+        resumed = run(f"resumed-{loaded}", tmp_path / "whole" / "checkpoint-2", loaded=loaded).state_dict()
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(resumed[name], tensor), name
 
 
 def test_peft_loads_our_values_into_an_adapter_that_is_there(tmp_path: Path) -> None:

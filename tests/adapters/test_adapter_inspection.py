@@ -18,6 +18,7 @@ from mm_moslora.adapters import (
     butterfly,
     init_mixer,
     save_adapter,
+    spare_mixers_from_decay,
 )
 from mm_moslora.adapters.adapter_inspection import (
     describe,
@@ -135,6 +136,23 @@ def _trainer(folder: Path, tracker: _Tracker, **changes) -> Trainer:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
     rows = [{"input_ids": ids, "labels": ids}] * 4
     return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[tracker])
+
+
+def test_a_trainer_leaves_mixers_out_of_weight_decay_once_it_is_told(tmp_path: Path) -> None:
+    def decayed(trainer: Trainer) -> set[str]:
+        optimizer = trainer.create_optimizer()
+        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        groups = [group for group in optimizer.param_groups if group["weight_decay"] == 0.1]
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 3 * 14
+        return {names[id(parameter)] for group in groups for parameter in group["params"]}
+
+    own = _trainer(tmp_path, _Tracker(), weight_decay=0.1)
+    everything = decayed(own)
+    spared = _trainer(tmp_path, _Tracker(), weight_decay=0.1)
+    spare_mixers_from_decay(spared)
+    assert decayed(spared) == {name for name in everything if "lora_mixer" not in name} != everything
+    with pytest.raises(AdapterError, match="has its optimiser already"):
+        spare_mixers_from_decay(spared)
 
 
 def test_hf_trainer_logs_the_mixers_to_its_trackers(tmp_path: Path) -> None:

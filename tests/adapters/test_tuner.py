@@ -267,6 +267,7 @@ def test_the_model_that_peft_makes_trains_like_the_one_that_this_package_makes(s
 def test_what_is_replaced_in_peft_is_what_was_read() -> None:
     """Read the new function, and its callers, before the expected words change."""
     replaced = (
+        peft_patches._stock_state,
         peft_patches._stock_weights,
         peft_patches._stock_intruders,
         peft_patches._stock_prepare,
@@ -274,6 +275,8 @@ def test_what_is_replaced_in_peft_is_what_was_read() -> None:
     )
     found = {f"{function.__module__}.{function.__name__}{inspect.signature(function)}" for function in replaced}
     assert found == {
+        "peft.utils.save_and_load.get_peft_model_state_dict(model, state_dict=None, adapter_name: 'str' = 'default', "
+        "unwrap_compiled: 'bool' = False, save_embedding_layers: \"bool | Literal['auto']\" = 'auto')",
         "peft.utils.save_and_load.load_peft_weights(model_id: 'str', device: 'Optional[str]' = None, key_mapping: "
         "'Optional[dict[str, str]]' = None, **hf_hub_download_kwargs) -> 'dict'",
         "peft.tuners.lora.intruders.reduce_intruder_dimension(peft_model, old_adapter_name='default', "
@@ -286,6 +289,8 @@ def test_what_is_replaced_in_peft_is_what_was_read() -> None:
         "'dict[str, torch.Tensor]', adapter_name: 'str', config: 'LoraConfig', parameter_prefix: 'str' = 'lora_') -> "
         "'None'",
     }
+    assert "= get_peft_model_state_dict(" in inspect.getsource(peft.PeftModel.save_pretrained)
+    assert peft.PeftModel.save_pretrained.__globals__["get_peft_model_state_dict"] is peft_patches.whole_state
     for caller in (peft.PeftModel.load_adapter, hotswap.hotswap_adapter):
         assert "load_peft_weights(" in inspect.getsource(caller)
         assert caller.__globals__["load_peft_weights"] is peft_patches.load_peft_weights

@@ -42,6 +42,7 @@ def why_not_whole(tensor: Tensor) -> str | None:
     if isinstance(tensor, DTensor):
         return (
             "is a shard (FSDP, tensor parallelism). Gather all on all ranks (get_model_state_dict of torch.distributed."
-            "checkpoint.state_dict, with full_state_dict=True), and pass that as state to save_adapter."
+            "checkpoint.state_dict, with full_state_dict=True), and pass that as state to save_adapter (as "
+            "state_dict to save_pretrained)."
         )
     return None
