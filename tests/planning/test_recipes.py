@@ -396,6 +396,22 @@ def test_a_plan_knows_what_checkpointing_of_some_layers_and_offload_save(folders
     assert plan(changed(long, activation_offload=True), gpus).own.label.endswith("checkpointing, offload")
 
 
+def test_ranks_that_share_rows_take_longer_ones(folders) -> None:
+    gpus, recipe = parse_gpus("8xA100-80G"), shipped("llava15_7b_moslora", folders)
+    size = memory_of(recipe)
+    alone, together = (
+        StepMemory(size=size, zero="zero2", world=8, checkpointing=False, together=ranks).token_budget(80e9, longest=1)
+        for ranks in (1, 4)
+    )
+    assert 3 * alone < together < 4 * alone  # embeddings are whole on every rank
+    long = changed(recipe, max_length=2 * alone, micro_batch=1, global_batch=128)
+    assert not plan(long, gpus).own.fits
+    found = plan(changed(long, sequence_parallel=4), gpus)
+    assert found.own.fits
+    assert found.own.most is None
+    assert plan(changed(recipe, sequence_parallel=4, global_batch=1, micro_batch=1), gpus).idle == 4
+
+
 def test_a_plan_judges_the_largest_micro_batch_and_says_what_would_fit(folders) -> None:
     """16 examples of 2,048 tokens take 100 GiB besides the weights; the mean ones take half of it."""
     gpus, recipe = parse_gpus("8xA100-80G"), shipped("llava15_7b_moslora", folders)
