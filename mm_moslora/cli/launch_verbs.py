@@ -130,7 +130,10 @@ def launch(
                 refuse_early(resolved, options.get("resume", "auto"))
             verb = ["doctor", "--distributed", recipe, *keys] if doctor else ["train", recipe, *overrides]
             run_folder = None if doctor else Path(resolved.train.output)
-            return start(places, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=again)
+            code = start(places, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=again)
+            if doctor and code:
+                print("Above: rank 0's findings or error, then the launcher's report of exit code 1.", file=sys.stderr)
+            return code
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
         return again.stopped({stop.received}, EXIT_REQUEUE) if again else EXIT_REQUEUE
