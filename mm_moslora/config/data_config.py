@@ -76,8 +76,9 @@ class DataConfig:
     """How to handle a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the records cannot be used."""
-    workers: int = 0
-    """Worker processes that prepare examples ahead of the step; 0: a thread prepares them."""
+    workers: int | None = None
+    """Worker processes that prepare examples ahead of the step; 0: a thread prepares them. None: beside a GPU up to 8,
+    as the cores and the shared memory of the rank allow; 0 on a CPU."""
     cache: str | None = None
     """Folder of tokenised records that all runs share; None: no cache."""
     pack_tokens: int = 0
@@ -95,7 +96,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least("data.max_length", self.max_length, 8)
-        at_least("data.workers", self.workers, 0)
+        at_least("data.workers", self.workers or 0, 0)
         require(
             self.pack_tokens == 0 or self.pack_tokens >= self.max_length,
             f"data.pack_tokens is {self.pack_tokens}, expected 0 or at least data.max_length ({self.max_length}).",

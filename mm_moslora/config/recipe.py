@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -90,6 +90,21 @@ class Recipe(YamlRecipe):
             f"train.micro_tokens is {budget}, expected at least {self.data.longest_key} ({longest}): an example, or a "
             "packed row, is never cut. Raise it, lower the other, or leave it out.",
         )
+
+    def for_ranks(self, world: int, *, before: str | None = None) -> Recipe:
+        """The same with a preset in the place of `train.zero: auto`.
+
+        Args:
+            world: number of ranks.
+            before: the preset of the checkpoint that the run continues; None: it starts.
+        """
+        train = self.train
+        if train.zero != "auto":
+            return self
+        several = train.micro_tokens is not None or train.global_batch > train.micro_batch * world // train.sequence_parallel
+        small = self.model.language_mode in ("adapter", "frozen")  # ZeRO-1 keeps all gradients on every rank
+        chosen = before or ("zero1" if several and small else "zero2")
+        return replace(self, train=replace(train, zero=chosen))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

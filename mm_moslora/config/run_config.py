@@ -73,8 +73,10 @@ class TrainConfig:
     """Most tokens per forward pass and rank, at least data.max_length (data.pack_tokens of packed rows). A step is cut
     into as many micro-batches as this takes. None: on a GPU as many as surely fit into its memory, by the estimate of
     `plan`; on a CPU any number."""
-    zero: str = "zero2"
-    """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch."""
+    zero: str = "auto"
+    """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch.
+    auto: zero1, which reduces gradients once in a step, where adapters train and ranks take several micro-batches in a
+    step; else zero2. A resumed run keeps its stage."""
     sequence_parallel: int = 1
     """Ranks that compute every packed row together, each a part of its tokens (DeepSpeed's Ulysses): for examples too
     long for one GPU. A divisor of the number of ranks and of the attention heads."""

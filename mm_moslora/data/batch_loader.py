@@ -214,7 +214,7 @@ class BatchLoader:
         numbers = (micro for step in self._dealt() for micro in step)
         loader = DataLoader(
             _Preparation(self.data, self.limit), batch_size=None, sampler=_Endless(numbers),
-            num_workers=self.config.workers, collate_fn=_as_it_is, prefetch_factor=AHEAD,
+            num_workers=self.config.workers or 0, collate_fn=_as_it_is, prefetch_factor=AHEAD,
             multiprocessing_context=context, generator=torch.Generator(), pin_memory=self.pin,
         )  # fmt: skip
         return iter(loader)

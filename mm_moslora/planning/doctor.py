@@ -269,8 +269,9 @@ def _engine(recipe: Recipe | None) -> list[Finding]:
         return []
     from mm_moslora.training.engine import check_engine
     from mm_moslora.training.precision import resolve_precision
+    from mm_moslora.utils import distributed
 
-    train = recipe.train
+    train = recipe.for_ranks(distributed.world_size()).train
     try:
         check_engine(train, precision=resolve_precision(train.precision), max_grad_norm=recipe.optim.max_grad_norm)
     except ConfigError as error:

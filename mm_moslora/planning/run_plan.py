@@ -222,8 +222,9 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
 
     options = [option(*setting) for setting in settings(train.global_batch, gpus)]
     own = option(
-        stage_name(train.zero), train.gradient_checkpointing, train.micro_batch, offload=train.activation_offload
-    )
+        stage_name(recipe.for_ranks(gpus.count).train.zero), train.gradient_checkpointing, train.micro_batch,
+        offload=train.activation_offload,
+    )  # fmt: skip
     fitting = [option for option in options if option.fits]
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
     flops = _flops(size, data, 1, checkpointing=float(best.checkpointing) if best else 0.0)

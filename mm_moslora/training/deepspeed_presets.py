@@ -58,5 +58,5 @@ def _file(name: str) -> Path:
     folder = shipped_folder("deepspeed_configs")
     if (folder / f"{name}.json").is_file():
         return folder / f"{name}.json"
-    known = sorted({file.stem for file in folder.glob("*.json")} | {"none"})
+    known = sorted({file.stem for file in folder.glob("*.json")} | {"auto", "none"})
     raise ConfigError(f"train.zero is {name!r}, expected {', '.join(known)} or a JSON file.{suggestion(name, known)}")

@@ -38,9 +38,15 @@ class OptimizerSettings:
     max_grad_norm: float
 
     def adamw(
-        self, groups: Sequence[ParameterGroup], parameters: Sequence[Sequence[nn.Parameter]]
+        self, groups: Sequence[ParameterGroup], parameters: Sequence[Sequence[nn.Parameter]], *, fused: bool
     ) -> torch.optim.AdamW:
-        """Torch's AdamW over the groups. Weight decay is always passed, since its defaults differ between libraries."""
+        """Torch's AdamW over the groups. Weight decay is always passed, since its defaults differ between libraries.
+
+        Args:
+            groups: their rates and decays.
+            parameters: what it steps, by group.
+            fused: one kernel reads and writes all states of many parameters; for states on a GPU.
+        """
         return torch.optim.AdamW(
             [
                 {"params": list(members), "lr": group.peak_lr, "weight_decay": group.weight_decay}
@@ -48,6 +54,7 @@ class OptimizerSettings:
             ],
             betas=self.betas,
             eps=self.eps,
+            fused=fused or None,  # on a CPU the order of operations, and so the bits, would be another
         )
 
 

@@ -116,6 +116,8 @@ def _check_engine(train: TrainConfig, adapter: AdapterConfig) -> None:
                 "Choose bf16 or fp32, or zero0 to zero3."
             )
         return
+    if train.zero == "auto":  # ZeRO-1 or 2
+        return
     settings = read_preset(train.zero).get("zero_optimization", {})
     offload = settings.get("offload_optimizer")
     if isinstance(offload, dict) and offload.get("device") == "nvme":

@@ -155,7 +155,13 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
 def _changes(manifest: Manifest, recipe: Recipe) -> Changes:
     expected = manifest.base.get(CONTENTS, {})
     same = [key for key, found in base_fingerprints(recipe.model).items() if expected.get(key) == found]
+    recipe = recipe.for_ranks(manifest.world_size, before=stage_before(manifest))
     return changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
+
+
+def stage_before(manifest: Manifest) -> str:
+    """The preset or file that `train.zero` named when a checkpoint was written."""
+    return str(_filled(manifest.recipe).get("train", {}).get("zero", "zero2"))
 
 
 def changed_since(recipe: Recipe) -> tuple[str, ...]:

@@ -150,6 +150,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         recipe: resolved; its `train.output` exists.
         checkpoint: the checkpoint to resume from; it helps to find models that were moved.
     """
+    recipe = recipe.for_ranks(distributed.world_size())
     folder = Path(recipe.train.output)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     lean = recipe.model.lean_layers and recipe.train.compile is None

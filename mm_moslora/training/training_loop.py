@@ -7,8 +7,10 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from mm_moslora.batch import Batch
 from mm_moslora.config import OptimConfig, Recipe
@@ -24,7 +26,7 @@ from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
-from mm_moslora.training.resume import find_resume, restore
+from mm_moslora.training.resume import find_resume, restore, stage_before
 from mm_moslora.training.run_logging import RunLog
 from mm_moslora.training.snapshot import snapshot
 from mm_moslora.training.supervision.run_state import record_run_state
@@ -33,7 +35,7 @@ from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.validation import Best, Measure, Validator
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import CheckpointError, DivergedError, TrainingError
-from mm_moslora.utils.hardware import keep_freed_memory
+from mm_moslora.utils.hardware import keep_freed_memory, spare_cores
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import checkpoints
 
@@ -110,6 +112,8 @@ def train(
     ):
         run_setup.seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
+        before = None if found is None else stage_before(found[1])
+        recipe = recipe.for_ranks(distributed.world_size(), before=before)
         with distributed.failing_together("Checking the recipe"):
             check_libraries(recipe, fresh=found is None)
         run = run_setup.prepare(recipe, checkpoint=found[0] if found else None)
@@ -176,7 +180,7 @@ class _Loop:
             run.training_set,
             rank=distributed.rank() // run.engine.copies,
             world_size=distributed.world_size() // run.engine.copies,
-            config=recipe.data,
+            config=replace(recipe.data, workers=self._workers()),
             global_batch=recipe.train.global_batch,
             limit=run.limit,
             seed=recipe.train.seed,
@@ -196,6 +200,14 @@ class _Loop:
             set_aside_newer(run.folder, run.step)
         self.saved_at = run.step if here else -1
         self.stopped_by = 0
+
+    def _workers(self) -> int:
+        """Processes that prepare examples; `data.workers`, or as many as this rank has cores for beside a GPU."""
+        if self.recipe.data.workers is not None:
+            return self.recipe.data.workers
+        if self.run.engine.device.type != "cuda":
+            return 0
+        return spare_cores(min(distributed.world_size(), torch.cuda.device_count()))
 
     def go(self, stop_at: int | None) -> TrainResult:
         """Train until the last step, `stop_at`, early stopping, or a signal."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from mm_moslora.utils.errors import DistributedError
+from mm_moslora.utils.hardware import let_segments_grow
 
 T = TypeVar("T")
 
@@ -90,6 +91,7 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
+    let_segments_grow()
     chosen, more = backend(), {}
     if device().type == "cuda":
         more = _on_own_gpu(one_rank_each="nccl" in chosen)

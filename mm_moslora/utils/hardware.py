@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -12,7 +13,9 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+CPUINFO, MEMINFO, SHARED_MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/dev/shm")  # noqa: S108  (read only)
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that set PyTorch's allocator on a GPU."""
 
 
 def hardware() -> str:
@@ -23,6 +26,28 @@ def hardware() -> str:
     if MEMINFO.is_file():
         words.append(f"{int(MEMINFO.read_text().split()[1]) / 2**20:.0f} GiB")
     return ", ".join(words)
+
+
+def spare_cores(ranks: int) -> int:
+    """Processes, 8 at most, that may prepare data for one of the ranks of this machine; two cores stay with the rank.
+
+    0 where the shared memory, through which they send pictures, is small, as in a container by default (64 MiB).
+
+    Args:
+        ranks: on this machine.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    return max(0, min(8, cores // max(1, ranks) - 2)) if free >= 2**30 * ranks else 0
+
+
+def let_segments_grow() -> None:
+    """Have PyTorch's allocator on a GPU extend its segments, since lengths vary: less memory is lost between tensors.
+
+    It must be called before CUDA starts. A setting of the user stays.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -297,3 +298,22 @@ def test_a_recipe_with_absolute_paths_may_lie_anywhere(project: Path, monkeypatc
     again = load_recipe(project.parent / "moved.yaml")
     assert again == recipe
     assert again.data.train[0].path == str(project / "train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("train", "mode", "world", "before", "expected"),
+    [
+        ({"global_batch": 16, "micro_batch": 4}, "adapter", 2, None, "zero1"),
+        ({"global_batch": 16, "micro_batch": 4}, "adapter", 4, None, "zero2"),
+        ({"global_batch": 16, "micro_batch": 4}, "full", 2, None, "zero2"),
+        ({"global_batch": 16, "micro_batch": 4, "micro_tokens": 4096}, "adapter", 4, None, "zero1"),
+        ({"global_batch": 16, "micro_batch": 4}, "adapter", 2, "zero2", "zero2"),
+        ({"global_batch": 16, "micro_batch": 4, "zero": "zero3"}, "adapter", 2, "zero2", "zero3"),
+        ({"global_batch": 16, "micro_batch": 4, "zero": "none"}, "adapter", 1, None, "none"),
+    ],
+)
+def test_the_default_stage_reduces_gradients_once_in_a_step(
+    train: dict[str, Any], mode: str, world: int, before: str | None, expected: str
+) -> None:
+    recipe = Recipe.from_dict({"model": {"language": "x", "language_mode": mode}, "train": train})
+    assert recipe.for_ranks(world, before=before).train.zero == expected

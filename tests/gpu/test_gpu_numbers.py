@@ -100,17 +100,14 @@ def test_checkpointing_gives_the_same_gradients(dropout, device) -> None:
 
 def test_dropout_drops_its_share_and_repeats_its_mask(device) -> None:
     from mm_moslora.kernels.lora.lora_linear import LinearOperands, LinearRules
-    from mm_moslora.kernels.lora.seeded_dropout import exact_rate, kept_blocks
+    from mm_moslora.kernels.lora.seeded_dropout import exact_rate, kept_rows
 
     rate = exact_rate(0.25)
     weight = torch.zeros(8, 64, device=device)
     layer = LinearOperands(weight=weight, bias=None, A=weight[:4], C=weight[:, :4], dropout=rate)
     rules = LinearRules.of([layer])
     rows = torch.ones(4096, 64, device=device)
-    drawn = [
-        torch.cat([kept.keep(rows[block]) for _, block, kept in kept_blocks(rows, {0: rules.masks[0]})])
-        for _ in range(2)
-    ]
+    drawn = [torch.cat([kept for _, _, kept in kept_rows(rows, {0: rules.masks[0]})]) for _ in range(2)]
     assert torch.equal(*drawn)
     assert float((drawn[0] == 0).float().mean()) == pytest.approx(rate, abs=0.01)
 
@@ -137,6 +134,41 @@ def test_adapters_alone_work_on_a_model_that_is_on_the_device(device, tmp_path) 
     torch.testing.assert_close(again(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
     merged = again.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_siblings_with_dropout_have_the_gradients_of_masked_products(dtype, device) -> None:
+    from mm_moslora.kernels.lora.lora_linear import LinearOperands, fused_linears
+    from mm_moslora.kernels.lora.seeded_dropout import Mask, draw_seed, exact_rate, kept_rows
+
+    torch.manual_seed(0)
+    rates = [exact_rate(rate) for rate in (0.05, 0.25, 0.0)]
+    x, A, C = torch.randn(700, 520), torch.randn(3, 24, 520) / 23, torch.randn(3, 96, 24) / 5
+    weight = torch.randn(3, 96, 520) / 23
+    leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (x, A, C)]
+    torch.manual_seed(5)
+    found = fused_linears(
+        leaves[0],
+        [
+            LinearOperands(weight=weight[i].to(device, dtype), bias=None, A=leaves[1][i], C=leaves[2][i], dropout=rate)
+            for i, rate in enumerate(rates)
+        ],
+    )
+    torch.manual_seed(5)
+    masks = {i: Mask(rate=rate, seed=draw_seed()) if rate else None for i, rate in enumerate(rates)}
+    ones = [torch.zeros(700, 520, device=device) for _ in rates]
+    for i, block, kept in kept_rows(torch.ones(700, 520, device=device, dtype=dtype), masks):
+        ones[i][block] = kept.float()
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = [
+        exact[0] @ weight[i].to(device, dtype).double().t() + ((exact[0] * ones[i]) @ exact[1][i].t()) @ exact[2][i].t()
+        for i in range(3)
+    ]
+    pulls = [torch.randn_like(y) for y in found]
+    grads = torch.autograd.grad(found, leaves, pulls)
+    rights = torch.autograd.grad(wanted, exact, [pull.double() for pull in pulls])
+    for one, right in zip((*found, *grads), (*wanted, *rights), strict=True):
+        assert float((one.double() - right).norm() / right.norm()) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_sums_over_many_tokens_are_rounded_once(device) -> None:

@@ -123,6 +123,14 @@ def test_operators_of_torch_take_what_they_are_given() -> None:
     ]
 
 
+def test_operators_over_lists_of_tensors_convert_and_add() -> None:
+    narrow, wide = [torch.ones(2, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)], [torch.zeros(2)]
+    wide.append(torch.zeros(3))
+    torch._foreach_copy_(wide, narrow)
+    torch._foreach_add_(wide, [tensor.float() for tensor in narrow])
+    assert [tensor.tolist() for tensor in wide] == [[2.0] * 2, [2.0] * 3]
+
+
 def test_layers_of_a_dynamic_cache_can_be_others() -> None:
     cache = DynamicCache(config=LlamaConfig(num_hidden_layers=2))
     assert [type(layer) for layer in cache.layers] == [DynamicLayer] * 2

@@ -18,6 +18,7 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 from deepspeed.ops import adam
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -113,6 +114,16 @@ def test_ulysses_wraps_an_attention_of_transformers() -> None:
     assert parameters(UlyssesSPAttentionHF.forward)[:6] == [
         "self", "module", "query", "key", "value", "attention_mask",
     ]  # fmt: skip
+
+
+def test_stages_1_and_2_find_overflows_in_the_norm() -> None:
+    kind = DeepSpeedZeroOptimizer
+    assert parameters(kind.scaled_global_norm) == ["self", "norm_type"]
+    assert parameters(kind.check_overflow) == ["self", "partition_gradients"]
+    if not hasattr(stage_1_and_2, "is_invalid_grad_norm"):
+        pytest.skip("this DeepSpeed checks for overflow apart from the norm")
+    names = kind.step.__code__.co_names
+    assert names.index("scaled_global_norm") < names.index("is_invalid_grad_norm") < names.index("_update_scale")
 
 
 def test_hooks_of_stage_3_are_kept_by_handle() -> None:

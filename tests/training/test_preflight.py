@@ -20,7 +20,7 @@ from mm_moslora.utils.errors import MoSLoRAError
 
 CHECKOUT = Path(__file__).parents[2]
 FROM_FILES: dict[str, tuple[str, str]] = {
-    "preset": ("--train.zero zero9", "train.zero is 'zero9', expected none, zero0"),
+    "preset": ("--train.zero zero9", "train.zero is 'zero9', expected auto, none, zero0"),
     "settings that are not there": ("--train.zero HERE/gone.json", "gone.json', which does not exist"),
     "settings that are no JSON": ("--train.zero HERE/text.json", "no JSON object of DeepSpeed's settings"),
     "fp16 on plain torch": ("--train.zero none --train.precision fp16", "train.precision is fp16"),

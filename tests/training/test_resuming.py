@@ -184,6 +184,16 @@ def test_a_run_goes_on_from_an_older_checkpoint_of_its_own_and_from_there_again(
     assert hexed(Path(recipe.train.output)) == expected
 
 
+def test_a_run_that_names_no_stage_keeps_that_of_its_checkpoint(recipe, caplog):
+    started = with_train(recipe, zero="zero2", steps=4, rehearsal=False)
+    train(started, stop_at=2)
+    with caplog.at_level("INFO"):
+        result = train(with_train(started, zero="auto"))
+    assert result.finished
+    assert "train.zero" not in caplog.text
+    assert Recipe.from_yaml(Path(started.train.output, "config.yaml")).train.zero == "zero2"
+
+
 def test_a_machine_with_another_precision_is_told(recipe, monkeypatch, caplog):
     """`auto` is bf16 on one machine and fp32 on another, whatever the recipe says."""
     caplog.set_level("INFO", logger="mm_moslora")

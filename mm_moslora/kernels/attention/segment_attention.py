@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from mm_moslora.kernels.attention import native_cpu_attention
@@ -269,17 +269,13 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def no_mask(*_: Any, **__: Any) -> None:
-    """The mask function of an attention that needs none, or makes its own."""
-
-
 SEGMENT_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
     SEGMENTS: segment_attention, NATIVE[SEGMENTS]: partial(segment_attention, native=True),
 }  # fmt: skip
 """By the name of the attention."""
 for _name, _function in SEGMENT_FUNCTIONS.items():
+    # Without a mask function: transformers would make the host wait to see whether the row is packed.
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, no_mask)
 AttentionInterface.register(PICTURES, picture_attention)
 AttentionInterface.register(NATIVE[PICTURES], partial(picture_attention, native=True))
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from mm_moslora.kernels.attention.segment_attention import no_mask
 from mm_moslora.models.families import decoder_family
 from mm_moslora.models.transformers_patches import attention_within, forward_within
 from mm_moslora.utils.errors import ModelError
@@ -151,7 +150,6 @@ def _visible(valid: Tensor, new: int) -> Tensor | None:
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
-AttentionMaskInterface.register(SHARED_PREFIX, no_mask)
 
 
 def _tall(linear: nn.Linear) -> Callable[[Tensor], Tensor]:

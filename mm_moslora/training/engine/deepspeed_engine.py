@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.vision.timm_open_clip_tower import fp32_parameters
@@ -24,6 +24,20 @@ from mm_moslora.utils.errors import ConfigError, TrainingError
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's loss scalers that are their state."""
+
+
+class _Arriving:
+    """A tensor on its way to the host, which does other work meanwhile."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._event = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def tolist(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._copy.tolist()
+        return values
 
 
 class DeepSpeedEngine(Engine):
@@ -48,7 +62,8 @@ class DeepSpeedEngine(Engine):
             )
         if self.stage == 3:
             deepspeed_patches.shard_from_main(module, config, device=self.device)
-        adamw: torch.optim.Optimizer = optimizer.adamw(groups, [group.parameters for group in groups])
+        on_gpu = self.device.type == "cuda" and not config.get("zero_optimization", {}).get("offload_optimizer")
+        adamw: torch.optim.Optimizer = optimizer.adamw(groups, [group.parameters for group in groups], fused=on_gpu)
         if wants_cpu_adam(config):
             adamw = deepspeed_patches.cpu_adam(adamw)
         precise = []
@@ -58,6 +73,7 @@ class DeepSpeedEngine(Engine):
         self.shares_products = self.stage < 3
         self.replicated = self.stage == 0
         deepspeed_patches.skip_at_lowest_scale(self._scaler)
+        deepspeed_patches.read_norm_once(self.engine, self.stage)
         if self.stage == 3:
             deepspeed_patches.fetch_whole_layers(module)
             deepspeed_patches.gather_persistent_together(self.engine)
@@ -86,8 +102,13 @@ class DeepSpeedEngine(Engine):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def _update(self, lr_factor: float, sums: Tensor) -> Update:
-        loss, right = sums.tolist()
-        own_norm = self._gradient_norm() / self.loss_scale if self.stage == 0 else None
+        own_norm = None
+        if self.stage == 0:
+            loss, right, own_norm = torch.cat((sums, self._gradient_norm()[None])).tolist()
+            own_norm /= self.loss_scale
+        else:
+            # Read after the step, in which DeepSpeed waits for the device anyway.
+            arriving = _Arriving(sums)
         rescales = bool(self.scaler_state())  # fp16: must see the overflow to lower its scale
         if own_norm is not None and not rescales and not (math.isfinite(loss) and math.isfinite(own_norm)):
             # Stages 1 to 3 skip a step with gradients that are not finite; stage 0 would apply it.
@@ -97,11 +118,15 @@ class DeepSpeedEngine(Engine):
         for settings, group in zip(self.engine.optimizer.param_groups, self.groups, strict=True):
             settings["lr"] = group.peak_lr * lr_factor
         self.engine.step()
-        norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
+        norm = own_norm
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+            norm = None if norm is None else float(norm)
+            loss, right = arriving.tolist()
         return Update(
             total=loss,
             right=right,
-            grad_norm=math.nan if norm is None else float(norm),
+            grad_norm=math.nan if norm is None else norm,
             applied=bool(self.engine.was_step_applied()),
         )
 
@@ -128,13 +153,10 @@ class DeepSpeedEngine(Engine):
         dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
         return {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)} if dynamic else {}
 
-    def _gradient_norm(self) -> float:
+    def _gradient_norm(self) -> Tensor:
         """Stage 0: gradients are whole and averaged on every rank, and DeepSpeed does not compute their norm."""
         gradients = [p.grad.float() for _, p in self._named_trainable() if p.grad is not None]
-        if not gradients:
-            return 0.0
-        squares = torch.stack([gradient.pow(2).sum() for gradient in gradients]).tolist()  # one wait for the device
-        return math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan
+        return nn.utils.get_total_norm(gradients).double().to(self.device)
 
     def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
         """See `Engine.trainable_state`; gathers the fp32 masters from all ranks, one parameter at a time."""

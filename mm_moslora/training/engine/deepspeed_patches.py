@@ -77,6 +77,24 @@ def skip_at_lowest_scale(scaler: Any) -> None:
         scaler.raise_error_at_min_scale = False
 
 
+def read_norm_once(engine: Any, stage: int) -> None:
+    """Stages 1 and 2: have the host wait for the device once in a step, for the norm of the gradients.
+
+    DeepSpeed (0.19.8) reads a separate check for overflow, with a collective and two kernels for every gradient, and
+    then the norm, again for every group after the first. The norm is not finite where a gradient is not, which it also
+    checks. Earlier releases do not; they stay as they are.
+    """
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    optimizer = engine.optimizer
+    checks_norm = hasattr(stage_1_and_2, "is_invalid_grad_norm") and getattr(optimizer, "compute_grad_norm", True)
+    if stage not in (1, 2) or offloads(engine, stage) or not checks_norm:
+        return
+    norm = optimizer.scaled_global_norm
+    optimizer.scaled_global_norm = lambda **options: norm(**options).cpu()
+    optimizer.check_overflow = lambda **_: None
+
+
 def offloads(engine: Any, stage: int) -> bool:
     """Whether gradients go to main memory, parameter by parameter, in the last micro-batch."""
     optimizer = engine.optimizer

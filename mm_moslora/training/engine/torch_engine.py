@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,13 @@ class TorchEngine(Engine):
         self.masters = [
             [nn.Parameter(parameter.detach().float().clone()) for parameter in group.parameters] for group in groups
         ]
-        self.optimizer = optimizer.adamw(groups, self.masters)
+        self.optimizer = optimizer.adamw(groups, self.masters, fused=self.device.type == "cuda")
+        self.pairs = [
+            pair
+            for masters, group in zip(self.masters, groups, strict=True)
+            for pair in zip(masters, group.parameters, strict=True)
+        ]
+        """Masters and the parameters of the model."""
 
     def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor:
         return self.module(batch, needs_vision, right)
@@ -40,11 +47,17 @@ class TorchEngine(Engine):
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
-        for master, parameter in self._pairs():
-            if parameter.grad is not None:
-                gradient = parameter.grad.float()
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                parameter.grad = None
+        given = [pair for pair in self.pairs if pair[1].grad is not None]
+        gradients = _in_fp32([cast(Tensor, parameter.grad) for _, parameter in given])
+        sums: list[tuple[Tensor, Tensor]] = []
+        for (master, parameter), gradient in zip(given, gradients, strict=True):
+            parameter.grad = None
+            if master.grad is None:
+                master.grad = gradient
+            else:
+                sums.append((master.grad, gradient))
+        if sums:
+            torch._foreach_add_(*map(list, zip(*sums, strict=True)))
 
     def _update(self, lr_factor: float, sums: Tensor) -> Update:
         masters = [master for group in self.masters for master in group]
@@ -58,18 +71,13 @@ class TorchEngine(Engine):
             for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
                 settings["lr"] = group.peak_lr * lr_factor
             self.optimizer.step()
-            with torch.no_grad():
-                for master, parameter in self._pairs():
-                    parameter.copy_(master)
+            self._copy_masters()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(total=loss, right=right, grad_norm=norm, applied=applied)
 
-    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        return [
-            pair
-            for masters, group in zip(self.masters, self.groups, strict=True)
-            for pair in zip(masters, group.parameters, strict=True)
-        ]
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        torch._foreach_copy_([parameter for _, parameter in self.pairs], [master for master, _ in self.pairs])
 
     def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
         """See `Engine.trainable_state`."""
@@ -84,8 +92,16 @@ class TorchEngine(Engine):
         named = zip(self._named_trainable(), masters, strict=True)
         return [Piece.of(name, self.optimizer, master) for (name, _), master in named]
 
-    @torch.no_grad()
     def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
         """See `Engine.refresh`."""
-        for master, parameter in self._pairs():
-            parameter.copy_(master)
+        self._copy_masters()
+
+
+def _in_fp32(gradients: list[Tensor]) -> list[Tensor]:
+    """The same numbers in fp32; gradients that are fp32 already stay themselves."""
+    narrow = [gradient for gradient in gradients if gradient.dtype != torch.float32]
+    wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in narrow]
+    if narrow:
+        torch._foreach_copy_(wide, narrow)
+    converted = iter(wide)
+    return [gradient if gradient.dtype == torch.float32 else next(converted) for gradient in gradients]
