@@ -158,7 +158,7 @@ class Piece:
         state = optimizer.state[master]
         if "step" not in state:
             fused = optimizer.defaults.get("fused")
-            state["step"] = torch.tensor(0.0, device=master.device if fused else None)
+            state["step"] = torch.zeros((), device=master.device if fused else None)
             for kind in MOMENTS:
                 state[kind] = torch.zeros_like(master, memory_format=torch.preserve_format)
         length = master.numel() if length is None else length
