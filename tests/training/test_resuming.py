@@ -191,7 +191,7 @@ def test_a_run_that_names_no_stage_keeps_that_of_its_checkpoint(recipe, caplog):
         result = train(with_train(started, zero="auto"))
     assert result.finished
     assert "train.zero" not in caplog.text
-    assert Recipe.from_yaml(Path(started.train.output, "config.yaml")).train.zero == "zero2"
+    assert Recipe.from_yaml(Path(started.train.output, "config.yaml").read_text()).train.zero == "zero2"
 
 
 def test_a_machine_with_another_precision_is_told(recipe, monkeypatch, caplog):
