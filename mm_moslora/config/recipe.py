@@ -101,7 +101,8 @@ class Recipe(YamlRecipe):
         train = self.train
         if train.zero != "auto":
             return self
-        several = train.micro_tokens is not None or train.global_batch > train.micro_batch * world // train.sequence_parallel
+        takers = world // train.sequence_parallel
+        several = train.micro_tokens is not None or train.global_batch > train.micro_batch * takers
         small = self.model.language_mode in ("adapter", "frozen")  # ZeRO-1 keeps all gradients on every rank
         chosen = before or ("zero1" if several and small else "zero2")
         return replace(self, train=replace(train, zero=chosen))
