@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mm_moslora.batch import RowShare
 from mm_moslora.kernels.attention.attention_choice import set_attention
-from mm_moslora.kernels.attention.segment_attention import no_mask
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
@@ -67,5 +66,4 @@ def share_rows(model: PreTrainedModel, ranks: int) -> None:
     except ValueError as error:
         raise ConfigError(f"train.sequence_parallel is {ranks}: {error}. Choose a divisor of the heads.") from error
     AttentionInterface.register(ULYSSES, attention)
-    AttentionMaskInterface.register(ULYSSES, no_mask)
     set_attention(model, ULYSSES)
