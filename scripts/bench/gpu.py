@@ -38,6 +38,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -166,7 +167,8 @@ def measure(contender: Contender, shape: str, device: str, seconds: float) -> di
             "--device", device, "--until", str(started + seconds), "--row", str(row),
         ]  # fmt: skip
         with log.open("w") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT)
+            hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # this project takes a GPU that it sees
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env=os.environ | hidden)
             try:
                 code = process.wait(timeout=seconds + GRACE)
             except subprocess.TimeoutExpired:
