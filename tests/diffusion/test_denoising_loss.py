@@ -33,8 +33,7 @@ def prepared(recipe: DiffusionRecipe) -> tuple[Any, DenoisingLoss, dict[str, Any
     return run, DenoisingLoss(run.family), seen
 
 
-@pytest.mark.parametrize("base", ["tiny-sd", "tiny-sd-v"])
-@pytest.mark.parametrize("gamma", [None, 0.7])
+@pytest.mark.parametrize(("base", "gamma"), [("tiny-sd", 0.7), ("tiny-sd-v", None), ("tiny-sd-v", 0.7)])
 def test_noise_and_v_prediction_have_the_target_and_the_weight_of_their_definition(
     base: str, gamma: float | None, recipe: Make
 ) -> None:
