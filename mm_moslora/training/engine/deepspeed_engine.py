@@ -234,5 +234,6 @@ class DeepSpeedEngine(Engine):
         return deepspeed_patches.whole(self.engine, self.module)
 
     def close(self) -> None:
-        """Drop DeepSpeed's hooks and buffers."""
+        """Drop DeepSpeed's hooks and buffers, and the `linear` that ZeRO-3 puts in the place of PyTorch's."""
         self.engine.destroy()
+        deepspeed_patches.restore_linear()

@@ -25,6 +25,16 @@ def skip_shared_memory_operator() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def restore_linear() -> None:
+    """Put back `torch.nn.functional.linear`, which ZeRO-3 replaces for the rest of the process.
+
+    A later run in half precision would have other digits.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replacing
+
+    nn.functional.linear = getattr(Replacing, "linear_bk", nn.functional.linear)
+
+
 @torch.no_grad()
 def undo_warm_up_step(engine: Any) -> None:
     """DeepSpeed's half-precision optimiser of stage 0 takes one AdamW step with zero gradients when it is made.
