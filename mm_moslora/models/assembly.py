@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import peft
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -338,7 +339,7 @@ def load_language(
             device_map=device,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model.language is {name!r}, which does not load as a causal language model: {reason_of(error)}."
         ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mm_moslora.models.families import TOWER_PATHS
@@ -39,7 +40,7 @@ def load_pretrained_vlm(
         model = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model.vlm is {name!r}, which does not load as an image-text-to-text model: {reason_of(error)}."
         ) from error

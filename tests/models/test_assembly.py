@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +216,18 @@ def test_dinov2_runs_at_another_size_and_clip_refuses(language_folder, tmp_path)
     clip = config_for(language_folder, str(make_vision(tmp_path / "clip", "clip")), image_size=64)
     with pytest.raises(ModelError, match="fixed position embeddings for 32 pixels"):
         load_parts(clip)
+
+
+@pytest.mark.parametrize("part", ["language", "vision"])
+@pytest.mark.parametrize("kept", [0, 20, 0.5])
+def test_a_damaged_file_of_weights_is_told_with_the_part(kept, part, language_folder, vision_folder, tmp_path):
+    folders = {"language": language_folder, "vision": vision_folder}
+    folders[part] = Path(shutil.copytree(folders[part], tmp_path / part))
+    weights = folders[part] / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    with pytest.raises(ModelError, match=rf"model\.{part}.* does not load as a"):
+        load_parts(config_for(folders["language"], str(folders["vision"])))
 
 
 @pytest.mark.parametrize(

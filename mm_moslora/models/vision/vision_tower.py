@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -214,9 +215,14 @@ def _load_transformers(
         part = getattr(whole, "vision_config", whole)
         sketch: PreTrainedModel = loader(part) if half else loader.from_config(part, trust_remote_code=False)
         return sketch, _processor_statistics(config, sketch.config)
-    tower = loader.from_pretrained(
-        config.name, revision=config.revision, dtype=torch.float32, device_map=device, trust_remote_code=False
-    )
+    try:
+        tower = loader.from_pretrained(
+            config.name, revision=config.revision, dtype=torch.float32, device_map=device, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"model.vision.name is {config.name!r}, which does not load as a vision tower: {reason_of(error)}."
+        ) from error
     return tower, _processor_statistics(config, tower.config)
 
 
