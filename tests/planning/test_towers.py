@@ -94,7 +94,7 @@ def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, l
 
 @pytest.mark.parametrize(
     ("mode", "again"),
-    [("frozen", False), ("adapter", False), ("adapter", True), ("full", False), ("full", True), ("last_n", False)],
+    [("frozen", False), ("adapter", True), ("full", False), ("last_n", False)],
 )
 def test_layers_that_are_alike_are_counted_as_if_all_ran(mode, again, language, tmp_path, monkeypatch) -> None:
     vision = {"mode": mode, "last_n": 2 if mode == "last_n" else 0}
