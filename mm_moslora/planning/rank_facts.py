@@ -155,15 +155,18 @@ def network_faults(facts: Sequence[RankFacts]) -> Iterator[Finding]:
     Args:
         facts: of the ranks that are there.
     """
+    hosts = {item.host: item for item in facts}
     for item in facts:
         for variable, value in item.chosen.items():
-            if not _names_one(variable, value, item.interfaces):
+            found = _chosen(variable, value, item.interfaces)
+            here = all(address.startswith(_LOOPBACK) for name in found for address in item.interfaces[name])
+            if not found or (here and len(hosts) > 1):
+                problem = "which reaches no other host" if found else f"which {item.host} lacks"
                 yield Finding(
                     name=f"network of rank {item.rank}", status="bad",
-                    detail=f"{variable} is {value}, which {item.host} lacks; it has {_listed(item.interfaces)}",
+                    detail=f"{variable} is {value}, {problem}; {item.host} has {_listed(item.interfaces)}",
                     remedy=f"Set {variable} to an interface that reaches the other hosts.",
                 )  # fmt: skip
-    hosts = {item.host: item for item in facts}
     for item in hosts.values() if len(hosts) > 1 else ():
         if item.address.startswith(_LOOPBACK) and "GLOO_SOCKET_IFNAME" not in item.chosen:
             yield Finding(
@@ -173,13 +176,12 @@ def network_faults(facts: Sequence[RankFacts]) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _names_one(variable: str, value: str, interfaces: Iterable[str]) -> bool:
-    """Whether a variable names an interface of the host. NCCL takes beginnings of names, `=` exact ones, `^` others."""
-    exact, excluded = value.startswith("=") or variable.startswith("GLOO"), value.startswith("^")
-    wanted = [word for word in value.lstrip("=^").split(",") if word]
-    if excluded and not variable.startswith("GLOO"):
-        return any(not name.startswith(tuple(wanted)) for name in interfaces)
-    return any(name == word if exact else name.startswith(word) for name in interfaces for word in wanted)
+def _chosen(variable: str, value: str, interfaces: Iterable[str]) -> list[str]:
+    """The interfaces that a variable names. NCCL takes beginnings of names, `=` exact ones, and `^` excludes."""
+    gloo = variable.startswith("GLOO")
+    exact, excluded = value.startswith("=") or gloo, value.startswith("^") and not gloo
+    wanted = tuple(word for word in value.lstrip("=^").split(",") if word)
+    return [name for name in interfaces if (name in wanted if exact else name.startswith(wanted)) != excluded]
 
 
 def _listed(interfaces: Mapping[str, Sequence[str]]) -> str:

@@ -52,13 +52,16 @@ def test_hosts_that_differ_are_named():
         ("NCCL_SOCKET_IFNAME", "^lo", True),
         ("NCCL_SOCKET_IFNAME", "^lo,eth,ib", False),
         ("NCCL_SOCKET_IFNAME", "ens", False),
+        ("GLOO_SOCKET_IFNAME", "lo", False),
     ],
 )
 def test_a_variable_must_name_an_interface_of_the_host(variable, value, fine):
     facts = reports(["a", "b"])
     facts[1] = replace(facts[1], chosen={variable: value})
     faults = list(network_faults(facts))
-    assert not faults if fine else "has eth0, ib0" in faults[0].detail
+    assert not faults if fine else "b has eth0, ib0" in faults[0].detail
+    if value == "lo":
+        assert not list(network_faults(facts[1:])), "one host alone"
 
 
 def test_a_host_name_that_leads_back_to_the_host_is_a_fault_where_there_are_others():
