@@ -179,12 +179,29 @@ def steps_of(contender: Contender, shape: Shape, clock: Clock, parts: int, peak:
     own = statistics.median(seconds for number, seconds in times if number == 0)
     row["profile"] = part(lambda: launched(clock, runner, split(rotating[0], parts), own))
 
-    def full_batch() -> dict[str, Any]:
+    def full_batch(parts: int) -> dict[str, Any]:
         times, _ = series(clock, runner, [full], parts, warm_up=1, steps=FEWEST)
-        return figures(times, tokens[3:], flops[3:], peak)
+        return {"micro_batches": parts, **figures(times, tokens[3:], flops[3:], peak)}
 
-    row["full"] = part(full_batch)
+    row["full"] = part(lambda: in_fewest_parts(clock.device, full_batch, parts))
     return row
+
+
+def in_fewest_parts(device: torch.device, work: Callable[[int], dict[str, Any]], parts: int = 1) -> dict[str, Any]:
+    """The result of work on a batch in this number of micro-batches, or twice as many, until memory suffices.
+
+    Raises:
+        OutOfMemoryError: it does not suffice for `MOST_PARTS`.
+    """
+    while True:
+        clear(device)
+        try:
+            return work(parts)
+        except torch.OutOfMemoryError as error:
+            if parts >= MOST_PARTS:
+                raise
+            print(f"{parts} micro-batches do not fit: {in_a_line(error)}", file=sys.stderr)
+        parts *= 2  # after the exception, which holds what the step had made
 
 
 def part(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -206,16 +223,8 @@ def training_row(contender: Contender, shape: Shape, clock: Clock) -> dict[str, 
     row: dict[str, Any] = dict(ceilings(clock))
     if contender.gradients:
         row["gradients"] = part(lambda: compared_gradients(contender, shape, clock.device))
-    parts = 1
-    while True:
-        clear(clock.device)
-        try:
-            return row | steps_of(contender, shape, clock, parts, row["peak_tflops"] * 1e12)
-        except torch.OutOfMemoryError as error:
-            if parts == MOST_PARTS:
-                raise
-            print(f"{parts} micro-batches do not fit: {in_a_line(error)}", file=sys.stderr)
-        parts *= 2
+    peak = row["peak_tflops"] * 1e12
+    return row | in_fewest_parts(clock.device, lambda parts: steps_of(contender, shape, clock, parts, peak))
 
 
 def clear(device: torch.device) -> None:

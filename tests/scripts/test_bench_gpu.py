@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from preloaded import Preloaded
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
@@ -167,6 +168,22 @@ def test_batches_are_like_those_of_llava() -> None:
     assert sorted(item.id for part in parts for item in part) == sorted(item.id for item in items)
     sums = [sum(item.length for item in part) for part in parts]
     assert max(sums) < 1.2 * min(sums)
+
+
+def test_a_batch_that_does_not_fit_is_split_until_it_does() -> None:
+    tried = []
+
+    def work(parts: int) -> dict[str, int]:
+        tried.append(parts)
+        if parts < 4:
+            raise torch.OutOfMemoryError("Tried to allocate")
+        return {"parts": parts}
+
+    cpu = torch.device("cpu")
+    assert gpu_measure.in_fewest_parts(cpu, work) == {"parts": 4}
+    assert tried == [1, 2, 4]
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_measure.in_fewest_parts(cpu, lambda parts: work(0))
 
 
 def test_busy_time_counts_kernels_at_the_same_time_once() -> None:
