@@ -201,6 +201,12 @@ class _Session:
             norm = self.loss.get_global_grad_norm() or 0.0
         return float(norm)
 
+    def _loss_scale(self) -> float:
+        """fp16's factor on the loss, 1 in other precisions."""
+        if self.accelerator.scaler is not None:
+            return float(self.accelerator.scaler.get_scale())
+        return float(self.optimizer.optimizer.loss_scale) if self.checkpoints.sharded else 1.0
+
     def _count(self, applied: bool, seconds: float) -> None:
         counters, run = self.run.counters, self.run
         added = {
@@ -211,10 +217,9 @@ class _Session:
         }
         for name, value in added.items():
             counters[name] = counters.get(name, 0.0) + value
-        scaler = self.accelerator.scaler
         if applied:
             self.skipped_in_a_row = 0
-        elif scaler is None or scaler.get_scale() <= 1:  # fp16 skips steps until its loss scale fits
+        elif self._loss_scale() <= 1:  # fp16 skips steps until its loss scale fits
             self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
             raise DivergedError(
@@ -227,8 +232,8 @@ class _Session:
         metrics = {"loss": loss, "grad_norm": norm, "epoch": run.step * run.batches.per_step / len(run.batches.sets[0])}
         metrics |= {"step_seconds": seconds, "pictures_per_second": run.batches.per_step / seconds} | rates
         metrics |= {"memory_gib": peak_memory_gib(), "skipped_steps": run.counters["skipped"]}
-        if self.accelerator.scaler is not None:
-            metrics["loss_scale"] = self.accelerator.scaler.get_scale()
+        if (scale := self._loss_scale()) != 1:
+            metrics["loss_scale"] = scale
         self.trackers.log(metrics, run.step)
 
     def _validate(self) -> list[Path]:

@@ -66,8 +66,6 @@ def test_an_interrupted_run_equals_the_straight_run_to_the_last_bit(recipe: Make
     assert state(second.checkpoint) == state(straight.checkpoint)
     assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
     assert len(losses(tmp_path / "cut")) == 4
-    other = train_diffusion(recipe(*BUSY, "train.seed=1", run="other"))
-    assert state(other.checkpoint) != state(straight.checkpoint)
 
 
 def test_a_signal_finishes_the_step_saves_and_ends_with_75_and_the_same_command_goes_on(
@@ -276,10 +274,10 @@ def test_adam_in_8_bits_trains_and_resumes(recipe: Make) -> None:
     assert train_diffusion(eight).step == 2
 
 
-@pytest.mark.parametrize("change", ["train.precision=bf16", "train.gradient_checkpointing=true"])
-def test_bf16_and_checkpointing_train(change: str, recipe: Make, tmp_path: Path) -> None:
+def test_bf16_with_checkpointing_trains_as_fp32_does(recipe: Make, tmp_path: Path) -> None:
     train_diffusion(recipe("train.steps=2", run="plain"))
-    changed = train_diffusion(recipe("train.steps=2", "model.text_encoders=adapter", change, *DRAWS))
+    changes = ("train.precision=bf16", "train.gradient_checkpointing=true", "model.text_encoders=adapter")
+    changed = train_diffusion(recipe("train.steps=2", *changes, *DRAWS))
     values = torch.load(changed.checkpoint / "trainer" / "rank-00000" / STATE, weights_only=True)["parameters"]
     assert {value.dtype for value in values.values()} == {torch.float32}
     plain, own = ([float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("plain", "run"))
