@@ -19,6 +19,7 @@ from transformers import (
 
 from mm_moslora import adapters
 from mm_moslora.adapters.folder_format import read_json
+from mm_moslora.adapters.mixer import form_named
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
@@ -44,7 +45,8 @@ def load(
 
     Args:
         path: a run, one of its checkpoints, an exported folder, or an adapter folder of any trainer.
-        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`.
+        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`, and so are
+            adapters with mixers that depend on their input.
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
         quantised: False loads a base in full that was trained on in 4 or 8 bits.
@@ -96,10 +98,18 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised
     if (folder / "adapter").is_dir():
         assembly.peft_model = adapters.load_adapter(assembly.model, folder / "adapter")
         if merge:
-            adapters.merge(assembly.peft_model)
-            assembly.peft_model = None
+            _merge(assembly)
     cast_parameters(assembly.model.requires_grad_(False), dtype)
     return assembly
+
+
+def _merge(assembly: Parts) -> None:
+    """Merge the adapter, unless its mixers depend on their input and stay live."""
+    assert assembly.peft_model is not None
+    config = cast(adapters.MoSLoRAConfig, assembly.peft_model.peft_config["default"])
+    if form_named(config.mixer_form).fixed:
+        adapters.merge(assembly.peft_model)
+        assembly.peft_model = None
 
 
 def _load_trained(assembly: Parts, file: Path) -> None:
@@ -127,8 +137,7 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
         ) from error
     assembly.peft_model = adapters.load_adapter(assembly.model, folder)
     if merge:
-        adapters.merge(assembly.peft_model)
-        assembly.peft_model = None
+        _merge(assembly)
     cast_parameters(assembly.model.requires_grad_(False), dtype)
     return assembly
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from mm_moslora.adapters import MIXER_FORMS
 from mm_moslora.cli import run
 from mm_moslora.config import Recipe
+from mm_moslora.models.load_model import load
 from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
 from mm_moslora.training.training_loop import train
+from tests.adapters.test_mixer_forms import Gated
 
 
 def formed(recipe: Recipe, **form: str) -> Recipe:
@@ -20,8 +23,11 @@ def formed(recipe: Recipe, **form: str) -> Recipe:
     return replace(recipe, adapter=adapter, train=replace(recipe.train, steps=2, rehearsal=False))
 
 
+FORMS = [{"mixer_form": "diagonal"}, {"mixer_form": "low_rank:2"}, {"factor_form": "svd"}, {"factor_form": "stella"}]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [{"mixer_form": "diagonal"}, {"factor_form": "svd"}])
+@pytest.mark.parametrize("form", FORMS)
 def test_other_forms_train_and_hand_over_a_merged_model(recipe: Recipe, tmp_path: Path, capsys, form: dict) -> None:
     recipe = formed(recipe, **form)
     train(recipe)
@@ -34,6 +40,23 @@ def test_other_forms_train_and_hand_over_a_merged_model(recipe: Recipe, tmp_path
     found = re.search(r"largest logit difference from the live adapter (\S+)", capsys.readouterr().out)
     assert found
     assert float(found[1]) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_mixer_that_depends_on_its_input_trains_and_is_used_unmerged(
+    recipe: Recipe, tmp_path: Path, capsys, monkeypatch
+):
+    monkeypatch.setitem(MIXER_FORMS, "gated", Gated)
+    recipe = formed(recipe, mixer_form="gated")
+    train(recipe, stop_at=1)
+    assert train(recipe).step == 2
+    assembly = load(recipe.train.output)
+    assert assembly.peft_model is not None
+    assert sum("lora_mixer" in name for name, _ in assembly.model.named_buffers()) == 0
+    assert any("lora_mixer" in name for name, _ in assembly.model.named_parameters())
+    capsys.readouterr()
+    assert run(["merge", recipe.train.output, str(tmp_path / "merged")]) == 1
+    assert "'gated' depends on the layer's input" in capsys.readouterr().err
 
 
 @pytest.mark.slow
