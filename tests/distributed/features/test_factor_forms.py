@@ -1,4 +1,4 @@
-"""Other forms of the factors in our trainer: orthonormal ones stay so on masters, frozen ones frozen, over a resume."""
+"""Other forms of factors and mixers in our trainer: orthonormal ones stay so on masters, frozen ones frozen."""
 
 from __future__ import annotations
 
@@ -72,6 +72,17 @@ def test_orthonormal_factors_are_refused_where_ranks_have_shards_of_them(parts, 
     assert all(group.codes)
     assert "zero3 is a ZeRO-3, which gathers a matrix only while its layer computes" in group.outputs
     assert "Choose zero0 to zero2" in group.outputs
+
+
+def test_a_mixer_of_two_tensors_gives_the_numbers_of_plain_torch_where_ranks_have_shards(parts, ranks, tmp_path):
+    for kind, count in (("zero3", 2), ("none", 1)):
+        made = make_recipe(parts, tmp_path / kind, kind, precision="fp32")
+        ranks.run([write(formed(made, mixer_form="low_rank:2"))], ranks=count)
+    assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
+    expected = factors(tmp_path / "none")
+    assert any(name.endswith("lora_mixer.left") and factor.any() for name, factor in expected.items())
+    for name, factor in factors(tmp_path / "zero3").items():
+        assert torch.allclose(factor, expected[name], atol=1e-4), name
 
 
 def test_frozen_factors_come_back_from_the_checkpoint(parts, ranks, tmp_path):
