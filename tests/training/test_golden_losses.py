@@ -35,7 +35,10 @@ from mm_moslora.training.training_loop import train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 UPDATE = bool(os.environ.get("UPDATE_GOLDEN_LOSSES"))
-FAMILIES = {"qwen25_vl_7b_moslora": "qwen2_5_vl", "qwen3_vl_8b_moslora": "qwen3_vl"}
+FAMILIES = {
+    "qwen25_vl_7b_moslora": "qwen2_5_vl", "qwen25_vl_32b_moslora": "qwen2_5_vl", "qwen25_vl_72b_moslora": "qwen2_5_vl",
+    "qwen3_vl_8b_moslora": "qwen3_vl",
+}  # fmt: skip
 STEPS = 6
 VLM = AutoModelForImageTextToText
 
