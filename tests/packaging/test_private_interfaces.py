@@ -39,6 +39,27 @@ def test_accelerate_keeps_its_hook_on_the_module() -> None:
     assert layer._hf_hook is hook
 
 
+def test_accelerate_forgets_its_settings() -> None:
+    from accelerate.state import AcceleratorState
+
+    assert parameters(AcceleratorState._reset_state) == ["reset_partial_state"]
+
+
+def test_diffusers_packs_latents_and_saves_through_one_function() -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from diffusers import FluxPipeline
+    from diffusers.loaders import lora_base, peft
+
+    flux: Any = FluxPipeline
+    latents = torch.arange(64.0).view(1, 4, 4, 4)
+    packed = flux._pack_latents(latents, 1, 4, 4, 4)
+    assert packed.shape == (1, 4, 16)
+    assert torch.equal(flux._unpack_latents(packed, 32, 32, 8), latents)
+    assert flux._prepare_latent_image_ids(1, 2, 2, torch.device("cpu"), torch.float32).shape == (4, 3)
+    assert {"state_dict", "lora_adapter_metadata"} <= set(parameters(lora_base.LoraBaseMixin.write_lora_layers))
+    assert parameters(peft.PeftAdapterMixin.save_lora_adapter)[:3] == ["self", "save_directory", "adapter_name"]
+
+
 def test_deepspeed_registers_external_parameters_by_identity() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, register_external_parameter

@@ -5,7 +5,7 @@ diffusers drops M when it reads that. So `LoraBaseMixin.write_lora_layers`, thro
 go, folds M into B first. `model.save_lora_adapter` makes its state itself and refuses.
 
 The changes are made once an adapter is put into a model and diffusers is imported.
-`tests/adapters/test_adapter_diffusion.py` fails when diffusers renames one of them.
+`tests/packaging/test_private_interfaces.py` fails when diffusers renames one of them.
 """
 
 from __future__ import annotations
