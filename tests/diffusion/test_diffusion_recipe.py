@@ -74,6 +74,6 @@ def test_without_diffusers_everything_imports_and_training_says_how_to_install_i
         names = {(getattr(node, "module", None) or node.names[0].name).partition(".")[0] for node in outside}
         assert not names & {"diffusers", "accelerate"}, file
     monkeypatch.setattr(pipeline_families, "is_installed", lambda name: False)
-    with pytest.raises(ConfigError, match=r"need diffusers, which is missing. Run: pip install .*diffusers>=0.35"):
+    with pytest.raises(ConfigError, match=r"need diffusers, which is missing. Run: pip install .*diffusers>=0.41"):
         train_diffusion(load_diffusion_recipe("tiny_subject", [f"train.output={tmp_path / 'run'}"]))
     assert not (tmp_path / "run").exists()
