@@ -30,7 +30,7 @@ def test_operators_and_bytes_of_a_layer(python: Preloaded) -> None:
     assert keys["one_kernel_bytes"] == 4 * (hidden * 2 + turn)
     norm = rows["normalise", "bf16"]
     assert norm["one_kernel_bytes"] == 2 * (2 * hidden + 4096) + 4 * 2048
-    # What docs/performance.md says.
+    # What docs/gpu.md says.
     summary = found["summary"]
     assert (summary["operators_bf16"], summary["operators_fp32"]) == (67, 51)
     assert (summary["moved_bytes_bf16"] >> 20, summary["one_kernel_bytes_bf16"] >> 20) == (3221, 827)
