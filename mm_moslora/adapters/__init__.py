@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, add_moslora, resolve_targets
+from mm_moslora.adapters.folders.diffusers_saving import plain_pipeline_weights
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.load_folder import load_adapter
@@ -55,6 +56,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "one_product_per_step",
+    "plain_pipeline_weights",
     "reference_linear",
     "resolve_targets",
     "save_adapter",

@@ -29,7 +29,10 @@ FORMAT = "mm_moslora.adapter"
 FORMAT_VERSION = 1
 PREFIX = "base_model.model."
 STOCK_CONFIG, STOCK_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_model.bin", "pytorch_lora_weights.safetensors"
 OWN_CONFIG, OWN_WEIGHTS = "moslora.json", "moslora.safetensors"
+USE_MIXER, USE_MIXER_PATTERN = "lora_use_mixer", "lora_use_mixer_pattern"
+"""The authors' options."""
 MIXER = ".lora_mixer.weight"
 MIXER_PART = ".lora_mixer."
 """Before the names of a mixer's tensors; forms name them, and `weight` is M itself."""
@@ -110,13 +113,37 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
     """
     root = Path(model_id, subfolder or "")
     if root.is_dir():
-        return root if any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS)) else None
+        own = any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS))
+        return root if own or _declares_mixers(root / STOCK_CONFIG) else None
     known = {key: value for key, value in hub.items() if key in inspect.signature(hf_hub_download).parameters}
-    try:
-        first, *_ = [hf_hub_download(str(model_id), name, subfolder=subfolder, **known) for name in names]
-    except (EntryNotFoundError, HFValidationError):
+
+    def fetched(*wanted: str) -> Path | None:
+        try:
+            first, *_ = [hf_hub_download(str(model_id), name, subfolder=subfolder, **known) for name in wanted]
+        except (EntryNotFoundError, HFValidationError):
+            return None
+        return Path(first)
+
+    if first := fetched(*names):
+        return first.parent
+    config = fetched(STOCK_CONFIG)
+    if config is None or not _declares_mixers(config):
         return None
-    return Path(first).parent
+    weights = fetched(STOCK_WEIGHTS) or fetched(PICKLED_WEIGHTS)
+    return None if weights is None else weights.parent
+
+
+def declares_mixers(config: Mapping[str, Any]) -> bool:
+    """Whether an `adapter_config.json` is one of the MoSLoRA authors' fork of PEFT, with mixers."""
+    return bool(config.get(USE_MIXER) or config.get(USE_MIXER_PATTERN))
+
+
+def _declares_mixers(path: Path) -> bool:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the reader of the configuration says so
+        return False
+    return isinstance(config, dict) and declares_mixers(config)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

@@ -12,9 +12,17 @@ from typing import Any, ClassVar, Literal, get_args
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import OWN_CONFIG, downloaded, read_manifest
+from mm_moslora.adapters.folder_format import (
+    OWN_CONFIG,
+    STOCK_CONFIG,
+    declares_mixers,
+    downloaded,
+    read_json,
+    read_manifest,
+)
+from mm_moslora.adapters.folders.authors_format import check_options, mixer_settings, peft_tensors, with_known_names
 from mm_moslora.adapters.folders.save_folder import complete_folder
 from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -174,13 +182,16 @@ class MoSLoRAConfig(LoraConfig):
         """Read the configuration of an adapter folder.
 
         Args:
-            pretrained_model_name_or_path: a folder of `save_adapter`, or of stock PEFT (then: frozen identity mixer).
+            pretrained_model_name_or_path: a folder of `save_adapter`, of the authors' fork of PEFT, or of stock PEFT
+                (then: frozen identity mixer).
             subfolder: folder inside it.
             **kwargs: as for `peft.LoraConfig.from_pretrained`, for folders of other libraries.
         """
         folder = downloaded(pretrained_model_name_or_path, (OWN_CONFIG,), subfolder=subfolder, **kwargs)
         if folder is not None and (folder / OWN_CONFIG).is_file():
             return config_from_dict(read_manifest(folder)["config"])
+        if folder is not None and declares_mixers(data := read_json(folder / STOCK_CONFIG)):
+            return read_authors(folder, data)[0]
         stock = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         return from_lora_config(stock)
 
@@ -288,7 +299,11 @@ def config_from_dict(data: Mapping[str, Any]) -> MoSLoRAConfig:
 
 
 def from_lora_config(
-    config: LoraConfig, *, mixer_init: MixerInit = "identity", mixer_trainable: bool = False
+    config: LoraConfig,
+    *,
+    mixer_init: MixerInit = "identity",
+    mixer_trainable: bool = False,
+    mixer_pattern: Mapping[str, str] | None = None,
 ) -> MoSLoRAConfig:
     """MoSLoRA with the options of plain LoRA.
 
@@ -296,10 +311,32 @@ def from_lora_config(
         config: stock PEFT's configuration.
         mixer_init: how M starts.
         mixer_trainable: identity and False is the same plain LoRA; True starts MoSLoRA from it.
+        mixer_pattern: exceptions by module.
     """
-    names = {item.name for item in dataclasses.fields(LoraConfig)} - {"runtime_config", "peft_type"}
-    values = {name: getattr(config, name) for name in names}
+    values = {name: getattr(config, name) for name in lora_fields()}
+    values["mixer_pattern"] = dict(mixer_pattern or {})
     return MoSLoRAConfig(**values, mixer_init=mixer_init, mixer_trainable=mixer_trainable)
+
+
+def lora_fields() -> set[str]:
+    """The options of stock PEFT's `LoraConfig` that a folder may hold."""
+    return {item.name for item in dataclasses.fields(LoraConfig)} - {"runtime_config", "peft_type"}
+
+
+def read_authors(folder: Path, data: Mapping[str, Any]) -> tuple[MoSLoRAConfig, dict[str, Tensor]]:
+    """An adapter of the authors' fork of PEFT, under this package's names.
+
+    Args:
+        folder: the folder.
+        data: its `adapter_config.json`.
+
+    Raises:
+        AdapterError: a damaged file, mixers that are missing, an option that is not understood.
+    """
+    check_options(data, lora_fields(), str(folder))
+    tensors = with_known_names(peft_tensors(folder, pickled=True))
+    stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
+    return from_lora_config(stock, **mixer_settings(data, tensors, str(folder))), tensors
 
 
 def check_expression(expression: object, where: str) -> None:

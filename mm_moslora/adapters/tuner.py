@@ -14,7 +14,15 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import MIXER_PART, OWN_CONFIG, downloaded, is_factor, named_as_modules
+from mm_moslora.adapters.folder_format import (
+    MIXER_PART,
+    OWN_CONFIG,
+    declares_mixers,
+    downloaded,
+    is_factor,
+    named_as_modules,
+)
+from mm_moslora.adapters.folders.authors_format import holds_their_mixers, with_known_names
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
@@ -33,10 +41,20 @@ MoSLoRAConfig.layer_classes[nn.Module] = create_layer
 
 
 class LoraConfigOfFolder(LoraConfig):
-    """What PEFT makes for the type LORA: `MoSLoRAConfig` where `moslora.json` lies beside, else `LoraConfig`."""
+    """What PEFT makes for the type LORA: `MoSLoRAConfig` of a folder with mixers, else `LoraConfig`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain `LoraConfig`."""
+        """A plain `LoraConfig`.
+
+        Raises:
+            AdapterError: the options are those of the authors' fork with mixers, which its caller would not read.
+        """
+        if declares_mixers(kwargs):
+            raise AdapterError(
+                "The folder holds mixers (lora_use_mixer), which this way of loading drops. Load it with "
+                "mm_moslora.adapters.load_adapter or peft.PeftModel.from_pretrained, or read its configuration with "
+                "MoSLoRAConfig.from_pretrained."
+            )
         return LoraConfig(*args, **kwargs)
 
     @classmethod
@@ -145,12 +163,15 @@ class MoSLoRAModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        theirs = holds_their_mixers(state_dict)
+        if theirs:
+            state_dict = with_known_names(state_dict)
         if not isinstance(config, MoSLoRAConfig):
             if any(MIXER_PART in name for name in state_dict):
                 state_dict = fold_state_dict(state_dict)
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if problem := _misfit(model, adapter_name, renamed):
+        if problem := _misfit(model, adapter_name, renamed, every_mixer=theirs):
             raise AdapterError(
                 f"These values are not those of adapter {adapter_name!r}: {problem}. Load them under another adapter "
                 "name, or delete that adapter (delete_adapter) first."
@@ -202,7 +223,7 @@ def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
                 setattr(parent, name, layer.get_base_layer())
 
 
-def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> str | None:
+def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, every_mixer: bool = False) -> str | None:
     """Why values under the model's names are not those of an adapter that is there; None if they are."""
     layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
@@ -217,8 +238,9 @@ def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> s
     present = named_as_modules(model, model.state_dict())
     held = {name: tensor for name, tensor in present.items() if name.endswith(ends) or mixer in name}
     mixed = {name.partition(mixer)[0] for name in values if mixer in name}
-    # A mixer that is not there is the identity.
-    lost = [name for name in held if name not in values and (mixer not in name or name.partition(mixer)[0] in mixed)]
+    # A mixer that is not there is the identity; the authors' code has none that is not there.
+    named = [name for name in held if mixer not in name or every_mixer or name.partition(mixer)[0] in mixed]
+    lost = [name for name in named if name not in values]
     if lost:
         return f"they lack {min(lost)}"
     if unknown := min((name for name in values if mixer in name and name not in held), default=None):

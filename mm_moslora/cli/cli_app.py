@@ -248,18 +248,24 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
 
 
 @app.command
-def config(recipe: str | None = None, *overrides: Overrides) -> int:
+def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool = False) -> int:
     """Print the resolved recipe, every default filled in; without a recipe, list the shipped presets.
 
     Parameters
     ----------
     recipe
         YAML file, or the name of a shipped preset.
+    against_paper
+        Print a table instead: the recipe against the configuration that the authors of MoSLoRA released, key by key.
     """
     from mm_moslora.config import recipe_names
+    from mm_moslora.config.paper_comparison import comparison_text
 
     if recipe is None:
         print("\n".join(recipe_names()))
+        return 0
+    if against_paper:
+        print(comparison_text(recipe, _recipe(recipe, overrides)))
         return 0
     print(_recipe(recipe, overrides).to_yaml(), end="")
     return 0

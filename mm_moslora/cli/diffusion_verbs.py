@@ -60,21 +60,25 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
 
 
 @diffusion_app.command
-def config(recipe: str | None = None, *overrides: Overrides) -> int:
+def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool = False) -> int:
     """Print the resolved recipe, every default filled in; without a recipe, list the shipped presets.
 
     Parameters
     ----------
     recipe
         YAML file, or the name of a shipped preset.
+    against_paper
+        Print a table instead: the recipe against the configuration that the authors of MoSLoRA released, key by key.
     """
     from mm_moslora.config import override_items, recipe_names
+    from mm_moslora.config.paper_comparison import comparison_text
     from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, load_diffusion_recipe
 
     if recipe is None:
         print("\n".join(recipe_names(DIFFUSION_RECIPES)))
         return 0
-    print(load_diffusion_recipe(recipe, override_items(overrides)).to_yaml(), end="")
+    resolved = load_diffusion_recipe(recipe, override_items(overrides))
+    print(comparison_text(recipe, resolved) + "\n" if against_paper else resolved.to_yaml(), end="")
     return 0
 
 

@@ -69,6 +69,12 @@ class DataConfig:
     max_length: int = 2048
     """Most tokens per example, visual tokens included. A longer example loses whole turns at the end; an image is never
     cut."""
+    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
+    """Handling of a record whose first question and answer do not fit: refuse counts it as unusable, drop leaves it out
+    without counting it against max_bad_share, truncate cuts any longer text off at max_length, within an answer too. A
+    record with pictures is never cut, nor one that would keep no supervised token; truncate refuses these."""
+    train_on: Literal["answers", "all"] = "answers"
+    """Tokens that the loss is on: the answers and their ends of turn, or the whole text (only without model.vision)."""
     order: Literal["grouped", "llava", "random", "sequential"] = "grouped"
     """grouped: steps of one modality and similar lengths, so that ranks finish together. llava: the same records per
     step as LLaVA's own grouping. random. sequential: the order of the files."""

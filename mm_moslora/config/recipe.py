@@ -84,6 +84,11 @@ class Recipe(YamlRecipe):
             f"model.kernels is {self.model.kernels!r} and train.compile is {self.train.compile!r}: both would run "
             "between the matrix products of lean layers. Leave train.compile out, or set model.kernels to auto.",
         )
+        require(
+            self.data.train_on == "answers" or self.model.vision is None,
+            f"data.train_on is {self.data.train_on!r} and model.vision is set: no loss can be on pictures. Leave "
+            "data.train_on out.",
+        )
         budget, longest = self.train.micro_tokens, self.data.longest
         require(
             budget is None or budget >= longest,

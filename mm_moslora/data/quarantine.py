@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from mm_moslora.config import DataConfig
-from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import Appender, replace_text
 
@@ -45,7 +45,8 @@ class Quarantine:
             RecordError: `on_bad` is error.
             DataError: the share of bad records is too large (checked by `close` while the data set is built).
         """
-        if self.config.on_bad == "error":
+        dropped = error.code is Code.TOO_LONG and self.config.too_long == "drop"
+        if self.config.on_bad == "error" and not dropped:
             raise error
         if index in self._seen:
             return
@@ -77,14 +78,16 @@ class Quarantine:
         self._check_share()
 
     def _check_share(self) -> None:
-        bad = len(self._seen)
+        left_out = self.codes.get(Code.TOO_LONG.value, 0) if self.config.too_long == "drop" else 0
+        bad = len(self._seen) - left_out
         if bad <= self.config.max_bad_share * self.total:
             return
+        remedy = " data.too_long can cut or drop long records." if self.codes.get(Code.TOO_LONG.value) else ""
         see = f"All are in {self.path}." if self.path is not None else ""
         raise DataError(
             f"{bad} of {self.total} records ({bad / self.total:.1%}) cannot be used, more than data.max_bad_share "
             f"({self.config.max_bad_share:.1%}): {summary(self.codes)}. The first one: {self._first}. {see} "
-            "Repair the data or raise data.max_bad_share."
+            f"Repair the data or raise data.max_bad_share.{remedy}"
         ) from self._first
 
 

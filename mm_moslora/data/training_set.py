@@ -37,11 +37,17 @@ _NOT_FETCHED = (448, 448)
 """Assumed pixels of a picture that is not fetched yet."""
 
 
+def _text_settings(config: DataConfig) -> str:
+    """The settings that change the tokens of a record besides `max_length`; empty for the defaults."""
+    cut, whole = config.too_long == "truncate", config.train_on == "all"
+    return " truncate" * cut + " all" * whole
+
+
 def encode_record(
     record: Record,
     encoder: ConversationEncoder,
     *,
-    max_length: int,
+    config: DataConfig,
     vision: bool,
     pictures: Sequence[Sequence[int]] | None = None,
 ) -> Encoded:
@@ -50,7 +56,7 @@ def encode_record(
     Args:
         record: to be tokenised.
         encoder: of the model.
-        max_length: tokens.
+        config: `max_length`, `too_long` and `train_on`.
         vision: whether the model has a vision encoder.
         pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
 
@@ -63,7 +69,13 @@ def encode_record(
             Code.NO_VISION, "image", f"{len(record.images)} images", "set model.vision, or drop the record"
         )
     try:
-        return encoder.encode(record.turns, max_length=max_length, pictures=pictures)
+        return encoder.encode(
+            record.turns,
+            max_length=config.max_length,
+            pictures=pictures,
+            truncate=config.too_long == "truncate",
+            whole=config.train_on == "all",
+        )
     except (TooLong, SpecialTextError) as error:
         what, _, remedy = str(error).partition("; ")
         raise record.where.error(error.code, "conversations", what, remedy) from error
@@ -219,7 +231,7 @@ class TrainingSet:
         """Tokenise a record; see `encode_record`. Picture headers are read if the token count depends on the size."""
         pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
         vision = self.image_processing is not None
-        return encode_record(record, self.encoder, max_length=self.config.max_length, vision=vision, pictures=pictures)
+        return encode_record(record, self.encoder, config=self.config, vision=vision, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
         """The tokens of a record, from the cache if there is one.
@@ -286,7 +298,7 @@ class TrainingSet:
                 self.encoder,
                 encode=self.encode,
                 # The cache also holds faults of names, so the rules of names are part of its settings.
-                settings=f"{config.max_length} {self._image_settings()} {file.rules}",
+                settings=f"{config.max_length} {self._image_settings()} {file.rules}{_text_settings(config)}",
                 tokens_per_image=self.encoder.tokens_per_image
                 if self.image_processing is not None and self.image_processing.fixed
                 else 1,

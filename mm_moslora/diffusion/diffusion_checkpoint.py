@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters import take_adapter
-from mm_moslora.adapters.folders.export_adapter import DIFFUSERS_WEIGHTS
+from mm_moslora.adapters.folder_format import DIFFUSERS_WEIGHTS
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.diffusion.diffusion_export import write_lora_file
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe

@@ -232,7 +232,7 @@ def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Part
         encoded = encode_record(
             record,
             parts.encoder,
-            max_length=recipe.data.max_length,
+            config=recipe.data,
             vision=parts.image_processing is not None,
             pictures=placeholders_of(record, parts.image_processing),
         )

@@ -197,7 +197,9 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     if data is None:
         raise ConfigError("The size of the data is not known. Give --samples and --tokens-per-sample.")
     tokens = min(data.tokens, recipe.data.max_length)
-    data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens))
+    supervised = 1.0 if recipe.data.train_on == "all" else data.supervised
+    per_row = max(1.0, recipe.data.pack_tokens / tokens)
+    data = replace(data, tokens=tokens, per_row=per_row, supervised=supervised)
     together = train.sequence_parallel
     busy = busy_share(train.global_batch, max(1, gpus.count // together))
 

@@ -39,7 +39,7 @@ SHIPPED = [name for name in recipe_names() if not name.startswith("quickstart")]
 COUNTS = {
     "llava15_7b_lora": (319.8, 0, 0, 0), "llava15_7b_moslora": (319.8, 3.7, 0, 0),
     "llava15_13b_lora": (500.7, 0, 0, 0), "llava15_13b_moslora": (500.7, 4.6, 0, 0),
-    "llama3_8b_clip_moslora": (167.8, 0.9, 28.3, 0.6), "internlm2_7b_qmoslora": (1208.0, 41.9, 28.3, 0.6),
+    "llama3_8b_clip_moslora": (167.8, 0.9, 28.3, 0.6), "internlm2_7b_qmoslora": (1208.0, 41.9, 28.3, 0),
     "commonsense_170k": (28.3, 0.04, 0, 0),
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]

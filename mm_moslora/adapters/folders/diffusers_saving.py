@@ -14,12 +14,19 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor
 
-from mm_moslora.adapters.folder_format import MIXER, MIXER_PART
+from mm_moslora.adapters.folder_format import DIFFUSERS_WEIGHTS, MIXER, MIXER_PART, USE_MIXER, mixers_in
+from mm_moslora.adapters.folders.authors_format import (
+    holds_their_mixers,
+    mixer_settings,
+    read_tensors,
+    with_known_names,
+)
 from mm_moslora.adapters.folders.folder_tensors import mixer_matrices
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.kernels.lora.mixed_product import fold_right
@@ -41,6 +48,8 @@ def without_mixers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         AdapterError: a mixer without its B.
     """
+    if holds_their_mixers(tensors):
+        tensors = with_known_names(tensors)
     folded = {name: tensor for name, tensor in tensors.items() if MIXER_PART not in name}
     for stem, M in mixer_matrices(tensors).items():
         factor = next((stem + part for part in _NAMES_OF_B if stem + part in folded), None)
@@ -51,6 +60,25 @@ def without_mixers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         folded[factor] = fold_right(folded[factor], M).to(folded[factor].dtype).contiguous()
     return folded
+
+
+def plain_pipeline_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Plain LoRA of a diffusers file, for ``pipeline.load_lora_weights(plain_pipeline_weights(folder))``.
+
+    Args:
+        folder: holds `pytorch_lora_weights.safetensors`; such as the SDXL script of the MoSLoRA paper's authors wrote,
+            whose mixers (``lora.downB``) diffusers drops.
+
+    Raises:
+        AdapterError: no such file, a damaged one, or a module without mixer beside others that have one.
+    """
+    path = Path(folder) / DIFFUSERS_WEIGHTS
+    if not path.is_file():
+        raise AdapterError(f"{folder} holds no {DIFFUSERS_WEIGHTS}. load_adapter reads the other kinds of folders.")
+    tensors = with_known_names(read_tensors(path))
+    if mixers_in(tensors):
+        mixer_settings({USE_MIXER: True}, tensors, str(path))
+    return without_mixers(tensors)
 
 
 def patch_diffusers() -> None:

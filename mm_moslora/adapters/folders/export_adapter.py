@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_moslora.adapters.folder_format import (
+    DIFFUSERS_WEIGHTS,
     PREFIX,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
@@ -31,8 +32,9 @@ from mm_moslora.adapters.folder_format import (
     adapted_path,
     target_paths,
 )
+from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, mixer_matrices
-from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_tensors
+from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import stock_config
 from mm_moslora.adapters.tree import is_inner
@@ -44,7 +46,6 @@ from mm_moslora.utils.run_paths import writing
 Layout = Literal["peft", "vllm", "diffusers", "kohya", "gguf"]
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of diffusers' pipelines that load LoRA."""
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 """Kohya's names of the components; the first text encoder is `lora_te` where there is one only."""
 _KOHYA_SIGN = b"lora_down"

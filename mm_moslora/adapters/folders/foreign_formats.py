@@ -1,40 +1,50 @@
-"""Read adapter folders that others wrote: stock PEFT, the MoSLoRA authors' PEFT fork.
+"""Read adapter folders that others wrote: stock PEFT, diffusers, the MoSLoRA authors' fork of PEFT.
 
 ::
 
     stock PEFT   adapter_config.json + adapter_model.safetensors; lora_A, lora_B. Becomes a mixer that is the identity.
-    authors      the same with lora_AB.weight [R, R] (arXiv 2406.11909's fork of PEFT 0.10), safetensors or .bin
+    diffusers    pytorch_lora_weights.safetensors, one component of a pipeline
+    authors      both with mixers; see `authors_format`
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from mm_moslora.adapters.folder_format import (
+    DIFFUSERS_WEIGHTS,
     MIXER,
     OWN_CONFIG,
     PREFIX,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
+    USE_MIXER,
     adapted_path,
+    declares_mixers,
+    is_factor,
+    mixers_in,
     read_json,
     target_paths,
 )
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config
+from mm_moslora.adapters.folders.authors_format import (
+    mixer_settings,
+    peft_tensors,
+    read_tensors,
+    with_known_names,
+)
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields, read_authors
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.run_paths import adapters_inside
 
 _PADDLE_CONFIG = "lora_config.json"
-_AUTHORS_MIXER = ".lora_AB.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +59,21 @@ class AdapterFolder:
     """What was remembered of the base model; empty for a folder of another library."""
 
 
-def read_foreign(root: Path, *, trainable: bool = False) -> AdapterFolder:
+def read_foreign(root: Path, *, trainable: bool = False, component: str | None = None) -> AdapterFolder:
     """Read a folder of another library.
 
     Args:
         root: the folder.
         trainable: for plain LoRA, whether the identity mixer trains.
+        component: for a file of diffusers, which part of the pipeline; None: the only one.
 
     Raises:
         AdapterError: not an adapter folder; a file that is missing, damaged or of another method.
     """
     if (root / STOCK_CONFIG).is_file():
         return _read_peft(root, trainable)
+    if (root / DIFFUSERS_WEIGHTS).is_file():
+        return _read_diffusers(root, component, trainable=trainable)
     if (root / _PADDLE_CONFIG).is_file():
         raise AdapterError(
             f"{root} is an adapter folder of PaddleNLP ({_PADDLE_CONFIG}), which is not read. Save it in PEFT's "
@@ -72,18 +85,6 @@ def read_foreign(root: Path, *, trainable: bool = False) -> AdapterFolder:
     raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        AdapterError: damaged or truncated.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged or truncated ({error}). Copy the folder again.") from error
-
-
 def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
     data = read_json(root / STOCK_CONFIG)
     if data.get("peft_type") != "LORA":
@@ -91,19 +92,22 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
             f"{root} holds an adapter of peft_type {data.get('peft_type')!r}; LORA (MoSLoRA and plain LoRA) is read "
             "here. Load it with PEFT itself."
         )
-    is_authors = bool(data.get("lora_use_mixer") or data.get("lora_use_mixer_pattern"))
-    tensors = _peft_tensors(root, pickled=is_authors)
-    lost = [name for name in tensors if "lora_mixer" in name or ("lora_AB" in name and not is_authors)]
-    if lost:
+    if declares_mixers(data):
+        config, tensors = read_authors(root, data)
+        config.target_modules = target_paths(tensors)
+        return AdapterFolder(config=config, tensors=tensors, base={})
+    tensors = peft_tensors(root, pickled=False)
+    if lost := [name for name in tensors if "lora_mixer" in name or "lora_AB" in name]:
         raise AdapterError(
             f"{root} holds mixers ({lost[0]!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter would "
             "be wrong. Restore the file that was saved with it, or save the adapter again with the program that "
             "trained it."
         )
-    known = {item.name for item in dataclasses.fields(LoraConfig)} - {"runtime_config", "peft_type"}
-    stock = LoraConfig(**{key: value for key, value in data.items() if key in known})
-    if is_authors:
-        return _authors(root, stock, tensors)
+    stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
+    return _plain(stock, tensors, trainable=trainable)
+
+
+def _plain(stock: LoraConfig, tensors: dict[str, Tensor], *, trainable: bool) -> AdapterFolder:
     config = from_lora_config(stock, mixer_trainable=trainable and not stock.use_dora)
     config.target_modules = target_paths(tensors)
     if config.mixer_trainable:
@@ -113,39 +117,50 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
     return AdapterFolder(config=config, tensors=tensors, base={})
 
 
-def _peft_tensors(root: Path, *, pickled: bool) -> dict[str, Tensor]:
-    if (root / STOCK_WEIGHTS).is_file():
-        return read_tensors(root / STOCK_WEIGHTS)
-    path = root / "adapter_model.bin"
-    if pickled and path.is_file():
-        # The authors' older fork writes nothing else; weights_only keeps a pickle from running code.
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken pickle raises nearly anything, and its sizes MemoryError
-            what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-            raise AdapterError(
-                f"{path} is damaged, or holds more than tensors ({what}). Copy the folder again."
-            ) from error
-        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-            raise AdapterError(f"{path} holds no tensors by name. Copy the folder again.")
-        return {str(name): tensor for name, tensor in loaded.items()}
-    raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
-
-
-def _authors(root: Path, stock: LoraConfig, tensors: dict[str, Tensor]) -> AdapterFolder:
-    """Their mixer has another name; a module that `lora_use_mixer_pattern` left out has none and gets the identity."""
-    if stock.use_dora:
+def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> AdapterFolder:
+    path = root / DIFFUSERS_WEIGHTS
+    held = with_known_names(read_tensors(path))
+    present = sorted({name.partition(".")[0] for name in held})
+    if component is None and len(present) == 1:
+        component = present[0]
+    if component not in present:
         raise AdapterError(
-            f"{root} combines use_dora with lora_AB. The authors' code trains and merges that differently; it has no "
-            "right reading."
+            f"{path} holds adapters of {', '.join(present)}; component is {component!r}. Name one of them, such as "
+            f"component={present[0]!r}."
+            if present
+            else f"{path} holds no tensors. Copy the folder again."
         )
-    renamed = {name.replace(_AUTHORS_MIXER, MIXER): tensor for name, tensor in tensors.items()}
-    if not any(name.endswith(MIXER) for name in renamed):
-        raise AdapterError(f"{root} announces mixers (lora_use_mixer) but holds no lora_AB. Copy the folder again.")
-    for name, tensor in list(renamed.items()):
-        path = adapted_path(name)
-        if path is not None:
-            renamed.setdefault(f"{PREFIX}{path}{MIXER}", torch.eye(len(tensor), dtype=tensor.dtype))
-    config = from_lora_config(stock, mixer_init="kaiming", mixer_trainable=True)
-    config.target_modules = target_paths(renamed)
-    return AdapterFolder(config=config, tensors=renamed, base={})
+    start = f"{component}."
+    tensors = {PREFIX + name.removeprefix(start): tensor for name, tensor in held.items() if name.startswith(start)}
+    if unknown := sorted(name for name in tensors if not is_factor(name)):
+        raise AdapterError(
+            f"{path} holds {start}{unknown[0].removeprefix(PREFIX)}, which is not understood: A, M and B are "
+            "read. Load the file with diffusers itself."
+        )
+    options = _diffusers_options(path, component)
+    if not options:
+        ranks = sorted({len(tensor) for name, tensor in tensors.items() if adapted_path(name)})
+        if len(ranks) != 1:
+            raise AdapterError(
+                f"{path} holds ranks {', '.join(map(str, ranks))} of {component} and no options, so the scaling of a "
+                "module is unknown. Save it again with a diffusers that writes the options (lora_adapter_metadata)."
+            )
+        options = {"r": ranks[0], "lora_alpha": ranks[0]}
+    stock = LoraConfig(**{key: value for key, value in options.items() if key in lora_fields()})
+    if not mixers_in(tensors):
+        return _plain(stock, tensors, trainable=trainable)
+    config = from_lora_config(stock, **mixer_settings({USE_MIXER: True}, tensors, str(path)))
+    config.target_modules = target_paths(tensors)
+    return AdapterFolder(config=config, tensors=tensors, base={})
+
+
+def _diffusers_options(path: Path, component: str) -> dict[str, Any]:
+    """The options of a component that newer versions of diffusers write beside the tensors."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        options = json.loads(text)
+        start = f"{component}."
+        return {key.removeprefix(start): value for key, value in options.items() if key.startswith(start)}
+    except (ValueError, AttributeError) as error:
+        raise AdapterError(f"{path} has options that are not valid JSON ({error}). Copy the folder again.") from error

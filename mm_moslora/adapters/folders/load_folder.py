@@ -23,8 +23,9 @@ from mm_moslora.adapters.folder_format import (
     mixers_in,
     read_manifest,
 )
+from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank
-from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign, read_tensors
+from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
 from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.mixer import form_named
@@ -46,8 +47,9 @@ def load_adapter(
     trainable: bool = False,
     base: Mapping[str, Any] | None = None,
     autocast_adapter_dtype: bool = True,
+    component: str | None = None,
 ) -> peft.PeftModel:
-    """Load a folder of `save_adapter`, or a plain LoRA folder of stock PEFT, into a model.
+    """Load a folder of `save_adapter`, of stock PEFT, of diffusers or of the paper's authors into a model.
 
     Args:
         model: the base model, or a PEFT model. An adapter of this name that is there already gets the values, if its
@@ -58,6 +60,7 @@ def load_adapter(
             gets a trainable identity mixer when it trains, a frozen one (plain LoRA) otherwise.
         base: identity of the base model; an entry that contradicts the folder's is an error.
         autocast_adapter_dtype: keep the factors in float32 when the base is in half precision.
+        component: for a file of diffusers, which part of the pipeline the model is (unet); None: the only one there.
 
     Returns:
         The PEFT model.
@@ -66,7 +69,7 @@ def load_adapter(
         AdapterError: a file that is missing, truncated, changed or stale; an adapter for another base; a factor of the
             wrong shape. The model is untouched then.
     """
-    content = _read_for(model, folder, base or {}, trainable=trainable)
+    content = _read_for(model, folder, base or {}, trainable=trainable, component=component)
     config, source = content.config, str(folder)
     paths = sorted(config.target_modules or ())
     config.inference_mode = not trainable
@@ -93,9 +96,11 @@ def load_adapter(
     return wrapped
 
 
-def _read_for(model: nn.Module, folder: str | Path, base: Mapping[str, Any], *, trainable: bool) -> AdapterFolder:
+def _read_for(
+    model: nn.Module, folder: str | Path, base: Mapping[str, Any], *, trainable: bool, component: str | None
+) -> AdapterFolder:
     """Read a folder and check it against the model and the identity of its base."""
-    content = read_folder(folder, trainable=trainable)
+    content = read_folder(folder, trainable=trainable, component=component)
     config, source = content.config, str(folder)
     _check_base(model, content.base, base, source)
     shapes = _planned_shapes(model, config, sorted(config.target_modules or ()), content.tensors, source)
@@ -218,12 +223,13 @@ def _has_place(name: str, config: MoSLoRAConfig) -> bool:
     return any(part in EMBEDDING_LAYER_NAMES for part in name.split("."))
 
 
-def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder:
+def read_folder(folder: str | Path, *, trainable: bool = False, component: str | None = None) -> AdapterFolder:
     """Read and verify an adapter folder without a model.
 
     Args:
-        folder: of `save_adapter`, or of stock PEFT.
+        folder: of `save_adapter`, of stock PEFT, of diffusers, or of the paper's authors.
         trainable: for a stock folder, whether its identity mixer trains.
+        component: for a file of diffusers, which part of the pipeline; None: the only one.
 
     Raises:
         AdapterError: see `load_adapter`; factors that do not fit each other, or hold NaN.
@@ -239,7 +245,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
             "plain LoRA."
         )
     with _usable(str(root)):
-        content = _read_own(root) if has_config else read_foreign(root, trainable=trainable)
+        content = _read_own(root) if has_config else read_foreign(root, trainable=trainable, component=component)
     if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))

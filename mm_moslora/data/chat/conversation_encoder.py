@@ -40,11 +40,11 @@ class Encoded:
     input_ids: Tensor
     """int64 ``[T]``."""
     supervised: Tensor
-    """bool ``[T]``: true for answers and the end-of-turn token after each."""
+    """bool ``[T]``: true for answers and the end-of-turn token after each, or for all but the first."""
     images: int = 0
     """Images in the turns that were kept."""
     dropped_turns: int = 0
-    """Turns that did not fit."""
+    """Turns that did not fit, or not whole."""
     thoughts: int = 0
     """Answers with thinking that is learned."""
     dropped_thoughts: int = 0
@@ -172,6 +172,8 @@ class ConversationEncoder:
         *,
         max_length: int | None = None,
         pictures: Sequence[Sequence[int]] | None = None,
+        truncate: bool = False,
+        whole: bool = False,
     ) -> Encoded:
         """Tokenise a conversation for training.
 
@@ -179,20 +181,34 @@ class ConversationEncoder:
             turns: an optional system turn, then questions and answers in turn, ending with an answer.
             max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
             pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
+            truncate: cut a longer text off instead, within an answer too, where it has no pictures.
+            whole: supervise every token but the first; for texts without pictures.
 
         Raises:
-            TooLong: not even the first pair fits; an answer is never cut.
+            TooLong: not even the first pair fits, or no supervised token would be left.
             DataError: a text spells special tokens and the tokenizer cannot read them as text.
         """
         if not turns or turns[-1].role != "assistant":
             raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
         grown = self._grow(turns, pictures)
+        if whole:
+            grown.supervised = [False] + [True] * (len(grown.ids) - 1)
         if max_length is None or len(grown.ids) <= max_length:
             return _encoded(grown)
+        if truncate and not grown.images and any(grown.supervised[:max_length]):
+            kept = max((count for count, length in grown.ends if length <= max_length), default=0)
+            return replace(
+                _encoded(grown),
+                input_ids=torch.tensor(grown.ids[:max_length], dtype=torch.long),
+                supervised=torch.tensor(grown.supervised[:max_length], dtype=torch.bool),
+                dropped_turns=len(turns) - kept,
+            )
         for count, length in reversed(grown.ends[:-1]):
             if length <= max_length:
                 # Encoded again, because some templates write the last turn differently.
                 shorter = self._grow(turns[:count], pictures)
+                if whole:
+                    shorter.supervised = [False] + [True] * (len(shorter.ids) - 1)
                 if len(shorter.ids) <= max_length:
                     return replace(_encoded(shorter), dropped_turns=len(turns) - count)
         raise TooLong(

@@ -84,7 +84,9 @@ def _truncation(report: CheckReport) -> Finding:
     if not report.truncated and not lost:
         return Finding("ok", "length", f"all fit into {report.max_length} tokens")
     detail = f"over {report.max_length} tokens: {report.truncated} records lose turns, {lost} cannot be used at all"
-    return Finding("warn", "length", detail, "raise data.max_length, or split long records")
+    if report.dropped:
+        detail += ", and are left out (data.too_long: drop)"
+    return Finding("warn", "length", detail, "raise data.max_length, split long records, or set data.too_long")
 
 
 def _thinking(report: CheckReport) -> Finding:

@@ -37,6 +37,8 @@ class CheckReport:
     """Tokens that a record may have."""
     max_bad_share: float
     """Share of bad records above which a run stops; 0 when any bad record stops it."""
+    drop_too_long: bool = False
+    """Whether a record that is too long is left out and does not count as a bad one."""
     records: int = 0
     """All records."""
     bad: Counter[Code] = field(default_factory=Counter)
@@ -110,7 +112,12 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Whether a run would start."""
-        return self.usable > 0 and self.records - self.usable <= self.max_bad_share * self.records
+        return self.usable > 0 and self.records - self.usable - self.dropped <= self.max_bad_share * self.records
+
+    @property
+    def dropped(self) -> int:
+        """Records that are too long and left out on purpose."""
+        return self.bad[Code.TOO_LONG] if self.drop_too_long else 0
 
     def histogram(self, bins: int = 8) -> list[tuple[int, int]]:
         """Histogram of lengths: (upper bound in tokens, records), with bounds `max_length` / 2^i."""
@@ -161,7 +168,11 @@ def check(
     files = open_sources(sources)
     share = 0.0 if config.on_bad == "error" else config.max_bad_share
     empty = partial(
-        CheckReport, sources=[source.path for source in sources], max_length=config.max_length, max_bad_share=share
+        CheckReport,
+        sources=[source.path for source in sources],
+        max_length=config.max_length,
+        max_bad_share=share,
+        drop_too_long=config.too_long == "drop",
     )
     look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
     report, total = empty(), sum(len(file) for file in files)
@@ -210,9 +221,7 @@ class _Look:
             try:
                 record = file[row]
                 pictures = placeholders_of(record, self.image_processing)
-                encoded = encode_record(
-                    record, self.encoder, max_length=self.config.max_length, vision=self.vision, pictures=pictures
-                )
+                encoded = encode_record(record, self.encoder, config=self.config, vision=self.vision, pictures=pictures)
                 self._pictures(report, record, encoded)
             except RecordError as error:
                 report.bad[error.code] += 1

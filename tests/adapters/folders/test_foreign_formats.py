@@ -85,19 +85,6 @@ def test_a_module_without_mixer_in_the_authors_folder_is_plain(tmp_path: Path) -
     assert torch.equal(logits(load_adapter(llama(), folder)), logits(model))
 
 
-def test_an_authors_folder_without_mixers_or_without_its_word_is_an_error(tmp_path: Path) -> None:
-    folder = _authors_folder(_trained(), tmp_path / "a")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_use_mixer": False}))
-    with pytest.raises(AdapterError, match="declares none"):
-        load_adapter(llama(), folder)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    plain = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if "lora_AB" not in k}
-    save_file(plain, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="holds no lora_AB"):
-        load_adapter(llama(), folder)
-
-
 def test_a_paddlenlp_folder_is_refused_and_the_error_names_the_layout_that_is_read(tmp_path: Path) -> None:
     (tmp_path / "lora_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "lora_use_mixer": True}))
     with pytest.raises(AdapterError, match=r"PaddleNLP.*not read.*adapter_config\.json.*transposed"):

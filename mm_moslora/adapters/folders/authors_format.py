@@ -1,0 +1,161 @@
+"""Checkpoints of the MoSLoRA paper's authors (arXiv 2406.11909): the names of their tensors, and their settings.
+
+::
+
+    PEFT 0.10 fork   adapter_config.json (lora_use_mixer) + adapter_model; the mixer is lora_AB.weight [R, R]
+    SDXL script      pytorch_lora_weights.safetensors of diffusers; diffusers renames lora_A to lora.down, and with it
+                     lora_AB to lora.downB (lora_linear_layer.downB in text encoders). The file tells no alpha: it is R
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mm_moslora.adapters.folder_format import (
+    MIXER,
+    PICKLED_WEIGHTS,
+    STOCK_WEIGHTS,
+    USE_MIXER,
+    USE_MIXER_PATTERN,
+    adapted_path,
+    mixers_in,
+)
+from mm_moslora.utils.errors import AdapterError
+
+_MIXER_SIGNS = ("lora_AB", ".downB.")
+_MIXERS = (".lora_AB.weight", ".lora.downB.weight", ".lora_linear_layer.downB.weight")
+_OF_DIFFUSERS = {
+    f".{part}.{theirs}.weight": f".{ours}.weight"
+    for part in ("lora", "lora_linear_layer")
+    for theirs, ours in (("down", "lora_A"), ("up", "lora_B"))
+}
+# In their older fork's configuration: how the layer computes, not what.
+_WITHOUT_MEANING = {USE_MIXER, USE_MIXER_PATTERN, "merge_weights", "runtime_config", "peft_type"}
+
+
+def holds_their_mixers(names: Mapping[str, Tensor]) -> bool:
+    """Whether any tensor has a name of the authors' mixers."""
+    return any(sign in name for name in names for sign in _MIXER_SIGNS)
+
+
+def with_known_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under PEFT's names, the mixers as ``.lora_mixer.weight``.
+
+    Args:
+        tensors: under names of the authors' fork, or of diffusers.
+
+    Raises:
+        AdapterError: a part of a mixer that is not its weight.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ends = dict.fromkeys(_MIXERS, MIXER) | _OF_DIFFUSERS
+        end = next((end for end in ends if name.endswith(end)), None)
+        if end is None and any(sign in name for sign in _MIXER_SIGNS):
+            raise AdapterError(
+                f"{name!r} is a part of a mixer that is not understood; {' or '.join(_MIXERS)} is expected at its end. "
+                "Without it the adapter would compute other values."
+            )
+        found[name if end is None else name.removesuffix(end) + ends[end]] = tensor
+    return found
+
+
+def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """The mixers' fields of a `MoSLoRAConfig`: modules without a mixer get `none`.
+
+    Args:
+        config: the authors' `adapter_config.json`.
+        tensors: the adapter's, under this package's names.
+        source: folder, for messages.
+
+    Raises:
+        AdapterError: mixers that the configuration announces are missing, or another option that is not understood.
+    """
+    if config.get("use_dora"):
+        raise AdapterError(
+            f"{source} combines use_dora with lora_AB. The authors' code trains and merges that differently; it has no "
+            "right reading."
+        )
+    mixers, without = mixers_in(tensors), []
+    if not mixers:
+        raise AdapterError(f"{source} announces mixers (lora_use_mixer) but holds no lora_AB. Copy the folder again.")
+    pattern = config.get(USE_MIXER_PATTERN) or {}
+    for name, tensor in tensors.items():
+        path = adapted_path(name)
+        if path is None or name.removesuffix(".lora_A.weight") in mixers:
+            continue
+        told = pattern.get(get_pattern_key(list(pattern), path), config.get(USE_MIXER))
+        # Their embeddings and convolutions have no mixer, whatever the configuration says.
+        if told and name.endswith(".lora_A.weight") and tensor.ndim == 2:
+            raise AdapterError(
+                f"{source} holds no lora_AB of {path!r}, though its configuration announces one. With another matrix "
+                "in its place the adapter would be wrong. Copy the folder again."
+            )
+        without.append(path)
+    return {"mixer_init": "kaiming", "mixer_trainable": True, "mixer_pattern": dict.fromkeys(sorted(without), "none")}
+
+
+def check_options(config: Mapping[str, Any], known: set[str], source: str) -> None:
+    """Refuse options of the authors' configuration that change what the adapter computes and are not known.
+
+    Args:
+        config: their `adapter_config.json`.
+        known: fields that are read.
+        source: folder, for the message.
+
+    Raises:
+        AdapterError: such an option is set.
+    """
+    unknown = sorted(key for key, value in config.items() if value and key not in known | _WITHOUT_MEANING)
+    if unknown:
+        raise AdapterError(
+            f"{source} sets {unknown[0]} to {config[unknown[0]]!r}, which is not understood. The adapter may compute "
+            "something else with it; remove it from adapter_config.json if it has no effect."
+        )
+
+
+def peft_tensors(root: Path, *, pickled: bool) -> dict[str, Tensor]:
+    """The tensors of a folder in PEFT's layout.
+
+    Args:
+        root: the folder.
+        pickled: whether a pickle is read as well: the authors' older fork writes nothing else.
+
+    Raises:
+        AdapterError: missing, damaged or truncated.
+    """
+    if (root / STOCK_WEIGHTS).is_file():
+        return read_tensors(root / STOCK_WEIGHTS)
+    path = root / PICKLED_WEIGHTS
+    if pickled and path.is_file():
+        try:  # weights_only keeps a pickle from running code
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken pickle raises nearly anything, and its sizes MemoryError
+            what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            raise AdapterError(
+                f"{path} is damaged, or holds more than tensors ({what}). Copy the folder again."
+            ) from error
+        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+            raise AdapterError(f"{path} holds no tensors by name. Copy the folder again.")
+        return {str(name): tensor for name, tensor in loaded.items()}
+    raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        AdapterError: damaged or truncated.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged or truncated ({error}). Copy the folder again.") from error
