@@ -13,12 +13,11 @@ import pytest
 import torch
 from adapters.adapter_models import folded, llama, llava, logits, train_a_bit
 from adapters.behaviour_models import inputs, network
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters import (
     MoSLoRAConfig,
-    MoSLoRALinear,
     add_moslora,
     add_weighted_adapter,
     export_adapter,
@@ -38,51 +37,6 @@ def _trained(**changes) -> peft.PeftModel:
     model = add_moslora(llama(), config, targets=TARGETS)
     train_a_bit(model)
     return model.eval()
-
-
-def _factors(model: peft.PeftModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    layers = model.get_base_model().named_modules()
-    found = {path: layer.factors("default") for path, layer in layers if isinstance(layer, MoSLoRALinear)}
-    return {path: (f.A.detach(), f.M.detach(), f.B.detach()) for path, f in found.items()}
-
-
-def _authors_folder(model: peft.PeftModel, folder: Path, *, pickled: bool = False, without: str = "") -> Path:
-    """What the authors' fork of PEFT 0.10 writes."""
-    folder.mkdir()
-    tensors = {}
-    for path, (A, M, B) in _factors(model).items():
-        prefix = f"base_model.model.{path}"
-        tensors |= {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
-        if not without or without not in path:
-            tensors[f"{prefix}.lora_AB.weight"] = M
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": TARGETS, "lora_dropout": 0.0}
-    config |= {"lora_use_mixer": True, "lora_use_mixer_pattern": {}, "bias": "none", "task_type": "CAUSAL_LM"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if pickled:
-        torch.save(tensors, folder / "adapter_model.bin")
-    else:
-        save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-@pytest.mark.parametrize("pickled", [False, True])
-def test_the_authors_checkpoints_load(tmp_path: Path, pickled: bool) -> None:
-    model = _trained()
-    folder = _authors_folder(model, tmp_path / "a", pickled=pickled)
-    loaded = load_adapter(llama(), folder)
-    assert torch.equal(logits(loaded), logits(model))
-    trains = load_adapter(llama(), folder, trainable=True)
-    assert sum("lora_mixer" in name for name, p in trains.named_parameters() if p.requires_grad) == 6
-
-
-def test_a_module_without_mixer_in_the_authors_folder_is_plain(tmp_path: Path) -> None:
-    model = _trained()
-    for path, layer in model.get_base_model().named_modules():
-        if isinstance(layer, MoSLoRALinear) and "down_proj" in path:
-            layer.lora_mixer["default"].weight.data.copy_(torch.eye(4))
-    folder = _authors_folder(model, tmp_path / "a", without="down_proj")
-    assert torch.equal(logits(load_adapter(llama(), folder)), logits(model))
 
 
 def test_a_paddlenlp_folder_is_refused_and_the_error_names_the_layout_that_is_read(tmp_path: Path) -> None:
