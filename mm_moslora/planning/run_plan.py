@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
@@ -191,7 +193,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     train = recipe.train
     size = activation_memory(
         recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
-        picture=picture or PICTURE,
+        picture=picture or PICTURE, dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
     )  # fmt: skip
     data = data or known_data(recipe.data.train, size.tokens_per_image)
     if data is None:
@@ -201,6 +203,8 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     per_row = max(1.0, recipe.data.pack_tokens / tokens)
     data = replace(data, tokens=tokens, per_row=per_row, supervised=supervised)
     together = train.sequence_parallel
+    if gpus.count % together:
+        raise ConfigError(f"train.sequence_parallel is {together}, which does not divide the {gpus.count} GPUs.")
     busy = busy_share(train.global_batch, max(1, gpus.count // together))
 
     longest = recipe.data.longest

@@ -24,6 +24,7 @@ from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
+from mm_moslora.models.families import MIXED_ROWS
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
@@ -60,7 +61,7 @@ from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.preflight import refuse_folder
 from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import TrainingError
+from mm_moslora.utils.errors import ConfigError, TrainingError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
@@ -175,6 +176,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     model = assembly.model.train()
     attention = AttentionChoice(name="")
     if not needs_padding(model):
+        _refuse_mixed_rows(model, recipe)
         with distributed.failing_together("Choosing the attention"):
             attention = choose_attention(model, recipe.model.attention, device=distributed.device())
         set_attention(model, attention.name, native=kernels.native)
@@ -250,6 +252,15 @@ def _say_what_runs(attention: AttentionChoice, precision: str) -> None:
             "The ranks run on different GPUs or kernels: %s. Every step takes as long as the slowest rank, and "
             "micro-batches must fit the smallest GPU.",
             listed,
+        )
+
+
+def _refuse_mixed_rows(model: PreTrainedModel, recipe: Recipe) -> None:
+    kind = model.get_decoder().config.model_type
+    if kind in MIXED_ROWS and (recipe.train.micro_batch > 1 or recipe.data.pack_tokens):
+        raise ConfigError(
+            f"In a {kind} model the conversations of one row see each other. Set train.micro_batch to 1 and "
+            "data.pack_tokens to 0, so that a row holds one conversation."
         )
 
 

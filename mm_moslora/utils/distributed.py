@@ -100,11 +100,12 @@ def join(*, timeout_minutes: float = 30.0) -> None:
         more |= {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(chosen, timeout=timedelta(minutes=timeout_minutes), **more)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise DistributedError(
             f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')}, where rank 0 listens ({error}). Check that every rank was started, that "
             f"none has ended (its output says why), and that the port is free."
+            + (f" {BACKEND} asks for the backend {chosen!r}." if BACKEND in os.environ else "")
         ) from error
     atexit.register(_leave)
 

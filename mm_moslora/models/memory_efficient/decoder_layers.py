@@ -156,7 +156,7 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
         return 0
     changed = 0
     for layer in layers:
-        activation = type(getattr(layer.mlp, "act_fn", None)).__name__
+        activation = type(getattr(getattr(layer, "mlp", None), "act_fn", None)).__name__
         if type(layer).__name__ in LEAN_LAYERS and activation in ("SiLUActivation", "SiLU"):
             mix_in(layer, LeanLayer)
             changed += 1

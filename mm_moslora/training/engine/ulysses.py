@@ -15,6 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mm_moslora.batch import RowShare
 from mm_moslora.kernels.attention.attention_choice import set_attention
+from mm_moslora.kernels.attention.gpu_attention import FLASH
+from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
@@ -40,7 +42,7 @@ def share_rows(model: PreTrainedModel, ranks: int) -> None:
         ranks: of a group, see `refuse_sequence_parallel`.
 
     Raises:
-        ConfigError: the model's forward pass takes whole rows, or its heads cannot be divided.
+        ConfigError: the model's forward pass or its attention takes whole rows, or its heads cannot be divided.
     """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
@@ -50,6 +52,12 @@ def share_rows(model: PreTrainedModel, ranks: int) -> None:
             "and takes whole rows. Set it to 1, or assemble a model with model.language and model.vision."
         )
     config: Any = model.get_decoder().config
+    if config._attn_implementation not in (SEGMENTS, NATIVE[SEGMENTS], *FLASH):
+        raise ConfigError(
+            f"train.sequence_parallel is {ranks}, but {type(model.get_decoder()).__name__} runs on the attention "
+            f"{config._attn_implementation!r}, which would see one rank's tokens only. Set it to 1, or set "
+            "model.attention to auto with a model that takes this project's attention."
+        )
     heads = config.num_attention_heads
     groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, distributed.world_size(), ranks)]
     try:

@@ -1,0 +1,77 @@
+"""Decoders in which the conversations of one row would see each other are refused, and the listed ones are such."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from mm_moslora.batch import Batch, Example
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
+from mm_moslora.models.families import MIXED_ROWS
+from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.training.engine.ulysses import share_rows
+from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import ConfigError
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+HEADS = {"num_key_value_heads": 1, "intermediate_size": 32, "head_dim": 16}
+
+
+def made(kind: str) -> transformers.PreTrainedModel:
+    config = {
+        "bloom": lambda: transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=2),
+        "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, **HEADS, num_local_experts=2, num_experts_per_tok=1),
+        "gemma2": lambda: transformers.Gemma2Config(**SIZES, **HEADS),
+        "llama": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=32),
+        "falcon": lambda: transformers.FalconConfig(**SIZES),
+        "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=32),
+    }[kind]()  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt_oss", "gemma2", "llama", "falcon", "opt"])
+def test_the_listed_decoders_alone_mix_the_conversations_of_a_row(kind: str) -> None:
+    """Another first conversation moves the second one where the decoder is listed, and by nothing elsewhere."""
+    model = made(kind)
+    set_attention(model, choose_attention(model).name)
+    first, second = (torch.randint(2, 97, (length,)) for length in (21, 17))
+
+    def hidden(ids: torch.Tensor) -> torch.Tensor:
+        examples = [
+            Example(id=str(i), input_ids=row, supervised=torch.ones(len(row)).bool())
+            for i, row in enumerate((ids, second))
+        ]
+        with torch.no_grad():
+            return supervised_hidden(model, Batch.from_examples(examples))[len(first) - 1 :]
+
+    moved = float((hidden(first) - hidden(first.flip(0))).abs().max())
+    assert (moved > 0) == (kind in MIXED_ROWS), moved
+
+
+def test_such_a_decoder_is_refused_unless_a_row_holds_one_conversation(recipe, tmp_path) -> None:
+    folder = tmp_path / "gpt_oss"
+    shutil.copytree(recipe.model.language, folder)
+    vocabulary = len(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    sizes = SIZES | HEADS | {"vocab_size": vocabulary, "num_local_experts": 2, "num_experts_per_tok": 1}
+    transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).save_pretrained(folder)
+    recipe = replace(
+        recipe, model=replace(recipe.model, language=str(folder)),
+        adapter=replace(recipe.adapter, targets=["q_proj", "v_proj"]),
+        train=replace(recipe.train, steps=1, rehearsal=False),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"In a gpt_oss model .* Set train.micro_batch to 1"):
+        train(recipe)
+    train(replace(recipe, train=replace(recipe.train, micro_batch=1, output=str(tmp_path / "alone"))))
+
+
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "sdpa"), ("falcon", "sdpa"), ("gemma2", "eager")])
+def test_rows_are_not_shared_by_an_attention_that_sees_its_own_tokens_only(kind: str, attention: str) -> None:
+    model = made(kind)
+    set_attention(model, attention)
+    with pytest.raises(ConfigError, match=rf"train.sequence_parallel is 2, but .* '{attention}'"):
+        share_rows(model, 2)
