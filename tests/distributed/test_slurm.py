@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -78,6 +79,18 @@ def steps(run: Path) -> int:
     return max((json.loads(line).get("step", 0) for line in lines if line.endswith("\n")), default=0)
 
 
+def launches(job: str, *, restarts: int) -> bool:
+    """Whether the batch script of a restarted job has become `mm-moslora launch`, for which signals wait."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_RESTART_COUNT={restarts}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            words = process.joinpath("cmdline").read_bytes().split(b"\0")
+            started = b"--requeue" in words and b"--block-signal=USR1" not in words
+            if started and wanted <= set(process.joinpath("environ").read_bytes().split(b"\0")):
+                return True
+    return False
+
+
 def said(log: Path) -> str:
     return log.read_text()[-4000:] if log.exists() else "nothing"
 
@@ -116,7 +129,7 @@ def test_a_job_that_saves_nothing_before_its_time_limit_ends(cluster, waiting):
     job, log = waiting
     over = ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
     wait_for(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
-    wait_for(lambda: cluster.show(job, "JobState") == "RUNNING", lambda: said(log))
+    wait_for(lambda: launches(job, restarts=1), lambda: said(log))  # before, the signal would end the shell itself
     cluster.announce_limit(job)
     wait_for(lambda: cluster.show(job, "JobState") in over, lambda: said(log))
     assert cluster.show(job, "JobState") == "FAILED"
