@@ -121,8 +121,10 @@ def test_the_curve_of_a_recipe_has_not_moved(name, language, vision, records, tm
     expected = json.loads(path.read_text())
     assert expected.keys() == found.keys()
     for key, values in expected.items():
-        # Kernels of other processors round otherwise; a change of the computation is larger.
-        assert found[key] == pytest.approx(values, rel=2e-4), key
+        # Kernels of other processors round otherwise, and so do releases of bitsandbytes; a change of the computation
+        # is larger.
+        close = 2e-4 if recipe.model.quantisation == "none" else 1e-3
+        assert found[key] == pytest.approx(values, rel=close), key
 
 
 def test_every_curve_belongs_to_a_recipe():
