@@ -33,7 +33,7 @@ def log_scores(
     family: PipelineFamily, subject: PictureSet, drawn: Sequence[Path], pictures: ValidationPictures,
     trackers: Trackers, step: int,
 ) -> None:  # fmt: skip
-    """Score the last validation pictures and those of the untuned model; an encoder that is not at hand is said.
+    """Score the last validation pictures and those of the untuned model; the log names an encoder that is missing.
 
     Args:
         family: of the run.
