@@ -16,6 +16,7 @@ from mm_moslora.utils.run_paths import SHIPPED, shipped_folder
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
+    from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys, and options of `train`")]
 
@@ -45,6 +46,7 @@ def files(name: str | None = None) -> int:
 def launch(
     recipe: str,
     *overrides: Overrides,
+    diffusion: bool = False,
     nproc: int | None = None,
     nnodes: int = 1,
     rdzv: str | None = None,
@@ -71,6 +73,8 @@ def launch(
     ----------
     recipe
         YAML file, or the name of a shipped preset.
+    diffusion
+        The recipe is one of `diffusion train`.
     nproc
         Processes on each host; default: $NPROC, else one per accelerator of that host.
     nnodes
@@ -104,7 +108,7 @@ def launch(
     dry_run
         Print the resolved recipe and the command without starting anything.
     """
-    from mm_moslora.config import load_recipe, override_items
+    from mm_moslora.config import Recipe, override_items
     from mm_moslora.launch.launcher import EXIT_REQUEUE
     from mm_moslora.launch.launcher import launch as start
     from mm_moslora.launch.slurm_job import WARNING, Job, Requeue
@@ -124,11 +128,15 @@ def launch(
                 python=python or sys.executable, srun=_words("srun", srun), job=job if spread else None,
             )  # fmt: skip
             options, keys = _sorted(overrides)
-            resolved = load_recipe(recipe, override_items(keys))
+            resolved = _resolved(recipe, override_items(keys), diffusion=diffusion)
+            if doctor and not isinstance(resolved, Recipe):
+                raise ConfigError("--doctor checks recipes of `train`, not of `diffusion train`. Leave it out.")
             print(resolved.to_yaml(), end="", flush=True)
-            if not dry_run and hostfile is None and not doctor:  # other hosts may see other files
+            # Other hosts may see other files.
+            if not dry_run and hostfile is None and not doctor and isinstance(resolved, Recipe):
                 refuse_early(resolved, options.get("resume", "auto"))
-            verb = ["doctor", "--distributed", recipe, *keys] if doctor else ["train", recipe, *overrides]
+            train = ["diffusion", "train"] if diffusion else ["train"]
+            verb = ["doctor", "--distributed", recipe, *keys] if doctor else [*train, recipe, *overrides]
             run_folder = None if doctor else Path(resolved.train.output)
             code = start(places, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=again)
             if doctor and code:
@@ -137,6 +145,16 @@ def launch(
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
         return again.stopped({stop.received}, EXIT_REQUEUE) if again else EXIT_REQUEUE
+
+
+def _resolved(recipe: str, overrides: list[str], *, diffusion: bool) -> Recipe | DiffusionRecipe:
+    """The recipe of the verb that the ranks run."""
+    from mm_moslora.config import load_recipe, recipe_names
+    from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, load_diffusion_recipe
+
+    if not diffusion and recipe in recipe_names(DIFFUSION_RECIPES):
+        raise ConfigError(f"{recipe} is a diffusion recipe: `mm-moslora launch --diffusion {recipe}`.")
+    return load_diffusion_recipe(recipe, overrides) if diffusion else load_recipe(recipe, overrides)
 
 
 def refuse_early(recipe: Recipe, resume: str) -> None:

@@ -146,7 +146,7 @@ def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.o
 
 def make_accelerator(run: DiffusionRun) -> Any:
     """accelerate's Accelerator with the recipe's precision, accumulation and ZeRO stage."""
-    from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     train, plugin = run.recipe.train, None
@@ -162,8 +162,11 @@ def make_accelerator(run: DiffusionRun) -> Any:
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
     # SDXL and SD3 read the last layer but one of a text encoder, so adapters behind it get no gradient.
     unused = run.recipe.model.text_encoders == "adapter"
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=unused)]
+    if not torch.cuda.is_available() and distributed.world_size() > 1:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # else it counts one process where DeepSpeed runs on CPUs
     return Accelerator(
         mixed_precision="no" if run.precision == "fp32" else run.precision, deepspeed_plugin=plugin,
         gradient_accumulation_steps=train.accumulation, cpu=plugin is None and not torch.cuda.is_available(),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        kwargs_handlers=handlers,
     )  # fmt: skip

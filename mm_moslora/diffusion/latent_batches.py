@@ -76,8 +76,9 @@ class LatentBatches:
             device: where the batch is needed.
         """
         recipe, count = self.recipe, self.recipe.train.batch
-        draws = generator(recipe.train.seed, "step", step, micro, self.rank)
-        start = step * self.per_step + (micro * self.world_size + self.rank) * count
+        place = micro * self.world_size + self.rank  # so that N processes draw what one draws that accumulates N
+        draws = generator(recipe.train.seed, "step", step, place)
+        start = step * self.per_step + place * count
         latents, sizes, prompts = [], [], []
         for pictures in self.sets:
             for entry, epoch in pictures.entries(start, count):

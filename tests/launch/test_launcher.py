@@ -246,6 +246,17 @@ def test_requeue_outside_slurm_is_refused(monkeypatch, capsys):
     assert "--requeue is for SLURM jobs, but SLURM_JOB_ID or srun is missing here" in capsys.readouterr().err
 
 
+def test_diffusion_recipes_are_launched_too(capsys):
+    assert cli.run(["launch", "--diffusion", "--dry-run", "--nproc", "2", "tiny_subject", "--train.zero", "zero2"]) == 0
+    shown = capsys.readouterr()
+    assert "base: tiny-sdxl" in shown.out
+    assert "--nproc_per_node 2 --standalone -m mm_moslora diffusion train tiny_subject --train.zero zero2" in shown.err
+    assert cli.run(["launch", "--diffusion", "--doctor", "tiny_subject"]) == 1
+    assert "--doctor checks recipes of `train`" in capsys.readouterr().err
+    assert cli.run(["launch", "tiny_subject"]) == 1
+    assert "`mm-moslora launch --diffusion tiny_subject`" in capsys.readouterr().err
+
+
 def test_nproc_of_the_environment_counts(monkeypatch, capsys):
     monkeypatch.setenv("NPROC", "many")
     assert cli.run(["launch", "--dry-run", "quickstart_tune"]) == 1
