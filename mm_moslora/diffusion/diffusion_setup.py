@@ -164,7 +164,9 @@ def make_accelerator(run: DiffusionRun) -> Any:
     unused = run.recipe.model.text_encoders == "adapter"
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=unused)]
     if not torch.cuda.is_available() and distributed.world_size() > 1:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # else it counts one process where DeepSpeed runs on CPUs
+        handlers.append(
+            InitProcessGroupKwargs(backend="gloo")
+        )  # else it counts one process where DeepSpeed runs on CPUs
     return Accelerator(
         mixed_precision="no" if run.precision == "fp32" else run.precision, deepspeed_plugin=plugin,
         gradient_accumulation_steps=train.accumulation, cpu=plugin is None and not torch.cuda.is_available(),
