@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,8 @@ from tiny import make_language, make_records, make_vision
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
 
+gc.disable()  # until the tests are imported: what is imported stays
+
 LONGEST = ("distributed", "training", "planning", "compare", "models", "scripts", "docs")
 """Folders of tests that begin first, so that the workers end together."""
 
@@ -29,6 +32,12 @@ LONGEST = ("distributed", "training", "planning", "compare", "models", "scripts"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.parent.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the half a million objects that the tests import out of every search for garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

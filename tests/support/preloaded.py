@@ -124,6 +124,8 @@ def _serve(stock: int, ours: int) -> None:
     """Import what every process of ours needs, first without us, and fork what is asked for until the tests end."""
     import gc
 
+    gc.disable()  # what is imported stays
+
     import torch
     from PIL import Image
 
@@ -152,8 +154,11 @@ def _import(names: tuple[str, ...]) -> None:
 
 
 def _answer(number: int) -> None:
+    """Fork what is asked for; `gc` has been frozen, and looks for garbage again in what is forked."""
+    import gc
     import select
 
+    gc.enable()
     listener = socket.socket(fileno=number)
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
