@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,6 +363,7 @@ def comparison_text(result: Comparison) -> str:
         if result.detectable
         else f"All {pair.n} documents differ by the same amount; the interval bounds the share of other differences.",
     ]
+    lines += [result.nats.text] if result.nats is not None else []
     lines += [result.caution] if result.caution else []
     if result.headline is not None:
         own = result.headline
@@ -384,6 +386,7 @@ def table(results: Sequence[TaskResult]) -> str:
 
     rows = []
     names = names_of(results)
+    nats = any("nats" in result.likelihood for result in results)
     for name, result in zip(names, results, strict=True):
         counts = result.counts
         rows.append(
@@ -391,19 +394,21 @@ def table(results: Sequence[TaskResult]) -> str:
                 name,
                 result.mode,
                 *_score_cells(result),
+                *([_nats(result)] if nats else []),
                 str(result.n),
                 str(counts.failed),
                 str(counts.not_inferable),
                 str(counts.truncated),
             )
         )
-    head = ("task", "images", "score", "stderr", "95 %", "n", "failed", "not inferable", "truncated")
+    head = ("task", "images", "score", "stderr", "95 %", *(["nats"] if nats else []), "n", "failed", "not inferable", "truncated")
     notes = []
     for name, result in zip(names, results, strict=True):
         unscored, odd = result.about.get("unscored"), _odd_count(result)
         learned = result.about.get("learned_from")
         source = f"learned from {learned}." if learned else ""
-        notes += [f"{name}, {result.mode}: {text}" for text in (*result.remarks, unscored, odd, source) if text]
+        silent = f"no likelihood: {result.likelihood['none']}." if "none" in result.likelihood else ""
+        notes += [f"{name}, {result.mode}: {text}" for text in (*result.remarks, unscored, odd, source, silent) if text]
     return "\n".join([_table(head, rows), *notes])
 
 
@@ -420,6 +425,11 @@ def _score_cells(result: TaskResult) -> tuple[str, str, str]:
     if result.score != result.score:
         return "unscored", "-", "-"
     return f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"
+
+
+def _nats(result: TaskResult) -> str:
+    found = result.likelihood
+    return f"{found['nats']:.4f} ± {found['stderr'] or math.nan:.4f}" if "nats" in found else "-"
 
 
 def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median, stdev
 from typing import Any
 
 from mm_moslora.compare.comparison_controls import (
+    OWN,
     Answers,
     TaskAnswers,
     add_controls,
@@ -17,7 +19,6 @@ from mm_moslora.compare.comparison_controls import (
     pictures_controlled,
 )
 from mm_moslora.compare.comparison_plan import (
-    ALL,
     FORMAT,
     TUNING_SEEDS,
     Cell,
@@ -33,7 +34,7 @@ from mm_moslora.compare.comparison_plan import (
 from mm_moslora.compare.comparison_run import Comparison, short_names
 from mm_moslora.compare.comparison_text import says
 from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, difference, holm
-from mm_moslora.reporting.verdicts import verdict_of_arms
+from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, verdict_of_arms
 from mm_moslora.utils.files import replace_json
 from mm_moslora.utils.hardware import hardware
 
@@ -74,6 +75,9 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
                 "validation": [names[task] for task in settings.validation],
                 "reference": settings.reference_arm,
                 "controls": settings.controls,
+                "no_likelihood": {
+                    name: task.no_nats for found in scores.values() for name, task in found.items() if task.no_nats
+                },
                 "scores": {name: task.score for found in scores.values() for name, task in found.items() if task.score},
             },
             "runs": {
@@ -112,9 +116,6 @@ def _arm(
     rate = chosen.get(arm.name)
     names = short_names([*settings.tasks, *settings.validation])
     own = {name: task.own for name, task in scores.items()}
-    tasks = {name: _measure({name: task}) for name, task in own.items()}
-    if len(own) > 1:
-        tasks[ALL] = _measure(own)
     return {
         "name": arm.name,
         "about": arm.about,
@@ -133,7 +134,11 @@ def _arm(
             }
             for c, o in over
         ],
-        "tasks": tasks,
+        "tasks": {column: _measure({task: own[task] for task in of}) for column, of in columns_of(own).items()},
+        "nats": {
+            column: {mode: _measure(nats, bounded=False) for mode in _SHOWN if (nats := _nats(scores, of, mode))}
+            for column, of in columns_of(scores).items()
+        },
         "remarks": [f"{name}, {remark}" for name, task in scores.items() for remark in task.remarks],
         "cost": _cost([o for _, o in good]),
     }  # fmt: skip
@@ -152,14 +157,24 @@ def _curve(settings: Settings, outcomes: Mapping[str, Outcome], arm: str) -> lis
     return sorted(points, key=lambda point: (point["rate"], point["seed"]))
 
 
-def _measure(tasks: Mapping[str, TaskScores]) -> dict[str, Any]:
-    estimate = arm_mean(tasks)
+_SHOWN = (OWN, *PICTURE_CONTROLS)
+"""Pictures with which log-likelihoods are reported."""
+
+
+def _nats(scores: Mapping[str, TaskAnswers], tasks: Sequence[str], mode: str) -> dict[str, TaskScores]:
+    """Log-likelihoods by task with these pictures; empty unless every task has them."""
+    found = {task: scores[task].nats[mode] for task in tasks if task in scores and mode in scores[task].nats}
+    return found if len(found) == len(tasks) else {}
+
+
+def _measure(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> dict[str, Any]:
+    estimate = arm_mean(tasks, bounded=bounded)
     shares = all(0 <= score <= 1 for task in tasks.values() for row in task.scores for score in row)
     rows = [_mean_of(tasks, seed) for seed in range(len(next(iter(tasks.values())).scores))]
     return {
         "mean": estimate.value,
         "stderr": estimate.stderr,
-        "low": max(0.0, estimate.low),
+        "low": max(0.0, estimate.low) if bounded else estimate.low,
         "high": min(1.0, estimate.high) if shares else estimate.high,
         "seeds": rows,
         "seed_deviation": stdev(rows) if len(rows) > 1 else None,
@@ -168,8 +183,8 @@ def _measure(tasks: Mapping[str, TaskScores]) -> dict[str, Any]:
 
 
 def _mean_of(tasks: Mapping[str, TaskScores], seed: int) -> float:
-    means = [math.fsum(task.scores[seed]) / len(task.scores[seed]) for task in tasks.values()]
-    return math.fsum(means) / len(means)
+    known = [[score for score in task.scores[seed] if math.isfinite(score)] for task in tasks.values()]
+    return math.fsum(math.fsum(scores) / len(scores) for scores in known) / len(known) if all(known) else math.nan
 
 
 def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
@@ -197,14 +212,41 @@ def _comparisons(
         lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
         estimates = [difference(left, right) for left in lefts.values()]
         corrected = holm([estimate.p_value for estimate in estimates])
+        nats = {mode: _differences_in_nats(scores, reference, names, (tasks, mode)) for mode in _SHOWN}
         for (arm, left), estimate, p in zip(lefts.items(), estimates, corrected, strict=True):
             found = [controls[name].get(column) for name in (arm, settings.reference_arm)]
             stand = any(item is None or item["above"] for item in found)
             pair = (list(left.values()), list(right.values()))
             row = _row(settings, (arm, column), estimate, p, pair, comparisons=len(names), stand=stand)
+            row["nats"] = {mode: found[arm] for mode, found in nats.items() if arm in found}
             asked = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
             rows.append(row | {"controls_complete": pictures_controlled(asked)})
     return rows
+
+
+def _differences_in_nats(
+    scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], names: Sequence[str],
+    place: tuple[Sequence[str], str],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """By arm, where it and the reference have log-likelihoods; p-values are corrected over these arms."""
+    right = _nats(reference, *place)
+    lefts = {arm: left for arm in names if right and (left := _nats(scores[arm], *place))}
+    found = {arm: difference(left, right, bounded=False) for arm, left in lefts.items()}
+    corrected = holm([estimate.p_value for estimate in found.values()])
+    return {
+        arm: {
+            "difference": estimate.value,
+            "stderr": estimate.stderr,
+            "low": estimate.low,
+            "high": estimate.high,
+            "p": estimate.p_value,
+            "p_corrected": p,
+            "detectable": estimate.detectable(comparisons=len(found)),
+            "documents": estimate.size[1],
+            "left_out": sum(len(one.clusters) for one in right.values()) - estimate.size[1],
+        }
+        for (arm, estimate), p in zip(found.items(), corrected, strict=True)
+    }
 
 
 def _row(
@@ -224,6 +266,7 @@ def _row(
         "high": estimate.high,
         "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
         "share_of_documents": estimate.documents,
+        "components": asdict(estimate.components),
         "p": estimate.p_value,
         "p_corrected": p,
         "detectable": estimate.detectable(comparisons=comparisons),

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mm_moslora_eval.scoring.reference_likelihood import nats_of, reason_without
 
 from mm_moslora.compare.comparison_plan import ALL, Outcome, Settings, reported_cells
 from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, holm
 from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, SCORE_NAMES, SIGNIFICANT, Difference
+from mm_moslora.utils.errors import DataError
 
 if TYPE_CHECKING:
+    from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.run.baselines import TrainingAnswer
     from mm_moslora_eval.scoring.scored_sample import Scored
 
+OWN = "own"
+"""Key of log-likelihoods with the real pictures."""
 _MODES = {"wrong": "wrong_image", "blind": "blind"}
 _BASELINES = {"majority": "majority", "question_majority": "best_answer"}
 
@@ -36,6 +42,10 @@ class TaskAnswers:
     """Whether the questions show pictures."""
     score: str = ""
     """Name of the score; empty for a share of right answers."""
+    nats: Mapping[str, TaskScores] = field(default_factory=dict)
+    """Log-likelihood of the reference answer by `OWN` or the control's pictures, ``K x N``; none where a run has none."""
+    no_nats: str = ""
+    """The reason for none."""
     remarks: tuple[str, ...]
     """Remarks on the scores, such as that all answers are equal."""
 
@@ -87,9 +97,19 @@ class Answers:
         rows = [read_samples(place["own"] / SAMPLES) for place in places]
         rules = task_of(places[0]["own"])
         ids = [row["id"] for row in rows[0]]
-        assert all([row["id"] for row in other] == ids for other in rows), "runs answered different documents"
+        for place, other in zip(places, rows, strict=True):
+            if [row["id"] for row in other] != ids:
+                raise DataError(
+                    f"{place['own']} and {places[0]['own']} hold different documents, so their runs cannot be "
+                    "compared. Delete the folders of the runs to measure them again, or choose another --output."
+                )
         clusters = [row["cluster"] for row in rows[0]]
         own = [_scores(place["own"]) for place in places]
+        nats = {}
+        for mode, name in {"own": OWN, **_MODES}.items():
+            grid = _nats([place[mode] for place in places]) if all(mode in place for place in places) else []
+            if grid:
+                nats[name] = TaskScores(scores=grid, clusters=clusters)
         less = {}
         for mode, name in _MODES.items():
             if all(mode in place for place in places):
@@ -104,6 +124,7 @@ class Answers:
             own=TaskScores(scores=own, clusters=clusters), less=less,
             pictures=any(row.get("images") for row in rows[0]), remarks=_remarks(good, places),
             score=_SCORES.get(rules.aggregation, SCORE_NAMES.get(rules.aggregation, "")) if rules else "",
+            nats=nats, no_nats="" if OWN in nats else _why_no_nats(rules, rows),
         )  # fmt: skip
 
     def _floors(self, task: str, place: Path) -> Mapping[str, list[float]]:
@@ -129,6 +150,23 @@ def _scores(place: Path) -> list[float]:
     if rules is None:
         return [float(row["score"] or 0.0) for row in read_samples(place / SAMPLES)]
     return _brought(rules.aggregation, [replace(sample, score=sample.score or 0.0) for sample in read_scored(place)])
+
+
+def _nats(places: Sequence[Path]) -> list[list[float]]:
+    """Log-likelihoods by seed and document, NaN where one is missing; empty where a seed has none."""
+    from mm_moslora_eval.run.answer_views import SAMPLES
+    from mm_moslora_eval.run.evaluate_suite import read_samples
+
+    grid = [[nats_of(row) for row in read_samples(place / SAMPLES)] for place in places]
+    return grid if all(any(math.isfinite(value) for value in one) for one in grid) else []
+
+
+def _why_no_nats(rules: Task | None, rows: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    from mm_moslora_eval.scoring.answer_scoring import JUDGED
+
+    silent = min(rows, key=lambda one: sum(math.isfinite(nats_of(row)) for row in one))
+    referenced = any(row.get("answers") for row in silent)
+    return reason_without(silent, referenced=referenced, judged=rules is not None and rules.metric in JUDGED)
 
 
 def _brought(aggregation: str, samples: Sequence[Scored]) -> list[float]:

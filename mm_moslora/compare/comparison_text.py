@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mm_moslora.compare.comparison_plan import ALL, LOSS
-from mm_moslora.reporting.verdicts import AGAINST, above_controls, arms_sentence, difference_of, mood_of_arms
+from mm_moslora.reporting.verdicts import AGAINST, SIGNIFICANT, above_controls, arms_sentence, difference_of, mood_of_arms
 
 
 def says(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,6 +26,10 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
     remarks = []
     if not results["comparisons"]:
         remarks.append("No comparison yet: the reference, or every other arm, has no measured run.")
+    remarks += [text for row in shown if (text := nats_sentence(row))]
+    remarks += [
+        f"{task}: no likelihood: {reason}." for task, reason in results["settings"].get("no_likelihood", {}).items()
+    ]
     for arm in results["arms"]:
         remarks += _arm_sentences(arm, results)
     remarks += [
@@ -65,16 +69,85 @@ def table(results: Mapping[str, Any]) -> str:
     tasks = list(dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
     reference = results["settings"]["reference"]
     head = ["arm", "lr", "seeds", *tasks, f"- {reference}", "95 %", "p (Holm)", "parameters", "s/step", "GiB"]
-    rows = [_cells(arm, tasks, results) for arm in results["arms"]]
+    lines = _aligned(head, [_cells(arm, tasks, results) for arm in results["arms"]])
+    lines.append(f"Mean percent ± standard error over documents and seeds{_chosen_by(results)}.")
+    lines += [f"{task} is {score}." for task, score in results["settings"].get("scores", {}).items()]
+    lines += _nats_table(results)
+    lines += ["", *control_lines(results)]
+    return "\n".join([*lines, "", *(f"- {line}" for line in results["says"])])
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
     ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    lines.append(f"Mean percent ± standard error over documents and seeds{_chosen_by(results)}.")
-    lines += [f"{task} is {score}." for task, score in results["settings"].get("scores", {}).items()]
-    lines += ["", *control_lines(results)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in results["says"])])
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _nats_table(results: Mapping[str, Any]) -> list[str]:
+    """Log-likelihoods of the reference answers by pictures; empty where no arm has any."""
+    columns = list(dict.fromkeys(name for arm in results["arms"] for name, found in arm["nats"].items() if found))
+    if not columns:
+        return []
+    rows = [
+        [arm["name"], _PICTURES[mode], *(_nats_mean(arm["nats"].get(column, {}).get(mode)) for column in columns),
+         *nats_cells(nats_between(results, (arm["name"], columns[-1]), mode))]
+        for arm in results["arms"]
+        for mode in dict.fromkeys(mode for found in arm["nats"].values() for mode in found)
+    ]  # fmt: skip
+    head = ["arm", "pictures", *columns, f"- {results['settings']['reference']}", "95 %", "p (Holm)"]
+    return ["", "Log-likelihood of the reference answer, nats:", *_aligned(head, rows)]
+
+
+_PICTURES = {"own": "own", "wrong_image": "another item's", "blind": "plain"}
+
+
+def _nats_mean(measure: Mapping[str, Any] | None) -> str:
+    if measure is None:
+        return "-"
+    return f"{measure['mean']:.4f} ± " + ("unknown" if measure["stderr"] is None else f"{measure['stderr']:.4f}")
+
+
+def nats_between(results: Mapping[str, Any], place: tuple[str, str], mode: str = "own") -> Mapping[str, Any] | None:
+    """The difference in nats between an arm and the reference.
+
+    Args:
+        results: the comparison's.
+        place: arm and column.
+        mode: own, or a control's name.
+    """
+    rows = [row for row in results["comparisons"] if (row["arm"], row["task"]) == place]
+    return rows[0].get("nats", {}).get(mode) if rows else None
+
+
+def nats_cells(found: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    """Difference, interval and p-value in nats."""
+    if found is None:
+        return "", "", ""
+    if found["low"] is None:
+        return f"{found['difference']:+.4f}", "unknown", "-"
+    interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
+    return f"{found['difference']:+.4f}", interval, f"{found['p_corrected']:.2g}"
+
+
+def nats_sentence(row: Mapping[str, Any]) -> str:
+    """A difference in nats as a sentence; empty where there is none."""
+    found = row.get("nats", {}).get("own")
+    if found is None:
+        return ""
+    subject = f"{row['arm']} against {row['reference']}, log-likelihood of the reference answer on {row['task']}"
+    value, interval, p = nats_cells(found)
+    left = f"; {found['left_out']} documents lack one and are left out" if found["left_out"] else ""
+    if found["low"] is None:
+        return f"{subject}: {value} nats on every document, so the error is unknown{left}."
+    one = ", for this one seed" if min(row["seeds"]) < 2 else ""
+    shown = found["low"] > 0 or found["high"] < 0
+    clear = shown and not one and found["p_corrected"] < SIGNIFICANT
+    if row["verdict"] == "nothing follows":
+        return f"{subject}: no conclusion from {value} nats [{interval}], since neither is above its controls{left}."
+    words = ("more likely" if found["difference"] > 0 else "less likely") if clear else "not shown to differ"
+    return f"{subject}: {words}, {value} nats [{interval}], corrected p {p}{one}{left}."
 
 
 def _chosen_by(results: Mapping[str, Any]) -> str:

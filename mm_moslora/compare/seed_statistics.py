@@ -1,31 +1,33 @@
-"""The difference of two arms with documents and seeds as random samples. Pure Python.
+"""The difference of two arms with documents and seeds as crossed random effects.
 
-Shapes: an arm's scores on a task are ``K x N``, seeds by documents. Sources: Owen 2007 (crossed random effects), Miller
-2024 (2411.00640, clustered errors), Satterthwaite 1946 (degrees of freedom), Holm 1979.
+Shapes: an arm's scores on a task are ``K x N``, seeds by documents; NaN is a missing answer. Sources: Owen 2007 (crossed
+random effects), Henderson 1953 (components by moments), Miller 2024 (2411.00640, clustered errors), Satterthwaite 1946
+(degrees of freedom), Holm 1979.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from mm_moslora_eval.scoring.error_bars import (
     alike_interval,
     alike_p_value,
-    clustered_stderr,
-    mean,
-    sample_stddev,
     t_quantile,
     t_two_sided,
 )
+from numpy.typing import NDArray
 
+Grid = NDArray[np.float64]
 Scores = Sequence[Sequence[float]]
 """``K x N``."""
 LEVEL, POWER = 0.95, 0.8
 _ROUNDING = 1e-24
 """A variance of shares below this is rounding: all differences are equal."""
+_STEPS, _CLOSE = 200, 1e-12
+"""Most alternating steps of the least squares, which converge at once without missing answers, and when they end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,23 @@ class TaskScores:
     """``K x N``: a row per seed."""
     clusters: Sequence[Hashable]
     """``N``: cluster of each document, such as the image of a question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Variance components by moments, negative ones set to 0: the squared error of a mean over ``K`` seeds and ``N``
+    documents is ``documents / N + seeds / K + answers / (K N)``."""
+
+    documents: float
+    """Between documents (of one, clustering included)."""
+    seeds: float
+    """Between seeds (of one of each arm)."""
+    answers: float
+    """Single answers that change with the seed."""
+
+    def variance(self, *, seeds: float, documents: float) -> float:
+        """The squared error at a size; infinite sizes are allowed."""
+        return self.documents / documents + self.seeds / seeds + self.answers / seeds / documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +72,9 @@ class Estimate:
     """95 % interval."""
     groups: int
     """Number of independent documents, over all tasks."""
+    components: Components
+    size: tuple[float, int]
+    """Seeds of an arm and documents."""
 
     @property
     def p_value(self) -> float:
@@ -77,90 +99,145 @@ class Estimate:
         return (strict + t_quantile(2 * POWER - 1, self.degrees)) * self.stderr
 
 
-def arm_mean(tasks: Mapping[str, TaskScores]) -> Estimate:
+def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
     """The mean over seeds, documents and (with equal weight) tasks, with its error for new documents and new seeds."""
-    zero = {
-        name: TaskScores(scores=[[0.0] * len(task.clusters)], clusters=task.clusters) for name, task in tasks.items()
-    }
-    return _estimate(tasks, zero, seedless=True)
+    return _estimate([tasks], bounded=bounded)
 
 
-def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores]) -> Estimate:
+def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
     """A - B on the same documents, with its error for new documents and new seeds.
 
     The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's seeds (as
     independent draws), minus their common part (the noise of single answers). With one seed, the variance between an
-    arm's seeds is unknown and left out.
+    arm's seeds is unknown and left out. A document without an answer of one arm is left out, too.
 
     Args:
         a: task -> scores of A; the tasks weigh equally.
         b: scores of B, on the same documents in the same order.
+        bounded: whether scores lie between 0 and 1, so that equal differences still bound the error.
+
+    Raises:
+        ValueError: the arms have other tasks or other documents, or no document in common.
     """
-    return _estimate(a, b, seedless=False)
+    return _estimate([a, b], bounded=bounded)
 
 
-def _estimate(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, seedless: bool) -> Estimate:
-    count = len(a)
-    value, by_documents, shared, squares = 0.0, 0.0, 0.0, 0.0
-    groups = sum(len(set(task.clusters)) for task in a.values())
-    for name, left in a.items():
-        right = b[name]
-        pairs = zip(_columns(left.scores), _columns(right.scores), strict=True)
-        differences = [x - y for x, y in pairs]
-        value += mean(differences) / count
-        stderr = clustered_stderr(differences, left.clusters)
-        variance = 0.0 if math.isnan(stderr) else stderr**2 / count**2
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """One arm on one task: its parts of the variance of the mean."""
+
+    means: Grid
+    """``N``, over seeds."""
+    brought: Grid
+    """``K``, the part of the mean's deviation that each seed brings."""
+    answers: float
+    """Variance of the mean from single answers that change with the seed."""
+
+
+def _estimate(arms: Sequence[Mapping[str, TaskScores]], *, bounded: bool) -> Estimate:
+    if any(arm.keys() != arms[0].keys() for arm in arms):
+        raise ValueError(f"The arms were measured on different tasks: {' and '.join(str(list(arm)) for arm in arms)}.")
+    count = len(arms[0])
+    value, by_documents, shared, squares, groups, documents = 0.0, 0.0, 0.0, 0.0, 0, 0
+    brought: list[list[Grid]] = [[] for _ in arms]
+    for name in arms[0]:
+        grids, clusters = _in_common([arm[name] for arm in arms], name)
+        fits = [_fit(grid, clusters) for grid in grids]
+        differences = fits[0].means - (fits[1].means if len(fits) > 1 else 0.0)
+        value += float(differences.mean()) / count
+        variance = _clustered_variance(differences, clusters) / count**2
         by_documents += variance
-        squares += variance**2 / max(1, len(set(left.clusters)) - 1)
-        shared += (_interaction(left) + (0.0 if seedless else _interaction(right))) / count**2
-    by_seeds = 0.0
-    for arm in (a,) if seedless else (a, b):
-        means = [
-            mean(values) for values in zip(*([mean(row) for row in task.scores] for task in arm.values()), strict=True)
-        ]
-        if len(means) > 1:
-            part = sample_stddev(means) ** 2 / len(means)
+        own = int(clusters.max()) + 1
+        squares += variance**2 / max(1, own - 1)
+        shared += sum(fit.answers for fit in fits) / count**2
+        groups, documents = groups + own, documents + len(clusters)
+        for parts, fit in zip(brought, fits, strict=True):
+            parts.append(fit.brought / count)
+    by_seeds, per_seed = 0.0, 0.0
+    for parts in brought:
+        seeds = len(parts[0])
+        per_seed += 1 / seeds / len(arms)
+        if seeds > 1:
+            part = float(np.square(sum(parts)).sum()) * seeds / (seeds - 1)
             by_seeds += part
-            squares += part**2 / (len(means) - 1)
+            squares += part**2 / (seeds - 1)
     # Estimates of components may exceed the total; the error is never smaller than either source alone.
-    variance = max(by_documents, by_seeds, by_documents + by_seeds - shared)
-    return _with_interval(value, variance, squares, by_documents, groups=groups)
+    common = min(shared, max(by_documents, by_seeds))
+    alone = (max(0.0, by_documents - common), max(0.0, by_seeds - common))
+    return _with_interval(
+        value, sum(alone) + common, squares, by_documents, groups=groups, bounded=bounded,
+        components=Components(
+            documents=alone[0] * documents, seeds=alone[1] / per_seed, answers=common * documents / per_seed
+        ),
+        size=(1 / per_seed, documents),
+    )  # fmt: skip
 
 
-def _with_interval(value: float, variance: float, squares: float, by_documents: float, *, groups: int) -> Estimate:
+def _in_common(arms: Sequence[TaskScores], task: str) -> tuple[list[Grid], NDArray[np.intp]]:
+    """The scores of each arm on documents that all arms answered, and the numbers of their clusters."""
+    grids = [np.asarray(arm.scores, dtype=np.float64) for arm in arms]
+    if any(grid.ndim != 2 or list(arm.clusters) != list(arms[0].clusters) for grid, arm in zip(grids, arms, strict=True)):
+        raise ValueError(f"{task}: the arms answered different documents, so they cannot be compared document by document.")
+    grids = [grid[np.isfinite(grid).any(axis=1)] for grid in grids]
+    kept = np.logical_and.reduce([np.isfinite(grid).any(axis=0) for grid in grids])
+    if not kept.any():
+        raise ValueError(f"{task}: no document has a score of every arm.")
+    number: dict[Hashable, int] = {}
+    of = [number.setdefault(name, len(number)) for name, one in zip(arms[0].clusters, kept, strict=True) if one]
+    return [grid[:, kept] for grid in grids], np.array(of)
+
+
+def _clustered_variance(values: Grid, clusters: NDArray[np.intp]) -> float:
+    """The squared `error_bars.clustered_stderr`; 0 where it is unknown."""
+    count = len(values)
+    if count < 2:
+        return 0.0
+    left = values - values.mean()
+    own = float(np.square(left).sum())
+    cross = float(np.square(np.bincount(clusters, left)).sum()) - own
+    return max(0.0, own / (count - 1) / count + cross / count**2)
+
+
+def _fit(grid: Grid, clusters: NDArray[np.intp]) -> _Fit:
+    """Least squares of document and seed effects; every document weighs equally, whatever is missing."""
+    there = np.isfinite(grid)
+    seeds, documents = grid.shape
+    weights = there / there.sum(axis=0) / documents
+    known = np.where(there, grid, 0.0)
+    effects = np.zeros(seeds)
+    for _ in range(_STEPS):
+        rest = (known - there * effects[:, None]).sum(axis=0) / there.sum(axis=0)
+        before, effects = effects, (known - there * rest).sum(axis=1) / there.sum(axis=1)
+        effects -= effects.mean()
+        if np.abs(effects - before).max() < _CLOSE:
+            break
+    means = (known - there * effects[:, None]).sum(axis=0) / there.sum(axis=0)
+    groups = int(clusters.max()) + 1
+    answers = 0.0
+    if seeds > 1 and groups > 1:
+        residual = weights * (known - means - effects[:, None])
+        sums = np.square([np.bincount(clusters, row, groups) for row in residual]).sum()
+        answers = float(sums) * groups / (groups - 1) * seeds / (seeds - 1)
+    return _Fit(means=means, brought=weights.sum(axis=1) * effects, answers=answers)
+
+
+def _with_interval(
+    value: float, variance: float, squares: float, by_documents: float, *, groups: int, bounded: bool,
+    components: Components, size: tuple[float, int],
+) -> Estimate:  # fmt: skip
     stderr = math.sqrt(variance) if variance > _ROUNDING else 0.0
     degrees = max(1.0, variance**2 / squares) if stderr else math.inf
     if stderr:
         half = t_quantile(LEVEL, degrees) * stderr
         low, high = value - half, value + half
-    else:
+    elif bounded:
         low, high = alike_interval(value, groups, level=LEVEL)
+    else:
+        stderr = low = high = math.nan  # unknown: nothing bounds the differences of other documents
     return Estimate(
         value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=groups,
-        documents=min(1.0, by_documents / variance) if variance else 1.0,
+        documents=min(1.0, by_documents / variance) if variance else 1.0, components=components, size=size,
     )  # fmt: skip
-
-
-def _columns(scores: Scores) -> list[float]:
-    """Seed means, ``N``."""
-    return [mean(column) for column in zip(*scores, strict=True)]
-
-
-def _interaction(task: TaskScores) -> float:
-    """The common part of the variances of documents and seeds: single answers that change with the seed."""
-    seeds, documents = len(task.scores), len(task.clusters)
-    groups = len(set(task.clusters))
-    if seeds < 2 or groups < 2:
-        return 0.0
-    by_document, total = _columns(task.scores), mean([mean(row) for row in task.scores])
-    square = 0.0
-    for row in task.scores:
-        own = mean(row)
-        sums: dict[Hashable, float] = defaultdict(float)
-        for score, usual, cluster in zip(row, by_document, task.clusters, strict=True):
-            sums[cluster] += score - own - usual + total
-        square += math.fsum(item * item for item in sums.values())
-    return square * groups / (groups - 1) / ((seeds - 1) * seeds * documents**2)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

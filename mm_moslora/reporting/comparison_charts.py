@@ -71,21 +71,32 @@ def means_chart(arms: Sequence[Mapping[str, Any]], task: str, floors: Mapping[st
     return _figure(title, f"{title}: {spoken}", "".join(parts), height, "Points: seeds. Bar: mean and 95 % interval.")
 
 
-def differences_chart(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], *, title: str) -> str:
-    """Each arm minus the reference, with its 95 % interval and a mark at zero."""
+def differences_chart(
+    rows: Sequence[Mapping[str, Any]], arms: Sequence[str], *, title: str, unit: str = "points"
+) -> str:
+    """Each arm minus the reference, with its 95 % interval and a mark at zero.
+
+    Args:
+        rows: differences with `arm`, `reference`, `difference`, `low` and `high`; shares where the unit is points.
+        arms: all names, for the colours.
+        title: text of the heading and for screen readers.
+        unit: points, or nats.
+    """
     if not rows:
         return ""
-    values = [100 * row[key] for row in rows for key in ("low", "high")] + [0.0]
+    factor, digits = (100, 1) if unit == "points" else (1, 3)
+    values = [factor * row[key] for row in rows for key in ("low", "high")] + [0.0]
     scale = _Scale(values, NAMES, WIDTH - RIGHT)
     height = ROW * len(rows) + BOTTOM
     zero = scale(0.0)
-    parts = [_axis(scale, height, f"points against {rows[0]['reference']}")]
+    parts = [_axis(scale, height, f"{unit} against {rows[0]['reference']}")]
     parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="0" y2="{height - BOTTOM}"/>')
     for number, row in enumerate(rows):
         y, colour = ROW * number + ROW / 2, arms.index(row["arm"]) % COLOURS
         parts.append(_name(row["arm"], y))
-        parts.append(_interval(scale, 100 * row["low"], 100 * row["difference"], 100 * row["high"], y, colour))
-    spoken = "; ".join(f"{row['arm']} {100 * row['difference']:+.1f}" for row in rows)
+        low, middle, high = (factor * row[key] for key in ("low", "difference", "high"))
+        parts.append(_interval(scale, low, middle, high, y, colour))
+    spoken = "; ".join(f"{row['arm']} {factor * row['difference']:+.{digits}f}" for row in rows)
     return _figure(title, f"{title}: {spoken}", "".join(parts), height, HOLDS_ZERO)
 
 

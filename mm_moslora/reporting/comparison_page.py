@@ -118,7 +118,17 @@ def _charts(data: Mapping[str, Any], tasks: Sequence[str], names: Sequence[str])
         charts.append(means_chart(data["arms"], task, floors, title=task))
         rows = [row for row in data["comparisons"] if row["task"] == task]
         charts.append(differences_chart(rows, names, title=f"{task}: difference"))
+        nats = [found | {"arm": row["arm"], "reference": row["reference"]} for row in rows if (found := _nats(row))]
+        known = [row for row in nats if row["low"] is not None]
+        charts.append(
+            differences_chart(known, names, title=f"{task}: log-likelihood of the reference answer", unit="nats")
+        )
     return charts
+
+
+def _nats(row: Mapping[str, Any] | None, mode: str = "own") -> dict[str, Any] | None:
+    """A difference in nats; None where there is none, as in results of earlier versions."""
+    return None if row is None else row.get("nats", {}).get(mode)
 
 
 def _rates(data: Mapping[str, Any]) -> str:
@@ -136,12 +146,27 @@ def _row(arm: Mapping[str, Any], tasks: Sequence[str], data: Mapping[str, Any]) 
         "rate": None if arm["rate"] is None else f"{arm['rate']:g}",
         "seeds": f"{len(good)} of {data['settings']['seeds']}",
         "reference": arm["name"] == data["settings"]["reference"],
-        "cells": [_cell(arm["tasks"].get(task), compared.get(task)) for task in tasks],
+        "cells": [
+            _cell(arm["tasks"].get(task), compared.get(task), arm.get("nats", {}).get(task, {})) for task in tasks
+        ],
         "cost": arm["cost"],
     }
 
 
-def _cell(measure: Mapping[str, Any] | None, row: Mapping[str, Any] | None) -> dict[str, str] | None:
+def _nats_line(nats: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
+    """Log-likelihood of the reference answer, with the difference to the reference arm."""
+    if "own" not in nats:
+        return ""
+    found = _nats(row)
+    less = f", {found['difference']:+.3f}" if found else ""
+    if found and found["low"] is not None:
+        less += f" [{found['low']:+.3f}, {found['high']:+.3f}], p {found['p_corrected']:.2g}"
+    return f"{nats['own']['mean']:.3f} nats{less}"
+
+
+def _cell(
+    measure: Mapping[str, Any] | None, row: Mapping[str, Any] | None, nats: Mapping[str, Any]
+) -> dict[str, str] | None:
     if measure is None:
         return None
     cell = {
@@ -149,6 +174,7 @@ def _cell(measure: Mapping[str, Any] | None, row: Mapping[str, Any] | None) -> d
         "error": f"± {100 * measure['stderr']:.1f}",
         "difference": "",
         "p": "",
+        "nats": _nats_line(nats, row),
     }
     if row is not None:
         low, high = 100 * row["low"], 100 * row["high"]

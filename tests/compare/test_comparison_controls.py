@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, MISSING, browsing
-from mm_moslora_eval.protocol.model_interface import Answer, Request
+from mm_moslora_eval.protocol.model_interface import Answer, OptionScore, Request
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.sources.image_controls import MODES, Hasher
@@ -24,6 +24,7 @@ from mm_moslora.compare.comparison_text import table
 from mm_moslora.compare.seed_statistics import TaskScores
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.reporting.comparison_page import write_page
+from mm_moslora.utils.errors import DataError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
@@ -37,12 +38,15 @@ class Arm(FakeModel):
 
     def __init__(self, says: Says, folder: Path, *, seed: int) -> None:
         super().__init__(fingerprint=f"{says.__name__}{seed}")
-        self._says = says
+        self._says, self._seed, self._likely = says, seed, says is not no_to_all
         self._known = {Hasher()(folder / f"{number}.png"): str(number) for number in range(PICTURES)}
 
     def _answer(self, request: Request) -> Answer:
         shown = self._known.get(Hasher()(request.images[0]), "") if request.images else ""
-        return Answer(text=self._says(request.messages[-1].text, shown), tokens=2, finish_reason="stop")
+        text = self._says(request.messages[-1].text, shown)
+        nats = -0.1 - 2.0 * (text != request.reference) - 0.01 * self._seed - 0.001 * int(shown or 0)
+        reference = OptionScore(logprob=nats, tokens=1)
+        return Answer(text=text, tokens=2, finish_reason="stop", reference=reference if self._likely else None)
 
 
 def truth(number: str) -> str:
@@ -135,6 +139,47 @@ def test_arms_that_look_at_pictures_are_compared(tmp_path: Path) -> None:
     assert row["difference"] < 0
     assert row["verdict"] in ("worse", "not shown")
     assert results["verdicts"][0]["text"].startswith("Every arm is above answering without the right picture")
+
+
+def test_log_likelihoods_stand_beside_the_scores(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (sees, sees_badly))
+    lora, kaiming = (arm["nats"]["test"] for arm in results["arms"])
+    assert lora["own"]["mean"] == pytest.approx(-0.1 - 0.005 - 0.001 * 19.5)
+    behind = results["arms"][1]["tasks"]["test"]["mean"] - results["arms"][0]["tasks"]["test"]["mean"]
+    assert kaiming["own"]["mean"] - lora["own"]["mean"] == pytest.approx(2.0 * behind)
+    assert lora["wrong_image"]["mean"] < lora["own"]["mean"]
+    (row,) = results["comparisons"]
+    found = row["nats"]["own"]
+    assert set(row["nats"]) == {"own", "wrong_image", "blind"}
+    assert found["low"] < found["difference"] < found["high"]
+    assert (found["documents"], found["left_out"]) == (PICTURES, 0)
+    assert any("log-likelihood of the reference answer on test: not shown to differ, -0" in line for line in results["says"])
+    assert "Log-likelihood of the reference answer, nats:" in table(results)
+    page = write_page(tmp_path / "results.json", tmp_path / "report.html").read_text()
+    assert f"{kaiming['own']['mean']:.3f} nats, {found['difference']:+.3f} [" in page
+    assert "nats against lora" in page
+
+
+def test_a_comparison_without_log_likelihoods_says_so(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (sees, no_to_all))
+    assert results["arms"][1]["nats"] == {"test": {}}
+    assert results["comparisons"][0]["nats"] == {}
+    reason = "test: no likelihood: the backend gives no log-likelihoods of given texts"
+    assert f"{reason}." in results["says"]
+    assert reason in write_page(tmp_path / "results.json", tmp_path / "report.html").read_text()
+    for part in (*results["arms"], *results["comparisons"]):
+        del part["nats"]  # as earlier versions wrote them
+    del results["settings"]["no_likelihood"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert "nats against" not in write_page(tmp_path / "results.json", tmp_path / "report.html").read_text()
+
+
+def test_runs_on_different_documents_are_refused(tmp_path: Path) -> None:
+    _, comparison = analysed(tmp_path, (sees, sees_badly))
+    file = next(tmp_path.glob("runs/lora_*_seed1/eval/*/own/*/samples.jsonl"))
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(DataError, match="hold different documents"):
+        analyse(comparison)
 
 
 def test_arms_are_compared_by_the_score_of_the_task(tmp_path: Path) -> None:

@@ -126,6 +126,43 @@ def test_the_error_of_an_arms_mean_includes_its_seeds():
     assert two.stderr > one.stderr
 
 
+def test_missing_answers_leave_the_estimate_and_its_coverage_alone():
+    """A fifth of the answers is missing, more of one arm and of one seed; the interval still holds the truth."""
+    generator, held, runs = random.Random(5), 0, 200
+    for _ in range(runs):
+        hardness = [generator.gauss(0, 1.0) for _ in range(60)]
+
+        def arm(hard=hardness, share=generator.choice([0.1, 0.3])):
+            shifts = [generator.gauss(0, 0.3) for _ in range(4)]
+            return {"t": scores([[s + h + generator.gauss(0, 0.5) if generator.random() > share else math.nan
+                                  for h in hard] for s in shifts])}  # fmt: skip
+
+        found = difference(arm(), arm(), bounded=False)
+        held += found.low <= 0 <= found.high
+    assert 0.92 < held / runs < 0.99
+
+
+def test_hostile_scores_are_refused_or_leave_the_error_unknown():
+    grid = [[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
+    whole = difference({"t": scores(grid)}, {"t": scores([[0.0] * 3] * 2)})
+    gone = difference({"t": scores([*grid, [math.nan] * 3])}, {"t": scores([[0.0] * 3] * 2)})
+    assert gone == whole, "a seed without any answer does not count"
+    with pytest.raises(ValueError, match="different documents"):
+        difference({"t": scores(grid)}, {"t": scores(grid, ["a", "b", "c"])})
+    with pytest.raises(ValueError, match="different tasks"):
+        difference({"t": scores(grid)}, {"u": scores(grid)})
+    with pytest.raises(ValueError, match="no document has a score of every arm"):
+        difference({"t": scores([[1.0, math.nan]])}, {"t": scores([[math.nan, 1.0]])})
+    one = difference({"t": scores([[-1.0], [-1.2]])}, {"t": scores([[-2.0], [-2.1]])}, bounded=False)
+    assert one.degrees < 3, "one document: the error is that of the seeds"
+    right = difference({"t": scores([[1.0] * 9] * 3)}, {"t": scores([[1.0] * 9] * 3)})
+    assert (right.value, right.stderr) == (0.0, 0.0)
+    assert right.high == pytest.approx(1 - 0.05 ** (1 / 9))
+    alike = difference({"t": scores([[-1.0] * 9])}, {"t": scores([[-2.0] * 9])}, bounded=False)
+    assert math.isnan(alike.stderr)
+    assert math.isnan(alike.p_value)
+
+
 def test_holm():
     """Worked by hand: sorted 0.01 x 4, 0.02 x 3, 0.03 x 2, 0.2 x 1, each at least the one before."""
     assert holm([0.03, 0.01, math.nan, 0.02, 0.2])[:2] == pytest.approx([0.06, 0.04])

@@ -11,7 +11,13 @@ from torch import Tensor
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import IMAGE, Turn
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.decoding.generation import ContinuationScore, Prompt, generate, score_options, stop_token_ids
+from mm_moslora.models.decoding.generation import (
+    ContinuationScore,
+    Prompt,
+    generate_and_score,
+    score_options,
+    stop_token_ids,
+)
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
 from mm_moslora_eval.backends.visual_token_cache import VisualTokens
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
@@ -35,6 +41,7 @@ class LocalModel:
         self.encoder = ConversationEncoder.of(assembly)
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
         self._visual = VisualTokens(assembly, keep=not reference)
+        self._ids: dict[str, list[int]] = {"": []}
         self._fingerprint: str | None = None
 
     @property
@@ -62,9 +69,12 @@ class LocalModel:
         for indices, prompts in self._prompts(requests, batch_size):
             chosen = [requests[index] for index in indices]
             limit = max(request.max_new_tokens for request in chosen)
-            answers = generate(self.model, prompts, max_new_tokens=limit, stop_ids=self.stop_ids)
-            for index, request, tokens in zip(indices, chosen, answers, strict=True):
-                yield index, self._answer(request, tokens)
+            references = [[ids] if (ids := self._encoded(request.reference)) else [] for request in chosen]
+            answers, scores = generate_and_score(
+                self.model, prompts, references, max_new_tokens=limit, stop_ids=self.stop_ids
+            )
+            for index, request, tokens, found in zip(indices, chosen, answers, scores, strict=True):
+                yield index, self._answer(request, tokens, found)
 
     def loglikelihood(
         self, requests: Sequence[OptionRequest], *, batch_size: int
@@ -73,13 +83,11 @@ class LocalModel:
         raw = [index for index, item in enumerate(requests) if item.request.raw]
         yield from self._continuations(requests, raw, batch_size)
         asked = [index for index, item in enumerate(requests) if not item.request.raw]
-        encoded: dict[str, list[int]] = {}
         for numbers, prompts in self._prompts([requests[index].request for index in asked], batch_size):
             indices = [asked[number] for number in numbers]
             offered = [requests[index].options for index in indices]
-            for text in {text for options in offered for text in options} - encoded.keys():
-                encoded[text] = self.encoder.encode_answer(text)
-            scores = score_options(self.model, prompts, [[encoded[text] for text in options] for options in offered])
+            encoded = [[self._encoded(text) for text in options] for options in offered]
+            scores = score_options(self.model, prompts, encoded)
             for index, found in zip(indices, scores, strict=True):
                 yield index, _option_scores(found)
 
@@ -130,14 +138,22 @@ class LocalModel:
         shown = torch.cat([features[key] for key in keys]) if keys else None
         return Prompt(input_ids=ids, features=shown, group=None if self._reference else keys)
 
-    def _answer(self, request: Request, tokens: list[int]) -> Answer:
+    def _encoded(self, answer: str) -> list[int]:
+        if answer not in self._ids:
+            self._ids[answer] = self.encoder.encode_answer(answer) if answer else []
+        return self._ids[answer]
+
+    def _answer(self, request: Request, tokens: list[int], reference: Sequence[ContinuationScore]) -> Answer:
         stopped = len(tokens) < request.max_new_tokens
         tokens = tokens[: request.max_new_tokens]
         text = self.encoder.decode_answer(tokens)
         for stop in request.stop:
             text, found, _ = text.partition(stop)
             stopped |= bool(found)
-        return Answer(text=text, tokens=len(tokens) + stopped, finish_reason="stop" if stopped else "length")
+        return Answer(
+            text=text, tokens=len(tokens) + stopped, finish_reason="stop" if stopped else "length",
+            reference=next(iter(_option_scores(reference)), None),
+        )  # fmt: skip
 
 
 def _option_scores(scores: Sequence[ContinuationScore]) -> tuple[OptionScore, ...]:

@@ -79,7 +79,7 @@ class ReplayModel:
             row = self._stored(item.request).row
             known: Any = row.get("options") if isinstance(row.get("options"), dict) else row.get("logprobs")
             try:
-                scores = tuple(OptionScore(logprob=float(known[option]), tokens=1) for option in item.options)
+                scores = tuple(OptionScore(logprob=float(known[option]), tokens=0) for option in item.options)
             except (KeyError, TypeError, ValueError) as error:
                 raise RuntimeError(f"no stored log-likelihood for every option of {item.request.id!r}") from error
             yield index, scores

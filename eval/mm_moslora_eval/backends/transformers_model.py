@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -108,8 +109,9 @@ class TransformersModel:
                 temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
             new = output[:, inputs["input_ids"].shape[1] :]
-            for index, request, tokens in zip(indices, chosen, new.tolist(), strict=True):
-                yield index, self._answer(request, tokens)
+            scores = self._scores(inputs, [request.reference for request in chosen])
+            for index, request, tokens, reference in zip(indices, chosen, new.tolist(), scores, strict=True):
+                yield index, self._answer(request, tokens, reference)
 
     @torch.inference_mode()
     def loglikelihood(
@@ -123,7 +125,8 @@ class TransformersModel:
                     "or an export."
                 )
             inputs = self._inputs([item.request])
-            yield index, tuple(self._score(inputs, option) for option in item.options)
+            scores = [self._scores(inputs, [option])[0] for option in item.options]
+            yield index, tuple(score or OptionScore(logprob=0.0, tokens=0) for score in scores)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -169,7 +172,7 @@ class TransformersModel:
             messages.append({"role": message.role, "content": message.text if plain else parts})
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def _answer(self, request: Request, tokens: list[int]) -> Answer:
+    def _answer(self, request: Request, tokens: list[int], reference: OptionScore | None) -> Answer:
         ends: Any = self.model.generation_config.eos_token_id
         stops = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
         end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
@@ -179,21 +182,33 @@ class TransformersModel:
             text, found, _ = text.partition(stop)
             stopped |= bool(found)
         used = min(end + stopped, request.max_new_tokens)
-        return Answer(text=text, tokens=used, finish_reason="stop" if stopped else "length")
+        return Answer(text=text, tokens=used, finish_reason="stop" if stopped else "length", reference=reference)
 
-    def _score(self, inputs: dict[str, Tensor], option: str) -> OptionScore:
-        ids = self._tokenizer.encode(option, add_special_tokens=False)
-        more = torch.tensor([ids], device=inputs["input_ids"].device)
+    def _scores(self, inputs: dict[str, Tensor], texts: Sequence[str]) -> list[OptionScore | None]:
+        """Scores of one continuation per prompt, padded on the right; None for a text without tokens."""
+        ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        longest = max(len(row) for row in ids)
+        if not longest:
+            return [None for _ in ids]
+        device = inputs["input_ids"].device
+        more = torch.tensor([row + [self._tokenizer.pad_token_id] * (longest - len(row)) for row in ids], device=device)
+        valid = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
         given = dict(inputs)
         given["input_ids"] = torch.cat([inputs["input_ids"], more], dim=1)
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        given["attention_mask"] = torch.cat([inputs["attention_mask"], valid], dim=1)
         for name in _GROWING:
             if name in given:
                 given[name] = torch.cat([given[name], torch.zeros_like(more)], dim=1)
-        logits: Any = self.model(**given).logits
+        few = {"logits_to_keep": longest + 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}
+        logits: Any = self.model(**given, **few).logits
         # The model may insert visual tokens, so positions count from the end.
-        steps = logits[0, -len(ids) - 1 : -1].float().log_softmax(dim=-1)
-        picked = steps[range(len(ids)), ids]
-        return OptionScore(
-            logprob=float(picked.sum()), tokens=len(ids), greedy=bool((steps.argmax(dim=-1) == more[0]).all())
-        )
+        steps = logits[:, -longest - 1 : -1].float().log_softmax(dim=-1)
+        picked = steps.gather(2, more[..., None])[..., 0]
+        best = steps.argmax(dim=-1)
+        return [
+            OptionScore(
+                logprob=float(picked[index, : len(row)].sum()), tokens=len(row),
+                greedy=best[index, : len(row)].tolist() == row,
+            ) if row else None
+            for index, row in enumerate(ids)
+        ]  # fmt: skip

@@ -61,6 +61,8 @@ class Request:
     """Bare text without a chat template."""
     aliases: tuple[str, ...] = ()
     """Other ids of the question that stored answers may use."""
+    reference: str = ""
+    """Text of the right answer, whose log-likelihood the model reports beside its own answer; empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +76,6 @@ class OptionRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """The output of the model."""
-
-    text: str
-    tokens: int
-    """Generated tokens, the end-of-turn token included."""
-    finish_reason: FinishReason
-    """`length` if `max_new_tokens` cut the answer off."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptionScore:
     """The log-likelihood of one continuation."""
 
@@ -93,6 +84,19 @@ class OptionScore:
     tokens: int
     greedy: bool = False
     """Whether greedy decoding would have produced it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The output of the model."""
+
+    text: str
+    tokens: int
+    """Generated tokens, the end-of-turn token included."""
+    finish_reason: FinishReason
+    """`length` if `max_new_tokens` cut the answer off."""
+    reference: OptionScore | None = None
+    """Score of `Request.reference`; None where the backend gives none."""
 
 
 @runtime_checkable

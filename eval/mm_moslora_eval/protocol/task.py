@@ -14,7 +14,7 @@ from mm_moslora_eval.protocol.task_prompt import Prompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.sources import Source
-from mm_moslora_eval.sources.document import DataSet, digest
+from mm_moslora_eval.sources.document import DataSet, Document, digest
 
 _NAME = re.compile(r"\w[\w.+-]*")
 _LONGEST_ID = 200
@@ -64,6 +64,8 @@ class Task:
     """A name in `answer_scoring.EXTRACTORS`."""
     metric: str = "exact"
     """A name in `answer_scoring.METRICS`."""
+    reference: str = "{answer}"
+    """The text whose log-likelihood is reported; `{answer}` is the most frequent reference."""
     aggregation: str = "mean"
     """A name in `score_aggregation.AGGREGATIONS`."""
     expected_count: int | None = None
@@ -89,6 +91,8 @@ class Task:
                 )
         if len(self.id.encode()) > _LONGEST_ID:
             raise EvalError(f"Task {self.id[:40]}... has a name of more than {_LONGEST_ID} bytes; shorten it.")
+        if "{answer}" not in self.reference:
+            raise EvalError(f"Task {self.name!r}: reference is {self.reference!r}, expected a text with {{answer}}.")
         self._check_names()
 
     def _check_names(self) -> None:
@@ -114,6 +118,11 @@ class Task:
         data = asdict(self)
         del data["folder"]
         return data
+
+    def reference_of(self, document: Document) -> str:
+        """The reference answer as the model would say it; empty without one, and where a judge scores the task."""
+        answer = "" if self.metric in JUDGED else document.reference
+        return self.reference.replace("{answer}", answer) if answer else ""
 
     @property
     def asked(self) -> str:

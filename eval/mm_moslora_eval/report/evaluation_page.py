@@ -237,9 +237,11 @@ def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
     for control, words in (("blind", "a plain picture"), ("wrong", "another item's picture")):
         if not {"own", control} <= scored.keys():
             continue
-        pair = compare(scored["own"], scored[control]).paired
+        found = compare(scored["own"], scored[control])
+        pair = found.paired
+        nats = f" A: own, B: {words}. {found.nats.text}" if found.nats is not None else ""
         sentences.append(
-            f"{own_pictures(pair.as_difference, control=words)} {pair.wins} samples gained, {pair.losses} lost."
+            f"{own_pictures(pair.as_difference, control=words)} {pair.wins} samples gained, {pair.losses} lost.{nats}"
         )
     return sentences
 

@@ -151,6 +151,7 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
         "finish_reason": answer["finish_reason"],
         "tokens": answer["tokens"],
         "logprobs": answer["options"],
+        **({"reference": answer["reference"]} if "reference" in answer else {}),
     }
 
 

@@ -135,11 +135,7 @@ def answer_without_model(
 
 
 def _answers_of(documents: Sequence[Document]) -> list[TrainingAnswer]:
-    return [
-        TrainingAnswer(document.question, Counter(document.answers).most_common(1)[0][0])
-        for document in documents
-        if document.answers
-    ]
+    return [TrainingAnswer(document.question, document.reference) for document in documents if document.answers]
 
 
 def _most_frequent(answers: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from mm_moslora_eval.run.sample_thumbnails import keep
 from mm_moslora_eval.run.task_runner import Progress, Settings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
+from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
 from mm_moslora_eval.scoring.score_aggregation import HeadlineDifference, headline_difference
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
 
@@ -132,6 +133,8 @@ class Comparison:
     aggregation: str = "mean"
     """The task's aggregation; the comparison is of the mean over samples, for `circular` over questions."""
 
+    nats: LikelihoodDifference | None = None
+    """The difference in the log-likelihood of the references; None where a run has none."""
     headline: HeadlineDifference | None = None
     """Comparison of the task's headline, if that is no mean of samples (POPE, MME, MMStar's macro average)."""
 
@@ -223,6 +226,8 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
         _check_rules(places[0], place)
     place = places[0]
     aggregation = _described(place).get("task", {}).get("aggregation", "mean")
+    grids = [[[nats_of(rows[name]) for name in first] for rows in side] for side in (a, b)]
+    nats = likelihood_difference(grids[0], grids[1], [row["cluster"] for row in first.values()])
     if aggregation == "circular":
         a, b = [_by_question(rows) for rows in a], [_by_question(rows) for rows in b]
         first = a[0]
@@ -246,6 +251,7 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
         seed_spread=_pooled_spread(seeds),
         samples=tuple((first[name], b[0][name]) for name in changed),
         aggregation=aggregation,
+        nats=nats,
         headline=_headline(aggregation, places) if len(places) == 2 else None,
     )
 

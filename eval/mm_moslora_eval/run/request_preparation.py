@@ -154,6 +154,7 @@ class Preparation:
             stop=self._task.decoding.stop,
             raw=self._task.decoding.kind == "continuation",
             aliases=_aliases(item.document),
+            reference=self._task.reference_of(item.document),
         )
 
     def option_request(self, item: Item) -> OptionRequest:

@@ -33,6 +33,7 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, without_thinking
+from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, wordy
 from mm_moslora_eval.scoring.scored_sample import Scored, mean_with_error
@@ -84,6 +85,9 @@ class TaskResult:
     completed: dict[str, float]
     """n, score and stderr over the samples that were answered."""
     metrics: dict[str, float] = field(default_factory=dict)
+    likelihood: dict[str, Any] = field(default_factory=dict)
+    """The numbers of `reference_likelihood.Likelihood`, or the reason `none`; empty for a baseline and for results of
+    earlier versions."""
     categories: dict[str, dict[str, float]] = field(default_factory=dict)
     """n, score, stderr, low, high per category."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -187,6 +191,7 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
         "mode": described["mode"], "folder": folder_of(view),
         "truncated": sum(answer["finish_reason"] == "length" for answer in given),
         "errors": [last_line(answer["error"]) for answer in given],
+        "likelihood": _likelihood(task, rows, given),
     }  # fmt: skip
     if reason is not None:
         if not has_scores(view):  # keep the scores of an earlier judge
@@ -198,6 +203,16 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
         return unscored(task, scored, about=about, **settled)
     write_samples(view, rows, given, scored)
     return summarise(task, scored, about=about, **settled)
+
+
+def _likelihood(
+    task: Task, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    found = mean_likelihood(given, [row["cluster"] for row in rows])
+    if found is not None:
+        return found.to_dict()
+    referenced = any(row["answers"] for row in rows)
+    return {"none": reason_without(given, referenced=referenced, judged=task.metric in JUDGED)}
 
 
 ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as")
@@ -272,7 +287,7 @@ def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequ
 
 def unscored(
     task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
-    errors: Sequence[str | None] = (),
+    errors: Sequence[str | None] = (), likelihood: dict[str, Any] | None = None,
 ) -> TaskResult:  # fmt: skip
     """The result of a task that has answers but no score."""
     failed = sum(sample.failed for sample in samples)
@@ -285,6 +300,7 @@ def unscored(
             dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
         ),
         completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
+        likelihood=likelihood or {},
         remarks=(*failures(errors), *thinking(samples)),
     )  # fmt: skip
 
@@ -316,7 +332,7 @@ def _protocol(task: Task) -> dict[str, Any]:
 
 def summarise(
     task: Task, scored: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
-    errors: Sequence[str | None] = (),
+    errors: Sequence[str | None] = (), likelihood: dict[str, Any] | None = None,
 ) -> TaskResult:  # fmt: skip
     """Aggregate scored samples; fails unless every document of the data is scored exactly once.
 
@@ -328,6 +344,7 @@ def summarise(
         truncated: answers that max_new_tokens cut off.
         folder: see `TaskResult.folder`; empty for a baseline, where equal answers need no remark.
         errors: the error of each sample; None for samples that did not fail.
+        likelihood: see `TaskResult.likelihood`.
     """
     headline = AGGREGATIONS[task.aggregation](scored)
     done = [sample for sample in scored if not sample.failed]
@@ -356,6 +373,7 @@ def summarise(
         ),
         completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
         metrics=headline.metrics,
+        likelihood=likelihood or {},
         categories=_categories(task, scored),
         about=_protocol(task) | about,
         folder=folder,

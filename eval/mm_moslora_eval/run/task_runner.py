@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 import traceback
@@ -377,12 +378,13 @@ class _Job:
                 )
             seen.add(index)
             seconds = time.monotonic() - started
-            row = _row(items[index], result, self._task.decoding.choice)
+            row = _row(items[index], result, self._task)
             yield items[index], row | {"seconds": round(seconds / len(seen), 4)}
 
     def _store(self, item: Item, log: AnswerLog, *, error: str | None = None, **answer: Any) -> None:
         row: Row = {"key": item.key, "task": self._task.id, "version": self._task.version, "id": item.document.id}
-        row |= {"text": None, "tokens": 0, "finish_reason": None, "options": None, "error": error, "seconds": None}
+        row |= {"text": None, "tokens": 0, "finish_reason": None, "options": None, "reference": None}
+        row |= {"error": error, "seconds": None}
         row |= answer
         row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         log.add(row)
@@ -402,11 +404,24 @@ class _Job:
             self._progress(sum(item.key in self._known for item in self.work.items), len(self.work.items))
 
 
-def _row(item: Item, result: Answer | Sequence[OptionScore], choice: str) -> Row:
+def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
     if isinstance(result, Answer):
-        return {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+        row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+        return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
     letters = list(item.document.options)
     chosen = loglikelihood_choice(list(item.document.options.values()), [score.logprob for score in result])
-    best = {"sum": chosen.raw, "per_character": chosen.per_character, "per_byte": chosen.per_byte}[choice]
+    by_choice = {"sum": chosen.raw, "per_character": chosen.per_character, "per_byte": chosen.per_byte}
+    best = by_choice[task.decoding.choice]
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
-    return {"text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores}
+    right = item.document.reference
+    found = result[letters.index(right)] if right in letters else None
+    return {
+        "text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores,
+        "reference": _reference(right, found),
+    }  # fmt: skip
+
+
+def _reference(text: str, score: OptionScore | None) -> dict[str, Any] | None:
+    if score is None or not math.isfinite(score.logprob):
+        return None
+    return {"text": text, "logprob": round(score.logprob, 6), "tokens": score.tokens}

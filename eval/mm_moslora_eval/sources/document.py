@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,6 +93,11 @@ class Document:
             extra=dict(data["extra"]),
             problem=data["problem"],
         )
+
+    @property
+    def reference(self) -> str:
+        """The most frequent reference, of equally frequent ones the first; empty without any."""
+        return Counter(self.answers).most_common(1)[0][0] if self.answers else ""
 
     @property
     def hash(self) -> str:

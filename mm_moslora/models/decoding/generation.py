@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,19 @@ def stream(
     Raises:
         ModelError: see `likeliest`; ask one by one to know which prompt it is.
     """
-    state = _read(model, prompts)
-    rows = list(range(len(prompts)))  # which prompt each row of the state belongs to
+    yield from _continued(model, _read(model, prompts), max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+
+
+def _continued(
+    model: PreTrainedModel, state: Decoder, *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> Iterator[list[int | None]]:
+    """`stream` from the ends of prompts; the state is used up."""
+    count = len(state.logits)
+    rows = list(range(count))  # which prompt each row of the state belongs to
     stops = set(stop_ids)
     for step in range(max_new_tokens):
         chosen, numbers = likeliest(state.logits)
-        said: list[int | None] = [None] * len(prompts)
+        said: list[int | None] = [None] * count
         alive = []
         for index, (row, token) in enumerate(zip(rows, numbers, strict=True)):
             if token not in stops:
@@ -122,8 +129,13 @@ def generate(
     model: PreTrainedModel, prompts: Sequence[Prompt], *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[list[int]]:
     """Decode greedily to the end; see `stream`. Returns the new tokens of each prompt, without the stop token."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids):
+    steps = stream(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    return _gathered(steps, len(prompts))
+
+
+def _gathered(steps: Iterable[list[int | None]], count: int) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in range(count)]
+    for tokens in steps:
         for answer, token in zip(answers, tokens, strict=True):
             if token is not None:
                 answer.append(token)
@@ -161,10 +173,39 @@ def score_options(
     Raises:
         ModelError: a probability is NaN.
     """
+    return _score(model, _read(model, prompts), options)
+
+
+@torch.inference_mode()
+def generate_and_score(
+    model: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]], *,
+    max_new_tokens: int, stop_ids: Sequence[int],
+) -> tuple[list[list[int]], list[list[ContinuationScore]]]:  # fmt: skip
+    """`generate` and `score_options` of the same prompts, which are run once; the answers are those of `generate`.
+
+    Args:
+        model: causal language model or VLM in eval mode.
+        prompts: at least one.
+        options: token ids of the continuations of each prompt; a prompt may have none.
+        max_new_tokens: most tokens of an answer.
+        stop_ids: tokens that end an answer.
+
+    Raises:
+        ModelError: see `stream` and `score_options`.
+    """
     state = _read(model, prompts)
+    scores = _score(model, state, options)
+    steps = _continued(model, state, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    return _gathered(steps, len(prompts)), scores
+
+
+def _score(
+    model: PreTrainedModel, state: Decoder, options: Sequence[Sequence[Sequence[int]]]
+) -> list[list[ContinuationScore]]:
+    """`score_options` from the ends of prompts; the state stays as it is."""
     first = state.logits.log_softmax(dim=-1)
     flat = [(row, option) for row, offered in enumerate(options) for option in offered]
-    scores: list[list[ContinuationScore]] = [[] for _ in prompts]
+    scores: list[list[ContinuationScore]] = [[] for _ in options]
     if not flat:
         return scores
     rows, lengths = [row for row, _ in flat], [len(option) for _, option in flat]
@@ -174,7 +215,7 @@ def score_options(
     steps = first[torch.tensor(rows).to(first.device, non_blocking=True)][:, None]
     found = [(steps.gather(2, tokens[:, :1, None]), steps.argmax(-1))]
     if max(lengths) > 1:
-        state.branch(rows)
+        state = state.forked(rows)
         valid = torch.arange(max(lengths) - 1)[None] < torch.tensor(lengths)[:, None] - 1
         embeddings = model.get_input_embeddings()(tokens[:, :-1])
         steps = state.extend(embeddings, valid.long().to(first.device, non_blocking=True), keep=0).log_softmax(dim=-1)

@@ -10,6 +10,7 @@ of its ancestors and to its own tokens under one softmax, which is the attention
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -321,6 +322,15 @@ class Decoder:
         logits = output.logits.float()
         self.logits = logits[:, -1:].flatten(0, 1)
         return logits
+
+    def forked(self, rows: Sequence[int]) -> Decoder:
+        """Another decoder that goes on from the given rows (see `branch`), while this one stays as it is."""
+        other = copy.copy(self)
+        other._levels = [copy.copy(level) for level in self._levels]
+        other._cache = copy.copy(self._cache)
+        other._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        other.branch(rows)
+        return other
 
     def branch(self, rows: Sequence[int]) -> None:
         """Fork: the new rows go on from the given ones, each of which may be named several times."""

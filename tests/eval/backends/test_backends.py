@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import shutil
 import socket
@@ -80,6 +81,36 @@ def test_our_model_in_batches_answers_as_in_reference_mode(exported: Path) -> No
         assert [s.logprob for s in ours[index]] == pytest.approx([s.logprob for s in reference[index]], abs=1e-4)
         assert [s.tokens for s in ours[index]] == [s.tokens for s in reference[index]]
     fast.close()
+
+
+def test_the_log_likelihood_of_the_reference_is_that_of_transformers(exported: Path) -> None:
+    """Teacher forcing over prompt and reference at once, with the picture, gives the same nats; answers do not change."""
+    from mm_moslora_eval.sources.image_controls import open_image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    texts = ("red", "a blue square", "yes", "red", "")
+    asked = [dataclasses.replace(item, reference=text) for item, text in zip(QUESTIONS, texts, strict=True)]
+    model, hf = open_model(str(exported), precision="fp32"), open_model(f"hf:{exported}", precision="fp32")
+    found = dict(model.generate(asked, batch_size=8))
+    plain = dict(model.generate(QUESTIONS, batch_size=8))
+    assert {index: dataclasses.replace(answer, reference=None) for index, answer in found.items()} == plain
+    assert found[4].reference is None, "a question without a reference"
+    batched = dict(hf.generate(asked[:4], batch_size=4))
+    network, processor = AutoModelForImageTextToText.from_pretrained(exported), AutoProcessor.from_pretrained(exported)
+    for index in range(4):
+        text, shown = hf._text(asked[index]), open_image(picture(1 + index // 3))  # type: ignore[attr-defined]
+        given = processor(text=[text], images=[[shown]], return_tensors="pt")
+        ids = torch.tensor([processor.tokenizer.encode(texts[index], add_special_tokens=False)])
+        row = torch.cat([given["input_ids"], ids], dim=1)
+        (seen,) = model.assembly.image_processing.see([shown])  # type: ignore[attr-defined]
+        pixels = {"ours": seen.tensors["pixel_values"], "theirs": given["pixel_values"]}
+        for answer, values in ((found[index], pixels["ours"]), (batched[index], pixels["theirs"])):
+            with torch.inference_mode():
+                logits = network(input_ids=row, pixel_values=values).logits[0, -ids.shape[1] - 1 : -1]
+            nats = -torch.nn.functional.cross_entropy(logits, ids[0], reduction="sum")
+            assert answer.reference.tokens == ids.shape[1]
+            assert answer.reference.logprob == pytest.approx(float(nats), abs=1e-4)
+    assert len({round(found[index].reference.logprob, 3) for index in range(4)}) == 4
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

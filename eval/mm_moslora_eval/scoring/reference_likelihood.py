@@ -1,0 +1,133 @@
+"""The log-likelihood of the reference answer, in nats: a continuous measure beside the right-or-wrong score.
+
+It is the sum of log-probabilities over the tokens of the reference as the answer, without the end of turn, by teacher
+forcing. Of several references it is that of the most frequent one (`Document.reference`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mm_moslora_eval.scoring import error_bars
+
+_NO_REFERENCES = "the task has no references"
+_JUDGED = "a judge compares the answers with the references"
+_NOT_GIVEN = "the backend gives no log-likelihoods of given texts"
+_EARLIER = "the answers were stored by a version without log-likelihoods"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """The mean over documents."""
+
+    n: int
+    """Documents with a log-likelihood."""
+    missing: int
+    """Documents without: they failed, or it is not finite."""
+    nats: float
+    """Mean of the sum over a reference's tokens, 0 or less."""
+    stderr: float
+    low: float
+    high: float
+    """95 % interval, clustered by picture."""
+    per_token: float
+    """Mean over documents of the log-likelihood by token."""
+    per_token_stderr: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def nats_of(row: Mapping[str, Any]) -> float:
+    """The log-likelihood of a stored answer or sample; NaN without a finite one."""
+    value = (row.get("reference") or {}).get("logprob")
+    return value if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
+def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> Likelihood | None:
+    """The mean over stored answers; None if no answer has a log-likelihood.
+
+    Args:
+        rows: with `reference`: the text, `logprob` and `tokens`.
+        clusters: the cluster of each row, such as its picture.
+    """
+    known = [(nats_of(row), row, cluster) for row, cluster in zip(rows, clusters, strict=True)]
+    known = [item for item in known if not math.isnan(item[0])]
+    if not known:
+        return None
+    values, by = [value for value, _, _ in known], [cluster for _, _, cluster in known]
+    spread = [(v / n, cluster) for v, row, cluster in known if (n := row["reference"].get("tokens") or 0) > 0]
+    stderr, mean = error_bars.clustered_stderr(values, by), error_bars.mean(values)
+    low, high = error_bars.normal_interval(mean, stderr)
+    return Likelihood(
+        n=len(known), missing=len(rows) - len(known), nats=mean, stderr=stderr, low=low, high=min(0.0, high),
+        per_token=error_bars.mean([value for value, _ in spread]),
+        per_token_stderr=error_bars.clustered_stderr(*zip(*spread, strict=True)) if spread else math.nan,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodDifference:
+    """A - B in nats on the documents that have a log-likelihood in every run."""
+
+    a: float
+    b: float
+    paired: error_bars.Paired
+    left_out: int
+    """Documents that lack one in some run."""
+
+    @property
+    def text(self) -> str:
+        """The difference as a sentence."""
+        pair = self.paired
+        rest = f"; {self.left_out} documents without one are left out" if self.left_out else ""
+        if pair.n > 1 and pair.stderr < _ALIKE:
+            found = f"A - B {pair.difference:+.4f} on every document"
+        else:
+            bounds = f" (95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g})" if pair.n > 1 else ""
+            found = f"A {self.a:.4f}, B {self.b:.4f}, A - B {pair.difference:+.4f}{bounds}"
+        return f"Log-likelihood of the reference, nats: {found}{rest}."
+
+
+_ALIKE = 1e-9
+
+
+def likelihood_difference(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], clusters: Sequence[Hashable]
+) -> LikelihoodDifference | None:
+    """Compare two systems; None if no document has a log-likelihood in all runs.
+
+    Args:
+        a: nats of each run of A by document, NaN where there are none.
+        b: of each run of B, on the same documents.
+        clusters: the cluster of each document.
+    """
+    columns = [(*column, cluster) for *column, cluster in zip(*a, *b, clusters, strict=True)]
+    kept = [column for column in columns if all(math.isfinite(value) for value in column[:-1])]
+    if not kept:
+        return None
+    left = [error_bars.mean(column[: len(a)]) for column in kept]
+    right = [error_bars.mean(column[len(a) : -1]) for column in kept]
+    return LikelihoodDifference(
+        a=error_bars.mean(left), b=error_bars.mean(right), left_out=len(columns) - len(kept),
+        paired=error_bars.paired(left, right, clusters=[column[-1] for column in kept]),
+    )  # fmt: skip
+
+
+def reason_without(rows: Sequence[Mapping[str, Any]], *, referenced: bool, judged: bool) -> str:
+    """Why no answer of a task has a log-likelihood.
+
+    Args:
+        rows: the stored answers.
+        referenced: whether the documents have references.
+        judged: whether a judge scores the task.
+    """
+    if not referenced:
+        return _NO_REFERENCES
+    if judged:
+        return _JUDGED
+    return _NOT_GIVEN if any("reference" in row for row in rows) else _EARLIER
