@@ -401,7 +401,18 @@ def table(results: Sequence[TaskResult]) -> str:
                 str(counts.truncated),
             )
         )
-    head = ("task", "images", "score", "stderr", "95 %", *(["nats"] if nats else []), "n", "failed", "not inferable", "truncated")
+    head = (
+        "task",
+        "images",
+        "score",
+        "stderr",
+        "95 %",
+        *(["nats"] if nats else []),
+        "n",
+        "failed",
+        "not inferable",
+        "truncated",
+    )
     notes = []
     for name, result in zip(names, results, strict=True):
         unscored, odd = result.about.get("unscored"), _odd_count(result)

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mm_moslora.compare.comparison_plan import ALL, LOSS
-from mm_moslora.reporting.verdicts import AGAINST, SIGNIFICANT, above_controls, arms_sentence, difference_of, mood_of_arms
+from mm_moslora.reporting.verdicts import (
+    AGAINST,
+    SIGNIFICANT,
+    above_controls,
+    arms_sentence,
+    difference_of,
+    mood_of_arms,
+)
 
 
 def says(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,8 +176,12 @@ def _estimate(arms: Sequence[Mapping[str, TaskScores]], *, bounded: bool) -> Est
 def _in_common(arms: Sequence[TaskScores], task: str) -> tuple[list[Grid], NDArray[np.intp]]:
     """The scores of each arm on documents that all arms answered, and the numbers of their clusters."""
     grids = [np.asarray(arm.scores, dtype=np.float64) for arm in arms]
-    if any(grid.ndim != 2 or list(arm.clusters) != list(arms[0].clusters) for grid, arm in zip(grids, arms, strict=True)):
-        raise ValueError(f"{task}: the arms answered different documents, so they cannot be compared document by document.")
+    if any(
+        grid.ndim != 2 or list(arm.clusters) != list(arms[0].clusters) for grid, arm in zip(grids, arms, strict=True)
+    ):
+        raise ValueError(
+            f"{task}: the arms answered different documents, so they cannot be compared document by document."
+        )
     grids = [grid[np.isfinite(grid).any(axis=1)] for grid in grids]
     kept = np.logical_and.reduce([np.isfinite(grid).any(axis=0) for grid in grids])
     if not kept.any():

@@ -153,7 +153,9 @@ def test_log_likelihoods_stand_beside_the_scores(tmp_path: Path) -> None:
     assert set(row["nats"]) == {"own", "wrong_image", "blind"}
     assert found["low"] < found["difference"] < found["high"]
     assert (found["documents"], found["left_out"]) == (PICTURES, 0)
-    assert any("log-likelihood of the reference answer on test: not shown to differ, -0" in line for line in results["says"])
+    assert any(
+        "log-likelihood of the reference answer on test: not shown to differ, -0" in line for line in results["says"]
+    )
     assert "Log-likelihood of the reference answer, nats:" in table(results)
     page = write_page(tmp_path / "results.json", tmp_path / "report.html").read_text()
     assert f"{kaiming['own']['mean']:.3f} nats, {found['difference']:+.3f} [" in page

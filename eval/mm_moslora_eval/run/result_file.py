@@ -205,9 +205,7 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
     return summarise(task, scored, about=about, **settled)
 
 
-def _likelihood(
-    task: Task, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def _likelihood(task: Task, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found = mean_likelihood(given, [row["cluster"] for row in rows])
     if found is not None:
         return found.to_dict()

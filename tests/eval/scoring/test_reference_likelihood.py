@@ -109,7 +109,7 @@ def test_the_reference_is_the_most_frequent_answer_in_the_tasks_own_words() -> N
     assert document.reference == "blue", "of equally frequent ones the first"
     task = get_task("commonsense_boolq@official")
     assert task.reference_of(Document(id="a", question="?", answers=("true",))) == "the correct answer is true"
-    with pytest.raises(EvalError, match="expected a text with {answer}"):
+    with pytest.raises(EvalError, match=r"expected a text with \{answer\}"):
         dataclasses.replace(task, reference="true")
 
 
