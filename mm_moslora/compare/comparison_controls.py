@@ -43,7 +43,7 @@ class TaskAnswers:
     score: str = ""
     """Name of the score; empty for a share of right answers."""
     nats: Mapping[str, TaskScores] = field(default_factory=dict)
-    """Log-likelihood of the reference answer by `OWN` or the control's pictures, ``K x N``; none where a run has none."""
+    """Log-likelihood of the reference answer by `OWN` or the control, ``K x N``; left out where a run has none."""
     no_nats: str = ""
     """The reason for none."""
     remarks: tuple[str, ...]

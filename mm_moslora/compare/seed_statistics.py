@@ -1,8 +1,8 @@
 """The difference of two arms with documents and seeds as crossed random effects.
 
-Shapes: an arm's scores on a task are ``K x N``, seeds by documents; NaN is a missing answer. Sources: Owen 2007 (crossed
-random effects), Henderson 1953 (components by moments), Miller 2024 (2411.00640, clustered errors), Satterthwaite 1946
-(degrees of freedom), Holm 1979.
+Shapes: an arm's scores on a task are ``K x N``, seeds by documents; NaN is a missing answer. Sources: Owen 2007
+(crossed random effects), Henderson 1953 (components by moments), Miller 2024 (2411.00640, clustered errors),
+Satterthwaite 1946 (degrees of freedom), Holm 1979.
 """
 
 from __future__ import annotations

@@ -132,12 +132,15 @@ def test_missing_answers_leave_the_estimate_and_its_coverage_alone():
     for _ in range(runs):
         hardness = [generator.gauss(0, 1.0) for _ in range(60)]
 
-        def arm(hard=hardness, share=generator.choice([0.1, 0.3])):
-            shifts = [generator.gauss(0, 0.3) for _ in range(4)]
-            return {"t": scores([[s + h + generator.gauss(0, 0.5) if generator.random() > share else math.nan
-                                  for h in hard] for s in shifts])}  # fmt: skip
+        def arm(share, hard=hardness):
+            rows = []
+            for _ in range(4):
+                shift = generator.gauss(0, 0.3)
+                answers = [shift + h + generator.gauss(0, 0.5) for h in hard]
+                rows.append([answer if generator.random() > share else math.nan for answer in answers])
+            return {"t": scores(rows)}
 
-        found = difference(arm(), arm(), bounded=False)
+        found = difference(arm(0.1), arm(0.3), bounded=False)
         held += found.low <= 0 <= found.high
     assert 0.92 < held / runs < 0.99
 

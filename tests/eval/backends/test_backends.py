@@ -84,7 +84,7 @@ def test_our_model_in_batches_answers_as_in_reference_mode(exported: Path) -> No
 
 
 def test_the_log_likelihood_of_the_reference_is_that_of_transformers(exported: Path) -> None:
-    """Teacher forcing over prompt and reference at once, with the picture, gives the same nats; answers do not change."""
+    """Teacher forcing over prompt and reference at once gives the same nats; answers do not change."""
     from mm_moslora_eval.sources.image_controls import open_image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
