@@ -279,11 +279,12 @@ def describe(name: str) -> str:
     from mm_moslora_eval.protocol.task_registry import get_task
 
     task = get_task(name)
+    search = f"{task.decoding.beams} beams" if task.decoding.beams > 1 else "greedy"
     lines = [
         f"{task.id} (version {task.version}): {task.title}",
         f"data:        {task.source.kind} {task.source.path} (licence: {task.licence})",
         f"documents:   {task.expected_count or 'not fixed'}",
-        f"decoding:    {task.decoding.kind}, greedy, at most {task.decoding.max_new_tokens} new tokens",
+        f"decoding:    {task.decoding.kind}, {search}, at most {task.decoding.max_new_tokens} new tokens",
         f"extraction:  {task.extraction}",
         f"metric:      {task.metric}, aggregated by {task.aggregation}",
     ]

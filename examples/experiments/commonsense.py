@@ -151,18 +151,16 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def convert_full(source: Path, out: Path) -> int:
-    """LLM-Adapters' `commonsense_170k.json` as LLaVA JSONL, in the Alpaca prompt that the evaluation uses.
+    """LLM-Adapters' `commonsense_170k.json` as LLaVA JSONL; the chat template alpaca writes the prompt.
 
     Returns:
         How many records were written.
     """
-    from mm_moslora_eval.metrics.commonsense import prompt
-
     records = json.loads(source.read_text(encoding="utf-8"))
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, record in enumerate(records):
-        question = prompt(record["instruction"], record.get("input") or None)
+        question = "\n".join(filter(None, (record["instruction"], record.get("input"))))
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": record["output"]}]
         rows.append({"id": str(number), "conversations": turns})
     _write_lines(out, rows)
@@ -202,7 +200,7 @@ def main() -> int:
         recipe = write_recipe(
             "commonsense_full", out / "recipe.yaml", {"data.train": [{"path": str(out / "commonsense_170k.jsonl")}]}
         )
-        tasks = ",".join(f"commonsense_{name}@official" for name in FULL_TASKS)
+        tasks = ",".join(f"commonsense_{name}@paper" for name in FULL_TASKS)
         print(f"{count} records. Now, with the test sets of LLM-Adapters in commonsense/:")
         print(
             f"mm-moslora compare {recipe} --arms lora,moslora:kaiming,moslora:orthogonal,dora --lr 5e-5,1e-4,3e-4 "

@@ -74,7 +74,7 @@ class Comparison:
     def __init__(self, recipe: Recipe, settings: Settings, folder: Path, *, hold_out: float) -> None:
         self.settings, self.folder = settings, folder.resolve()
         self._given, self._hold_out = recipe, None
-        if settings.tunes and tuple(settings.validation) == (LOSS,) and not recipe.data.validation:
+        if settings.tunes and tuple(settings.validation) == (LOSS,) and not recipe.data.held_out:
             self._hold_out = hold_out
             recipe = with_holdout(recipe, self.folder / "data", share=hold_out)
         self.recipe = recipe
@@ -103,7 +103,7 @@ class Comparison:
     def _trained_on(self) -> dict[str, str]:
         """Checksums of the training data; before the split is made, of its sources."""
         data = self._given.data
-        parts = {"train": data.train, "validation": data.validation}
+        parts = {"train": data.train, "validation": data.held_out}
         return {
             f"data.{part} {number}": open_source(source).fingerprint()
             for part, sources in parts.items()

@@ -4,7 +4,7 @@ A recipe is the only configuration of a run. An unknown key is an error with a s
 the object is made. The resolved recipe is written into the run folder.
 """
 
-from mm_moslora.config.data_config import DataConfig, SourceConfig
+from mm_moslora.config.data_config import DataConfig, HeldOut, SourceConfig
 from mm_moslora.config.model_config import (
     AdapterConfig,
     Mode,
@@ -32,6 +32,7 @@ __all__ = [
     "TRACKERS",
     "AdapterConfig",
     "DataConfig",
+    "HeldOut",
     "Mode",
     "ModelConfig",
     "Need",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from mm_moslora.config.value_checks import at_least, require
@@ -29,6 +29,9 @@ class SourceConfig:
     """Use at most this many records."""
     limit_by: Literal["random", "first"] = "random"
     """Choice of records under a limit: a fixed random choice, or the first records."""
+    hold_out: int = 0
+    """data.train only: records that are taken out of the source, by a fixed random choice, and validated on instead.
+    They may share pictures with others; name a file of its own in data.validation where that matters."""
     follow_links: bool = False
     """Accept symbolic links that lead out of the image folder (download caches that link to a store need it)."""
     subset: str | None = None
@@ -47,10 +50,15 @@ class SourceConfig:
         require(0 < self.weight <= 1e6, f"{here}: weight is {self.weight}, expected more than 0, finite.")
         at_least(f"{here}: video_frames", self.video_frames, 1)
         require(self.limit is None or self.limit >= 1, f"{here}: limit is {self.limit}, expected 1 or more.")
+        at_least(f"{here}: hold_out", self.hold_out, 0)
         require(
             not self.streaming or (self.limit is not None and self.limit_by == "first"),
             f"{here}: streaming is set, so set limit too, and limit_by: first; the stream is read up to the limit.",
         )
+
+
+class HeldOut(SourceConfig):
+    """The records that a source of data.train holds out; see `DataConfig.held_out`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +68,7 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     """Sources that are mixed."""
     validation: list[SourceConfig] = field(default_factory=list)
-    """Held-out sources for the validation loss; may be empty."""
+    """Held-out sources for the validation loss, besides the records of data.train's `hold_out`; may be empty."""
     mixing: Literal["repeats", "parts"] = "repeats"
     """Meaning of `weight`: repeats per record, or parts of the epoch (weights 3 and 1: three quarters and one
     quarter)."""
@@ -100,7 +108,18 @@ class DataConfig:
         """Most tokens of an example, or of a packed row."""
         return self.pack_tokens or self.max_length
 
+    @property
+    def held_out(self) -> list[SourceConfig]:
+        """All sources of the validation loss: data.validation, and what sources of data.train hold out."""
+        named = [{item.name: getattr(source, item.name) for item in fields(source)} for source in self.train
+                 if source.hold_out]  # fmt: skip
+        return [*self.validation, *(HeldOut(**values | {"weight": 1.0}) for values in named)]
+
     def __post_init__(self) -> None:
+        for source in self.validation:
+            require(
+                source.hold_out == 0, f"data.validation, {source.path!r}: hold_out is for data.train. Leave it out."
+            )
         at_least("data.max_length", self.max_length, 8)
         at_least("data.workers", self.workers or 0, 0)
         require(

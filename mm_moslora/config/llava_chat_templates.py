@@ -1,4 +1,4 @@
-"""LLaVA's conversation templates by name, as chat templates that are saved with the tokenizer.
+"""LLaVA's conversation templates and Alpaca's by name, as chat templates that are saved with the tokenizer.
 
 Each begins with a Jinja comment, which renderers ignore. The comment records the template's name and whether LLaVA's
 own token ids are wanted (`faithful`).
@@ -38,6 +38,8 @@ def _turns(user: str, assistant: str, *, head: str = "", prompt: str = "", conte
 _INST = "{{ '[INST] ' + content + ' [/INST]' }}"
 _INST_ANSWER = "{{ ' ' + message['content'] + ' ' + eos_token }}"
 _HEADERS = "{{ '<|start_header_id|>' + NAME + '<|end_header_id|>\n\n' + CONTENT | trim + '<|eot_id|>' }}"
+_ALPACA_BLANKS = " " * 16
+"""Indentation that LLM-Adapters' source puts into every line of the prompt but the first."""
 _LANGUAGE_AND_VISION = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -46,7 +48,7 @@ _LANGUAGE_AND_VISION = (
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTemplate:
-    """One of LLaVA's templates."""
+    """One of `CHAT_TEMPLATES`."""
 
     source: str
     """Jinja, without the beginning of the sequence."""
@@ -116,8 +118,19 @@ CHAT_TEMPLATES: dict[str, NamedTemplate] = {
         system="You are a helpful AI assistant.",
         controls=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     ),
+    "alpaca": NamedTemplate(
+        source=_turns(
+            "{%- if not loop.first -%}{{ '\n\n' + BLANKS }}{%- endif -%}"
+            "{{ '### Instruction:\n' + BLANKS + message['content'] + '\n' + BLANKS + '\n' + BLANKS }}",
+            "{{ '### Response:\n' + BLANKS + message['content'] + eos_token }}",
+            head="{%- if system -%}{{ system + '  \n\n' + BLANKS }}{%- endif -%}", prompt="{{ '### Response:\n' }}",
+        ).replace("BLANKS", f"'{_ALPACA_BLANKS}'"),
+        system="Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.",
+    ),
 }  # fmt: skip
-"""LLaVA's templates: `plain` (alignment: captions without questions) and those for conversations."""
+"""LLaVA's templates: `plain` (alignment: captions without questions) and those for conversations. `alpaca` is the text
+on which LLM-Adapters (2304.01933) and the MoSLoRA paper tuned; the model writes the blanks before the response."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +161,7 @@ def require_template(name: str | None) -> None:
 
 
 def set_chat_template(tokenizer: Any, name: str | None, *, faithful: bool = False) -> None:
-    """Give a tokenizer one of LLaVA's templates.
+    """Give a tokenizer one of the named templates.
 
     Args:
         tokenizer: changed in place.

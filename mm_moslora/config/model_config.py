@@ -117,7 +117,8 @@ class ModelConfig:
     anyres_tiles: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
     """anyres only: the tile grids (rows, columns) from which one is chosen by the image's shape."""
     chat_template: str | None = None
-    """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3; None: the tokenizer's own."""
+    """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3, or alpaca (that of LLM-Adapters); None: the
+    tokenizer's own."""
     faithful: bool = False
     """With chat_template: use the token ids of LLaVA's own code where those are sound, instead of the tokenizer's."""
     system_prompt: str | None = None

@@ -60,7 +60,8 @@ def comparison_text(name: str, recipe: Any) -> str:
     lines = [f"Released: wutaiqiang/MoSLoRA bba79b5, {entry['source']}", ""]
     lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
               for row in rows]  # fmt: skip
-    lines += ["", "Without a key:"] + [f"  {what}: {text}" for what, text in entry["without_key"].items()]
+    if without := entry["without_key"]:
+        lines += ["", "Without a key:"] + [f"  {what}: {text}" for what, text in without.items()]
     different = sum(not setting.same for setting in settings)
     lines += ["", f"{len(settings) - different} of {len(settings)} settings are the same, {different} differ."]
     return "\n".join(lines)
@@ -80,7 +81,7 @@ def _entry(name: str) -> Mapping[str, Any]:
 def _value(recipe: Any, key: str) -> Any:
     """The value under a dotted key; None below a part that the recipe leaves out."""
     for part in key.split("."):
-        recipe = None if recipe is None else getattr(recipe, part)
+        recipe = None if recipe is None else recipe[int(part)] if part.isdigit() else getattr(recipe, part)
     return recipe
 
 

@@ -27,7 +27,9 @@ class OptimConfig:
     lora_plus_ratio: float = 1.0
     """Learning rate of B divided by that of A (LoRA+, 2402.12354)."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; never applied to mixers, biases and norms."""
+    """Decoupled weight decay; never applied to biases and norms."""
+    mixer_weight_decay: float = 0.0
+    """Weight decay of the mixers."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's moving averages."""
     eps: float = 1e-8
@@ -45,7 +47,7 @@ class OptimConfig:
         for name in ("lr", "mixer_lr", "projector_lr", "vision_lr"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"optim.{name} is {value}, expected 0 or more.")
-        for name in ("weight_decay", "warmup", "max_grad_norm"):
+        for name in ("weight_decay", "mixer_weight_decay", "warmup", "max_grad_norm"):
             at_least(f"optim.{name}", getattr(self, name), 0)
         require(self.eps > 0, f"optim.eps is {self.eps}, expected more than 0.")
         require(

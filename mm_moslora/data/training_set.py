@@ -158,7 +158,7 @@ class TrainingSet:
                 "start. Set data.cache to a folder that keeps them."
             )
         self.truncated = 0
-        """Records that lose turns because they are too long."""
+        """Records that lose turns, or the end of their text, because they are too long."""
         self.lengths = array("L", bytes(array("L").itemsize * len(self)))
         """Tokens per record, visual tokens included; 0 for a bad one."""
         self.has_image = bytearray(len(self))
@@ -376,7 +376,8 @@ class TrainingSet:
 
     def _report(self) -> None:
         if self.truncated:
-            logger.info("%d records lose turns that do not fit into %d tokens.", self.truncated, self.config.max_length)
+            what = "are cut off" if self.config.too_long == "truncate" else "lose turns"
+            logger.info("%d records %s beyond %d tokens.", self.truncated, what, self.config.max_length)
         if len(self.quarantine):
             logger.warning("%d records cannot be used: %s", len(self.quarantine), summary(self.quarantine.codes))
         if not any(self.members):

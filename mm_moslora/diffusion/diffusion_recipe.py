@@ -153,7 +153,9 @@ class DiffusionOptimConfig:
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit: moments in 8 bits, by bitsandbytes."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; never applied to mixers."""
+    """Decoupled weight decay of the factors."""
+    mixer_weight_decay: float = 0.0
+    """Weight decay of the mixers."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's moving averages."""
     eps: float = 1e-8
@@ -166,7 +168,8 @@ class DiffusionOptimConfig:
     """Clip the global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "warmup", "max_grad_norm", "text_encoder_lr", "mixer_lr"):
+        decays = ("weight_decay", "mixer_weight_decay")
+        for name in ("lr", *decays, "warmup", "max_grad_norm", "text_encoder_lr", "mixer_lr"):
             at_least(f"optim.{name}", getattr(self, name) or 0, 0)
 
 

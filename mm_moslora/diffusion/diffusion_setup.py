@@ -132,7 +132,7 @@ def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.o
         if is_mixer and config.mixer_lr is not None:
             lr = config.mixer_lr
         label = f"{'text encoder ' if is_text else ''}{'mixer' if is_mixer else 'adapter'}"
-        decay = 0.0 if is_mixer or parameter.ndim < 2 else config.weight_decay
+        decay = config.mixer_weight_decay if is_mixer else config.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault(f"{label}/{decay}", {"params": [], "lr": lr, "weight_decay": decay, "name": label})
         group["params"].append(parameter)
     kind: Any = torch.optim.AdamW

@@ -127,7 +127,7 @@ def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
 
 def _sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
     sets = [("train", recipe.data.train)]
-    return [*sets, ("validation", recipe.data.validation)] if recipe.data.validation else sets
+    return [*sets, ("validation", recipe.data.held_out)] if recipe.data.held_out else sets
 
 
 def _check(
@@ -158,7 +158,8 @@ def _folder(folder: Path) -> dict[str, Fingerprint | None]:
 def _plain(report: CheckReport, found: list[Finding]) -> dict[str, Any]:
     names = (
         "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "tokens",
-        "supervised_tokens", "supervised_share", "truncated", "thoughts", "dropped_thoughts", "special_text",
+        "supervised_tokens", "supervised_share", "refused", "dropped", "truncated", "thoughts", "dropped_thoughts",
+        "special_text",
         "separator_text", "endless",
         "duplicates", "ok",
     )  # fmt: skip

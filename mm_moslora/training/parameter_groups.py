@@ -87,8 +87,8 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
     shape = getattr(parameter, "ds_shape", parameter.shape)
     decay = config.weight_decay if len(shape) > 1 else 0.0
     if "lora_mixer" in name:
-        # The scale of the initial mixer matters; weight decay would shrink it.
-        return "mixer", _or(config.mixer_lr, config.lr), 0.0
+        # The scale of the initial mixer matters, and weight decay shrinks it, so it is a key of its own.
+        return "mixer", _or(config.mixer_lr, config.lr), config.mixer_weight_decay
     part = part_of(name)
     if part == "projector" and "lora_" not in name:
         label, lr = "projector", _or(config.projector_lr, config.lr)

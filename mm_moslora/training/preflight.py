@@ -134,9 +134,12 @@ def _check_engine(train: TrainConfig, adapter: AdapterConfig) -> None:
 
 
 def _check_measuring(recipe: Recipe, tasks: Sequence[str] | None) -> None:
-    validate, held_out = recipe.validate, bool(recipe.data.validation)
+    validate, held_out = recipe.validate, bool(recipe.data.held_out)
     if validate.samples and not held_out:
-        raise TrainingError(f"validate.samples is {validate.samples}, but data.validation names no source. Add one.")
+        raise TrainingError(
+            f"validate.samples is {validate.samples}, but data.validation names no source and none of "
+            "data.train has hold_out. Add one."
+        )
     best = validate.best
     if best is None:
         return
@@ -149,8 +152,8 @@ def _check_measuring(recipe: Recipe, tasks: Sequence[str] | None) -> None:
     if not known and (not validate.tasks or best in (LOSS, ACCURACY)):
         nor = "" if best in (LOSS, ACCURACY) else " and validate.tasks no task"
         raise TrainingError(
-            f"validate.best is {best!r}, but data.validation names no source{nor}, so that nothing is measured for it. "
-            "Name one."
+            f"validate.best is {best!r}, but data.validation names no source and none of data.train has hold_out{nor}, "
+            "so that nothing is measured for it. Name one."
         )
     prefixes = [f"eval/{name}/" for name in tasks or ()] if validate.tasks else []
     if best not in known and not best.startswith(tuple(prefixes) or ("eval/",) * bool(validate.tasks)):

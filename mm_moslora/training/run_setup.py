@@ -296,7 +296,7 @@ def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool) -> TrainingS
     config, sources = recipe.data, recipe.data.train
     if validation:
         # Every held-out record once, however training mixes its sources.
-        config, sources = replace(config, mixing="repeats", epoch_records=None), config.validation
+        config, sources = replace(config, mixing="repeats", epoch_records=None), config.held_out
         if not sources:
             return None
     encoder = ConversationEncoder.of(assembly)

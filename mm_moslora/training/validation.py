@@ -310,7 +310,7 @@ class Best:
         return None if measured.step < 0 else measured.step
 
     def write(self, folder: Path, checkpoint: str | None) -> None:
-        """Store it for people and for a resumed run.
+        """Store it for people and for a resumed run, and link `best` to its checkpoint.
 
         Args:
             folder: the run folder.
@@ -321,3 +321,8 @@ class Best:
             "history": self.history,
         }  # fmt: skip
         files.replace_json(folder / BEST, content)
+        if checkpoint is not None:
+            try:
+                files.replace_link(folder / "best", checkpoint)
+            except OSError as error:
+                logger.debug("%s has no link to the best checkpoint: %s", folder, error)

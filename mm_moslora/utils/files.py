@@ -87,6 +87,18 @@ def replace_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def replace_link(path: Path, target: str) -> None:
+    """Make a symbolic link, in the place of an earlier one.
+
+    Raises:
+        OSError: the file system has no links, or something else is at the path.
+    """
+    if path.exists() and not path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "is no link", str(path))
+    with replacing(path) as temporary:
+        temporary.symlink_to(target)
+
+
 def replace_json(path: Path, data: Any) -> None:
     """Replace a JSON file; see `replace_text`."""
     replace_text(path, json.dumps(data, indent=1, sort_keys=False, default=str))

@@ -18,7 +18,7 @@ RESUME_WORDS = ("auto", "required", "never")
 RUN_LOCK = "run.lock"
 """File that a run creates first in its folder; it identifies a run folder."""
 RUN_FILES = (
-    RUN_LOCK, "config.yaml", "summary.json", "state.json", "latest", "best.json", "metrics.jsonl",
+    RUN_LOCK, "config.yaml", "summary.json", "state.json", "latest", "best.json", "best", "metrics.jsonl",
     "tracked_samples.jsonl", "alerts.jsonl", "evaluations.jsonl", "environment.json", "mixers.json", "quarantine.jsonl",
     "validation_quarantine.jsonl", "heartbeat", "stacks", "validation", "tensorboard", "evaluation.json",
     "samples.json", "pictures", "drawings.json", "subject_scores.json", "STOPPED",

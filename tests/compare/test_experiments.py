@@ -72,14 +72,13 @@ def test_small_test_sets_share_no_question_with_training(commonsense, tmp_path: 
     assert not taught & chosen_by
 
 
-def test_the_full_set_has_the_prompt_of_the_evaluation(commonsense, tmp_path: Path):
+def test_the_full_set_leaves_the_prompt_to_the_chat_template(commonsense, tmp_path: Path):
     record = {"instruction": "Is water wet?", "input": "", "output": "the correct answer is true", "answer": "true"}
     (tmp_path / "170k.json").write_text(json.dumps([record]))
     assert commonsense.convert_full(tmp_path / "170k.json", tmp_path / "out.jsonl") == 1
     (row,) = rows(tmp_path / "out.jsonl")
     question, answer = (turn["value"] for turn in row["conversations"])
-    assert "### Instruction:" in question
-    assert "Is water wet?" in question
+    assert question == "Is water wet?"
     assert answer == "the correct answer is true"
 
 

@@ -27,7 +27,7 @@ def test_the_command_line_prints_the_table(capsys: pytest.CaptureFixture[str]) -
     assert rows["adapter.rank"][1:] == ["16", "16", "same"]
     assert rows["optim.lr"][1:] == ["0.0003", "0.0001", "differs: changed in this recipe"]
     assert rows["train.precision"][1:3] == ["fp16", "bf16"]
-    assert any("Alpaca" in line for line in lines)
+    assert any("4 beams" in line for line in lines)
     assert run(["diffusion", "config", "sdxl_subject", "--against-paper"]) == 0
     assert "orthogonal" in capsys.readouterr().out
 

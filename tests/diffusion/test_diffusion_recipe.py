@@ -27,6 +27,7 @@ def test_the_sdxl_recipe_has_the_settings_of_the_paper() -> None:
     adapter, optim, train = recipe.adapter, recipe.optim, recipe.train
     assert (adapter.rank, adapter.alpha, adapter.mixer_init, adapter.factor_init) == (4, 4, "orthogonal", "gaussian")
     assert (optim.lr, optim.weight_decay, optim.schedule, optim.warmup) == (1e-4, 1e-4, "constant", 0)
+    assert optim.mixer_weight_decay == 1e-4
     assert (train.steps, train.batch, train.accumulation, train.precision) == (500, 1, 4, "fp16")
     assert (recipe.data.resolution, recipe.data.prior, recipe.validate.every_epochs) == (1024, None, 40)
     assert recipe.model.vae == "madebyollin/sdxl-vae-fp16-fix"

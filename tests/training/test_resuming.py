@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from trials import hexed, with_train
 
-from mm_moslora.config import ProjectorConfig, Recipe
+from mm_moslora.config import ProjectorConfig, Recipe, load_recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.training.resume import changed_keys
@@ -243,3 +243,14 @@ def test_keys_that_change_the_computation_are_listed_and_others_are_free():
     }
     changes = changed_keys(before, after)
     assert list(changes.other_run) == ["data.train.0.weight: 1 -> 2", "optim.lr: 0.0001 -> 0.0002"]
+
+
+def test_keys_that_change_the_tokens_or_the_records_belong_to_another_run():
+    """A checkpoint that is older than the keys has their defaults."""
+    paper = load_recipe("commonsense_170k")
+    old = paper.to_dict()
+    del old["data"]["too_long"], old["data"]["train_on"], old["data"]["train"][0]["hold_out"]
+    changes = changed_keys(Recipe.from_dict(old).to_dict(), paper.to_dict())
+    assert list(changes.other_run) == [
+        "data.too_long: 'refuse' -> 'truncate'", "data.train.0.hold_out: 0 -> 120", "data.train_on: 'answers' -> 'all'"
+    ]  # fmt: skip

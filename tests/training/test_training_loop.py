@@ -18,6 +18,7 @@ from trials import bounded, hexed, losses, with_train
 
 from mm_moslora.config import OptimConfig, SourceConfig
 from mm_moslora.models.load_model import load
+from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.training_loop import lr_factor, train
 from mm_moslora.utils.errors import ConfigError, ModelError, TrainingError
 from mm_moslora.utils.run_paths import RUN_FILES
@@ -34,6 +35,15 @@ def test_a_model_folder_that_is_gone_is_told(recipe, tmp_path):
     gone = replace(recipe.model, language=str(tmp_path / "gone"))
     with pytest.raises(ModelError, match=r"model\.language is '.*gone', and nothing is there"):
         train(replace(recipe, model=gone))
+
+
+def test_mixers_decay_by_a_key_of_their_own():
+    names = ("lora_A", "lora_mixer", "lora_B")
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in names})
+    groups = parameter_groups(module, OptimConfig(weight_decay=0.1, mixer_weight_decay=0.2))
+    assert {name: (group.name, group.weight_decay) for group in groups for name in group.names} == {
+        "lora_A.weight": ("adapter", 0.1), "lora_mixer.weight": ("mixer", 0.2), "lora_B.weight": ("adapter", 0.1)
+    }  # fmt: skip
 
 
 def test_the_loss_goes_down(recipe):

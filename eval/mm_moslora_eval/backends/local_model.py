@@ -15,6 +15,7 @@ from mm_moslora.models.decoding.generation import (
     ContinuationScore,
     Prompt,
     generate_and_score,
+    generate_beams,
     score_options,
     stop_token_ids,
 )
@@ -70,9 +71,14 @@ class LocalModel:
             chosen = [requests[index] for index in indices]
             limit = max(request.max_new_tokens for request in chosen)
             references = [[ids] if (ids := self._encoded(request.reference)) else [] for request in chosen]
-            answers, scores = generate_and_score(
-                self.model, prompts, references, max_new_tokens=limit, stop_ids=self.stop_ids
-            )
+            beams, stops = chosen[0].beams, self.stop_ids
+            if beams > 1:
+                answers = generate_beams(self.model, prompts, beams=beams, max_new_tokens=limit, stop_ids=stops)
+                scores = score_options(self.model, prompts, references)
+            else:
+                answers, scores = generate_and_score(
+                    self.model, prompts, references, max_new_tokens=limit, stop_ids=stops
+                )
             for index, request, tokens, found in zip(indices, chosen, answers, scores, strict=True):
                 yield index, self._answer(request, tokens, found)
 

@@ -270,6 +270,11 @@ class EndpointModel:
         """Nothing to free."""
 
     def _answer(self, request: Request) -> Answer:
+        if request.beams > 1:
+            raise EvalError(
+                f"The protocol decodes with {request.beams} beams, which a chat endpoint cannot. Use the folder of a "
+                "run, a checkpoint or an export, or hf:ID."
+            )
         payload: dict[str, Any] = {
             "messages": chat_messages(request.messages, request.images),
             "max_tokens": request.max_new_tokens,

@@ -105,8 +105,8 @@ class TransformersModel:
             inputs = self._inputs(chosen)
             limit = max(request.max_new_tokens for request in chosen)
             output: Any = self.model.generate(
-                **inputs, max_new_tokens=limit, do_sample=False, num_beams=1, pad_token_id=self._tokenizer.pad_token_id,
-                temperature=None, top_p=None, top_k=None,
+                **inputs, max_new_tokens=limit, do_sample=False, num_beams=chosen[0].beams,
+                pad_token_id=self._tokenizer.pad_token_id, temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
             new = output[:, inputs["input_ids"].shape[1] :]
             scores = self._scores(inputs, [request.reference for request in chosen])

@@ -48,7 +48,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One question; decoding is greedy."""
+    """One question."""
 
     id: str
     messages: tuple[Message, ...]
@@ -57,6 +57,8 @@ class Request:
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
+    beams: int = 1
+    """Beams of the search for the likeliest answer; 1: greedy."""
     raw: bool = False
     """Bare text without a chat template."""
     aliases: tuple[str, ...] = ()

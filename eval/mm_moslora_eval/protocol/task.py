@@ -23,7 +23,7 @@ _LONGEST_ID = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Decoding of answers; always greedy."""
+    """Decoding of answers: greedy, or by beam search."""
 
     kind: Literal["generate", "loglikelihood", "continuation"] = "generate"
     """loglikelihood: the option with the most likely letter after the prompt. continuation: the option with the most
@@ -32,10 +32,22 @@ class Decoding:
     """Score of an option: its log-probability, or that divided by its length (`acc`, `acc_norm`, `acc_bytes`)."""
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
+    beams: int = 1
+    """generate only: beams of transformers' beam search, of which the likeliest is the answer; 1: greedy."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise EvalError(f"decoding.max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
+        for name in ("max_new_tokens", "beams"):
+            if getattr(self, name) < 1:
+                raise EvalError(f"decoding.{name} is {getattr(self, name)}, expected 1 or more.")
+        if self.beams > 1 and self.kind != "generate":
+            raise EvalError(f"decoding.beams is {self.beams}, but decoding.kind {self.kind} generates nothing.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without `beams` where decoding is greedy: answers stored by earlier versions stay valid."""
+        data = asdict(self)
+        if self.beams == 1:
+            del data["beams"]
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +139,7 @@ class Task:
     @property
     def asked(self) -> str:
         """Hash of everything that determines the answers, so without extraction, metric and aggregation."""
-        return digest([self.name, self.protocol, self.version, asdict(self.prompt), asdict(self.decoding)])
+        return digest([self.name, self.protocol, self.version, asdict(self.prompt), self.decoding.to_dict()])
 
     def load(self) -> DataSet:
         """Read the documents.

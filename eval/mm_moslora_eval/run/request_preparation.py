@@ -152,6 +152,7 @@ class Preparation:
             images=tuple(pictures),
             max_new_tokens=self._task.decoding.max_new_tokens,
             stop=self._task.decoding.stop,
+            beams=self._task.decoding.beams,
             raw=self._task.decoding.kind == "continuation",
             aliases=_aliases(item.document),
             reference=self._task.reference_of(item.document),

@@ -60,6 +60,9 @@ def length_percentiles(report: CheckReport) -> dict[str, int]:
 def _usable(report: CheckReport) -> Finding:
     bad = report.records - report.usable
     detail = f"{report.usable} of {report.records} can be used"
+    if bad:
+        share = report.refused / max(1, report.records)
+        detail += f", {report.refused} are refused ({share:.2%}, at most {report.max_bad_share:.2%})"
     if report.ok:
         return Finding("warn" if bad else "ok", "records", detail, "see the faults below" if bad else "")
     return Finding("bad", "records", f"{detail}; a run stops", "repair them, or raise data.max_bad_share")
@@ -83,9 +86,9 @@ def _truncation(report: CheckReport) -> Finding:
     lost = report.bad.get("TOO_LONG", 0)  # type: ignore[call-overload]
     if not report.truncated and not lost:
         return Finding("ok", "length", f"all fit into {report.max_length} tokens")
-    detail = f"over {report.max_length} tokens: {report.truncated} records lose turns, {lost} cannot be used at all"
-    if report.dropped:
-        detail += ", and are left out (data.too_long: drop)"
+    shorter = "are cut off" if report.too_long == "truncate" else "lose turns"
+    longer = "left out (data.too_long: drop)" if report.too_long == "drop" else "refused"
+    detail = f"over {report.max_length} tokens: {report.truncated} records {shorter}, {lost} are {longer}"
     return Finding("warn", "length", detail, "raise data.max_length, split long records, or set data.too_long")
 
 

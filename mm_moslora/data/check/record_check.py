@@ -37,8 +37,8 @@ class CheckReport:
     """Tokens that a record may have."""
     max_bad_share: float
     """Share of bad records above which a run stops; 0 when any bad record stops it."""
-    drop_too_long: bool = False
-    """Whether a record that is too long is left out and does not count as a bad one."""
+    too_long: str = "refuse"
+    """See `DataConfig.too_long`; dropped records do not count as bad ones."""
     records: int = 0
     """All records."""
     bad: Counter[Code] = field(default_factory=Counter)
@@ -64,7 +64,7 @@ class CheckReport:
     lengths: list[int] = field(default_factory=list)
     """Tokens of each usable record, visual tokens included."""
     truncated: int = 0
-    """Usable records that lose turns because they are too long."""
+    """Usable records that lose turns, or with truncate the end of their text, because they are too long."""
     thoughts: int = 0
     """Answers with thinking that is learned."""
     dropped_thoughts: int = 0
@@ -112,12 +112,17 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Whether a run would start."""
-        return self.usable > 0 and self.records - self.usable - self.dropped <= self.max_bad_share * self.records
+        return self.usable > 0 and self.refused <= self.max_bad_share * self.records
+
+    @property
+    def refused(self) -> int:
+        """Records that count against `max_bad_share`."""
+        return self.records - self.usable - self.dropped
 
     @property
     def dropped(self) -> int:
         """Records that are too long and left out on purpose."""
-        return self.bad[Code.TOO_LONG] if self.drop_too_long else 0
+        return self.bad[Code.TOO_LONG] if self.too_long == "drop" else 0
 
     def histogram(self, bins: int = 8) -> list[tuple[int, int]]:
         """Histogram of lengths: (upper bound in tokens, records), with bounds `max_length` / 2^i."""
@@ -172,7 +177,7 @@ def check(
         sources=[source.path for source in sources],
         max_length=config.max_length,
         max_bad_share=share,
-        drop_too_long=config.too_long == "drop",
+        too_long=config.too_long,
     )
     look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
     report, total = empty(), sum(len(file) for file in files)

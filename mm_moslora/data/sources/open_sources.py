@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_moslora.config import SourceConfig
+from mm_moslora.config import HeldOut, SourceConfig
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.sources.record_source import RecordFile, RecordSource, Selection, require_file
 from mm_moslora.utils.errors import DataError
@@ -57,6 +57,10 @@ def open_source(config: SourceConfig) -> RecordSource:
 
         path = Path(config.path)
         source = TableSource(config, _rules(config, path if path.is_dir() else path.parent))
+    return _held_apart(_limited(source, config), config)
+
+
+def _limited(source: RecordSource, config: SourceConfig) -> RecordSource:
     if config.limit is None or config.limit >= len(source):
         return source
     rows = range(config.limit)
@@ -64,6 +68,20 @@ def open_source(config: SourceConfig) -> RecordSource:
         return Selection(source, rows)
     # A fixed seed, so that runs that differ only in their seed see the same records.
     return Selection(source, sorted(random.Random("limit").sample(range(len(source)), config.limit)))
+
+
+def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
+    """What is left of a source without the records that it holds out, or for `HeldOut` these."""
+    if not config.hold_out:
+        return source
+    if config.hold_out >= len(source):
+        raise DataError(
+            f"data source {config.path!r}: hold_out is {config.hold_out} of {len(source)} records, so that none is "
+            "left to train on. Lower it."
+        )
+    held = set(random.Random("hold_out").sample(range(len(source)), config.hold_out))
+    wanted = isinstance(config, HeldOut)
+    return Selection(source, [row for row in range(len(source)) if (row in held) == wanted])
 
 
 def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:

@@ -1,4 +1,4 @@
-"""Greedy decoding and option scoring of batches of prompts with images; what prompts share is run once.
+"""Decoding and option scoring of batches of prompts with images; what prompts share is run once, save by beam search.
 
 Shapes: ``B`` prompts, ``T`` tokens of a prompt, ``Q`` visual tokens per image, ``D`` LLM width.
 
@@ -9,6 +9,7 @@ position ids count real tokens only, so that an fp32 model gives each prompt the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -140,6 +141,31 @@ def _gathered(steps: Iterable[list[int | None]], count: int) -> list[list[int]]:
             if token is not None:
                 answer.append(token)
     return answers
+
+
+@torch.inference_mode()
+def generate_beams(
+    model: PreTrainedModel, prompts: Sequence[Prompt], *, beams: int, max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[list[int]]:
+    """Decode by transformers' beam search; see `generate`. Nothing is shared between prompts.
+
+    Args:
+        model: causal language model or VLM in eval mode.
+        prompts: at least one.
+        beams: of every prompt; the likeliest per token is the answer.
+        max_new_tokens: most steps.
+        stop_ids: tokens that end an answer.
+    """
+    rows = [embed_prompt(model, prompt) for prompt in prompts]
+    embeddings = pad_sequence(rows, batch_first=True, padding_side="left")
+    masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
+    stops = list(stop_ids) or [-1]  # transformers takes an empty list for its own
+    found: Any = model.generate(
+        inputs_embeds=embeddings, attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
+        num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0],
+        temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    return [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in found.tolist()]
 
 
 @dataclass(frozen=True, kw_only=True)

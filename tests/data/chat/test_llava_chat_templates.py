@@ -26,6 +26,7 @@ ENDS = {
     "plain": ("{}\n", ""), "v1": (" {}", ""), "llama_2": (" {} ", ""), "mistral": (" {} ", ""),
     "llama_3": ("{}", "<|eot_id|>"), "chatml": ("{}", "<|im_end|>"), "gemma": ("{}", "<end_of_turn>"),
     "phi3": ("{}", "<|end|>"),
+    "alpaca": (" " * 16 + "{}", ""),
 }  # fmt: skip
 TYPED = ["</s>", "<s>", "<|im_end|>", "<|im_start|>", "<image>", "[/INST]", " ASSISTANT: ", "###", "<|eot_id|>",
          "<end_of_turn>", "<|end|>", "USER:", "<unk>", "<|endoftext|>"]  # fmt: skip

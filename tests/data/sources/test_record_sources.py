@@ -22,7 +22,7 @@ from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import RecordFile, open_source
 from mm_moslora.data.training_set import TrainingSet
-from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import chatml_encoder, colour_of, make_set, picture, tiny_tower
 
 
@@ -187,6 +187,19 @@ class TestRemotePictures:
 
 
 class TestLimits:
+    def test_held_out_records_are_a_fixed_random_choice_and_the_rest_trains(self, tmp_path: Path) -> None:
+        path = make_records(tmp_path, 40)
+        config = DataConfig(train=[SourceConfig(path=str(path), hold_out=8, weight=0.5, limit=30)])
+        (held,) = config.held_out
+        kept, out = ({record.id for record in open_source(source)} for source in (config.train[0], held))
+        assert (len(kept), len(out), held.weight) == (22, 8, 1.0)
+        assert kept | out == {record.id for record in open_source(SourceConfig(path=str(path), limit=30))}
+        assert out == {record.id for record in open_source(config.held_out[0])}
+        with pytest.raises(DataError, match="hold_out is 40 of 40 records, so that none is left"):
+            open_source(SourceConfig(path=str(path), hold_out=40))
+        with pytest.raises(ConfigError, match=r"data\.validation, 'x': hold_out is for data\.train"):
+            DataConfig(validation=[SourceConfig(path="x", hold_out=1)])
+
     def test_a_limit_takes_the_first_or_a_fixed_random_choice(self, tmp_path: Path) -> None:
         path = make_records(tmp_path, 40)
         first = open_source(SourceConfig(path=str(path), limit=5, limit_by="first"))

@@ -7,7 +7,14 @@ import torch
 
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, score_options, stream
+from mm_moslora.models.decoding.generation import (
+    Prompt,
+    encode_images,
+    generate,
+    generate_beams,
+    score_options,
+    stream,
+)
 from mm_moslora.utils.errors import ModelError
 
 
@@ -64,6 +71,32 @@ def test_the_answers_are_those_of_transformers_generate(assembly):
             max_new_tokens=6, min_new_tokens=6, do_sample=False,
         )[0]  # fmt: skip
         assert theirs.tolist()[: len(answer)] == answer or assembly.tokenizer.eos_token_id in answer
+
+
+def _likeliest(model, prompt, *, beams, steps, stop):
+    """Beam search anew: the likeliest per token among the answers that the kept beams end with."""
+    kept, ended = [(0.0, [])], []
+    for step in range(steps):
+        grown = []
+        for score, answer in kept:
+            given = Prompt(input_ids=torch.cat([prompt.input_ids, torch.tensor(answer, dtype=torch.long)]),
+                           features=prompt.features)  # fmt: skip
+            options = [[[token] for token in range(model.config.get_text_config().vocab_size)]]
+            found = score_options(model, [given], options)[0]
+            grown += [(score + one.logprob, [*answer, token]) for token, one in enumerate(found)]
+        grown.sort(key=lambda item: -item[0])
+        ended += [(score / (step + 1), answer[:-1]) for score, answer in grown[:beams] if answer[-1] == stop]
+        kept = [item for item in grown[: 2 * beams] if item[1][-1] != stop][:beams]
+    return max([*ended, *((score / steps, answer) for score, answer in kept)], key=lambda item: item[0])[1]
+
+
+def test_beams_find_the_likeliest_answer_in_a_batch_as_alone(assembly):
+    given = prompts(assembly)
+    expected = [_likeliest(assembly.model, prompt, beams=3, steps=3, stop=9) for prompt in given]
+    assert generate_beams(assembly.model, given, beams=3, max_new_tokens=3, stop_ids=[9]) == expected
+    assert expected != generate(assembly.model, given, max_new_tokens=3, stop_ids=[9])
+    one = generate_beams(assembly.model, given, beams=1, max_new_tokens=3, stop_ids=[])
+    assert one == generate(assembly.model, given, max_new_tokens=3, stop_ids=[])
 
 
 def test_a_picture_is_run_once_and_one_token_answers_need_no_decoding_step(assembly, monkeypatch):
