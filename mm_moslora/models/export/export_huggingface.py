@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from mm_moslora import adapters
 from mm_moslora.adapters.folders.save_folder import name_base
-from mm_moslora.models.assembly import Parts, savable_generation_config
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.families import tower_family
+from mm_moslora.models.language_model import savable_generation_config
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal

@@ -1,0 +1,223 @@
+"""The language model of an assembled one: loading, its chat template, and the row of the image token."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mm_moslora.config import ModelConfig
+from mm_moslora.config.llava_chat_templates import set_chat_template
+from mm_moslora.models.decoding.generation import stop_token_ids
+from mm_moslora.models.model_sizes import few_layers, sizes_of
+from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
+from mm_moslora.utils.errors import ModelError, reason_of
+from mm_moslora.utils.package_requirements import install_command, is_installed
+
+Weights = Literal["all", "none", "shapes"]
+"""How much of a model is loaded; see `mm_moslora.models.assembly.load_parts`."""
+
+
+class LanguageModel(NamedTuple):
+    """The language model of an assembled one, as far as it is loaded."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    """Absent where shapes alone are loaded."""
+    model: PreTrainedModel | None = None
+    layers: int = 0
+    """Decoder layers of the whole model, where shapes alone are loaded."""
+
+    def add_image_token(self) -> int:
+        """Its number; without a tokenizer the last one of the vocabulary stands for it."""
+        if self.tokenizer is None:
+            return int(self.config.vocab_size) - 1
+        token = register_image_token(self.tokenizer)
+        if self.model is not None:
+            add_embedding_row(self.model, token)
+        return token
+
+
+def language_model(
+    config: ModelConfig, *, weights: Weights, dtype: torch.dtype, device: torch.device | None
+) -> LanguageModel:
+    """Load the recipe's language model, or as much of it as is needed.
+
+    Args:
+        config: the recipe's `model`.
+        weights: see `mm_moslora.models.assembly.load_parts`.
+        dtype: see there.
+        device: see there.
+
+    Raises:
+        ModelError: nothing there, not a causal language model, or one that cannot be part of another.
+    """
+    assert config.language is not None
+    name, revision = config.language, config.language_revision
+    if weights == "shapes":
+        text, layers = few_layers(sizes_of(name, revision, key="model.language").get_text_config())
+        alone = AutoModelForCausalLM.from_config(text, trust_remote_code=False) if config.vision is None else None
+        return LanguageModel(text, cast(Any, None), alone, layers)
+    if weights == "all":
+        model, tokenizer = load_language(name, revision, dtype=dtype, quantisation=config.quantisation, device=device)
+        language = LanguageModel(model.config, tokenizer, model)
+    else:
+        language = LanguageModel(*_language_config(name, revision))
+    set_chat_template(language.tokenizer, config.chat_template, faithful=config.faithful)
+    if language.model is not None and config.chat_template is not None and language.model.generation_config is not None:
+        stops = stop_token_ids(language.model, language.tokenizer.eos_token_id)
+        language.model.generation_config.eos_token_id = stops
+    set_system_prompt(language.tokenizer, config.system_prompt)
+    return language
+
+
+def _language_config(name: str, revision: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.language is {name!r}, which does not load: {reason_of(error)}.") from error
+
+
+def load_language(
+    name: str,
+    revision: str | None,
+    *,
+    dtype: torch.dtype,
+    quantisation: str = "none",
+    device: torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load any causal language model with its tokenizer; `device` as for `load_parts`.
+
+    Raises:
+        ModelError: nothing there, or not a causal language model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        language = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            quantization_config=_quantisation(quantisation, dtype),
+            device_map=device,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"model.language is {name!r}, which does not load as a causal language model: {reason_of(error)}."
+        ) from error
+    _refuse_head_extras(language, name)
+    savable_generation_config(language)
+    return language, tokenizer
+
+
+def _quantisation(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if kind == "none":
+        return None
+    if not is_installed("bitsandbytes"):
+        raise ModelError(
+            f"model.quantisation is {kind}, which needs bitsandbytes. Run: {install_command('bitsandbytes')}"
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def set_system_prompt(tokenizer: Any, prompt: str | None) -> None:
+    """Make a system prompt the default of a chat template, so that whoever renders it uses it.
+
+    Args:
+        tokenizer: a tokenizer or processor with a chat template that knows system messages; changed in place.
+        prompt: None leaves the template alone.
+
+    Raises:
+        ModelError: there is no chat template to put it into.
+    """
+    if prompt is None:
+        return
+    if not isinstance(tokenizer.chat_template, str):
+        raise ModelError("model.system_prompt is set, but the model has no chat template that could carry it.")
+    parts = hasattr(tokenizer, "image_processor")  # processors take contents in parts
+    content: Any = [{"type": "text", "text": prompt}] if parts else prompt
+    default = json.dumps({"role": "system", "content": content}, ensure_ascii=False)
+    tokenizer.chat_template = (
+        "{%- if messages and messages[0]['role'] != 'system' -%}"
+        "{%- set messages = [" + default + "] + messages -%}"
+        "{%- endif -%}" + str(tokenizer.chat_template)
+    )
+
+
+def savable_generation_config(model: PreTrainedModel) -> None:
+    """Make the generation settings savable: sampling values without sampling are refused at save time, hours later."""
+    settings = model.generation_config
+    if settings is not None and not settings.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            if getattr(settings, name, None) is not None:
+                setattr(settings, name, None)
+
+
+def _refuse_head_extras(language: PreTrainedModel, name: str) -> None:
+    """LLaVA's head is one linear layer; a model that does more after it would be silently wrong."""
+    text = language.config.get_text_config()
+    extras = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+    for key, neutral in extras.items():
+        value = getattr(text, key, None)
+        if value is not None and value != neutral:
+            raise ModelError(
+                f"{name!r} ({text.model_type}) applies {key}={value} after its head, which the LLaVA composition "
+                "lacks. Choose another language model."
+            )
+    head = language.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ModelError(f"{name!r} ({text.model_type}) has no plain linear head without bias. Choose another model.")
+
+
+def add_embedding_row(language: PreTrainedModel, token_id: int) -> None:
+    """Give the embedding table a row for the image token.
+
+    The row is the mean of all others: it is never looked up (visual tokens take its place) and its logit never wins.
+    """
+    first = cast(nn.Parameter, language.get_input_embeddings().weight)
+    old, device = first.shape[0], first.device
+    if token_id < old:
+        return
+    # transformers draws the rows that are set here. On the CPU, so that its generator moves as far for every device.
+    _move_tables(language, torch.device("cpu"))
+    language.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    if device.type != "meta":
+        with torch.no_grad():
+            for table in {language.get_input_embeddings().weight, language.get_output_embeddings().weight}:
+                table[old:] = table[:old].float().mean(dim=0).to(table.dtype)
+    _move_tables(language, device)
+
+
+def _move_tables(language: PreTrainedModel, device: torch.device) -> None:
+    """Move the embedding table and the head; from the meta device without values."""
+    for owner in cast(list[nn.Module], [language.get_input_embeddings(), language.get_output_embeddings()]):
+        if cast(Tensor, owner.weight).is_meta:
+            owner.to_empty(device=device)
+        else:
+            owner.to(device)
+    language.tie_weights()  # the meta device makes other parameters
+
+
+def register_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Put the image token into a tokenizer's vocabulary and return its id."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return int(cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
