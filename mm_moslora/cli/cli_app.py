@@ -25,6 +25,7 @@ from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
 from mm_moslora.utils.run_paths import adapter_folder
+from mm_moslora.utils.text_format import whole_number
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -155,8 +156,7 @@ def _hidden_by(error: BaseException) -> MoSLoRAError | None:
 
 
 def _fail(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        print(f"error: {redact_text(text, keep_hashes=True)}", file=sys.stderr)
+    print(f"error: {redact_text(text, keep_hashes=True)}", file=sys.stderr)
 
 
 def _set_up_logging() -> None:
@@ -165,7 +165,7 @@ def _set_up_logging() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    rank = int(os.environ.get("RANK", "0"))
+    rank = whole_number(os.environ, "RANK", 0)
     prefix = f"[rank {rank}] " if rank else ""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))

@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.run_paths import SHIPPED, shipped_folder
+from mm_moslora.utils.text_format import whole_number
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
@@ -172,18 +173,13 @@ def refuse_early(recipe: Recipe, resume: str) -> None:
     from mm_moslora.training.preflight import check_recipe
 
     tasks = tasks_of(recipe.validate.tasks)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks check together after the rendezvous
+    if whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1:  # several ranks check together after the rendezvous
         check_recipe(recipe, resume=resume, tasks=[task.name for task in tasks])
 
 
 def _processes(nproc: int | None) -> int | None:
     """The option, else $NPROC."""
-    text = os.environ.get("NPROC", "")
-    if nproc is not None or not text:
-        return nproc
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"NPROC is {text!r}, expected a number from 1 on.")
-    return int(text)
+    return nproc if nproc is not None else whole_number(os.environ, "NPROC", 0, least=1) or None
 
 
 def _words(option: str, text: str) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from mm_moslora.utils.text_format import whole_number
+
 LOG_FOLDER = "MM_MOSLORA_LOG_DIR"
 """Variable with the folder; `launch --log-dir` sets it for the ranks."""
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -29,7 +31,7 @@ def keep_rank_log(environment: Mapping[str, str]) -> None:
     folder = environment.get(LOG_FOLDER)
     if not folder:
         return
-    rank = int(environment.get("RANK", "0"))
+    rank = whole_number(environment, "RANK", 0)
     path = Path(folder) / f"rank-{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

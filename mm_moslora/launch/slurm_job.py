@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.run_paths import checkpoints
+from mm_moslora.utils.text_format import whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,14 @@ class Job:
     @classmethod
     def current(cls, environment: Mapping[str, str]) -> Job | None:
         """The job in an environment such as `os.environ`; None outside a job, or where srun is missing."""
-        if "SLURM_JOB_ID" not in environment or not shutil.which("srun"):
+        if not environment.get("SLURM_JOB_ID") or not shutil.which("srun"):
             return None
         gpus = environment.get("SLURM_GPUS_ON_NODE", "")
         return cls(
-            number=int(environment["SLURM_JOB_ID"]),
-            nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
+            number=whole_number(environment, "SLURM_JOB_ID", 0),
+            nodes=whole_number(environment, "SLURM_JOB_NUM_NODES", 1, least=1),
             node_list=environment.get("SLURM_JOB_NODELIST", ""),
-            restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            restarts=whole_number(environment, "SLURM_RESTART_COUNT", 0),
             cpus_per_task=environment.get("SLURM_CPUS_PER_TASK"),
             gpus_on_node=int(gpus) if gpus.isdecimal() and int(gpus) else None,
         )

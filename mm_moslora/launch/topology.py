@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mm_moslora.launch.slurm_job import Job
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def _check_hosts(hostfile: Path) -> None:
 def _is_place(text: str) -> bool:
     """Whether the text has the form HOST:PORT."""
     host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) <= LARGEST_PORT
 
 
 def accelerators() -> int:
@@ -146,8 +147,8 @@ def _here(places: Topology) -> int:
 
 def _free_port() -> int:
     """$MASTER_PORT, or a port below the ephemeral ones of Linux, so that it stays free until rank 0 listens there."""
-    if given := os.environ.get("MASTER_PORT"):
-        return int(given)
+    if given := whole_number(os.environ, "MASTER_PORT", 0, least=1, most=LARGEST_PORT):
+        return given
     while True:
         port = random.randrange(15000, 32768)
         with socket.socket() as probe:

@@ -22,6 +22,7 @@ from packaging.version import Version
 
 from mm_moslora.utils.errors import DistributedError
 from mm_moslora.utils.hardware import let_segments_grow
+from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
 
 T = TypeVar("T")
 
@@ -31,22 +32,23 @@ BACKEND = "MM_MOSLORA_BACKEND"
 
 def rank() -> int:
     """This process's global rank; 0 is the main process."""
-    return int(os.environ.get("RANK", "0"))
+    return whole_number(os.environ, "RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return whole_number(os.environ, "WORLD_SIZE", 1, least=1)
 
 
 def local_rank() -> int:
     """This process's rank on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return whole_number(os.environ, "LOCAL_RANK", 0)
 
 
 def ranks_of_host() -> int:
     """Number of processes on this machine, where the launcher says it (torchrun, DeepSpeed); else all."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+    given = (whole_number(os.environ, name, 0, least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    return next(filter(None, given), world_size())
 
 
 def is_main() -> bool:
@@ -91,6 +93,13 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
+    if rank() >= world_size():
+        raise DistributedError(
+            f"The environment variable RANK is {rank()}, and WORLD_SIZE is {world_size()}: ranks count from 0. A "
+            "launcher sets both; start the run by one, or unset them."
+        )
+    if world_size() > 1:
+        whole_number(os.environ, "MASTER_PORT", 0, least=1, most=LARGEST_PORT)  # torch's own message does not name it
     let_segments_grow()
     chosen, more = backend(), {}
     if device().type == "cuda":
@@ -101,11 +110,16 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     try:
         dist.init_process_group(chosen, timeout=timedelta(minutes=timeout_minutes), **more)
     except (RuntimeError, ValueError, AssertionError) as error:
+        asked = f" {BACKEND} asks for the backend {chosen!r}." if os.environ.get(BACKEND) else ""
+        if world_size() == 1:
+            raise DistributedError(
+                f"The backend {chosen!r} of torch.distributed does not start in this process ({error}).{asked} Set "
+                f"{BACKEND} to gloo, or, for CPUs and GPUs, to cpu:gloo,cuda:nccl."
+            ) from error
         raise DistributedError(
             f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')}, where rank 0 listens ({error}). Check that every rank was started, that "
-            f"none has ended (its output says why), and that the port is free."
-            + (f" {BACKEND} asks for the backend {chosen!r}." if BACKEND in os.environ else "")
+            f"none has ended (its output says why), and that the port is free.{asked}"
         ) from error
     atexit.register(_leave)
 

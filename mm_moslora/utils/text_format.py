@@ -1,6 +1,42 @@
-"""Formatting of durations for people."""
+"""Numbers as text: durations for people, and whole numbers in environment variables."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mm_moslora.utils.errors import ConfigError
+
+LARGEST_PORT = 65_535
+LARGEST_NUMBER = 10**9
+"""Largest whole number that an environment variable may hold."""
+
+
+def whole_number(
+    environment: Mapping[str, str], name: str, default: int | None, *, least: int = 0, most: int = LARGEST_NUMBER
+) -> int:
+    """The number in an environment variable.
+
+    Args:
+        environment: such as `os.environ`.
+        name: of the variable.
+        default: its value where it is missing or empty; None: it must be set.
+        least: smallest number that makes sense.
+        most: largest.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    text = environment.get(name, "").strip()
+    if not text and default is not None:
+        return default
+    # Python reads digits of other scripts, and refuses very many.
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        up_to = "" if most == LARGEST_NUMBER else f" to {most}"
+        raise ConfigError(
+            f"The environment variable {name} is {text[:80]!r}, expected a whole number from {least}{up_to}. A "
+            "launcher or a scheduler sets it; correct it, or unset it."
+        )
+    return int(text)
 
 
 def format_seconds(seconds: float) -> str:

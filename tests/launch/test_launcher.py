@@ -257,10 +257,35 @@ def test_diffusion_recipes_are_launched_too(capsys):
     assert "`mm-moslora launch --diffusion tiny_subject`" in capsys.readouterr().err
 
 
-def test_nproc_of_the_environment_counts(monkeypatch, capsys):
-    monkeypatch.setenv("NPROC", "many")
-    assert cli.run(["launch", "--dry-run", "quickstart_tune"]) == 1
-    assert "NPROC is 'many', expected a number from 1 on" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("NPROC", "many", "from 1"), ("NPROC", "0", "from 1"), ("NPROC", "9" * 5000, "from 1"),
+        ("MASTER_PORT", "abc", "from 1 to 65535"), ("MASTER_PORT", "70000", "from 1 to 65535"),
+        ("RANK", "-1", "from 0"), ("WORLD_SIZE", "two", "from 1"), ("SLURM_JOB_ID", "12a", "from 0"),
+        ("SLURM_JOB_NUM_NODES", "٣", "from 1"), ("SLURM_RESTART_COUNT", "1.5", "from 0"),
+    ],
+)  # fmt: skip
+def test_a_number_of_the_environment_that_is_none_is_one_clear_error(
+    name, value, expected, slurm_tools, monkeypatch, capsys
+):
+    if name.startswith("SLURM"):
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv(name, value)
+    assert cli.run(["launch", "--deepspeed", "--dry-run", "quickstart_tune"]) == 1
+    said = capsys.readouterr().err
+    assert f"error: The environment variable {name} is '{value[:80]}', expected a whole number {expected}" in said
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"])
+def test_a_rank_refuses_the_same_numbers(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "many")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=f"environment variable {name} is 'many', expected a whole number"):
+        distributed.ranks_of_host(), distributed.local_rank(), distributed.join()
+    monkeypatch.setenv(name, "")
+    assert (distributed.ranks_of_host(), distributed.local_rank()) == (1 if name == "WORLD_SIZE" else 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,19 @@ def test_a_rank_joins_with_its_own_gpu(gpus, group, monkeypatch):
     assert group["to"] == "cpu:gloo,cuda:nccl", "numbers of the host would wait for the GPU"
 
 
+def test_a_backend_that_does_not_start_in_one_process_is_named(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setenv(distributed.BACKEND, "cpu:nccl" if not torch.cuda.is_available() else "smoke signals")
+    with pytest.raises(
+        DistributedError, match=r"The backend '.*' of torch.distributed .*Set MM_MOSLORA_BACKEND to gloo"
+    ) as told:
+        distributed.join()
+    assert "None" not in str(told.value)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(DistributedError, match=r"RANK is 1, and WORLD_SIZE is 1"):
+        distributed.join()
+
+
 def test_more_ranks_than_gpus_are_refused_unless_they_can_share(gpus, group, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "5")
     with pytest.raises(DistributedError, match=r"4 GPUs.*MM_MOSLORA_BACKEND=gloo"):

@@ -29,6 +29,7 @@ from typing import Any
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import read_json, refuse_strangers, replace_text
+from mm_moslora.utils.text_format import whole_number
 from mm_moslora_eval.metrics.question_groups import loglikelihood_choice
 from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
 from mm_moslora_eval.protocol.task import Task
@@ -68,8 +69,8 @@ class Settings:
     """Ask failed samples of an earlier run again."""
     grace_seconds: float = 30.0
     """Seconds that rank 0 waits, after its own work, for ranks that have not started yet."""
-    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
-    world_size: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+    rank: int = field(default_factory=lambda: whole_number(os.environ, "RANK", 0))
+    world_size: int = field(default_factory=lambda: whole_number(os.environ, "WORLD_SIZE", 1, least=1))
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

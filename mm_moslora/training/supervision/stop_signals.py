@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from mm_moslora.launch.launcher import REQUESTS_TO_END_UNSAVED, RequestCounter
+from mm_moslora.utils.text_format import whole_number
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _AGAIN_SECONDS = 30.0
@@ -61,7 +62,7 @@ class StopRequest:
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
             raise Stopped
 
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        alone = whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1
         previous = _install(leave, unless_ignored=True) if alone else {}
         if previous:
             previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, leave)
