@@ -101,7 +101,8 @@ class Recipe(YamlRecipe):
 
         Args:
             world: number of ranks.
-            before: the preset of the checkpoint that the run continues; None: it starts.
+            before: the preset of the checkpoint that the run continues; None: it starts. Plain torch, which runs one
+                process, is not continued on several.
         """
         train = self.train
         if train.zero != "auto":
@@ -109,7 +110,8 @@ class Recipe(YamlRecipe):
         takers = world // train.sequence_parallel
         several = train.micro_tokens is not None or train.global_batch > train.micro_batch * takers
         small = self.model.language_mode in ("adapter", "frozen")  # ZeRO-1 keeps all gradients on every rank
-        chosen = before or ("zero1" if several and small else "zero2")
+        kept = None if before == "none" and world > 1 else before
+        chosen = kept or ("zero1" if several and small else "zero2")
         return replace(self, train=replace(train, zero=chosen))
 
 

@@ -44,9 +44,8 @@ def run_arithmetic(*, deterministic: bool) -> Iterator[None]:
             _set_within(stack, products, name, False)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            if FLASH not in os.environ:
-                os.environ[FLASH] = "1"
-                stack.callback(os.environ.pop, FLASH, None)
+            stack.callback(_put_back, FLASH, os.environ.get(FLASH))
+            os.environ[FLASH] = "1"
             stack.callback(
                 torch.use_deterministic_algorithms,
                 torch.are_deterministic_algorithms_enabled(),
@@ -57,6 +56,13 @@ def run_arithmetic(*, deterministic: bool) -> Iterator[None]:
             _set_within(stack, torch.utils.deterministic, "fill_uninitialized_memory", False)
             _set_within(stack, torch.backends.cudnn, "benchmark", False)
         yield
+
+
+def _put_back(variable: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
 
 
 def _set_within(stack: ExitStack, owner: Any, name: str, value: bool) -> None:

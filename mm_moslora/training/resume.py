@@ -155,7 +155,7 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
 def _changes(manifest: Manifest, recipe: Recipe) -> Changes:
     expected = manifest.base.get(CONTENTS, {})
     same = [key for key, found in base_fingerprints(recipe.model).items() if expected.get(key) == found]
-    recipe = recipe.for_ranks(manifest.world_size, before=stage_before(manifest))
+    recipe = recipe.for_ranks(distributed.world_size(), before=stage_before(manifest))
     return changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
 
 

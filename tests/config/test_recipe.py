@@ -310,6 +310,8 @@ def test_a_recipe_with_absolute_paths_may_lie_anywhere(project: Path, monkeypatc
         ({"global_batch": 16, "micro_batch": 4}, "adapter", 2, "zero2", "zero2"),
         ({"global_batch": 16, "micro_batch": 4, "zero": "zero3"}, "adapter", 2, "zero2", "zero3"),
         ({"global_batch": 16, "micro_batch": 4, "zero": "none"}, "adapter", 1, None, "none"),
+        ({"global_batch": 16, "micro_batch": 4}, "adapter", 1, "none", "none"),
+        ({"global_batch": 16, "micro_batch": 4}, "adapter", 2, "none", "zero1"),
     ],
 )
 def test_the_default_stage_reduces_gradients_once_in_a_step(

@@ -39,7 +39,7 @@ def test_a_resumed_run_continues_exactly(name, halves):
 
 def test_ranks_and_stages_may_change_on_the_way(parts, ranks, tmp_path):
     """2 -> 1 -> 2 -> 4 ranks, another ZeRO stage each time: the samples and the numbers of an undisturbed run."""
-    way = [(2, "zero2"), (1, "zero3"), (2, "zero0"), (4, "zero1"), (1, "none"), (2, "zero3")]
+    way = [(2, "zero2"), (1, "zero3"), (2, "zero0"), (4, "zero1"), (1, "none"), (2, "auto")]
     steps = len(way)
     ranks.run([write(make_recipe(parts, tmp_path / "straight", "zero2", steps=steps))])
     for number, (world, zero) in enumerate(way):

@@ -19,9 +19,9 @@ from pass_checks import RunChecks, lean_model
 
 from mm_moslora.config import ModelConfig, Recipe, TrainConfig
 from mm_moslora.kernels import native
-from mm_moslora.kernels.attention.attention_choice import set_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS
-from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
+from mm_moslora.models.memory_efficient.kernel_selection import attention_words, choose_kernels, use_kernels
 from mm_moslora.planning import doctor
 from mm_moslora.training.validation import whole_model
 from mm_moslora.utils.errors import ConfigError
@@ -41,6 +41,26 @@ needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="ther
 class TestNative(RunChecks):
     name = "native"
     words = "Attention runs on the C++ kernel for CPUs"
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("requested", "dtype", "words"),
+    [
+        ("auto", torch.float32, "the C++ kernel for CPUs ("),
+        ("auto", torch.float16, "PyTorch's operators, which heads of 12 values in torch.float16 take on this CPU"),
+        ("sdpa", torch.float32, "transformers' sdpa"), ("eager", torch.float32, "transformers' eager"),
+    ],
+)  # fmt: skip
+def test_the_log_names_the_attention_that_this_model_takes(requested: str, dtype: torch.dtype, words: str) -> None:
+    model, kernels = lean_model("llama", dtype), choose_kernels("auto", CPU)
+    chosen = choose_attention(model, requested, device=CPU)
+    set_attention(model, chosen.name, native=kernels.native)
+    assert (chosen.words or attention_words(model, kernels)).startswith(words)
+    assert use_kernels(model, kernels) == ""
+    if requested != "auto":
+        with pytest.raises(ConfigError, match=rf"kernels is 'native', but .* runs on the attention '{requested}'"):
+            attention_words(model, choose_kernels("native", CPU))
 
 
 def test_a_run_has_its_attention_back_after_generation() -> None:

@@ -48,7 +48,7 @@ class AttentionChoice:
     name: str
     """Of transformers."""
     words: str = ""
-    """What it runs on, for the log; empty on a CPU, where `model.kernels` says it."""
+    """What it runs on, for the log; empty for this project's own on a CPU, where `model.kernels` decides."""
     faults: tuple[str, ...] = ()
     """A sentence for every kernel that should run here and does not."""
 
@@ -73,8 +73,9 @@ def choose_attention(
         name = "sdpa" if getattr(decoder, "_supports_sdpa", False) else "eager"
         return AttentionChoice(name=name, words=f"transformers' {name}, the one that {type(decoder).__name__} takes")
     if device.type != "cuda" or requested not in ("auto", SEGMENTS, *FLASH):
-        return AttentionChoice(name=SEGMENTS if requested == "auto" else requested)
-    shape = _head_shape(model, device)
+        name = SEGMENTS if requested == "auto" else requested
+        return AttentionChoice(name=name, words="" if name == SEGMENTS else f"transformers' {name}")
+    shape = head_shape(model, device)
     faults: list[str] = []
     packages = () if requested == SEGMENTS else FLASH if requested == "auto" else (requested,)
     if requested == "auto" and torch.are_deterministic_algorithms_enabled():
@@ -97,7 +98,13 @@ def training_attention(model: PreTrainedModel, requested: str = "auto", *, devic
     return choose_attention(model, requested, device=device).name
 
 
-def _head_shape(model: PreTrainedModel, device: torch.device) -> HeadShape:
+def head_shape(model: PreTrainedModel, device: torch.device) -> HeadShape:
+    """The heads of a decoder, as far as a kernel depends on them.
+
+    Args:
+        model: causal language model or VLM.
+        device: where it runs.
+    """
     config = model.get_decoder().config
     heads = config.num_attention_heads
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)

@@ -23,11 +23,24 @@ WIDEST = 256
 """Largest head width; as in the C++ source."""
 
 
+def takes(dtype: torch.dtype, width: int) -> bool:
+    """Whether the C++ kernel computes heads of this dtype and width on this CPU.
+
+    It leaves bfloat16 to PyTorch's kernel on a CPU with matrix units.
+
+    Args:
+        dtype: of queries, keys and values.
+        width: of a head.
+    """
+    tiles = dtype == torch.bfloat16 and multiplies_tiles()
+    return dtype in SUFFIXES and width <= WIDEST and not tiles
+
+
 def runs_native(query: Tensor, key: Tensor, value: Tensor, *, segments: int) -> bool:
     """Whether the C++ kernel computes this attention.
 
-    It does not in bfloat16 on a CPU with matrix units, which PyTorch's kernel uses; nor where most threads would be
-    idle; nor under a dispatch mode (a counter of FLOPs, for example), which would not see the kernel.
+    It does not where `takes` says no; nor where most threads would be idle; nor under a dispatch mode (a counter of
+    FLOPs, for example), which would not see the kernel.
 
     Args:
         query: ``[1, H, S, E]``.
@@ -36,12 +49,10 @@ def runs_native(query: Tensor, key: Tensor, value: Tensor, *, segments: int) -> 
         segments: their number.
     """
     given = {(tensor.dtype, tensor.device.type) for tensor in (query, key, value)}
-    known = len(given) == 1 and query.dtype in SUFFIXES and query.device.type == "cpu"
-    if not known or torch._C._len_torch_dispatch_stack():
+    if len(given) != 1 or query.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
         return False
     busy = segments * key.shape[1]
-    tiles = query.dtype == torch.bfloat16 and multiplies_tiles()
-    return query.shape[-1] <= WIDEST and 2 * busy >= torch.get_num_threads() and not tiles
+    return takes(query.dtype, query.shape[-1]) and 2 * busy >= torch.get_num_threads()
 
 
 def attend(

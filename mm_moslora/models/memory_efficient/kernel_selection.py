@@ -11,6 +11,9 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from mm_moslora.kernels.attention.attention_choice import head_shape
+from mm_moslora.kernels.attention.native_cpu_attention import takes
+from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.kernels.lora.seeded_dropout import set_dropout_kernels
@@ -111,6 +114,31 @@ def _native_words(device: torch.device) -> str:
     return f"the C++ kernel for CPUs ({library().compiler})"
 
 
+def attention_words(model: PreTrainedModel, kernels: Kernels) -> str:
+    """What a decoder's attention runs on on a CPU, for the log.
+
+    Args:
+        model: its attention is set.
+        kernels: from `choose_kernels`.
+
+    Raises:
+        ConfigError: the recipe requires the C++ kernel, and the decoder does not take it.
+    """
+    decoder = model.get_decoder()
+    name = decoder.config._attn_implementation
+    if kernels.native and name in NATIVE.values():
+        shape = head_shape(model, model.device)
+        if takes(shape.dtype, shape.width):
+            return kernels.words
+        return f"PyTorch's operators, which heads of {shape.width} values in {shape.dtype} take on this CPU"
+    if kernels.native and kernels.required:
+        raise ConfigError(
+            f"model.kernels is {kernels.required!r}, but {type(decoder).__name__} runs on the attention {name!r}, "
+            "which has no C++ kernel. Set model.kernels and model.attention to auto."
+        )
+    return "PyTorch's operators" if name == SEGMENTS else f"transformers' {name}" if name else ""
+
+
 def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
     """Set the kernels of a model's lean layers, in place.
 
@@ -120,7 +148,7 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
         lean: as for `choose_kernels`.
 
     Returns:
-        A sentence on what runs on them, attention included; empty where nothing does.
+        A sentence on what runs on them besides attention; empty where nothing does.
 
     Raises:
         ConfigError: nothing does, and the recipe requires them.
@@ -130,7 +158,7 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
         layer.passes = kernels.passes
     set_dropout_kernels(kernels.dropout)
     if kernels.native:
-        return f"Attention runs on {kernels.words}."
+        return ""
     if kernels.required and not changed:
         raise ConfigError(
             f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and "
