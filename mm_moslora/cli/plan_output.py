@@ -179,6 +179,11 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
             f"of a step keep {gpus.count - found.idle} busy. Take fewer GPUs, or raise train.global_batch."
         )
     console.print(f"{as_it_stands(found, found.own)} {found.remedy}".rstrip())
+    if found.own.main_memory:
+        console.print(
+            f"Main memory of the first host: about {found.own.main_memory / 2**30:.0f} GiB, for the weights that rank "
+            "0 reads under ZeRO-3, or for what is offloaded."
+        )
     if best is None:
         console.print(
             f"[red]Nothing fits on {gpus.count} x {gpus.name}[/] without offloading. Take more or larger GPUs, or nf4."

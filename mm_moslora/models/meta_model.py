@@ -52,16 +52,20 @@ class MetaModel:
         """The decoder layers at hand."""
         return cast(nn.ModuleList, cast(Any, self.model.get_decoder()).layers)
 
+    def each(self) -> Iterator[tuple[str, nn.Parameter, int]]:
+        """Name, parameter, and how often the whole model has one of its size: those of the last layer stand for all."""
+        last = {id(parameter) for parameter in self.held[-1].parameters()}
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter, 1 + (self.layers - len(self.held) if id(parameter) in last else 0)
+
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Parameters and trainable ones of the whole model by part: language, vision, projector, adapter, mixer."""
-        last = {id(parameter) for parameter in self.held[-1].parameters()}
         found: dict[str, tuple[int, int]] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter, times in self.each():
             part = part_of(name)
             if "lora_" in name:  # a projector inside the tower has the tower's adapters
                 kind = "mixer" if "lora_mixer" in name else "adapter"
                 part = kind if part == "language" else f"vision {kind}"
-            times = 1 + (self.layers - len(self.held) if id(parameter) in last else 0)
             total, trainable = found.get(part, (0, 0))
             size = times * parameter.numel()
             found[part] = (total + size, trainable + (size if parameter.requires_grad else 0))

@@ -168,6 +168,24 @@ def checkpoint_layers(component: PreTrainedModel, first: int | None = None) -> N
         first: so many layers from the first, which the backward pass recomputes when all others are freed; None: all.
 
     Raises:
+        ConfigError: see `refuse_checkpointing`.
+    """
+    layers = [module for module in component.modules() if isinstance(module, GradientCheckpointingLayer)]
+    refuse_checkpointing(component, first, layers=len(layers))
+    component.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers[first:] if first is not None else ():
+        layer.gradient_checkpointing = False
+
+
+def refuse_checkpointing(component: PreTrainedModel, first: int | None = None, *, layers: int) -> None:
+    """Refuse to checkpoint a component that cannot be, or more layers than it has.
+
+    Args:
+        component: a decoder or a tower; may be on the meta device.
+        first: see `checkpoint_layers`.
+        layers: of the whole component; only `first` is held against it.
+
+    Raises:
         ConfigError: its class has no checkpointing, or fewer layers.
     """
     if not component.supports_gradient_checkpointing:
@@ -175,17 +193,11 @@ def checkpoint_layers(component: PreTrainedModel, first: int | None = None) -> N
             f"{type(component).__name__} has no gradient checkpointing. Leave train.gradient_checkpointing or "
             "train.vision_gradient_checkpointing off for it."
         )
-    component.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if first is None:
-        return
-    layers = [module for module in component.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if first > len(layers):
+    if first is not None and first > layers:
         raise ConfigError(
-            f"train.gradient_checkpointing is {first}, but {type(component).__name__} has {len(layers)} layers. Give "
+            f"train.gradient_checkpointing is {first}, but {type(component).__name__} has {layers} layers. Give "
             "fewer, or true for all."
         )
-    for layer in layers[first:]:
-        layer.gradient_checkpointing = False
 
 
 @dataclass(frozen=True, kw_only=True)

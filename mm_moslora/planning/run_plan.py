@@ -16,11 +16,12 @@ import torch
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
-from mm_moslora.training.deepspeed_presets import stage_name
+from mm_moslora.training.engine import refuse_ranks
 from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, Memory, StepMemory
 from mm_moslora.training.metrics.gpu_specs import Gpus
 from mm_moslora.training.metrics.step_flops import Flops, StepShape
+from mm_moslora.training.preflight import check_model
 from mm_moslora.utils.errors import ConfigError
 
 STAGES = ("zero1", "zero2", "zero3")
@@ -65,6 +66,8 @@ class Option:
     fits: bool
     offload: bool = False
     """See `StepMemory.offload`."""
+    main_memory: float = 0.0
+    """Of the first host, bytes; see `StepMemory.main_memory`."""
 
     @property
     def label(self) -> str:
@@ -72,7 +75,9 @@ class Option:
         most = "" if self.most is None else f" up to {self.most:,} tokens"
         some = "" if self.checkpointing is True else f" of {self.checkpointing} layers"
         again = f", checkpointing{some}" if self.checkpointing else ""
-        return f"{self.zero}, micro-batch {self.micro_batch}{most}{again}{', offload' if self.offload else ''}"
+        return (
+            f"{Path(self.zero).name}, micro-batch {self.micro_batch}{most}{again}{', offload' if self.offload else ''}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,7 @@ class Plan:
     own: Option
     """The recipe's own setting."""
     remedy: str
-    """What would make it fit, as a sentence; empty where it fits."""
+    """What would make it fit, or use its memory, as a sentence; empty where there is nothing to say."""
 
     def hours(self, option: Option) -> float:
         """Wall time of the run."""
@@ -126,13 +131,14 @@ def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
 
 
 def speed(
-    size: ActivationMemory, gpus: Gpus, data: DataSize, *, zero: str, samples: float, checkpointing: float
+    size: ActivationMemory, gpus: Gpus, data: DataSize, *, stage: int, samples: float, checkpointing: float
 ) -> float:
     """Tokens per second over all GPUs with mean micro-batches of so many samples; ZeRO-3's gathers overlap with
     computation as far as possible. `checkpointing` is the share of the layers."""
     work = _flops(size, data, samples, checkpointing=checkpointing).total
-    seconds = work / (gpus.peak * utilisation(gpus, size))
-    if zero.startswith("zero3"):
+    peak = gpus.peak_fp32 if size.value_bytes == 4 else gpus.peak
+    seconds = work / (peak * utilisation(gpus, size))
+    if stage == 3:
         passes = 2 + checkpointing
         seconds = max(seconds, passes * size.weight_bytes * (gpus.count - 1) / gpus.count / gpus.bandwidth)
     elif gpus.count > 1:
@@ -181,7 +187,8 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             size; None: `PICTURE`.
 
     Raises:
-        ConfigError: the data's size is neither given nor known, or `picture` is given and all pictures cost the same.
+        ConfigError: the data's size is neither given nor known, `picture` is given and all pictures cost the same, or
+            training would refuse the recipe for its model or the number of GPUs.
         ModelError: a configuration cannot be loaded.
     """
     varies = size_decides(recipe.model)
@@ -191,10 +198,13 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             "one square of the same size. Leave --picture out."
         )
     train = recipe.train
+    in_fp32 = train.precision == "fp32" or (train.precision == "auto" and not gpus.has_bf16)
     size = activation_memory(
         recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
-        picture=picture or PICTURE, dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
+        picture=picture or PICTURE, dtype=torch.float32 if in_fp32 else torch.bfloat16,
     )  # fmt: skip
+    refuse_ranks(recipe.for_ranks(gpus.count).train, gpus.count)
+    check_model(recipe, size.model, layers=size.layers)
     data = data or known_data(recipe.data.train, size.tokens_per_image)
     if data is None:
         raise ConfigError("The size of the data is not known. Give --samples and --tokens-per-sample.")
@@ -203,8 +213,6 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     per_row = max(1.0, recipe.data.pack_tokens / tokens)
     data = replace(data, tokens=tokens, per_row=per_row, supervised=supervised)
     together = train.sequence_parallel
-    if gpus.count % together:
-        raise ConfigError(f"train.sequence_parallel is {together}, which does not divide the {gpus.count} GPUs.")
     busy = busy_share(train.global_batch, max(1, gpus.count // together))
 
     longest = recipe.data.longest
@@ -221,14 +229,15 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             zero=zero, checkpointing=checkpointing, micro_batch=micro_batch,
             most=tokens if tokens < micro_batch * longest else None, memory=needed,
             tokens_per_second=busy * speed(
-                size, gpus, data, zero=zero, samples=samples / together, checkpointing=step.share_again
+                size, gpus, data, stage=step.stage, samples=samples / together, checkpointing=step.share_again
             ),
             fits=needed.total <= FREE_SHARE * gpus.memory, offload=offload,
+            main_memory=step.main_memory(packed=recipe.model.quantisation != "none"),
         )  # fmt: skip
 
     options = [option(*setting) for setting in settings(train.global_batch, gpus)]
     own = option(
-        stage_name(recipe.for_ranks(gpus.count).train.zero), train.gradient_checkpointing, train.micro_batch,
+        recipe.for_ranks(gpus.count).train.zero, train.gradient_checkpointing, train.micro_batch,
         offload=train.activation_offload,
     )  # fmt: skip
     fitting = [option for option in options if option.fits]
@@ -242,7 +251,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
         gpus=gpus, activation_memory=size,
         picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
         idle=max(0, gpus.count - together * train.global_batch), own=own,
-        remedy="" if own.fits else _remedy(recipe, size, gpus, own),
+        remedy=_remedy(recipe, size, gpus, own),
     )  # fmt: skip
 
 
@@ -251,7 +260,11 @@ def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> 
         size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload,
         together=recipe.train.sequence_parallel,
     )  # fmt: skip
-    if fits := step.token_budget(gpus.memory, longest=recipe.data.longest):
+    given, fits = recipe.train.micro_tokens or 0, step.token_budget(gpus.memory, longest=recipe.data.longest)
+    if own.fits:
+        small = 0 < 2 * given < min(fits, own.micro_batch * recipe.data.longest)
+        return f"train.micro_tokens is {given}, and {fits} fit, which is faster: leave it out." if small else ""
+    if fits:
         return f"train.micro_tokens up to {fits} fits, or leave it out."
     change = step.remedies(gpus.memory, longest=recipe.data.longest, key=recipe.data.longest_key)
     return f"To make it fit, {change}."

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import shipped_folder
+
+PERSISTENT = 1_000_000
+"""Elements up to which ZeRO-3 leaves weights whole on every rank, where adapters are no larger."""
+_PERSISTENCE, _SECONDARY = "stage3_param_persistence_threshold", "zero_hpz_partition_size"
+DEFAULTS = {
+    "stage": 0, "reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000,
+    "stage3_max_live_parameters": 1_000_000_000, _PERSISTENCE: 100_000, _SECONDARY: 1,
+}  # fmt: skip
+"""DeepSpeed's own for missing keys."""
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -32,21 +43,91 @@ def read_preset(name: str) -> dict[str, Any]:
     return settings
 
 
-def stage_name(zero: str) -> str:
-    """`none`, or `zero0` to `zero3`, with `_offload` where the optimiser's state is in main memory.
+def fill_zero(zero: dict[str, Any], *, largest_adapter: int, ranks_of_host: int) -> None:
+    """Put values in the place of "auto" in `zero_optimization`, in place.
 
     Args:
-        zero: the recipe's `train.zero`.
-
-    Raises:
-        ConfigError: as `read_preset`.
+        zero: of a preset or file.
+        largest_adapter: elements of the largest A, B or mixer; ZeRO-3 leaves weights of that size whole.
+        ranks_of_host: ranks of this run on one host.
     """
-    if zero == "none":
-        return zero
-    settings = read_preset(zero).get("zero_optimization", {})
-    offload = settings.get("offload_optimizer")
-    offloads = isinstance(offload, dict) and offload.get("device", "none") != "none"
-    return f"zero{settings.get('stage', 0)}{'_offload' if offloads else ''}"
+    if zero.get("stage") == 3:
+        zero.setdefault(_PERSISTENCE, "auto")
+    filled = {_PERSISTENCE: max(PERSISTENT, largest_adapter), _SECONDARY: ranks_of_host}
+    zero.update({key: value for key, value in filled.items() if zero.get(key) == "auto"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """What decides how much memory a rank needs, of the settings that DeepSpeed gets; sizes are in elements."""
+
+    stage: int
+    reduce_buffers: int
+    """Buckets in which gradients are reduced."""
+    reduce_bucket: int
+    """Size of one."""
+    is_contiguous: bool
+    """Whether a bucket takes its whole size, also where fewer gradients are in it."""
+    allgather_bucket: int
+    live: int
+    """ZeRO-3: weights that stay gathered."""
+    persistent: int
+    """ZeRO-3: weights up to this size stay whole on every rank."""
+    secondary: int
+    """ZeRO-3: ranks of a host among which a second copy of all weights is divided; 1: there is none."""
+    frozen_in_bytes: bool
+    """ZeRO-3: whether frozen weights are stored in 8 bits."""
+    parameters_off: bool
+    """ZeRO-3: whether weights are in main memory or on a disk."""
+    optimizer_off: float
+    """Share of the optimiser's state in main memory."""
+
+    @classmethod
+    def of(cls, name: str, *, world: int, ranks_of_host: int, largest_adapter: int) -> ZeroSettings:
+        """The settings that `train.zero` names, with DeepSpeed's defaults for missing keys.
+
+        Args:
+            name: see `read_preset`.
+            world: ranks.
+            ranks_of_host: as for `fill_zero`.
+            largest_adapter: as for `fill_zero`.
+
+        Raises:
+            ConfigError: see `read_preset`; or a size is no number.
+        """
+        zero = dict(read_preset(name).get("zero_optimization", {}))
+        fill_zero(zero, largest_adapter=largest_adapter, ranks_of_host=ranks_of_host)
+
+        def number(key: str) -> int:
+            value = zero.get(key, DEFAULTS[key])
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"train.zero {name}: zero_optimization.{key} is {value!r}, expected a number.")
+            return int(value)
+
+        if (stage := number("stage")) > 3:
+            raise ConfigError(f"train.zero {name}: zero_optimization.stage is {stage}, expected 0 to 3.")
+        overlaps = zero.get("overlap_comm")
+        offload = zero.get("offload_optimizer")
+        share = offload.get("ratio", 1.0) if isinstance(offload, dict) and stage == 3 else 1.0
+        return cls(
+            stage=stage,
+            # ZeRO-3 has one bucket and the part of it that is reduced.
+            reduce_buffers=2 if stage == 3 or (stage and overlaps) else 1,
+            reduce_bucket=number("reduce_bucket_size"),
+            is_contiguous=bool(stage and zero.get("contiguous_gradients", True)),
+            allgather_bucket=number("allgather_bucket_size") if stage in (1, 2) else 0,
+            live=number("stage3_max_live_parameters"),
+            persistent=number(_PERSISTENCE),
+            secondary=max(1, min(number(_SECONDARY), world)) if stage == 3 else 1,
+            frozen_in_bytes=stage == 3 and zero.get("zero_quantized_nontrainable_weights") is True,
+            parameters_off=stage == 3 and _is_off(zero, "offload_param", "cpu_offload_param"),
+            optimizer_off=share if stage and _is_off(zero, "offload_optimizer", "cpu_offload") else 0.0,
+        )
+
+
+def _is_off(zero: dict[str, Any], group: str, old: str) -> bool:
+    settings = zero.get(group)
+    return zero.get(old) is True or (isinstance(settings, dict) and settings.get("device", "none") != "none")
 
 
 def _file(name: str) -> Path:

@@ -1,13 +1,15 @@
-"""Checks before anything is loaded, from the recipe, file names and installed packages.
+"""Checks before the first step, from the recipe, file names and installed packages.
 
 `check_recipe` imports nothing heavy; the command line calls it first, and `launch` before it starts ranks.
 `check_libraries` imports the libraries of a run and asks them. Both run before models and records are loaded.
+`check_model` asks a model, which may be without weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from mm_moslora.config import (
     AdapterConfig,
@@ -34,6 +36,9 @@ from mm_moslora.utils.run_paths import (
     require_projector,
     resume_folder,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOSS, ACCURACY = "validation_loss", "validation_token_accuracy"
 """The metrics of held-out records."""
@@ -228,3 +233,39 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
         moslora_config(recipe.adapter)
         if fresh and recipe.adapter.weights:
             start_folder(recipe.adapter)
+
+
+def check_model(recipe: Recipe, model: PreTrainedModel, *, layers: int) -> None:
+    """Refuse settings of a run that its model does not support; training and `plan` ask the same.
+
+    Args:
+        recipe: resolved.
+        model: on the meta device, it may have a few of its decoder layers.
+        layers: decoder layers of the whole model.
+
+    Raises:
+        ConfigError: names the key, what was found and what was expected.
+    """
+    import torch
+
+    from mm_moslora.kernels.attention.attention_choice import choose_attention
+    from mm_moslora.models.families import MIXED_ROWS
+    from mm_moslora.models.pretrained_vlm import tower_path
+    from mm_moslora.models.trainable_parts import refuse_checkpointing
+    from mm_moslora.models.vlm import is_multimodal, needs_padding
+    from mm_moslora.training.engine.ulysses import refuse_row_shares
+
+    train, decoder = recipe.train, model.get_decoder()
+    kind = decoder.config.model_type
+    if kind in MIXED_ROWS and not needs_padding(model) and (train.micro_batch > 1 or recipe.data.pack_tokens):
+        raise ConfigError(
+            f"In a {kind} model the conversations of one row see each other. Set train.micro_batch to 1 and "
+            "data.pack_tokens to 0, so that a row holds one conversation."
+        )
+    if again := train.gradient_checkpointing:
+        refuse_checkpointing(decoder, None if again is True else again, layers=layers)
+    if train.vision_gradient_checkpointing and is_multimodal(model):
+        tower = cast("PreTrainedModel", model.get_submodule(tower_path(model)))
+        refuse_checkpointing(tower, layers=0)
+    attention = choose_attention(model, recipe.model.attention, device=torch.device("cpu")).name
+    refuse_row_shares(model, train.sequence_parallel, attention=attention)

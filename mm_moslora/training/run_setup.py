@@ -24,11 +24,10 @@ from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
-from mm_moslora.models.families import MIXED_ROWS
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
+from mm_moslora.models.memory_efficient.kernel_selection import attention_words, choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
 from mm_moslora.models.model_paths import base_fingerprints, resolve_model_paths
 from mm_moslora.models.pretrained_vlm import tower_path
@@ -58,10 +57,10 @@ from mm_moslora.training.engine.ulysses import row_share, share_rows
 from mm_moslora.training.metrics.mixer_metrics import MIXERS, mixer_matrices
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
-from mm_moslora.training.preflight import refuse_folder
+from mm_moslora.training.preflight import check_model, refuse_folder
 from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError, TrainingError
+from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
@@ -165,6 +164,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         place = weights_place(recipe.train, quantised=is_quantised(model_start))
         assembly = load_parts(model_start, dtype=dtype_of(precision), device=place)
         attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
+        check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
     if distributed.is_main():
         for line in trainable_table(assembly):
             logger.info("%s", line)
@@ -176,10 +176,10 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     model = assembly.model.train()
     attention = AttentionChoice(name="")
     if not needs_padding(model):
-        _refuse_mixed_rows(model, recipe)
         with distributed.failing_together("Choosing the attention"):
             attention = choose_attention(model, recipe.model.attention, device=distributed.device())
         set_attention(model, attention.name, native=kernels.native)
+    attention = replace(attention, words=attention.words or attention_words(model, kernels))
     _say_what_runs(attention, precision)
     if (together := recipe.train.sequence_parallel) > 1:
         prepare_deepspeed(recipe.train.zero)
@@ -252,15 +252,6 @@ def _say_what_runs(attention: AttentionChoice, precision: str) -> None:
             "The ranks run on different GPUs or kernels: %s. Every step takes as long as the slowest rank, and "
             "micro-batches must fit the smallest GPU.",
             listed,
-        )
-
-
-def _refuse_mixed_rows(model: PreTrainedModel, recipe: Recipe) -> None:
-    kind = model.get_decoder().config.model_type
-    if kind in MIXED_ROWS and (recipe.train.micro_batch > 1 or recipe.data.pack_tokens):
-        raise ConfigError(
-            f"In a {kind} model the conversations of one row see each other. Set train.micro_batch to 1 and "
-            "data.pack_tokens to 0, so that a row holds one conversation."
         )
 
 

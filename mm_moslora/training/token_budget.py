@@ -8,7 +8,6 @@ from dataclasses import fields
 import torch
 
 from mm_moslora.config import ModelConfig, Recipe
-from mm_moslora.training.deepspeed_presets import stage_name
 from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, GIB, StepMemory
 from mm_moslora.training.precision import dtype_of
@@ -61,7 +60,7 @@ def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: 
         )
         return None
     step = StepMemory(
-        size=size, zero=stage_name(train.zero), world=distributed.world_size(),
+        size=size, zero=train.zero, world=distributed.world_size(), on_host=distributed.ranks_of_host(),
         checkpointing=train.gradient_checkpointing, offload=train.activation_offload, together=train.sequence_parallel,
     )  # fmt: skip
     budget = step.token_budget(capacity, longest=longest)

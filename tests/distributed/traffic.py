@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_moslora.config import load_recipe
 from mm_moslora.models.memory_efficient import decoder_layers
-from mm_moslora.training.engine import Engine, deepspeed_settings
+from mm_moslora.training import deepspeed_presets
+from mm_moslora.training.engine import Engine
 from mm_moslora.utils import distributed
 
 
@@ -51,7 +52,7 @@ def train_counting(*arguments: str) -> int:
     """Train each recipe, and leave in its folder what every step sent, as rank 0 saw it."""
     from ranks import train_recipes
 
-    deepspeed_settings.PERSISTENT = 100  # less than an adapter, as 10^6 is to large ranks
+    deepspeed_presets.PERSISTENT = 100  # less than an adapter, as 10^6 is to large ranks
     plain, mlp, passes = Engine.step, decoder_layers.gated_mlp, Counter()
 
     def noted(*args):

@@ -32,7 +32,7 @@ from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, StepMemory
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.training_loop import lr_factor
-from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.errors import ConfigError, ModelError
 
 SHIPPED = [name for name in recipe_names() if not name.startswith("quickstart")]
 # Millions of adapter and mixer parameters: language model, then encoder (arXiv 2406.11909 and arithmetic).
@@ -410,6 +410,65 @@ def test_ranks_that_share_rows_take_longer_ones(folders) -> None:
     assert found.own.fits
     assert found.own.most is None
     assert plan(changed(recipe, sequence_parallel=4, global_batch=1, micro_batch=1), gpus).idle == 4
+
+
+def test_a_second_copy_of_the_weights_in_each_host_is_planned(folders) -> None:
+    """72B on eight cards: 147 GB of weights in bf16, an eighth of them once more, so smaller micro-batches."""
+    recipe, gpus, data = (
+        shipped("qwen25_vl_72b_moslora", folders),
+        parse_gpus("8xA100-80G"),
+        DataSize(samples=9, tokens=9),
+    )
+    tokens = recipe.train.micro_batch * recipe.data.longest
+    plain, hpz = (plan(changed(recipe, zero=zero, micro_tokens=tokens), gpus, data) for zero in ("zero3", "zero3_hpz"))
+    size = memory_of(recipe)
+    copy = (size.weight_bytes + 2 * size.trainable) / 8
+    assert hpz.own.memory.total - plain.own.memory.total == pytest.approx(copy)
+    assert [found.own.memory.total / 2**30 for found in (plain, hpz)] == pytest.approx([57.7, 75.0], abs=0.1)
+    assert (plain.own.fits, hpz.own.fits) == (True, False)
+    fits = int(re.match(r"train\.micro_tokens up to (\d+) fits, or leave it out", hpz.remedy)[1])
+    left_out = plan(changed(recipe, zero="zero3_hpz"), gpus, data).own
+    assert (left_out.fits, left_out.most) == (True, fits)
+    assert recipe.data.longest < fits < tokens
+    assert left_out.main_memory == size.weight_bytes + 2 * size.trainable  # of rank 0, while it loads
+
+
+def test_a_token_budget_far_below_what_fits_is_told(folders) -> None:
+    recipe, gpus = shipped("llava15_7b_moslora", folders), parse_gpus("8xA100-80G")
+    fits = plan(recipe, gpus).own.most
+    told = plan(changed(recipe, micro_tokens=recipe.data.max_length), gpus).remedy
+    assert told == f"train.micro_tokens is {recipe.data.max_length}, and {fits} fit, which is faster: leave it out."
+    assert plan(changed(recipe, micro_tokens=fits * 2 // 3), gpus).remedy == ""
+
+
+def test_fp32_takes_the_time_of_fp32_also_where_a_card_has_no_bf16(folders) -> None:
+    recipe = shipped("llava15_7b_moslora", folders)
+    half, full = (plan(changed(recipe, precision=kind), parse_gpus("8xB200-180G")) for kind in ("bf16", "fp32"))
+    assert full.hours(full.own) == pytest.approx(half.hours(half.own) * 2250 / 75, rel=0.05)
+    old = parse_gpus("8xV100-32G")
+    auto, named, fp16 = (plan(changed(recipe, precision=kind), old).own for kind in ("auto", "fp32", "fp16"))
+    assert auto == named
+    assert auto.memory.weights == 2 * fp16.memory.weights
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "settings", "said"),
+    [
+        ("llava15_7b_moslora", 8, {"gradient_checkpointing": 100}, r"is 100, but LlamaModel has 32 layers"),
+        ("llava15_7b_moslora", 12, {"sequence_parallel": 3}, r"is 3, but LlamaModel has 32 attention heads and 32 key"),
+        ("llava15_7b_moslora", 8, {"sequence_parallel": 3}, r"is 3, which does not divide the 8 ranks"),
+        ("qwen25_vl_7b_moslora", 8, {"sequence_parallel": 2}, r"but Qwen2_5_VLFor.* takes whole rows"),
+        ("llava15_7b_moslora", 8, {"zero": "none"}, r"train\.zero is none on 8 ranks"),
+    ],
+)
+def test_a_plan_refuses_what_training_refuses(name, gpus, settings, said, folders) -> None:
+    """By the functions that training calls: `check_model` and `refuse_ranks`."""
+    with pytest.raises(ConfigError, match=said):
+        plan(
+            changed(shipped(name, folders), **settings),
+            parse_gpus(f"{gpus}xA100-80G"),
+            DataSize(samples=1000, tokens=1000),
+        )
 
 
 def test_a_plan_judges_the_largest_micro_batch_and_says_what_would_fit(folders) -> None:

@@ -86,6 +86,17 @@ def test_the_recipe_fills_a_preset_and_writes_what_releases_differ_in(precision:
         assert "auto" not in json.dumps(config)
 
 
+def test_the_defaults_with_which_memory_is_counted_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from mm_moslora.training.deepspeed_presets import DEFAULTS
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {field.alias or name: field.default for name, field in fields.items()}
+    assert {key: known[key] for key in DEFAULTS} == DEFAULTS
+    assert fields["contiguous_gradients"].default is True
+
+
 def test_adapters_of_any_rank_stay_whole_under_zero3_unless_the_file_says_otherwise(tmp_path: Path) -> None:
     from mm_moslora.training.engine.deepspeed_settings import deepspeed_config
 

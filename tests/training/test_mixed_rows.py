@@ -13,7 +13,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.models.families import MIXED_ROWS
 from mm_moslora.models.vlm import supervised_hidden
-from mm_moslora.training.engine.ulysses import share_rows
+from mm_moslora.training.engine.ulysses import refuse_row_shares
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError
 
@@ -72,6 +72,5 @@ def test_such_a_decoder_is_refused_unless_a_row_holds_one_conversation(recipe, t
 @pytest.mark.parametrize(("kind", "attention"), [("llama", "sdpa"), ("falcon", "sdpa"), ("gemma2", "eager")])
 def test_rows_are_not_shared_by_an_attention_that_sees_its_own_tokens_only(kind: str, attention: str) -> None:
     model = made(kind)
-    set_attention(model, attention)
     with pytest.raises(ConfigError, match=rf"train.sequence_parallel is 2, but .* '{attention}'"):
-        share_rows(model, 2)
+        refuse_row_shares(model, 2, attention=attention)

@@ -11,7 +11,7 @@ import torch
 from trials import with_train
 
 from mm_moslora.training import run_setup, token_budget
-from mm_moslora.training.deepspeed_presets import stage_name
+from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, GIB, MODEL_ERROR, StepMemory
 from mm_moslora.utils import distributed
@@ -86,14 +86,56 @@ def test_a_model_that_cannot_be_estimated_trains_without_a_budget(recipe, card, 
     assert "cannot be estimated (no rotary_emb)" in caplog.text
 
 
-def test_stages_are_read_from_presets_and_files(tmp_path):
-    assert [stage_name(name) for name in ("none", "zero1", "zero3", "zero2_offload")] == [
-        "none", "zero1", "zero3", "zero2_offload",
+def settings_of(name: str, **more) -> ZeroSettings:
+    return ZeroSettings.of(name, **({"world": 16, "ranks_of_host": 8, "largest_adapter": 0} | more))
+
+
+def test_memory_is_counted_with_the_settings_that_deepspeed_gets(tmp_path):
+    assert [settings_of(name).stage for name in ("zero0", "zero1", "zero3", "zero2_offload")] == [0, 1, 3, 2]
+    assert [settings_of(name).secondary for name in ("zero3", "zero3_hpz", "zeropp")] == [1, 8, 8]
+    assert settings_of("zero3_hpz", world=4).secondary == 4
+    assert [settings_of(name).frozen_in_bytes for name in ("zero3_hpz", "zeropp")] == [False, True]
+    assert (settings_of("zero2").reduce_bucket, settings_of("zero2_full").reduce_bucket) == (50_000_000, 500_000_000)
+    off = [settings_of(name) for name in ("zero3", "zero3_offload", "zero3_nvme", "zero2_offload")]
+    assert [(found.parameters_off, found.optimizer_off) for found in off] == [
+        (False, 0.0), (True, 1.0), (True, 1.0), (False, 1.0),
     ]  # fmt: skip
+    assert settings_of("zero3", largest_adapter=7_000_000).persistent == 7_000_000
     file = tmp_path / "own.json"
-    file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
-    assert stage_name(str(file)) == "zero3_offload"
+    file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}')
+    own = settings_of(str(file))
+    assert (own.optimizer_off, own.reduce_bucket, own.persistent) == (0.3, 500_000_000, 1_000_000)
     file.write_text("{}")
-    assert stage_name(str(file)) == "zero0"
+    assert settings_of(str(file)).stage == 0
+    for wrong, said in (
+        ('"reduce_bucket_size": "auto"', "is 'auto', expected a number"),
+        ('"stage": 4', "is 4, expec"),
+    ):
+        file.write_text(f'{{"zero_optimization": {{{wrong}}}}}')
+        with pytest.raises(ConfigError, match=said):
+            settings_of(str(file))
     with pytest.raises(ConfigError, match="zero4"):
-        stage_name("zero4")
+        settings_of("zero4")
+
+
+def test_what_a_setting_of_deepspeed_costs_and_saves_is_in_the_estimate(recipe, tmp_path):
+    size = activation_memory(recipe.model, recipe.adapter)
+    trained, frozen = 2 * size.trainable, size.weight_bytes
+
+    def of(zero: str):
+        return StepMemory(size=size, zero=zero, world=16, checkpointing=False).worst(100)
+
+    plain, hpz, bytewise, off = (of(name) for name in ("zero3", "zero3_hpz", "zeropp", "zero3_offload"))
+    assert hpz.weights - plain.weights == pytest.approx(frozen / 8)
+    assert hpz.adapters - plain.adapters == pytest.approx(trained / 8)
+    assert bytewise.weights == pytest.approx(hpz.weights / 2)
+    assert (off.weights, off.gradients, off.optimiser) == (0, 0, 0)
+    assert off.adapters == plain.adapters - trained / 16  # what stays whole
+    assert off.buffers == plain.buffers
+    assert (of("zero1").gradients, of("zero2_offload").gradients, of("zero2").gradients) == (trained, 0, trained / 16)
+    # Two buckets of 5e8 values in bf16, whatever is in them.
+    assert of("zero2_full").buffers - of("zero2").buffers == 2 * (2 * 500_000_000 - 50_000_000)
+    file = tmp_path / "own.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000000000}}')
+    whole = of(str(file))
+    assert whole.adapters - trained / 16 == pytest.approx(frozen + trained)

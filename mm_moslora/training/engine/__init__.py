@@ -41,6 +41,7 @@ __all__ = [
     "deepspeed_config",
     "largest_adapter",
     "prepare_deepspeed",
+    "refuse_ranks",
     "weights_place",
 ]
 
@@ -56,13 +57,9 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
     Raises:
         ConfigError: DeepSpeed is missing, or it refuses the settings or the precision, or the ranks cannot be grouped.
     """
+    refuse_ranks(train, distributed.world_size())
     if train.zero == "none":
         return
-    if (world := distributed.world_size()) % train.sequence_parallel:
-        raise ConfigError(
-            f"train.sequence_parallel is {train.sequence_parallel}, which does not divide the {world} ranks of this "
-            "run. Choose a divisor of their number."
-        )
     config = deepspeed_config(train, precision, max_grad_norm)
     import_deepspeed(train.zero)
     from deepspeed.accelerator import get_accelerator
@@ -77,6 +74,28 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
     check_operators(config, train.zero)
     if train.zero.endswith(".json"):
         check_settings(config, train.zero)
+
+
+def refuse_ranks(train: TrainConfig, world: int) -> None:
+    """Refuse a number of ranks on which an engine does not run.
+
+    Args:
+        train: the recipe's `train`, with a preset in the place of `zero: auto`.
+        world: ranks of the run.
+
+    Raises:
+        ConfigError: plain torch on several, or a number that `train.sequence_parallel` does not divide.
+    """
+    if train.zero == "none" and world > 1:
+        raise ConfigError(
+            f"train.zero is none on {world} ranks; plain torch runs one process. Leave train.zero out, choose zero0 to "
+            "zero3, or start a single process."
+        )
+    if world % train.sequence_parallel:
+        raise ConfigError(
+            f"train.sequence_parallel is {train.sequence_parallel}, which does not divide the {world} ranks of this "
+            "run. Choose a divisor of their number."
+        )
 
 
 def weights_place(train: TrainConfig, *, quantised: bool) -> torch.device | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterable, KeysView, Mapping
+from collections.abc import Iterable, KeysView, Mapping
 from typing import Any
 
 import torch
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.training.deepspeed_presets import read_preset
+from mm_moslora.training.deepspeed_presets import fill_zero, read_preset
 from mm_moslora.training.engine.deepspeed_patches import skip_shared_memory_operator
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 NVME_FOLDER = "MM_MOSLORA_NVME"
 """Variable with the folder of a fast local disk, for presets that swap weights."""
-PERSISTENT = 1_000_000
-"""Elements up to which ZeRO-3 leaves weights whole on every rank, where adapters are no larger."""
 
 
 def deepspeed_config(
@@ -67,12 +65,10 @@ def deepspeed_config(
         elif given == "auto" or key == "train_micro_batch_size_per_gpu":
             config[key] = value
     zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3:
-        zero.setdefault("stage3_param_persistence_threshold", "auto")
-    for group, key, value in _filled_of_stage_3(largest_adapter):
-        settings = zero if group is None else zero.get(group)
-        if isinstance(settings, dict) and settings.get(key) == "auto":
-            settings[key] = value()
+    fill_zero(zero, largest_adapter=largest_adapter, ranks_of_host=distributed.ranks_of_host())
+    swapped = zero.get("offload_param")
+    if isinstance(swapped, dict) and swapped.get("nvme_path") == "auto":
+        swapped["nvme_path"] = nvme_folder()
     if train.compile is not None and zero.get("stage") == 3:
         raise ConfigError(
             f"train.compile is {train.compile!r} with train.zero {train.zero}. Compiled layers are tried on ZeRO-0 to "
@@ -86,15 +82,6 @@ def deepspeed_config(
     if unused and distributed.is_main():
         logger.warning("%s: %s left out, since the recipe decides (optim).", train.zero, " and ".join(unused))
     return config
-
-
-def _filled_of_stage_3(largest_adapter: int) -> list[tuple[str | None, str, Callable[[], object]]]:
-    """Group below `zero_optimization`, key, and its value in place of "auto"."""
-    return [
-        (None, "stage3_param_persistence_threshold", lambda: max(PERSISTENT, largest_adapter)),
-        (None, "zero_hpz_partition_size", distributed.ranks_of_host),
-        ("offload_param", "nvme_path", nvme_folder),
-    ]
 
 
 def nvme_folder() -> str:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from mm_moslora.batch import Batch
 from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
-from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError
 
 
 class TorchEngine(Engine):
@@ -21,11 +19,6 @@ class TorchEngine(Engine):
 
     def __init__(self, module: LossModule, groups: Sequence[ParameterGroup], optimizer: OptimizerSettings) -> None:
         super().__init__(module, groups)
-        if distributed.world_size() > 1:
-            raise ConfigError(
-                f"train.zero is none on {distributed.world_size()} ranks; plain torch runs one process. "
-                "Choose zero0 to zero3, or start a single process."
-            )
         self.module.to(self.device)
         self.settings = optimizer
         self.masters = [

@@ -34,44 +34,67 @@ def row_share(ranks: int) -> RowShare:
     return RowShare(index=distributed.rank() % ranks, of=ranks)
 
 
-def share_rows(model: PreTrainedModel, ranks: int) -> None:
-    """Have the attention of a decoder see the tokens of all ranks of a group; every rank of the run calls it.
+def refuse_row_shares(model: PreTrainedModel, ranks: int, *, attention: str) -> None:
+    """Refuse a model whose rows several ranks cannot compute together.
 
     Args:
-        model: its attention is set; DeepSpeed is started.
-        ranks: of a group, see `refuse_sequence_parallel`.
+        model: may be on the meta device.
+        ranks: of a group; with one, nothing is refused.
+        attention: of the decoder, a name of transformers.
 
     Raises:
         ConfigError: the model's forward pass or its attention takes whole rows, or its heads cannot be divided.
     """
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-
+    if ranks == 1:
+        return
     if has_own_forward(model):
         raise ConfigError(
             f"train.sequence_parallel is {ranks}, but {type(model).__name__} places pictures and positions by itself "
             "and takes whole rows. Set it to 1, or assemble a model with model.language and model.vision."
         )
-    config: Any = model.get_decoder().config
-    if config._attn_implementation not in (SEGMENTS, NATIVE[SEGMENTS], *FLASH):
+    if attention not in (SEGMENTS, NATIVE[SEGMENTS], *FLASH):
         raise ConfigError(
             f"train.sequence_parallel is {ranks}, but {type(model.get_decoder()).__name__} runs on the attention "
-            f"{config._attn_implementation!r}, which would see one rank's tokens only. Set it to 1, or set "
+            f"{attention!r}, which would see one rank's tokens only. Set it to 1, or set "
             "model.attention to auto with a model that takes this project's attention."
         )
-    heads = config.num_attention_heads
-    groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, distributed.world_size(), ranks)]
-    try:
-        attention = UlyssesSPAttentionHF(
-            attn=ALL_ATTENTION_FUNCTIONS[config._attn_implementation],
-            batch_size=1,
-            attn_head_count=heads,
-            attn_head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            kv_head_count=getattr(config, "num_key_value_heads", None) or heads,
-            num_hidden_layers=config.num_hidden_layers,
-            process_group=groups[distributed.rank() // ranks],
-            seq_length_is_variable=True,
+    heads, key_heads = _heads(model)
+    if heads % ranks or (key_heads % ranks and ranks % key_heads):
+        raise ConfigError(
+            f"train.sequence_parallel is {ranks}, but {type(model.get_decoder()).__name__} has {heads} attention heads "
+            f"and {key_heads} key heads. Choose a divisor of the heads that divides the key heads or is a multiple of "
+            "them."
         )
-    except ValueError as error:
-        raise ConfigError(f"train.sequence_parallel is {ranks}: {error}. Choose a divisor of the heads.") from error
+
+
+def share_rows(model: PreTrainedModel, ranks: int) -> None:
+    """Have the attention of a decoder see the tokens of all ranks of a group; every rank of the run calls it.
+
+    Args:
+        model: its attention is set; DeepSpeed is started.
+        ranks: of a group, see `refuse_row_shares`.
+    """
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    config: Any = model.get_decoder().config
+    heads, key_heads = _heads(model)
+    groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, distributed.world_size(), ranks)]
+    attention = UlyssesSPAttentionHF(
+        attn=ALL_ATTENTION_FUNCTIONS[config._attn_implementation],
+        batch_size=1,
+        attn_head_count=heads,
+        attn_head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_head_count=key_heads,
+        num_hidden_layers=config.num_hidden_layers,
+        process_group=groups[distributed.rank() // ranks],
+        seq_length_is_variable=True,
+    )
     AttentionInterface.register(ULYSSES, attention)
     set_attention(model, ULYSSES)
+
+
+def _heads(model: PreTrainedModel) -> tuple[int, int]:
+    """Attention heads and key heads of a decoder."""
+    config: Any = model.get_decoder().config
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)

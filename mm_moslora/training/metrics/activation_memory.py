@@ -6,6 +6,7 @@ Shapes: ``T`` tokens, ``D`` LLM width, ``F`` MLP width, ``N`` images.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
@@ -74,7 +76,13 @@ class ActivationMemory:
     """Whether the backward pass recomputes the tower's layers."""
     is_lean: bool
     """Whether decoder layers keep at most about 8 tensors of their width and 2 of the MLP's width."""
+    elements: dict[int, int]
+    """Parameters by their number of elements."""
+    largest_adapter: int
+    """Elements of the largest A, B or mixer that trains; 0 without adapters."""
     counter: FlopCounter
+    model: PreTrainedModel
+    """On the meta device, with a few of its decoder layers."""
 
 
 def activation_memory(
@@ -104,6 +112,10 @@ def activation_memory(
     each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[model.quantisation]
     config: Any = bones.model.config.get_text_config()
     inner = config.intermediate_size
+    elements: Counter[int] = Counter()
+    for _, parameter, times in bones.each():
+        elements[parameter.numel()] += times
+    adapters = (p.numel() for name, p, _ in bones.each() if "lora_" in name and p.requires_grad)
     least, most = (_kept_by_layer(bones, dtype, tokens) for tokens in (1, PROBE))
     kept = (most - least) / (PROBE - 1)
     image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
@@ -118,7 +130,8 @@ def activation_memory(
         workspace_per_image=image.workspace, vision_checkpointing=vision_checkpointing,
         made_dense=max(linears, default=0) * size,
         is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
-        counter=FlopCounter(bones.model, layers=bones.layers, picture=image.cost),
+        elements=dict(elements), largest_adapter=max(adapters, default=0),
+        counter=FlopCounter(bones.model, layers=bones.layers, picture=image.cost), model=bones.model,
     )  # fmt: skip
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import bisect
 import itertools
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import product
 
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
+from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
 
 GIB = 2**30
@@ -18,10 +20,8 @@ FREE_SHARE = 0.94
 """Share of a GPU's memory that a plan may fill; the rest allows for fragmentation."""
 CONTEXT = 1.2 * GIB
 """CUDA context, libraries and communication buffers."""
-BUCKET = 50_000_000
-"""Elements of a reduce bucket in the presets."""
-LIVE = 1_000_000_000
-"""ZeRO-3: elements that stay gathered (stage3_max_live_parameters), at most the whole model."""
+PER_HOST = 8
+"""GPUs of a host, unless it is known."""
 
 MODEL_ERROR = 0.10
 """Measured peaks lie within this share of the estimate; see docs/performance.md."""
@@ -58,9 +58,11 @@ class StepMemory:
 
     size: ActivationMemory
     zero: str
-    """`none` (plain torch), zero0 to zero3, or one of these with `_offload`; see `stage_name`."""
+    """The recipe's `train.zero`, with a preset in the place of auto."""
     world: int
     """GPUs."""
+    on_host: int = PER_HOST
+    """GPUs of one host, if there are so many."""
     checkpointing: bool | int
     """Of the decoder: all layers, none, or so many from the first."""
     offload: bool = False
@@ -70,6 +72,21 @@ class StepMemory:
     logit_chunk: int = CHUNK_BYTES["cuda"]
     """Bytes of fp32 logits at a time."""
 
+    @cached_property
+    def settings(self) -> ZeroSettings | None:
+        """What DeepSpeed gets; None for plain torch."""
+        if self.zero == "none":
+            return None
+        return ZeroSettings.of(
+            self.zero, world=self.world, ranks_of_host=min(self.on_host, self.world),
+            largest_adapter=self.size.largest_adapter,
+        )  # fmt: skip
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 for plain torch."""
+        return self.settings.stage if self.settings else 0
+
     @property
     def share_again(self) -> float:
         """Share of the decoder layers that the backward pass recomputes."""
@@ -78,33 +95,70 @@ class StepMemory:
 
     def of(self, tokens: float, *, supervised: float, images: float) -> Memory:
         """Memory with a micro-batch of so many tokens, supervised tokens and images."""
-        size, zero = self.size, self.zero
+        size, zero, stage = self.size, self.settings, self.stage
         row = tokens * size.width * size.value_bytes if self.together > 1 else 0.0  # its embeddings are whole
         tokens, supervised = tokens / self.together, supervised / self.together
         trained, b = size.trainable, size.value_bytes
-        split = dict.fromkeys(("none", "zero0"), (1, 1, 1))
-        split |= {"zero1": (1, 1, self.world), "zero2": (1, self.world, self.world)}
-        by_weights, by_gradients, by_states = split.get(zero.removesuffix("_offload"), (self.world,) * 3)
-        masters = 0 if b == 4 and zero != "none" else 4
+        masters = 0 if b == 4 and zero else 4
+        off = zero.optimizer_off if zero else 0.0
         again = round(self.share_again * size.layers)
         inputs = min(2, again) if self.offload else again
         # The first layers are recomputed, one at a time, when those behind them are freed.
         whole_layers = max(size.layers - again, min(1, again))
         kept = inputs * size.width * b + whole_layers * size.kept_per_layer + size.kept_elsewhere
         rows = min(supervised, max(SMALLEST_CHUNK, self.logit_chunk // (4 * size.vocabulary)))
-        gathered = min(LIVE, size.frozen + trained) * 2 * b if by_weights > 1 else 0
-        adapters = sum(mine for part, (_, mine) in size.parts.items() if part.endswith(("adapter", "mixer")))
-        whole = adapters * b if by_weights > 1 else 0
+        frozen, copies, whole, gathered = self._weights()
+        gradients = trained * (b if zero else 4) / (self.world if stage > 1 else 1)
         return Memory(
-            weights=size.weight_bytes / by_weights,
-            adapters=trained * b / by_weights + whole,
-            gradients=trained * (4 if zero == "none" else b) / by_gradients,
-            optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
+            weights=frozen * copies,
+            adapters=trained * b * copies + whole,
+            gradients=0 if off and stage > 1 else gradients,
+            optimiser=(1 - off) * trained * (8 + masters) / (self.world if stage else 1),
             activations=tokens * kept + images * size.kept_per_image + size.products,
             workspace=2 * row + tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
             logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
-            buffers=(0 if zero == "none" else 2 * min(BUCKET, trained) * b) + gathered,
+            buffers=self._buckets() + gathered,
         )
+
+    def main_memory(self, *, packed: bool = False) -> float:
+        """Bytes of the first host's main memory for weights and optimiser: read by rank 0 under ZeRO-3, and offloaded.
+
+        Args:
+            packed: the base is quantised, which every rank reads to its GPU.
+        """
+        size, zero = self.size, self.settings
+        if zero is None:
+            return 0.0
+        trained, b, here = size.trainable, size.value_bytes, min(self.on_host, self.world)
+        frozen = self._weights()[0]
+        loading = size.weight_bytes + trained * b if zero.stage == 3 and not packed else 0.0
+        weights = (frozen + trained * b) * (1 / self.world + (1 / zero.secondary if zero.secondary > 1 else 0))
+        states = trained * (8 + (0 if b == 4 else 4)) * zero.optimizer_off
+        gradients = trained * b if zero.optimizer_off and zero.stage > 1 else 0
+        offloaded = (states + gradients) / self.world + (weights if zero.parameters_off else 0)
+        return max(loading, here * offloaded)
+
+    def _weights(self) -> tuple[float, float, float, float]:
+        """Bytes of all frozen weights; the share of all weights on this GPU; bytes of weights that are whole on every
+        GPU beside their shards; and of those that are gathered at a time."""
+        size, zero = self.size, self.settings
+        if zero is None or zero.stage < 3 or (self.world == 1 and not zero.parameters_off):
+            return size.weight_bytes, 1.0, 0.0, 0.0
+        frozen = min(size.weight_bytes, size.frozen) if zero.frozen_in_bytes else size.weight_bytes
+        copies = 1 / self.world + (1 / zero.secondary if zero.secondary > 1 else 0)
+        whole = sum(length * number for length, number in size.elements.items() if length <= zero.persistent)
+        gathered = min(zero.live, size.frozen + size.trainable) * 2
+        return frozen, 0.0 if zero.parameters_off else copies, whole * size.value_bytes, gathered * size.value_bytes
+
+    def _buckets(self) -> float:
+        """Bytes of the buckets in which gradients are reduced, and trained weights gathered."""
+        size, zero = self.size, self.settings
+        if zero is None:
+            return 0.0
+        filled = min(zero.reduce_bucket, size.trainable)
+        first = zero.reduce_bucket if zero.is_contiguous else filled
+        more = (zero.reduce_buffers - 1) * (filled if zero.stage == 3 else first)
+        return float(size.value_bytes * (first + more + min(zero.allgather_bucket, size.trainable)))
 
     def worst(self, tokens: int) -> Memory:
         """Memory with the micro-batch of so many tokens that needs most: full of pictures, every token supervised."""

@@ -16,6 +16,16 @@ DENSE_TFLOPS = {
 """Dense half-precision peak by a part of the device's name, TFLOP/s (vendors' data sheets; fp32 accumulation). The
 longest matching name counts. V100 and T4: fp16, they have no bf16."""
 
+FP32_TFLOPS = {
+    "B200": 75.0, "H200": 67.0, "H100": 67.0, "H800": 67.0, "H20": 44.0, "A100": 19.5, "A800": 19.5, "L40S": 91.6,
+    "L4": 30.3, "A10": 31.2, "A6000": 38.7, "RTX 5090": 104.8, "RTX 4090": 82.6, "RTX 3090": 35.6, "V100": 15.7,
+    "T4": 8.1, "MI300X": 163.4,
+}  # fmt: skip
+"""Peak in fp32 of the cards in `MEMORY_GB`, TFLOP/s (data sheets), without TF32, in which PyTorch does not multiply
+unless it is asked to."""
+WITHOUT_BF16 = ("V100", "T4")
+"""Cards on which `train.precision: auto` is fp32."""
+
 MEMORY_GB = {
     "A100-40G": ("A100", 40, 230), "A100-80G": ("A100", 80, 230), "A800-80G": ("A800", 80, 160),
     "H100-80G": ("H100", 80, 370), "H800-80G": ("H800", 80, 160), "H200-141G": ("H200", 141, 370),
@@ -37,6 +47,10 @@ class Gpus:
     """Memory of one GPU, bytes."""
     peak: float
     """Dense half-precision peak of one GPU, FLOP/s."""
+    peak_fp32: float
+    """Peak of one GPU in fp32, FLOP/s."""
+    has_bf16: bool
+    """Whether it multiplies bf16 fast."""
     bandwidth: float
     """Bandwidth between GPUs of one machine, bytes per second."""
 
@@ -64,5 +78,5 @@ def parse_gpus(text: str) -> Gpus:
     peak, memory, bandwidth = MEMORY_GB[found[0]]
     return Gpus(
         name=found[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
-        bandwidth=bandwidth * 1e9,
+        peak_fp32=FP32_TFLOPS[peak] * 1e12, has_bf16=peak not in WITHOUT_BF16, bandwidth=bandwidth * 1e9,
     )  # fmt: skip
