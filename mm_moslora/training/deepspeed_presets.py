@@ -109,6 +109,8 @@ class ZeroSettings:
         overlaps = zero.get("overlap_comm")
         offload = zero.get("offload_optimizer")
         share = offload.get("ratio", 1.0) if isinstance(offload, dict) and stage == 3 else 1.0
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ConfigError(f"train.zero {name}: offload_optimizer.ratio is {share!r}, expected a share from 0 to 1.")
         return cls(
             stage=stage,
             # ZeRO-3 has one bucket and the part of it that is reduced.
