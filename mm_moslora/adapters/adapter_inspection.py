@@ -1,7 +1,11 @@
-"""Statistics of an adapter: sizes, ranks and the shape of its mixers.
+"""The subspace lens: measures of an adapter that do not depend on the coordinates in which it is written.
 
-Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``; the update is ``s B M A``. Its singular values are found from
-R x R matrices (QR of A and B), never from a ``[D_out, D_in]`` one.
+Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``; the update is ``s B M A``.
+
+Rotations P and Q of R dimensions write the same update as ``(Q A, P M Q^T, B P^T)``, and numbers a and b as
+``(a A, M / (a b), b B)``. No measure changes with them; `ModuleReport.moved` needs the start in the same coordinates.
+All are found from R x R matrices (QR of A^T and B), never from a ``[D_out, D_in]`` one. docs/subspace_lens.md explains
+them.
 """
 
 from __future__ import annotations
@@ -10,76 +14,129 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import FACTORS_A, PREFIX, adapted_path
 from mm_moslora.adapters.folders.folder_tensors import mixer_matrices
+from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
+from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.adapters.folders.load_folder import read_folder
+from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import named_adapter_layers
+from mm_moslora.reporting.lens_maps import MEASURES
+from mm_moslora.reporting.lens_picture import draw_lens
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import output_file
-from mm_moslora.utils.run_paths import writing
 
-_SIGN = b"mm_moslora"
-"""Software that a picture names, which marks it as replaceable."""
+SMALLEST = 1e-7
+"""Directions below this share of the largest are rounding of float32, and no part of a space."""
+EQUAL = 1e-6
+"""Singular values that differ by less than this share of the largest are equal: their directions are not unique."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleReport:
-    """Statistics of one adapted module."""
+    """Measures of one adapted module; None where the start, or the mixer, that a measure needs is not known."""
 
     path: str
     """Module path."""
     rank: int
     """R."""
-    norm_A: float  # noqa: N815
-    """Frobenius norm of A."""
-    norm_B: float  # noqa: N815
-    """Frobenius norm of B."""
     norm_update: float
     """Frobenius norm of ``s B M A``."""
     effective_rank: float
     """exp of the entropy of the update's normalised singular values: R when all are equal, 1 when one is dominant."""
-    identity_distance: float
-    """``|M - I| / |I|``; 0 for plain LoRA."""
+    stable_rank: float
+    """Squared Frobenius norm over squared largest singular value of the update."""
+    effective_pairs: float
+    """exp of the entropy of `pair_energy`: how many pairs of a direction of B and one of A make the update."""
     orthogonal_distance: float
-    """``|M - Q| / |Q|`` with Q the nearest orthogonal matrix; 0 for an orthogonal mixer."""
+    """Distance of M from the nearest multiple of an orthogonal matrix, as a share of M: 0 for such a matrix."""
     condition: float
     """Largest over smallest singular value of M; infinite for a singular one."""
-    crossed_energy: float
-    """Share of the update's energy in pairs (B_j, A_i) of different subspaces; 0 for a diagonal mixer."""
+    moved: float | None
+    """``|M - M0| / |M0|``, in the coordinates of training."""
+    reshaped: float | None
+    """What of this no rotation of B explains: M, lined up with A0 and turned and scaled to fit M0, from M0, in [0, 1]."""
+    row_angles: tuple[float, ...] | None
+    """Principal angles, degrees, rising, between the row spaces of ``M A`` and ``M0 A0``."""
+    column_angles: tuple[float, ...] | None
+    """The same of the column spaces of ``B M`` and ``B0 M0``; None where B starts at zero."""
     singular_values: tuple[float, ...]
     """Of ``s B M A``, in falling order, R of them."""
-    mixer: tuple[tuple[float, ...], ...]
-    """M."""
+    pair_energy: tuple[tuple[float, ...], ...]
+    """Share of the update's energy in every pair of a left singular direction of B (row) and a right one of A (column),
+    strongest first. They sum to 1; directions of equal singular values share evenly."""
+    mixer: tuple[tuple[float, ...], ...] | None
+    """M; None: plain LoRA."""
+    mixer_start: tuple[tuple[float, ...], ...] | None
+    """M0."""
+
+    @property
+    def row_angle(self) -> float | None:
+        """Mean of `row_angles`."""
+        return _mean(self.row_angles)
+
+    @property
+    def column_angle(self) -> float | None:
+        """Mean of `column_angles`."""
+        return _mean(self.column_angles)
+
+    def measures(self) -> dict[str, float]:
+        """The `MEASURES` that are known."""
+        found = {name: getattr(self, name) for name in MEASURES}
+        return {name: value for name, value in found.items() if value is not None}
 
 
-def inspect_adapter(folder: str | Path) -> list[ModuleReport]:
+def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) -> list[ModuleReport]:
     """Read an adapter folder and describe every module.
 
     Args:
         folder: any folder that `load_adapter` reads; no model is needed.
+        against: another adapter folder to take for the start, such as that of an earlier checkpoint or of another seed;
+            None: the start that the folder keeps.
 
     Raises:
         AdapterError: see `load_adapter`; no factor in the folder.
     """
     content = read_folder(folder)
-    mixers = mixer_matrices(content.tensors, mixer_form=content.config.mixer_form)
+    form, mixers = form_named(content.config.mixer_form), _mixers(content)
+    other = None if against is None else read_folder(against)
     reports = []
     for name, A in content.tensors.items():
         path = adapted_path(name)
         if path is None:
             continue
-        suffix = next(suffix for suffix in FACTORS_A if name.endswith(suffix))
-        B = content.tensors[f"{PREFIX}{path}{suffix.replace('_A', '_B')}"]
+        B = content.tensors[_name_of_B(name)]
+        if other is None:
+            start = ModuleStart.read(content.start, path, form, len(A))
+        else:
+            start = _other_module(other, name, A, B)
         scaling = content.config.scaling_for(path.partition(".base_layer.")[0])
-        reports.append(describe(path, A, mixers.get(f"{PREFIX}{path}"), B, scaling))
+        reports.append(describe(path, A, mixers.get(f"{PREFIX}{path}"), B, scaling, start=start))
     if not reports:
         raise AdapterError(f"{folder} holds no factors to inspect.")
     return sorted(reports, key=lambda report: _natural(report.path))
+
+
+def _mixers(content: AdapterFolder) -> dict[str, Tensor]:
+    return mixer_matrices(content.tensors, mixer_form=content.config.mixer_form)
+
+
+def _name_of_B(name: str) -> str:  # noqa: N802
+    suffix = next(suffix for suffix in FACTORS_A if name.endswith(suffix))
+    return f"{name.removesuffix(suffix)}{suffix.replace('_A', '_B')}"
+
+
+def _other_module(other: AdapterFolder, name: str, A: Tensor, B: Tensor) -> ModuleStart:
+    """A module of another adapter in the place of a start."""
+    if name not in other.tensors:
+        return ModuleStart()
+    old_A, old_B = other.tensors[name], other.tensors[_name_of_B(name)]
+    M = _mixers(other).get(f"{PREFIX}{adapted_path(name)}", torch.eye(len(old_A)))
+    rows, columns = ((A, old_A), (B.flatten(1).T, old_B.flatten(1).T))
+    return ModuleStart(M=M, rows=Overlap.of(rows[0].flatten(1), rows[1].flatten(1)), columns=Overlap.of(*columns))
 
 
 @torch.no_grad()
@@ -97,31 +154,51 @@ def inspect_model(model: nn.Module, *, adapter_name: str = "default") -> list[Mo
     for path, layer in named_adapter_layers(model):
         if layer.holds(adapter_name):
             factors = layer.factors(adapter_name)
+            A, B = factors.A.cpu(), factors.B.cpu()
             M = None if factors.M is None else factors.M.cpu()
-            reports.append(describe(path, factors.A.cpu(), M, factors.B.cpu(), factors.scaling))
+            start = ModuleStart.of(layer, adapter_name, A, B)
+            reports.append(describe(path, A, M, B, factors.scaling, start=start))
     if not reports:
         raise AdapterError(f"The model has no adapter {adapter_name!r} to inspect.")
     return sorted(reports, key=lambda report: _natural(report.path))
 
 
-def inspection(folder: str | Path, *, picture: str | Path | None = None) -> str:
+def inspection(
+    folder: str | Path, *, picture: str | Path | None = None, against: str | Path | None = None
+) -> str:
     """The text of `mm-moslora adapters inspect FOLDER`; writes the picture on the way.
 
     Args:
         folder: see `inspect_adapter`.
         picture: see `draw`; None writes none.
+        against: see `inspect_adapter`.
     """
-    reports = inspect_adapter(folder)
+    reports = inspect_adapter(folder, against=against)
     lines = [table(reports), ""]
     lines += [f"{name:28} {value:.4g}" for name, value in summary(reports).items()]
+    lines += _unknown(reports, kept=against is None)
     if picture is not None:
         lines.append(f"picture: {draw(reports, picture)}")
     return "\n".join(lines)
 
 
+def _unknown(reports: Sequence[ModuleReport], *, kept: bool) -> list[str]:
+    """What is not known, and why."""
+    if not kept:
+        lost = sum(report.row_angles is None for report in reports)
+        return [f"{lost} modules are not in the other adapter, or have other widths there."] if lost else []
+    if all(report.moved is None for report in reports):
+        return ["start not kept: the folder does not tell how the mixers began, so moved, reshaped and angles are -."]
+    if all(report.row_angles is None for report in reports):
+        return ["start of A not kept: reshaped and angles are -. --against FOLDER compares with an earlier adapter."]
+    return []
+
+
 @torch.no_grad()
-def describe(path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> ModuleReport:
-    """Describe one module's factors.
+def describe(
+    path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float, *, start: ModuleStart | None = None
+) -> ModuleReport:
+    """Describe one module's factors; every measure is NaN where one of them is not finite.
 
     Args:
         path: its name in the report.
@@ -129,117 +206,191 @@ def describe(path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float) 
         M: ``[R, R]``, None for the identity.
         B: ``[D_out, R]``, or a convolution's.
         scaling: s.
+        start: what is known of the start.
     """
-    A, B = A.double().flatten(1), B.double().flatten(1)
+    A, B, start = A.double().flatten(1), B.double().flatten(1), start or ModuleStart()
     rank = len(A)
-    identity = torch.eye(rank, dtype=torch.float64)
-    mixer = identity if M is None else M.double()
-    # B = Qb Rb and A^T = Qa Ra: the update has the singular values of s Rb M Ra^T.
-    core = torch.linalg.qr(B).R @ mixer @ torch.linalg.qr(A.T).R.T
-    singular = torch.linalg.svdvals(scaling * core)
-    singular = torch.cat([singular, singular.new_zeros(max(0, rank - len(singular)))])[:rank]
-    U, S, Vh = torch.linalg.svd(mixer)
-    energy = (B.norm(dim=0)[:, None] * mixer * A.norm(dim=1)[None, :]).square()
-    share = energy / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    size = math.sqrt(rank)
+    mixer = torch.eye(rank, dtype=torch.float64) if M is None else M.double()
+    if not all(bool(factor.isfinite().all()) for factor in (A, mixer, B)):
+        A, mixer, B, start = (torch.zeros_like(A), torch.zeros_like(mixer), torch.zeros_like(B), ModuleStart())
+        scaling = math.nan
+    # B = U S V^T and A^T = U S V^T: the update is U_B (S_B V_B^T M V_A S_A) U_A^T times s.
+    rows, columns = _Frame.of(A.T), _Frame.of(B)
+    core = columns.inner @ mixer @ rows.inner.T
+    values = torch.linalg.svdvals(core) * abs(scaling)
+    values = torch.cat([values, values.new_zeros(max(0, rank - len(values)))])[:rank]
+    pairs = _shares(core.square()) + 0 * scaling
+    pairs = _averaging(columns.values) @ pairs @ _averaging(rows.values)
+    of_mixer = torch.linalg.svdvals(mixer) + 0 * scaling
+    first = start.M if start.M is not None and start.M.shape == mixer.shape else None
+    first = None if first is None or not first.isfinite().all() or not first.any() else first.double()
     return ModuleReport(
         path=path,
         rank=rank,
-        norm_A=float(A.norm()),
-        norm_B=float(B.norm()),
-        norm_update=float(singular.norm()),
-        effective_rank=_effective_rank(singular),
-        identity_distance=float((mixer - identity).norm()) / size,
-        orthogonal_distance=float((mixer - U @ Vh).norm()) / size,
-        condition=float(S[0] / S[-1]) if S[-1] > 1e-12 * S[0] else math.inf,
-        crossed_energy=float(share.sum() - share.diagonal().sum()),
-        singular_values=tuple(singular.tolist()),
-        mixer=tuple(tuple(row) for row in mixer.tolist()),
+        norm_update=float(values.norm()),
+        effective_rank=_effective(_shares(values)),
+        stable_rank=float(values.square().sum() / values[0].square()) if values[0] != 0 else 0.0,
+        effective_pairs=_effective(pairs),
+        orthogonal_distance=_sine(float(of_mixer.sum()), math.sqrt(rank) * float(of_mixer.norm())),
+        condition=float(of_mixer[0] / of_mixer[-1]) if not of_mixer[-1] <= 1e-12 * of_mixer[0] else math.inf,
+        moved=None if M is None or first is None else float((mixer - first).norm() / first.norm()),
+        reshaped=None if M is None or first is None else _reshaped(mixer, first, start.rows),
+        row_angles=_angles(rows, mixer, start.rows, start.M),
+        column_angles=_angles(columns, mixer.T, start.columns, None if start.M is None else start.M.T),
+        singular_values=tuple(values.tolist()),
+        pair_energy=_rows(pairs),
+        mixer=None if M is None else _rows(M),
+        mixer_start=None if M is None or first is None else _rows(first),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """The singular value decomposition ``U S V^T`` of a tall factor ``[D, R]`` without U."""
+
+    values: Tensor
+    """S ``[K]``, K the smaller of D and R."""
+    right: Tensor
+    """V^T ``[K, R]``."""
+
+    @classmethod
+    def of(cls, factor: Tensor) -> _Frame:
+        _, S, Vh = torch.linalg.svd(torch.linalg.qr(factor, mode="r").R, full_matrices=False)
+        return cls(values=S, right=Vh)
+
+    @classmethod
+    def of_gram(cls, gram: Tensor) -> _Frame:
+        """From ``V S^2 V^T``."""
+        squares, V = torch.linalg.eigh(gram)
+        return cls(values=squares.flip(0).clamp_min(0).sqrt(), right=V.flip(1).T)
+
+    @property
+    def inner(self) -> Tensor:
+        """``S V^T``, the factor in the coordinates U."""
+        return self.values[:, None] * self.right
+
+    @property
+    def whitening(self) -> Tensor:
+        """The pseudo-inverse of ``inner^T``: ``S^-1 V^T`` without the directions that are rounding."""
+        kept = self.values > SMALLEST * self.values.amax()
+        return torch.where(kept, 1 / self.values, 0.0)[:, None] * self.right
+
+
+def _angles(now: _Frame, mixer: Tensor, overlap: Overlap | None, first: Tensor | None) -> tuple[float, ...] | None:
+    """Principal angles between the spaces of a mixed factor and of its start, degrees.
+
+    Args:
+        now: of A^T, or of B.
+        mixer: M, or M^T.
+        overlap: with the start.
+        first: the mixer at the start; None: one that leaves the space as it is.
+    """
+    if overlap is None:
+        return None
+    old = _Frame.of_gram(overlap.start)
+    between = now.whitening @ overlap.cross @ old.whitening.T  # U^T U0
+    first = torch.eye(len(overlap.start)) if first is None or len(first) != len(overlap.start) else first
+    spaces = _space(mixer @ now.inner.T), _space(first.double() @ old.inner.T)
+    cosines = torch.linalg.svdvals(spaces[0] @ between @ spaces[1].T)
+    count = min(len(spaces[0]), len(spaces[1]))
+    return tuple(torch.rad2deg(cosines[:count].clamp(max=1).arccos()).tolist())
+
+
+def _space(matrix: Tensor) -> Tensor:
+    """Orthonormal rows that span the row space of a matrix."""
+    _, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return Vh[S > SMALLEST * S.amax()]
+
+
+def _reshaped(mixer: Tensor, first: Tensor, rows: Overlap | None) -> float | None:
+    """See `ModuleReport.reshaped`: the smallest ``|c P M Q^T - M0| / |M0|``, where Q turns A to A0, over P and c."""
+    if rows is None or rows.cross.shape != mixer.shape:
+        return None
+    U, _, Vh = torch.linalg.svd(rows.cross.T)  # A0 A^T
+    fit = torch.linalg.svdvals(mixer @ (U @ Vh).T @ first.T).sum()
+    return _sine(float(fit), float(mixer.norm() * first.norm()))
+
+
+def _sine(product: float, lengths: float) -> float:
+    """The sine of an angle whose cosine is a quotient; 0 for a quotient of zeros."""
+    return math.sqrt(max(1 - (product / lengths) ** 2, 0.0)) if lengths else 0.0 * lengths
+
+
+def _rows(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix.tolist())
+
+
+def _shares(values: Tensor) -> Tensor:
+    return values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _effective(shares: Tensor) -> float:
+    """exp of the entropy of shares that sum to 1; 0 where all are zero."""
+    if (shares == 0).all():
+        return 0.0
+    return float(torch.exp(-(shares * shares.clamp_min(1e-300).log()).sum()))
+
+
+def _averaging(values: Tensor) -> Tensor:
+    """The matrix ``[K, K]`` that averages over directions of equal singular values.
+
+    Args:
+        values: in falling order.
+    """
+    steps = (values[:-1] - values[1:]) > EQUAL * values[0]
+    group = torch.cat([steps.new_zeros(1), steps]).cumsum(0)
+    same = (group[:, None] == group[None, :]).to(values.dtype)
+    return same / same.sum(0)
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def table(reports: Sequence[ModuleReport]) -> str:
-    """The figures as text, one line a module."""
+    """The numbers as text, one line a module; - where the start that one needs is not known."""
     width = max(len(report.path) for report in reports)
-    head = f"{'module':{width}}  rank     |A|     |B|  |update|  eff.rank  |M-I|  |M-Q|     cond  crossed"
-    lines = [head]
-    lines.extend(
-        f"{report.path:{width}}  {report.rank:4d} {report.norm_A:7.3g} {report.norm_B:7.3g} "
-        f"{report.norm_update:9.3g}  {report.effective_rank:8.2f} {report.identity_distance:6.3f} "
-        f"{report.orthogonal_distance:6.3f} {report.condition:8.3g}  {report.crossed_energy:6.1%}"
-        for report in reports
-    )
+    shown = {name: head for name, head in MEASURES.items() if name != "column_angle" or _known(reports, name)}
+    lines = [f"{'module':{width}}  rank  " + "  ".join(f"{head:>8}" for head in shown.values())]
+    for report in reports:
+        found = report.measures()
+        texts = ((f"{found[name]:.3g}" if name in found else "-", max(8, len(head))) for name, head in shown.items())
+        cells = "  ".join(f"{text:>{size}}" for text, size in texts)
+        lines.append(f"{report.path:{width}}  {report.rank:4d}  {cells}")
     return "\n".join(lines)
 
 
+def _known(reports: Sequence[ModuleReport], name: str) -> bool:
+    return any(getattr(report, name) is not None for report in reports)
+
+
 def summary(reports: Sequence[ModuleReport]) -> dict[str, float]:
-    """Means over the modules, under names for a tracker (`mixer/...`)."""
-    keys = ("norm_update", "effective_rank", "identity_distance", "orthogonal_distance", "crossed_energy")
-    means = {f"mixer/{key}": sum(getattr(report, key) for report in reports) / len(reports) for key in keys}
-    return means | {"mixer/condition_max": max(report.condition for report in reports)}
+    """Means over the modules that have a measure, under names for a tracker (`mixer/...`)."""
+    values = {name: [v for report in reports if (v := getattr(report, name)) is not None] for name in MEASURES}
+    condition = values.pop("condition")
+    means = {f"mixer/{name}": sum(known) / len(known) for name, known in values.items() if known}
+    return means | {"mixer/condition_max": max(condition)}
 
 
-def draw(reports: Sequence[ModuleReport], picture: str | Path, *, most: int = 24) -> Path:
-    """Write a picture: a heat map of every mixer, and the singular values of the updates by depth.
+def draw(reports: Sequence[ModuleReport], picture: str | Path, *, most: int = 6) -> Path:
+    """Write a picture: heat maps of measures by module and layer, energies by pairs, and spectra of the updates.
 
     Args:
         reports: what to draw.
         picture: file to write; the ending chooses the format (.png, .svg, .pdf).
-        most: draw at most so many mixers, evenly chosen over the depth.
+        most: draw the energies of at most so many modules, evenly chosen over the depth.
 
     Raises:
         AdapterError: an ending that is no format.
         OSError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    target = Path(picture)
-    step = max(1, math.ceil(len(reports) / most))
-    chosen = list(reports)[::step]
-    columns = min(6, len(chosen))
-    rows = math.ceil(len(chosen) / columns)
-    figure = Figure(figsize=(2.2 * columns, 2.3 * rows + 3.2), layout="constrained")
-    formats = figure.canvas.get_supported_filetypes()
-    ending = target.suffix.removeprefix(".").lower()
-    if ending not in formats:
-        raise AdapterError(f"{target} ends in {ending!r}, expected one of {', '.join(sorted(formats))}.")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 3.2])
-    above, below = parts
-    axes: Any = above.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, report in zip(axes.flat, chosen, strict=False):
-        largest = max(abs(value) for row in report.mixer for value in row) or 1.0
-        axis.imshow(report.mixer, cmap="RdBu_r", vmin=-largest, vmax=largest)
-        axis.set_title(_short(report.path), fontsize=7)
-    above.suptitle("Mixers M (blue negative, red positive)", fontsize=9)
-    curves = below.subplots()
-    for index, report in enumerate(reports):
-        shade = 0.15 + 0.7 * index / max(1, len(reports) - 1)
-        curves.plot(range(1, report.rank + 1), report.singular_values, color=str(1 - shade), linewidth=0.8)
-    curves.set_xlabel("index")
-    curves.set_ylabel("singular value of s B M A")
-    curves.set_title("Updates, shallow (light) to deep (dark)", fontsize=9)
-    output_file(target, sign=_SIGN if ending == "png" else None)
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=120, metadata={"Software": _SIGN.decode()} if ending == "png" else None)
-    return target
-
-
-def _effective_rank(singular: Tensor) -> float:
-    total = singular.sum()
-    if total <= 0:
-        return 0.0
-    shares = singular / total
-    return float(torch.exp(-(shares * shares.clamp_min(1e-300).log()).sum()))
+    rows = [
+        {"path": report.path, "pair_energy": report.pair_energy, "singular_values": report.singular_values}
+        | report.measures()
+        for report in reports
+    ]
+    return draw_lens(rows, Path(picture), most=most)
 
 
 def _natural(path: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in path.split("."))
-
-
-def _short(path: str) -> str:
-    parts = path.split(".")
-    numbers = [part for part in parts if part.isdigit()]
-    return f"{numbers[0]} {parts[-1]}" if numbers else parts[-1]

@@ -5,9 +5,11 @@
     adapter_config.json         stock PEFT's configuration, without keys of this package
     adapter_model.safetensors   folded factors A and B' = B M: a plain LoRA to stock PEFT, vLLM and llama.cpp, and right
     moslora.safetensors         A, M and B in float32, under PEFT's names
-    moslora.json                full configuration, format version, sha256 of both weight files, the base they belong to
+    moslora_start.safetensors   the mixers as training began, for `adapter_inspection`; see `folders.kept_start`
+    moslora.json                full configuration, format version, sha256 of all of them, the base they belong to
 
-`moslora.json` is written last and names the other two by hash: an interrupted or half-replaced folder is noticed.
+`moslora.json` is written last and names the others by hash: an interrupted or half-replaced folder is noticed. A folder
+without the start loads.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ FORMAT_VERSION = 1
 PREFIX = "base_model.model."
 STOCK_CONFIG, STOCK_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_model.bin", "pytorch_lora_weights.safetensors"
-OWN_CONFIG, OWN_WEIGHTS = "moslora.json", "moslora.safetensors"
+OWN_CONFIG, OWN_WEIGHTS, START_WEIGHTS = "moslora.json", "moslora.safetensors", "moslora_start.safetensors"
 USE_MIXER, USE_MIXER_PATTERN = "lora_use_mixer", "lora_use_mixer_pattern"
 """The authors' options."""
 MIXER = ".lora_mixer.weight"
 MIXER_PART = ".lora_mixer."
 """Before the names of a mixer's tensors; forms name them, and `weight` is M itself."""
+START_PART = ".lora_start."
+"""Before the names of what is kept of the start of training."""
 # Embeddings keep their factors as bare parameters.
 FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
 FACTORS_B = (".lora_B.weight", ".lora_embedding_B")
@@ -107,7 +111,7 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
 
     Args:
         model_id: folder, or name on the hub.
-        names: files to fetch from the hub; the first decides.
+        names: files to fetch from the hub; the first decides. The start of training is fetched where there is one.
         subfolder: folder inside it.
         **hub: arguments of `huggingface_hub.hf_hub_download`; others are ignored.
     """
@@ -125,6 +129,8 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
         return Path(first)
 
     if first := fetched(*names):
+        if OWN_WEIGHTS in names:
+            fetched(START_WEIGHTS)
         return first.parent
     config = fetched(STOCK_CONFIG)
     if config is None or not _declares_mixers(config):

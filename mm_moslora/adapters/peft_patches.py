@@ -33,8 +33,10 @@ from peft.utils import hotswap, save_and_load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mm_moslora.adapters.folder_format import OWN_CONFIG, OWN_WEIGHTS, PREFIX, STOCK_WEIGHTS, downloaded
+from mm_moslora.adapters.folder_format import OWN_CONFIG, OWN_WEIGHTS, PREFIX, START_PART, STOCK_WEIGHTS, downloaded
+from mm_moslora.adapters.folders.kept_start import set_starts, start_tensors, starts_of
 from mm_moslora.adapters.folders.load_folder import read_folder
+from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tree import named_adapter_layers
@@ -50,12 +52,14 @@ _stock_swap = hotswap.hotswap_adapter_from_state_dict
 
 @functools.wraps(_stock_state)
 def whole_state(model: Any, state_dict: Any = None, adapter_name: str = "default", **kwargs: Any) -> dict[str, Tensor]:
-    """The tensors that `save_pretrained` writes, whole."""
+    """The tensors that `save_pretrained` writes, whole, and the start of the mixers."""
     tensors: dict[str, Tensor] = _stock_state(model, state_dict, adapter_name, **kwargs)
     if isinstance(model.peft_config[adapter_name], MoSLoRAConfig):
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor) and (reason := why_not_whole(tensor)):
                 raise AdapterError(f"{name} {reason}")
+        starts = starts_of(model, adapter_name)
+        tensors |= start_tensors({path: Start(mixer=start.mixer) for path, start in starts.items()}, {})
     return tensors
 
 
@@ -63,12 +67,14 @@ def whole_state(model: Any, state_dict: Any = None, adapter_name: str = "default
 def load_peft_weights(
     model_id: str, device: Any = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
-    """A, M and B where the folder has them, checked against its hashes; otherwise PEFT's result."""
+    """A, M, B and M's start where the folder has them, checked against its hashes; otherwise PEFT's result."""
     folder = downloaded(model_id, (OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS), **hub)
     if folder is None:
         return _stock_weights(model_id, device=device, key_mapping=key_mapping, **hub)
     device = utils.infer_device() if device is None else device
-    tensors = read_folder(folder).tensors
+    content = read_folder(folder)
+    mixers = {name: tensor for name, tensor in content.start.items() if "." not in name.rpartition(START_PART)[2]}
+    tensors = content.tensors | mixers
     return {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -111,7 +117,9 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
 def hotswap_adapter_from_state_dict(
     model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
-    """Refuse mixers of another rank."""
+    """Refuse mixers of another rank; the new values come with their own start, or without one."""
+    state_dict = dict(state_dict)
+    starts = {name: state_dict.pop(name) for name in list(state_dict) if START_PART in name}
     for name, present in model.state_dict().items():
         key = name.removeprefix("_orig_mod.")
         if ".lora_mixer." in key and key in state_dict and state_dict[key].shape != present.shape:
@@ -120,6 +128,8 @@ def hotswap_adapter_from_state_dict(
                 "swapped within one rank and form. Load the adapter under a name of its own (model.load_adapter)."
             )
     _stock_swap(model, state_dict, adapter_name, *args, **kwargs)
+    named = {name.replace(f"{START_PART}{adapter_name}.", START_PART): tensor for name, tensor in starts.items()}
+    set_starts(model, adapter_name, named)
 
 
 def patch_peft() -> None:

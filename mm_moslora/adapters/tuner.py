@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
+    START_PART,
     declares_mixers,
     downloaded,
     is_factor,
@@ -167,6 +168,7 @@ class MoSLoRAModel(LoraModel):
         if theirs:
             state_dict = with_known_names(state_dict)
         if not isinstance(config, MoSLoRAConfig):
+            state_dict = {name: tensor for name, tensor in state_dict.items() if START_PART not in name}
             if any(MIXER_PART in name for name in state_dict):
                 state_dict = fold_state_dict(state_dict)
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import MIXER_PART, PREFIX, mixers_in
 from mm_moslora.adapters.folders.folder_tensors import check_tensors
+from mm_moslora.adapters.folders.kept_start import set_starts
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
@@ -88,6 +89,7 @@ def add_weighted_adapter(
             continue
         assert target.M is not None
         target.M.copy_(torch.eye(new_rank))
+        layer.keep_start(adapter_name, _start_side_by_side(layer, adapters, new_rank))
         start = 0
         for weight, factors in held:
             stop = start + len(factors.A)
@@ -100,6 +102,20 @@ def add_weighted_adapter(
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             _add_up_module(module, list(zip(adapters, weights, strict=True)), adapter_name)
     tuner.set_requires_grad(adapter_name, requires_grad=False)
+
+
+def _start_side_by_side(layer: MoSLoRALayer, adapters: Sequence[str], rank: int) -> dict[str, Tensor]:
+    """The start of a mixer with those of other adapters as blocks; empty where that of one is not known."""
+    blocks = []
+    for name in filter(layer.holds, adapters):
+        if name not in layer.lora_mixer:
+            blocks.append(torch.eye(layer.r[name]))
+        elif name in layer.starts and (kept := layer.starts[name].mixer):
+            blocks.append(cast(Mixer, layer.lora_mixer[name]).form.matrix(kept))
+        else:
+            return {}
+    blocks.append(torch.eye(rank - sum(map(len, blocks))))
+    return {"weight": torch.block_diag(*blocks)}
 
 
 def _add_up_module(module: ModulesToSaveWrapper, weights: list[tuple[str, float]], adapter_name: str) -> None:
@@ -206,4 +222,5 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
         # The out_proj of an attention follows the attention.
         layer.lora_alpha[adapter_name] = content.config.alpha_for(path.partition(".base_layer.")[0])
         layer.set_scale(adapter_name, 1.0)
+    set_starts(model, adapter_name, content.start)
     current.lora_alpha = content.config.lora_alpha

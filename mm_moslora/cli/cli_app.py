@@ -349,19 +349,21 @@ def quickstart(
 
 
 @adapters_app.command(name="inspect")
-def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
-    """Show statistics of an adapter by module: norms, effective rank, and the change of its mixers.
+def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path | None = None) -> int:
+    """Show what an adapter's update is made of, by module: ranks, pairs of subspaces, mixers, what moved.
 
     Parameters
     ----------
     folder
         Adapter folder, or a checkpoint or run with one.
     picture
-        Also plot the mixers and the singular values by depth into this PNG file.
+        Also draw the measures by module and layer, energies by pairs and singular values into this file (png, svg, pdf).
+    against
+        Adapter folder, checkpoint or run to compare with in the place of the start, such as another seed's.
     """
-    adapter = adapter_folder(folder)
+    adapter, other = adapter_folder(folder), None if against is None else adapter_folder(against)
     quiet_libraries()
     from mm_moslora.adapters.adapter_inspection import inspection
 
-    print(inspection(adapter, picture=picture))
+    print(inspection(adapter, picture=picture, against=other))
     return 0

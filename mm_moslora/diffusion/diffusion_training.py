@@ -25,7 +25,12 @@ from mm_moslora.diffusion.subject_scores import log_scores
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend, folder_name
-from mm_moslora.training.metrics.mixer_metrics import mixer_matrices, write_mixers
+from mm_moslora.training.metrics.mixer_metrics import (
+    adapter_metrics,
+    adapter_reports,
+    keep_start,
+    write_mixers,
+)
 from mm_moslora.training.precision import resolve_precision, run_arithmetic
 from mm_moslora.training.run_logging import peak_memory_gib
 from mm_moslora.training.run_setup import exclusive
@@ -99,7 +104,8 @@ class _Session:
         loss = DenoisingLoss(run.family)
         self.trainable = {name: p for name, p in loss.parts.named_parameters() if p.requires_grad}
         self.parts = loss.parts
-        self.first_mixers = mixer_matrices(self.parts, {n: p.detach().cpu() for n, p in self.trainable.items()})
+        if distributed.is_main():
+            keep_start(self.parts, {n: p.detach().to("cpu", copy=True).float() for n, p in self.trainable.items()})
         optimizer = make_optimizer(loss, self.recipe.optim)
         optim = self.recipe.optim
         self.schedule = get_scheduler(
@@ -249,9 +255,9 @@ class _Session:
         state = self.checkpoints.state()
         if distributed.is_main():
             log_scores(run.family, run.batches.sets[0], drawn, run.pictures, self.trackers, run.step)
-            after = mixer_matrices(self.parts, state)
-            rows = write_mixers(run.folder / "mixers.json", before=self.first_mixers, after=after)
-            self.trackers.log_mixers(rows, run.step)
+            reports = adapter_reports(self.parts, state)
+            self.trackers.log(adapter_metrics(reports), run.step)
+            self.trackers.log_mixers(write_mixers(run.folder / "mixers.json", reports), run.step)
         run.counters["finished"] = 1.0
         if distributed.is_main():
             amend(run.folder / folder_name(run.step), run.counters)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.inline_images import thumbnail
+from mm_moslora.reporting.lens_maps import MEASURES as MEASURES_OF_MODULES
 from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, SampleRow, Stage
 from mm_moslora.reporting.svg_charts import Series, line_chart, smooth
 from mm_moslora.reporting.verdicts import best_of, judge_tuning
@@ -28,7 +29,6 @@ MEASURES = (
 )
 """Metric, title, and whether its axis starts at zero."""
 _RAW = frozenset({"validation_loss"})
-_FIGURES = ("moved", "distance_from_identity", "distance_from_orthogonal", "condition", "effective_rank")
 
 
 def names_of(runs: Sequence[RunData]) -> list[str]:
@@ -62,6 +62,7 @@ def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
         "differences": _table([_recipe_facts(run) for run in runs], only_different=True),
         "environment": _table([_facts(run.summary.get("environment")) for run in runs]),
         "data": _table([_facts(run.summary.get("data")) for run in runs]),
+        "measures": MEASURES_OF_MODULES,
         "mixers": [
             {"name": name, **_mixer_means(run.mixers)} for name, run in zip(names, runs, strict=True) if run.mixers
         ],
@@ -174,7 +175,7 @@ def _picture(runs: Sequence[RunData], answers: Sequence[tuple[int, SampleRow]]) 
 def _mixer_means(mixers: Sequence[Mixer]) -> dict[str, Any]:
     means = {
         key: sum(values) / len(values)
-        for key in _FIGURES
+        for key in MEASURES_OF_MODULES
         if (values := [mixer.figures[key] for mixer in mixers if key in mixer.figures])
     }
     return {"count": len(mixers), "figures": means}

@@ -17,8 +17,8 @@ Secrets are removed here, so that neither a report nor a dashboard shows one.
                        `subject` (task, protocol, documents) are never compared
     samples.json       [{"image": path below the run folder, "question", "options": {letter: text}, "answer", "before",
                          "after", "before_correct", "after_correct"}]
-    mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "distance_from_identity",
-                         "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
+    mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "pairs": [[..]], and those of
+                         lens_maps.MEASURES that are known}], the adapted modules
     drawings.json      [{"step", "prompt", "seed", "image", "untuned"}], validation pictures of a diffusion run as paths
                        below the run folder, beside the untuned model's with the same noise; see `drawing_grid`
     environment.json   {fact: value} where the summary has no `environment`
@@ -49,6 +49,7 @@ from typing import Any
 
 import yaml
 
+from mm_moslora.reporting.lens_maps import MEASURES
 from mm_moslora.reporting.run_status import RunState, read_state, stage_folders
 from mm_moslora.reporting.verdicts import Difference, difference_of
 from mm_moslora.utils.errors import ConfigError
@@ -119,12 +120,14 @@ class SampleRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer:
-    """Statistics of one mixer, and its matrices where they were stored."""
+    """Measures of one adapted module, and its matrices where they were stored."""
 
     path: str
     rank: int | None
     before: list[list[float]] | None
     after: list[list[float]] | None
+    pairs: list[list[float]] | None
+    """Energies by pairs of directions of B and A."""
     figures: dict[str, float]
 
 
@@ -385,16 +388,21 @@ def _mixer_rows(folder: Path, stages: list[Stage], notes: list[str]) -> list[dic
 def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
     path = str(item.get("path", "?"))
     try:
-        before, after = _matrix(item.get("before")), _matrix(item.get("after"))
+        before, after, pairs = (_matrix(item.get(name)) for name in ("before", "after", "pairs"))
     except (TypeError, ValueError) as error:
         notes.append(f"mixers.json: {path!r} was left out ({error}).")
         return None
-    names = ("distance_from_identity", "distance_from_orthogonal", "condition", "effective_rank", "moved")
-    figures = {name: float(item[name]) for name in names if isinstance(item.get(name), int | float)}
+    # Releases without `norm_update` have other numbers under the names of the rest.
+    names = list(MEASURES) if "norm_update" in item else ["moved", "condition"]
+    figures = {name: float(item[name]) for name in names if _is_finite(item.get(name))}
     rank = item.get("rank")
     if not isinstance(rank, int):
         rank = len(after) if after else None
-    return Mixer(path=path, rank=rank, before=before, after=after, figures=figures)
+    return Mixer(path=path, rank=rank, before=before, after=after, pairs=pairs, figures=figures)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _matrix(value: Any) -> list[list[float]] | None:

@@ -20,9 +20,10 @@ from markupsafe import Markup
 from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
+from mm_moslora.reporting.lens_maps import MEASURES, TITLES, HeatMap, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
 from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
-from mm_moslora.reporting.svg_charts import Series, format_number, line_chart, smooth
+from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OVERLAP, score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
@@ -125,6 +126,9 @@ def _context(data: RunData) -> dict[str, Any]:
         "stages": [{"name": stage.name, "charts": _charts(stage)} for stage in data.stages],
         "mixers": [_mixer(mixer) for mixer in data.mixers if mixer.after][:MOST_MIXERS],
         "mixer_rows": data.mixers,
+        "measures": [(key, name) for key, name in MEASURES.items() if any(key in item.figures for item in data.mixers)],
+        "lens_maps": [Markup(heat_chart(item)) for item in _lens_maps(data)],  # noqa: S704  (escapes its texts)
+        "lens_curves": [chart for stage in data.stages[-1:] for chart in _lens_curves(stage)],
         "data_facts": _flat(summary.get("data")),
         "quarantine": data.quarantine,
         "environment": _flat(summary.get("environment")),
@@ -265,12 +269,27 @@ def _charts(stage: Stage) -> list[Markup]:
     ]
 
 
+def _lens_maps(data: RunData) -> list[HeatMap]:
+    return heat_maps([(mixer.path, mixer.figures) for mixer in data.mixers])
+
+
+def _lens_curves(stage: Stage) -> list[Markup]:
+    """Means over the adapted modules, where they were logged more than once."""
+    found = []
+    for key, title in TITLES.items():
+        points = curve(stage, f"mixer/{key}")
+        if len(points) > 1:
+            series = [Series(name=MEASURES[key], points=points)]
+            found.append(Markup(line_chart(series, title=title, x_label="optimiser step", zero=True)))  # noqa: S704
+    return found
+
+
 def _smoothed(name: str, points: list[tuple[float, float]]) -> list[Series]:
     return [Series(name=name, points=points, faint=True), Series(name=name, points=smooth(points))]
 
 
 def _mixer(mixer: Mixer) -> dict[str, Any]:
-    """Before and after on one colour scale, and the change on another."""
+    """Before and after on one colour scale, the change and the energies by pairs on scales of their own."""
     assert mixer.after is not None
     scale = max(abs(value) for matrix in (mixer.before or [], mixer.after) for row in matrix for value in row)
     pictures = [_drawn("after", mixer.after, scale)]
@@ -279,6 +298,8 @@ def _mixer(mixer: Mixer) -> dict[str, Any]:
         change = [[b - a for a, b in zip(old, new, strict=True)] for old, new in zip(before, mixer.after, strict=True)]
         largest = max(abs(value) for row in change for value in row)
         pictures = [_drawn("before", before, scale), *pictures, _drawn("change", change, largest)]
+    if mixer.pairs:
+        pictures.append(_drawn("pairs", mixer.pairs, max(map(max, mixer.pairs))))
     return {"mixer": mixer, "pictures": pictures}
 
 

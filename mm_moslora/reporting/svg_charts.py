@@ -1,4 +1,4 @@
-"""Line charts as SVG. Colours come from the page's style sheet, so one chart serves light and dark schemes.
+"""Line charts and heat maps as SVG. Colours come from the page's style sheet, so one chart serves light and dark schemes.
 
 Shapes: a series is ``n`` points ``(x, y)``; a chart is a view box of ``WIDTH x HEIGHT`` units.
 """
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
+
+from mm_moslora.reporting.lens_maps import HeatMap
 
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 34
@@ -166,6 +168,45 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
         f'<p class="readout" aria-live="polite">Last: {escape(last)}</p>{key}</figure>'
     )
+
+
+def heat_chart(item: HeatMap) -> str:
+    """An SVG figure of a heat map: pale is zero, full colour the largest value; each cell tells its number.
+
+    Args:
+        item: at least one known cell; values of at least 0.
+    """
+    largest = max(cell for line in item.cells for cell in line if cell is not None)
+    left = min(WIDTH / 2, 14 + 6.2 * max(map(len, item.rows)))
+    width, height = (WIDTH - RIGHT - left) / len(item.columns), 15
+    bottom = TOP + height * len(item.rows)
+    parts = []
+    for row, (name, line) in enumerate(zip(item.rows, item.cells, strict=True)):
+        y = TOP + height * row
+        parts.append(f'<text x="{left - 6:.0f}" y="{y + 11}" text-anchor="end">{escape(_ending(name))}</text>')
+        for column, cell in enumerate(line):
+            if cell is not None:
+                place = f'x="{left + width * column:.1f}" y="{y}" width="{max(0.6, width - 0.6):.1f}"'
+                told = f"{name} {item.columns[column]}: {format_number(cell)}"
+                parts.append(
+                    f'<rect class="cell" {place} height="{height - 0.6}" fill-opacity="{cell / (largest or 1):.2f}">'
+                    f"<title>{escape(told)}</title></rect>"
+                )
+    step = math.ceil(len(item.columns) * 26 / (WIDTH - left))
+    for column in range(0, len(item.columns), step):
+        x = left + width * (column + 0.5)
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{escape(item.columns[column])}</text>')
+    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{bottom + 30}" text-anchor="end">layer</text>')
+    told = f"0 is pale, {format_number(largest)} is full colour"
+    return (
+        f'<figure class="chart card"><figcaption>{escape(item.title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {bottom + 34}" role="img" aria-label="{escape(item.title)}: {told}">'
+        f'{"".join(parts)}</svg><p class="readout">{told}</p></figure>'
+    )
+
+
+def _ending(name: str, most: int = 32) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _y_axis(values: Sequence[float], *, zero: bool) -> _Axis:

@@ -46,17 +46,3 @@ def _drawn(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> Image.Image:
 
     small = on_white(heat_map(matrix.tolist(), float(np.abs(matrix).max())))
     return small.resize((small.width * _CELL, small.height * _CELL), Image.Resampling.NEAREST)
-
-
-def mean_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over all mixers, named as in `adapters.inspect.summary`."""
-    names = {
-        "moved": "moved",
-        "distance_from_identity": "identity_distance",
-        "distance_from_orthogonal": "orthogonal_distance",
-    }
-    return {
-        f"mixer/{name}": sum(values) / len(values)
-        for key, name in names.items()
-        if (values := [float(row[key]) for row in rows if isinstance(row.get(key), int | float)])
-    }

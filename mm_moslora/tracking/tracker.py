@@ -19,7 +19,6 @@ from typing import Any, Literal, Protocol
 from PIL.Image import Image
 
 from mm_moslora.tracking.alerts import Alert, Watch
-from mm_moslora.tracking.mixer_images import mean_figures
 from mm_moslora.tracking.run_environment import environment
 from mm_moslora.utils.files import is_full, sha256_of
 from mm_moslora.utils.redaction import redact, redact_text
@@ -155,7 +154,6 @@ class Trackers:
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Record mixers everywhere; see `Tracker.log_mixers`."""
         if rows and self._trackers:
-            self._each("log", lambda tracker: tracker.log(mean_figures(rows), step))
             self._each("log mixers", lambda tracker: tracker.log_mixers(rows, step))
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None = None, step: int) -> None:

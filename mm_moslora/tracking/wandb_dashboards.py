@@ -11,6 +11,8 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from mm_moslora.reporting.lens_maps import TITLES
+
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Loss": (
         "train/loss",
@@ -25,9 +27,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         f"train/{kind}_norm/{part}" for kind in ("momentum", "weight") for part in ("adapter", "mixer", "projector")
     ),
     "Adapter": (
-        "adapter/mixer/identity_distance",
-        "adapter/mixer/orthogonal_distance",
-        "adapter/mixer/moved",
+        *(f"adapter/mixer/{name}" for name in TITLES),
         "adapter/mixers",
     ),
     "Evaluation": ("eval/scores", "eval/validation"),

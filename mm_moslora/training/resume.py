@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.config import Recipe
 from mm_moslora.models.model_paths import CONTENTS, base_fingerprints
@@ -220,6 +221,7 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
     _restore_statistics(run, folder)
     if run.assembly.peft_model is not None:
         restore_frozen_factors(run.assembly.peft_model, folder / "adapter")
+        restore_start(run.assembly.peft_model, folder / "adapter")
     run.counters.update(manifest.counters)
     if manifest.world_size == distributed.world_size():
         RandomState.read(rank_folder(folder)).restore()

@@ -6,16 +6,18 @@ import logging
 import math
 import resource
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mm_moslora.adapters.adapter_inspection import ModuleReport
 from mm_moslora.batch import Batch
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.metrics.mixer_metrics import MIXERS, adapter_metrics, mixer_matrices, write_mixers
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, adapter_metrics, adapter_reports, write_mixers
 from mm_moslora.training.metrics.throughput import Clock, RankFigures, Speedometer
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
@@ -41,6 +43,7 @@ class RunLog:
         self.speedometer = Speedometer(run.assembly.model, copies=run.engine.copies)
         self.extra: dict[str, float] = {}
         """Logged with the next step."""
+        self._measured_at = -1
 
     def step(
         self,
@@ -73,9 +76,7 @@ class RunLog:
             self.trackers.log(metrics | self.extra, step)
             self.extra = {}
         if recipe.track.mixers_every and step % recipe.track.mixers_every == 0:
-            state = self.run.engine.trainable_state(only=".lora_", keep=distributed.is_main())
-            if distributed.is_main():
-                self.trackers.log(adapter_metrics(self.run.assembly.model, state), step)
+            self.mixers(self.run.engine.trainable_state(only=ADAPTERS, keep=distributed.is_main()))
 
     def _warn(self, result: StepResult, spike: float, ids: Sequence[str]) -> None:
         step = self.run.step
@@ -114,12 +115,27 @@ class RunLog:
             metrics["loss_scale"] = engine.loss_scale
         return metrics
 
+    def mixers(self, state: Mapping[str, Tensor]) -> None:
+        """Log the adapter's measures, once for a step.
+
+        Args:
+            state: parameter name to full fp32 value; on rank 0 only.
+        """
+        if distributed.is_main() and self._measured_at != self.run.step:
+            self._log_mixers(adapter_reports(self.run.assembly.model, state))
+
+    def _log_mixers(self, reports: Sequence[ModuleReport]) -> None:
+        if self._measured_at != self.run.step and (metrics := adapter_metrics(reports)):
+            self.trackers.log(metrics, self.run.step)
+        self._measured_at = self.run.step
+
     def final_mixers(self) -> None:
-        """Write and log the mixers at the end beside those at the start."""
-        final = mixer_matrices(self.run.assembly.model, self.run.engine.trainable_state(only=MIXERS))
+        """Write and log the adapter's measures at the end."""
+        state = self.run.engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
         if distributed.is_main():
-            mixers = write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)
-            self.trackers.log_mixers(mixers, self.run.step)
+            reports = adapter_reports(self.run.assembly.model, state)
+            self._log_mixers(reports)
+            self.trackers.log_mixers(write_mixers(self.run.folder / "mixers.json", reports), self.run.step)
 
     def note_memory(self) -> None:
         """Count the peak memory over all sessions of the run."""

@@ -54,7 +54,7 @@ from mm_moslora.training.engine import (
     weights_place,
 )
 from mm_moslora.training.engine.ulysses import row_share, share_rows
-from mm_moslora.training.metrics.mixer_metrics import MIXERS, mixer_matrices
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.preflight import check_model, refuse_folder
@@ -131,8 +131,6 @@ class Run:
     """Size of this rank's micro-batches, the same on all ranks."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
     """Full weights of a frozen projector; under ZeRO-3 the model holds shards."""
-    first_mixers: dict[str, Tensor] = field(default_factory=dict)
-    """The mixers at step 0, also after a resume."""
     contents: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the base model's files, see `mm_moslora.models.model_paths`."""
     counters: dict[str, float] = field(default_factory=dict)
@@ -210,13 +208,16 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     }
     groups = parameter_groups(module, recipe.optim)
     engine = build_engine(module, groups, recipe.train, precision=precision, optimizer=settings)
+    state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
+    if distributed.is_main():
+        keep_start(model, state)
     return Run(
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
         limit=MicroBatchLimit(
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
-        first_mixers=mixer_matrices(model, engine.trainable_state(only=MIXERS)), contents=base_fingerprints(parts),
+        contents=base_fingerprints(parts),
     )  # fmt: skip
 
 

@@ -358,6 +358,8 @@ class _Loop:
             self._finish_save()
         started = time.monotonic()
         taken = snapshot(self.run)
+        if not self._over:  # else the end is measured
+            self.log.mixers(taken.weights)
         try:
             self.saver.start(taken.manifest, taken.write, size=taken.size)
         except CheckpointError as error:

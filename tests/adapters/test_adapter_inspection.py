@@ -1,13 +1,17 @@
-"""Figures and picture of an adapter folder."""
+"""The subspace lens: measures of an adapter, of its folder, and their picture."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from adapters.adapter_models import llama, train_a_bit
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mm_moslora.adapters import (
@@ -17,10 +21,12 @@ from mm_moslora.adapters import (
     add_moslora,
     butterfly,
     init_mixer,
+    load_adapter,
     save_adapter,
     spare_mixers_from_decay,
 )
 from mm_moslora.adapters.adapter_inspection import (
+    ModuleReport,
     describe,
     draw,
     inspect_adapter,
@@ -29,43 +35,222 @@ from mm_moslora.adapters.adapter_inspection import (
     summary,
     table,
 )
+from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
+from mm_moslora.reporting.lens_maps import MEASURES
 from mm_moslora.utils.errors import AdapterError
 
 
-def test_figures_agree_with_the_whole_update(tmp_path: Path) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, mixer_init="kaiming", use_rslora=True))
+@dataclass(frozen=True)
+class Written:
+    """An adapter in some coordinates: now and at the start."""
+
+    A: Tensor
+    M: Tensor
+    B: Tensor
+    A0: Tensor
+    M0: Tensor
+    B0: Tensor
+
+    def seen(self, scaling: float = 0.5) -> ModuleReport:
+        """Through the lens."""
+        start = ModuleStart(M=self.M0, rows=Overlap.of(self.A, self.A0), columns=Overlap.of(self.B.T, self.B0.T))
+        return describe("m", self.A, self.M, self.B, scaling, start=start)
+
+    def turned(self, P: Tensor, Q: Tensor, a: float, b: float) -> Written:
+        """The same adapter now, in other coordinates."""
+        return replace(self, A=a * Q @ self.A, M=P @ self.M @ Q.T / (a * b), B=b * self.B @ P.T)
+
+
+def _drawn(rank: int = 6, seed: int = 0) -> Written:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    A0, M0, B0 = noise(rank, 30), noise(rank, rank), noise(20, rank)
+    A, M, B = (old + 0.3 * noise(*old.shape) for old in (A0, M0, B0))
+    return Written(A, M, B, A0, M0, B0)
+
+
+def _rotation(rank: int, seed: int) -> Tensor:
+    return init_mixer(rank, "orthogonal", generator=torch.Generator().manual_seed(seed)).double().svd().U
+
+
+def _numbers(report: ModuleReport) -> Tensor:
+    angles = [*(report.row_angles or ()), *(report.column_angles or ())]
+    pairs = [value for row in report.pair_energy for value in row]
+    return torch.tensor([*report.measures().values(), *angles, *report.singular_values, *pairs], dtype=torch.float64)
+
+
+def _measured(report: ModuleReport, name: str) -> list[float]:
+    value = getattr(report, name)
+    return [value] if isinstance(value, float) else torch.tensor(value, dtype=torch.float64).flatten().tolist()
+
+
+@pytest.mark.parametrize("name", [*MEASURES, "row_angles", "column_angles", "singular_values", "pair_energy"])
+def test_measures_are_the_same_in_all_coordinates(name: str) -> None:
+    given = _drawn()
+    P, Q = _rotation(6, 1), _rotation(6, 2)
+    turned = given.turned(P, Q, 3.0, 0.25)
+    if name == "moved":  # which compares numbers: the start is turned and scaled along
+        turned = replace(turned, M0=P @ given.M0 @ Q.T / 0.75)
+    assert _measured(turned.seen(), name) == pytest.approx(_measured(given.seen(), name), rel=1e-6, abs=1e-6)
+
+
+def test_a_start_in_other_coordinates_gives_the_same_angles_and_reshaping() -> None:
+    given = _drawn()
+    P, Q = _rotation(6, 3), _rotation(6, 4)
+    turned = replace(given, A0=2 * Q @ given.A0, M0=P @ given.M0 @ Q.T / 3, B0=given.B0 @ P.T)
+    for name in ("reshaped", "row_angles", "column_angles"):
+        assert _measured(turned.seen(), name) == pytest.approx(_measured(given.seen(), name), rel=1e-6, abs=1e-6)
+
+
+def test_measures_agree_with_the_whole_update() -> None:
+    given = _drawn()
+    report = given.seen()
+    U, S, Vh = torch.linalg.svd(0.5 * given.B @ given.M @ given.A, full_matrices=False)
+    values = S[:6]
+    assert report.singular_values == pytest.approx(values.tolist(), rel=1e-9)
+    shares = values / values.sum()
+    assert report.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())))
+    assert report.stable_rank == pytest.approx(float(values.square().sum() / values[0] ** 2))
+    old = torch.linalg.svd(given.B0 @ given.M0 @ given.A0, full_matrices=False)
+    for found, now, first in (
+        (report.row_angles, Vh[:6], old.Vh[:6]),
+        (report.column_angles, U[:, :6].T, old.U[:, :6].T),
+    ):
+        cosines = torch.linalg.svdvals(now @ first.T).clamp(max=1)
+        assert found == pytest.approx(torch.rad2deg(cosines.arccos()).tolist(), abs=1e-5)
+    left, right = (torch.linalg.svd(factor, full_matrices=False) for factor in (given.B, given.A))
+    energy = (left.U.T @ (given.B @ given.M @ given.A) @ right.Vh.T).square()
+    torch.testing.assert_close(torch.tensor(report.pair_energy), energy / energy.sum(), check_dtype=False)
+    assert sum(map(sum, report.pair_energy)) == pytest.approx(1.0)
+
+
+def test_directions_of_equal_singular_values_share_their_energy() -> None:
+    given = _drawn()
+    flat = replace(given, A=torch.linalg.qr(given.A.T).Q.T.contiguous(), B=torch.linalg.qr(given.B).Q)
+    seen, turned = flat.seen(), flat.turned(_rotation(6, 5), _rotation(6, 6), 1.0, 1.0).seen()
+    torch.testing.assert_close(_numbers(turned)[-36:], torch.full((36,), 1 / 36, dtype=torch.float64))
+    assert seen.effective_pairs == pytest.approx(36.0)
+
+
+def test_how_far_a_mixer_is_from_orthogonal_and_from_its_start() -> None:
+    given = _drawn()
+    Q = _rotation(6, 7)
+    at_start = replace(given, A=given.A0, M=given.M0, B=torch.zeros_like(given.B0), B0=torch.zeros_like(given.B0))
+    fresh = at_start.seen()
+    assert (fresh.moved, fresh.norm_update, fresh.effective_rank, fresh.effective_pairs) == (0.0, 0.0, 0.0, 0.0)
+    assert fresh.reshaped == pytest.approx(0.0, abs=1e-7)
+    assert fresh.row_angles == pytest.approx([0.0] * 6, abs=1e-5)
+    assert fresh.column_angles is None
+    rotated = replace(given, A=given.A0, M=7 * Q @ given.M0).seen()
+    assert rotated.reshaped == pytest.approx(0.0, abs=1e-7)  # the same as another B
+    assert rotated.moved is not None and rotated.moved > 1
+    assert describe("m", given.A, 5 * Q, given.B, 1.0).orthogonal_distance == pytest.approx(0.0, abs=1e-7)
+    halves = describe("m", given.A, butterfly(6), given.B, 1.0)
+    assert halves.orthogonal_distance == pytest.approx(math.sqrt(1 / 2))
+    assert math.isinf(halves.condition)
+    assert describe("m", given.A, torch.diag(torch.arange(1.0, 7)), given.B, 1.0).condition == pytest.approx(6.0)
+
+
+def test_a_mixer_of_half_the_rank_has_half_the_angles() -> None:
+    given = replace(_drawn(), M0=butterfly(6).double())
+    angles = given.seen().row_angles
+    assert angles is not None
+    start = torch.linalg.svd(given.M0 @ given.A0, full_matrices=False).Vh[:3]
+    now = torch.linalg.svd(given.A, full_matrices=False).Vh
+    assert angles == pytest.approx(torch.rad2deg(torch.linalg.svdvals(now @ start.T).arccos()).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["A", "M", "B"])
+def test_factors_that_are_not_finite_have_no_measures(broken: str) -> None:
+    given = _drawn()
+    report = replace(given, **{broken: getattr(given, broken) * math.nan}).seen()
+    assert all(math.isnan(value) for value in report.measures().values())
+    assert report.moved is None
+    assert table([report]).count("nan") == len(report.measures())
+
+
+def test_ranks_of_one_and_above_the_width() -> None:
+    given = _drawn(rank=1)
+    report = given.seen()
+    assert (report.effective_rank, report.stable_rank, report.effective_pairs) == pytest.approx((1.0, 1.0, 1.0))
+    assert (report.orthogonal_distance, report.reshaped) == pytest.approx((0.0, 0.0), abs=1e-7)
+    wide = describe("m", torch.randn(6, 4), torch.randn(6, 6), torch.randn(5, 6), 1.0)
+    assert len(wide.singular_values) == 6
+    assert wide.effective_rank <= 4
+    assert sum(map(sum, wide.pair_energy)) == pytest.approx(1.0)
+
+
+def test_a_start_that_does_not_fit_is_no_start() -> None:
+    given = _drawn()
+    other = ModuleStart(M=torch.eye(3), rows=Overlap.of(given.A, torch.randn(6, 8)))
+    report = describe("m", given.A, given.M, given.B, 1.0, start=other)
+    assert (report.moved, report.reshaped, report.row_angles, report.column_angles) == (None,) * 4
+
+
+FORMS = {"dense": "kaiming", "diagonal": "identity", "block_diagonal:2": "orthogonal", "low_rank:2": "identity"}
+
+
+@pytest.mark.parametrize(("form", "start"), FORMS.items())
+def test_folders_keep_the_start_of_every_form(form: str, start: str, tmp_path: Path) -> None:
+    options = {"mixer_form": form} | ({"mixer_init": start} if start != "identity" else {})
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, rank_pattern={"q_proj": 2}, **options))
+    before = {report.path: report.mixer for report in inspect_model(model)}
     train_a_bit(model)
     save_adapter(model, tmp_path / "a")
-    reports = {report.path: report for report in inspect_adapter(tmp_path / "a")}
-    assert len(reports) == 14
-    layers = {n: layer for n, layer in model.get_base_model().named_modules() if isinstance(layer, MoSLoRALinear)}
-    assert layers.keys() == reports.keys()
-    for path, layer in layers.items():
-        values = torch.linalg.svdvals(layer.wide_delta("default").detach().double())[:4]
-        report = reports[path]
-        torch.testing.assert_close(torch.tensor(report.singular_values).double(), values, rtol=1e-4, atol=1e-6)
-        shares = values / values.sum()
-        assert report.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-3)
-        assert report.norm_update == pytest.approx(float(values.norm()), rel=1e-4)
+    live = inspect_model(model)
+    assert live == inspect_adapter(tmp_path / "a")
+    assert {report.path: report.mixer_start for report in live} == before
+    assert all(report.moved is not None and report.moved > 0 for report in live)
+    again = load_adapter(llama(), tmp_path / "a", trainable=True)
+    assert inspect_model(again) == live
+    train_a_bit(again)
+    save_adapter(again, tmp_path / "a")
+    assert {report.path: report.mixer_start for report in inspect_adapter(tmp_path / "a")} == before
 
 
-def test_known_mixers_have_known_distances() -> None:
-    A, B = torch.eye(4, 6), torch.eye(5, 4)
-    plain = describe("m", A, None, B, 2.0)
-    assert (plain.identity_distance, plain.condition, plain.crossed_energy) == (0.0, 1.0, 0.0)
-    assert plain.effective_rank == pytest.approx(4.0)
-    assert plain.singular_values == pytest.approx((2.0,) * 4)
-    turned = describe("m", A, init_mixer(4, "orthogonal", generator=torch.Generator().manual_seed(1)), B, 1.0)
-    assert turned.orthogonal_distance < 1e-6
-    assert turned.condition == pytest.approx(1.0, abs=1e-5)
-    assert 0.3 < turned.crossed_energy < 1
-    halves = describe("m", A, butterfly(4), B, 1.0)
-    assert math.isinf(halves.condition)
-    assert halves.crossed_energy == pytest.approx(0.5)
-    assert halves.effective_rank == pytest.approx(2.0)
-    scaled = describe("m", A, torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0])), B, 1.0)
-    assert scaled.condition == pytest.approx(4.0)
-    assert scaled.crossed_energy == 0.0
+def test_a_folder_without_its_start_loads_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "a")
+    assert "start of A not kept" in inspection(tmp_path / "a")
+    kept = tmp_path / "a" / "moslora_start.safetensors"
+    assert kept.stat().st_size < 2048
+    tensors = load_file(kept)
+    for damage in (
+        lambda: kept.write_bytes(kept.read_bytes()[:-8]),
+        lambda: save_file({name: tensor + 1 for name, tensor in tensors.items()}, kept),
+        kept.unlink,
+    ):
+        damage()
+        assert "start not kept" in inspection(tmp_path / "a")
+        assert all(report.moved is None for report in inspect_model(load_adapter(llama(), tmp_path / "a")))
+    assert "damaged" in caplog.text
+
+
+def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "early")
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "late")
+    reports = inspect_adapter(tmp_path / "late", against=tmp_path / "early")
+    early = {report.path: report.mixer for report in inspect_adapter(tmp_path / "early")}
+    assert {report.path: report.mixer_start for report in reports} == early
+    assert all(report.column_angle and report.row_angle for report in reports)
+    same = inspect_adapter(tmp_path / "late", against=tmp_path / "late")
+    assert max(report.column_angle for report in same) < 1e-3
+    save_adapter(add_moslora(llama(), MoSLoRAConfig(r=2), targets=["q_proj"]), tmp_path / "small")
+    assert "12 modules are not in the other adapter" in inspection(tmp_path / "late", against=tmp_path / "small")
+
+
+def test_dora_is_measured_before_its_norm(tmp_path: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, use_dora=True), targets=["q_proj"])
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "a")
+    assert inspect_model(model) == inspect_adapter(tmp_path / "a")
 
 
 def test_a_fresh_adapter_has_no_update(tmp_path: Path) -> None:
@@ -83,7 +268,7 @@ def test_table_summary_and_picture(tmp_path: Path) -> None:
     assert lines[1].startswith("model.layers.0.mlp.down_proj")
     figures = summary(reports)
     assert figures["mixer/condition_max"] == max(report.condition for report in reports)
-    assert 0 < figures["mixer/crossed_energy"] < 1
+    assert 1 < figures["mixer/effective_pairs"] < 16
     picture = draw(reports, tmp_path / "deep" / "mixers.png", most=5)
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
@@ -103,7 +288,7 @@ def test_the_commands_text_names_every_module_and_the_picture(tmp_path: Path) ->
     save_adapter(model, tmp_path / "a")
     text = inspection(tmp_path / "a", picture=tmp_path / "m.svg")
     assert text.count("q_proj") == 2
-    assert "mixer/crossed_energy" in text
+    assert "mixer/effective_pairs" in text
     assert (tmp_path / "m.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
@@ -165,9 +350,9 @@ def test_hf_trainer_logs_the_mixers_to_its_trackers(tmp_path: Path) -> None:
     expected = summary(inspect_model(trainer.model))
     assert {name: mixers[-1][1][name] for name in expected} == pytest.approx(expected)
     assert mixers[-1][1]["mixer/norm_update"] > mixers[0][1]["mixer/norm_update"] > 0
-    assert any("mixer/crossed_energy" in entry for entry in trainer.state.log_history)
+    assert any("mixer/effective_pairs" in entry for entry in trainer.state.log_history)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out*"))
-    assert b"mixer/crossed_energy" in written
+    assert b"mixer/effective_pairs" in written
 
 
 def test_the_callback_has_its_own_rhythm_and_leaves_out_what_is_infinite(tmp_path: Path) -> None:

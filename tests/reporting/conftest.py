@@ -76,8 +76,8 @@ def run_folder(tmp_path: Path) -> Path:
     matrix = [[1.0, -0.5], [0.25, 1.0]]
     mixers = [
         {"path": "layers.0.q_proj", "rank": 2, "before": matrix, "after": [[1.2, -0.4], [0.2, 0.9]], "moved": 0.1,
-         "distance_from_identity": 0.4},
-        {"path": "layers.1.q_proj", "rank": 2, "distance_from_identity": 0.3},
+         "pairs": [[0.7, 0.1], [0.0, 0.2]], "norm_update": 2.0, "effective_rank": 1.5, "row_angle": 12.0},
+        {"path": "layers.1.q_proj", "rank": 2, "norm_update": 0.4, "effective_rank": 1.25},
     ]  # fmt: skip
     (folder / "mixers.json").write_text(json.dumps(mixers))
     return folder

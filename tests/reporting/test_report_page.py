@@ -72,7 +72,8 @@ def _page(folder: Path) -> _Page:
 def test_every_part_is_on_the_page(run_folder: Path) -> None:
     page = _page(run_folder)
     assert "Demo run" in page.text
-    assert len(page.of("figure", "chart")) == 8
+    assert len(page.of("figure", "chart")) == 8 + 3  # and the heat maps of moved, row_angle and effective_rank
+    assert len(page.of("rect", "cell")) == 4
     assert len(page.of("article", "sample")) == 2
     assert len(page.of("div", "whisker")) == 4
     assert len(page.of("figure", "mixer")) == 1

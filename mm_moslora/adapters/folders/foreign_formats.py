@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class AdapterFolder:
     """A, M, B and other entries under PEFT's names."""
     base: dict[str, Any]
     """What was remembered of the base model; empty for a folder of another library."""
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """What was kept of the start of training; see `kept_start`."""
 
 
 def read_foreign(root: Path, *, trainable: bool = False, component: str | None = None) -> AdapterFolder:

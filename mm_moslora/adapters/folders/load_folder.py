@@ -26,6 +26,7 @@ from mm_moslora.adapters.folder_format import (
 from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
+from mm_moslora.adapters.folders.kept_start import read_start, set_starts
 from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.mixer import form_named
@@ -84,6 +85,7 @@ def load_adapter(
             )
     try:
         _set_values(wrapped, adapter_name, content.tensors, source)
+        set_starts(wrapped, adapter_name, content.start)
     except AdapterError:
         if wrapped is not model:
             wrapped.unload()
@@ -267,7 +269,8 @@ def _read_own(root: Path) -> AdapterFolder:
             raise AdapterError(f"{root} lacks {name}. Copy the whole folder.")
         if sha256_of(path) != digest:
             raise AdapterError(_stale(root, name))
-    return AdapterFolder(config=config, tensors=read_tensors(root / OWN_WEIGHTS), base=manifest["base"])
+    tensors, start = read_tensors(root / OWN_WEIGHTS), read_start(root, manifest)
+    return AdapterFolder(config=config, tensors=tensors, base=manifest["base"], start=start)
 
 
 def _stale(root: Path, name: str) -> str:

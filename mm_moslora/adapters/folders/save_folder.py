@@ -21,6 +21,8 @@ from mm_moslora.adapters.folder_format import (
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
+    START_PART,
+    START_WEIGHTS,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
     bare_name,
@@ -30,7 +32,8 @@ from mm_moslora.adapters.folder_format import (
     target_paths,
 )
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state_dict, shapes_by_rank
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
+from mm_moslora.adapters.folders.kept_start import read_start, start_tensors, starts_of
+from mm_moslora.adapters.layers.adapter_layers import AdapterOptions, Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
@@ -74,11 +77,13 @@ class TakenAdapter:
     shapes: dict[str, tuple[int, ...]]
     base: dict[str, Any]
     auto_mapping: dict[str, str] | None
+    starts: dict[str, Start]
 
     def write(self, folder: Path) -> None:
         """Write the double folder; see `save_adapter`."""
         check_tensors(self.tensors, self.shapes)
-        write_folder(folder, self.config, self.tensors, base=self.base, auto_mapping=self.auto_mapping)
+        start = start_tensors(self.starts, self.tensors)
+        write_folder(folder, self.config, self.tensors, base=self.base, auto_mapping=self.auto_mapping, start=start)
 
 
 def take_adapter(
@@ -97,6 +102,7 @@ def take_adapter(
         shapes=expected_shapes(model, adapter_name),
         base=dict(base or {}) | {"fingerprint": base_fingerprint(model)},
         auto_mapping=_class_of(type(base_model(model))) if config.task_type is None else None,
+        starts=starts_of(model, adapter_name),
     )
 
 
@@ -172,6 +178,7 @@ def write_folder(
     *,
     base: Mapping[str, Any],
     auto_mapping: Mapping[str, Any] | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the double folder from factors under their names in the folder.
 
@@ -181,6 +188,7 @@ def write_folder(
         tensors: A, M, B and the other tensors that PEFT saves, in float32.
         base: identity of the base model.
         auto_mapping: PEFT's class hint for models without a task type.
+        start: what is known of the start of training; see `kept_start`.
 
     Raises:
         AdapterError: factors that a reader of the folder would refuse.
@@ -190,6 +198,8 @@ def write_folder(
     contents = {OWN_WEIGHTS: tensors}
     if form_named(config.mixer_form).fixed:  # else no plain LoRA computes the same, and there is none in the folder
         contents = {STOCK_WEIGHTS: fold_state_dict(tensors, mixer_form=config.mixer_form), OWN_WEIGHTS: tensors}
+    if start:
+        contents[START_WEIGHTS] = start
     with writing(folder), staging(folder, (STOCK_CONFIG, *contents, OWN_CONFIG)) as staged:
         for name, content in contents.items():
             save_file(_apart(content), staged / name, metadata={"format": "pt"})
@@ -197,8 +207,8 @@ def write_folder(
         own = config_to_dict(config) | {"target_modules": paths, "inference_mode": True}
         files = {name: sha256_of(staged / name) for name in contents}
         _write_json(staged / OWN_CONFIG, _manifest(own, files=files, base=base))
-        if STOCK_WEIGHTS not in contents:
-            discard(folder / STOCK_WEIGHTS)  # of an earlier adapter, or from PEFT, which drops the mixers in loading
+        for name in {STOCK_WEIGHTS, START_WEIGHTS} - contents.keys():
+            discard(folder / name)  # of an earlier adapter, or from PEFT, which drops the mixers in loading
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,13 +223,15 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _manifest(config: dict[str, Any], *, files: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
+    needed = dict(files)
+    start = needed.pop(START_WEIGHTS, None)  # a folder without it loads
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": config,
-        "files": dict(files),
+        "files": needed,
         "base": dict(base),
-    }
+    } | ({} if start is None else {"start": start})
 
 
 def stock_config(
@@ -271,8 +283,9 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
             "Save with safe_serialization=True, and remove that file."
         )
     if _is_intact(folder):  # it is an adapter folder already; only the configuration is new
-        base = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["base"]
-        write_folder(folder, config, load_file(folder / OWN_WEIGHTS), base=base, auto_mapping=auto_mapping)
+        manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
+        own, start = load_file(folder / OWN_WEIGHTS), read_start(folder, manifest)
+        write_folder(folder, config, own, base=manifest["base"], auto_mapping=auto_mapping, start=start)
         return
     if not weights.is_file():
         with writing(folder):
@@ -282,6 +295,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
         return
     # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
     tensors = {bare_name(name): t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
+    start = {name: tensors.pop(name).float() for name in list(tensors) if START_PART in name}
     if empty := next((name for name, tensor in tensors.items() if is_factor(name) and not tensor.numel()), None):
         raise AdapterError(f"{empty} of {weights} is empty. Gather the factors of all ranks before saving.")
     mixed = (path for path in target_paths(tensors) if not config.is_plain(path))
@@ -292,7 +306,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
             f"{weights} has no mixer for {bare}, and the configuration gives it one: they are not of one adapter. Save "
             "the model (save_adapter, save_pretrained), or write the configuration into a folder of its own."
         )
-    write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping)
+    write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping, start=start)
 
 
 def _is_intact(folder: Path) -> bool:

@@ -8,7 +8,7 @@ Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
@@ -20,6 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from mm_moslora.adapters.folder_format import START_PART
 from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer, orthonormal_rows
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.mixer import MixerForm, form_named
@@ -77,11 +78,23 @@ class Factors:
     """s."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What is known of one adapter's factors in one layer as training began: float32, on the CPU, not for training."""
+
+    mixer: dict[str, Tensor] | None = None
+    """The mixer's tensors by name; None: not kept."""
+    A: Tensor | None = None
+    """``[R, D_in]``; None: not kept, as A is large. `mm-moslora train` keeps it on its first rank."""
+    B: Tensor | None = None
+    """``[D_out, R]``; as A."""
+
+
 class MoSLoRALayer(nn.Module, lora.LoraLayer):
     """The base of all adapted layer types; holds the mixers, by adapter name."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
-    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "factor_form")
+    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "factor_form", "starts")
     mixer_variant: ClassVar[type[LoraVariant]] = MoSLoRAVariant
     dora_variant: ClassVar[type[LoraVariant] | None] = None
     outer_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
@@ -92,6 +105,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]
     factor_form: dict[str, str]
+    starts: dict[str, Start]
+    """By adapter name; values that are loaded without their start remove it."""
     _adding: str
     _module_path: str
 
@@ -101,6 +116,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             self.lora_mixer = nn.ModuleDict()
             self.mixer_init = {}
             self.factor_form = {}
+            self.starts = {}
         # The module's path decides the mixer, and PEFT resolves the variant before it passes the path. For a new layer
         # of some types PEFT does not pass it at all; `create_layer` sets it in the configuration.
         path = str(kwargs.get("target_name") or getattr(kwargs.get("config"), "module_path", ""))
@@ -146,6 +162,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             tensors = form.start(rank, self.mixer_init[adapter_name])
         tensors = {name: tensor.to(like) for name, tensor in tensors.items()}
         self.lora_mixer[adapter_name] = Mixer(form, tensors, trainable=config.mixer_trainable)
+        if not like.is_meta:
+            self.keep_start(adapter_name, tensors)
 
     def _check_input_dependent(self, form: MixerForm, config: AdapterOptions) -> None:
         if config.use_dora or isinstance(self, lora.layer.MultiheadAttention):
@@ -227,6 +245,13 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             )
         return cast("dict[str, Tensor]", mixer.tensors())
 
+    def keep_start(self, adapter_name: str, mixer: Mapping[str, Tensor]) -> None:
+        """Take these tensors as the mixer's start; none: its start is not known."""
+        self.starts.pop(adapter_name, None)
+        if mixer:
+            kept = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in mixer.items()}
+            self.starts[adapter_name] = Start(mixer=kept)
+
     def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M's tensors."""
         factors = dict(zip(self.outer_names, self.outer_factors(adapter_name), strict=True))
@@ -256,13 +281,18 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         """Load the identity as the mixer where a state holds A and no mixer.
 
         Folded factors and plain LoRA have no mixer. Beside the random start of a mixer they would be silently wrong;
-        with the identity they are exact.
+        with the identity they are exact. The start that belongs to the values comes with them, or is not known.
         """
         for adapter_name, mixer in self.lora_mixer.items():
             start = f"{prefix}lora_mixer.{adapter_name}."
             names = (f"{prefix}lora_A.{adapter_name}.weight", f"{prefix}lora_embedding_A.{adapter_name}")
             factor = next((state_dict[name] for name in names if name in state_dict), None)
-            if factor is not None and not any(name.startswith(start) for name in state_dict):
+            mixed = any(name.startswith(start) for name in state_dict)
+            if factor is not None or mixed:
+                kept = f"{prefix}{START_PART[1:]}{adapter_name}."
+                found = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(kept)}
+                self.keep_start(adapter_name, {name.removeprefix(kept): tensor for name, tensor in found.items()})
+            if factor is not None and not mixed:
                 identity = cast(MixerForm, mixer.form).identity(factor.shape[0])
                 state_dict |= {f"{start}{name}": tensor.to(factor) for name, tensor in identity.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)

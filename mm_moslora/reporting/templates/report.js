@@ -11,7 +11,7 @@
   name();
 
   const short = (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : Number(value.toPrecision(4)).toString());
-  for (const chart of document.querySelectorAll(".chart")) {
+  for (const chart of document.querySelectorAll(".chart[data-series]")) {
     const series = JSON.parse(chart.dataset.series);
     const svg = chart.querySelector("svg"), cursor = chart.querySelector(".cursor"), readout = chart.querySelector(".readout");
     const longest = series.reduce((a, b) => (b.points.length > a.points.length ? b : a)).points;

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.reporting.drawing_grid import drawn_samples
+from mm_moslora.reporting.lens_maps import heat_maps
 from mm_moslora.reporting.overlay_page import LARGEST, flat_recipe
 from mm_moslora.reporting.run_data import MARKS, EvaluationRow, RunData, is_run, load_run
 from mm_moslora.reporting.run_status import read_state, stage_folders
@@ -134,7 +135,7 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
     except Exception as error:  # written by a newer release, partly deleted or damaged: the other runs are shown
         reason = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}: {error}"
         row |= {"state": "unreadable", "fault": redact_text(reason)}
-        detail = {"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "notes": []}
+        detail = {"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "lens": [], "notes": []}
     return Shown(stamp=stamp, row=_finite(row), detail=_finite(detail))
 
 
@@ -195,9 +196,11 @@ def _detail(name: str, data: RunData) -> dict[str, Any]:
             for number, sample in enumerate(samples)
         ],
         "mixers": [
-            {"path": mixer.path, "before": mixer.before, "after": mixer.after, "figures": mixer.figures}
+            {"path": mixer.path, "before": mixer.before, "after": mixer.after, "pairs": mixer.pairs,
+             "figures": mixer.figures}
             for mixer in data.mixers if mixer.after
         ],
+        "lens": [vars(item) for item in heat_maps([(mixer.path, mixer.figures) for mixer in data.mixers])],
         "pictures": [sample.image for sample in samples],
         "notes": [*data.alerts, *data.notes],
     }  # fmt: skip

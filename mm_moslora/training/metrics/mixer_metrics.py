@@ -1,129 +1,120 @@
-"""Mixer matrices before and after training with statistics, as JSON for the report.
+"""Measures of a run's adapter: its start, records for the trackers, and `mixers.json` for the report.
 
-Shapes: a mixer is ``[R, R]``.
+Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``. `adapters.adapter_inspection` has the measures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_inspection import describe, summary
-from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.adapter_inspection import ModuleReport, describe, summary
+from mm_moslora.adapters.folders.kept_start import ModuleStart
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.files import replace_json
 
 SHOWN = 12
-"""Mixers stored in full; further ones have statistics only."""
+"""Modules whose matrices are stored; further ones have their measures only."""
 LARGEST = 64
-"""Side above which a mixer's picture is downsampled."""
+"""Side above which a matrix's picture is downsampled."""
 
 
 MIXERS = ".lora_mixer"
 """Part of the names of mixers' parameters."""
+ADAPTERS = ".lora_"
+"""Part of the names of A's, M's and B's parameters."""
 
 
 @torch.no_grad()
-def mixer_matrices(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The mixers that train as ``[R, R]``, by module path; none of those that depend on their input.
-
-    Args:
-        model: the model with its adapters.
-        state: parameter name to full fp32 value.
-    """
-    whole = {name.removeprefix("model."): value.float() for name, value in state.items() if MIXERS in name}
-    return {
-        path: _matrix(path, layer, name, whole).clone()
-        for path, layer in named_adapter_layers(model)
-        for name, mixer in layer.lora_mixer.items()
-        if cast(Mixer, mixer).form.fixed and any(key.startswith(f"{path}{MIXERS}.{name}.") for key in whole)
-    }
-
-
-def _matrix(path: str, layer: MoSLoRALayer, name: str, whole: Mapping[str, Tensor]) -> Tensor:
-    """M of one adapter, of the values of a state and, where it has none, of the layer's own."""
-    own = layer.mixer_tensors(name)
-    tensors = {part: whole.get(f"{path}{MIXERS}.{name}.{part}", tensor) for part, tensor in own.items()}
-    return cast(Mixer, layer.lora_mixer[name]).form.matrix(tensors)
-
-
-def mixer_figures(matrix: Tensor) -> dict[str, float]:
-    """Distance from identity and from the nearest orthogonal matrix, condition number, effective rank.
-
-    Distances are Frobenius norms divided by ``sqrt(R)``; the effective rank is the participation ratio of the squared
-    singular values.
-    """
-    rank = matrix.shape[0]
-    u, s, v = torch.linalg.svd(matrix.double())
-    energy = s.square()
-    return {
-        "distance_from_identity": float((matrix.double() - torch.eye(rank).double()).norm() / rank**0.5),
-        "distance_from_orthogonal": float((matrix.double() - u @ v).norm() / rank**0.5),
-        "condition": float(s[0] / s[-1].clamp_min(1e-30)),
-        "effective_rank": float(energy.sum().square() / energy.square().sum().clamp_min(1e-30)),
-    }
-
-
-@torch.no_grad()
-def adapter_metrics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`.
+def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Take the factors of this moment as the start of the run's adapters, which checkpoints and measures refer to.
 
     Args:
         model: the model with its adapters; it supplies the parameters that do not train.
+        state: parameter name to full fp32 value, from `Engine.trainable_state`; its tensors are kept.
+    """
+    for _, layer, name, (A, mixer, B) in _factors(model, state):
+        layer.starts[name] = Start(mixer=mixer, A=A if A.any() else None, B=B if B.any() else None)
+
+
+def _factors(
+    model: nn.Module, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, MoSLoRALayer, str, tuple[Tensor, dict[str, Tensor], Tensor]]]:
+    """Path, layer, adapter, and its whole A, tensors of M and B, of a state and, where it has none, of the layer."""
+    whole = {name.removeprefix("model."): value for name, value in state.items() if ADAPTERS in name}
+    for path, layer in named_adapter_layers(model):
+        for name in layer.adapter_names():
+            own = dict(zip("AB", layer.outer_factors(name), strict=True))
+            A, B = (
+                whole.get(f"{path}.lora_{side}.{name}.weight", whole.get(f"{path}.lora_embedding_{side}.{name}", factor))
+                for side, factor in own.items()
+            )
+            tensors = layer.mixer_tensors(name)
+            mixer = {part: whole.get(f"{path}{MIXERS}.{name}.{part}", value) for part, value in tensors.items()}
+            yield path, layer, name, (A.cpu(), {part: value.cpu().float() for part, value in mixer.items()}, B.cpu())
+
+
+@torch.no_grad()
+def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[ModuleReport]:
+    """A report per adapted module; none of those whose mixers depend on their input.
+
+    Args:
+        model: see `keep_start`.
         state: parameter name to full fp32 value, from `Engine.trainable_state`, since live weights may be shards.
+    """
+    reports = []
+    for path, layer, name, (A, mixer, B) in _factors(model, state):
+        form = cast(Mixer, layer.lora_mixer[name]).form if mixer else None
+        if form is None or form.fixed:
+            M = None if form is None else form.matrix(mixer)
+            start = ModuleStart.of(layer, name, A, B)
+            reports.append(describe(path, A, M, B, layer.scaling[name], start=start))
+    return reports
+
+
+def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
+    """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`.
+
+    Args:
+        reports: of `adapter_reports`.
 
     Returns:
         Finite numbers only (a rank-deficient mixer has no condition number); empty without adapters.
     """
-    whole = {name.removeprefix("model."): value for name, value in state.items()}
-    reports = []
-    for path, layer in named_adapter_layers(model):
-        for name in layer.adapter_names():
-            if name in layer.lora_mixer and not cast(Mixer, layer.lora_mixer[name]).form.fixed:
-                continue
-            own_A, own_B = layer.outer_factors(name)
-            inside = {
-                key.removeprefix(f"{path}.").partition(".")[0]: value
-                for key, value in whole.items()
-                if key.startswith(f"{path}.lora_") and f".{name}" in key
-            }
-            A = inside.get("lora_A", inside.get("lora_embedding_A", own_A))
-            B = inside.get("lora_B", inside.get("lora_embedding_B", own_B))
-            M = _matrix(path, layer, name, whole).cpu() if name in layer.lora_mixer else None
-            reports.append(describe(path, A.cpu(), M, B.cpu(), layer.scaling[name]))
     found = summary(reports) if reports else {}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[dict[str, object]]:
-    """Write `mixers.json` where the model has mixers; returns its content.
+def write_mixers(path: Path, reports: Sequence[ModuleReport]) -> list[dict[str, object]]:
+    """Write `mixers.json` where the model has adapters; returns its content.
 
     Args:
         path: the file.
-        before: mixers at step 0.
-        after: mixers at the end.
+        reports: of the end of training.
     """
-    chosen = set(list(after)[:: max(1, len(after) // SHOWN)][:SHOWN])
+    chosen = set(range(0, len(reports), max(1, len(reports) // SHOWN))[:SHOWN])
     rows: list[dict[str, object]] = []
-    for name, matrix in after.items():
-        moved = float((matrix - before[name]).norm() / before[name].norm().clamp_min(1e-30))
-        row: dict[str, object] = {"path": name, "rank": matrix.shape[0], **mixer_figures(matrix), "moved": moved}
-        if name in chosen:
-            row["after"] = _picture(matrix)
-            row["before"] = _picture(before[name])
+    for index, report in enumerate(reports):
+        measures = {name: value for name, value in report.measures().items() if math.isfinite(value)}
+        row: dict[str, object] = {"path": report.path, "rank": report.rank, **measures}
+        if index in chosen and math.isfinite(report.norm_update):
+            matrices = {"before": report.mixer_start, "after": report.mixer, "pairs": report.pair_energy}
+            row |= {name: _picture(matrix) for name, matrix in matrices.items() if matrix is not None}
         rows.append(row)
     if rows:
         replace_json(path, rows)
     return rows
 
 
-def _picture(matrix: Tensor) -> list[list[float]]:
-    if matrix.shape[0] > LARGEST:
-        matrix = torch.nn.functional.adaptive_avg_pool2d(matrix[None], LARGEST)[0]
-    return [[round(value, 4) for value in row] for row in matrix.tolist()]
+def _picture(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
+    cells = torch.tensor(matrix)
+    if max(cells.shape) > LARGEST:
+        cells = torch.nn.functional.adaptive_avg_pool2d(cells[None], LARGEST)[0]
+    return [[float(f"{value:.4g}") for value in row] for row in cells.tolist()]

@@ -170,10 +170,18 @@
       const maps = make("div", { class: "maps" });
       if (mixer.before) maps.append(make("div", {}, heatMap(mixer.before, scale), "before"));
       maps.append(make("div", {}, heatMap(mixer.after, scale), "after"));
+      if (mixer.pairs) maps.append(make("div", {}, heatMap(mixer.pairs, Math.max(...mixer.pairs.flat())), "pairs"));
       return make("figure", { class: "card" }, make("figcaption", {}, make("i", { class: `key ${colour(id)}` }), " ", make("code", {}, mixer.path)), maps,
         make("p", { class: "readout" }, Object.entries(mixer.figures).map(([key, value]) => `${key.replaceAll("_", " ")} ${short(value)}`).join(", ")));
     }));
-    return cards.length ? make("div", { class: "charts" }, ...cards) : missing("The chosen runs have no mixers yet.");
+    const lens = chosen.flatMap((id) => (details.get(id)?.lens ?? []).map((map) => {
+      const largest = Math.max(...map.cells.flat()), layers = [map.columns[0], map.columns.at(-1)].filter(Boolean);
+      return make("figure", { class: "card lens" }, make("figcaption", {}, make("i", { class: `key ${colour(id)}` }), ` ${map.title}`),
+        make("div", {}, make("ol", {}, ...map.rows.map((name) => make("li", {}, name))), heatMap(map.cells, largest)),
+        make("p", { class: "readout" }, `${layers.length > 1 ? `layers ${layers.join(" to ")}, ` : ""}0 is pale, ${short(largest)} is full colour`));
+    }));
+    const all = [...lens, ...cards];
+    return all.length ? make("div", { class: "charts" }, ...all) : missing("The chosen runs have no mixers yet.");
   };
 
   const drawRecipes = () => {

@@ -1,0 +1,234 @@
+"""What an adapter folder keeps of the start of training: the mixers, and how A and B lie to what they were.
+
+::
+
+    base_model.model.PATH.lora_start.NAME            the mixer's tensors at the start, by their names in its form
+    base_model.model.PATH.lora_start.rows.cross      A A0^T [R, R], float64, where A0 is known
+    base_model.model.PATH.lora_start.rows.start      A0 A0^T
+    base_model.model.PATH.lora_start.columns.*       the same of B^T, where B does not start at zero
+
+These are a few KiB per module. They change no output: a folder without them, or with a damaged file, loads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mm_moslora.adapters.folder_format import (
+    FACTORS_A,
+    FACTORS_B,
+    PREFIX,
+    START_PART,
+    START_WEIGHTS,
+    read_manifest,
+)
+from mm_moslora.adapters.folders.authors_format import read_tensors
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
+from mm_moslora.adapters.layers.factor_modules import Mixer
+from mm_moslora.adapters.mixer import MixerForm
+from mm_moslora.adapters.tree import named_adapter_layers
+from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.files import sha256_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """How the rows of a factor lie to those of its start, or of another adapter's factor."""
+
+    cross: Tensor
+    """``F F0^T`` ``[R, R0]``, float64."""
+    start: Tensor
+    """``F0 F0^T`` ``[R0, R0]``."""
+
+    @classmethod
+    def of(cls, factor: Tensor, start: Tensor | None) -> Overlap | None:
+        """Of two factors ``[R, D]`` and ``[R0, D]``; None where there is no start, or one of zero or another width.
+
+        Args:
+            factor: A, or B^T.
+            start: the same at the start.
+        """
+        if start is None or start.shape[1:] != factor.shape[1:] or not start.any():
+            return None
+        old = start.double()
+        return cls(cross=factor.double() @ old.T, start=old @ old.T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleStart:
+    """The start of one module, as far as it is known."""
+
+    M: Tensor | None = None
+    """``[R, R]``."""
+    rows: Overlap | None = None
+    """Of A."""
+    columns: Overlap | None = None
+    """Of B^T; None also where B starts at zero."""
+
+    @classmethod
+    def of(cls, layer: MoSLoRALayer, adapter_name: str, A: Tensor, B: Tensor) -> ModuleStart:
+        """From the start that a layer holds.
+
+        Args:
+            layer: its parameters are not read.
+            adapter_name: the adapter.
+            A: the whole factor, now.
+            B: the whole factor, now.
+        """
+        start = layer.starts.get(adapter_name, Start())
+        known = start.mixer is not None and adapter_name in layer.lora_mixer
+        form = cast(Mixer, layer.lora_mixer[adapter_name]).form if known else None
+        M = form.matrix(start.mixer or {}) if form is not None and form.fixed else None
+        return cls(M=M, **_overlaps(start, A, B))
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Tensor], path: str, form: MixerForm, rank: int) -> ModuleStart:
+        """From the tensors of a folder; parts of another shape, and NaN, are not known.
+
+        Args:
+            kept: of `read_start`.
+            path: module path.
+            form: of the folder's mixers.
+            rank: R of the module.
+        """
+
+        def part(name: str, shape: tuple[int, ...]) -> Tensor | None:
+            tensor = kept.get(f"{PREFIX}{path}{START_PART}{name}")
+            fits = tensor is not None and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())
+            return tensor if fits else None
+
+        def overlap(side: str) -> Overlap | None:
+            cross, start = (part(f"{side}.{name}", (rank, rank)) for name in ("cross", "start"))
+            return None if cross is None or start is None else Overlap(cross=cross.double(), start=start.double())
+
+        mixer = {name: part(name, shape) for name, shape in form.shapes(rank).items()}
+        known = {name: tensor for name, tensor in mixer.items() if tensor is not None}
+        whole = form.fixed and len(known) == len(mixer)
+        return cls(M=form.matrix(known) if whole else None, rows=overlap("rows"), columns=overlap("columns"))
+
+
+def _overlaps(start: Start, A: Tensor, B: Tensor) -> dict[str, Overlap | None]:
+    """Of A and of B^T with their starts; the factors of convolutions are taken as matrices."""
+    old_B = None if start.B is None else start.B.flatten(1).T
+    rows = Overlap.of(A.flatten(1), None if start.A is None else start.A.flatten(1))
+    return {"rows": rows, "columns": Overlap.of(B.flatten(1).T, old_B)}
+
+
+def starts_of(model: nn.Module, adapter_name: str) -> dict[str, Start]:
+    """The start of an adapter's modules, by module path, as far as it is known."""
+    return {
+        path: layer.starts[adapter_name]
+        for path, layer in named_adapter_layers(model)
+        if adapter_name in layer.starts
+    }
+
+
+@torch.no_grad()
+def start_tensors(starts: Mapping[str, Start], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a folder keeps, by its names in the file.
+
+    Args:
+        starts: of `starts_of`.
+        tensors: A, M and B of the adapter under their names in the folder.
+    """
+    kept: dict[str, Tensor] = {}
+    for path, start in starts.items():
+        name = f"{PREFIX}{path}"
+        kept |= {f"{name}{START_PART}{part}": tensor for part, tensor in (start.mixer or {}).items()}
+        A, B = (
+            next((tensors[name + end].flatten(1) for end in ends if name + end in tensors), None)
+            for ends in (FACTORS_A, FACTORS_B)
+        )
+        if A is None or B is None:
+            continue
+        for side, overlap in _overlaps(start, A, B).items():
+            if overlap is not None:
+                kept[f"{name}{START_PART}{side}.cross"] = overlap.cross
+                kept[f"{name}{START_PART}{side}.start"] = overlap.start
+    return kept
+
+
+def set_starts(model: nn.Module, adapter_name: str, kept: Mapping[str, Tensor]) -> None:
+    """Give the layers of an adapter the start of their mixers; those that the folder does not know have none.
+
+    Args:
+        model: holds the adapter.
+        adapter_name: the adapter.
+        kept: of `read_start`.
+    """
+    mixers = mixer_starts(kept)
+    for path, layer in named_adapter_layers(model):
+        if layer.holds(adapter_name):
+            layer.keep_start(adapter_name, mixers.get(path, {}))
+
+
+@torch.no_grad()
+def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:
+    """Go on from the start that a checkpoint's adapter folder keeps.
+
+    A and B at the start are not in the folder. Those that the layers hold stay where they are the same, by ``A A^T``.
+
+    Args:
+        model: holds the adapter and the start of the same run, drawn or loaded again.
+        folder: of the checkpoint; where it keeps no start, nothing changes.
+        adapter_name: the adapter.
+    """
+    kept = read_start(folder, read_manifest(folder))
+    mixers = mixer_starts(kept)
+    for path, layer in named_adapter_layers(model) if kept else ():
+        if not layer.holds(adapter_name):
+            continue
+        again = layer.starts.get(adapter_name, Start())
+        same = {}
+        for side, factor in (("rows", again.A), ("columns", None if again.B is None else again.B.flatten(1).T)):
+            square = kept.get(f"{PREFIX}{path}{START_PART}{side}.start")
+            old = None if factor is None else factor.flatten(1).double()
+            same[side] = square is not None and old is not None and _close(old @ old.T, square)
+        A, B = again.A if same["rows"] else None, again.B if same["columns"] else None
+        layer.starts[adapter_name] = Start(mixer=mixers.get(path), A=A, B=B)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and bool((found - expected).norm() <= 1e-5 * expected.norm())
+
+
+def mixer_starts(kept: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of mixers at the start, by module path and name.
+
+    Args:
+        kept: of `read_start`.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in kept.items():
+        path, _, name = key.removeprefix(PREFIX).rpartition(START_PART)
+        if "." not in name:
+            found.setdefault(path, {})[name] = tensor
+    return found
+
+
+def read_start(root: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a folder keeps of the start; empty where it keeps nothing, or its file is not the one it was saved with.
+
+    Args:
+        root: the folder.
+        manifest: content of its `moslora.json`.
+    """
+    path, digest = root / START_WEIGHTS, manifest.get("start")
+    if digest is None or not path.is_file():
+        return {}
+    try:
+        if sha256_of(path) == digest:
+            return read_tensors(path)
+    except (AdapterError, OSError) as error:
+        logger.info("%s", error)
+    logger.warning("%s is damaged or of another adapter, so the start of training is not known.", path)
+    return {}

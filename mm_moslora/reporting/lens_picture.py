@@ -1,0 +1,95 @@
+"""The picture of `mm-moslora adapters inspect --picture`: measures by module and layer, energies by pairs, spectra."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.reporting.lens_maps import HeatMap, heat_maps
+from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.files import output_file
+from mm_moslora.utils.run_paths import writing
+
+_SIGN = b"mm_moslora"
+"""Software that a picture names, which marks it as replaceable."""
+MOST_NAMES = 24
+"""Layers above which not every one is named."""
+
+
+def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) -> Path:
+    """Write the picture; see `mm_moslora.adapters.adapter_inspection.draw`.
+
+    Args:
+        rows: modules by depth, each with `path`, known measures, `pair_energy` and `singular_values`.
+        picture: file to write.
+        most: draw the energies of at most so many modules.
+
+    Raises:
+        AdapterError: an ending that is no format.
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    maps = heat_maps([(row["path"], row) for row in rows])
+    tall = math.ceil(len(maps) / 2) * (0.9 + 0.2 * len(maps[0].rows))
+    figure = Figure(figsize=(11, tall + 4.6), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    ending = picture.suffix.removeprefix(".").lower()
+    if ending not in formats:
+        raise AdapterError(f"{picture} ends in {ending!r}, expected one of {', '.join(sorted(formats))}.")
+    parts: Any = figure.subfigures(3, 1, height_ratios=[tall, 2.0, 2.6])
+    above, middle, below = parts
+    _draw_maps(above, maps)
+    _draw_pairs(middle, rows[:: max(1, math.ceil(len(rows) / most))], most)
+    _draw_spectra(below.subplots(), rows)
+    output_file(picture, sign=_SIGN if ending == "png" else None)
+    with writing(picture):
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(picture, dpi=120, metadata={"Software": _SIGN.decode()} if ending == "png" else None)
+    return picture
+
+
+def _draw_maps(figure: Any, maps: Sequence[HeatMap]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots(math.ceil(len(maps) / 2), 2, squeeze=False).flat
+    for axis in axes[len(maps) :]:
+        axis.set_axis_off()
+    for axis, item in zip(axes, maps, strict=False):
+        cells = [[math.nan if cell is None else cell for cell in line] for line in item.cells]
+        figure.colorbar(axis.imshow(cells, cmap="viridis", vmin=0, aspect="auto"), ax=axis, pad=0.02)
+        axis.set_title(item.title, fontsize=9)
+        axis.set_yticks(range(len(item.rows)), item.rows, fontsize=7)
+        axis.tick_params(axis="x", labelsize=7)
+        if len(item.columns) > MOST_NAMES:
+            axis.xaxis.set_major_locator(MaxNLocator(MOST_NAMES, integer=True))
+        else:
+            axis.set_xticks(range(len(item.columns)), item.columns)
+
+
+def _draw_pairs(figure: Any, rows: Sequence[Mapping[str, Any]], most: int) -> None:
+    axes = figure.subplots(1, most, squeeze=False).flat
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, row in zip(axes, rows, strict=False):
+        axis.imshow(row["pair_energy"], cmap="viridis", vmin=0)
+        axis.set_title(_short(row["path"]), fontsize=7)
+    figure.suptitle("Energy by pairs: directions of B downwards, of A to the right, strongest first", fontsize=9)
+
+
+def _draw_spectra(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    for index, row in enumerate(rows):
+        shade = 0.15 + 0.7 * index / max(1, len(rows) - 1)
+        values = row["singular_values"]
+        axis.plot(range(1, len(values) + 1), values, color=str(1 - shade), linewidth=0.8)
+    axis.set_xlabel("index")
+    axis.set_ylabel("singular value of s B M A")
+    axis.set_title("Updates, shallow (light) to deep (dark)", fontsize=9)
+
+
+def _short(path: str) -> str:
+    parts = path.split(".")
+    numbers = [part for part in parts if part.isdigit()]
+    return f"{numbers[0]} {parts[-1]}" if numbers else parts[-1]
