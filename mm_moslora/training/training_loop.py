@@ -349,16 +349,20 @@ class _Loop:
         better = bool(train.validate_every) and step % train.validate_every == 0 and self._validate()
         due = bool(train.save_every) and step % train.save_every == 0
         if (due or better) and not self._over:  # the last save comes after the loop
-            self._start_save()
+            self._start_save(measure=due)
 
-    def _start_save(self) -> None:
-        """Copy the state and start to write it; a failure is counted and does not stop the run at once."""
+    def _start_save(self, *, measure: bool = False) -> None:
+        """Copy the state and start to write it; a failure is counted and does not stop the run at once.
+
+        Args:
+            measure: also log what the adapter learned; in regular saves, which a run has however often it is stopped.
+        """
         self._save_phase()
         if self.saver.pending is not None:
             self._finish_save()
         started = time.monotonic()
         taken = snapshot(self.run)
-        if not self._over:  # else the end is measured
+        if measure:
             self.log.mixers(taken.weights)
         try:
             self.saver.start(taken.manifest, taken.write, size=taken.size)
