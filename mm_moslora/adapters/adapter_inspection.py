@@ -58,7 +58,7 @@ class ModuleReport:
     moved: float | None
     """``|M - M0| / |M0|``, in the coordinates of training."""
     reshaped: float | None
-    """What of this no rotation of B explains: M, lined up with A0 and turned and scaled to fit M0, from M0, in [0, 1]."""
+    """What of this no other B explains: the distance from M0 of M, lined up with A0 and turned and scaled to fit it."""
     row_angles: tuple[float, ...] | None
     """Principal angles, degrees, rising, between the row spaces of ``M A`` and ``M0 A0``."""
     column_angles: tuple[float, ...] | None
@@ -163,9 +163,7 @@ def inspect_model(model: nn.Module, *, adapter_name: str = "default") -> list[Mo
     return sorted(reports, key=lambda report: _natural(report.path))
 
 
-def inspection(
-    folder: str | Path, *, picture: str | Path | None = None, against: str | Path | None = None
-) -> str:
+def inspection(folder: str | Path, *, picture: str | Path | None = None, against: str | Path | None = None) -> str:
     """The text of `mm-moslora adapters inspect FOLDER`; writes the picture on the way.
 
     Args:
@@ -299,7 +297,7 @@ def _angles(now: _Frame, mixer: Tensor, overlap: Overlap | None, first: Tensor |
 def _space(matrix: Tensor) -> Tensor:
     """Orthonormal rows that span the row space of a matrix."""
     _, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Vh[S > SMALLEST * S.amax()]
+    return Vh[S / S.amax() > SMALLEST]
 
 
 def _reshaped(mixer: Tensor, first: Tensor, rows: Overlap | None) -> float | None:

@@ -357,7 +357,7 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path
     folder
         Adapter folder, or a checkpoint or run with one.
     picture
-        Also draw the measures by module and layer, energies by pairs and singular values into this file (png, svg, pdf).
+        Also draw measures by module and layer, energies by pairs and singular values into this PNG, SVG or PDF file.
     against
         Adapter folder, checkpoint or run to compare with in the place of the start, such as another seed's.
     """

@@ -1,4 +1,4 @@
-"""Line charts and heat maps as SVG. Colours come from the page's style sheet, so one chart serves light and dark schemes.
+"""Line charts and heat maps as SVG. The page's style sheet has the colours, so one chart serves light and dark schemes.
 
 Shapes: a series is ``n`` points ``(x, y)``; a chart is a view box of ``WIDTH x HEIGHT`` units.
 """

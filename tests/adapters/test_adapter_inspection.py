@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -146,7 +145,8 @@ def test_how_far_a_mixer_is_from_orthogonal_and_from_its_start() -> None:
     assert fresh.column_angles is None
     rotated = replace(given, A=given.A0, M=7 * Q @ given.M0).seen()
     assert rotated.reshaped == pytest.approx(0.0, abs=1e-7)  # the same as another B
-    assert rotated.moved is not None and rotated.moved > 1
+    assert rotated.moved is not None
+    assert rotated.moved > 1
     assert describe("m", given.A, 5 * Q, given.B, 1.0).orthogonal_distance == pytest.approx(0.0, abs=1e-7)
     halves = describe("m", given.A, butterfly(6), given.B, 1.0)
     assert halves.orthogonal_distance == pytest.approx(math.sqrt(1 / 2))

@@ -126,9 +126,7 @@ def _overlaps(start: Start, A: Tensor, B: Tensor) -> dict[str, Overlap | None]:
 def starts_of(model: nn.Module, adapter_name: str) -> dict[str, Start]:
     """The start of an adapter's modules, by module path, as far as it is known."""
     return {
-        path: layer.starts[adapter_name]
-        for path, layer in named_adapter_layers(model)
-        if adapter_name in layer.starts
+        path: layer.starts[adapter_name] for path, layer in named_adapter_layers(model) if adapter_name in layer.starts
     }
 
 

@@ -53,7 +53,9 @@ def _factors(
         for name in layer.adapter_names():
             own = dict(zip("AB", layer.outer_factors(name), strict=True))
             A, B = (
-                whole.get(f"{path}.lora_{side}.{name}.weight", whole.get(f"{path}.lora_embedding_{side}.{name}", factor))
+                whole.get(
+                    f"{path}.lora_{side}.{name}.weight", whole.get(f"{path}.lora_embedding_{side}.{name}", factor)
+                )
                 for side, factor in own.items()
             )
             tensors = layer.mixer_tensors(name)
