@@ -7,6 +7,7 @@ done, for any number of ranks and workers.
 from __future__ import annotations
 
 import bisect
+import heapq
 import itertools
 import random
 from collections.abc import Iterable, Sequence
@@ -265,8 +266,11 @@ class MicroBatchLimit:
 
     def holds_tokens(self, lengths: Sequence[int]) -> bool:
         """Whether the tokens of examples of these lengths, of any number, are within the limit."""
-        size = max(lengths, default=0) * len(lengths) if self.padded else sum(lengths)
-        return self.tokens is None or size <= self.tokens
+        return self.tokens is None or self.size(lengths) <= self.tokens
+
+    def size(self, lengths: Sequence[int]) -> int:
+        """Tokens of a micro-batch of examples of these lengths, padding included."""
+        return max(lengths, default=0) * len(lengths) if self.padded else sum(lengths)
 
 
 def deal(
@@ -274,7 +278,8 @@ def deal(
 ) -> list[list[list[int]]]:
     """Divide the examples of one step among ranks and micro-batches, so that all ranks get about as many tokens.
 
-    The number of micro-batches grows until each is within the limit.
+    Examples are spread evenly over the fewest micro-batches that could be enough. Where one of these is beyond the
+    limit, micro-batches are filled with the examples that fit best, and ranks share the filled ones.
 
     Args:
         batch: example numbers.
@@ -284,36 +289,93 @@ def deal(
 
     Returns:
         ``[rank][micro-batch]`` lists; every example once, every rank the same number of micro-batches. A micro-batch
-        is empty only where the step has fewer examples than there are micro-batches over all ranks.
+        is empty only where the step has fewer examples than there are micro-batches over all ranks. The result depends
+        on the arguments alone.
     """
-    count = -(-len(batch) // (world_size * limit.examples))
+    order = sorted(batch, key=lambda index: (-lengths[index], index))
+    count = -(-len(order) // (world_size * limit.examples))
     if limit.tokens is not None:
-        count = max(count, -(-sum(min(limit.tokens, lengths[index]) for index in batch) // (world_size * limit.tokens)))
-    while True:
-        ranks = _deal(batch, lengths, world_size=world_size, room=count * limit.examples, count=count)
-        if all(limit.holds([lengths[index] for index in micro]) for micros in ranks for micro in micros):
-            return ranks
-        count += 1
+        count = max(count, -(-sum(min(limit.tokens, lengths[index]) for index in order) // (world_size * limit.tokens)))
+    ranks = _spread(order, lengths, world_size=world_size, room=count * limit.examples, count=count)
+    if all(limit.holds([lengths[index] for index in micro]) for micros in ranks for micro in micros):
+        return ranks
+    return _share(_filled(order, lengths, limit=limit), lengths, world_size=world_size, limit=limit)
 
 
-def _deal(
-    batch: Sequence[int], lengths: Sequence[int], *, world_size: int, room: int, count: int
+def _spread(
+    order: Sequence[int], lengths: Sequence[int], *, world_size: int, room: int, count: int
 ) -> list[list[list[int]]]:
-    """`deal` into a number of micro-batches.
+    """Examples, longest first, in a number of micro-batches per rank.
 
-    Examples are assigned longest first, each to the rank with the fewest tokens that has room (the LPT rule). The
-    longest examples of all ranks are in the first micro-batch, so that ranks finish each micro-batch together.
+    Each goes to the rank with the fewest tokens that has room (the LPT rule). The longest examples of all ranks are in
+    the first micro-batch, so that ranks finish each micro-batch together.
     """
-    least = min(count, len(batch) // world_size)
+    least = min(count, len(order) // world_size)
     ranks: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    remaining = len(batch)
-    for index in sorted(batch, key=lambda index: (-lengths[index], index)):
-        missing = sum(max(0, least - len(members)) for members in ranks)
-        limit = least if remaining <= missing else room
-        open_ranks = [rank for rank in range(world_size) if len(ranks[rank]) < limit]
-        target = min(open_ranks, key=lambda rank: (loads[rank], len(ranks[rank]), rank))
-        ranks[target].append(index)
-        loads[target] += lengths[index]
+    remaining, missing = len(order), world_size * least
+    open_ranks = [(0, 0, rank) for rank in range(world_size)]  # tokens, examples, rank: a heap
+    for index in order:
+        while open_ranks[0][1] >= (least if remaining == missing else room):
+            heapq.heappop(open_ranks)
+        load, examples, rank = open_ranks[0]
+        heapq.heapreplace(open_ranks, (load + lengths[index], examples + 1, rank))
+        ranks[rank].append(index)
+        missing -= examples < least
         remaining -= 1
     return [[members[step::count] for step in range(count)] for members in ranks]
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], *, limit: MicroBatchLimit) -> list[list[int]]:
+    """Few micro-batches within the limit, filled one after the other from examples that come longest first.
+
+    With padding a micro-batch takes the longest examples that are left, as many as fit; no cut has fewer micro-batches.
+    Without padding it takes the longest one that fits, and so on (first fit decreasing). As long as the shortest
+    examples can fill it up to the limit of examples, it keeps room for them: neither limit is reached long before the
+    other.
+    """
+    assert limit.tokens is not None
+    left = list(reversed(order))
+    sizes = [lengths[index] for index in left]
+    filled: list[list[int]] = []
+    while left:
+        room, members = limit.tokens - sizes[-1], [left.pop()]
+        longest = sizes.pop()
+        while left and len(members) < limit.examples and room >= (longest if limit.padded else sizes[0]):
+            place = len(left) - 1
+            if not limit.padded:
+                others = min(limit.examples - len(members), len(left)) - 1
+                place = bisect.bisect_right(sizes, room) - 1
+                if others * sizes[0] <= room and (kept := sum(sizes[:others])) + sizes[others] <= room:
+                    place = bisect.bisect_right(sizes, room - kept) - 1
+            members.append(left.pop(place))
+            size = sizes.pop(place)
+            room -= longest if limit.padded else size
+        filled.append(members)
+    return filled
+
+
+def _share(
+    micro_batches: Sequence[list[int]], lengths: Sequence[int], *, world_size: int, limit: MicroBatchLimit
+) -> list[list[list[int]]]:
+    """Micro-batches shared by ranks, as many for each, so that ranks finish each micro-batch together.
+
+    The largest are halved until every rank has as many.
+    """
+    sized = sorted((-limit.size([lengths[index] for index in members]), members) for members in micro_batches)
+    wanted = -(-len(sized) // world_size) * world_size
+    while len(sized) < wanted:
+        largest = next((place for place, (_, members) in enumerate(sized) if len(members) > 1), None)
+        if largest is None:
+            sized.append((0, []))
+            continue
+        _, members = sized.pop(largest)
+        for half in (members[::2], members[1::2]):
+            bisect.insort(sized, (-limit.size([lengths[index] for index in half]), half))
+    ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for start in range(0, wanted, world_size):
+        by_load = sorted(range(world_size), key=lambda rank: (loads[rank], rank))
+        for rank, (size, members) in zip(by_load, sized[start : start + world_size], strict=True):
+            ranks[rank].append(members)
+            loads[rank] -= size
+    return ranks

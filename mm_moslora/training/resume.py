@@ -148,7 +148,7 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
     if differences:
         logger.info(
             "%s was written with other settings (%s): the same samples follow in the same order and the numbers agree "
-            "to rounding, but not bit for bit; dropout masks differ where the number of ranks does.",
+            "to rounding, but not bit for bit; dropout masks differ where the ranks or the micro-batches do.",
             folder.name, "; ".join(differences),
         )  # fmt: skip
 
@@ -217,6 +217,14 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
             "became unusable, so that some would be seen twice and others never. Restore the data, or start another "
             "run from the checkpoint's weights (adapter.weights, model.projector.weights)."
         )
+    named = _filled(manifest.recipe).get("train", {}).get("micro_tokens")
+    if named == run.recipe.train.micro_tokens and manifest.micro_tokens != run.limit.tokens and distributed.is_main():
+        logger.info(
+            "Micro-batches have at most %s tokens on this machine, and %s where %s was written: the same samples follow "
+            "in the same order and the numbers agree to rounding, but not bit for bit, and dropout masks differ. "
+            "train.micro_tokens fixes the number.",
+            run.limit.tokens or "any number of", manifest.micro_tokens or "any number of", folder.name,
+        )  # fmt: skip
     load_optimizer(run.engine, [rank_folder(folder, rank) for rank in range(manifest.world_size)])
     _restore_statistics(run, folder)
     if run.assembly.peft_model is not None:

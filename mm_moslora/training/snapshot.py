@@ -86,7 +86,7 @@ def snapshot(run: Run) -> Snapshot:
         step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
         base=run.assembly.base | {CONTENTS: run.contents},
         counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
-        precision=run.precision,
+        precision=run.precision, micro_tokens=run.limit.tokens,
     )  # fmt: skip
     if not distributed.is_main():
         weights = {}

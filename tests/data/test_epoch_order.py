@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -215,8 +216,61 @@ def test_a_budget_that_does_not_bind_changes_nothing_and_one_that_does_costs_few
     )
     assert wide == free
     assert (len(free[0]), len(tight[0])) == (2, 4)  # a rank has about 13,600 tokens
-    own, before = ([{number for batch in rank for number in batch} for rank in ranks] for ranks in (tight, free))
-    assert own == before
+
+
+def fewest(lengths: list[int], *, tokens: int, examples: int) -> float:
+    """A lower bound of the number of micro-batches: no cut has fewer, whatever the lengths (a dual feasible function)."""
+
+    def weight(length: int, k: int) -> float:
+        parts, rest = divmod((k + 1) * length, tokens)
+        return parts / k if rest else length / tokens
+
+    bounds = [sum(weight(length, k) for length in lengths) for k in range(1, 12)]
+    return max(*bounds, sum(lengths) / tokens, len(lengths) / examples)
+
+
+LENGTHS = {
+    "instruction data": lambda rng: min(2048, int(rng.lognormvariate(5, 0.75)) + 40 + 576 * (rng.random() < 0.94)),
+    "texts and pictures": lambda rng: int(rng.gauss(600, 60) if rng.random() < 0.5 else rng.gauss(2000, 15)),
+    "all near the budget": lambda rng: rng.randint(1950, 2048),
+}
+
+
+@pytest.mark.parametrize(("tokens", "examples"), [(2048, 16), (4096, 16), (16_384, 16), (30_790, 256)])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_thousands_of_examples_are_dealt_fast_into_few_micro_batches_that_end_together(kind, tokens, examples):
+    rng, world = random.Random(5), 8
+    lengths = [min(2048, LENGTHS[kind](rng)) for _ in range(4096)]
+    limit = MicroBatchLimit(examples=examples, tokens=tokens)
+    seconds = []
+    for _ in range(3):  # a garbage collection may fall into one
+        begin = time.process_time()
+        ranks = deal(range(4096), lengths, world_size=world, limit=limit)
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 0.05
+    least = fewest(lengths, tokens=tokens, examples=examples) / world
+    assert len(ranks[0]) <= 1.07 * least + 1
+    sizes = [[sum(lengths[number] for number in micro) for micro in rank] for rank in ranks]
+    assert max(map(sum, sizes)) <= 1.01 * sum(lengths) / world + 500
+    waits = sum(map(max, zip(*sizes, strict=True)))  # every micro-batch takes as long as its slowest rank
+    assert waits <= 1.03 * sum(lengths) / world
+
+
+def test_padded_micro_batches_hold_examples_of_like_lengths():
+    lengths = [2000] * 8 + [600] * 8
+    limit = MicroBatchLimit(examples=8, tokens=4000, padded=True)
+    (micro_batches,) = deal(range(16), lengths, world_size=1, limit=limit)
+    assert len(micro_batches) == 6  # 4 of 2 x 2000, 2 of at most 6 x 600
+    assert {len({lengths[number] for number in micro}) for micro in micro_batches} == {1}
+
+
+def test_short_examples_are_kept_for_micro_batches_that_would_not_reach_their_number_of_examples():
+    """The long ones alone would fill 8 of 32 places, and the short ones reach 16 examples with a third of the tokens."""
+    lengths = [2000] * 64 + [600] * 64
+    (micro_batches,) = deal(
+        range(128), lengths, world_size=1, limit=MicroBatchLimit(examples=16, tokens=16_384)
+    )
+    assert len(micro_batches) == 11  # 12 where the long ones come first
 
 
 def test_an_example_beyond_the_budget_is_alone():

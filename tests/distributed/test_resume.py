@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from trials import HALF, STAGES, full, hexed, losses, make_recipe, metrics, weights, write
 
+from mm_moslora.config import Recipe
+
 pytestmark = pytest.mark.slow
 
 
@@ -37,15 +39,28 @@ def test_a_resumed_run_continues_exactly(name, halves):
     assert weights(halves / f"{name}-resumed", step) == weights(halves / f"{name}-straight", step)
 
 
-def test_ranks_and_stages_may_change_on_the_way(parts, ranks, tmp_path):
-    """2 -> 1 -> 2 -> 4 ranks, another ZeRO stage each time: the samples and the numbers of an undisturbed run."""
-    way = [(2, "zero2"), (1, "zero3"), (2, "zero0"), (4, "zero1"), (1, "none"), (2, "auto")]
-    steps = len(way)
-    ranks.run([write(make_recipe(parts, tmp_path / "straight", "zero2", steps=steps))])
-    for number, (world, zero) in enumerate(way):
-        recipe = make_recipe(parts, tmp_path / "changing", zero, steps=steps)
-        ranks.run([f"{write(recipe)}@{number + 1}"], ranks=world)
-    for key in ("loss", "grad_norm", "tokens", "images"):
+def test_ranks_stages_and_budgets_may_change_on_the_way(parts, ranks, tmp_path):
+    """2 -> 1 -> 2 -> 4 ranks, another ZeRO stage and token budget each time: the samples and numbers of a quiet run.
+
+    The lengths are estimates that are far too low, so that every rank cuts its micro-batches as it finds them.
+    """
+    way = [
+        (2, "zero2", 100), (1, "zero3", 128), (2, "zero0", 100), (4, "zero1", 64), (1, "none", None), (2, "auto", 64)
+    ]  # fmt: skip
+
+    def recipe(name: str, zero: str, tokens: int | None) -> Recipe:
+        same = make_recipe(parts, tmp_path / name, zero, order="random", steps=len(way), micro_batch=8)
+        short = replace(same, data=replace(same.data, max_length=64))
+        return replace(short, train=replace(short.train, micro_tokens=tokens))
+
+    ranks.run([write(recipe("straight", "zero2", None))])
+    evened = []
+    for number, (world, zero, tokens) in enumerate(way):
+        run = f"{write(recipe('changing', zero, tokens))}@{number + 1}"
+        group = ranks.run(["trials:train_estimating", run], ranks=world)
+        evened.append(any("evened" in group.output(rank) for rank in range(world)))
+    assert any(evened), "in no step has a rank fewer micro-batches than another"
+    for key in ("loss", "grad_norm", "tokens", "images", "samples_seen"):
         expected = [line[key] for line in metrics(tmp_path / "straight")]
         assert [line[key] for line in metrics(tmp_path / "changing")] == pytest.approx(expected, rel=1e-5), key
 

@@ -194,15 +194,18 @@ def test_a_run_that_names_no_stage_keeps_that_of_its_checkpoint(recipe, caplog):
     assert Recipe.from_yaml(Path(started.train.output, "config.yaml").read_text()).train.zero == "zero2"
 
 
-def test_a_machine_with_another_precision_is_told(recipe, monkeypatch, caplog):
-    """`auto` is bf16 on one machine and fp32 on another, whatever the recipe says."""
+def test_a_machine_with_another_precision_or_token_budget_is_told(recipe, monkeypatch, caplog):
+    """`auto` is bf16 on one machine and fp32 on another, and a GPU has room for more tokens than another."""
     caplog.set_level("INFO", logger="mm_moslora")
     recipe = with_train(recipe, precision="auto")
-    for here, step in (("bf16", 2), ("bf16", 4), ("fp32", 6)):
+    recipe = replace(recipe, data=replace(recipe.data, max_length=64))
+    for here, tokens, step in (("bf16", 256, 2), ("bf16", 256, 4), ("fp32", 128, 6)):
+        monkeypatch.setattr("mm_moslora.training.run_setup.token_budget", lambda *_, tokens=tokens, **__: tokens)
         for module in ("run_setup", "resume"):
             monkeypatch.setattr(f"mm_moslora.training.{module}.resolve_precision", lambda _, here=here: here)
         assert train(recipe, stop_at=step).step == step
         assert ("precision on this machine: bf16 -> fp32" in caplog.text) == (here == "fp32")
+        assert ("at most 128 tokens on this machine, and 256 where checkpoint-000004" in caplog.text) == (step == 6)
 
 
 def test_resume_from_a_named_folder_continues_exactly(recipe, tmp_path):

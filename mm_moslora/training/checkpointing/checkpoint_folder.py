@@ -66,6 +66,8 @@ class Manifest:
     """Fingerprint of the training set; the data cursor is valid for this set only."""
     precision: str = ""
     """Resolved `train.precision` of that machine; empty in checkpoints of older versions."""
+    micro_tokens: int | None = None
+    """Most tokens of a micro-batch on that machine (`train.micro_tokens` or its default); None: any number."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `manifest.json`."""

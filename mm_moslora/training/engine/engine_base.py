@@ -194,11 +194,12 @@ class Engine(ABC):
             micro_batches: this rank's; every rank must pass the same number.
             lr_factor: factor on each group's peak learning rate.
         """
+        filled = [batch for batch in micro_batches if batch.supervised_tokens]  # others keep ranks in step
         counts = [
-            float(sum(batch.supervised_tokens for batch in micro_batches)),
-            float(sum(batch.tokens for batch in micro_batches)),
-            float(sum(batch.images for batch in micro_batches)),
-            float(sum(len(batch.ids) for batch in micro_batches)),
+            float(sum(batch.supervised_tokens for batch in filled)),
+            float(sum(batch.tokens for batch in filled)),
+            float(sum(batch.images for batch in filled)),
+            float(sum(len(batch.ids) for batch in filled)),
             *(float(batch.images > 0) for batch in micro_batches),
         ]
         started = time.monotonic()
