@@ -219,7 +219,7 @@ def test_a_budget_that_does_not_bind_changes_nothing_and_one_that_does_costs_few
 
 
 def fewest(lengths: list[int], *, tokens: int, examples: int) -> float:
-    """A lower bound of the number of micro-batches: no cut has fewer, whatever the lengths (a dual feasible function)."""
+    """A lower bound of the number of micro-batches: a dual feasible function of the lengths."""
 
     def weight(length: int, k: int) -> float:
         parts, rest = divmod((k + 1) * length, tokens)
@@ -265,11 +265,9 @@ def test_padded_micro_batches_hold_examples_of_like_lengths():
 
 
 def test_short_examples_are_kept_for_micro_batches_that_would_not_reach_their_number_of_examples():
-    """The long ones alone would fill 8 of 32 places, and the short ones reach 16 examples with a third of the tokens."""
+    """Eight long ones fill a micro-batch by tokens; 16 short ones by number, with half of the tokens."""
     lengths = [2000] * 64 + [600] * 64
-    (micro_batches,) = deal(
-        range(128), lengths, world_size=1, limit=MicroBatchLimit(examples=16, tokens=16_384)
-    )
+    (micro_batches,) = deal(range(128), lengths, world_size=1, limit=MicroBatchLimit(examples=16, tokens=16_384))
     assert len(micro_batches) == 11  # 12 where the long ones come first
 
 
