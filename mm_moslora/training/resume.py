@@ -221,8 +221,8 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
     if named == run.recipe.train.micro_tokens and manifest.micro_tokens != run.limit.tokens and distributed.is_main():
         logger.info(
             "Micro-batches have at most %s tokens on this machine, and %s where %s was written: the same samples "
-            "follow in the same order and the numbers agree to rounding, but not bit for bit, and dropout masks differ. "
-            "train.micro_tokens fixes the number.",
+            "follow in the same order and the numbers agree to rounding, but not bit for bit, and dropout masks "
+            "differ. train.micro_tokens fixes the number.",
             run.limit.tokens or "any number of", manifest.micro_tokens or "any number of", folder.name,
         )  # fmt: skip
     load_optimizer(run.engine, [rank_folder(folder, rank) for rank in range(manifest.world_size)])
