@@ -22,6 +22,7 @@ from torch import Tensor
 from mm_moslora.adapters.folder_format import (
     MIXER,
     PICKLED_WEIGHTS,
+    STOCK_CONFIG,
     STOCK_WEIGHTS,
     USE_MIXER,
     USE_MIXER_PATTERN,
@@ -103,13 +104,14 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
     return {"mixer_init": "kaiming", "mixer_trainable": True, "mixer_pattern": dict.fromkeys(sorted(without), "none")}
 
 
-def check_options(config: Mapping[str, Any], known: set[str], source: str) -> None:
-    """Refuse options of the authors' configuration that change what the adapter computes and are not known.
+def check_options(config: Mapping[str, Any], known: set[str], source: str, *, file: str = STOCK_CONFIG) -> None:
+    """Refuse options of a configuration with mixers that change what the adapter computes and are not known.
 
     Args:
-        config: their `adapter_config.json`.
+        config: content of the file.
         known: fields that are read.
         source: folder, for the message.
+        file: its name, for the message.
 
     Raises:
         AdapterError: such an option is set.
@@ -118,7 +120,7 @@ def check_options(config: Mapping[str, Any], known: set[str], source: str) -> No
     if unknown:
         raise AdapterError(
             f"{source} sets {unknown[0]} to {config[unknown[0]]!r}, which is not understood. The adapter may compute "
-            "something else with it; remove it from adapter_config.json if it has no effect."
+            f"something else with it; remove it from {file} if it has no effect."
         )
 
 

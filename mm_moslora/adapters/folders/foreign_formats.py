@@ -1,15 +1,17 @@
-"""Read adapter folders that others wrote: stock PEFT, diffusers, the MoSLoRA authors' fork of PEFT.
+"""Read adapter folders that others wrote: stock PEFT, diffusers, the MoSLoRA authors' fork of PEFT, PaddleNLP.
 
 ::
 
     stock PEFT   adapter_config.json + adapter_model.safetensors; lora_A, lora_B. Becomes a mixer that is the identity.
     diffusers    pytorch_lora_weights.safetensors, one component of a pipeline
     authors      both with mixers; see `authors_format`
+    PaddleNLP    lora_config.json + lora_model_state.pdparams; see `paddle_format`
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ from mm_moslora.adapters.folder_format import (
     OWN_CONFIG,
     PREFIX,
     STOCK_CONFIG,
-    STOCK_WEIGHTS,
     USE_MIXER,
     adapted_path,
     declares_mixers,
@@ -40,11 +41,10 @@ from mm_moslora.adapters.folders.authors_format import (
     read_tensors,
     with_known_names,
 )
+from mm_moslora.adapters.folders.paddle_format import PADDLE_CONFIG, paddle_adapter
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields, read_authors
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.run_paths import adapters_inside
-
-_PADDLE_CONFIG = "lora_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +76,9 @@ def read_foreign(root: Path, *, trainable: bool = False, component: str | None =
         return _read_peft(root, trainable)
     if (root / DIFFUSERS_WEIGHTS).is_file():
         return _read_diffusers(root, component, trainable=trainable)
-    if (root / _PADDLE_CONFIG).is_file():
-        raise AdapterError(
-            f"{root} is an adapter folder of PaddleNLP ({_PADDLE_CONFIG}), which is not read. Save it in PEFT's "
-            f"layout: {STOCK_CONFIG}, with lora_use_mixer for mixers, and {STOCK_WEIGHTS} with every matrix "
-            f"transposed, under names such as {PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight (lora_B, lora_AB)."
-        )
+    if (root / PADDLE_CONFIG).is_file():
+        told, stock, tensors = paddle_adapter(root)
+        return _with_mixers(stock, told, tensors, root) if told.get(USE_MIXER) else _plain(stock, tensors, trainable)
     if inside := adapters_inside(root):
         raise AdapterError(inside)
     raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
@@ -106,10 +103,16 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
             "trained it."
         )
     stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
-    return _plain(stock, tensors, trainable=trainable)
+    return _plain(stock, tensors, trainable)
 
 
-def _plain(stock: LoraConfig, tensors: dict[str, Tensor], *, trainable: bool) -> AdapterFolder:
+def _with_mixers(stock: LoraConfig, told: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> AdapterFolder:
+    config = from_lora_config(stock, **mixer_settings(told, tensors, str(source)))
+    config.target_modules = target_paths(tensors)
+    return AdapterFolder(config=config, tensors=tensors, base={})
+
+
+def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> AdapterFolder:
     config = from_lora_config(stock, mixer_trainable=trainable and not stock.use_dora)
     config.target_modules = target_paths(tensors)
     if config.mixer_trainable:
@@ -150,10 +153,8 @@ def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> Ad
         options = {"r": ranks[0], "lora_alpha": ranks[0]}
     stock = LoraConfig(**{key: value for key, value in options.items() if key in lora_fields()})
     if not mixers_in(tensors):
-        return _plain(stock, tensors, trainable=trainable)
-    config = from_lora_config(stock, **mixer_settings({USE_MIXER: True}, tensors, str(path)))
-    config.target_modules = target_paths(tensors)
-    return AdapterFolder(config=config, tensors=tensors, base={})
+        return _plain(stock, tensors, trainable)
+    return _with_mixers(stock, {USE_MIXER: True}, tensors, path)
 
 
 def _diffusers_options(path: Path, component: str) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""Adapter folders of PaddleNLP, with mixers (`lora_use_mixer`) and without.
+
+::
+
+    lora_config.json            r, lora_alpha, rslora, lora_use_mixer, ...
+    lora_model_state.pdparams   a pickle of NumPy arrays by name; or peft_model.safetensors, whole or in parts
+
+Paddle's linear layers keep W as ``[D_in, D_out]``, so the layer is ``y = x W + s x A M B`` with A ``[D_in, R]``, M
+(`lora_AB`) ``[R, R]`` and B ``[R, D_out]``: every matrix is the transpose of PEFT's.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from mm_moslora.adapters.folder_format import PREFIX, USE_MIXER, read_json
+from mm_moslora.adapters.folders.authors_format import check_options, read_tensors, with_known_names
+from mm_moslora.utils.errors import AdapterError
+
+PADDLE_CONFIG = "lora_config.json"
+_PICKLED = "lora_model_state.pdparams"
+_NAME_TABLE = "StructuredToParameterName@@"
+_FACTORS = (".lora_A", ".lora_B", ".lora_AB")
+# How the layer is trained, or computed, not what it computes.
+_KNOWN = {
+    "r", "lora_alpha", "lora_dropout", "rslora", "scaling", USE_MIXER, "target_modules", "base_model_name_or_path",
+    "dtype", "tensor_parallel_degree", "lora_plus_scale", "use_quick_lora", "head_dim", "trainable_modules",
+    "lorapro", "lorapro_x_mode", "lorapro_scaling_factor", "use_intermediate_api",
+}  # fmt: skip
+
+
+def paddle_adapter(root: Path) -> tuple[dict[str, Any], LoraConfig, dict[str, Tensor]]:
+    """Read a folder.
+
+    Returns:
+        Its configuration, what stock PEFT has of it, and the tensors under this package's names.
+
+    Raises:
+        AdapterError: a file that is missing or damaged, a part of several, an option or a tensor that is not
+            understood.
+    """
+    config = read_json(root / PADDLE_CONFIG)
+    check_options(config, _KNOWN, str(root), file=PADDLE_CONFIG)
+    if (config.get("tensor_parallel_degree") or 1) > 1:
+        raise AdapterError(
+            f"{root} holds one of {config['tensor_parallel_degree']} parts of an adapter. Save it in PaddleNLP with "
+            "merge_tensor_parallel."
+        )
+    stock = LoraConfig(
+        r=config.get("r", 8), lora_alpha=config.get("lora_alpha", 8), lora_dropout=config.get("lora_dropout", 0.0),
+        use_rslora=bool(config.get("rslora")), target_modules=["all"],
+    )  # fmt: skip
+    scaling = stock.lora_alpha / (math.sqrt(stock.r) if stock.use_rslora else stock.r)
+    if not math.isclose(told := config.get("scaling", scaling), scaling, rel_tol=1e-6):
+        raise AdapterError(
+            f"{root / PADDLE_CONFIG} tells a scaling of {told:g}, and its rank and alpha one of {scaling:g}. Copy the "
+            "folder again."
+        )
+    tensors = with_known_names({_name(name, root): tensor.t() for name, tensor in _read(root).items()})
+    if not config.get(USE_MIXER) and (mixed := next((name for name in tensors if "lora_mixer" in name), None)):
+        raise AdapterError(
+            f"{root} holds mixers ({mixed!r}), and its {PADDLE_CONFIG} declares none ({USE_MIXER}). As plain LoRA the "
+            "adapter would be wrong. Copy the folder again."
+        )
+    return config, stock, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _name(name: str, root: Path) -> str:
+    """PEFT's name: Paddle's models call the decoder after themselves (`llama.layers.0`), transformers' `model`."""
+    if not name.endswith(_FACTORS):
+        raise AdapterError(
+            f"{root} holds {name!r}, which is not understood: {', '.join(_FACTORS)} are read. Without it the adapter "
+            "would compute other values; save the adapter alone in PaddleNLP (no trainable_modules, no trainable_bias)."
+        )
+    return PREFIX + re.sub(r"^\w+\.(?=layers\.\d)", "model.", name) + ".weight"
+
+
+def _read(root: Path) -> dict[str, Tensor]:
+    parts = sorted(root.glob("peft_model*.safetensors"))
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        tensors |= read_tensors(part)
+    if not parts:
+        tensors = _unpickled(root / _PICKLED)
+    odd = next((name for name, tensor in tensors.items() if tensor.ndim != 2), None)
+    if odd is not None or not tensors:
+        what = f"holds {odd!r}, which is no matrix" if odd else "holds no tensors"
+        raise AdapterError(f"{root} {what}. Copy the folder again.")
+    return tensors
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """Arrays by name; the pickle can make nothing else, and runs no code."""
+    if not path.is_file():
+        raise AdapterError(f"{path.parent} lacks {_PICKLED} and peft_model.safetensors. Copy the folder again.")
+    try:
+        with path.open("rb") as stream:
+            held = _Arrays(stream).load()
+        found = {}
+        for name, value in dict(held).items():
+            if name == _NAME_TABLE:
+                continue
+            array = value[1] if isinstance(value, tuple) else value  # newer versions add the tensor's name
+            found[str(name)] = _tensor(array)
+    except Exception as error:  # a broken pickle raises nearly anything, and its sizes MemoryError
+        what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        raise AdapterError(f"{path} is damaged, or holds more than arrays ({what}). Copy the folder again.") from error
+    return found
+
+
+def _tensor(array: Any) -> Tensor:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"a {type(array).__name__} is no array")
+    if array.dtype == np.uint16:  # Paddle's bfloat16
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    if array.dtype.kind != "f":
+        raise TypeError(f"an array of {array.dtype} is no weight")
+    return torch.from_numpy(array.copy())
+
+
+class _Arrays(pickle.Unpickler):
+    """Finds what makes a NumPy array, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """See `pickle.Unpickler`."""
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return lambda *_: np.ndarray((0,), np.uint8)  # its state, which follows, has as many bytes as it says
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if (module, name) == ("numpy", "ndarray"):
+            return None  # an argument of _reconstruct, never called
+        if (module, name) == ("_codecs", "encode"):
+            return codecs.encode
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
