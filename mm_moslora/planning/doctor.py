@@ -269,10 +269,12 @@ def _engine(recipe: Recipe | None) -> list[Finding]:
         return []
     from mm_moslora.training.engine import check_engine
     from mm_moslora.training.precision import resolve_precision
+    from mm_moslora.training.preflight import check_zero
     from mm_moslora.utils import distributed
 
     train = recipe.for_ranks(distributed.world_size()).train
     try:
+        check_zero(train, recipe.adapter)
         check_engine(train, precision=resolve_precision(train.precision), max_grad_norm=recipe.optim.max_grad_norm)
     except ConfigError as error:
         return [Finding(name="train.zero", status="bad", detail=str(error), remedy="Choose another train.zero.")]

@@ -21,7 +21,7 @@ from mm_moslora.training.metrics.activation_memory import ActivationMemory, acti
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, Memory, StepMemory
 from mm_moslora.training.metrics.gpu_specs import Gpus
 from mm_moslora.training.metrics.step_flops import Flops, StepShape
-from mm_moslora.training.preflight import check_model
+from mm_moslora.training.preflight import check_model, check_zero
 from mm_moslora.utils.errors import ConfigError
 
 STAGES = ("zero1", "zero2", "zero3")
@@ -203,7 +203,9 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
         recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
         picture=picture or PICTURE, dtype=torch.float32 if in_fp32 else torch.bfloat16,
     )  # fmt: skip
-    refuse_ranks(recipe.for_ranks(gpus.count).train, gpus.count)
+    planned = recipe.for_ranks(gpus.count).train
+    refuse_ranks(planned, gpus.count)
+    check_zero(planned, recipe.adapter)
     check_model(recipe, size.model, layers=size.layers)
     data = data or known_data(recipe.data.train, size.tokens_per_image)
     if data is None:
@@ -237,7 +239,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
 
     options = [option(*setting) for setting in settings(train.global_batch, gpus)]
     own = option(
-        recipe.for_ranks(gpus.count).train.zero, train.gradient_checkpointing, train.micro_batch,
+        planned.zero, train.gradient_checkpointing, train.micro_batch,
         offload=train.activation_offload,
     )  # fmt: skip
     fitting = [option for option in options if option.fits]

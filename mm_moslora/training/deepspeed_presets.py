@@ -77,8 +77,8 @@ class ZeroSettings:
     """ZeRO-3: ranks of a host among which a second copy of all weights is divided; 1: there is none."""
     frozen_in_bytes: bool
     """ZeRO-3: whether frozen weights are stored in 8 bits."""
-    parameters_off: bool
-    """ZeRO-3: whether weights are in main memory or on a disk."""
+    parameters_off: str
+    """ZeRO-3: where weights are instead of on the GPU, `cpu` (main memory) or `nvme`; empty: they are there."""
     optimizer_off: float
     """Share of the optimiser's state in main memory."""
 
@@ -100,6 +100,7 @@ class ZeroSettings:
 
         def number(key: str) -> int:
             value = zero.get(key, DEFAULTS[key])
+            value = int(value) if isinstance(value, str) and value.isdecimal() else value  # as DeepSpeed reads it
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"train.zero {name}: zero_optimization.{key} is {value!r}, expected a number.")
             return int(value)
@@ -122,14 +123,16 @@ class ZeroSettings:
             persistent=number(_PERSISTENCE),
             secondary=max(1, min(number(_SECONDARY), world)) if stage == 3 else 1,
             frozen_in_bytes=stage == 3 and zero.get("zero_quantized_nontrainable_weights") is True,
-            parameters_off=stage == 3 and _is_off(zero, "offload_param", "cpu_offload_param"),
-            optimizer_off=share if stage and _is_off(zero, "offload_optimizer", "cpu_offload") else 0.0,
+            parameters_off=_place(zero, "offload_param", "cpu_offload_param") if stage == 3 else "",
+            optimizer_off=share if stage and _place(zero, "offload_optimizer", "cpu_offload") else 0.0,
         )
 
 
-def _is_off(zero: dict[str, Any], group: str, old: str) -> bool:
+def _place(zero: dict[str, Any], group: str, old: str) -> str:
+    """The device to which a group offloads, or the key of older files; empty for none."""
     settings = zero.get(group)
-    return zero.get(old) is True or (isinstance(settings, dict) and settings.get("device", "none") != "none")
+    device = settings.get("device") if isinstance(settings, dict) else "cpu" if zero.get(old) is True else None
+    return "" if device in (None, "none") else str(device)
 
 
 def _file(name: str) -> Path:

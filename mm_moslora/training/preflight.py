@@ -60,7 +60,7 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
     refuse_resume(run, resume)
     refuse_all_frozen(recipe.model)
     require_template(recipe.model.chat_template)
-    _check_engine(recipe.train, recipe.adapter)
+    check_zero(recipe.train, recipe.adapter)
     _check_measuring(recipe, tasks)
     refuse_lacking(recipe)
     check_data(recipe.data)
@@ -113,7 +113,16 @@ def refuse_folder(run: Path) -> None:
     refuse_strangers(run, RUN_FILES, kind="run", also=RUN_SIGNS)
 
 
-def _check_engine(train: TrainConfig, adapter: AdapterConfig) -> None:
+def check_zero(train: TrainConfig, adapter: AdapterConfig) -> None:
+    """Refuse settings of a run that the engine in `train.zero` does not take; `plan` asks the same.
+
+    Args:
+        train: the recipe's `train`.
+        adapter: the recipe's `adapter`.
+
+    Raises:
+        ConfigError: names the key, what was found and what was expected.
+    """
     if train.zero == "none":
         if train.precision == "fp16":
             raise ConfigError(
@@ -131,6 +140,12 @@ def _check_engine(train: TrainConfig, adapter: AdapterConfig) -> None:
             "checkpoints cannot read it. Choose cpu; weights may be there (offload_param)."
         )
     stage = settings.get("stage", 0)
+    if train.compile is not None and stage == 3:
+        raise ConfigError(
+            f"train.compile is {train.compile!r} with train.zero {train.zero}. Compiled layers are tried on ZeRO-0 to "
+            "2 and plain torch; the hooks by which ZeRO-3 fetches weights break their graphs. Take zero2, or leave "
+            "train.compile out."
+        )
     if stage == 3 and adapter.factor_form in ("stella", "orthonormal"):
         raise ConfigError(
             f"adapter.factor_form is {adapter.factor_form}, which needs whole matrices, but train.zero {train.zero} is "
@@ -221,6 +236,7 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     from mm_moslora.training.precision import resolve_precision
 
     model, train = recipe.model, recipe.train
+    check_zero(train, recipe.adapter)  # again: a resumed run may have another engine than its recipe names
     check_engine(train, precision=resolve_precision(train.precision), max_grad_norm=recipe.optim.max_grad_norm)
     if train.compile is not None:
         require_backend(train.compile)

@@ -459,6 +459,7 @@ def test_fp32_takes_the_time_of_fp32_also_where_a_card_has_no_bf16(folders) -> N
         ("llava15_7b_moslora", 8, {"sequence_parallel": 3}, r"is 3, which does not divide the 8 ranks"),
         ("qwen25_vl_7b_moslora", 8, {"sequence_parallel": 2}, r"but Qwen2_5_VLFor.* takes whole rows"),
         ("llava15_7b_moslora", 8, {"zero": "none"}, r"train\.zero is none on 8 ranks"),
+        ("llava15_7b_moslora", 8, {"zero": "zero3", "compile": "inductor"}, r"is 'inductor' with train\.zero zero3"),
     ],
 )
 def test_a_plan_refuses_what_training_refuses(name, gpus, settings, said, folders) -> None:

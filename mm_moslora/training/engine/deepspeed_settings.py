@@ -69,12 +69,6 @@ def deepspeed_config(
     swapped = zero.get("offload_param")
     if isinstance(swapped, dict) and swapped.get("nvme_path") == "auto":
         swapped["nvme_path"] = nvme_folder()
-    if train.compile is not None and zero.get("stage") == 3:
-        raise ConfigError(
-            f"train.compile is {train.compile!r} with train.zero {train.zero}. Compiled layers are tried on ZeRO-0 to "
-            "2 and plain torch; the hooks by which ZeRO-3 fetches weights break their graphs. Take zero2, or leave "
-            "train.compile out."
-        )
     config.pop("train_batch_size", None)
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -9,7 +9,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ class ActivationMemory:
     largest_adapter: int
     """Elements of the largest A, B or mixer that trains; 0 without adapters."""
     counter: FlopCounter
-    model: PreTrainedModel
+    model: PreTrainedModel = field(compare=False)
     """On the meta device, with a few of its decoder layers."""
 
 

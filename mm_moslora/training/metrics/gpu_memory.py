@@ -135,7 +135,7 @@ class StepMemory:
         weights = (frozen + trained * b) * (1 / self.world + (1 / zero.secondary if zero.secondary > 1 else 0))
         states = trained * (8 + (0 if b == 4 else 4)) * zero.optimizer_off
         gradients = trained * b if zero.optimizer_off and zero.stage > 1 else 0
-        offloaded = (states + gradients) / self.world + (weights if zero.parameters_off else 0)
+        offloaded = (states + gradients) / self.world + (weights if zero.parameters_off == "cpu" else 0)
         return max(loading, here * offloaded)
 
     def _weights(self) -> tuple[float, float, float, float]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mm_moslora.config import Recipe
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.training.engine import deepspeed_config
+from mm_moslora.training.preflight import check_zero
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError
 
@@ -136,4 +136,4 @@ def test_the_default_backend_needs_a_compiler_on_a_cpu(recipe: Recipe, monkeypat
 
 def test_zero3_is_refused(recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match=r"train.compile is .* zero3.*Take zero2"):
-        deepspeed_config(compiled(recipe, "inductor", zero="zero3").train, "fp32", 1.0)
+        check_zero(compiled(recipe, "inductor", zero="zero3").train, recipe.adapter)
