@@ -22,7 +22,6 @@ import torch.distributed as dist
 from mm_moslora.planning.rank_facts import RankFacts, named, network_faults, spans
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError
-from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
 
 _TICK = 0.5
 """Seconds between two looks at the store."""
@@ -45,7 +44,7 @@ class RollCall:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         owned = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._port = whole_number(os.environ, "MASTER_PORT", None, least=1, most=LARGEST_PORT)
+        distributed.check_launcher()
         self._store = self._connect(owned)
         self._observer = self._connect(False)  # a store that waits for a key answers no other thread
         self._ended = threading.Event()
@@ -53,10 +52,10 @@ class RollCall:
     def _connect(self, owned: bool) -> Any:
         try:
             return cast(Any, dist).TCPStore(
-                os.environ["MASTER_ADDR"], self._port, is_master=owned, wait_for_workers=False,
+                os.environ["MASTER_ADDR"], distributed.master_port(), is_master=owned, wait_for_workers=False,
                 timeout=timedelta(seconds=self.limit), multi_tenant=True,
             )  # fmt: skip
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise DistributedError(
                 f"Rank {self.rank} on {socket.gethostname()} cannot reach rank 0 at {self.place} within "
                 f"{self.limit:.0f} s ({(str(error).splitlines() or [''])[0]}). Check that rank 0 was started, that the "

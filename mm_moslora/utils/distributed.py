@@ -80,6 +80,28 @@ def backend() -> str:
     return os.environ.get(BACKEND) or ("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
 
 
+def check_launcher() -> None:
+    """Refuse variables of a launcher that are missing or contradict each other; torch's own messages name few of them.
+
+    Raises:
+        ConfigError: a number is none.
+        DistributedError: a variable is missing, or the rank is not below the number of ranks.
+    """
+    remedy = "A launcher sets them all: start the run by one, or unset them."
+    if rank() >= world_size():
+        raise DistributedError(f"RANK is {rank()} and WORLD_SIZE {world_size()}, but ranks count from 0. {remedy}")
+    if world_size() == 1:
+        return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise DistributedError(f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set. {remedy}")
+    master_port()
+
+
+def master_port() -> int:
+    """The port where rank 0 listens."""
+    return whole_number(os.environ, "MASTER_PORT", 0, least=1, most=LARGEST_PORT)
+
+
 def join(*, timeout_minutes: float = 30.0) -> None:
     """Join the process group, once per process; the process leaves the group at its end.
 
@@ -89,17 +111,11 @@ def join(*, timeout_minutes: float = 30.0) -> None:
         timeout_minutes: timeout of one collective.
 
     Raises:
-        DistributedError: the other ranks are not reachable.
+        DistributedError: the other ranks are not reachable; see also `check_launcher`.
     """
     if dist.is_initialized():
         return
-    if rank() >= world_size():
-        raise DistributedError(
-            f"The environment variable RANK is {rank()}, and WORLD_SIZE is {world_size()}: ranks count from 0. A "
-            "launcher sets both; start the run by one, or unset them."
-        )
-    if world_size() > 1:
-        whole_number(os.environ, "MASTER_PORT", 0, least=1, most=LARGEST_PORT)  # torch's own message does not name it
+    check_launcher()
     let_segments_grow()
     chosen, more = backend(), {}
     if device().type == "cuda":

@@ -12,14 +12,14 @@ LARGEST_NUMBER = 10**9
 
 
 def whole_number(
-    environment: Mapping[str, str], name: str, default: int | None, *, least: int = 0, most: int = LARGEST_NUMBER
+    environment: Mapping[str, str], name: str, default: int, *, least: int = 0, most: int = LARGEST_NUMBER
 ) -> int:
     """The number in an environment variable.
 
     Args:
         environment: such as `os.environ`.
         name: of the variable.
-        default: its value where it is missing or empty; None: it must be set.
+        default: its value where it is missing or empty.
         least: smallest number that makes sense.
         most: largest.
 
@@ -27,7 +27,7 @@ def whole_number(
         ConfigError: it holds something else.
     """
     text = environment.get(name, "").strip()
-    if not text and default is not None:
+    if not text:
         return default
     # Python reads digits of other scripts, and refuses very many.
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):

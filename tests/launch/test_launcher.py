@@ -279,7 +279,8 @@ def test_a_number_of_the_environment_that_is_none_is_one_clear_error(
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"])
 def test_a_rank_refuses_the_same_numbers(name, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for given, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "node-1", "MASTER_PORT": "29400"}.items():
+        monkeypatch.setenv(given, value)
     monkeypatch.setenv(name, "many")
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     with pytest.raises(ConfigError, match=f"environment variable {name} is 'many', expected a whole number"):

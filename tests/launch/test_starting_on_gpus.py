@@ -50,6 +50,8 @@ def test_a_rank_joins_with_its_own_gpu(gpus, group, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("RANK", "10")
     monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("MASTER_ADDR", "node-1")
+    monkeypatch.setenv("MASTER_PORT", "29400")
     distributed.join()
     assert gpus == [torch.device("cuda", 2)]
     assert group["device_id"] == torch.device("cuda", 2)
@@ -65,7 +67,12 @@ def test_a_backend_that_does_not_start_in_one_process_is_named(monkeypatch):
         distributed.join()
     assert "None" not in str(told.value)
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(DistributedError, match=r"RANK is 1, and WORLD_SIZE is 1"):
+    with pytest.raises(DistributedError, match=r"RANK is 1 and WORLD_SIZE 1, but ranks count from 0"):
+        distributed.join()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DistributedError, match=r"WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set"):
         distributed.join()
 
 
