@@ -45,6 +45,10 @@ class AdapterOptions(Protocol):
         """free, mixed, svd, stella or orthonormal."""
 
     @property
+    def has_mixer(self) -> bool:
+        """Whether any module can get a mixer."""
+
+    @property
     def changes_base(self) -> bool:
         """Whether the start of A and B is taken out of the base weight."""
 
@@ -104,6 +108,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
 
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]
+    """How M starts, or `none`, by adapter; adapters without any mixer in the model are left out."""
     factor_form: dict[str, str]
     starts: dict[str, Start]
     """By adapter name; values that are loaded without their start remove it."""
@@ -130,13 +135,14 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         """The mixer's variant, or PEFT's where there is no mixer."""
         if not isinstance(config, AdapterOptions):
             return super().resolve_lora_variant(config=config, **kwargs)
+        if config.has_mixer:
+            self.mixer_init[self._adding] = config.mixer_for(self._module_path)
         if config.is_plain(self._module_path):
             return super().resolve_lora_variant(config=config.to_lora_config(), **kwargs)
         if config.use_dora and self.dora_variant is None:
             raise AdapterError(
                 f"{self._module_path}: use_dora with a mixer does not exist for {type(self).__name__}. Unset use_dora."
             )
-        self.mixer_init[self._adding] = config.mixer_for(self._module_path)
         variant = self.dora_variant if config.use_dora else self.mixer_variant
         assert variant is not None
         return variant()

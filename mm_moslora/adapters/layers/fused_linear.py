@@ -70,7 +70,7 @@ class FusedLinear(MoSLoRALayer):
 
         Args:
             x: the input, ``[..., D_in]``.
-            plain_too: also for an adapter without a mixer, which `use_kernel("auto")` leaves to PEFT.
+            plain_too: also for an adapter without any mixer in the model, which `use_kernel("auto")` leaves to PEFT.
         """
         adapter = self._fusable_adapter(plain_too=plain_too)
         if adapter is None:
@@ -111,7 +111,8 @@ class FusedLinear(MoSLoRALayer):
             return None
         name = active[0]
         mixed = name in self.lora_mixer
-        if not mixed and ((kernel == "auto" and not plain_too) or name in self.lora_variant):
+        left_to_peft = kernel == "auto" and not plain_too and name not in self.mixer_init
+        if not mixed and (left_to_peft or name in self.lora_variant):
             return None
         if mixed and type(self.lora_variant[name]) is not MoSLoRAVariant:
             return None

@@ -28,8 +28,8 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
     """Choose how adapted layers compute, within the block.
 
     Args:
-        kernel: `auto` (fused where it applies, PEFT's path for plain LoRA outside of lean layers), `reference` (always
-            factor by factor) or `fused` (plain LoRA too).
+        kernel: `auto` (fused where it applies; outside of lean layers, PEFT's path for adapters without any mixer),
+            `reference` (always factor by factor) or `fused` (those too).
 
     Raises:
         AdapterError: another name.

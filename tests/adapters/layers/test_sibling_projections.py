@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, link_siblings, use_kernel
 from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
+
+
+WITHOUT = {r"layers\.0\..*": "none", "k_proj": "none", "up_proj": "none"}
+"""Modules without a mixer: a layer, and one of each family of the other."""
 
 
 @pytest.fixture
@@ -76,9 +81,22 @@ def test_query_key_value_and_gate_up_are_one_node_each(nodes: list[int]) -> None
     assert nodes == [1] * 14
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_together_alone_and_by_modules_the_gradients_are_the_same(dropout: float) -> None:
-    model = _llama(lora_dropout=dropout).double()
+def test_plain_lora_beside_mixers_is_computed_as_they_are_and_alone_by_peft(nodes: list[int]) -> None:
+    model = _llama(mixer_init="kaiming", mixer_pattern=WITHOUT)
+    nodes.clear()
+    _gradients(model)
+    assert nodes == [3, 1, 2, 1] * 2
+    model = _llama(mixer_init="identity", mixer_trainable=False)
+    nodes.clear()
+    _gradients(model)
+    assert not nodes
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_dropout": 0.0}, {"lora_dropout": 0.3}, {"mixer_init": "kaiming", "mixer_pattern": WITHOUT}]
+)
+def test_together_alone_and_by_modules_the_gradients_are_the_same(changes: dict[str, Any]) -> None:
+    model = _llama(**changes).double()
     together = _gradients(model)
     with use_kernel("reference"):
         reference = _gradients(model)
