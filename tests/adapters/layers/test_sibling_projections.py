@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, link_siblings, use_kernel
 from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
 
-
 WITHOUT = {r"layers\.0\..*": "none", "k_proj": "none", "up_proj": "none"}
 """Modules without a mixer: a layer, and one of each family of the other."""
 
