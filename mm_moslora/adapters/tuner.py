@@ -164,11 +164,12 @@ class MoSLoRAModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        starts = {name: tensor for name, tensor in state_dict.items() if START_PART in name}
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name not in starts}
         theirs = holds_their_mixers(state_dict)
         if theirs:
             state_dict = with_known_names(state_dict)
         if not isinstance(config, MoSLoRAConfig):
-            state_dict = {name: tensor for name, tensor in state_dict.items() if START_PART not in name}
             if any(MIXER_PART in name for name in state_dict):
                 state_dict = fold_state_dict(state_dict)
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -178,7 +179,8 @@ class MoSLoRAModel(LoraModel):
                 f"These values are not those of adapter {adapter_name!r}: {problem}. Load them under another adapter "
                 "name, or delete that adapter (delete_adapter) first."
             )
-        return renamed
+        named = (name.replace(START_PART, f"{START_PART}{adapter_name}.") for name in starts)  # for the layers' own hook
+        return renamed | dict(zip(named, starts.values(), strict=True))
 
 
 def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:

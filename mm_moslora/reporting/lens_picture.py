@@ -54,7 +54,7 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
 def _draw_maps(figure: Any, maps: Sequence[HeatMap]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.subplots(math.ceil(len(maps) / 2), 2, squeeze=False).flat
+    axes = list(figure.subplots(math.ceil(len(maps) / 2), 2, squeeze=False).flat)
     for axis in axes[len(maps) :]:
         axis.set_axis_off()
     for axis, item in zip(axes, maps, strict=False):
@@ -70,7 +70,7 @@ def _draw_maps(figure: Any, maps: Sequence[HeatMap]) -> None:
 
 
 def _draw_pairs(figure: Any, rows: Sequence[Mapping[str, Any]], most: int) -> None:
-    axes = figure.subplots(1, most, squeeze=False).flat
+    axes = list(figure.subplots(1, most, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
     for axis, row in zip(axes, rows, strict=False):

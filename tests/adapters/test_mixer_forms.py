@@ -152,7 +152,12 @@ def test_a_form_goes_through_every_exchange(form: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits(other), live, atol=1e-5, rtol=0, msg=name)
     reports = inspect_adapter(tmp_path / "a")
     assert reports == inspect_model(exact["loaded"])
-    assert reports[0].identity_distance > 0
+    starts = {report.path: report.mixer_start for report in reports}
+    assert None not in starts.values()
+    assert starts != {report.path: report.mixer for report in reports}
+    again = (inspect_model(summed, adapter_name="sum"), inspect_adapter(tmp_path / "b"))
+    for told in (*again, *map(inspect_model, exact.values())):
+        assert {report.path: report.mixer_start for report in told} == starts
 
 
 def test_plain_lora_loads_with_the_identity_of_every_form(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.folder_format import (
     FACTORS_A,
     FACTORS_B,
+    OWN_WEIGHTS,
     PREFIX,
     START_PART,
     START_WEIGHTS,
@@ -173,26 +174,29 @@ def set_starts(model: nn.Module, adapter_name: str, kept: Mapping[str, Tensor]) 
 def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:
     """Go on from the start that a checkpoint's adapter folder keeps.
 
-    A and B at the start are not in the folder. Those that the layers hold stay where they are the same, by ``A A^T``.
+    A and B at the start are not in the folder. Those that the layers hold stay where they give the products that it keeps.
 
     Args:
         model: holds the adapter and the start of the same run, drawn or loaded again.
         folder: of the checkpoint; where it keeps no start, nothing changes.
         adapter_name: the adapter.
     """
-    kept = read_start(folder, read_manifest(folder))
-    mixers = mixer_starts(kept)
-    for path, layer in named_adapter_layers(model) if kept else ():
-        if not layer.holds(adapter_name):
-            continue
-        again = layer.starts.get(adapter_name, Start())
-        same = {}
-        for side, factor in (("rows", again.A), ("columns", None if again.B is None else again.B.flatten(1).T)):
-            square = kept.get(f"{PREFIX}{path}{START_PART}{side}.start")
-            old = None if factor is None else factor.flatten(1).double()
-            same[side] = square is not None and old is not None and _close(old @ old.T, square)
-        A, B = again.A if same["rows"] else None, again.B if same["columns"] else None
-        layer.starts[adapter_name] = Start(mixer=mixers.get(path), A=A, B=B)
+    kept, starts = read_start(folder, read_manifest(folder)), starts_of(model, adapter_name)
+    if not kept:
+        return
+    mixers, again = mixer_starts(kept), {}
+    if any(start.A is not None or start.B is not None for start in starts.values()):  # on the first rank
+        again = start_tensors(starts, read_tensors(folder / OWN_WEIGHTS))
+
+    def same(path: str, side: str) -> bool:
+        names = (f"{PREFIX}{path}{START_PART}{side}.{part}" for part in ("cross", "start"))
+        return all(name in again and name in kept and _close(again[name], kept[name]) for name in names)
+
+    for path, layer in named_adapter_layers(model):
+        if layer.holds(adapter_name):
+            start = starts.get(path, Start())
+            A, B = (start.A if same(path, "rows") else None, start.B if same(path, "columns") else None)
+            layer.starts[adapter_name] = Start(mixer=mixers.get(path), A=A, B=B)
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

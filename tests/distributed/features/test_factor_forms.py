@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def formed(recipe: Recipe, **form: str) -> Recipe:
 
 def factors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return load_file(run / f"checkpoint-{step:06d}" / "adapter" / "moslora.safetensors")
+
+
+def measures(run: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in line if key.startswith("mixer/")} for line in lines if "mixer/moved" in line]
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +83,17 @@ def test_orthonormal_factors_are_refused_where_ranks_have_shards_of_them(parts, 
 def test_a_mixer_of_two_tensors_gives_the_numbers_of_plain_torch_where_ranks_have_shards(parts, ranks, tmp_path):
     for kind, count in (("zero3", 2), ("none", 1)):
         made = make_recipe(parts, tmp_path / kind, kind, precision="fp32")
+        made = replace(made, track=replace(made.track, mixers_every=2))
         ranks.run([write(formed(made, mixer_form="low_rank:2"))], ranks=count)
     assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
     expected = factors(tmp_path / "none")
     assert any(name.endswith("lora_mixer.left") and factor.any() for name, factor in expected.items())
     for name, factor in factors(tmp_path / "zero3").items():
         assert torch.allclose(factor, expected[name], atol=1e-4), name
+    measured, whole = (measures(tmp_path / kind) for kind in ("zero3", "none"))
+    assert len(measured) == STEPS // 2
+    assert measured == [pytest.approx(step, rel=1e-2, abs=1e-5) for step in whole]
+    assert all(step["mixer/moved"] > 0 and step["mixer/row_angle"] > 0 for step in measured)
 
 
 def test_frozen_factors_come_back_from_the_checkpoint(parts, ranks, tmp_path):

@@ -260,7 +260,8 @@ def test_in_a_browser_it_follows_compares_filters_and_shows(port: int, runs: Pat
         page.wait("[...document.querySelectorAll('.sample img')].filter(i => i.complete && i.naturalWidth).length >= 1")
         assert page.run("document.querySelector('.sample b').textContent") == HOSTILE
         show("mixers")
-        assert page.run("document.querySelectorAll('canvas').length") == 4
+        assert page.run("document.querySelectorAll('canvas').length") == 6
+        assert page.run("document.querySelector('.lens li').textContent") == "q_proj"
         show("recipes")
         assert "adapter.rank" in page.run("document.querySelector('#panel table').textContent")
         page.run("const f = document.getElementById('filter'); f.value = 'rank=4'; f.dispatchEvent(new Event('input'))")
