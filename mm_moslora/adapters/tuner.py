@@ -179,7 +179,9 @@ class MoSLoRAModel(LoraModel):
                 f"These values are not those of adapter {adapter_name!r}: {problem}. Load them under another adapter "
                 "name, or delete that adapter (delete_adapter) first."
             )
-        named = (name.replace(START_PART, f"{START_PART}{adapter_name}.") for name in starts)  # for the layers' own hook
+        named = (
+            name.replace(START_PART, f"{START_PART}{adapter_name}.") for name in starts
+        )  # for the layers' own hook
         return renamed | dict(zip(named, starts.values(), strict=True))
 
 

@@ -174,7 +174,7 @@ def set_starts(model: nn.Module, adapter_name: str, kept: Mapping[str, Tensor]) 
 def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:
     """Go on from the start that a checkpoint's adapter folder keeps.
 
-    A and B at the start are not in the folder. Those that the layers hold stay where they give the products that it keeps.
+    A and B at the start are not in the folder. Those that the layers hold stay where they give the products in it.
 
     Args:
         model: holds the adapter and the start of the same run, drawn or loaded again.
