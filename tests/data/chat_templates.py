@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.resources
-import tempfile
-from pathlib import Path
 
 from tiny import CHATML, make_tokenizer
+
+from tests.data.real_tokenizers import tokenizer_copy
 
 VICUNA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set rest = messages[1:] %}"
@@ -63,24 +62,12 @@ TEMPLATES = {
 }  # fmt: skip
 
 
-@functools.cache
-def _sentencepiece_folder() -> Path:
-    folder = Path(tempfile.mkdtemp())
-    source = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
-    (folder / "tokenizer.model").write_bytes(source.read_bytes())
-    return folder
-
-
 def build_tokenizer(kind: str, template: str | None, *, image: bool = True, add_bos: bool = False):
     """A tokenizer of a kind (bytes, sp, sp-legacy) with a template."""
     if kind == "bytes":
         tokenizer = make_tokenizer()
     else:
-        from transformers import LlamaTokenizer
-
-        tokenizer = LlamaTokenizer.from_pretrained(
-            _sentencepiece_folder(), legacy=kind == "sp-legacy", add_bos_token=add_bos
-        )
+        tokenizer = tokenizer_copy(kind.replace("sp", "llama") + "-without-bos" * (not add_bos))
     tokenizer.chat_template = template
     if image:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)

@@ -22,8 +22,8 @@ NAMES = ("llama-legacy", "llama", "mistral-v3", "tekken", "open_clip", "smollm2"
 @functools.cache
 def real_tokenizer(name: str):
     """One of `NAMES`, made once; change a `tokenizer_copy`. Skips the test where its files are missing."""
-    if name in ("llama-legacy", "llama"):
-        return _sentencepiece("tokenizer.model.v1", legacy=name == "llama-legacy", add_bos_token=True)
+    if name.startswith("llama"):
+        return _sentencepiece("tokenizer.model.v1", legacy="legacy" in name, add_bos_token="without-bos" not in name)
     if name == "mistral-v3":
         return _sentencepiece("mistral_instruct_tokenizer_240323.model.v3", legacy=False, add_bos_token=True)
     if name == "tekken":
