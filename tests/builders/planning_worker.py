@@ -31,11 +31,11 @@ from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngin
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.utils.hardware import keep_freed_memory
 
-SIZES = ((256, 6, 2048, "none"), (768, 6, 1024, "none"), (768, 6, 1024, "nf4"))
+SIZES = ((256, 6, 1024, "none"), (768, 3, 512, "none"), (768, 3, 512, "nf4"))
 """Width, layers, tokens, quantisation: activations take the most, weights do, and weights would."""
 TOWERS = (False, True)
 """Checkpointing of a tower with adapters."""
-PICTURES, TOKENS = 4, 1200
+PICTURES, TOKENS = 2, 600
 
 
 def status(key: str) -> int:

@@ -40,7 +40,7 @@ def make_recipe(
 ) -> Recipe:
     """A tiny VLM; `train` overrides keys of the recipe's `train`."""
     settings = {
-        "output": str(output), "steps": STEPS, "global_batch": 8, "micro_batch": 2, "zero": zero, "precision": "fp32",
+        "output": str(output), "steps": STEPS, "global_batch": 8, "micro_batch": 4, "zero": zero, "precision": "fp32",
         "timeout_minutes": 5, "rehearsal": False,
     }  # fmt: skip
     source = SourceConfig(path=str(parts["records"]), image_folder=str(parts["records"].parent / "images"))
@@ -69,6 +69,19 @@ def bounded(recipe: Recipe, micro_batch: int, **train) -> Recipe:
 def full(recipe: Recipe) -> Recipe:
     """The same with a language model that trains whole, without adapters."""
     return replace(recipe, model=replace(recipe.model, language_mode="full"))
+
+
+def colour_task(images: Path, folder: Path) -> str:
+    """Questions about pictures, as a task of the harness; short answers, since a tiny model does not stop by itself."""
+    rows = [
+        {"question_id": path.stem, "image": path.name, "text": "what is the color?", "answer": "red"}
+        for path in sorted(images.glob("*.png"))
+    ]
+    (folder / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "llava", "path": "colours.jsonl", "image_folder": str(images)}
+    path = folder / "colours.yaml"
+    path.write_text(json.dumps({"name": "colours", "source": source, "decoding": {"max_new_tokens": 4}}))
+    return str(path)
 
 
 def write(recipe: Recipe, name: str = "") -> str:

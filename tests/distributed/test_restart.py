@@ -53,7 +53,7 @@ def said(log: Path) -> str:
 
 
 def test_a_killed_rank_is_started_again(parts, ranks, python, tmp_path):
-    steps = 30
+    steps = 16
     recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1)
     straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
     run, log = tmp_path / "run", tmp_path / "log"

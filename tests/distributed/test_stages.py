@@ -13,6 +13,7 @@ from trials import STAGES, bounded, full, hexed, losses, make_recipe, metrics, w
 
 pytestmark = pytest.mark.slow
 SPLITS = (1, 2, 4)
+SMALL = {"global_batch": 2, "micro_batch": 1}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):
     mixed = parts | {"records": make_records(tmp_path / "records", 8, text_only_every=2)}
     names = [*STAGES, "none"]
     recipes = {
-        name: make_recipe(mixed, tmp_path / name, name, order="sequential", global_batch=2, micro_batch=1)
+        name: make_recipe(mixed, tmp_path / name, name, order="sequential", **SMALL)
         for name in names
     }
     ranks.run([write(recipes[name]) for name in STAGES])
@@ -69,7 +70,7 @@ def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):
 def test_all_ranks_end_where_images_are_ignored(stage, parts, ranks, tmp_path):
     """One of them never sees a picture, and there is nothing that it could compare."""
     mixed = parts | {"records": make_records(tmp_path / "records", 8, text_only_every=2)}
-    recipe = make_recipe(mixed, tmp_path / stage, stage, order="sequential", global_batch=2, micro_batch=1)
+    recipe = make_recipe(mixed, tmp_path / stage, stage, order="sequential", **SMALL)
     group = ranks.finish(ranks.start(["trials:train_unseeing", write(recipe)]))
     assert group.codes == [1, 1], group.outputs
     assert all("does not depend on the images" in group.output(rank) for rank in range(2)), group.outputs
@@ -83,7 +84,7 @@ def test_one_record_five_and_text_alone_give_the_numbers_of_one_rank(parts, rank
     }  # fmt: skip
     runs = {
         (kind, stage): make_recipe(
-            parts | {"records": path}, tmp_path / f"{kind}-{stage}", stage, micro_batch=1, steps=3
+            parts | {"records": path}, tmp_path / f"{kind}-{stage}", stage, micro_batch=1, steps=2
         )
         for kind, path in records.items()
         for stage in ("none", "zero2", "zero3")
@@ -207,7 +208,7 @@ def test_half_precision_is_close_and_fp16_finds_its_loss_scale(parts, ranks, tmp
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
 def test_gradients_that_overflow_at_any_loss_scale_end_the_run_at_the_limit(stage, parts, ranks, tmp_path):
-    recipe = make_recipe(parts, tmp_path / stage, stage, precision="fp16", steps=40, max_skipped_steps=2)
+    recipe = make_recipe(parts, tmp_path / stage, stage, precision="fp16", steps=40, max_skipped_steps=2, **SMALL)
     group = ranks.finish(ranks.start(["trials:train_overflowing", write(recipe)]))
     assert group.codes == [1, 1]
     said = "DivergedError: 2 steps in a row had a loss or gradient that is not finite; stopped at step"

@@ -19,7 +19,7 @@ def test_training_survives_a_host_that_is_cut_off(parts, ranks, tmp_path, monkey
     reason = two_hosts.impossible()
     if reason:
         pytest.skip(reason)
-    steps = 40
+    steps = 24
     recipe = make_recipe(
         parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1, step_timeout_minutes=0.1,
         timeout_minutes=0.3,  # the cut may come while one waits for the other's disk

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import planning_worker
@@ -13,6 +12,7 @@ import pytest
 import torch
 import transformers as t
 from planning_configs import memory_of
+from preloaded import Preloaded
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora import adapters
@@ -33,11 +33,11 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, int]]]:
+def measured(tmp_path_factory: pytest.TempPathFactory, python: Preloaded) -> tuple[Path, list[dict[str, int]]]:
     """What two real steps took, from `planning_worker`, and its folder."""
     folder = tmp_path_factory.mktemp("measured")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    worker = [sys.executable, str(TESTS / "builders" / "planning_worker.py"), str(folder)]
+    worker = [python.ours, str(TESTS / "builders" / "planning_worker.py"), str(folder)]
     output = subprocess.run(worker, capture_output=True, text=True, check=True, env=environment, timeout=540).stdout
     return folder, [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 

@@ -68,6 +68,7 @@ def test_killed_runs_end_as_undisturbed_ones(tmp_path, monkeypatch, python):
     from parts import Ledger
 
     monkeypatch.setattr(sigkill, "KILLS_PER_RUN", 3)
+    monkeypatch.setattr(sigkill, "STEPS", 8)
     ledger = Ledger(tmp_path / "ledger.jsonl")
     sigkill.run(2, tmp_path, stages=("zero2",), ledger=ledger)
     (finished,) = Ledger(tmp_path / "ledger.jsonl").entries

@@ -259,7 +259,7 @@ def test_a_short_attack_leaves_the_server_healthy() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["attack_server"] = module
     spec.loader.exec_module(module)
-    result = module.attack(seconds=6, clients=4, seed=1, health=0.5)
+    result = module.attack(seconds=3, clients=4, seed=1, health=0.5)
     assert result["faults"] == []
     assert result["memory_most_mib"] <= result["memory_allowed_mib"]
     assert result["held_at_the_end"] == 0

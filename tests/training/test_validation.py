@@ -16,6 +16,7 @@ from between import just_before
 from mm_moslora_eval.protocol.task_registry import tasks_of
 from mm_moslora_eval.run.in_training import measure
 from mm_moslora_eval.run.task_runner import _Job
+from trials import colour_task
 
 from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
@@ -278,7 +279,7 @@ def test_a_spike_stands_out_and_a_slow_fall_does_not():
 def test_a_harness_task_is_measured_on_the_model_as_it_is(recipe, records, tmp_path):
     """With its adapters live; and the run is the same with and without it."""
     train(recipe)
-    chosen = watched(recipe, tasks=[colours(records, tmp_path)], task_limit=4)
+    chosen = watched(recipe, tasks=[colour_task(records.parent / "images", tmp_path)], task_limit=4)
     train(chosen, measure=measure)
     run = Path(chosen.train.output)
     assert losses(run) == losses(tmp_path / "run")
@@ -287,18 +288,6 @@ def test_a_harness_task_is_measured_on_the_model_as_it_is(recipe, records, tmp_p
     assert [line["step"] for line in measured] == [2, 4, 6]
     assert all(0 <= line["eval/colours/score"] <= 1 for line in measured)
     assert len(list((run / "validation").glob("step-*/*/own/*/samples.jsonl"))) == 3
-
-
-def colours(records: Path, folder: Path) -> str:
-    """A task of the harness, about the pictures of the records."""
-    images = records.parent / "images"
-    rows = [
-        {"question_id": path.stem, "image": path.name, "text": "what is the color?", "answer": "red"}
-        for path in sorted(images.glob("*.png"))
-    ]
-    path = folder / "colours.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"llava:{path}@{images}"
 
 
 def read(path: Path) -> list[dict]:
@@ -324,7 +313,7 @@ def test_signals_cut_validations_short_and_nothing_is_lost(recipe, records, tmp_
     """In the loss of three batches, two answers and a task of four documents, at step 4, again and again, and at 6."""
     monkeypatch.setattr(ImageCheck, "__call__", lambda *_: None)  # it evaluates, too
     chosen = watched(
-        recipe, samples=2, sample_tokens=3, tasks=[colours(records, tmp_path)], task_limit=4, best="validation_loss"
+        recipe, samples=2, sample_tokens=3, tasks=[colour_task(records.parent / "images", tmp_path)], task_limit=4, best="validation_loss"
     )
     straight = replace(chosen, train=replace(chosen.train, output=str(tmp_path / "straight")))
     train(straight, measure=measure)

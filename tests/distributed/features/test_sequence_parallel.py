@@ -35,11 +35,12 @@ def test_two_ranks_share_every_row_and_give_the_numbers_of_one(parts, ranks, tmp
     """Rows of odd lengths, packed ones, rows without pictures, parts without a supervised token, and validations."""
     mixed = parts | {"records": make_records(tmp_path / "records", 24, text_only_every=3)}
 
-    text = parts | {"records": make_records(tmp_path / "text-records", 12, text_only_every=1)}
+    text = parts | {"records": make_records(tmp_path / "text-records", 6, text_only_every=1)}
+    few = make_recipe(parts | {"records": make_records(tmp_path / "few", 4)}, tmp_path, "none").data.train
 
     def recipe(name, zero, *, records=mixed, **train):
-        made = make_recipe(records, tmp_path / name, zero, micro_batch=1, global_batch=3, validate_every=2, **train)
-        return replace(made, data=replace(made.data, validation=made.data.train))
+        made = make_recipe(records, tmp_path / name, zero, micro_batch=1, global_batch=3, validate_every=4, **train)
+        return replace(made, data=replace(made.data, validation=few if records is mixed else made.data.train))
 
     together = recipe("zero2", "zero2", sequence_parallel=2, rehearsal=True)
     runs = {
