@@ -96,15 +96,19 @@ def redact(value: Any, *, name: str = "", keep_hashes: bool = False) -> Any:
         name: the key that holds `value`; it may mark a secret (`api_key`) or exclude one (`revision`).
         keep_hashes: see `redact_text`.
     """
+    return _redacted(value, name, keep_hashes, _environment_secrets())
+
+
+def _redacted(value: Any, name: str, keep_hashes: bool, secrets: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
         return {
-            redact_text(key, keep_hashes=True) if isinstance(key, str) else key: redact(
-                item, name=str(key), keep_hashes=keep_hashes
+            _cleaned(key, secrets, keep_hashes=True) if isinstance(key, str) else key: _redacted(
+                item, str(key), keep_hashes, secrets
             )
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redact(item, name=name, keep_hashes=keep_hashes) for item in value]
+        return [_redacted(item, name, keep_hashes, secrets) for item in value]
     if value is None or isinstance(value, bool):
         return value
     if value != "" and is_secret_name(name):
@@ -114,7 +118,7 @@ def redact(value: Any, *, name: str = "", keep_hashes: bool = False) -> Any:
     if isinstance(value, int | float):
         return value
     text = str(value)
-    cleaned = redact_text(text, keep_hashes=keep_hashes or bool(_HASH_NAME.search(name)))
+    cleaned = _cleaned(text, secrets, keep_hashes=keep_hashes or bool(_HASH_NAME.search(name)))
     return value if cleaned == text else cleaned
 
 
@@ -125,7 +129,11 @@ def redact_text(text: str, *, keep_hashes: bool = False) -> str:
         text: a log line, a file, an error.
         keep_hashes: keep 40-digit hexadecimal numbers, because they are known to be commits.
     """
-    for secret in _environment_secrets():
+    return _cleaned(text, _environment_secrets(), keep_hashes=keep_hashes)
+
+
+def _cleaned(text: str, secrets: Sequence[str], *, keep_hashes: bool) -> str:
+    for secret in secrets:
         text = text.replace(secret, REDACTED)
     text = _without_named(_SECRET_VALUE.sub(REDACTED, text))
     return text if keep_hashes else _HEX_40.sub(REDACTED, text)

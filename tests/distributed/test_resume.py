@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 def halves(parts, ranks, tmp_path_factory) -> Path:
     """Every stage once straight through and once stopped half-way; then, in new processes, the second halves."""
     folder = tmp_path_factory.mktemp("halves")
-    straight = {stage: make_recipe(parts, folder / f"{stage}-straight", stage, dropout=0.1, micro_batch=2) for stage in STAGES}
+    straight = {
+        stage: make_recipe(parts, folder / f"{stage}-straight", stage, dropout=0.1, micro_batch=2) for stage in STAGES
+    }
     straight["bf16"] = full(make_recipe(parts, folder / "bf16-straight", "zero2", precision="bf16"))
     straight["fp16"] = make_recipe(parts, folder / "fp16-straight", "zero1", precision="fp16", steps=8)
     # The first processes rehearse, the straight ones do not: it must not show.

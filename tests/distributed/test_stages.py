@@ -56,10 +56,7 @@ def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):
     """Two records per step, one with a picture and one without: one rank never sees a picture."""
     mixed = parts | {"records": make_records(tmp_path / "records", 8, text_only_every=2)}
     names = [*STAGES, "none"]
-    recipes = {
-        name: make_recipe(mixed, tmp_path / name, name, order="sequential", **SMALL)
-        for name in names
-    }
+    recipes = {name: make_recipe(mixed, tmp_path / name, name, order="sequential", **SMALL) for name in names}
     ranks.run([write(recipes[name]) for name in STAGES])
     ranks.run([write(recipes["none"])], ranks=1)
     for stage in STAGES:

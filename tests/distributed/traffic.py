@@ -61,11 +61,11 @@ def train_counting(*arguments: str) -> int:
 
     decoder_layers.gated_mlp = noted
     for argument in arguments:
-        found = []
+        found, recipe = [], load_recipe(argument)
 
-        def counted(self, micro_batches, lr_factor, found=found, last=load_recipe(argument).train.steps):
+        def counted(self, micro_batches, lr_factor, found=found, recipe=recipe):
             found.append(None)
-            if len(found) < last:  # the first ones also sort out what must be fetched when
+            if len(found) < recipe.train.steps:  # the first ones also sort out what must be fetched when
                 return plain(self, micro_batches, lr_factor)
             passes.clear()
             with Traffic() as traffic:
@@ -96,5 +96,5 @@ def train_counting(*arguments: str) -> int:
             return code
         assert torch.nn.functional.linear is torch._C._nn.linear, "ZeRO-3's is left behind"
         if distributed.is_main():
-            (Path(load_recipe(argument).train.output) / "traffic.json").write_text(json.dumps(found[-1]))
+            (Path(recipe.train.output) / "traffic.json").write_text(json.dumps(found[-1]))
     return 0

@@ -313,7 +313,12 @@ def test_signals_cut_validations_short_and_nothing_is_lost(recipe, records, tmp_
     """In the loss of three batches, two answers and a task of four documents, at step 4, again and again, and at 6."""
     monkeypatch.setattr(ImageCheck, "__call__", lambda *_: None)  # it evaluates, too
     chosen = watched(
-        recipe, samples=2, sample_tokens=3, tasks=[colour_task(records.parent / "images", tmp_path)], task_limit=4, best="validation_loss"
+        recipe,
+        samples=2,
+        sample_tokens=3,
+        tasks=[colour_task(records.parent / "images", tmp_path)],
+        task_limit=4,
+        best="validation_loss",
     )
     straight = replace(chosen, train=replace(chosen.train, output=str(tmp_path / "straight")))
     train(straight, measure=measure)
