@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mm_moslora.config.value_checks import at_least, require
+from mm_moslora.config.value_checks import at_least, check_adam, require
 from mm_moslora.utils.errors import suggestion
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -49,10 +49,7 @@ class OptimConfig:
             require(value is None or value >= 0, f"optim.{name} is {value}, expected 0 or more.")
         for name in ("weight_decay", "mixer_weight_decay", "warmup", "max_grad_norm"):
             at_least(f"optim.{name}", getattr(self, name), 0)
-        require(self.eps > 0, f"optim.eps is {self.eps}, expected more than 0.")
-        require(
-            all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}, expected two numbers from 0 to 1."
-        )
+        check_adam(self.betas, self.eps)
         require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1.")
         require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mm_moslora.utils.errors import ConfigError
 
 
@@ -14,3 +16,9 @@ def require(condition: bool, message: str) -> None:
 def at_least(name: str, value: float, minimum: float) -> None:
     """Raise `ConfigError` unless the value of the named key is at least the minimum."""
     require(value >= minimum, f"{name} is {value}, expected at least {minimum}.")
+
+
+def check_adam(betas: Sequence[float], eps: float) -> None:
+    """Raise `ConfigError` unless `optim.betas` and `optim.eps` are Adam's."""
+    require(eps > 0, f"optim.eps is {eps}, expected more than 0.")
+    require(all(0 <= beta < 1 for beta in betas), f"optim.betas is {betas}, expected two numbers from 0 to 1.")

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
 """File of a rank's trainer state in a checkpoint: parameters in fp32, optimiser, schedule, loss scale."""
+CLASS_PICTURES = "class_pictures"
+"""Of a manifest's `base`: digest in the names of the drawn pictures of the class."""
 _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups")
 """What a checkpoint keeps of DeepSpeed's state of ZeRO-1 and 2: tensors and numbers; the rest follows from the run."""
 
@@ -136,9 +138,10 @@ class Checkpoints:
 
         manifest = Manifest(
             step=run.step, world_size=distributed.world_size(), recipe=self.recipe.to_dict(),
-            base={"id": self.recipe.model.base, "revision": self.recipe.model.revision}, counters=dict(run.counters),
-            trainable={name: list(value.shape) for name, value in state.items()}, files={}, data=run.data,
-            precision=run.precision,
+            base={"id": self.recipe.model.base, "revision": self.recipe.model.revision}
+            | ({} if run.class_digest is None else {CLASS_PICTURES: run.class_digest}),
+            counters=dict(run.counters), trainable={name: list(value.shape) for name, value in state.items()}, files={},
+            data=run.data, precision=run.precision,
         )  # fmt: skip
         size = sum(value.numel() for value in state.values()) * 4 * 6
         self.saver.start(manifest, write, size=size)
@@ -162,7 +165,7 @@ class Checkpoints:
             CheckpointError: the pictures or prompts are others.
         """
         run = self.run
-        if manifest.data != run.data:
+        if manifest.data not in (run.data, run.batches.fingerprint(sizes_only=True)):
             raise CheckpointError(
                 f"The pictures or prompts differ from those of {folder}. Restore them, or choose another train.output."
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mm_moslora.config import AdapterConfig, Precision, TrackConfig, YamlRecipe, read_recipe
-from mm_moslora.config.value_checks import at_least, require
+from mm_moslora.config.value_checks import at_least, check_adam, require
 
 DIFFUSION_RECIPES = Path(__file__).with_name("recipes")
 ATTENTION = "attention"
@@ -171,6 +171,7 @@ class DiffusionOptimConfig:
         decays = ("weight_decay", "mixer_weight_decay")
         for name in ("lr", *decays, "warmup", "max_grad_norm", "text_encoder_lr", "mixer_lr"):
             at_least(f"optim.{name}", getattr(self, name) or 0, 0)
+        check_adam(self.betas, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +236,11 @@ class ValidationPicturesConfig:
 
     def __post_init__(self) -> None:
         at_least("validate.every_epochs", self.every_epochs, 0)
-        for name in ("pictures", "sampling_steps"):
-            at_least(f"validate.{name}", getattr(self, name), 1)
+        require(
+            self.pictures >= 1,
+            f"validate.pictures is {self.pictures}, expected at least 1. To draw nothing: validate.prompts: [].",
+        )
+        at_least("validate.sampling_steps", self.sampling_steps, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,13 @@ from mm_moslora.data.images.record_picture import check_image
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
 from mm_moslora.diffusion.diffusion_export import adapter_parts
 from mm_moslora.diffusion.diffusion_recipe import ATTENTION, DiffusionOptimConfig, DiffusionRecipe
-from mm_moslora.diffusion.drawing import PICTURES, ValidationPictures, complete_class_pictures, drawn_set
+from mm_moslora.diffusion.drawing import (
+    PICTURES,
+    ValidationPictures,
+    complete_class_pictures,
+    drawn_set,
+    untuned_digests,
+)
 from mm_moslora.diffusion.latent_batches import LatentBatches
 from mm_moslora.diffusion.pipeline_families import PipelineFamily, load_family
 from mm_moslora.diffusion.subject_pictures import PictureSet, PromptedPicture, subject_pictures
@@ -25,7 +31,7 @@ from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import MIXERS
 from mm_moslora.training.precision import dtype_of
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, DataError
 
 
 @dataclass(kw_only=True)
@@ -40,6 +46,8 @@ class DiffusionRun:
     pictures: ValidationPictures
     data: str
     """Fingerprint of the pictures."""
+    class_digest: str | None
+    """Of the drawn pictures of the class; None without prior preservation."""
     step: int = 0
     counters: dict[str, float] = field(default_factory=dict)
 
@@ -51,14 +59,30 @@ class DiffusionRun:
         return max(1, round(wanted)) if wanted else 0
 
 
-def prepare(recipe: DiffusionRecipe, folder: Path, precision: str) -> DiffusionRun:
-    """Load the pipeline, read and encode the pictures, draw what the untuned pipeline has to draw, add the adapters."""
+def prepare(
+    recipe: DiffusionRecipe, folder: Path, precision: str, *, class_digest: str | None = None
+) -> DiffusionRun:
+    """Load the pipeline, read and encode the pictures, draw what the untuned pipeline has to draw, add the adapters.
+
+    Args:
+        recipe: resolved.
+        folder: of the run.
+        precision: resolved.
+        class_digest: of the checkpoint that the run continues from: its pictures of the class stay, also where
+            `validate`, which draws them, has changed.
+
+    Raises:
+        MoSLoRAError: the recipe, the pictures or the pipeline is not acceptable.
+    """
     subject_folder = Path(recipe.data.pictures)
     if recipe.data.pictures == "drawn":
         subject_folder = drawn_set(folder / PICTURES / "subject", drawn_pictures())
     subjects = subject_pictures(recipe.data, subject_folder)
-    family = load_family(recipe, dtype=dtype_of(precision))
     prior = recipe.data.prior
+    class_folder = Path((prior and prior.pictures) or folder / PICTURES / "class")
+    if class_folder.exists() and not class_folder.is_dir():
+        raise DataError(f"data.prior.pictures {class_folder} is no folder. Name a folder, or leave the key out.")
+    family = load_family(recipe, dtype=dtype_of(precision))
     prompts = [*(item.prompt for item in subjects), *recipe.validate.prompts, *([prior.prompt] if prior else [])]
     family.check_prompts(prompts)
     family.gather()
@@ -67,14 +91,16 @@ def prepare(recipe: DiffusionRecipe, folder: Path, precision: str) -> DiffusionR
     sets = [_picture_set(family, "subject", subjects)]
     family.gather()
     if prior is not None:
-        drawn = complete_class_pictures(family, Path(prior.pictures or folder / PICTURES / "class"))
+        (digest,) = untuned_digests(family, [(prior.prompt, recipe.train.seed)])
+        class_digest = class_digest or digest
+        drawn = complete_class_pictures(family, class_folder, class_digest)
         sets.append(_picture_set(family, "class", [PromptedPicture(path=path, prompt=prior.prompt) for path in drawn]))
     batches = LatentBatches(family, sets, rank=distributed.rank(), world_size=distributed.world_size())
     batches.fill_caches()
     _adapt(family)
     return DiffusionRun(
         recipe=recipe, folder=folder, precision=precision, family=family, batches=batches, pictures=pictures,
-        data="-".join(item.fingerprint() for item in sets),
+        data=batches.fingerprint(), class_digest=class_digest,
     )  # fmt: skip
 
 
@@ -156,8 +182,8 @@ def make_accelerator(run: DiffusionRun) -> Any:
         prepare_deepspeed(train.zero)
         plugin = DeepSpeedPlugin(
             zero_stage=int(train.zero[-1]), gradient_accumulation_steps=train.accumulation,
-            gradient_clipping=run.recipe.optim.max_grad_norm or None,
         )  # fmt: skip
+        plugin.deepspeed_config["gradient_clipping"] = run.recipe.optim.max_grad_norm  # as an argument, 0 means 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.batch
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
     # SDXL and SD3 read the last layer but one of a text encoder, so adapters behind it get no gradient.

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
-from mm_moslora.diffusion.diffusion_checkpoint import Checkpoints, find_resume
+from mm_moslora.diffusion.diffusion_checkpoint import CLASS_PICTURES, Checkpoints, find_resume
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.diffusion.diffusion_setup import DiffusionRun, make_accelerator, make_optimizer, prepare
 from mm_moslora.diffusion.pipeline_families import need_diffusers
@@ -83,7 +83,7 @@ def train_diffusion(
         record_run_state(folder) as ending,
     ):
         found = find_resume(recipe, folder, resume)
-        run = prepare(recipe, folder, precision)
+        run = prepare(recipe, folder, precision, class_digest=found[1].base.get(CLASS_PICTURES) if found else None)
         session = _Session(run, build_trackers(recipe.track), found, stop or StopRequest())
         ending.begun = True
         result = session.go(stop_at)

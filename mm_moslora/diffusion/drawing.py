@@ -1,11 +1,16 @@
 """Pictures that a pipeline draws: of the class for prior preservation, and of validation prompts.
 
-A picture's noise follows from its seed alone, so that pictures of several steps differ by the weights only.
+A picture's noise follows from its seed alone, so that pictures of several steps differ by the weights only. The file
+name of a picture of the untuned pipeline holds a digest of all that it follows from, so that another model, prompt or
+setting draws another file.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +21,7 @@ from PIL import Image
 
 from mm_moslora.diffusion.pipeline_families import PipelineFamily
 from mm_moslora.diffusion.subject_pictures import picture_files
+from mm_moslora.models.model_paths import fingerprint
 from mm_moslora.reporting.drawing_grid import DRAWINGS
 from mm_moslora.tracking import Trackers
 from mm_moslora.tracking.tracker import Sample
@@ -26,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 PICTURES = "pictures"
 UNTUNED = "untuned"
+_DRAWN = re.compile(r"drawn-([0-9a-f]{12})-(\d{5,})\.png")
+"""A drawn picture of the class: digest and number."""
 
 
 @torch.no_grad()
@@ -48,20 +56,50 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         picture.save(part, "PNG")
 
 
-def complete_class_pictures(family: PipelineFamily, folder: Path) -> list[Path]:
+def untuned_digests(family: PipelineFamily, pictures: Sequence[tuple[str, int]]) -> list[str]:
+    """Digests of all that pictures of the untuned pipeline follow from.
+
+    Args:
+        family: without adapters.
+        pictures: prompt and seed of each.
+    """
+    model, validate = family.recipe.model, family.recipe.validate
+    shared = [
+        _source(model.base), model.revision, model.variant, _source(model.vae), str(family.denoiser.dtype),
+        family.resolution, validate.sampling_steps, validate.guidance,
+    ]  # fmt: skip
+    return [hashlib.sha256(json.dumps([*shared, *item]).encode()).hexdigest()[:12] for item in pictures]
+
+
+def _source(name: str | None) -> Any:
+    """The name of a model on the hub, or the contents of a folder."""
+    folder = Path(name or "")
+    if name is None or not folder.is_dir():
+        return name
+    return [(str(path.relative_to(folder)), fingerprint(path)) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _class_pictures(folder: Path, digest: str) -> list[Path]:
+    """Pictures of the class: those with the digest, and all that have another name."""
+    drawn = ((path, _DRAWN.fullmatch(path.name)) for path in picture_files(folder))
+    return [path for path, found in drawn if found is None or found[1] == digest]
+
+
+def complete_class_pictures(family: PipelineFamily, folder: Path, digest: str) -> list[Path]:
     """The class's pictures for prior preservation; missing ones are drawn with the untuned pipeline.
 
     Args:
         family: without adapters.
-        folder: keeps what it holds; drawn pictures are called `drawn-00000.png` and so on.
+        folder: keeps what it holds; drawn pictures are called `drawn-DIGEST-00000.png` and so on.
+        digest: of `untuned_digests`; drawn pictures with another one are left alone.
 
     Returns:
         The first `data.prior.count` pictures of the folder.
     """
     prior, validate = family.recipe.data.prior, family.recipe.validate
     assert prior is not None
-    present = {path.name for path in picture_files(folder)}
-    names = (f"drawn-{number:05d}.png" for number in range(prior.count + len(present)))
+    present = {path.name for path in _class_pictures(folder, digest)}
+    names = (f"drawn-{digest}-{number:05d}.png" for number in range(prior.count + len(present)))
     wanted = [name for name in names if name not in present][: max(0, prior.count - len(present))]
     missing = distributed.from_main(wanted)  # other ranks may have seen pictures that a faster one has drawn
     if missing:
@@ -69,14 +107,14 @@ def complete_class_pictures(family: PipelineFamily, folder: Path) -> list[Path]:
         own = missing[distributed.rank() :: distributed.world_size()]
         with Progress("draw the class", len(own), unit="picture") as progress:
             for number, name in enumerate(own, start=1):
-                seed = family.recipe.train.seed + int(name[6:11])
+                seed = family.recipe.train.seed + int(name.removesuffix(".png").rpartition("-")[2])
                 picture = draw(
                     family, prior.prompt, seed, sampling_steps=validate.sampling_steps, guidance=validate.guidance
                 )
                 save_picture(picture, folder / name)
                 progress.update(number)
         distributed.barrier()
-    return picture_files(folder)[: prior.count]
+    return _class_pictures(folder, digest)[: prior.count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +124,9 @@ class Drawing:
     prompt: str
     seed: int
     name: str
+    """Of its file in the folder of a step."""
+    untuned: str
+    """Of the untuned model's file."""
 
 
 class ValidationPictures:
@@ -98,19 +139,29 @@ class ValidationPictures:
 
     def __init__(self, family: PipelineFamily, run: Path) -> None:
         self.family, self.run, self.config = family, run, family.recipe.validate
+        counted = [(index, number) for index in range(len(self.config.prompts)) for number in range(self.config.pictures)]
+        seeded = [(self.config.prompts[index], self.config.seed + number) for index, number in counted]
         self.wanted = [
-            Drawing(prompt=prompt, seed=self.config.seed + number, name=f"{index}-{number}.png")
-            for index, prompt in enumerate(self.config.prompts)
-            for number in range(self.config.pictures)
+            Drawing(prompt=prompt, seed=seed, name=f"{index}-{number}.png", untuned=f"{index}-{number}-{digest}.png")
+            for (index, number), (prompt, seed), digest in zip(
+                counted, seeded, untuned_digests(family, seeded), strict=True
+            )
         ]
+
+    @property
+    def untuned(self) -> list[Path]:
+        """The untuned model's pictures."""
+        return [self.run / PICTURES / UNTUNED / item.untuned for item in self.wanted]
 
     def draw_untuned(self) -> None:
         """Draw with the untuned pipeline what is not drawn yet; before adapters are added."""
-        self._draw(self.run / PICTURES / UNTUNED, again=False)
+        pairs = zip(self.wanted, self.untuned, strict=True)
+        self._draw([(item, path) for item, path in pairs if not path.is_file()], "untuned pictures")
 
     def __call__(self, step: int, trackers: Trackers) -> list[Path]:
         """Draw all prompts, on rank 0; returns the files."""
-        drawn = self._draw(self.run / PICTURES / f"step-{step:06d}", again=True)
+        drawn = [self.run / PICTURES / f"step-{step:06d}" / item.name for item in self.wanted]
+        self._draw(list(zip(self.wanted, drawn, strict=True)), f"step {step}")
         if distributed.is_main() and drawn:
             self._record(step)
             samples = [
@@ -121,19 +172,17 @@ class ValidationPictures:
         distributed.barrier()
         return drawn
 
-    def _draw(self, folder: Path, *, again: bool) -> list[Path]:
-        paths = [folder / item.name for item in self.wanted]
-        due = [pair for pair in zip(self.wanted, paths, strict=True) if again or not pair[1].is_file()]
-        if distributed.is_main() and due:
-            self.family.gather()
-            with Progress(f"draw {folder.name}", len(due), unit="picture") as progress:
-                for number, (item, path) in enumerate(due, start=1):
-                    steps, guidance = self.config.sampling_steps, self.config.guidance
-                    picture = draw(self.family, item.prompt, item.seed, sampling_steps=steps, guidance=guidance)
-                    save_picture(picture, path)
-                    progress.update(number)
-            self.family.rest()
-        return paths
+    def _draw(self, due: Sequence[tuple[Drawing, Path]], what: str) -> None:
+        if not distributed.is_main() or not due:
+            return
+        self.family.gather()
+        with Progress(f"draw {what}", len(due), unit="picture") as progress:
+            for number, (item, path) in enumerate(due, start=1):
+                steps, guidance = self.config.sampling_steps, self.config.guidance
+                picture = draw(self.family, item.prompt, item.seed, sampling_steps=steps, guidance=guidance)
+                save_picture(picture, path)
+                progress.update(number)
+        self.family.rest()
 
     def _record(self, step: int) -> None:
         """Replace the rows of this step and of later ones, which a resumed run draws again."""
@@ -145,7 +194,7 @@ class ValidationPictures:
         for item in self.wanted:
             row = {"step": step, "prompt": item.prompt, "seed": item.seed}
             row["image"] = f"{PICTURES}/step-{step:06d}/{item.name}"
-            row["untuned"] = f"{PICTURES}/{UNTUNED}/{item.name}"
+            row["untuned"] = f"{PICTURES}/{UNTUNED}/{item.untuned}"
             rows.append(row)
         files.replace_json(path, rows)
 

@@ -41,6 +41,10 @@ class LatentBatches:
         train = self.recipe.train
         return train.batch * train.accumulation * self.world_size
 
+    def fingerprint(self, *, sizes_only: bool = False) -> str:
+        """Of all pictures; see `PictureSet`."""
+        return "-".join(pictures.fingerprint(sizes_only=sizes_only) for pictures in self.sets)
+
     @torch.no_grad()
     def fill_caches(self) -> None:
         """Encode the prompts where the text encoders are frozen, and the pictures where the recipe says so."""

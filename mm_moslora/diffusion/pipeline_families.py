@@ -7,6 +7,7 @@ left of the crop, target height and width, in pixels).
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class PipelineFamily:
     """Layers meant by `adapter.targets: attention`."""
     t5_window = 0
     """Most tokens of T5, 0 without one."""
+    packed = 1
+    """Side of the squares of latents that the pipeline joins before the denoiser."""
 
     def __init__(self, pipeline: Any, recipe: DiffusionRecipe) -> None:
         self.pipeline, self.recipe = pipeline, recipe
@@ -112,6 +115,25 @@ class PipelineFamily:
         side: int = self.recipe.data.resolution or int(own) * self.pipeline.vae_scale_factor
         return side
 
+    def check_resolution(self) -> None:
+        """Refuse sides that the VAE and the denoiser cannot divide.
+
+        Raises:
+            ConfigError: names the nearest good side.
+        """
+        side, config = self.resolution, self.denoiser.config
+        token = self.pipeline.vae_scale_factor * config.get("patch_size", 1) * self.packed
+        unit = math.lcm(8, token)  # 8: diffusers' own rule
+        positions = config.get("pos_embed_max_size")
+        most = max(unit, positions * token // unit * unit) if positions else max(unit, side)
+        if side % unit or side > most:
+            limit = f" up to {most}" if positions else ""
+            good = min(max(unit, round(side / unit) * unit), most)
+            raise ConfigError(
+                f"data.resolution is {side}, but {type(self.pipeline).__name__} of {self.recipe.model.base} takes "
+                f"multiples of {unit}{limit}. Choose {good}."
+            )
+
     def encode(self, prompts: list[str]) -> Conditioning:
         """The conditioning of prompts; gradients flow into text encoders."""
         device = self._encoder_device()
@@ -128,13 +150,20 @@ class PipelineFamily:
 
     def to_latents(self, means_or_samples: Tensor) -> Tensor:
         """The VAE's numbers on the scale that the denoiser knows."""
-        config = self.pipeline.vae.config
-        return (means_or_samples - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        mean, deviation = self._vae_scale()
+        return (means_or_samples - mean) * self.pipeline.vae.config.scaling_factor / deviation
+
+    def _vae_scale(self) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and deviation of the VAE's numbers, before `scaling_factor`."""
+        return self.pipeline.vae.config.get("shift_factor") or 0.0, 1.0
 
     def decode(self, latents: Tensor, side: int) -> Any:
         """Pictures of drawn latents, in the VAE's own precision."""
-        vae = self.pipeline.vae
-        values = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        vae, (mean, deviation) = self.pipeline.vae, self._vae_scale()
+        values = latents.to(vae.device, vae.dtype)
+        if isinstance(mean, Tensor) and isinstance(deviation, Tensor):
+            mean, deviation = mean.to(values), deviation.to(values)
+        values = values * deviation / vae.config.scaling_factor + mean
         return self.pipeline.image_processor.postprocess(vae.decode(values, return_dict=False)[0], output_type="pil")
 
     def windows(self) -> list[tuple[Any, int]]:
@@ -183,6 +212,14 @@ class SdxlFamily(PipelineFamily):
     classes = ("StableDiffusionXLPipeline",)
     text_encoder_names = clip_names = ("text_encoder", "text_encoder_2")
 
+    def _vae_scale(self) -> tuple[Tensor | float, Tensor | float]:
+        """Of each channel where the VAE has both, as diffusers' SDXL does."""
+        config = self.pipeline.vae.config
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            return super()._vae_scale()
+        return torch.tensor(mean).view(-1, 1, 1), torch.tensor(deviation).view(-1, 1, 1)
+
     def encode(self, prompts: list[str]) -> Conditioning:
         """See `PipelineFamily`."""
         text, _, pooled, _ = self.pipeline.encode_prompt(
@@ -226,7 +263,7 @@ class FluxFamily(PipelineFamily):
     """Flux.1, dev and schnell."""
 
     classes = ("FluxPipeline",)
-    denoiser_name, flow, t5_window = "transformer", True, 512
+    denoiser_name, flow, t5_window, packed = "transformer", True, 512, 2
     text_encoder_names = ("text_encoder", "text_encoder_2")
     attention = (*PipelineFamily.attention, *_JOINT)
 
@@ -269,7 +306,8 @@ def load_family(recipe: DiffusionRecipe, *, dtype: torch.dtype) -> PipelineFamil
         dtype: of the weights; the VAE's is float32 unless the recipe names another VAE.
 
     Raises:
-        ConfigError: diffusers is not installed, or `model.prediction` contradicts the scheduler.
+        ConfigError: diffusers is not installed, `model.prediction` contradicts the scheduler, or the pipeline does not
+            take `data.resolution`.
         ModelError: there is no such pipeline, or it is of no known family.
     """
     need_diffusers()
@@ -285,7 +323,9 @@ def load_family(recipe: DiffusionRecipe, *, dtype: torch.dtype) -> PipelineFamil
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    return kind(pipeline, recipe)
+    family = kind(pipeline, recipe)
+    family.check_resolution()
+    return family
 
 
 def _loaded(config: PipelineConfig, dtype: torch.dtype) -> Any:

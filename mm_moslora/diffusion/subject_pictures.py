@@ -22,6 +22,7 @@ from torch import Tensor
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.diffusion.diffusion_recipe import PicturesConfig
 from mm_moslora.utils.errors import DataError, suggestion
+from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_text_below
 
 METADATA = "metadata.jsonl"
@@ -108,9 +109,15 @@ class PictureSet:
         sizes = torch.tensor([*original, top, left, self.side, self.side])
         return Pixels(values=values.permute(2, 0, 1).float() / 127.5 - 1, sizes=sizes)
 
-    def fingerprint(self) -> str:
-        """Digest of the names, sizes on disk and prompts."""
-        rows = [[item.path.name, item.path.stat().st_size, item.prompt] for item in self.pictures]
+    def fingerprint(self, *, sizes_only: bool = False) -> str:
+        """Digest of the names, contents and prompts.
+
+        Args:
+            sizes_only: sizes on disk instead of contents, as checkpoints of earlier versions have it.
+        """
+        files = [item.path for item in self.pictures]
+        contents = [path.stat().st_size if sizes_only else sha256_of(path) for path in files]
+        rows = [[item.path.name, content, item.prompt] for item, content in zip(self.pictures, contents, strict=True)]
         return hashlib.sha256(json.dumps([rows, self.repeats]).encode()).hexdigest()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mm_moslora.data.images.record_picture import open_image
-from mm_moslora.diffusion.drawing import PICTURES, UNTUNED, ValidationPictures
+from mm_moslora.diffusion.drawing import ValidationPictures
 from mm_moslora.diffusion.pipeline_families import PipelineFamily
 from mm_moslora.diffusion.subject_pictures import PictureSet
 from mm_moslora.tracking import Trackers
@@ -46,9 +46,8 @@ def log_scores(
     names = {"dino": family.recipe.validate.dino, "clip": family.recipe.validate.clip}
     prompts = [item.prompt for item in pictures.wanted]
     real = [open_image(item.path) for item in subject.pictures]
-    untuned = [pictures.run / PICTURES / UNTUNED / item.name for item in pictures.wanted]
     scores: dict[str, dict[str, float]] = {}
-    for label, paths in (("untuned", untuned), ("tuned", drawn)):
+    for label, paths in (("untuned", pictures.untuned), ("tuned", drawn)):
         images = [open_image(path) for path in paths]
         scores[label] = {}
         for kind, name in names.items():

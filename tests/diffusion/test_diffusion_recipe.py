@@ -31,6 +31,9 @@ def test_the_sdxl_recipe_has_the_settings_of_the_paper() -> None:
     assert (train.steps, train.batch, train.accumulation, train.precision) == (500, 1, 4, "fp16")
     assert (recipe.data.resolution, recipe.data.prior, recipe.validate.every_epochs) == (1024, None, 40)
     assert recipe.model.vae == "madebyollin/sdxl-vae-fp16-fix"
+    assert recipe.data.prompt == "a photo of ikat cat"
+    assert recipe.validate.prompts == ["A photo of ikat cat wearing a red hat"]
+    assert recipe.data.cache_latents  # one crop of each picture for the whole run
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,9 @@ def test_the_sdxl_recipe_has_the_settings_of_the_paper() -> None:
         ("data.prompt=null", "give one of prompt"),
         ("data.resolution=30", "multiple of 8"),
         ("adapter.factor_form=orthonormal", "Choose free, mixed or svd"),
+        ("optim.betas=[2,3]", "expected two numbers from 0 to 1"),
+        ("optim.eps=0", "optim.eps is 0"),
+        ("validate.pictures=0", "To draw nothing: validate.prompts: []"),
         ("validate.dino=x", "validate.prompts is empty"),
         ("data.prior.weight=1", "missing data.prior.prompt"),
         ("model.prediction=x0", "expected one of auto, epsilon, v_prediction"),

@@ -60,6 +60,15 @@ def test_each_epoch_holds_every_repeat_once_in_an_order_of_its_own(tmp_path: Pat
     assert list(pictures.entries(5, 3)) == rows[5:8]
 
 
+def test_a_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
+    prints = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "a.bmp")
+        prints.append((one(tmp_path / "a.bmp").fingerprint(), one(tmp_path / "a.bmp").fingerprint(sizes_only=True)))
+    assert prints[0][0] != prints[1][0]
+    assert prints[0][1] == prints[1][1]
+
+
 def captions(folder: Path, *lines: object) -> PicturesConfig:
     folder.mkdir(exist_ok=True)
     halves(folder / "1.png")
