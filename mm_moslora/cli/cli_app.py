@@ -258,14 +258,14 @@ def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool
     against_paper
         Print a table instead: the recipe against the configuration that the authors of MoSLoRA released, key by key.
     """
-    from mm_moslora.config import recipe_names
+    from mm_moslora.config import RECIPES_FOLDER, recipe_names
     from mm_moslora.config.paper_comparison import comparison_text
 
     if recipe is None:
         print("\n".join(recipe_names()))
         return 0
     if against_paper:
-        print(comparison_text(recipe, _recipe(recipe, overrides)))
+        print(comparison_text(recipe, _recipe(recipe, overrides), presets=RECIPES_FOLDER))
         return 0
     print(_recipe(recipe, overrides).to_yaml(), end="")
     return 0

@@ -78,7 +78,10 @@ def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool
         print("\n".join(recipe_names(DIFFUSION_RECIPES)))
         return 0
     resolved = load_diffusion_recipe(recipe, override_items(overrides))
-    print(comparison_text(recipe, resolved) + "\n" if against_paper else resolved.to_yaml(), end="")
+    if against_paper:
+        print(comparison_text(recipe, resolved, presets=DIFFUSION_RECIPES))
+    else:
+        print(resolved.to_yaml(), end="")
     return 0
 
 

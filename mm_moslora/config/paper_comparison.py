@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mm_moslora.config.recipe import YamlRecipe, read_recipe
 from mm_moslora.utils.errors import ConfigError, suggestion
 
 AUTHORS_SETTINGS = Path(__file__).parent / "authors_settings.yaml"
@@ -23,7 +24,7 @@ class Setting:
     authors: Any
     recipe: Any
     reason: str
-    """Why they differ; empty where none is on record."""
+    """Why the paper's recipe differs; empty where none is on record, or where the value is another than that recipe's."""
 
     @property
     def same(self) -> bool:
@@ -31,27 +32,52 @@ class Setting:
         return _plain(self.authors) == _plain(self.recipe)
 
 
-def compare_settings(name: str, recipe: Any) -> list[Setting]:
+def compare_settings(name: str, recipe: YamlRecipe, *, presets: Path) -> list[Setting]:
     """Every released setting that a recipe has a key for.
 
     Args:
         name: of the paper's recipe, or of a file with that name.
         recipe: resolved.
+        presets: folder of the shipped recipes, the paper's among them.
 
     Raises:
         ConfigError: the paper has no recipe of that name.
     """
-    entry = _entry(name)
+    entry, shipped = _entry(name), _shipped(name, recipe, presets)
     reasons: Mapping[str, str] = entry["differs"]
-    return [
-        Setting(key=key, authors=value, recipe=_value(recipe, key), reason=reasons.get(key, ""))
-        for key, value in entry["settings"].items()
-    ]
+    settings = []
+    for key, value in entry["settings"].items():
+        own = _value(recipe, key)
+        reason = reasons.get(key, "") if own == _value(shipped, key) else ""
+        settings.append(Setting(key=key, authors=value, recipe=own, reason=reason))
+    return settings
 
 
-def comparison_text(name: str, recipe: Any) -> str:
-    """`compare_settings` as a table, and the released settings without a key."""
-    entry, settings = _entry(name), compare_settings(name, recipe)
+def _shipped(name: str, recipe: YamlRecipe, presets: Path) -> YamlRecipe:
+    return read_recipe(type(recipe), presets / f"{Path(name).stem}.yaml", presets=presets)
+
+
+def other_changes(name: str, recipe: YamlRecipe, *, presets: Path) -> dict[str, tuple[Any, Any]]:
+    """Keys that the release does not list and whose value is another than the paper's recipe's: both values."""
+    listed = tuple(_entry(name)["settings"])
+    before, after = _leaves(_shipped(name, recipe, presets).to_dict()), _leaves(recipe.to_dict())
+    return {
+        key: (before.get(key), after.get(key))
+        for key in before | after
+        if before.get(key) != after.get(key) and key not in listed and not any(key.startswith(f"{k}.") for k in listed)
+    }
+
+
+def _leaves(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
+    found = {key: leaf for name, item in items for key, leaf in _leaves(item, f"{prefix}{name}.").items()}
+    return found or {prefix.rstrip("."): data}
+
+
+def comparison_text(name: str, recipe: YamlRecipe, *, presets: Path) -> str:
+    """`compare_settings` as a table, `other_changes`, and the released settings without a key."""
+    entry, settings = _entry(name), compare_settings(name, recipe, presets=presets)
     rows = [("key", "authors", "recipe", "")]
     for setting in settings:
         note = "same" if setting.same else f"differs: {setting.reason or 'changed in this recipe'}"
@@ -60,6 +86,9 @@ def comparison_text(name: str, recipe: Any) -> str:
     lines = [f"Released: wutaiqiang/MoSLoRA bba79b5, {entry['source']}", ""]
     lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
               for row in rows]  # fmt: skip
+    if changed := other_changes(name, recipe, presets=presets):
+        lines += ["", "Changed in this recipe, and not listed in the release:"]
+        lines += [f"  {key}: {_shown(before)} -> {_shown(after)}" for key, (before, after) in changed.items()]
     if without := entry["without_key"]:
         lines += ["", "Without a key:"] + [f"  {what}: {text}" for what, text in without.items()]
     different = sum(not setting.same for setting in settings)

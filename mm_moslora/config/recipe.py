@@ -85,9 +85,9 @@ class Recipe(YamlRecipe):
             "between the matrix products of lean layers. Leave train.compile out, or set model.kernels to auto.",
         )
         require(
-            self.data.train_on == "answers" or self.model.vision is None,
-            f"data.train_on is {self.data.train_on!r} and model.vision is set: no loss can be on pictures. Leave "
-            "data.train_on out.",
+            self.data.train_on == "answers" or (self.model.vision is None and self.model.vlm is None),
+            f"data.train_on is {self.data.train_on!r} and {'model.vlm' if self.model.vlm else 'model.vision'} is set: "
+            "no loss can be on pictures. Leave data.train_on out.",
         )
         budget, longest = self.train.micro_tokens, self.data.longest
         require(

@@ -158,7 +158,9 @@ class TrainingSet:
                 "start. Set data.cache to a folder that keeps them."
             )
         self.truncated = 0
-        """Records that lose turns, or the end of their text, because they are too long."""
+        """Records that lose turns, or the end of their text, because they are too long; an estimate where lengths are."""
+        self._sampled = self._too_long = 0
+        """Where lengths are estimates: records in the sample, and those of them that do not fit even when shortened."""
         self.lengths = array("L", bytes(array("L").itemsize * len(self)))
         """Tokens per record, visual tokens included; 0 for a bad one."""
         self.has_image = bytearray(len(self))
@@ -198,7 +200,7 @@ class TrainingSet:
     def statistics(self) -> dict[str, float]:
         """Counts for a report: records, those that cannot be used, those with pictures, and tokens per record.
 
-        Tokens are estimates where `estimated` is true; visual tokens are included.
+        Tokens and shortened records are estimates where `estimated` is true; visual tokens are included.
         """
         lengths = sorted(self.lengths[index] for index in self.usable)
         return {
@@ -361,23 +363,32 @@ class TrainingSet:
         return int(encoded.input_ids.shape[0])
 
     def _tokens_per_character(self) -> float:
-        """Text tokens (scaffold included) per character, over records spread evenly over the set."""
-        tokens = characters = 0
+        """Text tokens (scaffold included) per character, of a sample of records; counts those that are too long."""
+        tokens = characters = shortened = 0
         for index in range(0, len(self), max(1, len(self) // _SAMPLE)):
+            self._sampled += 1
             try:
                 record = self.record(index)
                 encoded = self.encode(record)
-            except RecordError:
+            except RecordError as error:
+                self._too_long += error.code == Code.TOO_LONG
                 continue
-            if not encoded.dropped_turns:
+            if encoded.dropped_turns:
+                shortened += 1
+            else:
                 tokens += int(encoded.input_ids.shape[0]) - encoded.images * self.encoder.tokens_per_image
                 characters += sum(len(turn.text) for turn in record.turns)
+        self.truncated = round(shortened / self._sampled * len(self))
         return tokens / max(1, characters)
 
     def _report(self) -> None:
+        limit, about = self.config.max_length, f", by a sample of {self._sampled}" if self.estimated else ""
         if self.truncated:
             what = "are cut off" if self.config.too_long == "truncate" else "lose turns"
-            logger.info("%d records %s beyond %d tokens.", self.truncated, what, self.config.max_length)
+            logger.info("%d records %s beyond %d tokens%s.", self.truncated, what, limit, about)
+        if self._too_long:
+            count = round(self._too_long / self._sampled * len(self))
+            logger.info("%d records do not fit into %d tokens%s; they are left out when read.", count, limit, about)
         if len(self.quarantine):
             logger.warning("%d records cannot be used: %s", len(self.quarantine), summary(self.quarantine.codes))
         if not any(self.members):

@@ -69,5 +69,7 @@ def test_records_that_are_dropped_do_not_stop_a_run_and_are_counted(on_bad: str)
 def test_the_whole_text_needs_a_language_model_alone() -> None:
     with pytest.raises(ConfigError, match=r"data\.train_on.*model\.vision"):
         load_recipe("llama3_8b_clip_moslora", ["data.train_on=all"])
+    with pytest.raises(ConfigError, match=r"data\.train_on.*model\.vlm"):
+        load_recipe("commonsense_170k", ["model.language=null", "model.chat_template=null", "model.vlm=some/vlm"])
     data = load_recipe("commonsense_170k").data
     assert (data.too_long, data.train_on, data.order, data.max_length) == ("truncate", "all", "random", 256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,20 @@ def test_a_picture_damaged_inside_is_found_when_it_is_used(path, tmp_path):
     assert [line["code"] for line in quarantined(file)] == ["IMAGE_DAMAGED"]
     with pytest.raises(DataError, match="max_bad_share"):
         make_set(path, max_bad_share=0.0)[4]
+
+
+def test_records_that_are_too_long_are_counted_by_a_sample_where_lengths_are_estimates(path, caplog):
+    def lengthen(index, record):
+        words = 300 if index < 5 else 1
+        return {"id": record["id"], "conversations": [{"from": "human", "value": "what"},
+                                                      {"from": "gpt", "value": "no " * words}]}  # fmt: skip
+
+    rewrite(path, lengthen)
+    with caplog.at_level(logging.INFO):
+        cut, left = (make_set(path, exact_limit=5, max_length=64, too_long=how) for how in ("truncate", "drop"))
+    assert (cut.estimated, cut.truncated, left.truncated) == (True, 5, 0)
+    assert "5 records are cut off beyond 64 tokens, by a sample of 20" in caplog.text
+    assert "5 records do not fit into 64 tokens, by a sample of 20" in caplog.text
 
 
 def test_estimated_lengths_order_records_like_exact_ones(tmp_path):
