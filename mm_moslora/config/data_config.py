@@ -82,7 +82,7 @@ class DataConfig:
     without counting it against max_bad_share, truncate cuts any longer text off at max_length, within an answer too. A
     record with pictures is never cut, nor one that would keep no supervised token; truncate refuses these."""
     train_on: Literal["answers", "all"] = "answers"
-    """Tokens that the loss is on: the answers and their ends of turn, or the whole text (only of a model.language alone)."""
+    """Tokens that the loss is on: answers and their ends of turn, or the whole text (with model.language alone)."""
     order: Literal["grouped", "llava", "random", "sequential"] = "grouped"
     """grouped: steps of one modality and similar lengths, so that ranks finish together. llava: the same records per
     step as LLaVA's own grouping. random. sequential: the order of the files."""

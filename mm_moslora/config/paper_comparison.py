@@ -24,7 +24,7 @@ class Setting:
     authors: Any
     recipe: Any
     reason: str
-    """Why the paper's recipe differs; empty where none is on record, or where the value is another than that recipe's."""
+    """Why the paper's recipe differs; empty where none is on record, or where the value is not that recipe's."""
 
     @property
     def same(self) -> bool:

@@ -158,7 +158,7 @@ class TrainingSet:
                 "start. Set data.cache to a folder that keeps them."
             )
         self.truncated = 0
-        """Records that lose turns, or the end of their text, because they are too long; an estimate where lengths are."""
+        """Records that lose turns, or the end of their text, for their length; an estimate where lengths are."""
         self._sampled = self._too_long = 0
         """Where lengths are estimates: records in the sample, and those of them that do not fit even when shortened."""
         self.lengths = array("L", bytes(array("L").itemsize * len(self)))

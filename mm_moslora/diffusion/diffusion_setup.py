@@ -59,9 +59,7 @@ class DiffusionRun:
         return max(1, round(wanted)) if wanted else 0
 
 
-def prepare(
-    recipe: DiffusionRecipe, folder: Path, precision: str, *, class_digest: str | None = None
-) -> DiffusionRun:
+def prepare(recipe: DiffusionRecipe, folder: Path, precision: str, *, class_digest: str | None = None) -> DiffusionRun:
     """Load the pipeline, read and encode the pictures, draw what the untuned pipeline has to draw, add the adapters.
 
     Args:

@@ -139,13 +139,15 @@ class ValidationPictures:
 
     def __init__(self, family: PipelineFamily, run: Path) -> None:
         self.family, self.run, self.config = family, run, family.recipe.validate
-        counted = [(index, number) for index in range(len(self.config.prompts)) for number in range(self.config.pictures)]
-        seeded = [(self.config.prompts[index], self.config.seed + number) for index, number in counted]
+        items = [
+            (f"{index}-{number}", prompt, self.config.seed + number)
+            for index, prompt in enumerate(self.config.prompts)
+            for number in range(self.config.pictures)
+        ]
+        digests = untuned_digests(family, [(prompt, seed) for _, prompt, seed in items])
         self.wanted = [
-            Drawing(prompt=prompt, seed=seed, name=f"{index}-{number}.png", untuned=f"{index}-{number}-{digest}.png")
-            for (index, number), (prompt, seed), digest in zip(
-                counted, seeded, untuned_digests(family, seeded), strict=True
-            )
+            Drawing(prompt=prompt, seed=seed, name=f"{name}.png", untuned=f"{name}-{digest}.png")
+            for (name, prompt, seed), digest in zip(items, digests, strict=True)
         ]
 
     @property

@@ -35,9 +35,8 @@ def test_the_untuned_model_draws_anew_where_its_prompt_or_settings_or_the_model_
     recipe: Make, tmp_path: Path
 ) -> None:
     found = []
-    changes = [[], ["validate.prompts=[a dog]"], ["validate.seed=1"], ["model.base=tiny-sd"], ["data.resolution=32"], []]
-    for change in changes:
-        pictures = ValidationPictures(loaded(recipe(*ONE, *change)), tmp_path)
+    for change in ("", "validate.prompts=[a dog]", "validate.seed=1", "model.base=tiny-sd", "data.resolution=32", ""):
+        pictures = ValidationPictures(loaded(recipe(*ONE, *([change] if change else []))), tmp_path)
         pictures.draw_untuned()
         found += pictures.untuned
     assert len({*found}) == len({path.read_bytes() for path in found}) == 5
