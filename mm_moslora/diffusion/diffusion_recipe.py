@@ -138,6 +138,7 @@ class DenoisingLossConfig:
     def __post_init__(self) -> None:
         gamma = self.min_snr_gamma
         require(gamma is None or gamma > 0, f"loss.min_snr_gamma is {gamma}, expected more than 0, or null.")
+        at_least("loss.logit_std", self.logit_std, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
