@@ -233,6 +233,55 @@ def train_estimating(*arguments: str) -> int:
     return train_recipes(list(arguments))
 
 
+def sum_gradients(output: str, *stages: str) -> int:
+    """Write the relative error of a step's gradients in bf16, summed over 64 micro-batches of each rank, by stage.
+
+    It is that of the sums alone: the exact ones are fp64 sums of the same gradients.
+    """
+    import torch
+
+    from mm_moslora.batch import Batch, Example
+    from mm_moslora.training.engine import OptimizerSettings, build_engine
+    from mm_moslora.training.parameter_groups import parameter_groups
+    from mm_moslora.training.rehearsal import _Tiny
+    from mm_moslora.utils import distributed
+
+    def batches(rank: int) -> list[Batch]:
+        words = torch.Generator().manual_seed(rank)
+        ids = [torch.randint(0, 16, (5 + number % 7,), generator=words) for number in range(64)]
+        return [
+            Batch.from_examples([Example(id="", input_ids=row, supervised=torch.ones(len(row)).bool())]) for row in ids
+        ]
+
+    world, model = distributed.world_size(), _Tiny().bfloat16()
+    everything = [batch for rank in range(world) for batch in batches(rank)]
+    count, exact = sum(batch.supervised_tokens for batch in everything), {}
+    for batch in everything:
+        model.zero_grad()
+        (model(batch) * (world / count)).backward()
+        for name, parameter in model.named_parameters():
+            exact[name] = exact.get(name, 0) + parameter.grad.double().flatten() / world
+    errors = {}
+    for stage in stages:
+        module = _Tiny().bfloat16()
+        settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+        config = TrainConfig(micro_batch=1, global_batch=64 * world, zero=stage)
+        groups = parameter_groups(module, OptimConfig(lr=0.0))
+        engine = build_engine(module, groups, config, precision="bf16", optimizer=settings)
+        engine.step(batches(distributed.rank()), 1.0)
+        squares = [0.0, 0.0]
+        for piece in engine.pieces():  # a rank's part; Adam's first moment is a tenth of the gradient
+            found = piece.moments["exp_avg"].double().flatten() * 10
+            wanted = exact[piece.name][piece.start : piece.start + len(found)]
+            squares = [squares[0] + float((found - wanted).square().sum()), squares[1] + float(wanted.square().sum())]
+        off, whole = distributed.sum_over_ranks(squares)
+        errors[Path(stage).name] = (off / whole) ** 0.5
+        engine.close()
+    if distributed.is_main():
+        Path(output).write_text(json.dumps(errors))
+    return 0
+
+
 def train_measured(*arguments: str) -> int:
     """Train each recipe with the evaluation harness at hand, as the command line does."""
     from mm_moslora_eval.run.in_training import measure

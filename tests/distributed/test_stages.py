@@ -203,6 +203,18 @@ def test_half_precision_is_close_and_fp16_finds_its_loss_scale(parts, ranks, tmp
         assert lines[-1]["skipped_steps"] < len(lines) - 2
 
 
+def test_sums_of_many_gradients_in_bf16_are_near_those_of_fp64(ranks, tmp_path):
+    """DeepSpeed adds micro-batches in bf16, and in fp32 where a file of one's own for ZeRO-2 says so."""
+    preset = json.loads((Path(__file__).parents[2] / "deepspeed_configs" / "zero2.json").read_text())
+    wide = tmp_path / "zero2_wide.json"
+    wide.write_text(json.dumps(preset | {"data_types": {"grad_accum_dtype": "fp32"}}))
+    ranks.run(["trials:sum_gradients", str(tmp_path / "errors.json"), "zero1", "zero2", str(wide)])
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert errors["zero1"] < 0.015
+    assert errors["zero2"] < 0.015
+    assert errors["zero2_wide.json"] < 0.002  # one rounding to bf16, where ranks exchange them
+
+
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
 def test_gradients_that_overflow_at_any_loss_scale_end_the_run_at_the_limit(stage, parts, ranks, tmp_path):
     recipe = make_recipe(parts, tmp_path / stage, stage, precision="fp16", steps=40, max_skipped_steps=2, **SMALL)
