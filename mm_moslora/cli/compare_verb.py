@@ -27,6 +27,7 @@ def compare(
     arms: str = "lora,moslora:orthogonal",
     lr: str = "",
     seeds: int = 3,
+    resolve: float | None = None,
     tasks: str = "",
     validation: str = "",
     hold_out: float = 0.05,
@@ -64,7 +65,10 @@ def compare(
     lr
         Learning rates to try with every arm, such as 5e-5,1e-4,2e-4; default: the recipe's own, not tuned.
     seeds
-        Reported runs per arm.
+        Reported runs per arm; with --resolve those of the pilot.
+    resolve
+        Points that a comparison is to show (four times out of five): after the pilot it plans the number of seeds, and
+        ends early by a rule that keeps the error rates. With --plan it prints seeds, documents and hours.
     tasks
         Test tasks separated by commas, as for `mm-moslora eval run`.
     validation
@@ -98,14 +102,15 @@ def compare(
     keep_all
         Keep the checkpoints of the runs that chose the rates.
     plan
-        Run a few steps of the first run, print the cost of the whole comparison, and exit.
+        Run a few steps of the first run, print the cost of the whole comparison (and the plan of --resolve), and exit.
     only_report
         Analyse the finished runs and exit.
     """
     shared = load_recipe(recipe, override_items(overrides))
     from mm_moslora.compare.arms import parse_arms, split
     from mm_moslora.compare.comparison_plan import LOSS, Settings
-    from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, plan_lines
+    from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive
+    from mm_moslora.compare.comparison_text import plan_lines
 
     settings = Settings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
@@ -118,10 +123,21 @@ def compare(
     with exclusive(output):
         comparison = Comparison(shared, settings, output, hold_out=hold_out)
         comparison.check()
+        resolution = None
+        if resolve is not None:
+            from mm_moslora.compare.process_pool import slots
+            from mm_moslora.compare.resolution_plan import Resolution
+
+            together = len(slots(parallel=parallel, devices_per_run=gpus_per_run)) // len(settings.arms)
+            resolution = Resolution(comparison, resolve / 100, step=max(1, together))
         if plan:
             print(comparison.probe(room))
+        if resolution is not None:
+            print("\n".join(resolution.lines()), flush=True)
+        if plan:
             return 0
-        finished = only_report or comparison.run(room)
+        after = None if resolution is None else resolution.seeds_after
+        finished = only_report or comparison.run(room, seeds_after=after)
         return _show(comparison, output, finished=finished)
 
 

@@ -34,6 +34,7 @@ from mm_moslora.compare.comparison_plan import (
 from mm_moslora.compare.comparison_run import Comparison, short_names
 from mm_moslora.compare.comparison_text import says
 from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, difference, holm
+from mm_moslora.compare.sequential_looks import Looks, read_state
 from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, verdict_of_arms
 from mm_moslora.utils.files import replace_json
 from mm_moslora.utils.hardware import hardware
@@ -54,7 +55,9 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
     scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
     arms = [_arm(settings, outcomes, arm, chosen, scores[arm.name]) for arm in settings.arms]
     add_controls(arms, scores)
-    comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms})
+    state = read_state(folder)
+    looks = state.looks if state is not None else None
+    comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms}, looks)
     from mm_moslora_eval.run.provenance import environment
 
     results = _plain(
@@ -89,6 +92,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
             "comparisons": comparisons,
             "floors": measured.floors,
             "floors_learned_from": measured.learned_from,
+            "resolve": None if state is None else asdict(state),
             "failures": [
                 {"arm": c.arm.name, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
                 for c, o in failures
@@ -201,8 +205,9 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
 
 
 def _comparisons(
-    settings: Settings, scores: Mapping[str, dict[str, TaskAnswers]], controls: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+    settings: Settings, scores: Mapping[str, dict[str, TaskAnswers]], controls: Mapping[str, Mapping[str, Any]],
+    looks: Looks | None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Every arm against the reference, by task and over all tasks; p-values are corrected over the arms of a column."""
     reference = scores[settings.reference_arm]
     names = [name for name in scores if name != settings.reference_arm and scores[name] and reference]
@@ -210,9 +215,12 @@ def _comparisons(
     for column, tasks in columns_of(reference).items():
         right = {task: reference[task].own for task in tasks}
         lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
-        estimates = [difference(left, right) for left in lefts.values()]
-        corrected = holm([estimate.p_value for estimate in estimates])
-        nats = {mode: _differences_in_nats(scores, reference, names, (tasks, mode)) for mode in _SHOWN}
+        estimates = [_at_look(difference(left, right), looks, settings.seeds) for left in lefts.values()]
+        corrected = holm([_p_value(estimate, looks, settings.seeds) for estimate in estimates])
+        nats = {
+            mode: _differences_in_nats(scores, reference, names, (tasks, mode), (looks, settings.seeds))
+            for mode in _SHOWN
+        }
         for (arm, left), estimate, p in zip(lefts.items(), estimates, corrected, strict=True):
             found = [controls[name].get(column) for name in (arm, settings.reference_arm)]
             stand = any(item is None or item["above"] for item in found)
@@ -224,15 +232,24 @@ def _comparisons(
     return rows
 
 
+def _at_look(estimate: Estimate, looks: Looks | None, seeds: int) -> Estimate:
+    """The estimate with the interval that holds for all looks together."""
+    return estimate if looks is None else estimate.at_level(looks.level(seeds))
+
+
+def _p_value(estimate: Estimate, looks: Looks | None, seeds: int) -> float:
+    return estimate.p_value if looks is None else looks.p_value(estimate.p_value, seeds)
+
+
 def _differences_in_nats(
     scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], names: Sequence[str],
-    place: tuple[Sequence[str], str],
+    place: tuple[Sequence[str], str], look: tuple[Looks | None, int],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """By arm, where it and the reference have log-likelihoods; p-values are corrected over these arms."""
     right = _nats(reference, *place)
     lefts = {arm: left for arm in names if right and (left := _nats(scores[arm], *place))}
-    found = {arm: difference(left, right, bounded=False) for arm, left in lefts.items()}
-    corrected = holm([estimate.p_value for estimate in found.values()])
+    found = {arm: _at_look(difference(left, right, bounded=False), *look) for arm, left in lefts.items()}
+    corrected = holm([_p_value(estimate, *look) for estimate in found.values()])
     return {
         arm: {
             "difference": estimate.value,

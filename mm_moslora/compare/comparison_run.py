@@ -7,9 +7,10 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mm_moslora.compare import comparison_cell
@@ -29,6 +30,7 @@ from mm_moslora.compare.comparison_plan import (
 )
 from mm_moslora.compare.holdout import with_holdout
 from mm_moslora.compare.process_pool import Pool, Slot, slots
+from mm_moslora.compare.sequential_looks import FILE, read_state
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -44,7 +46,7 @@ logger = logging.getLogger(__name__)
 PROBE_STEPS = 3
 """Steps of the probe that estimates the speed for a plan."""
 WAIT_SECONDS = 5.0
-_FILES = ("comparison.json", "results.json", "report.html", "data", "runs")
+_FILES = (FILE, "comparison.json", "results.json", "report.html", "data", "runs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,10 @@ class Comparison:
             recipe = with_holdout(recipe, self.folder / "data", share=hold_out)
         self.recipe = recipe
         self.outcomes: dict[str, Outcome] = {}
+        self.documents = 0
+        """Documents of all test tasks, once checked."""
+        self.run_seconds = math.nan
+        """Seconds of training of one run, once probed."""
         self._said_cost = False
 
     def check(self) -> None:
@@ -88,9 +94,9 @@ class Comparison:
             MoSLoRAError: a check failed.
         """
         names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
-        measured = {
-            name: comparison_cell.open_task(name, self.settings).load().sha256 for name in names if name != LOSS
-        }
+        data = {name: comparison_cell.open_task(name, self.settings).load() for name in names if name != LOSS}
+        measured = {name: found.sha256 for name, found in data.items()}
+        self.documents = sum(len(data[name].documents[: self.settings.limit]) for name in self.settings.tasks)
         shared = {*self.settings.tasks} & {*self.settings.validation}
         if shared and self.settings.tunes:
             raise ConfigError(
@@ -98,6 +104,9 @@ class Comparison:
                 "reported data. Give another file with --validation."
             )
         self._claim({**self._trained_on(), **measured})
+        state = read_state(self.folder)
+        if state is not None:
+            self.settings = dataclasses.replace(self.settings, seeds=max(self.settings.seeds, state.seeds))
         self._read_outcomes()
 
     def _trained_on(self) -> dict[str, str]:
@@ -158,16 +167,17 @@ class Comparison:
                 )
             self.outcomes[item.name] = outcome
 
-    def run(self, room: RunBudget) -> bool:
+    def run(self, room: RunBudget, *, seeds_after: Callable[[], int] | None = None) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
             room: the resources.
+            seeds_after: called when all is done; returns the number of seeds to go on with, the present one to end.
         """
         with StopRequest() as stop:
-            return self._run(room, stop)
+            return self._run(room, stop, seeds_after)
 
-    def _run(self, room: RunBudget, stop: StopRequest) -> bool:
+    def _run(self, room: RunBudget, stop: StopRequest, seeds_after: Callable[[], int] | None) -> bool:
         started = time.monotonic()
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
@@ -183,7 +193,13 @@ class Comparison:
                     discard(job.place / comparison_cell.OUTCOME)
                     pool.start(job)
                 if not pool.running:
-                    return not self._ready()
+                    if self._ready():
+                        return False
+                    seeds = seeds_after() if seeds_after is not None else self.settings.seeds
+                    if seeds <= self.settings.seeds:
+                        return True
+                    self.settings = dataclasses.replace(self.settings, seeds=seeds)
+                    continue
                 for job, code in pool.wait(WAIT_SECONDS):
                     self._over(job, code, room)
                 self._say_cost(pool.running)
@@ -286,7 +302,9 @@ class Comparison:
                         raise MoSLoRAError(_killed(code, job.place / comparison_cell.LOG))
         finally:
             pool.stop()
-        return cost_line(self.settings, job, comparison_cell.metrics(job.place)) or "The run is shorter than the probe."
+        rows = comparison_cell.metrics(job.place)
+        self.run_seconds = run_seconds(job, rows)
+        return cost_line(self.settings, job, rows) or "The run is shorter than the probe."
 
 
 _PRELOAD = "mm_moslora.compare.forkserver_preload"
@@ -297,48 +315,34 @@ def _work(job: Job, slot: Slot) -> None:
     comparison_cell.run(dataclasses.replace(job, devices=slot.devices))
 
 
+def run_seconds(job: Job, rows: Sequence[dict[str, Any]]) -> float:
+    """Seconds of training of a whole run, from its first steps; NaN before there are enough."""
+    steps = _timed(rows)
+    if len(steps) < PROBE_STEPS:
+        return math.nan
+    return median(row["step_seconds"] for row in steps) * _total_steps(job, steps)
+
+
+def _timed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "step_seconds" in row]
+
+
+def _total_steps(job: Job, steps: Sequence[dict[str, Any]]) -> int:
+    return job.recipe.train.total_steps(steps[-1]["step"] / steps[-1]["epoch"])
+
+
 def cost_line(settings: Settings, job: Job, rows: Sequence[dict[str, Any]]) -> str | None:
     """The cost of all runs, from the first steps of one; None before there are enough steps."""
-    steps = [row for row in rows if "step_seconds" in row]
-    if len(steps) < PROBE_STEPS:
+    seconds, runs = run_seconds(job, rows), run_count(settings)
+    if math.isnan(seconds):
         return None
-    usual = sorted(row["step_seconds"] for row in steps)[len(steps) // 2]
-    total = job.recipe.train.total_steps(steps[-1]["step"] / steps[-1]["epoch"])
-    runs = run_count(settings)
+    steps = _timed(rows)
+    total, last = _total_steps(job, steps), steps[-1]
     return (
-        f"Cost: {usual:.2f} s a step, {total} steps a run, {runs} runs: about {format_seconds(usual * total * runs)} "
-        f"of training in all (and loading and measuring), {steps[-1]['memory_gib']:.1f} GiB a run, "
-        f"measured on {job.cell.arm.name}."
+        f"Cost: {seconds / total:.2f} s a step, {total} steps a run, {runs} runs: about "
+        f"{format_seconds(seconds * runs)} of training in all (and loading and measuring), "
+        f"{last['memory_gib']:.1f} GiB a run, measured on {job.cell.arm.name}."
     )
-
-
-def plan_lines(settings: Settings) -> list[str]:
-    """The plan as text."""
-    tuning = len(settings.arms) * len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
-    reported = len(settings.arms) * settings.seeds
-    names = short_names([*settings.tasks, *settings.validation])
-    by = "held-out loss" if LOSS in settings.validation else ", ".join(names[task] for task in settings.validation)
-    rates = ", ".join(f"{rate:g}" for rate in settings.rates)
-    lines = [f"{len(settings.arms)} arms: " + ", ".join(arm.name for arm in settings.arms)]
-    if tuning:
-        lines.append(
-            f"{tuning} runs choose each arm's learning rate among {rates} by {by} on the validation split "
-            f"({settings.tuning_seeds} seed{'s' * (settings.tuning_seeds > 1)} of their own)"
-        )
-    else:
-        lines.append(f"learning rate {rates} for every arm, not tuned: a difference may come from it")
-    lines.append(
-        f"{reported} runs with {settings.seeds} new seed{'s' * (settings.seeds > 1)} each are measured on "
-        + ", ".join(names[task] for task in settings.tasks)
-    )
-    lines.append(f"every run has the same number of steps; the other arms are compared with {settings.reference_arm}")
-    if settings.controls:
-        lines.append(
-            "reported runs are also measured with a plain picture and with another item's picture (--no-controls: not)"
-        )
-    if settings.seeds == 1:
-        lines.append("one seed cannot show the variation between seeds")
-    return lines
 
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The results of a comparison in sentences, and as a table for the terminal."""
+"""The plan and the results of a comparison in sentences, and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mm_moslora.compare.comparison_plan import ALL, LOSS
+from mm_moslora.compare.comparison_plan import ALL, LOSS, Settings
+from mm_moslora.compare.comparison_run import short_names
 from mm_moslora.reporting.verdicts import (
     AGAINST,
     SIGNIFICANT,
@@ -15,6 +16,35 @@ from mm_moslora.reporting.verdicts import (
     difference_of,
     mood_of_arms,
 )
+
+
+def plan_lines(settings: Settings) -> list[str]:
+    """The plan as text."""
+    tuning = len(settings.arms) * len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
+    reported = len(settings.arms) * settings.seeds
+    names = short_names([*settings.tasks, *settings.validation])
+    by = "held-out loss" if LOSS in settings.validation else ", ".join(names[task] for task in settings.validation)
+    rates = ", ".join(f"{rate:g}" for rate in settings.rates)
+    lines = [f"{len(settings.arms)} arms: " + ", ".join(arm.name for arm in settings.arms)]
+    if tuning:
+        lines.append(
+            f"{tuning} runs choose each arm's learning rate among {rates} by {by} on the validation split "
+            f"({settings.tuning_seeds} seed{'s' * (settings.tuning_seeds > 1)} of their own)"
+        )
+    else:
+        lines.append(f"learning rate {rates} for every arm, not tuned: a difference may come from it")
+    lines.append(
+        f"{reported} runs with {settings.seeds} new seed{'s' * (settings.seeds > 1)} each are measured on "
+        + ", ".join(names[task] for task in settings.tasks)
+    )
+    lines.append(f"every run has the same number of steps; the other arms are compared with {settings.reference_arm}")
+    if settings.controls:
+        lines.append(
+            "reported runs are also measured with a plain picture and with another item's picture (--no-controls: not)"
+        )
+    if settings.seeds == 1:
+        lines.append("one seed cannot show the variation between seeds")
+    return lines
 
 
 def says(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,9 +74,20 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
         f"{failure['reason']}"
         for failure in results["failures"]
     ]
+    if results.get("resolve"):
+        remarks.append(_looks_sentence(results["resolve"]))
     if results["settings"]["tuning_seeds"] == 0:
         remarks.append("The learning rate was not tuned: a difference between arms may come from it.")
     return {"verdicts": verdicts, "remarks": remarks, "says": [*(item["text"] for item in verdicts), *remarks]}
+
+
+def _looks_sentence(plan: Mapping[str, Any]) -> str:
+    ended = f"It ended: {plan['ended']}." if plan["ended"] else f"It goes on to {plan['seeds']} seeds."
+    looks = ", ".join(map(str, plan["looks"]["seeds"]))
+    return (
+        f"Planned to show {100 * plan['points']:g} points, with looks after {looks} seeds; intervals and p-values hold "
+        f"for all looks together. {ended}"
+    )
 
 
 def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:

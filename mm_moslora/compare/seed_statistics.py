@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from mm_moslora_eval.scoring.error_bars import (
@@ -84,6 +84,11 @@ class Estimate:
         if self.stderr == 0:
             return alike_p_value(self.value, self.groups)
         return t_two_sided(self.value / self.stderr, self.degrees)
+
+    def at_level(self, level: float) -> Estimate:
+        """The same estimate with an interval of this error rate instead of 5 %."""
+        low, high = _interval(self.value, self.stderr, self.degrees, groups=self.groups, level=1 - level)
+        return replace(self, low=low, high=high)
 
     def detectable(self, *, comparisons: int = 1) -> float:
         """The smallest true value that a repetition would find significant with 80 % power.
@@ -216,13 +221,23 @@ def _fit(grid: Grid, clusters: NDArray[np.intp]) -> _Fit:
         if np.abs(effects - before).max() < _CLOSE:
             break
     means = (known - there * effects[:, None]).sum(axis=0) / there.sum(axis=0)
-    groups = int(clusters.max()) + 1
-    answers = 0.0
-    if seeds > 1 and groups > 1:
-        residual = weights * (known - means - effects[:, None])
-        sums = np.square([np.bincount(clusters, row, groups) for row in residual]).sum()
-        answers = float(sums) * groups / (groups - 1) * seeds / (seeds - 1)
-    return _Fit(means=means, brought=weights.sum(axis=1) * effects, answers=answers)
+    return _Fit(
+        means=means,
+        brought=weights.sum(axis=1) * effects,
+        answers=_answers(known - means - effects[:, None], there, clusters),
+    )
+
+
+def _answers(residual: Grid, there: NDArray[np.bool_], clusters: NDArray[np.intp]) -> float:
+    """Variance of the mean from single answers; 0 where no document has several, or all are of one cluster."""
+    answered, groups = there.sum(axis=0), int(clusters.max()) + 1
+    several = answered > 1
+    if groups < 2 or not several.any():
+        return 0.0
+    # A residual around the mean of m answers has (m - 1) / m of their variance; documents with one answer have none.
+    scale = np.where(several, np.sqrt(answered / np.maximum(1, answered - 1)), 0.0) / answered / len(answered)
+    sums = np.square([np.bincount(clusters, row, groups) for row in there * residual * scale]).sum()
+    return float(sums * groups / (groups - 1) * (1 / answered).sum() / (1 / answered)[several].sum())
 
 
 def _with_interval(
@@ -231,17 +246,20 @@ def _with_interval(
 ) -> Estimate:  # fmt: skip
     stderr = math.sqrt(variance) if variance > _ROUNDING else 0.0
     degrees = max(1.0, variance**2 / squares) if stderr else math.inf
-    if stderr:
-        half = t_quantile(LEVEL, degrees) * stderr
-        low, high = value - half, value + half
-    elif bounded:
-        low, high = alike_interval(value, groups, level=LEVEL)
-    else:
-        stderr = low = high = math.nan  # unknown: nothing bounds the differences of other documents
+    if not stderr and not bounded:
+        stderr = math.nan  # unknown: nothing bounds the differences of other documents
+    low, high = _interval(value, stderr, degrees, groups=groups, level=LEVEL)
     return Estimate(
         value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=groups,
         documents=min(1.0, by_documents / variance) if variance else 1.0, components=components, size=size,
     )  # fmt: skip
+
+
+def _interval(value: float, stderr: float, degrees: float, *, groups: int, level: float) -> tuple[float, float]:
+    if stderr == 0:
+        return alike_interval(value, groups, level=level)
+    half = math.nan if math.isnan(stderr) else t_quantile(level, degrees) * stderr
+    return value - half, value + half
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

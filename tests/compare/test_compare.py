@@ -171,11 +171,19 @@ def test_the_same_data_in_another_place_are_the_same(tmp_path: Path, recipe: Pat
 def test_a_stopped_comparison_continues(tmp_path: Path, recipe: Path, records: Path, capsys):
     stop = command(recipe, records, tmp_path / "out", "--max-minutes", "0", arms="lora,moslora:kaiming", rates="1e-3")
     assert cli.run(stop) == 75
-    assert cli.run([*stop[:-2], "--plan"]) == 0
-    assert "runs: about" in capsys.readouterr().out
-    assert cli.run(stop[:-2]) == 0
+    assert cli.run([*stop[:-2], "--plan", "--resolve", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "runs: about" in said
+    assert "--resolve 1, before a pilot, assumed:" in said
+    assert "A difference of 1 points is beyond what 18 documents allow" in said
+    assert re.search(r"4 runs of about \d+ s", said)
+    looks = {"seeds": [2, 3], "fractions": [0.6, 1.0]}
+    plan = {"points": 0.01, "seeds": 2, "looks": looks, "components": {}, "ended": ""}
+    (tmp_path / "out" / "resolve.json").write_text(json.dumps(plan))
+    assert cli.run([*stop[:-2], "--resolve", "1"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [len(arm["seeds"]) for arm in results["arms"]] == [2, 2]
+    assert [len(arm["seeds"]) for arm in results["arms"]] == [3, 3], "two seeds do not decide one point"
+    assert results["resolve"]["ended"] == "all 3 planned seeds are over"
     assert any("not tuned" in line for line in results["says"])
 
 

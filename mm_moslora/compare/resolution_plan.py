@@ -1,0 +1,260 @@
+"""How many seeds and documents show a difference of so many points: planned from a pilot, and stopped early by looks.
+
+The squared error of a difference is ``documents / N + seeds / K + answers / (K N)`` (`seed_statistics.Components`). A
+size shows a difference where a t-test with the level of the last look, divided by the number of compared arms, has 80 %
+power. Before a pilot the components are `ASSUMED`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mm_moslora_eval.scoring.error_bars import t_quantile
+
+from mm_moslora.compare.comparison_analysis import analyse
+from mm_moslora.compare.comparison_plan import run_count
+from mm_moslora.compare.comparison_run import Comparison
+from mm_moslora.compare.seed_statistics import LEVEL, POWER, Components
+from mm_moslora.compare.sequential_looks import OVERALL, Looks, LookState, planned_looks, read_state, write_state
+from mm_moslora.reporting.verdicts import SIGNIFICANT
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.text_format import format_seconds
+
+logger = logging.getLogger(__name__)
+
+ASSUMED = Components(documents=0.02, seeds=2 * 0.02**2, answers=0.2)
+"""Right or wrong answers of two tuned arms: runs of an arm spread by 2 points, single answers by a variance of 0.1."""
+MOST_SEEDS = 64
+_SUGGESTED = (4, 8, 16, 32, 64)
+"""Seeds for which the documents are planned where those at hand are too few."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A number of seeds and documents, and what it shows."""
+
+    seeds: float
+    documents: int
+    detectable: float
+    """The true difference that is shown four times out of five."""
+    half_width: float
+    """Of the 95 % interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Finds sizes for components.
+
+    Args:
+        components: of the difference of two arms.
+        points: the difference to show, as a share.
+        comparisons: arms that are compared with the reference.
+        first: seeds of the pilot, and of the first look.
+        step: seeds that are run at the same time.
+    """
+
+    components: Components
+    points: float
+    comparisons: int
+    first: int
+    step: int = 1
+
+    def looks(self, seeds: int, documents: int) -> Looks:
+        """The looks up to so many seeds."""
+        sizes = range(min(self.first, seeds), seeds + 1)
+        variance = [max(1e-12, self.components.variance(seeds=k, documents=documents)) for k in sizes]
+        return planned_looks(sizes[0], seeds, variance, step=self.step)
+
+    def size(self, seeds: float, documents: int) -> Size:
+        """What so many seeds and documents show; infinitely many seeds are allowed."""
+        parts = self.components
+        answers = parts.answers / seeds / documents
+        by_documents, by_arm = parts.documents / documents + answers, (parts.seeds / seeds + answers) / 2
+        variance = parts.variance(seeds=seeds, documents=documents)
+        squares = by_documents**2 / max(1, documents - 1) + 2 * by_arm**2 / max(1.0, seeds - 1)
+        degrees = max(1.0, variance**2 / squares) if squares else math.inf
+        if not variance:
+            return Size(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
+        level = OVERALL if math.isinf(seeds) else self.looks(int(seeds), documents).level(int(seeds))
+        strict = t_quantile(1 - level / self.comparisons, degrees)
+        error = math.sqrt(variance)
+        return Size(
+            seeds=seeds, documents=documents, half_width=t_quantile(LEVEL, degrees) * error,
+            detectable=(strict + t_quantile(2 * POWER - 1, degrees)) * error,
+        )  # fmt: skip
+
+    def fewest_seeds(self, documents: int) -> Size | None:
+        """The fewest seeds that show the difference on so many documents; None beyond `MOST_SEEDS`."""
+        return self._fewest(max(2, self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents))
+
+    def fewest_documents(self, seeds: int, *, most: int = 10_000_000) -> Size | None:
+        """The fewest documents that show the difference with so many seeds; None beyond `most`."""
+        return self._fewest(2, most, lambda documents: self.size(seeds, documents))
+
+    def _fewest(self, low: int, high: int, size: Any) -> Size | None:
+        if size(high).detectable > self.points:
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if size(middle).detectable <= self.points else (middle + 1, high)
+        return size(low)  # type: ignore[no-any-return]
+
+
+def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list[str]]:
+    """The size that shows the difference, None where the documents do not allow it, and the plan in sentences.
+
+    Args:
+        planner: with the components.
+        documents: those of the test tasks.
+    """
+    points, now = f"{100 * planner.points:g} points", planner.size(planner.first, documents)
+    whole = planner.components.variance(seeds=planner.first, documents=documents) or 1.0
+    alone = (planner.components.documents / documents / whole, planner.components.seeds / planner.first / whole)
+    lines = [
+        f"{planner.first} seeds on {documents} documents show a true difference of {100 * now.detectable:.1f} points "
+        f"four times out of five (half-width of the 95 % interval: {100 * now.half_width:.1f}). More seeds would cut "
+        f"up to {100 * (1 - alone[0]):.0f} % of the squared error, more documents up to {100 * (1 - alone[1]):.0f} %."
+    ]
+    found = planner.fewest_seeds(documents)
+    if found is None:
+        least = planner.size(math.inf, documents)
+        if least.detectable > planner.points:
+            lines.append(
+                f"A difference of {points} is beyond what {documents} documents allow: any number of seeds shows "
+                f"{100 * least.detectable:.1f} points at best."
+            )
+        else:
+            lines.append(f"{points} would need more than {MOST_SEEDS} seeds on {documents} documents.")
+        needed = [size for seeds in _SUGGESTED if (size := planner.fewest_documents(max(seeds, planner.first)))]
+        either = " or ".join(f"{size.documents:,} documents and {size.seeds:.0f} seeds" for size in needed)
+        lines.append(f"Needed: {either or 'a coarser --resolve'}.")
+        return None, lines
+    seeds = int(found.seeds)
+    enough = planner.fewest_documents(seeds, most=documents)
+    fewer = f" ({enough.documents} would do)" if enough is not None and enough.documents < 0.9 * documents else ""
+    looks = planner.looks(seeds, documents).seeds
+    lines.append(
+        f"For {points}: {seeds} seeds on {documents} documents{fewer}, half-width {100 * found.half_width:.1f}. "
+        f"Looks after {', '.join(map(str, looks))} seeds; a comparison ends early where all arms are decided: the "
+        f"corrected p-value is below {SIGNIFICANT:g}, or the interval lies within {points}. Intervals and p-values "
+        "hold for all looks together (alpha spending)."
+    )
+    return found, lines
+
+
+class Resolution:
+    """Plans the seeds of a comparison and ends it early.
+
+    Args:
+        comparison: checked.
+        points: the difference to show, as a share.
+        step: seeds that are run at the same time.
+
+    Raises:
+        ConfigError: the comparison was started with another difference, or has too few seeds for a pilot.
+    """
+
+    def __init__(self, comparison: Comparison, points: float, *, step: int = 1) -> None:
+        if not 0 < points < 1:
+            raise ConfigError(f"--resolve is {100 * points:g}, expected points between 0 and 100, such as 3.")
+        if comparison.settings.seeds < 2:
+            raise ConfigError("--resolve needs a pilot of at least 2 seeds per arm (--seeds 3).")
+        state = read_state(comparison.folder)
+        if state is not None and not math.isclose(state.points, points):
+            raise ConfigError(
+                f"{comparison.folder} was planned with --resolve {100 * state.points:g}, now it is {100 * points:g}. "
+                "Its looks were planned for the first one. Choose another --output."
+            )
+        self._comparison, self._points, self._step = comparison, points, step
+
+    def lines(self) -> list[str]:
+        """The plan in sentences, from the pilot where it is over, with the time."""
+        state, settings = read_state(self._comparison.folder), self._comparison.settings
+        components = mean_components(analyse(self._comparison)) if self._comparison.outcomes else None
+        if state is not None and state.components:
+            components = Components(**state.components)
+        source = "from the pilot" if components is not None else (
+            "before a pilot, assumed: runs of an arm spread by 2 points, answers as right and wrong ones usually do"
+        )  # fmt: skip
+        first = state.looks.seeds[0] if state is not None else settings.seeds
+        found, lines = plan_resolution(self._planner(components or ASSUMED, first), self._comparison.documents)
+        lines = [f"--resolve {100 * self._points:g}, {source}: {lines[0]}", *lines[1:]]
+        return [*lines, self._hours(int(found.seeds) if found is not None else settings.seeds)]
+
+    def seeds_after(self) -> int:
+        """The number of seeds to go on with, after a look at those that are over; the present one where it ends."""
+        comparison = self._comparison
+        results, state = analyse(comparison), read_state(comparison.folder)
+        if state is None:
+            state = self._planned(results)
+            write_state(comparison.folder, state)
+            results = analyse(comparison)  # with the level of the first look
+        seeds = comparison.settings.seeds
+        later = [planned for planned in state.looks.seeds if planned > seeds]
+        ended = state.ended or self._decided(results) or ("" if later else f"all {seeds} planned seeds are over")
+        state = replace(state, ended=ended, seeds=seeds if ended else later[0])
+        write_state(comparison.folder, state)
+        logger.info("%s", f"It ends after {seeds} seeds: {ended}." if ended else f"It goes on to {state.seeds} seeds.")
+        return state.seeds
+
+    def _planner(self, components: Components, first: int) -> Planner:
+        comparisons = max(1, len(self._comparison.settings.arms) - 1)
+        return Planner(
+            components=components, points=self._points, comparisons=comparisons, first=first, step=self._step
+        )
+
+    def _planned(self, results: dict[str, Any]) -> LookState:
+        """The plan from the pilot; a pilot that more seeds do not help is the only look."""
+        comparison = self._comparison
+        first, documents = comparison.settings.seeds, comparison.documents
+        components = mean_components(results)
+        only = LookState(points=self._points, seeds=first, looks=Looks((first,), (1.0,)), components={})
+        if components is None:
+            return replace(
+                only, ended="no answers of the pilot differ between arms, or an arm has fewer than two seeds"
+            )
+        only, planner = replace(only, components=asdict(components)), self._planner(components, first)
+        found, lines = plan_resolution(planner, documents)
+        if found is None:
+            return replace(only, ended=" ".join(lines[1:]).removesuffix("."))
+        return replace(only, looks=planner.looks(int(found.seeds), documents))
+
+    def _decided(self, results: dict[str, Any]) -> str:
+        """Why the comparison may end; empty where it may not."""
+        rows = main_rows(results)
+        if not rows:
+            return "no arm is left to compare"
+        shown = [row["p_corrected"] is not None and row["p_corrected"] < SIGNIFICANT for row in rows]
+        close = [-self._points <= row["low"] and row["high"] <= self._points for row in rows]
+        return "every arm is decided" if all(a or b for a, b in zip(shown, close, strict=True)) else ""
+
+    def _hours(self, seeds: int) -> str:
+        comparison, settings = self._comparison, self._comparison.settings
+        ended = [outcome.total_seconds for outcome in comparison.outcomes.values() if outcome.status == "ok"]
+        each = sum(ended) / len(ended) if ended else comparison.run_seconds
+        runs = run_count(replace(settings, seeds=seeds))
+        left = max(0, runs - len(comparison.outcomes))
+        if math.isnan(each):
+            return f"{runs} runs, {left} of them left; the time of a run is not known yet."
+        what = "" if ended else " of training"
+        return (
+            f"{runs} runs of about {format_seconds(each)}{what}: {format_seconds(each * runs)} in all one after the "
+            f"other, {format_seconds(each * left)} of it left."
+        )
+
+
+def mean_components(results: dict[str, Any]) -> Components | None:
+    """The mean over the arms of the components of their differences; None where there are none or all are zero."""
+    rows = [row for row in main_rows(results) if min(row["seeds"]) > 1]
+    means = {name: sum(row["components"][name] for row in rows) / len(rows) for name in asdict(ASSUMED) if rows}
+    return Components(**means) if any(means.values()) else None
+
+
+def main_rows(results: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    """The comparisons of all tasks together, or of the only task."""
+    tasks = [row["task"] for row in results["comparisons"]]
+    return [row for row in results["comparisons"] if row["task"] == tasks[-1]]

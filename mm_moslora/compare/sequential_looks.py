@@ -1,0 +1,168 @@
+"""Looks at a comparison after some of its seeds, with error rates kept: group-sequential tests by alpha spending.
+
+After each look the comparison may stop. Up to the fraction ``t`` of the planned information (the final variance over
+the present one), ``4 - 4 Phi(z / sqrt(t))`` of the error rate ``a`` is spent, with ``Phi(z) = 1 - a / 4``: O'Brien and
+Fleming's kind of boundary on both sides (Lan and DeMets 1983). The nominal levels follow by recursive integration
+(Armitage, McPherson and Rowe 1969) and are used on t-tests. Documents are the same at all looks, which the theory
+allows: the covariance of two estimates is still the variance of the later one. Intervals at the nominal level are
+repeated confidence intervals (Jennison and Turnbull 1989): they hold at all looks together, so any reason to stop is
+allowed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import read_json, replace_json
+
+Array = NDArray[np.float64]
+_NORMAL = NormalDist()
+OVERALL = 0.05
+_RATES = np.unique(np.append(np.geomspace(1e-5, 0.5, 40), OVERALL))
+"""Overall error rates at which the levels are computed."""
+_CELLS, _SPAN = 200, 5.0
+"""Cells of the Brownian motion's positive half; at the last look its standard deviation is 1."""
+LEAST = 0.03
+"""Least growth of the fraction between two looks; the kernel of a smaller one would be narrower than a few cells."""
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The looks that a plan allows."""
+
+    seeds: tuple[int, ...]
+    """Number of seeds of each look; the last is the plan's."""
+    fractions: tuple[float, ...]
+    """Share of the planned information at each look, 1 at the last."""
+
+    def number(self, seeds: int) -> int:
+        """The index of the look with so many seeds, of the next one if they are between two."""
+        return next((index for index, there in enumerate(self.seeds) if there >= seeds), len(self.seeds) - 1)
+
+    def level(self, seeds: int) -> float:
+        """The nominal two-sided level of the look at so many seeds, for an error rate of 5 % over all looks."""
+        levels = nominal_levels(self.fractions)[:, self.number(seeds)]
+        return float(levels[np.searchsorted(_RATES, OVERALL)])
+
+    def p_value(self, p: float, seeds: int) -> float:
+        """The smallest overall error rate at which this look shows a difference.
+
+        It holds whenever the comparison stops, so it may be corrected for several arms like any p-value.
+
+        Args:
+            p: of the t-test at this look.
+            seeds: number of seeds.
+        """
+        levels = nominal_levels(self.fractions)[:, self.number(seeds)]
+        if not p <= levels[-1]:  # NaN, too
+            return p if p != p else max(p, float(_RATES[-1]))
+        logs = np.log(np.maximum(levels, 1e-300))
+        return max(p, float(np.exp(np.interp(np.log(max(p, 1e-300)), logs, np.log(_RATES)))))
+
+
+def planned_looks(first: int, last: int, variance: Sequence[float], *, step: int = 1) -> Looks:
+    """Looks after every `step` seeds, as far as they bring information.
+
+    Args:
+        first: seeds of the first look.
+        last: seeds of the last one.
+        variance: of a difference by number of seeds, from `first` on to `last`.
+        step: seeds that are run at the same time.
+    """
+    fractions = {first + index: variance[-1] / value for index, value in enumerate(variance)}
+    chosen: list[int] = []
+    for seeds in range(first, last, step):
+        if fractions[seeds] - (fractions[chosen[-1]] if chosen else 0.0) >= LEAST and 1 - fractions[seeds] >= LEAST:
+            chosen.append(seeds)
+    return Looks((*chosen, last), (*(float(fractions[seeds]) for seeds in chosen), 1.0))
+
+
+@functools.lru_cache(maxsize=256)
+def nominal_levels(fractions: tuple[float, ...]) -> Array:
+    """Two-sided nominal levels ``[R, L]`` of looks, for each overall error rate of `_RATES`.
+
+    Args:
+        fractions: information of each look, rising to 1.
+    """
+    width = _SPAN / _CELLS
+    cells = np.linspace(width / 2, _SPAN - width / 2, _CELLS)  # by symmetry, a cell holds both signs
+    whole = np.array([_NORMAL.inv_cdf(1 - rate / 4) for rate in _RATES])
+    inside = np.zeros((len(_RATES), _CELLS))
+    levels, before, last = np.zeros((len(_RATES), len(fractions))), np.zeros(len(_RATES)), 0.0
+    for look, fraction in enumerate(fractions):
+        spent = np.array([4 - 4 * _NORMAL.cdf(z / fraction**0.5) for z in whole])
+        if look == 0:
+            mass = np.tile(2 * width * _density(cells, fraction), (len(_RATES), 1))
+        else:
+            new = fraction - last
+            kernel = _density(cells[:, None] - cells, new) + _density(cells[:, None] + cells, new)
+            mass = inside @ (kernel * width)
+        bounds = np.array([_bound(row, left, width) for row, left in zip(mass, spent - before, strict=True)])
+        levels[:, look] = [2 - 2 * _NORMAL.cdf(bound / fraction**0.5) for bound in bounds]
+        inside = mass * np.clip((bounds[:, None] - cells + width / 2) / width, 0.0, 1.0)
+        before, last = spent, fraction
+    return levels
+
+
+def _density(at: Array, variance: float) -> Array:
+    return np.asarray(np.exp(-np.square(at) / (2 * variance)) / (2 * math.pi * variance) ** 0.5)
+
+
+def _bound(mass: Array, spend: float, width: float) -> float:
+    """The place beyond which lies the mass to spend, between the edges of cells."""
+    beyond = np.append(np.cumsum(mass[::-1])[::-1], 0.0)
+    index = int(np.searchsorted(-beyond, -spend))  # the first edge with no more than that beyond it
+    if index == 0:
+        return 0.0
+    low, high = np.log(np.maximum(beyond[[index - 1, min(index, len(mass) - 1)]], 1e-300))
+    share = (low - np.log(max(spend, 1e-300))) / (low - high) if low > high else 1.0
+    return float((index - 1 + min(1.0, share)) * width)
+
+
+FILE = "resolve.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookState:
+    """The plan of a comparison with looks, fixed after its pilot, and where it stands; kept in its folder."""
+
+    points: float
+    """The difference to show, as a share."""
+    seeds: int
+    """Seeds to run now."""
+    looks: Looks
+    components: dict[str, float]
+    """Variance components of the pilot."""
+    ended: str = ""
+    """Why no more seeds are run; empty while they are."""
+
+
+def read_state(folder: Path) -> LookState | None:
+    """The plan of a folder; None where the comparison has none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    file = folder / FILE
+    try:
+        found = read_json(file)
+        looks = Looks(tuple(found["looks"]["seeds"]), tuple(found["looks"]["fractions"]))
+        return LookState(**{**found, "looks": looks})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{file} is damaged ({error}). Restore it, or choose another --output.") from error
+
+
+def write_state(folder: Path, state: LookState) -> None:
+    """Write the plan atomically."""
+    replace_json(folder / FILE, asdict(state))

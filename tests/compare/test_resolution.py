@@ -1,0 +1,186 @@
+"""Seeds and documents planned for a resolution, and looks that keep the error rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mm_moslora.compare.comparison_analysis import analyse
+from mm_moslora.compare.resolution_plan import ASSUMED, Planner, Resolution, plan_resolution
+from mm_moslora.compare.seed_statistics import Components, TaskScores, difference
+from mm_moslora.compare.sequential_looks import FILE, Looks, nominal_levels, planned_looks, read_state
+from mm_moslora.utils.errors import ConfigError
+from tests.compare.test_comparison_controls import analysed, sees, sees_badly
+
+
+def answers(generator: np.random.Generator, parts: Components, *, seeds: int, documents: int, effect: float = 0.0):
+    """Scores of two arms with these components of their difference."""
+    common = generator.normal(0, 1, documents)  # cancels
+    own = generator.normal(0, math.sqrt(parts.documents), documents)
+    arms = []
+    for shift in (effect + own, 0.0):
+        run = generator.normal(0, math.sqrt(parts.seeds / 2), (seeds, 1))
+        arms.append(common + shift + run + generator.normal(0, math.sqrt(parts.answers / 2), (seeds, documents)))
+    return arms
+
+
+def between(arms, seeds: int, *, missing: Any = None):
+    clusters = list(range(arms[0].shape[1]))
+    rows = [arm[:seeds].copy() for arm in arms]
+    for arm in rows if missing is not None else ():
+        arm[missing.random(arm.shape) < 0.2] = math.nan
+    return difference(*({"t": TaskScores(scores=arm, clusters=clusters)} for arm in rows), bounded=False)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_known_components_are_recovered(missing: bool):
+    parts = Components(documents=0.5, seeds=0.1, answers=1.5)
+    generator = np.random.default_rng(1)
+    found = [
+        between(answers(generator, parts, seeds=4, documents=60), 4, missing=generator if missing else None)
+        for _ in range(200)
+    ]
+    # Of four answers of which a fifth is missing, the mean has 1.365 times the variance of four.
+    expected = dataclasses.asdict(parts) | ({"answers": 1.365 * parts.answers} if missing else {})
+    for name, value in expected.items():
+        mean = sum(getattr(one.components, name) for one in found) / len(found)
+        assert mean == pytest.approx(value, rel=0.2), name
+    held = sum(one.low <= 0 <= one.high for one in found) / len(found)
+    assert 0.92 < held < 0.985
+
+
+@pytest.mark.parametrize(
+    ("fractions", "bounds"),
+    [((0.2, 0.4, 0.6, 0.8, 1.0), (4.877, 3.357, 2.680, 2.290, 2.031)), ((0.5, 1.0), (2.963, 1.969))],
+)
+def test_levels_are_those_of_lan_and_demets(fractions: tuple[float, ...], bounds: tuple[float, ...]):
+    """Published boundaries of the O'Brien and Fleming type, two-sided 5 %."""
+    looks = Looks(tuple(range(1, len(fractions) + 1)), fractions)
+    found = [NormalDist().inv_cdf(1 - looks.level(seeds) / 2) for seeds in looks.seeds]
+    assert found == pytest.approx(bounds, abs=2e-3)
+    assert Looks((3,), (1.0,)).level(3) == pytest.approx(0.05, rel=1e-3)
+    for seeds in looks.seeds:
+        assert looks.p_value(looks.level(seeds), seeds) == pytest.approx(0.05, rel=1e-6)
+        assert looks.p_value(0.9, seeds) == 0.9
+        assert math.isnan(looks.p_value(math.nan, seeds))
+    assert (np.diff(nominal_levels(fractions), axis=0) >= 0).all(), "p-values rise with p"
+
+
+@pytest.mark.parametrize("seed_part", [0.02, 0.3], ids=["both", "seeds"])
+def test_looking_after_every_seed_keeps_the_error_rate_and_the_power(seed_part: float):
+    """300 comparisons of equal arms that may stop after each look, and 80 of arms that differ as planned."""
+    parts = Components(documents=0.5, seeds=seed_part, answers=1.0)
+    generator, first, last, documents = np.random.default_rng(3), 3, 6, 40
+    variance = [parts.variance(seeds=k, documents=documents) for k in range(first, last + 1)]
+    looks = planned_looks(first, last, variance)
+    alarms, naive, runs = 0, 0, 300
+    for _ in range(runs):
+        arms = answers(generator, parts, seeds=last, documents=documents)
+        found = {seeds: between(arms, seeds) for seeds in looks.seeds}
+        alarms += any(looks.p_value(one.p_value, seeds) < 0.05 for seeds, one in found.items())
+        naive += any(one.p_value < 0.05 for one in found.values())
+    assert alarms / runs < 0.07
+    if len(looks.seeds) > 2:
+        assert naive > alarms
+    planner = Planner(components=parts, points=1.0, comparisons=1, first=first)
+    effect, seen, used, runs = planner.size(last, documents).detectable, 0, 0.0, 80
+    for _ in range(runs):
+        arms = answers(generator, parts, seeds=last, documents=documents, effect=effect)
+        for seeds in looks.seeds:
+            shown = looks.p_value(between(arms, seeds).p_value, seeds) < 0.05
+            if shown or seeds == last:
+                seen, used = seen + shown, used + seeds / runs
+                break
+    assert 0.7 < seen / runs < 0.93
+    assert used < last or len(looks.seeds) == 1
+
+
+def test_a_look_that_brings_little_is_left_out():
+    """Where documents make the error, further seeds bring no information."""
+    looks = planned_looks(3, 9, [1.0 + 0.001 / seeds for seeds in range(3, 10)])
+    assert looks == Looks((9,), (1.0,))
+    apart = planned_looks(2, 10, [1 / seeds for seeds in range(2, 11)], step=3)
+    assert apart.seeds == (2, 5, 8, 10)
+    assert apart.fractions == pytest.approx((0.2, 0.5, 0.8, 1.0))
+
+
+def test_the_plan_names_what_more_seeds_and_documents_would_do():
+    planner = Planner(components=ASSUMED, points=0.03, comparisons=1, first=3)
+    found, lines = plan_resolution(planner, 2000)
+    assert found is not None
+    assert found.detectable <= 0.03 < planner.size(found.seeds - 1, 2000).detectable
+    assert found.half_width < 0.03
+    assert "More seeds would cut up to 97 % of the squared error, more documents up to 14 %." in lines[0]
+    assert f"For 3 points: {found.seeds:.0f} seeds on 2000 documents" in lines[1]
+    none, lines = plan_resolution(dataclasses.replace(planner, comparisons=3), 40)
+    assert none is None
+    assert "A difference of 3 points is beyond what 40 documents allow: any number of seeds shows" in lines[1]
+    assert "documents and 16 seeds" in lines[2]
+    certain = dataclasses.replace(ASSUMED, documents=0.0, answers=0.0)
+    few, lines = plan_resolution(dataclasses.replace(planner, components=certain, points=0.001), 100)
+    assert few is None
+    assert "would need more than 64 seeds" in lines[1]
+    assert math.isfinite(planner.size(3, 1).detectable)
+    assert planner.fewest_seeds(1) is None
+
+
+def planned(folder: Path, says: Any, points: float) -> tuple[Resolution, SimpleNamespace]:
+    _, comparison = analysed(folder, says, controls=False)
+    comparison.documents, comparison.run_seconds = 40, math.nan
+    return Resolution(comparison, points), comparison
+
+
+def test_the_pilot_plans_the_looks_and_the_results_hold_for_all_of_them(tmp_path: Path):
+    resolution, comparison = planned(tmp_path, (sees, sees_badly), 0.5)
+    assert "from the pilot: 2 seeds on 40 documents" in resolution.lines()[0]
+    assert resolution.lines()[-1].startswith("4 runs of about")
+    assert resolution.seeds_after() == 2
+    state = read_state(tmp_path)
+    assert state is not None
+    assert state.ended == "every arm is decided", "the interval lies within 50 points"
+    results = json.loads((tmp_path / "results.json").read_text())
+    wide = results["comparisons"][0]
+    state = dataclasses.replace(state, looks=Looks((2, 4), (0.6, 1.0)), ended="", seeds=4)
+    (tmp_path / FILE).write_text(json.dumps(dataclasses.asdict(state)))
+    again = analyse(comparison)
+    row = again["comparisons"][0]
+    assert row["low"] < wide["low"]
+    assert row["p_corrected"] > wide["p_corrected"] == wide["p"]
+    assert row["nats"]["own"]["low"] < wide["nats"]["own"]["low"]
+    assert any("looks after 2, 4 seeds" in line and "It goes on to 4 seeds." in line for line in again["says"])
+    with pytest.raises(ConfigError, match="was planned with --resolve 50, now it is 3"):
+        Resolution(comparison, 0.03)
+    (tmp_path / FILE).write_text('{"points": 0.03}')
+    with pytest.raises(ConfigError, match="is damaged"):
+        analyse(comparison)
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [((sees, sees_badly), "beyond what 40 documents allow"), ((sees, sees), "no answers of the pilot differ")],
+    ids=["too few documents", "all answers right"],
+)
+def test_a_pilot_that_seeds_do_not_help_ends_the_comparison(tmp_path: Path, says: Any, reason: str):
+    resolution, comparison = planned(tmp_path, says, 0.01)
+    assert resolution.seeds_after() == comparison.settings.seeds == 2
+    state = read_state(tmp_path)
+    assert state is not None
+    assert reason in state.ended
+    assert any(reason in line for line in analyse(comparison)["says"])
+
+
+def test_bad_resolutions_are_refused(tmp_path: Path):
+    comparison = SimpleNamespace(settings=SimpleNamespace(seeds=1), folder=tmp_path)
+    with pytest.raises(ConfigError, match="at least 2 seeds"):
+        Resolution(comparison, 0.03)
+    for points in (0.0, -1.0, 1.0, math.nan):
+        with pytest.raises(ConfigError, match="expected points between 0 and 100"):
+            Resolution(comparison, points)
