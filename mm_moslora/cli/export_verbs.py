@@ -172,7 +172,13 @@ def _writes_base(model: Path) -> bool:
 
 
 def import_model(
-    source: Path, output: Path, *, vision: str | None = None, language: str | None = None, parts: bool = False
+    source: Path,
+    output: Path,
+    *,
+    vision: str | None = None,
+    language: str | None = None,
+    xtuner_config: Path | None = None,
+    parts: bool = False,
 ) -> int:
     """Import a checkpoint of LLaVA's own code (whole model, projector or LoRA) or of XTuner (.pth).
 
@@ -186,8 +192,11 @@ def import_model(
         The vision tower, where the source names none or names another place.
     language
         The language model from which the source was trained, where it is needed.
+    xtuner_config
+        Python configuration of an XTuner checkpoint with LoRA factors, for their alpha; it is parsed, never run.
     parts
-        Write only the parts: `projector.safetensors` for model.projector.weights, and `language` where there is one.
+        Write only the parts: `projector.safetensors` for model.projector.weights, and `language`, `vision` and adapters
+        where the source changes them.
     """
     if not source.exists():
         raise ModelError(f"There is no {str(source)!r}; expected a folder, .bin or .pth file.")
@@ -196,7 +205,7 @@ def import_model(
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.import_checkpoint import import_parts, whole_config
 
-    found = import_parts(source, output, language=language)
+    found = import_parts(source, output, language=language, vision=vision, xtuner_config=xtuner_config)
     taken = f"{found.kind}, {found.projector} projector, {found.tensors} tensors"
     print(f"{output}: {taken}, largest difference {found.largest_difference:.2e}")
     if parts:

@@ -5,14 +5,18 @@ What is read::
     LLaVA, whole         config.json (model_type llava_llama, ...), weights with model.mm_projector.*
     LLaVA, projector     mm_projector.bin with model.mm_projector.*
     LLaVA, LoRA          adapter_config.json, adapter weights, non_lora_trainables.bin; the base is named
-    XTuner               a .pth file (or a DeepSpeed folder of that name) with projector.model.*, maybe llm.*
+    XTuner               a .pth file (or a DeepSpeed folder of that name) with projector.model.*, maybe llm.* and
+                         visual_encoder.*: LoRA factors, with mixers or without, or whole weights of the language model
 
-What comes out is a folder with `projector.safetensors` and, where the source holds or changes one, `language/`, a plain
-causal language model. `whole_config` says how to assemble them.
+The result is a folder with `projector.safetensors` and, where the source holds or changes them, `language/`, a plain
+causal language model, and `vision/`, a tower. XTuner's factors are written to `llm_adapter/` and
+`visual_encoder_adapter/`, too, for `load_adapter` into their bases. `whole_config` says how to assemble the parts.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import pickle
 import re
@@ -26,13 +30,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mm_moslora import adapters
+from mm_moslora.adapters.folder_format import PREFIX, STOCK_CONFIG, STOCK_WEIGHTS, USE_MIXER
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.families import DECODERS
 from mm_moslora.models.processing.anyres import NEWLINE
+from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import writing
 
@@ -56,19 +62,30 @@ class Imported:
     """LLaVA's configuration, where there is one."""
     language: str | None = None
     """The language model: a folder here, or the base that the source names."""
+    vision: str | None = None
+    """The vision tower, where the source changes it: a folder here."""
     tensors: int = 0
     """Tensors taken over."""
     largest_difference: float = 0.0
     """Between source tensors and what was written, read back; only a merged LoRA rounds."""
 
 
-def import_parts(source: Path, folder: Path, *, language: str | None = None) -> Imported:
+def import_parts(
+    source: Path,
+    folder: Path,
+    *,
+    language: str | None = None,
+    vision: str | None = None,
+    xtuner_config: Path | None = None,
+) -> Imported:
     """Turn a foreign checkpoint into parts.
 
     Args:
         source: a folder, a .bin or a .pth file; see the top.
         folder: new or empty.
         language: the base of a LoRA or of an XTuner checkpoint, where the one that the source names cannot be read.
+        vision: the tower from which an XTuner checkpoint with LoRA in the tower was trained.
+        xtuner_config: the Python file with which XTuner trained it, which holds the alpha of LoRA factors; never run.
 
     Raises:
         ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.
@@ -80,7 +97,7 @@ def import_parts(source: Path, folder: Path, *, language: str | None = None) -> 
     if source.is_dir() and (source / "adapter_config.json").is_file():
         return _import_lora(source, folder, settings, language)
     if source.suffix == ".pth":
-        return _import_xtuner(source, folder, language)
+        return _import_xtuner(source, folder, {"llm": language, "visual_encoder": vision}, xtuner_config)
     files = _weight_files(source)
     state = {name: value for file in files for name, value in _tensors(file) if _PROJECTOR.match(name)}
     newline = next((value for file in files for name, value in _tensors(file) if name.endswith(NEWLINE)), None)
@@ -108,7 +125,7 @@ def whole_config(imported: Imported, *, vision: str | None = None, language: str
         ModelError: a part is neither in the source nor named.
     """
     settings = imported.settings
-    tower = vision or settings.get("mm_vision_tower")
+    tower = imported.vision or vision or settings.get("mm_vision_tower")
     model = language or imported.language
     missing = [name for name, value in (("--vision", tower), ("--language", model)) if not value]
     if missing:
@@ -251,50 +268,123 @@ def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language:
     )  # fmt: skip
 
 
-def _import_xtuner(source: Path, folder: Path, language: str | None) -> Imported:
+def _import_xtuner(source: Path, folder: Path, bases: Mapping[str, str | None], config: Path | None) -> Imported:
+    """XTuner's checkpoint; `bases` tells what llm and visual_encoder were trained from, `config` is XTuner's."""
     file = source / "mp_rank_00_model_states.pt" if source.is_dir() else source
     state = dict(_tensors(file))
     projector = {name: value for name, value in state.items() if _PROJECTOR.match(name)}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in bases}
+    for name in state.keys() - projector.keys():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise ModelError(f"{source} holds {name!r}, which is none of projector.model.*, llm.*, visual_encoder.*.")
+        parts[part][rest] = state[name]
+    settings = {part: _lora_settings(part, config) for part, held in parts.items() if any("lora_" in n for n in held)}
     kind = _write_projector(projector, folder)
     result = Imported(
-        folder=folder, kind="XTuner", projector=kind, tensors=len(projector),
-        largest_difference=_difference(projector, folder / "projector.safetensors"), language=language,
+        folder=folder, kind="XTuner", projector=kind, tensors=len(state),
+        largest_difference=_difference(projector, folder / "projector.safetensors"), language=bases["llm"],
     )  # fmt: skip
-    factors = {name.removeprefix("llm."): value for name, value in state.items() if name.startswith("llm.")}
-    tower = [name for name in state if name.startswith("visual_encoder.")]
-    if tower:
-        raise ModelError(
-            f"{source} also trained its vision tower ({len(tower)} tensors), which is not imported. Convert it "
-            "with XTuner to a llava-hf folder and put that into model.vlm."
-        )
-    if factors:
-        result.language = _merge_factors(factors, folder, language)
-        result.tensors += len(factors)
+    for part, tensors in parts.items():
+        if not tensors:
+            continue
+        if (base := bases[part]) is None:
+            what, option = ("language model", "--language") if part == "llm" else ("vision tower", "--vision")
+            raise ModelError(f"The checkpoint changes the {what}; name the one it was trained from: {option} BASE.")
+        if part in settings:
+            model = _load_part(part, base)
+            adapter = _write_factors(part, tensors, folder / f"{part}_adapter", model, settings[part])
+            adapters.merge(adapters.load_adapter(model, adapter))
+        else:
+            model = _with_weights(part, tensors, base, source)
+        if part == "llm":
+            result.language = _save_language(model, base, folder / "language")
+        else:
+            result.vision = _save_vision(model, base, folder / "vision")
     return result
 
 
-def _merge_factors(factors: Mapping[str, Tensor], folder: Path, language: str | None) -> str:
-    """Merge LoRA factors, or take over whole weights, of XTuner's language model."""
-    if language is None:
+def _load_part(part: str, base: str) -> PreTrainedModel:
+    if part != "llm":
+        return load_vision(VisionConfig(name=base))[0]
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    return model
+
+
+def _lora_settings(part: str, config: Path | None) -> dict[str, Any]:
+    """The arguments of `llm_lora` or `visual_encoder_lora` in XTuner's configuration file, which is parsed and not run.
+
+    Raises:
+        ModelError: no file, or no such arguments as plain values in it.
+    """
+    if config is None:
         raise ModelError(
-            "The checkpoint changes the language model; name the one it was trained from: --language BASE."
+            "The checkpoint holds LoRA factors without their alpha, which XTuner keeps in its Python configuration. "
+            "Name that file: --xtuner-config FILE.py (XTuner copies it into the run's folder)."
         )
-    model = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32, trust_remote_code=False)
-    if any("lora_" in name for name in factors):
+    try:
+        tree = ast.parse(config.read_text(encoding="utf-8"))
+        calls = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.keyword) and node.arg == f"{part}_lora" and isinstance(node.value, ast.Call)
+        ]
+        values = {str(item.arg): ast.literal_eval(item.value) for item in calls[0].keywords if item.arg != "type"}
+        return {"r": int(values["r"]), "lora_alpha": float(values["lora_alpha"]), **values}
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError) as error:
         raise ModelError(
-            f"The checkpoint holds LoRA factors of the language model ({len(factors)} tensors) without their alpha, "
-            "which XTuner keeps in its Python configuration. Convert it with `xtuner convert pth_to_hf` and import "
-            "that folder."
+            f"{config} has no {part}_lora=dict(...) with r and lora_alpha as plain values ({type(error).__name__}: "
+            f"{error}). Write them so, or convert the checkpoint with `xtuner convert pth_to_hf`."
+        ) from error
+
+
+def _write_factors(
+    part: str, tensors: Mapping[str, Tensor], folder: Path, model: PreTrainedModel, settings: dict[str, Any]
+) -> Path:
+    """LoRA factors as an adapter folder of PEFT, or with mixers of the authors' fork."""
+    modules = {name for name, _ in model.named_modules()}
+    named: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        path, dot, rest = name.removeprefix(PREFIX).partition(".lora_")
+        if path not in modules:  # of towers, transformers dropped this level of names
+            path = path.removeprefix("vision_model.")
+        named[f"{PREFIX}{path}{dot}{rest.replace('.default.', '.')}"] = value.contiguous()
+    if settings.get(USE_MIXER) is not True and any("lora_AB" in name for name in named):
+        raise ModelError(f"The checkpoint holds mixers of {part}, and {part}_lora does not set {USE_MIXER}.")
+    folder.mkdir()
+    config = {"peft_type": "LORA", "target_modules": []} | settings
+    (folder / STOCK_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    with writing(folder / STOCK_WEIGHTS):
+        save_file(named, folder / STOCK_WEIGHTS)
+    return folder
+
+
+def _with_weights(part: str, weights: Mapping[str, Tensor], base: str, source: Path) -> PreTrainedModel:
+    """A language model with whole weights of XTuner."""
+    if part != "llm":
+        raise ModelError(
+            f"{source} also trained its vision tower whole ({len(weights)} tensors), which is not imported. Convert it "
+            "with XTuner to a llava-hf folder and put that into model.vlm."
         )
+    model = _load_part(part, base)
     own = model.state_dict()
-    odd = [name for name, value in factors.items() if name not in own or own[name].shape != value.shape]
+    odd = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
     if odd:
         raise ModelError(
-            f"{language!r} does not fit the checkpoint: {odd[0]!r} is unknown or of another shape. "
+            f"{base!r} does not fit the checkpoint: {odd[0]!r} is unknown or of another shape. "
             "Name the model that the checkpoint was trained from: --language BASE."
         )
-    model.load_state_dict(dict(factors), strict=False)
-    return _save_language(model, language, folder / "language")
+    model.load_state_dict(dict(weights), strict=False)
+    return model
+
+
+def _save_vision(model: PreTrainedModel, source: str, folder: Path) -> str:
+    """Write a vision tower with the image processor of its source, where there is one."""
+    with writing(folder):
+        model.save_pretrained(folder)
+    with contextlib.suppress(OSError):
+        AutoImageProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+    return str(folder)
 
 
 def _save_language(model: PreTrainedModel, source: str, folder: Path) -> str:

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from tiny import make_vision
 from transformers import AutoModelForCausalLM
 
+from mm_moslora.adapters import load_adapter
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_llava_checkpoint import export_original, original_state
 from mm_moslora.models.import_checkpoint import import_parts, whole_config
-from mm_moslora.utils.errors import ModelError
+from mm_moslora.models.vision.vision_tower import load_vision
+from mm_moslora.utils.errors import ModelError, MoSLoRAError
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,99 @@ def test_llavas_lora_folder_is_merged_into_its_base(assembly, language_folder, c
     assert load_parts(whole_config(imported)).tokens_per_image == 16
 
 
+class _Mixed(torch.nn.Module):
+    """The layer of the MoSLoRA authors' fork of PEFT, from its definition."""
+
+    def __init__(self, base, A, AB, B, scaling):
+        super().__init__()
+        self.base, self.A, self.AB, self.B, self.scaling = base, A, AB, B, scaling
+
+    def forward(self, x):
+        return self.base(x) + self.scaling * (x @ self.A.T @ self.AB.T @ self.B.T)
+
+
+def _mixed(model, rank, scaling):
+    """Put their layers into a model; gives the factors by module path and name."""
+    found = {}
+    for path, base in [(n, m) for n, m in model.named_modules() if n.endswith(("q_proj", "fc2", "down_proj"))]:
+        A, AB, B = (torch.randn(s) / 4 for s in ((rank, base.in_features), (rank, rank), (base.out_features, rank)))
+        found |= {f"{path}.lora_A": A, f"{path}.lora_AB": AB, f"{path}.lora_B": B}
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, _Mixed(base, A, AB, B, scaling))
+    return found
+
+
+def _xtuner(folder, language, clip):
+    """A checkpoint of XTuner with mixers in both parts, its configuration, and what its parts compute."""
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_pretrained(language)
+    tower = load_vision(VisionConfig(name=clip))[0].eval()
+    state = {"projector.model.0.weight": torch.randn(64, 32), "projector.model.0.bias": torch.randn(64)}
+    start = "base_model.model."
+    state |= {f"llm.{start}{name}.default.weight": value for name, value in _mixed(llm, 4, 2.0).items()}
+    for name, value in _mixed(tower, 2, 0.25).items():  # earlier transformers had one more level of names
+        state[f"visual_encoder.{start}vision_model.{name.removeprefix('vision_model.')}.default.weight"] = value
+    torch.save({"state_dict": state, "meta": {"iter": 9}}, folder / "iter_9.pth")
+    (folder / "config.py").write_text(
+        "from peft import LoraConfig\nmodel = dict(type=LLaVAModel, freeze_llm=True,\n"
+        "    llm_lora=dict(type=LoraConfig, r=4, lora_alpha=8, lora_use_mixer=True, lora_dropout=0.05, bias='none',\n"
+        "        task_type='CAUSAL_LM'),\n"
+        "    visual_encoder_lora=dict(type=LoraConfig, r=2, lora_alpha=0.5, lora_use_mixer=True, bias='none'))\n"
+    )
+    return state, llm, tower
+
+
+def test_xtuners_factors_and_mixers_are_those_of_their_layers(language_folder, clip, tmp_path):
+    _, llm, tower = _xtuner(tmp_path, language_folder, clip)
+    imported = import_parts(
+        tmp_path / "iter_9.pth", tmp_path / "parts", language=str(language_folder), vision=clip,
+        xtuner_config=tmp_path / "config.py",
+    )  # fmt: skip
+    ids, pixels = torch.arange(5, 15)[None], torch.randn(1, 3, 32, 32)
+    read = load_adapter(AutoModelForCausalLM.from_pretrained(language_folder), tmp_path / "parts" / "llm_adapter")
+    seen = load_adapter(load_vision(VisionConfig(name=clip))[0], tmp_path / "parts" / "visual_encoder_adapter")
+    made = load_parts(whole_config(imported))
+    assert imported.projector == "linear"
+    with torch.no_grad():
+        expected, features = llm(ids).logits, tower(pixels).last_hidden_state
+        torch.testing.assert_close(read(ids).logits, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(seen(pixels).last_hidden_state, features, rtol=0, atol=2e-5)
+        torch.testing.assert_close(made.model(input_ids=ids).logits, expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(made.model.model.vision_tower(pixels).last_hidden_state, features, rtol=0, atol=2e-4)
+    assert (AutoModelForCausalLM.from_pretrained(language_folder)(ids).logits - expected).abs().max() > 0.05
+
+
+V = "llm.base_model.model.model.layers.1.self_attn.q_proj.lora_"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (lambda s: {n: v for n, v in s.items() if n != f"{V}AB.default.weight"}, "", "holds no lora_AB of .*layers.1"),
+        (lambda s: s | {f"{V}A.default.weight": torch.ones(2, 64)}, "", "q_proj"),
+        (lambda s: s | {f"{V}AB.default.bias": torch.ones(4)}, "", "not understood"),
+        (lambda s: s, "lora_use_mixer=False", "holds mixers of llm, and llm_lora does not set"),
+        (lambda s: s, "use_dora=True, lora_use_mixer=True", "no right reading"),
+        (lambda s: s, "lora_use_mixer=True, lora_alpha=alpha", "no llm_lora=dict"),
+        (lambda s: s, None, "--xtuner-config FILE.py"),
+    ],
+)
+def test_an_xtuner_checkpoint_that_is_not_understood_is_one_clear_error(
+    change, config, message, language_folder, clip, tmp_path
+):
+    state, _, _ = _xtuner(tmp_path, language_folder, clip)
+    torch.save(change({name: value for name, value in state.items() if "visual" not in name}), tmp_path / "iter_9.pth")
+    text = (tmp_path / "config.py").read_text()
+    if config:
+        alpha = "" if "lora_alpha" in config else "lora_alpha=8, "
+        (tmp_path / "config.py").write_text(text.replace("lora_alpha=8, lora_use_mixer=True", alpha + config))
+    with pytest.raises(MoSLoRAError, match=message):
+        import_parts(
+            tmp_path / "iter_9.pth", tmp_path / "parts", language=str(language_folder),
+            xtuner_config=None if config is None else tmp_path / "config.py",
+        )  # fmt: skip
+
+
 def test_what_llava_has_no_place_for_is_refused_with_the_nearest_choice(language_folder, clip, tmp_path):
     siglip = str(make_vision(tmp_path / "siglip", "siglip"))
     other = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=siglip)))
@@ -131,7 +226,9 @@ def test_what_llava_has_no_place_for_is_refused_with_the_nearest_choice(language
         ({"model.mm_projector.query": torch.ones(1)}, "a.bin", "no linear layer and no mlpNx_gelu"),
         ({"something": torch.ones(1)}, "a.bin", "holds no projector"),
         ({"projector.model.0.weight": torch.ones(2, 2), "projector.model.0.bias": torch.ones(2),
-          "visual_encoder.x": torch.ones(1)}, "a.pth", "trained its vision tower"),
+          "visual_encoder.x": torch.ones(1)}, "a.pth", "changes the vision tower; name the one.*--vision"),
+        ({"projector.model.0.weight": torch.ones(2, 2), "projector.model.0.bias": torch.ones(2),
+          "resampler.x": torch.ones(1)}, "a.pth", "'resampler.x', which is none of"),
         ({"projector.model.0.weight": torch.ones(2, 2), "projector.model.0.bias": torch.ones(2),
           "llm.model.norm.weight": torch.ones(64)}, "a.pth", "name the one it was trained from"),
     ],
