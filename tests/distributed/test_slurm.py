@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -138,13 +137,9 @@ def test_a_job_that_saves_nothing_before_its_time_limit_ends(cluster, waiting):
 
 
 def test_a_preempted_job_saves_and_goes_on(cluster, batch, parts, ranks, monkeypatch, tmp_path):
-    """On two nodes with a rank each, by processes of SLURM's own, not forked ones: it tells and ends them all.
-
-    Behind a script, as for containers and modules, and with a log for each rank.
-    """
+    """On two nodes with a rank each, behind a script, as for containers and modules, and with a log for each rank."""
     run, log, logs = tmp_path / "run", tmp_path / "log", tmp_path / "logs"
     recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
-    monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("NPROC", "1")
     (tmp_path / "on a node").write_text('echo "node $SLURM_NODEID, label $LABEL"\nexec "$@"\n')
     words = batch("--time=10", "--nodes=2", "--cpus-per-task=1", "--partition=low")

@@ -72,7 +72,7 @@ def workspace(tmp_path_factory, language_folder: Path, vision_folder: Path, reco
         {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
          "answer": row["conversations"][1]["value"]}
         for row in rows if "image" in row
-    ]  # fmt: skip
+    ][:8]  # fmt: skip
     for place in (folder / "my" / "test.jsonl", folder / "questions.jsonl"):
         place.write_text("".join(json.dumps(row) + "\n" for row in questions))
     for row in questions:
