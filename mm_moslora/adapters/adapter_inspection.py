@@ -376,7 +376,7 @@ def draw(reports: Sequence[ModuleReport], picture: str | Path, *, most: int = 6)
     Args:
         reports: what to draw.
         picture: file to write; the ending chooses the format (.png, .svg, .pdf).
-        most: draw the energies of at most so many modules, evenly chosen over the depth.
+        most: draw the energies of so many modules, those of the largest updates.
 
     Raises:
         AdapterError: an ending that is no format.

@@ -24,7 +24,7 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
     Args:
         rows: modules by depth, each with `path`, known measures, `pair_energy` and `singular_values`.
         picture: file to write.
-        most: draw the energies of at most so many modules.
+        most: draw the energies of so many modules, those of the largest updates.
 
     Raises:
         AdapterError: an ending that is no format.
@@ -42,7 +42,7 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
     parts: Any = figure.subfigures(3, 1, height_ratios=[tall, 2.0, 2.6])
     above, middle, below = parts
     _draw_maps(above, maps)
-    _draw_pairs(middle, rows[:: max(1, math.ceil(len(rows) / most))], most)
+    _draw_pairs(middle, sorted(rows, key=lambda row: -row["norm_update"])[:most], most)
     _draw_spectra(below.subplots(), rows)
     output_file(picture, sign=_SIGN if ending == "png" else None)
     with writing(picture):
@@ -70,13 +70,16 @@ def _draw_maps(figure: Any, maps: Sequence[HeatMap]) -> None:
 
 
 def _draw_pairs(figure: Any, rows: Sequence[Mapping[str, Any]], most: int) -> None:
+    from matplotlib.colors import PowerNorm
+
     axes = list(figure.subplots(1, most, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
     for axis, row in zip(axes, rows, strict=False):
-        axis.imshow(row["pair_energy"], cmap="viridis", vmin=0)
+        axis.imshow(row["pair_energy"], cmap="viridis", norm=PowerNorm(0.5, vmin=0))
         axis.set_title(_short(row["path"]), fontsize=7)
-    figure.suptitle("Energy by pairs: directions of B downwards, of A to the right, strongest first", fontsize=9)
+    title = "Energy by pairs in the largest updates: directions of B downwards, of A to the right, strongest first"
+    figure.suptitle(title, fontsize=9)
 
 
 def _draw_spectra(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
