@@ -32,6 +32,7 @@ def compare(
     validation: str = "",
     hold_out: float = 0.05,
     tune_seeds: int = 1,
+    grow: int = 3,
     reference: str = "",
     output: Path = Path("runs/compare"),
     limit: int | None = None,
@@ -77,6 +78,8 @@ def compare(
         Share of the training records held out for the loss, where the recipe has no data.validation.
     tune_seeds
         Runs per arm and learning rate that choose the rate.
+    grow
+        Further learning rates, at most, for an arm that is best at an edge of a grid of three or more.
     reference
         Arm that all other arms are compared with; default: the first.
     output
@@ -114,7 +117,7 @@ def compare(
 
     settings = Settings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
-        validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, reference=reference, limit=limit,
+        validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, grow=grow, reference=reference, limit=limit,
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
     print("\n".join(plan_lines(settings)), flush=True)

@@ -25,7 +25,7 @@ from mm_moslora.compare.comparison_plan import (
     Outcome,
     Settings,
     choose_rates,
-    hopeless_arms,
+    grid_of,
     measured,
     reported_cells,
     run_count,
@@ -84,7 +84,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
                 "scores": {name: task.score for found in scores.values() for name, task in found.items() if task.score},
             },
             "runs": {
-                "planned": run_count(settings, len(hopeless_arms(settings, outcomes))),
+                "planned": run_count(settings, outcomes),
                 "over": len(_every(settings, outcomes)),
             },
             "seconds": sum(outcome.total_seconds for outcome in outcomes.values()),
@@ -106,7 +106,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
 
 def _every(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[tuple[Cell, Outcome]]:
     """All finished runs, failed ones of this or an earlier call included."""
-    cells = [*tuning_cells(settings), *reported_cells(settings, choose_rates(settings, outcomes))]
+    cells = [*tuning_cells(settings, outcomes), *reported_cells(settings, choose_rates(settings, outcomes))]
     return [(cell, outcomes[cell.name]) for cell in cells if cell.name in outcomes]
 
 
@@ -118,6 +118,7 @@ def _arm(
     over = [(c, outcomes[c.name]) for c in reported if c.name in outcomes]
     good = [(c, o) for c, o in over if o.status == "ok"]
     rate = chosen.get(arm.name)
+    grid = grid_of(settings, arm, outcomes) if settings.tunes else []
     names = short_names([*settings.tasks, *settings.validation])
     own = {name: task.own for name, task in scores.items()}
     return {
@@ -125,7 +126,8 @@ def _arm(
         "about": arm.about,
         "changes": dict(arm.changes),
         "rate": rate,
-        "edge": settings.tunes and len(settings.rates) > 2 and rate in (min(settings.rates), max(settings.rates)),
+        "edge": len(grid) > 2 and rate in (grid[0], grid[-1]),
+        "grid": grid,
         "curve": _curve(settings, outcomes, arm.name),
         "seeds": [
             {
@@ -151,7 +153,7 @@ def _arm(
 def _curve(settings: Settings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:
     """Validation values of an arm by learning rate."""
     points = []
-    for cell in tuning_cells(settings):
+    for cell in tuning_cells(settings, outcomes):
         if cell.arm.name == arm and cell.name in outcomes:
             outcome = outcomes[cell.name]
             value = measured(settings, outcome)

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from mm_moslora.compare.arms import Arm
@@ -49,6 +50,8 @@ class Settings:
     """Metric for choosing a rate: the held-out loss, or the mean over these tasks."""
     tuning_seeds: int = 1
     """Tuning runs per arm and rate."""
+    grow: int = 0
+    """Rates by which the grid of an arm may grow, where it has three and the best one is at its edge."""
     reference: str = ""
     """The reference arm; "" is the first one."""
     limit: int | None = None
@@ -63,9 +66,13 @@ class Settings:
     """Training file for the most-frequent-answer baseline; "" uses the test set itself."""
 
     def __post_init__(self) -> None:
-        for name, value in (("seeds", self.seeds), ("tune-seeds", self.tuning_seeds)):
-            if value < 1:
-                raise ConfigError(f"--{name} is {value}, expected 1 or more.")
+        for name, value, least in (
+            ("seeds", self.seeds, 1),
+            ("tune-seeds", self.tuning_seeds, 1),
+            ("grow", self.grow, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"--{name} is {value}, expected {least} or more.")
         if not self.tasks:
             raise ConfigError("No test task is given. Name one with --tasks, such as llava:test.jsonl@images.")
         if not self.rates or any(not (0 < rate < math.inf) for rate in self.rates):
@@ -142,16 +149,68 @@ class Outcome:
     processes: int = 1
 
 
-def tuning_cells(settings: Settings) -> list[Cell]:
-    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early."""
+_NONE: Mapping[str, Outcome] = MappingProxyType({})
+
+
+def tuning_cells(settings: Settings, outcomes: Mapping[str, Outcome] = _NONE) -> list[Cell]:
+    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early.
+
+    Args:
+        settings: the comparison's.
+        outcomes: by the run's name; grids grow where they show a best rate at an edge.
+    """
     if not settings.tunes:
         return []
+    grids = {arm.name: grid_of(settings, arm, outcomes) for arm in settings.arms}
+    rates = dict.fromkeys([*settings.rates, *(rate for grid in grids.values() for rate in grid)])
     return [
-        Cell(arm=arm, rate=rate, seed=TUNING_SEEDS + seed, tuning=True)
+        _tuning(arm, rate, seed)
         for seed in range(settings.tuning_seeds)
-        for rate in settings.rates
+        for rate in rates
         for arm in settings.arms
+        if rate in grids[arm.name]
     ]
+
+
+def _tuning(arm: Arm, rate: float, seed: int) -> Cell:
+    return Cell(arm=arm, rate=rate, seed=TUNING_SEEDS + seed, tuning=True)
+
+
+def grid_of(settings: Settings, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[float]:
+    """An arm's learning rates in order: the given ones, and further ones where the best was at an edge.
+
+    A grid of at least three rates grows by the factor between its outer two, a rate at a time, at most `settings.grow`
+    times. A rate beyond the best that failed, or an edge that is only as good as its neighbour, ends it.
+    """
+    grid = sorted(settings.rates)
+    for _ in range(settings.grow if len(grid) > 2 else 0):
+        scores = _scores(settings, arm, grid, outcomes)
+        best = None if scores is None else best_rate(settings, scores)
+        if scores is None or best not in (grid[0], grid[-1]):
+            break
+        edge, inner = (grid[0], grid[1]) if best == grid[0] else (grid[-1], grid[-2])
+        if scores[edge] == scores.get(inner):
+            break
+        grid = sorted([*grid, float(f"{edge * edge / inner:.3g}")])
+    return grid
+
+
+def _scores(
+    settings: Settings, arm: Arm, grid: Sequence[float], outcomes: Mapping[str, Outcome]
+) -> dict[float, float] | None:
+    """Validation scores of the rates that worked; None while a run has not ended."""
+    cells = [_tuning(arm, rate, seed) for rate in grid for seed in range(settings.tuning_seeds)]
+    if any(cell.name not in outcomes for cell in cells):
+        return None
+    found = {rate: validation_score(settings, cells, outcomes, rate) for rate in grid}
+    return {rate: score for rate, score in found.items() if score is not None}
+
+
+def best_rate(settings: Settings, scores: Mapping[float, float]) -> float | None:
+    """The rate with the best score; None without any."""
+    sign = 1 if tuple(settings.validation) == (LOSS,) else -1
+    # Of equal rates the smaller one, which is less likely to diverge.
+    return min(scores, key=lambda rate: (sign * scores[rate], rate)) if scores else None
 
 
 def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell]:
@@ -164,15 +223,15 @@ def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell
     ]
 
 
-def run_count(settings: Settings, hopeless: int = 0) -> int:
-    """The total number of runs.
+def run_count(settings: Settings, outcomes: Mapping[str, Outcome] = _NONE) -> int:
+    """The total number of runs; an arm with only failed tuning runs has no reported ones.
 
     Args:
         settings: the comparison's.
-        hopeless: arms with only failed tuning runs; they have no reported runs.
+        outcomes: by the run's name.
     """
-    tuning = len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
-    return len(settings.arms) * tuning + (len(settings.arms) - hopeless) * settings.seeds
+    reported = len(settings.arms) - len(hopeless_arms(settings, outcomes))
+    return len(tuning_cells(settings, outcomes)) + reported * settings.seeds
 
 
 def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
@@ -186,22 +245,17 @@ def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[st
         return {arm.name: settings.rates[0] for arm in settings.arms}
     chosen = {}
     for arm in settings.arms:
-        cells = [cell for cell in tuning_cells(settings) if cell.arm.name == arm.name]
-        if any(cell.name not in outcomes for cell in cells):
-            continue
-        scores = {rate: validation_score(settings, cells, outcomes, rate) for rate in settings.rates}
-        usable = {rate: score for rate, score in scores.items() if score is not None}
-        if usable:
-            sign = 1 if tuple(settings.validation) == (LOSS,) else -1
-            # Of equal rates the smaller one, which is less likely to diverge.
-            chosen[arm.name] = min(usable, key=lambda rate: (sign * usable[rate], rate))
+        scores = _scores(settings, arm, grid_of(settings, arm, outcomes), outcomes)
+        best = None if scores is None else best_rate(settings, scores)
+        if best is not None:
+            chosen[arm.name] = best
     return chosen
 
 
 def hopeless_arms(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[str]:
     """Arms without a working rate after all their tuning runs have ended."""
     chosen = choose_rates(settings, outcomes)
-    missing = {cell.arm.name for cell in tuning_cells(settings) if cell.name not in outcomes}
+    missing = {cell.arm.name for cell in tuning_cells(settings, outcomes) if cell.name not in outcomes}
     return [arm.name for arm in settings.arms if arm.name not in chosen and arm.name not in missing]
 
 

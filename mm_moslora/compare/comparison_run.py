@@ -22,6 +22,7 @@ from mm_moslora.compare.comparison_plan import (
     Settings,
     choose_rates,
     describe,
+    grid_of,
     hopeless_arms,
     recipe_hash,
     reported_cells,
@@ -154,9 +155,16 @@ class Comparison:
 
     def _read_outcomes(self) -> None:
         """All finished runs, successful or not."""
-        every_rate = [{arm.name: rate for arm in self.settings.arms} for rate in self.settings.rates]
-        known = [*tuning_cells(self.settings), *(c for one in every_rate for c in reported_cells(self.settings, one))]
-        for item in known:
+        seen = -1
+        while seen < len(self.outcomes):  # outcomes of a grid show how it has grown
+            seen = len(self.outcomes)
+            grids = {arm.name: grid_of(self.settings, arm, self.outcomes) for arm in self.settings.arms}
+            one_each = [{arm: rate} for arm, grid in grids.items() for rate in grid]
+            self._read_some([item for one in one_each for item in reported_cells(self.settings, one)])
+            self._read_some(tuning_cells(self.settings, self.outcomes))
+
+    def _read_some(self, cells: Sequence[Cell]) -> None:
+        for item in cells:
             recipe = item.recipe(self.recipe, self.folder)
             outcome = comparison_cell.read_outcome(Path(recipe.train.output))
             if outcome is None:
@@ -215,7 +223,7 @@ class Comparison:
     def _cells(self) -> list[Cell]:
         """Runs known so far, tuning first; an arm's reported runs are known once its rate is chosen."""
         return [
-            *tuning_cells(self.settings),
+            *tuning_cells(self.settings, self.outcomes),
             *reported_cells(self.settings, choose_rates(self.settings, self.outcomes)),
         ]
 
@@ -242,7 +250,7 @@ class Comparison:
         logger.info("%s", self._line(job.cell, outcome))
 
     def _line(self, item: Cell, outcome: Outcome) -> str:
-        count = run_count(self.settings, len(hopeless_arms(self.settings, self.outcomes)))
+        count = run_count(self.settings, self.outcomes)
         over = sum(known.name in self.outcomes for known in self._cells())
         what = f"[{over}/{count}] {item.arm.name} at {item.rate:g}, seed {item.seed}: "
         if outcome.status != "ok":
@@ -270,7 +278,8 @@ class Comparison:
             own = [self.outcomes[item.name] for item in cells_of_arm if item.name in self.outcomes]
             timed = [o.total_seconds for o in own if o.status == "ok"]
             mean = sum(timed) / len(timed) if timed else usual
-            total += mean * max(0, run_count(self.settings) // len(self.settings.arms) - len(own))
+            tuning = [item for item in cells_of_arm if item.tuning]
+            total += mean * max(0, len(tuning) + self.settings.seeds - len(own))
         return total
 
     def _say_cost(self, running: Sequence[Job]) -> None:

@@ -31,6 +31,10 @@ def plan_lines(settings: Settings) -> list[str]:
             f"{tuning} runs choose each arm's learning rate among {rates} by {by} on the validation split "
             f"({settings.tuning_seeds} seed{'s' * (settings.tuning_seeds > 1)} of their own)"
         )
+        if settings.grow and len(settings.rates) > 2:
+            lines.append(
+                f"up to {settings.grow} further rates for an arm that is best at an edge of the grid (--grow 0: none)"
+            )
     else:
         lines.append(f"learning rate {rates} for every arm, not tuned: a difference may come from it")
     lines.append(
@@ -92,12 +96,15 @@ def _looks_sentence(plan: Mapping[str, Any]) -> str:
 
 def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     lines = [f"{arm['name']}: {remark}" for remark in arm["remarks"]]
+    grown = [rate for rate in arm["grid"] if rate not in results["settings"]["rates"]]
+    if grown:
+        lines.append(f"{arm['name']}: its grid grew by {', '.join(f'{rate:g}' for rate in grown)}.")
     if arm["edge"]:
         lines.append(
-            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr."
+            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr, or raise --grow."
         )
     if arm["rate"] is None:
-        done = len({point["rate"] for point in arm["curve"]}) == len(results["settings"]["rates"])
+        done = len({point["rate"] for point in arm["curve"]}) == len(arm["grid"])
         lines.append(
             f"{arm['name']}: no learning rate of the grid worked; the arm is left out."
             if done

@@ -236,7 +236,7 @@ class Resolution:
         comparison, settings = self._comparison, self._comparison.settings
         ended = [outcome.total_seconds for outcome in comparison.outcomes.values() if outcome.status == "ok"]
         each = sum(ended) / len(ended) if ended else comparison.run_seconds
-        runs = run_count(replace(settings, seeds=seeds))
+        runs = run_count(replace(settings, seeds=seeds), comparison.outcomes)
         left = max(0, runs - len(comparison.outcomes))
         if math.isnan(each):
             return f"{runs} runs, {left} of them left; the time of a run is not known yet."

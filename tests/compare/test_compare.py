@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -18,8 +20,16 @@ from preloaded import Preloaded
 
 from mm_moslora import cli
 from mm_moslora.compare.arms import parse_arms
-from mm_moslora.compare.comparison_cell import metrics, read_outcome
-from mm_moslora.compare.comparison_plan import Outcome, Settings, choose_rates, tuning_cells
+from mm_moslora.compare.comparison_cell import metrics, read_outcome, write_outcome
+from mm_moslora.compare.comparison_plan import (
+    Outcome,
+    Settings,
+    choose_rates,
+    grid_of,
+    recipe_hash,
+    run_count,
+    tuning_cells,
+)
 from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, short_names
 from mm_moslora.compare.process_pool import Pool, Slot, slots
 from mm_moslora.config import ModelConfig, Recipe
@@ -308,6 +318,46 @@ def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():
     assert set(choose_rates(by_task, scored).values()) == {1e-4}, "a score is the better the higher it is"
     del outcomes[bad]
     assert "lora" not in choose_rates(asked, outcomes), "its runs are not over"
+
+
+def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):
+    """The best rate of LoRA lies two steps above the grid; the other arm diverges just above it."""
+    asked = settings(rates=[1e-4, 2e-4, 4e-4], grow=3)
+    outcomes: dict[str, Outcome] = {}
+
+    def run(rates: set[float]) -> None:
+        waiting = [cell for cell in tuning_cells(asked, outcomes) if cell.name not in outcomes]
+        assert {cell.rate for cell in waiting} == rates
+        for cell in waiting:
+            loss = abs(math.log2(cell.rate / 16e-4))
+            outcomes[cell.name] = Outcome(status="ok", validation={"loss": loss})
+            if cell.arm.name != "lora" and cell.rate > 4e-4:
+                outcomes[cell.name] = Outcome(status="diverged")
+
+    run({1e-4, 2e-4, 4e-4})
+    assert choose_rates(asked, outcomes) == {}, "neither is inside its grid"
+    run({8e-4})
+    assert choose_rates(asked, outcomes) == {"moslora:kaiming": 4e-4}
+    run({16e-4})
+    run({32e-4})
+    run(set())
+    assert choose_rates(asked, outcomes) == {"lora": 16e-4, "moslora:kaiming": 4e-4}
+    assert run_count(asked, outcomes) == len(outcomes) + 2 * asked.seeds == 10 + 4
+    assert run_count(dataclasses.replace(asked, grow=0), outcomes) == 6 + 4
+    assert len(grid_of(dataclasses.replace(asked, grow=1), asked.arms[0], outcomes)) == 4, "at most so many"
+    comparison = Comparison(RECIPE, dataclasses.replace(asked, validation=["v"]), tmp_path, hold_out=0.1)
+    for cell in tuning_cells(asked, outcomes):
+        recipe = cell.recipe(RECIPE, tmp_path)
+        score = {"v": -outcomes[cell.name].validation.get("loss", math.nan)}
+        found = dataclasses.replace(outcomes[cell.name], validation=score, recipe=recipe_hash(recipe))
+        write_outcome(Path(recipe.train.output), found)
+    comparison._read_outcomes()
+    assert comparison.outcomes.keys() == outcomes.keys(), "a grown grid is read"
+    flat = {cell.name: Outcome(status="ok", validation={"loss": 1.0}) for cell in tuning_cells(asked)}
+    assert grid_of(asked, asked.arms[0], flat) == [1e-4, 2e-4, 4e-4], "an edge no better than its neighbour"
+    assert len(tuning_cells(settings(rates=[1e-4, 2e-4], grow=3), outcomes)) == 4, "two rates have no inside"
+    with pytest.raises(ConfigError, match="--grow is -1, expected 0 or more"):
+        settings(grow=-1)
 
 
 def test_arms_differ_only_in_the_keys_of_their_names():
