@@ -101,7 +101,8 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[s
         lines.append(f"{arm['name']}: its grid grew by {', '.join(f'{rate:g}' for rate in grown)}.")
     if arm["edge"]:
         lines.append(
-            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr, or raise --grow."
+            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr or "
+            "raise --grow."
         )
     if arm["rate"] is None:
         done = len({point["rate"] for point in arm["curve"]}) == len(arm["grid"])
