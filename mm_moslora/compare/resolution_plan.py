@@ -7,9 +7,10 @@ power. Before a pilot the components are `ASSUMED`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -95,13 +96,13 @@ class Planner:
         """The fewest documents that show the difference with so many seeds; None beyond `most`."""
         return self._fewest(2, most, lambda documents: self.size(seeds, documents))
 
-    def _fewest(self, low: int, high: int, size: Any) -> Size | None:
+    def _fewest(self, low: int, high: int, size: Callable[[int], Size]) -> Size | None:
         if size(high).detectable > self.points:
             return None
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if size(middle).detectable <= self.points else (middle + 1, high)
-        return size(low)  # type: ignore[no-any-return]
+        return size(low)
 
 
 def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list[str]]:
@@ -129,9 +130,10 @@ def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list
             )
         else:
             lines.append(f"{points} would need more than {MOST_SEEDS} seeds on {documents} documents.")
-        needed = [size for seeds in _SUGGESTED if (size := planner.fewest_documents(max(seeds, planner.first)))]
+        tried = (planner.fewest_documents(seeds) for seeds in _SUGGESTED if seeds >= planner.first)
+        needed = list(itertools.islice((size for size in tried if size is not None), 2))
         either = " or ".join(f"{size.documents:,} documents and {size.seeds:.0f} seeds" for size in needed)
-        lines.append(f"Needed: {either or 'a coarser --resolve'}.")
+        lines.append(f"Needed: {either or f'more than {MOST_SEEDS} seeds, or a coarser --resolve'}.")
         return None, lines
     seeds = int(found.seeds)
     enough = planner.fewest_documents(seeds, most=documents)
@@ -228,9 +230,13 @@ class Resolution:
         rows = main_rows(results)
         if not rows:
             return "no arm is left to compare"
-        shown = [row["p_corrected"] is not None and row["p_corrected"] < SIGNIFICANT for row in rows]
-        close = [-self._points <= row["low"] and row["high"] <= self._points for row in rows]
-        return "every arm is decided" if all(a or b for a, b in zip(shown, close, strict=True)) else ""
+        return "every arm is decided" if all(self._is_decided(row) for row in rows) else ""
+
+    def _is_decided(self, row: dict[str, Any]) -> bool:
+        if min(row["seeds"]) < 2 or row["p_corrected"] is None:  # the error leaves out the variation between seeds
+            return False
+        close = -self._points <= row["low"] and row["high"] <= self._points
+        return close or bool(row["p_corrected"] < SIGNIFICANT)
 
     def _hours(self, seeds: int) -> str:
         comparison, settings = self._comparison, self._comparison.settings

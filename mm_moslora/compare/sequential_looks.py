@@ -78,12 +78,12 @@ def planned_looks(first: int, last: int, variance: Sequence[float], *, step: int
         variance: of a difference by number of seeds, from `first` on to `last`.
         step: seeds that are run at the same time.
     """
-    fractions = {first + index: variance[-1] / value for index, value in enumerate(variance)}
+    fractions = {first + index: round(float(variance[-1] / value), 2) for index, value in enumerate(variance)}
     chosen: list[int] = []
     for seeds in range(first, last, step):
         if fractions[seeds] - (fractions[chosen[-1]] if chosen else 0.0) >= LEAST and 1 - fractions[seeds] >= LEAST:
             chosen.append(seeds)
-    return Looks((*chosen, last), (*(float(fractions[seeds]) for seeds in chosen), 1.0))
+    return Looks((*chosen, last), (*(fractions[seeds] for seeds in chosen), 1.0))
 
 
 @functools.lru_cache(maxsize=256)

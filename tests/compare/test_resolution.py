@@ -158,6 +158,9 @@ def test_the_pilot_plans_the_looks_and_the_results_hold_for_all_of_them(tmp_path
     assert any("looks after 2, 4 seeds" in line and "It goes on to 4 seeds." in line for line in again["says"])
     with pytest.raises(ConfigError, match="was planned with --resolve 50, now it is 3"):
         Resolution(comparison, 0.03)
+    alone = {"seeds": [1, 2], "p_corrected": 1e-9, "low": 0.1, "high": 0.2}
+    assert not resolution._is_decided(alone), "one seed of an arm has no known error"
+    assert resolution._is_decided(alone | {"seeds": [2, 2]})
     (tmp_path / FILE).write_text('{"points": 0.03}')
     with pytest.raises(ConfigError, match="is damaged"):
         analyse(comparison)
