@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from mm_moslora.adapters.adapter_inspection import (
 from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.reporting.lens_maps import MEASURES
 from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,23 @@ def test_a_folder_without_its_start_loads_and_says_so(tmp_path: Path, caplog: py
         assert "start not kept" in inspection(tmp_path / "a")
         assert all(report.moved is None for report in inspect_model(load_adapter(llama(), tmp_path / "a")))
     assert "damaged" in caplog.text
+
+
+def test_a_start_that_is_not_of_its_adapter_is_no_start(tmp_path: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "a")
+    kept, manifest = tmp_path / "a" / "moslora_start.safetensors", tmp_path / "a" / "moslora.json"
+    tensors = load_file(kept)
+    first, second = sorted(tensors)
+    overlap = {f"{first.removesuffix('weight')}rows.{part}": torch.full((4, 4), math.inf) for part in ("cross", "start")}
+    save_file({first: torch.eye(3), second: torch.full((4, 4), math.nan), "noise": torch.ones(2)} | overlap, kept)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"start": sha256_of(kept)}))
+    assert all(report.moved is None and report.row_angles is None for report in inspect_adapter(tmp_path / "a"))
+    again = load_adapter(llama(), tmp_path / "a", trainable=True)
+    assert all(report.moved is None for report in inspect_model(again))
+    save_adapter(again, tmp_path / "b")
+    assert "start not kept" in inspection(tmp_path / "b")
 
 
 def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:

@@ -252,9 +252,13 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return cast("dict[str, Tensor]", mixer.tensors())
 
     def keep_start(self, adapter_name: str, mixer: Mapping[str, Tensor]) -> None:
-        """Take these tensors as the mixer's start; none: its start is not known."""
+        """Take these tensors as the mixer's start; it is not known where they are not whole tensors of its form."""
         self.starts.pop(adapter_name, None)
-        if mixer:
+        if adapter_name not in self.lora_mixer:
+            return
+        shapes = cast(MixerForm, self.lora_mixer[adapter_name].form).shapes(self.r[adapter_name])
+        fit = {name: tuple(tensor.shape) for name, tensor in mixer.items()} == shapes
+        if fit and all(bool(tensor.isfinite().all()) for tensor in mixer.values()):
             kept = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in mixer.items()}
             self.starts[adapter_name] = Start(mixer=kept)
 

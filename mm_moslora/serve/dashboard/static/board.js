@@ -177,7 +177,8 @@
     const lens = chosen.flatMap((id) => (details.get(id)?.lens ?? []).map((map) => {
       const largest = Math.max(...map.cells.flat()), layers = [map.columns[0], map.columns.at(-1)].filter(Boolean);
       return make("figure", { class: "card lens" }, make("figcaption", {}, make("i", { class: `key ${colour(id)}` }), ` ${map.title}`),
-        make("div", {}, make("ol", {}, ...map.rows.map((name) => make("li", {}, name))), heatMap(map.cells, largest)),
+        make("div", {}, make("ol", {}, ...map.rows.map((name) => make("li", {}, name))),
+          heatMap(map.cells.map((line) => line.map((value) => value * value)), largest * largest)), // without the root that helps mixers
         make("p", { class: "readout" }, `${layers.length > 1 ? `layers ${layers.join(" to ")}, ` : ""}0 is pale, ${short(largest)} is full colour`));
     }));
     const all = [...lens, ...cards];
