@@ -239,7 +239,9 @@ def test_a_start_that_is_not_of_its_adapter_is_no_start(tmp_path: Path) -> None:
     kept, manifest = tmp_path / "a" / "moslora_start.safetensors", tmp_path / "a" / "moslora.json"
     tensors = load_file(kept)
     first, second = sorted(tensors)
-    overlap = {f"{first.removesuffix('weight')}rows.{part}": torch.full((4, 4), math.inf) for part in ("cross", "start")}
+    overlap = {
+        f"{first.removesuffix('weight')}rows.{part}": torch.full((4, 4), math.inf) for part in ("cross", "start")
+    }
     save_file({first: torch.eye(3), second: torch.full((4, 4), math.nan), "noise": torch.ones(2)} | overlap, kept)
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"start": sha256_of(kept)}))
     assert all(report.moved is None and report.row_angles is None for report in inspect_adapter(tmp_path / "a"))
