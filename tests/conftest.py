@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -77,9 +78,28 @@ def _own_logging() -> Iterator[None]:
     root.setLevel(level)
 
 
+_SHARED = pytest.StashKey[Preloaded]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Workers share the process that has imported everything."""
+    config = node.config
+    if _SHARED not in config.stash:
+        folder = tempfile.TemporaryDirectory(prefix="preloaded-")
+        config.add_cleanup(folder.cleanup)
+        config.stash[_SHARED] = Preloaded(Path(folder.name)).__enter__()
+        config.add_cleanup(config.stash[_SHARED].__exit__)
+    node.workerinput["preloaded"] = str(config.stash[_SHARED].folder)
+
+
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
+def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
     """Pythons that have imported everything: `python.ours` and `python.stock`."""
+    shared = getattr(request.config, "workerinput", {}).get("preloaded")
+    if shared:
+        yield Preloaded(Path(shared))
+        return
     with Preloaded(tmp_path_factory.mktemp("python")) as started:
         yield started
 

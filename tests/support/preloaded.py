@@ -9,6 +9,7 @@ while they are imported is what the tests have there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -123,6 +124,10 @@ def _is_handed_on(file: int) -> bool:
 def _serve(stock: int, ours: int) -> None:
     """Import what every process of ours needs, first without us, and fork what is asked for until the tests end."""
     import gc
+    import select
+
+    if 0 in select.select([0, stock, ours], [], [])[0]:  # the tests end, and none has asked
+        return
 
     gc.disable()  # what is imported stays
 
@@ -145,7 +150,6 @@ def _serve(stock: int, ours: int) -> None:
 
 def _import(names: tuple[str, ...]) -> None:
     """Import what there is of these: other versions of the libraries have other modules, and miss only speed."""
-    import contextlib
     import importlib
 
     for name in names:
@@ -154,61 +158,64 @@ def _import(names: tuple[str, ...]) -> None:
 
 
 def _answer(number: int) -> None:
-    """Fork what is asked for; `gc` has been frozen, and looks for garbage again in what is forked."""
+    """Start what is asked for, pass signals to it, and tell how it ended, until the tests end.
+
+    `gc` has been frozen, and looks for garbage again in what is forked.
+    """
     import gc
     import select
 
     gc.enable()
     listener = socket.socket(fileno=number)
+    started: dict[int, tuple[int, socket.socket]] = {}
+    """Process id and connection, by the descriptors of the process and of the connection."""
     while True:
-        ready, _, _ = select.select([listener, 0], [], [])
-        _reap()
+        ready, _, _ = select.select([listener, 0, *started], [], [])
         if 0 in ready:  # the tests' end of it is closed
             return
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            _keep(connection)
+        if listener in ready:
+            connection, _ = listener.accept()
+            process = _start(connection, [listener.fileno(), *started])
+            started |= dict.fromkeys((os.pidfd_open(process), connection.fileno()), (process, connection))
+        for file in ready:
+            if file in started:
+                _hand_on(file, started)
+
+
+def _hand_on(file: int, started: dict[int, tuple[int, socket.socket]]) -> None:
+    """The end of a process to the command, or a signal to the process, which ends with the command."""
+    process, connection = started[file]
+    if file != connection.fileno():
+        status = os.waitpid(process, 0)[1]
+        with contextlib.suppress(OSError):  # the command is gone
+            connection.send(status.to_bytes(4, "little"))
+        started.pop(connection.fileno(), None)
         connection.close()
+        del started[file]
+        os.close(file)
+        return
+    numbers = connection.recv(1)
+    os.kill(process, numbers[0] if numbers else signal.SIGKILL)
+    if not numbers:
+        del started[file]
 
 
-def _reap() -> None:
-    """Take note of what ended, so that its time is counted."""
-    import contextlib
-
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def _keep(connection: socket.socket) -> None:
-    """Start what is asked for, pass signals to it, and tell how it ended; it ends with the command. Never returns."""
-    import select
-
+def _start(connection: socket.socket, others: list[int]) -> int:
+    """Fork what is asked for; gives the number of the process."""
     head, files, _, _ = socket.recv_fds(connection, 4, 250)
     content, size = b"", int.from_bytes(head, "little")
     while len(content) < size:
         content += connection.recv(size - len(content))
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the process has its own
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the process has its own
     process = os.fork()
     if process == 0:
-        connection.close()
+        for file in (0, connection.fileno(), *others):
+            os.close(file)
         _become(json.loads(content), files)
-    for file in (0, 1, 2):
-        os.dup2(os.open(os.devnull, os.O_RDWR), file)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     for file in files:
         os.close(file)
-    ended = os.pidfd_open(process)
-    watched: list[socket.socket | int] = [ended, connection]
-    while True:
-        ready, _, _ = select.select(watched, [], [])
-        if ended in ready:
-            connection.send(os.waitpid(process, 0)[1].to_bytes(4, "little"))
-            os._exit(0)
-        number = connection.recv(1)
-        if not number:
-            watched.remove(connection)
-        os.kill(process, number[0] if number else signal.SIGKILL)
+    return process
 
 
 def _become(asked: dict, files: list[int]) -> None:

@@ -14,7 +14,7 @@ from mm_moslora.config import ModelConfig, VisionConfig
 pytestmark = pytest.mark.slow
 FAMILIES = ("qwen3_vl", "llava_next")
 STAGES = ("none", "zero2", "zero3")
-SHAPES = {"blind": 2, "accumulating": 8}
+SHAPES = {"blind": 2, "accumulating": 4}
 """Records per step: every other has no picture, so that one of two ranks never sees one, or micro-batches see none."""
 
 
