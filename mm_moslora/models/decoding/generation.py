@@ -160,7 +160,8 @@ def generate_beams(
     embeddings = pad_sequence(rows, batch_first=True, padding_side="left")
     masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
     stops = list(stop_ids) or [-1]  # transformers takes an empty list for its own
-    found: Any = model.generate(
+    generate: Any = model.generate
+    found = generate(
         inputs_embeds=embeddings, attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
         num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0],
         temperature=None, top_p=None, top_k=None,
