@@ -279,7 +279,11 @@ def test_a_number_of_the_environment_that_is_none_is_one_clear_error(
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"])
 def test_a_rank_refuses_the_same_numbers(name, monkeypatch):
-    for left in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # DeepSpeed sets them in the process of an earlier test
+    for left in (
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+    ):  # DeepSpeed sets them in the process of an earlier test
         monkeypatch.delenv(left, raising=False)
     for given, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "node-1", "MASTER_PORT": "29400"}.items():
         monkeypatch.setenv(given, value)
