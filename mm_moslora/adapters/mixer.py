@@ -11,7 +11,7 @@ A `MixerForm` makes M of tensors: of R x R weights, of R (a diagonal), of blocks
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -312,6 +312,24 @@ def form_named(spec: str) -> MixerForm:
     return form(spec, int(size or 0))
 
 
+def tell_form(tensors: Iterable[Tensor], spec: str) -> None:
+    """Note on tensors of mixers which form they are of, for those who get them without their configuration.
+
+    PEFT and diffusers hand a state from its reader to its user as a dictionary of tensors, which they copy and rename.
+
+    Args:
+        tensors: of mixers.
+        spec: their `mixer_form`.
+    """
+    for tensor in tensors:
+        tensor.mixer_form = spec  # type: ignore[attr-defined]
+
+
+def told_form(tensors: Iterable[Tensor]) -> str | None:
+    """What `tell_form` noted on any of these tensors; None: nothing."""
+    return next((spec for tensor in tensors if (spec := getattr(tensor, "mixer_form", None)) is not None), None)
+
+
 def form_of(tensors: Mapping[str, Tensor]) -> MixerForm:
     """The form of a mixer whose configuration is not at hand.
 
@@ -319,8 +337,10 @@ def form_of(tensors: Mapping[str, Tensor]) -> MixerForm:
         tensors: of one mixer.
 
     Raises:
-        AdapterError: the form does not keep M itself.
+        AdapterError: nobody told the form (`tell_form`), and it does not keep M itself.
     """
+    if (spec := told_form(tensors.values())) is not None:
+        return form_named(spec)
     if set(tensors) != {"weight"} or tensors["weight"].ndim not in (1, 2):
         raise AdapterError(
             f"A mixer of the tensors {', '.join(sorted(tensors))} has a form that only its configuration names. "

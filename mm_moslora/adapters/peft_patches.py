@@ -33,11 +33,21 @@ from peft.utils import hotswap, save_and_load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mm_moslora.adapters.folder_format import OWN_CONFIG, OWN_WEIGHTS, PREFIX, START_PART, STOCK_WEIGHTS, downloaded
+from mm_moslora.adapters.folder_format import (
+    MIXER_PART,
+    OWN_CONFIG,
+    OWN_WEIGHTS,
+    PREFIX,
+    START_PART,
+    STOCK_WEIGHTS,
+    downloaded,
+)
+from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.kept_start import set_starts, start_tensors, starts_of
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
+from mm_moslora.adapters.mixer import tell_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
@@ -74,8 +84,10 @@ def load_peft_weights(
     device = utils.infer_device() if device is None else device
     content = read_folder(folder)
     mixers = {name: tensor for name, tensor in content.start.items() if "." not in name.rpartition(START_PART)[2]}
-    tensors = content.tensors | mixers
-    return {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in tensors.items()}
+    given = content.tensors | mixers
+    tensors = {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in given.items()}
+    tell_form((tensor for name, tensor in tensors.items() if MIXER_PART in name), content.config.mixer_form)
+    return tensors
 
 
 def _renamed(name: str, key_mapping: dict[str, str]) -> str:
@@ -134,6 +146,7 @@ def hotswap_adapter_from_state_dict(
 
 def patch_peft() -> None:
     """Enter the tuner and the configuration, and replace the functions; a second call changes nothing."""
+    patch_diffusers()
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = MoSLoRAModel
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] = LoraConfigOfFolder
     saving: Any = peft_model

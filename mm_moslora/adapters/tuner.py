@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import peft
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -25,11 +26,13 @@ from mm_moslora.adapters.folder_format import (
 )
 from mm_moslora.adapters.folders.authors_format import holds_their_mixers, with_known_names
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
-from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
+from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, without_place
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
+from mm_moslora.adapters.layers.form_checks import check_named
 from mm_moslora.adapters.layers.fused_linear import link_siblings
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
+from mm_moslora.adapters.mixer import tell_form, told_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, unmatched_patterns
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import named_adapter_layers
@@ -80,6 +83,12 @@ class MoSLoRAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, or nothing of it; see `peft.tuners.tuners_utils.BaseTuner`."""
         config = self.peft_config.get(adapter_name)
+        late = patch_diffusers()
+        if late and holds_their_mixers(kwargs.get("state_dict") or {}):
+            raise AdapterError(
+                "The state holds mixers of the MoSLoRA authors' code, and diffusers was imported after "
+                "mm_moslora.adapters, which could not change its reader in time. Load the weights again."
+            )
         if not isinstance(config, MoSLoRAConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
@@ -91,7 +100,6 @@ class MoSLoRAModel(LoraModel):
             _take_out(model, adapter_name, spared=before)
             raise
         link_siblings(model)
-        patch_diffusers()
         if not config.inference_mode:
             stop_repacking(model)
 
@@ -155,10 +163,16 @@ class MoSLoRAModel(LoraModel):
     ) -> dict[str, Tensor]:
         if isinstance(config, MoSLoRAConfig):
             for _, layer in named_adapter_layers(model):
-                layer.mixer_tensors(adapter_name)  # refuses what no reader knows
+                if layer.mixer_tensors(adapter_name):  # refuses what no reader knows
+                    mixer: Any = layer.lora_mixer[adapter_name]
+                    place = layer.outer_factors(adapter_name)[0].device
+                    check_named(mixer.form, config.mixer_form, layer.r[adapter_name], place)
             # In place: PEFT goes on with it for the modules that train whole.
             state_dict |= named_as_modules(model, state_dict)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if isinstance(config, MoSLoRAConfig):
+            tell_form((tensor for name, tensor in found.items() if MIXER_PART in name), config.mixer_form)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -173,6 +187,16 @@ class MoSLoRAModel(LoraModel):
             if any(MIXER_PART in name for name in state_dict):
                 state_dict = fold_state_dict(state_dict)
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if extra := without_place(state_dict.keys(), config):
+            raise AdapterError(
+                f"The values hold {extra!r}, for which the configuration of adapter {adapter_name!r} has no place."
+            )
+        told = told_form(tensor for name, tensor in state_dict.items() if MIXER_PART in name)
+        if told not in (None, config.mixer_form):
+            raise AdapterError(
+                f"The values are of mixer_form {told!r}, adapter {adapter_name!r} has {config.mixer_form!r}. Load them "
+                "under another adapter name, or delete that adapter (delete_adapter) first."
+            )
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if problem := _misfit(model, adapter_name, renamed, every_mixer=theirs):
             raise AdapterError(
@@ -255,4 +279,6 @@ def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, e
         given = values.get(name)
         if given is not None and own.numel() and own.shape != given.shape:  # a shard of ZeRO-3 is empty
             return f"{name} is {list(own.shape)} there and {list(given.shape)} here"
+        if given is not None and not (given.is_floating_point() and torch.isfinite(given).all()):
+            return f"{name} holds {given.dtype} or numbers that are not finite, expected finite floats"
     return None

@@ -204,7 +204,8 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
             f"{folder} holds {extra[0]!r} besides the factors, which cannot be swapped in. Load it anew."
         )
     current: Any = model.peft_config[adapter_name]
-    for key in ("use_rslora", "use_dora", "alpha_pattern", "lora_dropout"):
+    keys = ("use_rslora", "use_dora", "alpha_pattern", "lora_dropout", *(["mixer_form"] if mixers else []))
+    for key in keys:
         if getattr(current, key) != getattr(content.config, key):
             raise AdapterError(
                 f"{folder} has {key}={getattr(content.config, key)!r}, the adapter in the model "

@@ -10,10 +10,12 @@ import peft
 import pytest
 import torch
 from peft.utils.hotswap import hotswap_adapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
+from transformers import Trainer, TrainingArguments, set_seed
 
 from mm_moslora.adapters import (
     MIXER_FORMS,
@@ -68,9 +70,17 @@ class Gated(MixerForm):
         return z * nn.functional.softplus(z @ tensors["gate"].T + tensors["bias"])
 
 
+class TurnedBack(Turned):
+    """Tensors of the same shapes with another meaning."""
+
+    def matrix(self, tensors: dict[str, Tensor]) -> Tensor:
+        return super().matrix(tensors).T
+
+
 @pytest.fixture(autouse=True)
 def own_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MIXER_FORMS, "turned", Turned)
+    monkeypatch.setitem(MIXER_FORMS, "turned_back", TurnedBack)
     monkeypatch.setitem(MIXER_FORMS, "gated", Gated)
 
 
@@ -179,9 +189,69 @@ def test_values_of_another_form_are_refused(tmp_path: Path) -> None:
             hot_swap(other, tmp_path / "a")
         with pytest.raises(ValueError, match="mixer_form"):
             hotswap_adapter(other, tmp_path / "a", "default")
-    plain = peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
-    with pytest.raises(AdapterError, match="only its configuration names"):
-        plain.load_adapter(tmp_path / "a", "default")
+
+
+def test_values_of_a_form_with_the_same_tensors_are_refused_by_every_way(tmp_path: Path) -> None:
+    source = adapted("turned")
+    save_adapter(source, tmp_path / "a")
+    model = adapted("turned_back").eval()
+    before = logits(model)
+    for way in (
+        lambda: load_adapter(model, tmp_path / "a"),
+        lambda: hot_swap(model, tmp_path / "a"),
+        lambda: model.load_adapter(tmp_path / "a", "default"),
+        lambda: peft.set_peft_model_state_dict(model, peft.load_peft_weights(tmp_path / "a")),
+        lambda: peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(source)),
+    ):
+        with pytest.raises(AdapterError, match="mixer_form.*'turned'"):
+            way()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("form", ["block_diagonal:2", "low_rank:2", "turned"])
+def test_plain_lora_gets_the_fold_of_every_form(form: str, tmp_path: Path) -> None:
+    model = adapted(form).eval()
+    save_adapter(model, tmp_path / "a")
+    plain = [peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))]
+    plain[0].load_adapter(tmp_path / "a", "default")
+    config = peft.LoraConfig.from_pretrained(tmp_path / "a")
+    plain.append(peft.PeftModel.from_pretrained(llama(), tmp_path / "a", config=config))
+    for other in plain:
+        assert not any(isinstance(module, MoSLoRALinear) for module in other.modules())
+        torch.testing.assert_close(logits(other.eval()), logits(model), atol=1e-5, rtol=0)
+
+
+def test_readers_of_plain_lora_refuse_mixers_that_depend_on_their_input(tmp_path: Path) -> None:
+    """Trainers look for the file before they load a checkpoint."""
+    save_adapter(adapted("gated"), tmp_path / "a")
+    with pytest.raises(SafetensorError, match="depend on their input and only mm_moslora"):
+        load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for name in ("moslora.json", "moslora.safetensors"):
+        (tmp_path / "a" / name).unlink()
+    for read in (load_adapter, peft.PeftModel.from_pretrained):
+        with pytest.raises((AdapterError, SafetensorError), match="depend on their input"):
+            read(llama(), tmp_path / "a")
+
+
+def test_a_trainer_resumes_and_loads_its_best_model_with_mixers_that_depend_on_their_input(tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in (torch.arange(96).reshape(12, 8) % 59).tolist()]
+
+    def run(folder: str, resume: Path | None, **best: object) -> tuple[Tensor, Trainer]:
+        set_seed(0)
+        model = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_form="gated"), targets=["q_proj"])
+        options = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "learning_rate": 3e-2}
+        quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+        arguments = TrainingArguments(str(tmp_path / folder), **options, **quiet, **best)
+        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4])
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return logits(model.eval()), trainer
+
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    first, trainer = run("whole", None, metric_for_best_model="eval_loss", **best)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "whole" / "checkpoint-2")
+    assert torch.equal(first, logits(load_adapter(llama(), tmp_path / "whole" / "checkpoint-2")))
+    resumed, _ = run("resumed", tmp_path / "whole" / "checkpoint-2")
+    assert torch.equal(resumed, logits(load_adapter(llama(), tmp_path / "whole" / "checkpoint-4")))
 
 
 def test_a_mixer_that_depends_on_its_input_trains_saves_and_loads(tmp_path: Path) -> None:
@@ -200,7 +270,6 @@ def test_a_mixer_that_depends_on_its_input_trains_saves_and_loads(tmp_path: Path
     save_adapter(model, tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
     for folder in (tmp_path / "a", tmp_path / "b"):
-        assert not (folder / "adapter_model.safetensors").exists()
         assert torch.equal(logits(load_adapter(llama(), folder)), live)
         assert torch.equal(logits(peft.PeftModel.from_pretrained(llama(), folder)), live)
     model.peft_config["default"].save_pretrained(tmp_path / "a")
@@ -261,6 +330,97 @@ def test_parametrised_mixers_save_what_they_compute(way: str, tmp_path: Path) ->
     torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "a")), live, atol=1e-5, rtol=0)
     model.load_adapter(tmp_path / "a", "default")
     torch.testing.assert_close(logits(model), live, atol=1e-5, rtol=0)
+
+
+def test_a_form_with_one_of_its_tensors_parametrised_loads_into_itself(tmp_path: Path) -> None:
+    class Half(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return value / 2
+
+        def right_inverse(self, value: Tensor) -> Tensor:
+            return value * 2
+
+    model = adapted("low_rank:2")
+    for layer in layers(model):
+        parametrize.register_parametrization(layer.lora_mixer["default"], "left", Half())
+    live = logits(model.eval())
+    save_adapter(model, tmp_path / "a")
+    train_a_bit(model, seed=2)
+    model.load_adapter(tmp_path / "a", "default")
+    torch.testing.assert_close(logits(model), live, atol=1e-6, rtol=0)
+
+
+class Contradictory(Turned):
+    """A form with one of its methods replaced."""
+
+    name = "skew"
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (rank, rank)}
+
+    def identity(self, rank: int) -> dict[str, Tensor]:
+        return {self.name: torch.zeros(rank, rank)}
+
+    def matrix(self, tensors: dict[str, Tensor]) -> Tensor:
+        return torch.linalg.matrix_exp(tensors[self.name] - tensors[self.name].T)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("start", lambda self, rank, kind: {"skew": torch.zeros(rank)}, r"\(4, 4\).*its start gives .*\(4,\)"),
+        ("start", lambda self, rank, kind: self.identity(rank) | {"b": torch.zeros(1)}, "its start gives .*'b'"),
+        ("identity", lambda self, rank: {}, "its identity gives"),
+        ("identity", lambda self, rank: {"skew": torch.ones(rank, rank).triu()}, "does not make M the identity"),
+        ("matrix", lambda self, tensors: tensors["skew"][:, :-1], r"gives \[4, 3\].*expected \[4, 4\]"),
+        ("name", "weight", "'weight' that is not M itself"),
+        ("name", "train", "'train', which is a name of torch's modules"),
+        ("name", "form", "'form', which is a name of torch's modules"),
+        ("name", "a.b", "'a.b', which is a name of torch's modules"),
+    ],
+)
+def test_a_form_whose_methods_contradict_each_other_is_refused_when_the_layer_is_made(
+    monkeypatch: pytest.MonkeyPatch, part: str, value: object, words: str
+) -> None:
+    monkeypatch.setitem(MIXER_FORMS, "odd", type("Odd", (Contradictory,), {part: value}))
+    base = llama()
+    with pytest.raises(AdapterError, match=words):
+        add_moslora(base, MoSLoRAConfig(r=4, mixer_form="odd"), targets=["q_proj"])
+    assert base.state_dict().keys() == llama().state_dict().keys()
+
+
+class RunningCount(Gated):
+    """A state that no tensor holds."""
+
+    seen = -1
+
+    def apply(self, z: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        self.seen += 1
+        return super().apply(z, tensors) * (1 + self.seen)
+
+
+class Shuffled(Turned):
+    """A draw of its own in every object of the form."""
+
+    def __init__(self, spec: str, size: int) -> None:
+        super().__init__(spec, size)
+        self.scale = torch.randn(4)
+
+    def matrix(self, tensors: dict[str, Tensor]) -> Tensor:
+        return super().matrix({"skew": tensors["skew"] * self.scale})
+
+
+@pytest.mark.parametrize("way", ["save_adapter", "save_pretrained"])
+def test_what_a_form_keeps_outside_of_its_tensors_is_refused_before_it_is_lost(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for form in (RunningCount, Shuffled):
+        monkeypatch.setitem(MIXER_FORMS, "odd", form)
+        model = adapted("odd")
+        logits(model)
+        with pytest.raises(AdapterError, match="keeps values outside of them, which no folder holds"):
+            save_adapter(model, tmp_path / "a") if way == "save_adapter" else model.save_pretrained(tmp_path / "a")
+        assert not list(tmp_path.glob("a/*.safetensors"))
 
 
 def test_a_pattern_leaves_modules_without_a_mixer(tmp_path: Path) -> None:

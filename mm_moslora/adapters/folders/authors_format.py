@@ -29,6 +29,7 @@ from mm_moslora.adapters.folder_format import (
     adapted_path,
     mixers_in,
 )
+from mm_moslora.adapters.mixer import tell_form
 from mm_moslora.utils.errors import AdapterError
 
 _MIXER_SIGNS = ("lora_AB", ".downB.")
@@ -54,7 +55,7 @@ def with_known_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: under names of the authors' fork, or of diffusers.
 
     Raises:
-        AdapterError: a part of a mixer that is not its weight.
+        AdapterError: a part of a mixer that is not its weight, or a weight that is no square matrix of finite floats.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -65,8 +66,19 @@ def with_known_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{name!r} is a part of a mixer that is not understood; {' or '.join(_MIXERS)} is expected at its end. "
                 "Without it the adapter would compute other values."
             )
+        if end in _MIXERS:
+            _check_mixer(name, tensor)
         found[name if end is None else name.removesuffix(end) + ends[end]] = tensor
     return found
+
+
+def _check_mixer(name: str, tensor: Tensor) -> None:
+    square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
+    if not (square and tensor.is_floating_point() and torch.isfinite(tensor).all()):
+        found = f"{list(tensor.shape)} of {tensor.dtype}"
+        found = "NaN or infinity" if square and tensor.is_floating_point() else found
+        raise AdapterError(f"{name} holds {found}, expected [R, R] of finite floats. Copy the file again.")
+    tell_form([tensor], "dense")
 
 
 def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import peft
 import torch
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from mm_moslora.adapters.folder_format import (
     read_manifest,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
-from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank
+from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank, without_place
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
 from mm_moslora.adapters.folders.kept_start import read_start, set_starts
 from mm_moslora.adapters.folders.save_folder import expected_shapes
@@ -35,9 +34,6 @@ from mm_moslora.adapters.tree import base_fingerprint, is_inner, named_adapter_l
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.run_paths import why_no_adapter_folder
-
-# Options that put more than A, M and B into a folder.
-_EXTRAS = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora")
 
 
 def load_adapter(
@@ -107,9 +103,6 @@ def _read_for(
     _check_base(model, content.base, base, source)
     shapes = _planned_shapes(model, config, sorted(config.target_modules or ()), content.tensors, source)
     check_tensors(content.tensors, shapes, source=source)
-    extra = sorted(content.tensors.keys() - shapes.keys())
-    if extra and not _has_place(extra[0], config):
-        raise AdapterError(f"{source} holds {extra[0]!r}, for which its configuration has no place.")
     return content
 
 
@@ -174,6 +167,8 @@ def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder
         problem = (
             f"{differing[0]} is {expected[differing[0]]} there and {found.get(differing[0], 'missing')} in the folder"
         )
+    elif own.mixer_form != theirs.mixer_form and mixers_in(content.tensors):
+        problem = f"mixer_form is {theirs.mixer_form!r} there and {own.mixer_form!r} in the folder"
     elif own.use_dora != theirs.use_dora:
         problem = f"use_dora is {theirs.use_dora} there and {own.use_dora} in the folder"
     elif scaled:
@@ -217,14 +212,6 @@ def _misfit(model: peft.PeftModel, adapter_name: str, tensors: Mapping[str, Tens
     return None
 
 
-def _has_place(name: str, config: MoSLoRAConfig) -> bool:
-    """Whether an entry besides the factors can belong to this adapter."""
-    if any(getattr(config, option) for option in _EXTRAS) or config.bias != "none":
-        return True
-    # PEFT saves the embeddings of a model with a resized vocabulary.
-    return any(part in EMBEDDING_LAYER_NAMES for part in name.split("."))
-
-
 def read_folder(folder: str | Path, *, trainable: bool = False, component: str | None = None) -> AdapterFolder:
     """Read and verify an adapter folder without a model.
 
@@ -251,6 +238,11 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
     if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))
+    if extra := without_place(content.tensors.keys(), content.config):
+        raise AdapterError(
+            f"{root} holds {extra!r}, for which its configuration has no place. Load the folder that was saved, or "
+            "save it again with the option that the entry belongs to (modules_to_save, lora_bias, bias, use_dora)."
+        )
     return content
 
 

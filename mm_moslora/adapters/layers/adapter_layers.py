@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import START_PART
 from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer, orthonormal_rows
+from mm_moslora.adapters.layers.form_checks import check_form
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.mixer import MixerForm, form_named
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold
@@ -166,6 +167,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             tensors = form.identity(rank)
         else:
             tensors = form.start(rank, self.mixer_init[adapter_name])
+        if not like.is_meta:
+            check_form(form, rank, tensors)
         tensors = {name: tensor.to(like) for name, tensor in tensors.items()}
         self.lora_mixer[adapter_name] = Mixer(form, tensors, trainable=config.mixer_trainable)
         if not like.is_meta:

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mm_moslora.adapters.mixer import MixerForm
 from mm_moslora.kernels.lora.lora_math import autocasts
+from mm_moslora.utils.errors import AdapterError
 
 
 class _Factor(nn.Module):
@@ -47,6 +48,11 @@ class Mixer(_Factor):
         super().__init__()
         self.form, self._names = form, tuple(tensors)
         for name, tensor in tensors.items():
+            if not name.isidentifier() or hasattr(self, name):
+                raise AdapterError(
+                    f"The mixer form {form.spec!r} has a tensor {name!r}, which is a name of torch's modules or of no "
+                    "attribute. Give it another name."
+                )
             if trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -95,7 +101,7 @@ class Mixer(_Factor):
         """A parametrised tensor takes the value that was saved for it."""
         if is_parametrized(self):
             for name in self._names:
-                if (value := state_dict.pop(f"{prefix}{name}", None)) is not None:
+                if is_parametrized(self, name) and (value := state_dict.pop(f"{prefix}{name}", None)) is not None:
                     with torch.no_grad():
                         setattr(self, name, value.to(getattr(self, name)))
             inside = cast(nn.Module, self.parametrizations).state_dict()

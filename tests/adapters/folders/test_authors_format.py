@@ -164,6 +164,23 @@ def test_into_plain_lora_the_mixers_are_folded(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model.eval()), expected, atol=5e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(
+    "mixer",
+    [torch.ones(RANK), torch.ones(RANK, RANK + 1), torch.ones(RANK, RANK).char(), torch.full((RANK, RANK), torch.nan)],
+)
+def test_mixers_in_a_state_are_finite_square_matrices(mixer: Tensor, plain: bool, tmp_path: Path) -> None:
+    tensors = load_file(_folder(tmp_path / "a")[0] / "adapter_model.safetensors")
+    kind = peft.LoraConfig if plain else MoSLoRAConfig
+    model = peft.get_peft_model(llama(), kind(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)).eval()
+    name = next(name for name in tensors if "lora_AB" in name)
+    stray = name.replace("mlp.down_proj", "self_attn.k_proj")
+    for wrong in ({name: mixer}, {stray: torch.eye(RANK)}):
+        with pytest.raises(AdapterError, match=r"expected \[R, R\] of finite floats|no B beside it|it has no"):
+            peft.set_peft_model_state_dict(model, tensors | wrong)
+    assert torch.equal(logits(model), logits(llama()))
+
+
 @pytest.mark.parametrize("changes", [{"enable_lora": [True, False]}, {"use_dora": True}, {"lora_mask_file": "m.pt"}])
 def test_options_that_are_not_understood_are_refused(changes: dict, tmp_path: Path) -> None:
     folder, _ = _folder(tmp_path / "a", **changes)
@@ -225,6 +242,9 @@ def test_the_authors_sdxl_file_draws_the_same_picture(tmp_path: Path) -> None:
     stock = tiny_pipeline("tiny-sdxl")
     stock.load_lora_weights(plain_pipeline_weights(tmp_path / "a"))
     torch.testing.assert_close(_drawn(stock), expected, atol=1e-5, rtol=0)
+    read = tiny_pipeline("tiny-sdxl")
+    read.load_lora_weights(tmp_path / "a")  # dropped the mixers of text encoders
+    torch.testing.assert_close(_drawn(read), expected, atol=1e-5, rtol=0)
     own = tiny_pipeline("tiny-sdxl")
     for component in ("unet", "text_encoder"):
         load_adapter(getattr(own, component), tmp_path / "a", component=component)
@@ -247,5 +267,23 @@ def test_what_an_sdxl_file_lacks_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="holds ranks 2, 4 of unet"):
         load_adapter(pipeline.unet, tmp_path / "a", component="unet")
     save_file(written | {"unet.a.alpha": torch.ones(1)}, path)
-    with pytest.raises(AdapterError, match=r"unet\.a\.alpha, which is not understood"):
-        load_adapter(pipeline.unet, tmp_path / "a", component="unet")
+    from mm_moslora.diffusion.tiny_pipelines import tiny_pipeline
+
+    fresh = tiny_pipeline("tiny-sdxl")
+    ways = (
+        lambda: load_adapter(pipeline.unet, tmp_path / "a", component="unet"),
+        lambda: plain_pipeline_weights(tmp_path / "a"),
+        lambda: fresh.load_lora_weights(tmp_path / "a"),
+    )
+    for changed, words in (
+        ({"unet.a.alpha": torch.ones(1)}, r"unet\.a\.alpha, which is not understood"),
+        ({mixer: torch.ones(RANK)}, r"downB.* holds \[4\].*expected \[R, R\]"),
+        ({mixer: torch.full((RANK, RANK), torch.nan)}, "holds NaN or infinity"),
+        ({mixer: torch.eye(RANK + 1)}, r"shape \[5, 5\], expected \[4, 4\]"),
+        ({mixer.replace("downB", "down"): torch.full((RANK, 8), torch.nan)}, "holds NaN or infinity"),
+    ):
+        save_file(written | changed, path)
+        for way in ways:
+            with pytest.raises(AdapterError, match=words):
+                way()
+    assert not getattr(fresh.unet, "peft_config", None)

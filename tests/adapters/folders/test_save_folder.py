@@ -30,8 +30,10 @@ from mm_moslora.adapters import (
     save_adapter,
 )
 from mm_moslora.adapters.adapter_inspection import inspect_adapter
+from mm_moslora.adapters.folder_format import PREFIX
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.files import sha256_of
 
 TARGETS = ["q_proj", "down_proj"]
 FILES = {"adapter_config.json", "adapter_model.safetensors", "moslora.json", "moslora.safetensors"}
@@ -262,8 +264,6 @@ def _retrain_folded(folder: Path) -> None:
 
 def _edit_tensor(folder: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
     """Change (None: remove) the first tensor with `part` in its name, in a folder with hashes that agree."""
-    from mm_moslora.utils.files import sha256_of
-
     path = folder / "moslora.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if part in name)
@@ -512,6 +512,30 @@ def test_what_a_folder_holds_besides_factors_must_fit_too(tmp_path: Path, option
     assert list(beside.peft_config) == ["default"]
     assert not any(".new" in name for name in beside.state_dict())
     assert torch.equal(logits(beside), before)
+
+
+@pytest.mark.parametrize("part", ["model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.lora_C.weight"])
+def test_an_entry_without_a_place_is_refused_by_every_way(tmp_path: Path, part: str) -> None:
+    """PEFT wrote the norm over the base's, and dropped what it did not know."""
+    model, name = _adapted(), f"{PREFIX}{part}"
+    save_adapter(model, tmp_path / "a")
+    path = tmp_path / "a" / "moslora.safetensors"
+    save_file(load_file(path) | {name: torch.ones(32)}, path)
+    manifest = json.loads((tmp_path / "a" / "moslora.json").read_text())
+    manifest["files"]["moslora.safetensors"] = sha256_of(path)
+    (tmp_path / "a" / "moslora.json").write_text(json.dumps(manifest))
+    before = logits(model)
+    for way in (
+        lambda: load_adapter(llama(), tmp_path / "a"),
+        lambda: peft.PeftModel.from_pretrained(llama(), tmp_path / "a"),
+        lambda: model.load_adapter(tmp_path / "a", "default"),
+        lambda: peft.set_peft_model_state_dict(model, load_file(path)),
+        lambda: export_adapter(tmp_path / "a", tmp_path / "out", layout="peft"),
+    ):
+        with pytest.raises(AdapterError, match=rf"hold.*{part}.*no place"):
+            way()
+    assert torch.equal(logits(model), before)
+    assert not (tmp_path / "out").exists()
 
 
 def test_saved_embeddings_of_another_vocabulary_are_not_loaded(tmp_path: Path) -> None:
