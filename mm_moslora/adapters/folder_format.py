@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mm_moslora.utils.errors import AdapterError
@@ -119,7 +120,7 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
     root = Path(model_id, subfolder or "")
     if root.is_dir():
         own = any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS))
-        return root if own or _declares_mixers(root / STOCK_CONFIG) else None
+        return root if own or _declares_mixers(root / STOCK_CONFIG) or _holds_mixers(root / STOCK_WEIGHTS) else None
     known = {key: value for key, value in hub.items() if key in inspect.signature(hf_hub_download).parameters}
 
     def fetched(*wanted: str) -> Path | None:
@@ -143,6 +144,19 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
 def declares_mixers(config: Mapping[str, Any]) -> bool:
     """Whether an `adapter_config.json` is one of the MoSLoRA authors' fork of PEFT, with mixers."""
     return bool(config.get(USE_MIXER) or config.get(USE_MIXER_PATTERN))
+
+
+def _holds_mixers(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return names_mixers(file.keys()) is not None
+    except (OSError, SafetensorError):  # the reader of the weights says so
+        return False
+
+
+def names_mixers(names: Iterable[str]) -> str | None:
+    """The first name of a mixer's tensor, of this package or of the authors' fork of PEFT; None: there is none."""
+    return next((name for name in names if "lora_mixer" in name or "lora_AB" in name), None)
 
 
 def _declares_mixers(path: Path) -> bool:

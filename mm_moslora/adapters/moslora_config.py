@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.folder_format import (
     OWN_CONFIG,
     STOCK_CONFIG,
+    USE_MIXER,
     declares_mixers,
     downloaded,
     read_json,
@@ -186,13 +187,28 @@ class MoSLoRAConfig(LoraConfig):
                 (then: frozen identity mixer).
             subfolder: folder inside it.
             **kwargs: as for `peft.LoraConfig.from_pretrained`, for folders of other libraries.
+
+        Raises:
+            AdapterError: a damaged file, an adapter of another method, or mixers whose configuration is lost.
         """
         folder = downloaded(pretrained_model_name_or_path, (OWN_CONFIG,), subfolder=subfolder, **kwargs)
         if folder is not None and (folder / OWN_CONFIG).is_file():
             return config_from_dict(read_manifest(folder)["config"])
-        if folder is not None and declares_mixers(data := read_json(folder / STOCK_CONFIG)):
-            return read_authors(folder, data)[0]
+        told = Path(pretrained_model_name_or_path, subfolder or "") if folder is None else folder
+        data = read_json(told / STOCK_CONFIG) if (told / STOCK_CONFIG).is_file() else None
+        if folder is not None:
+            if data is not None and declares_mixers(data):
+                return read_authors(folder, data)[0]
+            raise AdapterError(
+                f"{folder} holds mixers and no configuration of them ({OWN_CONFIG}, or {USE_MIXER} in {STOCK_CONFIG}). "
+                "Copy the whole folder, or save the adapter again."
+            )
+        kind = "LORA" if data is None else data.get("peft_type")
+        if kind != "LORA":
+            raise AdapterError(f"{told} holds an adapter of peft_type {kind!r}, expected LORA. Load it with PEFT itself.")
         stock = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(stock, LoraConfig):  # from the hub
+            raise AdapterError(f"{told} holds a {type(stock).__name__}, expected a LoraConfig. Load it with PEFT itself.")
         return from_lora_config(stock)
 
     def _check_forms(self) -> None:

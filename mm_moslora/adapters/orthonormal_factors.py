@@ -1,8 +1,8 @@
 """Factors that stay orthonormal while they train (StelLA, arXiv 2510.01938), for any optimiser and for engines.
 
 Shapes: A ``[R, D_in]`` has orthonormal rows, B ``[D_out, R]`` orthonormal columns. Both are points of a Stiefel
-manifold. A step has four parts: the gradient becomes one of the manifold, the optimiser steps, its step is projected
-onto the tangent space, and its end is pulled back to the manifold (polar decomposition).
+manifold. A step has four parts: the gradient of the loss, clipped already, becomes one of the manifold, the optimiser
+steps, its step is projected onto the tangent space, and its end is pulled back to the manifold (polar decomposition).
 
 `factor_form="stella"` is StelLA: the gradient g at x is that of the canonical metric, ``g - x g^T x``, and steps are
 scaled by ``sqrt(d / m)``, d the width of the model and m the longer side of x. With `orthonormal` the gradient is
@@ -36,7 +36,7 @@ class OrthonormalFactor:
     """Of the optimiser's steps."""
 
     def gradient(self, point: Tensor, gradient: Tensor) -> Tensor:
-        """The manifold's gradient from that of the loss, in fp32 and linear in it; all shaped like the factor."""
+        """The manifold's gradient from that of the loss, in fp32; all shaped like the factor."""
         if not self.canonical:
             return self.tangent(point, gradient)
         point, gradient = self._tall(_wide(point)), self._tall(_wide(gradient))
@@ -110,19 +110,6 @@ def _width_around(model: nn.Module, path: str) -> int:
         f"StelLA scales steps by the model's width, and no module around {path} has a config.hidden_size. Pass width "
         "to keep_orthonormal."
     )
-
-
-def project_gradients(factor: OrthonormalFactor) -> None:
-    """Make every gradient of a factor one of its manifold, by a hook of autograd.
-
-    That is linear, so it may come before gradients are added up over micro-batches and ranks.
-    """
-
-    @torch.no_grad()
-    def project(gradient: Tensor) -> Tensor:
-        return factor.gradient(factor.weight, gradient).to(gradient.dtype)
-
-    factor.weight.register_hook(project)
 
 
 def keep_orthonormal(

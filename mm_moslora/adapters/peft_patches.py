@@ -42,6 +42,7 @@ from mm_moslora.adapters.folder_format import (
     STOCK_WEIGHTS,
     downloaded,
 )
+from mm_moslora.adapters.folders.authors_format import check_declared
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.kept_start import set_starts, start_tensors, starts_of
 from mm_moslora.adapters.folders.load_folder import read_folder
@@ -80,7 +81,9 @@ def load_peft_weights(
     """A, M, B and M's start where the folder has them, checked against its hashes; otherwise PEFT's result."""
     folder = downloaded(model_id, (OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS), **hub)
     if folder is None:
-        return _stock_weights(model_id, device=device, key_mapping=key_mapping, **hub)
+        stock: dict[str, Tensor] = _stock_weights(model_id, device=device, key_mapping=key_mapping, **hub)
+        check_declared(stock, str(model_id))
+        return stock
     device = utils.infer_device() if device is None else device
     content = read_folder(folder)
     mixers = {name: tensor for name, tensor in content.start.items() if "." not in name.rpartition(START_PART)[2]}

@@ -487,6 +487,12 @@ def test_a_folder_of_a_form_that_is_not_registered_says_so(tmp_path: Path, monke
         load_adapter(llama(), tmp_path / "a")
 
 
+def test_attention_has_no_lora_bias() -> None:
+    attention = nn.ModuleDict({"target": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(AdapterError, match=r"target is an nn\.MultiheadAttention.*lora_bias would have no effect"):
+        add_moslora(attention, MoSLoRAConfig(r=4, lora_bias=True), targets=["target"])
+
+
 def test_dora_and_attention_need_a_matrix() -> None:
     with pytest.raises(AdapterError, match="use_dora needs M as a matrix"):
         add_moslora(llama(), MoSLoRAConfig(r=4, mixer_form="gated", use_dora=True))

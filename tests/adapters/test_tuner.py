@@ -175,6 +175,29 @@ def test_a_damaged_manifest_is_one_clear_error(saved: Path, tmp_path: Path, chan
         peft.PeftModel.from_pretrained(llama(), folder)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"peft_type": "IA3", "target_modules": ["q_proj"]}', "peft_type 'IA3', expected LORA"),
+        ("[]", "holds a list, expected an object"),
+        ("{", "not valid JSON"),
+        (None, "holds mixers and no configuration of them"),
+    ],
+)
+def test_the_configuration_of_a_folder_is_its_own_or_an_error(
+    saved: Path, tmp_path: Path, content: str | None, words: str
+) -> None:
+    folder = tmp_path / "a"
+    if content is None:
+        shutil.copytree(saved, folder)
+        (folder / "moslora.json").unlink()
+    else:
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(AdapterError, match=words):
+        MoSLoRAConfig.from_pretrained(folder)
+
+
 def test_a_key_mapping_renames_the_mixers_too(saved: Path) -> None:
     class Outer(nn.Module):
         prepare_inputs_for_generation = None  # a `PeftModelForCausalLM` looks for it

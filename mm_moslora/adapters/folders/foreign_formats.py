@@ -36,6 +36,7 @@ from mm_moslora.adapters.folder_format import (
     target_paths,
 )
 from mm_moslora.adapters.folders.authors_format import (
+    check_declared,
     mixer_settings,
     peft_tensors,
     read_tensors,
@@ -96,12 +97,7 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
         config.target_modules = target_paths(tensors)
         return AdapterFolder(config=config, tensors=tensors, base={})
     tensors = peft_tensors(root, pickled=False)
-    if lost := [name for name in tensors if "lora_mixer" in name or "lora_AB" in name]:
-        raise AdapterError(
-            f"{root} holds mixers ({lost[0]!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter would "
-            "be wrong. Restore the file that was saved with it, or save the adapter again with the program that "
-            "trained it."
-        )
+    check_declared(tensors, str(root))
     stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
     return _plain(stock, tensors, trainable)
 

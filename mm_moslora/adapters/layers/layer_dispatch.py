@@ -61,6 +61,11 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
     if isinstance(base, nn.Conv2d):
         return MoSLoRAConv2d(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.MultiheadAttention):
+        if getattr(config, "lora_bias", False):
+            raise AdapterError(
+                f"{path or type(base).__name__} is an nn.MultiheadAttention, whose adapter adds to weights alone: "
+                "lora_bias would have no effect. Unset it, or choose other targets."
+            )
         return MoSLoRAMultiheadAttention(base, adapter_name, config=own, **kwargs)
     return MoSLoRALinear(target, adapter_name, config=own, is_target_conv_1d_layer=is_conv1d, **kwargs)
 

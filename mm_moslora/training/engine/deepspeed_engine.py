@@ -81,6 +81,7 @@ class DeepSpeedEngine(Engine):
             parameter.data = value.to(parameter.device)
         if self.stage == 0:
             deepspeed_patches.undo_warm_up_step(self.engine)
+        self._convert_before(adamw)
 
     def _begin_step(self, with_images: list[float]) -> None:
         deepspeed_patches.clear_gradients(self.engine, self.stage)

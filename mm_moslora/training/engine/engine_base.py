@@ -133,6 +133,8 @@ class Piece:
     """Adam's `exp_avg` and `exp_avg_sq`."""
     step: Tensor
     """Adam's step count; pieces of one flat group share it."""
+    gradient: Tensor | None = None
+    """What the optimiser will read; None between steps."""
 
     @classmethod
     def of(
@@ -167,7 +169,10 @@ class Piece:
             return tensor.detach().view(-1).narrow(0, offset, length)
 
         moments = {kind: part(state[kind]) for kind in MOMENTS}
-        return cls(name=name, start=start, master=part(master), moments=moments, step=state["step"])
+        gradient = None if master.grad is None else part(master.grad)
+        return cls(
+            name=name, start=start, master=part(master), moments=moments, step=state["step"], gradient=gradient
+        )
 
 
 class Engine(ABC):
@@ -184,6 +189,7 @@ class Engine(ABC):
         self.groups = list(groups)
         self.device = distributed.device()
         self.manifold = StiefelFactors(module, self._named_trainable(), self.device)
+        self._points: dict[str, Tensor] = {}
         self.copies = getattr(module, "share", WHOLE_ROW).of
         """Ranks that get the same micro-batches, and compute their parts."""
 
@@ -226,11 +232,11 @@ class Engine(ABC):
         sums = torch.stack((total, right.double()))
         distributed.add_up(sums)
         lowers_scale = self.can_lower_scale
-        before = self._on_manifold()
+        self._points = self._on_manifold()
         update = self._update(lr_factor, sums)
         applied, norm = update.applied, update.grad_norm
-        if before and applied:
-            self.manifold.pull_back(before, self._on_manifold(), self._masters())
+        if self._points and applied:
+            self.manifold.pull_back(self._points, self._on_manifold(), self._masters())
         return StepResult(
             loss=update.total / max(1.0, supervised), grad_norm=norm, applied=applied,
             supervised_tokens=int(supervised), tokens=int(tokens), images=int(images), samples=int(samples),
@@ -347,6 +353,16 @@ class Engine(ABC):
     def _on_manifold(self) -> dict[str, Tensor]:
         kept = self.manifold.factors  # without factors, the pieces are not collected
         return self.manifold.whole(self._masters(), replicated=self.replicated) if kept else {}
+
+    def _convert_before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have the optimiser read gradients of the manifold; it may step group by group, on every rank the same ones."""
+        if self.manifold.factors:
+            optimizer.register_step_pre_hook(lambda *_: self._convert())
+
+    def _convert(self) -> None:
+        pieces = self.pieces()
+        gradients = [(piece.name, piece.start, piece.gradient) for piece in pieces if piece.gradient is not None]
+        self.manifold.convert(self._points, gradients, replicated=self.replicated)
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]

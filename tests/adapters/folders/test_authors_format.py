@@ -145,6 +145,12 @@ def test_a_folder_without_mixers_or_without_its_word_is_an_error(tmp_path: Path)
     folder, _ = _folder(tmp_path / "a", lora_use_mixer=False)
     with pytest.raises(AdapterError, match="declares none"):
         load_adapter(llama(), folder)
+    for read in (MoSLoRAConfig.from_pretrained, lambda folder: peft.PeftModel.from_pretrained(llama(), folder)):
+        with pytest.raises(AdapterError, match="holds mixers and no configuration of them"):
+            read(folder)
+    plain = peft.get_peft_model(llama(), peft.LoraConfig(r=RANK, target_modules=TARGETS))
+    with pytest.raises(AdapterError, match="declares none"):
+        plain.load_adapter(folder, "default")
     folder, _ = _folder(tmp_path / "b", without="layers")
     with pytest.raises(AdapterError, match="holds no lora_AB"):
         load_adapter(llama(), folder)
