@@ -205,10 +205,14 @@ class MoSLoRAConfig(LoraConfig):
             )
         kind = "LORA" if data is None else data.get("peft_type")
         if kind != "LORA":
-            raise AdapterError(f"{told} holds an adapter of peft_type {kind!r}, expected LORA. Load it with PEFT itself.")
+            raise AdapterError(
+                f"{told} holds an adapter of peft_type {kind!r}, expected LORA. Load it with PEFT itself."
+            )
         stock = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(stock, LoraConfig):  # from the hub
-            raise AdapterError(f"{told} holds a {type(stock).__name__}, expected a LoraConfig. Load it with PEFT itself.")
+            raise AdapterError(
+                f"{told} holds a {type(stock).__name__}, expected a LoraConfig. Load it with PEFT itself."
+            )
         return from_lora_config(stock)
 
     def _check_forms(self) -> None:

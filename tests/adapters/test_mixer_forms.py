@@ -203,7 +203,7 @@ def test_values_of_a_form_with_the_same_tensors_are_refused_by_every_way(tmp_pat
         lambda: peft.set_peft_model_state_dict(model, peft.load_peft_weights(tmp_path / "a")),
         lambda: peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(source)),
     ):
-        with pytest.raises(AdapterError, match="mixer_form.*'turned'"):
+        with pytest.raises(AdapterError, match=r"mixer_form.*'turned'"):
             way()
     assert torch.equal(logits(model), before)
 

@@ -1,4 +1,4 @@
-"""StelLA's steps in the engine are those of `keep_orthonormal`: both clip the loss's gradient, as the published code."""
+"""StelLA's steps in the engine are those of `keep_orthonormal`: both clip the loss's gradient, as published."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def plain_pipeline_weights(folder: str | Path) -> dict[str, Tensor]:
             whose mixers (``lora.downB``) diffusers drops.
 
     Raises:
-        AdapterError: no such file, a damaged one, or one that `load_adapter` refuses: a module without mixer beside others
-            that have one, a tensor that is not understood, factors that do not fit each other, or hold NaN.
+        AdapterError: no such file, a damaged one, or one that `load_adapter` refuses: a module without mixer beside
+            others that have one, a tensor that is not understood, factors that do not fit each other, or hold NaN.
     """
     path = Path(folder) / DIFFUSERS_WEIGHTS
     if not path.is_file():

@@ -113,8 +113,8 @@ def fold_state_dict(
 
     Args:
         tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
-        mixer_form: of the mixers; None takes what their reader told (`mixer.tell_form`), else reads M itself, ``[R, R]``
-            or the ``[R]`` of a diagonal.
+        mixer_form: of the mixers; None takes what their reader told (`mixer.tell_form`), else reads M itself,
+            ``[R, R]`` or the ``[R]`` of a diagonal.
         names_of_B: the ends of B's names.
 
     Returns:

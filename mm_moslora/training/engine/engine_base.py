@@ -170,9 +170,7 @@ class Piece:
 
         moments = {kind: part(state[kind]) for kind in MOMENTS}
         gradient = None if master.grad is None else part(master.grad)
-        return cls(
-            name=name, start=start, master=part(master), moments=moments, step=state["step"], gradient=gradient
-        )
+        return cls(name=name, start=start, master=part(master), moments=moments, step=state["step"], gradient=gradient)
 
 
 class Engine(ABC):
@@ -355,7 +353,7 @@ class Engine(ABC):
         return self.manifold.whole(self._masters(), replicated=self.replicated) if kept else {}
 
     def _convert_before(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have the optimiser read gradients of the manifold; it may step group by group, on every rank the same ones."""
+        """Have the optimiser read gradients of the manifold; it may step by group, on every rank in one order."""
         if self.manifold.factors:
             optimizer.register_step_pre_hook(lambda *_: self._convert())
 

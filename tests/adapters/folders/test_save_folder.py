@@ -514,7 +514,9 @@ def test_what_a_folder_holds_besides_factors_must_fit_too(tmp_path: Path, option
     assert torch.equal(logits(beside), before)
 
 
-@pytest.mark.parametrize("part", ["model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.lora_C.weight"])
+@pytest.mark.parametrize(
+    "part", ["model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.lora_C.weight"]
+)
 def test_an_entry_without_a_place_is_refused_by_every_way(tmp_path: Path, part: str) -> None:
     """PEFT wrote the norm over the base's, and dropped what it did not know."""
     model, name = _adapted(), f"{PREFIX}{part}"
