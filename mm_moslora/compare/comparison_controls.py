@@ -238,7 +238,7 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
         arm["controls"] = {
             column: differences
             for column, tasks in columns_of(scores[arm["name"]]).items()
-            if (differences := _above([scores[arm["name"]][task] for task in tasks], tasks))
+            if (differences := above_controls([scores[arm["name"]][task] for task in tasks], tasks))
         }
     for column in {column for arm in arms for column in arm["controls"]}:
         found = [arm["controls"][column] for arm in arms if column in arm["controls"]]
@@ -247,7 +247,7 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
             item["above"] = item["above"] and p < SIGNIFICANT
 
 
-def _above(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict[str, Any] | None:
+def above_controls(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict[str, Any] | None:
     """An arm's differences from the controls that all tasks have; None where there are none.
 
     Tasks without pictures are left out of picture controls.

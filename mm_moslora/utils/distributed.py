@@ -120,7 +120,7 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     chosen, more = backend(), {}
     if device().type == "cuda":
         more = _on_own_gpu(one_rank_each="nccl" in chosen)
-    _record_flight()
+    record_flight()
     if world_size() == 1:  # no process group is needed, so no port is opened and no child inherits an address
         more |= {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1}
     try:
@@ -175,7 +175,7 @@ def _try_gpu(own: torch.device) -> None:
         ) from error
 
 
-def _record_flight() -> None:
+def record_flight() -> None:
     """Make NCCL write its flight record when a collective times out; variables that are set already are kept."""
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     # torch 2.13 records by default. torch 2.8 and 2.9 warn about this name, but only it makes them write the record
@@ -187,10 +187,10 @@ def _record_flight() -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-        _wait_for_gloo()
+        wait_for_gloo()
 
 
-def _wait_for_gloo(*, seconds: float = 5.0) -> None:
+def wait_for_gloo(*, seconds: float = 5.0) -> None:
     """Wait until no thread of gloo is running.
 
     Such a thread drops the tensors of a collective after the rank has continued, and may need the GIL for it. The

@@ -18,7 +18,7 @@ from mm_moslora_eval.sources.image_controls import MODES, Hasher
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse
-from mm_moslora.compare.comparison_controls import TaskAnswers, _above
+from mm_moslora.compare.comparison_controls import TaskAnswers, above_controls
 from mm_moslora.compare.comparison_plan import Outcome, Settings, choose_rates, reported_cells
 from mm_moslora.compare.comparison_text import table
 from mm_moslora.compare.seed_statistics import TaskScores
@@ -233,11 +233,11 @@ def test_a_text_task_takes_no_control_from_the_mean_over_tasks() -> None:
         return TaskAnswers(own=ahead, less=dict.fromkeys(names, ahead), pictures=pictures, remarks=())
 
     shown, text = task(True, "wrong_image", "blind", "majority"), task(False, "majority")
-    found = _above([text, shown], ["text", "shown"])
+    found = above_controls([text, shown], ["text", "shown"])
     assert found is not None
     assert sorted(row["name"] for row in found["rows"]) == ["blind", "majority", "wrong_image"]
     assert found["complete"]
-    alone = _above([task(True, "majority"), shown], ["one picture", "shown"])
+    alone = above_controls([task(True, "majority"), shown], ["one picture", "shown"])
     assert alone is not None
     assert [row["name"] for row in alone["rows"]] == ["majority"]
     assert not alone["complete"]

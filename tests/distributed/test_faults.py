@@ -272,6 +272,6 @@ def test_a_rank_does_not_end_while_a_thread_of_gloo_is_at_work():
     thread = threading.Thread(target=work)
     thread.start()
     begun.wait()
-    distributed._wait_for_gloo(seconds=60)
+    distributed.wait_for_gloo(seconds=60)
     assert over
     thread.join()

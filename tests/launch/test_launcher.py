@@ -419,7 +419,7 @@ def test_ranks_record_what_they_wait_for_without_a_warning():
 def test_an_older_torch_is_told_to_record(given, expected, monkeypatch):
     monkeypatch.setattr("torch.__version__", "2.9.1")
     with mock.patch.dict(os.environ, given, clear=True):
-        distributed._record_flight()
+        distributed.record_flight()
         assert os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE") == expected
 
 

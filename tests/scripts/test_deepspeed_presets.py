@@ -131,16 +131,16 @@ def test_a_file_that_contradicts_the_recipe_and_a_preset_that_is_not_there_are_r
 def test_a_lock_of_a_killed_build_is_named_before_anybody_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mm_moslora.training.engine.deepspeed_settings import _warn_of_stale_locks
+    from mm_moslora.training.engine.deepspeed_settings import warn_of_stale_locks
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    _warn_of_stale_locks()
+    warn_of_stale_locks()
     assert "lock" not in caplog.text  # importing DeepSpeed may warn of other things
     lock = tmp_path / "py311" / "op" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (0, 0))
-    _warn_of_stale_locks()
+    warn_of_stale_locks()
     assert f"rm {lock}" in caplog.text
 
 

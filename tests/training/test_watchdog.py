@@ -62,7 +62,7 @@ def test_a_torchrun_that_waits_for_a_lost_host_is_ended(restarts_left, monkeypat
         if os.fork() == 0:
             os.environ |= {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
             os.environ["TORCHELASTIC_MAX_RESTARTS"] = str(restarts_left)
-            watchdog._release_torchrun()
+            watchdog.release_torchrun()
         else:
             time.sleep(2)
         os._exit(0)

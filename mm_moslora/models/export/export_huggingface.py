@@ -152,7 +152,7 @@ def export_lora(assembly: Parts, folder: Path, *, dtype: torch.dtype = torch.flo
     return ExportedLora(
         base=name, loader="AutoPeftModel" if sees else "AutoPeftModelForCausalLM",
         stock=not isinstance(model, VlmForConditionalGeneration),
-        max_logit_difference=_compare(folder, live, _probe(assembly, model)),
+        max_logit_difference=largest_logit_difference(folder, live, _probe(assembly, model)),
     )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def _check(assembly: Parts, folder: Path) -> float:
     twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).eval()
     if type(twin) is not type(model):
         raise ModelError(f"{folder} loads as {type(twin).__name__}, expected {type(model).__name__}.")
-    return _compare(folder, _probe(assembly, model), _probe(assembly, twin))
+    return largest_logit_difference(folder, _probe(assembly, model), _probe(assembly, twin))
 
 
 def check_empty(folder: Path) -> None:
@@ -246,7 +246,12 @@ def check_empty(folder: Path) -> None:
         raise ModelError(str(error)) from error
 
 
-def _compare(folder: Path, ours: Tensor, theirs: Tensor) -> float:
+def largest_logit_difference(folder: Path, ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference between two models' logits.
+
+    Raises:
+        ModelError: it is larger than rounding; names the folder of the second model.
+    """
     difference = float((ours.float() - theirs.float()).abs().max())
     accepted = TOLERANCE * max(1.0, float(ours.float().abs().max()))
     if not difference <= accepted:  # not a number is no agreement

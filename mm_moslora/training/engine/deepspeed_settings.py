@@ -234,13 +234,13 @@ def prepare_deepspeed(zero: str) -> None:
     import_deepspeed(zero)
     import deepspeed.comm as comm
 
-    _warn_of_stale_locks()
+    warn_of_stale_locks()
     if os.environ["DS_ACCELERATOR"] == "cpu":
         skip_shared_memory_operator()
     comm.init_distributed(dist_backend=None, verbose=False)
 
 
-def _warn_of_stale_locks() -> None:
+def warn_of_stale_locks() -> None:
     """Warn of the locks that killed builds leave: a process that needs the same operator waits for them silently."""
     folder = extensions_folder(os.environ)
     locks = stale_locks(folder) if folder.is_dir() and distributed.local_rank() == 0 else []

@@ -202,7 +202,7 @@ class Watchdog:
         record_failure(self.folder, f"{why} {blame}", ranks=blame.ranks)
         logger.error("%s %s Stacks: %s.%s", why, blame, self.stacks, hint)
         sys.stderr.flush()
-        _release_torchrun()
+        release_torchrun()
         os._exit(EXIT_HANG)
 
     def _ask_for_stacks(self) -> None:
@@ -302,7 +302,7 @@ def _without_heartbeat(missing: set[int]) -> Blame:
     return Blame(text=text, ranks=tuple(missing) if len(missing) == 1 else ())
 
 
-def _release_torchrun() -> None:
+def release_torchrun() -> None:
     """Make torchrun end with its ranks when they run on several hosts and no restart is left.
 
     On a host that is cut off, torchrun would wait for the rendezvous store until TCP times out after 15 minutes.
