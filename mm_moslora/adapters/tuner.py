@@ -184,9 +184,15 @@ class MoSLoRAModel(LoraModel):
         if theirs:
             state_dict = with_known_names(state_dict)
         if not isinstance(config, MoSLoRAConfig):
-            if any(MIXER_PART in name for name in state_dict):
-                state_dict = fold_state_dict(state_dict)
-            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            mixed = any(MIXER_PART in name for name in state_dict)
+            state_dict = fold_state_dict(state_dict) if mixed else state_dict
+            renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            if mixed and (stray := min(filter(is_factor, renamed), default=None)):
+                raise AdapterError(
+                    f"The values hold {stray}, and adapter {adapter_name!r}, a plain LoRA, has no place for it. Load "
+                    "them as an adapter of their own (load_adapter, PeftModel.from_pretrained)."
+                )
+            return renamed
         if extra := without_place(state_dict.keys(), config):
             raise AdapterError(
                 f"The values hold {extra!r}, for which the configuration of adapter {adapter_name!r} has no place."

@@ -216,6 +216,9 @@ def test_plain_lora_gets_the_fold_of_every_form(form: str, tmp_path: Path) -> No
     plain[0].load_adapter(tmp_path / "a", "default")
     config = peft.LoraConfig.from_pretrained(tmp_path / "a")
     plain.append(peft.PeftModel.from_pretrained(llama(), tmp_path / "a", config=config))
+    narrow = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=[r"layers.0.self_attn.q_proj"]))
+    with pytest.raises(AdapterError, match=r"layers\.1.*has no place"):
+        narrow.load_adapter(tmp_path / "a", "default")
     for other in plain:
         assert not any(isinstance(module, MoSLoRALinear) for module in other.modules())
         torch.testing.assert_close(logits(other.eval()), logits(model), atol=1e-5, rtol=0)
