@@ -213,7 +213,8 @@ class TrackConfig:
     tags: list[str] = field(default_factory=list)
     """Short labels for searching; empty: WANDB_TAGS."""
     mixers_every: int = 0
-    """Steps between records of the mixers' statistics (`mixer/...`: distances, rank, condition); 0: never."""
+    """Steps between records of what the adapter learned (`mixer/...`, see docs/subspace_lens.md), besides those at
+    `train.save_every` and at the end; 0: only those."""
 
     def __post_init__(self) -> None:
         at_least("track.mixers_every", self.mixers_every, 0)
