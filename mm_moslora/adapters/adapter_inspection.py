@@ -67,7 +67,7 @@ class ModuleReport:
     """Of ``s B M A``, in falling order, R of them."""
     pair_energy: tuple[tuple[float, ...], ...]
     """Share of the update's energy in every pair of a left singular direction of B (row) and a right one of A (column),
-    strongest first. They sum to 1; directions of equal singular values share evenly."""
+    strongest first. They sum to 1, or are 0 without an update; directions of equal singular values share evenly."""
     mixer: tuple[tuple[float, ...], ...] | None
     """M; None: plain LoRA."""
     mixer_start: tuple[tuple[float, ...], ...] | None
@@ -185,9 +185,9 @@ def _unknown(reports: Sequence[ModuleReport], *, kept: bool) -> list[str]:
     if not kept:
         lost = sum(report.row_angles is None for report in reports)
         return [f"{lost} modules are not in the other adapter, or have other widths there."] if lost else []
-    if all(report.moved is None for report in reports):
-        return ["start not kept: the folder does not tell how the mixers began, so moved, reshaped and angles are -."]
-    if all(report.row_angles is None for report in reports):
+    if not (_known(reports, "moved") or _known(reports, "row_angles")):
+        return ["start not kept: the folder does not tell how the adapter began, so moved, reshaped and angles are -."]
+    if not _known(reports, "row_angles"):
         return ["start of A not kept: reshaped and angles are -. --against FOLDER compares with an earlier adapter."]
     return []
 
