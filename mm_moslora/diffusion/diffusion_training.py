@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from mm_moslora.adapters.adapter_inspection import ModuleReport
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
 from mm_moslora.diffusion.diffusion_checkpoint import CLASS_PICTURES, Checkpoints, find_resume
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
@@ -163,8 +164,12 @@ class _Session:
                 progress.update(run.step, f"loss {loss:.4f}")
                 if run.validate_every and run.step % run.validate_every == 0 and run.step < self.total:
                     self._validate()
-                if train.save_every and run.step % train.save_every == 0 and run.step < self.total:
+                saved = run.step < self.total and bool(train.save_every) and run.step % train.save_every == 0
+                if saved:
                     self.checkpoints.save()
+                every = self.recipe.track.mixers_every
+                if saved or (run.step < self.total and every and run.step % every == 0):
+                    self._measured()
                 (number,) = distributed.max_over_ranks([float(self.stop.received)])
                 self.stopped_by = int(number)
                 if number and distributed.is_main():
@@ -246,17 +251,24 @@ class _Session:
         self.loss.eval()
         return self.run.pictures(self.run.step, self.trackers)
 
+    def _measured(self) -> list[ModuleReport]:
+        """What the adapters learned, logged; nothing on ranks but the first. All ranks take part."""
+        state = self.checkpoints.state()
+        if not distributed.is_main():
+            return []
+        reports = adapter_reports(self.parts, state)
+        self.trackers.log(adapter_metrics(reports), self.run.step)
+        return reports
+
     def _finish(self) -> None:
         """Draw and score the end; the last checkpoint records that this is done."""
         run = self.run
         if self.checkpoints.saved_at != run.step:
             self.checkpoints.save()
         drawn = self._validate()
-        state = self.checkpoints.state()
+        reports = self._measured()
         if distributed.is_main():
             log_scores(run.family, run.batches.sets[0], drawn, run.pictures, self.trackers, run.step)
-            reports = adapter_reports(self.parts, state)
-            self.trackers.log(adapter_metrics(reports), run.step)
             self.trackers.log_mixers(write_mixers(run.folder / "mixers.json", reports), run.step)
         run.counters["finished"] = 1.0
         if distributed.is_main():

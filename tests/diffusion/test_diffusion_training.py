@@ -117,8 +117,10 @@ DRAWS = (f"validate.prompts=[{PROMPT}]", "validate.sampling_steps=2", "validate.
 def test_every_family_trains_and_stock_diffusers_draws_the_same_picture(
     base: str, recipe: Make, tmp_path: Path
 ) -> None:
-    own = recipe(f"model.base={base}", "model.text_encoders=adapter", "train.steps=2", *DRAWS)
+    own = recipe(f"model.base={base}", "model.text_encoders=adapter", "train.steps=2", "track.mixers_every=1", *DRAWS)
     result, folder = train_diffusion(own), tmp_path / "run"
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if line.get("mixer/row_angle", 0) > 0] == [1, 2]
     tuned, untuned = own_picture(folder, "step-000002"), own_picture(folder, "untuned")
     assert np.abs(tuned - untuned).max() > 8
     assert np.abs(drawn_by_stock(base, result.checkpoint) - tuned).max() <= 1
