@@ -156,6 +156,10 @@ class MixerForm:
         """Tensors that make M the identity, in float32 on the CPU. An adapter without mixers loads with them."""
         raise NotImplementedError
 
+    def products(self, rank: int) -> int:
+        """Multiplications that M takes per row of B, or of subspace coordinates: fewer than R^2 where M has zeros."""
+        return rank * rank
+
     def start(self, rank: int, kind: str) -> dict[str, Tensor]:
         """Tensors to begin training with, in float32 on the CPU; those of `identity` unless a form has others.
 
@@ -219,6 +223,10 @@ class Diagonal(MixerForm):
         """Ones."""
         return {"weight": torch.ones(rank, device="cpu")}
 
+    def products(self, rank: int) -> int:
+        """R."""
+        return rank
+
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weights on the diagonal."""
         return torch.diag(tensors["weight"])
@@ -247,6 +255,10 @@ class BlockDiagonal(MixerForm):
         """Identities."""
         return {"blocks": torch.eye(rank // self.size, device="cpu").repeat(self.size, 1, 1)}
 
+    def products(self, rank: int) -> int:
+        """Those of the blocks."""
+        return rank * rank // self.size
+
     def start(self, rank: int, kind: str) -> dict[str, Tensor]:
         """Every block as a mixer of its size; see `init_mixer`."""
         return {"blocks": torch.stack([init_mixer(rank // self.size, kind) for _ in range(self.size)])}
@@ -268,6 +280,10 @@ class LowRank(MixerForm):
     def identity(self, rank: int) -> dict[str, Tensor]:
         """A left factor of zero, beside a right one that lets it learn."""
         return {"left": torch.zeros(rank, self.size, device="cpu"), "right": torch.eye(self.size, rank, device="cpu")}
+
+    def products(self, rank: int) -> int:
+        """Those of both factors."""
+        return 2 * rank * self.size
 
     def start(self, rank: int, kind: str) -> dict[str, Tensor]:
         """The identity; the right factor is random, with orthonormal rows where they fit."""

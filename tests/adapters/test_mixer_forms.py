@@ -35,6 +35,7 @@ from mm_moslora.adapters import (
     use_kernel,
 )
 from mm_moslora.adapters.adapter_inspection import inspect_adapter, inspect_model
+from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import IDS, llama, llava, llava_inputs, logits, train_a_bit
 
@@ -505,6 +506,21 @@ def test_dora_and_attention_need_a_matrix() -> None:
     model = adapted("turned", use_dora=True).eval()
     live = logits(model)
     torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
+
+
+def test_the_flops_of_a_mixer_are_those_of_its_form() -> None:
+    """Beside an adapter without mixers, in one micro-batch: 8 per row of B and product, or 6 per token and product."""
+    shape = StepShape(tokens=14, pairs=56, supervised=12, images=0, micro_batches=1)
+
+    def flops(**options: object) -> float:
+        model = add_moslora(llama(), MoSLoRAConfig(r=4, **options), targets=["q_proj"])
+        return FlopCounter(model.get_base_model()).count(shape).adapters
+
+    without = flops(mixer_pattern={".*": "none"})
+    products = {"dense": 16, "diagonal": 4, "block_diagonal:2": 8, "low_rank:1": 8, "turned": 16}
+    for form, count in products.items():
+        assert flops(mixer_form=form) - without == 2 * 8 * 32 * count, form
+    assert flops(mixer_form="gated") - without == 2 * 6 * 14 * 16
 
 
 def test_forward_mode_derivatives_take_the_modules() -> None:

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
+from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
 from mm_moslora_eval.metrics import exact_match, vqa_accuracy
+from mm_moslora_eval.protocol.model_interface import Message, Request
+from mm_moslora_eval.protocol.task import Decoding
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run import llm_judge
 from mm_moslora_eval.run.submissions import write_submission
@@ -19,6 +22,7 @@ from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, 
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.sources.document import Document
 
+from mm_moslora.utils.errors import EvalError
 from tests.eval.protocol_runs import Runs, functions_of, public_metrics, shipped_protocols
 
 HARNESSES = ("llava", "vlmevalkit", "lmms_eval", "official", "moslora", "vlmevalkit_2024_06")
@@ -60,6 +64,19 @@ def test_golden_values_come_from_runs_of_the_registrys_tasks() -> None:
     assert not [name for name in imported if "metrics" in name or name.endswith(scorers)]
     names = {name for name in all_tasks() if any(f'"{name}"' in text for text in texts)}
     assert len(names) > 30
+
+
+def test_beams_are_for_generated_answers_of_local_models_and_change_no_other_task() -> None:
+    assert get_task("commonsense_boolq@paper").decoding.beams == 4
+    assert "beams" not in get_task("commonsense_boolq@official").decoding.to_dict()  # stored answers stay valid
+    with pytest.raises(EvalError, match=r"decoding\.beams is 2, but decoding\.kind loglikelihood"):
+        Decoding(kind="loglikelihood", beams=2)
+    with pytest.raises(EvalError, match=r"decoding\.beams is 0"):
+        Decoding(beams=0)
+    endpoint = EndpointModel(Endpoint.parse("http://127.0.0.1:9/v1#m"), reference=True)
+    asked = Request(id="1", messages=(Message(role="user", content=("q",)),), beams=4)
+    with pytest.raises(EvalError, match="4 beams, which a chat endpoint cannot"):
+        list(endpoint.generate([asked], batch_size=1))
 
 
 def test_the_default_protocol_is_the_one_that_model_reports_use() -> None:
