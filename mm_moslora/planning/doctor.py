@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -112,14 +113,14 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
     """
     checks: list[Callable[[], list[Finding]]] = [
         _python,
-        lambda: _libraries(recipe),
+        partial(_libraries, recipe),
         _accelerator,
-        lambda: _engine(recipe),
+        partial(_engine, recipe),
         _precision,
         _kernels,
         _compiler,
         _extension_locks,
-        lambda: _disk(folder or Path.cwd()),
+        partial(_disk, folder or Path.cwd()),
         _memory,
         _threads,
         _wandb,
@@ -129,7 +130,7 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
         try:
             findings += check()
         except Exception as error:  # one broken library must not hide the other findings
-            name = getattr(check, "__name__", "check").strip("_<>")
+            name = getattr(check, "func", check).__name__.strip("_")
             findings.append(
                 Finding(
                     name=name,

@@ -16,7 +16,7 @@ import torch
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
-from mm_moslora.training.engine import refuse_ranks
+from mm_moslora.training.engine import check_file, refuse_ranks
 from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, Memory, StepMemory
 from mm_moslora.training.metrics.gpu_specs import Gpus
@@ -206,6 +206,9 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     planned = recipe.for_ranks(gpus.count).train
     refuse_ranks(planned, gpus.count)
     check_zero(planned, recipe.adapter)
+    if planned.zero.endswith(".json"):
+        resolved = "fp32" if in_fp32 else "bf16" if train.precision == "auto" else train.precision
+        check_file(planned, precision=resolved, max_grad_norm=recipe.optim.max_grad_norm, trains_here=False)
     check_model(recipe, size.model, layers=size.layers)
     data = data or known_data(recipe.data.train, size.tokens_per_image)
     if data is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,27 @@ def read_preset(name: str) -> dict[str, Any]:
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"train.zero {name}: zero_optimization is {zero!r}, expected a group of keys.")
+    groups = {key: settings.get(key) for key in ("bf16", "fp16")}
+    groups |= {f"zero_optimization.{key}": zero.get(key) for key in ("offload_param", "offload_optimizer")}
+    for key, group in groups.items():
+        if not isinstance(group, dict) and group not in (None, "auto"):
+            raise ConfigError(f"train.zero {name}: {key} is {group!r}, expected a group of keys.")
+    if "stage" in zero:
+        zero["stage"] = _stage(zero["stage"], name)
     return settings
 
 
+def _stage(value: object, name: str) -> int:
+    """The stage as a number; DeepSpeed takes `"3"` and `3.0`, too."""
+    known = {str(stage): stage for stage in range(4)}
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if text not in known:
+        raise ConfigError(f"train.zero {name}: zero_optimization.stage is {value!r}, expected 0 to 3.")
+    return known[text]
+
+
 def fill_zero(zero: dict[str, Any], *, largest_adapter: int, ranks_of_host: int) -> None:
-    """Put values in the place of "auto" in `zero_optimization`, in place.
+    """Put values in the place of "auto" in `zero_optimization`, in place; DeepSpeed's default is that of other keys.
 
     Args:
         zero: of a preset or file.
@@ -55,6 +72,9 @@ def fill_zero(zero: dict[str, Any], *, largest_adapter: int, ranks_of_host: int)
         zero.setdefault(_PERSISTENCE, "auto")
     filled = {_PERSISTENCE: max(PERSISTENT, largest_adapter), _SECONDARY: ranks_of_host}
     zero.update({key: value for key, value in filled.items() if zero.get(key) == "auto"})
+    for group in (zero, *(value for value in zero.values() if isinstance(value, dict))):
+        for key in [key for key, value in group.items() if value == "auto"]:
+            del group[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +115,7 @@ class ZeroSettings:
         Raises:
             ConfigError: see `read_preset`; or a size is no number.
         """
-        zero = dict(read_preset(name).get("zero_optimization", {}))
+        zero = read_preset(name).get("zero_optimization", {})
         fill_zero(zero, largest_adapter=largest_adapter, ranks_of_host=ranks_of_host)
 
         def number(key: str) -> int:
@@ -105,8 +125,7 @@ class ZeroSettings:
                 raise ConfigError(f"train.zero {name}: zero_optimization.{key} is {value!r}, expected a number.")
             return int(value)
 
-        if (stage := number("stage")) > 3:
-            raise ConfigError(f"train.zero {name}: zero_optimization.stage is {stage}, expected 0 to 3.")
+        stage = number("stage")
         overlaps = zero.get("overlap_comm")
         offload = zero.get("offload_optimizer")
         share = offload.get("ratio", 1.0) if isinstance(offload, dict) and stage == 3 else 1.0
@@ -126,6 +145,13 @@ class ZeroSettings:
             parameters_off=_place(zero, "offload_param", "cpu_offload_param") if stage == 3 else "",
             optimizer_off=share if stage and _place(zero, "offload_optimizer", "cpu_offload") else 0.0,
         )
+
+
+def wants_cpu_adam(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's compiled AdamW steps the parameters that are offloaded to main memory."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer")
+    offloads = isinstance(offload, dict) and offload.get("device", "none") != "none"
+    return offloads and config.get("zero_force_ds_cpu_optimizer") is True
 
 
 def _place(zero: dict[str, Any], group: str, old: str) -> str:

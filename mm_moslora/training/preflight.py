@@ -23,7 +23,7 @@ from mm_moslora.config import (
 )
 from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.data.sources.open_sources import require_sources
-from mm_moslora.training.deepspeed_presets import read_preset
+from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
 from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, TrainingError, suggestion
 from mm_moslora.utils.files import refuse_strangers
 from mm_moslora.utils.run_paths import (
@@ -132,7 +132,8 @@ def check_zero(train: TrainConfig, adapter: AdapterConfig) -> None:
         return
     if train.zero == "auto":  # ZeRO-1 or 2
         return
-    settings = read_preset(train.zero).get("zero_optimization", {})
+    preset = read_preset(train.zero)
+    settings = preset.get("zero_optimization", {})
     offload = settings.get("offload_optimizer")
     if isinstance(offload, dict) and offload.get("device") == "nvme":
         raise ConfigError(
@@ -140,6 +141,14 @@ def check_zero(train: TrainConfig, adapter: AdapterConfig) -> None:
             "checkpoints cannot read it. Choose cpu; weights may be there (offload_param)."
         )
     stage = settings.get("stage", 0)
+    offloads = isinstance(offload, dict) and offload.get("device") == "cpu" and stage == 3
+    share = offload.get("ratio", "auto") if offloads else "auto"
+    if share not in ("auto", 1) and not wants_cpu_adam(preset):
+        raise ConfigError(
+            f"train.zero {train.zero} keeps a share of the optimiser's state on the GPU (offload_optimizer.ratio "
+            f"{share}), which only DeepSpeed's own AdamW can. Set zero_force_ds_cpu_optimizer to true, or leave ratio "
+            "out."
+        )
     if train.compile is not None and stage == 3:
         raise ConfigError(
             f"train.compile is {train.compile!r} with train.zero {train.zero}. Compiled layers are tried on ZeRO-0 to "

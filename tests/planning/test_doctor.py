@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -81,6 +82,20 @@ def test_a_recipe_names_settings_that_deepspeed_takes_here(monkeypatch: pytest.M
     }
     assert [found[zero]["train.zero"] for zero in found] == ["ok", "bad"]
     assert "train.zero" not in statuses(load_recipe("quickstart_tune", ["train.zero=none"]))
+
+
+def test_a_wrong_deepspeed_file_is_one_finding_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    file = tmp_path / "own.json"
+    recipe = load_recipe("quickstart_tune", [f"train.zero={file}"])
+    for zero, status in (
+        ({"stage": "3"}, "ok"), ({"stage": 3, "offload_param": "cpu"}, "bad"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "bad"),
+    ):  # fmt: skip
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        assert statuses(recipe)["train.zero"] == status
+    monkeypatch.setattr("mm_moslora.training.preflight.check_zero", lambda *_: 1 / 0)
+    assert statuses(recipe)["engine"] == "bad"
 
 
 def test_a_harmful_version_is_bad_only_where_it_is_used() -> None:

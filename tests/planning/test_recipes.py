@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import shlex
@@ -470,6 +471,28 @@ def test_a_plan_refuses_what_training_refuses(name, gpus, settings, said, folder
             parse_gpus(f"{gpus}xA100-80G"),
             DataSize(samples=1000, tokens=1000),
         )
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}, None),
+        ({"stage": "2", "allgather_bucket_size": "auto", "overlap_comm": "auto"}, None),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "auto"}}, None),
+        ({"stage": 2, "reduce_buckte_size": 5}, "reduce_buckte_size Extra inputs are not permitted"),
+        ({"stage": 3, "offload_param": "cpu"}, r"offload_param is 'cpu', expected a group of keys"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, r"offload_optimizer\.ratio 0\.5"),
+    ],
+)
+def test_a_plan_takes_the_deepspeed_files_that_training_takes(zero, said, folders, tmp_path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": zero}))
+    recipe = changed(shipped("llava15_7b_moslora", folders), zero=str(file))
+    if said is None:
+        assert plan(recipe, parse_gpus("8xA100-80G")).own.tokens_per_second > 0
+        return
+    with pytest.raises(ConfigError, match=said):
+        plan(recipe, parse_gpus("8xA100-80G"))
 
 
 def test_a_plan_judges_the_largest_micro_batch_and_says_what_would_fit(folders) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -108,14 +109,53 @@ def test_memory_is_counted_with_the_settings_that_deepspeed_gets(tmp_path):
     file.write_text("{}")
     assert settings_of(str(file)).stage == 0
     for wrong, said in (
-        ('"reduce_bucket_size": "auto"', "is 'auto', expected a number"),
+        ('"reduce_bucket_size": "large"', "is 'large', expected a number"),
         ('"stage": 4', "is 4, expec"),
+        ('"stage": true', "is True, expected 0 to 3"),
+        ('"stage": 3, "offload_param": "cpu"', r"zero_optimization\.offload_param is 'cpu', expected a group of keys"),
     ):
         file.write_text(f'{{"zero_optimization": {{{wrong}}}}}')
         with pytest.raises(ConfigError, match=said):
             settings_of(str(file))
     with pytest.raises(ConfigError, match="zero4"):
         settings_of("zero4")
+
+
+PUBLISHED_FILES = {
+    "llava-zero2": {"stage": 2, "overlap_comm": True, "sub_group_size": 1e9, "reduce_bucket_size": "auto"},
+    "llava-zero3": {
+        "stage": 3, "overlap_comm": True, "sub_group_size": 1e9, "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+    },
+    "transformers-zero2": {
+        "stage": 2, "offload_optimizer": {"device": "none", "pin_memory": "auto"}, "allgather_bucket_size": "auto",
+        "overlap_comm": "auto", "reduce_bucket_size": "auto", "contiguous_gradients": "auto",
+    },
+    "transformers-zero3": {
+        "stage": "3", "offload_param": {"device": "cpu", "buffer_count": "auto"}, "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": "auto",
+    },
+}  # fmt: skip
+"""`zero_optimization` of the files that LLaVA's scripts and transformers' examples train with, shortened."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_auto_in_a_deepspeed_file_is_deepspeeds_default(name, recipe, card, tmp_path):
+    zero = PUBLISHED_FILES[name]
+    groups = {
+        key: {k: v for k, v in value.items() if v != "auto"} for key, value in zero.items() if type(value) is dict
+    }
+    found = []
+    for number, settings in enumerate((zero, {key: value for key, value in zero.items() if value != "auto"} | groups)):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps({"bf16": {"enabled": "auto"}, "zero_optimization": settings}))
+        found.append(settings_of(str(file)))
+        card(80)
+        assert budget_of(with_train(recipe, zero=str(file))) > 10_000
+    assert found[0] == found[1]
+    assert found[0].stage == int(zero["stage"])
 
 
 def test_what_a_setting_of_deepspeed_costs_and_saves_is_in_the_estimate(recipe, tmp_path):

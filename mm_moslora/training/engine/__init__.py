@@ -7,6 +7,7 @@ same numbers on either, and for every split into ranks and micro-batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -38,6 +39,7 @@ __all__ = [
     "TorchEngine",
     "build_engine",
     "check_engine",
+    "check_file",
     "deepspeed_config",
     "largest_adapter",
     "prepare_deepspeed",
@@ -60,7 +62,7 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
     refuse_ranks(train, distributed.world_size())
     if train.zero == "none":
         return
-    config = deepspeed_config(train, precision, max_grad_norm)
+    config = check_file(train, precision=precision, max_grad_norm=max_grad_norm)
     import_deepspeed(train.zero)
     from deepspeed.accelerator import get_accelerator
 
@@ -72,8 +74,28 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
             f"({accelerator.device_name()}). Choose another, or auto."
         )
     check_operators(config, train.zero)
+
+
+def check_file(train: TrainConfig, *, precision: str, max_grad_norm: float, trains_here: bool = True) -> dict[str, Any]:
+    """Check the settings of DeepSpeed that `train.zero` names, as far as they do not depend on the machine.
+
+    Args:
+        train: the recipe's `train`, on DeepSpeed.
+        precision: resolved.
+        max_grad_norm: from `optim`.
+        trains_here: as for `deepspeed_config`.
+
+    Returns:
+        The settings, from `deepspeed_config`.
+
+    Raises:
+        ConfigError: DeepSpeed refuses a file, or it is missing.
+    """
+    config = deepspeed_config(train, precision, max_grad_norm, trains_here=trains_here)
     if train.zero.endswith(".json"):
+        import_deepspeed(train.zero)
         check_settings(config, train.zero)
+    return config
 
 
 def refuse_ranks(train: TrainConfig, world: int) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.vision.timm_open_clip_tower import fp32_parameters
+from mm_moslora.training.deepspeed_presets import wants_cpu_adam
 from mm_moslora.training.engine import deepspeed_patches
-from mm_moslora.training.engine.deepspeed_settings import wants_cpu_adam
 from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils.errors import ConfigError, TrainingError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.training.deepspeed_presets import fill_zero, read_preset
+from mm_moslora.training.deepspeed_presets import fill_zero, read_preset, wants_cpu_adam
 from mm_moslora.training.engine.deepspeed_patches import skip_shared_memory_operator
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
@@ -27,7 +27,7 @@ NVME_FOLDER = "MM_MOSLORA_NVME"
 
 
 def deepspeed_config(
-    train: TrainConfig, precision: str, max_grad_norm: float, *, largest_adapter: int = 0
+    train: TrainConfig, precision: str, max_grad_norm: float, *, largest_adapter: int = 0, trains_here: bool = True
 ) -> dict[str, Any]:
     """A preset or file with the values of the recipe filled in.
 
@@ -36,6 +36,7 @@ def deepspeed_config(
         precision: resolved.
         max_grad_norm: from `optim`.
         largest_adapter: elements of it, see `largest_adapter`; ZeRO-3 leaves weights of that size whole.
+        trains_here: whether `MM_MOSLORA_NVME` must name the folder for swapped weights.
 
     Raises:
         ConfigError: no such preset, or the file contradicts the recipe.
@@ -65,10 +66,10 @@ def deepspeed_config(
         elif given == "auto" or key == "train_micro_batch_size_per_gpu":
             config[key] = value
     zero = config.get("zero_optimization", {})
-    fill_zero(zero, largest_adapter=largest_adapter, ranks_of_host=distributed.ranks_of_host())
     swapped = zero.get("offload_param")
-    if isinstance(swapped, dict) and swapped.get("nvme_path") == "auto":
+    if trains_here and isinstance(swapped, dict) and swapped.get("nvme_path") == "auto":
         swapped["nvme_path"] = nvme_folder()
+    fill_zero(zero, largest_adapter=largest_adapter, ranks_of_host=distributed.ranks_of_host())
     config.pop("train_batch_size", None)
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -121,13 +122,6 @@ def check_operators(config: Mapping[str, Any], zero: str) -> None:
                 f"train.zero {zero} needs DeepSpeed's operator {name.removesuffix('Builder')}, which cannot be built "
                 f"here (device {accelerator.device_name()}). It needs {needs}. Choose another train.zero."
             )
-
-
-def wants_cpu_adam(config: Mapping[str, Any]) -> bool:
-    """Whether DeepSpeed's compiled AdamW steps the parameters that are offloaded to main memory."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer")
-    offloads = isinstance(offload, dict) and offload.get("device", "none") != "none"
-    return offloads and config.get("zero_force_ds_cpu_optimizer") is True
 
 
 def check_settings(config: dict[str, Any], zero: str) -> None:
