@@ -11,6 +11,8 @@ import pytest
 from tiny import make_records
 from trials import STAGES, bounded, full, hexed, losses, make_recipe, metrics, with_train, write
 
+from mm_moslora.config import Recipe
+
 pytestmark = pytest.mark.slow
 SPLITS = (1, 2, 4)
 SMALL = {"global_batch": 2, "micro_batch": 1}
@@ -20,16 +22,20 @@ SMALL = {"global_batch": 2, "micro_batch": 1}
 def splits(parts, ranks, tmp_path_factory) -> Path:
     """Eight samples per step as 1 x 4, 2 x 1 to 2 and 4 x 1 (ranks x micro-batches), on every stage, in fp32.
 
-    On two ranks the tokens decide: four samples share a micro-batch where they have no pictures. The six steps hold
-    one without any picture, in which the projector gets no gradient.
+    On two ranks the tokens decide: four samples share a micro-batch where they have no pictures. On one rank layers
+    are those of unknown families. The six steps hold one without any picture, in which the projector gets no gradient.
     """
     folder = tmp_path_factory.mktemp("splits")
-    for world in SPLITS:
-        recipes = [make_recipe(parts, folder / f"{stage}-{world}", stage, steps=6) for stage in STAGES]
+
+    def recipe(stage: str, world: int) -> Recipe:
+        made = make_recipe(parts, folder / f"{stage}-{world}", stage, steps=6, micro_batch=2)
         if world == 2:
-            recipes = [bounded(recipe, 4) for recipe in recipes]
-        ranks.run([write(recipe) for recipe in recipes], ranks=world)
-    ranks.run([write(make_recipe(parts, folder / "none-1", "none", steps=6))], ranks=1)
+            return bounded(made, 4)
+        return replace(made, model=replace(made.model, lean_layers=world > 1))
+
+    for world in SPLITS:
+        stages = STAGES if world > 1 else (*STAGES, "none")
+        ranks.run(["trials:train_counting", *(write(recipe(stage, world)) for stage in stages)], ranks=world)
     return folder
 
 
@@ -95,23 +101,26 @@ def test_one_record_five_and_text_alone_give_the_numbers_of_one_rank(parts, rank
             assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
 
 
+def check_counts(run):
+    """No layer ran as modules."""
+    counts = json.loads((run / "kernel.json").read_text())
+    assert counts["modules"] == 0
+    assert counts["fused"] > 0
+
+
 def check_fused(folder, names):
     """No layer ran as modules, and every run has the numbers of plain torch."""
     for name in names:
-        counts = json.loads((folder / name / "kernel.json").read_text())
-        assert counts["modules"] == 0
-        assert counts["fused"] > 0
+        check_counts(folder / name)
         for key in ("loss", "grad_norm"):
             found, expected = ([line[key] for line in metrics(folder / run)] for run in (name, "none"))
             assert found == pytest.approx(expected, rel=1e-5), key
 
 
-def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(parts, ranks, tmp_path):
+@pytest.mark.parametrize("stage", [*STAGES, "none"])
+def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(stage, splits):
     """Layers of unknown families; their micro-batches share the products of the adapters."""
-    recipes = {name: make_recipe(parts, tmp_path / name, name, dropout=0.1) for name in (*STAGES, "none")}
-    recipes = {name: replace(item, model=replace(item.model, lean_layers=False)) for name, item in recipes.items()}
-    ranks.run(["trials:train_counting", *(write(recipe) for recipe in recipes.values())], ranks=1)
-    check_fused(tmp_path, recipes)
+    check_counts(splits / f"{stage}-1")
 
 
 @pytest.mark.parametrize("lean", [True, False])
