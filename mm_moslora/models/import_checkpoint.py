@@ -92,6 +92,17 @@ def import_parts(
     """
     check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _import(source, folder, language=language, vision=vision, xtuner_config=xtuner_config)
+    except BaseException:  # the same command works as soon as the cause is mended
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _import(
+    source: Path, folder: Path, *, language: str | None, vision: str | None, xtuner_config: Path | None
+) -> Imported:
     config_file = (source if source.is_dir() else source.parent) / "config.json"
     settings = dict(json.loads(config_file.read_text(encoding="utf-8"))) if config_file.is_file() else {}
     if source.is_dir() and (source / "adapter_config.json").is_file():
