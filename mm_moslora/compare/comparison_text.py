@@ -33,7 +33,8 @@ def plan_lines(settings: Settings) -> list[str]:
         )
         if settings.grow and len(settings.rates) > 2:
             lines.append(
-                f"up to {settings.grow} further rates for an arm whose best rate lies at an edge of the grid (--grow 0: none)"
+                f"up to {settings.grow} further rates for an arm whose best rate lies at an edge of the grid "
+                "(--grow 0: none)"
             )
     else:
         lines.append(f"learning rate {rates} for every arm, not tuned: a difference may come from it")
