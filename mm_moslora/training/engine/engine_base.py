@@ -355,11 +355,17 @@ class Engine(ABC):
     def _convert_before(self, optimizer: torch.optim.Optimizer) -> None:
         """Have the optimiser read gradients of the manifold; it may step by group, on every rank in one order."""
         if self.manifold.factors:
-            optimizer.register_step_pre_hook(lambda *_: self._convert())
+            optimizer.register_step_pre_hook(lambda stepping, *_: self._convert(stepping))
 
-    def _convert(self) -> None:
-        pieces = self.pieces()
-        gradients = [(piece.name, piece.start, piece.gradient) for piece in pieces if piece.gradient is not None]
+    def _convert(self, optimizer: torch.optim.Optimizer) -> None:
+        # With offloading all groups have gradients while one steps, and each is converted once.
+        read = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        spans = [(grad.data_ptr(), grad.data_ptr() + grad.numel() * grad.element_size()) for grad in read]
+        gradients = [
+            (piece.name, piece.start, piece.gradient)
+            for piece in self.pieces()
+            if piece.gradient is not None and any(at <= piece.gradient.data_ptr() < end for at, end in spans)
+        ]
         self.manifold.convert(self._points, gradients, replicated=self.replicated)
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
