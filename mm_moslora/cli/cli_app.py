@@ -281,6 +281,7 @@ def plan(
     supervised: float = 0.15,
     picture: str | None = None,
     price: float | None = None,
+    network: float | None = None,
 ) -> int:
     """Memory per GPU, tokens per second, hours and cost of a recipe, before anything is loaded.
 
@@ -301,12 +302,15 @@ def plan(
         size; default: 640x480.
     price
         Price per GPU and hour, in any currency.
+    network
+        Bandwidth between hosts of eight GPUs in GB/s, all network adapters of a host together; default: 200 for A100
+        and later, 12.5 (100 Gb/s) for cards with slower links.
     """
     from mm_moslora.cli.plan_output import show_plan
 
     return show_plan(
         _recipe(recipe, overrides), gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
-        picture=picture, price=price,
+        picture=picture, price=price, network=network,
     )  # fmt: skip
 
 

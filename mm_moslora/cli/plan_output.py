@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
@@ -26,6 +26,7 @@ def show_plan(
     supervised: float,
     picture: str | None,
     price: float | None,
+    network: float | None,
 ) -> int:
     """Print a plan; returns 1 when no setting fits.
 
@@ -37,6 +38,7 @@ def show_plan(
         supervised: supervised share of the tokens.
         picture: such as `640x480`; None: the model's fixed input size, or 640x480.
         price: price per GPU and hour, in any currency.
+        network: GB/s between hosts, all adapters of a host together; None: assumed by the card.
     """
     from mm_moslora.training.metrics.gpu_specs import parse_gpus
     from mm_moslora.utils.errors import ConfigError
@@ -52,6 +54,10 @@ def show_plan(
         raise ConfigError(f"--price is {price:g}, expected 0 or more.")
     if (samples is None) != (tokens_per_sample is None):
         raise ConfigError("--samples and --tokens-per-sample belong together; one of them is missing.")
+    if network is not None:
+        if not 0 < network < math.inf:
+            raise ConfigError(f"--network is {network:g}, expected GB/s above 0.")
+        cards = replace(cards, network=network * 1e9)
     size = _size(picture) if picture is not None else None
     quiet_libraries()
     from rich.console import Console
@@ -93,6 +99,17 @@ def _pictures(found: Plan) -> str:
     if size.unseen:
         line += f" [yellow]Computed from the configuration, not by the model's processor[/]: {escape(size.unseen)}"
     return line
+
+
+def _links(found: Plan) -> str:
+    """The assumed bandwidths."""
+    from mm_moslora.training.metrics.gpu_specs import PER_HOST
+
+    gpus = found.gpus
+    line = f"Assumed bandwidth: {gpus.bandwidth / 1e9:g} GB/s between the GPUs of a host"
+    if gpus.count > PER_HOST:
+        line += f", {gpus.network / 1e9:g} GB/s between hosts of {PER_HOST} GPUs (--network)"
+    return line + "."
 
 
 def _parts(found: Plan) -> Any:
@@ -178,6 +195,8 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
             f"[yellow]{found.idle} of {gpus.count} GPUs are idle[/]: the {'records' if rows == 1 else 'rows'} "
             f"of a step keep {gpus.count - found.idle} busy. Take fewer GPUs, or raise train.global_batch."
         )
+    if gpus.count > 1:
+        console.print(_links(found))
     console.print(f"{as_it_stands(found, found.own)} {found.remedy}".rstrip())
     if found.own.main_memory:
         console.print(

@@ -16,6 +16,7 @@ import torch
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
+from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.engine import check_file, refuse_ranks
 from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, Memory, StepMemory
@@ -130,20 +131,31 @@ def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
     return 0.30 if newer else 0.33
 
 
-def speed(
-    size: ActivationMemory, gpus: Gpus, data: DataSize, *, stage: int, samples: float, checkpointing: float
-) -> float:
+def speed(step: StepMemory, gpus: Gpus, data: DataSize, *, samples: float, number: float = 1.0) -> float:
     """Tokens per second over all GPUs with mean micro-batches of so many samples; ZeRO-3's gathers overlap with
-    computation as far as possible. `checkpointing` is the share of the layers."""
-    work = _flops(size, data, samples, checkpointing=checkpointing).total
+    computation as far as possible, the exchange of gradients does not. `number` micro-batches of a GPU make a step."""
+    size, zero = step.size, step.settings
+    work = _flops(size, data, samples, checkpointing=step.share_again).total
     peak = gpus.peak_fp32 if size.value_bytes == 4 else gpus.peak
     seconds = work / (peak * utilisation(gpus, size))
-    if stage == 3:
-        passes = 2 + checkpointing
-        seconds = max(seconds, passes * size.weight_bytes * (gpus.count - 1) / gpus.count / gpus.bandwidth)
-    elif gpus.count > 1:
-        seconds += 2 * size.trainable * size.value_bytes / gpus.bandwidth / 4  # a few micro-batches share it
+    if zero is not None and gpus.count > 1:
+        gathers, gradients = _exchange(step, zero, gpus, number=number)
+        seconds = max(seconds, gathers) + gradients
     return gpus.count * samples * data.tokens / seconds
+
+
+def _exchange(step: StepMemory, zero: ZeroSettings, gpus: Gpus, *, number: float) -> tuple[float, float]:
+    """Seconds of a micro-batch in which ZeRO-3 gathers weights, and in which gradients and updates are exchanged."""
+    trained = step.size.trainable * step.size.value_bytes
+    if zero.stage < 2:
+        return 0.0, 2 * trained / number / gpus.across
+    if zero.stage == 2:  # gradients of every micro-batch
+        return 0.0, trained * (1 + 1 / number) / gpus.across
+    fetched, copies = (2 + step.share_again) * step.fetched, zero.secondary
+    # Without second copies, all weights come from all GPUs; else only updated ones do, once a step.
+    first = fetched if copies == 1 else min(trained, step.fetched) / number
+    gathers = first * (1 - 1 / gpus.count) / gpus.across + (fetched - first) * (1 - 1 / copies) / gpus.bandwidth
+    return gathers, trained / gpus.across
 
 
 def busy_share(global_batch: int, gpus: int) -> float:
@@ -165,9 +177,9 @@ def _simplest(options: list[Option]) -> Option | None:
     return min(options, key=lambda o: (bool(o.checkpointing), order[o.zero], -o.micro_batch), default=None)
 
 
-def settings(global_batch: int, gpus: Gpus) -> Iterator[tuple[str, bool, int]]:
-    """ZeRO stage, checkpointing and micro-batch to try; the global batch is kept."""
-    share = max(1, global_batch // gpus.count)
+def settings(global_batch: int, gpus: Gpus, *, together: int = 1) -> Iterator[tuple[str, bool, int]]:
+    """ZeRO stage, checkpointing and micro-batch to try; the global batch is kept, and `together` ranks share a row."""
+    share = max(1, global_batch * together // gpus.count)
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share and global_batch % size == 0]
     stages = STAGES if gpus.count > 1 else ("zero0",)
     for zero in stages:
@@ -218,6 +230,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     per_row = max(1.0, recipe.data.pack_tokens / tokens)
     data = replace(data, tokens=tokens, per_row=per_row, supervised=supervised)
     together = train.sequence_parallel
+    share = math.ceil(train.global_batch * together / gpus.count)  # of a step's rows, the most that a rank gets
     busy = busy_share(train.global_batch, max(1, gpus.count // together))
 
     longest = recipe.data.longest
@@ -234,16 +247,17 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             zero=zero, checkpointing=checkpointing, micro_batch=micro_batch,
             most=tokens if tokens < micro_batch * longest else None, memory=needed,
             tokens_per_second=busy * speed(
-                size, gpus, data, stage=step.stage, samples=samples / together, checkpointing=step.share_again
+                step, gpus, data, samples=samples / together,
+                number=max(1.0, share * data.per_row / samples),
             ),
             fits=needed.total <= FREE_SHARE * gpus.memory, offload=offload,
             main_memory=step.main_memory(packed=recipe.model.quantisation != "none"),
         )  # fmt: skip
 
-    options = [option(*setting) for setting in settings(train.global_batch, gpus)]
+    options = [option(*setting) for setting in settings(train.global_batch, gpus, together=together)]
     own = option(
-        planned.zero, train.gradient_checkpointing, train.micro_batch,
-        offload=train.activation_offload,
+        planned.zero, train.gradient_checkpointing,
+        min(train.micro_batch, share), offload=train.activation_offload,
     )  # fmt: skip
     fitting = [option for option in options if option.fits]
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])

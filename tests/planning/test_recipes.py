@@ -30,7 +30,7 @@ from mm_moslora.planning.run_plan import DataSize, Plan, known_data, plan
 from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, StepMemory
-from mm_moslora.training.metrics.gpu_specs import parse_gpus
+from mm_moslora.training.metrics.gpu_specs import Gpus, parse_gpus
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.training_loop import lr_factor
 from mm_moslora.utils.errors import ConfigError, ModelError
@@ -299,7 +299,7 @@ def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(
         assert batch % option.micro_batch == 0
     # A step takes as long as ceil(batch / count) records do on one GPU; ZeRO-2's exchange is small.
     one = next(o for o in alone.options if o.micro_batch == found.own.micro_batch and not o.checkpointing)
-    assert found.own.tokens_per_second / one.tokens_per_second == pytest.approx(batch / -(-batch // count), rel=0.02)
+    assert found.own.tokens_per_second / one.tokens_per_second == pytest.approx(batch / -(-batch // count), rel=0.05)
     words = ["plan", "llava15_7b_moslora", "--gpus", f"{count}xA100-80G", "--model.vision.name"]
     words += [recipe.model.vision.name, "--model.language", str(recipe.model.language)]
     assert cli.run(words) == 0
@@ -323,7 +323,8 @@ def test_packed_rows_are_what_the_batch_sizes_of_a_plan_count(folders, planned, 
         if alike is not None:
             compared += 1
             assert option.memory.total == pytest.approx(alike.memory.total, rel=1e-3)
-            assert option.tokens_per_second == pytest.approx(alike.tokens_per_second, rel=1e-3)
+            # A step has four times as many examples, which share an exchange.
+            assert option.tokens_per_second == pytest.approx(alike.tokens_per_second, rel=5e-3)
     assert compared > 5
     words = ["plan", "llava15_7b_moslora", "--model.language", str(recipe.model.language), "--gpus", "8xA100-80G"]
     words += ["--model.vision.name", recipe.model.vision.name, "--data.pack_tokens", "4096", "--train.steps", "100"]
@@ -471,6 +472,55 @@ def test_a_plan_refuses_what_training_refuses(name, gpus, settings, said, folder
             parse_gpus(f"{gpus}xA100-80G"),
             DataSize(samples=1000, tokens=1000),
         )
+
+
+def test_trained_weights_are_gathered_and_gradients_exchanged_at_the_speed_of_the_slowest_link(folders) -> None:
+    recipe = shipped("llava15_7b_full", folders)
+    size = memory_of(recipe)
+    trained = 2 * size.trainable
+
+    def seconds(zero: str, gpus: Gpus, **more: Any) -> float:
+        found = plan(changed(recipe, zero=zero, gradient_checkpointing=False, micro_tokens=1 << 20, **more), gpus)
+        tokens = found.own.micro_batch * found.data.tokens
+        return gpus.count * tokens / found.own.tokens_per_second
+
+    eight, many = parse_gpus("8xL40S-48G"), parse_gpus("64xL40S-48G")
+    assert (eight.across, many.across) == (20e9, 12.5e9)
+    weights = size.weight_bytes + trained
+    for gpus in (eight, many):  # two passes of gathers take longer than the computation; then gradients
+        expected = (2 * weights * (1 - 1 / gpus.count) + trained) / gpus.across
+        assert seconds("zero3", gpus, micro_batch=1) == pytest.approx(expected, rel=2e-3)  # small weights stay whole
+        assert seconds("zero2", gpus, micro_batch=1) < expected
+    assert plan(recipe, many).best.zero == "zero2"
+    # A second copy on every host leaves gradients and updated weights to the network: here one micro-batch is a step.
+    expected = (weights * 7 / 8 / 20e9) + (trained * 63 / 64 + trained) / 12.5e9 + size.weight_bytes * 7 / 8 / 20e9
+    assert seconds("zero3_hpz", many, micro_batch=2) == pytest.approx(expected, rel=2e-3)
+    slow, fast = (dataclasses.replace(many, network=1e9 * number) for number in (1, 100))
+    assert seconds("zero2", slow) - seconds("zero2", fast) == pytest.approx(2 * trained * (1 / 1e9 - 1 / 20e9))
+
+
+def test_a_plan_prints_its_bandwidths_and_takes_that_of_the_network(folders, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    recipe = shipped("llava15_7b_moslora", folders)
+    words = ["plan", "llava15_7b_moslora", "--model.language", str(recipe.model.language), "--model.vision.name"]
+    words += [recipe.model.vision.name, "--gpus"]
+    for more, said in (
+        (["8xA100-80G"], "Assumed bandwidth: 230 GB/s between the GPUs of a host."),
+        (["64xA100-80G"], "230 GB/s between the GPUs of a host, 200 GB/s between hosts of 8 GPUs (--network)."),
+        (["64xA100-80G", "--network", "25"], "25 GB/s between hosts of 8 GPUs"),
+    ):
+        assert cli.run([*words, *more]) == 0
+        assert said in capsys.readouterr().out
+    assert cli.run([*words, "64xA100-80G", "--network", "0"]) == 1
+    assert "--network is 0, expected GB/s above 0" in capsys.readouterr().err
+
+
+def test_a_plan_judges_the_micro_batch_that_a_rank_gets(folders) -> None:
+    recipe = shipped("llava15_7b_moslora", folders)  # 128 records a step, micro-batches of 16
+    for gpus, more, expected in ((8, {}, 16), (64, {}, 2), (48, {}, 3), (64, {"sequence_parallel": 4}, 8)):
+        found = plan(changed(recipe, **more), parse_gpus(f"{gpus}xA100-80G"))
+        assert found.own.micro_batch == expected
+        assert max(option.micro_batch for option in found.options) == {3: 2}.get(expected, expected)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,13 @@ from itertools import product
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
+from mm_moslora.training.metrics.gpu_specs import PER_HOST
 
 GIB = 2**30
 FREE_SHARE = 0.94
 """Share of a GPU's memory that a plan may fill; the rest allows for fragmentation."""
 CONTEXT = 1.2 * GIB
 """CUDA context, libraries and communication buffers."""
-PER_HOST = 8
-"""GPUs of a host, unless it is known."""
 
 MODEL_ERROR = 0.10
 """Measured peaks lie within this share of the estimate; see docs/performance.md."""
@@ -149,6 +148,12 @@ class StepMemory:
         whole = sum(length * number for length, number in size.elements.items() if length <= zero.persistent)
         gathered = min(zero.live, size.frozen + size.trainable) * 2
         return frozen, 0.0 if zero.parameters_off else copies, whole * size.value_bytes, gathered * size.value_bytes
+
+    @property
+    def fetched(self) -> float:
+        """ZeRO-3: bytes that a pass over the model gathers, of all weights but those that stay whole."""
+        frozen, _, whole, _ = self._weights()
+        return max(0.0, frozen + self.size.trainable * self.size.value_bytes - whole)
 
     def _buckets(self) -> float:
         """Bytes of the buckets in which gradients are reduced, and trained weights gathered."""

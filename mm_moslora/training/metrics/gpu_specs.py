@@ -36,6 +36,12 @@ MEMORY_GB = {
 }  # fmt: skip
 """Name: peak's name in `DENSE_TFLOPS`, memory in GB, bandwidth between GPUs of one machine in GB/s (usual wiring)."""
 
+PER_HOST = 8
+"""GPUs of a host, unless it is known."""
+NETWORK_GB, FAST_NETWORK_GB, FAST_LINK_GB = 12.5, 200.0, 150
+"""Assumed network of a host with eight GPUs, GB/s: 100 Gb/s, and an adapter of 200 Gb/s (25 GB/s) for every GPU where
+the links between GPUs carry 150 GB/s (A100 and later)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpus:
@@ -52,7 +58,14 @@ class Gpus:
     has_bf16: bool
     """Whether it multiplies bf16 fast."""
     bandwidth: float
-    """Bandwidth between GPUs of one machine, bytes per second."""
+    """Bandwidth between GPUs of one host, bytes per second."""
+    network: float
+    """Bandwidth between hosts, bytes per second: what all adapters of a host carry together."""
+
+    @property
+    def across(self) -> float:
+        """Bandwidth that a collective of all GPUs reaches; every byte comes into a host once."""
+        return self.bandwidth if self.count <= PER_HOST else min(self.bandwidth, self.network)
 
 
 def device_peak(name: str) -> float | None:
@@ -79,4 +92,5 @@ def parse_gpus(text: str) -> Gpus:
     return Gpus(
         name=found[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
         peak_fp32=FP32_TFLOPS[peak] * 1e12, has_bf16=peak not in WITHOUT_BF16, bandwidth=bandwidth * 1e9,
+        network=1e9 * (FAST_NETWORK_GB if bandwidth >= FAST_LINK_GB else NETWORK_GB),
     )  # fmt: skip
