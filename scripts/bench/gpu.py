@@ -8,11 +8,11 @@
     python scripts/bench/gpu.py --shape tiny --device cpu       a try without a GPU
 
 The checkout needs torch, transformers and peft; contenders that need more are left out with the reason. Models come
-from configurations, with random bf16 weights made on the device. A contender runs in a process of its own, for about 60
-seconds at most, and its row is written as it ends. A row that is there (same shape, contender, versions and card, and
-the same sources of this project where the contender runs them) is not measured again. A contender that fails is a row
-with its error, and the rest goes on; --retry measures failed ones again. The exit code is 75 where the time was over
-before all were measured: the same command goes on.
+from configurations, with random bf16 weights made on the device. A contender runs in a process of its own, for about
+60 seconds at most, and its row is written as it ends. A row that is there (same shape, contender, versions and card,
+the same benchmark, and the same sources of this project where the contender runs them) is not measured again. A
+contender that fails is a row with its error, and the rest goes on; --retry measures failed ones again. The exit code
+is 75 where the time was over before all were measured: the same command goes on.
 
 Training figures are of whole optimiser steps on three rotating batches of some 13,300 tokens each, in lengths like
 those of LLaVA's 665k mix, and on a full one of 16,384 tokens. Where memory does not suffice, batches are split into 2,
@@ -43,7 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +65,8 @@ GRACE = 30.0
 """Further seconds before the process is killed."""
 AGAIN = 75
 """Exit code where the time was over before all contenders were measured."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 SHAPES = ("llava-1.5-7b", "3b", "1b", "tiny")
 KEY = ("shape", "contender", "card", "versions")
 
@@ -90,16 +92,24 @@ def last_line(text: str) -> str:
     return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
-def sources() -> str:
-    """A hash of the Python files that a step and decoding run."""
-    digest, project = hashlib.sha256(), ROOT / "mm_moslora"
-    steps = [
-        path for folder in ("adapters", "kernels", "models", "training") for path in (project / folder).rglob("*.py")
-    ]
-    measuring = [path for path in Path(__file__).parent.glob("gpu_*.py") if path.name != "gpu_table.py"]
-    for path in sorted([*steps, *measuring, project / "batch.py"]):
+def digest_of(paths: Iterable[Path]) -> str:
+    """A hash of files."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def sources() -> str:
+    """A hash of the Python files that a step and decoding run."""
+    project = ROOT / "mm_moslora"
+    folders = [project / folder for folder in ("adapters", "kernels", "models", "training")]
+    return digest_of([project / "batch.py", *(path for folder in folders for path in folder.rglob("*.py"))])
+
+
+def measuring() -> str:
+    """A hash of the files that build a contender and measure it."""
+    return digest_of(path for path in Path(__file__).parent.glob("gpu_*.py") if path.name != "gpu_table.py")
 
 
 def version_of(package: str) -> str | None:
@@ -112,7 +122,7 @@ def version_of(package: str) -> str | None:
 
 def key_of(contender: Contender, shape: str, card: str) -> dict[str, Any]:
     """What a row is found by."""
-    versions = {package: version_of(package) for package in contender.packages}
+    versions = {package: version_of(package) for package in contender.packages} | {"benchmark": measuring()}
     if contender.runs_sources:
         versions["mm_moslora"] = sources()
     return {"shape": shape, "contender": contender.name, "card": card, "versions": versions}
@@ -251,7 +261,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with_parent()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     rows = RowFile(options.out)
-    left = run([BY_NAME[name] for name in options.only] if options.only else CONTENDERS, rows, options, started)
+    wanted = [BY_NAME[name] for name in options.only] if options.only else CONTENDERS
+    try:
+        left = run(wanted, rows, options, started)
+    except KeyboardInterrupt:
+        kept = (
+            f"{len(rows.rows)} rows are in {options.out}; the same command goes on" if options.out else "nothing kept"
+        )
+        logger.info("Interrupted: %s.", kept)
+        return INTERRUPTED
     print(table(rows.rows, options.predictions))
     return AGAIN if left else 0
 

@@ -517,10 +517,10 @@ def test_a_plan_prints_its_bandwidths_and_takes_that_of_the_network(folders, mon
 
 def test_a_plan_judges_the_micro_batch_that_a_rank_gets(folders) -> None:
     recipe = shipped("llava15_7b_moslora", folders)  # 128 records a step, micro-batches of 16
-    for gpus, more, expected in ((8, {}, 16), (64, {}, 2), (48, {}, 3), (64, {"sequence_parallel": 4}, 8)):
+    for gpus, more, given in ((8, {}, 16), (64, {}, 2), (48, {}, 3), (64, {"sequence_parallel": 4}, 8)):
         found = plan(changed(recipe, **more), parse_gpus(f"{gpus}xA100-80G"))
-        assert found.own.micro_batch == expected
-        assert max(option.micro_batch for option in found.options) == {3: 2}.get(expected, expected)
+        assert found.own.micro_batch == given
+        assert max(option.micro_batch for option in found.options) == {3: 2}.get(given, given)
 
 
 @pytest.mark.parametrize(

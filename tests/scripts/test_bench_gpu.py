@@ -106,10 +106,31 @@ def test_other_versions_and_sources_are_measured_again(
     monkeypatch.setattr(gpu, "sources", lambda: "other")
     gpu.main(arguments)
     assert started.names == ["hf", "ours", "ours-zero1", "ours", "ours-zero1"]
+    monkeypatch.setattr(gpu, "measuring", lambda: "other")
+    gpu.main(arguments)
+    assert started.names[5:] == ["hf", "ours", "ours-zero1"]
     monkeypatch.setattr(gpu, "version_of", lambda package: None if package == "deepspeed" else "1.0")
     gpu.main(arguments)  # a row says that DeepSpeed is not installed
-    assert started.names[5:] == []
+    assert started.names[8:] == []
     assert "left_out" in (tmp_path / "rows.jsonl").read_text().splitlines()[-1]
+
+
+def test_an_interrupt_keeps_the_rows_and_says_so(started, tmp_path: Path, monkeypatch, caplog) -> None:
+    arguments = ["--out", str(tmp_path / "rows.jsonl"), "--only", "hf", "ours"]
+    measure = gpu.measure
+
+    def interrupted(contender, *rest):
+        if contender.name == "ours":
+            raise KeyboardInterrupt
+        return measure(contender, *rest)
+
+    monkeypatch.setattr(gpu, "measure", interrupted)
+    caplog.set_level("INFO")
+    assert gpu.main(arguments) == 130
+    assert f"Interrupted: 1 rows are in {tmp_path / 'rows.jsonl'}; the same command goes on." in caplog.text
+    monkeypatch.setattr(gpu, "measure", measure)
+    assert gpu.main(arguments) == 0
+    assert started.names == ["hf", "ours"]
 
 
 def test_a_process_that_dies_or_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
