@@ -170,7 +170,7 @@ def test_a_rank_touches_no_other_gpu_when_it_draws_adapters(gpus, language, monk
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: touched.append(devices) or nullcontext())
     recipe = Recipe.from_dict({"model": {"language": "none"}})
     attach_adapters(Parts(model=language), recipe.model, recipe.adapter)
-    assert touched == [[3]]
+    assert [devices for devices in touched if devices] == [[3]]
 
 
 def test_a_gpu_that_emulates_bf16_is_named(monkeypatch, caplog):
