@@ -15,7 +15,6 @@ causal language model, and `vision/`, a tower. XTuner's factors are written to `
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import pickle
@@ -33,10 +32,10 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mm_moslora import adapters
-from mm_moslora.adapters.folder_format import PREFIX, STOCK_CONFIG, STOCK_WEIGHTS, USE_MIXER
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.families import DECODERS
+from mm_moslora.models.import_xtuner import lora_settings, write_factors
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError
@@ -201,15 +200,18 @@ def _own_names(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     for name, value in state.items():
         match = _PROJECTOR.match(name)
         assert match is not None
-        local[match[1] or match[2]] = value
+        own = match[1] or match[2]
+        if own in local:
+            raise ModelError(f"The source holds the projector's {own!r} twice ({name!r}). Remove one of the two.")
+        local[own] = value
     layers = sorted({int(name.partition(".")[0]) for name in local if name[0].isdigit()})
     if set(local) == {"weight", "bias"}:
         return "linear", {f"linear.{name}": value for name, value in local.items()}
     expected = list(range(0, 2 * len(layers), 2))
-    if not layers or layers != expected or any(not name[0].isdigit() for name in local):
+    if not layers or layers != expected or set(local) != {f"{n}.{p}" for n in layers for p in ("weight", "bias")}:
         raise ModelError(
             f"The projector has the tensors {', '.join(sorted(local)[:6])}, which are no linear layer and no "
-            "mlpNx_gelu. Only these are imported."
+            "mlpNx_gelu with a weight and a bias in each layer. Only these are imported."
         )
     if layers == [0, 2]:
         own = {"0": "linear_1", "2": "linear_2"}
@@ -221,12 +223,19 @@ def _write_projector(state: Mapping[str, Tensor], folder: Path, *, newline: Tens
     if not state:
         raise ModelError("The source holds no projector (no mm_projector.* and no projector.model.*).")
     kind, own = _own_names(state)
-    tensors = {name: value.float().contiguous() for name, value in own.items()}
-    if newline is not None:
-        tensors[NEWLINE] = newline.float().contiguous()
+    own |= {} if newline is None else {NEWLINE: newline}
+    _check_finite(own, "The projector's")
+    tensors = {name: value.float().contiguous().clone() for name, value in own.items()}
     with writing(folder / "projector.safetensors"):
         save_file(tensors, folder / "projector.safetensors")
     return kind
+
+
+def _check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
+    for name, value in tensors.items():
+        if not (value.is_floating_point() and torch.isfinite(value).all()):
+            what = "NaN or infinity" if value.is_floating_point() else f"{value.dtype}"
+            raise ModelError(f"{whose} {name!r} holds {what}, expected finite floats. Copy the file again.")
 
 
 def _difference(state: Mapping[str, Tensor], file: Path) -> float:
@@ -285,12 +294,12 @@ def _import_xtuner(source: Path, folder: Path, bases: Mapping[str, str | None], 
     state = dict(_tensors(file))
     projector = {name: value for name, value in state.items() if _PROJECTOR.match(name)}
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in bases}
-    for name in state.keys() - projector.keys():
+    for name in (name for name in state if name not in projector):
         part, _, rest = name.partition(".")
         if part not in parts:
             raise ModelError(f"{source} holds {name!r}, which is none of projector.model.*, llm.*, visual_encoder.*.")
         parts[part][rest] = state[name]
-    settings = {part: _lora_settings(part, config) for part, held in parts.items() if any("lora_" in n for n in held)}
+    settings = {part: lora_settings(part, config) for part, held in parts.items() if any("lora_" in n for n in held)}
     kind = _write_projector(projector, folder)
     result = Imported(
         folder=folder, kind="XTuner", projector=kind, tensors=len(state),
@@ -304,7 +313,7 @@ def _import_xtuner(source: Path, folder: Path, bases: Mapping[str, str | None], 
             raise ModelError(f"The checkpoint changes the {what}; name the one it was trained from: {option} BASE.")
         if part in settings:
             model = _load_part(part, base)
-            adapter = _write_factors(part, tensors, folder / f"{part}_adapter", model, settings[part])
+            adapter = write_factors(part, tensors, folder / f"{part}_adapter", model=model, settings=settings[part])
             adapters.merge(adapters.load_adapter(model, adapter))
         else:
             model = _with_weights(part, tensors, base, source)
@@ -322,54 +331,6 @@ def _load_part(part: str, base: str) -> PreTrainedModel:
     return model
 
 
-def _lora_settings(part: str, config: Path | None) -> dict[str, Any]:
-    """The arguments of `llm_lora` or `visual_encoder_lora` in XTuner's configuration file, which is parsed and not run.
-
-    Raises:
-        ModelError: no file, or no such arguments as plain values in it.
-    """
-    if config is None:
-        raise ModelError(
-            "The checkpoint holds LoRA factors without their alpha, which XTuner keeps in its Python configuration. "
-            "Name that file: --xtuner-config FILE.py (XTuner copies it into the run's folder)."
-        )
-    try:
-        tree = ast.parse(config.read_text(encoding="utf-8"))
-        calls = [
-            node.value
-            for node in ast.walk(tree)
-            if isinstance(node, ast.keyword) and node.arg == f"{part}_lora" and isinstance(node.value, ast.Call)
-        ]
-        values = {str(item.arg): ast.literal_eval(item.value) for item in calls[0].keywords if item.arg != "type"}
-        return {"r": int(values["r"]), "lora_alpha": float(values["lora_alpha"]), **values}
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError) as error:
-        raise ModelError(
-            f"{config} has no {part}_lora=dict(...) with r and lora_alpha as plain values ({type(error).__name__}: "
-            f"{error}). Write them so, or convert the checkpoint with `xtuner convert pth_to_hf`."
-        ) from error
-
-
-def _write_factors(
-    part: str, tensors: Mapping[str, Tensor], folder: Path, model: PreTrainedModel, settings: dict[str, Any]
-) -> Path:
-    """LoRA factors as an adapter folder of PEFT, or with mixers of the authors' fork."""
-    modules = {name for name, _ in model.named_modules()}
-    named: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        path, dot, rest = name.removeprefix(PREFIX).partition(".lora_")
-        if path not in modules:  # of towers, transformers dropped this level of names
-            path = path.removeprefix("vision_model.")
-        named[f"{PREFIX}{path}{dot}{rest.replace('.default.', '.')}"] = value.contiguous()
-    if settings.get(USE_MIXER) is not True and any("lora_AB" in name for name in named):
-        raise ModelError(f"The checkpoint holds mixers of {part}, and {part}_lora does not set {USE_MIXER}.")
-    folder.mkdir()
-    config = {"peft_type": "LORA", "target_modules": []} | settings
-    (folder / STOCK_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    with writing(folder / STOCK_WEIGHTS):
-        save_file(named, folder / STOCK_WEIGHTS)
-    return folder
-
-
 def _with_weights(part: str, weights: Mapping[str, Tensor], base: str, source: Path) -> PreTrainedModel:
     """A language model with whole weights of XTuner."""
     if part != "llm":
@@ -385,6 +346,7 @@ def _with_weights(part: str, weights: Mapping[str, Tensor], base: str, source: P
             f"{base!r} does not fit the checkpoint: {odd[0]!r} is unknown or of another shape. "
             "Name the model that the checkpoint was trained from: --language BASE."
         )
+    _check_finite(weights, f"{source}:")
     model.load_state_dict(dict(weights), strict=False)
     return model
 

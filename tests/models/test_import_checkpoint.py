@@ -17,6 +17,7 @@ from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_llava_checkpoint import export_original, original_state
 from mm_moslora.models.import_checkpoint import import_parts, whole_config
+from mm_moslora.models.import_xtuner import lora_settings, write_factors
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError, MoSLoRAError
 
@@ -190,6 +191,7 @@ V = "llm.base_model.model.model.layers.1.self_attn.q_proj.lora_"
         (lambda s: s, "use_dora=True, lora_use_mixer=True", "no right reading"),
         (lambda s: s, "lora_use_mixer=True, lora_alpha=alpha", "no llm_lora=dict"),
         (lambda s: s, None, "--xtuner-config FILE.py"),
+        (lambda s: s | {n.replace("base_model.model.", ""): 2 * v for n, v in s.items()}, "", "twice"),
     ],
 )
 def test_an_xtuner_checkpoint_that_is_not_understood_is_one_clear_error(
@@ -206,6 +208,48 @@ def test_an_xtuner_checkpoint_that_is_not_understood_is_one_clear_error(
             tmp_path / "iter_9.pth", tmp_path / "parts", language=str(language_folder),
             xtuner_config=None if config is None else tmp_path / "config.py",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "options", "message"),
+    [
+        ("old = dict(llm_lora=dict(type=LoraConfig, r=4, lora_alpha=64))", "", "", "may change the values of llm_lora"),
+        ("", "model.update(dict(llm_lora=dict(r=4, lora_alpha=64)))", "", "may change the values of llm_lora"),
+        ("", "model['llm_lora']['lora_alpha'] = 64", "", "line 2 may change"),
+        ("", "model.llm_lora.lora_alpha = 64", "", "line 2 may change"),
+        ("", "cfg.merge_from_dict({'model.llm_lora.r': 2})", "", "line 2 may change"),
+        ("_base_ = ['a.py']", "", "", "line 1 may change"),
+        ("", "", ", **{'r': 2}", "ValueError"),
+        ("", "", ", lora_use_scale=True", "sets lora_use_scale to True, which is not understood"),
+        ("same = dict(llm_lora=dict(type=LoraConfig, r=4, lora_alpha=8))", "text = 'llm_lora of 8'", "", None),
+    ],
+)
+def test_a_configuration_of_xtuner_has_one_meaning_without_being_run(before, after, options, message, tmp_path):
+    config = tmp_path / "config.py"
+    model = f"model = dict(llm_lora=dict(type=LoraConfig, r=4, lora_alpha=8{options}))"
+    config.write_text("\n".join(line for line in (before, model, after) if line))
+    if message is None:
+        assert lora_settings("llm", config) == {"r": 4, "lora_alpha": 8}
+        return
+    with pytest.raises(MoSLoRAError, match=message):
+        lora_settings("llm", config)
+
+
+def test_whole_weights_of_xtuner_are_finite_floats(language_folder, tmp_path):
+    state = {"projector.model.0.weight": torch.ones(64, 32), "projector.model.0.bias": torch.ones(64)}
+    for number, value in enumerate((torch.full((64,), float("nan")), torch.ones(64, dtype=torch.int8))):
+        torch.save(state | {"llm.model.norm.weight": value}, tmp_path / "a.pth")
+        with pytest.raises(ModelError, match=r"'model.norm.weight' holds (NaN|torch\.int8)"):
+            import_parts(tmp_path / "a.pth", tmp_path / f"parts{number}", language=str(language_folder))
+
+
+def test_modules_of_xtuner_that_share_a_tensor_are_written(tmp_path):
+    shared = torch.ones(2, 2)
+    folder = write_factors(
+        "llm", {"a.lora_A.weight": shared, "b.lora_A.weight": shared}, tmp_path / "a",
+        model=torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)}), settings={"r": 2},
+    )  # fmt: skip
+    assert len(load_file(folder / "adapter_model.safetensors")) == 2
 
 
 def test_what_llava_has_no_place_for_is_refused_with_the_nearest_choice(language_folder, clip, tmp_path):
@@ -225,6 +269,13 @@ def test_what_llava_has_no_place_for_is_refused_with_the_nearest_choice(language
     [
         ({"model.mm_projector.query": torch.ones(1)}, "a.bin", "no linear layer and no mlpNx_gelu"),
         ({"something": torch.ones(1)}, "a.bin", "holds no projector"),
+        ({"projector.model.0.weight": torch.ones(2, 2)}, "a.pth", "a weight and a bias in each layer"),
+        ({"projector.model.0.weight": torch.ones(2, 2), "projector.model.0.bias": torch.tensor([float("nan"), 1])},
+         "a.pth", "'layers.0.bias' holds NaN"),
+        ({"projector.model.0.weight": torch.ones(2, 2).int(), "projector.model.0.bias": torch.ones(2)},
+         "a.pth", "holds torch.int32"),
+        ({"mm_projector.0.weight": torch.ones(2, 2), "model.mm_projector.0.weight": torch.ones(2, 2)},
+         "a.bin", "'0.weight' twice"),
         ({"projector.model.0.weight": torch.ones(2, 2), "projector.model.0.bias": torch.ones(2),
           "visual_encoder.x": torch.ones(1)}, "a.pth", "changes the vision tower; name the one.*--vision"),
         ({"projector.model.0.weight": torch.ones(2, 2), "projector.model.0.bias": torch.ones(2),

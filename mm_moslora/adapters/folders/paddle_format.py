@@ -15,6 +15,7 @@ import codecs
 import math
 import pickle
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from mm_moslora.utils.errors import AdapterError
 
 PADDLE_CONFIG = "lora_config.json"
 _PICKLED = "lora_model_state.pdparams"
+_WHOLE = "peft_model.safetensors"
+_PART = re.compile(r"peft_model-\d{5}-of-(\d{5})\.safetensors")
 _NAME_TABLE = "StructuredToParameterName@@"
 _FACTORS = (".lora_A", ".lora_B", ".lora_AB")
 # How the layer is trained, or computed, not what it computes.
@@ -47,10 +50,11 @@ def paddle_adapter(root: Path) -> tuple[dict[str, Any], LoraConfig, dict[str, Te
 
     Raises:
         AdapterError: a file that is missing or damaged, a part of several, an option or a tensor that is not
-            understood.
+            understood, a tensor that is there twice, a target without tensors.
     """
     config = read_json(root / PADDLE_CONFIG)
     check_options(config, _KNOWN, str(root), file=PADDLE_CONFIG)
+    _check_numbers(config, root)
     if (config.get("tensor_parallel_degree") or 1) > 1:
         raise AdapterError(
             f"{root} holds one of {config['tensor_parallel_degree']} parts of an adapter. Save it in PaddleNLP with "
@@ -66,13 +70,53 @@ def paddle_adapter(root: Path) -> tuple[dict[str, Any], LoraConfig, dict[str, Te
             f"{root / PADDLE_CONFIG} tells a scaling of {told:g}, and its rank and alpha one of {scaling:g}. Copy the "
             "folder again."
         )
-    tensors = with_known_names({_name(name, root): tensor.t() for name, tensor in _read(root).items()})
+    held = _read(root)
+    _check_targets(config.get("target_modules") or [], held, root)
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in held.items():
+        _add(renamed, {_name(name, root): tensor.t()}, root)
+    tensors = with_known_names(renamed)
     if not config.get(USE_MIXER) and (mixed := next((name for name in tensors if "lora_mixer" in name), None)):
         raise AdapterError(
             f"{root} holds mixers ({mixed!r}), and its {PADDLE_CONFIG} declares none ({USE_MIXER}). As plain LoRA the "
             "adapter would be wrong. Copy the folder again."
         )
     return config, stock, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _check_numbers(config: Mapping[str, Any], root: Path) -> None:
+    for key in ("r", "lora_alpha", "scaling"):
+        value = config.get(key, 1)
+        number = isinstance(value, int if key == "r" else int | float) and not isinstance(value, bool)
+        if not number or (key == "r" and value < 1):
+            expected = "a whole number from 1" if key == "r" else "a number"
+            raise AdapterError(f"{root / PADDLE_CONFIG} sets {key} to {value!r}, expected {expected}.")
+
+
+def _check_targets(targets: str | list[str], names: Iterable[str], root: Path) -> None:
+    """Refuse a target (PaddleNLP matches whole module paths) of which no tensor is there."""
+    paths = {name.rpartition(".")[0] for name in names}
+    for pattern in [targets] if isinstance(targets, str) else targets:
+        try:
+            met = any(re.fullmatch(pattern, path) for path in paths)
+        except (re.error, TypeError) as error:
+            raise AdapterError(
+                f"{root / PADDLE_CONFIG} has {pattern!r} in target_modules, which is no regular expression ({error})."
+            ) from error
+        if not met:
+            raise AdapterError(
+                f"{root} holds no tensors of {pattern!r}, which its target_modules name. Copy the folder again; if the "
+                f"base model has no such modules, remove the pattern from {PADDLE_CONFIG}."
+            )
+
+
+def _add(tensors: dict[str, Tensor], more: Mapping[str, Tensor], root: Path) -> None:
+    if twice := sorted(tensors.keys() & more.keys()):
+        raise AdapterError(
+            f"{root} holds {twice[0]!r} twice, so which one is meant is unknown. Save the adapter again in an empty "
+            "folder."
+        )
+    tensors.update(more)
 
 
 def _name(name: str, root: Path) -> str:
@@ -87,9 +131,10 @@ def _name(name: str, root: Path) -> str:
 
 def _read(root: Path) -> dict[str, Tensor]:
     parts = sorted(root.glob("peft_model*.safetensors"))
+    _check_parts([part.name for part in parts], root)
     tensors: dict[str, Tensor] = {}
     for part in parts:
-        tensors |= read_tensors(part)
+        _add(tensors, read_tensors(part), root)
     if not parts:
         tensors = _unpickled(root / _PICKLED)
     odd = next((name for name, tensor in tensors.items() if tensor.ndim != 2), None)
@@ -97,6 +142,22 @@ def _read(root: Path) -> dict[str, Tensor]:
         what = f"holds {odd!r}, which is no matrix" if odd else "holds no tensors"
         raise AdapterError(f"{root} {what}. Copy the folder again.")
     return tensors
+
+
+def _check_parts(names: list[str], root: Path) -> None:
+    """Refuse a file that is neither the whole adapter nor a part of one saving, and parts of which one is missing."""
+    if not names or names == [_WHOLE]:
+        return
+    counts = {match[1] for name in names if (match := _PART.fullmatch(name))}
+    total = max(counts, default="00001")
+    expected = {f"peft_model-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)}
+    if odd := sorted(set(names) - expected):
+        raise AdapterError(
+            f"{root} holds {odd[0]} beside other files or under an unknown name; {_WHOLE} alone or all of "
+            "peft_model-NNNNN-of-NNNNN.safetensors is expected. Remove what is of another saving."
+        )
+    if missing := sorted(expected - set(names)):
+        raise AdapterError(f"{root} lacks {missing[0]}, a part of the adapter. Copy the folder again.")
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

@@ -108,6 +108,11 @@ NARROW = {f"{V}A": torch.ones(32, 2), f"{V}AB": torch.ones(2, 2), f"{V}B": torch
         (lambda held: held | {"llama.norm.weight": torch.ones(32, 1)}, {}, "'llama.norm.weight', which is not underst"),
         (lambda held: held | {f"{V}A": torch.ones(4)}, {}, "no matrix"),
         (lambda held: {n.replace("layers.1", "layers.7"): t for n, t in held.items()}, {}, "which the model lacks"),
+        (lambda held: held | {n.replace("llama", "model"): t for n, t in held.items()}, {}, r"lora_A\.weight' twice"),
+        (lambda held: held, {"target_modules": [".*q_proj.*", ".*up_proj.*"]}, r"no tensors of '\.\*up_proj\.\*'"),
+        (lambda held: held, {"target_modules": "*q"}, "no regular expression"),
+        (lambda held: held, {"r": 0}, "r to 0, expected a whole number from 1"),
+        (lambda held: held, {"lora_alpha": "6"}, "lora_alpha to '6', expected a number"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_one_clear_error(change, options: dict, said: str, tmp_path: Path) -> None:
@@ -115,6 +120,26 @@ def test_what_is_not_understood_is_one_clear_error(change, options: dict, said: 
     folder = _write(tmp_path / "a", change(tensors), layout="arrays", **options)
     with pytest.raises(AdapterError, match=said):
         load_adapter(llama(), folder)
+
+
+def test_parts_of_safetensors_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    tensors, expected = _made(mixers=True, scaling=ALPHA / RANK)
+    folder = _write(tmp_path / "a", {}, layout="arrays")
+    first, second = (folder / f"peft_model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    halves = [{n: t for n, t in tensors.items() if f"layers.{layer}" in n} for layer in (0, 1)]
+    save_file(halves[0], first)
+    with pytest.raises(AdapterError, match="lacks peft_model-00002-of-00002"):
+        load_adapter(llama(), folder)
+    save_file(halves[1], second)
+    torch.testing.assert_close(logits(load_adapter(llama(), folder)), expected, atol=2e-6, rtol=1e-5)
+    save_file(tensors, second)
+    with pytest.raises(AdapterError, match=r"layers\.0\..* twice"):
+        load_adapter(llama(), folder)
+    for other in ("peft_model.safetensors", "peft_model-00001-of-00001.safetensors", "peft_model_old.safetensors"):
+        save_file(halves[0], folder / other)
+        with pytest.raises(AdapterError, match=f"holds {other} beside other files"):
+            load_adapter(llama(), folder)
+        (folder / other).unlink()
 
 
 class _Calls:
