@@ -51,10 +51,10 @@ class ModuleReport:
     """Squared Frobenius norm over squared largest singular value of the update."""
     effective_pairs: float
     """exp of the entropy of `pair_energy`: how many pairs of a direction of B and one of A make the update."""
-    orthogonal_distance: float
-    """Distance of M from the nearest multiple of an orthogonal matrix, as a share of M: 0 for such a matrix."""
-    condition: float
-    """Largest over smallest singular value of M; infinite for a singular one."""
+    orthogonal_distance: float | None
+    """Distance of M from the nearest multiple of an orthogonal matrix, as a share of M; None: plain LoRA."""
+    condition: float | None
+    """Largest over smallest singular value of M; infinite for a singular one; None: plain LoRA."""
     moved: float | None
     """``|M - M0| / |M0|``, in the coordinates of training."""
     reshaped: float | None
@@ -184,7 +184,7 @@ def _unknown(reports: Sequence[ModuleReport], *, kept: bool) -> list[str]:
     """What is not known, and why."""
     if not kept:
         lost = sum(report.row_angles is None for report in reports)
-        return [f"{lost} modules are not in the other adapter, or have other widths there."] if lost else []
+        return [f"{lost} modules are not in the other adapter, or have other widths or NaN there."] if lost else []
     if not (_known(reports, "moved") or _known(reports, "row_angles")):
         return ["start not kept: the folder does not tell how the adapter began, so moved, reshaped and angles are -."]
     if not _known(reports, "row_angles"):
@@ -212,6 +212,8 @@ def describe(
     if not all(bool(factor.isfinite().all()) for factor in (A, mixer, B)):
         A, mixer, B, start = (torch.zeros_like(A), torch.zeros_like(mixer), torch.zeros_like(B), ModuleStart())
         scaling = math.nan
+    if start.M is not None and not start.M.isfinite().all():
+        start = ModuleStart()
     # B = U S V^T and A^T = U S V^T: the update is U_B (S_B V_B^T M V_A S_A) U_A^T times s.
     rows, columns = _Frame.of(A.T), _Frame.of(B)
     core = columns.inner @ mixer @ rows.inner.T
@@ -221,7 +223,7 @@ def describe(
     pairs = _averaging(columns.values) @ pairs @ _averaging(rows.values)
     of_mixer = torch.linalg.svdvals(mixer) + 0 * scaling
     first = start.M if start.M is not None and start.M.shape == mixer.shape else None
-    first = None if first is None or not first.isfinite().all() or not first.any() else first.double()
+    first = None if first is None or not first.any() else first.double()
     return ModuleReport(
         path=path,
         rank=rank,
@@ -229,8 +231,8 @@ def describe(
         effective_rank=_effective(_shares(values)),
         stable_rank=float(values.square().sum() / values[0].square()) if values[0] != 0 else 0.0,
         effective_pairs=_effective(pairs),
-        orthogonal_distance=_sine(float(of_mixer.sum()), math.sqrt(rank) * float(of_mixer.norm())),
-        condition=float(of_mixer[0] / of_mixer[-1]) if not of_mixer[-1] <= 1e-12 * of_mixer[0] else math.inf,
+        orthogonal_distance=None if M is None else _sine(float(of_mixer.sum()), rank**0.5 * float(of_mixer.norm())),
+        condition=None if M is None else _condition(of_mixer),
         moved=None if M is None or first is None else float((mixer - first).norm() / first.norm()),
         reshaped=None if M is None or first is None else _reshaped(mixer, first, start.rows),
         row_angles=_angles(rows, mixer, start.rows, start.M),
@@ -314,6 +316,10 @@ def _sine(product: float, lengths: float) -> float:
     return math.sqrt(max(1 - (product / lengths) ** 2, 0.0)) if lengths else 0.0 * lengths
 
 
+def _condition(values: Tensor) -> float:
+    return float(values[0] / values[-1]) if not values[-1] <= 1e-12 * values[0] else math.inf
+
+
 def _rows(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in matrix.tolist())
 
@@ -367,7 +373,7 @@ def summary(reports: Sequence[ModuleReport]) -> dict[str, float]:
     values = {name: [v for report in reports if (v := getattr(report, name)) is not None] for name in MEASURES}
     condition = values.pop("condition")
     means = {f"mixer/{name}": sum(known) / len(known) for name, known in values.items() if known}
-    return means | {"mixer/condition_max": max(condition)}
+    return means | ({"mixer/condition_max": max(condition)} if condition else {})
 
 
 def draw(reports: Sequence[ModuleReport], picture: str | Path, *, most: int = 6) -> Path:

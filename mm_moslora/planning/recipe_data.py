@@ -12,7 +12,7 @@ from rich.text import Text
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles
+from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
 from mm_moslora.data.check.html_view import Sample, page
 from mm_moslora.data.check.record_check import CheckReport, check
 from mm_moslora.data.check.terminal_view import (
@@ -96,6 +96,8 @@ def check_recipe(
     for name, marks in held_out.items():
         finding, pairs = leakage(reports["train"].images, marks, name=name)
         leaks, found = [*leaks, finding], found + pairs
+    if "validation" in reports:
+        leaks.append(repeated_records(reports["train"], reports["validation"]))
     if leaks:
         shown += [view_findings(leaks), view_matches(found, everything=everything)]
         plain["leakage"] = {"findings": [item._asdict() for item in leaks], "pairs": [list(pair) for pair in found]}

@@ -279,6 +279,29 @@ def test_a_fresh_adapter_has_no_update(tmp_path: Path) -> None:
     assert {report.effective_rank for report in inspect_adapter(tmp_path / "a")} == {0.0}
 
 
+def test_measures_of_a_mixer_are_none_without_one_and_their_means_leave_it_out() -> None:
+    given = _drawn()
+    mixed, plain = (describe("m", given.A, M, given.B, 1.0) for M in (given.M, None))
+    assert (plain.orthogonal_distance, plain.condition) == (None, None)
+    means = summary([mixed, plain])
+    assert means["mixer/orthogonal_distance"] == mixed.orthogonal_distance
+    assert means["mixer/condition_max"] == mixed.condition
+    assert not {"mixer/orthogonal_distance", "mixer/condition_max"} & summary([plain]).keys()
+
+
+def test_a_start_of_nan_is_not_known() -> None:
+    given = _drawn()
+    damaged = torch.full_like(given.A0, math.nan)
+    starts = (
+        ModuleStart(M=given.M0, rows=Overlap.of(given.A, damaged)),
+        ModuleStart(M=given.M0 * math.nan, rows=Overlap.of(given.A, given.A0)),
+    )
+    for start in starts:
+        report = describe("m", given.A, given.M, given.B, 1.0, start=start)
+        assert (report.row_angles, math.isfinite(report.norm_update)) == (None, True)
+    assert report.moved is None
+
+
 def test_table_summary_and_picture(tmp_path: Path) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4))
     train_a_bit(model)

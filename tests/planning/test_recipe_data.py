@@ -216,6 +216,24 @@ def test_validation_pictures_are_compared_by_themselves(recipe, tmp_path, capsys
     assert "17.pngisinboth" in "".join(capsys.readouterr().out.split())
 
 
+def test_held_out_records_that_are_trained_on_as_copies_are_counted(recipe, tmp_path, capsys):
+    name, path = recipe(), tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines()
+    asked = ["data", "check", name, "--data.train.0.hold_out", "5", "--json"]
+    seen = []
+    for copies in (1, 2):
+        path.write_text("\n".join(lines * copies))
+        assert run(asked) == 0
+        (finding,) = [
+            item for item in json.loads(capsys.readouterr().out)["leakage"]["findings"]
+            if item["name"] == "records in data.validation"
+        ]  # fmt: skip
+        seen.append((finding["status"], finding["detail"]))
+    assert seen[0] == ("ok", "no training record is a copy of one of 5")
+    assert seen[1][0] == "warn"
+    assert int(seen[1][1].rpartition(" ")[2]) >= 1
+
+
 @pytest.mark.slow
 def test_several_processes_find_what_one_finds(recipe, tmp_path, capsys, monkeypatch):
     from mm_moslora.data.check import record_check

@@ -52,13 +52,13 @@ class Overlap:
 
     @classmethod
     def of(cls, factor: Tensor, start: Tensor | None) -> Overlap | None:
-        """Of two factors ``[R, D]`` and ``[R0, D]``; None where there is no start, or one of zero or another width.
+        """Of two factors ``[R, D]`` and ``[R0, D]``; None without a start, and for one of zero, NaN or another width.
 
         Args:
             factor: A, or B^T.
             start: the same at the start.
         """
-        if start is None or start.shape[1:] != factor.shape[1:] or not start.any():
+        if start is None or start.shape[1:] != factor.shape[1:] or not start.any() or not start.isfinite().all():
             return None
         old = start.double()
         return cls(cross=factor.double() @ old.T, start=old @ old.T)

@@ -48,6 +48,16 @@ def leakage(
     return Finding("warn", title, detail, "remove them from one of the sets; otherwise scores are too high"), found
 
 
+def repeated_records(train: CheckReport, validation: CheckReport) -> Finding:
+    """Whether records of the validation data are trained on, as copies with the same text and pictures."""
+    title, count = "records in data.validation", sum(validation.contents.values())
+    copies = sum(number for content, number in train.contents.items() if content in validation.contents)
+    if not copies:
+        return Finding("ok", title, f"no training record is a copy of one of {count}")
+    detail = f"training records that are copies of held-out ones: {copies}"
+    return Finding("warn", title, detail, "remove them from one of the sets; otherwise the validation loss is too low")
+
+
 def length_percentiles(report: CheckReport) -> dict[str, int]:
     """Tokens per record: minimum, quartiles, 95th and 99th percentile, maximum."""
     if not report.lengths:

@@ -6,7 +6,9 @@ Every source has random access by row number, so that the order of training depe
 from __future__ import annotations
 
 import glob
+import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +21,14 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
 def require_sources(sources: Sequence[SourceConfig]) -> None:
-    """Refuse sources with missing files or picture folders, by their paths alone.
+    """Refuse sources with missing files or picture folders, and a path named twice where one source holds records out.
 
     Raises:
-        DataError: no source is named, or a path does not exist.
+        DataError: no source is named, a path does not exist, or held-out records of one source are in another.
     """
     if not sources:
         raise DataError("No data source is named. Add one to data.train, with the path of a LLaVA JSON or JSONL file.")
+    _require_apart(sources)
     for config in sources:
         kind, path = _kind_of(config), Path(config.path)
         if kind == "json":
@@ -37,6 +40,23 @@ def require_sources(sources: Sequence[SourceConfig]) -> None:
         elif path.suffix in TABLE_SUFFIXES and not path.exists() and not glob.glob(config.path):
             raise DataError(f"No file matches {config.path}. Check its path.")
         _rules(config, path.parent)
+
+
+def _require_apart(sources: Sequence[SourceConfig]) -> None:
+    training = [source for source in sources if not isinstance(source, HeldOut)]
+    named = Counter(map(_content_of, training))
+    for source in training:
+        if source.hold_out and named[_content_of(source)] > 1:
+            raise DataError(
+                f"data source {source.path!r} has hold_out: {source.hold_out}, but data.train names it "
+                f"{named[_content_of(source)]} times, so that held-out records would be trained on. Name it once "
+                "(weight repeats records), or write the records to hold out to a file of their own for data.validation."
+            )
+
+
+def _content_of(source: SourceConfig) -> tuple[str, str | None, str]:
+    """What sources of the same records have in common."""
+    return (os.path.realpath(source.path) if os.path.exists(source.path) else source.path), source.subset, source.split
 
 
 def open_source(config: SourceConfig) -> RecordSource:

@@ -13,15 +13,16 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest
+from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest, logits_error
 from mm_moslora.models.vlm import image_features, is_multimodal
 from mm_moslora.utils.errors import ModelError
 
@@ -149,24 +150,51 @@ def generate_beams(
 ) -> list[list[int]]:
     """Decode by transformers' beam search; see `generate`. Nothing is shared between prompts.
 
+    The model's generation settings have no effect, as in `generate`.
+
     Args:
         model: causal language model or VLM in eval mode.
         prompts: at least one.
         beams: of every prompt; the likeliest per token is the answer.
         max_new_tokens: most steps.
         stop_ids: tokens that end an answer.
+
+    Raises:
+        ModelError: see `likeliest`.
     """
     rows = [embed_prompt(model, prompt) for prompt in prompts]
     embeddings = pad_sequence(rows, batch_first=True, padding_side="left")
     masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
     stops = list(stop_ids) or [-1]  # transformers takes an empty list for its own
+    settings = GenerationConfig(
+        num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0]
+    )
     generate: Any = model.generate
-    found = generate(
-        inputs_embeds=embeddings, attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
-        num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0],
-        temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
+    with _generation_settings(model, settings):
+        found = generate(
+            inputs_embeds=embeddings, attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
+            logits_processor=LogitsProcessorList([_require_finite]),
+        )  # fmt: skip
     return [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in found.tolist()]
+
+
+@contextmanager
+def _generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Replace a model's generation settings: transformers fills what a passed object leaves open from the model's."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _require_finite(_: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor that changes nothing and refuses a row ``[C]`` without a finite largest score."""
+    highest = scores.amax(dim=-1)
+    if not bool(highest.isfinite().all()):
+        raise logits_error(float(highest[~highest.isfinite()][0]))
+    return scores
 
 
 @dataclass(frozen=True, kw_only=True)

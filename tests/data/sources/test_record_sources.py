@@ -20,7 +20,7 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.images import remote_files
 from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.record_faults import Code, RecordError
-from mm_moslora.data.sources.open_sources import RecordFile, open_source
+from mm_moslora.data.sources.open_sources import RecordFile, open_source, open_sources
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import chatml_encoder, colour_of, make_set, picture, tiny_tower
@@ -199,6 +199,15 @@ class TestLimits:
             open_source(SourceConfig(path=str(path), hold_out=40))
         with pytest.raises(ConfigError, match=r"data\.validation, 'x': hold_out is for data\.train"):
             DataConfig(validation=[SourceConfig(path="x", hold_out=1)])
+
+    def test_a_source_that_holds_records_out_is_named_once(self, tmp_path: Path) -> None:
+        path = make_records(tmp_path, 40)
+        once, again = SourceConfig(path=str(path), hold_out=8), SourceConfig(path=str(tmp_path / "." / path.name))
+        for twice in ([once, again], [again, once], [once, once]):
+            with pytest.raises(DataError, match=r"hold_out: 8, but data\.train names it 2 times"):
+                open_sources(twice)
+        assert [len(file) for file in open_sources([again, again])] == [40, 40]
+        assert len(open_sources(DataConfig(train=[once], validation=[again]).held_out)) == 2
 
     def test_a_limit_takes_the_first_or_a_fixed_random_choice(self, tmp_path: Path) -> None:
         path = make_records(tmp_path, 40)

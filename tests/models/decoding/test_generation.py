@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
@@ -97,6 +98,32 @@ def test_beams_find_the_likeliest_answer_in_a_batch_as_alone(assembly):
     assert expected != generate(assembly.model, given, max_new_tokens=3, stop_ids=[9])
     one = generate_beams(assembly.model, given, beams=1, max_new_tokens=3, stop_ids=[])
     assert one == generate(assembly.model, given, max_new_tokens=3, stop_ids=[])
+
+
+def test_beams_ignore_the_generation_settings_of_the_folder(assembly, monkeypatch):
+    given, asked = prompts(assembly), {"beams": 3, "max_new_tokens": 4, "stop_ids": [9]}
+    expected = generate_beams(assembly.model, given, **asked)
+    own = GenerationConfig(
+        repetition_penalty=1.8, no_repeat_ngram_size=1, min_new_tokens=4, forced_eos_token_id=7, length_penalty=-5.0,
+        suppress_tokens=list(range(20, 250)), max_time=1e-4, num_beams=2, num_return_sequences=2,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    monkeypatch.setattr(assembly.model, "generation_config", own)
+    assert generate_beams(assembly.model, given, **asked) == expected
+    assert assembly.model.generation_config is own
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beams_of_a_damaged_model_are_refused_as_greedy_answers_are(assembly, monkeypatch, beams):
+    head = assembly.model.get_output_embeddings().weight
+    monkeypatch.setattr(head, "data", torch.full_like(head, float("nan")))
+    given = [Prompt(input_ids=torch.tensor([1, 7, 9]))]
+    with pytest.raises(ModelError, match="logits is nan"):
+        generate(assembly.model, given, max_new_tokens=2, stop_ids=[9])
+    own = assembly.model.generation_config
+    with pytest.raises(ModelError, match="logits is nan"):
+        generate_beams(assembly.model, given, beams=beams, max_new_tokens=2, stop_ids=[9])
+    assert assembly.model.generation_config is own
 
 
 def test_a_picture_is_run_once_and_one_token_answers_need_no_decoding_step(assembly, monkeypatch):
