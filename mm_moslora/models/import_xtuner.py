@@ -50,7 +50,7 @@ def lora_settings(part: str, config: Path | None) -> dict[str, Any]:
         line = f", line {getattr(others[0], 'lineno', '?')}" if others else ""
         raise ModelError(
             f"{config}{line} may change the values of {name}, and the file is not run. Leave one {name}=dict(...) with "
-            "the values of the training, and no _base_; XTuner's copy in the run's folder is written so."
+            "the values of the training, and no _base_ or read_base; XTuner's copy in the run's folder is such a file."
         )
     check_options(values, lora_fields(), f"{name} of {config}", file=config.name)
     return values
@@ -70,7 +70,7 @@ def _mentions(node: ast.AST, name: str) -> bool:
         return isinstance(node.value, str) and name in node.value.split(".")
     if isinstance(node, ast.Attribute):
         return node.attr == name
-    return isinstance(node, ast.Name) and node.id in (name, "_base_")
+    return isinstance(node, ast.Name) and node.id in (name, "_base_", "read_base")
 
 
 def write_factors(

@@ -219,6 +219,7 @@ def test_an_xtuner_checkpoint_that_is_not_understood_is_one_clear_error(
         ("", "model.llm_lora.lora_alpha = 64", "", "line 2 may change"),
         ("", "cfg.merge_from_dict({'model.llm_lora.r': 2})", "", "line 2 may change"),
         ("_base_ = ['a.py']", "", "", "line 1 may change"),
+        ("with read_base():\n    from .a import *", "", "", "line 1 may change"),
         ("", "", ", **{'r': 2}", "ValueError"),
         ("", "", ", lora_use_scale=True", "sets lora_use_scale to True, which is not understood"),
         ("same = dict(llm_lora=dict(type=LoraConfig, r=4, lora_alpha=8))", "text = 'llm_lora of 8'", "", None),
