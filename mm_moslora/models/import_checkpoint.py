@@ -19,7 +19,6 @@ import contextlib
 import json
 import pickle
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +38,7 @@ from mm_moslora.models.import_xtuner import lora_settings, write_factors
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.files import mark, remove
 from mm_moslora.utils.run_paths import writing
 
 _PLAIN_TYPES = {kind: name for name, family in DECODERS.items() for kind in family.llava_types}
@@ -94,8 +94,8 @@ def import_parts(
     try:
         return _import(source, folder, language=language, vision=vision, xtuner_config=xtuner_config)
     except BaseException:  # the same command works as soon as the cause is mended
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        mark(folder, "temporary")
+        remove(folder)
         raise
 
 
