@@ -19,6 +19,7 @@ import contextlib
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
