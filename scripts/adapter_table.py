@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the behaviour table of docs/adapters.md from tests/adapters/test_adapter_behaviours.py.
+"""Write the table of docs/adapter_behaviours.md from tests/adapters/test_adapter_behaviours.py.
 
     python scripts/adapter_table.py           rewrite the table
     python scripts/adapter_table.py --check   exit with 1 when it is out of date
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "adapters" / "test_adapter_behaviours.py"
-PAGE = ROOT / "docs" / "adapters.md"
+PAGE = ROOT / "docs" / "adapter_behaviours.md"
 BEGIN, END = "<!-- behaviours: begin -->", "<!-- behaviours: end -->"
 
 

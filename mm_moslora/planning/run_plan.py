@@ -1,7 +1,7 @@
 """Memory, time and cost of a run before it starts, from a recipe and a list of GPUs; only configurations are read.
 
 A setting fits when its largest micro-batch does: examples of `data.max_length` tokens, or full packed rows, up to
-`train.micro_batch` and `train.micro_tokens`. Time is that of mean examples. Formulas and checks: docs/performance.md.
+`train.micro_batch` and `train.micro_tokens`. Time is that of mean examples. Formulas and checks: docs/planning.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memory of a training step on one GPU, by part, and the largest micro-batch that fits.
 
-Formulas and their checks: docs/performance.md.
+Formulas and their checks: docs/planning.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTEXT = 1.2 * GIB
 """CUDA context, libraries and communication buffers."""
 
 MODEL_ERROR = 0.10
-"""Measured peaks lie within this share of the estimate; see docs/performance.md."""
+"""Measured peaks lie within this share of the estimate; see docs/planning.md."""
 SHORTEST = 256
 """Fewest tokens for which a shorter `data.max_length` is proposed."""
 
