@@ -13,15 +13,16 @@ import pytest
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 CHILD = (
     "import os, pathlib, sys, time; from parent import end_with_parent; end_with_parent(seconds=0.05);"
-    "pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(30)"
+    "pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(300)"
 )
 
 
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_benchmark_ends_with_its_parent_unless_nohup_says_otherwise(tmp_path: Path, nohup: bool) -> None:
     started = [*(["nohup"] if nohup else []), sys.executable, "-c", CHILD]
+    attended = "import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); subprocess.run(sys.argv[1:])"
     parent = subprocess.Popen(
-        [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *started],
+        [sys.executable, "-c", attended, *started],  # also where the tests themselves run under nohup
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(BENCH)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
