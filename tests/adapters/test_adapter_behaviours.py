@@ -1,7 +1,7 @@
 """What PEFT promises of an adapter, for every layer type: one test per behaviour and layer.
 
-`docs/adapter_behaviours.md` holds a table made from this file by `scripts/adapter_table.py`: the first line of a test's docstring
-names the behaviour, its parameters are the layer types.
+`docs/adapter_behaviours.md` holds a table made from this file by `scripts/adapter_table.py`: the first line of a test's
+docstring names the behaviour, its parameters are the layer types.
 """
 
 from __future__ import annotations

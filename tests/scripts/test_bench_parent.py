@@ -20,7 +20,9 @@ CHILD = (
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_benchmark_ends_with_its_parent_unless_nohup_says_otherwise(tmp_path: Path, nohup: bool) -> None:
     started = [*(["nohup"] if nohup else []), sys.executable, "-c", CHILD]
-    attended = "import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); subprocess.run(sys.argv[1:])"
+    attended = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); subprocess.run(sys.argv[1:])"
+    )
     parent = subprocess.Popen(
         [sys.executable, "-c", attended, *started],  # also where the tests themselves run under nohup
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(BENCH)},
