@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mm_moslora.config.recipe import YamlRecipe, read_recipe
+from mm_moslora.config.recipe import YamlRecipe, leaves, read_recipe
 from mm_moslora.utils.errors import ConfigError, suggestion
 
 AUTHORS_SETTINGS = Path(__file__).parent / "authors_settings.yaml"
@@ -60,19 +60,12 @@ def _shipped(name: str, recipe: YamlRecipe, presets: Path) -> YamlRecipe:
 def other_changes(name: str, recipe: YamlRecipe, *, presets: Path) -> dict[str, tuple[Any, Any]]:
     """Keys that the release does not list and whose value is another than the paper's recipe's: both values."""
     listed = tuple(_entry(name)["settings"])
-    before, after = _leaves(_shipped(name, recipe, presets).to_dict()), _leaves(recipe.to_dict())
+    before, after = leaves(_shipped(name, recipe, presets).to_dict()), leaves(recipe.to_dict())
     return {
         key: (before.get(key), after.get(key))
         for key in before | after
         if before.get(key) != after.get(key) and key not in listed and not any(key.startswith(f"{k}.") for k in listed)
     }
-
-
-def _leaves(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
-    found = {key: leaf for name, item in items for key, leaf in _leaves(item, f"{prefix}{name}.").items()}
-    return found or {prefix.rstrip("."): data}
 
 
 def comparison_text(name: str, recipe: YamlRecipe, *, presets: Path) -> str:

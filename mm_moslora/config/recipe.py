@@ -185,6 +185,18 @@ def _overridden(kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequ
     return changed
 
 
+def leaves(data: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a recipe's dictionary by dotted key; empty lists and dictionaries are values.
+
+    Args:
+        data: of `to_dict`.
+        prefix: before every key.
+    """
+    items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
+    found = {key: leaf for name, item in items for key, leaf in leaves(item, f"{prefix}{name}.").items()}
+    return found or {prefix.rstrip("."): data}
+
+
 def _guilty(
     kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequence[str], said: str, *, source: str
 ) -> list[str]:

@@ -36,7 +36,8 @@ class HeatMap:
     rows: list[str]
     """Kinds of modules, by the shortest end of their paths that tells them apart; layer numbers are stars."""
     columns: list[str]
-    """Layer numbers of the paths, in order; empty text for a path without one."""
+    """Layer numbers of the paths, in order; empty text for a path without one. A number that all modules of a kind have
+    (`to_out.0`) is part of its name."""
     cells: list[list[float | None]]
     """By row and column; None where there is no module, or the measure is not known."""
 
@@ -47,9 +48,7 @@ def heat_maps(modules: Sequence[tuple[str, Mapping[str, Any]]]) -> list[HeatMap]
     Args:
         modules: paths, such as `model.layers.3.self_attn.q_proj`, with their measures.
     """
-    parts = [path.split(".") for path, _ in modules]
-    kinds = [tuple("*" if part.isdecimal() else part for part in path) for path in parts]
-    layers = [tuple(int(part) for part in path if part.isdecimal()) for path in parts]
+    kinds, layers = _kinds_and_layers([path for path, _ in modules])
     rows, columns = list(dict.fromkeys(kinds)), sorted(set(layers))
     places = [(rows.index(kind), columns.index(layer)) for kind, layer in zip(kinds, layers, strict=True)]
     maps = []
@@ -63,6 +62,36 @@ def heat_maps(modules: Sequence[tuple[str, Mapping[str, Any]]]) -> list[HeatMap]
     return maps
 
 
+def module_names(paths: Sequence[str]) -> list[str]:
+    """The layer and the kind of each path, as `heat_maps` names them: `3 q_proj`.
+
+    Args:
+        paths: of all modules.
+    """
+    kinds, layers = _kinds_and_layers(paths)
+    rows = list(dict.fromkeys(kinds))
+    return [
+        f"{'.'.join(map(str, layer))} {_short(kind, rows)}".strip() for kind, layer in zip(kinds, layers, strict=True)
+    ]
+
+
+def _kinds_and_layers(paths: Sequence[str]) -> tuple[list[tuple[str, ...]], list[tuple[int, ...]]]:
+    """The parts of each path with stars for its layer numbers, and these numbers."""
+    parts = [path.split(".") for path in paths]
+    shapes = [tuple("*" if part.isdecimal() else part for part in path) for path in parts]
+    numbers: dict[tuple[str, ...], list[set[str]]] = {}
+    for shape, path in zip(shapes, parts, strict=True):
+        for found, part in zip(numbers.setdefault(shape, [set() for _ in path]), path, strict=True):
+            found.add(part)
+    kinds, layers = [], []
+    for shape, path in zip(shapes, parts, strict=True):
+        counts = [len(found) > 1 for found in numbers[shape]]
+        kinds.append(tuple("*" if counted else part for part, counted in zip(path, counts, strict=True)))
+        layers.append(tuple(int(part) for part, counted in zip(path, counts, strict=True) if counted))
+    return kinds, layers
+
+
 def _short(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) -> str:
-    lengths = (n for n in range(1, len(kind)) if sum(other[-n:] == kind[-n:] for other in kinds) == 1)
+    words = (n for n in range(1, len(kind)) if kind[-n] != "*" and not kind[-n].isdecimal())
+    lengths = (n for n in words if sum(other[-n:] == kind[-n:] for other in kinds) == 1)
     return ".".join(kind[-next(lengths, len(kind)) :])

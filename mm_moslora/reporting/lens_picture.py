@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.reporting.lens_maps import HeatMap, heat_maps
+from mm_moslora.reporting.lens_maps import HeatMap, heat_maps, module_names
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import output_file
 from mm_moslora.utils.run_paths import writing
@@ -42,7 +43,8 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
     parts: Any = figure.subfigures(3, 1, height_ratios=[tall, 2.0, 2.6])
     above, middle, below = parts
     _draw_maps(above, maps)
-    _draw_pairs(middle, sorted(rows, key=lambda row: -row["norm_update"])[:most], most)
+    named = zip(module_names([row["path"] for row in rows]), rows, strict=True)
+    _draw_pairs(middle, sorted(named, key=lambda item: -item[1]["norm_update"])[:most], most)
     _draw_spectra(below.subplots(), rows)
     output_file(picture, sign=_SIGN if ending == "png" else None)
     with writing(picture):
@@ -66,18 +68,19 @@ def _draw_maps(figure: Any, maps: Sequence[HeatMap]) -> None:
         if len(item.columns) > MOST_NAMES:
             axis.xaxis.set_major_locator(MaxNLocator(MOST_NAMES, integer=True))
         else:
-            axis.set_xticks(range(len(item.columns)), item.columns)
+            long = any(len(name) > 2 for name in item.columns)
+            axis.set_xticks(range(len(item.columns)), item.columns, rotation=90 if long else 0)
 
 
-def _draw_pairs(figure: Any, rows: Sequence[Mapping[str, Any]], most: int) -> None:
+def _draw_pairs(figure: Any, named: Sequence[tuple[str, Mapping[str, Any]]], most: int) -> None:
     from matplotlib.colors import PowerNorm
 
     axes = list(figure.subplots(1, most, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
-    for axis, row in zip(axes, rows, strict=False):
+    for axis, (name, row) in zip(axes, named, strict=False):
         axis.imshow(row["pair_energy"], cmap="viridis", norm=PowerNorm(0.5, vmin=0))
-        axis.set_title(_short(row["path"]), fontsize=7)
+        axis.set_title(re.sub(r"(.{12,}?\.)", r"\1\n", name), fontsize=6)
     title = "Energy by pairs in the largest updates: directions of B downwards, of A to the right, strongest first"
     figure.suptitle(title, fontsize=9)
 
@@ -90,9 +93,3 @@ def _draw_spectra(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlabel("index")
     axis.set_ylabel("singular value of s B M A")
     axis.set_title("Updates, shallow (light) to deep (dark)", fontsize=9)
-
-
-def _short(path: str) -> str:
-    parts = path.split(".")
-    numbers = [part for part in parts if part.isdigit()]
-    return f"{numbers[0]} {parts[-1]}" if numbers else parts[-1]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.config import Recipe
+from mm_moslora.config.recipe import leaves
 from mm_moslora.models.model_paths import CONTENTS, base_fingerprints
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, rank_folder, read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
@@ -73,7 +74,7 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: 
         after: the current one.
         moved: path keys that lead to the same contents.
     """
-    old, new = _flatten(before), _flatten(after)
+    old, new = leaves(before), leaves(after)
     changed = {
         key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -87,16 +88,6 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: 
 
 def _is_below(key: str, prefixes: Sequence[str]) -> bool:
     return any(fnmatchcase(key, prefix) or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(data, Mapping) and data:
-        items: Any = data.items()
-    elif isinstance(data, list) and data:
-        items = enumerate(data)
-    else:
-        return {prefix.rstrip("."): data}
-    return {key: value for name, item in items for key, value in _flatten(item, f"{prefix}{name}.").items()}
 
 
 def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:

@@ -36,7 +36,7 @@ from mm_moslora.adapters.adapter_inspection import (
     table,
 )
 from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
-from mm_moslora.reporting.lens_maps import MEASURES
+from mm_moslora.reporting.lens_maps import MEASURES, heat_maps, module_names
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import sha256_of
 
@@ -421,3 +421,12 @@ def test_the_callback_refuses_a_model_without_the_adapter_before_the_first_step(
         trainer.train()
     with pytest.raises(AdapterError, match="every is 0, expected at least 1"):
         MixerCallback(trainer, every=0)
+
+
+def test_numbers_that_every_module_of_a_kind_has_are_no_layers():
+    unet = [f"up.1.blocks.{layer}.{name}" for layer in (0, 1) for name in ("attn1.to_q", "attn1.to_out.0")]
+    (found,) = heat_maps([(path, {"moved": float(place)}) for place, path in enumerate(unet)])
+    assert (found.rows, found.columns, found.cells) == (["to_q", "to_out.0"], ["0", "1"], [[0.0, 2.0], [1.0, 3.0]])
+    assert module_names(["layers.0.q_proj", "layers.0.mlp.up_proj", "layers.1.q_proj", "layers.1.mlp.up_proj"]) == [
+        "0 q_proj", "0 up_proj", "1 q_proj", "1 up_proj"
+    ]  # fmt: skip

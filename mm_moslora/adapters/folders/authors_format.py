@@ -117,19 +117,20 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
     return {"mixer_init": "kaiming", "mixer_trainable": True, "mixer_pattern": dict.fromkeys(sorted(without), "none")}
 
 
-def check_declared(names: Iterable[str], source: str) -> None:
+def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFIG) -> None:
     """Refuse mixers whose folder has no word of them.
 
     Args:
         names: of the tensors.
         source: folder, or name on the hub.
+        file: of its configuration.
 
     Raises:
         AdapterError: there is a mixer.
     """
     if name := names_mixers(names):
         raise AdapterError(
-            f"{source} holds mixers ({name!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter would "
+            f"{source} holds mixers ({name!r}), and its {file} declares none. As plain LoRA the adapter would "
             "be wrong. Restore the file that was saved with it, or save the adapter again with the program that "
             "trained it."
         )

@@ -25,7 +25,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from mm_moslora.adapters.folder_format import PREFIX, USE_MIXER, read_json
-from mm_moslora.adapters.folders.authors_format import check_options, read_tensors, with_known_names
+from mm_moslora.adapters.folders.authors_format import check_declared, check_options, read_tensors, with_known_names
 from mm_moslora.utils.errors import AdapterError
 
 PADDLE_CONFIG = "lora_config.json"
@@ -76,11 +76,8 @@ def paddle_adapter(root: Path) -> tuple[dict[str, Any], LoraConfig, dict[str, Te
     for name, tensor in held.items():
         _add(renamed, {_name(name, root): tensor.t()}, root)
     tensors = with_known_names(renamed)
-    if not config.get(USE_MIXER) and (mixed := next((name for name in tensors if "lora_mixer" in name), None)):
-        raise AdapterError(
-            f"{root} holds mixers ({mixed!r}), and its {PADDLE_CONFIG} declares none ({USE_MIXER}). As plain LoRA the "
-            "adapter would be wrong. Copy the folder again."
-        )
+    if not config.get(USE_MIXER):
+        check_declared(tensors, str(root), file=PADDLE_CONFIG)
     return config, stock, {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
