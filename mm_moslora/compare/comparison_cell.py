@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, recipe_hash
+from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, numbers_of, recipe_hash
 from mm_moslora.config import Recipe
+from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DivergedError, MoSLoRAError
 from mm_moslora.utils.files import read_json, replace_json
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OUTCOME, LOG = "outcome.json", "log.txt"
+OUTCOME, LOG, RECIPE = "outcome.json", "log.txt", "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,42 @@ def write_outcome(place: Path, outcome: Outcome) -> None:
     """Write the outcome of a run atomically."""
     place.mkdir(parents=True, exist_ok=True)
     replace_json(place / OUTCOME, dataclasses.asdict(outcome))
+
+
+def require_same_recipe(place: Path, outcome: Outcome, recipe: Recipe) -> None:
+    """Refuse the outcome of another recipe. Keys that the run's version did not have count with their defaults.
+
+    Args:
+        place: the run's folder.
+        outcome: the run's.
+        recipe: as it would be run now.
+
+    Raises:
+        ConfigError: values differ, or the run's own recipe cannot be read.
+    """
+    if outcome.recipe == recipe_hash(recipe):
+        return
+    file = place / RECIPE
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{place} was run with another recipe, and its {RECIPE} is missing. Choose another --output."
+        ) from error
+    before = leaves(numbers_of(Recipe.from_yaml(text, source=str(file))))
+    now = leaves(numbers_of(_absolute(recipe)))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        words = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:6])
+        more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+        raise ConfigError(
+            f"{place} was run with another recipe ({words}{more}). Restore it, or choose another --output."
+        )
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe as it can be read from any folder."""
+    return Recipe.from_dict(absolute(recipe.to_dict()))
 
 
 def run(job: Job) -> None:
@@ -119,8 +156,7 @@ def _run(job: Job, started: float) -> Outcome | None:
 
 def _train(job: Job) -> bool:
     """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
-    recipe = Recipe.from_dict(absolute(job.recipe.to_dict()))  # the launched process reads it from its own folder
-    (job.place / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (job.place / RECIPE).write_text(_absolute(job.recipe).to_yaml(), encoding="utf-8")
     if len(job.devices) > 1:
         return _train_on_several(job)
     from mm_moslora.training.training_loop import train
@@ -134,7 +170,7 @@ def _train_on_several(job: Job) -> bool:
 
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(job.devices)}",
-        "-m", "mm_moslora", "train", str(job.place / "recipe.yaml"),
+        "-m", "mm_moslora", "train", str(job.place / RECIPE),
         *(["--stop-at", str(job.stop_at)] if job.stop_at else []),
     ]  # fmt: skip
     ended = run_and_hand_on(command, [signal.SIGTERM])

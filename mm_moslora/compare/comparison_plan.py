@@ -280,11 +280,16 @@ def measured(settings: Settings, outcome: Outcome) -> float | None:
     return mean if outcome.status == "ok" and math.isfinite(mean) else None
 
 
-def recipe_hash(recipe: Recipe) -> str:
-    """Hash of the recipe without its folder and trackers, which do not change a run's numbers."""
+def numbers_of(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's plain data without its folder and trackers, which do not change a run's numbers."""
     data = recipe.to_dict()
     del data["track"], data["train"]["output"]
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    return data
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Hash of what decides a run's numbers."""
+    return hashlib.sha256(json.dumps(numbers_of(recipe), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(settings: Settings) -> dict[str, Any]:

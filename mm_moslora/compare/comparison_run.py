@@ -24,7 +24,6 @@ from mm_moslora.compare.comparison_plan import (
     describe,
     grid_of,
     hopeless_arms,
-    recipe_hash,
     reported_cells,
     run_count,
     tuning_cells,
@@ -166,14 +165,11 @@ class Comparison:
     def _read_some(self, cells: Sequence[Cell]) -> None:
         for item in cells:
             recipe = item.recipe(self.recipe, self.folder)
-            outcome = comparison_cell.read_outcome(Path(recipe.train.output))
-            if outcome is None:
-                continue
-            if outcome.recipe != recipe_hash(recipe):
-                raise ConfigError(
-                    f"{recipe.train.output} was run with another recipe. Restore it, or choose another --output."
-                )
-            self.outcomes[item.name] = outcome
+            place = Path(recipe.train.output)
+            outcome = comparison_cell.read_outcome(place)
+            if outcome is not None:
+                comparison_cell.require_same_recipe(place, outcome, recipe)
+                self.outcomes[item.name] = outcome
 
     def run(self, room: RunBudget, *, seeds_after: Callable[[], int] | None = None) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.

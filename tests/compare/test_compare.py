@@ -27,6 +27,7 @@ from mm_moslora.compare.comparison_plan import (
     choose_rates,
     grid_of,
     recipe_hash,
+    reported_cells,
     run_count,
     tuning_cells,
 )
@@ -221,6 +222,32 @@ def test_a_damaged_outcome_is_named_and_never_overwritten(tmp_path: Path, text: 
     (tmp_path / "outcome.json").write_text(text)
     with pytest.raises(ConfigError, match=r"outcome\.json is damaged .*Delete it"):
         read_outcome(tmp_path)
+
+
+def test_a_finished_run_stays_finished_when_recipes_get_new_keys(tmp_path: Path):
+    """Its hash is of fewer keys then; its recipe decides."""
+    asked = settings(rates=[1e-4])
+    cell = reported_cells(asked, {"lora": 1e-4})[0]
+    place = Path(cell.recipe(RECIPE, tmp_path).train.output)
+    write_outcome(place, Outcome(status="ok", recipe="of an earlier version"))
+
+    def read(recipe: Recipe = RECIPE) -> set[str]:
+        comparison = Comparison(recipe, asked, tmp_path, hold_out=0.1)
+        comparison._read_outcomes()
+        return set(comparison.outcomes)
+
+    with pytest.raises(ConfigError, match=r"its recipe\.yaml is missing"):
+        read()
+    stored = cell.recipe(RECIPE, tmp_path).to_dict()
+    del stored["optim"]["warmup"], stored["adapter"]["dropout"], stored["train"]["output"]
+    (place / "recipe.yaml").write_text(json.dumps(stored))
+    assert read() == {cell.name}
+    changed = dataclasses.replace(RECIPE, optim=dataclasses.replace(RECIPE.optim, warmup=0.5))
+    with pytest.raises(ConfigError, match=r"another recipe \(optim\.warmup: 0\.03 -> 0\.5\)"):
+        read(changed)
+    (place / "recipe.yaml").write_text(json.dumps({**stored, "gone": 1}))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: unknown key 'gone'"):
+        read()
 
 
 def test_a_folder_with_other_files_is_refused_for_a_comparison(tmp_path: Path):
