@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """The subject-driven experiment (section 4.3 of arXiv 2406.11909) in small: real pictures, a diffusion model made here.
 
-    python examples/experiments/subject.py OUT [--limit-minutes M]
+    python examples/experiments/subject.py OUT [--arms ARMS] [--seeds N] [--limit-minutes M]
 
 A UNet from a config learns 16 x 16 pictures of Tux Paint's stamps, conditioned on their category. Then each arm
 teaches it one subject (a picture under small shifts and mirrored) with prior preservation, for several subjects;
-adapters are in attention, feed-forward and convolution layers, for a UNet this small has little attention. Scored by
-the cosine between features of generated and of real pictures of the subject, from the frozen EfficientNet-Lite0 of
-the quickstart; what the model scores before tuning is printed first. Rates are tuned and seeds kept apart as in `mm-
-moslora compare`; its analysis and its page are used. The paper's own setting is
-`mm-moslora diffusion config sdxl_subject`. Again continues.
+adapters are in the linear layers of attention and feed-forward blocks, which every arm can adapt. Scored by the cosine
+between features of generated and of real pictures of the subject, from the frozen EfficientNet-Lite0 of the quickstart;
+what the model scores before tuning is printed first. Rates are tuned and seeds kept apart as in `mm-moslora compare`;
+its analysis and its page are used. The paper's own setting is `mm-moslora diffusion config sdxl_subject`. Again
+continues.
 
 Shapes: pictures ``[N, 3, S, S]`` from -1 to 1, text ``[N, 1, D]``, features ``[N, F]``.
 """
@@ -38,18 +38,28 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moslora.adapters import MoSLoRAConfig, add_moslora
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, keep_orthonormal
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import read_outcome, write_outcome
-from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings, choose_rates, reported_cells, tuning_cells
-from mm_moslora.config import ModelConfig
+from mm_moslora.compare.comparison_plan import (
+    Cell,
+    Outcome,
+    Settings,
+    choose_rates,
+    reported_cells,
+    run_count,
+    tuning_cells,
+)
+from mm_moslora.config import AdapterConfig, ModelConfig, OptimConfig
 from mm_moslora.config import Recipe as TrainingRecipe
+from mm_moslora.models.trainable_parts import moslora_config
+from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.utils.progress_bar import Progress, format_seconds
 
 SIDE, WIDTH = 16, 32
+CHANNELS = (32, 64)
 TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_in",
-    "conv_out", "time_emb_proj",
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj",
 )  # fmt: skip
 MEASURE = "similarity"
 Batch = tuple[Tensor, Tensor]
@@ -71,15 +81,20 @@ def noise_loss(denoiser: nn.Module, scheduler: Any, batch: Batch, generator: tor
 
 
 def train(
-    denoiser: nn.Module, scheduler: Any, pairs: Iterator[tuple[Batch, Batch]], *, lr: float, steps: int, seed: int
+    denoiser: nn.Module, scheduler: Any, batches: Iterator[Batch], *, recipe: TrainingRecipe, steps: int
 ) -> list[float]:
     """Learn the subject, and the class with the same weight (prior preservation); returns the losses."""
-    generator = torch.Generator().manual_seed(seed)
-    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(recipe.train.seed)
+    groups = parameter_groups(denoiser, recipe.optim)
+    trained = [parameter for group in groups for parameter in group.parameters]
+    optimizer = torch.optim.AdamW(
+        [{"params": group.parameters, "lr": group.peak_lr, "weight_decay": group.weight_decay} for group in groups]
+    )
+    if recipe.adapter.factor_form in ("stella", "orthonormal"):
+        keep_orthonormal(denoiser, optimizer, width=max(CHANNELS))
     losses = []
     for _ in range(steps):
-        loss = sum(noise_loss(denoiser, scheduler, batch, generator) for batch in next(pairs))
+        loss = noise_loss(denoiser, scheduler, next(batches), generator)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -92,8 +107,10 @@ def train(
 class Plan:
     """How large the experiment is."""
 
-    arms: str = "lora,moslora:orthogonal,moslora:kaiming"
+    arms: str = "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,stella,dora,rslora,lora-xs"
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    grow: int = 3
+    """Rates by which an arm's grid may grow where its best is at an edge."""
     seeds: int = 3
     subjects: int = 8
     base_steps: int = 2500
@@ -109,13 +126,16 @@ def main() -> int:
     """Run or continue; write results.json and report.html."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--arms", default=Plan.arms, help="as for mm-moslora compare; more may be added later")
+    parser.add_argument("--seeds", type=int, default=Plan.seeds, help="reported runs of an arm")
     parser.add_argument("--limit-minutes", type=float, help="stop after so long; the same command goes on")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from mm_moslora.quickstart import model_assets
 
     stamps, encoder = model_assets.stamps(None, print), model_assets.efficientnet_timm(print)
-    return run(Plan(), stamps, encoder, options.out, limit_minutes=options.limit_minutes)
+    plan = Plan(arms=options.arms, seeds=options.seeds)
+    return run(plan, stamps, encoder, options.out, limit_minutes=options.limit_minutes)
 
 
 def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: float | None = None) -> int:
@@ -132,14 +152,19 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
         0, or 75 when time was up.
     """
     started = time.monotonic()
-    shared = TrainingRecipe(name="subject-small", model=ModelConfig(language="none"))
+    shared = TrainingRecipe(
+        name="subject-small", model=ModelConfig(language="none"),
+        adapter=AdapterConfig(rank=plan.rank, alpha=float(plan.rank)),
+        optim=OptimConfig(weight_decay=0.0, mixer_weight_decay=0.0),
+    )  # fmt: skip
     settings = Settings(
-        arms=parse_arms(plan.arms, shared), rates=plan.rates, seeds=plan.seeds, tasks=[MEASURE], validation=[MEASURE]
-    )
-    world = World.build(plan, stamps, encoder, out)
+        arms=parse_arms(plan.arms, shared), rates=plan.rates, seeds=plan.seeds, grow=plan.grow, tasks=[MEASURE],
+        validation=[MEASURE],
+    )  # fmt: skip
+    world = World.build(plan, shared, stamps, encoder, out)
     print(world.controls(), flush=True)
     outcomes: dict[str, Outcome] = {}
-    finished, measured, planned = True, 0, len(settings.arms) * (len(plan.rates) + plan.seeds)
+    finished, measured = True, 0
     started_cells = time.monotonic()
     while (waiting := _waiting(settings, outcomes)) and finished:
         for cell in waiting:
@@ -151,7 +176,7 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
                     break
                 outcome = world.measure(cell, place)
                 write_outcome(place, outcome)
-                measured += 1
+                measured, planned = measured + 1, run_count(settings, outcomes | {cell.name: outcome})
                 left = (time.monotonic() - started_cells) / measured * (planned - len(outcomes) - 1)
                 print(
                     f"[{len(outcomes) + 1}/{planned}] {cell.name}: {outcome.validation or outcome.test}, about "
@@ -175,7 +200,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
 
 
 def _waiting(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[Cell]:
-    every = [*tuning_cells(settings), *reported_cells(settings, choose_rates(settings, outcomes))]
+    every = [*tuning_cells(settings, outcomes), *reported_cells(settings, choose_rates(settings, outcomes))]
     return [cell for cell in every if cell.name not in outcomes]
 
 
@@ -184,6 +209,7 @@ class World:
     """Everything that the runs share."""
 
     plan: Plan
+    shared: TrainingRecipe
     base: nn.Module
     scheduler: Any
     subjects: list[Tensor]
@@ -195,7 +221,7 @@ class World:
     """Features of each subject's views, ``[V, F]``, of length 1."""
 
     @classmethod
-    def build(cls, plan: Plan, stamps: Path, encoder: Path, out: Path) -> World:
+    def build(cls, plan: Plan, shared: TrainingRecipe, stamps: Path, encoder: Path, out: Path) -> World:
         """Read the pictures, teach the base model (kept in `out`), choose the subjects."""
         from diffusers import DDPMScheduler
         from transformers import AutoModel
@@ -215,7 +241,7 @@ class World:
         subjects = [views(pictures[name][rng.randrange(len(pictures[name]))]) for name in chosen]
         tower = AutoModel.from_pretrained(encoder, trust_remote_code=False).eval().requires_grad_(False)
         world = cls(
-            plan=plan, base=base, scheduler=scheduler, subjects=subjects,
+            plan=plan, shared=shared, base=base, scheduler=scheduler, subjects=subjects,
             classes=[pictures[name] for name in chosen], encoder=tower, references=[],
         )  # fmt: skip
         world.references = [world.features(subject) for subject in subjects]
@@ -241,22 +267,17 @@ class World:
     def measure(self, cell: Cell, place: Path) -> Outcome:
         """Teach every subject with one arm, rate and seed; score the pictures that it makes then."""
         started = time.monotonic()
-        adapter = {key.split(".")[1]: value for key, value in cell.arm.changes.items() if key.startswith("adapter.")}
-        rank = adapter.get("rank", self.plan.rank)
-        config = MoSLoRAConfig(
-            r=rank, lora_alpha=rank, mixer_init=adapter["mixer_init"], mixer_trainable=adapter["mixer_trainable"],
-            init_lora_weights="gaussian",
-        )  # fmt: skip
+        recipe = cell.recipe(self.shared, place.parent.parent)
+        start = "gaussian" if recipe.adapter.factor_form in ("free", "mixed") else True
+        config = moslora_config(recipe.adapter, task_type=None, init_lora_weights=start)
         rows, losses, trainable, seconds = [], [], 0, 0.0
         for index in range(len(self.subjects)):
-            torch.manual_seed(cell.seed)
+            torch.manual_seed(recipe.train.seed)
             denoiser = adapt(copy.deepcopy(self.base), config)
             trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
             begun = time.monotonic()
-            losses += train(
-                denoiser, self.scheduler, self._pairs(index, cell.seed), lr=cell.rate, steps=self.plan.steps,
-                seed=cell.seed,
-            )  # fmt: skip
+            batches = self._batches(index, recipe.train.seed)
+            losses += train(denoiser, self.scheduler, batches, recipe=recipe, steps=self.plan.steps)
             seconds += time.monotonic() - begun
             # The noise of tuning runs is another one than that of reported runs; arms and seeds share it.
             scores = self._score(denoiser.eval(), index, noise_seed=1 if cell.tuning else 0)
@@ -277,15 +298,13 @@ class World:
             memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         )  # fmt: skip
 
-    def _pairs(self, index: int, seed: int) -> Iterator[tuple[Batch, Batch]]:
+    def _batches(self, index: int, seed: int) -> Iterator[Batch]:
+        """Batches that are half of the subject, half of its class."""
         generator, half = torch.Generator().manual_seed(seed), self.plan.batch // 2
-        subject, others = self.subjects[index], self.classes[index]
+        sides = (self.subjects[index], self.classes[index])
         while True:
-            sides = []
-            for pictures, text in ((subject, SUBJECT), (others, index)):
-                drawn = torch.randint(len(pictures), (half,), generator=generator)
-                sides.append((pictures[drawn], embedding(text, half)))
-            yield sides[0], sides[1]
+            drawn = [pictures[torch.randint(len(pictures), (half,), generator=generator)] for pictures in sides]
+            yield torch.cat(drawn), torch.cat([embedding(SUBJECT, half), embedding(index, half)])
 
     @torch.no_grad()
     def _score(self, denoiser: nn.Module, index: int, *, noise_seed: int) -> list[float]:
@@ -309,9 +328,10 @@ def unet() -> nn.Module:
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=SIDE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(32, 64),
-        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=WIDTH, attention_head_dim=8,
+        sample_size=SIDE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=CHANNELS,
+        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=WIDTH, attention_head_dim=8,
+        use_linear_projection=True,
     )  # fmt: skip
 
 
