@@ -5,8 +5,8 @@
 
 QUICKSTART is the folder of a finished `mm-moslora quickstart` (easy-VQA): its aligned projector is where every arm
 begins, so that the arms differ in the second stage alone, as in the paper. Writes a part of its conversations for
-training, others for validation, and the recipe; prints the command. Questions that are answered by yes or no are left
-out: they take most of the tokens, and half of them are right by chance.
+training, others for validation, questions of easy-VQA's test half, and the recipe; prints the command. Questions that
+are answered by yes or no are left out: they take most of the tokens, and half of them are right by chance.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from commonsense import write_recipe
 
 from mm_moslora.config import load_recipe
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
+from mm_moslora.quickstart.instruction_data import build_easy_vqa
 
-TRAIN, VALIDATION, TEST = 240, 64, 200
+TRAIN, VALIDATION, TEST = 240, 64, 600
 """Pictures to train and to choose rates with, questions to measure."""
 YES_NO = ("yes", "no")
 
@@ -47,13 +48,12 @@ def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
     rng = random.Random(seed)
     records = [kept for row in _read(Path(source.path)) if (kept := without_yes_no(row))["conversations"]]
     drawn = rng.sample(records, min(len(records), TRAIN + VALIDATION))
-    questions = [row for row in _read(quickstart / "data" / "test.jsonl") if row["answer"] not in YES_NO]
-    out.mkdir(parents=True, exist_ok=True)
+    images = source.image_folder
+    assert tuned.model.vision is not None and images is not None
+    files = build_easy_vqa(Path(images), out / "easy-vqa", test_questions=2 * TEST, seed=seed)  # half are open
     _write(out / "train.jsonl", drawn[VALIDATION:])
     _write(out / "validation.jsonl", drawn[:VALIDATION])
-    _write(out / "test.jsonl", rng.sample(questions, min(len(questions), TEST)))
-    images = source.image_folder
-    assert tuned.model.vision is not None
+    _write(out / "test.jsonl", [row for row in _read(files.test) if row["answer"] not in YES_NO])
     recipe = write_recipe(
         "visual_small", out / "recipe.yaml",
         {

@@ -82,7 +82,7 @@ def test_the_full_set_leaves_the_prompt_to_the_chat_template(commonsense, tmp_pa
     assert answer == "the correct answer is true"
 
 
-def test_the_visual_experiment_takes_conversations_and_questions_of_a_quickstart(visual, tmp_path: Path):
+def test_the_visual_experiment_takes_conversations_of_a_quickstart_and_held_out_questions(visual, tmp_path: Path):
     quickstart = tmp_path / "quickstart"
     (quickstart / "data").mkdir(parents=True)
     (quickstart / "tune").mkdir()
@@ -92,11 +92,12 @@ def test_the_visual_experiment_takes_conversations_and_questions_of_a_quickstart
     lines = [json.dumps({"id": str(n), "image": f"{n}.png", "conversations": turns}) for n in range(700)]
     lines.append(json.dumps({"id": "yes-no", "image": "0.png", "conversations": turns[:2]}))
     taught.write_text("\n".join(lines))
-    asked = [
-        json.dumps({"question_id": n, "text": "what?", "answer": ("blue", "no")[n % 2], "image": f"x{n}.png"})
-        for n in range(500)
-    ]
-    (quickstart / "data" / "test.jsonl").write_text("\n".join(asked))
+    for half, count in (("train", 10), ("test", 900)):
+        asked = [["what color is the shape?", "blue", n] for n in range(count)]
+        asked += [["what shape is shown?", "circle", n] for n in range(10)]
+        asked += [[f"is there a {('circle', 'square')[n % 2]}?", ("no", "yes")[n % 2], n] for n in range(count)]
+        (tmp_path / half).mkdir()
+        (tmp_path / half / "questions.json").write_text(json.dumps(asked))
     source = json.dumps([{"path": str(taught), "image_folder": str(tmp_path)}])
     weights = str(quickstart / "align" / "projector.safetensors")
     tuned = load_recipe("quickstart_tune", [f"data.train={source}", f"model.projector.weights={weights}"])
@@ -110,7 +111,8 @@ def test_the_visual_experiment_takes_conversations_and_questions_of_a_quickstart
     assert (len(learnt), len(validated), len(learnt & validated)) == (visual.TRAIN, visual.VALIDATION, 0)
     assert recipe.model.projector.weights == weights
     measured = rows(Path(task.removeprefix("llava:").split("@")[0]))
-    assert ([row["answer"] for row in measured], len(measured)) == (["blue"] * visual.TEST, visual.TEST)
+    assert ({row["answer"] for row in measured}, len(measured)) == ({"blue", "circle"}, visual.TEST)
+    assert all(row["image"].startswith("test/") for row in measured)
 
 
 def stamps_folder(folder: Path) -> Path:
