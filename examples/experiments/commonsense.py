@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 SETS = ("kind", "word")
+ARMS = "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,stella,dora,rslora,lora-xs"
 KINDS = {
     "animals": "animal", "clothes": "clothing", "food": "food", "household": "household", "plants": "plant",
     "space": "space", "sports": "sport", "vehicles": "vehicle",
@@ -111,8 +112,8 @@ def split_three(items: Sequence[Any], counts: tuple[int, int, int], rng: random.
 
 
 def build_small(
-    stamps: Sequence[tuple[str, str]], words: Sequence[tuple[str, str]], out: Path, *, train: int, validation: int,
-    test: int, seed: int = 0,
+    stamps: Sequence[tuple[str, str]], words: Sequence[tuple[str, str]], out: Path, *, kinds: tuple[int, int, int],
+    definitions: tuple[int, int, int], seed: int = 0,
 ) -> None:  # fmt: skip
     """Write `train.jsonl`, `validation.jsonl` and one test task per set.
 
@@ -120,14 +121,12 @@ def build_small(
         stamps: (sentence, folder).
         words: (word, definition).
         out: folder.
-        train: questions per set; likewise `validation` and `test`.
-        validation: see `train`.
-        test: see `train`.
+        kinds: questions of `kind` for training, validation and test.
+        definitions: likewise of `word`.
         seed: of the split.
     """
     rng = random.Random(f"commonsense {seed}")
-    counts = (train, validation, test)
-    things, nouns = split_three(stamps, counts, rng), split_three(words, counts, rng)
+    things, nouns = split_three(stamps, kinds, rng), split_three(words, definitions, rng)
     parts: list[list[Question]] = [
         [*kind_questions(s), *word_questions(w, rng)] for s, w in zip(things, nouns, strict=True)
     ]
@@ -210,7 +209,7 @@ def main() -> int:
     from mm_moslora.quickstart import model_assets
 
     language, stamps = model_assets.language_model(print), model_assets.stamps(None, print)
-    build_small(read_stamps(stamps), read_words(), out, train=96, validation=24, test=80)
+    build_small(read_stamps(stamps), read_words(), out, kinds=(100, 24, 300), definitions=(240, 76, 400))
     recipe = write_recipe(
         "commonsense_small", out / "recipe.yaml",
         {
@@ -221,8 +220,8 @@ def main() -> int:
     )  # fmt: skip
     tasks = ",".join(f"llava:{out / name}.jsonl" for name in SETS)
     print(
-        f"mm-moslora compare {recipe} --arms lora,moslora:orthogonal,moslora:kaiming --lr 5e-4,2e-3 --seeds 2 "
-        f"--tasks {tasks} --max-new-tokens 6 --output {out / 'compare'}"
+        f"mm-moslora compare {recipe} --arms {ARMS} --lr 1e-3,2e-3,4e-3 --seeds 4 --tasks {tasks} "
+        f"--max-new-tokens 6 --batch-size 64 --output {out / 'compare'}"
     )
     return 0
 

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from commonsense import write_recipe
+from commonsense import ARMS, write_recipe
 
 from mm_moslora.config import load_recipe
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
@@ -49,7 +49,8 @@ def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
     records = [kept for row in _read(Path(source.path)) if (kept := without_yes_no(row))["conversations"]]
     drawn = rng.sample(records, min(len(records), TRAIN + VALIDATION))
     images = source.image_folder
-    assert tuned.model.vision is not None and images is not None
+    assert tuned.model.vision is not None
+    assert images is not None
     files = build_easy_vqa(Path(images), out / "easy-vqa", test_questions=2 * TEST, seed=seed)  # half are open
     _write(out / "train.jsonl", drawn[VALIDATION:])
     _write(out / "validation.jsonl", drawn[:VALIDATION])
@@ -99,8 +100,8 @@ def main() -> int:
     options = parser.parse_args()
     recipe, task = build(options.quickstart.resolve(), options.out.resolve())
     print(
-        f"mm-moslora compare {recipe} --arms lora,moslora:orthogonal,moslora:kaiming --lr 5e-4,2e-3 --seeds 3 "
-        f"--tasks {task} --max-new-tokens 6 --output {options.out.resolve() / 'compare'}"
+        f"mm-moslora compare {recipe} --arms {ARMS} --lr 2.5e-4,5e-4,1e-3 --seeds 4 --tasks {task} "
+        f"--max-new-tokens 6 --batch-size 64 --output {options.out.resolve() / 'compare'}"
     )
     return 0
 

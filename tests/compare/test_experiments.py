@@ -58,7 +58,7 @@ def test_small_test_sets_share_no_question_with_training(commonsense, tmp_path: 
     folders = list(commonsense.KINDS)
     stamps = [(f"A thing number {n}.", folders[n % len(folders)]) for n in range(60)]
     words = [(f"word{chr(97 + n // 26)}{chr(97 + n % 26)}", f"meaning {n}") for n in range(60)]
-    commonsense.build_small(stamps, words, tmp_path, train=20, validation=8, test=16)
+    commonsense.build_small(stamps, words, tmp_path, kinds=(20, 8, 16), definitions=(20, 8, 16))
     taught = {turn["value"] for row in rows(tmp_path / "train.jsonl") for turn in row["conversations"][::2]}
     chosen_by = {turn["value"] for row in rows(tmp_path / "validation.jsonl") for turn in row["conversations"][::2]}
     assert len(taught) == 40
