@@ -144,6 +144,7 @@ def _serve(stock: int, ours: int) -> None:
     os.close(stock)
     _import(OURS)
     Image.init()
+    _find_out()
     gc.freeze()
     _answer(ours)
 
@@ -155,6 +156,17 @@ def _import(names: tuple[str, ...]) -> None:
     for name in names:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
+
+
+def _find_out() -> None:
+    """Have libraries find out what each process would: patterns for the names of weights, operators that compile."""
+    import deepspeed.ops
+
+    assert deepspeed.ops.__compatible_ops__
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
 
 
 def _answer(number: int) -> None:
