@@ -15,8 +15,19 @@ from mm_moslora.adapters.merge_adapter import merge
 from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
+from mm_moslora.adapters.peft_methods import (
+    add_method,
+    load_method,
+    merge_method,
+    method_config,
+    method_named,
+    restore_method,
+    take_method,
+    what_fails,
+    why_not_merged,
+)
 from mm_moslora.adapters.peft_patches import patch_peft
-from mm_moslora.adapters.tree import base_fingerprint
+from mm_moslora.adapters.tree import base_fingerprint, is_adapter_parameter
 from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap
 from mm_moslora.kernels.lora.lora_linear import fused_linear
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear, use_kernel
@@ -40,6 +51,7 @@ __all__ = [
     "MoSLoRALinear",
     "TakenAdapter",
     "adapted_modules",
+    "add_method",
     "add_moslora",
     "add_weighted_adapter",
     "base_fingerprint",
@@ -51,18 +63,27 @@ __all__ = [
     "fused_linear",
     "hot_swap",
     "init_mixer",
+    "is_adapter_parameter",
     "keep_orthonormal",
     "link_siblings",
     "load_adapter",
+    "load_method",
     "merge",
+    "merge_method",
+    "method_config",
+    "method_named",
     "one_product_per_step",
     "plain_pipeline_weights",
     "reference_linear",
     "resolve_targets",
+    "restore_method",
     "save_adapter",
     "spare_mixers_from_decay",
     "take_adapter",
+    "take_method",
     "use_kernel",
+    "what_fails",
+    "why_not_merged",
 ]
 
 

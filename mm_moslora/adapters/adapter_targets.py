@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
+from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, check_expression, unmatched_patterns
 from mm_moslora.adapters.tree import is_inner, named_adapter_layers, named_base_modules, unwrapped
-from mm_moslora.adapters.uncalled_layers import why_not_called
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,24 @@ def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequen
     Raises:
         AdapterError: no such component, or a target that matches nothing or something that cannot be adapted.
     """
-    return _resolve(model, [component], targets)
+    return resolve_in(model, [component], targets, why_not=why_not_adaptable)
 
 
-def _resolve(model: nn.Module, components: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+def resolve_in(
+    model: nn.Module,
+    components: Sequence[str],
+    targets: str | Sequence[str],
+    *,
+    why_not: Callable[[nn.Module], str | None],
+) -> list[str]:
+    """Module paths to adapt inside several components; see `resolve_targets`.
+
+    Args:
+        model: see there.
+        components: module paths.
+        targets: see there.
+        why_not: the reason why a layer cannot be adapted; None where it can.
+    """
     modules = dict(named_base_modules(model))
     heads = _head_modules(model)
     unmatched = set() if isinstance(targets, str) else set(targets)
@@ -104,7 +118,7 @@ def _resolve(model: nn.Module, components: Sequence[str], targets: str | Sequenc
             f"{_list_hint(targets)}{_linear_names(modules)}"
         )
     for path in found:
-        reason = why_not_adaptable(modules[path]) or _why_never_called(path, modules)
+        reason = why_not(modules[path]) or _why_never_called(path, modules)
         if reason:
             raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
     return list(found)
@@ -217,7 +231,7 @@ def add_moslora(
     _check_arguments(model, config, adapter_name)
     components = [component] if isinstance(component, str) else list(component)
     targets = (config.target_modules or ALL_LINEAR) if targets is None else targets
-    paths = _chosen(config, _resolve(model, components, targets))
+    paths = chosen_paths(config, resolve_in(model, components, targets, why_not=why_not_adaptable))
     check_plan(config, paths)
     return inject(model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
@@ -238,20 +252,24 @@ def _check_arguments(model: object, config: object, adapter_name: object) -> Non
         raise AdapterError(f"The adapter's name is {adapter_name!r}, expected text without a dot.")
 
 
-def _chosen(config: MoSLoRAConfig, paths: list[str]) -> list[str]:
-    """The targets that the configuration does not take out again."""
+def chosen_paths(config: Any, paths: list[str]) -> list[str]:
+    """The targets that a configuration of PEFT does not take out again.
+
+    Raises:
+        AdapterError: there are none.
+    """
     # PEFT does not look at the layer's number where a target is a whole path.
     own = copy.copy(config)
     if heads := _TASK_HEADS.get(str(getattr(config.task_type, "value", config.task_type))):
         own.modules_to_save = [*(config.modules_to_save or ()), *heads]
     chosen = []
     for path in paths:
-        own.target_modules = {path.rpartition(".")[2]}  # type: ignore[assignment]
+        own.target_modules = {path.rpartition(".")[2]}
         if check_target_module_exists(own, path):
             chosen.append(path)
     if not chosen:
         options = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        given = ", ".join(f"{name}={getattr(own, name)!r}" for name in options if getattr(own, name))
+        given = ", ".join(f"{name}={value!r}" for name in options if (value := getattr(own, name, None)))
         raise AdapterError(f"{given} leaves none of the {len(paths)} targets (the first: {', '.join(paths[:_SHOWN])}).")
     return chosen
 

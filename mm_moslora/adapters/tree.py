@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 
 import peft
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -17,6 +19,7 @@ __all__ = [
     "bare_name",
     "base_fingerprint",
     "base_model",
+    "is_adapter_parameter",
     "is_inner",
     "named_adapter_layers",
     "named_base_modules",
@@ -61,6 +64,16 @@ def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]
     for path, module in base_model(model).named_modules():
         if isinstance(module, MoSLoRALayer):
             yield bare_name(path), module
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a parameter is one of an adapter, of this package or of any method of PEFT, by its name."""
+    return any(part.startswith(_prefixes()) for part in name.split("."))
+
+
+@cache
+def _prefixes() -> tuple[str, ...]:
+    return (*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "modules_to_save")
 
 
 def base_fingerprint(model: nn.Module) -> str:

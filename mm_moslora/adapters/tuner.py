@@ -32,11 +32,11 @@ from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.form_checks import check_named
 from mm_moslora.adapters.layers.fused_linear import link_siblings
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
+from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import tell_form, told_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, unmatched_patterns
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import named_adapter_layers
-from mm_moslora.adapters.uncalled_layers import why_not_called
 from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
 from mm_moslora.utils.errors import AdapterError, suggestion
 

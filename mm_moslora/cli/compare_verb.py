@@ -61,8 +61,9 @@ def compare(
         YAML file, or the name of a shipped preset (see `mm-moslora config`).
     arms
         lora, moslora:kaiming, moslora:orthogonal, moslora:identity, moslora:butterfly, tsm, moslora-init, diagonal,
-        lora-xs, stella, orthonormal, dora, rslora, lora+, full;
-        with @key=value for other adapter or recipe keys, such as moslora:orthogonal@rank=16.
+        block-diagonal, moslora-rslora, moslora-dora, moslora-lora+, lora-xs, stella, orthonormal, dora, rslora, lora+,
+        full, or peft:NAME for a method of PEFT;
+        with @key=value for other keys of the adapter, of the method or of the recipe: moslora:orthogonal@rank=16.
     lr
         Learning rates to try with every arm, such as 5e-5,1e-4,2e-4; default: the recipe's own, not tuned.
     seeds
@@ -110,6 +111,7 @@ def compare(
         Analyse the finished runs and exit.
     """
     shared = load_recipe(recipe, override_items(overrides))
+    from mm_moslora.compare.arm_sizes import size_lines
     from mm_moslora.compare.arms import parse_arms, split
     from mm_moslora.compare.comparison_plan import LOSS, Settings
     from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive
@@ -120,7 +122,8 @@ def compare(
         validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, grow=grow, reference=reference, limit=limit,
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
-    print("\n".join(plan_lines(settings)), flush=True)
+    sizes = [] if only_report else size_lines(settings.arms, shared, settings.reference_arm)
+    print("\n".join([*plan_lines(settings), *sizes]), flush=True)
     room = RunBudget(parallel=parallel, devices_per_run=gpus_per_run, max_minutes=max_minutes, keep_all=keep_all)
     quiet_libraries()
     with exclusive(output):

@@ -1,22 +1,28 @@
 """Arms of a comparison: a name and the recipe keys that it sets.
 
 `lora`, `moslora:kaiming` and others are known. A suffix `@key=value` changes keys of the adapter (or any recipe key by
-its dotted name), so `moslora:orthogonal@rank=16` is an arm of a rank ablation.
+its dotted name), so `moslora:orthogonal@rank=16` is an arm of a rank ablation. `peft:NAME` is a method of PEFT, and its
+suffixes may be options of the method: `peft:LORA@init_lora_weights=pissa`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mm_moslora.adapters.mixer import MIXER_INITS
+from mm_moslora.adapters.peft_methods import method_named
 from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.strict_reading import parse_scalar, set_dotted
+from mm_moslora.models.trainable_parts import method_config
 from mm_moslora.utils.errors import ConfigError, suggestion
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
+PEFT = "peft:"
+"""Before the name of a method of PEFT."""
+_KEYS = tuple(item.name for item in fields(AdapterConfig))
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("plain LoRA: the mixer is the frozen identity", _LORA),
     "tsm": (
@@ -27,6 +33,22 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "diagonal": (
         "a diagonal mixer: one trained weight per rank-1 subspace",
         {"adapter.mixer_init": "orthogonal", "adapter.mixer_form": "diagonal"},
+    ),
+    "block-diagonal": (
+        "a mixer of 4 blocks: subspaces mix within four groups",
+        {"adapter.mixer_init": "orthogonal", "adapter.mixer_form": "block_diagonal:4"},
+    ),
+    "moslora-rslora": (
+        "MoSLoRA scaled by alpha / sqrt(rank)",
+        {"adapter.mixer_init": "orthogonal", "adapter.use_rslora": True},
+    ),
+    "moslora-dora": (
+        "MoSLoRA and a trained length of every row",
+        {"adapter.mixer_init": "orthogonal", "adapter.use_dora": True},
+    ),
+    "moslora-lora+": (
+        "MoSLoRA with LoRA+: the learning rate of B is 16 times that of A and M",
+        {"adapter.mixer_init": "orthogonal", "optim.lora_plus_ratio": 16.0},
     ),
     "moslora-init": (
         "MoSLoRA's start alone: A starts as M A, and plain LoRA trains from there",
@@ -52,6 +74,7 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 """Known arms: a description, and the recipe keys that they set."""
 
 _RESET = {
+    "adapter.peft": {},
     "adapter.mixer_trainable": True,
     "adapter.mixer_pattern": {},
     "adapter.mixer_form": "dense",
@@ -117,7 +140,9 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         if twice:
             raise ConfigError(f"Arm {twice[0]!r} is given twice. Name every arm once.")
     for arm in arms:
-        arm.apply(recipe)
+        adapter = arm.apply(recipe).adapter
+        if adapter.peft:
+            method_config(adapter)
     return arms
 
 
@@ -130,19 +155,32 @@ def _parse(text: str) -> Arm:
     name, *changes = text.split("@")
     if name == "moslora":
         name = "moslora:orthogonal"
-    if name not in KNOWN:
-        raise ConfigError(f"Arm {name!r} is not known.{suggestion(name, KNOWN)} Known: {', '.join(KNOWN)}.")
-    about, own = KNOWN[name]
+    if name.startswith(PEFT):
+        about, own, options = _method(name.removeprefix(PEFT))
+    elif name in KNOWN:
+        (about, own), options = KNOWN[name], ()
+    else:
+        known = [*KNOWN, f"{PEFT}HIRA"]
+        raise ConfigError(
+            f"Arm {name!r} is not known.{suggestion(name, known)} Known: {', '.join(KNOWN)}, and {PEFT}NAME for the "
+            "methods of PEFT."
+        )
+    method: dict[str, Any] = {}
     keys: dict[str, Any] = {}
     for item in changes:
         key, separator, value = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"Arm {text!r}: {item!r} is not of the form key=value, such as rank=16.")
+        if key in options:
+            method[key] = parse_scalar(value)
+            continue
         full = f"adapter.{key}" if "." not in key else key
-        if "." not in key and key not in {item.name for item in fields(AdapterConfig)}:
-            known = [item.name for item in fields(AdapterConfig)]
+        if "." not in key and key not in _KEYS:
+            known = [*options, *_KEYS]
             raise ConfigError(f"Arm {text!r}: the adapter has no key {key!r}.{suggestion(key, known)}")
         keys[full] = parse_scalar(value)
+    if method:
+        own = {**own, "adapter.peft": {**own["adapter.peft"], **method}}
     if "adapter.rank" in keys and "adapter.alpha" not in keys:
         about += ", alpha as in the recipe"
     shown = "; ".join(changes)
@@ -150,3 +188,15 @@ def _parse(text: str) -> Arm:
         name="@".join([name, *changes]), about=f"{about} ({shown})" if shown else about,
         changes={**_RESET, **own, **keys},
     )  # fmt: skip
+
+
+def _method(name: str) -> tuple[str, dict[str, Any], Collection[str]]:
+    """Description, recipe keys and options of a method of PEFT."""
+    method = method_named(name)
+    own = {"adapter.peft": {"type": method.name}, "adapter.mixer_init": AdapterConfig.mixer_init}
+    given = method.shared
+    lacking = [key for key in ("rank", "alpha", "dropout") if key not in given]
+    about = f"PEFT's {method.name}; from the recipe: " + ", ".join(
+        [*(f"{key} as {o}" for key, o in given.items()), "targets"]
+    )
+    return about + (f"; has no {', '.join(lacking)}" if lacking else ""), own, method.options

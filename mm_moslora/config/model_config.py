@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from mm_moslora.config.value_checks import at_least, require
 from mm_moslora.utils.errors import ConfigError, ModelError
@@ -281,8 +281,26 @@ class AdapterConfig:
     weights: str | None = None
     """Adapter to start from: a run folder, a checkpoint, or an adapter folder (also of `Trainer`, or PEFT's LoRA). Its
     factors and modules replace freshly initialised ones. rank and alpha must match the folder."""
+    peft: dict[str, Any] = field(default_factory=dict)
+    """Another method of PEFT in the place of MoSLoRA: its name as `type` (HIRA, MISS, LORA, VERA ...), and options of
+    its own configuration. rank, alpha, dropout and targets come from the keys above where it has such options."""
 
     def __post_init__(self) -> None:
         at_least("adapter.rank", self.rank, 1)
         require(self.alpha > 0, f"adapter.alpha is {self.alpha}, expected more than 0.")
         require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}, expected 0 <= dropout < 1.")
+        if not self.peft:
+            return
+        name = self.peft.get("type")
+        require(
+            isinstance(name, str) and bool(name),
+            f"adapter.peft.type is {name!r}, expected the name of a method of PEFT, such as HIRA.",
+        )
+        shared, default = ("rank", "alpha", "dropout", "targets", "peft"), type(self)()
+        own = [item.name for item in fields(self) if item.name not in shared]
+        idle = [key for key in own if getattr(self, key) != getattr(default, key)]
+        require(
+            not idle,
+            f"adapter.{' and adapter.'.join(idle)} would have no effect on PEFT's {name} (adapter.peft), which reads "
+            f"{', '.join(shared[:-1])} and its own options. Leave it out.",
+        )

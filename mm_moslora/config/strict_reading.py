@@ -28,6 +28,21 @@ def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
     return typing.cast(T, _build(kind, data, source, ""))
 
 
+def read_value(kind: Any, data: Any, *, source: str, where: str) -> Any:
+    """Read one value.
+
+    Args:
+        kind: its type, as an annotation has it.
+        data: plain data.
+        source: where it came from, for messages.
+        where: the dotted key, for messages.
+
+    Raises:
+        ConfigError: a wrong type, or an unknown key of a dataclass.
+    """
+    return _build(kind, data, source, where)
+
+
 def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
     """Read a YAML mapping; a key written twice is an error.
 

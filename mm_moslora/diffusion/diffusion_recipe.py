@@ -52,6 +52,11 @@ class DiffusionAdapterConfig(AdapterConfig):
     """How A starts. gaussian: standard deviation 1 / rank, as in diffusers' scripts; kaiming: PEFT's default."""
 
     def __post_init__(self) -> None:
+        require(
+            not self.peft,
+            f"adapter.peft is {self.peft}, which `mm-moslora train` and `compare` take. Leave it out of a diffusion "
+            "recipe.",
+        )
         super().__post_init__()
         require(
             self.factor_form not in ("stella", "orthonormal"),

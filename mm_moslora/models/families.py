@@ -5,7 +5,7 @@ the defaults: padded rows, stock layers, ImageNet's pixel statistics. What a mod
 not kept here: its image token (`config.image_token_id`), positions of three parts (`get_rope_index`), deepstack layers.
 
 What adapters need when they are used alone lies in `mm_moslora.adapters`: which projections read one input
-(`layers.fused_linear`), which layers are read in place (`uncalled_layers`), and llama.cpp's names of language
+(`layers.fused_linear`), which layers are read in place (`layers.uncalled_layers`), and llama.cpp's names of language
 models (`folders.gguf_adapter.FAMILIES`).
 """
 

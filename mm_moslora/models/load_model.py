@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import ModelError, MoSLoRAError, reason_of
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -96,7 +99,8 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised
             _load_trained(assembly, folder / f"{component}.safetensors")
             assembly.changed = True
     if (folder / "adapter").is_dir():
-        assembly.peft_model = adapters.load_adapter(assembly.model, folder / "adapter")
+        load_adapter = adapters.load_method if recipe_of(folder).adapter.peft else adapters.load_adapter
+        assembly.peft_model = load_adapter(assembly.model, folder / "adapter")
         if merge:
             _merge(assembly)
     cast_parameters(assembly.model.requires_grad_(False), dtype)
@@ -104,10 +108,16 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised
 
 
 def _merge(assembly: Parts) -> None:
-    """Merge the adapter, unless its mixers depend on their input and stay live."""
+    """Merge the adapter, unless it stays live: mixers that depend on their input, methods of PEFT without a merge."""
     assert assembly.peft_model is not None
-    config = cast(adapters.MoSLoRAConfig, assembly.peft_model.peft_config["default"])
-    if form_named(config.mixer_form).fixed:
+    config = assembly.peft_model.peft_config["default"]
+    if not isinstance(config, adapters.MoSLoRAConfig):
+        if reason := adapters.why_not_merged(assembly.peft_model):
+            logger.info("The adapter stays live: %s.", reason)
+            return
+        adapters.merge_method(assembly.peft_model)
+        assembly.peft_model = None
+    elif form_named(config.mixer_form).fixed:
         adapters.merge(assembly.peft_model)
         assembly.peft_model = None
 
@@ -123,7 +133,8 @@ def _load_trained(assembly: Parts, file: Path) -> None:
 
 def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: torch.dtype) -> Parts:
     """An adapter of another trainer, on the model that it names."""
-    named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    config = read_json(folder / ADAPTER_CONFIG)
+    named = base or config.get("base_model_name_or_path")
     if base is None and (folder / BASE).is_dir():  # wherever the folder was moved
         named = folder / BASE
     if not named:
@@ -135,7 +146,8 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
         raise ModelError(
             f"The base model {str(named)!r} of {folder} does not load ({first}). Give it with --base."
         ) from error
-    assembly.peft_model = adapters.load_adapter(assembly.model, folder)
+    load_adapter = adapters.load_adapter if config.get("peft_type") == "LORA" else adapters.load_method
+    assembly.peft_model = load_adapter(assembly.model, folder)
     if merge:
         _merge(assembly)
     cast_parameters(assembly.model.requires_grad_(False), dtype)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
+from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, refuse_all_frozen, refuse_without_effect
 from mm_moslora.kernels.attention.attention_choice import set_attention
@@ -63,7 +64,7 @@ class MetaModel:
         found: dict[str, tuple[int, int]] = {}
         for name, parameter, times in self.each():
             part = part_of(name)
-            if "lora_" in name:  # a projector inside the tower has the tower's adapters
+            if is_adapter_parameter(name):  # a projector inside the tower has the tower's adapters
                 kind = "mixer" if "lora_mixer" in name else "adapter"
                 part = kind if part == "language" else f"vision {kind}"
             total, trainable = found.get(part, (0, 0))

@@ -17,18 +17,19 @@ from mm_moslora import adapters
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.config import AdapterConfig, ModelConfig
+from mm_moslora.config.strict_reading import read_value
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.pretrained_vlm import decoder_path, tower_path
 from mm_moslora.models.vision.dual_tower import FusedVisionModel
 from mm_moslora.models.vlm import is_multimodal, part_of
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import adapter_folder
 
 
 def attach_adapters(
     assembly: Parts, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
 ) -> peft.PeftModel | None:
-    """Put MoSLoRA into the components with the mode `adapter`, and set what trains everywhere else.
+    """Put the adapter into the components with the mode `adapter`, and set what trains everywhere else.
 
     Args:
         assembly: from `load_parts`; its model is changed in place.
@@ -49,7 +50,12 @@ def attach_adapters(
             torch.manual_seed(seed)
             # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base cost
             # a third of the step.
-            if adapter.weights is not None:
+            if adapter.peft:
+                added = adapters.add_method(
+                    assembly.model, method_config(adapter), component=components, targets=adapter.targets
+                )
+                assembly.peft_model, assembly.adapter_start = added.model, added.start
+            elif adapter.weights is not None:
                 with warnings.catch_warnings():
                     # Under ZeRO-3 rank 0 has the values, and every weight of the other ranks would get a warning.
                     warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
@@ -120,6 +126,28 @@ def moslora_config(adapter: AdapterConfig, **more: Any) -> adapters.MoSLoRAConfi
     )
 
 
+def method_config(adapter: AdapterConfig) -> peft.PeftConfig:
+    """The PEFT configuration of the method that `adapter.peft` names.
+
+    Raises:
+        AdapterError: see `adapters.method_named` and `adapters.method_config`.
+        ConfigError: the method has no such option, or the option is of another type.
+    """
+    method = adapters.method_named(adapter.peft["type"])
+    known, options = method.options, {key: value for key, value in adapter.peft.items() if key != "type"}
+    for key in options:
+        if key not in known:
+            raise ConfigError(
+                f"adapter.peft.{key}: PEFT's {method.name} has no such option.{suggestion(key, known)} It has: "
+                f"{', '.join(known)}."
+            )
+    values = {
+        key: read_value(known[key], value, source=f"PEFT's {method.name}", where=f"adapter.peft.{key}")
+        for key, value in options.items()
+    }
+    return adapters.method_config(method, values, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout)
+
+
 def _set_trainable(assembly: Parts, config: ModelConfig) -> None:
     model = assembly.model
     language = model.get_submodule(decoder_path(model)) if is_multimodal(model) else model
@@ -136,7 +164,7 @@ def _set_trainable(assembly: Parts, config: ModelConfig) -> None:
 def _train_projector(model: PreTrainedModel, *, trains: bool) -> None:
     """Projectors of some models lie inside their towers, so they are told by name."""
     for name, parameter in model.named_parameters():
-        if part_of(name) == "projector" and "lora_" not in name:
+        if part_of(name) == "projector" and not adapters.is_adapter_parameter(name):
             parameter.requires_grad_(trains)
 
 
@@ -229,7 +257,7 @@ def component_of(name: str) -> str:
     if "lora_mixer" in name:
         return "mixer"
     part = part_of(name)
-    if "lora_" not in name:
+    if not adapters.is_adapter_parameter(name):
         return part
     return "adapter" if part == "language" else "vision adapter"
 

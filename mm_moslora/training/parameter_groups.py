@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import OptimConfig
 from mm_moslora.models.vlm import part_of
 from mm_moslora.utils.errors import ConfigError
@@ -90,12 +91,12 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
         # The scale of the initial mixer matters, and weight decay shrinks it, so it is a key of its own.
         return "mixer", _or(config.mixer_lr, config.lr), config.mixer_weight_decay
     part = part_of(name)
-    if part == "projector" and "lora_" not in name:
+    if part == "projector" and not is_adapter_parameter(name):
         label, lr = "projector", _or(config.projector_lr, config.lr)
     elif part != "language":  # adapters of a projector inside the tower count as the tower's
         label, lr = "vision", _or(config.vision_lr, config.lr)
     else:
-        label, lr = "adapter" if "lora_" in name else "language", config.lr
+        label, lr = "adapter" if is_adapter_parameter(name) else "language", config.lr
     if "lora_B" in name and config.lora_plus_ratio != 1.0:
         label, lr = f"{label} B", lr * config.lora_plus_ratio
     return (label if decay == config.weight_decay else f"{label}/no_decay"), lr, decay

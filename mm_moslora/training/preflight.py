@@ -155,6 +155,11 @@ def check_zero(train: TrainConfig, adapter: AdapterConfig) -> None:
             "2 and plain torch; the hooks by which ZeRO-3 fetches weights break their graphs. Take zero2, or leave "
             "train.compile out."
         )
+    if stage == 3 and adapter.peft:
+        raise ConfigError(
+            f"adapter.peft is {adapter.peft.get('type')}, and train.zero {train.zero} is a ZeRO-3, which cuts the "
+            "weights up before PEFT's methods have read them. Choose zero0 to zero2."
+        )
     if stage == 3 and adapter.factor_form in ("stella", "orthonormal"):
         raise ConfigError(
             f"adapter.factor_form is {adapter.factor_form}, which needs whole matrices, but train.zero {train.zero} is "
@@ -239,7 +244,7 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     from mm_moslora.kernels.attention.attention_choice import require_attention
     from mm_moslora.models.memory_efficient.compiled_layers import require_backend
     from mm_moslora.models.projectors.projector import projector_class
-    from mm_moslora.models.trainable_parts import moslora_config, start_folder
+    from mm_moslora.models.trainable_parts import method_config, moslora_config, start_folder
     from mm_moslora.models.vision.timm_open_clip_tower import require_named
     from mm_moslora.training.engine import check_engine
     from mm_moslora.training.precision import resolve_precision
@@ -254,7 +259,9 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
         projector_class(model.projector.kind)
         for name in (model.vision.name, model.vision.fuse_with):
             require_named(name)
-    if _has_adapters(model):
+    if _has_adapters(model) and recipe.adapter.peft:
+        method_config(recipe.adapter)
+    elif _has_adapters(model):
         moslora_config(recipe.adapter)
         if fresh and recipe.adapter.weights:
             start_folder(recipe.adapter)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
+from mm_moslora.adapters.peft_methods import restore_method
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.models.model_paths import CONTENTS, base_fingerprints
@@ -218,7 +219,9 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
         )  # fmt: skip
     load_optimizer(run.engine, [rank_folder(folder, rank) for rank in range(manifest.world_size)])
     _restore_statistics(run, folder)
-    if run.assembly.peft_model is not None:
+    if run.assembly.peft_model is not None and run.recipe.adapter.peft:
+        restore_method(run.assembly.peft_model, folder / "adapter", start=run.assembly.adapter_start)
+    elif run.assembly.peft_model is not None:
         restore_frozen_factors(run.assembly.peft_model, folder / "adapter")
         restore_start(run.assembly.peft_model, folder / "adapter")
     run.counters.update(manifest.counters)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora import adapters
+from mm_moslora.adapters.peft_methods import TakenMethod
 from mm_moslora.models.model_paths import CONTENTS
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
@@ -49,7 +50,7 @@ class Snapshot:
     manifest: Manifest
     weights: dict[str, Tensor]
     """fp32 masters of all trained parameters, in full; on rank 0 only."""
-    adapter: adapters.TakenAdapter | None
+    adapter: adapters.TakenAdapter | TakenMethod | None
     """Adapter tensors, made from `weights`; on rank 0 only."""
     optimizer: OptimizerState
     """This rank's part of the optimiser state."""
@@ -92,12 +93,15 @@ def snapshot(run: Run) -> Snapshot:
         weights = {}
     else:
         weights |= {name: value.detach().cpu().clone() for name, value in moving_statistics(run.assembly.model).items()}
-    adapter = None
+    adapter: adapters.TakenAdapter | TakenMethod | None = None
     if distributed.is_main() and run.assembly.peft_model is not None:
         # Read here and not in the writing thread: under ZeRO-3, reading a weight during a forward pass starts a gather,
         # in which the other ranks do not take part.
-        chosen = {name: value for name, value in weights.items() if "lora_" in name}
-        adapter = adapters.take_adapter(run.assembly.peft_model, state=chosen, base=run.assembly.base)
+        chosen = {name: value for name, value in weights.items() if adapters.is_adapter_parameter(name)}
+        if run.recipe.adapter.peft:
+            adapter = adapters.take_method(run.assembly.peft_model, state=chosen, start=run.assembly.adapter_start)
+        else:
+            adapter = adapters.take_adapter(run.assembly.peft_model, state=chosen, base=run.assembly.base)
     return Snapshot(
         run=run, manifest=manifest, weights=weights, adapter=adapter,
         optimizer=OptimizerState.copy_of(run.engine), random_state=RandomState.now(),

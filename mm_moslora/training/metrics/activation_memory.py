@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.packed_batch import has_mrope
@@ -115,7 +116,7 @@ def activation_memory(
     elements: Counter[int] = Counter()
     for _, parameter, times in bones.each():
         elements[parameter.numel()] += times
-    adapters = (p.numel() for name, p, _ in bones.each() if "lora_" in name and p.requires_grad)
+    adapters = (p.numel() for name, p, _ in bones.each() if is_adapter_parameter(name) and p.requires_grad)
     least, most = (_kept_by_layer(bones, dtype, tokens) for tokens in (1, PROBE))
     kept = (most - least) / (PROBE - 1)
     image = _per_image(bones, dtype, checkpointing=vision_checkpointing)

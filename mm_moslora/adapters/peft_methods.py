@@ -1,0 +1,417 @@
+"""The methods of PEFT by name: their options, their layers in a model, their folders.
+
+Names come from PEFT's registry, options from its configuration classes, and folders are PEFT's own
+(`adapter_config.json` and `adapter_model.safetensors`). LORA here is stock PEFT's, without a mixer.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+import typing
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, cast
+
+import peft
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
+from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, read_json
+from mm_moslora.adapters.tree import bare_name, base_model
+from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
+from mm_moslora.utils.files import staging
+from mm_moslora.utils.run_paths import writing
+
+_COMMON = {item.name for item in dataclasses.fields(peft.PeftConfig)} | {"target_modules"}
+"""Fields of every configuration, which follow from the model and the recipe."""
+
+_DATA = {
+    "eva": "activations of the training data (initialize_lora_eva_weights)",
+    "corda": "covariances of activations (preprocess_corda)",
+    "lora_ga": "gradients of the training data (preprocess_loraga)",
+}
+"""Starts of LORA for which PEFT has functions that read data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of PEFT."""
+
+    name: str
+    """As in PEFT's registry, such as HIRA."""
+    config: type[peft.PeftConfig]
+    tuner: type[BaseTuner]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its own options with their types, as annotations have them."""
+        hints = typing.get_type_hints(self.config)
+        return {
+            item.name: _open_words(hints[item.name])
+            for item in dataclasses.fields(self.config)
+            if item.name not in _COMMON and item.init
+        }
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Its options for rank, alpha and dropout, where it has them."""
+        own = self.name.lower()
+        wanted = {
+            "rank": ("r",), "alpha": ("lora_alpha", f"{own}_alpha", "alpha"),
+            "dropout": ("lora_dropout", f"{own}_dropout", "dropout"),
+        }  # fmt: skip
+        defaults = {item.name: item.default for item in dataclasses.fields(self.config)}
+        found = {}
+        for key, names in wanted.items():
+            # None or 0 says that another option decides (the block size of OFT), or that there is no such part.
+            there = [name for name in names if isinstance(given := defaults.get(name), int | float) and given >= 0]
+            if there and (key == "dropout" or defaults[there[0]]):
+                found[key] = there[0]
+        return found
+
+
+def _open_words(hint: Any) -> Any:
+    """A type with any text in the place of words that include a pattern, such as `pissa_niter_[number of iters]`."""
+    if typing.get_origin(hint) is Literal:
+        return str if any("[" in str(word) for word in typing.get_args(hint)) else hint
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return Union[tuple(_open_words(item) for item in typing.get_args(hint))]  # noqa: UP007  (made from parts)
+    return hint
+
+
+def method_names() -> list[str]:
+    """Names of the methods that can be taken."""
+    return sorted(kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING if why_not_method(kind) is None)
+
+
+def why_not_method(kind: peft.PeftType) -> str | None:
+    """The reason why a method of PEFT cannot be trained as an adapter of layers here; None where it can."""
+    config, tuner = PEFT_TYPE_TO_CONFIG_MAPPING[kind], PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    if issubclass(config, peft.PromptLearningConfig):
+        return "it learns what stands before the input and changes no layer"
+    takes_targets = "target_modules" in {item.name for item in dataclasses.fields(_stock_config(kind))}
+    if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)) or not takes_targets:
+        return "it does not wrap the layers that it is given"
+    if tuner.forward is not BaseTuner.forward:
+        return "a part of it is PEFT's own forward pass around the model, which training here does not run"
+    if hasattr(tuner, "update_and_allocate"):
+        return "it must be told of every step (update_and_allocate), which training here does not do"
+    return None
+
+
+def _stock_config(kind: peft.PeftType) -> type[peft.PeftConfig]:
+    """The configuration class; of LORA stock PEFT's, whose entry in the registry reads folders with mixers, too."""
+    return peft.LoraConfig if kind is peft.PeftType.LORA else PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+
+
+def method_named(name: str) -> Method:
+    """A method by its name in PEFT's registry.
+
+    Raises:
+        AdapterError: PEFT has none of this name, or it cannot be trained as an adapter of layers here.
+    """
+    known = {kind.value: kind for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+    kind = known.get(name.upper())
+    if kind is None:
+        raise AdapterError(
+            f"PEFT {peft.__version__} has no method {name!r}.{suggestion(name.upper(), known)} It has: "
+            f"{', '.join(method_names())}."
+        )
+    if reason := why_not_method(kind):
+        raise AdapterError(f"PEFT's {kind.value} cannot be taken: {reason}. Take one of {', '.join(method_names())}.")
+    return Method(name=kind.value, config=_stock_config(kind), tuner=PEFT_TYPE_TO_TUNER_MAPPING[kind])
+
+
+def method_config(method: Method, options: Mapping[str, Any], **shared: float) -> peft.PeftConfig:
+    """A method's configuration, without targets.
+
+    Args:
+        method: the method.
+        options: its own options, of the right types.
+        shared: rank, alpha and dropout, for methods that have them and for which `options` do not name them.
+
+    Raises:
+        AdapterError: PEFT refuses the options, or a part of them does nothing here.
+    """
+    if idle := [key for key in options if hasattr(method.tuner, f"_get_{key.removesuffix('_config')}_loss")]:
+        raise AdapterError(
+            f"adapter.peft.{idle[0]} adds to the loss what training here does not ask PEFT for. Leave it out."
+        )
+    if reason := _DATA.get(str(options.get("init_lora_weights")).lower()):
+        raise AdapterError(
+            f"adapter.peft.init_lora_weights is {options['init_lora_weights']}, which needs {reason} before the first "
+            "step; training here does not compute them. Take pissa or olora, which need the weights alone."
+        )
+    given = {option: shared[key] for key, option in method.shared.items()}
+    whole = {
+        key: int(value) if float(value).is_integer() and key != "dropout" else value for key, value in given.items()
+    }
+    with _explained(f"PEFT's {method.name} does not take these options"):
+        return method.config(task_type="CAUSAL_LM", **(whole | dict(options)))
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise what PEFT raises as one error of this package."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:
+        raise AdapterError(f"{what}: {reason_of(error)}.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedMethod:
+    """A method of PEFT in a model."""
+
+    model: peft.PeftModel
+    """The PEFT model around the base model."""
+    start: dict[str, Tensor]
+    """The adapter as it started, by names as in the folder, where PEFT took it out of the base weights (PiSSA, OLoRA);
+    else empty."""
+
+
+def add_method(
+    model: nn.Module, config: peft.PeftConfig, *, component: Sequence[str] = ("",), targets: str | Sequence[str]
+) -> AddedMethod:
+    """Put a method of PEFT into a model.
+
+    Args:
+        model: changed in place.
+        config: of `method_config`; not changed.
+        component: module paths of the components to adapt.
+        targets: see `resolve_targets`.
+
+    Raises:
+        AdapterError: see `resolve_targets`; PEFT refuses the model, or a layer of it does not learn by itself.
+    """
+    name = cast(peft.PeftType, config.peft_type).value
+    paths = chosen_paths(config, resolve_in(model, component, targets, why_not=lambda layer: None))
+    own = _anchored(config, paths, model)
+    with _explained(f"PEFT's {name} does not fit this model"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        before = _rows(model, paths)
+        wrapped = peft.get_peft_model(model, own, autocast_adapter_dtype=False)
+        adapted = {path for path, _ in adapted_layers(wrapped)}
+        if left := sorted(set(paths) - adapted):
+            raise AdapterError(f"PEFT's {name} leaves out {left[0]}, a target. Name others with adapter.targets.")
+        if before:
+            _check_learning(model.get_submodule(paths[0]), name)
+        same = all(map(torch.equal, before, _rows(model, paths)))
+    return AddedMethod(model=wrapped, start={} if same else _tensors(wrapped, {}))
+
+
+def _rows(model: nn.Module, paths: Sequence[str]) -> list[Tensor]:
+    """The first values of the layers' base weights; none without values."""
+    layers = [model.get_submodule(path) for path in paths]
+    bases = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    weights = [cast(Tensor, base.weight).detach() for base in bases]
+    return [weight.flatten()[:256].clone() for weight in weights if not weight.is_meta]
+
+
+def _anchored(config: peft.PeftConfig, paths: Sequence[str], model: nn.Module) -> peft.PeftConfig:
+    """A configuration for exactly these modules; names of some of them become whole paths, too."""
+    own: Any = copy.deepcopy(config)
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(own, name):
+            setattr(own, name, None)
+    listed = (item.name for item in dataclasses.fields(own) if item.name.endswith("_modules"))
+    beside = [name for name in listed if name not in ("target_modules", "exclude_modules")]
+    if lacking := [name for name in beside if getattr(own, name) is None]:  # as PEFT's tables for the model have it
+        own.target_modules = None
+        model_config: Any = getattr(base_model(model), "config", None)
+        with _explained(
+            f"PEFT's {own.peft_type.value} needs adapter.peft.{lacking[0]}, names of layers, for this model"
+        ):
+            tables: Any = PEFT_TYPE_TO_TUNER_MAPPING[own.peft_type]
+            own = tables._prepare_adapter_config(own, model_config.get_text_config().to_dict())
+    for name in beside:
+        named = getattr(own, name)
+        setattr(own, name, {path for path in paths if any(f".{path}".endswith(f".{end}") for end in named)})
+    own.target_modules = set(paths)
+    return cast(peft.PeftConfig, own)
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    """The layers of PEFT in a model with their paths in the base model."""
+    found = base_model(model).named_modules()
+    return [(bare_name(path), layer) for path, layer in found if isinstance(layer, BaseTunerLayer)]
+
+
+def _check_learning(layer: nn.Module, name: str) -> None:
+    """Refuse layers without a gradient when they are called alone, as the layers of a model call them."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    width = int(cast(Any, layer).get_base_layer().in_features)
+    if not trained:
+        raise AdapterError(f"PEFT's {name} trains nothing in a layer that it is given")
+    x = torch.ones(2, width, dtype=trained[0].dtype, device=trained[0].device)
+    with torch.enable_grad():
+        found = torch.autograd.grad(layer(x).float().square().sum(), trained, allow_unused=True)
+    if all(gradient is None for gradient in found):
+        raise AdapterError(f"PEFT's {name} has no gradient in a layer that is called by itself")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenMethod:
+    """An adapter taken out of its model, so that it can be written while the model trains."""
+
+    config: peft.PeftConfig
+    tensors: dict[str, Tensor]
+
+    def write(self, folder: Path) -> None:
+        """Write PEFT's two files; `PeftModel.from_pretrained` reads them."""
+        with writing(folder), staging(folder, (STOCK_WEIGHTS, STOCK_CONFIG)) as staged:
+            save_file(self.tensors, staged / STOCK_WEIGHTS, metadata={"format": "pt"})
+            self.config.save_pretrained(str(staged))
+
+
+def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> TakenMethod:
+    """The adapter that `PeftModel.save_pretrained` would write, for the base model as it was loaded.
+
+    Args:
+        model: PEFT model.
+        state: parameter name in the base model to full tensor, of all that trains; the rest is read from the model.
+        start: of `AddedMethod`. Plain LoRA less its start is plain LoRA of twice the rank, which needs no other base.
+            Other methods that change the base change it again when they are loaded.
+    """
+    config: Any = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    tensors = _tensors(model, state)
+    if _is_difference(config, start):
+        config, tensors = _doubled(config), _difference(tensors, start)
+    return TakenMethod(config=config, tensors=tensors)
+
+
+def _is_difference(config: Any, start: Mapping[str, Tensor]) -> bool:
+    plain = all(name.endswith((*FACTORS_A, *FACTORS_B)) for name in start)
+    return bool(start) and isinstance(config, peft.LoraConfig) and plain
+
+
+def _doubled(config: Any) -> Any:
+    """A configuration of LoRA with twice the rank and the same scaling."""
+    factor = 2**0.5 if config.use_rslora else 2
+    config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
+    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
+    return config
+
+
+def _difference(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``B A - B0 A0`` as one pair of factors in each layer."""
+    return {
+        name: torch.cat((tensor, start[name]), 0) if name.endswith(FACTORS_A) else torch.cat((tensor, -start[name]), 1)
+        for name, tensor in tensors.items()
+    }
+
+
+def _tensors(model: peft.PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT saves, by names as in the folder, on the CPU; see `take_method`."""
+    own = dict(base_model(model).named_parameters())
+    values = {id(own[name]): tensor for name, tensor in state.items() if name in own}
+    full = dict(model.state_dict())
+    # Layers may share a parameter, which then has several names.
+    full |= {
+        name: values[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in values
+    }
+    found = get_peft_model_state_dict(model, state_dict=full, save_embedding_layers=False)
+    return {bare_name(name): tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+
+
+def load_method(model: nn.Module, folder: str | Path) -> peft.PeftModel:
+    """Load a folder of PEFT into a model, for use.
+
+    Args:
+        model: the base model; changed in place.
+        folder: of `TakenMethod.write`, or of PEFT.
+
+    Raises:
+        AdapterError: PEFT cannot read the folder, or it does not fit the model.
+    """
+    place = Path(folder)
+    found = read_json(place / STOCK_CONFIG).get("peft_type")
+    with _explained(f"{place}, an adapter of PEFT's {found}, does not load"):
+        return peft.PeftModel.from_pretrained(cast(Any, model), str(place)).eval()
+
+
+def restore_method(model: peft.PeftModel, folder: Path, *, start: Mapping[str, Tensor]) -> None:
+    """Set everything that a folder holds of an adapter, what does not train included, in a model that has it.
+
+    Args:
+        model: PEFT model; what trains was restored already.
+        folder: of `TakenMethod.write`.
+        start: of `AddedMethod`.
+
+    Raises:
+        AdapterError: the folder is of another adapter, or its base weights were changed in another way.
+    """
+    if _is_difference(model.peft_config["default"], start):
+        _check_start(load_file(folder / STOCK_WEIGHTS), start, folder)
+        return
+    with _explained(f"{folder} does not fit the adapter of this run"):
+        found = set_peft_model_state_dict(model, load_file(folder / STOCK_WEIGHTS))
+    if found.unexpected_keys:
+        raise AdapterError(f"{folder} holds {found.unexpected_keys[0]}, which the adapter of this run does not have.")
+
+
+def _check_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a start that differs from the one that a folder was written with, and with it the base weights."""
+    for name in (name for name in start if name.endswith(FACTORS_A)):
+        other = name.replace("lora_A", "lora_B")
+        rank = len(start[name])
+        kept = -tensors[other][:, rank:].float() @ tensors[name][rank:].float()
+        again = start[other].float() @ start[name].float()
+        if (kept - again).abs().max() > 1e-3 * kept.abs().max():
+            raise AdapterError(
+                f"{name} starts otherwise here than in {folder}: this machine takes another start out of the base "
+                "weights. Go on where the run began, or start it anew."
+            )
+
+
+def why_not_merged(model: nn.Module) -> str | None:
+    """The reason why the adapter cannot be merged, by merging copies of its layers; None where it can."""
+    kinds: dict[Any, tuple[str, BaseTunerLayer]] = {}
+    for path, layer in adapted_layers(model):
+        base = layer.get_base_layer()
+        kinds.setdefault((type(layer), type(base), getattr(base, "bias", None) is None), (path, layer))
+    for path, layer in kinds.values():
+        try:
+            copy.deepcopy(layer).merge()
+        except Exception as error:
+            return f"{path}: {reason_of(error) or type(error).__name__}"
+    return None
+
+
+def what_fails(config: peft.PeftConfig) -> list[str]:
+    """What an adapter cannot do, tried on two small layers; empty where they are too small for its options."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(256, 256)}) for _ in range(2))
+    try:
+        added = add_method(model, config, targets=["q_proj"])
+    except AdapterError:
+        return []
+    found = []
+    if reason := why_not_merged(added.model):
+        found.append(f"cannot be merged ({reason.partition(': ')[2]}), evaluated live")
+    try:
+        take_method(added.model, state={}, start=added.start)
+    except Exception as error:
+        found.append(f"cannot be saved ({reason_of(error)})")
+    return found
+
+
+def merge_method(model: peft.PeftModel) -> nn.Module:
+    """Merge the adapter into the base weights and take it out; see `why_not_merged`."""
+    return cast(nn.Module, cast(Any, model).merge_and_unload())

@@ -1,0 +1,118 @@
+"""Every arm of a comparison, and the methods of PEFT: it trains, is saved, loads into a fresh model, and merges."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+
+from mm_moslora import adapters
+from mm_moslora.adapters.peft_methods import method_names
+from mm_moslora.compare.arms import KNOWN, Arm, parse_arms
+from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
+from mm_moslora.models.assembly import Parts
+from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.utils.errors import MoSLoRAError
+
+SMALL = {
+    "C3A": "@block_size=16", "FOURIERFT": "@n_frequency=64", "ROAD": "@group_size=16", "VBLORA": "@vector_length=16",
+    "WAVEFT": "@n_frequency=64", "OFT": "@oft_block_size=16", "FROD": "@progressbar=false",
+}  # fmt: skip
+"""Options for methods whose defaults suppose wide layers."""
+LORA = ("init_lora_weights=pissa_niter_2", "init_lora_weights=olora@use_rslora=true", "use_dora=true")
+NOT_MERGED = {"peft:BEFT", "peft:LILY"}
+IDS = torch.arange(12)[None]
+
+
+def recipe(**adapter: Any) -> Recipe:
+    settings: dict[str, Any] = {"rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]} | adapter
+    return Recipe(model=ModelConfig(language="tiny"), adapter=AdapterConfig(**settings))
+
+
+def arm(name: str) -> Arm:
+    return parse_arms(["full", name], recipe())[1]
+
+
+def names() -> list[str]:
+    own = [name for name in KNOWN if name != "full"]
+    methods = [f"peft:{name}{SMALL.get(name, '')}" for name in method_names() if name != "TRAINABLE_TOKENS"]
+    return [*own, *methods, *(f"peft:LORA@{options}" for options in LORA)]
+
+
+@pytest.fixture(scope="module")
+def base() -> t.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = t.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return t.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", names())
+def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_path: Any, name: str) -> None:
+    given, parts = arm(name).apply(recipe()), Parts(model=copy.deepcopy(base))
+    wrapped = attach_adapters(parts, given.model, given.adapter)
+    assert wrapped is not None
+    trained = {key: parameter for key, parameter in parts.model.named_parameters() if parameter.requires_grad}
+    assert all(map(adapters.is_adapter_parameter, trained))
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(2):
+        loss = parts.model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] != losses[1]
+    parts.model.eval()
+    state, folder = {key: parameter.detach() for key, parameter in trained.items()}, tmp_path / "adapter"
+    by_peft = bool(given.adapter.peft)
+    if by_peft:
+        adapters.take_method(wrapped, state=state, start=parts.adapter_start).write(folder)
+    else:
+        adapters.save_adapter(wrapped, folder, state=state)
+    with torch.no_grad():
+        expected = parts.model(IDS).logits
+        loaded = (adapters.load_method if by_peft else adapters.load_adapter)(copy.deepcopy(base), folder)
+        torch.testing.assert_close(loaded(IDS).logits, expected, rtol=0, atol=1e-5)
+        if by_peft:
+            assert (adapters.why_not_merged(loaded) is not None) == (name in NOT_MERGED)
+        if name not in NOT_MERGED:
+            merged = (adapters.merge_method if by_peft else adapters.merge)(loaded)
+            torch.testing.assert_close(merged(IDS).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("peft:HIRRA", r"no method 'HIRRA'. Did you mean 'HIRA'"),
+        ("pefft:HIRA", r"'pefft:HIRA' is not known. Did you mean 'peft:HIRA'"),
+        ("peft:HIRA@hira_dropot=0.1", r"no key 'hira_dropot'. Did you mean 'hira_dropout'"),
+        ("peft:HIRA@r=many", r"adapter.peft.r is 'many' \(str\), expected int"),
+        ("peft:HIRA@init_weights=gausian", r"init_weights is 'gausian'.*"),
+        ("peft:HIRA@mixer_form=diagonal", r"adapter.mixer_form would have no effect on PEFT's HIRA"),
+        ("peft:PREFIX_TUNING", r"it learns what stands before the input"),
+        ("peft:ADALORA", r"PEFT's own forward pass around the model"),
+        ("peft:LORA@init_lora_weights=eva", r"activations of the training data"),
+        ("peft:LORA@kasa_config={}", r"adds to the loss"),
+    ],
+)
+def test_a_wrong_arm_is_one_error(name: str, said: str) -> None:
+    with pytest.raises(MoSLoRAError, match=said):
+        arm(name)
+
+
+def test_layers_that_peft_refuses_are_one_error(base: t.LlamaForCausalLM) -> None:
+    for name, said in (
+        ("peft:C3A", "PEFT's C3A does not fit this model: .*block size"),
+        ("peft:LORA@init_lora_weights=pisa", "Unknown initialization"),
+        ("peft:TRAINABLE_TOKENS", "TRAINABLE_TOKENS does not fit"),
+    ):
+        given = arm(name).apply(recipe())
+        with pytest.raises(MoSLoRAError, match=said):
+            attach_adapters(Parts(model=copy.deepcopy(base)), given.model, given.adapter)
