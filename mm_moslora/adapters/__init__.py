@@ -11,20 +11,18 @@ from mm_moslora.adapters.folders.save_folder import TakenAdapter, save_adapter, 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step
-from mm_moslora.adapters.merge_adapter import merge
+from mm_moslora.adapters.merge_adapter import merge, why_not_merged
 from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_methods import (
     add_method,
     load_method,
-    merge_method,
     method_config,
     method_named,
     restore_method,
     take_method,
     what_fails,
-    why_not_merged,
 )
 from mm_moslora.adapters.peft_patches import patch_peft
 from mm_moslora.adapters.tree import base_fingerprint, is_adapter_parameter
@@ -69,7 +67,6 @@ __all__ = [
     "load_adapter",
     "load_method",
     "merge",
-    "merge_method",
     "method_config",
     "method_named",
     "one_product_per_step",

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import quantisation
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tied_weights import untie
-from mm_moslora.adapters.tree import is_inner, named_adapter_layers, unwrapped
+from mm_moslora.adapters.tree import adapted_layers, is_inner, named_adapter_layers, unwrapped
 from mm_moslora.kernels.lora.lora_math import use_kernel
-from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +34,9 @@ _PROBES = 8
 def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module:
     """Merge the active adapters into the base weights and take the adapters out.
 
-    Every layer is run on random probes before and after. Where an adapted layer shares its weight with another module
-    (tied embeddings), the model's tied weights get copies of their own first, and `tie_word_embeddings` becomes False.
+    Every layer of this package is run on random probes before and after. Where an adapted layer shares its weight with
+    another module (tied embeddings), the model's tied weights get copies of their own first, and `tie_word_embeddings`
+    becomes False.
 
     Args:
         model: the PEFT model; changed in place.
@@ -44,9 +47,9 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
         The base model with merged weights.
 
     Raises:
-        AdapterError: no PEFT model; a factor that is not finite, or a bias without a place (nothing is changed then);
-            or a merged output of a layer that differs by more than the tolerance (the base weights are put back to
-            within rounding).
+        AdapterError: no PEFT model; layers of PEFT that cannot merge; a factor that is not finite, or a bias without a
+            place (nothing is changed then); or a merged output of a layer that differs by more than the tolerance (the
+            base weights are put back to within rounding).
     """
     model = cast(peft.PeftModel, unwrapped(model))
     layers = {
@@ -59,6 +62,8 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
             f"A {type(model).__name__} is no PEFT model, so there is nothing to merge. Give what add_moslora, "
             "load_adapter or peft.get_peft_model returned."
         )
+    if not layers and (reason := why_not_merged(model)):
+        raise AdapterError(f"The adapter cannot be merged into the weights: {reason}. Use it unmerged.")
     for path, layer in layers.items():
         _check_finite(path, layer)
         _check_bias(path, layer)
@@ -81,6 +86,20 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         base: nn.Module = model.merge_and_unload()
     return base
+
+
+def why_not_merged(model: nn.Module) -> str | None:
+    """The reason why the adapter cannot be merged, by merging copies of its layers; None where it can."""
+    kinds: dict[Any, tuple[str, BaseTunerLayer]] = {}
+    for path, layer in adapted_layers(model):
+        base = layer.get_base_layer()
+        kinds.setdefault((type(layer), type(base), getattr(base, "bias", None) is None), (path, layer))
+    for path, layer in kinds.values():
+        try:
+            copy.deepcopy(layer).merge()
+        except Exception as error:
+            return f"{path}: {reason_of(error) or type(error).__name__}"
+    return None
 
 
 def _check_finite(path: str, layer: MoSLoRALayer) -> None:

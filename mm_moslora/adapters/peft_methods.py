@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
 from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, read_json
-from mm_moslora.adapters.tree import bare_name, base_model
+from mm_moslora.adapters.merge_adapter import why_not_merged
+from mm_moslora.adapters.tree import adapted_layers, bare_name, base_model
 from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
 from mm_moslora.utils.files import staging
 from mm_moslora.utils.run_paths import writing
@@ -243,12 +244,6 @@ def _anchored(config: peft.PeftConfig, paths: Sequence[str], model: nn.Module) -
     return cast(peft.PeftConfig, own)
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
-    """The layers of PEFT in a model with their paths in the base model."""
-    found = base_model(model).named_modules()
-    return [(bare_name(path), layer) for path, layer in found if isinstance(layer, BaseTunerLayer)]
-
-
 def _check_learning(layer: nn.Module, name: str) -> None:
     """Refuse layers without a gradient when they are called alone, as the layers of a model call them."""
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -380,20 +375,6 @@ def _check_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], fol
             )
 
 
-def why_not_merged(model: nn.Module) -> str | None:
-    """The reason why the adapter cannot be merged, by merging copies of its layers; None where it can."""
-    kinds: dict[Any, tuple[str, BaseTunerLayer]] = {}
-    for path, layer in adapted_layers(model):
-        base = layer.get_base_layer()
-        kinds.setdefault((type(layer), type(base), getattr(base, "bias", None) is None), (path, layer))
-    for path, layer in kinds.values():
-        try:
-            copy.deepcopy(layer).merge()
-        except Exception as error:
-            return f"{path}: {reason_of(error) or type(error).__name__}"
-    return None
-
-
 def what_fails(config: peft.PeftConfig) -> list[str]:
     """What an adapter cannot do, tried on two small layers; empty where they are too small for its options."""
     model = nn.Module()
@@ -410,8 +391,3 @@ def what_fails(config: peft.PeftConfig) -> list[str]:
     except Exception as error:
         found.append(f"cannot be saved ({reason_of(error)})")
     return found
-
-
-def merge_method(model: peft.PeftModel) -> nn.Module:
-    """Merge the adapter into the base weights and take it out; see `why_not_merged`."""
-    return cast(nn.Module, cast(Any, model).merge_and_unload())

@@ -16,6 +16,7 @@ from mm_moslora.adapters.folder_format import WRAPPED, bare_name, is_inner
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 
 __all__ = [
+    "adapted_layers",
     "bare_name",
     "base_fingerprint",
     "base_model",
@@ -64,6 +65,12 @@ def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]
     for path, module in base_model(model).named_modules():
         if isinstance(module, MoSLoRALayer):
             yield bare_name(path), module
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    """The adapted layers of any method of PEFT with their paths in the base model."""
+    modules = base_model(model).named_modules()
+    return [(bare_name(path), layer) for path, layer in modules if isinstance(layer, BaseTunerLayer)]
 
 
 def is_adapter_parameter(name: str) -> bool:

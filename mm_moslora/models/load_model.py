@@ -112,12 +112,12 @@ def _merge(assembly: Parts) -> None:
     assert assembly.peft_model is not None
     config = assembly.peft_model.peft_config["default"]
     if not isinstance(config, adapters.MoSLoRAConfig):
-        if reason := adapters.why_not_merged(assembly.peft_model):
-            logger.info("The adapter stays live: %s.", reason)
-            return
-        adapters.merge_method(assembly.peft_model)
-        assembly.peft_model = None
-    elif form_named(config.mixer_form).fixed:
+        reason = adapters.why_not_merged(assembly.peft_model)
+    else:
+        reason = None if form_named(config.mixer_form).fixed else "its mixers depend on their input"
+    if reason:
+        logger.info("The adapter stays live: %s.", reason)
+    else:
         adapters.merge(assembly.peft_model)
         assembly.peft_model = None
 

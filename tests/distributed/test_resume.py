@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from trials import HALF, STAGES, full, hexed, losses, make_recipe, metrics, weights, write
 
-from mm_moslora.config import Recipe
+from mm_moslora.config import AdapterConfig, Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +21,9 @@ def halves(parts, ranks, tmp_path_factory) -> Path:
         stage: make_recipe(parts, folder / f"{stage}-straight", stage, dropout=0.1, micro_batch=2) for stage in STAGES
     }
     straight["bf16"] = full(make_recipe(parts, folder / "bf16-straight", "zero2", precision="bf16"))
+    by_peft = make_recipe(parts, folder / "peft-straight", "zero2", precision="bf16")
+    vblora = AdapterConfig(rank=4, alpha=8, dropout=0.1, peft={"type": "VBLORA", "vector_length": 16})
+    straight["peft"] = replace(by_peft, adapter=vblora)  # a parameter of all layers, and others of one dimension
     straight["fp16"] = make_recipe(parts, folder / "fp16-straight", "zero1", precision="fp16", steps=8)
     # The first processes rehearse, the straight ones do not: it must not show.
     resumed = [
@@ -32,7 +35,7 @@ def halves(parts, ranks, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*STAGES, "bf16", "fp16"])
+@pytest.mark.parametrize("name", [*STAGES, "bf16", "peft", "fp16"])
 def test_a_resumed_run_continues_exactly(name, halves):
     straight = hexed(halves / f"{name}-straight")
     assert len(straight) == (8 if name == "fp16" else 4)

@@ -83,7 +83,7 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
         if by_peft:
             assert (adapters.why_not_merged(loaded) is not None) == (name in NOT_MERGED)
         if name not in NOT_MERGED:
-            merged = (adapters.merge_method if by_peft else adapters.merge)(loaded)
+            merged = adapters.merge(loaded)
             torch.testing.assert_close(merged(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
