@@ -30,6 +30,19 @@ def test_peft_takes_custom_layers_and_embeds_by_methods() -> None:
     assert lora.Linear(nn.Linear(2, 2), "chosen", config=peft.LoraConfig(r=1), r=1)._active_adapter == ["chosen"]
 
 
+def test_peft_keeps_what_runs_outside_of_a_methods_layers_in_the_tuner() -> None:
+    from peft.tuners import tuners_utils
+    from peft.tuners.ia3.model import IA3Model
+
+    filled = IA3Model._prepare_adapter_config(peft.IA3Config(), {"model_type": "llama"})
+    assert filled.feedforward_modules == {"down_proj"}
+    assert hasattr(peft.AdaLoraModel, "update_and_allocate")
+    assert peft.AdaLoraModel.forward is not tuners_utils.BaseTuner.forward
+    assert lora.LoraModel.forward is tuners_utils.BaseTuner.forward
+    assert hasattr(lora.LoraModel, "_get_kasa_loss")
+    assert {"kasa_config", "monteclora_config"} <= set(parameters(peft.LoraConfig))
+
+
 def test_accelerate_keeps_its_hook_on_the_module() -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
 

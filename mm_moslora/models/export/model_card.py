@@ -100,13 +100,15 @@ def _training(checkpoint: Path, recipe: Recipe) -> str:
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     counters = manifest["counters"]
     trained = sum(_product(shape) for shape in manifest["trainable"].values())
+    adapter = recipe.adapter
+    kind = f"PEFT's {adapter.peft['type']}" if adapter.peft else f"mixer {adapter.mixer_init}"
     rows = {
         "optimiser steps": f"{manifest['step']:,}",
         "tokens": f"{int(counters.get('tokens', 0)):,}",
         "supervised tokens": f"{int(counters.get('supervised_tokens', 0)):,}",
         "pictures": f"{int(counters.get('images', 0)):,}",
         "trained parameters": f"{trained:,}",
-        "adapter": f"rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}, mixer {recipe.adapter.mixer_init}",
+        "adapter": f"rank {adapter.rank}, alpha {adapter.alpha:g}, {kind}",
         "seed": str(recipe.train.seed),
     }
     return _table("Training", rows)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -257,4 +258,6 @@ def _count(linears: Sequence[tuple[str, tuple[nn.Module, nn.Module]]]) -> _Linea
                         mixers += form.products(rank) * linear.out_features
                     else:  # M is applied to every token
                         adapters += form.products(rank)
+        elif isinstance(around, BaseTunerLayer):  # an estimate: every trained weight of the method is one of a product
+            adapters += sum(weight.numel() for weight in around.parameters() if weight.requires_grad)
     return _Linears(frozen=frozen, trained=trained, adapters=adapters, mixers=mixers)
