@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from between import just_before
+from preloaded import Preloaded
 
 from mm_moslora.config import Recipe, TrackConfig, load_recipe
 from mm_moslora.planning import doctor
@@ -159,10 +160,12 @@ print(asked, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="the setting is one of glibc's")
-def test_kept_memory_is_not_cleared_again_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_memory_is_not_cleared_again_and_the_environment_wins(
+    python: Preloaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*arguments: str) -> tuple[str, int]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        command = [sys.executable, "-c", STEPS, *arguments]
+        command = [python.ours, "-c", STEPS, *arguments]
         asked, faults = subprocess.run(
             command, env=environment, check=True, capture_output=True, text=True
         ).stdout.split()

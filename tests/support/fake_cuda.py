@@ -15,10 +15,10 @@ import ctypes
 import importlib.util
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -62,11 +62,13 @@ def load(library: Path) -> None:
 
 def place() -> str:
     """Package, file and function of the running line, torch and the tests' own code left out."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
         package = next((part for part in ("mm_moslora", "transformers", "peft") if part in path.parts), None)
         if package is not None:
-            return f"{package} {path.name} {frame.name}"
+            return f"{package} {path.name} {frame.f_code.co_name}"
+        frame = frame.f_back
     return "elsewhere"
 
 
