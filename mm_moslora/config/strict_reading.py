@@ -6,6 +6,7 @@ Recipes, task files and stored protocols are read with it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -17,6 +18,7 @@ import yaml
 from mm_moslora.utils.errors import ConfigError, suggestion
 
 T = TypeVar("T")
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
@@ -205,7 +207,7 @@ def _build(kind: Any, data: Any, source: str, where: str) -> Any:
 def _build_dataclass(kind: type, data: Any, source: str, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{source}: {where or 'the recipe'} is {data!r}, expected a group of keys.")
-    hints = typing.get_type_hints(kind)
+    hints = _type_hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:

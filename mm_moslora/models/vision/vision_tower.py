@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,6 +153,29 @@ def _load_beside(
     return model, dataclasses.replace(spec, width=spec.width + other.width, prefix=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """One picture through an architecture; equal ones give features of the same shape."""
+
+    tower: type[PreTrainedModel]
+    text: str
+    """The configuration, as JSON."""
+    size: int
+    layers: int | tuple[int, ...]
+    config: PreTrainedConfig = dataclasses.field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _features(run: _Pass) -> tuple[int, ...]:
+    """Shape of the features, ``[1, tokens, V]``, from the architecture without weights (on the meta device)."""
+    with torch.device("meta"):
+        twin = cast(Any, run.tower)(run.config).eval()
+        with repeated_layers(twin):
+            output = twin(torch.zeros(1, 3, run.size, run.size), output_hidden_states=run.layers)
+    layers = [run.layers] if isinstance(run.layers, int) else run.layers
+    return tuple(torch.cat([output.hidden_states[layer] for layer in layers], dim=-1).shape)
+
+
 def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatistics) -> ImageSpec:
     """Measure what a tower gives, by running its architecture without weights (on the meta device).
 
@@ -167,20 +191,17 @@ def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatisti
             "Leave image_size out, or choose a tower that interpolates: "
             f"{', '.join(name for name, family in TOWERS.items() if family.any_size)}."
         )
-    with torch.device("meta"):
-        twin = type(tower)(tower.config).eval()
-        try:
-            with repeated_layers(twin):
-                output = twin(torch.zeros(1, 3, size, size), output_hidden_states=config.feature_layer)
-            layers = [config.feature_layer] if isinstance(config.feature_layer, int) else config.feature_layer
-            features = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
-        except (IndexError, RuntimeError, AssertionError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"model.vision: {config.name!r} gives no features at layer {config.feature_layer} for {size} pixels "
-                f"({error}). Choose another feature_layer or image_size."
-            ) from error
+    layers = config.feature_layer if isinstance(config.feature_layer, int) else tuple(config.feature_layer)
+    try:
+        _, total, width = _features(
+            _Pass(tower=type(tower), text=tower.config.to_json_string(), size=size, layers=layers, config=tower.config)
+        )
+    except (IndexError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"model.vision: {config.name!r} gives no features at layer {config.feature_layer} for {size} pixels "
+            f"({error}). Choose another feature_layer or image_size."
+        ) from error
     patch = getattr(tower.config, "patch_size", 0) or 0
-    total, width = int(features.shape[1]), int(features.shape[2])
     patches = (size // patch) ** 2 if patch else total
     return ImageSpec(
         size=size, tokens=patches, width=width, prefix=total - patches, patch=int(patch),

@@ -14,6 +14,7 @@ from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.models.vision import vision_tower
 from mm_moslora.models.vision.open_clip_conversion import to_transformers
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.models.vlm import part_of
@@ -134,6 +135,18 @@ def test_several_layers_lie_side_by_side_and_stay_stock(language_folder, tmp_pat
     exported = export_model(assembly, tmp_path / "out", require_stock=True)
     assert exported.max_logit_difference < 1e-5
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vision_feature_layer"] == [-3, -2]
+
+
+def test_an_architecture_is_measured_once_for_a_size_and_a_layer(vision_folder, monkeypatch):
+    def features(size, layer):
+        spec = load_vision(VisionConfig(name=str(vision_folder), image_size=size, feature_layer=layer))[1]
+        return spec.tokens, spec.width
+
+    wanted = {(28, -2): (16, 32), (56, -2): (64, 32)}
+    assert {key: features(*key) for key in wanted} == wanted
+    assert features(28, [-1, -2]) == (16, 64)
+    monkeypatch.setattr(vision_tower, "repeated_layers", lambda _: pytest.fail("it runs again"))
+    assert {key: features(*key) for key in wanted} == wanted
 
 
 def test_a_siglip2_whose_patches_depend_on_the_picture_is_refused(tmp_path):
