@@ -12,7 +12,6 @@ is rewritten with these names. Contents are not, so they cannot match them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -356,19 +355,22 @@ class Tokens:
                 "cannot be read as text; remove them from the text, or use a fast tokenizer"
             )
         self._names = {text: f"\ue0f1\ue0f2{number}\ue0f3" for text, number in self.guarded.items()}
-        state: dict[str, Any] = json.loads(backend.to_str())
-        state["truncation"] = state["padding"] = state["post_processor"] = None
-        known = {entry["content"]: entry["id"] for entry in state["added_tokens"]}
-        for entry in state["added_tokens"]:
-            entry["content"] = self._names.get(entry["content"], entry["content"])
-        copy = Tokenizer.from_str(json.dumps(state))
+        copy = Tokenizer(backend.model)  # shares the vocabulary
+        if backend.normalizer is not None:
+            copy.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            copy.pre_tokenizer = backend.pre_tokenizer
+        known = dict(sorted(backend.get_added_tokens_decoder().items()))
+        for token in known.values():
+            token.content = self._names.get(token.content, token.content)
+        copy.add_tokens(list(known.values()))
         # Tokens of the base vocabulary get new ids under their private names.
-        for text, number in known.items():
-            found = copy.token_to_id(self._names.get(text, text))
+        for number, token in known.items():
+            found = copy.token_to_id(token.content)
             if found is None:
-                raise ConfigError(f"The tokenizer cannot be copied: its token {text!r} is lost.")
+                raise ConfigError(f"The tokenizer cannot be copied: its token {token.content!r} is lost.")
             if found != number:
                 self._back[found] = number
-        if set(self._back) & set(backend.get_vocab(with_added_tokens=False).values()):
+        if any(backend.model.id_to_token(number) is not None for number in self._back):
             raise ConfigError("The tokenizer cannot be copied: ids of its vocabulary are not consecutive.")
         return copy

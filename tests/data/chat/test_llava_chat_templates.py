@@ -37,8 +37,7 @@ LOWER = ["a red cat", "yes", "two dogs", "why not"]
 def conversations(name: str, template: str) -> list[list[tuple[str, str]]]:
     """Random conversations of questions and answers, the same in every run."""
     rng = random.Random(f"{name} {template}")
-    # Typed special tokens need a copy of the tokenizer, which takes long to make for the large ones.
-    words = LOWER if name == "open_clip" else WORDS + TYPED * (name == "llama" or template in ("v1", "chatml"))
+    words = LOWER if name == "open_clip" else WORDS + TYPED
 
     def text() -> str:
         found = (" " if name == "open_clip" else "").join(rng.choices(words, k=rng.randint(1, 5)))
