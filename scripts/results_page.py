@@ -1,83 +1,133 @@
 #!/usr/bin/env python
-"""Write a comparison's `results.json` as a page of `docs/results/`: table, sentences, command, machine, date, picture.
+"""Write the `results.json` of comparisons into a page of `docs/results/`: a table, a picture and the details.
 
-    python scripts/results_page.py runs/compare docs/results/NAME.md
+    python scripts/results_page.py runs/arms runs/ranks docs/results/NAME.md
 
-The picture is written as PNG beside the page. In an existing page, only the text between the markers is replaced, so
-the description of the experiment and the paper's numbers are kept.
+Several comparisons share the table and the picture, each with its own reference. The picture is the forest plot of the
+comparison's page, as PNG beside this page; it needs Chromium. In an existing page, only the text between the markers
+`results` (table and picture) and `details` (scores by seed, sentences, command, machine, date) is replaced. Details
+without markers follow the results.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+from PIL import Image, ImageChops
+
+from mm_moslora.reporting.comparison_charts import Measure, columns, differences_of, means_of
+from mm_moslora.reporting.comparison_page import picture, read_results
+from mm_moslora.utils.errors import ConfigError
+
+Results = Mapping[str, Any]
+SIZE = (1100, 4000)
+"""Window of the picture in pixels; what is empty below is cut off."""
 
 
-def page(results: dict[str, Any], picture: str) -> str:
-    """The measured part as Markdown.
+def summary(parts: Sequence[tuple[str, Results]], drawn: str) -> str:
+    """The table of all arms and the picture, as Markdown.
 
     Args:
-        results: the comparison's results.
-        picture: file name of the plot.
+        parts: comparisons with the heading of their rows or "".
+        drawn: file name of the picture.
     """
-    tasks = list(dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
-    head = [
-        "arm",
-        "rate",
-        "seeds",
-        *tasks,
-        f"less {results['settings']['reference']}",
-        "p (Holm)",
-        "parameters",
-        "s/step",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(_row(arm, tasks, results)) + " |" for arm in results["arms"]]
+    head = ["arm", "score", "points less the reference", "half-width", "", "nats less the reference", "half-width", ""]
+    lines = []
+    for heading, results in parts:
+        task = next(iter(columns(results)), "")
+        if heading:
+            lines.append([f"**{heading}: {task}**", *[""] * (len(head) - 1)])
+        lines += [_arm(arm, task, results) for arm in results["arms"]]
+    tasks = {next(iter(columns(results)), "nothing") for _, results in parts}
+    looks = ", which hold for all looks together" if all(results.get("resolve") for _, results in parts) else ""
+    return "\n".join(
+        [
+            *_table(head, lines),
+            "",
+            f"Percent on {' and '.join(sorted(tasks))}, mean ± standard error over documents and seeds; differences "
+            f"with 95 % intervals{looks}; p by Holm. Nats: log-likelihood of the reference answer.",
+            "",
+            f"![Every arm against the reference, with 95 % intervals, in points and in nats]({drawn})",
+        ]
+    )
+
+
+def details(parts: Sequence[tuple[str, Results]]) -> str:
+    """Scores by task and seed, costs, sentences, command and machine of every comparison, as Markdown."""
+    return "\n\n".join(_details(heading, results) for heading, results in parts)
+
+
+def _details(heading: str, results: Results) -> str:
+    tasks = columns(results)
+    head = ["arm", "rate", *tasks, f"{tasks[0] if tasks else 'score'} by seed", "parameters", "s/step", "minutes a run"]
+    rows = [_runs(arm, tasks) for arm in results["arms"]]
     for name in ("majority", "best_answer"):
         cells = [results["floors"].get(task, {}).get(name) for task in tasks]
         if any(cell is not None for cell in cells):
             shown = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]
-            lines.append("| " + " | ".join([f"*{name.replace('_', ' ')}*", "", "", *shown, "", "", "", ""]) + " |")
+            rows.append([f"*{name.replace('_', ' ')}*", "", *shown, "", "", "", ""])
     runs, minutes = results["runs"], results["seconds"] / 60
-    lines += ["", "Percent, mean ± standard error over documents and seeds.", ""]
-    lines += [f"- {sentence}" for sentence in results["says"]]
-    lines += ["", f"![Scores, differences and learning rates]({picture})", ""]
-    skip = "<!-- docs: skip it is the command as measured, on real parts -->"
-    lines += [skip, "```bash", _without_places(results["command"]), "```", ""]
-    lines.append(
-        f"Measured on {results['date']}: {results['hardware']}, beside other work; {runs['over']} of {runs['planned']} "
-        f"runs, {minutes:.0f} minutes in all."
+    return "\n".join(
+        [
+            *([f"### {heading}", ""] if heading else []),
+            *_table(head, rows),
+            "",
+            "<details><summary>Every sentence of the comparison</summary>",
+            "",
+            *(f"- {_plain(sentence)}" for sentence in results["says"]),
+            "",
+            "</details>",
+            "",
+            "<!-- docs: skip it is the command as measured, on real parts -->",
+            "```bash",
+            _without_places(results["command"]),
+            "```",
+            "",
+            f"Measured on {results['date']}: {results['hardware']}, beside other work; {runs['over']} of "
+            f"{runs['planned']} runs, {minutes:.0f} minutes in all.",
+        ]
     )
-    return "\n".join(lines)
 
 
-def _row(arm: dict[str, Any], tasks: list[str], results: dict[str, Any]) -> list[str]:
-    row = next((r for r in results["comparisons"] if r["arm"] == arm["name"] and r["task"] == tasks[-1]), None)
-    good = sum(seed["status"] == "ok" for seed in arm["seeds"])
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = (head, ["---"] * len(head), *rows)
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+
+
+def _arm(arm: Results, task: str, results: Results) -> list[str]:
+    points, nats = differences_of(results, arm, task)
+    return [f"`{arm['name']}`", means_of(arm, task)[0].text, *_difference(points, 1), *_difference(nats, 3)]
+
+
+def _difference(found: Measure, digits: int) -> list[str]:
+    """Difference with its interval, half-width and verdict."""
+    known = found.low is not None and found.high is not None
+    return [found.text, f"{(found.high - found.low) / 2:.{digits}f}" if known else "", found.note]
+
+
+def _runs(arm: Results, tasks: Sequence[str]) -> list[str]:
+    scores = [means_of(arm, task)[0] for task in tasks]
     cost = arm["cost"]
-    difference = (
-        "" if row is None else f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-    )
-    p = (
-        ""
-        if row is None
-        else row["verdict"]
-        if row["verdict"] in ("one seed", "nothing follows")
-        else f"{row['p_corrected']:.2g}"
-    )
-    scores = [arm["tasks"].get(task) for task in tasks]
     return [
-        f"`{arm['name']}`", "-" if arm["rate"] is None else f"{arm['rate']:g}", str(good),
-        *("-" if m is None else f"{100 * m['mean']:.1f} ± {100 * m['stderr']:.1f}" for m in scores),
-        difference, p, "-" if cost is None else f"{cost['trainable']:,}",
-        "-" if cost is None else f"{cost['step_seconds']:.2f}",
+        f"`{arm['name']}`", "–" if arm["rate"] is None else f"{arm['rate']:g}{' (edge)' if arm['edge'] else ''}",
+        *(score.text for score in scores),
+        ", ".join(f"{seed:.1f}" for score in scores[:1] for seed in score.seeds),
+        *(["–"] * 3 if cost is None else
+          [f"{cost['trainable']:,}", f"{cost['step_seconds']:.2f}", f"{cost['train_seconds'] / 60:.1f}"]),
     ]  # fmt: skip
+
+
+def _plain(sentence: str) -> str:
+    """A sentence without line breaks and without HTML."""
+    return " ".join(sentence.split()).replace("<", "&lt;")
 
 
 def _without_places(command: str) -> str:
@@ -85,65 +135,75 @@ def _without_places(command: str) -> str:
     return re.sub(r"/\S*?/(?=runs/|examples/)", "", command.replace(str(Path.home()), "$HOME"))
 
 
-def draw(results: dict[str, Any], out: Path) -> None:
-    """Seeds and means, differences, and learning rates as one PNG."""
-    import matplotlib
+def draw(parts: Sequence[tuple[str, Results]], out: Path) -> None:
+    """The forest plot as PNG, in the light scheme.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    arms = [arm for arm in results["arms"] if arm["tasks"]]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
-    for index, arm in enumerate(arms):
-        measure, colour = list(arm["tasks"].values())[-1], f"C{index}"
-        left.errorbar(
-            100 * measure["mean"], index, fmt="s", color=colour, capsize=3,
-            xerr=[[100 * (measure["mean"] - measure["low"])], [100 * (measure["high"] - measure["mean"])]],
-        )  # fmt: skip
-        left.plot(
-            [100 * s for s in measure["seeds"]], [index - 0.2] * len(measure["seeds"]), "o", color=colour, alpha=0.6
+    Raises:
+        SystemExit: there is no Chromium.
+    """
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((path for name in names if (path := shutil.which(name))), None)
+    if browser is None:
+        raise SystemExit(
+            f"The picture needs a browser, none of {', '.join(names)} is installed (apt-get install chromium)."
         )
-        points = [point for point in arm["curve"] if point["value"] is not None]
-        right.plot([p["rate"] for p in points], [p["value"] for p in points], "o-", color=colour, label=arm["name"])
-    last = results["comparisons"][-1]["task"] if results["comparisons"] else None
-    names = [arm["name"] for arm in arms]
-    for row in (row for row in results["comparisons"] if row["task"] == last):
-        index = names.index(row["arm"])
-        value, low, high = (100 * row[key] for key in ("difference", "low", "high"))
-        middle.errorbar(value, index, xerr=[[value - low], [high - value]], fmt="s", color=f"C{index}", capsize=3)
-    middle.axvline(0, color="black", linewidth=1)
-    for axes, label in (
-        (left, "percent; points: seeds"),
-        (middle, f"points against {results['settings']['reference']}"),
-    ):
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_xlabel(label)
-    right.set_xscale("log")
-    right.set_xlabel("learning rate")
-    right.set_ylabel(", ".join(results["settings"]["validation"]) + " (validation)")
-    if right.lines:
-        right.legend(frameon=False)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    with tempfile.TemporaryDirectory() as folder:
+        page, shot = Path(folder) / "picture.html", Path(folder) / "picture.png"
+        page.write_text(picture(parts), encoding="utf-8")
+        subprocess.run(
+            [
+                browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
+                "--disable-background-networking", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile",
+                "--blink-settings=preferredColorScheme=1", "--force-device-scale-factor=1.5",
+                f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={shot}", page.as_uri(),
+            ],
+            capture_output=True, check=True, timeout=240,
+        )  # fmt: skip
+        whole = Image.open(shot).convert("RGB")
+    empty = Image.new("RGB", whole.size, whole.getpixel((0, whole.height - 1)))
+    box = ImageChops.difference(whole, empty).getbbox() or (0, 0, *whole.size)
+    whole.crop((0, 0, whole.width, box[3] + box[1])).quantize(256).save(out, optimize=True)
+
+
+def replaced(text: str, name: str, body: str) -> str:
+    """A page with the text between its markers replaced; details without markers follow the results.
+
+    Args:
+        text: the page.
+        name: of the markers.
+        body: the new text.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text:
+        text = text.replace("<!-- results:end -->", f"<!-- results:end -->\n\n{begin}{end}", 1)
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"The page has no {begin} with {end} after it. Add them where the results shall stand.")
+    return f"{before}{begin}\n{body}\n{end}{after}"
 
 
 def main() -> int:
     """Write or update a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of the comparison")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a comparison")
     parser.add_argument("page", type=Path)
     options = parser.parse_args()
-    results = json.loads((options.run / "results.json").read_text(encoding="utf-8"))
-    picture = options.page.with_suffix(".png")
-    draw(results, picture)
-    measured = f"{BEGIN}\n{page(results, picture.name)}\n{END}"
-    old = (
-        options.page.read_text(encoding="utf-8") if options.page.is_file() else f"# {results['name']}\n\n{BEGIN}{END}\n"
-    )
-    start, end = old.index(BEGIN), old.index(END) + len(END)
-    options.page.write_text(old[:start] + measured + old[end:], encoding="utf-8")
-    print(options.page)
+    try:
+        found = [read_results(run / "results.json") for run in options.runs]
+    except ConfigError as error:
+        raise SystemExit(str(error)) from error
+    several = len(found) > 1
+    parts = [(run.name if several else "", results) for run, results in zip(options.runs, found, strict=True)]
+    page, drawn = options.page, options.page.with_suffix(".png")
+    old = page.read_text(encoding="utf-8") if page.is_file() else (
+        f"# {found[0]['name']}\n\n<!-- results:begin --><!-- results:end -->\n\n## Runs\n\n"
+        "<!-- details:begin --><!-- details:end -->\n"
+    )  # fmt: skip
+    new = replaced(replaced(old, "results", summary(parts, drawn.name)), "details", details(parts))
+    draw(parts, drawn)
+    page.write_text(new, encoding="utf-8")
+    print(page)
     return 0
 
 

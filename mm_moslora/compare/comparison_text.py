@@ -10,11 +10,11 @@ from mm_moslora.compare.comparison_plan import ALL, LOSS, Settings
 from mm_moslora.compare.comparison_run import short_names
 from mm_moslora.reporting.verdicts import (
     AGAINST,
-    SIGNIFICANT,
     above_controls,
     arms_sentence,
     difference_of,
     mood_of_arms,
+    verdict_of_nats,
 )
 
 
@@ -196,15 +196,17 @@ def nats_sentence(row: Mapping[str, Any]) -> str:
     subject = f"{row['arm']} against {row['reference']}, log-likelihood of the reference answer on {row['task']}"
     value, interval, p = nats_cells(found)
     left = f"; {found['left_out']} documents lack one and are left out" if found["left_out"] else ""
-    if found["low"] is None:
-        return f"{subject}: {value} nats on every document, so the error is unknown{left}."
+    match verdict_of_nats(row):
+        case "error unknown":
+            return f"{subject}: {value} nats on every document, so the error is unknown{left}."
+        case "nothing follows":
+            return (
+                f"{subject}: no conclusion from {value} nats [{interval}], since neither is above its controls{left}."
+            )
+        case "more likely" | "less likely" as words:
+            return f"{subject}: {words}, {value} nats [{interval}], corrected p {p}{left}."
     one = ", for this one seed" if min(row["seeds"]) < 2 else ""
-    shown = found["low"] > 0 or found["high"] < 0
-    clear = shown and not one and found["p_corrected"] < SIGNIFICANT
-    if row["verdict"] == "nothing follows":
-        return f"{subject}: no conclusion from {value} nats [{interval}], since neither is above its controls{left}."
-    words = ("more likely" if found["difference"] > 0 else "less likely") if clear else "not shown to differ"
-    return f"{subject}: {words}, {value} nats [{interval}], corrected p {p}{one}{left}."
+    return f"{subject}: not shown to differ, {value} nats [{interval}], corrected p {p}{one}{left}."
 
 
 def _chosen_by(results: Mapping[str, Any]) -> str:

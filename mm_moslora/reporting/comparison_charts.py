@@ -1,190 +1,334 @@
-"""SVG charts of a comparison: seeds as points, differences with intervals, scores by learning rate.
+"""Charts of a comparison with a row per arm: differences with intervals (a forest plot), and scores with their seeds.
 
-Colours come from the page's style sheet (`c0` to `c5`). Shapes: a chart is a view box of ``WIDTH`` units, with a height
-that depends on its rows.
+The template lays out names and numbers, this module draws the plots. Shapes: places are percent of a plot, 0 to 100,
+left to right.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-from mm_moslora.reporting.svg_charts import format_number, ticks
-from mm_moslora.reporting.verdicts import HOLDS_ZERO
+from markupsafe import Markup
 
-WIDTH, ROW, NAMES, RIGHT, BOTTOM = 640, 34, 190, 24, 40
-COLOURS = 6
+from mm_moslora.reporting.svg_charts import Axis, at, format_number, line_between, upright
+from mm_moslora.reporting.verdicts import HOLDS_ZERO, verdict_of_nats
 
-
-class _Scale:
-    """Maps values to view-box units, linear or logarithmic, with a margin at both ends."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False) -> None:
-        self.log = log
-        placed = [math.log10(value) if log else value for value in values]
-        low, high = min(placed), max(placed)
-        air = (high - low) * 0.08 or abs(low) * 0.1 or 1.0
-        self.low, self.high, self.start, self.end = low - air, high + air, start, end
-
-    def __call__(self, value: float) -> float:
-        value = math.log10(value) if self.log else value
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def marks(self) -> list[float]:
-        return ticks(self.low, self.high)
+ALL = "all tasks"
+BAND = 0.03
+"""Half-width of the shaded band without `--resolve`, as a share."""
+FAR = 3.0
+"""An axis reaches so many times as far as the median arm; what lies beyond it ends in an arrow."""
 
 
-def means_chart(arms: Sequence[Mapping[str, Any]], task: str, floors: Mapping[str, float], *, title: str) -> str:
-    """Arms as rows: every seed as a point, the mean with its 95 % interval, the baselines as dashed lines.
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A number of an arm as it is drawn and printed."""
+
+    value: float | None = None
+    """None: nothing is drawn."""
+    low: float | None = None
+    high: float | None = None
+    """The 95 % interval; None where the error is unknown."""
+    seeds: Sequence[float] = ()
+    text: str = "–"
+    note: str = ""
+    mood: str = "plain"
+    """A difference is good, bad, or open where it is not shown."""
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval; the value twice where there is none."""
+        assert self.value is not None
+        known = [end for end in (self.low, self.high) if end is not None] or [self.value]
+        return min(known), max(known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """The inside of an SVG, with its text alternatives."""
+
+    marks: Markup
+    spoken: str
+    text: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An arm, or the heading of a group of arms, which has no plots."""
+
+    name: str
+    reference: bool
+    plots: Sequence[Plot]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowChart:
+    """Arms as rows, measures as columns with a scale each."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Row]
+    scales: Sequence[Markup]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """An arm with its measures, or the heading of a group without."""
+
+    name: str
+    reference: bool = False
+    measures: Sequence[Measure] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """How one measure of all arms is drawn."""
+
+    heading: str
+    unit: str
+    axis: Axis
+    zero: bool = False
+    """Mark zero as the reference."""
+    band: float = 0.0
+    """Half-width of the shaded band around zero."""
+    lines: Sequence[float] = ()
+    """Dashed lines, drawn where they lie on the axis."""
+
+    def plot(self, name: str, measure: Measure) -> Plot:
+        """The cell of an arm."""
+        marks = self._ground() + ("" if measure.value is None else self._mark(measure))
+        seeds = f"; seeds {', '.join(format_number(seed) for seed in measure.seeds)}" if measure.seeds else ""
+        spoken = f"{name}: {measure.text} {self.unit}{f', {measure.note}' if measure.note else ''}{seeds}"
+        return Plot(marks=Markup(marks), spoken=spoken, text=measure.text, note=measure.note)  # noqa: S704
+
+    def scale(self) -> Markup:
+        """The numbers below the rows."""
+        labels = (
+            f'<text x="{self.axis.place(mark):.2f}%" y="14" text-anchor="middle">{format_number(mark)}</text>'
+            for mark in self.axis.few_ticks()
+        )
+        return Markup("".join(labels))  # noqa: S704
+
+    def cuts(self, measure: Measure) -> bool:
+        """Whether a measure goes on beyond the axis."""
+        return measure.value is not None and not all(0 <= self.axis.place(end) <= 100 for end in measure.ends)
+
+    def _ground(self) -> str:
+        left, right = self.axis.place(-self.band), self.axis.place(self.band)
+        band = f'<rect class="band" x="{left:.2f}%" width="{right - left:.2f}%" y="0" height="100%"/>'
+        parts = [band] if self.band else []
+        parts += [upright("grid", self.axis.place(mark)) for mark in self.axis.few_ticks()]
+        parts += [upright("floor", x) for line in self.lines if 0 <= (x := self.axis.place(line)) <= 100]
+        return "".join([*parts, *([upright("zero", self.axis.place(0.0))] if self.zero else [])])
+
+    def _mark(self, measure: Measure) -> str:
+        assert measure.value is not None
+        low, high = (self.axis.place(end) for end in measure.ends)
+        left, right = (min(100.0, max(0.0, place)) for place in (low, high))
+        parts = [line_between("interval", (left, 50), (right, 50))] if left < right else []
+        for place, end, way in ((left, low, -1), (right, high, 1)):
+            if (end - place) * way > 0:
+                parts.append(at(place, 50, f'<path class="arrow" d="M{-7 * way},-5L0,0L{-7 * way},5"/>'))
+            elif place == end and measure.low is not None:
+                parts.append(at(place, 50, '<line class="interval" y1="-4" y2="4"/>'))
+        middle = self.axis.place(measure.value)
+        if 0 <= middle <= 100:
+            parts.append(at(middle, 50, '<rect class="mean" x="-4" y="-4" width="8" height="8"/>'))
+        seeds = [self.axis.place(seed) for seed in measure.seeds]
+        parts += [at(seed, 50, '<circle class="seed" cy="-10" r="2.8"/>') for seed in seeds if 0 <= seed <= 100]
+        return f'<g class="{measure.mood}">{"".join(parts)}</g>'
+
+
+def columns(results: Mapping[str, Any]) -> list[str]:
+    """Names of the measured columns, the mean over all tasks first."""
+    found = dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"])
+    return sorted(found, key=lambda name: name != ALL)
+
+
+def forest(parts: Sequence[tuple[str, Mapping[str, Any]]], task: str | None = None, *, title: str) -> RowChart | None:
+    """Every arm minus its reference in points, and beside it in nats; None without a compared arm.
 
     Args:
-        arms: arms of the results; those that were measured on the task are drawn.
+        parts: comparisons, each with the heading of its rows or "".
+        task: name of the column; None: the first one of each comparison.
+        title: heading of the chart.
+    """
+    entries = []
+    for heading, results in parts:
+        column = task or next(iter(columns(results)), "")
+        entries += [_Entry(name=heading)] * bool(heading)
+        entries += [
+            _Entry(
+                name=arm["name"],
+                reference=arm["name"] == results["settings"]["reference"],
+                measures=differences_of(results, arm, column),
+            )
+            for arm in results["arms"]
+        ]
+    names = {results["settings"]["reference"] for _, results in parts}
+    against = f"against {names.pop() if len(names) == 1 else 'the reference'}"
+    band, meaning = band_of([results for _, results in parts])
+    found = [
+        _column(entries, 0, f"Score: points {against}", "points", zero=True, band=band),
+        _column(entries, 1, f"Log-likelihood of the reference answer: nats {against}", "nats", zero=True),
+    ]
+    notes = [meaning, "Filled square: the difference is shown. Open: it is not.", HOLDS_ZERO]
+    return _row_chart(title, entries, found, notes)
+
+
+def score_rows(results: Mapping[str, Any], task: str, *, title: str) -> RowChart | None:
+    """Every arm's mean with its interval and its seeds as points, in percent and beside it in nats.
+
+    Args:
+        results: the comparison's.
         task: name of the column.
-        floors: scores of answers without a model.
-        title: text of the heading and for screen readers.
+        title: heading of the chart.
     """
-    rows = [(index, arm["name"], arm["tasks"][task]) for index, arm in enumerate(arms) if task in arm["tasks"]]
-    if not rows:
-        return ""
-    values = [v for _, _, m in rows for v in (*m["seeds"], m["low"], m["high"]) if v is not None]
-    shown = {name: value for name, value in floors.items() if value is not None}
-    scale = _Scale([100 * value for value in (*values, *shown.values())], NAMES, WIDTH - RIGHT)
-    height = ROW * len(rows) + BOTTOM + 12
-    parts = [_axis(scale, height, "percent")]
-    for value in sorted(set(shown.values())):
-        names = " and ".join(name.replace("_", " ") for name, v in shown.items() if v == value)
-        x = scale(100 * value)
-        parts.append(f'<line class="floor" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - BOTTOM}"/>')
-        side = f'x="{x - 4:.1f}" text-anchor="end"' if x > WIDTH / 2 else f'x="{x + 4:.1f}"'
-        parts.append(f'<text class="floor-name" y="12" {side}>{escape(names)}</text>')
-    for row, (index, name, measure) in enumerate(rows):
-        y, colour = ROW * row + ROW / 2 + 12, index % COLOURS
-        parts.append(_name(name, y))
-        parts.append(_interval(scale, 100 * measure["low"], 100 * measure["mean"], 100 * measure["high"], y, colour))
-        parts += [
-            f'<circle class="seed c{colour}" cx="{scale(100 * value):.1f}" cy="{y - 9:.1f}" r="3.4"/>'
-            for value in measure["seeds"]
-        ]
-    spoken = "; ".join(f"{name} {100 * m['mean']:.1f}" for _, name, m in rows)
-    return _figure(title, f"{title}: {spoken}", "".join(parts), height, "Points: seeds. Bar: mean and 95 % interval.")
+    entries = [
+        _Entry(
+            name=arm["name"],
+            reference=arm["name"] == results["settings"]["reference"],
+            measures=means_of(arm, task),
+        )
+        for arm in results["arms"]
+    ]
+    floors = {name: 100 * value for name, value in results["floors"].get(task, {}).items() if value is not None}
+    found = [
+        _column(entries, 0, "Score, percent", "percent", lines=sorted(set(floors.values()))),
+        _column(entries, 1, "Log-likelihood of the reference answer, nats", "nats"),
+    ]
+    notes = ["Points: reported runs, one seed each. Square: their mean with its 95 % interval."]
+    if floors:
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in floors.items())
+        notes.append(f"Dashed, where the axis reaches: answers without a model ({told}).")
+    return _row_chart(title, entries, found, notes)
 
 
-def differences_chart(
-    rows: Sequence[Mapping[str, Any]], arms: Sequence[str], *, title: str, unit: str = "points"
-) -> str:
-    """Each arm minus the reference, with its 95 % interval and a mark at zero.
+def band_of(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
+    """Half-width of the shaded band in points, and a sentence about it."""
+    planned = {results["resolve"]["points"] for results in comparisons if results.get("resolve")}
+    if len(planned) == 1:
+        points = 100 * planned.pop()
+        told = f"Shaded: ±{points:g} points, the difference that --resolve {points:g} planned to show."
+        return points, f"{told} Intervals hold for all looks together."
+    return 100 * BAND, f"Shaded: ±{100 * BAND:g} points, about what the paper reports for MoSLoRA (+2.8)."
+
+
+def means_of(arm: Mapping[str, Any], task: str) -> tuple[Measure, Measure]:
+    """An arm's score in percent and log-likelihood in nats, with intervals and seeds.
 
     Args:
-        rows: differences with `arm`, `reference`, `difference`, `low` and `high`; shares where the unit is points.
-        arms: all names, for the colours.
-        title: text of the heading and for screen readers.
-        unit: points, or nats.
+        arm: of the results.
+        task: name of the column.
     """
-    if not rows:
-        return ""
-    factor, digits = (100, 1) if unit == "points" else (1, 3)
-    values = [factor * row[key] for row in rows for key in ("low", "high")] + [0.0]
-    scale = _Scale(values, NAMES, WIDTH - RIGHT)
-    height = ROW * len(rows) + BOTTOM
-    zero = scale(0.0)
-    parts = [_axis(scale, height, f"{unit} against {rows[0]['reference']}")]
-    parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="0" y2="{height - BOTTOM}"/>')
-    for number, row in enumerate(rows):
-        y, colour = ROW * number + ROW / 2, arms.index(row["arm"]) % COLOURS
-        parts.append(_name(row["arm"], y))
-        low, middle, high = (factor * row[key] for key in ("low", "difference", "high"))
-        parts.append(_interval(scale, low, middle, high, y, colour))
-    spoken = "; ".join(f"{row['arm']} {factor * row['difference']:+.{digits}f}" for row in rows)
-    return _figure(title, f"{title}: {spoken}", "".join(parts), height, HOLDS_ZERO)
+    nats = arm.get("nats", {}).get(task, {}).get("own")
+    return _mean(arm["tasks"].get(task), missing=_unmeasured(arm)), _mean(nats, factor=1.0, digits=3)
 
 
-def rates_chart(arms: Sequence[Mapping[str, Any]], *, title: str, measure: str, percent: bool) -> str:
-    """Validation value by learning rate: the means of an arm as a line, runs as points, the chosen rate ringed."""
-    factor = 100.0 if percent else 1.0
-    drawn = [(index, arm, [p for p in arm["curve"] if p["value"] is not None]) for index, arm in enumerate(arms)]
-    points = [point for _, _, curve in drawn for point in curve]
-    if len({point["rate"] for point in points}) < 2:
-        return ""
-    height, left = 300, 62
-    across = _Scale([point["rate"] for point in points], left, WIDTH - RIGHT, log=True)
-    up = _Scale([factor * point["value"] for point in points], height - BOTTOM, 12)
-    parts = [_grid(across, up, height, left, sorted({point["rate"] for point in points}))]
-    legend = []
-    for index, arm, curve in drawn:
-        colour = index % COLOURS
-        means = _means(curve)
-        line = " ".join(f"{across(rate):.1f},{up(factor * value):.1f}" for rate, value in means)
-        if len(means) > 1:
-            parts.append(f'<polyline class="line c{colour}" points="{line}"/>')
-        parts += [
-            f'<circle class="seed c{colour}" cx="{across(p["rate"]):.1f}" cy="{up(factor * p["value"]):.1f}" r="3.4"/>'
-            for p in curve
-        ]
-        parts += [
-            f'<circle class="chosen c{colour}" cx="{across(rate):.1f}" cy="{up(factor * value):.1f}" r="7.5"/>'
-            for rate, value in means
-            if rate == arm["rate"]
-        ]
-        legend.append(f'<li><i class="key c{colour}"></i>{escape(arm["name"])}</li>')
-    spoken = "; ".join(f"{arm['name']} best at {arm['rate']:g}" for arm in arms if arm["rate"])
-    body = _figure(title, f"{title}: {spoken}", "".join(parts), height, f"{measure}. Ringed: the chosen rate.")
-    return body.replace("</figure>", f'<ul class="legend">{"".join(legend)}</ul></figure>')
+def differences_of(results: Mapping[str, Any], arm: Mapping[str, Any], task: str) -> tuple[Measure, Measure]:
+    """An arm minus the reference in points and in nats.
+
+    Args:
+        results: the comparison's.
+        arm: of the results.
+        task: name of the column.
+    """
+    name = arm["name"]
+    if name == results["settings"]["reference"]:
+        return Measure(text="reference"), Measure(text="reference")
+    row = next((row for row in results["comparisons"] if (row["arm"], row["task"]) == (name, task)), None)
+    if row is None:
+        return Measure(note=_unmeasured(arm)), Measure()
+    points, nats = _difference(row, row["verdict"]), row.get("nats", {}).get("own")
+    if nats is None:
+        return points, Measure(note="no log-likelihood")
+    return points, _difference(nats, verdict_of_nats(row), factor=1.0, digits=3)
 
 
-def _means(curve: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    by_rate: dict[float, list[float]] = {}
-    for point in curve:
-        by_rate.setdefault(point["rate"], []).append(point["value"])
-    return [(rate, sum(values) / len(values)) for rate, values in sorted(by_rate.items())]
-
-
-def _name(name: str, y: float) -> str:
-    shown = name if len(name) <= 26 else name[:25] + "…"
-    inside = f"{escape(shown)}<title>{escape(name)}</title>"
-    return f'<text class="arm" x="{NAMES - 14}" y="{y + 4:.1f}" text-anchor="end">{inside}</text>'
-
-
-def _interval(scale: _Scale, low: float, centre: float, high: float, y: float, colour: int) -> str:
-    a, b, m = scale(low), scale(high), scale(centre)
-    ends = "".join(
-        f'<line class="bar c{colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 4:.1f}" y2="{y + 4:.1f}"/>' for x in (a, b)
-    )
-    return (
-        f'<line class="bar c{colour}" x1="{a:.1f}" x2="{b:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>{ends}'
-        f'<rect class="mean c{colour}" x="{m - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
+def _mean(measure: Mapping[str, Any] | None, *, factor: float = 100.0, digits: int = 1, missing: str = "") -> Measure:
+    if measure is None or measure["mean"] is None:
+        return Measure(note=missing)
+    value, error = factor * measure["mean"], measure["stderr"]
+    known = measure["low"] is not None and measure["high"] is not None
+    return Measure(
+        value=value,
+        low=factor * measure["low"] if known else None,
+        high=factor * measure["high"] if known else None,
+        seeds=[factor * seed for seed in measure["seeds"] if seed is not None],
+        text=f"{value:.{digits}f} ± " + ("unknown" if error is None else f"{factor * error:.{digits}f}"),
     )
 
 
-def _axis(scale: _Scale, height: float, label: str) -> str:
-    base = height - BOTTOM
-    parts = []
-    for mark in scale.marks():
-        x = scale(mark)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{base}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{base + 15}" text-anchor="middle">{format_number(mark)}</text>')
-    parts.append(f'<line class="axis" x1="{NAMES}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{height - 5}" text-anchor="end">{escape(label)}</text>')
-    return "".join(parts)
+def _row_chart(
+    title: str, entries: Sequence[_Entry], found: Sequence[_Column | None], notes: Sequence[str]
+) -> RowChart | None:
+    if found[0] is None:
+        return None
+    drawn = [(index, column) for index, column in enumerate(found) if column is not None]
+    rows = [
+        Row(
+            name=entry.name,
+            reference=entry.reference,
+            plots=[column.plot(entry.name, entry.measures[index]) for index, column in drawn if entry.measures],
+        )
+        for entry in entries
+    ]
+    cut = any(column.cuts(entry.measures[index]) for index, column in drawn for entry in entries if entry.measures)
+    return RowChart(
+        title=title, rows=rows,
+        headings=[column.heading for _, column in drawn],
+        scales=[column.scale() for _, column in drawn],
+        notes=[*notes, *(["Arrow: goes on beyond the axis."] if cut else [])],
+    )  # fmt: skip
 
 
-def _grid(across: _Scale, up: _Scale, height: float, left: float, rates: Sequence[float]) -> str:
-    base = height - BOTTOM
-    parts = []
-    for mark in up.marks():
-        y = up(mark)
-        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{format_number(mark)}</text>')
-    parts += [f'<text x="{across(rate):.1f}" y="{base + 15}" text-anchor="middle">{rate:g}</text>' for rate in rates]
-    parts.append(f'<line class="axis" x1="{left}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{height - 5}" text-anchor="end">learning rate</text>')
-    return "".join(parts)
+def _column(
+    entries: Sequence[_Entry], index: int, heading: str, unit: str, *, zero: bool = False, band: float = 0.0,
+    lines: Sequence[float] = (),
+) -> _Column | None:  # fmt: skip
+    """A column over the measures that have a value; None without one."""
+    found = [entry.measures[index] for entry in entries if entry.measures]
+    ends = [measure.ends for measure in found if measure.value is not None]
+    if not ends:
+        return None
+    middle = 0.0 if zero else median(value for pair in ends for value in pair)
+    far = FAR * median(max(abs(low - middle), abs(high - middle)) for low, high in ends)
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    shown = [max(low, middle - far), min(high, middle + far)] if far else [low, high]
+    axis = Axis.over([*shown, *([0.0, -band, band] if zero else [])])
+    return _Column(heading=heading, unit=unit, axis=axis, zero=zero, band=band, lines=lines)
 
 
-def _figure(title: str, spoken: str, body: str, height: float, note: str) -> str:
-    return (
-        f'<figure class="plot card"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(spoken)}">{body}</svg>'
-        f'<p class="readout">{escape(note)}</p></figure>'
-    )
+_MOODS = {"better": "good", "more likely": "good", "worse": "bad", "less likely": "bad"}
+
+
+def _difference(found: Mapping[str, Any], word: str, *, factor: float = 100.0, digits: int = 1) -> Measure:
+    if found["difference"] is None:
+        return Measure(note="unknown")
+    value, low, high = factor * found["difference"], found["low"], found["high"]
+    if low is None or high is None:
+        return Measure(value=value, text=f"{value:+.{digits}f}", note="error unknown")
+    p = found["p_corrected"]
+    silent = p is None or word in ("one seed", "nothing follows")
+    return Measure(
+        value=value, low=factor * low, high=factor * high, mood=_MOODS.get(word, "open"),
+        text=f"{value:+.{digits}f} [{factor * low:+.{digits}f}, {factor * high:+.{digits}f}]",
+        note=word if silent else f"{word}, p {p:.2g}",
+    )  # fmt: skip
+
+
+def _unmeasured(arm: Mapping[str, Any]) -> str:
+    """Why an arm has no result."""
+    if arm["tasks"]:
+        return "not compared"
+    if arm["seeds"] and all(seed["status"] != "ok" for seed in arm["seeds"]):
+        return f"all {len(arm['seeds'])} runs failed" if len(arm["seeds"]) > 1 else "the run failed"
+    tried = {point["rate"] for point in arm["curve"]}
+    if tried and len(tried) == len(arm["grid"]) and all(point["value"] is None for point in arm["curve"]):
+        return "no learning rate worked"
+    return "not measured yet"

@@ -1,6 +1,7 @@
-"""Line charts and heat maps as SVG. The page's style sheet has the colours, so one chart serves light and dark schemes.
+"""Line charts, heat maps and marks as SVG. The page's style sheet has the colours, so one chart serves both schemes.
 
-Shapes: a series is ``n`` points ``(x, y)``; a chart is a view box of ``WIDTH x HEIGHT`` units.
+Shapes: a series is ``n`` points ``(x, y)``; a chart is a view box of ``WIDTH x HEIGHT`` units. Marks are placed in
+percent of an SVG without a view box: it has any width, and marks and text keep their size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 34
 MOST_POINTS = 240
 """Maximum points per series; longer series are averaged in buckets."""
+LABELS = 18
+"""Characters of an axis' labels above which it has fewer of them, in charts of any width."""
 LOG_RATIO = 15.0
 """Ratio of the largest to the smallest value above which a positive axis is logarithmic."""
 
@@ -95,8 +98,8 @@ def format_number(value: float) -> str:
     return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
 
 
-class _Axis:
-    """Maps values to view-box units."""
+class Axis:
+    """Maps values to view-box units, or to percent."""
 
     def __init__(self, low: float, high: float, *, start: float, end: float, log: bool = False) -> None:
         self.log = log
@@ -108,15 +111,62 @@ class _Axis:
         self.low, self.high, self.start, self.end = low, high, start, end
 
     def place(self, value: float) -> float:
+        """Where a value stands."""
         value = math.log10(value) if self.log else value
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
+    @classmethod
+    def over(cls, values: Sequence[float], *, start: float = 0.0, end: float = 100.0, log: bool = False) -> Axis:
+        """An axis over the values with a margin at both ends."""
+        low, high = min(values), max(values)
+        if log:
+            air = (high / low) ** 0.08
+            return cls(low / air, high * air, start=start, end=end, log=True)
+        air = (high - low) * 0.08
+        return cls(low - air, high + air, start=start, end=end)
+
     def ticks(self) -> list[float]:
+        """Round numbers on the axis."""
         if not self.log:
             return ticks(self.low, self.high)
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         marks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
         return [mark for mark in marks if self.low - 1e-9 <= math.log10(mark) <= self.high + 1e-9]
+
+    def few_ticks(self) -> list[float]:
+        """A few round numbers, whose labels fit beside each other in a narrow chart."""
+        marks = self.ticks()
+        if self.log and len(marks) < 2:
+            marks = ticks(10**self.low, 10**self.high)
+        if len("".join(map(format_number, marks))) <= LABELS:
+            return marks
+        return marks[:: math.ceil(len(marks) / 3)] if self.log else ticks(self.low, self.high, count=3)
+
+
+def at(x: float, y: float, inside: str) -> str:
+    """A mark of fixed size at a place in percent."""
+    return f'<svg x="{x:.2f}%" y="{y:.2f}%" overflow="visible">{inside}</svg>'
+
+
+def line_between(style: str, start: tuple[float, float], end: tuple[float, float]) -> str:
+    """A line between two places in percent."""
+    (x1, y1), (x2, y2) = start, end
+    return f'<line class="{style}" x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.2f}%" y2="{y2:.2f}%"/>'
+
+
+def upright(style: str, x: float) -> str:
+    """A line from top to bottom at a place in percent."""
+    return line_between(style, (x, 0), (x, 100))
+
+
+def levels(axis: Axis) -> str:
+    """Lines across a plot in percent, with their numbers to the left of it."""
+    parts = []
+    for mark in axis.few_ticks():
+        y = axis.place(mark)
+        parts.append(line_between("grid", (0, y), (100, y)))
+        parts.append(f'<text x="-6" y="{y:.2f}%" dy="4" text-anchor="end">{format_number(mark)}</text>')
+    return "".join(parts)
 
 
 def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool = False) -> str:
@@ -130,7 +180,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool
     """
     drawn = [replace(item, points=downsample(item.points)) for item in series if item.points]
     every = [point for item in drawn for point in item.points]
-    x_axis = _Axis(min(x for x, _ in every), max(x for x, _ in every), start=LEFT, end=WIDTH - RIGHT)
+    x_axis = Axis(min(x for x, _ in every), max(x for x, _ in every), start=LEFT, end=WIDTH - RIGHT)
     y_axis = _y_axis([y for _, y in every], zero=zero)
     parts = [_grid(x_axis, y_axis, x_label)]
     legend = []
@@ -209,18 +259,18 @@ def _ending(name: str, most: int = 32) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def _y_axis(values: Sequence[float], *, zero: bool) -> _Axis:
+def _y_axis(values: Sequence[float], *, zero: bool) -> Axis:
     low, high = min(values), max(values)
     if zero:
-        return _Axis(0.0, (high or 1.0) * 1.06, start=HEIGHT - BOTTOM, end=TOP)
+        return Axis(0.0, (high or 1.0) * 1.06, start=HEIGHT - BOTTOM, end=TOP)
     if low > 0 and high / low > LOG_RATIO:
-        return _Axis(low / 1.1, high * 1.1, start=HEIGHT - BOTTOM, end=TOP, log=True)
+        return Axis(low / 1.1, high * 1.1, start=HEIGHT - BOTTOM, end=TOP, log=True)
     pad = (high - low) * 0.06
     bottom = 0.0 if low >= 0 > low - pad else low - pad
-    return _Axis(bottom, high + pad, start=HEIGHT - BOTTOM, end=TOP)
+    return Axis(bottom, high + pad, start=HEIGHT - BOTTOM, end=TOP)
 
 
-def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
+def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
     parts = []
     marks = y_axis.ticks()
     if len(marks) > 7:

@@ -238,6 +238,24 @@ def verdict_of_arms(difference: Difference, p: float, *, seeds: tuple[int, int],
     return "not shown"
 
 
+def verdict_of_nats(row: Mapping[str, Any]) -> str:
+    """Whether an arm makes the reference answers more likely than the reference arm does.
+
+    Args:
+        row: of `comparisons`, with `nats`.
+    """
+    found = row["nats"]["own"]
+    if found["low"] is None:
+        return "error unknown"
+    if row["verdict"] == "nothing follows":
+        return "nothing follows"
+    if min(row["seeds"]) < 2:
+        return "one seed"
+    if found["p_corrected"] < SIGNIFICANT and (found["low"] > 0 or found["high"] < 0):
+        return "more likely" if found["difference"] > 0 else "less likely"
+    return "not shown"
+
+
 def arms_sentence(row: Mapping[str, Any]) -> str:
     """A row of `comparisons` of a comparison's `results.json`."""
     seeds = row["seeds"][0]

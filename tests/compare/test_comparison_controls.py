@@ -158,7 +158,8 @@ def test_log_likelihoods_stand_beside_the_scores(tmp_path: Path) -> None:
     )
     assert "Log-likelihood of the reference answer, nats:" in table(results)
     page = write_page(tmp_path / "results.json", tmp_path / "report.html").read_text()
-    assert f"{kaiming['own']['mean']:.3f} nats, {found['difference']:+.3f} [" in page
+    assert f"{kaiming['own']['mean']:.3f} ± " in page
+    assert f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}] nats" in page
     assert "nats against lora" in page
 
 

@@ -1,0 +1,81 @@
+"""The pages of results: one table and one picture of one or several comparisons, written between markers."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, MISSING
+from comparison_results import NAMES, comparison_results
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "results_page.py"
+RANKS = ("lora@rank=4", "moslora@rank=4@targets=q|v")
+OLD = "# Title\n\nIntroduction.\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nReading.\n"
+
+
+def write(page: Path, *runs: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *runs, page], capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def run_of(folder: Path, names: tuple[str, ...]) -> Path:
+    results = comparison_results(names, points=0.03)
+    results["comparisons"][-1] |= {"low": math.nan, "high": math.nan}
+    results["says"] = ["A sentence with <b>markup</b>\nand a line break."]
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_two_comparisons_share_a_table_and_a_picture(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(OLD)
+    runs = [run_of(tmp_path / "arms", NAMES), run_of(tmp_path / "ranks", RANKS)]
+    found = write(page, *runs)
+    assert found.returncode == 0, found.stderr
+    text = page.read_text()
+    assert text.startswith("# Title\n\nIntroduction.\n\n<!-- results:begin -->\n| arm | score | points less")
+    assert text.endswith("<!-- details:end -->\n\nReading.\n")
+    top, details = text.split("<!-- results:end -->")
+    assert "\nold\n" not in top
+    assert [line.split(" | ")[0][2:] for line in top.splitlines()[7:] if line.startswith("|")] == [
+        "**arms: all tasks**", *(f"`{name}`" for name in NAMES),
+        "**ranks: all tasks**", *(f"`{name}`".replace("|", "\\|") for name in RANKS),
+    ]  # fmt: skip
+    assert (
+        "| `moslora:orthogonal` | 70.4 ± 1.2 | +5.0 [+2.0, +8.0] | 3.0 | better, p 0.02 | -0.016 [-0.046, +0.014] "
+        in top
+    )
+    columns = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(columns) == 2, "every row of a table has the cells of its head"
+    assert "| by seed" not in details
+    assert "all tasks by seed" in details
+    assert "69.6, 71.3, 67.7" in details
+    assert "- A sentence with &lt;b>markup&lt;/b> and a line break." in details
+    with Image.open(tmp_path / "page.png") as drawn:
+        assert drawn.width == 1650
+        assert 1000 < drawn.height < 4000
+        assert len(drawn.convert("RGB").getcolors(10**6) or []) > 50
+    assert write(page, *runs).returncode == 0
+    assert page.read_text() == text, "the same call again changes nothing"
+
+
+def test_what_cannot_be_written_is_one_clear_error_and_changes_nothing(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n")
+    found = write(page, run_of(tmp_path / "arms", NAMES))
+    assert found.returncode != 0
+    assert found.stderr.startswith("The page has no <!-- results:begin -->")
+    assert page.read_text() == "# Title\n"
+    assert write(page, tmp_path / "nothing").stderr.startswith(
+        f"{tmp_path / 'nothing' / 'results.json'} does not exist"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arms", "page.md"]
