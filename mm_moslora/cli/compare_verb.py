@@ -142,8 +142,8 @@ def compare(
             print("\n".join(resolution.lines()), flush=True)
         if plan:
             return 0
-        after = None if resolution is None else resolution.seeds_after
-        finished = only_report or comparison.run(room, seeds_after=after)
+        after = None if resolution is None else resolution.settings_after
+        finished = only_report or comparison.run(room, after=after)
         return _show(comparison, output, finished=finished)
 
 

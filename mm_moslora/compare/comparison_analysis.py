@@ -33,8 +33,8 @@ from mm_moslora.compare.comparison_plan import (
 )
 from mm_moslora.compare.comparison_run import Comparison, short_names
 from mm_moslora.compare.comparison_text import says
-from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, difference, holm
-from mm_moslora.compare.sequential_looks import Looks, read_state
+from mm_moslora.compare.seed_statistics import TaskScores, arm_mean
+from mm_moslora.compare.sequential_looks import Judged, Looks, first_seeds, judge, read_state
 from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, verdict_of_arms
 from mm_moslora.utils.files import replace_json
 from mm_moslora.utils.hardware import hardware
@@ -213,86 +213,59 @@ def _comparisons(
     """Every arm against the reference, by task and over all tasks; p-values are corrected over the arms of a column."""
     reference = scores[settings.reference_arm]
     names = [name for name in scores if name != settings.reference_arm and scores[name] and reference]
+    seeds = {name: settings.seeds_of(name) for name in names}
     rows = []
     for column, tasks in columns_of(reference).items():
         right = {task: reference[task].own for task in tasks}
         lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
-        estimates = [_at_look(difference(left, right), looks, settings.seeds) for left in lefts.values()]
-        corrected = holm([_p_value(estimate, looks, settings.seeds) for estimate in estimates])
-        nats = {
-            mode: _differences_in_nats(scores, reference, names, (tasks, mode), (looks, settings.seeds))
-            for mode in _SHOWN
-        }
-        for (arm, left), estimate, p in zip(lefts.items(), estimates, corrected, strict=True):
+        nats = {mode: _differences_in_nats(scores, reference, seeds, (tasks, mode), looks) for mode in _SHOWN}
+        for arm, judged in judge(lefts, right, seeds, looks=looks).items():
             found = [controls[name].get(column) for name in (arm, settings.reference_arm)]
             stand = any(item is None or item["above"] for item in found)
-            pair = (list(left.values()), list(right.values()))
-            row = _row(settings, (arm, column), estimate, p, pair, comparisons=len(names), stand=stand)
+            pair = [list(first_seeds(tasks, seeds[arm]).values()) for tasks in (lefts[arm], right)]
+            row = _row(settings, (arm, column), judged, pair, comparisons=len(names), stand=stand)
             row["nats"] = {mode: found[arm] for mode, found in nats.items() if arm in found}
             asked = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
             rows.append(row | {"controls_complete": pictures_controlled(asked)})
     return rows
 
 
-def _at_look(estimate: Estimate, looks: Looks | None, seeds: int) -> Estimate:
-    """The estimate with the interval that holds for all looks together."""
-    return estimate if looks is None else estimate.at_level(looks.level(seeds))
-
-
-def _p_value(estimate: Estimate, looks: Looks | None, seeds: int) -> float:
-    return estimate.p_value if looks is None else looks.p_value(estimate.p_value, seeds)
-
-
 def _differences_in_nats(
-    scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], names: Sequence[str],
-    place: tuple[Sequence[str], str], look: tuple[Looks | None, int],
+    scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], seeds: Mapping[str, int],
+    place: tuple[Sequence[str], str], looks: Looks | None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """By arm, where it and the reference have log-likelihoods; p-values are corrected over these arms."""
     right = _nats(reference, *place)
-    lefts = {arm: left for arm in names if right and (left := _nats(scores[arm], *place))}
-    found = {arm: _at_look(difference(left, right, bounded=False), *look) for arm, left in lefts.items()}
-    corrected = holm([_p_value(estimate, *look) for estimate in found.values()])
+    lefts = {arm: left for arm in seeds if right and (left := _nats(scores[arm], *place))}
     return {
-        arm: {
-            "difference": estimate.value,
-            "stderr": estimate.stderr,
-            "low": estimate.low,
-            "high": estimate.high,
-            "p": estimate.p_value,
-            "p_corrected": p,
-            "detectable": estimate.detectable(comparisons=len(found)),
-            "documents": estimate.size[1],
-            "left_out": sum(len(one.clusters) for one in right.values()) - estimate.size[1],
+        arm: judged.numbers(comparisons=len(lefts))
+        | {
+            "documents": judged.estimate.size[1],
+            "left_out": sum(len(one.clusters) for one in right.values()) - judged.estimate.size[1],
         }
-        for (arm, estimate), p in zip(found.items(), corrected, strict=True)
+        for arm, judged in judge(lefts, right, seeds, looks=looks, bounded=False).items()
     }
 
 
 def _row(
-    settings: Settings, place: tuple[str, str], estimate: Estimate, p: float,
-    pair: tuple[Sequence[TaskScores], Sequence[TaskScores]], *, comparisons: int, stand: bool,
+    settings: Settings, place: tuple[str, str], judged: Judged, pair: Sequence[Sequence[TaskScores]], *,
+    comparisons: int, stand: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    left, right = pair
+    (left, right), estimate = pair, judged.estimate
     seeds = (len(left[0].scores), len(right[0].scores))
     found = as_difference(estimate, [*left, *right])
     return {
         "arm": place[0],
         "reference": settings.reference_arm,
         "task": place[1],
-        "difference": estimate.value,
-        "stderr": estimate.stderr,
-        "low": estimate.low,
-        "high": estimate.high,
+        **judged.numbers(comparisons=comparisons),
         "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
         "share_of_documents": estimate.documents,
         "components": asdict(estimate.components),
-        "p": estimate.p_value,
-        "p_corrected": p,
-        "detectable": estimate.detectable(comparisons=comparisons),
         "documents": sum(len(one.clusters) for one in left),
         "groups": found.groups,
         "seeds": list(seeds),
-        "verdict": verdict_of_arms(found, p, seeds=seeds, stand=stand),
+        "verdict": verdict_of_arms(found, judged.p_corrected, seeds=seeds, stand=stand),
     }
 
 

@@ -103,13 +103,13 @@ class Answers:
                     f"{place['own']} and {places[0]['own']} hold different documents, so their runs cannot be "
                     "compared. Delete the folders of the runs to measure them again, or choose another --output."
                 )
-        clusters = [row["cluster"] for row in rows[0]]
+        clusters, seeds = [row["cluster"] for row in rows[0]], [seed for seed, _ in good]
         own = [_scores(place["own"]) for place in places]
         nats = {}
         for mode, name in {"own": OWN, **_MODES}.items():
             grid = _nats([place[mode] for place in places]) if all(mode in place for place in places) else []
             if grid:
-                nats[name] = TaskScores(scores=grid, clusters=clusters)
+                nats[name] = TaskScores(scores=grid, clusters=clusters, seeds=seeds)
         less = {}
         for mode, name in _MODES.items():
             if all(mode in place for place in places):
@@ -121,7 +121,7 @@ class Answers:
             ):  # a baseline that knows the test answers per question is no control
                 less[name] = _less(own, [floor] * len(own), clusters)
         return TaskAnswers(
-            own=TaskScores(scores=own, clusters=clusters), less=less,
+            own=TaskScores(scores=own, clusters=clusters, seeds=seeds), less=less,
             pictures=any(row.get("images") for row in rows[0]), remarks=_remarks(good, places),
             score=_SCORES.get(rules.aggregation, SCORE_NAMES.get(rules.aggregation, "")) if rules else "",
             nats=nats, no_nats="" if OWN in nats else _why_no_nats(rules, rows),

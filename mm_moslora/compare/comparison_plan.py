@@ -44,6 +44,8 @@ class Settings:
     """Peak learning rates of the adapter to try for every arm."""
     seeds: int
     """Reported runs per arm, at its chosen rate."""
+    decided: Mapping[str, int] = field(default_factory=dict)
+    """Reported runs of arms that need fewer."""
     tasks: Sequence[str]
     """Test tasks, as for `mm-moslora eval run`."""
     validation: Sequence[str] = (LOSS,)
@@ -91,6 +93,10 @@ class Settings:
     def reference_arm(self) -> str:
         """Name of the reference arm."""
         return self.reference or self.arms[0].name
+
+    def seeds_of(self, arm: str) -> int:
+        """Reported runs of an arm."""
+        return self.decided.get(arm, self.seeds)
 
     @property
     def tunes(self) -> bool:
@@ -219,7 +225,7 @@ def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell
         Cell(arm=arm, rate=chosen[arm.name], seed=seed, tuning=False)
         for seed in range(settings.seeds)
         for arm in settings.arms
-        if arm.name in chosen
+        if arm.name in chosen and seed < settings.seeds_of(arm.name)
     ]
 
 
@@ -230,8 +236,9 @@ def run_count(settings: Settings, outcomes: Mapping[str, Outcome] = _NONE) -> in
         settings: the comparison's.
         outcomes: by the run's name.
     """
-    reported = len(settings.arms) - len(hopeless_arms(settings, outcomes))
-    return len(tuning_cells(settings, outcomes)) + reported * settings.seeds
+    hopeless = hopeless_arms(settings, outcomes)
+    reported = [settings.seeds_of(arm.name) for arm in settings.arms if arm.name not in hopeless]
+    return len(tuning_cells(settings, outcomes)) + sum(reported)
 
 
 def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:

@@ -106,7 +106,8 @@ class Comparison:
         self._claim({**self._trained_on(), **measured})
         state = read_state(self.folder)
         if state is not None:
-            self.settings = dataclasses.replace(self.settings, seeds=max(self.settings.seeds, state.seeds))
+            seeds = max(self.settings.seeds, state.seeds)
+            self.settings = dataclasses.replace(self.settings, seeds=seeds, decided=state.arms)
         self._read_outcomes()
 
     def _trained_on(self) -> dict[str, str]:
@@ -171,17 +172,17 @@ class Comparison:
                 comparison_cell.require_same_recipe(place, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
-    def run(self, room: RunBudget, *, seeds_after: Callable[[], int] | None = None) -> bool:
+    def run(self, room: RunBudget, *, after: Callable[[], Settings] | None = None) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
             room: the resources.
-            seeds_after: called when all is done; returns the number of seeds to go on with, the present one to end.
+            after: called when all is done; returns the settings to go on with, those with the present seeds to end.
         """
         with StopRequest() as stop:
-            return self._run(room, stop, seeds_after)
+            return self._run(room, stop, after)
 
-    def _run(self, room: RunBudget, stop: StopRequest, seeds_after: Callable[[], int] | None) -> bool:
+    def _run(self, room: RunBudget, stop: StopRequest, after: Callable[[], Settings] | None) -> bool:
         started = time.monotonic()
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
@@ -199,10 +200,9 @@ class Comparison:
                 if not pool.running:
                     if self._ready():
                         return False
-                    seeds = seeds_after() if seeds_after is not None else self.settings.seeds
-                    if seeds <= self.settings.seeds:
+                    before, self.settings = self.settings, self.settings if after is None else after()
+                    if self.settings.seeds <= before.seeds:
                         return True
-                    self.settings = dataclasses.replace(self.settings, seeds=seeds)
                     continue
                 for job, code in pool.wait(WAIT_SECONDS):
                     self._over(job, code, room)
@@ -275,7 +275,7 @@ class Comparison:
             timed = [o.total_seconds for o in own if o.status == "ok"]
             mean = sum(timed) / len(timed) if timed else usual
             tuning = [item for item in cells_of_arm if item.tuning]
-            total += mean * max(0, len(tuning) + self.settings.seeds - len(own))
+            total += mean * max(0, len(tuning) + self.settings.seeds_of(arm.name) - len(own))
         return total
 
     def _say_cost(self, running: Sequence[Job]) -> None:

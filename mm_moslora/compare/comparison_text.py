@@ -89,9 +89,10 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
 def _looks_sentence(plan: Mapping[str, Any]) -> str:
     ended = f"It ended: {plan['ended']}." if plan["ended"] else f"It goes on to {plan['seeds']} seeds."
     looks = ", ".join(map(str, plan["looks"]["seeds"]))
+    arms = ", ".join(f"{arm} after {seeds} seeds" for arm, seeds in plan.get("arms", {}).items())
     return (
         f"Planned to show {100 * plan['points']:g} points, with looks after {looks} seeds; intervals and p-values hold "
-        f"for all looks together. {ended}"
+        f"for all looks together. {f'Decided earlier: {arms}. ' if arms else ''}{ended}"
     )
 
 
@@ -112,7 +113,8 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[s
             if done
             else f"{arm['name']}: its learning rate is not chosen yet."
         )
-    wanted, good = results["settings"]["seeds"], [seed for seed in arm["seeds"] if seed["status"] == "ok"]
+    wanted = ((results.get("resolve") or {}).get("arms") or {}).get(arm["name"], results["settings"]["seeds"])
+    good = [seed for seed in arm["seeds"] if seed["status"] == "ok"]
     if arm["seeds"] and len(good) < wanted:
         lines.append(f"{arm['name']}: {len(good)} of {wanted} seeds were measured; the missing ones may be the worst.")
     worse = [s["seed"] for s in arm["seeds"] if (s["last_loss"] or 0) > (s["first_loss"] or math.inf)]
@@ -125,7 +127,19 @@ def table(results: Mapping[str, Any]) -> str:
     """The result for the terminal."""
     tasks = list(dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
     reference = results["settings"]["reference"]
-    head = ["arm", "lr", "seeds", *tasks, f"- {reference}", "95 %", "p (Holm)", "parameters", "s/step", "GiB"]
+    head = [
+        "arm",
+        "lr",
+        "seeds",
+        *tasks,
+        f"- {reference}",
+        "95 %",
+        "half-width",
+        "p (Holm)",
+        "parameters",
+        "s/step",
+        "GiB",
+    ]
     lines = _aligned(head, [_cells(arm, tasks, results) for arm in results["arms"]])
     lines.append(f"Mean percent ± standard error over documents and seeds{_chosen_by(results)}.")
     lines += [f"{task} is {score}." for task, score in results["settings"].get("scores", {}).items()]
@@ -251,11 +265,12 @@ def _mean_cell(measure: Mapping[str, Any] | None) -> str:
 
 def _difference_cells(row: Mapping[str, Any] | None) -> list[str]:
     if row is None:
-        return ["", "", ""]
+        return ["", "", "", ""]
     interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
     return [
         f"{100 * row['difference']:+.1f}",
         interval,
+        f"{50 * (row['high'] - row['low']):.1f}",
         "-" if row["verdict"] in ("one seed", "nothing follows") else f"{row['p_corrected']:.2g}",
     ]
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mm_moslora_eval.scoring.error_bars import t_quantile
 
 from mm_moslora.compare.comparison_analysis import analyse
-from mm_moslora.compare.comparison_plan import run_count
+from mm_moslora.compare.comparison_plan import Settings, run_count
 from mm_moslora.compare.comparison_run import Comparison
-from mm_moslora.compare.seed_statistics import LEVEL, POWER, Components
+from mm_moslora.compare.seed_statistics import POWER, Components
 from mm_moslora.compare.sequential_looks import OVERALL, Looks, LookState, planned_looks, read_state, write_state
 from mm_moslora.reporting.verdicts import SIGNIFICANT
 from mm_moslora.utils.errors import ConfigError
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ASSUMED = Components(documents=0.02, seeds=2 * 0.02**2, answers=0.2)
 """Right or wrong answers of two tuned arms: runs of an arm spread by 2 points, single answers by a variance of 0.1."""
+Rows = Sequence[Mapping[str, Any]]
+"""Comparisons of `results.json`, or parts of them."""
 MOST_SEEDS = 64
 _SUGGESTED = (4, 8, 16, 32, 64)
 """Seeds for which the documents are planned where those at hand are too few."""
@@ -43,7 +45,7 @@ class Size:
     detectable: float
     """The true difference that is shown four times out of five."""
     half_width: float
-    """Of the 95 % interval."""
+    """Of the 95 % interval, which holds for all looks together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,8 @@ class Planner:
         parts = self.components
         answers = parts.answers / seeds / documents
         by_documents, by_arm = parts.documents / documents + answers, (parts.seeds / seeds + answers) / 2
-        variance = parts.variance(seeds=seeds, documents=documents)
-        squares = by_documents**2 / max(1, documents - 1) + 2 * by_arm**2 / max(1.0, seeds - 1)
+        variance, arms = parts.variance(seeds=seeds, documents=documents), self.comparisons + 1
+        squares = by_documents**2 / max(1, documents - 1) + (2 * by_arm) ** 2 / max(1.0, arms * (seeds - 1))
         degrees = max(1.0, variance**2 / squares) if squares else math.inf
         if not variance:
             return Size(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
@@ -84,7 +86,7 @@ class Planner:
         strict = t_quantile(1 - level / self.comparisons, degrees)
         error = math.sqrt(variance)
         return Size(
-            seeds=seeds, documents=documents, half_width=t_quantile(LEVEL, degrees) * error,
+            seeds=seeds, documents=documents, half_width=t_quantile(1 - level, degrees) * error,
             detectable=(strict + t_quantile(2 * POWER - 1, degrees)) * error,
         )  # fmt: skip
 
@@ -141,9 +143,9 @@ def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list
     looks = planner.looks(seeds, documents).seeds
     lines.append(
         f"For {points}: {seeds} seeds on {documents} documents{fewer}, half-width {100 * found.half_width:.1f}. "
-        f"Looks after {', '.join(map(str, looks))} seeds; a comparison ends early where all arms are decided: the "
-        f"corrected p-value is below {SIGNIFICANT:g}, or the interval lies within {points}. Intervals and p-values "
-        "hold for all looks together (alpha spending)."
+        f"Looks after {', '.join(map(str, looks))} seeds; an arm ends early where it is decided: its corrected "
+        f"p-value is below {SIGNIFICANT:g}, or its interval lies within {points}. Intervals and p-values hold for all "
+        "looks together (alpha spending)."
     )
     return found, lines
 
@@ -176,7 +178,7 @@ class Resolution:
     def lines(self) -> list[str]:
         """The plan in sentences, from the pilot where it is over, with the time."""
         state, settings = read_state(self._comparison.folder), self._comparison.settings
-        components = mean_components(analyse(self._comparison)) if self._comparison.outcomes else None
+        components = mean_components(main_rows(analyse(self._comparison))) if self._comparison.outcomes else None
         if state is not None and state.components:
             components = Components(**state.components)
         source = "from the pilot" if components is not None else (
@@ -187,56 +189,29 @@ class Resolution:
         lines = [f"--resolve {100 * self._points:g}, {source}: {lines[0]}", *lines[1:]]
         return [*lines, self._hours(int(found.seeds) if found is not None else settings.seeds)]
 
-    def seeds_after(self) -> int:
-        """The number of seeds to go on with, after a look at those that are over; the present one where it ends."""
-        comparison = self._comparison
+    def settings_after(self) -> Settings:
+        """The settings to go on with, after a look at the seeds that are over; the present seeds where it ends."""
+        comparison, settings = self._comparison, self._comparison.settings
         results, state = analyse(comparison), read_state(comparison.folder)
         if state is None:
-            state = self._planned(results)
+            state = plan_looks(self._planner(ASSUMED, settings.seeds), main_rows(results), comparison.documents)
             write_state(comparison.folder, state)
             results = analyse(comparison)  # with the level of the first look
-        seeds = comparison.settings.seeds
-        later = [planned for planned in state.looks.seeds if planned > seeds]
-        ended = state.ended or self._decided(results) or ("" if later else f"all {seeds} planned seeds are over")
-        state = replace(state, ended=ended, seeds=seeds if ended else later[0])
+        state = after_look(state, main_rows(results), settings.seeds)
         write_state(comparison.folder, state)
-        logger.info("%s", f"It ends after {seeds} seeds: {ended}." if ended else f"It goes on to {state.seeds} seeds.")
-        return state.seeds
+        logger.info(
+            "%s",
+            f"It ends after {settings.seeds} seeds: {state.ended}."
+            if state.ended
+            else f"It goes on to {state.seeds} seeds.",
+        )
+        return replace(settings, seeds=state.seeds, decided=state.arms)
 
     def _planner(self, components: Components, first: int) -> Planner:
         comparisons = max(1, len(self._comparison.settings.arms) - 1)
         return Planner(
             components=components, points=self._points, comparisons=comparisons, first=first, step=self._step
         )
-
-    def _planned(self, results: dict[str, Any]) -> LookState:
-        """The plan from the pilot; a pilot that more seeds do not help is the only look."""
-        comparison = self._comparison
-        first, documents = comparison.settings.seeds, comparison.documents
-        components = mean_components(results)
-        only = LookState(points=self._points, seeds=first, looks=Looks((first,), (1.0,)), components={})
-        if components is None:
-            return replace(
-                only, ended="no answers of the pilot differ between arms, or an arm has fewer than two seeds"
-            )
-        only, planner = replace(only, components=asdict(components)), self._planner(components, first)
-        found, lines = plan_resolution(planner, documents)
-        if found is None:
-            return replace(only, ended=" ".join(lines[1:]).removesuffix("."))
-        return replace(only, looks=planner.looks(int(found.seeds), documents))
-
-    def _decided(self, results: dict[str, Any]) -> str:
-        """Why the comparison may end; empty where it may not."""
-        rows = main_rows(results)
-        if not rows:
-            return "no arm is left to compare"
-        return "every arm is decided" if all(self._is_decided(row) for row in rows) else ""
-
-    def _is_decided(self, row: dict[str, Any]) -> bool:
-        if min(row["seeds"]) < 2 or row["p_corrected"] is None:  # the error leaves out the variation between seeds
-            return False
-        close = -self._points <= row["low"] and row["high"] <= self._points
-        return close or bool(row["p_corrected"] < SIGNIFICANT)
 
     def _hours(self, seeds: int) -> str:
         comparison, settings = self._comparison, self._comparison.settings
@@ -253,14 +228,67 @@ class Resolution:
         )
 
 
-def mean_components(results: dict[str, Any]) -> Components | None:
+def plan_looks(planner: Planner, rows: Rows, documents: int) -> LookState:
+    """The plan from a pilot; a pilot that more seeds do not help is the only look.
+
+    Args:
+        planner: with the pilot's seeds; its components are replaced.
+        rows: the pilot's comparisons, see `main_rows`.
+        documents: those of the test tasks.
+    """
+    first, components = planner.first, mean_components(rows)
+    only = LookState(points=planner.points, seeds=first, looks=Looks((first,), (1.0,)), components={})
+    if components is None:
+        return replace(only, ended="no answers of the pilot differ between arms, or an arm has fewer than two seeds")
+    only, planner = replace(only, components=asdict(components)), replace(planner, components=components)
+    found, lines = plan_resolution(planner, documents)
+    if found is None:
+        return replace(only, ended=" ".join(lines[1:]).removesuffix("."))
+    return replace(only, looks=planner.looks(int(found.seeds), documents))
+
+
+def after_look(state: LookState, rows: Rows, seeds: int) -> LookState:
+    """The plan after a look: decided arms run no more, the others and the reference go on to the next look.
+
+    Args:
+        state: the plan.
+        rows: the comparisons at this look, see `main_rows`.
+        seeds: those of the arms that still run.
+    """
+    running = [row for row in rows if row["arm"] not in state.arms]
+    decided = {row["arm"]: seeds for row in running if is_decided(row, state.points)}
+    later = [planned for planned in state.looks.seeds if planned > seeds]
+    ended = state.ended or ("" if rows else "no arm is left to compare")
+    if not ended and len(decided) == len(running):
+        ended = "every arm is decided"
+    elif not ended and not later:
+        ended = f"all {seeds} planned seeds are over"
+    if ended:
+        return replace(state, ended=ended, seeds=seeds)
+    return replace(state, seeds=later[0], arms=state.arms | decided)
+
+
+def is_decided(row: Mapping[str, Any], points: float) -> bool:
+    """Whether an arm needs no more seeds.
+
+    Args:
+        row: its comparison.
+        points: the difference to show, as a share.
+    """
+    if min(row["seeds"]) < 2 or row["p_corrected"] is None:  # the error leaves out the variation between seeds
+        return False
+    close = -points <= row["low"] and row["high"] <= points
+    return close or bool(row["p_corrected"] < SIGNIFICANT)
+
+
+def mean_components(rows: Rows) -> Components | None:
     """The mean over the arms of the components of their differences; None where there are none or all are zero."""
-    rows = [row for row in main_rows(results) if min(row["seeds"]) > 1]
+    rows = [row for row in rows if min(row["seeds"]) > 1]
     means = {name: sum(row["components"][name] for row in rows) / len(rows) for name in asdict(ASSUMED) if rows}
     return Components(**means) if any(means.values()) else None
 
 
-def main_rows(results: dict[str, Any]) -> Sequence[dict[str, Any]]:
+def main_rows(results: Mapping[str, Any]) -> Rows:
     """The comparisons of all tasks together, or of the only task."""
     tasks = [row["task"] for row in results["comparisons"]]
     return [row for row in results["comparisons"] if row["task"] == tasks[-1]]

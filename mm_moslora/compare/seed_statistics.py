@@ -1,8 +1,8 @@
-"""The difference of two arms with documents and seeds as crossed random effects.
+"""Differences of arms with documents and seeds as crossed random effects.
 
 Shapes: an arm's scores on a task are ``K x N``, seeds by documents; NaN is a missing answer. Sources: Owen 2007
 (crossed random effects), Henderson 1953 (components by moments), Miller 2024 (2411.00640, clustered errors),
-Satterthwaite 1946 (degrees of freedom), Holm 1979.
+Satterthwaite 1946 (degrees of freedom), Bancroft 1944 (pooling of variances after a test), Holm 1979.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 from mm_moslora_eval.scoring.error_bars import (
     alike_interval,
     alike_p_value,
+    clustered_stderr,
+    f_upper_tail,
     t_quantile,
     t_two_sided,
 )
@@ -26,6 +28,8 @@ Scores = Sequence[Sequence[float]]
 LEVEL, POWER = 0.95, 0.8
 _ROUNDING = 1e-24
 """A variance of shares below this is rounding: all differences are equal."""
+_POOLED = 0.25
+"""An arm's variance between seeds is pooled unless it is above that of the other arms at this level (Bancroft 1944)."""
 _STEPS, _CLOSE = 200, 1e-12
 """Most alternating steps of the least squares, which converge at once without missing answers, and when they end."""
 
@@ -38,6 +42,14 @@ class TaskScores:
     """``K x N``: a row per seed."""
     clusters: Sequence[Hashable]
     """``N``: cluster of each document, such as the image of a question."""
+    seeds: Sequence[int] = ()
+    """``K``: number of each seed; empty: from 0 on."""
+
+    def first(self, count: int) -> TaskScores:
+        """The scores of seeds with a number below `count`."""
+        numbers = self.seeds or range(len(self.scores))
+        kept = [place for place, number in enumerate(numbers) if number < count]
+        return replace(self, scores=[self.scores[place] for place in kept], seeds=[numbers[place] for place in kept])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +97,11 @@ class Estimate:
             return alike_p_value(self.value, self.groups)
         return t_two_sided(self.value / self.stderr, self.degrees)
 
+    @property
+    def half_width(self) -> float:
+        """Of the interval."""
+        return (self.high - self.low) / 2
+
     def at_level(self, level: float) -> Estimate:
         """The same estimate with an interval of this error rate instead of 5 %."""
         low, high = _interval(self.value, self.stderr, self.degrees, groups=self.groups, level=1 - level)
@@ -106,25 +123,74 @@ class Estimate:
 
 def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
     """The mean over seeds, documents and (with equal weight) tasks, with its error for new documents and new seeds."""
-    return _estimate([tasks], bounded=bounded)
+    return _estimate([tasks], [_spread(tasks)], bounded=bounded)
 
 
 def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
-    """A - B on the same documents, with its error for new documents and new seeds.
+    """A - B on the same documents: `differences` of one arm."""
+    return differences({"": a}, b, bounded=bounded)[""]
+
+
+def differences(
+    arms: Mapping[str, Mapping[str, TaskScores]], reference: Mapping[str, TaskScores], *, bounded: bool = True
+) -> dict[str, Estimate]:
+    """Each arm - the reference on the same documents, with its error for new documents and new seeds.
 
     The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's seeds (as
-    independent draws), minus their common part (the noise of single answers). With one seed, the variance between an
-    arm's seeds is unknown and left out. A document without an answer of one arm is left out, too.
+    independent draws), minus their common part (the noise of single answers). A variance between seeds is the mean over
+    all arms, with the degrees of freedom of all, unless the arm's own is larger than those of the others (an F-test at
+    the level 0.25): then it is the arm's own. With one seed, the variance between an arm's seeds is unknown and left
+    out. A document without an answer of one arm is left out, too.
 
     Args:
-        a: task -> scores of A; the tasks weigh equally.
-        b: scores of B, on the same documents in the same order.
+        arms: by name, task -> scores; the tasks weigh equally.
+        reference: its scores, on the same documents in the same order.
         bounded: whether scores lie between 0 and 1, so that equal differences still bound the error.
 
     Raises:
-        ValueError: the arms have other tasks or other documents, or no document in common.
+        ValueError: two arms have other tasks or other documents, or no document in common.
     """
-    return _estimate([a, b], bounded=bounded)
+    spreads = _pooled([_spread(tasks) for tasks in (reference, *arms.values())])
+    return {
+        name: _estimate([tasks, reference], [spread, spreads[0]], bounded=bounded)
+        for (name, tasks), spread in zip(arms.items(), spreads[1:], strict=True)
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spread:
+    """Variance between runs of an arm: of the score of one run, on all tasks."""
+
+    variance: float
+    degrees: int
+    """Degrees of freedom; 0 where it is unknown."""
+    pooled: bool = False
+    """Whether it is the mean over arms."""
+
+
+def _spread(tasks: Mapping[str, TaskScores]) -> _Spread:
+    """An arm's own, from all documents that it answered."""
+    parts = []
+    for name, task in tasks.items():
+        grids, clusters = _in_common([task], name)
+        parts.append(_fit(grids[0], clusters).brought / len(tasks))
+    seeds = len(parts[0])
+    square = float(np.square(sum(parts)).sum())
+    return _Spread(variance=square * seeds**2 / max(1, seeds - 1), degrees=seeds - 1)
+
+
+def _pooled(spreads: Sequence[_Spread]) -> list[_Spread]:
+    """The variances between runs that differences take: the mean over arms, or an arm's own if it is larger."""
+    degrees = sum(spread.degrees for spread in spreads)
+    total = sum(spread.degrees * spread.variance for spread in spreads)
+    found = []
+    for spread in spreads:
+        rest, below = total - spread.degrees * spread.variance, degrees - spread.degrees
+        ratio = spread.variance * below / rest if rest > _ROUNDING else math.inf
+        alone = spread.variance > _ROUNDING and f_upper_tail(ratio, spread.degrees, below) < _POOLED
+        known = spread.degrees and below and not alone
+        found.append(_Spread(variance=total / degrees, degrees=degrees, pooled=True) if known else spread)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,33 +205,30 @@ class _Fit:
     """Variance of the mean from single answers that change with the seed."""
 
 
-def _estimate(arms: Sequence[Mapping[str, TaskScores]], *, bounded: bool) -> Estimate:
+def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[_Spread], *, bounded: bool) -> Estimate:
     if any(arm.keys() != arms[0].keys() for arm in arms):
         raise ValueError(f"The arms were measured on different tasks: {' and '.join(str(list(arm)) for arm in arms)}.")
-    count = len(arms[0])
+    count, seeds = len(arms[0]), [1] * len(arms)
     value, by_documents, shared, squares, groups, documents = 0.0, 0.0, 0.0, 0.0, 0, 0
-    brought: list[list[Grid]] = [[] for _ in arms]
     for name in arms[0]:
         grids, clusters = _in_common([arm[name] for arm in arms], name)
         fits = [_fit(grid, clusters) for grid in grids]
-        differences = fits[0].means - (fits[1].means if len(fits) > 1 else 0.0)
-        value += float(differences.mean()) / count
-        variance = _clustered_variance(differences, clusters) / count**2
+        means = fits[0].means - (fits[1].means if len(fits) > 1 else 0.0)
+        value += float(means.mean()) / count
+        # One document has no error of its own.
+        variance = clustered_stderr(means.tolist(), clusters.tolist()) ** 2 / count**2 if len(means) > 1 else 0.0
         by_documents += variance
         own = int(clusters.max()) + 1
         squares += variance**2 / max(1, own - 1)
         shared += sum(fit.answers for fit in fits) / count**2
         groups, documents = groups + own, documents + len(clusters)
-        for parts, fit in zip(brought, fits, strict=True):
-            parts.append(fit.brought / count)
-    by_seeds, per_seed = 0.0, 0.0
-    for parts in brought:
-        seeds = len(parts[0])
-        per_seed += 1 / seeds / len(arms)
-        if seeds > 1:
-            part = float(np.square(sum(parts)).sum()) * seeds / (seeds - 1)
-            by_seeds += part
-            squares += part**2 / (seeds - 1)
+        seeds = [len(grid) for grid in grids]
+    parts: dict[tuple[int, int], float] = {}  # a pooled variance is one source of error, however many arms take it
+    for arm, (spread, own) in enumerate(zip(spreads, seeds, strict=True)):
+        source = (spread.degrees, -1 if spread.pooled else arm)
+        parts[source] = parts.get(source, 0.0) + spread.variance / own
+    by_seeds, per_seed = sum(parts.values()), sum(1 / own for own in seeds) / len(arms)
+    squares += sum(part**2 / max(1, degrees) for (degrees, _), part in parts.items())
     # Estimates of components may exceed the total; the error is never smaller than either source alone.
     common = min(shared, max(by_documents, by_seeds))
     alone = (max(0.0, by_documents - common), max(0.0, by_seeds - common))
@@ -194,17 +257,6 @@ def _in_common(arms: Sequence[TaskScores], task: str) -> tuple[list[Grid], NDArr
     number: dict[Hashable, int] = {}
     of = [number.setdefault(name, len(number)) for name, one in zip(arms[0].clusters, kept, strict=True) if one]
     return [grid[:, kept] for grid in grids], np.array(of)
-
-
-def _clustered_variance(values: Grid, clusters: NDArray[np.intp]) -> float:
-    """The squared `error_bars.clustered_stderr`; 0 where it is unknown."""
-    count = len(values)
-    if count < 2:
-        return 0.0
-    left = values - values.mean()
-    own = float(np.square(left).sum())
-    cross = float(np.square(np.bincount(clusters, left)).sum()) - own
-    return max(0.0, own / (count - 1) / count + cross / count**2)
 
 
 def _fit(grid: Grid, clusters: NDArray[np.intp]) -> _Fit:

@@ -6,21 +6,23 @@ Fleming's kind of boundary on both sides (Lan and DeMets 1983). The nominal leve
 (Armitage, McPherson and Rowe 1969) and are used on t-tests. Documents are the same at all looks, which the theory
 allows: the covariance of two estimates is still the variance of the later one. Intervals at the nominal level are
 repeated confidence intervals (Jennison and Turnbull 1989): they hold at all looks together, so any reason to stop is
-allowed.
+allowed, and an arm may stop before the others. Its numbers stay those of its last look: the seeds that the reference
+runs later do not count for it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_moslora.compare.seed_statistics import Estimate, TaskScores, differences, holm
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import read_json, replace_json
 
@@ -128,6 +130,72 @@ def _bound(mass: Array, spend: float, width: float) -> float:
     return float((index - 1 + min(1.0, share)) * width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An arm against the reference."""
+
+    estimate: Estimate
+    """With an interval that holds for all looks together."""
+    p_corrected: float
+    """For all looks and arms together."""
+
+    def numbers(self, *, comparisons: int) -> dict[str, float]:
+        """The numbers of a row of `results.json`.
+
+        Args:
+            comparisons: arms with a p-value.
+        """
+        found = self.estimate
+        return {
+            "difference": found.value,
+            "stderr": found.stderr,
+            "low": found.low,
+            "high": found.high,
+            "half_width": found.half_width,
+            "p": found.p_value,
+            "p_corrected": self.p_corrected,
+            "detectable": found.detectable(comparisons=comparisons),
+        }
+
+
+Arms = Mapping[str, Mapping[str, TaskScores]]
+
+
+def judge(
+    arms: Arms, reference: Mapping[str, TaskScores], seeds: Mapping[str, int], *, looks: Looks | None,
+    bounded: bool = True,
+) -> dict[str, Judged]:  # fmt: skip
+    """Each arm against the reference, at its last look; p-values are corrected over the arms (Holm).
+
+    Args:
+        arms: by name, task -> scores.
+        reference: its scores.
+        seeds: of each arm, planned; all arms count with so many in its comparison.
+        looks: of the comparison; None: all arms have the same seeds, at the only look.
+        bounded: see `differences`.
+    """
+    found: dict[str, Estimate] = {}
+    for count in sorted({seeds[name] for name in arms}):
+        these = {name: first_seeds(tasks, count) for name, tasks in arms.items()}
+        these = {name: tasks for name, tasks in these.items() if all(len(task.scores) for task in tasks.values())}
+        estimates = differences(these, first_seeds(reference, count), bounded=bounded)
+        found |= {name: one for name, one in estimates.items() if seeds[name] == count}
+    p_values = [
+        one.p_value if looks is None else looks.p_value(one.p_value, seeds[name]) for name, one in found.items()
+    ]
+    return {
+        name: Judged(
+            estimate=one if looks is None else one.at_level(looks.level(seeds[name])), p_corrected=corrected
+        )
+        for (name, one), corrected in zip(found.items(), holm(p_values), strict=True)
+    }  # fmt: skip
+
+
+def first_seeds(tasks: Mapping[str, TaskScores], count: int) -> dict[str, TaskScores]:
+    """The scores of the seeds below a number."""
+    return {name: task.first(count) for name, task in tasks.items()}
+
+
 FILE = "resolve.json"
 
 
@@ -144,6 +212,8 @@ class LookState:
     """Variance components of the pilot."""
     ended: str = ""
     """Why no more seeds are run; empty while they are."""
+    arms: dict[str, int] = field(default_factory=dict)
+    """Seeds of the arms that were decided before the last look, and run no more."""
 
 
 def read_state(folder: Path) -> LookState | None:

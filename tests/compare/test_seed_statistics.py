@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 from mm_moslora_eval.scoring import error_bars
 
-from mm_moslora.compare.seed_statistics import TaskScores, arm_mean, difference, holm
+from mm_moslora.compare.seed_statistics import TaskScores, arm_mean, difference, differences, holm
 
 
 def scores(rows, clusters=None) -> TaskScores:
@@ -25,14 +26,20 @@ def test_one_seed_is_the_paired_t_test():
     assert ours.p_value == pytest.approx(scipy.ttest_rel(a, b).pvalue)
 
 
-def test_without_variance_between_documents_it_is_welchs_test_between_seeds():
-    """If all documents of a run score the same, only the seeds vary: Welch's t-test."""
-    a = [[value] * 50 for value in (0.50, 0.58, 0.54)]
-    b = [[value] * 50 for value in (0.40, 0.46, 0.49)]
-    ours = difference({"t": scores(a)}, {"t": scores(b)})
+@pytest.mark.parametrize(("last", "equal_var"), [(0.49, True), (0.70, False)])
+def test_without_variance_between_documents_it_is_a_t_test_between_seeds(last: float, equal_var: bool):
+    """If all documents of a run score the same, only the seeds vary: Student's test, or Welch's for an uneven arm."""
+    ours_a, ours_b = (0.50, 0.58, 0.54), (0.40, 0.46, last)
+    ours = difference(*({"t": scores([[value] * 50 for value in arm])} for arm in (ours_a, ours_b)))
     scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed (extra dev)")
-    theirs = scipy.ttest_ind([0.50, 0.58, 0.54], [0.40, 0.46, 0.49], equal_var=False)
-    assert ours.p_value == pytest.approx(theirs.pvalue)
+    theirs = scipy.ttest_ind(ours_a, ours_b, equal_var=equal_var)
+    pooled = np.var([ours_a, ours_b], axis=1, ddof=1).mean() / 3
+    own = np.var(ours_b, ddof=1) / 3
+    if equal_var:
+        assert ours.p_value == pytest.approx(theirs.pvalue)
+    else:  # the even arm keeps the pooled variance
+        assert ours.stderr == pytest.approx(math.sqrt(pooled + own))
+        assert ours.p_value > theirs.pvalue
     assert ours.documents == pytest.approx(0.0, abs=1e-12)
 
 
@@ -93,6 +100,36 @@ def test_a_true_difference_of_about_the_detectable_size_is_seen():
     assert true > claimed
     assert 0.7 < seen < 0.95  # four times out of five, and degrees of freedom as few as four
     assert found[0].detectable(comparisons=5) > found[0].detectable()
+
+
+@pytest.mark.parametrize(
+    ("wide", "least"), [(None, 0.94), (1, 0.91), (0, 0.89)], ids=["even", "an arm", "the reference"]
+)
+def test_the_variance_between_runs_is_pooled_over_arms(wide: int | None, least: float):
+    """Seven arms of three runs: narrow intervals that hold, also where the runs of one spread three times as much."""
+    generator, held, widths = np.random.default_rng(11), [], []
+    for _ in range(120):
+        hard = generator.normal(0, 1, 50)
+        arms = {
+            str(arm): {
+                "t": scores(
+                    hard
+                    + (3 if arm == wide else 1) * generator.normal(0, 0.3, (3, 1))
+                    + generator.normal(0, 1, (3, 50))
+                )
+            }
+            for arm in range(7)
+        }
+        reference = arms.pop("0")
+        found = differences(arms, reference, bounded=False)
+        held.append([one.low <= 0 <= one.high for one in found.values()])
+        alone = difference(arms["1"], reference, bounded=False)
+        assert alone.value == found["1"].value
+        widths.append((found["1"].half_width, alone.half_width))
+    assert np.mean(held) > least
+    if wide is None:
+        pooled, alone = np.median(widths, axis=0)
+        assert pooled < 0.95 * alone
 
 
 @pytest.mark.parametrize("of", ["arms", "runs"])

@@ -110,20 +110,31 @@ def t_two_sided(t: float, degrees: float) -> float:
     return _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 
+def f_upper_tail(ratio: float, above: float, below: float) -> float:
+    """One-sided p-value of Fisher's F, a ratio of two variances.
+
+    Args:
+        ratio: the observed ratio.
+        above: degrees of freedom of the numerator.
+        below: degrees of freedom of the denominator.
+    """
+    return _incomplete_beta(below / 2, above / 2, below / (below + above * ratio))
+
+
 def t_quantile(level: float, degrees: float) -> float:
-    """The quantile of t with probability (1 - level) in both tails together, by bisection."""
-    low, high = 0.0, 1.0
-    while t_two_sided(high, degrees) > 1 - level:
-        high *= 2
+    """The quantile of t with probability (1 - level) in both tails together.
+
+    Newton's method rises to it from the normal quantile, since the tails' probability is convex.
+    """
+    at = _NORMAL.inv_cdf((1 + level) / 2)
+    scale = 2 * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
     for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
+        density = scale * (1 + at * at / degrees) ** (-(degrees + 1) / 2)
+        step = (t_two_sided(at, degrees) - (1 - level)) / density
+        at += step
+        if step <= 1e-14 * at:
             break
-        if t_two_sided(middle, degrees) > 1 - level:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    return at
 
 
 @dataclass(frozen=True, kw_only=True)
