@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -88,6 +89,7 @@ def picture(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     return _environment().get_template("comparison_picture.html.j2").render(style=_style(), chart=chart)
 
 
+@functools.cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mm_moslora.reporting"), autoescape=True, undefined=StrictUndefined, finalize=printable,
