@@ -45,6 +45,11 @@ class Measure:
         known = [end for end in (self.low, self.high) if end is not None] or [self.value]
         return min(known), max(known)
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The interval and all seeds."""
+        return min(*self.ends, *self.seeds), max(*self.ends, *self.seeds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
@@ -116,7 +121,7 @@ class _Column:
 
     def cuts(self, measure: Measure) -> bool:
         """Whether a measure goes on beyond the axis."""
-        return measure.value is not None and not all(0 <= self.axis.place(end) <= 100 for end in measure.ends)
+        return measure.value is not None and not all(0 <= self.axis.place(end) <= 100 for end in measure.reach)
 
     def _ground(self) -> str:
         left, right = self.axis.place(-self.band), self.axis.place(self.band)
@@ -128,14 +133,14 @@ class _Column:
 
     def _mark(self, measure: Measure) -> str:
         assert measure.value is not None
-        low, high = (self.axis.place(end) for end in measure.ends)
-        left, right = (min(100.0, max(0.0, place)) for place in (low, high))
+        ends = [self.axis.place(end) for end in measure.ends]
+        left, right = (min(100.0, max(0.0, end)) for end in ends)
         parts = [line_between("interval", (left, 50), (right, 50))] if left < right else []
-        for place, end, way in ((left, low, -1), (right, high, 1)):
-            if (end - place) * way > 0:
-                parts.append(at(place, 50, f'<path class="arrow" d="M{-7 * way},-5L0,0L{-7 * way},5"/>'))
-            elif place == end and measure.low is not None:
-                parts.append(at(place, 50, '<line class="interval" y1="-4" y2="4"/>'))
+        caps = [end for end in ends if 0 <= end <= 100 and measure.low is not None]
+        parts += [at(end, 50, '<line class="interval" y1="-4" y2="4"/>') for end in caps]
+        low, high = (self.axis.place(end) for end in measure.reach)
+        arrows = [*([(0, -1)] if low < 0 else []), *([(100, 1)] if high > 100 else [])]
+        parts += [at(x, 50, f'<path class="arrow" d="M{-7 * way},-5L0,0L{-7 * way},5"/>') for x, way in arrows]
         middle = self.axis.place(measure.value)
         if 0 <= middle <= 100:
             parts.append(at(middle, 50, '<rect class="mean" x="-4" y="-4" width="8" height="8"/>'))
@@ -211,8 +216,8 @@ def score_rows(results: Mapping[str, Any], task: str, *, title: str) -> RowChart
 
 def band_of(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     """Half-width of the shaded band in points, and a sentence about it."""
-    planned = {results["resolve"]["points"] for results in comparisons if results.get("resolve")}
-    if len(planned) == 1:
+    planned = {(results.get("resolve") or {}).get("points") for results in comparisons}
+    if len(planned) == 1 and None not in planned:
         points = 100 * planned.pop()
         told = f"Shaded: ±{points:g} points, the difference that --resolve {points:g} planned to show."
         return points, f"{told} Intervals hold for all looks together."
@@ -293,7 +298,7 @@ def _column(
 ) -> _Column | None:  # fmt: skip
     """A column over the measures that have a value; None without one."""
     found = [entry.measures[index] for entry in entries if entry.measures]
-    ends = [measure.ends for measure in found if measure.value is not None]
+    ends = [measure.reach for measure in found if measure.value is not None]
     if not ends:
         return None
     middle = 0.0 if zero else median(value for pair in ends for value in pair)
@@ -312,7 +317,7 @@ def _difference(found: Mapping[str, Any], word: str, *, factor: float = 100.0, d
         return Measure(note="unknown")
     value, low, high = factor * found["difference"], found["low"], found["high"]
     if low is None or high is None:
-        return Measure(value=value, text=f"{value:+.{digits}f}", note="error unknown")
+        return Measure(value=value, text=f"{value:+.{digits}f}", note="error unknown", mood="open")
     p = found["p_corrected"]
     silent = p is None or word in ("one seed", "nothing follows")
     return Measure(
