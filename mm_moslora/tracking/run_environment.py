@@ -6,9 +6,10 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from mm_moslora.utils.package_requirements import installed_version
 
 PACKAGES = (
     "mm-moslora", "torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy", "triton",
@@ -26,11 +27,10 @@ def environment() -> dict[str, Any]:
     """Versions, hardware, the scheduler's job and the git state of the working folder; unknown values are left out."""
     found: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
-        try:
+        version = installed_version(package)
+        if version is not None:
             # A local version such as +cpu depends on how torch was installed here, and no requirement needs it.
-            found[package] = metadata.version(package).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            continue
+            found[package] = version.partition("+")[0]
     found["processors"] = os.cpu_count() or 0
     found |= _accelerator() | {name.lower(): os.environ[name] for name in _SCHEDULER if os.environ.get(name)}
     return found | git_state(Path.cwd())

@@ -103,8 +103,9 @@ def is_installed(module: str) -> bool:
         return False
 
 
+@cache
 def installed_version(package: str) -> str | None:
-    """Version of an installed distribution; None where it is not installed."""
+    """Version of an installed distribution, read once; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

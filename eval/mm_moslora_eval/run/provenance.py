@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.utils.package_requirements import installed_version
 from mm_moslora.utils.redaction import redact, redacted_command
 from mm_moslora.utils.untrusted_files import read_text_below
 from mm_moslora_eval.protocol.model_interface import Model
@@ -30,10 +30,9 @@ def environment() -> dict[str, str]:
     """Versions of the software that can change an answer or a score."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
     for package in ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+        version = installed_version(package)
+        if version is not None:
+            found[package] = version
     return found
 
 
