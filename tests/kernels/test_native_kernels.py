@@ -81,6 +81,24 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native.library.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def whole() -> Path:
+    """The kernels as other tests have them."""
+    return native.library().path
+
+
+@pytest.fixture
+def remembering(whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compiler that gives what it gave before, since it takes seconds; `test_a_processor_without_avx2` waits."""
+    compiler, real = tmp_path / "remembering-c++", native.find_compiler()
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec "{real}" "$@"\nwhile [ "$1" != -o ]; do shift; done\n'
+        f'sleep 0.2\nexec cp "{whole}" "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
 def test_the_sources_are_found() -> None:
     """Tests of the kernels are skipped where they do not compile."""
     assert {path.name for path in native.FOLDER.iterdir()} >= {"attention.cpp", "tiles.h", "vectors.h"}
@@ -149,6 +167,7 @@ def test_a_folder_that_cannot_be_written_is_a_reason(fresh: Path) -> None:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("remembering")
 def test_it_is_compiled_once_by_ranks_that_start_together(fresh: Path) -> None:
     code = "from mm_moslora.kernels import native; native.library(); native.library.cache_clear(); native.library()"
 
@@ -174,6 +193,7 @@ def test_what_cannot_go_together_is_refused() -> None:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("remembering")
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "another library"])
 def test_a_broken_library_is_compiled_again(fresh: Path, damage: str) -> None:
     whole = min((path for path in map(Path, LIBRARIES) if path.is_file()), key=lambda path: path.stat().st_size)

@@ -57,7 +57,7 @@ class Library:
     """
 
     def __init__(self, path: Path, compiler: str) -> None:
-        self.compiler = compiler
+        self.compiler, self.path = compiler, path
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
