@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Write the `results.json` of comparisons into a page of `docs/results/`: a table, a picture and the details.
 
-    python scripts/results_page.py runs/arms runs/ranks docs/results/NAME.md
+    python scripts/results_page.py runs/compare docs/results/NAME.md
+    python scripts/results_page.py "Rank 16=runs/arms" "Other ranks=runs/ranks" docs/results/NAME.md
 
-Several comparisons share the table and the picture, each with its own reference. The picture is the forest plot of the
-comparison's page, as PNG beside this page; it needs Chromium. In an existing page, only the text between the markers
-`results` (table and picture) and `details` (scores by seed, sentences, command, machine, date) is replaced. Details
-without markers follow the results.
+Several comparisons share the table and the picture, each with a heading and its own reference. The picture is the
+forest plot of the comparison's page, as PNG beside this page; it needs Chromium. In an existing page, only the text
+between the markers `results` (table and picture) and `details` (scores by seed, sentences, command, machine, date) is
+replaced. Details without markers follow the results.
 """
 
 from __future__ import annotations
@@ -183,21 +184,25 @@ def replaced(text: str, name: str, body: str) -> str:
     return f"{before}{begin}\n{body}\n{end}{after}"
 
 
+def _part(text: str, *, several: bool) -> tuple[str, Results]:
+    """Heading and results of an argument; the folder's name is the heading of one among several."""
+    heading, _, run = text.rpartition("=")
+    return heading or (Path(run).name if several else ""), read_results(Path(run) / "results.json")
+
+
 def main() -> int:
     """Write or update a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a comparison")
+    parser.add_argument("runs", nargs="+", metavar="[HEADING=]RUN", help="folder of a comparison")
     parser.add_argument("page", type=Path)
     options = parser.parse_args()
     try:
-        found = [read_results(run / "results.json") for run in options.runs]
+        parts = [_part(run, several=len(options.runs) > 1) for run in options.runs]
     except ConfigError as error:
         raise SystemExit(str(error)) from error
-    several = len(found) > 1
-    parts = [(run.name if several else "", results) for run, results in zip(options.runs, found, strict=True)]
     page, drawn = options.page, options.page.with_suffix(".png")
     old = page.read_text(encoding="utf-8") if page.is_file() else (
-        f"# {found[0]['name']}\n\n<!-- results:begin --><!-- results:end -->\n\n## Runs\n\n"
+        f"# {parts[0][1]['name']}\n\n<!-- results:begin --><!-- results:end -->\n\n## Runs\n\n"
         "<!-- details:begin --><!-- details:end -->\n"
     )  # fmt: skip
     new = replaced(replaced(old, "results", summary(parts, drawn.name)), "details", details(parts))

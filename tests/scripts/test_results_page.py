@@ -18,7 +18,7 @@ RANKS = ("lora@rank=4", "moslora@rank=4@targets=q|v")
 OLD = "# Title\n\nIntroduction.\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nReading.\n"
 
 
-def write(page: Path, *runs: Path) -> subprocess.CompletedProcess[str]:
+def write(page: Path, *runs: Path | str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, SCRIPT, *runs, page], capture_output=True, text=True, timeout=240, check=False
     )
@@ -39,7 +39,7 @@ def test_two_comparisons_share_a_table_and_a_picture(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(OLD)
     runs = [run_of(tmp_path / "arms", NAMES), run_of(tmp_path / "ranks", RANKS)]
-    found = write(page, *runs)
+    found = write(page, f"Rank 16={runs[0]}", runs[1])
     assert found.returncode == 0, found.stderr
     text = page.read_text()
     assert text.startswith("# Title\n\nIntroduction.\n\n<!-- results:begin -->\n| arm | score | points less")
@@ -47,7 +47,7 @@ def test_two_comparisons_share_a_table_and_a_picture(tmp_path: Path) -> None:
     top, details = text.split("<!-- results:end -->")
     assert "\nold\n" not in top
     assert [line.split(" | ")[0][2:] for line in top.splitlines()[7:] if line.startswith("|")] == [
-        "**arms: all tasks**", *(f"`{name}`" for name in NAMES),
+        "**Rank 16: all tasks**", *(f"`{name}`" for name in NAMES),
         "**ranks: all tasks**", *(f"`{name}`".replace("|", "\\|") for name in RANKS),
     ]  # fmt: skip
     assert (
@@ -64,7 +64,7 @@ def test_two_comparisons_share_a_table_and_a_picture(tmp_path: Path) -> None:
         assert drawn.width == 1650
         assert 1000 < drawn.height < 4000
         assert len(drawn.convert("RGB").getcolors(10**6) or []) > 50
-    assert write(page, *runs).returncode == 0
+    assert write(page, f"Rank 16={runs[0]}", runs[1]).returncode == 0
     assert page.read_text() == text, "the same call again changes nothing"
 
 
