@@ -106,7 +106,7 @@ def compare(
     keep_all
         Keep the checkpoints of the runs that chose the rates.
     plan
-        Run a few steps of the first run, print the cost of the whole comparison (and the plan of --resolve), and exit.
+        Run a few steps of a run of every arm, print the cost by arm (and the plan of --resolve), and exit.
     only_report
         Analyse the finished runs and exit.
     """
@@ -137,7 +137,7 @@ def compare(
             together = len(slots(parallel=parallel, devices_per_run=gpus_per_run)) // len(settings.arms)
             resolution = Resolution(comparison, resolve / 100, step=max(1, together))
         if plan:
-            print(comparison.probe(room))
+            print("\n".join(comparison.probe(room)), flush=True)
         if resolution is not None:
             print("\n".join(resolution.lines()), flush=True)
         if plan:

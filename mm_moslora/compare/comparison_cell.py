@@ -1,8 +1,9 @@
-"""One run of a comparison in its own process: train, measure, record the outcome."""
+"""The runs of a comparison in a process: train, measure, record the outcome, and leave nothing to the next run."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -10,26 +11,33 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, numbers_of, recipe_hash
+from mm_moslora.compare.process_pool import Slot
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DivergedError, MoSLoRAError
-from mm_moslora.utils.files import read_json, replace_json
+from mm_moslora.utils.files import mark, read_json, replace_json
+from mm_moslora.utils.hardware import renew_threads
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.sources.image_controls import ImageMode
 
+    from mm_moslora.models.assembly import LoadBase
+
 logger = logging.getLogger(__name__)
 
 OUTCOME, LOG, RECIPE = "outcome.json", "log.txt", "recipe.yaml"
+FEATURES = "features"
+"""Folder of a frozen encoder's features in the comparison's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +48,30 @@ class Job:
     recipe: Recipe
     settings: Settings
     folder: Path
-    """Settings of the comparison."""
-    devices: tuple[str, ...] = ()
-    """Accelerators of this run, as in CUDA_VISIBLE_DEVICES; none on a CPU."""
+    """Of the comparison."""
+    devices: int = 1
+    """Accelerators of the run."""
     stop_at: int | None = None
     """Number of steps of a probe that measures the speed; None: the whole run."""
+    rehearsed: bool = False
+    """Whether a run of the same arm has finished here, so that this one needs no rehearsal."""
+    alone: bool = False
+    """Whether it must have a process of its own."""
 
     @property
     def place(self) -> Path:
         """The run's folder."""
         return Path(self.recipe.train.output)
+
+    @property
+    def feature_cache(self) -> Path | None:
+        """Folder of the features that all runs share; None: the encoder trains, or cannot be cached, or is none."""
+        model = self.recipe.model
+        if model.vision is None or model.vlm is not None or model.image_aspect == "anyres":
+            return None
+        if model.vision.feature_cache is not None:
+            return Path(model.vision.feature_cache).expanduser()
+        return self.folder / FEATURES if model.vision.mode == "frozen" else None
 
 
 def read_outcome(place: Path) -> Outcome | None:
@@ -109,28 +131,102 @@ def _absolute(recipe: Recipe) -> Recipe:
     return Recipe.from_dict(absolute(recipe.to_dict()))
 
 
-def run(job: Job) -> None:
-    """Train and measure one run. Its folder gets the outcome, errors included, and the process ends with 0.
+def why_alone(job: Job) -> str:
+    """Why a run needs a process of its own; "" where it may follow another one."""
+    from mm_moslora.training.deepspeed_presets import stage_of
 
-    Output goes to the run's log. A killed process leaves no outcome; the caller then writes it.
+    train = job.recipe.train
+    if job.devices > 1:
+        return "each has several devices"
+    if job.recipe.model.quantisation != "none":
+        return "the base model is quantised"
+    if train.compile is not None:
+        return "train.compile is set, and torch.compile is limited to a number of models in a process"
+    if stage_of(train.zero) == 3:
+        return "ZeRO-3 takes the base model apart"
+    return "it failed after others" if job.alone else ""
+
+
+def kind_of(job: Job) -> Any:
+    """What runs that take turns in a process have in common; None: the run has a process of its own."""
+    if why_alone(job):
+        return None
+    return job.recipe.model, dataclasses.replace(job.recipe.train, seed=0, output="")
+
+
+def how_processes_are_shared(jobs: Sequence[Job]) -> list[str]:
+    """Which of the runs have processes of their own and why, as lines of text."""
+    reasons = {job.cell.arm.name: why for job in jobs if (why := why_alone(job))}
+    lines = [f"Every run of {name} has a process of its own: {why}." for name, why in reasons.items()]
+    if len(reasons) < len(jobs):
+        lines.append("Runs with the same `model` and `train` take turns in one process, which reads the base once.")
+    return lines
+
+
+class Runner:
+    """Takes runs, one after the other; those of one kind share the base model.
+
+    Args:
+        slot: the accelerators of this process.
     """
-    os.setpgrp()  # Ctrl-C reaches only the parent, which forwards it once
-    if job.devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
-    job.place.mkdir(parents=True, exist_ok=True)
-    _log_into(job.place / LOG)
-    started = time.monotonic()
+
+    def __init__(self, slot: Slot) -> None:
+        renew_threads()
+        if slot.devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
+        self._load_base: LoadBase | None = None
+
+    def __call__(self, job: Job) -> bool:
+        """Train and measure one run. Its folder gets the outcome, errors included, and its log the output.
+
+        A killed process leaves no outcome; the caller then writes it.
+
+        Returns:
+            Whether the process may take another run: not after an error or a signal.
+        """
+        from mm_moslora.models.kept_base import KeptBase
+
+        if self._load_base is None and kind_of(job) is not None:
+            self._load_base = KeptBase()
+        with _nothing_left_behind(job.place / LOG):
+            outcome = _outcome(job, self._load_base)
+        if outcome is not None:
+            write_outcome(job.place, dataclasses.replace(outcome, recipe=recipe_hash(job.recipe)))
+        return job.stop_at is not None if outcome is None else outcome.status == "ok"
+
+
+def _outcome(job: Job, load_base: LoadBase | None) -> Outcome | None:
     try:
-        outcome = _run(job, started)
+        return _run(job, time.monotonic(), load_base)
     except DivergedError as error:
-        outcome = Outcome(status="diverged", reason=str(error))
+        return Outcome(status="diverged", reason=str(error))
     except MoSLoRAError as error:
-        outcome = Outcome(status="failed", reason=str(error))
+        return Outcome(status="failed", reason=str(error))
     except Exception as error:  # the other runs continue
         logger.error("%s", traceback.format_exc())
-        outcome = Outcome(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
-    if outcome is not None:
-        write_outcome(job.place, dataclasses.replace(outcome, recipe=recipe_hash(job.recipe)))
+        return Outcome(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
+
+
+@contextmanager
+def _nothing_left_behind(log: Path) -> Iterator[None]:
+    """The output of a run in its log, and afterwards environment and memory as before it."""
+    import torch
+
+    from mm_moslora.training.run_logging import reset_peak_memory
+
+    environment = dict(os.environ)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    _log_into(log)
+    reset_peak_memory()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.environ.clear()
+        os.environ.update(environment)
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing where CUDA has not started
 
 
 def _first_line(error: Exception) -> str:
@@ -146,22 +242,38 @@ def _log_into(path: Path) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
 
 
-def _run(job: Job, started: float) -> Outcome | None:
-    finished = _train(job)
+def _run(job: Job, started: float, load_base: LoadBase | None) -> Outcome | None:
+    finished = _train(job, load_base)
     if not finished:
         return None
-    outcome = _measured(job)
+    outcome = _measured(job, load_base)
     return dataclasses.replace(outcome, total_seconds=time.monotonic() - started)
 
 
-def _train(job: Job) -> bool:
+def _train(job: Job, load_base: LoadBase | None) -> bool:
     """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
     (job.place / RECIPE).write_text(_absolute(job.recipe).to_yaml(), encoding="utf-8")
-    if len(job.devices) > 1:
+    if job.devices > 1:
         return _train_on_several(job)
     from mm_moslora.training.training_loop import train
 
-    return train(job.recipe, stop_at=job.stop_at).finished
+    recipe = _as_trained(job)
+    return train(recipe, stop_at=job.stop_at, load_base=load_base).finished
+
+
+def _as_trained(job: Job) -> Recipe:
+    """The run's recipe without what an earlier run has done: the rehearsal, and features of pictures."""
+    from mm_moslora.models.vision.feature_cache import SHARED_GIB
+
+    model, train = job.recipe.model, job.recipe.train
+    if job.rehearsed:
+        train = dataclasses.replace(train, rehearsal=False)
+    if job.feature_cache is not None and model.vision is not None and model.vision.feature_cache is None:
+        job.feature_cache.mkdir(parents=True, exist_ok=True)
+        mark(job.feature_cache, "features")
+        kept = dataclasses.replace(model.vision, feature_cache=str(job.feature_cache), feature_cache_gib=SHARED_GIB)
+        model = dataclasses.replace(model, vision=kept)
+    return dataclasses.replace(job.recipe, model=model, train=train)
 
 
 def _train_on_several(job: Job) -> bool:
@@ -169,7 +281,7 @@ def _train_on_several(job: Job) -> bool:
     from mm_moslora.training.supervision.run_state import STATE
 
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(job.devices)}",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.devices}",
         "-m", "mm_moslora", "train", str(job.place / RECIPE),
         *(["--stop-at", str(job.stop_at)] if job.stop_at else []),
     ]  # fmt: skip
@@ -178,10 +290,10 @@ def _train_on_several(job: Job) -> bool:
         return bool(json.loads((job.place / STATE).read_text(encoding="utf-8"))["state"] == "finished")
     if ended.signals:
         return False
-    raise MoSLoRAError(f"Training on {len(job.devices)} devices ended with code {ended.code}; see {job.place / LOG}.")
+    raise MoSLoRAError(f"Training on {job.devices} devices ended with code {ended.code}; see {job.place / LOG}.")
 
 
-def _measured(job: Job) -> Outcome:
+def _measured(job: Job, load_base: LoadBase | None) -> Outcome:
     summary = json.loads((job.place / "summary.json").read_text(encoding="utf-8"))
     rows = metrics(job.place)
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -191,7 +303,7 @@ def _measured(job: Job) -> Outcome:
     test: dict[str, float] = {}
     places: dict[str, dict[str, str]] = {}
     wanted = job.settings.validation if job.cell.tuning else job.settings.tasks
-    for name, score, found in _evaluate(job, [name for name in wanted if name != LOSS]):
+    for name, score, found in _evaluate(job, [name for name in wanted if name != LOSS], load_base):
         if job.cell.tuning:
             validation[name] = score
         else:
@@ -208,7 +320,7 @@ def _measured(job: Job) -> Outcome:
     )  # fmt: skip
 
 
-def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str, Path]]]:
+def _evaluate(job: Job, names: list[str], load_base: LoadBase | None) -> Iterator[tuple[str, float, dict[str, Path]]]:
     """Yield (name, score with its own pictures, sample folder by image mode) of every task."""
     if not names:
         return
@@ -216,9 +328,13 @@ def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str
     from mm_moslora_eval.run.evaluate_suite import evaluate
     from mm_moslora_eval.run.task_runner import Settings as EvalSettings
 
+    from mm_moslora.training.run_setup import seed_everything
     from mm_moslora.utils.progress_bar import Progress
 
-    model = open_model(str(job.place), precision=job.recipe.train.precision)
+    seed_everything(job.recipe.train.seed)  # a new projector is drawn, and replaced by the trained one
+    model = open_model(
+        str(job.place), precision=job.recipe.train.precision, load_base=load_base, features=job.feature_cache
+    )
     place = job.place / "eval"
     settings = EvalSettings(batch_size=job.settings.batch_size, limit=job.settings.limit, rank=0, world_size=1)
     try:

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import fmean
+from types import MappingProxyType
 
 from mm_moslora.compare import comparison_cell
 from mm_moslora.compare.comparison_cell import Job
@@ -29,24 +29,22 @@ from mm_moslora.compare.comparison_plan import (
     tuning_cells,
 )
 from mm_moslora.compare.holdout import with_holdout
-from mm_moslora.compare.process_pool import Pool, Slot, slots
+from mm_moslora.compare.process_pool import Ended, Pool, slots
+from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of, cost_table, mean_run_seconds
 from mm_moslora.compare.sequential_looks import FILE, read_state
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.training.supervision.stop_signals import StopRequest
-from mm_moslora.utils.errors import ConfigError, MoSLoRAError
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import discard, mark, read_json, refuse_strangers, remove, replace_json
-from mm_moslora.utils.hardware import renew_threads
 from mm_moslora.utils.run_paths import MANIFEST, checkpoints, file_and_folder
 from mm_moslora.utils.text_format import format_seconds
 
 logger = logging.getLogger(__name__)
 
-PROBE_STEPS = 3
-"""Steps of the probe that estimates the speed for a plan."""
 WAIT_SECONDS = 5.0
-_FILES = (FILE, "comparison.json", "results.json", "report.html", "data", "runs")
+_FILES = (FILE, "comparison.json", "results.json", "report.html", "data", "runs", "features")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,8 +82,12 @@ class Comparison:
         self.documents = 0
         """Documents of all test tasks, once checked."""
         self.run_seconds = math.nan
-        """Seconds of training of one run, once probed."""
+        """Mean seconds of a missing run, once probed."""
         self._said_cost = False
+        self._rehearsed: set[str] = set()
+        """Arms of which a run has finished in this session."""
+        self._alone: set[str] = set()
+        """Runs that failed in a process that had taken others."""
 
     def check(self) -> None:
         """Check tasks, data and folder before anything runs.
@@ -184,9 +186,10 @@ class Comparison:
 
     def _run(self, room: RunBudget, stop: StopRequest, after: Callable[[], Settings] | None) -> bool:
         started = time.monotonic()
+        features = self.folder / comparison_cell.FEATURES
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
-        pool = Pool(_work, slots(parallel=room.parallel, devices_per_run=room.devices_per_run), preload=_PRELOAD)
+        pool = _pool(room, room.parallel)
         tried: set[str] = set()
         try:
             while True:
@@ -194,7 +197,7 @@ class Comparison:
                 while waiting and pool.free:
                     item = waiting.pop(0)
                     tried.add(item.name)
-                    job = self._job(item)
+                    job = self._job(item, room)
                     discard(job.place / comparison_cell.OUTCOME)
                     pool.start(job)
                 if not pool.running:
@@ -202,10 +205,12 @@ class Comparison:
                         return False
                     before, self.settings = self.settings, self.settings if after is None else after()
                     if self.settings.seeds <= before.seeds:
+                        remove(features)
                         return True
                     continue
-                for job, code in pool.wait(WAIT_SECONDS):
-                    self._over(job, code, room)
+                for ended in pool.wait(WAIT_SECONDS):
+                    if not self._over(ended, room):
+                        tried.remove(ended.item.cell.name)
                 self._say_cost(pool.running)
                 if stop.received:
                     logger.info("Stopped by signal %d; saving. The same command continues.", stop.received)
@@ -227,23 +232,36 @@ class Comparison:
         """Runs that can start."""
         return [item for item in self._cells() if item.name not in self.outcomes]
 
-    def _job(self, item: Cell, *, stop_at: int | None = None) -> Job:
+    def _job(self, item: Cell, room: RunBudget, *, stop_at: int | None = None) -> Job:
         recipe = item.recipe(self.recipe, self.folder)
-        return Job(cell=item, recipe=recipe, settings=self.settings, folder=self.folder, stop_at=stop_at)
+        return Job(
+            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, devices=room.devices_per_run,
+            stop_at=stop_at, rehearsed=item.arm.name in self._rehearsed, alone=item.name in self._alone,
+        )  # fmt: skip
 
-    def _over(self, job: Job, code: int, room: RunBudget) -> None:
+    def _over(self, ended: Ended, room: RunBudget) -> bool:
+        """Take the outcome of a run; returns whether it counts: not a failure that an earlier run may have caused."""
+        job, code, alone = ended
         outcome = comparison_cell.read_outcome(job.place)
+        if not alone and (code != 0 if outcome is None else outcome.status != "ok"):
+            logger.info("%s failed after other runs in its process; it runs again in its own.", job.cell.name)
+            discard(job.place / comparison_cell.OUTCOME)
+            self._alone.add(job.cell.name)
+            return False
         if outcome is None and code != 0:
             outcome = Outcome(status="failed", reason=_killed(code, job.place / comparison_cell.LOG))
             comparison_cell.write_outcome(job.place, outcome)
         if outcome is None:  # stopped by a signal and saved; it continues next time
-            return
+            return True
         self.outcomes[job.cell.name] = outcome
+        if outcome.status == "ok":
+            self._rehearsed.add(job.cell.arm.name)
         if job.cell.tuning and not room.keep_all:
             for _, checkpoint in checkpoints(job.place):
                 if (checkpoint / MANIFEST).is_file():
                     remove(checkpoint, mark=MANIFEST)
         logger.info("%s", self._line(job.cell, outcome))
+        return True
 
     def _line(self, item: Cell, outcome: Outcome) -> str:
         count = run_count(self.settings, self.outcomes)
@@ -262,92 +280,79 @@ class Comparison:
 
     def seconds_left(self) -> float:
         """Estimate of the missing runs' seconds, from finished runs of the same arm, else from the mean of all."""
-        known = [o for o in self.outcomes.values() if o.status == "ok"]
+        known = [outcome.total_seconds for outcome in self.outcomes.values() if outcome.status == "ok"]
         if not known:
             return math.nan
-        usual = sum(outcome.total_seconds for outcome in known) / len(known)
-        total, hopeless = 0.0, hopeless_arms(self.settings, self.outcomes)
+        costs = self._costs()
+        return sum(cost.runs * (fmean(known) if math.isnan(cost.run_seconds) else cost.run_seconds) for cost in costs)
+
+    def _costs(self, probes: Mapping[str, Job] = MappingProxyType({})) -> list[ArmCost]:
+        """The cost of every arm's missing runs.
+
+        Args:
+            probes: by the name of the arm, a run of which the first steps were done.
+        """
+        hopeless, cells, costs = hopeless_arms(self.settings, self.outcomes), self._cells(), []
         for arm in self.settings.arms:
-            if arm.name in hopeless:
-                continue
-            cells_of_arm = [item for item in self._cells() if item.arm.name == arm.name]
-            own = [self.outcomes[item.name] for item in cells_of_arm if item.name in self.outcomes]
-            timed = [o.total_seconds for o in own if o.status == "ok"]
-            mean = sum(timed) / len(timed) if timed else usual
-            tuning = [item for item in cells_of_arm if item.tuning]
-            total += mean * max(0, len(tuning) + self.settings.seeds_of(arm.name) - len(own))
-        return total
+            own = [item for item in cells if item.arm.name == arm.name]
+            ended = [self.outcomes[item.name] for item in own if item.name in self.outcomes]
+            wanted = sum(item.tuning for item in own) + self.settings.seeds_of(arm.name)
+            runs = 0 if arm.name in hopeless else max(0, wanted - len(ended))
+            costs.append(cost_of(arm.name, runs, ended, probes.get(arm.name)))
+        return costs
 
     def _say_cost(self, running: Sequence[Job]) -> None:
         """Log the cost once, after the first steps of the first run."""
-        if self._said_cost:
-            return
-        for job in running:
-            text = cost_line(self.settings, job, comparison_cell.metrics(job.place))
-            if text:
-                logger.info("%s", text)
+        for job in () if self._said_cost else running:
+            cost = cost_of(job.cell.arm.name, run_count(self.settings), (), job)
+            if not math.isnan(cost.run_seconds):
+                logger.info("%s", cost_line(cost))
                 self._said_cost = True
                 return
 
-    def probe(self, room: RunBudget) -> str:
-        """Run a few steps of the first run, which keeps them, and estimate the cost of the whole comparison."""
-        waiting = self._ready()
-        if not waiting:
-            return "Nothing is left to run."
-        pool = Pool(_work, slots(parallel=1, devices_per_run=room.devices_per_run), preload=_PRELOAD)
-        job = self._job(waiting[0], stop_at=PROBE_STEPS)
-        pool.start(job)
+    def probe(self, room: RunBudget) -> list[str]:
+        """Do a few steps of a run of every arm, which keeps them; returns a table of the cost of all runs."""
+        first = {item.arm.name: item for item in reversed(self._ready())}
+        if not first:
+            return ["Nothing is left to run."]
+        good = {name for name, outcome in self.outcomes.items() if outcome.status == "ok"}
+        finished = {item.arm.name for item in self._cells() if item.name in good}
+        jobs = [
+            self._job(first[arm.name], room, stop_at=PROBE_STEPS)
+            for arm in self.settings.arms
+            if arm.name in first and arm.name not in finished
+        ]
+        problems: dict[str, str] = {}
+        pool = _pool(room, 1)
         try:
-            while pool.running:
-                for _, code in pool.wait(WAIT_SECONDS):
-                    outcome = comparison_cell.read_outcome(job.place)
-                    if outcome is not None and outcome.status != "ok":
-                        raise MoSLoRAError(f"The first run {outcome.status}: {outcome.reason}")
-                    if code:
-                        raise MoSLoRAError(_killed(code, job.place / comparison_cell.LOG))
+            for job in jobs:
+                pool.start(job)
+                while pool.running:
+                    for found in pool.wait(WAIT_SECONDS):
+                        problems |= _problem(found)
         finally:
             pool.stop()
-        rows = comparison_cell.metrics(job.place)
-        self.run_seconds = run_seconds(job, rows)
-        return cost_line(self.settings, job, rows) or "The run is shorter than the probe."
+        costs = [
+            dataclasses.replace(cost, problem=problems.get(cost.arm, ""))
+            for cost in self._costs({job.cell.arm.name: job for job in jobs})
+        ]
+        self.run_seconds = mean_run_seconds(costs)
+        return [*cost_table(costs), *comparison_cell.how_processes_are_shared(jobs)]
 
 
-_PRELOAD = "mm_moslora.compare.forkserver_preload"
+def _pool(room: RunBudget, parallel: int | None) -> Pool:
+    return Pool(
+        comparison_cell.Runner, slots(parallel=parallel, devices_per_run=room.devices_per_run),
+        kind=comparison_cell.kind_of, preload="mm_moslora.compare.forkserver_preload",
+    )  # fmt: skip
 
 
-def _work(job: Job, slot: Slot) -> None:
-    renew_threads()
-    comparison_cell.run(dataclasses.replace(job, devices=slot.devices))
-
-
-def run_seconds(job: Job, rows: Sequence[dict[str, Any]]) -> float:
-    """Seconds of training of a whole run, from its first steps; NaN before there are enough."""
-    steps = _timed(rows)
-    if len(steps) < PROBE_STEPS:
-        return math.nan
-    return median(row["step_seconds"] for row in steps) * _total_steps(job, steps)
-
-
-def _timed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if "step_seconds" in row]
-
-
-def _total_steps(job: Job, steps: Sequence[dict[str, Any]]) -> int:
-    return job.recipe.train.total_steps(steps[-1]["step"] / steps[-1]["epoch"])
-
-
-def cost_line(settings: Settings, job: Job, rows: Sequence[dict[str, Any]]) -> str | None:
-    """The cost of all runs, from the first steps of one; None before there are enough steps."""
-    seconds, runs = run_seconds(job, rows), run_count(settings)
-    if math.isnan(seconds):
-        return None
-    steps = _timed(rows)
-    total, last = _total_steps(job, steps), steps[-1]
-    return (
-        f"Cost: {seconds / total:.2f} s a step, {total} steps a run, {runs} runs: about "
-        f"{format_seconds(seconds * runs)} of training in all (and loading and measuring), "
-        f"{last['memory_gib']:.1f} GiB a run, measured on {job.cell.arm.name}."
-    )
+def _problem(ended: Ended) -> dict[str, str]:
+    """What ended the first steps of an arm's run, by the arm's name."""
+    job, outcome = ended.item, comparison_cell.read_outcome(ended.item.place)
+    if outcome is not None and outcome.status != "ok":
+        return {job.cell.arm.name: f"{outcome.status}: {outcome.reason}"}
+    return {job.cell.arm.name: _killed(ended.code, job.place / comparison_cell.LOG)} if ended.code else {}
 
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:

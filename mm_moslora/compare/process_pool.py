@@ -1,20 +1,17 @@
-"""Parallel runs, each in its own process, so that a crash does not affect the others."""
+"""Parallel runs in processes of their own, so that a crash does not affect the others."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
-
-logger = logging.getLogger(__name__)
-
-POLL_SECONDS = 0.2
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,75 +55,146 @@ def _devices() -> list[str]:
     return named.split(",")[:count] if named else [str(index) for index in range(count)]
 
 
-@dataclass(kw_only=True)
-class _Running:
-    process: BaseProcess
-    slot: Slot
+class Ended(NamedTuple):
+    """An item whose process has ended or goes on without it."""
+
     item: Any
-    started: float = field(default_factory=time.monotonic)
+    code: int
+    """The process's exit code; 0 where it goes on."""
+    alone: bool
+    """Whether the process took no item before this one."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    slot: Slot
+    kind: Any
+    item: Any = None
+    items: int = 0
 
 
 class Pool:
-    """Starts processes as slots become free.
+    """Processes that take items, one process per slot at a time.
+
+    A process takes one item after the other. Another one replaces it after an item that ends it or asks for it, and
+    before an item of another kind.
 
     Args:
-        target: called with (item, slot) in the process; a function of a module, so that it can be pickled.
+        target: called with the slot in the process; returns a function that takes an item, and returns whether the
+            process may take another one. A function or class of a module, so that it can be pickled.
         room: the slots.
+        kind: the kind of an item, compared with `==`; None: the item gets a process of its own. Without it, every item.
         preload: a module that is imported once for all processes where that is safe.
     """
 
     def __init__(
-        self, target: Callable[[Any, Slot], None], room: Sequence[Slot], *, preload: str | None = None
+        self,
+        target: Callable[[Slot], Callable[[Any], bool]],
+        room: Sequence[Slot],
+        *,
+        kind: Callable[[Any], Any] = lambda item: None,
+        preload: str | None = None,
     ) -> None:
-        self._target, self._free = target, list(room)
-        self._running: list[_Running] = []
-        # A process that was forked after CUDA was used cannot use CUDA, so with accelerators every run is spawned.
+        self._target, self._kind = target, kind
+        self._free = list(room)
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
+        # A process that was forked after CUDA was used cannot use CUDA, so with accelerators every one is spawned.
         self._context: Any = multiprocessing.get_context("spawn" if any(s.devices for s in room) else "forkserver")
         if preload is not None and not any(slot.devices for slot in room):
             self._context.set_forkserver_preload([preload])
 
     @property
     def free(self) -> bool:
-        """Whether another run can start."""
-        return bool(self._free)
+        """Whether another item can start."""
+        return bool(self._free or self._idle)
 
     @property
     def running(self) -> list[Any]:
         """The running items."""
-        return [item.item for item in self._running]
+        return [worker.item for worker in self._busy]
 
     def start(self, item: Any) -> None:
-        """Start a process in a free slot."""
-        slot = self._free.pop(0)
-        process = self._context.Process(target=self._target, args=(item, slot))
-        process.start()
-        self._running.append(_Running(process=process, slot=slot, item=item))
+        """Give an item to a process that waits for one of its kind, else to a new process in a free slot."""
+        kind = self._kind(item)
+        found = [w for w in self._idle if kind is not None and w.kind == kind and w.process.exitcode is None]
+        worker = found[0] if found else self._begin(kind)
+        if found:
+            self._idle.remove(worker)
+        worker.item, worker.items = item, worker.items + 1
+        self._busy.append(worker)
+        with suppress(BrokenPipeError, ConnectionResetError):  # `wait` finds that the process is gone
+            worker.connection.send(item)
 
-    def wait(self, seconds: float) -> list[tuple[Any, int]]:
-        """Wait until a process ends, up to a time limit; returns (item, exit code) of those that did."""
-        deadline = time.monotonic() + seconds
-        while True:
-            over = [item for item in self._running if item.process.exitcode is not None]
-            if over or not self._running or time.monotonic() >= deadline:
-                break
-            time.sleep(POLL_SECONDS)
-        for item in over:
-            self._running.remove(item)
-            self._free.append(item.slot)
-            item.process.join()
-        return [(item.item, item.process.exitcode or 0) for item in over]
+    def _begin(self, kind: Any) -> _Worker:
+        if not self._free:
+            self._end(self._idle.pop(0))
+        slot = self._free.pop(0)
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_take_items, args=(self._target, theirs, slot, kind is not None))
+        process.start()
+        theirs.close()
+        return _Worker(process=process, connection=ours, slot=slot, kind=kind)
+
+    def wait(self, seconds: float) -> list[Ended]:
+        """Wait until items end, up to a time limit; returns those that did."""
+        signs = [sign for worker in self._busy for sign in (worker.connection, worker.process.sentinel)]
+        multiprocessing.connection.wait(signs, timeout=seconds)
+        over = []
+        for worker in list(self._busy):
+            try:
+                if worker.process.exitcode is None and not worker.connection.poll():
+                    continue
+                goes_on = bool(worker.connection.poll() and worker.connection.recv())
+            except (EOFError, OSError):  # it was killed
+                goes_on = False
+            self._busy.remove(worker)
+            if goes_on:
+                self._idle.append(worker)
+            else:
+                worker.process.join()
+                self._end(worker)
+            over.append(Ended(worker.item, 0 if goes_on else worker.process.exitcode or 0, worker.items == 1))
+        return over
 
     def stop(self, *, grace: float = 120.0) -> None:
         """Ask every process to save and exit; after `grace` seconds it is killed."""
-        for item in self._running:
-            _signal(item.process, signal.SIGTERM)
-        for item in self._running:
-            item.process.join(max(0.0, grace))
-            if item.process.exitcode is None:
-                _signal(item.process, signal.SIGKILL)
-                item.process.join()
-        self._free += [item.slot for item in self._running]
-        self._running.clear()
+        for worker in self._busy:
+            _signal(worker.process, signal.SIGTERM)
+        everyone = [*self._busy, *self._idle]
+        self._busy.clear()
+        self._idle.clear()
+        for worker in everyone:
+            worker.connection.close()
+        for worker in everyone:
+            self._end(worker, grace=grace)
+
+    def _end(self, worker: _Worker, *, grace: float = 120.0) -> None:
+        """Free the slot of a process that has no item, or that was asked to exit."""
+        worker.connection.close()
+        worker.process.join(max(0.0, grace))
+        if worker.process.exitcode is None:
+            _signal(worker.process, signal.SIGKILL)
+            worker.process.join()
+        self._free.append(worker.slot)
+
+
+def _take_items(
+    target: Callable[[Slot], Callable[[Any], bool]], connection: Connection, slot: Slot, several: bool
+) -> None:
+    """Take items until one of them ends the process, or the pool has no more."""
+    os.setpgrp()  # Ctrl-C reaches only the parent, which forwards it once
+    take, goes_on = target(slot), True
+    while goes_on:
+        try:
+            item = connection.recv()
+        except EOFError:  # the pool has no more
+            return
+        goes_on = take(item) and several
+        with suppress(BrokenPipeError, ConnectionResetError):  # the pool has been stopped
+            connection.send(goes_on)
 
 
 def _signal(process: BaseProcess, number: int) -> None:

@@ -26,7 +26,7 @@ from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, i
 from mm_moslora.kernels.native import find_compiler
 from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.hardware import extensions_folder, stale_locks
+from mm_moslora.utils.hardware import available_memory, extensions_folder, stale_locks
 from mm_moslora.utils.package_requirements import (
     declared,
     declared_anywhere,
@@ -359,10 +359,9 @@ def _disk(folder: Path) -> list[Finding]:
 
 
 def _memory() -> list[Finding]:
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")))
-    if not found:
+    available = available_memory() / 2**30
+    if not available:
         return [Finding(name="memory", status="ok", detail="unknown on this system")]
-    available = int(found[1]) / 2**20
     enough = available >= 6
     return [
         Finding(

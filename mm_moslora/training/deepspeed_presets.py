@@ -51,6 +51,11 @@ def read_preset(name: str) -> dict[str, Any]:
     return settings
 
 
+def stage_of(name: str) -> int:
+    """The ZeRO stage that `train.zero` names; 0 for plain torch and where it is chosen at the start (stage 1 or 2)."""
+    return 0 if name in ("none", "auto") else int(read_preset(name).get("zero_optimization", {}).get("stage", 0))
+
+
 def _stage(value: object, name: str) -> int:
     """The stage as a number; DeepSpeed takes `"3"` and `3.0`, too."""
     known = {str(stage): stage for stage in range(4)}

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 CPUINFO, MEMINFO, SHARED_MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/dev/shm")  # noqa: S108  (read only)
+CGROUP = Path("/sys/fs/cgroup")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Variables that set PyTorch's allocator on a GPU."""
 
@@ -26,6 +27,16 @@ def hardware() -> str:
     if MEMINFO.is_file():
         words.append(f"{int(MEMINFO.read_text().split()[1]) / 2**20:.0f} GiB")
     return ", ".join(words)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that programs can still take, within a container's limit; 0 where it is unknown."""
+    lines = MEMINFO.read_text().splitlines() if MEMINFO.is_file() else []
+    found = [int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):  # "max", or no cgroup of the second version
+        limit = int((CGROUP / "memory.max").read_text())
+        found.append(max(0, limit - int((CGROUP / "memory.current").read_text())))
+    return min(found, default=0)
 
 
 def spare_cores(ranks: int) -> int:

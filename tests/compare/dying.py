@@ -13,20 +13,31 @@ from mm_moslora.compare.comparison_plan import Outcome
 from mm_moslora.compare.process_pool import Slot
 
 
-def work(item: str, slot: Slot) -> None:
-    """End by signal 9 if requested, else write a file."""
-    if item == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    Path(item).write_text("lived")
+class Work:
+    """Takes names of files: writes the number of this process into them, or ends as the name says."""
+
+    def __init__(self, slot: Slot) -> None:
+        """Every slot is the same."""
+
+    def __call__(self, item: str) -> bool:
+        """Whether it goes on."""
+        name = Path(item).name
+        if name.startswith("dies"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        Path(item).write_text(str(os.getpid()))
+        return not name.startswith("last")
 
 
-def meet(job: Job, slot: Slot) -> None:
-    """A run that waits for the run on the other device; the first run of the second arm then fails."""
-    comparison_cell._run = _meeting
-    comparison_cell.run(comparison_cell.dataclasses.replace(job, devices=slot.devices))
+class Meet(comparison_cell.Runner):
+    """Runs that wait for the run on the other device; the first run of the second arm then fails."""
+
+    def __call__(self, job: Job) -> bool:
+        """Whether it goes on."""
+        comparison_cell._run = _meeting
+        return super().__call__(job)
 
 
-def _meeting(job: Job, started: float) -> Outcome:
+def _meeting(job: Job, started: float, load_base: object) -> Outcome:
     device = os.environ["CUDA_VISIBLE_DEVICES"]
     rounds = len(list(job.folder.glob(f"here-{device}-*")))
     (job.folder / f"here-{device}-{rounds}").write_text(job.cell.name)
@@ -36,3 +47,26 @@ def _meeting(job: Job, started: float) -> Outcome:
         time.sleep(0.05)
     assert not (job.cell.seed == 0 and job.cell.arm.name.startswith("moslora")), "boom"
     return Outcome(status="ok", test={"t": 0.5})
+
+
+class Tired(comparison_cell.Runner):
+    """Runs fail in a process that has taken one."""
+
+    def __init__(self, slot: Slot) -> None:
+        """Nothing was taken."""
+        super().__init__(slot)
+        self._taken = 0
+
+    def __call__(self, job: Job) -> bool:
+        """Whether it goes on."""
+        self._taken += 1
+        comparison_cell._run = _well if self._taken == 1 else _badly
+        return super().__call__(job)
+
+
+def _well(job: Job, started: float, load_base: object) -> Outcome:
+    return Outcome(status="ok", test={"t": 0.5})
+
+
+def _badly(job: Job, started: float, load_base: object) -> Outcome:
+    raise MemoryError("leaks of earlier runs")

@@ -32,12 +32,12 @@ from mm_moslora.compare.comparison_plan import (
     tuning_cells,
 )
 from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, short_names
-from mm_moslora.compare.process_pool import Pool, Slot, slots
+from mm_moslora.compare.process_pool import Ended, Pool, Slot, slots
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.reporting.comparison_page import write_page
 from mm_moslora.utils.errors import ConfigError
-from tests.compare.dying import meet, work
+from tests.compare.dying import Meet, Work
 
 DIVERGING = "lora@alpha=1e30@train.max_skipped_steps=2"
 ARMS = f"full,full@optim.max_grad_norm=0.5,lora@targets=[nope],{DIVERGING}"
@@ -184,7 +184,11 @@ def test_a_stopped_comparison_continues(tmp_path: Path, recipe: Path, records: P
     assert cli.run(stop) == 75
     assert cli.run([*stop[:-2], "--plan", "--resolve", "1"]) == 0
     said = capsys.readouterr().out
-    assert "runs: about" in said
+    lora, moslora = re.findall(r"(lora|moslora:kaiming) +([\d,]+) +([\d.e-]+) +5 +[\d.]+ +[\d.]+ +2 +[\d.]+\n", said)
+    assert (lora[0], moslora[0]) == ("lora", "moslora:kaiming")
+    assert int(lora[1].replace(",", "")) < int(moslora[1].replace(",", ""))
+    assert re.search(r"all +4 +\d", said)
+    assert "take turns in one process" in said
     assert "--resolve 1, before a pilot, assumed:" in said
     assert "A difference of 1 points is beyond what 18 documents allow" in said
     assert re.search(r"4 runs of about \d+ s", said)
@@ -272,16 +276,31 @@ def test_metrics_that_disappear_while_they_are_read_are_no_error(tmp_path: Path,
 
 
 def test_a_killed_process_does_not_affect_the_others(tmp_path: Path):
-    pool = Pool(work, [Slot(), Slot()])
-    pool.start("dies")
-    pool.start(str(tmp_path / "other"))
-    assert not pool.free
-    ended, deadline = {}, time.monotonic() + 300
-    while pool.running and time.monotonic() < deadline:
-        ended |= dict(pool.wait(5))
-    assert ended == {"dies": -signal.SIGKILL, str(tmp_path / "other"): 0}
-    assert (tmp_path / "other").read_text() == "lived"
-    assert pool.free
+    pool = Pool(Work, [Slot(), Slot()], kind=lambda name: Path(name).suffix or None)
+    ended: list[Ended] = []
+
+    def take(*names: str) -> None:
+        for name in names:
+            pool.start(str(tmp_path / name))
+        assert pool.free == (len(names) < 2)
+        deadline = time.monotonic() + 300
+        while pool.running and time.monotonic() < deadline:
+            ended.extend(pool.wait(5))
+        assert pool.free
+
+    try:
+        take("dies", "1.a")
+        for name in ("2.a", "3.b", "4.a", "last5.a", "6.a", "dies7.a", "8.a"):
+            take(name)
+        take("9", "10")
+    finally:
+        pool.stop(grace=60)
+    assert {Path(item).name: code for item, code, _ in ended if code} == {"dies": -9, "dies7.a": -9}
+    in_process = {Path(item).name: Path(item).read_text() for item, code, _ in ended if not code}
+    first = [Path(item).name for item, _, alone in ended if alone]
+    assert in_process["1.a"] == in_process["2.a"] == in_process["4.a"] == in_process["last5.a"]
+    assert sorted(first) == sorted(["dies", "1.a", "3.b", "6.a", "8.a", "9", "10"])
+    assert len(set(in_process.values())) == 6
 
 
 RECIPE = Recipe(model=ModelConfig(language="none"))
@@ -307,7 +326,7 @@ def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | Non
 
 def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, monkeypatch, caplog):
     fake_devices(monkeypatch, 2, visible="4,7")
-    monkeypatch.setattr("mm_moslora.compare.comparison_run._work", meet)
+    monkeypatch.setattr("mm_moslora.compare.comparison_cell.Runner", Meet)
     comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
     with caplog.at_level("INFO"):
         assert comparison.run(RunBudget())

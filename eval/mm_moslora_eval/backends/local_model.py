@@ -19,6 +19,7 @@ from mm_moslora.models.decoding.generation import (
     score_options,
     stop_token_ids,
 )
+from mm_moslora.models.vision.feature_cache import FeatureStore
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
 from mm_moslora_eval.backends.visual_token_cache import VisualTokens
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
@@ -34,14 +35,17 @@ class LocalModel:
         assembly: the loaded model; merge its adapters for speed.
         name: display name.
         reference: one question at a time, with no shared computation and no cache.
+        store: features of pictures on disk; None: this model encodes its own.
     """
 
-    def __init__(self, assembly: Parts, *, name: str, reference: bool = False) -> None:
+    def __init__(
+        self, assembly: Parts, *, name: str, reference: bool = False, store: FeatureStore | None = None
+    ) -> None:
         self.assembly, self._name, self._reference = assembly, name, reference
         self.model = assembly.model.eval()
         self.encoder = ConversationEncoder.of(assembly)
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
-        self._visual = VisualTokens(assembly, keep=not reference)
+        self._visual = VisualTokens(assembly, keep=not reference, store=store)
         self._ids: dict[str, list[int]] = {"": []}
         self._fingerprint: str | None = None
 

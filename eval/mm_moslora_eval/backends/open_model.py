@@ -10,6 +10,7 @@ from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
 if TYPE_CHECKING:
+    from mm_moslora.models.assembly import LoadBase
     from mm_moslora_eval.protocol.model_interface import Model
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -38,7 +39,15 @@ def check_name(name: str) -> None:
     find_checkpoint(Path(name))
 
 
-def open_model(name: str, *, precision: Precision = "auto", reference: bool = False, untuned: bool = False) -> Model:
+def open_model(
+    name: str,
+    *,
+    precision: Precision = "auto",
+    reference: bool = False,
+    untuned: bool = False,
+    load_base: LoadBase | None = None,
+    features: Path | None = None,
+) -> Model:
     """Load a model.
 
     Args:
@@ -46,6 +55,8 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
         reference: one question at a time, with no shared computation.
         untuned: load the model from which a run or checkpoint started: its recipe's parts before any step.
+        load_base: see `mm_moslora.models.load_model.load`.
+        features: folder of the vision tower's features of pictures, which are encoded once for all models with it.
 
     Raises:
         EvalError: the name has another form, or there is no loadable model.
@@ -73,6 +84,7 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.load_model import load, model_of, recipe_of
+    from mm_moslora.models.vision.feature_cache import FeatureStore
     from mm_moslora.models.vlm import has_own_forward
     from mm_moslora.training.run_setup import seed_everything
 
@@ -83,7 +95,7 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         seed_everything(recipe_of(folder).train.seed)  # a new projector is drawn as in the run
         assembly = load_parts(model_of(folder), dtype=dtype)
     else:
-        assembly = load(folder, dtype=dtype)
+        assembly = load(folder, dtype=dtype, load_base=load_base)
     name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if has_own_forward(assembly.model):
@@ -92,4 +104,5 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference)
     from mm_moslora_eval.backends.local_model import LocalModel
 
-    return LocalModel(assembly, name=name, reference=reference)
+    store = None if features is None or reference else FeatureStore.of(assembly.model, features)
+    return LocalModel(assembly, name=name, reference=reference, store=store)

@@ -5,6 +5,7 @@ Shapes: ``N`` images, ``Q`` visual tokens per image, ``D`` LLM width.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import encode_images
-from mm_moslora.models.vision.feature_cache import MEMORY_BYTES, FeatureCache
+from mm_moslora.models.vision.feature_cache import MEMORY_BYTES, FeatureCache, FeatureStore, StepFeatureCache
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.sources.document import ImageLike
 from mm_moslora_eval.sources.image_controls import Hasher, open_image
+
+logger = logging.getLogger(__name__)
 
 _ENCODE_TOGETHER = 16
 _WORKERS = max(1, min(4, os.cpu_count() or 1))
@@ -29,12 +32,14 @@ class VisualTokens:
     Args:
         assembly: with a vision tower.
         keep: False encodes every picture separately for every use (reference mode).
+        store: features of the vision tower on disk, before the projector.
     """
 
-    def __init__(self, assembly: Parts, *, keep: bool = True) -> None:
+    def __init__(self, assembly: Parts, *, keep: bool = True, store: FeatureStore | None = None) -> None:
         self._assembly, self._keep = assembly, keep
         self._hash = Hasher()
         self._cache = FeatureCache(memory_bytes=MEMORY_BYTES if keep else 0)
+        self._states = StepFeatureCache(store)
         self._decoding: dict[str, Future[Tensor]] = {}
         self._pool: ThreadPoolExecutor | None = None
 
@@ -69,13 +74,16 @@ class VisualTokens:
                 chosen = numbers[start : start + together]
                 pixels = torch.stack([self._decoded(keys[number], images[number]) for number in chosen])
                 # Each row is copied, so that dropping one picture frees its memory.
-                rows += [row.clone() for row in encode_images(self._assembly.model, pixels)]
+                rows += [row.clone() for row in encode_images(self._assembly.model, pixels, self._states)]
             return rows
 
         return dict(zip(keys, self._cache.get_many(keys, encode), strict=True))
 
     def close(self) -> None:
         """Drop the cached tokens and stop the threads."""
+        if (store := self._states.store) is not None:
+            asked = store.counts.read + store.counts.encoded
+            logger.info("Features of %d of %d pictures were in %s.", store.counts.read, asked, store.folder)
         self._cache.forget()
         self._decoding.clear()
         if self._pool is not None:

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest, logits_error
+from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.models.vlm import image_features, is_multimodal
 from mm_moslora.utils.errors import ModelError
 
@@ -43,9 +44,15 @@ class Prompt:
 
 
 @torch.inference_mode()
-def encode_images(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """Visual tokens ``[N, Q, D]`` of pictures ``[N, 3, H, W]``; encode each picture once and reuse it."""
-    return image_features(model, pixel_values)
+def encode_images(model: PreTrainedModel, pixel_values: Tensor, memory: StepFeatureCache | None = None) -> Tensor:
+    """Visual tokens ``[N, Q, D]`` of pictures ``[N, 3, H, W]``; encode each picture once and reuse it.
+
+    Args:
+        model: with a vision tower.
+        pixel_values: of the pictures.
+        memory: the tower's features of pictures that were encoded before.
+    """
+    return image_features(model, pixel_values, memory=memory)
 
 
 def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:

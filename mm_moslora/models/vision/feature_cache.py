@@ -35,6 +35,8 @@ FORMAT = 1
 _FEATURES, _CHECKSUM = "features", "xxh3_128"
 MEMORY_BYTES = 2**30
 """Limit of features in memory; 576 tokens of width 4096 take 4.7 MB in bf16."""
+SHARED_GIB = 10.0
+"""Largest size of a tower's folder that no recipe asks for."""
 _KEPT_FREE = 2**30
 """Bytes that stay free on the disk, for checkpoints."""
 
@@ -119,6 +121,18 @@ class FeatureStore:
         self._limit = limit_gib * 2**30
         self._size = sum(map(_size_of, self.folder.glob("*/*.safetensors"))) if self._limit else 0
         self._full = False
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, folder: Path) -> FeatureStore:
+        """The store of a model's vision tower, of at most `SHARED_GIB`.
+
+        Args:
+            model: an assembly, whole on this process.
+            folder: of all towers.
+        """
+        return cls(
+            folder, tower_hash(model.model.vision_tower, model.config.vision_feature_layer), limit_gib=SHARED_GIB
+        )
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.training.deepspeed_presets import read_preset
+from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_settings import (
     check_operators,
@@ -131,8 +131,7 @@ def weights_place(train: TrainConfig, *, quantised: bool) -> torch.device | None
         quantised: the base model is packed while it is read, which every rank does by itself.
     """
     device = distributed.device()
-    stage = 0 if train.zero == "none" else read_preset(train.zero).get("zero_optimization", {}).get("stage", 0)
-    if stage < 3 or quantised:
+    if stage_of(train.zero) < 3 or quantised:
         return None if device.type == "cpu" else device
     return None if distributed.is_main() else torch.device("meta")
 

@@ -1,0 +1,129 @@
+"""The cost of a comparison by arm, from its finished runs and from the first steps of others."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+from mm_moslora.compare.comparison_cell import Job, metrics
+from mm_moslora.compare.comparison_plan import Outcome
+from mm_moslora.utils.text_format import format_seconds
+
+PROBE_STEPS = 3
+"""Steps of a run that estimate its speed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmCost:
+    """The cost of an arm's missing runs."""
+
+    arm: str
+    runs: int
+    """Missing runs."""
+    trainable: int = 0
+    step_seconds: float = math.nan
+    steps: int = 0
+    """Of a run."""
+    run_seconds: float = math.nan
+    """Of a run: loading, training and measuring where one has finished, else training alone."""
+    memory_gib: float = math.nan
+    finished: bool = False
+    """Whether a run has finished."""
+    problem: str = ""
+    """What ended its first steps."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all missing runs."""
+        return self.run_seconds * self.runs if self.runs else 0.0
+
+
+def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: Job | None) -> ArmCost:
+    """The cost of an arm.
+
+    Args:
+        arm: its name.
+        runs: number of its missing runs.
+        outcomes: of its runs that have ended.
+        probe: a run of which a few steps were done, where none has finished.
+    """
+    done = [outcome for outcome in outcomes if outcome.status == "ok"]
+    if done:
+        return ArmCost(
+            arm=arm, runs=runs, trainable=done[0].trainable, steps=done[0].steps, finished=True,
+            step_seconds=median(outcome.step_seconds for outcome in done),
+            run_seconds=fmean(outcome.total_seconds for outcome in done),
+            memory_gib=max(outcome.memory_gib for outcome in done),
+        )  # fmt: skip
+    rows = [] if probe is None else [row for row in metrics(probe.place) if "step_seconds" in row]
+    if probe is None or len(rows) < PROBE_STEPS:
+        return ArmCost(arm=arm, runs=runs)
+    steps = probe.recipe.train.total_steps(rows[-1]["step"] / rows[-1]["epoch"])
+    each = median(row["step_seconds"] for row in rows)
+    return ArmCost(
+        arm=arm, runs=runs, trainable=_trainable(probe.place), step_seconds=each, steps=steps,
+        run_seconds=each * steps, memory_gib=rows[-1]["memory_gib"],
+    )  # fmt: skip
+
+
+def _trainable(place: Path) -> int:
+    summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+    return sum(row["trainable"] for row in summary["components"])
+
+
+def cost_table(costs: Sequence[ArmCost]) -> list[str]:
+    """The costs as lines of text, with the sum below."""
+    heads = ("arm", "trainable", "s a step", "steps", "min a run", "GiB", "runs", "hours")
+    rows = [_cells(cost) for cost in costs]
+    total = math.fsum(cost.seconds for cost in costs if not math.isnan(cost.seconds))
+    rows.append(("all", "", "", "", "", "", str(sum(cost.runs for cost in costs)), f"{total / 3600:.2f}"))
+    widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
+    lines = [
+        "  ".join(text.ljust(width) if place == 0 else text.rjust(width) for place, (text, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in (heads, *rows))
+    ]
+    unknown = [f"{cost.arm}: {cost.problem or 'shorter than the first steps'}" for cost in costs if _unknown(cost)]
+    if unknown:
+        lines.append("Not in the sum: " + "; ".join(unknown))
+    if any(not cost.finished and not _unknown(cost) for cost in costs):
+        lines.append("Where no run has finished, minutes are of training alone, without loading and measuring.")
+    return lines
+
+
+def _unknown(cost: ArmCost) -> bool:
+    return bool(cost.runs) and math.isnan(cost.run_seconds)
+
+
+def _cells(cost: ArmCost) -> tuple[str, ...]:
+    def shown(value: float, form: str) -> str:
+        return "" if math.isnan(value) else format(value, form)
+
+    return (
+        cost.arm, f"{cost.trainable:,}" if cost.trainable else "", shown(cost.step_seconds, ".3g"),
+        str(cost.steps or ""), shown(cost.run_seconds / 60, ".2f"), shown(cost.memory_gib, ".1f"), str(cost.runs),
+        shown(cost.seconds / 3600, ".2f"),
+    )  # fmt: skip
+
+
+def mean_run_seconds(costs: Sequence[ArmCost]) -> float:
+    """Mean seconds of a missing run over all arms with a known cost; NaN without any."""
+    known = [cost for cost in costs if cost.runs and not math.isnan(cost.run_seconds)]
+    runs = sum(cost.runs for cost in known)
+    return math.fsum(cost.seconds for cost in known) / runs if runs else math.nan
+
+
+def cost_line(cost: ArmCost) -> str:
+    """What the first steps of a comparison's first run say about all its runs.
+
+    Args:
+        cost: of that run; `runs` are those of all arms.
+    """
+    return (
+        f"Cost: {cost.step_seconds:.2f} s a step, {cost.steps} steps a run, {cost.runs} runs: about "
+        f"{format_seconds(cost.seconds)} of training in all (and loading and measuring), {cost.memory_gib:.1f} GiB a "
+        f"run, measured on {cost.arm}."
+    )

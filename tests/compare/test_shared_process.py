@@ -1,0 +1,139 @@
+"""Runs that take turns in one process: the numbers of runs alone, failures that stay with their run, the cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.compare.arms import parse_arms
+from mm_moslora.compare.comparison_cell import LOG, Job, Runner, kind_of, metrics, read_outcome, why_alone
+from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings
+from mm_moslora.compare.comparison_run import Comparison, RunBudget
+from mm_moslora.compare.process_pool import Pool, Slot
+from mm_moslora.compare.run_cost import ArmCost, cost_table, mean_run_seconds
+from mm_moslora.config import ModelConfig, Recipe
+from tests.compare.dying import Tired
+
+RECIPE = Recipe(model=ModelConfig(language="none"))
+
+
+def taken(jobs: list[Job]) -> list[Outcome]:
+    """The outcomes of runs in one process, in this order."""
+    pool, deadline = Pool(Runner, [Slot()], kind=lambda job: "one process"), time.monotonic() + 300
+    try:
+        for job in jobs:
+            pool.start(job)
+            while pool.running and time.monotonic() < deadline:
+                for ended in pool.wait(5):
+                    assert ended.code == 0
+                    assert ended.alone == (job is jobs[0])
+    finally:
+        pool.stop(grace=20)
+    found = [read_outcome(job.place) for job in jobs]
+    assert all(outcome is not None and outcome.status == "ok" for outcome in found), [
+        (job.place / LOG).read_text()[-2000:] for job in jobs
+    ]
+    return [outcome for outcome in found if outcome is not None]
+
+
+@pytest.mark.slow
+def test_a_run_after_others_has_the_numbers_of_a_run_alone(
+    tmp_path: Path, language_folder: Path, vision_folder: Path, records: Path
+) -> None:
+    """In between, a run trains every weight on another engine."""
+    pictures = records.parent / "images"
+    recipe = Recipe.from_dict(
+        {
+            "model": {"language": str(language_folder), "vision": {"name": str(vision_folder)}},
+            "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "data": {"train": [{"path": str(records), "image_folder": str(pictures)}], "max_length": 256},
+            "train": {"steps": 3, "global_batch": 8, "micro_batch": 4, "zero": "none", "precision": "bf16"},
+            "track": {"trackers": []},
+        }
+    )  # fmt: skip
+    rows = [json.loads(line) for line in records.read_text().splitlines() if '"image"' in line]
+    asked = [
+        {"question_id": row["id"], "image": row["image"], "text": "Which colour?",
+         "answer": row["conversations"][1]["value"]}
+        for row in rows
+    ]  # fmt: skip
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    settings = Settings(
+        arms=parse_arms("moslora:orthogonal,full@train.zero=zero2", recipe), rates=[1e-2], seeds=1,
+        tasks=[f"llava:{tmp_path / 'test.jsonl'}@{pictures}"], limit=6, max_new_tokens=3,
+    )  # fmt: skip
+    jobs = []
+    for name, arm in (("first", 0), ("full", 1), ("again", 0)):
+        cell = Cell(arm=settings.arms[arm], rate=1e-2, seed=0, tuning=False)
+        own = cell.recipe(recipe, tmp_path)
+        own = dataclasses.replace(own, train=dataclasses.replace(own.train, output=str(tmp_path / name)))
+        jobs.append(Job(cell=cell, recipe=own, settings=settings, folder=tmp_path, rehearsed=name == "again"))
+    first, full, again = taken(jobs)
+    assert (again.test, again.last_loss) == (first.test, first.last_loss)
+    assert full.last_loss != first.last_loss
+    losses = [[(row["loss"], row["grad_norm"]) for row in metrics(job.place) if "loss" in row] for job in jobs]
+    assert losses[2] == losses[0]
+    assert len(losses[0]) == 3
+    for pattern in ("checkpoint-*/adapter/*.safetensors", "eval/*/*/*/samples.jsonl"):
+        one, other = ([path.read_bytes() for path in sorted(jobs[number].place.glob(pattern))] for number in (0, 2))
+        assert one
+        assert one == other, pattern
+    log = (jobs[2].place / LOG).read_text()
+    assert "Features of 14 of 14 pictures" in log, log
+    shares = [[row["feature_cache_hits"] for row in metrics(job.place) if "feature_cache_hits" in row] for job in jobs]
+    assert set(shares[2]) == {1}
+    assert shares[0][0] == 0
+    assert "Rehearsal" in (jobs[0].place / LOG).read_text()
+    assert "Rehearsal" not in log
+
+
+def test_a_run_that_fails_after_others_gets_a_process_of_its_own(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("mm_moslora.compare.comparison_cell.Runner", Tired)
+    settings = Settings(arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=["t"])
+    comparison = Comparison(RECIPE, settings, tmp_path, hold_out=0.1)
+    with caplog.at_level("INFO"):
+        assert comparison.run(RunBudget())
+    assert {outcome.status for outcome in comparison.outcomes.values()} == {"ok"}
+    assert len(comparison.outcomes) == 4
+    assert caplog.text.count("it runs again in its own") == 2
+    assert "[4/4]" in caplog.text
+
+
+def test_runs_share_a_process_where_only_the_arm_and_the_seed_differ(tmp_path: Path) -> None:
+    arms = parse_arms("lora,moslora:kaiming@optim.warmup=0.2,full,lora@train.deterministic=true", RECIPE)
+    settings = Settings(arms=arms, rates=[1e-4], seeds=1, tasks=["t"])
+
+    def job(arm: int, seed: int = 0, recipe: Recipe = RECIPE, **more) -> Job:
+        cell = Cell(arm=arms[arm], rate=1e-4, seed=seed, tuning=False)
+        return Job(cell=cell, recipe=cell.recipe(recipe, tmp_path), settings=settings, folder=tmp_path, **more)
+
+    assert kind_of(job(0)) == kind_of(job(1, 3)) is not None
+    assert len({str(kind_of(job(arm))) for arm in (0, 2, 3)}) == 3
+    for recipe, reason in (
+        (Recipe(model=ModelConfig(language="none", quantisation="int8")), "quantised"),
+        (dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, zero="zero3")), "ZeRO-3"),
+    ):
+        assert kind_of(job(0, recipe=recipe)) is None
+        assert reason in why_alone(job(0, recipe=recipe))
+    assert kind_of(job(0, devices=2)) is None
+    assert kind_of(job(0, alone=True)) is None
+
+
+def test_the_cost_by_arm_adds_up() -> None:
+    costs = [
+        ArmCost(arm="lora", runs=6, trainable=12_345, step_seconds=0.5, steps=100, run_seconds=60, memory_gib=1.25),
+        ArmCost(arm="dora", runs=3, trainable=9, steps=100, run_seconds=120, memory_gib=2, finished=True),
+        ArmCost(arm="odd", runs=2, problem="failed: no module"),
+        ArmCost(arm="done", runs=0),
+    ]  # fmt: skip
+    table = cost_table(costs)
+    assert " ".join(table[0].split()) == "arm trainable s a step steps min a run GiB runs hours"
+    assert table[1].split() == ["lora", "12,345", "0.5", "100", "1.00", "1.2", "6", "0.10"]
+    assert table[5].split() == ["all", "11", "0.20"]
+    assert table[6] == "Not in the sum: odd: failed: no module"
+    assert "training alone" in table[7]
+    assert mean_run_seconds(costs) == 80
