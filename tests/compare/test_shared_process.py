@@ -51,7 +51,8 @@ def test_a_run_after_others_has_the_numbers_of_a_run_alone(
             "model": {"language": str(language_folder), "vision": {"name": str(vision_folder)}},
             "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
             "data": {"train": [{"path": str(records), "image_folder": str(pictures)}], "max_length": 256},
-            "train": {"steps": 3, "global_batch": 8, "micro_batch": 4, "zero": "none", "precision": "bf16"},
+            "train": {"steps": 3, "global_batch": 8, "micro_batch": 4, "zero": "none", "precision": "bf16"}
+            | {"log_every": 1},
             "track": {"trackers": []},
         }
     )  # fmt: skip
