@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OUTCOME, LOG, RECIPE = "outcome.json", "log.txt", "recipe.yaml"
+PRELOAD = (
+    "mm_moslora_eval.backends.local_model", "mm_moslora_eval.backends.open_model", "mm_moslora_eval.run.evaluate_suite",
+    "mm_moslora.models.kept_base", "mm_moslora.training.training_loop",
+)  # fmt: skip
+"""What every run imports."""
 FEATURES = "features"
 """Folder of a frozen encoder's features in the comparison's."""
 

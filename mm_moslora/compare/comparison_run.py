@@ -343,7 +343,7 @@ class Comparison:
 def _pool(room: RunBudget, parallel: int | None) -> Pool:
     return Pool(
         comparison_cell.Runner, slots(parallel=parallel, devices_per_run=room.devices_per_run),
-        kind=comparison_cell.kind_of, preload="mm_moslora.compare.forkserver_preload",
+        kind=comparison_cell.kind_of, preload=comparison_cell.PRELOAD,
     )  # fmt: skip
 
 

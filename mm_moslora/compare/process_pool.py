@@ -86,7 +86,7 @@ class Pool:
             process may take another one. A function or class of a module, so that it can be pickled.
         room: the slots.
         kind: the kind of an item, compared with `==`; None: the item gets a process of its own. Without it, every item.
-        preload: a module that is imported once for all processes where that is safe.
+        preload: modules that are imported once for all processes where that is safe.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Pool:
         room: Sequence[Slot],
         *,
         kind: Callable[[Any], Any] = lambda item: None,
-        preload: str | None = None,
+        preload: Sequence[str] = (),
     ) -> None:
         self._target, self._kind = target, kind
         self._free = list(room)
@@ -103,8 +103,8 @@ class Pool:
         self._busy: list[_Worker] = []
         # A process that was forked after CUDA was used cannot use CUDA, so with accelerators every one is spawned.
         self._context: Any = multiprocessing.get_context("spawn" if any(s.devices for s in room) else "forkserver")
-        if preload is not None and not any(slot.devices for slot in room):
-            self._context.set_forkserver_preload([preload])
+        if preload and not any(slot.devices for slot in room):
+            self._context.set_forkserver_preload(list(preload))
 
     @property
     def free(self) -> bool:

@@ -56,7 +56,7 @@ class Timed(comparison_cell.Runner):
 
 def measure(recipe: Recipe, settings: Settings, folder: Path, *, shared: bool) -> tuple[float, list[dict[str, object]]]:
     """CPU seconds and outcomes of all runs, one after the other."""
-    pool = Pool(Timed, [Slot()], kind=comparison_cell.kind_of, preload="mm_moslora.compare.forkserver_preload")
+    pool = Pool(Timed, [Slot()], kind=comparison_cell.kind_of, preload=comparison_cell.PRELOAD)
     jobs, rehearsed = [], set()
     try:
         for seed in range(settings.seeds):
