@@ -216,9 +216,9 @@ def score_rows(results: Mapping[str, Any], task: str, *, title: str) -> RowChart
 
 def band_of(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     """Half-width of the shaded band in points, and a sentence about it."""
-    planned = {(results.get("resolve") or {}).get("points") for results in comparisons}
-    if len(planned) == 1 and None not in planned:
-        points = 100 * planned.pop()
+    planned = [results["resolve"]["points"] for results in comparisons if results.get("resolve")]
+    if len(planned) == len(comparisons) and len(set(planned)) == 1:
+        points = 100 * planned[0]
         told = f"Shaded: ±{points:g} points, the difference that --resolve {points:g} planned to show."
         return points, f"{told} Intervals hold for all looks together."
     return 100 * BAND, f"Shaded: ±{100 * BAND:g} points, about what the paper reports for MoSLoRA (+2.8)."

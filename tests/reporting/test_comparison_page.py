@@ -54,6 +54,8 @@ def test_marks_of_the_forest_plot_stand_where_the_numbers_say() -> None:
     assert "the difference that --resolve 3 planned to show" in page
     assert "nats against lora" in page
     assert "about what the paper reports" in render(comparison_results())
+    parts = [("", comparison_results(points=0.03)), ("", comparison_results(points=0.02))]
+    assert "about what the paper reports" in picture(parts), "two plans have no band in common"
 
 
 def test_seeds_are_points_beside_their_mean() -> None:
