@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import (
     OWN_CONFIG,
+    OWN_TYPE,
     STOCK_CONFIG,
     USE_MIXER,
     declares_mixers,
@@ -204,6 +205,8 @@ class MoSLoRAConfig(LoraConfig):
                 "Copy the whole folder, or save the adapter again."
             )
         kind = "LORA" if data is None else data.get("peft_type")
+        if data is not None and kind == OWN_TYPE:
+            return config_from_dict(data)
         if kind != "LORA":
             raise AdapterError(
                 f"{told} holds an adapter of peft_type {kind!r}, expected LORA. Load it with PEFT itself."

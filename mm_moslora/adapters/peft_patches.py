@@ -1,8 +1,9 @@
-"""Changes of PEFT itself on import: two entries in its tables, and functions without a table.
+"""Changes of PEFT itself on import: three entries in its tables, and functions without a table.
 
 - `PEFT_TYPE_TO_TUNER_MAPPING[LORA]` becomes `MoSLoRAModel` and `PEFT_TYPE_TO_CONFIG_MAPPING[LORA]`
   `LoraConfigOfFolder`: `register_peft_method` refuses existing types, and the enumeration of types is closed
-  (huggingface/peft#2273, #2282).
+  (huggingface/peft#2273, #2282). `PEFT_TYPE_TO_CONFIG_MAPPING["MOSLORA"]` is new: programs that read a configuration
+  through PEFT, as its method comparison does, get a `MoSLoRAConfig`.
 - `load_peft_weights` reads A, M and B of a double folder: no hook of a tuner sees the folder, and trainers that resume
   from a checkpoint load it into an existing adapter (huggingface/peft#2273).
 - `get_peft_model_state_dict`, as `save_pretrained` calls it, refuses shards: writing them ends in an error of
@@ -36,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
+    OWN_TYPE,
     OWN_WEIGHTS,
     PREFIX,
     START_PART,
@@ -151,7 +153,8 @@ def patch_peft() -> None:
     """Enter the tuner and the configuration, and replace the functions; a second call changes nothing."""
     patch_diffusers()
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = MoSLoRAModel
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] = LoraConfigOfFolder
+    types: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    types[peft.PeftType.LORA] = types[OWN_TYPE] = LoraConfigOfFolder
     saving: Any = peft_model
     saving.get_peft_model_state_dict = whole_state  # in save_pretrained alone: others may save shards
     modules: tuple[Any, ...] = (peft, peft_model, utils, save_and_load, hotswap)

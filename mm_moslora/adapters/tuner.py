@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
+    OWN_TYPE,
     START_PART,
     declares_mixers,
     downloaded,
@@ -34,7 +35,7 @@ from mm_moslora.adapters.layers.fused_linear import link_siblings
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import tell_form, told_form
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, unmatched_patterns
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict, unmatched_patterns
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
@@ -45,14 +46,17 @@ MoSLoRAConfig.layer_classes[nn.Module] = create_layer
 
 
 class LoraConfigOfFolder(LoraConfig):
-    """What PEFT makes for the type LORA: `MoSLoRAConfig` of a folder with mixers, else `LoraConfig`."""
+    """What PEFT makes for LORA: `MoSLoRAConfig` of a folder with mixers, else `LoraConfig`; and for `OWN_TYPE`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain `LoraConfig`.
+        """A plain `LoraConfig`, or `MoSLoRAConfig` for the type of options that name a mixer.
 
         Raises:
-            AdapterError: the options are those of the authors' fork with mixers, which its caller would not read.
+            AdapterError: the options are those of the authors' fork with mixers, which its caller would not read, or
+                they name a mixer and hold a key that `MoSLoRAConfig` does not know.
         """
+        if kwargs.get("peft_type") == OWN_TYPE:
+            return config_from_dict(kwargs)
         if declares_mixers(kwargs):
             raise AdapterError(
                 "The folder holds mixers (lora_use_mixer), which this way of loading drops. Load it with "

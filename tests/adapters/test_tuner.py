@@ -118,6 +118,23 @@ def test_a_plain_lora_adapter_gets_the_folded_factors(saved: Path) -> None:
     assert any("lora_mixer" in name for name, _ in peft.get_peft_model(llama(), own).named_parameters())
 
 
+def test_a_configuration_written_by_hand_names_the_type_moslora(tmp_path: Path) -> None:
+    """PEFT drops unknown keys with a warning: a misspelt one would give another start than was asked for."""
+    given = {"peft_type": "MOSLORA", "task_type": "CAUSAL_LM", "r": 4, "target_modules": TARGETS}
+    assert given["peft_type"] not in list(peft.PeftType)  # PEFT alone refuses the file
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(given | {"mixer_init": "kaiming"}))
+    ways = (peft.PeftConfig.from_pretrained, peft.LoraConfig.from_pretrained, MoSLoRAConfig.from_pretrained)
+    found = [*(way(str(tmp_path)) for way in ways), peft.get_peft_config(json.loads(file.read_text()))]
+    assert all(type(config) is MoSLoRAConfig and config == found[0] for config in found)
+    assert (found[0].mixer_init, found[0].inference_mode, found[0].peft_type) == ("kaiming", False, "LORA")
+    assert any("lora_mixer" in name for name, _ in peft.get_peft_model(llama(), found[0]).named_parameters())
+    file.write_text(json.dumps(given | {"mixer_inti": "kaiming"}))
+    for way in ways:
+        with pytest.raises(AdapterError, match=r"unknown keys \['mixer_inti'\]\. Did you mean 'mixer_init'"):
+            way(str(tmp_path))
+
+
 def test_folders_of_plain_lora_are_what_they_were(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
     model = peft.get_peft_model(llama(), config)
