@@ -33,6 +33,9 @@ _RATES = np.unique(np.append(np.geomspace(1e-5, 0.5, 40), OVERALL))
 """Overall error rates at which the levels are computed."""
 _CELLS, _SPAN = 200, 5.0
 """Cells of the Brownian motion's positive half; at the last look its standard deviation is 1."""
+_APART = abs(np.arange(_CELLS)[:, None] - np.arange(_CELLS))
+_AGAINST = np.arange(_CELLS)[:, None] + np.arange(_CELLS) + 1
+"""Distances of cells on the same side and on different sides, in cells."""
 LEAST = 0.03
 """Least growth of the fraction between two looks; the kernel of a smaller one would be narrower than a few cells."""
 
@@ -105,10 +108,9 @@ def nominal_levels(fractions: tuple[float, ...]) -> Array:
         if look == 0:
             mass = np.tile(2 * width * _density(cells, fraction), (len(_RATES), 1))
         else:
-            new = fraction - last
-            kernel = _density(cells[:, None] - cells, new) + _density(cells[:, None] + cells, new)
-            mass = inside @ (kernel * width)
-        bounds = np.array([_bound(row, left, width) for row, left in zip(mass, spent - before, strict=True)])
+            steps = _density(width * np.arange(2 * _CELLS), fraction - last) * width
+            mass = inside @ (steps[_APART] + steps[_AGAINST])
+        bounds = _bounds(mass, spent - before, width)
         levels[:, look] = [2 - 2 * _NORMAL.cdf(bound / fraction**0.5) for bound in bounds]
         inside = mass * np.clip((bounds[:, None] - cells + width / 2) / width, 0.0, 1.0)
         before, last = spent, fraction
@@ -119,15 +121,15 @@ def _density(at: Array, variance: float) -> Array:
     return np.asarray(np.exp(-np.square(at) / (2 * variance)) / (2 * math.pi * variance) ** 0.5)
 
 
-def _bound(mass: Array, spend: float, width: float) -> float:
-    """The place beyond which lies the mass to spend, between the edges of cells."""
-    beyond = np.append(np.cumsum(mass[::-1])[::-1], 0.0)
-    index = int(np.searchsorted(-beyond, -spend))  # the first edge with no more than that beyond it
-    if index == 0:
-        return 0.0
-    low, high = np.log(np.maximum(beyond[[index - 1, min(index, len(mass) - 1)]], 1e-300))
-    share = (low - np.log(max(spend, 1e-300))) / (low - high) if low > high else 1.0
-    return float((index - 1 + min(1.0, share)) * width)
+def _bounds(mass: Array, spend: Array, width: float) -> Array:
+    """The places ``[R]`` beyond which lies the mass to spend, between the edges of the cells of mass ``[R, cells]``."""
+    beyond = np.pad(np.cumsum(mass[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
+    first = (beyond > spend[:, None]).sum(axis=1)  # the first edge with no more than that beyond it
+    edges = np.stack([np.maximum(first - 1, 0), np.minimum(first, mass.shape[1] - 1)], axis=1)
+    low, high = np.log(np.maximum(np.take_along_axis(beyond, edges, axis=1), 1e-300)).T
+    fall = np.where(low > high, low - high, 1.0)
+    share = np.where(low > high, (low - np.log(np.maximum(spend, 1e-300))) / fall, 1.0)
+    return np.asarray(np.maximum(first - 1 + np.minimum(1.0, share), 0.0) * width * (first > 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,15 +182,16 @@ def judge(
         these = {name: tasks for name, tasks in these.items() if all(len(task.scores) for task in tasks.values())}
         estimates = differences(these, first_seeds(reference, count), bounded=bounded)
         found |= {name: one for name, one in estimates.items() if seeds[name] == count}
-    p_values = [
-        one.p_value if looks is None else looks.p_value(one.p_value, seeds[name]) for name, one in found.items()
-    ]
+    found = {name: found[name] for name in arms}
+    if looks is None:
+        p_values = [one.p_value for one in found.values()]
+    else:
+        p_values = [looks.p_value(one.p_value, seeds[name]) for name, one in found.items()]
+        found = {name: one.at_level(looks.level(seeds[name])) for name, one in found.items()}
     return {
-        name: Judged(
-            estimate=one if looks is None else one.at_level(looks.level(seeds[name])), p_corrected=corrected
-        )
+        name: Judged(estimate=one, p_corrected=corrected)
         for (name, one), corrected in zip(found.items(), holm(p_values), strict=True)
-    }  # fmt: skip
+    }
 
 
 def first_seeds(tasks: Mapping[str, TaskScores], count: int) -> dict[str, TaskScores]:

@@ -87,33 +87,25 @@ def test_levels_are_those_of_lan_and_demets(fractions: tuple[float, ...], bounds
     assert (np.diff(nominal_levels(fractions), axis=0) >= 0).all(), "p-values rise with p"
 
 
-@pytest.mark.parametrize("seed_part", [0.02, 0.3], ids=["both", "seeds"])
-def test_looking_after_every_seed_keeps_the_error_rate_and_the_power(seed_part: float):
-    """300 comparisons of equal arms that may stop after each look, and 80 of arms that differ as planned."""
-    parts = Components(documents=0.5, seeds=seed_part, answers=1.0)
-    generator, first, last, documents = np.random.default_rng(3), 3, 6, 40
-    variance = [parts.variance(seeds=k, documents=documents) for k in range(first, last + 1)]
-    looks = planned_looks(first, last, variance)
-    alarms, naive, runs = 0, 0, 300
-    for _ in range(runs):
-        arms = answers(generator, parts, seeds=last, documents=documents)
-        found = {seeds: between(arms, seeds) for seeds in looks.seeds}
-        alarms += any(looks.p_value(one.p_value, seeds) < 0.05 for seeds, one in found.items())
-        naive += any(one.p_value < 0.05 for one in found.values())
-    assert alarms / runs < 0.07
-    if len(looks.seeds) > 2:
-        assert naive > alarms
-    planner = Planner(components=parts, points=1.0, comparisons=1, first=first)
-    effect, seen, used, runs = planner.size(last, documents).detectable, 0, 0.0, 80
-    for _ in range(runs):
-        arms = answers(generator, parts, seeds=last, documents=documents, effect=effect)
-        for seeds in looks.seeds:
-            shown = looks.p_value(between(arms, seeds).p_value, seeds) < 0.05
-            if shown or seeds == last:
-                seen, used = seen + shown, used + seeds / runs
-                break
-    assert 0.7 < seen / runs < 0.93
-    assert used < last or len(looks.seeds) == 1
+def test_simulated_comparisons_keep_the_error_rates_and_the_power(monkeypatch: pytest.MonkeyPatch):
+    """Pilot, plan and looks of 50 comparisons with three equal rivals, and of 50 with two better ones."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "bench"))
+    import stopping_rule  # of scripts/bench
+
+    world = stopping_rule.World(components=stopping_rule.SETTINGS["seeds"], rivals=3)
+    equal = stopping_rule.sequential(world, 3, runs=50, seed=1)
+    assert equal["false"] <= 0.1, "of the family of three"
+    assert equal["naive"] > 0.1, "t-tests after each look exceed the bound"
+    assert equal["held"] > 0.94
+    apart = stopping_rule.sequential(dataclasses.replace(world, better=2), 3, runs=50, seed=2)
+    assert apart["power"] > 0.7
+    assert apart["held"] > 0.93
+    assert apart["seeds"] < 0.9 * apart["planned"], "arms that are decided early stop"
+    early = between(answers(np.random.default_rng(0), ASSUMED, seeds=3, documents=20), 3).at_level(1e-40)
+    assert 10 < early.high < math.inf, "a look at little information has a wide interval"
+    fixed = stopping_rule.coverage(dataclasses.replace(world, rivals=7, tasks=2), 3, runs=40, seed=3)
+    assert fixed["least"] > 0.85
+    assert fixed["held"] > 0.93
 
 
 def test_a_look_that_brings_little_is_left_out():

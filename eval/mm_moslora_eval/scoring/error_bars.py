@@ -122,15 +122,16 @@ def f_upper_tail(ratio: float, above: float, below: float) -> float:
 
 
 def t_quantile(level: float, degrees: float) -> float:
-    """The quantile of t with probability (1 - level) in both tails together.
+    """The quantile of t with probability (1 - level), at least 1e-15, in both tails together.
 
     Newton's method rises to it from the normal quantile, since the tails' probability is convex.
     """
-    at = _NORMAL.inv_cdf((1 + level) / 2)
+    tails = max(1 - level, 1e-15)
+    at = -_NORMAL.inv_cdf(tails / 2)
     scale = 2 * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
     for _ in range(200):
         density = scale * (1 + at * at / degrees) ** (-(degrees + 1) / 2)
-        step = (t_two_sided(at, degrees) - (1 - level)) / density
+        step = (t_two_sided(at, degrees) - tails) / density
         at += step
         if step <= 1e-14 * at:
             break

@@ -1,0 +1,228 @@
+#!/usr/bin/env python
+"""Error rates, coverage, power and seeds of `compare --resolve`, by simulated comparisons.
+
+    python scripts/bench/stopping_rule.py               print the tables; half an hour of one core, needs no GPU
+    python scripts/bench/stopping_rule.py --runs 50     fewer comparisons per row
+    python scripts/bench/stopping_rule.py --json        one object on stdout
+
+Scores follow the crossed random effects of `mm_moslora.compare.seed_statistics`. A pilot, the plan, the looks and the
+stopping of arms are the functions that `compare` calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from statistics import NormalDist, fmean
+from typing import Any
+
+import numpy as np
+
+from mm_moslora.compare.resolution_plan import ASSUMED, MOST_SEEDS, Planner, after_look, plan_looks
+from mm_moslora.compare.seed_statistics import Components, TaskScores, differences
+from mm_moslora.compare.sequential_looks import judge
+from mm_moslora.reporting.verdicts import SIGNIFICANT
+
+DOCUMENTS, SEEDS = 60, 8
+"""Documents of a task, and seeds that show the difference where the components are known."""
+SETTINGS = {
+    "seeds": Components(documents=0.3, seeds=0.1, answers=1.0),
+    "documents": Components(documents=1.2, seeds=0.03, answers=2.0),
+    "answers": Components(documents=0.1, seeds=0.003, answers=4.0),
+}
+"""Main source of the error -> components of a difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Arms of known differences."""
+
+    components: Components
+    """Of a difference; of the latent scores where answers are right or wrong."""
+    rivals: int = 1
+    """Arms beside the reference."""
+    better: int = 0
+    """Rivals that are better than the reference by the planned difference; the others are equal to it."""
+    binary: bool = False
+    """Whether answers are right or wrong."""
+    wide: int | None = None
+    """The arm whose runs have three times the standard deviation of the others'; 0 is the reference."""
+    tasks: int = 1
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of a latent score, over documents, runs and answers."""
+        parts = self.components
+        return math.sqrt(1 + (parts.documents + parts.seeds + parts.answers) / 2)
+
+    @functools.cached_property
+    def points(self) -> float:
+        """The difference that `SEEDS` seeds show, by the plan with the true components."""
+        planner = Planner(components=self.components, points=1.0, comparisons=self.rivals, first=3)
+        latent = planner.size(SEEDS, DOCUMENTS).detectable
+        return NormalDist().cdf(latent / self.deviation) - 0.5 if self.binary else latent
+
+    def shift(self) -> float:
+        """The latent shift of a better arm."""
+        return self.deviation * NormalDist().inv_cdf(0.5 + self.points) if self.binary else self.points
+
+    def draw(self, generator: np.random.Generator, seeds: int = MOST_SEEDS) -> list[dict[str, TaskScores]]:
+        """Scores of all arms, the reference first."""
+        parts = self.components
+        runs = [generator.normal(0, math.sqrt(parts.seeds / 2), (seeds, 1)) for _ in range(self.rivals + 1)]
+        arms: list[dict[str, TaskScores]] = [{} for _ in runs]
+        for task in range(self.tasks):
+            common = generator.normal(0, 1, DOCUMENTS)
+            for arm, run in enumerate(runs):
+                own = generator.normal(0, math.sqrt(parts.documents / 2), DOCUMENTS)
+                answers = generator.normal(0, math.sqrt(parts.answers / 2), (seeds, DOCUMENTS))
+                latent = common + own + answers + (3 * run if arm == self.wide else run)
+                latent += self.shift() if 0 < arm <= self.better else 0.0
+                scores = (latent > 0).astype(float) if self.binary else latent
+                arms[arm][f"task {task}"] = TaskScores(scores=scores, clusters=range(DOCUMENTS))
+        return arms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A simulated comparison at its end."""
+
+    planned: int
+    """Seeds of the plan; those of the pilot where the documents do not allow the difference."""
+    seeds: list[int]
+    """Of each rival, run."""
+    shown: list[bool]
+    """Whether each rival is shown to differ."""
+    naive: list[bool]
+    """The same by a t-test of 5 % for each arm at each look."""
+    held: list[bool]
+    """Whether each interval holds the true difference."""
+    half_width: float
+    """Mean over the rivals."""
+
+
+def compare(world: World, pilot: int, generator: np.random.Generator) -> Ended:
+    """One comparison with a pilot of so many seeds."""
+    reference, *rivals = world.draw(generator)
+    names = [str(number) for number in range(world.rivals)]
+    arms = dict(zip(names, rivals, strict=True))
+    planner = Planner(components=ASSUMED, points=world.points, comparisons=world.rivals, first=pilot)
+    state, alarms = None, dict.fromkeys(names, False)
+    while state is None or not state.ended:
+        seeds = pilot if state is None else state.seeds
+        counts = {name: state.arms.get(name, seeds) if state else seeds for name in names}
+        judged = judge(arms, reference, counts, looks=state.looks if state else None, bounded=world.binary)
+        rows = [
+            {"arm": name, "seeds": [counts[name]] * 2, "components": asdict(one.estimate.components)}
+            | {"p_corrected": one.p_corrected, "low": one.estimate.low, "high": one.estimate.high}
+            for name, one in judged.items()
+        ]
+        if state is None:
+            state = plan_looks(planner, rows, DOCUMENTS)
+            state = replace(state, ended="")  # a pilot that is the only look is a look, too
+            continue
+        alarms = {name: alarms[name] or one.estimate.p_value < SIGNIFICANT for name, one in judged.items()}
+        state = after_look(state, rows, seeds)
+    truth = [world.points if number < world.better else 0.0 for number in range(world.rivals)]
+    return Ended(
+        planned=state.looks.seeds[-1],
+        seeds=[counts[name] for name in names],
+        shown=[judged[name].p_corrected < SIGNIFICANT for name in names],
+        naive=list(alarms.values()),
+        held=[
+            judged[name].estimate.low <= true <= judged[name].estimate.high
+            for name, true in zip(names, truth, strict=True)
+        ],
+        half_width=fmean(judged[name].estimate.half_width for name in names),
+    )
+
+
+def sequential(world: World, pilot: int, *, runs: int, seed: int = 0) -> dict[str, float]:
+    """Rates over many comparisons."""
+    generator = np.random.default_rng(seed)
+    found = [compare(world, pilot, generator) for _ in range(runs)]
+    better, equal = slice(None, world.better), slice(world.better, None)
+    return {
+        "false": fmean(any(one.shown[equal]) for one in found),
+        "naive": fmean(any(one.naive[equal]) for one in found),
+        "held": fmean(held for one in found for held in one.held),
+        "power": fmean(shown for one in found for shown in one.shown[better]) if world.better else math.nan,
+        "seeds": fmean(seeds for one in found for seeds in one.seeds),
+        "planned": fmean(one.planned for one in found),
+        "half_width": fmean(one.half_width for one in found),
+    }
+
+
+def coverage(world: World, seeds: int, *, runs: int, seed: int = 0) -> dict[str, float]:
+    """Coverage of the intervals with a fixed number of seeds, on average and of the least covered arm."""
+    generator, held, widths = np.random.default_rng(seed), [], []
+    for _ in range(runs):
+        reference, *rivals = world.draw(generator, seeds)
+        arms = {str(number): tasks for number, tasks in enumerate(rivals)}
+        found = list(differences(arms, reference, bounded=world.binary).values())
+        held.append([one.low <= 0 <= one.high for one in found])
+        widths.append([one.half_width for one in found])
+    arms_held = np.mean(held, axis=0)
+    return {"held": float(arms_held.mean()), "least": float(arms_held.min()), "half_width": float(np.median(widths))}
+
+
+def stopping_rows(runs: int) -> Iterator[dict[str, Any]]:
+    """Sequential comparisons by main source of error, scores, rivals and pilot."""
+    for error, binary, rivals, pilot in itertools.product(SETTINGS, (False, True), (1, 3), (2, 3, 5)):
+        world = World(components=SETTINGS[error], rivals=rivals, binary=binary)
+        equal = sequential(world, pilot, runs=runs)
+        apart = sequential(replace(world, better=(rivals + 1) // 2), pilot, runs=runs)
+        what = {"error": error, "scores": "right or wrong" if binary else "graded", "rivals": rivals, "pilot": pilot}
+        yield what | {f"equal_{name}": value for name, value in equal.items()} | apart
+
+
+def coverage_rows(runs: int) -> Iterator[dict[str, Any]]:
+    """Intervals of comparisons with a fixed number of seeds."""
+    for seeds, rivals, wide, tasks in itertools.product((2, 3, 5, 10), (1, 11), (None, 1, 0), (1, 3)):
+        if tasks == 1 or wide is None:
+            world = World(components=SETTINGS["seeds"], rivals=rivals, wide=wide, tasks=tasks)
+            uneven = {None: "none", 0: "reference", 1: "an arm"}[wide]
+            yield {"seeds": seeds, "rivals": rivals, "uneven": uneven, "tasks": tasks} | coverage(
+                world, seeds, runs=runs
+            )
+
+
+COLUMNS = {
+    "equal_false": "false", "equal_naive": "false, naive", "equal_held": "held, equal", "held": "held",
+    "power": "power", "equal_seeds": "seeds, equal", "seeds": "seeds", "planned": "plan",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=400, help="comparisons of each row")
+    parser.add_argument("--json", action="store_true", help="one object on stdout")
+    given = parser.parse_args()
+    rows: dict[str, list[dict[str, Any]]] = {"stopping": [], "coverage": []}
+    for table, found in (("stopping", stopping_rows(given.runs)), ("coverage", coverage_rows(given.runs))):
+        for row in found:
+            rows[table].append(row)
+            if not given.json:
+                names = [
+                    name for name in row if table == "coverage" or name in COLUMNS or not isinstance(row[name], float)
+                ]
+                if len(rows[table]) == 1:
+                    print(" | ".join(COLUMNS.get(name, name) for name in names))
+                print(
+                    " | ".join(
+                        f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names
+                    ),
+                    flush=True,
+                )
+    if given.json:
+        print(json.dumps({"benchmark": "stopping_rule", "runs": given.runs, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
