@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from mm_moslora_eval.scoring.error_bars import t_quantile
 
@@ -94,16 +94,28 @@ class Planner:
         """The fewest seeds that show the difference on so many documents; None beyond `MOST_SEEDS`."""
         return self._fewest(max(2, self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents))
 
+    def fewest_for_width(self, documents: int) -> Size | None:
+        """The fewest seeds with a half-width of the difference on so many documents; None beyond `MOST_SEEDS`."""
+        first = max(2, self.first)
+        return self._fewest(first, MOST_SEEDS, lambda seeds: self.size(seeds, documents), of="half_width")
+
     def fewest_documents(self, seeds: int, *, most: int = 10_000_000) -> Size | None:
         """The fewest documents that show the difference with so many seeds; None beyond `most`."""
         return self._fewest(2, most, lambda documents: self.size(seeds, documents))
 
-    def _fewest(self, low: int, high: int, size: Callable[[int], Size]) -> Size | None:
-        if size(high).detectable > self.points:
+    def _fewest(
+        self,
+        low: int,
+        high: int,
+        size: Callable[[int], Size],
+        *,
+        of: Literal["detectable", "half_width"] = "detectable",
+    ) -> Size | None:
+        if getattr(size(high), of) > self.points:
             return None
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if size(middle).detectable <= self.points else (middle + 1, high)
+            low, high = (low, middle) if getattr(size(middle), of) <= self.points else (middle + 1, high)
         return size(low)
 
 
@@ -122,6 +134,9 @@ def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list
         f"four times out of five (half-width of the 95 % interval: {100 * now.half_width:.1f}). More seeds would cut "
         f"up to {100 * (1 - alone[0]):.0f} % of the squared error, more documents up to {100 * (1 - alone[1]):.0f} %."
     ]
+    narrow = planner.fewest_for_width(documents)
+    if narrow is not None:
+        lines[0] += f" A half-width of {points} takes {narrow.seeds:.0f} seeds."
     found = planner.fewest_seeds(documents)
     if found is None:
         least = planner.size(math.inf, documents)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mm_moslora.compare.resolution_plan import ASSUMED, MOST_SEEDS, Planner, after_look, plan_looks
-from mm_moslora.compare.seed_statistics import Components, TaskScores, differences
+from mm_moslora.compare.seed_statistics import Components, TaskScores, difference, differences
 from mm_moslora.compare.sequential_looks import judge
 from mm_moslora.reporting.verdicts import SIGNIFICANT
 
@@ -63,13 +63,26 @@ class World:
     @functools.cached_property
     def points(self) -> float:
         """The difference that `SEEDS` seeds show, by the plan with the true components."""
-        planner = Planner(components=self.components, points=1.0, comparisons=self.rivals, first=3)
-        latent = planner.size(SEEDS, DOCUMENTS).detectable
-        return NormalDist().cdf(latent / self.deviation) - 0.5 if self.binary else latent
+        planner = Planner(components=self.scored, points=1.0, comparisons=self.rivals, first=3)
+        return planner.size(SEEDS, DOCUMENTS).detectable
 
+    @functools.cached_property
+    def scored(self) -> Components:
+        """Components of the scores; of right and wrong answers from the mean of simulated comparisons of equal arms."""
+        if not self.binary:
+            return self.components
+        generator, world = np.random.default_rng(0), replace(self, better=0, rivals=1)
+        parts = [asdict(difference(*world.draw(generator, SEEDS)).components) for _ in range(200)]
+        return Components(**{name: fmean(part[name] for part in parts) for name in parts[0]})
+
+    @functools.cached_property
     def shift(self) -> float:
         """The latent shift of a better arm."""
-        return self.deviation * NormalDist().inv_cdf(0.5 + self.points) if self.binary else self.points
+        if not self.binary:
+            return self.points
+        parts = self.components
+        deviation = math.sqrt(1 + (parts.documents + parts.seeds + parts.answers) / 2)
+        return deviation * NormalDist().inv_cdf(0.5 + self.points)
 
     def draw(self, generator: np.random.Generator, seeds: int = MOST_SEEDS) -> list[dict[str, TaskScores]]:
         """Scores of all arms, the reference first."""
@@ -82,7 +95,7 @@ class World:
                 own = generator.normal(0, math.sqrt(parts.documents / 2), DOCUMENTS)
                 answers = generator.normal(0, math.sqrt(parts.answers / 2), (seeds, DOCUMENTS))
                 latent = common + own + answers + (3 * run if arm == self.wide else run)
-                latent += self.shift() if 0 < arm <= self.better else 0.0
+                latent += self.shift if 0 < arm <= self.better else 0.0
                 scores = (latent > 0).astype(float) if self.binary else latent
                 arms[arm][f"task {task}"] = TaskScores(scores=scores, clusters=range(DOCUMENTS))
         return arms

@@ -125,6 +125,10 @@ def test_the_plan_names_what_more_seeds_and_documents_would_do():
     assert found.half_width < 0.03
     assert "More seeds would cut up to 97 % of the squared error, more documents up to 14 %." in lines[0]
     assert f"For 3 points: {found.seeds:.0f} seeds on 2000 documents" in lines[1]
+    narrow = planner.fewest_for_width(2000)
+    assert narrow is not None
+    assert narrow.half_width <= 0.03 < planner.size(narrow.seeds - 1, 2000).half_width
+    assert f"A half-width of 3 points takes {narrow.seeds:.0f} seeds." in lines[0]
     none, lines = plan_resolution(dataclasses.replace(planner, comparisons=3), 40)
     assert none is None
     assert "A difference of 3 points is beyond what 40 documents allow: any number of seeds shows" in lines[1]
