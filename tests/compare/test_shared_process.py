@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, Job, Runner, kind_of, metrics, read_outcome, why_alone
@@ -16,6 +17,9 @@ from mm_moslora.compare.comparison_run import Comparison, RunBudget
 from mm_moslora.compare.process_pool import Pool, Slot
 from mm_moslora.compare.run_cost import ArmCost, cost_table, mean_run_seconds
 from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.training import run_setup
+from mm_moslora.utils import distributed
 from tests.compare.dying import Tired
 
 RECIPE = Recipe(model=ModelConfig(language="none"))
@@ -90,6 +94,46 @@ def test_a_run_after_others_has_the_numbers_of_a_run_alone(
     assert shares[0][0] == 0
     assert "Rehearsal" in (jobs[0].place / LOG).read_text()
     assert "Rehearsal" not in log
+
+
+def test_arms_with_one_seed_see_the_same_batches(tmp_path: Path, language_folder: Path, records: Path) -> None:
+    """Mixers draw from the stream of the factors, so MoSLoRA shares A with LoRA in the first module alone."""
+    texts = [line for line in records.read_text().splitlines(keepends=True) if '"image"' not in line]
+    (tmp_path / "texts.jsonl").write_text("".join(texts * 4))
+    shared = Recipe.from_dict(
+        {
+            "model": {"language": str(language_folder)}, "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "data": {"train": [{"path": str(tmp_path / "texts.jsonl")}], "max_length": 256},
+            "train": {"steps": 2, "global_batch": 4, "micro_batch": 2, "zero": "none", "precision": "fp32"},
+        }
+    )  # fmt: skip
+    distributed.join()
+    seen, factors = [], []
+    for arm in parse_arms("lora,tsm,moslora:orthogonal,dora", shared):
+        recipe = arm.apply(shared, train__output=str(tmp_path / arm.slug), train__seed=5)
+        Path(recipe.train.output).mkdir()
+        run_setup.seed_everything(5)
+        run = run_setup.prepare(recipe)
+        start = torch.get_rng_state().tolist()
+        loader = BatchLoader(
+            run.training_set, rank=0, world_size=1, config=recipe.data, global_batch=4, limit=run.limit, seed=5,
+            start_step=0, pin=False,
+        )  # fmt: skip
+        with loader:
+            steps = [batches for batches, _ in zip(loader, range(2), strict=False)]
+        factors.append([value for name, value in run.assembly.model.named_parameters() if "lora_A" in name])
+        factors[-1] = [value.detach().clone() for value in factors[-1]]
+        run.engine.step(steps[0], 1.0)
+        after = torch.get_rng_state().tolist() if arm.name != "dora" else None
+        seen.append(([batch.input_ids.tolist() for batches in steps for batch in batches], start, after))
+    lora, tsm, moslora, dora = seen
+    assert lora == tsm == moslora
+    assert dora[:2] == lora[:2]
+    shares = [[torch.equal(a, b) for a, b in zip(factors[0], other, strict=True)] for other in factors]
+    assert all(shares[1])
+    assert all(shares[3])
+    assert shares[2][0]
+    assert not any(shares[2][1:])
 
 
 def test_a_run_that_fails_after_others_gets_a_process_of_its_own(tmp_path: Path, monkeypatch, caplog) -> None:
