@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -186,6 +187,7 @@ def _take_items(
 ) -> None:
     """Take items until one of them ends the process, or the pool has no more."""
     os.setpgrp()  # Ctrl-C reaches only the parent, which forwards it once
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     take, goes_on = target(slot), True
     while goes_on:
         try:
@@ -195,6 +197,14 @@ def _take_items(
         goes_on = take(item) and several
         with suppress(BrokenPipeError, ConnectionResetError):  # the pool has been stopped
             connection.send(goes_on)
+
+
+def _end_with_parent() -> None:
+    """Ask this process to save and exit once its parent has been killed; otherwise it would train to the end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _signal(process: BaseProcess, number: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from mm_moslora.compare import comparison_cell
 from mm_moslora.compare.comparison_cell import Job
 from mm_moslora.compare.comparison_plan import Outcome
-from mm_moslora.compare.process_pool import Slot
+from mm_moslora.compare.process_pool import Pool, Slot
 
 
 class Work:
@@ -25,7 +25,17 @@ class Work:
         if name.startswith("dies"):
             os.kill(os.getpid(), signal.SIGKILL)
         Path(item).write_text(str(os.getpid()))
+        while name.startswith("stays"):
+            time.sleep(0.05)
         return not name.startswith("last")
+
+
+def start(item: str) -> None:
+    """A pool whose process takes one item; the pool waits for it for ever."""
+    pool = Pool(Work, [Slot()])
+    pool.start(item)
+    while pool.running:
+        pool.wait(60)
 
 
 class Meet(comparison_cell.Runner):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.reporting.comparison_page import write_page
 from mm_moslora.utils.errors import ConfigError
-from tests.compare.dying import Meet, Work
+from tests.compare.dying import Meet, Work, start
 
 DIVERGING = "lora@alpha=1e30@train.max_skipped_steps=2"
 ARMS = f"full,full@optim.max_grad_norm=0.5,lora@targets=[nope],{DIVERGING}"
@@ -274,6 +275,22 @@ def test_metrics_that_disappear_while_they_are_read_are_no_error(tmp_path: Path,
     just_before(monkeypatch, Path, "read_text", file.unlink, when=lambda path: path == file)
     assert metrics(tmp_path) == []
     assert not file.exists()
+
+
+def test_a_killed_comparison_leaves_no_process_behind(tmp_path: Path):
+    """The kernel's killer for want of memory chooses the parent, say."""
+    place = tmp_path / "stays"
+    parent = multiprocessing.get_context("spawn").Process(target=start, args=(str(place),))
+    parent.start()
+    deadline = time.monotonic() + 120
+    while not (place.is_file() and place.read_text()):
+        assert time.monotonic() < deadline, "the process did not begin"
+        time.sleep(0.05)
+    parent.kill()
+    child = Path(f"/proc/{place.read_text()}/stat")
+    while child.is_file() and child.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the process outlived its parent"
+        time.sleep(0.05)
 
 
 def test_a_killed_process_does_not_affect_the_others(tmp_path: Path):
