@@ -32,6 +32,9 @@ ASSUMED = Components(documents=0.02, seeds=2 * 0.02**2, answers=0.2)
 Rows = Sequence[Mapping[str, Any]]
 """Comparisons of `results.json`, or parts of them."""
 MOST_SEEDS = 64
+_DEGREES = 8
+"""Least degrees of freedom between seeds at the last look. A pilot of few seeds often finds a small variance by chance;
+a plan of as few seeds would test with that variance."""
 _SUGGESTED = (4, 8, 16, 32, 64)
 """Seeds for which the documents are planned where those at hand are too few."""
 
@@ -92,7 +95,8 @@ class Planner:
 
     def fewest_seeds(self, documents: int) -> Size | None:
         """The fewest seeds that show the difference on so many documents; None beyond `MOST_SEEDS`."""
-        return self._fewest(max(2, self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents))
+        least = 1 + math.ceil(_DEGREES / (self.comparisons + 1))
+        return self._fewest(max(least, self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents))
 
     def fewest_for_width(self, documents: int) -> Size | None:
         """The fewest seeds with a half-width of the difference on so many documents; None beyond `MOST_SEEDS`."""
@@ -270,9 +274,11 @@ def after_look(state: LookState, rows: Rows, seeds: int) -> LookState:
         rows: the comparisons at this look, see `main_rows`.
         seeds: those of the arms that still run.
     """
+    later = [planned for planned in state.looks.seeds if planned > seeds]
+    if later and seeds not in state.looks.seeds and not state.ended:  # no error rate is spent here
+        return replace(state, seeds=later[0])
     running = [row for row in rows if row["arm"] not in state.arms]
     decided = {row["arm"]: seeds for row in running if is_decided(row, state.points)}
-    later = [planned for planned in state.looks.seeds if planned > seeds]
     ended = state.ended or ("" if rows else "no arm is left to compare")
     if not ended and len(decided) == len(running):
         ended = "every arm is decided"

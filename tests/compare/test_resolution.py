@@ -150,11 +150,15 @@ def planned(folder: Path, says: Any, points: float) -> tuple[Resolution, SimpleN
 def test_the_pilot_plans_the_looks_and_the_results_hold_for_all_of_them(tmp_path: Path):
     resolution, comparison = planned(tmp_path, (sees, sees_badly), 0.5)
     assert "from the pilot: 2 seeds on 40 documents" in resolution.lines()[0]
-    assert resolution.lines()[-1].startswith("4 runs of about")
-    assert resolution.settings_after().seeds == 2
+    assert resolution.lines()[-1].startswith("10 runs of about"), "5 seeds have 8 degrees of freedom"
+    assert resolution.settings_after().seeds == 5
     state = read_state(tmp_path)
     assert state is not None
-    assert state.ended == "every arm is decided", "the interval lies within 50 points"
+    assert (state.looks.seeds, state.ended) == ((5,), ""), (
+        "the pilot is no look, although its interval is narrow enough"
+    )
+    rows = json.loads((tmp_path / "results.json").read_text())["comparisons"]
+    assert after_look(state, rows, 5).ended == "every arm is decided", "the interval lies within 50 points"
     results = json.loads((tmp_path / "results.json").read_text())
     wide = results["comparisons"][0]
     state = dataclasses.replace(state, looks=Looks((2, 4), (0.6, 1.0)), ended="", seeds=4)
