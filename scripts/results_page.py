@@ -110,8 +110,9 @@ def _arm(arm: Results, task: str, results: Results) -> list[str]:
 
 def _difference(found: Measure, digits: int) -> list[str]:
     """Difference with its interval, half-width and verdict."""
-    known = found.low is not None and found.high is not None
-    return [found.text, f"{(found.high - found.low) / 2:.{digits}f}" if known else "", found.note]
+    if found.low is None or found.high is None:
+        return [found.text, "", found.note]
+    return [found.text, f"{(found.high - found.low) / 2:.{digits}f}", found.note]
 
 
 def _runs(arm: Results, tasks: Sequence[str]) -> list[str]:
