@@ -147,8 +147,11 @@ def why_alone(job: Job) -> str:
         return "the base model is quantised"
     if train.compile is not None:
         return "train.compile is set, and torch.compile is limited to a number of models in a process"
-    if stage_of(train.zero) == 3:
-        return "ZeRO-3 takes the base model apart"
+    try:
+        if stage_of(train.zero) == 3:
+            return "ZeRO-3 takes the base model apart"
+    except ConfigError as error:  # the run says it, too, and the other runs continue
+        return str(error).rstrip(".")
     return "it failed after others" if job.alone else ""
 
 

@@ -161,6 +161,7 @@ def test_runs_share_a_process_where_only_the_arm_and_the_seed_differ(tmp_path: P
     for recipe, reason in (
         (Recipe(model=ModelConfig(language="none", quantisation="int8")), "quantised"),
         (dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, zero="zero3")), "ZeRO-3"),
+        (dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, zero="no.json")), "does not exist"),
     ):
         assert kind_of(job(0, recipe=recipe)) is None
         assert reason in why_alone(job(0, recipe=recipe))
