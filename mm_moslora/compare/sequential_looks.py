@@ -108,7 +108,7 @@ def nominal_levels(fractions: tuple[float, ...]) -> Array:
         if look == 0:
             mass = np.tile(2 * width * _density(cells, fraction), (len(_RATES), 1))
         else:
-            steps = _density(width * np.arange(2 * _CELLS), fraction - last) * width
+            steps = _density(np.arange(2 * _CELLS, dtype=np.float64) * width, fraction - last) * width
             mass = inside @ (steps[_APART] + steps[_AGAINST])
         bounds = _bounds(mass, spent - before, width)
         levels[:, look] = [2 - 2 * _NORMAL.cdf(bound / fraction**0.5) for bound in bounds]
