@@ -16,7 +16,7 @@ from mm_moslora.adapters.mixer import MIXER_INITS
 from mm_moslora.adapters.peft_methods import method_named
 from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.strict_reading import parse_scalar, set_dotted
-from mm_moslora.models.trainable_parts import method_config
+from mm_moslora.models.trainable_parts import adapter_config
 from mm_moslora.utils.errors import ConfigError, suggestion
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
@@ -140,9 +140,9 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         if twice:
             raise ConfigError(f"Arm {twice[0]!r} is given twice. Name every arm once.")
     for arm in arms:
-        adapter = arm.apply(recipe).adapter
-        if adapter.peft:
-            method_config(adapter)
+        given = arm.apply(recipe)
+        if given.model.language_mode == "adapter":
+            adapter_config(given.adapter)
     return arms
 
 

@@ -55,6 +55,7 @@ def attach_adapters(
                     assembly.model, method_config(adapter), component=components, targets=adapter.targets
                 )
                 assembly.peft_model, assembly.adapter_start = added.model, added.start
+                assembly.changed |= bool(added.start)
             elif adapter.weights is not None:
                 with warnings.catch_warnings():
                     # Under ZeRO-3 rank 0 has the values, and every weight of the other ranks would get a warning.
@@ -124,6 +125,16 @@ def moslora_config(adapter: AdapterConfig, **more: Any) -> adapters.MoSLoRAConfi
         alpha_pattern=dict(adapter.alpha_pattern),
         **({"task_type": "CAUSAL_LM"} | more),
     )
+
+
+def adapter_config(adapter: AdapterConfig) -> peft.PeftConfig:
+    """The PEFT configuration of a recipe's adapter, MoSLoRA or another method.
+
+    Raises:
+        AdapterError: an impossible value.
+        ConfigError: see `method_config`.
+    """
+    return method_config(adapter) if adapter.peft else moslora_config(adapter)
 
 
 def method_config(adapter: AdapterConfig) -> peft.PeftConfig:

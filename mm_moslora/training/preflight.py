@@ -244,7 +244,7 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     from mm_moslora.kernels.attention.attention_choice import require_attention
     from mm_moslora.models.memory_efficient.compiled_layers import require_backend
     from mm_moslora.models.projectors.projector import projector_class
-    from mm_moslora.models.trainable_parts import method_config, moslora_config, start_folder
+    from mm_moslora.models.trainable_parts import adapter_config, start_folder
     from mm_moslora.models.vision.timm_open_clip_tower import require_named
     from mm_moslora.training.engine import check_engine
     from mm_moslora.training.precision import resolve_precision
@@ -259,10 +259,8 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
         projector_class(model.projector.kind)
         for name in (model.vision.name, model.vision.fuse_with):
             require_named(name)
-    if _has_adapters(model) and recipe.adapter.peft:
-        method_config(recipe.adapter)
-    elif _has_adapters(model):
-        moslora_config(recipe.adapter)
+    if _has_adapters(model):
+        adapter_config(recipe.adapter)
         if fresh and recipe.adapter.weights:
             start_folder(recipe.adapter)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers as t
 
 from mm_moslora import adapters
 from mm_moslora.adapters.peft_methods import method_names
+from mm_moslora.compare.arm_sizes import size_lines
 from mm_moslora.compare.arms import KNOWN, Arm, parse_arms
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts
@@ -116,3 +118,21 @@ def test_layers_that_peft_refuses_are_one_error(base: t.LlamaForCausalLM) -> Non
         given = arm(name).apply(recipe())
         with pytest.raises(MoSLoRAError, match=said):
             attach_adapters(Parts(model=copy.deepcopy(base)), given.model, given.adapter)
+
+
+def test_the_plan_says_what_trains_in_each_arm_and_what_it_cannot_do(base: t.LlamaForCausalLM, tmp_path: Any) -> None:
+    base.config.save_pretrained(tmp_path)
+    shared = replace(recipe(), model=ModelConfig(language=str(tmp_path)))
+    arms = parse_arms(
+        "lora,peft:LORA@r=8,peft:LILY,peft:BEFT,peft:WAVEFT@n_frequency=64,full,lora@targets=[nope]", shared
+    )
+    lines = size_lines(arms, shared, "lora")
+    assert "lora: plain LoRA: the mixer is the frozen identity; 1,280 trainable parameters" in lines[0]
+    assert "2,560 trainable parameters, 2 times those of lora" in lines[1]
+    assert "rank as r, alpha as lora_alpha, dropout as lora_dropout, targets" in lines[1]
+    assert "cannot be merged (This method is not supported for Lily), evaluated live" in lines[2]
+    assert "has no rank, alpha, dropout" in lines[3]
+    assert "trainable parameters" in lines[4]
+    assert "cannot be merged" not in lines[4]
+    assert f"{sum(p.numel() for p in base.model.parameters()) + base.lm_head.weight.numel():,} trainable" in lines[5]
+    assert "not counted (Target 'nope' matches no module" in lines[6]
