@@ -356,7 +356,7 @@ def restore_method(model: peft.PeftModel, folder: Path, *, start: Mapping[str, T
         _check_start(load_file(folder / STOCK_WEIGHTS), start, folder)
         return
     with _explained(f"{folder} does not fit the adapter of this run"):
-        found = set_peft_model_state_dict(model, load_file(folder / STOCK_WEIGHTS))
+        found: Any = set_peft_model_state_dict(model, load_file(folder / STOCK_WEIGHTS))
     if found.unexpected_keys:
         raise AdapterError(f"{folder} holds {found.unexpected_keys[0]}, which the adapter of this run does not have.")
 
