@@ -375,12 +375,19 @@ def _check_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], fol
             )
 
 
-def what_fails(config: peft.PeftConfig) -> list[str]:
-    """What an adapter cannot do, tried on two small layers; empty where they are too small for its options."""
-    model = nn.Module()
-    model.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(256, 256)}) for _ in range(2))
+def what_fails(config: peft.PeftConfig, *, bias: bool) -> list[str]:
+    """What an adapter cannot do, tried on two small layers; empty where they are too small for its options.
+
+    Args:
+        config: of `method_config`.
+        bias: whether all layers of the model have a bias.
+    """
+    tree: Any = nn.Module()
+    tree.model = nn.Module()
+    layer = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(256, 256, bias=bias)})})
+    tree.model.layers = nn.ModuleList((layer, copy.deepcopy(layer)))
     try:
-        added = add_method(model, config, targets=["q_proj"])
+        added = add_method(tree, config, targets=["q_proj"])
     except AdapterError:
         return []
     found = []

@@ -67,7 +67,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
         config: the recipe's `optim`.
 
     Raises:
-        ConfigError: no parameter is trainable.
+        ConfigError: no parameter is trainable, or there is a rate for B and an adapter without B.
     """
     sorted_in: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -75,6 +75,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
             sorted_in.setdefault(_group_of(name, parameter, config), []).append((name, parameter))
     if not sorted_in:
         raise ConfigError("The model has no trainable parameter.")
+    adapters = [name for members in sorted_in.values() for name, _ in members if is_adapter_parameter(name)]
+    if config.lora_plus_ratio != 1.0 and adapters and not any("lora_B" in name for name in adapters):
+        raise ConfigError(
+            f"optim.lora_plus_ratio is {config.lora_plus_ratio:g}, which is of LoRA's B, and the adapter trains none. "
+            "Leave it out."
+        )
     return [
         ParameterGroup(
             name=label, peak_lr=lr, weight_decay=decay,
