@@ -29,12 +29,14 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, t
 # Merging quantises the sum anew: the error is one of the base's own quantisation steps.
 _QUANTISED_TOLERANCE = 0.25
 _PROBES = 8
+_WIDTHS = ("in_features", "num_embeddings", "in_channels", "embed_dim", "nx")
+"""Names of a layer's input width: of linear layers, embeddings, convolutions, attention, transformers' Conv1D."""
 
 
 def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module:
     """Merge the active adapters into the base weights and take the adapters out.
 
-    Every layer of this package is run on random probes before and after. Where an adapted layer shares its weight with
+    Every layer is run on random probes before and after. Where an adapted layer shares its weight with
     another module (tied embeddings), the model's tied weights get copies of their own first, and `tie_word_embeddings`
     becomes False.
 
@@ -52,21 +54,22 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
             base weights are put back to within rounding).
     """
     model = cast(peft.PeftModel, unwrapped(model))
-    layers = {
+    own = {
         path: layer
         for path, layer in named_adapter_layers(model)
         if not is_inner(path) and any(layer.holds(name) for name in layer.active_adapters)
     }
+    layers: dict[str, BaseTunerLayer] = {**own} or _of_peft(model)
     if not hasattr(model, "merge_and_unload"):
         raise AdapterError(
             f"A {type(model).__name__} is no PEFT model, so there is nothing to merge. Give what add_moslora, "
             "load_adapter or peft.get_peft_model returned."
         )
-    if not layers and (reason := why_not_merged(model)):
+    if not own and (reason := why_not_merged(model)):
         raise AdapterError(f"The adapter cannot be merged into the weights: {reason}. Use it unmerged.")
-    for path, layer in layers.items():
-        _check_finite(path, layer)
-        _check_bias(path, layer)
+    for path, mixed in own.items():
+        _check_finite(path, mixed)
+        _check_bias(path, mixed)
     untie(model)
     worst, where = 0.0, ""
     for path, layer in layers.items():
@@ -88,17 +91,24 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
     return base
 
 
+def _of_peft(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers of PEFT's methods by their paths, without those of this package."""
+    return {path: layer for path, layer in adapted_layers(model) if not isinstance(layer, MoSLoRALayer)}
+
+
 def why_not_merged(model: nn.Module) -> str | None:
-    """The reason why the adapter cannot be merged, by merging copies of its layers; None where it can."""
+    """The reason why an adapter of PEFT's methods cannot be merged, by merging copies of its layers; None: it can."""
     kinds: dict[Any, tuple[str, BaseTunerLayer]] = {}
-    for path, layer in adapted_layers(model):
+    for path, layer in _of_peft(model).items():
         base = layer.get_base_layer()
         kinds.setdefault((type(layer), type(base), getattr(base, "bias", None) is None), (path, layer))
     for path, layer in kinds.values():
         try:
-            copy.deepcopy(layer).merge()
-        except Exception as error:
-            return f"{path}: {reason_of(error) or type(error).__name__}"
+            error, limit = _merge_layer(copy.deepcopy(layer), None)
+        except Exception as refusal:
+            return f"{path}: {reason_of(refusal) or type(refusal).__name__}"
+        if not error <= limit:
+            return f"{path}: its output would change by {error:.2e} of its range, expected at most {limit:.0e}"
     return None
 
 
@@ -128,27 +138,34 @@ def _check_bias(path: str, layer: MoSLoRALayer) -> None:
 
 
 @torch.no_grad()
-def _merge_layer(layer: MoSLoRALayer, tolerance: float | None) -> tuple[float, float]:
+def _merge_layer(layer: BaseTunerLayer, tolerance: float | None) -> tuple[float, float]:
     """Merge one layer; its relative output difference and the limit for it."""
     base = layer.get_base_layer()
     quantised = quantisation(base) is not None
-    like = next(layer.factors(name).B for name in layer.active_adapters if layer.holds(name))
     if not quantised:
         like = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else cast(Tensor, base.weight)
+    elif isinstance(layer, MoSLoRALayer):
+        like = next(layer.factors(name).B for name in layer.active_adapters if layer.holds(name))
+    else:
+        like = next(weight for weight in cast(nn.Module, layer).parameters() if weight.is_floating_point())
     probes = _probes(layer, base, like.dtype, like.device)
-    with _eval_mode(layer), use_kernel("reference"):
-        live = _output(layer(*probes))
+    module = cast(nn.Module, layer)
+    with _eval_mode(module), use_kernel("reference"):
+        live = _output(module(*probes))
         layer.merge()
-        merged = _output(layer(*probes))
+        merged = _output(module(*probes))
     scale = live.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     limit = _QUANTISED_TOLERANCE if quantised else _TOLERANCE[like.dtype]
     return float((live - merged).abs().max() / scale), limit if tolerance is None else tolerance
 
 
-def _probes(layer: MoSLoRALayer, base: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _probes(layer: BaseTunerLayer, base: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Random inputs of the kind that the layer takes."""
     generator = torch.Generator().manual_seed(0)
-    width = layer.widths[0]
+    if isinstance(layer, MoSLoRALayer):
+        width = layer.widths[0]
+    else:
+        width = next(int(getattr(base, name)) for name in _WIDTHS if hasattr(base, name))
     if isinstance(base, nn.Embedding):
         return [torch.randint(width, (_PROBES,), generator=generator).to(device)]
     shape: tuple[int, ...] = (_PROBES, width)

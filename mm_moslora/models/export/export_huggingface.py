@@ -128,6 +128,12 @@ def export_lora(assembly: Parts, folder: Path, *, dtype: torch.dtype = torch.flo
     """
     if assembly.peft_model is None:
         raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
+    kind = assembly.peft_model.peft_config["default"]
+    if not isinstance(kind, adapters.MoSLoRAConfig):
+        raise ModelError(
+            f"The adapter is of PEFT's {kind.peft_type.value} (adapter.peft), and not of this package. The folder "
+            "`adapter` of a checkpoint is PEFT's own; export the whole model for another program."
+        )
     check_empty(folder)
     model, published = assembly.model, published_base(assembly)
     if published is None:

@@ -33,7 +33,7 @@ from mm_moslora.models.vision.repeated_layers import DENSE, repeated_layers
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
 from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
-from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.errors import ModelError, reason_of
 
 NF4_BYTES = 0.516
 """Bytes per weight: 4 bits, and 0.127 bits for the doubly quantised scales."""
@@ -117,7 +117,15 @@ def activation_memory(
     for _, parameter, times in bones.each():
         elements[parameter.numel()] += times
     adapters = (p.numel() for name, p, _ in bones.each() if is_adapter_parameter(name) and p.requires_grad)
-    least, most = (_kept_by_layer(bones, dtype, tokens) for tokens in (1, PROBE))
+    try:
+        least, most = (_kept_by_layer(bones, dtype, tokens) for tokens in (1, PROBE))
+    except RuntimeError as error:
+        if not adapter.peft:
+            raise
+        raise ModelError(
+            f"The memory of a step cannot be counted: PEFT's {adapter.peft['type']} computes nothing without weights "
+            f"({reason_of(error)})."
+        ) from error
     kept = (most - least) / (PROBE - 1)
     image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
     return ActivationMemory(
