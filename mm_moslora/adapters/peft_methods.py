@@ -386,8 +386,10 @@ def what_fails(config: peft.PeftConfig, *, bias: bool) -> list[str]:
     tree.model = nn.Module()
     layer = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(256, 256, bias=bias)})})
     tree.model.layers = nn.ModuleList((layer, copy.deepcopy(layer)))
+    alone = copy.deepcopy(config)
+    alone.task_type = None  # else PEFT looks for a language model's methods
     try:
-        added = add_method(tree, config, targets=["q_proj"])
+        added = add_method(tree, alone, targets=["q_proj"])
     except AdapterError:
         return []
     found = []
