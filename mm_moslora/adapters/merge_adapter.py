@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import peft
 import torch
@@ -29,8 +29,6 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, t
 # Merging quantises the sum anew: the error is one of the base's own quantisation steps.
 _QUANTISED_TOLERANCE = 0.25
 _PROBES = 8
-_WIDTHS = ("in_features", "num_embeddings", "in_channels", "embed_dim", "nx")
-"""Names of a layer's input width: of linear layers, embeddings, convolutions, attention, transformers' Conv1D."""
 
 
 def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module:
@@ -54,22 +52,21 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
             base weights are put back to within rounding).
     """
     model = cast(peft.PeftModel, unwrapped(model))
-    own = {
+    layers = {
         path: layer
         for path, layer in named_adapter_layers(model)
         if not is_inner(path) and any(layer.holds(name) for name in layer.active_adapters)
     }
-    layers: dict[str, BaseTunerLayer] = {**own} or _of_peft(model)
     if not hasattr(model, "merge_and_unload"):
         raise AdapterError(
             f"A {type(model).__name__} is no PEFT model, so there is nothing to merge. Give what add_moslora, "
             "load_adapter or peft.get_peft_model returned."
         )
-    if not own and (reason := why_not_merged(model)):
+    if reason := why_not_merged(model):
         raise AdapterError(f"The adapter cannot be merged into the weights: {reason}. Use it unmerged.")
-    for path, mixed in own.items():
-        _check_finite(path, mixed)
-        _check_bias(path, mixed)
+    for path, layer in layers.items():
+        _check_finite(path, layer)
+        _check_bias(path, layer)
     untie(model)
     worst, where = 0.0, ""
     for path, layer in layers.items():
@@ -91,20 +88,20 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
     return base
 
 
-def _of_peft(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The layers of PEFT's methods by their paths, without those of this package."""
-    return {path: layer for path, layer in adapted_layers(model) if not isinstance(layer, MoSLoRALayer)}
-
-
 def why_not_merged(model: nn.Module) -> str | None:
-    """The reason why an adapter of PEFT's methods cannot be merged, by merging copies of its layers; None: it can."""
-    kinds: dict[Any, tuple[str, BaseTunerLayer]] = {}
-    for path, layer in _of_peft(model).items():
-        base = layer.get_base_layer()
-        kinds.setdefault((type(layer), type(base), getattr(base, "bias", None) is None), (path, layer))
-    for path, layer in kinds.values():
+    """The reason why layers of PEFT's methods cannot be merged, by merging copies of them; None: they can.
+
+    Layers of this package are left out.
+    """
+    for path, layer in adapted_layers(model):
+        if isinstance(layer, MoSLoRALayer):
+            continue
+        twin = copy.deepcopy(layer)
         try:
-            error, limit = _merge_layer(copy.deepcopy(layer), None)
+            if not hasattr(layer.get_base_layer(), "in_features"):
+                twin.merge()
+                continue
+            error, limit = _merge_layer(twin, None)
         except Exception as refusal:
             return f"{path}: {reason_of(refusal) or type(refusal).__name__}"
         if not error <= limit:
@@ -162,10 +159,7 @@ def _merge_layer(layer: BaseTunerLayer, tolerance: float | None) -> tuple[float,
 def _probes(layer: BaseTunerLayer, base: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Random inputs of the kind that the layer takes."""
     generator = torch.Generator().manual_seed(0)
-    if isinstance(layer, MoSLoRALayer):
-        width = layer.widths[0]
-    else:
-        width = next(int(getattr(base, name)) for name in _WIDTHS if hasattr(base, name))
+    width = layer.widths[0] if isinstance(layer, MoSLoRALayer) else cast(nn.Linear, base).in_features
     if isinstance(base, nn.Embedding):
         return [torch.randint(width, (_PROBES,), generator=generator).to(device)]
     shape: tuple[int, ...] = (_PROBES, width)

@@ -30,7 +30,7 @@ from mm_moslora.models.processing.llava_processor import takes_plain_contents
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
-from mm_moslora.utils.errors import ModelError, MoSLoRAError, reason_of
+from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -116,12 +116,13 @@ def _merge(assembly: Parts) -> None:
     assert assembly.peft_model is not None
     config = assembly.peft_model.peft_config["default"]
     if not isinstance(config, adapters.MoSLoRAConfig):
-        reason = adapters.why_not_merged(assembly.peft_model)
-    else:
-        reason = None if form_named(config.mixer_form).fixed else "its mixers depend on their input"
-    if reason:
-        logger.info("The adapter stays live: %s.", reason)
-    else:
+        try:
+            adapters.merge(assembly.peft_model)
+        except AdapterError as reason:
+            logger.info("The adapter stays live. %s", reason)
+            return
+        assembly.peft_model = None
+    elif form_named(config.mixer_form).fixed:
         adapters.merge(assembly.peft_model)
         assembly.peft_model = None
 
