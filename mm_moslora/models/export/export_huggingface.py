@@ -128,7 +128,7 @@ def export_lora(assembly: Parts, folder: Path, *, dtype: torch.dtype = torch.flo
     """
     if assembly.peft_model is None:
         raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
-    kind = assembly.peft_model.peft_config["default"]
+    kind: Any = assembly.peft_model.peft_config["default"]
     if not isinstance(kind, adapters.MoSLoRAConfig):
         raise ModelError(
             f"The adapter is of PEFT's {kind.peft_type.value} (adapter.peft), and not of this package. The folder "
