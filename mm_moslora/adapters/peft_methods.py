@@ -21,7 +21,7 @@ import peft
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -338,7 +338,12 @@ def load_method(model: nn.Module, folder: str | Path) -> peft.PeftModel:
     place = Path(folder)
     found = read_json(place / STOCK_CONFIG).get("peft_type")
     with _explained(f"{place}, an adapter of PEFT's {found}, does not load"):
-        return peft.PeftModel.from_pretrained(cast(Any, model), str(place)).eval()
+        loaded = peft.PeftModel.from_pretrained(cast(Any, model), str(place)).eval()
+    has = get_peft_model_state_dict(loaded).keys()
+    if strays := sorted(load_peft_weights(str(place), device="cpu").keys() ^ has):
+        where = "has no place for" if strays[0] not in has else "lacks"
+        raise AdapterError(f"{place} has peft_type {found!r} and {where} {strays[0]}: its two files do not fit.")
+    return loaded
 
 
 def restore_method(model: peft.PeftModel, folder: Path, *, start: Mapping[str, Tensor]) -> None:

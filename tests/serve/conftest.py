@@ -47,7 +47,7 @@ def server(models: Any) -> Iterator[Running]:
     from mm_moslora.serve.api.request_limits import Limits
     from mm_moslora.serve.inference.continuous_batching import Engine
 
-    limits = Limits(context=512, max_tokens=64, default_tokens=8)
+    limits = Limits(context=512, max_tokens=64, default_tokens=8, drain_seconds=1)
     with serving(Engine(models, limits), limits) as running:
         yield running
 
