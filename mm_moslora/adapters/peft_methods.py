@@ -153,6 +153,11 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
             f"adapter.peft.init_lora_weights is {options['init_lora_weights']}, which needs {reason} before the first "
             "step; training here does not compute them. Take pissa or olora, which need the weights alone."
         )
+    if options.get("bias", "none") != "none":
+        raise AdapterError(
+            f"adapter.peft.bias is {options['bias']}, which would train biases outside the adapted layers, too. Leave "
+            "it out."
+        )
     given = {option: shared[key] for key, option in method.shared.items()}
     whole = {
         key: int(value) if float(value).is_integer() and key != "dropout" else value for key, value in given.items()
@@ -210,7 +215,13 @@ def add_method(
         if before:
             _check_learning(model.get_submodule(paths[0]), name)
         same = all(map(torch.equal, before, _rows(model, paths)))
-    return AddedMethod(model=wrapped, start={} if same else _tensors(wrapped, {}))
+    start = {} if same else _tensors(wrapped, {})
+    if start and not _is_difference(own, start):
+        raise AdapterError(
+            f"PEFT's {name} takes its start out of the base weights, and what it trains is no plain LoRA: a folder of "
+            "it would be loaded as another model. Leave out use_dora and the like, or init_lora_weights."
+        )
+    return AddedMethod(model=wrapped, start=start)
 
 
 def _rows(model: nn.Module, paths: Sequence[str]) -> list[Tensor]:
@@ -253,7 +264,7 @@ def _check_learning(layer: nn.Module, name: str) -> None:
     x = torch.ones(2, width, dtype=trained[0].dtype, device=trained[0].device)
     with torch.enable_grad():
         found = torch.autograd.grad(layer(x).float().square().sum(), trained, allow_unused=True)
-    if all(gradient is None for gradient in found):
+    if not any(gradient is not None and gradient.any() for gradient in found):
         raise AdapterError(f"PEFT's {name} has no gradient in a layer that is called by itself")
 
 
@@ -278,7 +289,6 @@ def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor], start: Ma
         model: PEFT model.
         state: parameter name in the base model to full tensor, of all that trains; the rest is read from the model.
         start: of `AddedMethod`. Plain LoRA less its start is plain LoRA of twice the rank, which needs no other base.
-            Other methods that change the base change it again when they are loaded.
     """
     config: Any = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_moslora.adapters.tree import named_adapter_layers
+from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.kernels.lora.lora_linear import is_plain
 
 
@@ -28,7 +28,7 @@ def untie(model: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if is_plain(parameter):
                 holders[id(parameter)].append((module, name))
-    adapted = [weight for _, layer in named_adapter_layers(model) for weight in layer.get_base_layer().parameters()]
+    adapted = [weight for _, layer in adapted_layers(model) for weight in layer.get_base_layer().parameters()]
     if all(len(holders[id(weight)]) < 2 for weight in adapted):
         return
     for _, *others in holders.values():

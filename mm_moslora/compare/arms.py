@@ -7,6 +7,7 @@ suffixes may be options of the method: `peft:LORA@init_lora_weights=pissa`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -101,7 +102,8 @@ class Arm:
     @property
     def slug(self) -> str:
         """The name as a part of a folder name."""
-        return re.sub(r"[^A-Za-z0-9_.+=-]+", "-", self.name).strip("-")
+        whole = re.sub(r"[^A-Za-z0-9_.+=-]+", "-", self.name).strip("-")
+        return whole if len(whole) <= 120 else f"{whole[:100]}-{hashlib.sha256(self.name.encode()).hexdigest()[:12]}"
 
     def apply(self, recipe: Recipe, **further: Any) -> Recipe:
         """The recipe of this arm.

@@ -75,6 +75,8 @@ class Settings:
         ):
             if value < least:
                 raise ConfigError(f"--{name} is {value}, expected {least} or more.")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit is {self.limit}, expected 1 or more.")
         if not self.tasks:
             raise ConfigError("No test task is given. Name one with --tasks, such as llava:test.jsonl@images.")
         if not self.rates or any(not (0 < rate < math.inf) for rate in self.rates):

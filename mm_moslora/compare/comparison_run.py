@@ -31,9 +31,10 @@ from mm_moslora.compare.comparison_plan import (
 from mm_moslora.compare.holdout import with_holdout
 from mm_moslora.compare.process_pool import Ended, Pool, slots
 from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of, cost_table, mean_run_seconds
-from mm_moslora.compare.sequential_looks import FILE, read_state
+from mm_moslora.compare.sequential_looks import FILE, LookState, read_state
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.models.model_paths import base_fingerprints
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import held
@@ -108,15 +109,29 @@ class Comparison:
         self._claim({**self._trained_on(), **measured})
         state = read_state(self.folder)
         if state is not None:
+            self._refuse_other_looks(state)
             seeds = max(self.settings.seeds, state.seeds)
             self.settings = dataclasses.replace(self.settings, seeds=seeds, decided=state.arms)
         self._read_outcomes()
 
+    def _refuse_other_looks(self, state: LookState) -> None:
+        """Intervals hold for the looks that were planned, at the differences to one arm."""
+        if state.reference not in ("", self.settings.reference_arm):
+            raise ConfigError(
+                f"{self.folder} was decided against {state.reference!r}, now the reference is "
+                f"{self.settings.reference_arm!r}. Give --reference {state.reference}, or choose another --output."
+            )
+        if state.ended and self.settings.seeds > state.seeds:
+            raise ConfigError(
+                f"{self.folder} ended after {state.seeds} seeds ({state.ended}). More seeds would be looks that its "
+                f"error rates do not count. Give --seeds {state.seeds} or fewer, or choose another --output."
+            )
+
     def _trained_on(self) -> dict[str, str]:
-        """Checksums of the training data; before the split is made, of its sources."""
+        """Fingerprints of the base model and of the training data; before the split is made, of its sources."""
         data = self._given.data
         parts = {"train": data.train, "validation": data.held_out}
-        return {
+        return base_fingerprints(self._given.model) | {
             f"data.{part} {number}": open_source(source).fingerprint()
             for part, sources in parts.items()
             for number, source in enumerate(sources, start=1)
@@ -136,7 +151,7 @@ class Comparison:
                     "Choose another --output."
                 )
             self._refuse_changed_data(found.get("data") or {}, checksums)
-            changed = [key for key, value in own.items() if found.get(key) != value]
+            changed = [key for key, value in own.items() if key != "data" and found.get(key) != value]
             if changed:
                 key = changed[0]
                 raise ConfigError(

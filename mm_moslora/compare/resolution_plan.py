@@ -213,7 +213,8 @@ class Resolution:
         comparison, settings = self._comparison, self._comparison.settings
         results, state = analyse(comparison), read_state(comparison.folder)
         if state is None:
-            state = plan_looks(self._planner(ASSUMED, settings.seeds), main_rows(results), comparison.documents)
+            planned = plan_looks(self._planner(ASSUMED, settings.seeds), main_rows(results), comparison.documents)
+            state = replace(planned, reference=settings.reference_arm)
             write_state(comparison.folder, state)
             results = analyse(comparison)  # with the level of the first look
         state = after_look(state, main_rows(results), settings.seeds)

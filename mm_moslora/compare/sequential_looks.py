@@ -217,6 +217,8 @@ class LookState:
     """Why no more seeds are run; empty while they are."""
     arms: dict[str, int] = field(default_factory=dict)
     """Seeds of the arms that were decided before the last look, and run no more."""
+    reference: str = ""
+    """The arm that the others were compared with; empty in files of earlier versions."""
 
 
 def read_state(folder: Path) -> LookState | None:

@@ -55,7 +55,8 @@ class MetaModel:
 
     def each(self) -> Iterator[tuple[str, nn.Parameter, int]]:
         """Name, parameter, and how often the whole model has one of its size: those of the last layer stand for all."""
-        last = {id(parameter) for parameter in self.held[-1].parameters()}
+        *others, last = ({id(parameter) for parameter in layer.parameters()} for layer in self.held)
+        last = last.difference(*others)  # layers share some parameters of PEFT's methods
         for name, parameter in self.model.named_parameters():
             yield name, parameter, 1 + (self.layers - len(self.held) if id(parameter) in last else 0)
 

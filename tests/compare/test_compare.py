@@ -141,9 +141,9 @@ def test_validation_is_held_out_by_picture_and_never_trained_on(finished: Path):
     assert not train & validation
 
 
-@pytest.mark.parametrize("changed", ["records", "other file", "questions", "share"])
+@pytest.mark.parametrize("changed", ["records", "other file", "questions", "share", "base"])
 def test_changed_data_are_refused_before_anything_runs(
-    tmp_path: Path, recipe: Path, records: Path, capsys, changed: str
+    tmp_path: Path, recipe: Path, records: Path, language_folder: Path, capsys, changed: str
 ):
     """The split of the first call is not used for other data."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
@@ -152,6 +152,9 @@ def test_changed_data_are_refused_before_anything_runs(
     line = command(recipe, records, tmp_path / "out", "--only-report")
     line[line.index("--tasks") + 1] = f"llava:{test}@{records.parent / 'images'}"
     train_at = [f'--data.train=[{{"path": "{train}", "image_folder": "{records.parent / "images"}"}}]']
+    language = tmp_path / "language"
+    shutil.copytree(language_folder, language)
+    train_at.append(f"--model.language={language}")
     assert cli.run([*line, *train_at]) == 0
     assert cli.run([*line, *train_at]) == 0
     capsys.readouterr()
@@ -161,14 +164,18 @@ def test_changed_data_are_refused_before_anything_runs(
             train.write_text(fewer)
         case "other file":
             (tmp_path / "other.jsonl").write_text(fewer)
-            train_at = [train_at[0].replace(str(train), str(tmp_path / "other.jsonl"))]
+            train_at[0] = train_at[0].replace(str(train), str(tmp_path / "other.jsonl"))
         case "questions":
             test.write_text("".join(test.read_text().splitlines(keepends=True)[:-1]))
         case "share":
             line[line.index("--hold-out") + 1] = "0.4"
+        case "base":
+            weights = language / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert cli.run([*line, *train_at]) == 1
     said = capsys.readouterr().err
-    assert {"questions": "test.jsonl", "share": "hold_out 0.3"}.get(changed, "data.train 1 changed") in said
+    expected = {"questions": "test.jsonl", "share": "hold_out 0.3", "base": "model.language changed"}
+    assert expected.get(changed, "data.train 1 changed") in said
     assert "choose another --output" in said.lower()
 
 
@@ -195,13 +202,27 @@ def test_a_stopped_comparison_continues(tmp_path: Path, recipe: Path, records: P
     assert "A difference of 1 points is beyond what 18 documents allow" in said
     assert re.search(r"4 runs of about \d+ s", said)
     looks = {"seeds": [2, 3], "fractions": [0.6, 1.0]}
-    plan = {"points": 0.01, "seeds": 2, "looks": looks, "components": {}, "ended": ""}
+    plan = {"points": 0.01, "seeds": 2, "looks": looks, "components": {}, "ended": "", "reference": "lora"}
     (tmp_path / "out" / "resolve.json").write_text(json.dumps(plan))
     assert cli.run([*stop[:-2], "--resolve", "1"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [len(arm["seeds"]) for arm in results["arms"]] == [3, 3], "two seeds do not decide one point"
     assert results["resolve"]["ended"] == "all 3 planned seeds are over"
     assert any("not tuned" in line for line in results["says"])
+    capsys.readouterr()
+    for further, said in (
+        (["--reference", "moslora:kaiming"], "was decided against 'lora'"),
+        (["--seeds", "4"], "ended after 3 seeds (all 3 planned seeds are over)"),
+    ):
+        assert cli.run([*_without(stop[:-2], further[0]), "--only-report", *further]) == 1
+        assert said in capsys.readouterr().err
+
+
+def _without(line: list[str], option: str) -> list[str]:
+    if option not in line:
+        return line
+    index = line.index(option)
+    return [*line[:index], *line[index + 2 :]]
 
 
 @pytest.mark.slow

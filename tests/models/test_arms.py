@@ -102,6 +102,7 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
         ("peft:ADALORA", r"PEFT's own forward pass around the model"),
         ("peft:LORA@init_lora_weights=eva", r"activations of the training data"),
         ("peft:LORA@kasa_config={}", r"adds to the loss"),
+        ("peft:LORA@bias=all", r"would train biases outside the adapted layers"),
     ],
 )
 def test_a_wrong_arm_is_one_error(name: str, said: str) -> None:
@@ -114,10 +115,30 @@ def test_layers_that_peft_refuses_are_one_error(base: t.LlamaForCausalLM) -> Non
         ("peft:C3A", "PEFT's C3A does not fit this model: .*block size"),
         ("peft:LORA@init_lora_weights=pisa", "Unknown initialization"),
         ("peft:TRAINABLE_TOKENS", "TRAINABLE_TOKENS does not fit"),
+        ("peft:LORA@alora_invocation_tokens=[5]", "has no gradient"),
+        ("peft:LORA@init_lora_weights=pissa@use_dora=true", "would be loaded as another model"),
     ):
         given = arm(name).apply(recipe())
         with pytest.raises(MoSLoRAError, match=said):
             attach_adapters(Parts(model=copy.deepcopy(base)), given.model, given.adapter)
+
+
+@pytest.mark.parametrize("name", ["peft:LORA", "peft:HIRA", "lora"])
+def test_a_tied_head_is_merged_alone(base: t.LlamaForCausalLM, name: str) -> None:
+    torch.manual_seed(0)
+    tied = t.LlamaForCausalLM(t.LlamaConfig(**{**base.config.to_dict(), "tie_word_embeddings": True})).eval()
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    given = arm(name).apply(recipe(targets=["lm_head"]))
+    wrapped = attach_adapters(Parts(model=tied), given.model, given.adapter)
+    assert wrapped is not None
+    with torch.no_grad():
+        before = tied(IDS).logits
+        for parameter in tied.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+        expected = tied(IDS).logits
+        assert (expected - before).abs().max() > 1e-3
+        torch.testing.assert_close(adapters.merge(wrapped)(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_the_plan_says_what_trains_in_each_arm_and_what_it_cannot_do(base: t.LlamaForCausalLM, tmp_path: Any) -> None:
