@@ -261,7 +261,7 @@ def _check_learning(layer: nn.Module, name: str) -> None:
     width = int(cast(Any, layer).get_base_layer().in_features)
     if not trained:
         raise AdapterError(f"PEFT's {name} trains nothing in a layer that it is given")
-    x = torch.ones(2, width, dtype=trained[0].dtype, device=trained[0].device)
+    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(trained[0])
     with torch.enable_grad():
         found = torch.autograd.grad(layer(x).float().square().sum(), trained, allow_unused=True)
     if not any(gradient is not None and gradient.any() for gradient in found):
