@@ -119,7 +119,14 @@ def _compile(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as made:
             sources = map(str, sorted(FOLDER.glob("*.cpp")))
-            command = [compiler, *FLAGS, *sources, "-o", str(made), "-lstdc++"]  # gcc, as CXX may name it, needs it said
+            command = [
+                compiler,
+                *FLAGS,
+                *sources,
+                "-o",
+                str(made),
+                "-lstdc++",
+            ]  # gcc, as CXX may name it, needs it said
             try:
                 _run([*command, "-fopenmp"])
             except NativeError:
