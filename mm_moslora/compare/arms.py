@@ -150,7 +150,14 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
 
 def split(text: str) -> list[str]:
     """Split at commas outside brackets; empty parts are dropped."""
-    return [part.strip() for part in re.split(r",(?![^\[\]{}]*[\]}])", text) if part.strip()]
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _parse(text: str) -> Arm:
@@ -159,6 +166,7 @@ def _parse(text: str) -> Arm:
         name = "moslora:orthogonal"
     if name.startswith(PEFT):
         about, own, options = _method(name.removeprefix(PEFT))
+        name = f"{PEFT}{own['adapter.peft']['type']}"  # PEFT's spelling: one method is one arm
     elif name in KNOWN:
         (about, own), options = KNOWN[name], ()
     else:

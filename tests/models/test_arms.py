@@ -13,7 +13,7 @@ import transformers as t
 from mm_moslora import adapters
 from mm_moslora.adapters.peft_methods import method_names
 from mm_moslora.compare.arm_sizes import size_lines
-from mm_moslora.compare.arms import KNOWN, Arm, parse_arms
+from mm_moslora.compare.arms import KNOWN, Arm, parse_arms, split
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.trainable_parts import attach_adapters
@@ -108,6 +108,13 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
 def test_a_wrong_arm_is_one_error(name: str, said: str) -> None:
     with pytest.raises(MoSLoRAError, match=said):
         arm(name)
+
+
+def test_a_method_is_one_arm_however_it_is_spelt() -> None:
+    assert arm("peft:hira").name == "peft:HIRA"
+    with pytest.raises(MoSLoRAError, match="'peft:HIRA' is given twice"):
+        parse_arms(["peft:hira", "peft:HIRA"], recipe())
+    assert split("a@b=[[0, 2], [1, 3]], c") == ["a@b=[[0, 2], [1, 3]]", "c"]
 
 
 def test_layers_that_peft_refuses_are_one_error(base: t.LlamaForCausalLM) -> None:
