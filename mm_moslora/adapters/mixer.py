@@ -11,7 +11,8 @@ A `MixerForm` makes M of tensors: of R x R weights, of R (a diagonal), of blocks
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -69,6 +70,17 @@ def init_mixer(
         else:
             nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
     return mixer.to(device=device, dtype=dtype)
+
+
+@contextmanager
+def random_stream_of_mixers() -> Iterator[None]:
+    """Random numbers of another stream within the block; the CPU's global stream goes on as if none had been drawn.
+
+    So the start of a mixer changes no A: with one seed, LoRA and MoSLoRA begin at the same A in every layer.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
+        yield
 
 
 def check_mixer_init(kind: str, where: str, *, known: tuple[str, ...] = MIXER_INITS) -> None:

@@ -24,7 +24,7 @@ from mm_moslora.adapters.folder_format import START_PART
 from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer, orthonormal_rows
 from mm_moslora.adapters.layers.form_checks import check_form
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
-from mm_moslora.adapters.mixer import MixerForm, form_named
+from mm_moslora.adapters.mixer import MixerForm, form_named, random_stream_of_mixers
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold
 from mm_moslora.utils.errors import AdapterError
 
@@ -157,16 +157,18 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         self.factor_form[adapter_name] = config.factor_form
         if config.factor_form != "free":
             self._place_factors(adapter_name, config)
-        if like.is_meta:
-            tensors = {name: torch.empty(shape, device="meta") for name, shape in form.shapes(rank).items()}
-        elif config.factor_form in ("svd", "orthonormal"):
-            # B A is not zero here. A mixer of (almost) zero makes training start at the base model.
-            scale = 1e-5 if config.factor_form == "svd" else 0.0
-            tensors = {"weight": torch.randn(rank, rank, dtype=torch.float32).mul_(scale)}  # the same on every device
-        elif config.factor_form == "stella":
-            tensors = form.identity(rank)
-        else:
-            tensors = form.start(rank, self.mixer_init[adapter_name])
+        with random_stream_of_mixers():
+            if like.is_meta:
+                tensors = {name: torch.empty(shape, device="meta") for name, shape in form.shapes(rank).items()}
+            elif config.factor_form in ("svd", "orthonormal"):
+                # B A is not zero here. A mixer of (almost) zero makes training start at the base model.
+                scale = 1e-5 if config.factor_form == "svd" else 0.0
+                drawn = torch.randn(rank, rank, dtype=torch.float32, device="cpu")  # the same on every device
+                tensors = {"weight": drawn.mul_(scale)}
+            elif config.factor_form == "stella":
+                tensors = form.identity(rank)
+            else:
+                tensors = form.start(rank, self.mixer_init[adapter_name])
         if not like.is_meta:
             check_form(form, rank, tensors)
         tensors = {name: tensor.to(like) for name, tensor in tensors.items()}
@@ -189,7 +191,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         if kind == "none" or factor.is_meta:
             return
         form, rank = form_named(config.mixer_form), self.r[adapter_name]
-        M = form.matrix(form.start(rank, kind)).to(factor.device)
+        with random_stream_of_mixers():
+            M = form.matrix(form.start(rank, kind)).to(factor.device)
         factor.copy_(fold(factor.T, M.T).T if self.random_factor else fold(factor, M))
 
     def _place_factors(self, adapter_name: str, config: AdapterOptions) -> None:
