@@ -40,11 +40,11 @@ def segments(*lengths: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def attending(made_by_amd: Callable[[bool], None]) -> Callable[[str], bool]:
+def attending(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bool]:
     """Choose how attention is computed; what to tell it of the C++ kernel."""
 
     def choose(way: str) -> bool:
-        made_by_amd(way == "products")
+        monkeypatch.setattr(segment_attention_module, "products_are_faster", lambda _: way == "products")
         return way == "ours"
 
     return choose
@@ -72,7 +72,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int,
     ("dtype", "limit"),
     [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 7e-4)],
 )
-@pytest.mark.parametrize("lengths", [(1,), (BLOCK,), (3, 200, 1, 2 * BLOCK, 65)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (BLOCK,), (3, 200, 1, 2 * BLOCK, 65), (9, 30, 10, 36, 9, 34)], ids=str)
 @pytest.mark.parametrize("key_heads", [6, 2])
 @WAYS
 def test_segments_have_the_output_and_gradients_of_pytorch(
@@ -125,7 +125,8 @@ def test_kept_are_small_probabilities_in_half_precision_or_what_the_kernel_needs
     by_kernel = kept(128, torch.float32)
     assert by_kernel == 2 * 128 * (16 + 1)  # the output, and a number per query
     made_by_amd(False)
-    assert kept(128, torch.bfloat16) == by_kernel
+    assert kept(128, torch.bfloat16) == 2 * 128 * 128
+    assert kept(129, torch.bfloat16) == 2 * 129 * (16 + 1)
 
 
 def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

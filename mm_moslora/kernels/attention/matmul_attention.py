@@ -36,7 +36,7 @@ def products_are_faster(q: Tensor) -> bool:
     Args:
         q: ``[H, T, E]``.
     """
-    return q.is_meta or (made_by_amd() and (q.dtype.itemsize == 2 or q.shape[1] > SHORT))
+    return q.is_meta or (q.dtype.itemsize == 2 if q.shape[1] <= SHORT else made_by_amd())
 
 
 def keeps_probabilities(q: Tensor) -> bool:

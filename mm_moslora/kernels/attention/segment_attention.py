@@ -5,15 +5,18 @@ Shapes: ``H`` heads, ``S`` tokens of the whole row, ``G`` segments, ``K`` superv
 A dense block-diagonal mask costs the square of the row's length, a loop over segments the sum of the squares (2.4 times
 faster on a CPU).
 
-- CPU: attention names that end in `native` run a C++ kernel, which takes all segments in one call. The others compute a
-  segment by matrix products where these are faster than PyTorch's kernel.
+- CPU: attention names that end in `native` run a C++ kernel, which takes all segments in one call. The others compute
+  short segments of about the same length together, longer ones alone, by matrix products where these are faster than
+  PyTorch's kernel.
 - CUDA: PyTorch's `varlen_attn`, or a loop over segments; see `gpu_attention`. `attention_choice` takes flash-attention
   where it is installed and runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -27,6 +30,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from mm_moslora.kernels.attention import native_cpu_attention
 from mm_moslora.kernels.attention.gpu_attention import HeadShape, VarlenKernel, pytorch_kernel
 from mm_moslora.kernels.attention.matmul_attention import (
+    SHORT,
     attend,
     attend_backward,
     attend_by_kernel,
@@ -225,7 +229,7 @@ class _CpuSegments(torch.autograd.Function):
         kept: list[Tensor] = []
         keeps_output = query.is_meta
         with torch.autocast("cpu", enabled=False):  # autocast would round the scores
-            for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
+            for (q, k, v), (o,) in _segments(lengths, (query, key, value), (output.transpose(1, 2),), causal=causal):
                 if not products_are_faster(q):
                     keeps_output = True
                     kept.append(attend_by_kernel(q, k, v, scale, out=o, causal=causal))
@@ -247,9 +251,9 @@ class _CpuSegments(torch.autograd.Function):
             for tensor in tensors
         ]
         outputs = grad if output is None else output
-        rows = (grad.transpose(1, 2), outputs.transpose(1, 2), *tensors, *gradients)
+        rows = (grad.transpose(1, 2), outputs.transpose(1, 2), *tensors)
         with torch.autocast("cpu", enabled=False):
-            for pull, o, q, k, v, *grads in _segments(ctx.lengths, *rows):
+            for (pull, o, q, k, v), grads in _segments(ctx.lengths, rows, gradients, causal=ctx.causal):
                 out = (grads[0], grads[1], grads[2])
                 if not products_are_faster(q):
                     attend_by_kernel_backward(pull, q, k, v, o, next(given), ctx.scale, out=out, causal=ctx.causal)
@@ -259,9 +263,82 @@ class _CpuSegments(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
-def _segments(lengths: tuple[int, ...], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The segments ``[H, T, E]`` of rows ``[1, H, S, E]``."""
-    return zip(*(row[0].split(lengths, dim=1) for row in rows), strict=True)
+@dataclass(frozen=True, kw_only=True)
+class _Together:
+    """Segments of about the same length, padded at their ends to the longest one's, ``L``.
+
+    Causal attention needs no mask then: no token sees the padding, and the gradients of the padding are zero.
+    """
+
+    longest: int
+    places: Tensor
+    """Of their tokens in the row, and anywhere for padding, ``[G * L]``."""
+    tokens: Tensor
+    """Where `places` has a token."""
+    padding: Tensor
+    """Where it has none."""
+
+    @classmethod
+    def of(cls, segments: Sequence[range]) -> _Together:
+        """Segments, as ranges of the row."""
+        longest = max(map(len, segments))
+        places = [place for segment in segments for place in (*segment, *[-1] * (longest - len(segment)))]
+        found = torch.tensor(places, device="cpu")
+        return cls(
+            longest=longest, places=found.clamp(0), tokens=(found >= 0).nonzero()[:, 0],
+            padding=(found < 0).nonzero()[:, 0],
+        )  # fmt: skip
+
+    def gather(self, row: Tensor) -> Tensor:
+        """The segments' heads one below the other, ``[G * H, L, E]`` of ``[1, H, S, E]``."""
+        found = row[0].transpose(0, 1).index_select(0, self.places).index_fill_(0, self.padding, 0.0)
+        return found.unflatten(0, (-1, self.longest)).transpose(1, 2).flatten(0, 1)
+
+    def scatter(self, heads: Tensor, row: Tensor) -> None:
+        """Write what `gather` would give into the row."""
+        found = heads.unflatten(0, (-1, row.shape[1])).transpose(1, 2).flatten(0, 1).index_select(0, self.tokens)
+        row[0].transpose(0, 1).index_copy_(0, self.places[self.tokens], found)
+
+
+ALIKE = 1.25
+"""Causal segments go together if the longest has at most this many times the tokens of the shortest."""
+
+
+@functools.lru_cache(maxsize=16)
+def _parts(lengths: tuple[int, ...], *, causal: bool) -> tuple[slice | _Together, ...]:
+    """The row in parts that are computed at once: a long segment alone, short ones of about the same length together."""
+    ends = [0, *accumulate(lengths)]
+    segments = sorted((range(*pair) for pair in itertools.pairwise(ends)), key=len)
+    found: list[list[range]] = []
+    for segment in segments:
+        alike = found and len(segment) <= SHORT and len(segment) <= len(found[-1][0]) * (ALIKE if causal else 1)
+        if alike:
+            found[-1].append(segment)
+        else:
+            found.append([segment])
+    return tuple(
+        _Together.of(group) if len(group) > 1 else slice(group[0].start, group[0].stop) for group in found
+    )
+
+
+def _segments(
+    lengths: tuple[int, ...], read: Sequence[Tensor], written: Sequence[Tensor], *, causal: bool
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The parts ``[heads, T, E]`` of rows ``[1, H, S, E]``; what is put into those of `written` goes into the rows."""
+    if read[0].is_meta:
+        yield from zip(*(zip(*(row[0].split(lengths, dim=1) for row in rows), strict=True) for rows in (read, written)))
+        return
+    for part in _parts(lengths, causal=causal):
+        if isinstance(part, slice):
+            yield [row[0][:, part] for row in read], [row[0][:, part] for row in written]
+            continue
+        heads = [
+            row.new_empty(len(part.places) // part.longest * row.shape[1], part.longest, row.shape[3])
+            for row in written
+        ]
+        yield [part.gather(row) for row in read], heads
+        for one, row in zip(heads, written, strict=True):
+            part.scatter(one, row)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
