@@ -88,7 +88,8 @@ def train(
     groups = parameter_groups(denoiser, recipe.optim)
     trained = [parameter for group in groups for parameter in group.parameters]
     optimizer = torch.optim.AdamW(
-        [{"params": group.parameters, "lr": group.peak_lr, "weight_decay": group.weight_decay} for group in groups]
+        [{"params": group.parameters, "lr": group.peak_lr, "weight_decay": group.weight_decay} for group in groups],
+        fused=True,
     )
     if recipe.adapter.factor_form in ("stella", "orthonormal"):
         keep_orthonormal(denoiser, optimizer, width=max(CHANNELS))
@@ -323,14 +324,14 @@ def embedding(word: int, count: int) -> Tensor:
 
 
 def unet() -> nn.Module:
-    """A UNet with cross attention, about a million parameters, random weights."""
+    """A UNet with cross attention in two heads, about a million parameters, random weights."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=SIDE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=CHANNELS,
         norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=WIDTH, attention_head_dim=8,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=WIDTH, attention_head_dim=2,
         use_linear_projection=True,
     )  # fmt: skip
 
@@ -363,7 +364,7 @@ def views(picture: Tensor) -> Tensor:
 def teach_base(model: nn.Module, scheduler: Any, classes: Sequence[Tensor], plan: Plan) -> None:
     """Teach the whole model pictures of every category."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     progress = Progress("teach the base model", plan.base_steps)
     for step in range(plan.base_steps):
         index = int(torch.randint(len(classes), (1,), generator=generator))
