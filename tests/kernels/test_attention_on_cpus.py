@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention
+from mm_moslora.kernels.attention import segment_attention as segments_of_rows
 from mm_moslora.kernels.attention.matmul_attention import BLOCK, attend, attend_backward
 from mm_moslora.kernels.attention.native_cpu_attention import runs_native
 from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_arguments, segment_attention
@@ -21,6 +22,12 @@ SCALE = 0.3
 
 
 WAYS = pytest.mark.parametrize("way", [pytest.param("ours", marks=needs_kernels), "products", "pytorch"])
+
+
+@pytest.fixture(autouse=True)
+def no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernel takes bfloat16, whatever processor runs the tests."""
+    monkeypatch.setattr(native_cpu_attention, "multiplies_tiles", lambda: False)
 
 
 def tensors(heads: int, key_heads: int, tokens: int, dtype: torch.dtype, width: int = 16) -> list[Tensor]:
@@ -44,7 +51,7 @@ def attending(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bool]:
     """Choose how attention is computed; what to tell it of the C++ kernel."""
 
     def choose(way: str) -> bool:
-        monkeypatch.setattr(segment_attention_module, "products_are_faster", lambda _: way == "products")
+        monkeypatch.setattr(segments_of_rows, "products_are_faster", lambda _: way == "products")
         return way == "ours"
 
     return choose
@@ -88,15 +95,16 @@ def test_segments_have_the_output_and_gradients_of_pytorch(
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 7e-4), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("patches", [40, 150])
 @WAYS
 def test_pictures_have_the_output_and_gradients_of_pytorch(
-    dtype: torch.dtype, limit: float, way: str, attending
+    dtype: torch.dtype, limit: float, patches: int, way: str, attending
 ) -> None:
     torch.manual_seed(0)
     native, tower = attending(way), torch.nn.Module()
     tower.is_causal = False
-    q, k, v = (torch.randn(3, 4, 150, 16).to(dtype) for _ in range(3))
-    grad = torch.randn(3, 150, 4, 16).to(dtype)
+    q, k, v = (torch.randn(3, 4, patches, 16).to(dtype) for _ in range(3))
+    grad = torch.randn(3, patches, 4, 16).to(dtype)
     found = []
     for wide in (False, True):
         leaves = [(tensor.double() if wide else tensor.clone()).requires_grad_() for tensor in (q, k, v)]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -304,11 +304,15 @@ ALIKE = 1.25
 """Causal segments go together if the longest has at most this many times the tokens of the shortest."""
 
 
+def _ends(lengths: tuple[int, ...]) -> Iterable[tuple[int, int]]:
+    """Start and end of every segment."""
+    return itertools.pairwise([0, *accumulate(lengths)])
+
+
 @functools.lru_cache(maxsize=16)
 def _parts(lengths: tuple[int, ...], *, causal: bool) -> tuple[slice | _Together, ...]:
-    """The row in parts that are computed at once: a long segment alone, short ones of about the same length together."""
-    ends = [0, *accumulate(lengths)]
-    segments = sorted((range(*pair) for pair in itertools.pairwise(ends)), key=len)
+    """The row in parts that are computed at once: a long segment alone, short ones of about one length together."""
+    segments = sorted((range(*pair) for pair in _ends(lengths)), key=len)
     found: list[list[range]] = []
     for segment in segments:
         alike = found and len(segment) <= SHORT and len(segment) <= len(found[-1][0]) * (ALIKE if causal else 1)
@@ -316,19 +320,15 @@ def _parts(lengths: tuple[int, ...], *, causal: bool) -> tuple[slice | _Together
             found[-1].append(segment)
         else:
             found.append([segment])
-    return tuple(
-        _Together.of(group) if len(group) > 1 else slice(group[0].start, group[0].stop) for group in found
-    )
+    return tuple(_Together.of(group) if len(group) > 1 else slice(group[0].start, group[0].stop) for group in found)
 
 
 def _segments(
     lengths: tuple[int, ...], read: Sequence[Tensor], written: Sequence[Tensor], *, causal: bool
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """The parts ``[heads, T, E]`` of rows ``[1, H, S, E]``; what is put into those of `written` goes into the rows."""
-    if read[0].is_meta:
-        yield from zip(*(zip(*(row[0].split(lengths, dim=1) for row in rows), strict=True) for rows in (read, written)))
-        return
-    for part in _parts(lengths, causal=causal):
+    alone = read[0].is_meta
+    for part in (slice(*pair) for pair in _ends(lengths)) if alone else _parts(lengths, causal=causal):
         if isinstance(part, slice):
             yield [row[0][:, part] for row in read], [row[0][:, part] for row in written]
             continue
