@@ -78,7 +78,7 @@ def _details(heading: str, results: Results) -> str:
     runs, minutes = results["runs"], results["seconds"] / 60
     return "\n".join(
         [
-            *([f"### {heading}", ""] if heading else []),
+            *([f"### {_plain(heading)}", ""] if heading else []),
             *_table(head, rows),
             "",
             "<details><summary>Every sentence of the comparison</summary>",
@@ -105,7 +105,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _arm(arm: Results, task: str, results: Results) -> list[str]:
     points, nats = differences_of(results, arm, task)
-    return [f"`{arm['name']}`", means_of(arm, task)[0].text, *_difference(points, 1), *_difference(nats, 3)]
+    return [_code(arm["name"]), means_of(arm, task)[0].text, *_difference(points, 1), *_difference(nats, 3)]
 
 
 def _difference(found: Measure, digits: int) -> list[str]:
@@ -119,12 +119,17 @@ def _runs(arm: Results, tasks: Sequence[str]) -> list[str]:
     scores = [means_of(arm, task)[0] for task in tasks]
     cost = arm["cost"]
     return [
-        f"`{arm['name']}`", "–" if arm["rate"] is None else f"{arm['rate']:g}{' (edge)' if arm['edge'] else ''}",
+        _code(arm["name"]), "–" if arm["rate"] is None else f"{arm['rate']:g}{' (edge)' if arm['edge'] else ''}",
         *(score.text for score in scores),
         ", ".join(f"{seed:.1f}" for score in scores[:1] for seed in score.seeds),
         *(["–"] * 3 if cost is None else
           [f"{cost['trainable']:,}", f"{cost['step_seconds']:.2f}", f"{cost['train_seconds'] / 60:.1f}"]),
     ]  # fmt: skip
+
+
+def _code(name: str) -> str:
+    plain = " ".join(name.split()).replace("`", "'")
+    return f"`{plain}`"
 
 
 def _plain(sentence: str) -> str:

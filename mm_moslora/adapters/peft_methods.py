@@ -158,6 +158,11 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
             f"adapter.peft.bias is {options['bias']}, which would train biases outside the adapted layers, too. Leave "
             "it out."
         )
+    if options.get("save_only_topk_weights"):
+        raise AdapterError(
+            "adapter.peft.save_only_topk_weights saves what inference needs, from which training cannot go on. "
+            "Leave it out."
+        )
     given = {option: shared[key] for key, option in method.shared.items()}
     whole = {
         key: int(value) if float(value).is_integer() and key != "dropout" else value for key, value in given.items()

@@ -119,7 +119,9 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of the run's folder."""
-        return f"{self.arm.slug}_lr{self.rate:g}_{'tune' if self.tuning else 'seed'}{self.seed % TUNING_SEEDS}"
+        short = f"{self.rate:g}"
+        rate = short if float(short) == self.rate else repr(self.rate)
+        return f"{self.arm.slug}_lr{rate}_{'tune' if self.tuning else 'seed'}{self.seed % TUNING_SEEDS}"
 
     def recipe(self, shared: Recipe, folder: Path) -> Recipe:
         """The run's recipe: the shared one with the changes of the arm, the rate, the seed and the folder."""

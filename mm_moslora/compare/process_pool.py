@@ -30,10 +30,13 @@ def slots(*, parallel: int | None, devices_per_run: int) -> list[Slot]:
         devices_per_run: accelerators of one run.
 
     Raises:
-        ConfigError: fewer accelerators than one run needs.
+        ConfigError: fewer accelerators than one run needs, or a number below 1.
     """
     from mm_moslora.utils.errors import ConfigError
 
+    for option, number in (("--parallel", parallel), ("--gpus-per-run", devices_per_run)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} is {number}, expected 1 or more.")
     names = _devices()
     if not names:
         if devices_per_run > 1:

@@ -388,6 +388,16 @@ def test_devices_are_divided_among_runs(monkeypatch):
         slots(parallel=None, devices_per_run=8)
     fake_devices(monkeypatch, 0)
     assert slots(parallel=3, devices_per_run=1) == [Slot()] * 3
+    for option in ({"parallel": 0, "devices_per_run": 1}, {"parallel": None, "devices_per_run": -1}):
+        with pytest.raises(ConfigError, match="expected 1 or more"):
+            slots(**option)
+
+
+def test_rates_that_differ_in_the_eighth_digit_have_runs_of_their_own():
+    asked = settings(rates=[1e-4, 1.0000001e-4])
+    names = [cell.name for cell in tuning_cells(asked)]
+    assert len(set(names)) == len(names)
+    assert "lora_lr0.0001_tune0" in names
 
 
 def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():

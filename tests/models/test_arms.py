@@ -102,6 +102,7 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
         ("peft:ADALORA", r"PEFT's own forward pass around the model"),
         ("peft:LORA@init_lora_weights=eva", r"activations of the training data"),
         ("peft:LORA@kasa_config={}", r"adds to the loss"),
+        ("peft:VBLORA@vector_length=16@save_only_topk_weights=true", r"training cannot go on"),
         ("peft:LORA@bias=all", r"would train biases outside the adapted layers"),
     ],
 )
