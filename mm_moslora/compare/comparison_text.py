@@ -117,6 +117,9 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[s
     good = [seed for seed in arm["seeds"] if seed["status"] == "ok"]
     if arm["seeds"] and len(good) < wanted:
         lines.append(f"{arm['name']}: {len(good)} of {wanted} seeds were measured; the missing ones may be the worst.")
+    compared = {results["settings"]["reference"], *(row["arm"] for row in results["comparisons"])}
+    if good and len(compared) > 1 and arm["name"] not in compared:
+        lines.append(f"{arm['name']}: none of its seeds was measured with the reference; it is not compared.")
     worse = [s["seed"] for s in arm["seeds"] if (s["last_loss"] or 0) > (s["first_loss"] or math.inf)]
     if worse:
         lines.append(f"{arm['name']}: the training loss went up over the run (seed {', '.join(map(str, worse))}).")

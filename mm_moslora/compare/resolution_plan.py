@@ -80,8 +80,8 @@ class Planner:
         parts = self.components
         answers = parts.answers / seeds / documents
         by_documents, by_arm = parts.documents / documents + answers, (parts.seeds / seeds + answers) / 2
-        variance, arms = parts.variance(seeds=seeds, documents=documents), self.comparisons + 1
-        squares = by_documents**2 / max(1, documents - 1) + (2 * by_arm) ** 2 / max(1.0, arms * (seeds - 1))
+        variance = parts.variance(seeds=seeds, documents=documents)
+        squares = by_documents**2 / max(1, documents - 1) + (2 * by_arm) ** 2 / max(1.0, self.comparisons * (seeds - 1))
         degrees = max(1.0, variance**2 / squares) if squares else math.inf
         if not variance:
             return Size(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
@@ -95,7 +95,7 @@ class Planner:
 
     def fewest_seeds(self, documents: int) -> Size | None:
         """The fewest seeds that show the difference on so many documents; None beyond `MOST_SEEDS`."""
-        least = 1 + math.ceil(_DEGREES / (self.comparisons + 1))
+        least = 1 + math.ceil(_DEGREES / self.comparisons)
         return self._fewest(max(least, self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents))
 
     def fewest_for_width(self, documents: int) -> Size | None:

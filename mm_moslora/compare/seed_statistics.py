@@ -1,14 +1,18 @@
-"""Differences of arms with documents and seeds as crossed random effects.
+"""Differences of arms with documents and seeds as crossed random effects; seeds are blocks.
+
+The runs of one seed share the order of the data, and the start of A where the arms have one. So arms are compared seed
+by seed, and what moves all arms of a seed alike is no error of their differences.
 
 Shapes: an arm's scores on a task are ``K x N``, seeds by documents; NaN is a missing answer. Sources: Owen 2007
-(crossed random effects), Henderson 1953 (components by moments), Miller 2024 (2411.00640, clustered errors),
-Satterthwaite 1946 (degrees of freedom), Bancroft 1944 (pooling of variances after a test), Holm 1979.
+(crossed random effects), Henderson 1953 (components by moments), Yates 1933 (blocks with missing runs), Miller 2024
+(2411.00640, clustered errors), Satterthwaite 1946 (degrees of freedom), Bancroft 1944 (pooling of variances after a
+test), Holm 1979.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,11 +49,24 @@ class TaskScores:
     seeds: Sequence[int] = ()
     """``K``: number of each seed; empty: from 0 on."""
 
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of the seeds."""
+        return self.seeds or range(len(self.scores))
+
+    def answered(self) -> list[int]:
+        """Numbers of the seeds with any answer."""
+        return [number for number, row in zip(self.numbers, self.scores, strict=True) if np.isfinite(row).any()]
+
+    def of(self, seeds: Iterable[int]) -> TaskScores:
+        """The scores of these seeds, in the order of their numbers."""
+        rows = dict(zip(self.numbers, self.scores, strict=True))
+        numbers = sorted(rows.keys() & set(seeds))
+        return replace(self, scores=[rows[number] for number in numbers], seeds=numbers)
+
     def first(self, count: int) -> TaskScores:
         """The scores of seeds with a number below `count`."""
-        numbers = self.seeds or range(len(self.scores))
-        kept = [place for place, number in enumerate(numbers) if number < count]
-        return replace(self, scores=[self.scores[place] for place in kept], seeds=[numbers[place] for place in kept])
+        return self.of(range(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,24 +140,34 @@ class Estimate:
 
 def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
     """The mean over seeds, documents and (with equal weight) tasks, with its error for new documents and new seeds."""
-    return _estimate([tasks], [_spread(tasks)], bounded=bounded)
+    tasks = _of_seeds(tasks, _seeds(tasks))
+    squares, degrees = _residual([_runs(tasks)], blocks=False)
+    return _estimate([tasks], [_Spread(squares=squares, degrees=degrees)], bounded=bounded)
 
 
 def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
-    """A - B on the same documents: `differences` of one arm."""
-    return differences({"": a}, b, bounded=bounded)[""]
+    """A - B on the same documents: `differences` of one arm.
+
+    Raises:
+        ValueError: see `differences`; or the arms have no seed in common.
+    """
+    found = differences({"": a}, b, bounded=bounded)
+    if not found:
+        raise ValueError("The arms have no seed in common, so they cannot be compared seed by seed.")
+    return found[""]
 
 
 def differences(
     arms: Mapping[str, Mapping[str, TaskScores]], reference: Mapping[str, TaskScores], *, bounded: bool = True
 ) -> dict[str, Estimate]:
-    """Each arm - the reference on the same documents, with its error for new documents and new seeds.
+    """Each arm - the reference on the same documents and seeds, with its error for new documents and new seeds.
 
-    The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's seeds (as
-    independent draws), minus their common part (the noise of single answers). A variance between seeds is the mean over
-    all arms, with the degrees of freedom of all, unless the arm's own is larger than those of the others (an F-test at
-    the level 0.25): then it is the arm's own. With one seed, the variance between an arm's seeds is unknown and left
-    out. A document without an answer of one arm is left out, too.
+    The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's runs around
+    the common effects of the seeds, minus their common part (the noise of single answers). A variance of runs is the
+    mean over all arms, with the degrees of freedom of all, unless the arm's own is larger than those of the others (an
+    F-test at the level 0.25): then it is the arm's own. With one seed, the variance between runs is unknown and left
+    out. A document without an answer of one arm is left out, and so is a seed without a run of one arm. An arm that has
+    no seed of the reference is not in the result.
 
     Args:
         arms: by name, task -> scores; the tasks weigh equally.
@@ -150,46 +177,85 @@ def differences(
     Raises:
         ValueError: two arms have other tasks or other documents, or no document in common.
     """
-    spreads = _pooled([_spread(tasks) for tasks in (reference, *arms.values())])
+    if other := next((tasks for tasks in arms.values() if tasks.keys() != reference.keys()), None):
+        raise ValueError(f"The arms were measured on different tasks: {list(other)} and {list(reference)}.")
+    seeds = {name: found for name, tasks in arms.items() if (found := _seeds(tasks, reference))}
+    if not seeds:
+        return {}
+    own, *spreads = _pooled([_runs(_of_seeds(t, _seeds(t))) for t in (reference, *(arms[name] for name in seeds))])
     return {
-        name: _estimate([tasks, reference], [spread, spreads[0]], bounded=bounded)
-        for (name, tasks), spread in zip(arms.items(), spreads[1:], strict=True)
+        name: _estimate([_of_seeds(arms[name], both), _of_seeds(reference, both)], [spread, own], bounded=bounded)
+        for (name, both), spread in zip(seeds.items(), spreads, strict=True)
     }
+
+
+def _seeds(*arms: Mapping[str, TaskScores]) -> set[int]:
+    """Numbers of the seeds with answers of every arm on every task."""
+    return set.intersection(*(set(task.answered()) for tasks in arms for task in tasks.values()))
+
+
+def _of_seeds(tasks: Mapping[str, TaskScores], seeds: set[int]) -> dict[str, TaskScores]:
+    return {name: task.of(seeds) for name, task in tasks.items()}
+
+
+Runs = Mapping[int, float]
+"""Of an arm, by seed: how far the score of its run, on all tasks, is from the mean of its runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Spread:
     """Variance between runs of an arm: of the score of one run, on all tasks."""
 
-    variance: float
+    squares: float
+    """Sum of squares."""
     degrees: int
     """Degrees of freedom; 0 where it is unknown."""
     pooled: bool = False
     """Whether it is the mean over arms."""
 
+    @property
+    def variance(self) -> float:
+        """Of one run; 0 where it is unknown."""
+        return self.squares / max(1, self.degrees)
 
-def _spread(tasks: Mapping[str, TaskScores]) -> _Spread:
+
+def _runs(tasks: Mapping[str, TaskScores]) -> Runs:
     """An arm's own, from all documents that it answered."""
-    parts = []
+    found: dict[int, float] = {}
     for name, task in tasks.items():
         grids, clusters = _in_common([task], name)
-        parts.append(_fit(grids[0], clusters).brought / len(tasks))
-    seeds = len(parts[0])
-    square = float(np.square(sum(parts)).sum())
-    return _Spread(variance=square * seeds**2 / max(1, seeds - 1), degrees=seeds - 1)
+        brought = _fit(grids[0], clusters).brought * len(grids[0]) / len(tasks)
+        found |= {number: found.get(number, 0.0) + part for number, part in zip(task.numbers, brought, strict=True)}
+    return found
 
 
-def _pooled(spreads: Sequence[_Spread]) -> list[_Spread]:
+def _residual(arms: Sequence[Runs], *, blocks: bool = True) -> tuple[float, int]:
+    """Sum of squares of the runs around the effects of arms and, as blocks, of seeds, and its degrees of freedom."""
+    values = np.array([value for runs in arms for value in runs.values()])
+    effects = (
+        [("arm", place) for place, runs in enumerate(arms) for _ in runs],
+        [("seed", seed) for runs in arms for seed in runs],
+    )
+    columns = {name: place for place, name in enumerate({*effects[0], *effects[1]})}
+    design = np.zeros((len(values), len(columns)))
+    for names in effects if blocks else effects[:1]:
+        design[range(len(values)), [columns[name] for name in names]] = 1.0
+    fitted, _, rank, _ = np.linalg.lstsq(design, values)
+    return float(np.square(values - design @ fitted).sum()), len(values) - int(rank)
+
+
+def _pooled(arms: Sequence[Runs]) -> list[_Spread]:
     """The variances between runs that differences take: the mean over arms, or an arm's own if it is larger."""
-    degrees = sum(spread.degrees for spread in spreads)
-    total = sum(spread.degrees * spread.variance for spread in spreads)
-    found = []
-    for spread in spreads:
-        rest, below = total - spread.degrees * spread.variance, degrees - spread.degrees
-        ratio = spread.variance * below / rest if rest > _ROUNDING else math.inf
-        alone = spread.variance > _ROUNDING and f_upper_tail(ratio, spread.degrees, below) < _POOLED
-        known = spread.degrees and below and not alone
-        found.append(_Spread(variance=total / degrees, degrees=degrees, pooled=True) if known else spread)
+    squares, degrees = _residual(arms)
+    pooled, found = _Spread(squares=squares, degrees=degrees, pooled=True), []
+    for place in range(len(arms)):
+        # What an arm adds to the squares of the others is independent of them.
+        rest, below = _residual([*arms[:place], *arms[place + 1 :]])
+        own = _Spread(squares=max(0.0, squares - rest), degrees=degrees - below)
+        ratio = own.variance * below / rest if rest > _ROUNDING else math.inf
+        tested = own.degrees and below and own.squares > _ROUNDING
+        alone = tested and f_upper_tail(ratio, own.degrees, below) < _POOLED
+        found.append(own if alone else pooled)
     return found
 
 
@@ -206,8 +272,6 @@ class _Fit:
 
 
 def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[_Spread], *, bounded: bool) -> Estimate:
-    if any(arm.keys() != arms[0].keys() for arm in arms):
-        raise ValueError(f"The arms were measured on different tasks: {' and '.join(str(list(arm)) for arm in arms)}.")
     count, seeds = len(arms[0]), [1] * len(arms)
     value, by_documents, shared, squares, groups, documents = 0.0, 0.0, 0.0, 0.0, 0, 0
     for name in arms[0]:
@@ -250,7 +314,6 @@ def _in_common(arms: Sequence[TaskScores], task: str) -> tuple[list[Grid], NDArr
         raise ValueError(
             f"{task}: the arms answered different documents, so they cannot be compared document by document."
         )
-    grids = [grid[np.isfinite(grid).any(axis=1)] for grid in grids]
     kept = np.logical_and.reduce([np.isfinite(grid).any(axis=0) for grid in grids])
     if not kept.any():
         raise ValueError(f"{task}: no document has a score of every arm.")

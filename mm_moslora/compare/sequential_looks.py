@@ -167,7 +167,7 @@ def judge(
     arms: Arms, reference: Mapping[str, TaskScores], seeds: Mapping[str, int], *, looks: Looks | None,
     bounded: bool = True,
 ) -> dict[str, Judged]:  # fmt: skip
-    """Each arm against the reference, at its last look; p-values are corrected over the arms (Holm).
+    """Each arm that has a seed of the reference against it, at its last look; p-values are corrected over them (Holm).
 
     Args:
         arms: by name, task -> scores.
@@ -179,10 +179,9 @@ def judge(
     found: dict[str, Estimate] = {}
     for count in sorted({seeds[name] for name in arms}):
         these = {name: first_seeds(tasks, count) for name, tasks in arms.items()}
-        these = {name: tasks for name, tasks in these.items() if all(len(task.scores) for task in tasks.values())}
         estimates = differences(these, first_seeds(reference, count), bounded=bounded)
         found |= {name: one for name, one in estimates.items() if seeds[name] == count}
-    found = {name: found[name] for name in arms}
+    found = {name: found[name] for name in arms if name in found}
     if looks is None:
         p_values = [one.p_value for one in found.values()]
     else:

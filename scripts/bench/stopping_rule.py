@@ -53,12 +53,14 @@ class World:
     wide: int | None = None
     """The arm whose runs have three times the standard deviation of the others'; 0 is the reference."""
     tasks: int = 1
+    common: float = 1.0
+    """Standard deviation of what a seed does to all arms alike, in those of a run's own deviation."""
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of a latent score, over documents, runs and answers."""
+        """Standard deviation of a latent score, over documents, seeds, runs and answers."""
         parts = self.components
-        return math.sqrt(1 + (parts.documents + parts.seeds + parts.answers) / 2)
+        return math.sqrt(1 + (parts.documents + (1 + self.common**2) * parts.seeds + parts.answers) / 2)
 
     @functools.cached_property
     def points(self) -> float:
@@ -80,21 +82,19 @@ class World:
         """The latent shift of a better arm."""
         if not self.binary:
             return self.points
-        parts = self.components
-        deviation = math.sqrt(1 + (parts.documents + parts.seeds + parts.answers) / 2)
-        return deviation * NormalDist().inv_cdf(0.5 + self.points)
+        return self.deviation * NormalDist().inv_cdf(0.5 + self.points)
 
     def draw(self, generator: np.random.Generator, seeds: int = MOST_SEEDS) -> list[dict[str, TaskScores]]:
         """Scores of all arms, the reference first."""
         parts = self.components
-        runs = [generator.normal(0, math.sqrt(parts.seeds / 2), (seeds, 1)) for _ in range(self.rivals + 1)]
+        alike, *runs = generator.normal(0, math.sqrt(parts.seeds / 2), (self.rivals + 2, seeds, 1))
         arms: list[dict[str, TaskScores]] = [{} for _ in runs]
         for task in range(self.tasks):
             common = generator.normal(0, 1, DOCUMENTS)
             for arm, run in enumerate(runs):
                 own = generator.normal(0, math.sqrt(parts.documents / 2), DOCUMENTS)
                 answers = generator.normal(0, math.sqrt(parts.answers / 2), (seeds, DOCUMENTS))
-                latent = common + own + answers + (3 * run if arm == self.wide else run)
+                latent = common + own + answers + self.common * alike + (3 * run if arm == self.wide else run)
                 latent += self.shift if 0 < arm <= self.better else 0.0
                 scores = (latent > 0).astype(float) if self.binary else latent
                 arms[arm][f"task {task}"] = TaskScores(scores=scores, clusters=range(DOCUMENTS))

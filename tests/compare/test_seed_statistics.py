@@ -26,21 +26,77 @@ def test_one_seed_is_the_paired_t_test():
     assert ours.p_value == pytest.approx(scipy.ttest_rel(a, b).pvalue)
 
 
-@pytest.mark.parametrize(("last", "equal_var"), [(0.49, True), (0.70, False)])
-def test_without_variance_between_documents_it_is_a_t_test_between_seeds(last: float, equal_var: bool):
-    """If all documents of a run score the same, only the seeds vary: Student's test, or Welch's for an uneven arm."""
-    ours_a, ours_b = (0.50, 0.58, 0.54), (0.40, 0.46, last)
-    ours = difference(*({"t": scores([[value] * 50 for value in arm])} for arm in (ours_a, ours_b)))
+def runs(*means: float, documents: int = 50, seeds=()) -> dict[str, TaskScores]:
+    """An arm whose documents all score the same, so that only its runs differ."""
+    return {"t": TaskScores(scores=[[mean] * documents for mean in means], clusters=range(documents), seeds=seeds)}
+
+
+def test_two_arms_without_variance_between_documents_are_a_paired_t_test_of_seeds():
+    ours_a, ours_b = (0.50, 0.58, 0.54, 0.51), (0.40, 0.46, 0.49, 0.40)
+    ours = difference(runs(*ours_a), runs(*ours_b))
     scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed (extra dev)")
-    theirs = scipy.ttest_ind(ours_a, ours_b, equal_var=equal_var)
-    pooled = np.var([ours_a, ours_b], axis=1, ddof=1).mean() / 3
-    own = np.var(ours_b, ddof=1) / 3
-    if equal_var:
-        assert ours.p_value == pytest.approx(theirs.pvalue)
-    else:  # the even arm keeps the pooled variance
-        assert ours.stderr == pytest.approx(math.sqrt(pooled + own))
-        assert ours.p_value > theirs.pvalue
+    theirs = scipy.ttest_rel(ours_a, ours_b)
+    assert (ours.p_value, ours.degrees) == pytest.approx((theirs.pvalue, 3))
     assert ours.documents == pytest.approx(0.0, abs=1e-12)
+
+
+def test_several_arms_are_a_randomised_block_design():
+    """The residual of arms and seeds, worked by hand: the difference of two means has the variance 2 MS / K."""
+    table = np.array([[0.50, 0.58, 0.54], [0.41, 0.48, 0.46], [0.61, 0.66, 0.65]])
+    found = differences({"b": runs(*table[1]), "c": runs(*table[2])}, runs(*table[0]))
+    rest = table - table.mean(0) - table.mean(1)[:, None] + table.mean()
+    square = np.square(rest).sum() / 4
+    for one in found.values():
+        assert (one.stderr, one.degrees) == pytest.approx((math.sqrt(2 * square / 3), 4))
+        assert one.components.seeds == pytest.approx(2 * square)
+
+
+def test_an_uneven_arm_keeps_its_own_variance():
+    even = [runs(0.50, 0.58, 0.54), runs(0.41, 0.49, 0.46), runs(0.61, 0.69, 0.65)]
+    found = differences({"b": even[1], "c": even[2], "wide": runs(0.50, 0.40, 0.75)}, even[0])
+    assert found["wide"].stderr > 1.2 * found["b"].stderr
+    assert found["wide"].degrees < 4
+
+
+@pytest.mark.parametrize("rivals", [1, 4])
+def test_what_a_seed_does_to_all_arms_alike_changes_nothing(rivals: int):
+    generator = np.random.default_rng(3)
+    tables = generator.normal(0, 0.1, (rivals + 1, 4, 30))
+
+    def found(shift):
+        reference, *arms = ({"t": scores(table + shift)} for table in tables)
+        return differences(dict(enumerate(arms)), reference, bounded=False)
+
+    plain, shifted = found(np.zeros((4, 1))), found(generator.normal(0, 5, (4, 1)))
+    for name, one in plain.items():
+        assert (shifted[name].value, shifted[name].stderr, shifted[name].degrees) == pytest.approx(
+            (one.value, one.stderr, one.degrees), rel=1e-6
+        )
+
+
+def test_arms_are_compared_on_the_seeds_that_both_have():
+    """A seed moves both arms by 0.3; the arm that lacks it is not blamed, whatever the order of the rows."""
+    reference = runs(0.50, 0.82, 0.52, 0.81, seeds=[0, 1, 2, 3])
+    arm = runs(0.83, 0.55, 0.60, seeds=[3, 0, 2])
+    found = difference(arm, reference)
+    assert found.value == pytest.approx((0.02 + 0.05 + 0.08) / 3)
+    assert found.size[0] == 3
+    assert found.stderr == pytest.approx(0.03 / math.sqrt(3))
+    strange = runs(0.5, 0.6, seeds=[4, 5])
+    assert list(differences({"a": arm, "strange": strange}, reference)) == ["a"]
+    assert differences({"strange": strange}, reference) == {}
+    assert differences({"a": arm}, {"t": TaskScores(scores=[], clusters=range(50))}) == {}
+    with pytest.raises(ValueError, match="no seed in common"):
+        difference(strange, reference)
+
+
+def test_a_decided_arm_lends_its_degrees_of_freedom():
+    """The third arm has two of four seeds; its residual counts for the others."""
+    generator = np.random.default_rng(3)
+    tables = [runs(*(0.5 + generator.normal(0, 0.05, count))) for count in (4, 4, 2)]
+    both, alone = differences({"b": tables[1], "c": tables[2]}, tables[0]), difference(tables[1], tables[0])
+    assert (both["b"].degrees, alone.degrees) == pytest.approx((4, 3))
+    assert both["b"].value == pytest.approx(alone.value)
 
 
 def test_questions_on_one_picture_count_together():
@@ -92,8 +148,8 @@ def test_two_equal_arms_rarely_differ_significantly(spread, seeds):
 
 def test_a_true_difference_of_about_the_detectable_size_is_seen():
     generator = random.Random(3)
-    runs = [simulate(generator, seeds=3, documents=200, spread=0.1, effect=0.6) for _ in range(150)]
-    found = [difference(a, b) for a, b in runs]
+    pairs = [simulate(generator, seeds=5, documents=200, spread=0.1, effect=0.45) for _ in range(150)]
+    found = [difference(a, b) for a, b in pairs]
     seen = sum(item.p_value < 0.05 and item.value > 0 for item in found) / len(found)
     claimed = sorted(item.detectable() for item in found)[len(found) // 2]
     true = sum(item.value for item in found) / len(found)
