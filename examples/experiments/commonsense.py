@@ -220,7 +220,7 @@ def main() -> int:
     )  # fmt: skip
     tasks = ",".join(f"llava:{out / name}.jsonl" for name in SETS)
     print(
-        f"mm-moslora compare {recipe} --arms {ARMS} --lr 1e-3,2e-3,4e-3 --seeds 4 --tasks {tasks} "
+        f"mm-moslora compare {recipe} --arms {ARMS} --lr 2e-3,4e-3,8e-3 --seeds 4 --tasks {tasks} "
         f"--max-new-tokens 6 --batch-size 64 --output {out / 'compare'}"
     )
     return 0
