@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 from trials import write
 
 from mm_moslora.cli import run
@@ -142,6 +143,7 @@ def test_what_libraries_tell_is_refused_before_models_and_records_are_loaded(
     for place in ("transformers.AutoModelForCausalLM", "transformers.AutoTokenizer", "transformers.AutoModel"):
         monkeypatch.setattr(f"{place}.from_pretrained", load)
     monkeypatch.setattr("mm_moslora.data.training_set.open_sources", load)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)  # some processors multiply fp16
     broken = {
         "key": SETTINGS | {"zero_optimisation": {"stage": 2}},
         "inner": SETTINGS | {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 1}},
