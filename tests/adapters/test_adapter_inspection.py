@@ -255,12 +255,12 @@ def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
     train_a_bit(model)
     save_adapter(model, tmp_path / "early")
-    train_a_bit(model)
+    train_a_bit(model, seed=2)
     save_adapter(model, tmp_path / "late")
     reports = inspect_adapter(tmp_path / "late", against=tmp_path / "early")
     early = {report.path: report.mixer for report in inspect_adapter(tmp_path / "early")}
     assert {report.path: report.mixer_start for report in reports} == early
-    assert all(report.column_angle and report.row_angle for report in reports)
+    assert all(report.column_angle > 1 and report.row_angle > 1 for report in reports)
     same = inspect_adapter(tmp_path / "late", against=tmp_path / "late")
     assert max(report.column_angle for report in same) < 1e-3
     save_adapter(add_moslora(llama(), MoSLoRAConfig(r=2), targets=["q_proj"]), tmp_path / "small")

@@ -144,7 +144,7 @@ def test_in_half_precision_they_are_as_near_to_the_truth_as_the_modules(kind: st
     assert fused["y"].dtype == stock["y"].dtype == HALF
     for name, value in truth.items():
         assert fused[name].dtype == stock[name].dtype
-        assert error(fused[name], value) < max(1.5 * error(stock[name], value), 0.006), name
+        assert error(fused[name], value) < max(2 * error(stock[name], value), 0.006), name
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -286,9 +286,9 @@ def test_switching_disabling_and_merging_compute_as_the_modules_do() -> None:
         base = check()
     assert error(base, first) > 0.01
     model.merge_adapter()
-    assert error(check(), first) < 0.2 * error(base, first)
+    assert error(check(), first) < 0.3 * error(base, first)
     model.unmerge_adapter()
-    assert error(check(), first) < 0.2 * error(base, first)
+    assert error(check(), first) < 0.3 * error(base, first)
     assert isinstance(merge(model), Block)
 
 

@@ -350,7 +350,7 @@ def test_autocast_equals_the_modules_under_autocast() -> None:
     right = torch.cat([value.flatten() for value in _gradients(model).values()])
     exact = logits(model)
     assert (results[1] - exact).abs().max() <= 1.5 * (results[0] - exact).abs().max()
-    assert (gradients[1] - right).norm() <= 1.2 * (gradients[0] - right).norm()
+    assert (gradients[1] - right).norm() <= 1.5 * (gradients[0] - right).norm()
 
 
 # Sub-forms.
