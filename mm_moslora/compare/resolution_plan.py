@@ -35,6 +35,9 @@ MOST_SEEDS = 64
 _DEGREES = 8
 """Least degrees of freedom between seeds at the last look. A pilot of few seeds often finds a small variance by chance;
 a plan of as few seeds would test with that variance."""
+_LOOK_DEGREES = 4
+"""Least degrees of freedom between seeds at a look. With fewer, the estimated variance is sometimes almost zero, and a
+look at a level far below 5 % takes chance for a difference."""
 _SUGGESTED = (4, 8, 16, 32, 64)
 """Seeds for which the documents are planned where those at hand are too few."""
 
@@ -71,7 +74,7 @@ class Planner:
 
     def looks(self, seeds: int, documents: int) -> Looks:
         """The looks up to so many seeds."""
-        sizes = range(min(self.first, seeds), seeds + 1)
+        sizes = range(min(max(self.first, self._least_seeds(_LOOK_DEGREES)), seeds), seeds + 1)
         variance = [max(1e-12, self.components.variance(seeds=k, documents=documents)) for k in sizes]
         return planned_looks(sizes[0], seeds, variance, step=self.step)
 
@@ -93,10 +96,15 @@ class Planner:
             detectable=(strict + t_quantile(2 * POWER - 1, degrees)) * error,
         )  # fmt: skip
 
+    def _least_seeds(self, degrees: int) -> int:
+        """Seeds with so many degrees of freedom."""
+        return 1 + math.ceil(degrees / self.comparisons)
+
     def fewest_seeds(self, documents: int) -> Size | None:
         """The fewest seeds that show the difference on so many documents; None beyond `MOST_SEEDS`."""
-        least = 1 + math.ceil(_DEGREES / self.comparisons)
-        return self._fewest(max(least, self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents))
+        return self._fewest(
+            max(self._least_seeds(_DEGREES), self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents)
+        )
 
     def fewest_for_width(self, documents: int) -> Size | None:
         """The fewest seeds with a half-width of the difference on so many documents; None beyond `MOST_SEEDS`."""
