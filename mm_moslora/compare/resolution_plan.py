@@ -62,7 +62,7 @@ class Planner:
         components: of the difference of two arms.
         points: the difference to show, as a share.
         comparisons: arms that are compared with the reference.
-        first: seeds of the pilot, and of the first look.
+        first: seeds of the pilot, and the least of the first look.
         step: seeds that are run at the same time.
     """
 

@@ -8,8 +8,8 @@ Forward ``S = s q k^T``, ``P = softmax(S)``, ``O = P v``. Backward, with P recom
     dv = P^T dO     dP = dO v^T     dS = P (dP - rowsum(P dP))     dq = s dS k     dk = s dS^T q
 
 On an AMD EPYC PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s; the same core multiplies matrices at 108 in
-fp32 and at 485 in bf16. On an Intel Xeon with matrix units the kernel uses them and is the faster of the two.
-`scripts/bench/attention.py` compares them. Scores and their softmax are in fp32, as in the kernel. The backward pass
+fp32 and at 485 in bf16. On an Intel Xeon with matrix units the kernel uses them and is the faster of the two for
+segments of 1,024 tokens and more. `scripts/bench/attention.py` compares them. Scores and their softmax are in fp32, as in the kernel. The backward pass
 needs q, k and v; it is faster with P, which is kept for short segments in half precision.
 """
 
@@ -27,11 +27,13 @@ BLOCK, HALF_BLOCK = 64, 128
 SCORES = 2**21
 """Bytes of one block's scores, so that they stay in the cache: long segments take fewer heads at a time."""
 SHORT = 128
-"""Tokens up to which PyTorch's kernel is faster in fp32 on all measured CPUs."""
+"""Tokens up to which PyTorch's kernel is taken in fp32, and products in half precision."""
 
 
 def products_are_faster(q: Tensor) -> bool:
-    """Whether `attend` is faster than PyTorch's kernel, by measurements; on the meta device always True.
+    """Whether `attend` is taken: faster than PyTorch's kernel by measurements, or on the meta device.
+
+    Short segments in half precision are products on every CPU, long ones on AMD's.
 
     Args:
         q: ``[H, T, E]``.
