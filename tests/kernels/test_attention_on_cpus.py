@@ -248,6 +248,29 @@ def test_a_large_score_leaves_nothing_to_the_others() -> None:
 
 
 @needs_kernels
+def test_few_short_segments_go_together_at_a_time(monkeypatch: pytest.MonkeyPatch, attending) -> None:
+    """Their copies take memory, so a long row of short segments is computed a part at a time."""
+    attending("products")
+    lengths = (7, 8, 8, 7, 8, 8, 7, 8)
+    monkeypatch.setattr(segments_of_rows, "TOGETHER", 24)
+    segments_of_rows._parts.cache_clear()
+    try:
+        assert [len(part.places) for part in segments_of_rows._parts(lengths, causal=True)] == [21, 24, 16]
+        q, k, v, grad = tensors(4, 2, sum(lengths), torch.float32)
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, **segments(*lengths))
+        output.backward(grad)
+    finally:
+        segments_of_rows._parts.cache_clear()
+    for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_segment_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"segments of \(0, 5\) tokens, but each needs at least one"):
+        segments(0, 5)
+
+
 def test_where_our_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = tensors(4, 2, 20, torch.bfloat16)
     assert runs_native(q, k, v, segments=1)

@@ -302,6 +302,8 @@ class _Together:
 
 ALIKE = 1.25
 """Causal segments go together if the longest has at most this many times the tokens of the shortest."""
+TOGETHER = 4096
+"""Most tokens of segments that go together, padding included: their copies take memory, and more are no faster."""
 
 
 def _ends(lengths: tuple[int, ...]) -> Iterable[tuple[int, int]]:
@@ -316,7 +318,7 @@ def _parts(lengths: tuple[int, ...], *, causal: bool) -> tuple[slice | _Together
     found: list[list[range]] = []
     for segment in segments:
         alike = found and len(segment) <= SHORT and len(segment) <= len(found[-1][0]) * (ALIKE if causal else 1)
-        if alike:
+        if alike and (1 + len(found[-1])) * len(segment) <= TOGETHER:
             found[-1].append(segment)
         else:
             found.append([segment])
@@ -367,6 +369,8 @@ def segment_arguments(
         device: the row's device.
         target_positions: see `StepContext`.
     """
+    if min(segment_lengths) < 1:
+        raise ValueError(f"A row has segments of {segment_lengths} tokens, but each needs at least one.")
     # A sum on the host and an asynchronous copy: a sum on the device would make the host wait for it.
     ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32).to(device, non_blocking=True)
     longest = max(segment_lengths)
