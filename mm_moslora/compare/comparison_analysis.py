@@ -239,10 +239,7 @@ def _differences_in_nats(
     lefts = {arm: left for arm in seeds if right and (left := _nats(scores[arm], *place))}
     return {
         arm: judged.numbers(comparisons=len(lefts))
-        | {
-            "documents": judged.estimate.size[1],
-            "left_out": sum(len(one.clusters) for one in right.values()) - judged.estimate.size[1],
-        }
+        | {"left_out": sum(len(one.clusters) for one in right.values()) - judged.estimate.size[1]}
         for arm, judged in judge(lefts, right, seeds, looks=looks, bounded=False).items()
     }
 
@@ -252,7 +249,6 @@ def _row(
     comparisons: int, stand: bool,
 ) -> dict[str, Any]:  # fmt: skip
     (left, right), estimate = pair, judged.estimate
-    seeds = (len(left[0].scores), len(right[0].scores))
     found = as_difference(estimate, [*left, *right])
     return {
         "arm": place[0],
@@ -261,11 +257,10 @@ def _row(
         **judged.numbers(comparisons=comparisons),
         "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
         "share_of_documents": estimate.documents,
-        "components": asdict(estimate.components),
-        "documents": sum(len(one.clusters) for one in left),
         "groups": found.groups,
-        "seeds": list(seeds),
-        "verdict": verdict_of_arms(found, judged.p_corrected, seeds=seeds, stand=stand),
+        "verdict": verdict_of_arms(
+            found, judged.p_corrected, runs=estimate.run_degrees > 0, look=judged.look, stand=stand
+        ),
     }
 
 

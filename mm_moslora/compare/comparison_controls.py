@@ -103,7 +103,9 @@ class Answers:
                     f"{place['own']} and {places[0]['own']} hold different documents, so their runs cannot be "
                     "compared. Delete the folders of the runs to measure them again, or choose another --output."
                 )
-        clusters, seeds = [row["cluster"] for row in rows[0]], [seed for seed, _ in good]
+        # Pictures have the same name in every task, documents without one a name of their task alone.
+        clusters = [row["cluster"] if row.get("images") else (task, row["cluster"]) for row in rows[0]]
+        seeds = [seed for seed, _ in good]
         own = [_scores(place["own"]) for place in places]
         nats = {}
         for mode, name in {"own": OWN, **_MODES}.items():

@@ -10,6 +10,7 @@ from mm_moslora.compare.comparison_plan import ALL, LOSS, Settings
 from mm_moslora.compare.comparison_run import short_names
 from mm_moslora.reporting.verdicts import (
     AGAINST,
+    UNJUDGED,
     above_controls,
     arms_sentence,
     difference_of,
@@ -202,7 +203,8 @@ def nats_cells(found: Mapping[str, Any] | None) -> tuple[str, str, str]:
     if found["low"] is None:
         return f"{found['difference']:+.4f}", "unknown", "-"
     interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
-    return f"{found['difference']:+.4f}", interval, f"{found['p_corrected']:.2g}"
+    p = "-" if found["p_corrected"] is None else f"{found['p_corrected']:.2g}"
+    return f"{found['difference']:+.4f}", interval, p
 
 
 def nats_sentence(row: Mapping[str, Any]) -> str:
@@ -220,10 +222,13 @@ def nats_sentence(row: Mapping[str, Any]) -> str:
             return (
                 f"{subject}: no conclusion from {value} nats [{interval}], since neither is above its controls{left}."
             )
+        case "between looks":
+            return f"{subject}: {value} nats [{interval}], between two looks, where nothing is judged{left}."
         case "more likely" | "less likely" as words:
             return f"{subject}: {words}, {value} nats [{interval}], corrected p {p}{left}."
-    one = ", for this one seed" if min(row["seeds"]) < 2 else ""
-    return f"{subject}: not shown to differ, {value} nats [{interval}], corrected p {p}{one}{left}."
+        case "one seed":
+            left = f", for this one seed{left}"
+    return f"{subject}: not shown to differ, {value} nats [{interval}], corrected p {p}{left}."
 
 
 def _chosen_by(results: Mapping[str, Any]) -> str:
@@ -274,7 +279,7 @@ def _difference_cells(row: Mapping[str, Any] | None) -> list[str]:
         f"{100 * row['difference']:+.1f}",
         interval,
         f"{50 * (row['high'] - row['low']):.1f}",
-        "-" if row["verdict"] in ("one seed", "nothing follows") else f"{row['p_corrected']:.2g}",
+        "-" if row["verdict"] in UNJUDGED else f"{row['p_corrected']:.2g}",
     ]
 
 

@@ -64,6 +64,7 @@ class Planner:
         comparisons: arms that are compared with the reference.
         first: seeds of the pilot, and the least of the first look.
         step: seeds that are run at the same time.
+        independent: clusters of documents per document, such as pictures per question.
     """
 
     components: Components
@@ -71,6 +72,7 @@ class Planner:
     comparisons: int
     first: int
     step: int = 1
+    independent: float = 1.0
 
     def looks(self, seeds: int, documents: int) -> Looks:
         """The looks up to so many seeds."""
@@ -84,7 +86,8 @@ class Planner:
         answers = parts.answers / seeds / documents
         by_documents, by_arm = parts.documents / documents + answers, (parts.seeds / seeds + answers) / 2
         variance = parts.variance(seeds=seeds, documents=documents)
-        squares = by_documents**2 / max(1, documents - 1) + (2 * by_arm) ** 2 / max(1.0, self.comparisons * (seeds - 1))
+        squares = by_documents**2 / max(1.0, documents * self.independent - 1)
+        squares += (2 * by_arm) ** 2 / max(1.0, self.comparisons * (seeds - 1))
         degrees = max(1.0, variance**2 / squares) if squares else math.inf
         if not variance:
             return Size(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
@@ -97,7 +100,7 @@ class Planner:
         )  # fmt: skip
 
     def _least_seeds(self, degrees: int) -> int:
-        """Seeds with so many degrees of freedom."""
+        """Seeds with so many degrees of freedom, where all arms run and their runs spread alike."""
         return 1 + math.ceil(degrees / self.comparisons)
 
     def fewest_seeds(self, documents: int) -> Size | None:
@@ -205,14 +208,16 @@ class Resolution:
     def lines(self) -> list[str]:
         """The plan in sentences, from the pilot where it is over, with the time."""
         state, settings = read_state(self._comparison.folder), self._comparison.settings
-        components = mean_components(main_rows(analyse(self._comparison))) if self._comparison.outcomes else None
+        rows = main_rows(analyse(self._comparison)) if self._comparison.outcomes else []
+        components = mean_components(rows)
         if state is not None and state.components:
             components = Components(**state.components)
         source = "from the pilot" if components is not None else (
             "before a pilot, assumed: runs of an arm spread by 2 points, answers as right and wrong ones usually do"
         )  # fmt: skip
         first = state.looks.seeds[0] if state is not None else settings.seeds
-        found, lines = plan_resolution(self._planner(components or ASSUMED, first), self._comparison.documents)
+        planner = replace(self._planner(components or ASSUMED, first), independent=independent_share(rows))
+        found, lines = plan_resolution(planner, self._comparison.documents)
         lines = [f"--resolve {100 * self._points:g}, {source}: {lines[0]}", *lines[1:]]
         return [*lines, self._hours(int(found.seeds) if found is not None else settings.seeds)]
 
@@ -268,7 +273,8 @@ def plan_looks(planner: Planner, rows: Rows, documents: int) -> LookState:
     only = LookState(points=planner.points, seeds=first, looks=Looks((first,), (1.0,)), components={})
     if components is None:
         return replace(only, ended="no answers of the pilot differ between arms, or an arm has fewer than two seeds")
-    only, planner = replace(only, components=asdict(components)), replace(planner, components=components)
+    only = replace(only, components=asdict(components))
+    planner = replace(planner, components=components, independent=independent_share(rows))
     found, lines = plan_resolution(planner, documents)
     if found is None:
         return replace(only, ended=" ".join(lines[1:]).removesuffix("."))
@@ -305,7 +311,7 @@ def is_decided(row: Mapping[str, Any], points: float) -> bool:
         row: its comparison.
         points: the difference to show, as a share.
     """
-    if min(row["seeds"]) < 2 or row["p_corrected"] is None:  # the error leaves out the variation between seeds
+    if row["run_degrees"] < _LOOK_DEGREES or row["p_corrected"] is None:
         return False
     close = -points <= row["low"] and row["high"] <= points
     return close or bool(row["p_corrected"] < SIGNIFICANT)
@@ -313,9 +319,14 @@ def is_decided(row: Mapping[str, Any], points: float) -> bool:
 
 def mean_components(rows: Rows) -> Components | None:
     """The mean over the arms of the components of their differences; None where there are none or all are zero."""
-    rows = [row for row in rows if min(row["seeds"]) > 1]
+    rows = [row for row in rows if row["run_degrees"]]
     means = {name: sum(row["components"][name] for row in rows) / len(rows) for name in asdict(ASSUMED) if rows}
     return Components(**means) if any(means.values()) else None
+
+
+def independent_share(rows: Rows) -> float:
+    """The least share of clusters among the documents of a row; 1 without rows."""
+    return min((row["clusters"] / row["documents"] for row in rows), default=1.0)
 
 
 def main_rows(results: Mapping[str, Any]) -> Rows:

@@ -19,7 +19,6 @@ import numpy as np
 from mm_moslora_eval.scoring.error_bars import (
     alike_interval,
     alike_p_value,
-    clustered_stderr,
     f_upper_tail,
     t_quantile,
     t_two_sided,
@@ -101,9 +100,15 @@ class Estimate:
     """95 % interval."""
     groups: int
     """Number of independent documents, over all tasks."""
+    fewest: int
+    """Number of independent documents of the task with the fewest."""
+    run_degrees: float
+    """Degrees of freedom of the variance between runs; 0 where it is unknown, and left out of the error."""
     components: Components
-    size: tuple[float, int]
-    """Seeds of an arm and documents."""
+    size: tuple[int, int]
+    """Seeds in common and documents."""
+    level: float = LEVEL
+    """Of the interval."""
 
     @property
     def p_value(self) -> float:
@@ -111,7 +116,7 @@ class Estimate:
         if math.isnan(self.stderr):
             return math.nan
         if self.stderr == 0:
-            return alike_p_value(self.value, self.groups)
+            return alike_p_value(self.value, self.fewest)
         return t_two_sided(self.value / self.stderr, self.degrees)
 
     @property
@@ -121,20 +126,21 @@ class Estimate:
 
     def at_level(self, level: float) -> Estimate:
         """The same estimate with an interval of this error rate instead of 5 %."""
-        low, high = _interval(self.value, self.stderr, self.degrees, groups=self.groups, level=1 - level)
-        return replace(self, low=low, high=high)
+        low, high = _interval(self.value, self.stderr, self.degrees, groups=self.fewest, level=1 - level)
+        return replace(self, low=low, high=high, level=1 - level)
 
     def detectable(self, *, comparisons: int = 1) -> float:
-        """The smallest true value that a repetition would find significant with 80 % power.
+        """The smallest true value that a repetition would find significant at the interval's level, with 80 % power.
 
         Args:
             comparisons: number of p-values that are corrected together (the strictest step of Holm's procedure).
         """
         if math.isnan(self.stderr):
             return self.stderr
+        level = 1 - (1 - self.level) / comparisons
         if self.stderr == 0:  # all differences are equal; a rare other one may still exist
-            return alike_interval(0.0, self.groups, level=LEVEL)[1]
-        strict = t_quantile(1 - (1 - LEVEL) / comparisons, self.degrees)
+            return alike_interval(0.0, self.fewest, level=level)[1]
+        strict = t_quantile(level, self.degrees)
         return (strict + t_quantile(2 * POWER - 1, self.degrees)) * self.stderr
 
 
@@ -163,7 +169,7 @@ def differences(
     """Each arm - the reference on the same documents and seeds, with its error for new documents and new seeds.
 
     The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's runs around
-    the common effects of the seeds, minus their common part (the noise of single answers). A variance of runs is the
+    the common effects of the seeds, minus their common part (chance in single answers). A variance of runs is the
     mean over all arms, with the degrees of freedom of all, unless the arm's own is larger than those of the others (an
     F-test at the level 0.25): then it is the arm's own. With one seed, the variance between runs is unknown and left
     out. A document without an answer of one arm is left out, and so is a seed without a run of one arm. An arm that has
@@ -182,7 +188,8 @@ def differences(
     seeds = {name: found for name, tasks in arms.items() if (found := _seeds(tasks, reference))}
     if not seeds:
         return {}
-    own, *spreads = _pooled([_runs(_of_seeds(t, _seeds(t))) for t in (reference, *(arms[name] for name in seeds))])
+    runs = [_runs(_of_seeds(arms[name], both)) for name, both in seeds.items()]
+    own, *spreads = _pooled([_runs(_of_seeds(reference, _seeds(reference))), *runs])
     return {
         name: _estimate([_of_seeds(arms[name], both), _of_seeds(reference, both)], [spread, own], bounded=bounded)
         for (name, both), spread in zip(seeds.items(), spreads, strict=True)
@@ -190,8 +197,15 @@ def differences(
 
 
 def _seeds(*arms: Mapping[str, TaskScores]) -> set[int]:
-    """Numbers of the seeds with answers of every arm on every task."""
-    return set.intersection(*(set(task.answered()) for tasks in arms for task in tasks.values()))
+    """Numbers of the seeds with answers of every arm, on every task, on documents that all of them answered."""
+    seeds = set.intersection(*(set(task.answered()) for tasks in arms for task in tasks.values()))
+    while seeds:
+        grids = {name: _in_common([arm[name].of(seeds) for arm in arms], name)[0] for name in arms[0]}
+        answered = np.all([np.isfinite(grid).any(axis=1) for of in grids.values() for grid in of], axis=0)
+        if answered.all():
+            break
+        seeds = {number for number, there in zip(sorted(seeds), answered, strict=True) if there}
+    return seeds
 
 
 def _of_seeds(tasks: Mapping[str, TaskScores], seeds: set[int]) -> dict[str, TaskScores]:
@@ -219,13 +233,34 @@ class _Spread:
         return self.squares / max(1, self.degrees)
 
 
+def _by_seeds(spreads: Sequence[_Spread], seeds: int) -> tuple[float, float]:
+    """The variance of a sum of means over seeds, one of each spread, and its degrees of freedom (0: unknown).
+
+    The mean over arms holds the squares of an arm that has a variance of its own, too; sums of squares that are
+    independent are taken apart, and count once each.
+    """
+    alone = [spread for spread in spreads if not spread.pooled]
+    together = [spread for spread in spreads if spread.pooled]
+    of_each = len(together) / max(1, together[0].degrees) if together else 0.0  # a square's weight by the mean
+    parts = [(spread.variance + of_each * spread.squares, spread.degrees) for spread in alone]
+    if together:
+        rest = together[0].degrees - sum(spread.degrees for spread in alone)
+        squares = max(0.0, together[0].squares - sum(spread.squares for spread in alone))
+        parts.append((of_each * squares, rest))
+    variance = sum(part for part, _ in parts)
+    known = all(spread.degrees for spread in spreads)
+    squared = sum(part**2 / max(1, degrees) for part, degrees in parts)
+    degrees = variance**2 / squared if squared else float(sum(degrees for _, degrees in parts))
+    return variance / seeds, degrees if known else 0.0
+
+
 def _runs(tasks: Mapping[str, TaskScores]) -> Runs:
     """An arm's own, from all documents that it answered."""
     found: dict[int, float] = {}
     for name, task in tasks.items():
-        grids, clusters = _in_common([task], name)
-        brought = _fit(grids[0], clusters).brought * len(grids[0]) / len(tasks)
-        found |= {number: found.get(number, 0.0) + part for number, part in zip(task.numbers, brought, strict=True)}
+        ((grid,), _) = _in_common([task], name)
+        effects = _fit(grid).effects / len(tasks)
+        found |= {number: found.get(number, 0.0) + part for number, part in zip(task.numbers, effects, strict=True)}
     return found
 
 
@@ -261,52 +296,114 @@ def _pooled(arms: Sequence[Runs]) -> list[_Spread]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """One arm on one task: its parts of the variance of the mean."""
+    """Least squares of document and seed effects on one grid; every document weighs equally, whatever is missing."""
 
     means: Grid
-    """``N``, over seeds."""
+    """``N``, of documents, over seeds."""
+    effects: Grid
+    """``K``, of seeds; their mean is 0."""
+    answered: NDArray[np.intp]
+    """``N``, answers of each document."""
     brought: Grid
-    """``K``, the part of the mean's deviation that each seed brings."""
-    answers: float
-    """Variance of the mean from single answers that change with the seed."""
+    """``K x N``: what chance in each answer brings to the mean of its document; 0 where a document has one answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stratum:
+    """Tasks with documents of the same clusters, on other clusters than the rest; or one task."""
+
+    deviations: Grid
+    """``N``: what each document brings to the deviation of the mean."""
+    answers: Grid
+    """``K x N``: what chance in each answer brings to it; 0 where an arm has one answer to a document."""
+    weights: Grid
+    """``2 x N``: how much of that variance a document has, and the same with 0 where `answers` does not know it."""
+    clusters: NDArray[np.intp]
+    """``N``, from 0 on."""
+
+    @property
+    def groups(self) -> int:
+        """Number of clusters."""
+        return int(self.clusters.max()) + 1
+
+    def by_documents(self) -> float:
+        """Variance of the mean from its documents (Miller 2024, equation 4); 0 for one document."""
+        count = len(self.deviations)
+        if count < 2:
+            return 0.0
+        sums = np.bincount(self.clusters, self.deviations)
+        cross = float(np.square(sums).sum() - np.square(self.deviations).sum())
+        return max(0.0, float(np.square(self.deviations).sum()) * count / (count - 1) + cross)
+
+    def by_answers(self) -> float:
+        """Variance of the mean from single answers; 0 where no document has several, or all are of one cluster."""
+        (all_of_it, known), groups = self.weights.sum(axis=1), self.groups
+        if groups < 2 or not known:
+            return 0.0
+        sums = np.square([np.bincount(self.clusters, row, groups) for row in self.answers]).sum()
+        return float(sums * groups / (groups - 1) * all_of_it / known)
 
 
 def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[_Spread], *, bounded: bool) -> Estimate:
-    count, seeds = len(arms[0]), [1] * len(arms)
-    value, by_documents, shared, squares, groups, documents = 0.0, 0.0, 0.0, 0.0, 0, 0
-    for name in arms[0]:
-        grids, clusters = _in_common([arm[name] for arm in arms], name)
-        fits = [_fit(grid, clusters) for grid in grids]
-        means = fits[0].means - (fits[1].means if len(fits) > 1 else 0.0)
-        value += float(means.mean()) / count
-        # One document has no error of its own.
-        variance = clustered_stderr(means.tolist(), clusters.tolist()) ** 2 / count**2 if len(means) > 1 else 0.0
-        by_documents += variance
-        own = int(clusters.max()) + 1
-        squares += variance**2 / max(1, own - 1)
-        shared += sum(fit.answers for fit in fits) / count**2
-        groups, documents = groups + own, documents + len(clusters)
-        seeds = [len(grid) for grid in grids]
-    parts: dict[tuple[int, int], float] = {}  # a pooled variance is one source of error, however many arms take it
-    for arm, (spread, own) in enumerate(zip(spreads, seeds, strict=True)):
-        source = (spread.degrees, -1 if spread.pooled else arm)
-        parts[source] = parts.get(source, 0.0) + spread.variance / own
-    by_seeds, per_seed = sum(parts.values()), sum(1 / own for own in seeds) / len(arms)
-    squares += sum(part**2 / max(1, degrees) for (degrees, _), part in parts.items())
+    value, strata, seeds = _strata(arms)
+    documents = [stratum.by_documents() for stratum in strata]
+    by_documents, (by_seeds, run_degrees) = sum(documents), _by_seeds(spreads, seeds)
+    squares = sum(part**2 / max(1, of.groups - 1) for part, of in zip(documents, strata, strict=True))
+    squares += by_seeds**2 / run_degrees if run_degrees else 0.0
     # Estimates of components may exceed the total; the error is never smaller than either source alone.
-    common = min(shared, max(by_documents, by_seeds))
+    common = min(sum(stratum.by_answers() for stratum in strata), max(by_documents, by_seeds))
     alone = (max(0.0, by_documents - common), max(0.0, by_seeds - common))
+    asked = sum(len(stratum.deviations) for stratum in strata)
+    groups = [stratum.groups for stratum in strata]
     return _with_interval(
-        value, sum(alone) + common, squares, by_documents, groups=groups, bounded=bounded,
+        value, sum(alone) + common, squares, by_documents, groups=groups, bounded=bounded, run_degrees=run_degrees,
         components=Components(
-            documents=alone[0] * documents, seeds=alone[1] / per_seed, answers=common * documents / per_seed
+            documents=alone[0] * asked, seeds=alone[1] * seeds, answers=common * asked * seeds
         ),
-        size=(1 / per_seed, documents),
+        size=(seeds, asked),
     )  # fmt: skip
 
 
-def _in_common(arms: Sequence[TaskScores], task: str) -> tuple[list[Grid], NDArray[np.intp]]:
-    """The scores of each arm on documents that all arms answered, and the numbers of their clusters."""
+def _strata(arms: Sequence[Mapping[str, TaskScores]]) -> tuple[float, list[_Stratum], int]:
+    """The mean or the difference, over tasks; what its documents and answers bring to it; and the number of seeds."""
+    value, count, seeds = 0.0, len(arms[0]), 0
+    of: dict[Hashable, int] = {}
+    parts: list[tuple[set[int], list[_Stratum]]] = []  # clusters, by number over all tasks, and the tasks on them
+    for name in arms[0]:
+        grids, clusters = _in_common([arm[name] for arm in arms], name)
+        fits, seeds = [_fit(grid) for grid in grids], len(grids[0])
+        means = fits[0].means - (fits[1].means if len(fits) > 1 else 0.0)
+        answered = np.array([fit.answered for fit in fits])
+        several, part = (answered > 1).all(axis=0), (1 / answered).sum(axis=0)
+        # What both arms' answers share is no error of their difference.
+        chance = (fits[0].brought - (fits[1].brought if len(fits) > 1 else 0.0)) * several
+        value += float(means.mean()) / count
+        weight = 1 / count / len(means)
+        task = _Stratum(
+            deviations=(means - means.mean()) * weight,
+            answers=chance * weight,
+            weights=np.array([part, part * several]) * weight**2,
+            clusters=np.array([of.setdefault(cluster, len(of)) for cluster in clusters]),
+        )
+        own, tasks = set(task.clusters.tolist()), [task]
+        for part in [part for part in parts if part[0] & own]:
+            parts.remove(part)
+            own, tasks = own | part[0], [*part[1], *tasks]
+        parts.append((own, tasks))
+    return value, [_joined(tasks) for _, tasks in parts], seeds
+
+
+def _joined(tasks: Sequence[_Stratum]) -> _Stratum:
+    return _Stratum(
+        deviations=np.concatenate([task.deviations for task in tasks]),
+        answers=np.concatenate([task.answers for task in tasks], axis=1),
+        weights=np.concatenate([task.weights for task in tasks], axis=1),
+        clusters=np.unique(np.concatenate([task.clusters for task in tasks]), return_inverse=True)[1],
+    )
+
+
+def _in_common(arms: Sequence[TaskScores], task: str) -> tuple[list[Grid], list[Hashable]]:
+    """The scores of each arm on documents that all arms answered, and the clusters of these documents."""
     grids = [np.asarray(arm.scores, dtype=np.float64) for arm in arms]
     if any(
         grid.ndim != 2 or list(arm.clusters) != list(arms[0].clusters) for grid, arm in zip(grids, arms, strict=True)
@@ -317,56 +414,40 @@ def _in_common(arms: Sequence[TaskScores], task: str) -> tuple[list[Grid], NDArr
     kept = np.logical_and.reduce([np.isfinite(grid).any(axis=0) for grid in grids])
     if not kept.any():
         raise ValueError(f"{task}: no document has a score of every arm.")
-    number: dict[Hashable, int] = {}
-    of = [number.setdefault(name, len(number)) for name, one in zip(arms[0].clusters, kept, strict=True) if one]
-    return [grid[:, kept] for grid in grids], np.array(of)
+    return [grid[:, kept] for grid in grids], [name for name, one in zip(arms[0].clusters, kept, strict=True) if one]
 
 
-def _fit(grid: Grid, clusters: NDArray[np.intp]) -> _Fit:
-    """Least squares of document and seed effects; every document weighs equally, whatever is missing."""
+def _fit(grid: Grid) -> _Fit:
     there = np.isfinite(grid)
-    seeds, documents = grid.shape
-    weights = there / there.sum(axis=0) / documents
+    rows, columns = there.sum(axis=1), there.sum(axis=0)
     known = np.where(there, grid, 0.0)
-    effects = np.zeros(seeds)
+    effects = np.zeros(len(grid))
     for _ in range(_STEPS):
-        rest = (known - there * effects[:, None]).sum(axis=0) / there.sum(axis=0)
-        before, effects = effects, (known - there * rest).sum(axis=1) / there.sum(axis=1)
+        rest = (known - there * effects[:, None]).sum(axis=0) / columns
+        before, effects = effects, (known - there * rest).sum(axis=1) / rows
         effects -= effects.mean()
         if np.abs(effects - before).max() < _CLOSE:
             break
-    means = (known - there * effects[:, None]).sum(axis=0) / there.sum(axis=0)
-    return _Fit(
-        means=means,
-        brought=weights.sum(axis=1) * effects,
-        answers=_answers(known - means - effects[:, None], there, clusters),
-    )
-
-
-def _answers(residual: Grid, there: NDArray[np.bool_], clusters: NDArray[np.intp]) -> float:
-    """Variance of the mean from single answers; 0 where no document has several, or all are of one cluster."""
-    answered, groups = there.sum(axis=0), int(clusters.max()) + 1
-    several = answered > 1
-    if groups < 2 or not several.any():
-        return 0.0
-    # A residual around the mean of m answers has (m - 1) / m of their variance; documents with one answer have none.
-    scale = np.where(several, np.sqrt(answered / np.maximum(1, answered - 1)), 0.0) / answered / len(answered)
-    sums = np.square([np.bincount(clusters, row, groups) for row in there * residual * scale]).sum()
-    return float(sums * groups / (groups - 1) * (1 / answered).sum() / (1 / answered)[several].sum())
+    means = (known - there * effects[:, None]).sum(axis=0) / columns
+    # A residual around the mean of m answers has (m - 1) / m of their variance.
+    scale = np.sqrt(columns / np.maximum(1, columns - 1)) / columns
+    brought = there * (known - means - effects[:, None]) * scale
+    return _Fit(means=means, effects=effects, answered=columns, brought=brought)
 
 
 def _with_interval(
-    value: float, variance: float, squares: float, by_documents: float, *, groups: int, bounded: bool,
-    components: Components, size: tuple[float, int],
+    value: float, variance: float, squares: float, by_documents: float, *, groups: Sequence[int], bounded: bool,
+    run_degrees: float, components: Components, size: tuple[int, int],
 ) -> Estimate:  # fmt: skip
     stderr = math.sqrt(variance) if variance > _ROUNDING else 0.0
     degrees = max(1.0, variance**2 / squares) if stderr else math.inf
     if not stderr and not bounded:
         stderr = math.nan  # unknown: nothing bounds the differences of other documents
-    low, high = _interval(value, stderr, degrees, groups=groups, level=LEVEL)
+    low, high = _interval(value, stderr, degrees, groups=min(groups), level=LEVEL)
     return Estimate(
-        value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=groups,
-        documents=min(1.0, by_documents / variance) if variance else 1.0, components=components, size=size,
+        value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=sum(groups), fewest=min(groups),
+        documents=min(1.0, by_documents / variance) if variance else 1.0, run_degrees=run_degrees,
+        components=components, size=size,
     )  # fmt: skip
 
 

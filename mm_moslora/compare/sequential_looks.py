@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,13 +50,9 @@ class Looks:
     fractions: tuple[float, ...]
     """Share of the planned information at each look, 1 at the last."""
 
-    def number(self, seeds: int) -> int:
-        """The index of the look with so many seeds, of the next one if they are between two."""
-        return next((index for index, there in enumerate(self.seeds) if there >= seeds), len(self.seeds) - 1)
-
     def level(self, seeds: int) -> float:
         """The nominal two-sided level of the look at so many seeds, for an error rate of 5 % over all looks."""
-        levels = nominal_levels(self.fractions)[:, self.number(seeds)]
+        levels = nominal_levels(self.fractions)[:, self.seeds.index(seeds)]
         return float(levels[np.searchsorted(_RATES, OVERALL)])
 
     def p_value(self, p: float, seeds: int) -> float:
@@ -67,7 +64,7 @@ class Looks:
             p: of the t-test at this look.
             seeds: number of seeds.
         """
-        levels = nominal_levels(self.fractions)[:, self.number(seeds)]
+        levels = nominal_levels(self.fractions)[:, self.seeds.index(seeds)]
         if not p <= levels[-1]:  # NaN, too
             return p if p != p else max(p, float(_RATES[-1]))
         logs = np.log(np.maximum(levels, 1e-300))
@@ -137,11 +134,13 @@ class Judged:
     """An arm against the reference."""
 
     estimate: Estimate
-    """With an interval that holds for all looks together."""
+    """With an interval that holds for all looks together; between two looks, for these seeds alone."""
     p_corrected: float
-    """For all looks and arms together."""
+    """For all looks and arms together; NaN between two looks, where nothing is judged."""
+    look: bool = True
+    """Whether it is one of the looks."""
 
-    def numbers(self, *, comparisons: int) -> dict[str, float]:
+    def numbers(self, *, comparisons: int) -> dict[str, Any]:
         """The numbers of a row of `results.json`.
 
         Args:
@@ -157,6 +156,11 @@ class Judged:
             "p": found.p_value,
             "p_corrected": self.p_corrected,
             "detectable": found.detectable(comparisons=comparisons),
+            "components": asdict(found.components),
+            "run_degrees": found.run_degrees,
+            "seeds": found.size[0],
+            "documents": found.size[1],
+            "clusters": found.groups,
         }
 
 
@@ -173,7 +177,8 @@ def judge(
         arms: by name, task -> scores.
         reference: its scores.
         seeds: of each arm, planned; all arms count with so many in its comparison.
-        looks: of the comparison; None: all arms have the same seeds, at the only look.
+        looks: of the comparison; None: all arms have the same seeds, at the only look. An arm with another number of
+            seeds than a look gets no p-value: no part of the error rate is spent there.
         bounded: see `differences`.
     """
     found: dict[str, Estimate] = {}
@@ -182,13 +187,17 @@ def judge(
         estimates = differences(these, first_seeds(reference, count), bounded=bounded)
         found |= {name: one for name, one in estimates.items() if seeds[name] == count}
     found = {name: found[name] for name in arms if name in found}
+    there: Mapping[str, Estimate] = {}
     if looks is None:
         p_values = [one.p_value for one in found.values()]
     else:
-        p_values = [looks.p_value(one.p_value, seeds[name]) for name, one in found.items()]
-        found = {name: one.at_level(looks.level(seeds[name])) for name, one in found.items()}
+        there = {name: one for name, one in found.items() if seeds[name] in looks.seeds}
+        p_values = [
+            looks.p_value(one.p_value, seeds[name]) if name in there else math.nan for name, one in found.items()
+        ]
+        found |= {name: one.at_level(looks.level(seeds[name])) for name, one in there.items()}
     return {
-        name: Judged(estimate=one, p_corrected=corrected)
+        name: Judged(estimate=one, p_corrected=corrected, look=looks is None or name in there)
         for (name, one), corrected in zip(found.items(), holm(p_values), strict=True)
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mm_moslora.reporting.svg_charts import Axis, at, format_number, line_between, upright
-from mm_moslora.reporting.verdicts import HOLDS_ZERO, verdict_of_nats
+from mm_moslora.reporting.verdicts import HOLDS_ZERO, UNJUDGED, verdict_of_nats
 
 ALL = "all tasks"
 BAND = 0.03
@@ -319,7 +319,7 @@ def _difference(found: Mapping[str, Any], word: str, *, factor: float = 100.0, d
     if low is None or high is None:
         return Measure(value=value, text=f"{value:+.{digits}f}", note="error unknown", mood="open")
     p = found["p_corrected"]
-    silent = p is None or word in ("one seed", "nothing follows")
+    silent = p is None or word in UNJUDGED
     return Measure(
         value=value, low=factor * low, high=factor * high, mood=_MOODS.get(word, "open"),
         text=f"{value:+.{digits}f} [{factor * low:+.{digits}f}, {factor * high:+.{digits}f}]",

@@ -217,22 +217,27 @@ def best_of(names: Sequence[str], *, idle: Sequence[str] = ()) -> str:
 OVERLAP = "Where two 95 % intervals overlap, a difference is not shown."
 HOLDS_ZERO = "An interval that contains zero shows no difference. It does not show that there is none."
 
-Verdict = Literal["better", "worse", "not shown", "one seed", "nothing follows"]
+Verdict = Literal["better", "worse", "not shown", "one seed", "between looks", "nothing follows"]
+UNJUDGED = ("one seed", "between looks", "nothing follows")
+"""Verdicts without a p-value."""
 
 
-def verdict_of_arms(difference: Difference, p: float, *, seeds: tuple[int, int], stand: bool) -> Verdict:
+def verdict_of_arms(difference: Difference, p: float, *, runs: bool, look: bool, stand: bool) -> Verdict:
     """An arm against the reference.
 
     Args:
         difference: arm minus reference.
         p: p-value, corrected for the number of arms.
-        seeds: number of measured runs per arm.
+        runs: whether the variation between runs is known.
+        look: whether its number of seeds is one at which the comparison is judged.
         stand: whether at least one of the two is above its controls.
     """
     if not stand:
         return "nothing follows"
-    if min(seeds) < 2:
+    if not runs:
         return "one seed"
+    if not look:
+        return "between looks"
     if p < SIGNIFICANT and difference.shown != "not shown":
         return "better" if difference.value > 0 else "worse"
     return "not shown"
@@ -247,10 +252,8 @@ def verdict_of_nats(row: Mapping[str, Any]) -> str:
     found = row["nats"]["own"]
     if found["low"] is None:
         return "error unknown"
-    if row["verdict"] == "nothing follows":
-        return "nothing follows"
-    if min(row["seeds"]) < 2:
-        return "one seed"
+    if row["verdict"] in UNJUDGED:
+        return str(row["verdict"])
     if found["p_corrected"] < SIGNIFICANT and (found["low"] > 0 or found["high"] < 0):
         return "more likely" if found["difference"] > 0 else "less likely"
     return "not shown"
@@ -258,11 +261,11 @@ def verdict_of_nats(row: Mapping[str, Any]) -> str:
 
 def arms_sentence(row: Mapping[str, Any]) -> str:
     """A row of `comparisons` of a comparison's `results.json`."""
-    seeds = row["seeds"][0]
+    seeds = row["seeds"]
     size = f"{row['documents']} documents and {seeds} seed{'s' * (seeds != 1)}"
     subject = f"{row['arm']} against {row['reference']}"
     found = Difference(value=row["difference"], low=row["low"], high=row["high"], groups=row["groups"])
-    numbers = f"{found.points}, corrected p {row['p_corrected']:.2g}"
+    numbers = found.points if row["p_corrected"] is None else f"{found.points}, corrected p {row['p_corrected']:.2g}"
     match row["verdict"]:
         case "nothing follows":
             return f"{subject}: no conclusion from {found.points}, since neither is above its controls."
@@ -271,6 +274,8 @@ def arms_sentence(row: Mapping[str, Any]) -> str:
                 f"{subject}: {numbers}, for these documents and this one seed. The interval leaves out the variation "
                 "between seeds; run at least 3 (--seeds 3)."
             )
+        case "between looks":
+            return f"{subject}: {numbers} after {size}, between two looks, where nothing is judged."
         case "better" | "worse":
             if _looked(row):
                 return f"{subject}: {row['verdict']}, {numbers}; {size}."

@@ -97,7 +97,9 @@ class World:
                 latent = common + own + answers + self.common * alike + (3 * run if arm == self.wide else run)
                 latent += self.shift if 0 < arm <= self.better else 0.0
                 scores = (latent > 0).astype(float) if self.binary else latent
-                arms[arm][f"task {task}"] = TaskScores(scores=scores, clusters=range(DOCUMENTS))
+                arms[arm][f"task {task}"] = TaskScores(
+                    scores=scores, clusters=[(task, number) for number in range(DOCUMENTS)]
+                )
         return arms
 
 
@@ -130,11 +132,7 @@ def compare(world: World, pilot: int, generator: np.random.Generator) -> Ended:
         seeds = pilot if state is None else state.seeds
         counts = {name: state.arms.get(name, seeds) if state else seeds for name in names}
         judged = judge(arms, reference, counts, looks=state.looks if state else None, bounded=world.binary)
-        rows = [
-            {"arm": name, "seeds": [counts[name]] * 2, "components": asdict(one.estimate.components)}
-            | {"p_corrected": one.p_corrected, "low": one.estimate.low, "high": one.estimate.high}
-            for name, one in judged.items()
-        ]
+        rows = [one.numbers(comparisons=world.rivals) | {"arm": name} for name, one in judged.items()]
         if state is None:
             state = plan_looks(planner, rows, DOCUMENTS)
             state = replace(state, ended="")  # a pilot that is the only look is a look, too

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mm_moslora_eval.scoring.error_bars import t_quantile
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse
@@ -158,6 +159,9 @@ def test_the_pilot_plans_the_looks_and_the_results_hold_for_all_of_them(tmp_path
         "the pilot is no look, although its interval is narrow enough"
     )
     rows = json.loads((tmp_path / "results.json").read_text())["comparisons"]
+    assert [row["verdict"] for row in rows] == ["between looks"]
+    assert rows[0]["p_corrected"] is None
+    rows = [row | {"run_degrees": 8.0, "p_corrected": 1.0} for row in rows]
     assert after_look(state, rows, 9).ended == "every arm is decided", "the interval lies within 50 points"
     results = json.loads((tmp_path / "results.json").read_text())
     wide = results["comparisons"][0]
@@ -166,17 +170,42 @@ def test_the_pilot_plans_the_looks_and_the_results_hold_for_all_of_them(tmp_path
     again = analyse(comparison)
     row = again["comparisons"][0]
     assert row["low"] < wide["low"]
-    assert row["p_corrected"] > wide["p_corrected"] == wide["p"]
+    assert row["p_corrected"] > wide["p"]
     assert row["nats"]["own"]["low"] < wide["nats"]["own"]["low"]
     assert any("looks after 2, 4 seeds" in line and "It goes on to 4 seeds." in line for line in again["says"])
     with pytest.raises(ConfigError, match="was planned with --resolve 50, now it is 3"):
         Resolution(comparison, 0.03)
-    alone = {"seeds": [1, 2], "p_corrected": 1e-9, "low": 0.1, "high": 0.2}
-    assert not is_decided(alone, 0.5), "one seed of an arm has no known error"
-    assert is_decided(alone | {"seeds": [2, 2]}, 0.5)
+    alone = {"run_degrees": 3.9, "p_corrected": 1e-9, "low": 0.1, "high": 0.2}
+    assert not is_decided(alone, 0.5), "a variance of runs with so few degrees of freedom is often too small"
+    assert not is_decided(alone | {"run_degrees": 4.0, "p_corrected": None}, 0.5), "between two looks"
+    assert is_decided(alone | {"run_degrees": 4.0}, 0.5)
     (tmp_path / FILE).write_text('{"points": 0.03}')
     with pytest.raises(ConfigError, match="is damaged"):
         analyse(comparison)
+
+
+def test_nothing_is_judged_between_two_looks():
+    """The plan spends no error rate there: the interval is that of these seeds alone, and there is no p-value."""
+    a, b = np.random.default_rng(8).normal(0, 1, (2, 5, 30))
+    arms = {"a": {"t": TaskScores(scores=a + 3, clusters=range(30))}}
+    reference = {"t": TaskScores(scores=b, clusters=range(30))}
+    looks = Looks((3, 5), (0.6, 1.0))
+    off, on = (judge(arms, reference, {"a": seeds}, looks=looks, bounded=False)["a"] for seeds in (4, 5))
+    assert (off.look, on.look) == (False, True)
+    assert math.isnan(off.p_corrected)
+    assert on.p_corrected < 0.05
+    plain = judge(arms, reference, {"a": 4}, looks=None, bounded=False)["a"]
+    assert off.estimate == plain.estimate
+
+
+def test_few_pictures_give_few_degrees_of_freedom():
+    """48 pictures of 8 subjects are judged with 7 degrees of freedom, and planned with them."""
+    components = Components(documents=1.0, seeds=0.0, answers=0.0)
+    alone, grouped = (
+        Planner(components=components, points=0.1, comparisons=1, first=3, independent=share).size(3, 48).half_width
+        for share in (1.0, 8 / 48)
+    )
+    assert grouped / alone == pytest.approx(t_quantile(0.95, 7) / t_quantile(0.95, 47), rel=1e-3)
 
 
 def test_a_decided_arm_runs_no_more_and_keeps_its_numbers():
@@ -191,7 +220,7 @@ def test_a_decided_arm_runs_no_more_and_keeps_its_numbers():
 
     def at(seeds: dict[str, int]) -> tuple[dict[str, Judged], list[dict[str, Any]]]:
         found = judge(arms, reference, seeds, looks=looks, bounded=False)
-        return found, [one.numbers(comparisons=2) | {"arm": arm, "seeds": [3, 3]} for arm, one in found.items()]
+        return found, [one.numbers(comparisons=2) | {"arm": arm} for arm, one in found.items()]
 
     first, rows = at({"one": 3, "two": 3})
     state = after_look(LookState(points=0.1, seeds=3, looks=looks, components={}), rows, 3)

@@ -58,8 +58,27 @@ def test_an_uneven_arm_keeps_its_own_variance():
     assert found["wide"].degrees < 4
 
 
+def test_the_variance_of_an_uneven_arm_is_one_source_of_error():
+    """It is a part of the mean over arms, too. Worked by hand with the squares that the arm adds to the others'."""
+    tables = {"wide": (0.30, 0.66, 0.50), "b": (0.50, 0.58, 0.54), "reference": (0.41, 0.48, 0.46)}
+
+    def squares(*names):
+        table = np.array([tables[name] for name in names])
+        return float(np.square(table - table.mean(0) - table.mean(1)[:, None] + table.mean()).sum())
+
+    rest = squares("b", "reference")
+    own = squares(*tables) - rest
+    found = differences({name: runs(*tables[name]) for name in ("wide", "b")}, runs(*tables["reference"]))["wide"]
+    parts = (own / 2 + own / 4, rest / 4)  # its own variance, and its part and the rest of the mean over arms
+    assert found.stderr**2 == pytest.approx(sum(parts) / 3)
+    assert found.degrees == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 2))
+    assert found.run_degrees == pytest.approx(found.degrees)
+    assert found.degrees < 2.5
+
+
 @pytest.mark.parametrize("rivals", [1, 4])
-def test_what_a_seed_does_to_all_arms_alike_changes_nothing(rivals: int):
+@pytest.mark.parametrize("documents", [1, 30], ids=["each seed", "each document of each seed"])
+def test_what_a_seed_does_to_all_arms_alike_changes_nothing(rivals: int, documents: int):
     generator = np.random.default_rng(3)
     tables = generator.normal(0, 0.1, (rivals + 1, 4, 30))
 
@@ -67,11 +86,46 @@ def test_what_a_seed_does_to_all_arms_alike_changes_nothing(rivals: int):
         reference, *arms = ({"t": scores(table + shift)} for table in tables)
         return differences(dict(enumerate(arms)), reference, bounded=False)
 
-    plain, shifted = found(np.zeros((4, 1))), found(generator.normal(0, 5, (4, 1)))
+    plain, shifted = found(np.zeros((4, 1))), found(generator.normal(0, 5, (4, documents)))
     for name, one in plain.items():
         assert (shifted[name].value, shifted[name].stderr, shifted[name].degrees) == pytest.approx(
             (one.value, one.stderr, one.degrees), rel=1e-6
         )
+        assert shifted[name].components.answers == pytest.approx(one.components.answers, rel=1e-6)
+
+
+def test_what_a_seed_does_to_both_arms_is_no_error_where_answers_are_missing():
+    generator = np.random.default_rng(4)
+    arm, reference = generator.normal(0, 0.1, (2, 4, 30))
+    arm[3, 6:] = math.nan
+    plain, shifted = (
+        difference({"t": scores(arm + shift)}, {"t": scores(reference + shift)}, bounded=False)
+        for shift in (0.0, np.array([[0.0], [0.0], [0.0], [5.0]]))
+    )
+    assert (shifted.value, shifted.stderr) == pytest.approx((plain.value, plain.stderr), rel=1e-6)
+
+
+def test_a_seed_with_few_answers_counts_in_the_error_as_in_the_estimate():
+    """A run that is off by 1 moves the mean of four by 0.25, however few of its answers are there."""
+    generator = np.random.default_rng(5)
+    arm, reference = generator.normal(0, 0.1, (2, 4, 30))
+    arm[3] += 1.0
+    whole = difference({"t": scores(arm)}, {"t": scores(reference)}, bounded=False)
+    for table in (arm, reference):
+        table[3, 2:] = math.nan
+    found = difference({"t": scores(arm)}, {"t": scores(reference)}, bounded=False)
+    assert found.value == pytest.approx(whole.value, abs=0.1)
+    assert found.stderr > 0.8 * whole.stderr
+
+
+def test_a_seed_that_answered_only_what_the_other_arm_lacks_does_not_count():
+    nan = math.nan
+    arm = [[0.3, nan, nan, nan], [nan, 0.5, 0.2, 0.9], [0.1, 0.4, 0.3, 0.7]]
+    reference = [[nan, 0.2, 0.1, 0.4]] * 3
+    found = difference({"t": scores(arm)}, {"t": scores(reference)}, bounded=False)
+    left = difference({"t": scores(arm[1:])}, {"t": scores(reference[1:])}, bounded=False)
+    assert (found.value, found.stderr) == pytest.approx((left.value, left.stderr))
+    assert found.size == left.size == (2, 3)
 
 
 def test_arms_are_compared_on_the_seeds_that_both_have():
@@ -107,6 +161,45 @@ def test_questions_on_one_picture_count_together():
     together = difference({"t": scores(a, pictures)}, {"t": scores(b, pictures)})
     assert together.stderr > 1.8 * apart.stderr
     assert together.degrees == 2
+
+
+def test_tasks_on_the_same_pictures_bring_no_more_documents():
+    generator = np.random.default_rng(6)
+    a, b = (generator.random((2, 3, 100)) < 0.5).astype(float)
+    one = difference({"t": scores(a)}, {"t": scores(b)})
+    twice = difference({"t": scores(a), "u": scores(a)}, {"t": scores(b), "u": scores(b)})
+    assert (twice.value, twice.stderr, twice.degrees) == pytest.approx((one.value, one.stderr, one.degrees), rel=0.02)
+    assert (one.groups, twice.groups) == (100, 100)
+    others = [("u", number) for number in range(100)]
+    apart = difference({"t": scores(a), "u": scores(a, others)}, {"t": scores(b), "u": scores(b, others)})
+    assert apart.groups == 200
+    assert apart.stderr < one.stderr
+
+
+def test_equal_differences_in_each_of_two_tasks_prove_no_more_than_the_smaller_task():
+    a = {"small": scores([[1.0] * 3] * 2), "large": scores([[1.0] * 100] * 2, [("l", n) for n in range(100)])}
+    b = a | {"small": scores([[0.0] * 3] * 2)}
+    both, alone = difference(a, b), difference({"t": a["small"]}, {"t": b["small"]})
+    assert (both.stderr, both.value) == (0.0, 0.5)
+    assert (both.p_value, alone.p_value) == pytest.approx((0.25, 0.25))
+    assert (both.groups, both.fewest) == (103, 3)
+
+
+def test_the_detectable_difference_is_that_of_the_intervals_level():
+    a, b = np.random.default_rng(7).normal(0, 1, (2, 4, 30))
+    found = difference({"t": scores(a)}, {"t": scores(b)}, bounded=False)
+    assert found.at_level(0.05).detectable() == pytest.approx(found.detectable())
+    assert found.at_level(0.025).detectable() == pytest.approx(found.detectable(comparisons=2))
+    equal = difference({"t": scores([[1.0] * 9] * 3)}, {"t": scores([[1.0] * 9] * 3)})
+    assert equal.detectable(comparisons=2) > equal.detectable()
+
+
+def test_the_variance_of_runs_is_known_from_other_arms():
+    one = runs(0.5, seeds=[0])
+    alone = differences({"a": one}, runs(0.4, 0.45, 0.43))["a"]
+    among = differences({"a": one, "b": runs(0.5, 0.56, 0.53)}, runs(0.4, 0.45, 0.43))["a"]
+    assert (alone.run_degrees, among.run_degrees) == (0.0, 2.0)
+    assert among.stderr > alone.stderr == 0
 
 
 def test_tasks_weigh_equally():

@@ -93,18 +93,19 @@ def test_a_difference_is_read_or_left_out(data: object):
 
 
 def test_arms_differ_only_above_their_controls():
-    sure = {"seeds": (3, 3), "stand": True}
+    sure = {"runs": True, "look": True, "stand": True}
     assert verdict_of_arms(ahead(), 0.01, **sure) == "better"
     assert verdict_of_arms(ahead(-0.3), 0.01, **sure) == "worse"
     assert verdict_of_arms(ahead(), 0.06, **sure) == "not shown"
     assert verdict_of_arms(ahead(groups=5), 0.01, **sure) == "not shown"
-    assert verdict_of_arms(ahead(), 0.01, seeds=(3, 1), stand=True) == "one seed"
-    assert verdict_of_arms(ahead(), 0.01, seeds=(3, 3), stand=False) == "nothing follows"
+    assert verdict_of_arms(ahead(), 0.01, **sure | {"runs": False}) == "one seed"
+    assert verdict_of_arms(ahead(), 0.01, **sure | {"look": False}) == "between looks"
+    assert verdict_of_arms(ahead(), 0.01, **sure | {"stand": False}) == "nothing follows"
 
 
 def test_an_arm_without_a_shown_difference_is_not_called_equal():
     row = {
-        "arm": "a", "reference": "b", "documents": 40, "groups": 40, "seeds": [3, 3], "difference": 0.0, "low": -0.07,
+        "arm": "a", "reference": "b", "documents": 40, "groups": 40, "seeds": 3, "difference": 0.0, "low": -0.07,
         "high": 0.07, "p_corrected": 1.0, "stderr": 0.0, "detectable": 0.07, "verdict": "not shown",
     }  # fmt: skip
     assert "a true difference of up to 7.0 points would not have been seen" in arms_sentence(row)
