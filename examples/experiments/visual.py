@@ -3,10 +3,15 @@
 
     python examples/experiments/visual.py QUICKSTART OUT
 
-QUICKSTART is the folder of a finished `mm-moslora quickstart` (easy-VQA): its aligned projector is where every arm
-begins, so that the arms differ in the second stage alone, as in the paper. Writes a part of its conversations for
-training, others for validation, questions of easy-VQA's test half, and the recipe; prints the command. Questions that
-are answered by yes or no are left out: they take most of the tokens, and half of them are right by chance.
+QUICKSTART is the folder of a `mm-moslora quickstart` (easy-VQA) whose first stage is over. Two sets of pictures are
+learnt together and measured apart:
+
+- shapes: a part of the quickstart's conversations, and questions of easy-VQA's test half. Questions that are answered
+  by yes or no are left out: they take most of the tokens, and half of them are right by chance;
+- stamps: Tux Paint's drawings and cut-out photos, and which kind of thing is shown.
+
+Writes the data and two recipes, and prints two commands. The first aligns a projector on both sets, where every arm
+begins, so that the arms differ in the second stage alone, as in the paper; the second compares the arms.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +29,33 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from commonsense import ARMS, write_recipe
 
-from mm_moslora.config import load_recipe
+from mm_moslora.config import SourceConfig, load_recipe
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.quickstart.instruction_data import build_easy_vqa
+from mm_moslora.quickstart.stamp_data import CATEGORY, build_stamps
 
-TRAIN, VALIDATION, TEST = 240, 64, 600
-"""Pictures to train and to choose rates with, questions to measure."""
+TRAIN, VALIDATION, TEST = 256, 48, 300
+"""Pictures of shapes to train and to choose rates with, questions to measure."""
+STAMPS_TEST, STAMPS_VALIDATION = 0.4, 48
+"""Share of the stamps to measure with; number of the others to choose rates with."""
+ALIGN_STEPS = 4
+"""After the projector is fitted to the answers."""
 YES_NO = ("yes", "no")
 
 
-def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
-    """Write data and recipe.
+def build(quickstart: Path, stamps: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
+    """Write the data, `align.yaml` and `recipe.yaml`.
 
     Args:
         quickstart: run folder of the quickstart.
+        stamps: folder of `model_assets.stamps`.
         out: folder of the experiment.
         seed: chooses conversations and questions.
 
     Returns:
-        The recipe's path and the test task.
+        The path of `recipe.yaml` and the test tasks.
     """
-    tuned = load_recipe(quickstart / "tune")
+    aligned, tuned = load_recipe(quickstart / "align"), load_recipe(quickstart / "tune")
     source = tuned.data.train[0]
     rng = random.Random(seed)
     records = [kept for row in _read(Path(source.path)) if (kept := without_yes_no(row))["conversations"]]
@@ -52,9 +64,36 @@ def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
     assert tuned.model.vision is not None
     assert images is not None
     files = build_easy_vqa(Path(images), out / "easy-vqa", test_questions=2 * TEST, seed=seed)  # half are open
-    _write(out / "train.jsonl", drawn[VALIDATION:])
-    _write(out / "validation.jsonl", drawn[:VALIDATION])
-    _write(out / "test.jsonl", [row for row in _read(files.test) if row["answer"] not in YES_NO])
+    things = build_stamps(stamps, out / "stamps", test_share=STAMPS_TEST, seed=seed)
+    kinds = _read(things.align)
+    rng.shuffle(kinds)
+    learnt = (drawn[VALIDATION:], kinds[STAMPS_VALIDATION:])
+    pictures = {row["image"] for row in learnt[0]}
+    parts = {
+        "align": ([row for row in _read(Path(aligned.data.train[0].path)) if row["image"] in pictures], learnt[1]),
+        "train": learnt,
+        "validation": (drawn[:VALIDATION], kinds[:STAMPS_VALIDATION]),
+        "test": (
+            [row for row in _read(files.test) if row["answer"] not in YES_NO],
+            [row for row in _read(things.test) if row["text"] == CATEGORY],
+        ),
+    }
+    folders = {"shapes": images, "stamps": str(things.images)}
+    for part, sets in parts.items():
+        for name, rows in zip(folders, sets, strict=True):
+            _write(out / f"{name}_{part}.jsonl", rows)
+
+    def sources(part: str) -> list[SourceConfig]:
+        return [SourceConfig(path=str(out / f"{name}_{part}.jsonl"), image_folder=folders[name]) for name in folders]
+
+    first = replace(
+        aligned,
+        data=replace(aligned.data, train=sources("align")),
+        train=replace(aligned.train, output=str(out / "align"), steps=ALIGN_STEPS, zero="none"),
+        track=replace(aligned.track, trackers=[]),
+    )
+    (out / "align.yaml").write_text(first.to_yaml(), encoding="utf-8")
+
     recipe = write_recipe(
         "visual_small", out / "recipe.yaml",
         {
@@ -62,12 +101,12 @@ def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
             "model.vision.name": tuned.model.vision.name,
             "model.vision.image_size": tuned.model.vision.image_size,
             "model.vision.feature_layer": tuned.model.vision.feature_layer,
-            "model.projector.weights": tuned.model.projector.weights,
-            "data.train": [{"path": str(out / "train.jsonl"), "image_folder": images}],
-            "data.validation": [{"path": str(out / "validation.jsonl"), "image_folder": images}],
+            "model.projector.weights": str(out / "align" / f"checkpoint-{ALIGN_STEPS:06d}" / "projector.safetensors"),
+            "data.train": [asdict(source) for source in sources("train")],
+            "data.validation": [asdict(source) for source in sources("validation")],
         },
     )  # fmt: skip
-    return recipe, f"llava:{out / 'test.jsonl'}@{images}"
+    return recipe, ",".join(f"llava:{out / f'{name}_test.jsonl'}@{folders[name]}" for name in folders)
 
 
 def without_yes_no(record: dict[str, Any]) -> dict[str, Any]:
@@ -93,14 +132,17 @@ def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Write the data and the recipe; print the command."""
+    """Write the data and the recipes; print the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("quickstart", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    recipe, task = build(options.quickstart.resolve(), options.out.resolve())
+    from mm_moslora.quickstart import model_assets
+
+    recipe, tasks = build(options.quickstart.resolve(), model_assets.stamps(None, print), options.out.resolve())
+    print(f"mm-moslora train {recipe.with_name('align.yaml')}")
     print(
-        f"mm-moslora compare {recipe} --arms {ARMS} --lr 2.5e-4,5e-4,1e-3 --seeds 4 --tasks {task} "
+        f"mm-moslora compare {recipe} --arms {ARMS} --lr 5e-4,1e-3,2e-3 --seeds 3 --tasks {tasks} "
         f"--max-new-tokens 6 --batch-size 64 --output {options.out.resolve() / 'compare'}"
     )
     return 0

@@ -6,12 +6,13 @@ import importlib.util
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from types import ModuleType
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
 from mm_moslora.config import load_recipe
@@ -82,46 +83,60 @@ def test_the_full_set_leaves_the_prompt_to_the_chat_template(commonsense, tmp_pa
     assert answer == "the correct answer is true"
 
 
-def test_the_visual_experiment_takes_conversations_of_a_quickstart_and_held_out_questions(visual, tmp_path: Path):
+def test_the_visual_experiment_takes_two_sets_of_pictures_and_held_out_questions(visual, tmp_path: Path):
     quickstart = tmp_path / "quickstart"
-    (quickstart / "data").mkdir(parents=True)
-    (quickstart / "tune").mkdir()
-    taught = quickstart / "data" / "train.jsonl"
+    for stage in ("data", "align", "tune"):
+        (quickstart / stage).mkdir(parents=True)
     said = ("<image>\nis it red?", "no", "what is it?", "circle", "is it blue?", "yes", "what color is it?", "blue")
     turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]
-    lines = [json.dumps({"id": str(n), "image": f"{n}.png", "conversations": turns}) for n in range(700)]
-    lines.append(json.dumps({"id": "yes-no", "image": "0.png", "conversations": turns[:2]}))
-    taught.write_text("\n".join(lines))
+    taught = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(700)]
+    taught.append({"id": "yes-no", "image": "0.png", "conversations": turns[:2]})
+    described = [{**row, "conversations": turns[:2]} for row in taught[:-1]]
     for half, count in (("train", 10), ("test", 900)):
         asked = [["what color is the shape?", "blue", n] for n in range(count)]
         asked += [["what shape is shown?", "circle", n] for n in range(10)]
         asked += [[f"is there a {('circle', 'square')[n % 2]}?", ("no", "yes")[n % 2], n] for n in range(count)]
         (tmp_path / half).mkdir()
         (tmp_path / half / "questions.json").write_text(json.dumps(asked))
-    source = json.dumps([{"path": str(taught), "image_folder": str(tmp_path)}])
-    weights = str(quickstart / "align" / "projector.safetensors")
-    tuned = load_recipe("quickstart_tune", [f"data.train={source}", f"model.projector.weights={weights}"])
-    (quickstart / "tune" / "config.yaml").write_text(tuned.to_yaml())
-    path, task = visual.build(quickstart, tmp_path / "out")
-    recipe = load_recipe(path)
-    parts = [rows(Path(part[0].path)) for part in (recipe.data.train, recipe.data.validation)]
-    learnt, validated = ({row["id"] for row in part} for part in parts)
+    for stage, records in (("align", described), ("tune", taught)):
+        file = quickstart / "data" / f"{stage}.jsonl"
+        file.write_text("\n".join(map(json.dumps, records)))
+        source = json.dumps([{"path": str(file), "image_folder": str(tmp_path)}])
+        recipe = load_recipe(f"quickstart_{stage}", [f"data.train={source}"])
+        (quickstart / stage / "config.yaml").write_text(recipe.to_yaml())
+    stamps = stamps_folder(tmp_path / "stamps", kinds=("animals", "symbols", "vehicles"), each=90)
+    path, tasks = visual.build(quickstart, stamps, tmp_path / "out")
+    recipe, aligned = load_recipe(path), load_recipe(path.with_name("align.yaml"))
+
+    def names(sources) -> list[set[str]]:
+        return [{row["image"] for row in rows(Path(source.path))} for source in sources]
+
+    learnt, validated, first = names(recipe.data.train), names(recipe.data.validation), names(aligned.data.train)
+    assert learnt == first, "the projector sees the pictures that the arms learn from, and no others"
+    assert [len(part) for part in validated] == [visual.VALIDATION, visual.STAMPS_VALIDATION]
+    assert len(learnt[0]) == visual.TRAIN
     kept = ["<image>\nwhat is it?", "circle", "what color is it?", "blue"]
-    assert all([turn["value"] for turn in row["conversations"]] == kept for part in parts for row in part)
-    assert (len(learnt), len(validated), len(learnt & validated)) == (visual.TRAIN, visual.VALIDATION, 0)
-    assert recipe.model.projector.weights == weights
-    measured = rows(Path(task.removeprefix("llava:").split("@")[0]))
-    assert ({row["answer"] for row in measured}, len(measured)) == ({"blue", "circle"}, visual.TEST)
-    assert all(row["image"].startswith("test/") for row in measured)
+    shapes = rows(Path(recipe.data.train[0].path))
+    assert all([turn["value"] for turn in row["conversations"]] == kept for row in shapes)
+    assert recipe.model.projector.weights.startswith(aligned.train.output)
+    questions = [rows(Path(task.removeprefix("llava:").split("@")[0])) for task in tasks.split(",")]
+    assert ({row["answer"] for row in questions[0]}, len(questions[0])) == ({"blue", "circle"}, visual.TEST)
+    assert all(row["image"].startswith("test/") for row in questions[0])
+    assert {row["answer"] for row in questions[1]} == {"animal", "symbol", "vehicle"}
+    assert {row["text"] for row in questions[1]} == {"What kind of thing is this?"}
+    for part, other, asked in zip(learnt, validated, questions, strict=True):
+        assert not part & other
+        assert not (part | other) & {row["image"] for row in asked}
 
 
-def stamps_folder(folder: Path) -> Path:
+def stamps_folder(folder: Path, *, kinds: Sequence[str] = ("animals", "vehicles"), each: int = 30) -> Path:
     draw = random.Random(0)
-    for kind, number in [(kind, number) for kind in ("animals", "vehicles") for number in range(30)]:
-        picture = Image.new("RGBA", (20, 16), (0, 0, 0, 0))
-        ImageDraw.Draw(picture).ellipse((2, 2, 4 + draw.randrange(14), 13), fill=(draw.randrange(256), 90, 30, 255))
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        picture.save(folder / kind / f"{number}.png")
+    for kind in kinds:
+        (folder / kind).mkdir(parents=True)
+        for number in range(each):
+            blocks = Image.frombytes("RGB", (4, 4), draw.randbytes(48)).resize((20, 16), Image.Resampling.NEAREST)
+            blocks.convert("RGBA").save(folder / kind / f"{number}.png")
+            (folder / kind / f"{number}.txt").write_text("".join(draw.choices(ascii_lowercase, k=12)))
     return folder
 
 
