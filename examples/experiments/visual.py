@@ -3,8 +3,8 @@
 
     python examples/experiments/visual.py QUICKSTART OUT
 
-QUICKSTART is the folder of a `mm-moslora quickstart` (easy-VQA) whose first stage is over. Two sets of pictures are
-learnt together and measured apart:
+QUICKSTART is the folder of a `mm-moslora quickstart` (easy-VQA) that has begun its second stage. Two sets of pictures
+are learnt together and measured apart:
 
 - shapes: a part of the quickstart's conversations, and questions of easy-VQA's test half. Questions that are answered
   by yes or no are left out: they take most of the tokens, and half of them are right by chance;

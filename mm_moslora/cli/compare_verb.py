@@ -111,8 +111,7 @@ def compare(
         Analyse the finished runs and exit.
     """
     shared = load_recipe(recipe, override_items(overrides))
-    from mm_moslora.compare.arm_sizes import size_lines
-    from mm_moslora.compare.arms import parse_arms, split
+    from mm_moslora.compare.arms import parse_arms, size_lines, split
     from mm_moslora.compare.comparison_plan import LOSS, Settings
     from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive
     from mm_moslora.compare.comparison_text import plan_lines

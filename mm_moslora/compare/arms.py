@@ -2,7 +2,8 @@
 
 `lora`, `moslora:kaiming` and others are known. A suffix `@key=value` changes keys of the adapter (or any recipe key by
 its dotted name), so `moslora:orthogonal@rank=16` is an arm of a rank ablation. `peft:NAME` is a method of PEFT, and its
-suffixes may be options of the method: `peft:LORA@init_lora_weights=pissa`.
+suffixes may be options of the method: `peft:LORA@init_lora_weights=pissa`. `size_lines` counts what trains in each arm
+before anything runs.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mm_moslora.adapters.mixer import MIXER_INITS
+import torch
+
+from mm_moslora.adapters import what_fails
+from mm_moslora.adapters.mixer import MIXER_INITS, form_named
 from mm_moslora.adapters.peft_methods import method_named
+from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.strict_reading import parse_scalar, set_dotted
-from mm_moslora.models.trainable_parts import adapter_config
-from mm_moslora.utils.errors import ConfigError, suggestion
+from mm_moslora.models.meta_model import build_meta_model
+from mm_moslora.models.trainable_parts import adapter_config, method_config
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError, reason_of, suggestion
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
 PEFT = "peft:"
@@ -210,3 +216,55 @@ def _method(name: str) -> tuple[str, dict[str, Any], Collection[str]]:
         [*(f"{key} as {o}" for key, o in given.items()), "targets"]
     )
     return about + (f"; has no {', '.join(lacking)}" if lacking else ""), own, method.options
+
+
+def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]:
+    """A line per arm: what it is, its trainable parameters beside those of the reference, and what it cannot do.
+
+    Args:
+        arms: the comparison's.
+        recipe: the recipe that all arms share.
+        reference: name of the reference arm.
+    """
+    sizes = {arm.name: _size(arm.apply(recipe)) for arm in arms}
+    own = sizes[reference].trained
+    lines = []
+    for arm in arms:
+        size = sizes[arm.name]
+        if size.trained is None:
+            said = [f"trainable parameters not counted ({size.limits[0]})", *size.limits[1:]]
+        else:
+            count = f"{size.trained:,} trainable parameters"
+            if own and arm.name != reference:
+                count += f", {size.trained / own:.3g} times those of {reference}"
+            said = [count, *size.limits]
+        lines.append(f"  {arm.name}: {'; '.join([arm.about, *said])}")
+    return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    trained: int | None
+    """Trainable parameters; None where they cannot be counted, for the first reason of `limits`."""
+    limits: list[str]
+
+
+def _size(recipe: Recipe) -> _Size:
+    limits, bias = [], False
+    try:
+        found = build_meta_model(recipe.model, recipe.adapter)
+    except (MoSLoRAError, OSError, ValueError) as error:
+        trained = None
+        limits.append(reason_of(error))
+    else:
+        trained = sum(mine for _, mine in found.parameters().values())
+        bases = [layer.get_base_layer() for _, layer in adapted_layers(found.model)]
+        bias = all(getattr(base, "bias", None) is not None for base in bases)
+    if recipe.model.language_mode != "adapter":
+        return _Size(trained=trained, limits=limits)
+    if recipe.adapter.peft:
+        with torch.random.fork_rng(devices=[]):
+            limits += what_fails(method_config(recipe.adapter), bias=bias)
+    elif not form_named(recipe.adapter.mixer_form).fixed:
+        limits.append("cannot be merged (its mixers depend on their input), evaluated live")
+    return _Size(trained=trained, limits=limits)

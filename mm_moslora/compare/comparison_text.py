@@ -92,8 +92,8 @@ def _looks_sentence(plan: Mapping[str, Any]) -> str:
     looks = ", ".join(map(str, plan["looks"]["seeds"]))
     arms = ", ".join(f"{arm} after {seeds} seeds" for arm, seeds in plan.get("arms", {}).items())
     return (
-        f"Planned to show {100 * plan['points']:g} points, with looks after {looks} seeds; intervals and p-values hold "
-        f"for all looks together. {f'Decided earlier: {arms}. ' if arms else ''}{ended}"
+        f"Planned to show {100 * plan['points']:g} points, with looks after {looks} seeds; intervals and p-values at a "
+        f"look hold for all looks together. {f'Decided earlier: {arms}. ' if arms else ''}{ended}"
     )
 
 

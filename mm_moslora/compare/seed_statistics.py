@@ -4,9 +4,8 @@ The runs of one seed share the order of the data, and the start of A where the a
 by seed, and what moves all arms of a seed alike is no error of their differences.
 
 Shapes: an arm's scores on a task are ``K x N``, seeds by documents; NaN is a missing answer. Sources: Owen 2007
-(crossed random effects), Henderson 1953 (components by moments), Yates 1933 (blocks with missing runs), Miller 2024
-(2411.00640, clustered errors), Satterthwaite 1946 (degrees of freedom), Bancroft 1944 (pooling of variances after a
-test), Holm 1979.
+(crossed random effects), Henderson 1953 (components by moments), Miller 2024 (2411.00640, clustered errors),
+Satterthwaite 1946 (degrees of freedom), Holm 1979. The variance between runs: `run_variance`.
 """
 
 from __future__ import annotations
@@ -19,20 +18,17 @@ import numpy as np
 from mm_moslora_eval.scoring.error_bars import (
     alike_interval,
     alike_p_value,
-    f_upper_tail,
     t_quantile,
     t_two_sided,
 )
 from numpy.typing import NDArray
 
+from mm_moslora.compare.run_variance import ROUNDING, Runs, Spread, pooled, residual, variance_of_means
+
 Grid = NDArray[np.float64]
 Scores = Sequence[Sequence[float]]
 """``K x N``."""
 LEVEL, POWER = 0.95, 0.8
-_ROUNDING = 1e-24
-"""A variance of shares below this is rounding: all differences are equal."""
-_POOLED = 0.25
-"""An arm's variance between seeds is pooled unless it is above that of the other arms at this level (Bancroft 1944)."""
 _STEPS, _CLOSE = 200, 1e-12
 """Most alternating steps of the least squares, which converge at once without missing answers, and when they end."""
 
@@ -147,8 +143,8 @@ class Estimate:
 def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
     """The mean over seeds, documents and (with equal weight) tasks, with its error for new documents and new seeds."""
     tasks = _of_seeds(tasks, _seeds(tasks))
-    squares, degrees = _residual([_runs(tasks)], blocks=False)
-    return _estimate([tasks], [_Spread(squares=squares, degrees=degrees)], bounded=bounded)
+    squares, degrees = residual([_runs(tasks)], blocks=False)
+    return _estimate([tasks], [Spread(squares=squares, degrees=degrees)], bounded=bounded)
 
 
 def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
@@ -189,7 +185,7 @@ def differences(
     if not seeds:
         return {}
     runs = [_runs(_of_seeds(arms[name], both)) for name, both in seeds.items()]
-    own, *spreads = _pooled([_runs(_of_seeds(reference, _seeds(reference))), *runs])
+    own, *spreads = pooled([_runs(_of_seeds(reference, _seeds(reference))), *runs])
     return {
         name: _estimate([_of_seeds(arms[name], both), _of_seeds(reference, both)], [spread, own], bounded=bounded)
         for (name, both), spread in zip(seeds.items(), spreads, strict=True)
@@ -212,48 +208,6 @@ def _of_seeds(tasks: Mapping[str, TaskScores], seeds: set[int]) -> dict[str, Tas
     return {name: task.of(seeds) for name, task in tasks.items()}
 
 
-Runs = Mapping[int, float]
-"""Of an arm, by seed: how far the score of its run, on all tasks, is from the mean of its runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Spread:
-    """Variance between runs of an arm: of the score of one run, on all tasks."""
-
-    squares: float
-    """Sum of squares."""
-    degrees: int
-    """Degrees of freedom; 0 where it is unknown."""
-    pooled: bool = False
-    """Whether it is the mean over arms."""
-
-    @property
-    def variance(self) -> float:
-        """Of one run; 0 where it is unknown."""
-        return self.squares / max(1, self.degrees)
-
-
-def _by_seeds(spreads: Sequence[_Spread], seeds: int) -> tuple[float, float]:
-    """The variance of a sum of means over seeds, one of each spread, and its degrees of freedom (0: unknown).
-
-    The mean over arms holds the squares of an arm that has a variance of its own, too; sums of squares that are
-    independent are taken apart, and count once each.
-    """
-    alone = [spread for spread in spreads if not spread.pooled]
-    together = [spread for spread in spreads if spread.pooled]
-    of_each = len(together) / max(1, together[0].degrees) if together else 0.0  # a square's weight by the mean
-    parts = [(spread.variance + of_each * spread.squares, spread.degrees) for spread in alone]
-    if together:
-        rest = together[0].degrees - sum(spread.degrees for spread in alone)
-        squares = max(0.0, together[0].squares - sum(spread.squares for spread in alone))
-        parts.append((of_each * squares, rest))
-    variance = sum(part for part, _ in parts)
-    known = all(spread.degrees for spread in spreads)
-    squared = sum(part**2 / max(1, degrees) for part, degrees in parts)
-    degrees = variance**2 / squared if squared else float(sum(degrees for _, degrees in parts))
-    return variance / seeds, degrees if known else 0.0
-
-
 def _runs(tasks: Mapping[str, TaskScores]) -> Runs:
     """An arm's own, from all documents that it answered."""
     found: dict[int, float] = {}
@@ -261,36 +215,6 @@ def _runs(tasks: Mapping[str, TaskScores]) -> Runs:
         ((grid,), _) = _in_common([task], name)
         effects = _fit(grid).effects / len(tasks)
         found |= {number: found.get(number, 0.0) + part for number, part in zip(task.numbers, effects, strict=True)}
-    return found
-
-
-def _residual(arms: Sequence[Runs], *, blocks: bool = True) -> tuple[float, int]:
-    """Sum of squares of the runs around the effects of arms and, as blocks, of seeds, and its degrees of freedom."""
-    values = np.array([value for runs in arms for value in runs.values()])
-    effects = (
-        [("arm", place) for place, runs in enumerate(arms) for _ in runs],
-        [("seed", seed) for runs in arms for seed in runs],
-    )
-    columns = {name: place for place, name in enumerate({*effects[0], *effects[1]})}
-    design = np.zeros((len(values), len(columns)))
-    for names in effects if blocks else effects[:1]:
-        design[range(len(values)), [columns[name] for name in names]] = 1.0
-    fitted, _, rank, _ = np.linalg.lstsq(design, values)
-    return float(np.square(values - design @ fitted).sum()), len(values) - int(rank)
-
-
-def _pooled(arms: Sequence[Runs]) -> list[_Spread]:
-    """The variances between runs that differences take: the mean over arms, or an arm's own if it is larger."""
-    squares, degrees = _residual(arms)
-    pooled, found = _Spread(squares=squares, degrees=degrees, pooled=True), []
-    for place in range(len(arms)):
-        # What an arm adds to the squares of the others is independent of them.
-        rest, below = _residual([*arms[:place], *arms[place + 1 :]])
-        own = _Spread(squares=max(0.0, squares - rest), degrees=degrees - below)
-        ratio = own.variance * below / rest if rest > _ROUNDING else math.inf
-        tested = own.degrees and below and own.squares > _ROUNDING
-        alone = tested and f_upper_tail(ratio, own.degrees, below) < _POOLED
-        found.append(own if alone else pooled)
     return found
 
 
@@ -344,10 +268,10 @@ class _Stratum:
         return float(sums * groups / (groups - 1) * all_of_it / known)
 
 
-def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[_Spread], *, bounded: bool) -> Estimate:
+def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[Spread], *, bounded: bool) -> Estimate:
     value, strata, seeds = _strata(arms)
     documents = [stratum.by_documents() for stratum in strata]
-    by_documents, (by_seeds, run_degrees) = sum(documents), _by_seeds(spreads, seeds)
+    by_documents, (by_seeds, run_degrees) = sum(documents), variance_of_means(spreads, seeds)
     squares = sum(part**2 / max(1, of.groups - 1) for part, of in zip(documents, strata, strict=True))
     squares += by_seeds**2 / run_degrees if run_degrees else 0.0
     # Estimates of components may exceed the total; the error is never smaller than either source alone.
@@ -439,7 +363,7 @@ def _with_interval(
     value: float, variance: float, squares: float, by_documents: float, *, groups: Sequence[int], bounded: bool,
     run_degrees: float, components: Components, size: tuple[int, int],
 ) -> Estimate:  # fmt: skip
-    stderr = math.sqrt(variance) if variance > _ROUNDING else 0.0
+    stderr = math.sqrt(variance) if variance > ROUNDING else 0.0
     degrees = max(1.0, variance**2 / squares) if stderr else math.inf
     if not stderr and not bounded:
         stderr = math.nan  # unknown: nothing bounds the differences of other documents

@@ -254,6 +254,8 @@ def verdict_of_nats(row: Mapping[str, Any]) -> str:
         return "error unknown"
     if row["verdict"] in UNJUDGED:
         return str(row["verdict"])
+    if not found.get("run_degrees", 1):  # of older files, the row's seeds tell it
+        return "one seed"
     if found["p_corrected"] < SIGNIFICANT and (found["low"] > 0 or found["high"] < 0):
         return "more likely" if found["difference"] > 0 else "less likely"
     return "not shown"

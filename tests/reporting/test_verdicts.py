@@ -18,6 +18,7 @@ from mm_moslora.reporting.verdicts import (
     difference_of,
     judge_tuning,
     verdict_of_arms,
+    verdict_of_nats,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,15 @@ def test_arms_differ_only_above_their_controls():
     assert verdict_of_arms(ahead(), 0.01, **sure | {"runs": False}) == "one seed"
     assert verdict_of_arms(ahead(), 0.01, **sure | {"look": False}) == "between looks"
     assert verdict_of_arms(ahead(), 0.01, **sure | {"stand": False}) == "nothing follows"
+
+
+def test_likelihoods_whose_variance_between_runs_is_unknown_show_nothing():
+    """Scores may have several seeds where only one has log-likelihoods."""
+    nats = {"difference": 0.5, "low": 0.4, "high": 0.6, "p_corrected": 1e-6, "run_degrees": 8.0}
+    row = {"verdict": "not shown", "nats": {"own": nats}}
+    assert verdict_of_nats(row) == "more likely"
+    assert verdict_of_nats({**row, "nats": {"own": nats | {"run_degrees": 0.0}}}) == "one seed"
+    assert verdict_of_nats(row | {"verdict": "between looks"}) == "between looks"
 
 
 def test_an_arm_without_a_shown_difference_is_not_called_equal():
