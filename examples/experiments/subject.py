@@ -23,6 +23,7 @@ import json
 import logging
 import random
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moslora.adapters import MoSLoRAConfig, add_moslora, keep_orthonormal
+from mm_moslora.adapters import add_method, add_moslora, keep_orthonormal
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import (
@@ -52,7 +53,7 @@ from mm_moslora.compare.comparison_plan import (
 )
 from mm_moslora.config import AdapterConfig, ModelConfig, OptimConfig
 from mm_moslora.config import Recipe as TrainingRecipe
-from mm_moslora.models.trainable_parts import moslora_config
+from mm_moslora.models.trainable_parts import method_config, moslora_config
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.utils.progress_bar import Progress, format_seconds
 
@@ -66,8 +67,14 @@ Batch = tuple[Tensor, Tensor]
 """Pictures and their text."""
 
 
-def adapt(denoiser: nn.Module, config: MoSLoRAConfig) -> nn.Module:
+def adapt(denoiser: nn.Module, adapter: AdapterConfig) -> nn.Module:
     """Put the adapter of an arm into the UNet."""
+    if adapter.peft:
+        method = method_config(adapter)
+        method.task_type = None
+        return add_method(denoiser, method, targets=list(TARGETS)).model.train()
+    start = "gaussian" if adapter.factor_form in ("free", "mixed") else True  # as diffusers' scripts start A
+    config = moslora_config(adapter, task_type=None, init_lora_weights=start)
     return add_moslora(denoiser, config, targets=list(TARGETS)).train()
 
 
@@ -108,7 +115,10 @@ def train(
 class Plan:
     """How large the experiment is."""
 
-    arms: str = "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,stella,dora,rslora,lora-xs"
+    arms: str = (
+        "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,stella,dora,rslora,lora-xs,"
+        "peft:HIRA@r=4"
+    )
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     grow: int = 3
     """Rates by which an arm's grid may grow where its best is at an edge."""
@@ -191,7 +201,8 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
 
     about = SimpleNamespace(name=shared.name, to_yaml=lambda: yaml.safe_dump(_plain(plan), sort_keys=False))
     state: Any = SimpleNamespace(settings=settings, outcomes=outcomes, folder=out, recipe=about)
-    print(table(analyse(state, command=f"python examples/experiments/subject.py {out}")))
+    command = ["python", "examples/experiments/subject.py", str(out), "--arms", plan.arms, "--seeds", str(plan.seeds)]
+    print(table(analyse(state, command=shlex.join(command))))
     print(f"Page: {write_page(out / 'results.json', out / 'report.html')}")
     return 0 if finished else 75
 
@@ -269,12 +280,10 @@ class World:
         """Teach every subject with one arm, rate and seed; score the pictures that it makes then."""
         started = time.monotonic()
         recipe = cell.recipe(self.shared, place.parent.parent)
-        start = "gaussian" if recipe.adapter.factor_form in ("free", "mixed") else True
-        config = moslora_config(recipe.adapter, task_type=None, init_lora_weights=start)
         rows, losses, trainable, seconds = [], [], 0, 0.0
         for index in range(len(self.subjects)):
             torch.manual_seed(recipe.train.seed)
-            denoiser = adapt(copy.deepcopy(self.base), config)
+            denoiser = adapt(copy.deepcopy(self.base), recipe.adapter)
             trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
             begun = time.monotonic()
             batches = self._batches(index, recipe.train.seed)

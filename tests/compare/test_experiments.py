@@ -146,8 +146,8 @@ def test_the_subject_experiment_runs_stops_and_continues(subject, tmp_path: Path
     shape = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     ResNetModel(shape).save_pretrained(tmp_path / "encoder")
     plan = subject.Plan(
-        arms="lora,moslora:orthogonal", rates=(1e-2,), seeds=2, subjects=2, base_steps=2, steps=2, batch=4, pictures=2,
-        sampling_steps=2,
+        arms="lora,moslora:orthogonal,peft:MISS@r=4", rates=(1e-2,), seeds=2, subjects=2, base_steps=2, steps=2,
+        batch=4, pictures=2, sampling_steps=2,
     )  # fmt: skip
     out = tmp_path / "out"
     assert subject.run(plan, stamps, tmp_path / "encoder", out, limit_minutes=0.0) == 75
@@ -155,9 +155,9 @@ def test_the_subject_experiment_runs_stops_and_continues(subject, tmp_path: Path
     said = capsys.readouterr().out
     assert "Before tuning" in said
     results = json.loads((out / "results.json").read_text())
-    assert results["runs"] == {"over": 4, "planned": 4} | results["runs"]
-    lora, mixed = results["arms"]
-    assert mixed["cost"]["trainable"] > lora["cost"]["trainable"]
+    assert results["runs"] == {"over": 9, "planned": 9} | results["runs"]
+    lora, mixed, peft = results["arms"]
+    assert mixed["cost"]["trainable"] > lora["cost"]["trainable"] > peft["cost"]["trainable"] > 0
     assert [seed["status"] for seed in mixed["seeds"]] == ["ok", "ok"]
     capsys.readouterr()
     assert subject.run(plan, stamps, tmp_path / "encoder", out) == 0
