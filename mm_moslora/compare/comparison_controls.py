@@ -226,7 +226,7 @@ def columns_of(scores: Mapping[str, Any]) -> dict[str, list[str]]:
 def as_difference(estimate: Estimate, tasks: Sequence[TaskScores]) -> Difference:
     """An estimate in the form that verdicts take; graded scores need no least number of questions."""
     graded = any(score not in (-1.0, 0.0, 1.0) for task in tasks for row in task.scores for score in row)
-    groups = None if graded else estimate.groups
+    groups = None if graded else estimate.fewest
     return Difference(value=estimate.value, low=estimate.low, high=estimate.high, groups=groups)
 
 

@@ -303,6 +303,17 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(numbers_of(recipe), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def planned_for(settings: Settings) -> dict[str, Any]:
+    """Settings that must stay the same once looks are planned: other arms would be corrected otherwise, and other rates
+    be judged a second time."""
+    return {
+        "arms": [arm.name for arm in settings.arms],
+        "rates": list(settings.rates),
+        "tuning seeds": settings.tuning_seeds,
+        "further rates": settings.grow,
+    }
+
+
 def describe(settings: Settings) -> dict[str, Any]:
     """Settings that must stay the same when a comparison continues, as plain data."""
     return {

@@ -24,6 +24,7 @@ from mm_moslora.compare.comparison_plan import (
     describe,
     grid_of,
     hopeless_arms,
+    planned_for,
     reported_cells,
     run_count,
     tuning_cells,
@@ -98,15 +99,18 @@ class Comparison:
         """
         names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
         data = {name: comparison_cell.open_task(name, self.settings).load() for name in names if name != LOSS}
-        measured = {name: found.sha256 for name, found in data.items()}
+        measured, trained_on = {name: found.sha256 for name, found in data.items()}, self._trained_on()
         self.documents = sum(len(data[name].documents[: self.settings.limit]) for name in self.settings.tasks)
-        shared = {*self.settings.tasks} & {*self.settings.validation}
-        if shared and self.settings.tunes:
-            raise ConfigError(
-                f"{sorted(shared)[0]!r} is both a test task and the validation split: rates would be chosen on the "
-                "reported data. Give another file with --validation."
-            )
-        self._claim({**self._trained_on(), **measured})
+        if self.settings.tunes:
+            choosing = {measured[name] for name in self.settings.validation if name != LOSS}
+            if LOSS in self.settings.validation:
+                choosing |= {content for name, content in trained_on.items() if name.startswith("data.validation ")}
+            if shared := sorted(name for name in self.settings.tasks if measured[name] in choosing):
+                raise ConfigError(
+                    f"{shared[0]!r} is both a test task and the validation split: rates would be chosen on the "
+                    "reported data. Give another file with --validation."
+                )
+        self._claim({**trained_on, **measured})
         state = read_state(self.folder)
         if state is not None:
             self._refuse_other_looks(state)
@@ -121,10 +125,19 @@ class Comparison:
                 f"{self.folder} was decided against {state.reference!r}, now the reference is "
                 f"{self.settings.reference_arm!r}. Give --reference {state.reference}, or choose another --output."
             )
-        if state.ended and self.settings.seeds > state.seeds:
+        most = state.seeds if state.ended else state.looks.seeds[-1]
+        if self.settings.seeds > most:
+            ended = f"ended after {most} seeds ({state.ended})" if state.ended else f"was planned for {most} seeds"
             raise ConfigError(
-                f"{self.folder} ended after {state.seeds} seeds ({state.ended}). More seeds would be looks that its "
-                f"error rates do not count. Give --seeds {state.seeds} or fewer, or choose another --output."
+                f"{self.folder} {ended}. More seeds would be looks that its error rates do not count. Give --seeds "
+                f"{most} or fewer, or choose another --output."
+            )
+        now = planned_for(self.settings)
+        if changed := [key for key, value in state.fixed.items() if value != now.get(key)]:
+            key = changed[0]
+            raise ConfigError(
+                f"{self.folder} was planned with --resolve for {key} {state.fixed[key]}, now they are {now[key]}. Its "
+                "error rates hold for that plan. Give what was planned, or choose another --output."
             )
 
     def _trained_on(self) -> dict[str, str]:

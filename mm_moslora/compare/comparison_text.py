@@ -67,27 +67,29 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
     shown = [row for row in results["comparisons"] if column in (None, row["task"])]
     verdicts += [{"mood": mood_of_arms(row), "text": arms_sentence(row)} for row in shown]
     remarks = []
-    if not results["comparisons"]:
+    measured = [arm["name"] for arm in results["arms"] if any(seed["status"] == "ok" for seed in arm["seeds"])]
+    if not results["comparisons"] and not (results["settings"]["reference"] in measured and len(measured) > 1):
         remarks.append("No comparison yet: the reference, or every other arm, has no measured run.")
     remarks += [text for row in shown if (text := nats_sentence(row))]
     remarks += [
         f"{task}: no likelihood: {reason}." for task, reason in results["settings"].get("no_likelihood", {}).items()
     ]
     for arm in results["arms"]:
-        remarks += _arm_sentences(arm, results)
+        remarks += _arm_sentences(arm, results, measured)
     remarks += [
         f"{failure['arm']} at learning rate {failure['rate']:g}, seed {failure['seed']}, {failure['status']}: "
         f"{failure['reason']}"
         for failure in results["failures"]
     ]
     if results.get("resolve"):
-        remarks.append(_looks_sentence(results["resolve"]))
+        remarks.append(looks_sentence(results["resolve"]))
     if results["settings"]["tuning_seeds"] == 0:
         remarks.append("The learning rate was not tuned: a difference between arms may come from it.")
     return {"verdicts": verdicts, "remarks": remarks, "says": [*(item["text"] for item in verdicts), *remarks]}
 
 
-def _looks_sentence(plan: Mapping[str, Any]) -> str:
+def looks_sentence(plan: Mapping[str, Any]) -> str:
+    """A plan of looks and where it stands, from `resolve` of the results."""
     ended = f"It ended: {plan['ended']}." if plan["ended"] else f"It goes on to {plan['seeds']} seeds."
     looks = ", ".join(map(str, plan["looks"]["seeds"]))
     arms = ", ".join(f"{arm} after {seeds} seeds" for arm, seeds in plan.get("arms", {}).items())
@@ -97,7 +99,7 @@ def _looks_sentence(plan: Mapping[str, Any]) -> str:
     )
 
 
-def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured: Sequence[str]) -> list[str]:
     lines = [f"{arm['name']}: {remark}" for remark in arm["remarks"]]
     grown = [rate for rate in arm["grid"] if rate not in results["settings"]["rates"]]
     if grown:
@@ -119,7 +121,7 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[s
     if arm["seeds"] and len(good) < wanted:
         lines.append(f"{arm['name']}: {len(good)} of {wanted} seeds were measured; the missing ones may be the worst.")
     compared = {results["settings"]["reference"], *(row["arm"] for row in results["comparisons"])}
-    if good and len(compared) > 1 and arm["name"] not in compared:
+    if good and results["settings"]["reference"] in measured and arm["name"] not in compared:
         lines.append(f"{arm['name']}: none of its seeds was measured with the reference; it is not compared.")
     worse = [s["seed"] for s in arm["seeds"] if (s["last_loss"] or 0) > (s["first_loss"] or math.inf)]
     if worse:
@@ -217,7 +219,10 @@ def nats_sentence(row: Mapping[str, Any]) -> str:
     left = f"; {found['left_out']} documents lack one and are left out" if found["left_out"] else ""
     match verdict_of_nats(row):
         case "error unknown":
-            return f"{subject}: {value} nats on every document, so the error is unknown{left}."
+            return (
+                f"{subject}: {value} nats; all documents differ alike, or are of one picture, so the error is "
+                f"unknown{left}."
+            )
         case "nothing follows":
             return (
                 f"{subject}: no conclusion from {value} nats [{interval}], since neither is above its controls{left}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ MOST = 2000
 def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
     """Split the recipe's records into training and validation; the split is written once and reused.
 
-    All records of a picture stay on one side, which depends on the picture's name alone. The split therefore does not
-    change with the seed or with the order of records.
+    All records with the same picture (or the same list of pictures) stay on one side, which depends on its name. The
+    split therefore does not change with the seed or with the order of records.
 
     Args:
         recipe: without validation sources.
@@ -51,11 +52,11 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
 
 def _split(path: Path, kept: Path, held: Path, *, share: float, most: int) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
-    counts = [0, 0]
+    counts, share = [0, 0], _capped(path, share, most)
     parts = [target.with_suffix(".part") for target in (kept, held)]
     with parts[0].open("w", encoding="utf-8") as rest, parts[1].open("w", encoding="utf-8") as out:
         for record in _records(path):
-            aside = counts[1] < most and _position(record) < share
+            aside = _position(record) < share
             (out if aside else rest).write(json.dumps(record, ensure_ascii=False) + "\n")
             counts[aside] += 1
     if not all(counts):
@@ -65,6 +66,12 @@ def _split(path: Path, kept: Path, held: Path, *, share: float, most: int) -> No
         )
     for part, target in zip(parts, (kept, held), strict=True):
         rename(part, target)
+
+
+def _capped(path: Path, share: float, most: int) -> float:
+    """The share, or a smaller one whose whole pictures hold at most so many records, and at least one picture."""
+    held = sorted(place for record in _records(path) if (place := _position(record)) < share)
+    return share if len(held) <= most else max(held[most], math.nextafter(held[0], 1.0))
 
 
 def _records(path: Path) -> Iterator[Any]:

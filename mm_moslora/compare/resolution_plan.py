@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from mm_moslora_eval.scoring.error_bars import t_quantile
+from mm_moslora_eval.scoring.error_bars import shown_by_t_test, t_quantile
 
 from mm_moslora.compare.comparison_analysis import analyse
-from mm_moslora.compare.comparison_plan import Settings, run_count
+from mm_moslora.compare.comparison_plan import Settings, planned_for, run_count
 from mm_moslora.compare.comparison_run import Comparison
+from mm_moslora.compare.comparison_text import looks_sentence
 from mm_moslora.compare.seed_statistics import POWER, Components
 from mm_moslora.compare.sequential_looks import OVERALL, Looks, LookState, planned_looks, read_state, write_state
 from mm_moslora.reporting.verdicts import SIGNIFICANT
@@ -92,11 +93,10 @@ class Planner:
         if not variance:
             return Size(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
         level = OVERALL if math.isinf(seeds) else self.looks(int(seeds), documents).level(int(seeds))
-        strict = t_quantile(1 - level / self.comparisons, degrees)
         error = math.sqrt(variance)
         return Size(
             seeds=seeds, documents=documents, half_width=t_quantile(1 - level, degrees) * error,
-            detectable=(strict + t_quantile(2 * POWER - 1, degrees)) * error,
+            detectable=shown_by_t_test(1 - level / self.comparisons, degrees, power=POWER) * error,
         )  # fmt: skip
 
     def _least_seeds(self, degrees: int) -> int:
@@ -206,17 +206,16 @@ class Resolution:
         self._comparison, self._points, self._step = comparison, points, step
 
     def lines(self) -> list[str]:
-        """The plan in sentences, from the pilot where it is over, with the time."""
+        """The plan in sentences, with the time: as fixed after the pilot, before that from the runs so far."""
         state, settings = read_state(self._comparison.folder), self._comparison.settings
+        if state is not None:
+            return [looks_sentence(asdict(state)), self._hours(state.seeds if state.ended else state.looks.seeds[-1])]
         rows = main_rows(analyse(self._comparison)) if self._comparison.outcomes else []
         components = mean_components(rows)
-        if state is not None and state.components:
-            components = Components(**state.components)
-        source = "from the pilot" if components is not None else (
+        source = "from the runs so far" if components is not None else (
             "before a pilot, assumed: runs of an arm spread by 2 points, answers as right and wrong ones usually do"
         )  # fmt: skip
-        first = state.looks.seeds[0] if state is not None else settings.seeds
-        planner = replace(self._planner(components or ASSUMED, first), independent=independent_share(rows))
+        planner = replace(self._planner(components or ASSUMED, settings.seeds), independent=independent_share(rows))
         found, lines = plan_resolution(planner, self._comparison.documents)
         lines = [f"--resolve {100 * self._points:g}, {source}: {lines[0]}", *lines[1:]]
         return [*lines, self._hours(int(found.seeds) if found is not None else settings.seeds)]
@@ -227,7 +226,7 @@ class Resolution:
         results, state = analyse(comparison), read_state(comparison.folder)
         if state is None:
             planned = plan_looks(self._planner(ASSUMED, settings.seeds), main_rows(results), comparison.documents)
-            state = replace(planned, reference=settings.reference_arm)
+            state = replace(planned, reference=settings.reference_arm, fixed=planned_for(settings))
             write_state(comparison.folder, state)
             results = analyse(comparison)  # with the level of the first look
         state = after_look(state, main_rows(results), settings.seeds)
@@ -272,7 +271,13 @@ def plan_looks(planner: Planner, rows: Rows, documents: int) -> LookState:
     first, components = planner.first, mean_components(rows)
     only = LookState(points=planner.points, seeds=first, looks=Looks((first,), (1.0,)), components={})
     if components is None:
-        return replace(only, ended="no answers of the pilot differ between arms, or an arm has fewer than two seeds")
+        several = any(row["run_degrees"] for row in rows)
+        why = (
+            "no answers of the pilot differ between arms"
+            if several
+            else "no arm has two measured seeds in common with the reference"
+        )
+        return replace(only, ended=why)
     only = replace(only, components=asdict(components))
     planner = replace(planner, components=components, independent=independent_share(rows))
     found, lines = plan_resolution(planner, documents)

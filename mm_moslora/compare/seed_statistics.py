@@ -4,8 +4,8 @@ The runs of one seed share the order of the data, and the start of A where the a
 by seed, and what moves all arms of a seed alike is no error of their differences.
 
 Shapes: an arm's scores on a task are ``K x N``, seeds by documents; NaN is a missing answer. Sources: Owen 2007
-(crossed random effects), Henderson 1953 (components by moments), Miller 2024 (2411.00640, clustered errors),
-Satterthwaite 1946 (degrees of freedom), Holm 1979. The variance between runs: `run_variance`.
+(crossed random effects), Henderson 1953 (components by moments), Bell and McCaffrey 2002 (clustered errors of few or
+uneven clusters), Satterthwaite 1946 (degrees of freedom), Holm 1979. The variance between runs: `run_variance`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from mm_moslora_eval.scoring.error_bars import (
     alike_interval,
     alike_p_value,
+    shown_by_t_test,
     t_quantile,
     t_two_sided,
 )
@@ -95,7 +96,7 @@ class Estimate:
     high: float
     """95 % interval."""
     groups: int
-    """Number of independent documents, over all tasks."""
+    """Number of independent documents, over all tasks; fewer than clusters where some are much larger."""
     fewest: int
     """Number of independent documents of the task with the fewest."""
     run_degrees: float
@@ -136,8 +137,7 @@ class Estimate:
         level = 1 - (1 - self.level) / comparisons
         if self.stderr == 0:  # all differences are equal; a rare other one may still exist
             return alike_interval(0.0, self.fewest, level=level)[1]
-        strict = t_quantile(level, self.degrees)
-        return (strict + t_quantile(2 * POWER - 1, self.degrees)) * self.stderr
+        return shown_by_t_test(level, self.degrees, power=POWER) * self.stderr
 
 
 def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
@@ -237,31 +237,35 @@ class _Stratum:
     """Tasks with documents of the same clusters, on other clusters than the rest; or one task."""
 
     deviations: Grid
-    """``N``: what each document brings to the deviation of the mean."""
+    """``N``: what each document brings to the deviation of the mean; larger by what its cluster itself moves the mean
+    of its task (Bell and McCaffrey 2002)."""
+    shares: Grid
+    """``N``: how much each document counts in the mean."""
     answers: Grid
     """``K x N``: what chance in each answer brings to it; 0 where an arm has one answer to a document."""
     weights: Grid
     """``2 x N``: how much of that variance a document has, and the same with 0 where `answers` does not know it."""
     clusters: NDArray[np.intp]
     """``N``, from 0 on."""
+    lone: bool
+    """Whether a task has one cluster, so that nothing shows how clusters differ."""
+    unseen: float
+    """Variance of the mean if one cluster differed by 1 in each task on which all documents are alike, or that has one
+    cluster."""
 
     @property
-    def groups(self) -> int:
-        """Number of clusters."""
-        return int(self.clusters.max()) + 1
+    def independent(self) -> float:
+        """The number of clusters of equal size with the same degrees of freedom: fewer than there are, if uneven."""
+        squares = np.square(np.bincount(self.clusters, self.shares))
+        return 1.0 if self.lone else float(squares.sum() ** 2 / np.square(squares).sum())
 
     def by_documents(self) -> float:
-        """Variance of the mean from its documents (Miller 2024, equation 4); 0 for one document."""
-        count = len(self.deviations)
-        if count < 2:
-            return 0.0
-        sums = np.bincount(self.clusters, self.deviations)
-        cross = float(np.square(sums).sum() - np.square(self.deviations).sum())
-        return max(0.0, float(np.square(self.deviations).sum()) * count / (count - 1) + cross)
+        """Variance of the mean from its documents, as far as they show it."""
+        return float(np.square(np.bincount(self.clusters, self.deviations)).sum())
 
     def by_answers(self) -> float:
         """Variance of the mean from single answers; 0 where no document has several, or all are of one cluster."""
-        (all_of_it, known), groups = self.weights.sum(axis=1), self.groups
+        (all_of_it, known), groups = self.weights.sum(axis=1), int(self.clusters.max()) + 1
         if groups < 2 or not known:
             return 0.0
         sums = np.square([np.bincount(self.clusters, row, groups) for row in self.answers]).sum()
@@ -270,17 +274,23 @@ class _Stratum:
 
 def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[Spread], *, bounded: bool) -> Estimate:
     value, strata, seeds = _strata(arms)
+    by_seeds, run_degrees = variance_of_means(spreads, seeds)
     documents = [stratum.by_documents() for stratum in strata]
-    by_documents, (by_seeds, run_degrees) = sum(documents), variance_of_means(spreads, seeds)
-    squares = sum(part**2 / max(1, of.groups - 1) for part, of in zip(documents, strata, strict=True))
+    if by_seeds + sum(documents) > ROUNDING:
+        unseen = [stratum.unseen if bounded else math.nan if stratum.lone else 0.0 for stratum in strata]
+        documents = [part + other for part, other in zip(documents, unseen, strict=True)]
+    unknown, independent = any(map(math.isnan, documents)), [stratum.independent for stratum in strata]
+    by_documents = 0.0 if unknown else sum(documents)
+    squares = sum(part**2 / max(1, groups - 1) for part, groups in zip(documents, independent, strict=True))
     squares += by_seeds**2 / run_degrees if run_degrees else 0.0
     # Estimates of components may exceed the total; the error is never smaller than either source alone.
     common = min(sum(stratum.by_answers() for stratum in strata), max(by_documents, by_seeds))
     alone = (max(0.0, by_documents - common), max(0.0, by_seeds - common))
     asked = sum(len(stratum.deviations) for stratum in strata)
-    groups = [stratum.groups for stratum in strata]
+    groups = [int(count + _CLOSE**0.5) for count in independent]
+    variance = math.nan if unknown else sum(alone) + common
     return _with_interval(
-        value, sum(alone) + common, squares, by_documents, groups=groups, bounded=bounded, run_degrees=run_degrees,
+        value, variance, squares, by_documents, groups=groups, bounded=bounded, run_degrees=run_degrees,
         components=Components(
             documents=alone[0] * asked, seeds=alone[1] * seeds, answers=common * asked * seeds
         ),
@@ -303,11 +313,20 @@ def _strata(arms: Sequence[Mapping[str, TaskScores]]) -> tuple[float, list[_Stra
         chance = (fits[0].brought - (fits[1].brought if len(fits) > 1 else 0.0)) * several
         value += float(means.mean()) / count
         weight = 1 / count / len(means)
+        numbers = np.array([of.setdefault(cluster, len(of)) for cluster in clusters])
+        sizes = np.bincount(numbers)
+        leverage = sizes[numbers] / len(means)  # of a document's cluster on the mean of the task
+        lone = bool(leverage[0] == 1)
+        deviations = 0.0 * means if lone else (means - means.mean()) * weight / np.sqrt(1 - leverage)
+        alike = np.square(deviations).sum() <= ROUNDING
         task = _Stratum(
-            deviations=(means - means.mean()) * weight,
+            deviations=deviations,
+            shares=np.full(len(means), weight),
+            lone=lone,
+            unseen=float(alike / count**2 / np.count_nonzero(sizes) ** 2),
             answers=chance * weight,
             weights=np.array([part, part * several]) * weight**2,
-            clusters=np.array([of.setdefault(cluster, len(of)) for cluster in clusters]),
+            clusters=numbers,
         )
         own, tasks = set(task.clusters.tolist()), [task]
         for part in [part for part in parts if part[0] & own]:
@@ -320,9 +339,12 @@ def _strata(arms: Sequence[Mapping[str, TaskScores]]) -> tuple[float, list[_Stra
 def _joined(tasks: Sequence[_Stratum]) -> _Stratum:
     return _Stratum(
         deviations=np.concatenate([task.deviations for task in tasks]),
+        shares=np.concatenate([task.shares for task in tasks]),
         answers=np.concatenate([task.answers for task in tasks], axis=1),
         weights=np.concatenate([task.weights for task in tasks], axis=1),
         clusters=np.unique(np.concatenate([task.clusters for task in tasks]), return_inverse=True)[1],
+        lone=any(task.lone for task in tasks),
+        unseen=sum(task.unseen for task in tasks),
     )
 
 
@@ -363,14 +385,14 @@ def _with_interval(
     value: float, variance: float, squares: float, by_documents: float, *, groups: Sequence[int], bounded: bool,
     run_degrees: float, components: Components, size: tuple[int, int],
 ) -> Estimate:  # fmt: skip
-    stderr = math.sqrt(variance) if variance > ROUNDING else 0.0
+    stderr = 0.0 if variance <= ROUNDING else math.sqrt(variance)
     degrees = max(1.0, variance**2 / squares) if stderr else math.inf
     if not stderr and not bounded:
         stderr = math.nan  # unknown: nothing bounds the differences of other documents
     low, high = _interval(value, stderr, degrees, groups=min(groups), level=LEVEL)
     return Estimate(
         value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=sum(groups), fewest=min(groups),
-        documents=min(1.0, by_documents / variance) if variance else 1.0, run_degrees=run_degrees,
+        documents=min(1.0, by_documents / variance) if variance > 0 else 1.0, run_degrees=run_degrees,
         components=components, size=size,
     )  # fmt: skip
 
@@ -383,7 +405,7 @@ def _interval(value: float, stderr: float, degrees: float, *, groups: int, level
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's corrected p-values, in the given order; NaN stays NaN and does not count."""
+    """Holm's corrected p-values, in the given order; NaN stays NaN and does not count (give 1 for one that does)."""
     order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])
     corrected, largest = [math.nan] * len(p_values), 0.0
     for rank, index in enumerate(order):

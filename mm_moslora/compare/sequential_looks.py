@@ -192,12 +192,11 @@ def judge(
         p_values = [one.p_value for one in found.values()]
     else:
         there = {name: one for name, one in found.items() if seeds[name] in looks.seeds}
-        p_values = [
-            looks.p_value(one.p_value, seeds[name]) if name in there else math.nan for name, one in found.items()
-        ]
+        p_values = [looks.p_value(one.p_value, seeds[name]) if name in there else 1.0 for name, one in found.items()]
         found |= {name: one.at_level(looks.level(seeds[name])) for name, one in there.items()}
+    judged = {name: looks is None or name in there for name in found}  # the others count in the correction
     return {
-        name: Judged(estimate=one, p_corrected=corrected, look=looks is None or name in there)
+        name: Judged(estimate=one, p_corrected=corrected if judged[name] else math.nan, look=judged[name])
         for (name, one), corrected in zip(found.items(), holm(p_values), strict=True)
     }
 
@@ -227,6 +226,8 @@ class LookState:
     """Seeds of the arms that were decided before the last look, and run no more."""
     reference: str = ""
     """The arm that the others were compared with; empty in files of earlier versions."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Settings that the error rates count on, see `comparison_plan.planned_for`; empty in files of earlier versions."""
 
 
 def read_state(folder: Path) -> LookState | None:

@@ -55,6 +55,10 @@ class World:
     tasks: int = 1
     common: float = 1.0
     """Standard deviation of what a seed does to all arms alike, in those of a run's own deviation."""
+    groups: int = 0
+    """Arms, the reference first, that share one effect of a seed; the others share another one. 0: no arms do."""
+    together: float = 2.0
+    """Standard deviation of these effects, in those of a run's own deviation."""
 
     @property
     def deviation(self) -> float:
@@ -87,7 +91,11 @@ class World:
     def draw(self, generator: np.random.Generator, seeds: int = MOST_SEEDS) -> list[dict[str, TaskScores]]:
         """Scores of all arms, the reference first."""
         parts = self.components
-        alike, *runs = generator.normal(0, math.sqrt(parts.seeds / 2), (self.rivals + 2, seeds, 1))
+        spread = math.sqrt(parts.seeds / 2)
+        alike, *runs = generator.normal(0, spread, (self.rivals + 2, seeds, 1))
+        if self.groups:
+            own = generator.normal(0, self.together * spread, (2, seeds, 1))
+            runs = [run + own[int(arm >= self.groups)] for arm, run in enumerate(runs)]
         arms: list[dict[str, TaskScores]] = [{} for _ in runs]
         for task in range(self.tasks):
             common = generator.normal(0, 1, DOCUMENTS)
@@ -169,8 +177,8 @@ def sequential(world: World, pilot: int, *, runs: int, seed: int = 0) -> dict[st
     }
 
 
-def coverage(world: World, seeds: int, *, runs: int, seed: int = 0) -> dict[str, float]:
-    """Coverage of the intervals with a fixed number of seeds, on average and of the least covered arm."""
+def intervals(world: World, seeds: int, *, runs: int, seed: int = 0) -> tuple[np.ndarray, float]:
+    """How often the interval of each rival holds with a fixed number of seeds, and the median half-width."""
     generator, held, widths = np.random.default_rng(seed), [], []
     for _ in range(runs):
         reference, *rivals = world.draw(generator, seeds)
@@ -178,8 +186,7 @@ def coverage(world: World, seeds: int, *, runs: int, seed: int = 0) -> dict[str,
         found = list(differences(arms, reference, bounded=world.binary).values())
         held.append([one.low <= 0 <= one.high for one in found])
         widths.append([one.half_width for one in found])
-    arms_held = np.mean(held, axis=0)
-    return {"held": float(arms_held.mean()), "least": float(arms_held.min()), "half_width": float(np.median(widths))}
+    return np.mean(held, axis=0), float(np.median(widths))
 
 
 def stopping_rows(runs: int) -> Iterator[dict[str, Any]]:
@@ -198,9 +205,19 @@ def coverage_rows(runs: int) -> Iterator[dict[str, Any]]:
         if tasks == 1 or wide is None:
             world = World(components=SETTINGS["seeds"], rivals=rivals, wide=wide, tasks=tasks)
             uneven = {None: "none", 0: "reference", 1: "an arm"}[wide]
-            yield {"seeds": seeds, "rivals": rivals, "uneven": uneven, "tasks": tasks} | coverage(
-                world, seeds, runs=runs
-            )
+            held, half_width = intervals(world, seeds, runs=runs)
+            found = {"held": float(held.mean()), "least": float(held.min()), "half_width": half_width}
+            yield {"seeds": seeds, "rivals": rivals, "uneven": uneven, "tasks": tasks} | found
+
+
+def group_rows(runs: int) -> Iterator[dict[str, Any]]:
+    """The same where a seed has an effect that some arms share, which the intervals do not model."""
+    for together, (arms, groups, seeds) in itertools.product((1.0, 2.0), ((8, 4, 5), (11, 8, 3), (11, 8, 5))):
+        world = World(components=SETTINGS["seeds"], rivals=arms - 1, groups=groups, together=together)
+        held, half_width = intervals(world, seeds, runs=runs)
+        inside, across = (float(part.mean()) for part in (held[: groups - 1], held[groups - 1 :]))
+        what = {"arms": arms, "share": groups, "times a run's": together, "seeds": seeds}
+        yield what | {"held, of the group": inside, "held, of the others": across, "half_width": half_width}
 
 
 COLUMNS = {
@@ -215,13 +232,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=400, help="comparisons of each row")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     given = parser.parse_args()
-    rows: dict[str, list[dict[str, Any]]] = {"stopping": [], "coverage": []}
-    for table, found in (("stopping", stopping_rows(given.runs)), ("coverage", coverage_rows(given.runs))):
+    rows: dict[str, list[dict[str, Any]]] = {"stopping": [], "coverage": [], "groups": []}
+    tables = ((stopping_rows, "stopping"), (coverage_rows, "coverage"), (group_rows, "groups"))
+    for found, table in ((rows_of(given.runs), table) for rows_of, table in tables):
         for row in found:
             rows[table].append(row)
             if not given.json:
                 names = [
-                    name for name in row if table == "coverage" or name in COLUMNS or not isinstance(row[name], float)
+                    name for name in row if table != "stopping" or name in COLUMNS or not isinstance(row[name], float)
                 ]
                 if len(rows[table]) == 1:
                     print(" | ".join(COLUMNS.get(name, name) for name in names))

@@ -20,6 +20,7 @@ from between import just_before
 from preloaded import Preloaded
 
 from mm_moslora import cli
+from mm_moslora.compare import holdout
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import metrics, read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import (
@@ -27,6 +28,7 @@ from mm_moslora.compare.comparison_plan import (
     Settings,
     choose_rates,
     grid_of,
+    planned_for,
     recipe_hash,
     reported_cells,
     run_count,
@@ -34,7 +36,8 @@ from mm_moslora.compare.comparison_plan import (
 )
 from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, short_names
 from mm_moslora.compare.process_pool import Ended, Pool, Slot, slots
-from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
+from mm_moslora.config import DataConfig, ModelConfig, Recipe, SourceConfig
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.reporting.comparison_page import write_page
 from mm_moslora.utils.errors import ConfigError
@@ -139,6 +142,25 @@ def test_validation_is_held_out_by_picture_and_never_trained_on(finished: Path):
     assert train
     assert validation
     assert not train & validation
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1000, 40), (25, 20), (5, 10)], ids=["all", "fewer", "one picture"])
+def test_the_most_that_is_held_out_is_of_whole_pictures(tmp_path: Path, monkeypatch, most: int, expected: int):
+    """Ten pictures with ten questions each, four of them in the share; the records of a picture are not together."""
+    monkeypatch.setattr(holdout, "MOST", most)
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps({"image": f"{i % 10}.png", "id": i}) + "\n" for i in range(100)))
+    shared = dataclasses.replace(RECIPE, data=DataConfig(train=[SourceConfig(path=str(file))]))
+    names = [json.loads(line)["image"] for line in file.read_text().splitlines()[:10]]
+    share = sorted(holdout._position({"image": name}) for name in names)[4]
+    split = holdout.with_holdout(shared, tmp_path / "split", share=share).data
+    kept, held = (
+        [json.loads(line) for line in Path(source.path).read_text().splitlines()]
+        for source in (*split.train, *split.validation)
+    )
+    assert len(held) == expected
+    assert len(kept) + len(held) == 100
+    assert not {record["image"] for record in kept} & {record["image"] for record in held}
 
 
 @pytest.mark.parametrize("changed", ["records", "other file", "questions", "share", "base"])
@@ -498,6 +520,8 @@ def test_arms_differ_only_in_the_keys_of_their_names():
         (["--tasks", "gqa_testdv"], "Did you mean"),
         (["--reference", "dora"], "is not an arm"),
         (["--lr", "1e-4,2e-4", "--validation", "SAME"], "chosen on the reported data"),
+        (["--lr", "1e-4,2e-4", "--validation", "COPY"], "chosen on the reported data"),
+        (["--lr", "1e-4,2e-4", "--data.validation", "RECORDS"], "chosen on the reported data"),
         (["--gpus-per-run", "2"], "accelerator"),
         (["--optim.lrr", "1"], "unknown key"),
     ],
@@ -505,14 +529,50 @@ def test_arms_differ_only_in_the_keys_of_their_names():
 def test_bad_input_is_one_line(arguments, message, recipe: Path, records: Path, tmp_path: Path, capsys):
     line = command(recipe, records, tmp_path / "out", rates="1e-3")
     task = line[line.index("--tasks") + 1]
+    file, images = task.removeprefix("llava:").split("@")
+    shutil.copy(file, tmp_path / "copy.jsonl")
+    known = {
+        "SAME": task,
+        "COPY": f"llava:{tmp_path / 'copy.jsonl'}@{images}",
+        "RECORDS": json.dumps([{"path": file, "image_folder": images}]),
+    }
     for key, value in zip(arguments[::2], arguments[1::2], strict=True):
-        value = task if value == "SAME" else value
+        value = known.get(value, value)
         if key in line:
             line[line.index(key) + 1] = value
         else:
             line += [key, value]
     assert cli.run(line) == 1
     assert re.search(re.escape(message), capsys.readouterr().err), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 20}, "was planned for 7 seeds"),
+        ({"arms": parse_arms("lora,dora", RECIPE)}, "planned with --resolve for arms ['lora', 'dora', 'tsm'], now"),
+        ({"arms": parse_arms("lora,dora,tsm,rslora", RECIPE)}, "planned with --resolve for arms"),
+        ({"rates": [1e-4, 2e-4]}, "planned with --resolve for rates [0.0001], now they are [0.0001, 0.0002]"),
+        ({"tuning_seeds": 2}, "planned with --resolve for tuning seeds"),
+        ({}, ""),
+        ({"seeds": 7}, ""),
+    ],
+    ids=["seeds", "fewer arms", "an arm", "a rate", "tuning seeds", "nothing", "the last look"],
+)
+def test_what_the_error_rates_of_looks_count_on_stays_the_same(tmp_path: Path, changes, message: str):
+    planned = Settings(arms=parse_arms("lora,dora,tsm", RECIPE), rates=[1e-4], seeds=3, tasks=["t"])
+    looks = Looks((5, 7), (0.7, 1.0))
+    state = LookState(
+        points=0.03, seeds=5, looks=looks, components={}, reference="lora", fixed=planned_for(planned),
+    )  # fmt: skip
+    write_state(tmp_path, state)
+    assert read_state(tmp_path) == state
+    comparison = Comparison(RECIPE, dataclasses.replace(planned, **changes), tmp_path, hold_out=0.1)
+    if not message:
+        comparison._refuse_other_looks(state)
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        comparison._refuse_other_looks(state)
 
 
 def test_a_folder_of_another_comparison_or_version_is_refused(recipe: Path, records: Path, tmp_path: Path, capsys):

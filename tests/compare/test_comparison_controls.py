@@ -20,6 +20,7 @@ from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse
 from mm_moslora.compare.comparison_controls import TaskAnswers, above_controls
 from mm_moslora.compare.comparison_plan import Outcome, Settings, choose_rates, reported_cells
+from mm_moslora.compare.comparison_text import says as sentences
 from mm_moslora.compare.comparison_text import table
 from mm_moslora.compare.seed_statistics import TaskScores
 from mm_moslora.config import ModelConfig, Recipe
@@ -175,6 +176,21 @@ def test_a_comparison_without_log_likelihoods_says_so(tmp_path: Path) -> None:
     del results["settings"]["no_likelihood"]
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert "nats against" not in write_page(tmp_path / "results.json", tmp_path / "report.html").read_text()
+
+
+def test_arms_without_a_common_seed_are_named(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (sees, sees_badly), controls=False)
+    results["comparisons"] = []
+    results["arms"][0]["seeds"][1]["status"] = results["arms"][1]["seeds"][0]["status"] = "failed"
+    said = sentences(results)["says"]
+    assert (
+        f"{results['arms'][1]['name']}: none of its seeds was measured with the reference; it is not compared." in said
+    )
+    assert not any("No comparison yet" in line for line in said)
+    results["arms"][0]["seeds"][0]["status"] = "failed"
+    said = sentences(results)["says"]
+    assert any("No comparison yet" in line for line in said)
+    assert not any("none of its seeds" in line for line in said)
 
 
 def test_runs_on_different_documents_are_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def runs(*means: float, documents: int = 50, seeds=()) -> dict[str, TaskScores]:
 
 def test_two_arms_without_variance_between_documents_are_a_paired_t_test_of_seeds():
     ours_a, ours_b = (0.50, 0.58, 0.54, 0.51), (0.40, 0.46, 0.49, 0.40)
-    ours = difference(runs(*ours_a), runs(*ours_b))
+    ours = difference(runs(*ours_a), runs(*ours_b), bounded=False)
     scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed (extra dev)")
     theirs = scipy.ttest_rel(ours_a, ours_b)
     assert (ours.p_value, ours.degrees) == pytest.approx((theirs.pvalue, 3))
@@ -43,7 +43,7 @@ def test_two_arms_without_variance_between_documents_are_a_paired_t_test_of_seed
 def test_several_arms_are_a_randomised_block_design():
     """The residual of arms and seeds, worked by hand: the difference of two means has the variance 2 MS / K."""
     table = np.array([[0.50, 0.58, 0.54], [0.41, 0.48, 0.46], [0.61, 0.66, 0.65]])
-    found = differences({"b": runs(*table[1]), "c": runs(*table[2])}, runs(*table[0]))
+    found = differences({"b": runs(*table[1]), "c": runs(*table[2])}, runs(*table[0]), bounded=False)
     rest = table - table.mean(0) - table.mean(1)[:, None] + table.mean()
     square = np.square(rest).sum() / 4
     for one in found.values():
@@ -68,7 +68,8 @@ def test_the_variance_of_an_uneven_arm_is_one_source_of_error():
 
     rest = squares("b", "reference")
     own = squares(*tables) - rest
-    found = differences({name: runs(*tables[name]) for name in ("wide", "b")}, runs(*tables["reference"]))["wide"]
+    arms = {name: runs(*tables[name]) for name in ("wide", "b")}
+    found = differences(arms, runs(*tables["reference"]), bounded=False)["wide"]
     parts = (own / 2 + own / 4, rest / 4)  # its own variance, and its part and the rest of the mean over arms
     assert found.stderr**2 == pytest.approx(sum(parts) / 3)
     assert found.degrees == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 2))
@@ -132,7 +133,7 @@ def test_arms_are_compared_on_the_seeds_that_both_have():
     """A seed moves both arms by 0.3; the arm that lacks it is not blamed, whatever the order of the rows."""
     reference = runs(0.50, 0.82, 0.52, 0.81, seeds=[0, 1, 2, 3])
     arm = runs(0.83, 0.55, 0.60, seeds=[3, 0, 2])
-    found = difference(arm, reference)
+    found = difference(arm, reference, bounded=False)
     assert found.value == pytest.approx((0.02 + 0.05 + 0.08) / 3)
     assert found.size[0] == 3
     assert found.stderr == pytest.approx(0.03 / math.sqrt(3))
@@ -148,9 +149,59 @@ def test_a_decided_arm_lends_its_degrees_of_freedom():
     """The third arm has two of four seeds; its residual counts for the others."""
     generator = np.random.default_rng(3)
     tables = [runs(*(0.5 + generator.normal(0, 0.05, count))) for count in (4, 4, 2)]
-    both, alone = differences({"b": tables[1], "c": tables[2]}, tables[0]), difference(tables[1], tables[0])
+    both = differences({"b": tables[1], "c": tables[2]}, tables[0], bounded=False)
+    alone = difference(tables[1], tables[0], bounded=False)
     assert (both["b"].degrees, alone.degrees) == pytest.approx((4, 3))
     assert both["b"].value == pytest.approx(alone.value)
+
+
+def holds(clusters, *, tasks=1, rounds=400) -> float:
+    """How often the interval of one seed holds, where what documents of a cluster share decides."""
+    generator, found = np.random.default_rng(0), 0
+    for _ in range(rounds):
+        shared = generator.normal(0, 0.05, max(map(max, clusters)) + 1)
+        arm = {f"t{i}": scores([list(shared[list(of)])], list(of)) for i, of in enumerate(clusters)}
+        estimate = difference(arm, {name: scores([[0.0] * len(t.clusters)], t.clusters) for name, t in arm.items()})
+        found += estimate.low <= 0 <= estimate.high
+    return found / rounds
+
+
+@pytest.mark.parametrize(
+    "clusters",
+    [
+        [[index // 6 for index in range(18)]],
+        [[index // 6 for index in range(48)]],
+        [[0] * 90 + list(range(1, 31))],
+        [list(range(5)), list(range(300))],
+        [list(range(5)), list(range(300, 600))],
+    ],
+    ids=["3 even", "8 even", "one holds three quarters", "a few of many pictures", "few and many pictures"],
+)
+def test_few_and_uneven_clusters_keep_the_rate_of_their_intervals(clusters):
+    assert holds(clusters) > 0.93
+
+
+def test_a_task_that_cannot_show_its_error_shows_no_difference():
+    """Three documents, or one, that all differ by 1 say little of others, whatever another task knows."""
+    generator = np.random.default_rng(1)
+    for documents, pictures in ((1, 300), (3, 300), (1, 0), (3, 0)):
+        own = list(range(pictures, pictures + 300))
+        many = {name: scores((generator.random((3, 300)) < 0.5).astype(float), own) for name in ("arm", "reference")}
+        arm = {"few": scores([[1.0] * documents] * 3), "many": many["arm"]}
+        reference = {"few": scores([[0.0] * documents] * 3), "many": many["reference"]}
+        found = difference(arm, reference)
+        assert found.fewest < 10
+        assert found.low < 0.25
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_documents_of_one_picture_show_no_difference(bounded: bool):
+    generator = np.random.default_rng(2)
+    arm, reference = 0.6 + generator.normal(0, 0.02, (3, 20)), 0.5 + generator.normal(0, 0.02, (3, 20))
+    found = difference({"t": scores(arm, [0] * 20)}, {"t": scores(reference, [0] * 20)}, bounded=bounded)
+    assert not found.p_value < 0.5  # unknown without bounds
+    assert math.isnan(found.low) != bounded
+    assert found.components.documents >= 0
 
 
 def test_questions_on_one_picture_count_together():

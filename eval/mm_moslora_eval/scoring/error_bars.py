@@ -1,10 +1,12 @@
 """Error bars: standard errors, intervals, paired comparison, bootstrap, power. Pure Python, no scipy.
 
-Sources: Miller 2024 (2411.00640) for clustered errors and power; Wilson 1927 for proportions; McNemar 1947.
+Sources: Miller 2024 (2411.00640) for clustered errors and power, Bell and McCaffrey 2002 for errors of few clusters,
+Wilson 1927 for proportions, McNemar 1947.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections import defaultdict
@@ -15,6 +17,8 @@ from statistics import NormalDist
 from mm_moslora.reporting.verdicts import Difference
 
 _NORMAL = NormalDist()
+_CELLS, _MANY = 200, 1000.0
+"""Cells of a numerical integral, and degrees of freedom that count as infinitely many there."""
 _ROUNDING = 1e-12
 """A standard error below this value is a rounding error: all values are equal."""
 
@@ -58,6 +62,28 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
     variance = mean_stderr(values) ** 2 + cross / count**2
     # The sum may be negative by a rounding error when clusters cancel exactly.
     return math.sqrt(max(0.0, variance))
+
+
+def few_clusters_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float]:
+    """Standard error of the mean for a t-test, also of few clusters or of clusters of uneven size.
+
+    Args:
+        values: scores.
+        clusters: the cluster of each score.
+
+    Returns:
+        The error of Bell and McCaffrey 2002 (CR2), and the number of clusters of equal size that have the same degrees
+        of freedom; 0 and 1 where all scores are of one cluster.
+    """
+    centre, count = mean(values), len(values)
+    deviations: dict[Hashable, list[float]] = defaultdict(list)
+    for value, cluster in zip(values, clusters, strict=True):
+        deviations[cluster].append(value - centre)
+    sizes = [len(part) for part in deviations.values()]
+    if len(sizes) < 2:
+        return 0.0, 1.0
+    squares = math.fsum(math.fsum(part) ** 2 / (1 - len(part) / count) for part in deviations.values())
+    return math.sqrt(squares) / count, sum(size**2 for size in sizes) ** 2 / sum(size**4 for size in sizes)
 
 
 def normal_interval(centre: float, stderr: float, *, level: float = 0.95) -> tuple[float, float]:
@@ -138,6 +164,31 @@ def t_quantile(level: float, degrees: float) -> float:
     return at
 
 
+@functools.lru_cache(maxsize=4096)
+def shown_by_t_test(level: float, degrees: float, *, power: float = 0.8) -> float:
+    """The true value, in true standard errors, that a t-test shows so often (by the noncentral t, its near tail).
+
+    Args:
+        level: 1 - the two-sided level of the test.
+        degrees: degrees of freedom of the estimated standard error; infinite: it is known.
+        power: how often.
+    """
+    quantile = t_quantile(level, min(degrees, _MANY))
+    if degrees >= _MANY:
+        return quantile + _NORMAL.inv_cdf(power)
+    # The estimated error over the true one: a chi over the root of its degrees, in cells of equal width.
+    width = (1 + 10 / math.sqrt(degrees)) / _CELLS
+    ratios = [(cell + 0.5) * width for cell in range(_CELLS)]
+    logs = [(degrees - 1) * math.log(ratio) - degrees * ratio**2 / 2 for ratio in ratios]
+    weights = [math.exp(value - max(logs)) for value in logs]
+    low, high = 0.0, 2 * quantile + 10
+    for _ in range(30):
+        middle = (low + high) / 2
+        found = sum(w * _NORMAL.cdf(middle - quantile * ratio) for w, ratio in zip(weights, ratios, strict=True))
+        low, high = (middle, high) if found < power * sum(weights) else (low, middle)
+    return high
+
+
 @dataclass(frozen=True, kw_only=True)
 class Paired:
     """Run A against run B on the same samples; the difference is A - B."""
@@ -149,7 +200,7 @@ class Paired:
     high: float
     """95 % interval of the difference."""
     groups: int
-    """Number of independent samples: of clusters, if they were given."""
+    """Number of independent samples: of clusters, if they were given, fewer where some are much larger."""
     t: float
     p_value: float
     """Two-sided paired t-test, with the clustered error if clusters were given."""
@@ -176,12 +227,10 @@ def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashabl
     differences = [left - right for left, right in zip(a, b, strict=True)]
     count, centre = len(differences), mean(differences)
     wins, losses = sum(item > 0 for item in differences), sum(item < 0 for item in differences)
-    degrees = count - 1
-    stderr = mean_stderr(differences)
+    stderr, independent = mean_stderr(differences), float(count)
     if clusters is not None and count > 1:
-        stderr = clustered_stderr(differences, clusters)
-        degrees = max(1, len(set(clusters)) - 1)
-    groups = count if clusters is None else len(set(clusters))
+        stderr, independent = few_clusters_stderr(differences, clusters)
+    degrees, groups = max(1.0, independent - 1), math.floor(independent + 1e-6)
     if count < 2:
         t, p_value, low, high = math.nan, math.nan, math.nan, math.nan
     elif stderr < _ROUNDING:
@@ -231,7 +280,7 @@ def alike_p_value(difference: float, groups: int) -> float:
     return 1.0 if difference == 0 else sign_test(groups, 0)
 
 
-def _t_test(centre: float, stderr: float, degrees: int) -> tuple[float, float]:
+def _t_test(centre: float, stderr: float, degrees: float) -> tuple[float, float]:
     t = centre / stderr
     return t, t_two_sided(t, degrees)
 
