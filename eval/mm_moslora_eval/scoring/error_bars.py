@@ -17,7 +17,7 @@ from statistics import NormalDist
 from mm_moslora.reporting.verdicts import Difference
 
 _NORMAL = NormalDist()
-_CELLS, _MANY = 200, 1000.0
+_CELLS, _MANY = 120, 1000.0
 """Cells of a numerical integral, and degrees of freedom that count as infinitely many there."""
 _ROUNDING = 1e-12
 """A standard error below this value is a rounding error: all values are equal."""
@@ -182,7 +182,7 @@ def shown_by_t_test(level: float, degrees: float, *, power: float = 0.8) -> floa
     logs = [(degrees - 1) * math.log(ratio) - degrees * ratio**2 / 2 for ratio in ratios]
     weights = [math.exp(value - max(logs)) for value in logs]
     low, high = 0.0, 2 * quantile + 10
-    for _ in range(30):
+    for _ in range(18):
         middle = (low + high) / 2
         found = sum(w * _NORMAL.cdf(middle - quantile * ratio) for w, ratio in zip(weights, ratios, strict=True))
         low, high = (middle, high) if found < power * sum(weights) else (low, middle)
