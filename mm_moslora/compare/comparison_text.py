@@ -85,6 +85,8 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
         remarks.append(looks_sentence(results["resolve"]))
     if results["settings"]["tuning_seeds"] == 0:
         remarks.append("The learning rate was not tuned: a difference between arms may come from it.")
+    elif len(results["settings"]["rates"]) == 2:
+        remarks.append("Of two learning rates the best is always an edge of the grid; with three or more it grows.")
     return {"verdicts": verdicts, "remarks": remarks, "says": [*(item["text"] for item in verdicts), *remarks]}
 
 
@@ -147,7 +149,8 @@ def table(results: Mapping[str, Any]) -> str:
         "GiB",
     ]
     lines = _aligned(head, [_cells(arm, tasks, results) for arm in results["arms"]])
-    lines.append(f"Mean percent ± standard error over documents and seeds{_chosen_by(results)}.")
+    over = "documents and seeds" if results["settings"]["seeds"] > 1 else "documents"
+    lines.append(f"Mean percent ± standard error over {over}{_chosen_by(results)}.")
     lines += [f"{task} is {score}." for task, score in results["settings"].get("scores", {}).items()]
     lines += _nats_table(results)
     lines += ["", *control_lines(results)]
