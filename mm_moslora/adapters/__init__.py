@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, add_moslora, resolve_targets
+from mm_moslora.adapters.data_starts import Batches, reads_data
 from mm_moslora.adapters.folders.diffusers_saving import plain_pipeline_weights
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
@@ -39,6 +40,7 @@ __all__ = [
     "MIXER_FORMS",
     "MIXER_INITS",
     "AdaptedModule",
+    "Batches",
     "Layout",
     "Mixer",
     "MixerCallback",
@@ -71,6 +73,7 @@ __all__ = [
     "method_named",
     "one_product_per_step",
     "plain_pipeline_weights",
+    "reads_data",
     "reference_linear",
     "resolve_targets",
     "restore_method",

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
+from mm_moslora.adapters.data_starts import Batches, forget, read_after, read_before, reads_data, without_data
 from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, read_json
 from mm_moslora.adapters.merge_adapter import why_not_merged
 from mm_moslora.adapters.tree import adapted_layers, bare_name, base_model
@@ -35,13 +36,6 @@ from mm_moslora.utils.run_paths import writing
 
 _COMMON = {item.name for item in dataclasses.fields(peft.PeftConfig)} | {"target_modules"}
 """Fields of every configuration, which follow from the model and the recipe."""
-
-_DATA = {
-    "eva": "activations of the training data (initialize_lora_eva_weights)",
-    "corda": "covariances of activations (preprocess_corda)",
-    "lora_ga": "gradients of the training data (preprocess_loraga)",
-}
-"""Starts of LORA for which PEFT has functions that read data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +109,13 @@ def _stock_config(kind: peft.PeftType) -> type[peft.PeftConfig]:
     return peft.LoraConfig if kind is peft.PeftType.LORA else PEFT_TYPE_TO_CONFIG_MAPPING[kind]
 
 
+def _lora_starts() -> set[str]:
+    """The words for PEFT's starts of LORA."""
+    hint = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
+    words = [word for part in typing.get_args(hint) for word in typing.get_args(part)]
+    return {word for word in words if isinstance(word, str)}
+
+
 def method_named(name: str) -> Method:
     """A method by its name in PEFT's registry.
 
@@ -123,6 +124,11 @@ def method_named(name: str) -> Method:
     """
     known = {kind.value: kind for kind in PEFT_TYPE_TO_TUNER_MAPPING}
     kind = known.get(name.upper())
+    if kind is None and name.lower() in _lora_starts():
+        raise AdapterError(
+            f"{name} is a start of PEFT's LORA: write peft:LORA@init_lora_weights={name.lower()} (in a recipe, type: "
+            f"LORA and init_lora_weights: {name.lower()})."
+        )
     if kind is None:
         raise AdapterError(
             f"PEFT {peft.__version__} has no method {name!r}.{suggestion(name.upper(), known)} It has: "
@@ -148,11 +154,6 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
         raise AdapterError(
             f"adapter.peft.{idle[0]} adds to the loss what training here does not ask PEFT for. Leave it out."
         )
-    if reason := _DATA.get(str(options.get("init_lora_weights")).lower()):
-        raise AdapterError(
-            f"adapter.peft.init_lora_weights is {options['init_lora_weights']}, which needs {reason} before the first "
-            "step; training here does not compute them. Take pissa or olora, which need the weights alone."
-        )
     if options.get("bias", "none") != "none":
         raise AdapterError(
             f"adapter.peft.bias is {options['bias']}, which would train biases outside the adapted layers, too. Leave "
@@ -167,7 +168,8 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
     whole = {
         key: int(value) if float(value).is_integer() and key != "dropout" else value for key, value in given.items()
     }
-    with _explained(f"PEFT's {method.name} does not take these options"):
+    with _explained(f"PEFT's {method.name} does not take these options"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*_config` is not specified. Using default")
         return method.config(task_type="CAUSAL_LM", **(whole | dict(options)))
 
 
@@ -194,8 +196,9 @@ class AddedMethod:
 
 
 def add_method(
-    model: nn.Module, config: peft.PeftConfig, *, component: Sequence[str] = ("",), targets: str | Sequence[str]
-) -> AddedMethod:
+    model: nn.Module, config: peft.PeftConfig, *, component: Sequence[str] = ("",), targets: str | Sequence[str],
+    batches: Batches | None = None,
+) -> AddedMethod:  # fmt: skip
     """Put a method of PEFT into a model.
 
     Args:
@@ -203,6 +206,7 @@ def add_method(
         config: of `method_config`; not changed.
         component: module paths of the components to adapt.
         targets: see `resolve_targets`.
+        batches: samples for starts that read data (EVA, CorDA, LoRA-GA); None: PEFT's usual start instead.
 
     Raises:
         AdapterError: see `resolve_targets`; PEFT refuses the model, or a layer of it does not learn by itself.
@@ -213,13 +217,20 @@ def add_method(
     with _explained(f"PEFT's {name} does not fit this model"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         before = _rows(model, paths)
+        if batches is None:
+            own = without_data(own)
+        elif reads_data(own):
+            read_before(model, own, batches)
         wrapped = peft.get_peft_model(model, own, autocast_adapter_dtype=False)
+        forget(model)
         adapted = {path for path, _ in adapted_layers(wrapped)}
         if left := sorted(set(paths) - adapted):
             raise AdapterError(f"PEFT's {name} leaves out {left[0]}, a target. Name others with adapter.targets.")
         if before:
             _check_learning(model.get_submodule(paths[0]), name)
         same = all(map(torch.equal, before, _rows(model, paths)))
+        if batches is not None and reads_data(own):
+            read_after(wrapped, batches)
     start = {} if same else _tensors(wrapped, {})
     if start and not _is_difference(own, start):
         raise AdapterError(
@@ -295,7 +306,7 @@ def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor], start: Ma
         state: parameter name in the base model to full tensor, of all that trains; the rest is read from the model.
         start: of `AddedMethod`. Plain LoRA less its start is plain LoRA of twice the rank, which needs no other base.
     """
-    config: Any = copy.deepcopy(model.peft_config["default"])
+    config: Any = without_data(model.peft_config["default"])
     config.inference_mode = True
     tensors = _tensors(model, state)
     if _is_difference(config, start):

@@ -27,8 +27,9 @@ from mm_moslora.utils.run_paths import adapter_folder
 
 
 def attach_adapters(
-    assembly: Parts, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
-) -> peft.PeftModel | None:
+    assembly: Parts, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0,
+    batches: adapters.Batches | None = None,
+) -> peft.PeftModel | None:  # fmt: skip
     """Put the adapter into the components with the mode `adapter`, and set what trains everywhere else.
 
     Args:
@@ -36,6 +37,7 @@ def attach_adapters(
         config: the recipe's `model`.
         adapter: the recipe's `adapter`.
         seed: seeds the factors, so that every rank makes the same.
+        batches: samples, for a start that reads data (`reads_data`).
 
     Returns:
         The PEFT model, or None where no component carries adapters.
@@ -52,7 +54,11 @@ def attach_adapters(
             # a third of the step.
             if adapter.peft:
                 added = adapters.add_method(
-                    assembly.model, method_config(adapter), component=components, targets=adapter.targets
+                    assembly.model,
+                    method_config(adapter),
+                    component=components,
+                    targets=adapter.targets,
+                    batches=batches,
                 )
                 assembly.peft_model, assembly.adapter_start = added.model, added.start
                 assembly.changed |= bool(added.start)
@@ -73,6 +79,11 @@ def attach_adapters(
                 )
     _set_trainable(assembly, config)
     return assembly.peft_model
+
+
+def reads_data(adapter: AdapterConfig) -> bool:
+    """Whether the adapter's start needs samples of the training data (EVA, CorDA, LoRA-GA)."""
+    return bool(adapter.peft) and adapters.reads_data(method_config(adapter))
 
 
 def start_folder(adapter: AdapterConfig) -> Path:

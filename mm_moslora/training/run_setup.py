@@ -9,14 +9,16 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
@@ -24,6 +26,7 @@ from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import LoadBase, Parts, is_quantised, load_parts
+from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
@@ -42,7 +45,7 @@ from mm_moslora.models.projectors.projector_start import (
     inputs_of,
     last_layer,
 )
-from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table
+from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table, reads_data
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import image_features, is_multimodal, needs_padding
 from mm_moslora.training.engine import (
@@ -70,6 +73,8 @@ logger = logging.getLogger(__name__)
 
 PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
 """Numbers of pictures: few for the scale, more for the spread of every dimension, most for the fit to answers."""
+SAMPLES_TO_START = 256
+"""Samples for an adapter whose start reads data."""
 
 
 @contextmanager
@@ -162,16 +167,19 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None, load_base: LoadBa
     with distributed.failing_together("Loading the model"):  # under ZeRO-3 rank 0 alone reads its weights
         place = weights_place(recipe.train, quantised=is_quantised(model_start))
         assembly = (load_base or load_parts)(model_start, dtype=dtype_of(precision), device=place)
-        attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
+        if not (late := reads_data(adapter_start)):
+            attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
-    if distributed.is_main():
-        for line in trainable_table(assembly):
-            logger.info("%s", line)
     training_set = _data_set(recipe, assembly, validation=False)
     assert training_set is not None
     validation_set = _data_set(recipe, assembly, validation=True)
-    if checkpoint is None:
-        _start_projector(recipe.model.projector, assembly, training_set)
+    if checkpoint is None or late:
+        _start_projector(model_start.projector, assembly, training_set)
+    if late:
+        _start_from_data(assembly, recipe, adapter_start, training_set)
+    if distributed.is_main():
+        for line in trainable_table(assembly):
+            logger.info("%s", line)
     model = assembly.model.train()
     attention = AttentionChoice(name="")
     if not needs_padding(model):
@@ -303,6 +311,49 @@ def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool) -> TrainingS
         quarantine_path=Path(recipe.train.output) / name,
         on_progress=progress.of,
     )
+
+
+def _start_from_data(assembly: Parts, recipe: Recipe, adapter: AdapterConfig, data: TrainingSet) -> None:
+    """Add an adapter whose start reads samples of the training data; a resumed run reads the same again.
+
+    Every rank reads the same samples and then takes the values of rank 0.
+    """
+    model = assembly.model
+    if model.device.type != distributed.device().type:
+        cast(nn.Module, model).to(distributed.device())
+    if is_multimodal(model) and not assembly.is_pretrained_vlm:  # a new projector starts otherwise on every rank
+        for value in model.model.multi_modal_projector.parameters():
+            distributed.take_from_main(value.data)
+    with distributed.failing_together("Starting the adapter from data"):
+        batches = partial(_batches, model, data)
+        wrapped = attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed, batches=batches)
+    layers = [] if wrapped is None else [layer for _, layer in adapted_layers(wrapped)]
+    tensors = [value.data for layer in layers for value in cast(nn.Module, layer).parameters()]
+    shapes = distributed.gather_objects([tuple(value.shape) for value in tensors])
+    if any(other != shapes[0] for other in shapes):
+        raise TrainingError(
+            "The ranks start the adapter with other ranks of its layers, since their devices round otherwise. Set "
+            "adapter.peft.eva_config to {rho: 1.0}, which gives every layer the same rank."
+        )
+    for value in tensors:
+        distributed.take_from_main(value)
+    assembly.adapter_start = distributed.from_main(assembly.adapter_start)
+
+
+def _batches(model: PreTrainedModel, data: TrainingSet, size: int) -> list[dict[str, Any]]:
+    """Samples that are spread over the training data, as keyword arguments of the model with labels."""
+    count = min(len(data), SAMPLES_TO_START)
+    progress = Progress("read samples for the adapter", count)
+    examples = []
+    for place in range(count):
+        if (example := data[len(data) * place // count]) is not None:
+            examples.append(example)
+        progress.update(place + 1)
+    if not examples:
+        raise TrainingError("The adapter's start reads samples of the training data, and none of them can be used.")
+    collate = PaddedCollator(model=model)
+    batches = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+    return [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
 
 
 @torch.no_grad()

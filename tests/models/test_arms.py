@@ -23,9 +23,19 @@ SMALL = {
     "WAVEFT": "@n_frequency=64", "OFT": "@oft_block_size=16", "FROD": "@progressbar=false",
 }  # fmt: skip
 """Options for methods whose defaults suppose wide layers."""
-LORA = ("init_lora_weights=pissa_niter_2", "init_lora_weights=olora@use_rslora=true", "use_dora=true")
+LORA = (
+    "init_lora_weights=pissa_niter_2", "init_lora_weights=olora@use_rslora=true", "use_dora=true",
+    "init_lora_weights=eva", "init_lora_weights=corda", "init_lora_weights=lora_ga",
+)  # fmt: skip
 NOT_MERGED = {"peft:BEFT", "peft:LILY"}
 IDS = torch.arange(12)[None]
+
+
+def batches(size: int) -> list[dict[str, torch.Tensor]]:
+    """Samples for starts that read data."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(64, (32, 12), generator=generator).split(size)
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in drawn]
 
 
 def recipe(**adapter: Any) -> Recipe:
@@ -57,7 +67,7 @@ def base() -> t.LlamaForCausalLM:
 @pytest.mark.parametrize("name", names())
 def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_path: Any, name: str) -> None:
     given, parts = arm(name).apply(recipe()), Parts(model=copy.deepcopy(base))
-    wrapped = attach_adapters(parts, given.model, given.adapter)
+    wrapped = attach_adapters(parts, given.model, given.adapter, batches=batches)
     assert wrapped is not None
     trained = {key: parameter for key, parameter in parts.model.named_parameters() if parameter.requires_grad}
     assert all(map(adapters.is_adapter_parameter, trained))
@@ -99,7 +109,8 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
         ("peft:HIRA@mixer_form=diagonal", r"adapter.mixer_form would have no effect on PEFT's HIRA"),
         ("peft:PREFIX_TUNING", r"it learns what stands before the input"),
         ("peft:ADALORA", r"PEFT's own forward pass around the model"),
-        ("peft:LORA@init_lora_weights=eva", r"activations of the training data"),
+        ("peft:EVA", r"EVA is a start of PEFT's LORA: write peft:LORA@init_lora_weights=eva"),
+        ("peft:PiSSA", r"write peft:LORA@init_lora_weights=pissa"),
         ("peft:LORA@kasa_config={}", r"adds to the loss"),
         ("peft:VBLORA@vector_length=16@save_only_topk_weights=true", r"training cannot go on"),
         ("peft:LORA@bias=all", r"would train biases outside the adapted layers"),
@@ -128,6 +139,38 @@ def test_layers_that_peft_refuses_are_one_error(base: t.LlamaForCausalLM) -> Non
         given = arm(name).apply(recipe())
         with pytest.raises(MoSLoRAError, match=said):
             attach_adapters(Parts(model=copy.deepcopy(base)), given.model, given.adapter)
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+def test_a_start_from_data_is_pefts_and_the_model_is_as_it_was(base: t.LlamaForCausalLM, start: str) -> None:
+    """The start is another one than without samples, follows the samples, and leaves the base model's answers."""
+    given = arm(f"peft:LORA@init_lora_weights={start}").apply(recipe())
+
+    def made(of: Any) -> tuple[Parts, dict[str, torch.Tensor]]:
+        parts = Parts(model=copy.deepcopy(base))
+        assert attach_adapters(parts, given.model, given.adapter, batches=of) is not None
+        return parts, {name: value for name, value in parts.model.state_dict().items() if "lora_A" in name}
+
+    parts, read = made(batches)
+    again, plain = made(batches)[1], made(None)[1]
+    other = made(lambda size: [batch | {"input_ids": batch["input_ids"].flip(0) // 8} for batch in batches(size)])[1]
+    with torch.no_grad():
+        torch.testing.assert_close(parts.model(IDS).logits, base(IDS).logits, rtol=0, atol=1e-5)
+    assert all(map(torch.equal, read.values(), again.values()))
+    for different in (plain, other):
+        assert not all(map(torch.equal, read.values(), different.values()))
+    assert not any({"eigens", "_peft_loraga_grad"} & module.__dict__.keys() for module in parts.model.modules())
+    assert not any(p.grad is not None for p in parts.model.parameters())
+    trained = {name for name, value in parts.model.named_parameters() if value.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_eva_says_when_there_are_too_few_tokens(base: t.LlamaForCausalLM) -> None:
+    given = arm("peft:LORA@init_lora_weights=eva").apply(recipe(rank=16))
+    few = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    with pytest.raises(MoSLoRAError, match=r"not converged after 200 batches .* than 2 times the rank, 16"):
+        attach_adapters(Parts(model=copy.deepcopy(base)), given.model, given.adapter, batches=lambda size: [few])
 
 
 @pytest.mark.parametrize("name", ["peft:LORA", "peft:HIRA", "lora"])

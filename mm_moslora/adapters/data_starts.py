@@ -1,0 +1,107 @@
+"""Starts of PEFT's LORA that read training data before the first step: EVA, CorDA, LoRA-GA.
+
+PEFT's own functions compute them, from passes of the base model over some samples. Without samples, such a LORA starts
+like any other, which is enough to count what it trains and to load what it has learned.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import peft
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import Tensor, nn
+
+from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.progress_bar import Progress
+
+Batches = Callable[[int], Sequence[Mapping[str, Any]]]
+"""Samples of the training data in batches of a size: keyword arguments of the model, with labels."""
+
+_READ = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
+"""Starts that read data, and the options of their own."""
+_TOGETHER = 16
+"""Samples of a batch for EVA, which takes the supervised tokens of one at a time."""
+_PASSES, _LEAST = 20, 200
+"""Passes of EVA over the samples, and at least so many batches, until its directions must have converged."""
+
+
+def reads_data(config: peft.PeftConfig) -> bool:
+    """Whether an adapter's start needs samples."""
+    return isinstance(config, peft.LoraConfig) and config.init_lora_weights in _READ
+
+
+def without_data(config: peft.PeftConfig) -> peft.PeftConfig:
+    """The configuration with PEFT's usual start, also of what was started from data and has been trained."""
+    plain: Any = copy.deepcopy(config)
+    if reads_data(config):
+        plain.init_lora_weights = True
+        for option in _READ.values():
+            setattr(plain, option, None)
+    return cast(peft.PeftConfig, plain)
+
+
+def read_before(model: nn.Module, config: peft.PeftConfig, batches: Batches) -> None:
+    """What CorDA and LoRA-GA read before PEFT adds the layers, kept on the layers; see `forget`."""
+    lora: Any = config
+    training = model.training
+    if lora.init_lora_weights == "corda":
+        preprocess_corda(model, lora, run_model=lambda: _run(model, batches(1)))
+    elif lora.init_lora_weights == "lora_ga":
+        lora.lora_ga_config = lora.lora_ga_config or peft.LoraGAConfig()
+        preprocess_loraga(model, lora, train_step=lambda: _run(model, batches(1), backward=True))
+    model.train(training)
+
+
+def read_after(wrapped: peft.PeftModel, batches: Batches) -> None:
+    """What EVA reads once PEFT has added the layers; it may move rank from layer to layer.
+
+    Raises:
+        AdapterError: too few supervised tokens for the rank.
+    """
+    config: Any = wrapped.peft_config["default"]
+    if config.init_lora_weights != "eva":
+        return
+    found, count = batches(_TOGETHER), itertools.count(1)
+    most = max(_LEAST, _PASSES * len(found))
+    progress = Progress("find EVA's directions, at most", most, unit="batch")
+
+    def forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        progress.update(min(done := next(count), most))
+        if done > most:
+            raise AdapterError(
+                f"EVA's directions have not converged after {most} batches of {_TOGETHER} samples. A batch must have "
+                f"more supervised tokens than {config.eva_config.rho:g} times the rank, {config.r}. Lower the rank, or "
+                "set adapter.peft.eva_config to {use_label_mask: false}, which takes all tokens."
+            )
+        _loss(model, inputs)
+
+    initialize_lora_eva_weights(
+        wrapped, found, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
+    )
+
+
+def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, backward: bool = False) -> None:
+    progress = Progress("run the samples", len(batches), unit="batch")
+    for done, batch in enumerate(batches, start=1):
+        loss = _loss(model, batch)
+        if backward:
+            loss.backward()
+        progress.update(done)
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return cast(Tensor, model(**batch, use_cache=False).loss)
+
+
+def forget(model: nn.Module) -> None:
+    """Remove what `read_before` left on the layers."""
+    for module in model.modules():
+        for name in ("eigens", "_peft_loraga_grad"):
+            if name in module.__dict__:
+                delattr(module, name)
