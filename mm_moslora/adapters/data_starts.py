@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -54,7 +55,9 @@ def read_before(model: nn.Module, config: peft.PeftConfig, batches: Batches) -> 
         preprocess_corda(model, lora, run_model=lambda: _run(model, batches(1)))
     elif lora.init_lora_weights == "lora_ga":
         lora.lora_ga_config = lora.lora_ga_config or peft.LoraGAConfig()
-        preprocess_loraga(model, lora, train_step=lambda: _run(model, batches(1), backward=True))
+        with warnings.catch_warnings():  # PEFT counts gradients by hooks on layers whose input has none
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            preprocess_loraga(model, lora, train_step=lambda: _run(model, batches(1), backward=True))
     model.train(training)
 
 
@@ -69,7 +72,7 @@ def read_after(wrapped: peft.PeftModel, batches: Batches) -> None:
         return
     found, count = batches(_TOGETHER), itertools.count(1)
     most = max(_LEAST, _PASSES * len(found))
-    progress = Progress("find EVA's directions, at most", most, unit="batch")
+    progress = Progress("find EVA's directions, at most", most)
 
     def forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         progress.update(min(done := next(count), most))
@@ -87,7 +90,7 @@ def read_after(wrapped: peft.PeftModel, batches: Batches) -> None:
 
 
 def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, backward: bool = False) -> None:
-    progress = Progress("run the samples", len(batches), unit="batch")
+    progress = Progress("run the samples", len(batches), unit="sample")
     for done, batch in enumerate(batches, start=1):
         loss = _loss(model, batch)
         if backward:
