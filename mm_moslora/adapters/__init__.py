@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, add_moslora, resolve_targets
-from mm_moslora.adapters.data_starts import Batches, reads_data
 from mm_moslora.adapters.folders.diffusers_saving import plain_pipeline_weights
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
@@ -13,10 +12,8 @@ from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
-from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
-from mm_moslora.adapters.peft_methods import (
+from mm_moslora.adapters.methods.data_starts import Batches, reads_data
+from mm_moslora.adapters.methods.peft_methods import (
     add_method,
     load_method,
     method_config,
@@ -25,6 +22,9 @@ from mm_moslora.adapters.peft_methods import (
     take_method,
     what_fails,
 )
+from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_patches import patch_peft
 from mm_moslora.adapters.tree import base_fingerprint, is_adapter_parameter
 from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap

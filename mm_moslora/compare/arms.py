@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from mm_moslora.adapters import what_fails
+from mm_moslora.adapters.methods.peft_methods import method_named
 from mm_moslora.adapters.mixer import MIXER_INITS, form_named
-from mm_moslora.adapters.peft_methods import method_named
 from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.strict_reading import parse_scalar, set_dotted

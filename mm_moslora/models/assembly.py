@@ -77,7 +77,7 @@ class Parts:
     peft_model: peft.PeftModel | None = None
     """The PEFT view of `model`, once adapters are in."""
     adapter_start: dict[str, torch.Tensor] = field(default_factory=dict)
-    """See `adapters.peft_methods.AddedMethod`."""
+    """See `adapters.methods.peft_methods.AddedMethod`."""
     base: dict[str, Any] = field(default_factory=dict)
     """Where the base came from, for the adapter folder."""
     thinking: Thinking = "auto"

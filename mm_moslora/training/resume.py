@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
-from mm_moslora.adapters.peft_methods import restore_method
+from mm_moslora.adapters.methods.peft_methods import restore_method
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.models.model_paths import CONTENTS, base_fingerprints

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora import adapters
-from mm_moslora.adapters.peft_methods import TakenMethod
+from mm_moslora.adapters.methods.peft_methods import TakenMethod
 from mm_moslora.models.model_paths import CONTENTS
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
-from mm_moslora.adapters.data_starts import Batches, forget, read_after, read_before, reads_data, without_data
 from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, read_json
 from mm_moslora.adapters.merge_adapter import why_not_merged
+from mm_moslora.adapters.methods.data_starts import Batches, forget, read_after, read_before, reads_data, without_data
 from mm_moslora.adapters.tree import adapted_layers, bare_name, base_model
 from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
 from mm_moslora.utils.files import staging
