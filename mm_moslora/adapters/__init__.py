@@ -12,7 +12,7 @@ from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
-from mm_moslora.adapters.methods.data_starts import Batches, reads_data
+from mm_moslora.adapters.methods.data_starts import Samples, reads_data
 from mm_moslora.adapters.methods.peft_methods import (
     add_method,
     load_method,
@@ -40,7 +40,6 @@ __all__ = [
     "MIXER_FORMS",
     "MIXER_INITS",
     "AdaptedModule",
-    "Batches",
     "Layout",
     "Mixer",
     "MixerCallback",
@@ -49,6 +48,7 @@ __all__ = [
     "MoSLoRAConfig",
     "MoSLoRALayer",
     "MoSLoRALinear",
+    "Samples",
     "TakenAdapter",
     "adapted_modules",
     "add_method",

@@ -28,7 +28,7 @@ from mm_moslora.utils.run_paths import adapter_folder
 
 def attach_adapters(
     assembly: Parts, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0,
-    batches: adapters.Batches | None = None,
+    samples: adapters.Samples | None = None,
 ) -> peft.PeftModel | None:  # fmt: skip
     """Put the adapter into the components with the mode `adapter`, and set what trains everywhere else.
 
@@ -37,7 +37,7 @@ def attach_adapters(
         config: the recipe's `model`.
         adapter: the recipe's `adapter`.
         seed: seeds the factors, so that every rank makes the same.
-        batches: samples, for a start that reads data (`reads_data`).
+        samples: for a start that reads data (`reads_data`).
 
     Returns:
         The PEFT model, or None where no component carries adapters.
@@ -58,7 +58,7 @@ def attach_adapters(
                     method_config(adapter),
                     component=components,
                     targets=adapter.targets,
-                    batches=batches,
+                    samples=samples,
                 )
                 assembly.peft_model, assembly.adapter_start = added.model, added.start
                 assembly.changed |= bool(added.start)

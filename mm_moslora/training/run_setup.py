@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mm_moslora.adapters import Samples
 from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
@@ -325,8 +326,10 @@ def _start_from_data(assembly: Parts, recipe: Recipe, adapter: AdapterConfig, da
         for value in model.model.multi_modal_projector.parameters():
             distributed.take_from_main(value.data)
     with distributed.failing_together("Starting the adapter from data"):
-        batches = partial(_batches, model, data)
-        wrapped = attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed, batches=batches)
+        samples = Samples(
+            batches=partial(_batches, model, data), progress=lambda what, total: Progress(what, total).update
+        )
+        wrapped = attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed, samples=samples)
     layers = [] if wrapped is None else [layer for _, layer in adapted_layers(wrapped)]
     tensors = [value.data for layer in layers for value in cast(nn.Module, layer).parameters()]
     shapes = distributed.gather_objects([tuple(value.shape) for value in tensors])

@@ -11,6 +11,7 @@ import torch
 import transformers as t
 
 from mm_moslora import adapters
+from mm_moslora.adapters import Samples
 from mm_moslora.adapters.methods.peft_methods import method_names
 from mm_moslora.compare.arms import KNOWN, Arm, parse_arms, size_lines, split
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
@@ -67,7 +68,7 @@ def base() -> t.LlamaForCausalLM:
 @pytest.mark.parametrize("name", names())
 def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_path: Any, name: str) -> None:
     given, parts = arm(name).apply(recipe()), Parts(model=copy.deepcopy(base))
-    wrapped = attach_adapters(parts, given.model, given.adapter, batches=batches)
+    wrapped = attach_adapters(parts, given.model, given.adapter, samples=Samples(batches=batches))
     assert wrapped is not None
     trained = {key: parameter for key, parameter in parts.model.named_parameters() if parameter.requires_grad}
     assert all(map(adapters.is_adapter_parameter, trained))
@@ -148,7 +149,7 @@ def test_a_start_from_data_is_pefts_and_the_model_is_as_it_was(base: t.LlamaForC
 
     def made(of: Any) -> tuple[Parts, dict[str, torch.Tensor]]:
         parts = Parts(model=copy.deepcopy(base))
-        assert attach_adapters(parts, given.model, given.adapter, batches=of) is not None
+        assert attach_adapters(parts, given.model, given.adapter, samples=of and Samples(batches=of)) is not None
         return parts, {name: value for name, value in parts.model.state_dict().items() if "lora_A" in name}
 
     parts, read = made(batches)
@@ -168,9 +169,11 @@ def test_a_start_from_data_is_pefts_and_the_model_is_as_it_was(base: t.LlamaForC
 
 def test_eva_says_when_there_are_too_few_tokens(base: t.LlamaForCausalLM) -> None:
     given = arm("peft:LORA@init_lora_weights=eva").apply(recipe(rank=16))
-    few = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    few = Samples(batches=lambda size: [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}])
     with pytest.raises(MoSLoRAError, match=r"not converged after 200 batches .* than 2 times the rank, 16"):
-        attach_adapters(Parts(model=copy.deepcopy(base)), given.model, given.adapter, batches=lambda size: [few])
+        attach_adapters(
+            Parts(model=copy.deepcopy(base)), given.model, given.adapter, samples=Samples(batches=lambda size: [few])
+        )
 
 
 @pytest.mark.parametrize("name", ["peft:LORA", "peft:HIRA", "lora"])

@@ -10,6 +10,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import peft
@@ -19,10 +20,17 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.progress_bar import Progress
 
-Batches = Callable[[int], Sequence[Mapping[str, Any]]]
-"""Samples of the training data in batches of a size: keyword arguments of the model, with labels."""
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Samples of the training data."""
+
+    batches: Callable[[int], Sequence[Mapping[str, Any]]]
+    """In batches of a size: keyword arguments of the model, with labels."""
+    progress: Callable[[str, int], Callable[[int], Any]] = lambda what, total: lambda done: None
+    """Name and number of steps of a task -> what is called with the number of those that are done."""
+
 
 _READ = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
 """Starts that read data, and the options of their own."""
@@ -47,21 +55,21 @@ def without_data(config: peft.PeftConfig) -> peft.PeftConfig:
     return cast(peft.PeftConfig, plain)
 
 
-def read_before(model: nn.Module, config: peft.PeftConfig, batches: Batches) -> None:
+def read_before(model: nn.Module, config: peft.PeftConfig, samples: Samples) -> None:
     """What CorDA and LoRA-GA read before PEFT adds the layers, kept on the layers; see `forget`."""
     lora: Any = config
     training = model.training
     if lora.init_lora_weights == "corda":
-        preprocess_corda(model, lora, run_model=lambda: _run(model, batches(1)))
+        preprocess_corda(model, lora, run_model=lambda: _run(model, samples))
     elif lora.init_lora_weights == "lora_ga":
         lora.lora_ga_config = lora.lora_ga_config or peft.LoraGAConfig()
         with warnings.catch_warnings():  # PEFT counts gradients by hooks on layers whose input has none
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            preprocess_loraga(model, lora, train_step=lambda: _run(model, batches(1), backward=True))
+            preprocess_loraga(model, lora, train_step=lambda: _run(model, samples, backward=True))
     model.train(training)
 
 
-def read_after(wrapped: peft.PeftModel, batches: Batches) -> None:
+def read_after(wrapped: peft.PeftModel, samples: Samples) -> None:
     """What EVA reads once PEFT has added the layers; it may move rank from layer to layer.
 
     Raises:
@@ -70,12 +78,12 @@ def read_after(wrapped: peft.PeftModel, batches: Batches) -> None:
     config: Any = wrapped.peft_config["default"]
     if config.init_lora_weights != "eva":
         return
-    found, count = batches(_TOGETHER), itertools.count(1)
+    found, count = samples.batches(_TOGETHER), itertools.count(1)
     most = max(_LEAST, _PASSES * len(found))
-    progress = Progress("find EVA's directions, at most", most)
+    progress = samples.progress("find EVA's directions, at most", most)
 
     def forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        progress.update(min(done := next(count), most))
+        progress(min(done := next(count), most))
         if done > most:
             raise AdapterError(
                 f"EVA's directions have not converged after {most} batches of {_TOGETHER} samples. A batch must have "
@@ -89,13 +97,14 @@ def read_after(wrapped: peft.PeftModel, batches: Batches) -> None:
     )
 
 
-def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, backward: bool = False) -> None:
-    progress = Progress("run the samples", len(batches), unit="sample")
+def _run(model: nn.Module, samples: Samples, *, backward: bool = False) -> None:
+    batches = samples.batches(1)
+    progress = samples.progress("run the samples", len(batches))
     for done, batch in enumerate(batches, start=1):
         loss = _loss(model, batch)
         if backward:
             loss.backward()
-        progress.update(done)
+        progress(done)
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

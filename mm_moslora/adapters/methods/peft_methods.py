@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
 from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, read_json
 from mm_moslora.adapters.merge_adapter import why_not_merged
-from mm_moslora.adapters.methods.data_starts import Batches, forget, read_after, read_before, reads_data, without_data
+from mm_moslora.adapters.methods.data_starts import Samples, forget, read_after, read_before, reads_data, without_data
 from mm_moslora.adapters.tree import adapted_layers, bare_name, base_model
 from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
 from mm_moslora.utils.files import staging
@@ -197,7 +197,7 @@ class AddedMethod:
 
 def add_method(
     model: nn.Module, config: peft.PeftConfig, *, component: Sequence[str] = ("",), targets: str | Sequence[str],
-    batches: Batches | None = None,
+    samples: Samples | None = None,
 ) -> AddedMethod:  # fmt: skip
     """Put a method of PEFT into a model.
 
@@ -206,7 +206,7 @@ def add_method(
         config: of `method_config`; not changed.
         component: module paths of the components to adapt.
         targets: see `resolve_targets`.
-        batches: samples for starts that read data (EVA, CorDA, LoRA-GA); None: PEFT's usual start instead.
+        samples: for starts that read data (EVA, CorDA, LoRA-GA); None: PEFT's usual start instead.
 
     Raises:
         AdapterError: see `resolve_targets`; PEFT refuses the model, or a layer of it does not learn by itself.
@@ -217,10 +217,10 @@ def add_method(
     with _explained(f"PEFT's {name} does not fit this model"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         before = _rows(model, paths)
-        if batches is None:
+        if samples is None:
             own = without_data(own)
         elif reads_data(own):
-            read_before(model, own, batches)
+            read_before(model, own, samples)
         wrapped = peft.get_peft_model(model, own, autocast_adapter_dtype=False)
         forget(model)
         adapted = {path for path, _ in adapted_layers(wrapped)}
@@ -229,8 +229,8 @@ def add_method(
         if before:
             _check_learning(model.get_submodule(paths[0]), name)
         same = all(map(torch.equal, before, _rows(model, paths)))
-        if batches is not None and reads_data(own):
-            read_after(wrapped, batches)
+        if samples is not None and reads_data(own):
+            read_after(wrapped, samples)
     start = {} if same else _tensors(wrapped, {})
     if start and not _is_difference(own, start):
         raise AdapterError(
