@@ -171,9 +171,7 @@ def test_eva_says_when_there_are_too_few_tokens(base: t.LlamaForCausalLM) -> Non
     given = arm("peft:LORA@init_lora_weights=eva").apply(recipe(rank=16))
     few = Samples(batches=lambda size: [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}])
     with pytest.raises(MoSLoRAError, match=r"not converged after 200 batches .* than 2 times the rank, 16"):
-        attach_adapters(
-            Parts(model=copy.deepcopy(base)), given.model, given.adapter, samples=Samples(batches=lambda size: [few])
-        )
+        attach_adapters(Parts(model=copy.deepcopy(base)), given.model, given.adapter, samples=few)
 
 
 @pytest.mark.parametrize("name", ["peft:LORA", "peft:HIRA", "lora"])
