@@ -142,7 +142,7 @@ def main() -> int:
     recipe, tasks = build(options.quickstart.resolve(), model_assets.stamps(None, print), options.out.resolve())
     print(f"mm-moslora train {recipe.with_name('align.yaml')}")
     print(
-        f"mm-moslora compare {recipe} --arms {ARMS} --lr 5e-4,1e-3,2e-3 --seeds 3 --tasks {tasks} "
+        f"mm-moslora compare {recipe} --arms {ARMS} --lr 5e-4,1e-3,2e-3 --seeds 6 --tasks {tasks} "
         f"--max-new-tokens 6 --batch-size 64 --output {options.out.resolve() / 'compare'}"
     )
     return 0
