@@ -206,7 +206,7 @@ def main() -> int:
         print(f"{count} records. Now, with the test sets of LLM-Adapters in commonsense/:")
         print(
             f"mm-moslora compare {recipe} --arms lora,moslora:kaiming,moslora:orthogonal,dora --lr 5e-5,1e-4,3e-4 "
-            f"--seeds 6 --tasks {tasks} --output {out / 'compare'}"
+            f"--seeds 3 --tasks {tasks} --output {out / 'compare'}"
         )
         return 0
     from mm_moslora.quickstart import model_assets
@@ -223,7 +223,7 @@ def main() -> int:
     )  # fmt: skip
     tasks = ",".join(f"llava:{out / name}.jsonl" for name in SETS)
     print(
-        f"mm-moslora compare {recipe} --arms {ARMS} --lr 2e-3,4e-3,8e-3 --seeds 4 --tasks {tasks} "
+        f"mm-moslora compare {recipe} --arms {ARMS} --lr 2e-3,4e-3,8e-3 --seeds 6 --tasks {tasks} "
         f"--max-new-tokens 6 --batch-size 64 --output {out / 'compare'}"
     )
     return 0
