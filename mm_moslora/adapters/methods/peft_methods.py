@@ -191,8 +191,8 @@ class AddedMethod:
     model: peft.PeftModel
     """The PEFT model around the base model."""
     start: dict[str, Tensor]
-    """The adapter as it started, by names as in the folder, where PEFT took it out of the base weights (PiSSA, OLoRA);
-    else empty."""
+    """The adapter as it started, by names as in the folder, where PEFT took it out of the base weights (PiSSA, OLoRA,
+    CorDA, LoRA-GA); else empty."""
 
 
 def add_method(
@@ -401,8 +401,9 @@ def _check_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], fol
         again = start[other].float() @ start[name].float()
         if (kept - again).abs().max() > 1e-3 * kept.abs().max():
             raise AdapterError(
-                f"{name} starts otherwise here than in {folder}: this machine takes another start out of the base "
-                "weights. Go on where the run began, or start it anew."
+                f"{name} starts otherwise here than in {folder}: this machine, or changed training data that the start "
+                "reads, takes another start out of the base weights. Go on where the run began, with the same data, or "
+                "start it anew."
             )
 
 
