@@ -383,8 +383,12 @@ def test_svd_core_trains_the_mixer_alone_in_the_weights_leading_subspaces(tmp_pa
     torch.testing.assert_close(logits(model), logits(llama()), atol=1e-3, rtol=0)
     layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
     factors = layer.factors("default")
-    U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight)
-    torch.testing.assert_close(factors.B @ factors.A, (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-5, rtol=0)
+    # The authors decompose the transposed weight and keep its singular values with what the input meets first.
+    left, values, right = torch.linalg.svd(layer.get_base_layer().weight.T)
+    encoder, decoder = left[:, :4] @ torch.diag(values[:4]), right[:4]
+    torch.testing.assert_close(factors.A.T @ factors.B.T, encoder @ decoder, atol=1e-5, rtol=0)
+    torch.testing.assert_close(factors.A @ factors.A.T, encoder.T @ encoder, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(factors.B.T @ factors.B, torch.eye(4), atol=1e-5, rtol=0)
     model.set_adapter("default")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = _losses(model, optimizer, steps=4)
