@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.untrusted_data import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged; the text describes how.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = parse_json(path.read_text(encoding="utf-8"), constants=True)
     if not isinstance(data, kind):
         raise ValueError(f"it holds a {type(data).__name__}, expected a {kind.__name__}")
     return data

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -24,6 +23,7 @@ from mm_moslora.reporting.verdicts import between, own_pictures
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact_text
+from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_views import SAMPLES, run_of
@@ -58,7 +58,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     results = read_results(run)
     if not results:
         raise EvalError(f"{run} holds no results; expected a results.json. Run or score the evaluation first.")
-    data = json.loads(read_text(run / "results.json"))
+    data = parse_object(read_text(run / "results.json"), constants=True)
     tasks: dict[str, list[TaskResult]] = {}
     for name, result in zip(names_of(results), results, strict=True):
         tasks.setdefault(name, []).append(result)

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.config.strict_reading import build_strictly
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.untrusted_data import build_strictly
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import read_folder

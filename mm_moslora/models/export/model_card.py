@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mm_moslora.models.load_model import recipe_of
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.reporting.verdicts import SCORE_NAMES, score_text
 from mm_moslora.utils.errors import MoSLoRAError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.files import read_json, sha256_of
 from mm_moslora.utils.run_paths import BASE, MANIFEST, find_checkpoint
 
 _HASHED_BYTES = 2**33
@@ -97,7 +96,7 @@ def _of_an_adapter(model: str, base: str) -> str:
 
 
 def _training(checkpoint: Path, recipe: Recipe) -> str:
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(checkpoint / MANIFEST)
     counters = manifest["counters"]
     trained = sum(_product(shape) for shape in manifest["trainable"].values())
     adapter = recipe.adapter
@@ -140,7 +139,7 @@ def _results(checkpoint: Path) -> str:
     for name in sorted(glob.glob("**/results.json", root_dir=checkpoint.parent, recursive=True)):
         file = checkpoint.parent / name
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))["results"]
+            found = read_json(file)["results"]
         except (OSError, ValueError, KeyError, TypeError, MoSLoRAError):
             continue
         for item in found:

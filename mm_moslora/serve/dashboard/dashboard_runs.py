@@ -226,5 +226,8 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
 
 
 def _state(path: Path) -> dict[str, str | None]:
-    state = read_state(path)
+    try:
+        state = read_state(path)
+    except Exception as error:  # the other runs are shown
+        return {"state": "unreadable", "reason": f"{type(error).__name__}: {redact_text(str(error))}"}
     return {"state": state.name, "reason": state.reason or None}
