@@ -21,7 +21,7 @@ def parse_scalar(text: str) -> Any:
     try:
         value = parse_yaml_value(text) if text.strip() else ""
     except ConfigError as error:
-        raise ConfigError(f"{text[:200]!r} {error}") from error
+        raise ConfigError(f"{text[:200]!r} is no YAML value: it {error}") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         try:
             return float(value)

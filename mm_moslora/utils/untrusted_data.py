@@ -85,9 +85,9 @@ def parse_json(text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, con
         raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True) from error
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise StrictJsonError(f"is no valid JSON ({error.msg} at {line}column {error.colno})") from error
+        raise StrictJsonError(f"is not valid JSON ({error.msg} at {line}column {error.colno})") from error
     except ValueError as error:  # the hooks below
-        raise StrictJsonError(f"is no valid JSON ({error})") from error
+        raise StrictJsonError(f"is not valid JSON ({error})") from error
     if groups > max_depth and _too_deep(value, max_depth):
         raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True)
     return value

@@ -135,7 +135,10 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
-                reply = parse_json(response.read(MOST_REPLY_BYTES))
+                data = response.read(MOST_REPLY_BYTES)
+                if response.length:  # of the rest
+                    raise http.client.IncompleteRead(data, response.length)
+                reply = parse_json(data)
         except urllib.error.HTTPError as error:
             text = redact_text(error.read(2000).decode("utf-8", "replace")).strip()
             if error.code in _PASSING:

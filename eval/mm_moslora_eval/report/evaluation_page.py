@@ -23,6 +23,7 @@ from mm_moslora.reporting.verdicts import between, own_pictures
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact_text
+from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.run import provenance
@@ -37,7 +38,6 @@ MOST_INVOCATIONS = 10
 _THUMBNAIL = 176
 _LONGEST = 1200
 """Shown characters of a prompt or an answer; samples.jsonl contains the whole text."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _MODES = {
     "own": "own", "blind": "mean colour", "wrong": "another item's", "majority": "none (majority)",
     "question_majority": "none (per question)",
@@ -167,7 +167,7 @@ def _printable(value: Any) -> Any:
     if value is None:
         return ""
     if isinstance(value, str):
-        return redact_text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", value), keep_hashes=True)
+        return redact_text(visible(value), keep_hashes=True)
     return value
 
 
