@@ -23,7 +23,7 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import replace_text
 from mm_moslora.utils.redaction import redact
 from mm_moslora.utils.text_format import format_seconds
-from mm_moslora.utils.untrusted_data import parse_object
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 from mm_moslora.utils.untrusted_files import read_text
 
 FORMAT = 2
@@ -53,7 +53,10 @@ def read_results(results: Path) -> dict[str, Any]:
     """
     if not results.is_file():
         raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.")
-    data = parse_object(read_text(results), constants=True)
+    try:
+        data = parse_object(read_text(results), constants=True)
+    except StrictJsonError as error:
+        raise ConfigError(f"{results} {error}.") from error
     if data.get("format") != FORMAT:
         raise ConfigError(f"{results} has format {data.get('format')!r}, this version reads {FORMAT}.")
     return data

@@ -24,10 +24,8 @@ from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
-from mm_moslora.utils.untrusted_data import parse_object
-from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.answer_views import SAMPLES, run_of
+from mm_moslora_eval.run.answer_views import SAMPLES, read_json, run_of
 from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
 from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
@@ -58,7 +56,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     results = read_results(run)
     if not results:
         raise EvalError(f"{run} holds no results; expected a results.json. Run or score the evaluation first.")
-    data = parse_object(read_text(run / "results.json"), constants=True)
+    data = read_json(run / "results.json")
     tasks: dict[str, list[TaskResult]] = {}
     for name, result in zip(names_of(results), results, strict=True):
         tasks.setdefault(name, []).append(result)

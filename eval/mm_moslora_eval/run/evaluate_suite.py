@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.untrusted_data import parse_object
-from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, folder_of, read_lines, read_scored
+from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, folder_of, read_json, read_lines, read_scored
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import keep
@@ -277,7 +275,7 @@ def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _described(place: Path) -> dict[str, Any]:
     path = (place if place.is_dir() else place.parent) / TASK
-    return parse_object(read_text(path), constants=True) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _named(place: Path) -> str:

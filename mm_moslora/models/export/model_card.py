@@ -139,22 +139,22 @@ def _results(checkpoint: Path) -> str:
     for name in sorted(glob.glob("**/results.json", root_dir=checkpoint.parent, recursive=True)):
         file = checkpoint.parent / name
         try:
-            found = read_json(file)["results"]
-        except (OSError, ValueError, KeyError, TypeError, MoSLoRAError):
-            continue
-        for item in found:
-            if item["score"] is None:
-                continue
-            unit = SCORE_NAMES.get(item.get("about", {}).get("aggregation", "mean"), "")
-            mean, low, high = (
-                score_text(item[key], unit, named=key == "score").removesuffix(" %") for key in ("score", "low", "high")
-            )
-            part = item.get("about", {}).get("selection", {}).get("name", "all")
-            what = ", ".join([item["protocol"], item["mode"], *([part] if part != "all" else [])])
-            name = f"{file.parent.name}: {item['task']} ({what})"
-            if name in rows:  # the file of another data set has this name
-                name += f" [{str(item.get('about', {}).get('data', {}).get('sha256'))[:8]}]"
-            rows[name] = f"{mean} [{low}, {high}], n {item['n']}"
+            for item in read_json(file)["results"]:
+                if item["score"] is None:
+                    continue
+                unit = SCORE_NAMES.get(item.get("about", {}).get("aggregation", "mean"), "")
+                mean, low, high = (
+                    score_text(item[key], unit, named=key == "score").removesuffix(" %")
+                    for key in ("score", "low", "high")
+                )
+                part = item.get("about", {}).get("selection", {}).get("name", "all")
+                what = ", ".join([item["protocol"], item["mode"], *([part] if part != "all" else [])])
+                name = f"{file.parent.name}: {item['task']} ({what})"
+                if name in rows:  # the file of another data set has this name
+                    name += f" [{str(item.get('about', {}).get('data', {}).get('sha256'))[:8]}]"
+                rows[name] = f"{mean} [{low}, {high}], n {item['n']}"
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, MoSLoRAError):
+            continue  # of another release, or damaged
     return _table("Results (percent where no score is named; 95 % intervals)", rows) if rows else ""
 
 

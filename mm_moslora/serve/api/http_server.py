@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import ipaddress
 import json
@@ -61,43 +60,29 @@ def is_loopback(host: str) -> bool:
 
 
 def bound(host: str, port: int) -> list[socket.socket]:
-    """Sockets on all addresses of a host, taken before anything expensive is done; they do not listen yet.
+    """A socket on an address, taken before anything expensive is done; it does not listen yet.
 
     Args:
-        host: name or address.
+        host: name or address; of several addresses an IPv4 one is taken.
         port: 0 chooses a free one.
 
     Raises:
         ConfigError: the address is not of this machine, or the port is taken or not allowed.
     """
-    found: list[socket.socket] = []
-    fault: OSError | None = None
     try:
-        if not 0 <= port <= LARGEST_PORT:  # the system would take the rest of a division
+        if not 0 <= port <= LARGEST_PORT:  # the system would take the remainder of a division
             raise OverflowError(f"ports are 0 to {LARGEST_PORT}")
-        addresses = dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
+        known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(known, key=lambda item: item[0] != socket.AF_INET)
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise ConfigError(f"{host!r} with port {port} is no address ({error}). Correct --host or --port.") from error
-    for family, kind, protocol, _, address in addresses:
-        try:
-            one = socket.socket(family, kind, protocol)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            one.bind(address)
-            found.append(one)
-        except OSError as error:  # a name of this machine may have an address of a family that is switched off
-            fault = error
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                found = []
-                break
-    if not found:
-        reason = fault.strerror if fault else "no address"
         raise ConfigError(
-            f"Nothing can listen on {host}, port {port} ({reason}). End what uses the port, or choose another one with "
-            "--port; 0 takes a free one."
-        )
-    return found
+            f"Nothing can listen on {host}, port {port} ({getattr(error, 'strerror', None) or error}). Correct the "
+            "address, end what uses the port, or choose another one with --port; 0 takes a free one."
+        ) from error
+    return [found]
 
 
 def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Callable[[], object]) -> None:
