@@ -354,7 +354,7 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _score(item: Mapping[str, Any], source: str) -> Score:
-    known = {"n": 0, "low": item.get("mean"), "high": item.get("mean")} | item
+    known = {"n": 0, "low": item.get("mean"), "high": item.get("mean"), **item}
     return build_known(Score, known, source=source)
 
 

@@ -84,15 +84,14 @@ class ReplayModel:
         for index, item in enumerate(requests):
             row = self._stored(item.request).row
             known: Any = row.get("options") if isinstance(row.get("options"), dict) else row.get("logprobs")
-            found = [known.get(option) if isinstance(known, dict) else None for option in item.options]
+            found: list[Any] = [known.get(option) if isinstance(known, dict) else None for option in item.options]
             if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in found):
                 raise RuntimeError(f"no stored log-likelihood for every option of {item.request.id!r}")
             yield index, tuple(OptionScore(logprob=float(value), tokens=0) for value in found)
 
     def close(self) -> None:
         """Name the answers that nobody asked for; where all were there already, no question was put."""
-        stored = {answer.names[self._column] for rows in self._by_column.values() for found in rows.values()
-                  for answer in found if self._column in answer.names}  # fmt: skip
+        stored = set(self._by_column[self._column or "id"])
         left = sorted(stored - self._asked)
         if self._asked and left:
             logger.warning(

@@ -353,7 +353,7 @@ def test_log_likelihoods_without_a_largest_are_a_failed_sample(options: str, ans
     (result,) = evaluate(ReplayModel(stored), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
     assert result.counts.failed == (not answered)
     answers = {row["id"]: row["text"] for row in read_samples(tmp_path / "run" / result.folder)}
-    assert answers == {"q0": "B" if answered else "", "q1": "B"}
+    assert answers == {"q0": "B" if answered else None, "q1": "B"}
 
 
 def choosing(folder: Path) -> Task:
