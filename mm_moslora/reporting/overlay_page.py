@@ -95,12 +95,13 @@ def curve(stage: Stage, key: str) -> list[tuple[float, float]]:
     return [
         (float(record["step"]), float(record[key]))
         for record in stage.metrics
-        if _is_number(record.get("step")) and _is_number(record.get(key))
+        if is_number(record.get("step")) and is_number(record.get(key))
     ]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < LARGEST
+def is_number(value: Any) -> bool:
+    """Whether a chart can show a value of a log."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:

@@ -125,6 +125,15 @@ def parse_lines(text: str, *, skip_damaged: bool = False) -> list[dict[str, Any]
     return rows
 
 
+def without_constants(value: Any) -> Any:
+    """Plain data with None for NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): without_constants(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_constants(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _too_deep(value: Any, depth: int) -> bool:
     level = [value]
     for _ in range(depth):
