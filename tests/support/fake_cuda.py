@@ -22,6 +22,8 @@ from types import FrameType
 from typing import Any
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+COUNT = 1
+"""GPUs of the machine."""
 SIZED_BY_VALUES = {
     "bincount", "equal", "masked_select", "nonzero", "unique_consecutive", "unique_dim", "_unique2",
 }  # fmt: skip
@@ -109,6 +111,9 @@ def fake_cuda() -> Iterator[Any]:
                 with self:  # whole only in inference mode; it is several operators
                     return func.decompose(*args, **kwargs)
             tensors = [x for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            for one in leaves((args, kwargs)):
+                if isinstance(one, torch.device) and one.type == "cuda":
+                    set_device(one)
             target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
             if target in (None, "cpu") and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
                 with host():  # what the host computes is real
@@ -181,6 +186,12 @@ def fake_cuda() -> Iterator[Any]:
             indices = tuple(torch.empty(place.shape, dtype=torch.long, device="cuda:0") for place in places)
             return func(args[0], indices, *args[2:])
 
+    def set_device(given: Any) -> None:
+        """Refuse a GPU that is not there."""
+        index = given if isinstance(given, int) else torch.device(given).index
+        if (index or 0) >= COUNT:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+
     device, make = Device(), torch.tensor
 
     def tolist(tensor: Any) -> Any:
@@ -216,6 +227,9 @@ def fake_cuda() -> Iterator[Any]:
         )[0]
 
     patches = [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: COUNT),
+        (torch.cuda, "set_device", set_device),
         (FakeTensor, "tolist", tolist),
         (torch, "tensor", tensor),
         (torch.nn.functional, "scaled_dot_product_attention", attention),
