@@ -230,6 +230,7 @@ def fake_cuda() -> Iterator[Any]:
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: COUNT),
         (torch.cuda, "set_device", set_device),
+        (fake_tensor.FakeTensorMode, "avoid_device_init", True),  # there is no driver to start
         (FakeTensor, "tolist", tolist),
         (torch, "tensor", tensor),
         (torch.nn.functional, "scaled_dot_product_attention", attention),
