@@ -254,12 +254,11 @@ def max_over_ranks(values: list[float]) -> list[float]:
 
 
 def table_over_ranks(values: list[float]) -> list[list[float]]:
-    """The values of every rank, in order of rank; all ranks pass equally many. One sum of a zero-filled table."""
-    world, width = world_size(), len(values)
-    table = [0.0] * (world * width)
-    table[rank() * width : (rank() + 1) * width] = values
-    table = sum_over_ranks(table)
-    return [table[start : start + width] for start in range(0, world * width, width)]
+    """The values of every rank, in order of rank; all ranks pass equally many."""
+    table = gather_objects(values)
+    widths = [len(row) for row in table]
+    assert len({*widths}) == 1, f"ranks pass tables of different widths: {widths}"
+    return table
 
 
 def _reduce(values: list[float], operation: Any) -> list[float]:
