@@ -206,9 +206,8 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
             "0 reads under ZeRO-3, or for what is offloaded."
         )
     if best is None:
-        console.print(
-            f"[red]Nothing fits on {gpus.count} x {gpus.name}[/] without offloading. Take more or larger GPUs, or nf4."
-        )
+        remedy = "" if found.own.generating == found.own.peak else " Take more or larger GPUs, or nf4."
+        console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}[/] without offloading.{remedy}")
         return
     share = utilisation(gpus, found.activation_memory)
     console.print(

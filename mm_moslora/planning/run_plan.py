@@ -140,11 +140,13 @@ def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
 
 def speed(step: StepMemory, gpus: Gpus, data: DataSize, *, samples: float, number: float = 1.0) -> float:
     """Tokens per second over all GPUs with mean micro-batches of so many samples; ZeRO-3's gathers overlap with
-    computation as far as possible, the exchange of gradients does not. `number` micro-batches of a GPU make a step."""
+    computation as far as possible, the exchange of gradients does not. `number` micro-batches of a GPU make a step.
+    Weights of a quantised base are made dense in every pass over the decoder."""
     size, zero = step.size, step.settings
     work = _flops(size, data, samples, checkpointing=step.share_again).total
     peak = gpus.peak_fp32 if size.value_bytes == 4 else gpus.peak
     seconds = work / (peak * utilisation(gpus, size))
+    seconds += (2 + step.share_again) * size.dequantised / gpus.memory_bandwidth
     if zero is not None and gpus.count > 1:
         gathers, gradients = _exchange(step, zero, gpus, number=number)
         seconds = max(seconds, gathers) + gradients

@@ -46,9 +46,7 @@ def token_budget(recipe: Recipe, model: ModelConfig, *, precision: str) -> int |
     return distributed.from_main(budget)
 
 
-def _that_fits(
-    recipe: Recipe, model: ModelConfig, precision: str, *, capacity: float, generates: bool
-) -> int | None:
+def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: float, generates: bool) -> int | None:
     train, longest = recipe.train, recipe.data.longest
     try:
         with torch.random.fork_rng(devices=[]):

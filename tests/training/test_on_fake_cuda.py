@@ -31,7 +31,7 @@ def found(tmp_path_factory):
     )
     environment = os.environ | {
         "LOCAL_RANK": "1",  # of a launcher that gives every rank its own GPU
-        "PYTHONPATH": os.pathsep.join(str(TESTS / part) for part in ("support", "builders", "", "..", "../eval"))
+        "PYTHONPATH": os.pathsep.join(str(TESTS / part) for part in ("support", "builders", "", "..", "../eval")),
     }
     done = subprocess.run(
         [sys.executable, "-c", command, str(library), str(folder)], capture_output=True, text=True, env=environment

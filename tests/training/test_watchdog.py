@@ -122,14 +122,19 @@ cli_app.main()
 
 @pytest.mark.parametrize(
     ("how", "code", "told"),
-    [("bug", 1, "RuntimeError: no such picture"), ("told", 1, "error: no such picture"), ("ctrl-c", 130, "interrupted")],
+    [
+        ("bug", 1, "RuntimeError: no such picture"),
+        ("told", 1, "error: no such picture"),
+        ("ctrl-c", 130, "interrupted"),
+    ],
 )
 def test_a_rank_that_failed_ends_although_the_others_do_not_leave_the_group(how, code, told, python) -> None:
+    program = sys.executable if how == "bug" else python.ours  # the first ends as an interpreter does
     port = str(random.randrange(20_000, 30_000))
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     main, other = (
         subprocess.Popen(
-            [sys.executable if how == "bug" else python.ours, "-c", LEAVING, how], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [program, "-c", LEAVING, how], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=common | {"RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in "01"
