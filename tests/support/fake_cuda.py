@@ -128,7 +128,9 @@ def fake_cuda() -> Iterator[Any]:
             try:
                 result = func(*args, **kwargs)
             except fake_tensor.DynamicOutputShapeException:
-                result = self._sized(func, value, args)
+                if value is None:
+                    raise
+                result = tree_map(lambda real: torch.empty(real.shape, dtype=real.dtype, device="cuda:0"), value)
             for fake, real in zip(leaves(result), leaves(value), strict=False):
                 if isinstance(fake, FakeTensor) and isinstance(real, torch.Tensor):
                     fake.real_value = real
@@ -174,17 +176,6 @@ def fake_cuda() -> Iterator[Any]:
                 named = named | {"device": torch.device("cpu")}
             with host(), torch.no_grad():
                 return func(*given, **named)
-
-        @staticmethod
-        def _sized(func: Any, value: Any, args: Any) -> Any:
-            """A result with a shape that depends on the values of a mask."""
-            if value is not None:
-                return tree_map(lambda real: torch.empty(real.shape, dtype=real.dtype, device="cuda:0"), value)
-            (mask,) = (x for x in args[1] if x is not None)
-            with host():
-                places = mask.real_value.nonzero(as_tuple=True)
-            indices = tuple(torch.empty(place.shape, dtype=torch.long, device="cuda:0") for place in places)
-            return func(args[0], indices, *args[2:])
 
     def set_device(given: Any) -> None:
         """Refuse a GPU that is not there."""
