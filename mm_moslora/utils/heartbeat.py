@@ -15,6 +15,8 @@ FOLDER = "heartbeat"
 FAILED = "failed: "
 """Prefix of the phase of a rank that failed; the kind of error and its message follow."""
 ENDED = "ended"
+FAILING = "failing"
+"""Phase of a rank that has an error of its own, and sends it to its trackers before it ends."""
 _LOST = ("Connection", "gloo", "NCCL", "Timed out", "timed out", "peer", "DistributedError", "DistNetworkError")
 
 

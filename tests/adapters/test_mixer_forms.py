@@ -108,7 +108,7 @@ def layers(model: nn.Module) -> Iterator[MoSLoRALinear]:
 @pytest.mark.parametrize("form", FIXED)
 def test_the_fused_layer_gives_every_form_the_gradients_of_the_modules(form: str) -> None:
     model = adapted(form).train()
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         expected_logits = model(IDS).logits
         for _ in range(2):
             model(IDS, labels=IDS).loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def test_no_rows_have_no_mask(kernel: str) -> None:
         nn.Sequential(nn.Linear(6, 8)), MoSLoRAConfig(r=4, lora_dropout=0.3, target_modules=["0"])
     ).train()
     x = torch.randn(0, 6, requires_grad=True)
-    with use_kernel(kernel):
+    with use_kernel(layer, kernel):
         layer(x).sum().backward()
     assert x.grad.shape == (0, 6)
     assert all(not p.grad.any() for p in layer.parameters() if p.requires_grad)
@@ -340,7 +341,7 @@ def test_autocast_equals_the_modules_under_autocast() -> None:
     results, gradients = [], []
     for kernel in ("reference", "fused"):
         model = _model()
-        with torch.autocast("cpu", torch.bfloat16), use_kernel(kernel):
+        with torch.autocast("cpu", torch.bfloat16), use_kernel(model, kernel):
             result = model(IDS, labels=IDS)
         result.loss.backward()
         results.append(result.logits.detach().float())
@@ -366,7 +367,7 @@ def test_diagonal_mixer_trains_saves_merges_and_starts_as_lora(tmp_path: Path) -
     assert layer.lora_mixer["default"].weight.grad.abs().min() > 0
     fused = _gradients(model)
     model.zero_grad()
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         model(IDS, labels=IDS).loss.backward()
     for name, gradient in fused.items():
         torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
@@ -478,3 +479,14 @@ def test_projected_gradients_lie_along_the_manifold() -> None:
     for factor in factors:
         factor.weight.grad.copy_(factor.gradient(factor.weight.detach(), factor.weight.grad))
     assert all(across(factor) < 1e-5 for factor in factors)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "fused"])
+def test_a_backward_pass_in_another_thread_recomputes_with_the_same_kernel(kernel) -> None:
+    """As on a GPU, where autograd's own threads recompute checkpointed layers."""
+    model = _model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with use_kernel(model, kernel), ThreadPoolExecutor(1) as another:
+        another.submit(model(IDS, labels=IDS).loss.backward).result()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert {module.kernel for module in model.modules() if isinstance(module, MoSLoRALinear)} == {"auto"}
