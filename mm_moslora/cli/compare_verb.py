@@ -130,8 +130,8 @@ def compare(
         comparison.check()
         resolution = None
         if resolve is not None:
-            from mm_moslora.compare.process_pool import slots
             from mm_moslora.compare.resolution_plan import Resolution
+            from mm_moslora.compare.run_processes import slots
 
             together = len(slots(parallel=parallel, devices_per_run=gpus_per_run)) // len(settings.arms)
             resolution = Resolution(comparison, resolve / 100, step=max(1, together))

@@ -7,10 +7,11 @@ import signal
 import time
 from pathlib import Path
 
+from mm_moslora.compare.process_pool import Pool, Slot
+
 from mm_moslora.compare import comparison_cell
 from mm_moslora.compare.comparison_cell import Job
 from mm_moslora.compare.comparison_plan import Outcome
-from mm_moslora.compare.process_pool import Pool, Slot
 
 
 class Work:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from between import just_before
+from mm_moslora.compare.process_pool import Ended, Pool, Slot, slots
 from preloaded import Preloaded
 
 from mm_moslora import cli
@@ -35,7 +36,6 @@ from mm_moslora.compare.comparison_plan import (
     tuning_cells,
 )
 from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, short_names
-from mm_moslora.compare.process_pool import Ended, Pool, Slot, slots
 from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
 from mm_moslora.config import DataConfig, ModelConfig, Recipe, SourceConfig
 from mm_moslora.models.trainable_parts import moslora_config

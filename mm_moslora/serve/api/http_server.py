@@ -7,7 +7,6 @@ import gc
 import ipaddress
 import json
 import logging
-import signal
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mm_moslora.launch.child_processes import install_handler, restore_handlers
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils.hardware import keep_freed_memory
@@ -51,13 +51,16 @@ def is_loopback(host: str) -> bool:
 
 
 def run_app(app: App, *, host: str, port: int, limits: Limits) -> None:
-    """Run an application with deadlines, until SIGINT or SIGTERM."""
+    """Run an application with deadlines, until a signal asks it to stop."""
     # The libraries' objects live as long as the process. Collecting garbage among them would hold every thread for
     # tenths of a second.
     gc.collect()
     gc.freeze()
     keep_freed_memory(block=2**22, total=2**26)  # pictures and bodies are large and short-lived
-    Server(settings(app, host=host, port=port, limits=limits)).run()
+    try:
+        Server(settings(app, host=host, port=port, limits=limits)).run()
+    finally:
+        gc.unfreeze()  # libraries report frozen objects as leaks when the process ends
 
 
 def settings(app: App, *, host: str, port: int, limits: Limits) -> uvicorn.Config:
@@ -75,13 +78,11 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn raises the signal again at the end, so a clean shutdown would look like a killed process."""
-        handled = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        before = install_handler(self.handle_exit)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore_handlers(before)
 
     async def startup(self, sockets: Any = None) -> None:
         """See uvicorn."""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mm_moslora.compare.process_pool import Pool, Slot
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, Job, Runner, kind_of, metrics, read_outcome, why_alone
 from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings
 from mm_moslora.compare.comparison_run import Comparison, RunBudget
-from mm_moslora.compare.process_pool import Pool, Slot
 from mm_moslora.compare.run_cost import ArmCost, cost_table, mean_run_seconds
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.data.batch_loader import BatchLoader
