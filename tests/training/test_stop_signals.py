@@ -16,7 +16,8 @@ from between import just_before, somebody_builds
 from preloaded import Preloaded
 from trials import losses, write
 
-from mm_moslora.launch import launcher
+from mm_moslora.launch import child_processes
+from mm_moslora.launch.child_processes import STOP_SIGNALS
 from mm_moslora.launch.launcher import stopped_text
 from mm_moslora.training import training_loop
 from mm_moslora.training.supervision import stop_signals
@@ -24,12 +25,13 @@ from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import train
 
 ROOT = Path(__file__).parents[2]
-NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+NUMBERS = [*STOP_SIGNALS]
 
 
 def heard_by_default() -> None:
-    """As on a terminal; what a shell starts with `&`, these tests perhaps, has Ctrl-C ignored."""
+    """As on a terminal; what a shell starts with `&` or nohup, these tests perhaps, has signals ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(recipe, python: Preloaded, tmp_path):
@@ -72,7 +74,7 @@ def test_the_first_signal_is_remembered_and_the_third_ctrl_c_stops_at_once(numbe
     with StopRequest() as stop:
         for told in (number, *NUMBERS, signal.SIGINT, signal.SIGINT):  # a launcher repeats what the terminal has told
             signal.raise_signal(told)
-        monkeypatch.setattr(launcher, "ONE_REQUEST_SECONDS", 0.0)
+        monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
         for told in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(told)
         with pytest.raises(KeyboardInterrupt):
@@ -82,7 +84,7 @@ def test_the_first_signal_is_remembered_and_the_third_ctrl_c_stops_at_once(numbe
 
 
 def test_a_scheduler_that_repeats_itself_does_not_cost_the_save(recipe, monkeypatch, caplog):
-    monkeypatch.setattr(launcher, "ONE_REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
     real = training_loop.snapshot
 
     def slow(run):
