@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from mm_moslora.launch.child_processes import STOP_SIGNALS
 from mm_moslora.launch.launcher import stopped_text
 from mm_moslora.training import training_loop
 from mm_moslora.training.supervision import stop_signals
+from mm_moslora.training.supervision.run_state import record_run_state, record_stop
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import train
 
@@ -66,6 +69,44 @@ def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(reci
     assert done.returncode == 0, done.stderr
     assert not (run / "STOPPED").exists()
     assert losses(run) == losses(tmp_path / "straight")
+
+
+@pytest.fixture(autouse=True)
+def _no_nohup() -> Iterator[None]:
+    """These tests may run under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        with stop.at_once():
+            signal.raise_signal(signal.SIGHUP)
+    assert not stop.received
+
+
+def test_a_stop_before_a_killed_run_continues_is_recorded(tmp_path):
+    """The process that state.json calls running is gone; one that runs keeps its state."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    state = {"state": "running", "host": socket.gethostname(), "since": time.time() - 9}
+    ways = {(gone.pid, record_stop): "stopped", (os.getpid(), record_stop): "running"}
+    for (process, record), expected in (ways | {(gone.pid, _begin_and_stop): "stopped"}).items():
+        (tmp_path / "state.json").write_text(json.dumps(state | {"process": process}))
+        record(tmp_path)
+        assert json.loads((tmp_path / "state.json").read_text())["state"] == expected
+    for text in ("[]", "{", '{"state": "running", "process": "x", "host": 1}', json.dumps(state)):
+        (tmp_path / "state.json").write_text(text)
+        record_stop(tmp_path)
+        assert (tmp_path / "state.json").read_text() == text
+
+
+def _begin_and_stop(folder: Path) -> None:
+    with contextlib.suppress(stop_signals.Stopped), record_run_state(folder):
+        raise stop_signals.Stopped
 
 
 @pytest.mark.parametrize("number", NUMBERS)
