@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from mm_moslora.compare.arms import Arm
 from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, numbers_of, recipe_hash
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
@@ -51,6 +51,23 @@ class Job:
     """Number of steps of a probe that measures the speed; None: the whole run."""
     rehearsed: bool = False
     """Whether a run of the same arm has finished here, so that this one needs no rehearsal."""
+
+    def to_json(self) -> str:
+        """The job as one line."""
+        return json.dumps(dataclasses.asdict(self) | {"recipe": self.recipe.to_dict(), "folder": str(self.folder)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Read `to_json`."""
+        told = json.loads(text)
+        settings, cell = told["settings"], told["cell"]
+        return cls(
+            **told | {
+                "cell": Cell(**cell | {"arm": Arm(**cell["arm"])}), "recipe": Recipe.from_dict(told["recipe"]),
+                "settings": Settings(**settings | {"arms": [Arm(**arm) for arm in settings["arms"]]}),
+                "folder": Path(told["folder"]), "accelerators": tuple(told["accelerators"]),
+            }
+        )  # fmt: skip
 
     @property
     def place(self) -> Path:
@@ -130,7 +147,7 @@ def main() -> None:
 
     A killed process leaves no outcome; the comparison then writes it.
     """
-    job = pickle.load(sys.stdin.buffer)  # noqa: S301  (from the comparison's own process)
+    job = Job.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_comparison, name="end with comparison", daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     outcome = _outcome(job)

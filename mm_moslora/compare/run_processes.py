@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -114,7 +113,7 @@ class RunProcesses:
         self._busy.append((job, slot, child))
         assert child.stdin is not None
         with suppress(BrokenPipeError):  # `wait` finds that the process is gone
-            child.stdin.write(pickle.dumps(dataclasses.replace(job, accelerators=slot.devices)))
+            child.stdin.write(f"{dataclasses.replace(job, accelerators=slot.devices).to_json()}\n".encode())
             child.stdin.flush()  # and it stays open: its end tells the run that this process is gone
 
     def wait(self, seconds: float) -> list[Ended]:

@@ -12,7 +12,7 @@ import torch
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, Job, metrics, read_outcome
-from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings
+from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings, recipe_hash
 from mm_moslora.compare.run_cost import ArmCost, cost_table, mean_run_seconds
 from mm_moslora.compare.run_processes import RunProcesses, Slot
 from mm_moslora.config import Recipe
@@ -127,6 +127,21 @@ def test_arms_with_one_seed_see_the_same_batches(tmp_path: Path, language_folder
         assert all(torch.equal(a, b) for a, b in zip(factors[0], other, strict=True)), (
             "with one seed all start at one A"
         )
+
+
+def test_a_job_arrives_as_it_was_sent(tmp_path: Path) -> None:
+    shared = Recipe.from_dict({"model": {"language": "none"}, "optim": {"lr": 1 / 3}, "train": {"zero": "zero2"}})
+    arms = parse_arms("lora,moslora:kaiming@optim.warmup=0.2@targets=[a,b]", shared)
+    settings = Settings(arms=arms, rates=[1 / 3], seeds=2, tasks=["t"], validation=["v"], decided={"lora": 1}, limit=3)
+    for arm in arms:
+        cell = Cell(arm=arm, rate=1 / 3, seed=1, tuning=True)
+        job = Job(cell=cell, recipe=cell.recipe(shared, tmp_path), settings=settings, folder=tmp_path, rehearsed=True)
+        job = dataclasses.replace(job, accelerators=("GPU-1", "2"), stop_at=3)
+        text = job.to_json()
+        assert "\n" not in text
+        assert Job.from_json(text).to_json() == text
+        assert recipe_hash(Job.from_json(text).recipe) == recipe_hash(job.recipe)
+        assert Job.from_json(text).recipe == job.recipe
 
 
 def test_the_cost_by_arm_adds_up() -> None:

@@ -120,7 +120,7 @@ def test_a_process_that_only_a_file_names_is_not_signalled(tmp_path: Path) -> No
             for number, pid in enumerate([*(other.pid for other in others), os.getppid(), 1, 0, -1], start=1):
                 beat = {"rank": number, "host": socket.gethostname(), "pid": pid, "step": 0, "phase": "step"}
                 (tmp_path / "heartbeat" / f"rank-{number:05d}.json").write_text(json.dumps(beat))
-            with mock.patch.object(watchdog.distributed, "world_size", lambda: 9):
+            with mock.patch.object(watchdog.distributed, "world_size", return_value=9):
                 watching._ask_for_stacks()
         time.sleep(0.5)
         assert [other.poll() for other in others] == [None, None]
