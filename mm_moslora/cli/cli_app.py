@@ -241,7 +241,6 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     """
     from mm_moslora.launch.launcher import EXIT_REQUEUE, leave_mark, stopped_text
     from mm_moslora.launch.rank_logs import keep_rank_log
-    from mm_moslora.training.supervision.run_state import record_stop
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
     keep_rank_log(os.environ)
@@ -252,7 +251,6 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
             return _train(resolved, resume=resume, stop_at=stop_at, stop=stop)
     except Stopped:
         leave_mark(Path(resolved.train.output), stop.received)
-        record_stop(Path(resolved.train.output))
         print(stopped_text(stop.received), end="")
         return EXIT_REQUEUE
 

@@ -28,7 +28,6 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     from mm_moslora.config import override_items
     from mm_moslora.diffusion.diffusion_recipe import load_diffusion_recipe
     from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, leave_mark, stopped_text
-    from mm_moslora.training.supervision.run_state import record_stop
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
     from mm_moslora.utils import distributed
     from mm_moslora.utils.files import discard
@@ -43,7 +42,6 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
             result = train_diffusion(resolved, resume=resume, stop_at=stop_at, stop=stop)
     except Stopped:
         leave_mark(folder, stop.received)
-        record_stop(folder)
         print(stopped_text(stop.received), end="")
         return EXIT_REQUEUE
     if distributed.is_main():

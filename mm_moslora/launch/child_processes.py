@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing.context import BaseContext
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ def output_of(
 
 def fork_context() -> BaseContext | None:
     """What forks workers from this process, with the modules and data that it has; None where nothing can fork."""
+    import multiprocessing
+
     return multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
 
 
@@ -101,6 +104,8 @@ def forked_pool(processes: int, context: BaseContext, initializer: Callable[[int
         context: from `fork_context`.
         initializer: called in each of them with the id of this process.
     """
+    from concurrent.futures import ProcessPoolExecutor
+
     return ProcessPoolExecutor(processes, mp_context=context, initializer=initializer, initargs=(os.getpid(),))
 
 

@@ -12,7 +12,9 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,13 +24,15 @@ from mm_moslora.launch.rank_logs import LOG_FOLDER
 from mm_moslora.launch.slurm_job import Requeue
 from mm_moslora.launch.topology import Topology, command
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import discard, refuse_strangers, replace_text
+from mm_moslora.utils.files import discard, refuse_strangers, replace_json, replace_text
+from mm_moslora.utils.heartbeat import is_running
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
 
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
 """Exit code after a signal; the same command continues the run."""
+STATE = "state.json"
 STOPPED = "STOPPED"
 """File in a run folder: a signal, which its text names, stopped the run, and nothing is unsaved."""
 
@@ -47,6 +51,8 @@ def stopped_text(number: int) -> str:
 def leave_mark(run_folder: Path, number: int) -> None:
     """Mark a run folder as stopped before the run locked it; a folder of another program is left unchanged.
 
+    A process that was killed before has left its `state.json` at "running"; where it is gone, this is corrected.
+
     Args:
         run_folder: may be missing.
         number: the signal.
@@ -56,6 +62,11 @@ def leave_mark(run_folder: Path, number: int) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / RUN_LOCK).touch()  # marks the folder as a run's for the next start
         replace_text(run_folder / STOPPED, stopped_text(number))
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, FileNotFoundError):
+            told = json.loads((run_folder / STATE).read_text(encoding="utf-8"))
+            here = told["state"] == "running" and told["host"] == socket.gethostname()
+            if here and not is_running(int(told["process"]), before=float(told["since"])):
+                replace_json(run_folder / STATE, told | {"state": "stopped", "ended": time.time()})
     except (ConfigError, OSError) as error:
         logger.info("%s is not written: %s", run_folder / STOPPED, error)
 
@@ -132,7 +143,7 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
 
 def _is_finished(run_folder: Path) -> bool:
     try:
-        return bool(json.loads((run_folder / "state.json").read_text(encoding="utf-8"))["state"] == "finished")
+        return bool(json.loads((run_folder / STATE).read_text(encoding="utf-8"))["state"] == "finished")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -17,7 +17,7 @@ import pytest
 from between import just_before
 
 from mm_moslora import cli
-from mm_moslora.launch import launcher, slurm_job, topology
+from mm_moslora.launch import child_processes, launcher, slurm_job, topology
 from mm_moslora.launch.child_processes import run_and_hand_on
 from mm_moslora.launch.host_file import exported_lines
 from mm_moslora.launch.rank_logs import keep_rank_log
@@ -384,7 +384,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
 
 
 def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_ends_all(monkeypatch, tmp_path):
-    monkeypatch.setattr(launcher, "ONE_REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
     started, heard, rank = tmp_path / "started", tmp_path / "heard", tmp_path / "rank"
     torchrun = (
         "import pathlib, signal, subprocess, sys, time\n"

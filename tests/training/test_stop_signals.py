@@ -20,10 +20,10 @@ from trials import losses, write
 
 from mm_moslora.launch import child_processes
 from mm_moslora.launch.child_processes import STOP_SIGNALS
-from mm_moslora.launch.launcher import stopped_text
+from mm_moslora.launch.launcher import leave_mark, stopped_text
 from mm_moslora.training import training_loop
 from mm_moslora.training.supervision import stop_signals
-from mm_moslora.training.supervision.run_state import record_run_state, record_stop
+from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import train
 
@@ -93,15 +93,19 @@ def test_a_stop_before_a_killed_run_continues_is_recorded(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     state = {"state": "running", "host": socket.gethostname(), "since": time.time() - 9}
-    ways = {(gone.pid, record_stop): "stopped", (os.getpid(), record_stop): "running"}
+    ways = {(gone.pid, _stop): "stopped", (os.getpid(), _stop): "running"}
     for (process, record), expected in (ways | {(gone.pid, _begin_and_stop): "stopped"}).items():
         (tmp_path / "state.json").write_text(json.dumps(state | {"process": process}))
         record(tmp_path)
         assert json.loads((tmp_path / "state.json").read_text())["state"] == expected
     for text in ("[]", "{", '{"state": "running", "process": "x", "host": 1}', json.dumps(state)):
         (tmp_path / "state.json").write_text(text)
-        record_stop(tmp_path)
+        _stop(tmp_path)
         assert (tmp_path / "state.json").read_text() == text
+
+
+def _stop(folder: Path) -> None:
+    leave_mark(folder, signal.SIGTERM)
 
 
 def _begin_and_stop(folder: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError
 from mm_moslora.utils.files import replace_json
-from mm_moslora.utils.heartbeat import is_running
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)
@@ -86,19 +85,6 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
     if told is not None and told.get("state") == "running":
         over = {"state": "failed", "reason": redact_text(reason), "ranks": list(ranks), "ended": time.time()}
         _write(folder, told | over)
-
-
-def record_stop(folder: Path) -> None:
-    """Record a stop before the run continued: the process that the file calls running is gone.
-
-    Args:
-        folder: the run folder.
-    """
-    told = _read_state(folder) or {}
-    with suppress(KeyError, TypeError, ValueError, OverflowError):
-        here = told["state"] == "running" and told["host"] == socket.gethostname()
-        if here and not is_running(int(told["process"]), before=float(told["since"])):
-            _write(folder, told | {"state": "stopped", "ended": time.time()})
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
