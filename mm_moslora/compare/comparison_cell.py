@@ -226,7 +226,7 @@ def _as_trained(job: Job) -> Recipe:
 
 def _train_on_several(job: Job) -> bool:
     from mm_moslora.launch.child_processes import python_words, run_and_hand_on
-    from mm_moslora.training.supervision.run_state import STATE
+    from mm_moslora.launch.launcher import STATE
 
     command = [
         *python_words("-m", "torch.distributed.run"), "--standalone", f"--nproc_per_node={len(job.accelerators)}",

@@ -9,7 +9,7 @@ import pytest
 from preloaded import Preloaded
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _start_at_once(python: Preloaded) -> Iterator[None]:
     before, sys.executable = sys.executable, str(python.ours)
     yield

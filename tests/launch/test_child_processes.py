@@ -286,7 +286,7 @@ def test_other_verbs_in_a_hostile_folder_run_nothing_of_it(work: Path) -> None:
     )
     assert len(list(work.glob("compared/runs/*/outcome.json"))) == 2
     run = next(work.glob("compared/runs/*_seed0"))
-    _mm_moslora(work, "eval", "run", "--model", str(run), "--tasks", "llava:test.jsonl", "--limit", "1")
+    _mm_moslora(work, "eval", "run", "llava:test.jsonl", "--model", str(run), "--limit", "1")
     _mm_moslora(work, "data", "check", "recipe.yaml", "--processes", "2")
     assert _marks(work) == []
 
