@@ -90,6 +90,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing():
 
 def test_a_stop_before_a_killed_run_continues_is_recorded(tmp_path):
     """The process that state.json calls running is gone; one that runs keeps its state."""
+    (tmp_path / "run.lock").touch()  # a run folder
     gone = subprocess.Popen(["true"])
     gone.wait()
     state = {"state": "running", "host": socket.gethostname(), "since": time.time() - 9}
