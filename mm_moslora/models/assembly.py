@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import peft
 import torch
@@ -42,16 +42,6 @@ from mm_moslora.models.vision.vision_tower import ImageSpec, load_vision, sketch
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import require_model, require_projector
-
-
-class LoadBase(Protocol):
-    """Loads a recipe's model with its weights, as `load_parts` does."""
-
-    def __call__(
-        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-    ) -> Parts:
-        """See `load_parts`."""
-        ...
 
 
 @dataclass(kw_only=True)

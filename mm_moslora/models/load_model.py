@@ -22,7 +22,7 @@ from mm_moslora import adapters
 from mm_moslora.adapters.folder_format import read_json
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.config import ModelConfig, Recipe
-from mm_moslora.models.assembly import LoadBase, Parts, load_parts, load_projector, pretrained_parts
+from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
@@ -43,7 +43,6 @@ def load(
     dtype: torch.dtype = torch.float32,
     base: str | Path | None = None,
     quantised: bool = True,
-    load_base: LoadBase | None = None,
 ) -> Parts:
     """Load a model for inference.
 
@@ -54,7 +53,6 @@ def load(
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
         quantised: False loads a base in full that was trained on in 4 or 8 bits.
-        load_base: loads the base of a run or checkpoint; None: `load_parts`.
 
     Raises:
         ModelError: nothing loadable there, or its parts do not fit together.
@@ -65,9 +63,7 @@ def load(
     if base is not None and (is_checkpoint or not is_adapter):
         raise ModelError(f"{folder} is no adapter of another trainer; it knows its base. Leave out base.")
     if is_checkpoint:
-        return _load_checkpoint(
-            folder, merge=merge, dtype=dtype, quantised=quantised, load_base=load_base or load_parts
-        )
+        return _load_checkpoint(folder, merge=merge, dtype=dtype, quantised=quantised)
     if is_adapter:
         return _load_adapter(folder, base, merge=merge, dtype=dtype)
     return _load_exported(folder, dtype=dtype)
@@ -84,13 +80,13 @@ def model_of(folder: Path) -> ModelConfig:
     return resolve_model_paths(recipe_of(folder).model, folder)
 
 
-def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool, load_base: LoadBase) -> Parts:
+def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Parts:
     config = model_of(folder)
     if not quantised:
         config = dataclasses.replace(config, quantisation="none")
     projector = dataclasses.replace(config.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
-    assembly = load_base(dataclasses.replace(config, projector=projector), dtype=torch.float32)
+    assembly = load_parts(dataclasses.replace(config, projector=projector), dtype=torch.float32)
     if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(
             assembly.model.model.multi_modal_projector,

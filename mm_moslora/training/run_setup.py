@@ -26,7 +26,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
-from mm_moslora.models.assembly import LoadBase, Parts, is_quantised, load_parts
+from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
@@ -147,13 +147,12 @@ class Run:
         return int(self.counters.get("steps", 0))
 
 
-def prepare(recipe: Recipe, *, checkpoint: Path | None = None, load_base: LoadBase | None = None) -> Run:
+def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     """Assemble model, data and engine, in this order, and log the trainable parameters.
 
     Args:
         recipe: resolved; its `train.output` exists.
         checkpoint: the checkpoint to resume from; it helps to find models that were moved.
-        load_base: loads the base model; None: `load_parts`.
     """
     recipe = recipe.for_ranks(distributed.world_size())
     folder = Path(recipe.train.output)
@@ -167,7 +166,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None, load_base: LoadBa
         model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
     with distributed.failing_together("Loading the model"):  # under ZeRO-3 rank 0 alone reads its weights
         place = weights_place(recipe.train, quantised=is_quantised(model_start))
-        assembly = (load_base or load_parts)(model_start, dtype=dtype_of(precision), device=place)
+        assembly = load_parts(model_start, dtype=dtype_of(precision), device=place)
         if not (late := reads_data(adapter_start)):
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)

@@ -15,7 +15,6 @@ import torch
 from mm_moslora.batch import Batch
 from mm_moslora.config import OptimConfig, Recipe
 from mm_moslora.data.batch_loader import BatchLoader
-from mm_moslora.models.assembly import LoadBase
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.alerts import Alert
 from mm_moslora.tracking.tracker import Ending
@@ -81,7 +80,6 @@ def train(
     stop_at: int | None = None,
     measure: Measure | None = None,
     stop: StopRequest | None = None,
-    load_base: LoadBase | None = None,
 ) -> TrainResult:
     """Train a recipe, from the start or from a checkpoint.
 
@@ -91,7 +89,6 @@ def train(
         stop_at: save and return after this optimiser step, as after a signal; None: train to the end.
         measure: runs the harness tasks of `validate.tasks`; None: the recipe must have none.
         stop: handles signals from the first step on; earlier signals count, too.
-        load_base: loads the base model; None: `mm_moslora.models.assembly.load_parts`.
 
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
@@ -119,7 +116,7 @@ def train(
         recipe = recipe.for_ranks(distributed.world_size(), before=before)
         with distributed.failing_together("Checking the recipe"):
             check_libraries(recipe, fresh=found is None)
-        run = run_setup.prepare(recipe, checkpoint=found[0] if found else None, load_base=load_base)
+        run = run_setup.prepare(recipe, checkpoint=found[0] if found else None)
         try:
             if found is not None:
                 restore(run, *found)

@@ -10,7 +10,6 @@ from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
 if TYPE_CHECKING:
-    from mm_moslora.models.assembly import LoadBase
     from mm_moslora_eval.protocol.model_interface import Model
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -45,7 +44,6 @@ def open_model(
     precision: Precision = "auto",
     reference: bool = False,
     untuned: bool = False,
-    load_base: LoadBase | None = None,
     features: Path | None = None,
 ) -> Model:
     """Load a model.
@@ -55,7 +53,6 @@ def open_model(
         precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
         reference: one question at a time, with no shared computation.
         untuned: load the model from which a run or checkpoint started: its recipe's parts before any step.
-        load_base: see `mm_moslora.models.load_model.load`.
         features: folder of the vision tower's features of pictures, which are encoded once for all models with it.
 
     Raises:
@@ -95,7 +92,7 @@ def open_model(
         seed_everything(recipe_of(folder).train.seed)  # a new projector is drawn as in the run
         assembly = load_parts(model_of(folder), dtype=dtype)
     else:
-        assembly = load(folder, dtype=dtype, load_base=load_base)
+        assembly = load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if has_own_forward(assembly.model):
