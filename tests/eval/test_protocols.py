@@ -197,6 +197,27 @@ def test_llava_protocols_read_as_llavas_scripts_where_it_has_one(runs: Runs) -> 
         assert any("this project's own rules" in text for text in get_task(f"{name}@llava").differences), name
 
 
+def test_ccbench_is_scored_by_whole_questions_in_every_protocol(runs: Runs) -> None:
+    made = [
+        Document(id=str(number), question="q", options={"A": "x", "B": "y"}, answers=("A",))
+        for number in (1, 2, 1_000_001, 1_000_002)
+    ]
+    tasks = [task for task in all_tasks().values() if task.name == "mmbench_cc"]
+    assert len(tasks) == 3
+    for task in tasks:
+        result = runs(task.id, made, ["A", "A", "A", "B"]).result
+        assert result.score == 0.5
+        assert result.metrics["vanilla"] == 0.75
+
+
+def test_vlmevalkits_rouge_splits_captions_at_single_spaces(runs: Runs) -> None:
+    document = Document(id="1", question="q", answers=("A dog  runs.",))
+    metrics = runs("coco_caption@vlmevalkit", [document], ["A dog runs."]).result.metrics
+    precision, recall = 3 / 3, 3 / 4  # four words, of which one is empty
+    assert metrics["rouge_l"] == pytest.approx(2.44 * precision * recall / (recall + 1.44 * precision))
+    assert metrics["bleu_1"] == pytest.approx(1.0)
+
+
 def test_mathvista_reads_the_choices_of_vlmevalkits_file(runs: Runs) -> None:
     extra = {"question_type": "multi_choice", "answer_type": "text", "choices": "['one', 'two']"}
     document = Document(id="1", question="q", answers=("two",), extra=extra)
