@@ -165,7 +165,7 @@ def judged_documents(samples: Sequence[Row]) -> list[Document]:
 
 
 def judged_alone(name: str, rows: Sequence[Row], column: str, runs: Runs) -> list[Row | None]:
-    """The sample of every row in a run of its own; None where no reply of the judge can be read: such a run is unscored.
+    """The sample of every row in a run of its own; None where the judge cannot be read: such a run is unscored.
 
     The sources give a number to these rows; `differences` states that the answers are left out here.
     """
@@ -215,7 +215,7 @@ def mmvet_aggregate(row: Row, runs: Runs) -> Any:
 
 
 def mmvet_tail(row: Row, runs: Runs) -> Any:
-    """The wording is this project's own; its last line is that of MM-Vet's table, also of an answer that is not sent."""
+    """The wording is this project's own; its last line is that of MM-Vet's table, also where none is sent."""
     (reference,) = references(row) if "references" in row else (row["answer"],)
     asked: list[str] = []
     document = Document(id="1", question=row["question"], answers=(reference,), category="rec")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from mm_moslora_eval.sources.document import Document
 from mm_moslora.utils.errors import EvalError
 from tests.eval.protocol_runs import Runs, functions_of, public_metrics, shipped_protocols
 
+ROOT = Path(__file__).parents[2]
 HARNESSES = ("llava", "vlmevalkit", "lmms_eval", "official", "moslora", "vlmevalkit_2024_06")
 
 
@@ -277,3 +280,12 @@ def test_thinking_is_counted_without_a_judge_too(runs: Runs) -> None:
     result = runs("mmvet@llava", [document], ["<think>x</think>a"]).result
     assert math.isnan(result.score)
     assert result.counts.thinking == 1
+
+
+def test_the_tables_of_names_are_those_of_the_registries() -> None:
+    script = ROOT / "scripts" / "metric_table.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "eval" / "README.md").read_text(encoding="utf-8")
+    for name in (*EXTRACTORS, *METRICS, *JUDGED, *AGGREGATIONS):
+        assert f"| `{name}` |" in page

@@ -34,6 +34,7 @@ KEY_NAMES = ("MM_MOSLORA_API_KEY", "OPENAI_API_KEY")
 TIMEOUT, ATTEMPTS = 300.0, 6
 """Default patience with a request: seconds for one attempt, and attempts."""
 _MOST_WAIT = 60.0
+_MOST_REPLY_BYTES = 2**26
 _HOPELESS_ROW = 4
 """Nothing more is asked after this many failures without a success between them."""
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -146,7 +147,7 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
-                reply = json.load(response)
+                reply = json.loads(self._body(response))
         except urllib.error.HTTPError as error:
             text = redact_text(error.read(2000).decode("utf-8", "replace")).strip()
             if error.code in _PASSING:
@@ -168,6 +169,19 @@ class Endpoint:
         if not _has_message(reply):
             raise RuntimeError(f"{self.url} answered without a message: {redact_text(json.dumps(reply))[:500]}")
         return reply  # type: ignore[no-any-return]
+
+    def _body(self, response: http.client.HTTPResponse) -> bytes:
+        """The body of a reply. The socket's own timeout starts again with every byte that arrives."""
+        ends, body = time.monotonic() + self.timeout, bytearray()
+        while data := response.read1(2**16):
+            body += data
+            if len(body) > _MOST_REPLY_BYTES:
+                raise RuntimeError(f"{self.url} sent a reply of more than {_MOST_REPLY_BYTES} bytes")
+            if time.monotonic() > ends:
+                raise TimeoutError(f"no whole reply within {self.timeout:g} seconds")
+        if response.length:
+            raise http.client.IncompleteRead(bytes(body), response.length)
+        return bytes(body)
 
 
 class ServerError(RuntimeError):

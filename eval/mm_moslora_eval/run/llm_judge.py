@@ -1,9 +1,9 @@
-"""Judges: grade free answers, or find the final answer in them, with a language model behind an OpenAI-compatible endpoint.
+"""Judges: language models behind an endpoint that grade free answers, or find the final answer in them.
 
-A reply is data from a service: it counts only if it can be read in the form that the prompt asks for. Replies that can
-be read are cached as JSON files by address, model and request, so that scoring again costs nothing. Calls and tokens are
-counted, and grading stops before the budget is exceeded. All protocols use this project's own wording of the judge's
-prompts; results name it (`WORDING`).
+A reply is data from a service: it counts only if it can be read in the form that the prompt asks for. Such replies are
+cached as JSON files by address, model and request, so that scoring again costs nothing. Calls and tokens are counted,
+and grading stops before the budget is exceeded. All protocols use this project's own wording of the judge's prompts;
+results name it (`WORDING`).
 """
 
 from __future__ import annotations

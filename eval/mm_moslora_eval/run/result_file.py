@@ -375,7 +375,7 @@ def summarise(
             *ungraded(scored),
             *thinking(done),
             *(_beside(task, done) if folder else ()),
-        ),  # fmt: skip
+        ),
     )
 
 
