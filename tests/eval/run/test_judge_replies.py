@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import math
@@ -30,6 +31,7 @@ from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_server import serve
 from tests.eval.protocol_runs import GivenAnswers
 
+PACKAGE = Path(__file__).parents[3] / "eval" / "mm_moslora_eval"
 ONE = Settings(batch_size=8, rank=0, world_size=1)
 COUNT = 24
 SAID = "it got the colour"
@@ -270,6 +272,22 @@ def test_an_answer_that_a_judge_finds_is_read_by_the_same_rules(tmp_path: Path) 
 
 def test_every_judged_metric_has_a_grader() -> None:
     assert set(JUDGED) == set(GRADERS)
+
+
+def test_replies_of_servers_are_read_in_one_place() -> None:
+    """Only the endpoint opens addresses; only it and the judge's one request ask a server."""
+    asking, opening = set(), set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "chat":
+                    asking.add(f"{path.stem}.{function.name}")
+            names = [alias.name for alias in function.names] if isinstance(function, ast.Import) else []
+            names += [function.module or ""] if isinstance(function, ast.ImportFrom) else []
+            if any(name.split(".")[0] in ("urllib", "requests", "httpx", "openai", "aiohttp") for name in names):
+                opening.add(path.stem)
+    assert asking == {"openai_endpoint._answer", "openai_endpoint._score", "llm_judge._request"}
+    assert opening == {"openai_endpoint"}
 
 
 @pytest.mark.parametrize("fault", [500, 400, "nothing"])

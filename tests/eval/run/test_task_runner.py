@@ -73,9 +73,10 @@ def test_progress_counts_answers_without_looking_through_all_items(
 
     monkeypatch.setattr(Preparation, "__init__", counting)
     counts = []
+    seen: list[tuple[int, int]] = []
     for count in (8, 80):
         looked.clear()
-        seen: list[tuple[int, int]] = []
+        seen.clear()
         for fail_on in (("q1", "q2"), ()):
             path = write_questions(tmp_path / str(count), count=count)
             evaluate(
