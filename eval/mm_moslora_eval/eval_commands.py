@@ -231,14 +231,17 @@ def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
     ]
 
 
-def make_judge(name: str | None, run: Path, *, budget: int | None) -> Judge | None:
-    """The judge that `--judge` names, its replies cached in the run folder."""
+def make_judge(
+    name: str | None, run: Path, *, budget: int | None, thinking_tokens: int, **patience: Any
+) -> Judge | None:
+    """The judge that `--judge` names, its replies cached in the run folder; `patience` is that of `Endpoint.parse`."""
     if name is None or name == "none":
         return None
     from mm_moslora_eval.backends.openai_endpoint import Endpoint
     from mm_moslora_eval.run.llm_judge import Judge
 
-    return Judge(Endpoint.parse(name.removeprefix("openai:")), cache=run / "judge", budget_tokens=budget)
+    endpoint = Endpoint.parse(name.removeprefix("openai:"), **patience)
+    return Judge(endpoint, cache=run / "judge", budget_tokens=budget, thinking_tokens=thinking_tokens)
 
 
 class Bars:

@@ -151,7 +151,10 @@ def _scores(place: Path) -> list[float]:
     rules = task_of(place)
     if rules is None:
         return [float(row["score"] or 0.0) for row in read_samples(place / SAMPLES)]
-    return _brought(rules.aggregation, [replace(sample, score=sample.score or 0.0) for sample in read_scored(place)])
+    samples = [
+        replace(sample, score=0.0) if math.isnan(sample.score) else sample for sample in read_scored(place)
+    ]  # fmt: skip
+    return _brought(rules.aggregation, samples)
 
 
 def _nats(places: Sequence[Path]) -> list[list[float]]:

@@ -45,6 +45,8 @@ def open_model(
     reference: bool = False,
     untuned: bool = False,
     features: Path | None = None,
+    timeout: float = 300.0,
+    attempts: int = 6,
 ) -> Model:
     """Load a model.
 
@@ -54,6 +56,8 @@ def open_model(
         reference: one question at a time, with no shared computation.
         untuned: load the model from which a run or checkpoint started: its recipe's parts before any step.
         features: folder of the vision tower's features of pictures, which are encoded once for all models with it.
+        timeout: seconds for one attempt at a request to an endpoint.
+        attempts: attempts at such a request.
 
     Raises:
         EvalError: the name has another form, or there is no loadable model.
@@ -64,7 +68,7 @@ def open_model(
     if separator and kind == "openai":
         from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
 
-        return EndpointModel(Endpoint.parse(rest), reference=reference)
+        return EndpointModel(Endpoint.parse(rest, timeout=timeout, attempts=attempts), reference=reference)
     if separator and kind == "replay":
         from mm_moslora_eval.backends.replay_model import ReplayModel
 

@@ -138,8 +138,12 @@ class Task:
 
     @property
     def asked(self) -> str:
-        """Hash of everything that determines the answers, so without extraction, metric and aggregation."""
-        return digest([self.name, self.protocol, self.version, asdict(self.prompt), self.decoding.to_dict()])
+        """Hash of everything that determines the answers, so without extraction, metric and aggregation.
+
+        The places of images are left out, since the key of every answer covers them.
+        """
+        prompt = {key: value for key, value in asdict(self.prompt).items() if key not in ("image_tags", "strip_parts")}
+        return digest([self.name, self.protocol, self.version, prompt, self.decoding.to_dict()])
 
     def load(self) -> DataSet:
         """Read the documents.

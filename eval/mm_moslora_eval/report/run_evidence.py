@@ -23,7 +23,7 @@ from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, kept, spread
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS, difference_of_scores
-from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import digest
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
     if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
         return None
     described = read_json(view / TASK)
-    samples = score_leniently(read_scored(view))
+    samples = score_leniently(with_scores(read_scored(view)))
     about = {key: described[key] for key in ABOUT if key in described}
     return summarise(task, samples, mode=LENIENT, about=about), samples
 
@@ -170,7 +170,7 @@ def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
     if not (place / SAMPLES).is_file():
         return []
     samples = read_scored(place)
-    return [] if any(sample.score is None for sample in samples) else samples
+    return samples if with_scores(samples) else []
 
 
 def row_of(named: NamedResult) -> dict[str, Any]:

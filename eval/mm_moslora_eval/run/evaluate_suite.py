@@ -22,6 +22,7 @@ from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
 from mm_moslora_eval.scoring.score_aggregation import HeadlineDifference, headline_difference
+from mm_moslora_eval.scoring.scored_sample import graded_pairs
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
 
 if TYPE_CHECKING:
@@ -222,7 +223,9 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     for place, rows in zip(places, [*a, *b], strict=True):
         _check_same(places[0], first, place, rows)
         _check_rules(places[0], place)
-    place = places[0]
+    graded = {name for name in first if all(rows[name]["score"] is not None for rows in (*a, *b))}
+    a, b = ([{name: row for name, row in rows.items() if name in graded} for rows in side] for side in (a, b))
+    first, place = a[0], places[0]
     aggregation = _described(place).get("task", {}).get("aggregation", "mean")
     grids = [[[nats_of(rows[name]) for name in first] for rows in side] for side in (a, b)]
     nats = likelihood_difference(grids[0], grids[1], [row["cluster"] for row in first.values()])
@@ -257,9 +260,8 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
 def _headline(aggregation: str, places: Sequence[Path]) -> HeadlineDifference | None:
     if not all(place.is_dir() for place in places):
         return None
-    left, right = (read_scored(place) for place in places)
-    by_id = {sample.document.id: sample for sample in right}
-    return headline_difference(aggregation, left, [by_id[sample.document.id] for sample in left])
+    left, right = graded_pairs(*(read_scored(place) for place in places))
+    return headline_difference(aggregation, left, right)
 
 
 def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -290,7 +292,7 @@ def _named(place: Path) -> str:
 
 def _by_id(place: Path) -> dict[str, dict[str, Any]]:
     rows = {row["id"]: row for row in read_samples(place)}
-    if any(row["score"] is None for row in rows.values()):
+    if all(row["score"] is None for row in rows.values()):
         raise EvalError(f"{place} is unscored, so there is nothing to compare; score it with a judge first.")
     return rows
 

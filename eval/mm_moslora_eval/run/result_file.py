@@ -36,8 +36,8 @@ from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, without_thinking
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
-from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, wordy
-from mm_moslora_eval.scoring.scored_sample import Scored, mean_with_error
+from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, ungraded, wordy
+from mm_moslora_eval.scoring.scored_sample import Scored, mean_with_error, with_scores
 from mm_moslora_eval.sources.document import Document
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Counts:
     """Answers with `<think>` blocks, which are removed before extraction."""
     unclosed_thinking: int = 0
     """Of these, answers with a block without an end; also counted in `not_inferable`."""
+    ungraded: int = 0
+    """Answered, but no reply of the judge can be read; left out of the score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,28 +255,19 @@ def _scored(
         return plain, _Unscored("The data holds no reference answers.")
     if task.metric in JUDGED and judge is None:
         return plain, _Unscored("Only a judge can score this task, and none was given (--judge).")
-    try:
-        if task.metric in JUDGED:
-            assert judge is not None
-            from mm_moslora_eval.run.llm_judge import graded
+    if judge is not None:
+        from mm_moslora_eval.run.llm_judge import judged, reads
 
-            return graded(judge, task.metric, plain), None
-        read, extraction = given, task.extraction
-        if judge is not None:
-            from mm_moslora_eval.run.llm_judge import extract_all
-
-            read, extraction = extract_all(judge, extraction, given)
-    except EvalError as error:  # other tasks are still asked and scored
-        return plain, _Unscored(str(error), failed=True)
-    return [_score_one(task, sample, found, extraction) for sample, (_, found) in zip(plain, read, strict=True)], None
-
-
-def _score_one(task: Task, sample: Scored, found: str | None, extraction: str) -> Scored:
-    """Score the answer that a judge found, or the answer itself; the sample keeps the original answer."""
-    answer = None if sample.failed else sample.text if found is None else found
-    rules = {"extraction": extraction, "metric": task.metric}
-    scored = score_answer(sample.document, answer, cluster=sample.cluster, **rules)
-    return replace(scored, text=sample.text)
+        try:
+            if reads(task):
+                return judged(judge, task, plain), None
+        except EvalError as error:  # other tasks are still asked and scored
+            return plain, _Unscored(str(error), failed=True)
+    rules = {"extraction": task.extraction, "metric": task.metric}
+    return [
+        score_answer(document, text, cluster=cluster, **rules)
+        for (document, text), cluster in zip(given, clusters, strict=True)
+    ], None
 
 
 def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequence[str]) -> list[Scored]:
@@ -347,9 +340,10 @@ def summarise(
         errors: the error of each sample; None for samples that did not fail.
         likelihood: see `TaskResult.likelihood`.
     """
-    headline = AGGREGATIONS[task.aggregation](scored)
-    done = [sample for sample in scored if not sample.failed]
-    failed = len(scored) - len(done)
+    graded = with_scores(scored)
+    headline = AGGREGATIONS[task.aggregation](graded)
+    done = [sample for sample in graded if not sample.failed]
+    failed = len(graded) - len(done)
     completed = headline if failed == 0 else AGGREGATIONS[task.aggregation](done) if done else None
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
     return TaskResult(
@@ -370,15 +364,21 @@ def summarise(
             not_inferable=sum(not sample.parsed.strip() for sample in done),
             truncated=truncated,
             dropped=about.get("data", {}).get("dropped", 0),
+            ungraded=len(scored) - len(graded),
             **_thinking(done),
         ),
         completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
         metrics=headline.metrics,
         likelihood=likelihood or {},
-        categories=_categories(task, scored),
+        categories=_categories(task, graded),
         about=_protocol(task) | about,
         folder=folder,
-        remarks=(*failures(errors), *thinking(done), *(_beside(task, done) if folder else ())),
+        remarks=(
+            *failures(errors),
+            *ungraded(scored),
+            *thinking(done),
+            *(_beside(task, done) if folder else ()),
+        ),
     )
 
 

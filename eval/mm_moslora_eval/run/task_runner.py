@@ -309,6 +309,8 @@ class _Job:
         self._answered = self._failed = 0
         self._asked_here: set[str] = set()
         self._known: set[str] = set()
+        self._done = 0
+        """Items of `work` with a known answer."""
 
     def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
         """Items without an answer; with `retry` also failed items of an earlier run."""
@@ -317,6 +319,7 @@ class _Job:
             {key for key, row in rows.items() if row.get("error") is not None} - self._asked_here if retry else set()
         )
         self._known = rows.keys() - again
+        self._done = sum(item.key in self._known for item in self.work.items)
         return [item for item in items if item.key not in self._known]
 
     def answer(self, items: Sequence[Item], *, retry: bool = False) -> None:
@@ -390,6 +393,7 @@ class _Job:
         row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         log.add(row)
         self._asked_here.add(item.key)
+        self._done += item.key not in self._known
         self._known.add(item.key)
         self._answered += error is None
         self._failed += error is not None and item.problem is None
@@ -402,7 +406,7 @@ class _Job:
 
     def _report(self) -> None:
         if self._progress is not None:
-            self._progress(sum(item.key in self._known for item in self.work.items), len(self.work.items))
+            self._progress(self._done, len(self.work.items))
 
 
 def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:

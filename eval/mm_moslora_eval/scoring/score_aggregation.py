@@ -11,7 +11,7 @@ from mm_moslora_eval.metrics import caption, judge_scores, ptb_tokeniser, yes_no
 from mm_moslora_eval.metrics import question_groups as groups
 from mm_moslora_eval.metrics.document_vqa import OCRBENCH_GROUPS
 from mm_moslora_eval.scoring import error_bars
-from mm_moslora_eval.scoring.scored_sample import Aggregate, Scored, difference_between, mean_with_error
+from mm_moslora_eval.scoring.scored_sample import Aggregate, Scored, difference_between, graded_pairs, mean_with_error
 
 Samples = Sequence[Scored]
 Numbers = dict[str, float]
@@ -215,13 +215,13 @@ def caption_scores(samples: Samples) -> Aggregate:
 
 
 def caption_scores_plain(samples: Samples) -> Aggregate:
-    """The same on space-separated words with case and punctuation: VLMEvalKit's number divided by 100."""
+    """The same on unchanged text: VLMEvalKit's number divided by 100. ROUGE-L splits at single spaces, as there."""
     return _captions(samples, _TOKENIZERS["caption_plain"])
 
 
 _TOKENIZERS: dict[str, Callable[[str], str]] = {
     "caption": ptb_tokeniser.tokenize,
-    "caption_plain": lambda text: " ".join(text.split()),
+    "caption_plain": str,
 }
 
 
@@ -382,17 +382,17 @@ def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
 
 
 def difference_of_scores(aggregation: str, a: Samples, b: Samples) -> Difference:
-    """The difference A - B of the task's score on the same documents.
+    """The difference A - B of the task's score on the documents for which both have one.
 
     Args:
         aggregation: the task's aggregation.
         a: samples of one system.
         b: samples of another system, in any order.
     """
+    a, b = graded_pairs(a, b)
     if aggregation == "circular":
         return difference_between(_questions(a), _questions(b))
-    others = {sample.document.id: sample for sample in b}
-    found = headline_difference(aggregation, a, [others[sample.document.id] for sample in a])
+    found = headline_difference(aggregation, a, b)
     if found is None:
         return difference_between(a, b)
     groups = len(_clusters(a))

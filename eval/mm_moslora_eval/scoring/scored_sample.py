@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,14 +20,30 @@ class Scored:
     parsed: str
     """The extracted answer; empty: not inferable."""
     score: float
+    """nan: not scored, or without a readable grade of a judge."""
     failed: bool = False
     """No answer: the sample could not be asked or the model failed on it. It scores 0."""
     cluster: Hashable = None
     """Identifier of the sample's cluster, such as its image."""
     numbers: tuple[float, ...] = ()
     """Further numbers of a judge, for the aggregation."""
+    judged: bool = False
+    """A judge read the answer: `parsed` comes from its reply."""
     draw: int = 0
     """Number of the copy in a bootstrap draw; grouping treats copies as different samples."""
+
+
+def with_scores(samples: Sequence[Scored]) -> list[Scored]:
+    """The samples that have a score."""
+    return [sample for sample in samples if not math.isnan(sample.score)]
+
+
+def graded_pairs(a: Sequence[Scored], b: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:
+    """The samples of two systems on the documents for which both have a score, in the order of the first."""
+    others = {sample.document.id: sample for sample in b}
+    pairs = [(sample, others[sample.document.id]) for sample in a]
+    kept = [pair for pair in pairs if not any(math.isnan(sample.score) for sample in pair)]
+    return [left for left, _ in kept], [right for _, right in kept]
 
 
 @dataclass(frozen=True, kw_only=True)
