@@ -132,7 +132,7 @@ def test_a_method_is_one_arm_however_it_is_spelt() -> None:
 def test_layers_that_peft_refuses_are_one_error(base: t.LlamaForCausalLM) -> None:
     for name, said in (
         ("peft:C3A", "PEFT's C3A does not fit this model: .*block size"),
-        ("peft:LORA@init_lora_weights=pisa", "Unknown initialization"),
+        ("peft:LORA@init_lora_weights=pisa", "sets init_lora_weights to .pisa."),
         ("peft:TRAINABLE_TOKENS", "TRAINABLE_TOKENS does not fit"),
         ("peft:LORA@alora_invocation_tokens=[5]", "has no gradient"),
         ("peft:LORA@init_lora_weights=pissa@use_dora=true", "would be loaded as another model"),
