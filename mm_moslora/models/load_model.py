@@ -85,12 +85,13 @@ def model_of(folder: Path) -> ModelConfig:
 
 
 def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool, load_base: LoadBase) -> Parts:
-    config = model_of(folder)
+    given = recipe_of(folder).model
+    projector = dataclasses.replace(given.projector, weights=None)  # which the checkpoint holds
+    config = resolve_model_paths(dataclasses.replace(given, projector=projector), folder)
     if not quantised:
         config = dataclasses.replace(config, quantisation="none")
-    projector = dataclasses.replace(config.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
-    assembly = load_base(dataclasses.replace(config, projector=projector), dtype=torch.float32)
+    assembly = load_base(config, dtype=torch.float32)
     if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(
             assembly.model.model.multi_modal_projector,
