@@ -126,8 +126,11 @@ def trained_on(config: ModelConfig, *, before: Path | None = None) -> dict[str, 
     """
     contents, commits = {}, {}
     for part in parts_of(config):
-        if part.place.exists():
-            contents[part.key] = fingerprint(part.place)
+        place = part.place
+        if place.exists():
+            contents[part.key] = fingerprint(place)
+            if place.parent.name == "snapshots":  # of the hub's cache, see `_on_hub`
+                commits[part.key] = place.name
         elif snapshot := part.snapshot(part.revision):
             contents[part.key], commits[part.key] = fingerprint(snapshot, library=part.library), snapshot.name
     base = _base(before) if before is not None else {}
@@ -346,14 +349,13 @@ def _samples(stream: BufferedReader, size: int) -> Iterator[tuple[int, int]]:
             raise ValueError("no safetensors")
         tensors = json.loads(stream.read(header))
         spans = sorted(item["data_offsets"] for name, item in tensors.items() if name != "__metadata__")
-        ends = [(8 + header + int(start), 8 + header + int(end)) for start, end in spans]
+        ends = [[min(max(0, 8 + header + int(end)), size) for end in span] for span in spans]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         yield from _even(size, _MORE_SAMPLES)
         return
     yield 0, 8 + header
     for start, end in ends:
         if end - start <= 4 * _TENSOR_BYTES:
-            yield max(0, start), max(0, end - start)
-            continue
-        for part in range(4):
-            yield start + (end - start - _TENSOR_BYTES) * part // 3, _TENSOR_BYTES
+            yield start, max(0, end - start)
+        else:
+            yield from ((start + (end - start - _TENSOR_BYTES) * part // 3, _TENSOR_BYTES) for part in range(4))
