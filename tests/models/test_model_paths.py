@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from mm_moslora_eval.backends.open_model import open_model
 from safetensors.torch import load_file, save_file
 from trials import with_train
 
@@ -21,7 +22,6 @@ from mm_moslora.models.load_model import load
 from mm_moslora.models.model_paths import fingerprint, resolve_model_paths, trained_on
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import EvalError, ModelError
-from mm_moslora_eval.backends.open_model import open_model
 
 OLD, NEW = "a" * 40, "b" * 40
 
