@@ -262,7 +262,7 @@ def _on_hub(part: Part, expected: str | None, commit: str | None, checkpoint: Pa
             )
         snapshot = None  # of another commit; the right one is fetched
     revision = part.revision if part.library else commit if snapshot is None else snapshot.name
-    where = f"{part.name} of the hub (commit {revision or 'unknown'})"
+    where = f"{part.name} of the hub (commit {revision or 'unknown'})" if _repository(part) else part.name
     if snapshot is not None and not part.library and (part.place.exists() or part.key == "model.vision.fuse_with"):
         return _Found(str(snapshot), None, where)  # loaders would take the folder of that name, or the newest commit
     if part.place.exists():

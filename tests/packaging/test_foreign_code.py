@@ -16,7 +16,7 @@ from tiny import make_tokenizer
 CHECKOUT = Path(__file__).parents[2]
 LOADERS = {"from_pretrained", "from_config"}
 SAFE = {"LoraConfig", "kind", "TransformersModel", "DDPMScheduler"}
-"""Receivers that load no code of a folder: configurations of PEFT, schedulers of diffusers, the class of the harness."""
+"""Receivers that load no code of a folder: configurations of PEFT, schedulers of diffusers, and the harness."""
 CHECKED = {"PeftModel"}
 """PEFT's adapters load models and code that their configuration names: it is checked and given with `config`."""
 WRITTEN_HERE = {"mm_moslora/models/export/export_huggingface.py"}
