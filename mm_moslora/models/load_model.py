@@ -24,6 +24,7 @@ from mm_moslora.adapters.mixer import form_named
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.models.assembly import LoadBase, Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
+from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.processing.llava_processor import takes_plain_contents
@@ -174,6 +175,7 @@ def _load_exported(folder: str | Path, *, dtype: torch.dtype, revision: str | No
 
 
 def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None) -> Parts:
+    refuse_adapter_beside(str(folder), revision)
     config, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
     base = {"exported": str(folder), "revision": revision}
     if "vision_config" not in config:

@@ -13,6 +13,8 @@ import pytest
 from preloaded import Preloaded
 from tiny import make_tokenizer
 
+from mm_moslora.utils.errors import MoSLoRAError
+
 CHECKOUT = Path(__file__).parents[2]
 LOADERS = {"from_pretrained", "from_config"}
 SAFE = {"LoraConfig", "kind", "TransformersModel", "DDPMScheduler"}
@@ -221,3 +223,16 @@ def test_an_adapter_folder_brings_no_code(
     assert len(told) == 1
     assert f"has peft_type '{kind}', which is not loaded" in told[0]
     assert not out.exists()
+
+
+@pytest.mark.parametrize("way", [*WAYS])
+def test_an_adapter_beside_a_model_is_not_put_into_it(tmp_path: Path, language_folder: Path, way: str) -> None:
+    """transformers puts it in without a word, of any kind, and takes from the hub the base that it names."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in language_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = {"peft_type": "SHADOW", "task_type": "CAUSAL_LM", "base_model_name_or_path": "x/y", "shadow_model": "x/z"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(MoSLoRAError, match=r"has an adapter_config.json where a model is expected"):
+        exec(WAYS[way], {"folder": str(folder)})
