@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from mm_moslora.config import ModelConfig
 from mm_moslora.utils.errors import ModelError
@@ -75,7 +74,7 @@ class Part:
             return None
         try:
             folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError, ValueError):
+        except (OSError, ValueError):  # not there, or no name of the hub
             return None
         return folder if _weights(folder, self.library) else None
 
@@ -97,7 +96,8 @@ def _repository(part: Part) -> str | None:
         import open_clip
 
         known = open_clip.get_pretrained_cfg(name, part.pretrained) or {}
-    return str(known.get("hf_hub_id") or known.get("hf_hub") or "").rstrip("/") or None
+    place = str(known.get("hf_hub_id") or known.get("hf_hub") or "")  # open_clip adds a file to some
+    return "/".join(place.split("/")[:2]).rstrip("/") or None
 
 
 def parts_of(config: ModelConfig) -> Iterator[Part]:

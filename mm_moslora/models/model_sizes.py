@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from mm_moslora.config import RECIPES_FOLDER
 from mm_moslora.utils.errors import ModelError, reason_of

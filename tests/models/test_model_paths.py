@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import peft
 import pytest
 import torch
 from mm_moslora_eval.backends.open_model import open_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from trials import with_train
 
 from mm_moslora.cli import run as mm_moslora
 from mm_moslora.config import Recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.models.model_paths import fingerprint, resolve_model_paths, trained_on
+from mm_moslora.serve.inference.adapter_compatibility import _differing_keys
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import EvalError, ModelError
 
@@ -322,3 +325,33 @@ def test_only_the_weights_that_are_read_count(hub_run: Recipe, cache: Path) -> N
         (snapshot / name).write_bytes(b"other")
     assert load(hub_run.train.output)
     assert trained_on(hub_run.model)["commits"]
+
+
+def test_adapters_of_runs_on_equal_weights_go_together_wherever_those_lie(hub_run: Recipe, tmp_path: Path) -> None:
+    served, added = Path(hub_run.train.output) / "checkpoint-000002", tmp_path / "added"
+    shutil.copytree(served, added)
+    text = (added / "config.yaml").read_text()
+    assert "language: acme/tiny" in text
+    (added / "config.yaml").write_text(text.replace("language: acme/tiny", "language: /models/tiny"))
+    assert _differing_keys(served, added) == []
+    content = json.loads((added / "manifest.json").read_text())
+    content["base"]["contents"]["model.language"] = "2-" + "0" * 64
+    (added / "manifest.json").write_text(json.dumps(content))
+    assert [line.split()[0] for line in _differing_keys(served, added)] == ["model.language"]
+
+
+def test_an_adapter_says_which_base_it_names(
+    language_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mm_moslora")
+    base = AutoModelForCausalLM.from_pretrained(language_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    assert load(tmp_path / "a")
+    assert f"its base is {language_folder} ({Path(language_folder).resolve()})" in caplog.text
+    file = tmp_path / "a" / "adapter_config.json"
+    for named in ("no/such-model", {"a": "b"}, ["x"], 7, ""):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
+        with pytest.raises(ModelError, match="--base"):
+            load(tmp_path / "a")
+    assert "its base is no/such-model (the hub, newest commit)" in caplog.text

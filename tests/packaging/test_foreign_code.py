@@ -126,7 +126,7 @@ def test_the_search_finds_what_it_looks_for() -> None:
         "from huggingface_hub import hf_hub_download as h", "h(x)", "load = hub.snapshot_download",
         "model.save_pretrained(x)", "datasets.load_from_disk(x)",
     )  # fmt: skip
-    assert _named("\n".join(lines)) == [1, 2, 3, 5, 6]
+    assert sorted(_named("\n".join(lines))) == [1, 2, 3, 5, 6]
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_an_adapter_folder_brings_no_code(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("way", [*WAYS])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "folder"])  # which is an adapter by its file
 def test_an_adapter_beside_a_model_is_not_put_into_it(tmp_path: Path, language_folder: Path, way: str) -> None:
     """transformers puts it in without a word, of any kind, and takes from the hub the base that it names."""
     folder = tmp_path / "model"
