@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -33,6 +34,7 @@ _PATHS = ("/", "./", "../")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _BY_TENSOR = "2-"
 """Begins fingerprints with samples of every tensor; earlier ones have 16 samples of a file."""
+_FINGERPRINT, _COMMIT = re.compile(r"(2-)?[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _SAMPLES, _MORE_SAMPLES, _SAMPLE_BYTES, _TENSOR_BYTES = 16, 256, 4096, 1024
 _MOST_HEADER = 2**27
 
@@ -160,9 +162,14 @@ def _base(checkpoint: Path) -> dict[str, dict[str, str]]:
     """What a checkpoint's manifest keeps of the parts; runs of earlier versions lack `COMMITS`, or both."""
     try:
         base = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["base"]
-        return {key: dict(base[key]) for key in (CONTENTS, COMMITS) if key in base}
+        kept = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if key in base}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    forms = {CONTENTS: _FINGERPRINT, COMMITS: _COMMIT}  # the folder may be a stranger's
+    return {
+        key: {name: value for name, value in items.items() if isinstance(value, str) and forms[key].fullmatch(value)}
+        for key, items in kept.items()
+    }
 
 
 class _Found(NamedTuple):

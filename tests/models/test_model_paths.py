@@ -243,6 +243,14 @@ def test_runs_of_earlier_versions_are_read(
     assert base["commits"]["model.language"] == OLD
 
 
+@pytest.mark.parametrize("odd", [None, 3, "x", ["a"], {"a": "b"}, {"model.language": 3}, {"model.language": "../x"}])
+def test_a_manifest_of_a_stranger_is_read(hub_run: Recipe, odd: Any) -> None:
+    run = Path(hub_run.train.output)
+    for key in ("contents", "commits"):
+        _as_earlier(run, lambda base, key=key: base.update({key: odd}))
+        assert load(run)
+
+
 def test_fingerprints_of_earlier_versions_are_compared(recipe: Recipe, tmp_path: Path) -> None:
     shutil.copytree(recipe.model.language, tmp_path / "llm")
     model = replace(recipe.model, language=str(tmp_path / "llm"))
