@@ -165,10 +165,10 @@ def _hand_on(
 
 def _writes_base(model: Path) -> bool:
     """Whether a run's base is assembled and therefore not published anywhere."""
-    from mm_moslora.models.load_model import model_of
+    from mm_moslora.models.load_model import recipe_of
 
     checkpoint = find_checkpoint(model)
-    return (checkpoint / MANIFEST).is_file() and model_of(checkpoint).vision is not None
+    return (checkpoint / MANIFEST).is_file() and recipe_of(checkpoint).model.vision is not None
 
 
 def import_model(

@@ -24,6 +24,7 @@ from mm_moslora.adapters.mixer import form_named
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
+from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.processing.llava_processor import takes_plain_contents
@@ -81,12 +82,13 @@ def model_of(folder: Path) -> ModelConfig:
 
 
 def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Parts:
-    config = model_of(folder)
+    given = recipe_of(folder).model
+    projector = dataclasses.replace(given.projector, weights=None)  # which the checkpoint holds
+    config = resolve_model_paths(dataclasses.replace(given, projector=projector), folder)
     if not quantised:
         config = dataclasses.replace(config, quantisation="none")
-    projector = dataclasses.replace(config.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
-    assembly = load_parts(dataclasses.replace(config, projector=projector), dtype=torch.float32)
+    assembly = load_parts(config, dtype=torch.float32)
     if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(
             assembly.model.model.multi_modal_projector,
@@ -138,10 +140,14 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
     named = base or config.get("base_model_name_or_path")
     if base is None and (folder / BASE).is_dir():  # wherever the folder was moved
         named = folder / BASE
-    if not named:
+    if not isinstance(named, str | Path) or not str(named):
         raise ModelError(f"{folder} is an adapter that does not name its base model. Give it with --base.")
+    told = config.get("revision") if base is None and not Path(named).exists() else None
+    revision = told if isinstance(told, str) else None
+    where = f"the hub, {revision or 'newest commit'}" if not Path(named).exists() else Path(named).resolve()
+    logger.info("%s: its base is %s (%s).", folder, named, where)
     try:
-        assembly = _load_exported(named, dtype=torch.float32)
+        assembly = _load_exported(named, dtype=torch.float32, revision=revision)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -155,28 +161,30 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
     return assembly
 
 
-def _load_exported(folder: str | Path, *, dtype: torch.dtype) -> Parts:
+def _load_exported(folder: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> Parts:
     try:
-        return _load_stock(folder, dtype=dtype)
+        return _load_stock(folder, dtype=dtype, revision=revision)
     except MoSLoRAError:
         raise
     except ValueError as error:
         raise ModelError(f"{folder} does not load: {reason_of(error)}.") from error
 
 
-def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Parts:
-    config, _ = PretrainedConfig.get_config_dict(folder)
-    base = {"exported": str(folder)}
+def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None) -> Parts:
+    refuse_adapter_beside(str(folder), revision)
+    config, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
+    base = {"exported": str(folder), "revision": revision}
     if "vision_config" not in config:
-        language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-        return Parts(
-            model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base=base
-        )
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
-    processor: Any = load_pretrained_processor(str(folder), None)
+        language = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
+        return Parts(model=language.eval(), tokenizer=tokenizer, base=base)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, revision=revision, dtype=dtype, trust_remote_code=False
+    ).eval()
+    processor: Any = load_pretrained_processor(str(folder), revision)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
         return pretrained_parts(processor, model=model, base=base)
-    processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(folder, revision=revision, backend="pil", trust_remote_code=False)
     images = processor.image_processor
     crop: Any = images.crop_size
     spec = ImageSpec(

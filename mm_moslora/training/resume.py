@@ -17,7 +17,7 @@ from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.adapters.methods.peft_methods import restore_method
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
-from mm_moslora.models.model_paths import CONTENTS, base_fingerprints
+from mm_moslora.models.model_paths import CONTENTS, same_parts
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, rank_folder, read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
 from mm_moslora.training.precision import resolve_precision
@@ -146,8 +146,7 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
 
 
 def _changes(manifest: Manifest, recipe: Recipe) -> Changes:
-    expected = manifest.base.get(CONTENTS, {})
-    same = [key for key, found in base_fingerprints(recipe.model).items() if expected.get(key) == found]
+    same = [*same_parts(recipe.model, manifest.base.get(CONTENTS, {}))]
     recipe = recipe.for_ranks(distributed.world_size(), before=stage_before(manifest))
     return changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
 

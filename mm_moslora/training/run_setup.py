@@ -33,7 +33,7 @@ from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import attention_words, choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
-from mm_moslora.models.model_paths import base_fingerprints, resolve_model_paths
+from mm_moslora.models.model_paths import resolve_model_paths, trained_on
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
 from mm_moslora.models.processing.image_processing import dummy_image_example
@@ -137,8 +137,8 @@ class Run:
     """Size of this rank's micro-batches, the same on all ranks."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
     """Full weights of a frozen projector; under ZeRO-3 the model holds shards."""
-    contents: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of the base model's files, see `mm_moslora.models.model_paths`."""
+    trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Fingerprints and commits of the base model's parts, see `mm_moslora.models.model_paths`."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -159,11 +159,12 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     lean = recipe.model.lean_layers and recipe.train.compile is None
     kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean, dtype=dtype_of(precision))
-    parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
+    with distributed.failing_together("Finding the model"):
+        parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
     micro_tokens = token_budget(recipe, parts, precision=precision)
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
-        model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
+        model_start, adapter_start = _start_of(recipe.model, parts, recipe.adapter, checkpoint)
     with distributed.failing_together("Loading the model"):  # under ZeRO-3 rank 0 alone reads its weights
         place = weights_place(recipe.train, quantised=is_quantised(model_start))
         assembly = load_parts(model_start, dtype=dtype_of(precision), device=place)
@@ -226,7 +227,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         limit=MicroBatchLimit(
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
-        contents=base_fingerprints(parts),
+        trained_on=trained_on(parts, before=checkpoint),
     )  # fmt: skip
 
 
@@ -265,14 +266,18 @@ def _say_what_runs(attention: AttentionChoice, precision: str) -> None:
         )
 
 
-def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> tuple[ModelConfig, AdapterConfig]:
-    """The source of a resumed run's initial weights: its checkpoint, where their original path is gone.
+def _start_of(
+    given: ModelConfig, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path
+) -> tuple[ModelConfig, AdapterConfig]:
+    """The source of a resumed run's initial weights: its checkpoint, where the original ones are gone.
+
+    `model` is `given`, the recipe's, as `resolve_model_paths` found it.
 
     Trained weights are loaded from the checkpoint's state later, so only frozen parts and shapes depend on this.
     """
-    weights, kept = model.projector.weights, checkpoint / "projector.safetensors"
+    weights, kept = given.projector.weights, checkpoint / "projector.safetensors"
     fresh = weights is None and model.vlm is None and not model.projector_trains and kept.is_file()
-    if fresh or (weights and not projector_file(weights).is_file()):
+    if fresh or (weights and not projector_file(model.projector.weights or "").is_file()):
         model = replace(model, projector=replace(model.projector, weights=str(kept)))
     if adapter.weights and not is_adapter(adapter.weights):
         adapter = replace(adapter, weights=str(checkpoint / "adapter"))

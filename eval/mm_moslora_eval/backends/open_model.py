@@ -94,7 +94,10 @@ def open_model(
         raise EvalError(f"{name} is an export, which has no model before tuning. Give a run or a checkpoint.")
     if untuned:
         seed_everything(recipe_of(folder).train.seed)  # a new projector is drawn as in the run
-        assembly = load_parts(model_of(folder), dtype=dtype)
+        config = model_of(folder)
+        if (weights := recipe_of(folder).model.projector.weights) and config.projector.weights is None:
+            raise EvalError(f"{weights} (model.projector.weights) is no longer what {folder} began with. Restore it.")
+        assembly = load_parts(config, dtype=dtype)
     else:
         assembly = load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name

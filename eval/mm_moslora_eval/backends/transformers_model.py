@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError, reason_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
@@ -83,6 +84,7 @@ class TransformersModel:
         import mm_moslora.models.processing.llava_processor
         import mm_moslora.models.vlm  # noqa: F401  (registers this project's model type with the Auto classes)
 
+        refuse_adapter_beside(name)
         try:
             sees = (
                 type(AutoConfig.from_pretrained(name, trust_remote_code=False)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

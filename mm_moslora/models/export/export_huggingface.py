@@ -100,7 +100,7 @@ def published_base(assembly: Parts) -> tuple[str, str | None] | None:
     if assembly.changed:
         return None
     if base.get("exported"):
-        return _absolute(base["exported"]), None
+        return _absolute(base["exported"]), base.get("revision")
     if base.get("vlm"):
         return _absolute(base["vlm"]), base.get("vlm_revision")
     if base.get("language") and not is_multimodal(model):

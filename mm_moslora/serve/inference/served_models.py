@@ -29,7 +29,7 @@ from mm_moslora.models.assembly import Parts, load_projector
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.decoding.prefix_cache import Decoder
 from mm_moslora.models.decoding.row_decoding import prefill_row
-from mm_moslora.models.load_model import load, model_of
+from mm_moslora.models.load_model import load, model_of, recipe_of
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.vision.feature_cache import FeatureCache
 from mm_moslora.models.vlm import has_own_forward
@@ -263,7 +263,7 @@ def why_no_base(path: Path) -> str | None:
 
 def _trained_weights(checkpoint: Path) -> str | None:
     """A component with trained weights of its own; such a checkpoint is not an adapter of its base."""
-    is_pretrained_vlm = model_of(checkpoint).vlm is not None
+    is_pretrained_vlm = recipe_of(checkpoint).model.vlm is not None
     parts = ("vision", "language", *(("projector",) if is_pretrained_vlm else ()))
     return next((part for part in parts if (checkpoint / f"{part}.safetensors").is_file()), None)
 
