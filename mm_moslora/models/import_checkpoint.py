@@ -21,7 +21,7 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
 
 from mm_moslora import adapters
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.families import DECODERS
 from mm_moslora.models.import_xtuner import lora_settings, write_factors
 from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError
-from mm_moslora.utils.files import copy_of_model, mark, read_json, remove
+from mm_moslora.utils.file_locks import new_folder
+from mm_moslora.utils.files import copy_of_model, read_json
 from mm_moslora.utils.run_paths import writing
 from mm_moslora.utils.untrusted_files import find_in_model
 
@@ -98,14 +98,13 @@ def import_parts(
     Raises:
         ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.
     """
-    check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return _import(source, folder, language=language, vision=vision, xtuner_config=xtuner_config)
-    except BaseException:  # the same command works as soon as the cause is mended
-        mark(folder, "temporary")
-        remove(folder)
-        raise
+    with new_folder(folder) as part:  # the same command works as soon as the cause of an error is mended
+        found = _import(source, part, language=language, vision=vision, xtuner_config=xtuner_config)
+    final = {str(part / name): str(folder / name) for name in ("language", "vision")}
+    language, vision = found.language, found.vision
+    return replace(
+        found, folder=folder, language=final.get(language or "", language), vision=final.get(vision or "", vision)
+    )
 
 
 def _import(

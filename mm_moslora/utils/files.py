@@ -236,6 +236,11 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
+def in_construction(folder: Path) -> bool:
+    """Whether a folder is one that `building` has just made, with nothing in it yet."""
+    return _names(folder) == {MARK} and "temporary" in _kinds(folder) and folder.name.endswith(".partial")
+
+
 def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Sequence[str] = ()) -> None:
     """Refuse a folder with files of another program under the names that are about to be written.
 
