@@ -24,7 +24,8 @@ from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, kept, spread
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS, difference_of_scores
+from mm_moslora_eval.scoring.measured_scores import difference_of_scores
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import digest
 
@@ -158,7 +159,7 @@ def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
 
 def ahead_by(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:
     """The difference tuned model - another system in the score of the result's task."""
-    return difference_of_scores(_aggregation(result), own, other)
+    return difference_of_scores(_aggregation(result), [own], [other]).as_difference
 
 
 def _aggregation(result: TaskResult) -> str:
