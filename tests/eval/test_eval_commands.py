@@ -188,9 +188,9 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert cli.run(["eval", "compare", str(a), f"{b},{c}", "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "A 90.0 %, B 45.0 %. A is better than B: +45.0 points (95 % +40.2 to +49.8)" in out
-    assert "A wins 20, B wins 0, equal 20 of 40. A is better than B." in out
-    assert "B 0.5000, 0.4000" in out
-    assert re.search(r"With 40 documents a true difference of 0\.\d+ is detected with 80 % power", out)
+    assert "A wins 20, B wins 0, equal 20 of 40; sign test p " in out
+    assert "B 50.0 %, 40.0 %" in out
+    assert re.search(r"20 pictures with 40 questions. A true difference of \d.\d points is detected with 80 %", out)
     html = page.read_text()
     for verb in (["compare", str(a), str(b), "--html"], ["report", str(a), "--output"]):
         assert cli.run(["eval", *verb, str(tmp_path)]) == 1
@@ -201,7 +201,7 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert cli.run(["eval", "compare", str(a), str(a)]) == 0
     out = capsys.readouterr().out
     assert "It is not shown that A and B differ: +0.0 points" in out
-    assert "The interval rests on 40 documents. They all differ by the same amount" in out
+    assert "The interval rests on 20 pictures with 40 questions. They all differ by the same amount" in out
     assert "is detected" not in out
 
 

@@ -33,6 +33,7 @@ from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
 
@@ -145,7 +146,7 @@ class Comparison:
     @property
     def caution(self) -> str:
         """A note for tasks with another score than the mean of samples or questions; empty for these."""
-        if not self.score.unit:
+        if not self.score.unit or self.aggregation in CAPTIONS:
             return ""
         return (
             f"Wins, losses and the sign test are about single questions; {self.score.unit} adds them up differently "

@@ -1,6 +1,6 @@
 """Distributions and tests on which `estimates` and `mm_moslora.compare` stand. Pure Python, no scipy.
 
-Sources: Miller 2024 (2411.00640) for clustered errors, Wilson 1927 for proportions, McNemar 1947.
+Sources: Miller 2024 (2411.00640) for clustered errors, Clopper and Pearson 1934 for proportions, McNemar 1947.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
 _NORMAL = NormalDist()
+NORMAL_QUANTILE = _NORMAL.inv_cdf(0.975)
+"""Of 95 %, in both tails together."""
 _CELLS, _MANY = 120, 1000.0
 """Cells of a numerical integral, and degrees of freedom that count as infinitely many there."""
 ROUNDING = 1e-12
@@ -61,24 +63,6 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
     return math.sqrt(max(0.0, variance))
 
 
-def wilson_interval(successes: float, count: float, *, quantile: float | None = None) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, which stays within 0 to 1.
-
-    Args:
-        successes: number of them.
-        count: number of independent trials.
-        quantile: half-width in standard errors; None: that of 95 % of a normal distribution.
-    """
-    if count == 0:
-        return math.nan, math.nan
-    z = _NORMAL.inv_cdf(0.975) if quantile is None else quantile
-    share = successes / count
-    scale = 1 + z**2 / count
-    centre = (share + z**2 / (2 * count)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def _incomplete_beta(a: float, b: float, x: float) -> float:
     """Regularised incomplete beta function by Lentz's continued fraction."""
     if x <= 0.0 or x >= 1.0:
@@ -104,6 +88,23 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
 
 def _nonzero(value: float, tiny: float) -> float:
     return value if abs(value) > tiny else tiny
+
+
+def binomial_interval(successes: float, count: float, *, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a proportion (Clopper and Pearson 1934), also of broken numbers of successes and trials."""
+
+    def bound(tail: float, a: float, b: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _incomplete_beta(a, b, middle) < tail else (low, middle)
+        return (low + high) / 2
+
+    tail, failures = (1 - level) / 2, count - successes
+    return (
+        bound(tail, successes, failures + 1) if successes > 0 else 0.0,
+        bound(1 - tail, successes + 1, failures) if failures > 0 else 1.0,
+    )
 
 
 def t_two_sided(t: float, degrees: float) -> float:

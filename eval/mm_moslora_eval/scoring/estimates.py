@@ -5,7 +5,7 @@ a macro average (a ratio for each category), F1 (twice the hits over hits, false
 measures them all, and the difference of two of them is one more such sum.
 
 Sources: Woodruff 1971 (errors of ratios), Bell and McCaffrey 2002 (errors of few or uneven clusters, and their degrees
-of freedom), Wilson 1927, Korn and Graubard 1998 (effective number of samples), Clopper and Pearson 1934.
+of freedom), Korn and Graubard 1998 (exact intervals on an effective number of samples), Clopper and Pearson 1934.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from mm_moslora.reporting.verdicts import Difference
 from mm_moslora_eval.scoring.error_bars import (
+    NORMAL_QUANTILE,
     ROUNDING,
     alike_interval,
     alike_p_value,
+    binomial_interval,
     shown_by_t_test,
     t_quantile,
     t_two_sided,
-    wilson_interval,
 )
 
 Column = NDArray[np.float64]
@@ -141,9 +142,9 @@ def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> Estimate:
 
     The error counts samples of one cluster together (CR2 of Bell and McCaffrey). Where one of several ratios is the
     same in all its clusters, these do not show its error, and one cluster is taken to differ as much as the bounds
-    allow. The interval of a score with bounds is Wilson's, with the quantile of t, on the number of independent
-    right-or-wrong answers that have the same error; that of a difference is the t-interval. Where all clusters are
-    alike, exact bounds limit the share of others.
+    allow. The interval of a score with bounds is the exact one of as many independent right-or-wrong answers as have
+    the same error, fewer by the quantiles of t (Korn and Graubard); that of a difference is the t-interval. Where all
+    clusters are alike, exact bounds limit the share of others.
 
     Args:
         ratios: their sum is the score; none: the score is 0, without an error.
@@ -172,8 +173,8 @@ def _interval(found: Estimate, low: float, high: float) -> tuple[float, float]:
         quantile = t_quantile(LEVEL, found.degrees)
         if score and min(value, high - value) > ROUNDING * high:
             share = value / high
-            independent = share * (1 - share) * (high / found.stderr) ** 2
-            bounds = wilson_interval(share * independent, independent, quantile=quantile)
+            independent = share * (1 - share) * (high / found.stderr * NORMAL_QUANTILE / quantile) ** 2
+            bounds = binomial_interval(share * independent, independent)
             return bounds[0] * high, bounds[1] * high
         bounds = (value - quantile * found.stderr, value + quantile * found.stderr)
         return bounds if low < 0 < high else (max(low, bounds[0]), min(high, bounds[1]))
@@ -182,7 +183,7 @@ def _interval(found: Estimate, low: float, high: float) -> tuple[float, float]:
     if not score:
         bounds = alike_interval(value / high, found.groups)
     elif min(value, high - value) <= ROUNDING * high:
-        bounds = wilson_interval(found.groups * round(value / high), found.groups)
+        bounds = binomial_interval(found.groups * round(value / high), found.groups)
     else:  # as many other pictures as exact bounds allow have the least or the largest score
         unseen = alike_interval(0.0, found.groups)[1]
         bounds = (value * (1 - unseen) / high, (value + unseen * (high - value)) / high)
