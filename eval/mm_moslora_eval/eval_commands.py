@@ -437,7 +437,7 @@ def _odd_count(result: TaskResult) -> str:
 
 def _basis(result: TaskResult) -> str:
     """A note where the interval rests on fewer pictures than documents."""
-    if not result.scored or result.clusters in (None, result.n):
+    if not result.scored or result.clusters is None or result.groups is None or result.clusters == result.n:
         return ""
     return resting_on(result.n, result.clusters, result.groups)
 

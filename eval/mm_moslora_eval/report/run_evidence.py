@@ -182,7 +182,7 @@ def row_of(named: NamedResult) -> dict[str, Any]:
     categories = {
         category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
         for category, part in result.categories.items()
-        if not unit and all(math.isfinite(part[key]) for key in ("score", "low", "high"))  # those are of another score
+        if not unit and all(math.isfinite(part[key]) for key in ("score", "low", "high"))  # pages draw these as shares
     }
     return {
         "name": named.name, "label": named.label, "task": result.task, "n": result.n, "mean": result.score,

@@ -84,7 +84,8 @@ def contributions(ratios: Sequence[Ratio]) -> Column:
     """What every sample brings to the score: the mean of these is the score, and their error its error."""
     if len(ratios) == 1 and np.all(np.asarray(ratios[0].bottom) == 1):
         return np.asarray(ratios[0].top, float)  # a mean, to the last digit
-    return value_of(ratios) + sum(len(ratio.top) * ratio.values()[1] for ratio in ratios)
+    parts = np.array([len(ratio.top) * ratio.values()[1] for ratio in ratios], float)
+    return np.asarray(value_of(ratios) + parts.sum(axis=0), float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,8 @@ def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> Estimate:
         value=value, n=len(numbers), clusters=count, stderr=stderr if count > 1 else math.nan, degrees=degrees,
         low=math.nan, high=math.nan,
     )  # fmt: skip
-    return replace(found, **dict(zip(("low", "high"), _interval(found, low, high), strict=True)))
+    bounds = _interval(found, low, high)
+    return replace(found, low=bounds[0], high=bounds[1])
 
 
 def _interval(found: Estimate, low: float, high: float) -> tuple[float, float]:

@@ -284,14 +284,14 @@ def llavabench(samples: Samples) -> Summed:
 
     The same for every category. The score has all digits, the further numbers have those of the source.
     """
-    rated = [(s.document.category or "", *(s.numbers or judge_scores.UNPARSED)) for s in samples]
+    references, answers = zip(*(sample.numbers or judge_scores.UNPARSED for sample in samples), strict=True)
+    rated = zip((sample.document.category or "" for sample in samples), references, answers, strict=True)
     kinds = ("", "reference_", "answer_")
     metrics = {
         f"{kind}{name}": value / 100
         for name, values in judge_scores.llavabench_summary(rated).items()
         for kind, value in zip(kinds, values, strict=True)
     }
-    references, answers = [row[1] for row in rated], [row[2] for row in rated]
     return Summed(ratios=[Ratio(top=answers, bottom=references, high=_MOST_RELATIVE)], metrics=metrics)
 
 

@@ -204,6 +204,8 @@ def test_captions_are_compared_by_cider_in_the_command_and_in_the_report(tmp_pat
     for control in ("a plain picture", "another item&#39;s picture"):
         assert f"With its own pictures the model is better than with {control}: CIDEr +" in page
     assert "not shown to be better" not in page
+    assert f'<span class="quiet">CIDEr</span> <strong>{found.score.a:.3f}</strong>' in page
+    assert 'class="range"' not in page  # a scale from 0 to 100 does not fit
 
 
 def test_circular_needs_numbered_documents_before_anything_is_asked(tmp_path: Path) -> None:
