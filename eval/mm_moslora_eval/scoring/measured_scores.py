@@ -188,4 +188,5 @@ def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
 
     For a mean these are the samples' own scores, for captions the CIDEr-D of each.
     """
-    return [float(value) for value in contributions(AGGREGATIONS[aggregation](samples).ratios)]
+    ratios = AGGREGATIONS[aggregation](samples).ratios
+    return [float(value) for value in contributions(ratios)] if ratios else [0.0] * len(samples)
