@@ -175,7 +175,7 @@ def _why_no_nats(rules: Task | None, rows: Sequence[Sequence[Mapping[str, Any]]]
 
 
 def _brought(aggregation: str, samples: Sequence[Scored]) -> list[float]:
-    from mm_moslora_eval.scoring.score_aggregation import score_by_sample
+    from mm_moslora_eval.scoring.measured_scores import score_by_sample
 
     return [value / _FULL_MARKS.get(aggregation, 1.0) for value in score_by_sample(aggregation, samples)]
 

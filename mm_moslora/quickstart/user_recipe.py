@@ -226,9 +226,11 @@ def _closing_text(output: Path, data: OwnData, size: Size) -> str:
     if data.faults:
         lines += ["Left out:", data.fault_lines()]
     if len(data.test) < 200 and not data.captions:
+        from mm_moslora_eval.scoring.measured_scores import smallest_shown
+
         lines.append(
             f"{len(data.test)} held-out questions show differences of about "
-            f"{100 * 1.96 * math.sqrt(0.5 / len(data.test)):.0f} points or more. More pictures show smaller ones."
+            f"{100 * smallest_shown(len(data.test)):.0f} points or more. More pictures show smaller ones."
         )
     if "wrong" not in modes:
         lines.append(

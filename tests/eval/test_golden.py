@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.scoring import error_bars, estimates
 
 from tests.eval.golden_answers import (
     LETTERS,
@@ -85,14 +85,14 @@ def mean_stderr(row: Row) -> Any:
 
 def paired(row: Row) -> Any:
     """Where all differences are alike the source gives an interval of no width and p of 0 or 1; here both are exact."""
-    result = error_bars.paired(row["current"], row["baseline"])
+    result = estimates.paired(row["current"], row["baseline"])
     if result.stderr == 0:
         assert result.low < result.high
-        return row["expected"] | {"mean_diff": result.difference, "n": result.n, "se_diff": 0.0, "t_stat": result.t}
+        return row["expected"] | {"mean_diff": result.value, "n": result.n, "se_diff": 0.0, "t_stat": result.t}
     return {
         "ci_lower": result.low,
         "ci_upper": result.high,
-        "mean_diff": result.difference if result.n > 1 else math.nan,
+        "mean_diff": result.value if result.n > 1 else math.nan,
         "n": result.n,
         "p_value": result.p_value,
         "se_diff": result.stderr,

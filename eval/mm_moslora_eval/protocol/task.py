@@ -12,7 +12,7 @@ from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora_eval import sources
 from mm_moslora_eval.protocol.task_prompt import Prompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import DataSet, Document, digest
 
@@ -149,6 +149,9 @@ class Task:
         """Read the documents.
 
         Raises:
-            EvalError: the file is missing, has another checksum, or cannot be read; names the place.
+            EvalError: the file is missing, has another checksum, or cannot be read, or its ids do not suit the
+                aggregation; names the place.
         """
-        return sources.load(self.source, beside=Path(self.folder) if self.folder else None)
+        data = sources.load(self.source, beside=Path(self.folder) if self.folder else None)
+        check_ids(self.aggregation, data.documents)
+        return data

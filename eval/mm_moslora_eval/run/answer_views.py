@@ -171,15 +171,17 @@ def read_scored(place: Path) -> list[Scored]:
     if not path.is_file():
         raise EvalError(f"{path} is missing; score the folder first.")
     rows = read_lines(path)
-    return [
-        Scored(
-            document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"],
-            score=math.nan if row["score"] is None else row["score"],
-            failed=row["failed"], cluster=row["cluster"], numbers=tuple(row.get("numbers", ())),
-            judged=row.get("judged", False),
-        )
-        for document, row in zip(documents_of(view), rows, strict=True)
-    ]  # fmt: skip
+    documents = map(Document.from_dict, documents_of(view))
+    return [scored_row(row, document) for document, row in zip(documents, rows, strict=True)]
+
+
+def scored_row(row: dict[str, Any], document: Document) -> Scored:
+    """A row of `samples.jsonl` as input of an aggregation."""
+    return Scored(
+        document=document, text=row["text"] or "", parsed=row["parsed"],
+        score=math.nan if row["score"] is None else row["score"], failed=row["failed"], cluster=row["cluster"],
+        numbers=tuple(row.get("numbers", ())), judged=row.get("judged", False),
+    )  # fmt: skip
 
 
 def has_scores(view: Path) -> bool:

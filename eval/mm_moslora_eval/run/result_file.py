@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,10 +33,11 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, without_thinking
+from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.score_aggregation import check_ids
 from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, ungraded, wordy
-from mm_moslora_eval.scoring.scored_sample import Scored, mean_with_error, with_scores
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import Document
 
 if TYPE_CHECKING:
@@ -93,8 +93,12 @@ class TaskResult:
     likelihood: dict[str, Any] = field(default_factory=dict)
     """The numbers of `reference_likelihood.Likelihood`, or the reason `none`; empty for a baseline and for results of
     earlier versions."""
+    clusters: int | None = None
+    """Pictures on which the interval rests, with samples that share none; None in results of earlier versions."""
+    groups: int | None = None
+    """Equally large ones that would give as much certainty."""
     categories: dict[str, dict[str, float]] = field(default_factory=dict)
-    """n, score, stderr, low, high per category."""
+    """n, score, stderr, low, high per category, in the task's score."""
     about: dict[str, Any] = field(default_factory=dict)
     """Protocol, data, selection, model, seed, first prompt, environment and date."""
     folder: str = ""
@@ -189,6 +193,7 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
     about = {key: described[key] for key in ABOUT if key in described}
     about["date"] = max((str(answer["time"]) for answer in given if answer.get("time")), default=None)
     texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, given, strict=True)]
+    check_ids(task.aggregation, [document for document, _ in texts])
     scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
     if judge is not None:
         about["judge"] = judge.to_dict()
@@ -341,10 +346,10 @@ def summarise(
         likelihood: see `TaskResult.likelihood`.
     """
     graded = with_scores(scored)
-    headline = AGGREGATIONS[task.aggregation](graded)
+    headline = aggregate(task.aggregation, graded)
     done = [sample for sample in graded if not sample.failed]
     failed = len(graded) - len(done)
-    completed = headline if failed == 0 else AGGREGATIONS[task.aggregation](done) if done else None
+    completed = headline if failed == 0 else aggregate(task.aggregation, done) if done else None
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
     return TaskResult(
         task=task.name,
@@ -357,6 +362,8 @@ def summarise(
         low=headline.low,
         high=headline.high,
         stderr_kind=headline.stderr_kind,
+        clusters=headline.clusters,
+        groups=headline.groups,
         counts=Counts(
             total=len(scored),
             scored=len(done),
@@ -370,7 +377,10 @@ def summarise(
         completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
         metrics=headline.metrics,
         likelihood=likelihood or {},
-        categories=_categories(task, graded),
+        categories={
+            name: {"n": part.n, "score": part.score, "stderr": part.stderr, "low": part.low, "high": part.high}
+            for name, part in by_category(task.aggregation, graded).items()
+        },
         about=_protocol(task) | about,
         folder=folder,
         remarks=(
@@ -386,21 +396,6 @@ def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:
     yield from answers_alike(answered)
     if task.metric not in JUDGED:
         yield from wordy(answered)
-
-
-def _categories(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
-    """Means per category and second-level category; over whole questions if rotations count as one."""
-    groups: dict[str, list[Scored]] = defaultdict(list)
-    for sample in scored:
-        for name in {sample.document.category, sample.document.extra.get("l2-category")} - {None}:
-            groups[str(name)].append(sample)
-    add_up = AGGREGATIONS["circular"] if task.aggregation == "circular" else mean_with_error
-    totals = {name: add_up(members) for name, members in sorted(groups.items())}
-    parts = ("score", "stderr", "low", "high")
-    return {
-        name: {"n": len(groups[name])} | {part: getattr(total, part) for part in parts}
-        for name, total in totals.items()
-    }
 
 
 def read_results(folder: Path) -> list[TaskResult]:

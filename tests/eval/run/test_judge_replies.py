@@ -220,10 +220,10 @@ def test_few_answers_without_a_grade_are_left_out_of_score_and_comparison(tmp_pa
     with serve(lambda payload: "0.2" if number(payload) % 2 else "0.3") as server:
         score_folder(other, judge=judge_at(server.url, tmp_path / "b"))
     found = compare(view, other)
-    assert found.paired.n == COUNT - 1
-    assert found.paired.difference == pytest.approx(found.score_a - found.score_b)
+    assert found.score.questions == COUNT - 1
+    assert found.score.found.value == pytest.approx(found.score_a - found.score_b)
     score_folder(view)  # without a judge the grades stay
-    assert compare(view, other).paired.n == COUNT - 1
+    assert compare(view, other).score.questions == COUNT - 1
 
 
 def test_llavabench_is_compared_without_the_answers_that_have_no_ratings(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_llavabench_is_compared_without_the_answers_that_have_no_ratings(tmp_pat
         second = score_folder(views[1], judge=judge_at(server.url, tmp_path / "b"))
     assert (first.score, second.score) == (0.5, 0.75)
     found = compare(*views)
-    assert found.paired.n == COUNT - 2
+    assert found.score.questions == COUNT - 2
     assert found.headline is not None
     assert found.headline.a - found.headline.b == pytest.approx(-0.25)
 

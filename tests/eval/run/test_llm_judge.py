@@ -148,7 +148,7 @@ def test_grades_survive_scoring_without_a_judge(mmvet: Path, tmp_path: Path) -> 
     (result,) = evaluate(FakeModel(), task, run, modes=("own",), settings=ONE)
     assert math.isnan(result.score)
     assert [kept.score for kept in read_results(run)] == [graded.score]
-    assert compare(run / "mmvet@own" / "own", run / "mmvet@own" / "own").score_a == pytest.approx(graded.score)
+    assert compare(run / "mmvet@own" / "own", run / "mmvet@own" / "own").score.a == pytest.approx(graded.score)
 
 
 def asked(judge: Judge, *, max_tokens: int = 16) -> str:

@@ -303,12 +303,13 @@ def test_compare_two_modes(question_file: Path, tmp_path: Path, model: FakeModel
     evaluate(model, task_of(question_file), tmp_path / "run", settings=ONE)
     place = tmp_path / "run" / "questions@own"
     result, text = eval_commands.compare(place / "own", place / "wrong")
-    pair = result.paired
-    assert pair.wins + pair.losses + pair.ties == 12
-    assert len(result.changed) == pair.wins + pair.losses
-    assert pair.difference == pytest.approx(result.score_a - result.score_b)
+    score = result.score
+    assert score.wins + score.losses + score.ties == score.questions == 12
+    assert len(result.samples) == score.wins + score.losses
+    assert score.found.value == pytest.approx(score.a - score.b)
     assert "A wins" in text
-    assert result.detectable == pytest.approx(2.8016 * pair.stderr, rel=1e-4)  # three questions on a picture
+    assert "The interval rests on 4 pictures with 12 questions." in text
+    assert score.found.detectable > 4 * score.found.stderr  # of a t-test with 3 degrees of freedom; a normal one: 2.8
     few = Settings(batch_size=4, limit=5, rank=0, world_size=1)
     evaluate(model, task_of(question_file), tmp_path / "other", modes=("own",), settings=few)
     with pytest.raises(EvalError, match="different documents"):
