@@ -69,6 +69,12 @@ class CheckReport:
     """Answers with thinking that is learned."""
     dropped_thoughts: int = 0
     """Answers with thinking that the chat template or `model.thinking` leaves out."""
+    thinking_records: int = 0
+    """Usable records whose last answer has thinking that is learned."""
+    asks_to_think: bool = False
+    """Whether the model is asked to think before it answers."""
+    has_switch: bool = False
+    """Whether prompts to think and prompts to answer at once differ."""
     special_text: int = 0
     """Usable records with texts that spell special tokens; these stay text."""
     separator_text: int = 0
@@ -178,6 +184,8 @@ def check(
         max_length=config.max_length,
         max_bad_share=share,
         too_long=config.too_long,
+        asks_to_think=encoder.asks_to_think,
+        has_switch=encoder.has_switch,
     )
     look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
     report, total = empty(), sum(len(file) for file in files)
@@ -262,6 +270,7 @@ class _Look:
         report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
+        report.thinking_records += encoded.thoughts > 0
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
