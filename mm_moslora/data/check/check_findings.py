@@ -30,6 +30,7 @@ def findings(report: CheckReport) -> list[Finding]:
     """The findings about some sources before they are trained on."""
     return [
         _usable(report), _ends(report), _supervision(report), _truncation(report), _thinking(report), _modality(report),
+        _keys(report),
         _special(report),
         _separators(report), _repeats(report), _answers(report), _longest(report),
     ]  # fmt: skip
@@ -114,6 +115,13 @@ def _thinking(report: CheckReport) -> Finding:
         )
         return Finding("warn", "thinking", detail, remedy)
     return Finding("warn" if form.mixed else "ok", "thinking", form.words, MIXED_THINKING if form.mixed else "")
+
+
+def _keys(report: CheckReport) -> Finding:
+    listed = ", ".join(f"{ascii(key)[1:-1][:60]} ({count})" for key, count in report.ignored.most_common(12))
+    more = f" and {len(report.ignored) - 12} more" if len(report.ignored) > 12 else ""
+    detail = f"not read, with the records that have them: {listed}{more}" if listed else "all keys of records are read"
+    return Finding("ok", "keys", detail)
 
 
 def _modality(report: CheckReport) -> Finding:
