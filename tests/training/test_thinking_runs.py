@@ -11,6 +11,11 @@ import pytest
 import torch
 import transformers
 import yaml
+from mm_moslora_eval.backends.open_model import open_model
+from mm_moslora_eval.protocol.task import THINKING_TOKENS
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.task_runner import Settings
 from tiny import make_tokenizer
 from tokenizers import AddedToken
 
@@ -21,11 +26,6 @@ from mm_moslora.models.load_model import load
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import EvalError
-from mm_moslora_eval.backends.open_model import open_model
-from mm_moslora_eval.protocol.task import THINKING_TOKENS
-from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.task_runner import Settings
 
 COLOURS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown"]
 QWEN3 = importlib.resources.files("trl").joinpath("chat_templates", "qwen3.jinja")
@@ -147,4 +147,4 @@ def test_the_length_of_answers_decides_their_identity(recipe, qwen3, tmp_path) -
 
 
 def test_the_budget_is_that_of_the_default_length_of_training() -> None:
-    assert THINKING_TOKENS == DataConfig(train=[]).max_length
+    assert DataConfig(train=[]).max_length == THINKING_TOKENS
