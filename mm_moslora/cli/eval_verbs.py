@@ -35,6 +35,7 @@ def eval_run(
     limit: int | None = None,
     samples: tuple[str, ...] = (),
     seed: int = 0,
+    max_new_tokens: int | None = None,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     reference: bool = False,
     dry_run: bool = False,
@@ -74,6 +75,9 @@ def eval_run(
         Evaluate only documents with these ids.
     seed
         Seed that chooses the wrong pictures.
+    max_new_tokens
+        Longest answer; default: the task's, and at least 2048 where the model is asked to think. Answers of another
+        length belong into another folder.
     precision
         Dtype of the weights; auto: bf16 on hardware with fast bf16, else fp32.
     reference
@@ -104,7 +108,10 @@ def eval_run(
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
     from mm_moslora_eval.run.task_runner import Settings
 
-    settings = Settings(batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed)
+    settings = Settings(
+        batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
     shared: dict[str, Any] = {
         "settings": settings,

@@ -285,7 +285,10 @@ def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str
     seed_everything(job.recipe.train.seed)  # a new projector is drawn, and replaced by the trained one
     model = open_model(str(job.place), precision=job.recipe.train.precision, features=job.feature_cache)
     place = job.place / "eval"
-    settings = EvalSettings(batch_size=job.settings.batch_size, limit=job.settings.limit, rank=0, world_size=1)
+    settings = EvalSettings(
+        batch_size=job.settings.batch_size, limit=job.settings.limit, max_new_tokens=job.settings.max_new_tokens,
+        rank=0, world_size=1,
+    )  # fmt: skip
     try:
         for name in names:
             task = open_task(name, job.settings)

@@ -21,7 +21,8 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.adapters.folder_format import read_json
 from mm_moslora.adapters.mixer import form_named
-from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.config import ModelConfig, Recipe, Thinking
+from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
 from mm_moslora.models.model_sizes import refuse_adapter_beside
@@ -33,6 +34,7 @@ from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
+from mm_moslora.utils.untrusted_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +155,9 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
         raise ModelError(
             f"The base model {str(named)!r} of {folder} does not load ({first}). Give it with --base."
         ) from error
+    template = folder / "chat_template.jinja"
+    if template.is_file() and notes_thinking(read_text(template)):
+        assembly.ask("always")
     load_adapter = adapters.load_adapter if config.get("peft_type") == "LORA" else adapters.load_method
     assembly.peft_model = load_adapter(assembly.model, folder)
     if merge:
@@ -177,13 +182,14 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None)
     if "vision_config" not in config:
         language = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
-        return Parts(model=language.eval(), tokenizer=tokenizer, base=base)
+        thinking = _thinking_of(tokenizer.chat_template)
+        return Parts(model=language.eval(), tokenizer=tokenizer, base=base, thinking=thinking)
     model = AutoModelForImageTextToText.from_pretrained(
         folder, revision=revision, dtype=dtype, trust_remote_code=False
     ).eval()
     processor: Any = load_pretrained_processor(str(folder), revision)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
-        return pretrained_parts(processor, model=model, base=base)
+        return pretrained_parts(processor, model=model, base=base, thinking=_thinking_of(processor.chat_template))
     processor = AutoProcessor.from_pretrained(folder, revision=revision, backend="pil", trust_remote_code=False)
     images = processor.image_processor
     crop: Any = images.crop_size
@@ -196,10 +202,16 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None)
         mean=tuple(images.image_mean),
         std=tuple(images.image_std),
     )
+    tokenizer = _plain_tokenizer(processor)
     return Parts(
-        model=model, tokenizer=_plain_tokenizer(processor), processor=processor, image=spec,
-        tokens_per_image=int(model.config.image_seq_length), base=base,
+        model=model, tokenizer=tokenizer, processor=processor, image=spec,
+        tokens_per_image=int(model.config.image_seq_length), base=base, thinking=_thinking_of(tokenizer.chat_template),
     )  # fmt: skip
+
+
+def _thinking_of(template: Any) -> Thinking:
+    """The form in which the model of an export is asked, as its chat template records it."""
+    return "always" if notes_thinking(template) else "auto"
 
 
 def _plain_tokenizer(processor: Any) -> Any:

@@ -23,6 +23,7 @@ from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.thinking_form import MIXED_THINKING
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
@@ -171,8 +172,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         if not (late := reads_data(adapter_start)):
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
-    training_set = _data_set(recipe, assembly, validation=False)
+    training_set = _data_set(recipe, assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
+    recipe = _as_asked(recipe, assembly, training_set)
     validation_set = _data_set(recipe, assembly, validation=True)
     if checkpoint is None or late:
         _start_projector(model_start.projector, assembly, training_set)
@@ -298,7 +300,21 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool) -> TrainingSet | None:
+def _as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
+    """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
+
+    A resumed run keeps the form of its checkpoint.
+    """
+    if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asked):
+        if form.mixed:
+            logger.warning("%s: %s.", form.words, MIXED_THINKING)
+        else:
+            logger.info("%s.", form.words)
+    assembly.ask(data.encoder.thinking)
+    return replace(recipe, model=replace(recipe.model, thinking=data.encoder.thinking))
+
+
+def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool, settle: bool = False) -> TrainingSet | None:
     config, sources = recipe.data, recipe.data.train
     if validation:
         # Every held-out record once, however training mixes its sources.
@@ -313,6 +329,7 @@ def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool) -> TrainingS
         encoder,
         assembly.image_processing,
         config=config,
+        settle=settle,
         quarantine_path=Path(recipe.train.output) / name,
         on_progress=progress.of,
     )

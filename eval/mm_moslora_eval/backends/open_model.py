@@ -83,6 +83,7 @@ def open_model(
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
+    from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.load_model import load, model_of, recipe_of
     from mm_moslora.models.vision.feature_cache import FeatureStore
@@ -105,7 +106,8 @@ def open_model(
     if has_own_forward(assembly.model):
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
-        return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference)
+        encoder = ConversationEncoder.of(assembly)
+        return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference, encoder=encoder)
     from mm_moslora_eval.backends.local_model import LocalModel
 
     store = None if features is None or reference else FeatureStore.of(assembly.model, features)

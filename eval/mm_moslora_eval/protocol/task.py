@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import DataSet, Document, digest
 
 _NAME = re.compile(r"\w[\w.+-]*")
+THINKING_TOKENS = 2048
+"""New tokens for an answer that thinks, at least: the default of `data.max_length`, so longer ones are not learned."""
 _LONGEST_ID = 200
 """Most bytes of `NAME@PROTOCOL`, which is the name of a folder."""
 
@@ -144,6 +146,18 @@ class Task:
         """
         prompt = {key: value for key, value in asdict(self.prompt).items() if key not in ("image_tags", "strip_parts")}
         return digest([self.name, self.protocol, self.version, prompt, self.decoding.to_dict()])
+
+    def within(self, limit: int | None, *, thinking_tokens: int = 0) -> Task:
+        """The task with the length of answers that a run asks for; it decides their identity, as the task's own does.
+
+        Args:
+            limit: new tokens; None: the task's own, and at least `thinking_tokens`.
+            thinking_tokens: what a model needs that is asked to think before it answers; 0: it is not.
+        """
+        if self.decoding.kind != "generate":
+            return self
+        most = limit or max(self.decoding.max_new_tokens, thinking_tokens)
+        return replace(self, decoding=replace(self.decoding, max_new_tokens=most))
 
     def load(self) -> DataSet:
         """Read the documents.

@@ -223,7 +223,7 @@ def _likelihood(task: Task, rows: Sequence[dict[str, Any]], given: Sequence[dict
     return {"none": reason_without(given, referenced=referenced, judged=task.metric in JUDGED)}
 
 
-ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as")
+ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as", "asked_to_think")
 
 
 def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) -> tuple[Path, Task]:
@@ -300,7 +300,7 @@ def unscored(
         ),
         completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
         likelihood=likelihood or {},
-        remarks=(*failures(errors), *thinking(samples)),
+        remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
     )  # fmt: skip
 
 
@@ -384,12 +384,21 @@ def summarise(
         about=_protocol(task) | about,
         folder=folder,
         remarks=(
+            *_asked(task, about),
             *failures(errors),
             *ungraded(scored),
             *thinking(done),
             *(_beside(task, done) if folder else ()),
         ),
     )
+
+
+def _asked(task: Task, about: dict[str, Any]) -> Iterator[str]:
+    if about.get("asked_to_think"):
+        yield (
+            f"The model is asked to think before it answers, in at most {task.decoding.max_new_tokens} new tokens "
+            "(--max-new-tokens). Nats are those of the reference behind the thinking that the model wrote"
+        )
 
 
 def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:

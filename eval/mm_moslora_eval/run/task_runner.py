@@ -57,7 +57,7 @@ _FILES = ("results.json", "report.html")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a run; only `seed` changes answers, because it chooses the wrong pictures."""
+    """Settings of a run; `max_new_tokens` changes answers, and `seed`, because it chooses the wrong pictures."""
 
     batch_size: int = 8
     limit: int | None = None
@@ -65,6 +65,8 @@ class Settings:
     samples: tuple[str, ...] = ()
     """Ask only documents with these ids."""
     seed: int = 0
+    max_new_tokens: int | None = None
+    """Longest answer; None: the task's, and at least `THINKING_TOKENS` where the model is asked to think."""
     retry_failed: bool = True
     """Ask failed samples of an earlier run again."""
     grace_seconds: float = 30.0
@@ -77,6 +79,8 @@ class Settings:
             raise EvalError(f"batch_size is {self.batch_size}, expected 1 or more.")
         if self.limit is not None and self.limit < 1:
             raise EvalError(f"limit is {self.limit}, expected 1 or more documents.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise EvalError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
 
 
 def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
@@ -199,6 +203,7 @@ def run_task(
         EvalError: the folder belongs to another protocol, or every sample fails.
     """
     settings = settings or Settings()
+    task = task.within(settings.max_new_tokens, thinking_tokens=_thinking_tokens(model))
     data = data or task.load()
     documents = select(data, settings)
     work = Preparation(
@@ -222,6 +227,10 @@ def run_task(
         job.answer(work.items)  # items that died ranks left unanswered
         merge(place, [item.key for item in work.items])
     return view
+
+
+def _thinking_tokens(model: Model) -> int:
+    return int(getattr(model, "thinking_tokens", 0))
 
 
 def _describe(
@@ -252,6 +261,7 @@ def _describe(
         "selection": selection.to_dict(),
         "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
         "computed_by": _computed_by(view, model, asks=asks),
+        "asked_to_think": _thinking_tokens(model) > 0,
     }
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
 

@@ -52,7 +52,8 @@ def thinking(answered: Sequence[Scored]) -> Iterator[str]:
     if thought:
         yield (
             f"{thought} of {len(answers)} answers contain <think> blocks, which were removed before scoring; "
-            f"{unclosed} of these blocks have no end, so these answers cannot be read."
+            f"{unclosed} of these blocks have no end, so these answers cannot be read"
+            + ("; more may end with a larger --max-new-tokens." if unclosed else ".")
         )
 
 

@@ -110,12 +110,15 @@ class Models:
         with self._alone:
             return sum(len(ids) for ids in self.assembly.image_processing.placeholders(sizes))
 
-    def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> tuple[Tensor, list[ProcessedImage]]:
+    def prompt(
+        self, turns: Sequence[Turn], pictures: Sequence[Image.Image], *, thinking: bool | None = None
+    ) -> tuple[Tensor, list[ProcessedImage]]:
         """Model inputs of a conversation that ends with a question: ids ``[T]`` and its pictures. Thread-safe.
 
         Args:
             turns: the conversation.
             pictures: RGB, in order; empty for a text-only model.
+            thinking: see `ConversationEncoder.encode_prompt`.
 
         Raises:
             ModelError: the model's own processor refuses one of the pictures.
@@ -128,7 +131,8 @@ class Models:
                 )
             except Exception as error:  # processors raise nearly anything
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
-            return self.encoder.encode_prompt(turns, pictures=[item.placeholders for item in seen]), seen
+            placeholders = [item.placeholders for item in seen]
+            return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), seen
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.

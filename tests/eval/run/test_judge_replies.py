@@ -221,7 +221,7 @@ def test_few_answers_without_a_grade_are_left_out_of_score_and_comparison(tmp_pa
         score_folder(other, judge=judge_at(server.url, tmp_path / "b"))
     found = compare(view, other)
     assert found.score.questions == COUNT - 1
-    assert found.score.found.value == pytest.approx(found.score_a - found.score_b)
+    assert found.score.found.value == pytest.approx(found.score.a - found.score.b)
     score_folder(view)  # without a judge the grades stay
     assert compare(view, other).score.questions == COUNT - 1
 
