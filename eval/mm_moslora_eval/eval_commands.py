@@ -108,16 +108,18 @@ def _run_held(
     return results
 
 
-def training_answers(name: str) -> Sequence[TrainingAnswer]:
-    """Training answers for the baselines from FILE or FILE@IMAGE_FOLDER; None for an empty name.
+def training_answers(*names: str) -> Sequence[TrainingAnswer]:
+    """Training answers for the baselines from files, each FILE or FILE@IMAGE_FOLDER; empty names are left out.
 
     Raises:
         DataError: it cannot be read.
     """
     from mm_moslora_eval.run.baselines import read_training_answers
 
-    path, folder = file_and_folder(name)
-    return read_training_answers(Path(path), image_folder=Path(folder) if folder else None) if path else ()
+    found: list[TrainingAnswer] = []
+    for path, folder in (file_and_folder(name) for name in names if name):
+        found += read_training_answers(Path(path), image_folder=Path(folder) if folder else None)
+    return found
 
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:

@@ -26,7 +26,7 @@ def eval_run(
     protocol: str | None = None,
     modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
     baselines: tuple[Literal["majority", "question_majority"], ...] = (),
-    train_answers: str = "",
+    train_answers: tuple[str, ...] = (),
     batch_size: int = 8,
     limit: int | None = None,
     samples: tuple[str, ...] = (),
@@ -58,7 +58,7 @@ def eval_run(
     baselines
         Answers without a model, scored alike.
     train_answers
-        Training file (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself.
+        Training files (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself.
     batch_size
         Questions decoded together; for an endpoint, concurrent requests.
     limit
@@ -114,7 +114,7 @@ def eval_run(
         output,
         modes=modes,
         baselines=baselines,
-        training=eval_commands.training_answers(train_answers),
+        training=eval_commands.training_answers(*train_answers),
         progress=eval_commands.Bars(),
         **shared,
     )
