@@ -104,10 +104,10 @@ def eval_run(
         "settings": settings,
         "judge": eval_commands.make_judge(judge, output, budget=judge_budget),
     }
-    before = []
+    before, bars = [], eval_commands.Bars(len(names) * (len(modes) + untuned))
     if untuned:
         start = partial(open_model, model, precision=precision, reference=reference, untuned=True)
-        before = eval_commands.run(start, names, output / UNTUNED, progress=eval_commands.Bars(), **shared)
+        before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
     results = eval_commands.run(
         partial(open_model, model, precision=precision, reference=reference),
         names,
@@ -115,7 +115,7 @@ def eval_run(
         modes=modes,
         baselines=baselines,
         training=eval_commands.training_answers(*train_answers),
-        progress=eval_commands.Bars(),
+        progress=bars,
         **shared,
     )
     if track and settings.rank == 0:

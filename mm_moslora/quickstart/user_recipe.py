@@ -54,9 +54,9 @@ def _parts(name: PartsName, say: Say) -> ModelParts:
         )
     return ModelParts(
         language=str(model_assets.language_model(say)),
-        vision={"name": str(model_assets.efficientnet_timm(say)), "image_size": 192, "feature_layer": -1},
-        visual_tokens=9,
-        why="EfficientNet-Lite0 knows 1,000 kinds of things from photos; 192 pixels are 6 x 6 patches.",
+        vision={"name": str(model_assets.efficientnet_timm(say)), "image_size": 256, "feature_layer": -1},
+        visual_tokens=16,
+        why="EfficientNet-Lite0 knows 1,000 kinds of things from photos; 256 pixels are 8 x 8 patches.",
     )
 
 
@@ -182,9 +182,9 @@ model:
   language: {_quoted(parts.language)}
   # {parts.why}
   vision: {{{vision}}}
-  # {parts.visual_tokens} visual tokens per picture, of 2 x 2 patches each. A least-squares fit to the answers comes
-  # before the first step and takes the place of an alignment stage.
-  projector: {{kind: pixel_shuffle, shuffle: 2, fit_to_answers: true}}
+  # {parts.visual_tokens} visual tokens per picture, each the mean of 2 x 2 patches. A least-squares fit to the answers
+  # comes before the first step and takes the place of an alignment stage.
+  projector: {{kind: avg_pool, shuffle: 2, fit_to_answers: true}}
   image_aspect: resize   # the whole picture, whatever its shape; pad and crop spend or lose a part of it
   system_prompt: ""      # the default one would cost as many tokens as the picture
 # A new kind of input has to be learned, not a new tone: a high rank in every linear layer.
