@@ -10,7 +10,8 @@ Usage: scripts/gpu.sh
 
 Installs the wheels of build/gpu_wheels (scripts/gpu_wheels.py) into a folder of their own, runs tests/gpu on the GPU, and
 then scripts/bench/gpu.py until the time is over. Files of tests that have ended on the same sources, and rows that are
-there, are not repeated: run the same command again until it exits with 0. Nothing is fetched from a network.
+there, are not repeated: run the same command again until it exits with 0. Nothing is fetched from a network. Where the
+machine lacks something (scripts/gpu_preflight.py), a list is all that comes of it.
 
 On a machine that starts bare each time, bring build/gpu_wheels and, from the second call on, build/gpu with the results
 of the earlier calls.
@@ -43,6 +44,7 @@ install_wheels() {
 }
 
 # Run the files of tests/gpu that have not ended on these sources. Returns 1 where tests failed, 75 where files are left.
+# Only tests that ran are recorded: pytest's other exit codes speak of the machine, such as errors in the collection.
 run_tests() {
   local sources file code began failed=0
   if ! compgen -G "tests/gpu/test_*.py" >/dev/null; then
@@ -64,7 +66,10 @@ run_tests() {
       if [ "$code" -ge 124 ] && [ "$began" -gt 60 ]; then  # stopped, and it had less than a whole call
         return 75
       fi
-      echo "$sources $file $code" >>"$out/tests.ended"
+      case "$code" in
+        0 | 1 | 124 | 137) echo "$sources $file $code" >>"$out/tests.ended" ;;
+        *) say "The tests of $file did not run (exit code $code of pytest); the next call tries them again." ;;
+      esac
     fi
     [ "$code" -eq 0 ] || failed=1
   done
@@ -96,11 +101,14 @@ if [ $# -gt 0 ]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 find_python
-PIP=${PIP:-$PYTHON -m pip}
+own_pip=${PIP:-} PIP=${PIP:-$PYTHON -m pip}
 wheels=${WHEELS:-build/gpu_wheels} out=${OUT:-build/gpu} shapes=${SHAPES:-llava-1.5-7b 1b 3b} device=${DEVICE:-cuda}
 limit=${LIMIT:-570}
-[[ "$limit" =~ ^[0-9]+$ ]] && [ "$limit" -ge 60 ] || fail "LIMIT is '$limit', expected a number from 60 on"
+if ! [[ "$limit" =~ ^[0-9]+$ ]] || [ "$limit" -lt 60 ]; then
+  fail "LIMIT is '$limit', expected a number from 60 on"
+fi
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/eval${PYTHONPATH:+:$PYTHONPATH}"
+"$PYTHON" scripts/gpu_preflight.py --device "$device" --wheels "$wheels" --pip "$own_pip" || exit 1
 mkdir -p "$out"
 for name in rows.jsonl tests.ended; do  # of earlier calls, whose folder of results was another one
   if [ ! -f "$out/$name" ] && [ -f "build/gpu/$name" ]; then

@@ -7,7 +7,7 @@
 
 Versions are those that `pyproject.toml` and the collected wheels allow. DeepSpeed, which has no wheel, is built without
 operators, in the environment of this Python, which needs torch and setuptools. `scripts/gpu.sh` installs the folder.
-What the wheels require beyond each other is printed: the machine must have it.
+What the wheels require beyond each other is printed: the machine must have it (`scripts/gpu_preflight.py` checks it).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    "transformers", "peft", "liger-kernel",                                  # newer than an image's, or not there
+    "transformers", "huggingface-hub", "hf-xet", "tokenizers", "safetensors", "fsspec", "peft", "liger-kernel",  # newer
     "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",  # train.zero
     "cyclopts", "docstring-parser", "rich-rst",                              # the command line
     "datasets", "dill", "multiprocess", "open-clip-torch", "ftfy", "wcwidth", "gguf",
     "starlette", "uvicorn",                                                  # mm-moslora serve
     "bitsandbytes",                                                          # 4- and 8-bit bases
+    "pytest", "pluggy", "iniconfig", "pytest-xdist", "execnet",              # tests/gpu
 )  # fmt: skip
 """In an order in which those that require others exactly come first."""
 BUILT = ("deepspeed",)

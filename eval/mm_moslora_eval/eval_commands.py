@@ -6,7 +6,6 @@ This module imports nothing heavy at module level, so that `--help`, listing and
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.reporting.verdicts import between
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.run_paths import file_and_folder
-from mm_moslora.utils.untrusted_files import read_text
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.model_interface import Model
@@ -194,9 +192,9 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
 
 def _views_of(name: str, views: Sequence[Path], path: Path) -> list[Path]:
     """The views of a task as it was asked, without views by another protocol's rules."""
-    from mm_moslora_eval.run.answer_views import RESCORED, TASK
+    from mm_moslora_eval.run.answer_views import RESCORED, TASK, read_json
 
-    tasks = {view: json.loads(read_text(view / TASK))["task"]["name"] for view in views}
+    tasks = {view: read_json(view / TASK)["task"]["name"] for view in views}
     chosen = [view for view in views if tasks[view] == name and RESCORED not in view.name]
     if not chosen:
         raise EvalError(

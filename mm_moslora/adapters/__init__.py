@@ -10,7 +10,7 @@ from mm_moslora.adapters.folders.load_folder import load_adapter
 from mm_moslora.adapters.folders.save_folder import TakenAdapter, save_adapter, take_adapter
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
-from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step
+from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step, use_kernel
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
 from mm_moslora.adapters.methods.data_starts import Samples, reads_data
 from mm_moslora.adapters.methods.peft_methods import (
@@ -29,7 +29,7 @@ from mm_moslora.adapters.peft_patches import patch_peft
 from mm_moslora.adapters.tree import base_fingerprint, is_adapter_parameter
 from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap
 from mm_moslora.kernels.lora.lora_linear import fused_linear
-from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear, use_kernel
+from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear
 
 if TYPE_CHECKING:
     from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay

@@ -146,6 +146,7 @@ def _match(
     inside: dict[str, nn.Module], targets: str | Sequence[str], unmatched: set[str], heads: set[int]
 ) -> list[str]:
     if targets == ALL_LINEAR:
+        _check_experts(inside)
         linear = [
             path
             for path, module in inside.items()
@@ -169,6 +170,29 @@ def _match(
             matched.append(path)
             unmatched -= names
     return matched
+
+
+def _check_experts(inside: dict[str, nn.Module]) -> None:
+    """Refuse `all-linear` where most linear maps may be stacked parameters, as transformers keeps experts.
+
+    Raises:
+        AdapterError: a module that is no layer holds a parameter ``[E, D_out, D_in]`` with E above 1.
+    """
+    stacked = {
+        f"{path}.{name}": parameter.numel()
+        for path, module in inside.items()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and len(parameter) > 1
+    }
+    if stacked:
+        linear = sum(p.numel() for module in inside.values() if _is_linear(module) for p in module.parameters())
+        share = sum(stacked.values()) / (sum(stacked.values()) + linear)
+        raise AdapterError(
+            f"all-linear would leave out {share:.0%} of the weights of linear maps: {len(stacked)} parameters hold "
+            f"several matrices each, as experts do, such as {min(stacked)!r}. They cannot carry MoSLoRA. Name the "
+            f"linear layers to adapt.{_linear_names(inside)}"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:

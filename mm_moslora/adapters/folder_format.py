@@ -16,7 +16,6 @@ without the start loads.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.untrusted_data import parse_object
 
 FORMAT = "mm_moslora.adapter"
 FORMAT_VERSION = 1
@@ -163,10 +163,9 @@ def names_mixers(names: Iterable[str]) -> str | None:
 
 def _declares_mixers(path: Path) -> bool:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return declares_mixers(parse_object(path.read_bytes()))
     except (OSError, ValueError):  # the reader of the configuration says so
         return False
-    return isinstance(config, dict) and declares_mixers(config)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -197,9 +196,6 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterError: damaged, or not an object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes(), constants=True)
     except ValueError as error:
-        raise AdapterError(f"{path} is not valid JSON ({error}). Copy the folder again.") from error
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a {type(data).__name__}, expected an object.")
-    return data
+        raise AdapterError(f"{path} {error}. Copy the folder again.") from error

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import quantisation
+from mm_moslora.adapters.layers.fused_linear import use_kernel
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import adapted_layers, is_inner, named_adapter_layers, unwrapped
-from mm_moslora.kernels.lora.lora_math import use_kernel
 from mm_moslora.utils.errors import AdapterError, reason_of
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def _merge_layer(layer: BaseTunerLayer, tolerance: float | None) -> tuple[float,
         like = next(weight for weight in cast(nn.Module, layer).parameters() if weight.is_floating_point())
     probes = _probes(layer, base, like.dtype, like.device)
     module = cast(nn.Module, layer)
-    with _eval_mode(module), use_kernel("reference"):
+    with _eval_mode(module), use_kernel(module, "reference"):
         live = _output(module(*probes))
         layer.merge()
         merged = _output(module(*probes))

@@ -182,7 +182,7 @@ class MixerForm:
         return self.identity(rank)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """M ``[R, R]``, differentiable in the tensors.
+        """M ``[R, R]`` from tensors in float32 (in float64 where the model is), differentiable in them.
 
         Raises:
             AdapterError: the form has none.
@@ -192,6 +192,17 @@ class MixerForm:
             "folded into plain LoRA, merged, exported or inspected. Use it unmerged, with mm_moslora.adapters."
         )
 
+    def rounded_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """M in the dtype of its tensors, computed in float32: PyTorch inverts no matrix in half precision.
+
+        Raises:
+            AdapterError: see `matrix`.
+        """
+        dtype = next(iter(tensors.values())).dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            return self.matrix(tensors)
+        return self.matrix({name: tensor.float() for name, tensor in tensors.items()}).to(dtype)
+
     def apply(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """``M z`` of every row of subspace coordinates.
 
@@ -199,7 +210,7 @@ class MixerForm:
             z: ``[..., R]``.
             tensors: of the form, in the dtype of z.
         """
-        return F.linear(z, self.matrix(tensors))
+        return F.linear(z, self.rounded_matrix(tensors))
 
 
 class Dense(MixerForm):
@@ -222,6 +233,8 @@ class Dense(MixerForm):
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor itself."""
         return tensors["weight"]
+
+    rounded_matrix = matrix
 
 
 class Diagonal(MixerForm):

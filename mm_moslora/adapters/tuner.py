@@ -6,6 +6,7 @@ without this package loads the folder as plain LoRA; `peft_patches` enters the c
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
 import peft
@@ -37,7 +38,7 @@ from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import tell_form, told_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict, unmatched_patterns
 from mm_moslora.adapters.tied_weights import untie
-from mm_moslora.adapters.tree import named_adapter_layers
+from mm_moslora.adapters.tree import base_model, named_adapter_layers
 from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
 from mm_moslora.utils.errors import AdapterError, suggestion
 
@@ -197,7 +198,7 @@ class MoSLoRAModel(LoraModel):
                     "them as an adapter of their own (load_adapter, PeftModel.from_pretrained)."
                 )
             return renamed
-        if extra := without_place(state_dict.keys(), config):
+        if extra := without_place(state_dict, config, embeddings=_embeddings(model)):
             raise AdapterError(
                 f"The values hold {extra!r}, for which the configuration of adapter {adapter_name!r} has no place."
             )
@@ -217,6 +218,20 @@ class MoSLoRAModel(LoraModel):
             name.replace(START_PART, f"{START_PART}{adapter_name}.") for name in starts
         )  # for the layers' own hook
         return renamed | dict(zip(named, starts.values(), strict=True))
+
+
+def _embeddings(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of the base's embedding and head."""
+    base: Any = base_model(model)
+    own: list[nn.Module | None] = []
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # a model without
+            own.append(getattr(base, ask)())
+    return {
+        f"{path}.weight": tuple(getattr(module.weight, "ds_shape", module.weight.shape))
+        for path, module in model.named_modules()
+        if any(module is known for known in own) and isinstance(getattr(module, "weight", None), Tensor)
+    }
 
 
 def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:

@@ -93,11 +93,9 @@ def run(arguments: list[str]) -> int:
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         print(end="", flush=True)  # a full disk or a closed pipe can still be reported here
     except CycloptsError as error:
-        _fail(_usage(error))
-        return EXIT_USAGE
+        return _fail(_usage(error), EXIT_USAGE)
     except MoSLoRAError as error:
-        _fail(str(error))
-        return EXIT_ERROR
+        return _fail(str(error), EXIT_ERROR)
     except OSError as error:
         left = isinstance(error, BrokenPipeError) and _nobody_reads()
         _drop_output()
@@ -106,11 +104,9 @@ def run(arguments: list[str]) -> int:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # without a path the one-line error would not help
         hidden = _hidden_by(error)
-        _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}")
-        return EXIT_ERROR
+        return _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}", EXIT_ERROR)
     except KeyboardInterrupt:
-        _fail("interrupted")
-        return EXIT_INTERRUPTED
+        return _fail("interrupted", EXIT_INTERRUPTED)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
@@ -155,8 +151,12 @@ def _hidden_by(error: BaseException) -> MoSLoRAError | None:
     return inner if inner is None or isinstance(inner, MoSLoRAError) else _hidden_by(inner)
 
 
-def _fail(text: str) -> None:
+def _fail(text: str, code: int) -> int:
+    """Print an error, for a process that ends with a code; one of several ranks ends here."""
     print(f"error: {redact_text(text, keep_hashes=True)}", file=sys.stderr)
+    if ranks := sys.modules.get("mm_moslora.utils.distributed"):
+        ranks.leave_at_once(code)
+    return code
 
 
 def _set_up_logging() -> None:

@@ -132,7 +132,7 @@ def _options(found: Plan) -> Any:
     for option in [*chosen, *fitting, *[option for option in others if not option.fits][: SHOWN // 2]]:
         table.add_row(
             ("[bold]" if option is found.best else "") + option.label,
-            f"{option.memory.total / 2**30:.1f}", f"{option.tokens_per_second:,.0f}", _hours(found.hours(option)),
+            f"{option.peak / 2**30:.1f}", f"{option.tokens_per_second:,.0f}", _hours(found.hours(option)),
             "[green]yes[/]" if option.fits else f"[red]no[/]: {_reason(option)}",
         )  # fmt: skip
     return table
@@ -154,6 +154,8 @@ def _memory(option: Option) -> Any:
 
 def _reason(option: Option) -> str:
     """The largest part of the memory of a setting that does not fit."""
+    if option.generating == option.peak:
+        return f"validation, with the whole model, takes {option.peak / 2**30:.0f} GiB"
     needed: Memory = option.memory
     name = max((item.name for item in fields(needed)), key=lambda name: getattr(needed, name))
     return f"{name} take {getattr(needed, name) / 2**30:.0f} GiB"
@@ -163,7 +165,7 @@ def expected(found: Plan, option: Option) -> str:
     """`60 of 75 GiB per GPU, 3.9 h (3.2 h to 4.9 h)`."""
     hours = found.hours(option)
     return (
-        f"{option.memory.total / 2**30:.0f} of {found.gpus.memory / 2**30:.0f} GiB per GPU, {_hours(hours)} "
+        f"{option.peak / 2**30:.0f} of {found.gpus.memory / 2**30:.0f} GiB per GPU, {_hours(hours)} "
         f"({_hours(hours / 1.2)} to {_hours(hours / 0.8)})"
     )
 
@@ -204,9 +206,8 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
             "0 reads under ZeRO-3, or for what is offloaded."
         )
     if best is None:
-        console.print(
-            f"[red]Nothing fits on {gpus.count} x {gpus.name}[/] without offloading. Take more or larger GPUs, or nf4."
-        )
+        remedy = "" if found.own.generating == found.own.peak else " Take more or larger GPUs, or nf4."
+        console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}[/] without offloading.{remedy}")
         return
     share = utilisation(gpus, found.activation_memory)
     console.print(

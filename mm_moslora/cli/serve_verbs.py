@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -11,6 +11,9 @@ from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.run_paths import find_checkpoint
+
+if TYPE_CHECKING:
+    from mm_moslora.serve.inference.served_models import Models
 
 Adapters = Annotated[
     tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
@@ -115,16 +118,20 @@ def serve(
     from mm_moslora.serve.api.request_limits import Limits
     from mm_moslora.serve.api.serve_command import parse_adapters
     from mm_moslora.serve.api.serve_command import serve as run_server
-    from mm_moslora.serve.inference.served_models import load_models
-    from mm_moslora.training.precision import dtype_of
 
     limits = Limits(
         batch=max_batch, queue=max_queue, max_tokens=max_tokens, body_bytes=max_body_mib * 2**20,
         image_pixels=max_image_megapixels * 1_000_000, request_seconds=request_seconds,
     )  # fmt: skip
     further = parse_adapters(adapter)
-    models = load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
-    run_server(models, host=host, port=port, limits=limits, allowed_hosts=allow_image_host)
+
+    def load() -> Models:
+        from mm_moslora.serve.inference.served_models import load_models
+        from mm_moslora.training.precision import dtype_of
+
+        return load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
+
+    run_server(load, host=host, port=port, limits=limits, allowed_hosts=allow_image_host)
     return 0
 
 
@@ -144,6 +151,10 @@ def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
     find_checkpoint(model)
     quiet_libraries()
     needs("gradio", extra="demo")
+    from mm_moslora.serve.api.http_server import bound
+
+    for free in bound("127.0.0.1", port):  # before the model is loaded
+        free.close()
     from mm_moslora.serve.gradio_demo import Demo, launch
     from mm_moslora.serve.inference.served_models import load_models, why_no_base
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 import os
 import signal
@@ -27,6 +26,7 @@ from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DivergedError, MoSLoRAError
 from mm_moslora.utils.files import mark, read_json, replace_json
 from mm_moslora.utils.hardware import renew_threads
+from mm_moslora.utils.untrusted_data import parse_lines
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.task import Task
@@ -296,14 +296,14 @@ def _train_on_several(job: Job) -> bool:
     ]  # fmt: skip
     ended = run_and_hand_on(command, [signal.SIGTERM])
     if ended.code == 0:
-        return bool(json.loads((job.place / STATE).read_text(encoding="utf-8"))["state"] == "finished")
+        return bool(read_json(job.place / STATE)["state"] == "finished")
     if ended.signals:
         return False
     raise MoSLoRAError(f"Training on {job.devices} devices ended with code {ended.code}; see {job.place / LOG}.")
 
 
 def _measured(job: Job, load_base: LoadBase | None) -> Outcome:
-    summary = json.loads((job.place / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(job.place / "summary.json")
     rows = metrics(job.place)
     losses = [row["loss"] for row in rows if "loss" in row]
     tenth = max(1, len(losses) // 10)
@@ -389,7 +389,7 @@ def open_task(name: str, settings: Settings) -> Task:
 def metrics(place: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics so far, without an incomplete last line."""
     try:
-        lines = (place / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        text = (place / "metrics.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError:  # not written yet, or moved aside by a fresh start of the run
         return []
-    return [json.loads(text) for text in lines if text]
+    return parse_lines(text[: text.rfind("\n") + 1])

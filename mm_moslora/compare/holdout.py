@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.data.sources.record_source import RecordFile, StrictJsonError
+from mm_moslora.data.sources.record_source import RecordFile
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import rename
+from mm_moslora.utils.untrusted_data import StrictJsonError
 
 MOST = 2000
 """Maximum number of held-out records, over all sources: more would cost time without a better choice."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from statistics import fmean, median
 
 from mm_moslora.compare.comparison_cell import Job, metrics
 from mm_moslora.compare.comparison_plan import Outcome
+from mm_moslora.utils.files import read_json
 from mm_moslora.utils.text_format import format_seconds
 
 PROBE_STEPS = 3
@@ -71,7 +71,7 @@ def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: Job | None)
 
 
 def _trainable(place: Path) -> int:
-    summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(place / "summary.json")
     return sum(row["trainable"] for row in summary["components"])
 
 

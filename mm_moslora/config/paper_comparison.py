@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mm_moslora.config.recipe import YamlRecipe, leaves, read_recipe
 from mm_moslora.utils.errors import ConfigError, suggestion
+from mm_moslora.utils.untrusted_data import parse_yaml
 
 AUTHORS_SETTINGS = Path(__file__).parent / "authors_settings.yaml"
 
@@ -90,7 +89,9 @@ def comparison_text(name: str, recipe: YamlRecipe, *, presets: Path) -> str:
 
 
 def _entry(name: str) -> Mapping[str, Any]:
-    released: dict[str, Mapping[str, Any]] = yaml.safe_load(AUTHORS_SETTINGS.read_text(encoding="utf-8"))
+    released: dict[str, Mapping[str, Any]] = parse_yaml(
+        AUTHORS_SETTINGS.read_text(encoding="utf-8"), source=AUTHORS_SETTINGS.name
+    )
     stem = Path(name).stem
     if stem not in released:
         raise ConfigError(

@@ -16,10 +16,8 @@ from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.recipe_paths import seen_from_here
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.strict_reading import (
-    build_strictly,
     parse_scalar,
     parse_text,
-    parse_yaml,
     plain,
     set_dotted,
     takes_text,
@@ -27,6 +25,7 @@ from mm_moslora.config.strict_reading import (
 from mm_moslora.config.value_checks import require
 from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import checkpoints
+from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
 from mm_moslora.utils.untrusted_files import read_text
 
 RECIPES_FOLDER = Path(__file__).with_name("recipes")

@@ -25,7 +25,7 @@ from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import building, is_built, sync
+from mm_moslora.utils.files import building, is_built, read_json, sync
 
 VERSION = 1
 """Version of the format, part of a cache's name."""
@@ -82,7 +82,7 @@ class TokenCache:
         """Turns that did not fit."""
         self._images = table[:, 2]
         self._starts = np.concatenate([[0], np.cumsum(table[:, 0], dtype=np.int64)])
-        faults = json.loads((folder / "faults.json").read_text(encoding="utf-8"))
+        faults = read_json(folder / "faults.json", list)
         self.faults = {fault.row: fault for fault in (_Fault(*item) for item in faults)}
 
     def fault(self, row: int) -> RecordError:

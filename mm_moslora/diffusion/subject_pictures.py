@@ -23,6 +23,7 @@ from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.diffusion.diffusion_recipe import PicturesConfig
 from mm_moslora.utils.errors import DataError, suggestion
 from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_text_below
 
 METADATA = "metadata.jsonl"
@@ -187,12 +188,9 @@ def _captioned(folder: Path, column: str) -> list[PromptedPicture]:
 
 def _row(line: str, where: str) -> dict[str, str]:
     try:
-        row = json.loads(line)
+        return parse_object(line)
     except ValueError as error:
-        raise DataError(f"{where} is no JSON ({error}); expected an object with file_name.") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where} holds a {type(row).__name__}, expected an object with file_name.")
-    return row
+        raise DataError(f"{where} {error}; expected an object with file_name.") from error
 
 
 def _refuse_missing(found: Sequence[PromptedPicture], folder: Path) -> None:

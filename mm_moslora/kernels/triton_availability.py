@@ -15,11 +15,12 @@ OLDEST_CAPABILITY = (7, 0)
 """The lowest compute capability of a GPU that Triton compiles for."""
 
 
-def why_not_triton(device: torch.device) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton's kernels cannot run on a device, as a clause; None: they can.
 
     Args:
         device: the model's.
+        dtype: that the model computes in.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -32,7 +33,7 @@ def why_not_triton(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         return f"Triton needs compute capability {_dotted(OLDEST_CAPABILITY)}, and the GPU has {_dotted(capability)}"
-    return _why_it_fails(device.index or 0)
+    return _why_it_fails(device.index or 0, dtype)
 
 
 def interpreted() -> bool:
@@ -41,20 +42,18 @@ def interpreted() -> bool:
 
 
 @cache
-def _why_it_fails(index: int) -> str | None:
-    """Runs a kernel once: it is compiled, which needs a C compiler and a Triton that fits PyTorch and the driver."""
+def _why_it_fails(index: int, dtype: torch.dtype) -> str | None:
+    """Tries every kernel: it is compiled, which needs a C compiler and a Triton that fits PyTorch and the driver."""
     import torch
 
-    device = torch.device("cuda", index)
     try:
-        passes = importlib.import_module("mm_moslora.kernels.fused_ops.triton_ops")
-        ones = torch.ones(1, 8, device=device)
-        if float(passes.gated_silu(ones, ones)[0, 0]) < 0.7:
-            return "Triton's kernels give wrong numbers on this GPU"
+        wrong = importlib.import_module("mm_moslora.kernels.triton_trial").wrong_kernels(
+            torch.device("cuda", index), dtype
+        )
     except Exception as error:  # it fails in many ways
         reason = " ".join(str(error).split())[:200]
         return f"Triton's kernels do not run here ({type(error).__name__}: {reason})"
-    return None
+    return f"Triton's kernels give wrong numbers on this GPU ({', '.join(wrong)})" if wrong else None
 
 
 def _dotted(capability: tuple[int, int]) -> str:

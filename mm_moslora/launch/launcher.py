@@ -7,7 +7,6 @@ had not started. A third Ctrl-C ends them without saving.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -25,7 +24,7 @@ from mm_moslora.launch.rank_logs import LOG_FOLDER
 from mm_moslora.launch.slurm_job import Requeue
 from mm_moslora.launch.topology import Topology, command
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import discard, refuse_strangers, replace_text
+from mm_moslora.utils.files import discard, read_json, refuse_strangers, replace_text
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
 
 logger = logging.getLogger(__name__)
@@ -163,7 +162,7 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
 
 def _is_finished(run_folder: Path) -> bool:
     try:
-        return bool(json.loads((run_folder / "state.json").read_text(encoding="utf-8"))["state"] == "finished")
+        return bool(read_json(run_folder / "state.json")["state"] == "finished")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -39,7 +39,7 @@ from mm_moslora.models.import_xtuner import lora_settings, write_factors
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError
-from mm_moslora.utils.files import mark, remove
+from mm_moslora.utils.files import mark, read_json, remove
 from mm_moslora.utils.run_paths import writing
 
 _PLAIN_TYPES = {kind: name for name, family in DECODERS.items() for kind in family.llava_types}
@@ -104,7 +104,7 @@ def _import(
     source: Path, folder: Path, *, language: str | None, vision: str | None, xtuner_config: Path | None
 ) -> Imported:
     config_file = (source if source.is_dir() else source.parent) / "config.json"
-    settings = dict(json.loads(config_file.read_text(encoding="utf-8"))) if config_file.is_file() else {}
+    settings = dict(read_json(config_file)) if config_file.is_file() else {}
     if source.is_dir() and (source / "adapter_config.json").is_file():
         return _import_lora(source, folder, settings, language)
     if source.suffix == ".pth":
@@ -276,7 +276,7 @@ def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language:
     state = dict(_tensors(extras)) if extras.is_file() else {}
     projector = {name: value for name, value in state.items() if _PROJECTOR.match(name)}
     kind = _write_projector(projector, folder)
-    adapter = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = read_json(source / "adapter_config.json")
     base = language or adapter.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{source / 'adapter_config.json'} names no base model; name it: --language BASE.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mm_moslora.config import ModelConfig
+from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import MANIFEST, MODELS, projector_file
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def _candidates(name: str, above: list[Path], *, known: bool) -> Iterator[Path]:
 def stored_fingerprints(checkpoint: Path) -> Mapping[str, str]:
     """Fingerprints of the parts that a checkpoint was trained on, by recipe key; none where it names none."""
     try:
-        base = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["base"]
+        base = read_json(checkpoint / MANIFEST)["base"]
     except (OSError, ValueError, KeyError):
         return {}
     return dict(base.get(CONTENTS, {}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from functools import cache
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from mm_moslora.config import RECIPES_FOLDER
 from mm_moslora.utils.errors import ModelError, reason_of
+from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import require_model
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ LAYERS = 2
 @cache
 def known_shapes() -> dict[str, dict[str, Any]]:
     """The models of the shipped recipes, and their sizes."""
-    found: dict[str, dict[str, Any]] = json.loads((RECIPES_FOLDER / "shapes.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Any]] = read_json(RECIPES_FOLDER / "shapes.json")
     return found
 
 

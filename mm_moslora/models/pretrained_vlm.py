@@ -6,7 +6,6 @@ transformers: the decoder, the vision tower and what lies between them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from mm_moslora.models.families import TOWER_PATHS
 from mm_moslora.utils.errors import ModelError, reason_of
+from mm_moslora.utils.files import read_json
 
 PICTURE = (640, 480)
 """Width and height of the picture that stands for all where they decide what it costs: of most of COCO's."""
@@ -78,10 +78,10 @@ def load_pretrained_processor(name: str, revision: str | None) -> Any:
 def _lacks_processor(folder: Path) -> str:
     """Which parts of a processor the folder of a model that sees lacks, for people; empty where it lacks none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return ""
-    if not isinstance(config, dict) or "vision_config" not in config:
+    if "vision_config" not in config:
         return ""
     parts = {
         "an image processor (preprocessor_config.json)": ("preprocessor_config.json", "processor_config.json"),

@@ -17,13 +17,13 @@ from mm_moslora import adapters
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.config import AdapterConfig, ModelConfig
-from mm_moslora.config.strict_reading import read_value
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.pretrained_vlm import decoder_path, tower_path
 from mm_moslora.models.vision.dual_tower import FusedVisionModel
 from mm_moslora.models.vlm import is_multimodal, part_of
 from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import adapter_folder
+from mm_moslora.utils.untrusted_data import read_value
 
 
 def attach_adapters(

@@ -299,9 +299,12 @@ def _precision() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
+    from mm_moslora.training.precision import dtype_of, resolve_precision
+
     torch = importlib.import_module("torch")
     on_gpu = torch.cuda.is_available()
-    reason = why_not_triton(torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    reason = why_not_triton(device, dtype_of(resolve_precision("auto")))
     if reason is None:
         detail = "Triton's run between the matrix products of lean decoder layers, and for adapter dropout"
     elif not on_gpu and (compiler := find_compiler()) is not None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from mm_moslora.planning.rank_facts import RankFacts, named, network_faults, spans
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError
+from mm_moslora.utils.untrusted_data import parse_json
 
 _TICK = 0.5
 """Seconds between two looks at the store."""
@@ -159,7 +160,7 @@ class RollCall:
         return "".join(f" {item.name}: {item.detail}. {item.remedy}" for item in network_faults(self._known()))
 
     def _known(self) -> list[RankFacts]:
-        return [RankFacts(**json.loads(text)) for _, text in sorted(self._read("facts").items())]
+        return [RankFacts(**parse_json(text, constants=True)) for _, text in sorted(self._read("facts").items())]
 
     def _read(self, kind: str) -> dict[int, str]:
         keys = {rank: f"{kind}/{rank}" for rank in range(self.world)}

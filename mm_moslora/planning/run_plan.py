@@ -69,6 +69,13 @@ class Option:
     """See `StepMemory.offload`."""
     main_memory: float = 0.0
     """Of the first host, bytes; see `StepMemory.main_memory`."""
+    generating: float = 0.0
+    """Of a validation that generates, bytes; see `StepMemory.generating`. 0: none does."""
+
+    @property
+    def peak(self) -> float:
+        """Bytes on one GPU, validations included."""
+        return max(self.memory.total, self.generating)
 
     @property
     def label(self) -> str:
@@ -133,11 +140,13 @@ def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
 
 def speed(step: StepMemory, gpus: Gpus, data: DataSize, *, samples: float, number: float = 1.0) -> float:
     """Tokens per second over all GPUs with mean micro-batches of so many samples; ZeRO-3's gathers overlap with
-    computation as far as possible, the exchange of gradients does not. `number` micro-batches of a GPU make a step."""
+    computation as far as possible, the exchange of gradients does not. `number` micro-batches of a GPU make a step.
+    Weights of a quantised base are made dense in every pass over the decoder."""
     size, zero = step.size, step.settings
     work = _flops(size, data, samples, checkpointing=step.share_again).total
     peak = gpus.peak_fp32 if size.value_bytes == 4 else gpus.peak
     seconds = work / (peak * utilisation(gpus, size))
+    seconds += (2 + step.share_again) * size.dequantised / gpus.memory_bandwidth
     if zero is not None and gpus.count > 1:
         gathers, gradients = _exchange(step, zero, gpus, number=number)
         seconds = max(seconds, gathers) + gradients
@@ -234,6 +243,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     busy = busy_share(train.global_batch, max(1, gpus.count // together))
 
     longest = recipe.data.longest
+    generates = bool(recipe.validate.samples or recipe.validate.tasks)
 
     def option(zero: str, checkpointing: bool | int, micro_batch: int, *, offload: bool = False) -> Option:
         step = StepMemory(
@@ -241,7 +251,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
         )
         budget = train.micro_tokens or step.token_budget(gpus.memory, longest=longest) or longest
         tokens = min(budget, micro_batch * longest)
-        needed = step.worst(tokens)
+        needed, generating = step.worst(tokens), step.generating if generates else 0.0
         samples = min(micro_batch * data.per_row, budget / data.tokens)
         return Option(
             zero=zero, checkpointing=checkpointing, micro_batch=micro_batch,
@@ -250,7 +260,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
                 step, gpus, data, samples=samples / together,
                 number=max(1.0, share * data.per_row / samples),
             ),
-            fits=needed.total <= FREE_SHARE * gpus.memory, offload=offload,
+            fits=max(needed.total, generating) <= FREE_SHARE * gpus.memory, offload=offload, generating=generating,
             main_memory=step.main_memory(packed=recipe.model.quantisation != "none"),
         )  # fmt: skip
 
@@ -279,6 +289,8 @@ def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> 
         size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload,
         together=recipe.train.sequence_parallel,
     )  # fmt: skip
+    if own.generating and (reason := step.cannot_generate(gpus.memory)):
+        return reason
     given, fits = recipe.train.micro_tokens or 0, step.token_budget(gpus.memory, longest=recipe.data.longest)
     if own.fits:
         small = 0 < 2 * given < min(fits, own.micro_batch * recipe.data.longest)

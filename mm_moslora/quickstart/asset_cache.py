@@ -6,7 +6,6 @@ interrupted build starts again, and two processes that need the same folder buil
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from mm_moslora.utils.errors import AssetError, ConfigError
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import building, replace_json, sha256_of
+from mm_moslora.utils.files import building, read_json, replace_json, sha256_of
 from mm_moslora.utils.run_paths import cache_folder
 
 Say = Callable[[str], None]
@@ -90,7 +89,7 @@ def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = si
 
 def _is_ready(folder: Path, marker: dict[str, object]) -> bool:
     try:
-        return bool(json.loads((folder / READY).read_text(encoding="utf-8")) == marker)
+        return bool(read_json(folder / READY) == marker)
     except (OSError, ValueError):
         return False
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import ConfigError, DataError
-from mm_moslora.utils.files import mark, refuse_strangers, replace_text
+from mm_moslora.utils.files import mark, read_json, refuse_strangers, replace_text
 
 YES_NO = ("yes", "no")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -117,7 +117,7 @@ def build_easy_vqa(
 def _easy_questions(source: Path, half: str) -> dict[str, list[Question]]:
     path = source / half / "questions.json"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path, list)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read as easy-VQA's questions ({error}). Delete {source} and run again."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -34,6 +33,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import replace_json, set_aside, sha256_of
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import find_checkpoint
+from mm_moslora.utils.untrusted_data import parse_lines
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +196,7 @@ def _samples(folder: Path, untuned: TaskResult, tuned: TaskResult, data: Dataset
     before = read_samples(folder / "eval" / "untuned" / "own" / untuned.folder)
     after = read_samples(folder / "eval" / "tuned" / "own" / tuned.folder)
     images = {}
-    for line in data.test.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in parse_lines(data.test.read_text(encoding="utf-8")):
         images[record["question_id"]] = record["image"]
     step = max(1, len(after) // SHOWN_SAMPLES)
     rows: list[dict[str, Any]] = []

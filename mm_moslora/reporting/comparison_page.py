@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import replace_text
 from mm_moslora.utils.redaction import redact
 from mm_moslora.utils.text_format import format_seconds
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, without_constants
 from mm_moslora.utils.untrusted_files import read_text
 
 FORMAT = 2
@@ -53,7 +52,10 @@ def read_results(results: Path) -> dict[str, Any]:
     """
     if not results.is_file():
         raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.")
-    data: dict[str, Any] = json.loads(read_text(results))
+    try:
+        data = parse_object(read_text(results), constants=True)
+    except StrictJsonError as error:
+        raise ConfigError(f"{results} {error}.") from error
     if data.get("format") != FORMAT:
         raise ConfigError(f"{results} has format {data.get('format')!r}, this version reads {FORMAT}.")
     return data
@@ -112,15 +114,7 @@ def _breakable(name: str) -> Markup:
 
 def _readable(results: Mapping[str, Any]) -> Any:
     """Results without secrets, and with None for numbers that are not finite."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return finite(redact(results, keep_hashes=True))
+    return without_constants(redact(results, keep_hashes=True))
 
 
 def _context(results: Mapping[str, Any]) -> dict[str, Any]:

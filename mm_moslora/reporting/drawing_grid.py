@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from mm_moslora.reporting.inline_images import thumbnail
 from mm_moslora.reporting.run_data import SampleRow
 from mm_moslora.utils.redaction import redact_text
-from mm_moslora.utils.untrusted_files import FileError, read_text_below
+from mm_moslora.utils.untrusted_data import parse_json
+from mm_moslora.utils.untrusted_files import read_text_below
 
 DRAWINGS = "drawings.json"
 MOST_ROWS, MOST_STEPS = 12, 5
@@ -60,8 +60,8 @@ def drawn_samples(folder: Path) -> list[SampleRow]:
 
 def _read(folder: Path) -> list[dict[str, Any]]:
     try:
-        data = json.loads(read_text_below(folder, DRAWINGS) or "[]")
-    except (FileError, ValueError, RecursionError):
+        data = parse_json(read_text_below(folder, DRAWINGS) or "[]")
+    except ValueError:
         return []
     return [found for item in data if (found := _row(item))] if isinstance(data, list) else []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from mm_moslora.reporting import summary_text
@@ -14,6 +13,8 @@ from mm_moslora.reporting.lens_maps import MEASURES as MEASURES_OF_MODULES
 from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, SampleRow, Stage
 from mm_moslora.reporting.svg_charts import Series, line_chart, smooth
 from mm_moslora.reporting.verdicts import best_of, judge_tuning
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.untrusted_data import parse_yaml_value
 
 MOST_SAMPLES = 12
 MOST_RUNS = 6
@@ -94,12 +95,13 @@ def curve(stage: Stage, key: str) -> list[tuple[float, float]]:
     return [
         (float(record["step"]), float(record[key]))
         for record in stage.metrics
-        if _is_number(record.get("step")) and _is_number(record.get(key))
+        if is_number(record.get("step")) and is_number(record.get(key))
     ]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < LARGEST
+def is_number(value: Any) -> bool:
+    """Whether a chart can show a value of a log."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -193,8 +195,8 @@ def _recipe_facts(run: RunData) -> dict[str, str]:
 def flat_recipe(text: str) -> dict[str, str]:
     """A recipe's YAML as dotted keys; empty where it cannot be read."""
     try:
-        return _facts(yaml.safe_load(text), separator=".")
-    except (yaml.YAMLError, ValueError, RecursionError):  # a date that does not exist is a ValueError
+        return _facts(parse_yaml_value(text), separator=".")
+    except ConfigError:
         return {}
 
 

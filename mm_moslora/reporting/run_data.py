@@ -38,7 +38,6 @@ summary.json, every key optional: `format` (version of this layout; missing befo
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -54,12 +53,27 @@ from mm_moslora.reporting.run_status import RunState, read_state, stage_folders
 from mm_moslora.reporting.verdicts import Difference, difference_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact, redact_text
+from mm_moslora.utils.untrusted_data import build_known, parse_json, parse_lines, parse_yaml_value, read_value
 from mm_moslora.utils.untrusted_files import FileError, read_text_below
 
+_KINDS: dict[str, Any] = {
+    "steps": int, "total_steps": int, "counters": dict[str, float], "world_size": int, "memory_gib": float,
+    "seconds": float, "parts": dict[str, Any], "base": dict[str, Any], "commands": list[dict[str, Any]],
+}  # fmt: skip
+"""Types of the keys of a summary that are more than shown."""
 MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
 """A run has at least one of these files."""
 FORMAT = 1
 """Version of the layout above; older versions are read, newer ones refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A part of the model, with its numbers of parameters."""
+
+    name: str = ""
+    total: int = 0
+    trainable: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +121,13 @@ class EvaluationRow:
 class SampleRow:
     """One held-out question with the answers before and after tuning."""
 
-    image: str | None
-    question: str
-    answer: str
-    before: str | None
-    after: str | None
-    before_correct: bool | None
-    after_correct: bool | None
+    image: str | None = None
+    question: str = ""
+    answer: str = ""
+    before: str | None = None
+    after: str | None = None
+    before_correct: bool | None = None
+    after_correct: bool | None = None
     options: dict[str, str] = field(default_factory=dict)
     """Options of a multiple-choice question by letter."""
 
@@ -185,7 +199,7 @@ def load_run(folder: Path) -> RunData:
         summary={key: value for key, value in _merged_summary(summary, stages).items() if value is not None},
         stages=stages,
         evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := _evaluation_row(item, notes))],
-        samples=[_sample_row(item) for item in _rows(folder / "samples.json", notes)],
+        samples=[s for item in _rows(folder / "samples.json", notes) if (s := _sample_row(item, notes))],
         mixers=[m for item in _mixer_rows(folder, stages, notes) if (m := _mixer(item, notes))],
         quarantine=_quarantine(folder, stages, notes),
         state=read_state(folder),
@@ -259,8 +273,8 @@ def recipe_text(path: Path, notes: list[str]) -> str | None:
     text = _text_of(path, notes)
     if text is None:
         return None
-    with suppress(yaml.YAMLError, ValueError, RecursionError):  # text that is not YAML is kept as plain text
-        recipe = yaml.safe_load(text)
+    with suppress(ConfigError):  # text that is not YAML is kept as plain text
+        recipe = parse_yaml_value(text)
         clean = redact(recipe, keep_hashes=True)
         if clean != recipe:
             text = yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
@@ -284,22 +298,14 @@ def _text_of(path: Path, notes: list[str]) -> str | None:
 def _read_json(path: Path, notes: list[str]) -> Any:
     try:
         text = read_text_below(path.parent, path.name)
-        return None if text is None else redact(json.loads(text), keep_hashes=True)
-    except (ValueError, RecursionError) as error:
-        notes.append(f"{path.name} could not be read ({error}).")
+        return None if text is None else redact(parse_json(text, constants=True), keep_hashes=True)
+    except ValueError as error:
+        notes.append(f"{path.name} could not be read: it {error}.")
         return None
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    records = []
-    for line in (_text_of(path, notes) or "").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # the incomplete last line of a killed run
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    return parse_lines(_text_of(path, notes) or "", skip_damaged=True)
 
 
 def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -318,7 +324,20 @@ def _mapping(value: Any, what: str, notes: list[str]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         notes.append(f"{what} holds {type(value).__name__}, expected an object.")
         return {}
-    return dict(value)
+    return _fitting(value, what, notes)
+
+
+def _fitting(value: Mapping[str, Any], what: str, notes: list[str]) -> dict[str, Any]:
+    """The keys of a summary or an environment whose values have the types of `_KINDS`; the rest is left out."""
+    found = {}
+    for key, item in value.items():
+        try:
+            if key == "components":
+                item = [vars(build_known(Component, part, source=what)) for part in item or ()]
+            found[key] = item if item is None else read_value(_KINDS.get(key, Any), item, source=what, where=key)
+        except (ConfigError, TypeError, AttributeError) as error:
+            notes.append(f"{error} It was left out.")
+    return found
 
 
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -334,47 +353,31 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _score(item: Mapping[str, Any]) -> Score:
-    mean = float(item["mean"])
-    low, high = float(item.get("low", mean)), float(item.get("high", mean))
-    if not all(math.isfinite(value) for value in (mean, low, high)):
-        raise ValueError("not finite")
-    return Score(n=int(item.get("n", 0)), mean=mean, low=low, high=high)
+def _score(item: Mapping[str, Any], source: str) -> Score:
+    known = {"n": 0, "low": item.get("mean"), "high": item.get("mean"), **item}
+    return build_known(Score, known, source=source)
 
 
 def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | None:
     name = str(item.get("name", "?"))
+    source = f"evaluation.json: row {name!r}"
     try:
-        categories = {str(key): _score(value) for key, value in (item.get("categories") or {}).items()}
-        score = _score(item)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        notes.append(f"evaluation.json: row {name!r} was left out ({type(error).__name__}: {error}).")
+        score = _score(item, source)
+        categories = {key: _score(value, f"{source}, {key}") for key, value in (item.get("categories") or {}).items()}
+        given = {"name": name, "label": name.replace("_", " "), "task": ""} | {k: v for k, v in item.items() if v}
+        given |= {"score": score, "categories": categories, "less": difference_of(item.get("less"))}
+        return build_known(EvaluationRow, given | {"pictures": item.get("pictures") is not False}, source=source)
+    except (ConfigError, AttributeError) as error:
+        notes.append(f"{source} was left out ({error}).")
         return None
-    label = str(item.get("label") or name.replace("_", " "))
-    remarks = item.get("remarks")
-    return EvaluationRow(
-        name=name, label=label, task=str(item.get("task", "")), score=score, categories=categories,
-        protocol=str(item.get("protocol") or ""), subject=str(item.get("subject") or ""),
-        selection=str(item.get("selection") or "all"),
-        remarks=tuple(map(str, remarks)) if isinstance(remarks, list) else (),
-        learned_from=str(item.get("learned_from") or ""), less=difference_of(item.get("less")),
-        pictures=item.get("pictures") is not False, unit=str(item.get("unit") or ""),
-    )  # fmt: skip
 
 
-def _sample_row(item: dict[str, Any]) -> SampleRow:
-    def text(key: str) -> str | None:
-        return None if item.get(key) is None else str(item[key])
-
-    def verdict(key: str) -> bool | None:
-        return None if item.get(key) is None else bool(item[key])
-
-    options = item.get("options")
-    return SampleRow(
-        image=text("image"), question=text("question") or "", answer=text("answer") or "", before=text("before"),
-        after=text("after"), before_correct=verdict("before_correct"), after_correct=verdict("after_correct"),
-        options={str(key): str(value) for key, value in options.items()} if isinstance(options, dict) else {},
-    )  # fmt: skip
+def _sample_row(item: dict[str, Any], notes: list[str]) -> SampleRow | None:
+    try:
+        return build_known(SampleRow, item, source="samples.json")
+    except ConfigError as error:
+        notes.append(f"A sample was left out ({error}).")
+        return None
 
 
 def _mixer_rows(folder: Path, stages: list[Stage], notes: list[str]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
@@ -27,14 +26,13 @@ from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, l
 from mm_moslora.reporting.verdicts import OVERLAP, score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
-from mm_moslora.utils.text_format import format_seconds
+from mm_moslora.utils.text_format import format_seconds, visible
 
 MOST_SAMPLES = 24
 """Maximum number of samples, so that a report stays small enough for e-mail."""
 MOST_MIXERS = 12
 LONGEST_ANSWER = 280
 """Maximum characters of an answer; samples.json holds the whole answer."""
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TIMES = (
     ("all in all", "wall_seconds"), ("in the step", "step_seconds"), ("waiting for data", "data_seconds"),
     ("slowest rank's work", "work_seconds"), ("fastest rank's work", "work_seconds_min"),
@@ -145,7 +143,7 @@ def printable(value: Any) -> Any:
         return value
     if value is None:
         return ""
-    return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+    return visible(value) if isinstance(value, str) else value
 
 
 def asset(name: str) -> str:

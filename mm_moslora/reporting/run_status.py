@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from mm_moslora.utils.heartbeat import FOLDER, Heartbeat, is_running, read_heartbeats
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import format_seconds
+from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import read_text_below
 
 STALE_SECONDS = 120.0
@@ -81,10 +81,9 @@ def stage_folders(folder: Path) -> list[Path]:
 def read_object(path: Path) -> Mapping[str, Any]:
     """A JSON object; empty where the file is missing or holds something else."""
     try:
-        value = json.loads(read_text_below(path.parent, path.name) or "{}")
-    except (ValueError, RecursionError):
+        return parse_object(read_text_below(path.parent, path.name) or "{}", constants=True)
+    except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _ended(place: Path, recorded: Mapping[str, Any]) -> RunState:

@@ -21,6 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.untrusted_data import build_known
+
 Mood = Literal["good", "mixed", "bad"]
 Shown = Literal["more", "less", "not shown"]
 
@@ -101,15 +104,9 @@ class Difference:
 def difference_of(data: Any) -> Difference | None:
     """The inverse of `Difference.to_dict`; None where the value is not a difference."""
     try:
-        numbers = [float(data[key]) for key in ("value", "low", "high")]
-        groups = data.get("groups")
-        groups = None if groups is None else int(groups)
-    except (TypeError, KeyError, ValueError, AttributeError):
+        return build_known(Difference, data, source="a difference")
+    except (ConfigError, AttributeError):
         return None
-    if not all(math.isfinite(number) for number in numbers):
-        return None
-    unit = str(data.get("unit") or "")
-    return Difference(value=numbers[0], low=numbers[1], high=numbers[2], groups=groups, unit=unit)
 
 
 @dataclass(frozen=True, kw_only=True)

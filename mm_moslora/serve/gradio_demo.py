@@ -16,6 +16,7 @@ from torch import Tensor
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.serve.api.chat_request import Message, Picture
+from mm_moslora.serve.api.request_guard import Guard
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.attention_maps import attention_maps, overlay
 from mm_moslora.serve.inference.continuous_batching import Engine, Job, Piece
@@ -190,13 +191,15 @@ def launch(demo: Demo, *, port: int, wait: bool = True) -> tuple[Any, str]:
         The page, to be closed, and its address.
     """
     import gradio as gr
+    from starlette.middleware import Middleware
 
     page = build(demo)
+    guard = Middleware(Guard, limits=Limits(body_bytes=4 * MOST_MIB * 2**20))  # type: ignore[arg-type]
     fonts = ["system-ui", "sans-serif"]  # avoids fetching fonts
     _, url, _ = page.launch(
         server_name="127.0.0.1", server_port=port or None, share=False, show_error=False, quiet=True, strict_cors=True,
         enable_monitoring=False, allowed_paths=[], max_file_size=MOST_MIB * 2**20, prevent_thread_lock=not wait,
         ssr_mode=False, pwa=False, mcp_server=False, footer_links=[], inbrowser=False,
-        theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [guard]}, theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]),
     )  # fmt: skip
     return page, str(url)

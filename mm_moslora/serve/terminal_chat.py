@@ -25,6 +25,7 @@ from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.text_stream import TextStream
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DataError, MoSLoRAError
+from mm_moslora.utils.text_format import visible
 
 HELP = """\
 Ask a question, or paste the path of a picture or a video to show it.
@@ -242,7 +243,7 @@ def _unquoted(text: str) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(visible(text.replace("\r", "")))
     sys.stdout.flush()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mm_moslora.tracking.tracker import Ending, Sample
 from mm_moslora.utils.files import Appender, rename, replace_json, replace_text, sync
+from mm_moslora.utils.untrusted_data import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,10 @@ def _number(value: float) -> float | None:
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_object(line, constants=True)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record.get("step"), int) else None
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -6,7 +6,6 @@ later with `wandb sync RUN/wandb/offline-run-*`.
 
 from __future__ import annotations
 
-import json
 import logging
 import netrc
 import os
@@ -28,6 +27,7 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     headline,
     namespaced,
 )
+from mm_moslora.utils.files import read_json
 from mm_moslora.utils.redaction import redact_text, redacted_argv
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class WandbTracker:
         metadata = {}
         manifest = folder / "adapter_config.json"
         if manifest.is_file():
-            metadata = json.loads(manifest.read_text(encoding="utf-8"))
+            metadata = read_json(manifest)
         digest = adapter_digest(folder)
         if digest is not None:
             metadata["sha256"] = digest

@@ -159,7 +159,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None, load_base: LoadBa
     folder = Path(recipe.train.output)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     lean = recipe.model.lean_layers and recipe.train.compile is None
-    kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean)
+    kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean, dtype=dtype_of(precision))
     parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
     micro_tokens = token_budget(recipe, parts, precision=precision)
     model_start, adapter_start = parts, recipe.adapter

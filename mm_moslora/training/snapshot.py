@@ -33,6 +33,8 @@ from mm_moslora.training.engine import Engine, Piece
 from mm_moslora.training.run_setup import Run
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.untrusted_data import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +236,7 @@ class StoredOptimizer:
             raise CheckpointError("The checkpoint holds no trainer state, expected one folder per rank.")
         for folder in self.folders:
             try:
-                details = json.loads((folder / OPTIMIZER_DETAILS).read_text(encoding="utf-8"))
+                details = read_json(folder / OPTIMIZER_DETAILS)
                 file = safe_open(folder / OPTIMIZER, framework="pt")
             except OSError as error:
                 raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
@@ -285,7 +287,7 @@ class RandomState:
         torch.set_rng_state(self.tensors["torch"])
         if "cuda" in self.tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.tensors["cuda"])
-        version, words, gauss = json.loads(self.python)
+        version, words, gauss = parse_json(self.python)
         random.setstate((version, tuple(words), gauss))
 
     def write(self, folder: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import fields
 import torch
 
 from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, GIB, StepMemory
 from mm_moslora.training.precision import dtype_of
@@ -29,22 +30,23 @@ def token_budget(recipe: Recipe, model: ModelConfig, *, precision: str) -> int |
         None: any number, on a CPU and for models that cannot be built on the meta device.
 
     Raises:
-        TrainingError: the longest example does not fit on the smallest GPU of the run.
+        TrainingError: the longest example, or a validation that generates, does not fit on the smallest GPU of the run.
         DistributedError: the same on another rank.
     """
     device = distributed.device()
-    if recipe.train.micro_tokens is not None or device.type != "cuda":
+    generates = bool(recipe.validate.samples or recipe.validate.tasks) and stage_of(recipe.train.zero) == 3
+    if device.type != "cuda" or (recipe.train.micro_tokens is not None and not generates):
         return recipe.train.micro_tokens
     # The total, not what is free: a resumed run must cut its steps as before.
     (smallest,) = distributed.max_over_ranks([-float(torch.cuda.get_device_properties(device).total_memory)])
     budget = None
     with distributed.failing_together("Estimating the memory of a step"):
         if distributed.is_main():
-            budget = _that_fits(recipe, model, precision, capacity=-smallest)
+            budget = _that_fits(recipe, model, precision, capacity=-smallest, generates=generates)
     return distributed.from_main(budget)
 
 
-def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: float) -> int | None:
+def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: float, generates: bool) -> int | None:
     train, longest = recipe.train, recipe.data.longest
     try:
         with torch.random.fork_rng(devices=[]):
@@ -58,12 +60,14 @@ def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: 
             "train.micro_tokens.",
             reason_of(error),
         )
-        return None
+        return train.micro_tokens
     step = StepMemory(
         size=size, zero=train.zero, world=distributed.world_size(), on_host=distributed.ranks_of_host(),
         checkpointing=train.gradient_checkpointing, offload=train.activation_offload, together=train.sequence_parallel,
     )  # fmt: skip
-    budget = step.token_budget(capacity, longest=longest)
+    if generates and (reason := step.cannot_generate(capacity)):
+        raise TrainingError(reason)
+    budget = train.micro_tokens or step.token_budget(capacity, longest=longest)
     if not budget:
         needed = step.worst(longest)
         parts = {item.name: getattr(needed, item.name) / GIB for item in fields(needed)}

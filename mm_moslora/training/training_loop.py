@@ -34,7 +34,7 @@ from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.validation import Best, Measure, Validator
-from mm_moslora.utils import distributed, files
+from mm_moslora.utils import distributed, files, heartbeat
 from mm_moslora.utils.errors import CheckpointError, DivergedError, TrainingError
 from mm_moslora.utils.hardware import keep_freed_memory, spare_cores
 from mm_moslora.utils.progress_bar import Progress
@@ -244,9 +244,11 @@ class _Loop:
                 self.trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
             ending = "finished" if self._over and not self.validator.cut_short else "stopped"
         except KeyboardInterrupt:
+            self._phase(heartbeat.FAILING)
             ending = "stopped"
             raise
         except Exception as error:
+            self._phase(heartbeat.FAILING)
             title = "Diverged" if isinstance(error, DivergedError) else "Run failed"
             self.trackers.alert(Alert(title=title, text=f"Step {run.step}: {error}"[:MOST_TOLD]))
             raise

@@ -1,1 +1,24 @@
-"""Utilities of all other packages: errors, files, paths, ranks, hardware, logging."""
+"""What every package may use: errors, files, processes, numbers and text.
+
+Its import also suppresses warnings that libraries log during their own import and that users cannot act on.
+peft and transformers import bitsandbytes and torchao where they are installed. These log that optional kernels are
+missing and that a future torch will refuse an enum. diffusers looks for classes that torchao has removed. No other
+messages of these libraries are suppressed.
+"""
+
+import logging
+
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao`",
+}
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_NOISE[record.name])
+
+
+for _name in _NOISE:
+    logging.getLogger(_name).addFilter(_is_no_noise)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -141,7 +143,10 @@ def join(*, timeout_minutes: float = 30.0) -> None:
 
 
 def _on_own_gpu(*, one_rank_each: bool) -> dict[str, Any]:
-    """Make this rank's GPU the current device; returns arguments for `init_process_group`.
+    """Make this rank's GPU the current device, also of libraries; returns arguments for `init_process_group`.
+
+    DeepSpeed takes LOCAL_RANK for the index of the GPU, which it is not where ranks share GPUs or where each sees its
+    own alone. From here on it is the index, for which `device` gives the same GPU.
 
     Args:
         one_rank_each: ranks cannot share a GPU.
@@ -158,6 +163,8 @@ def _on_own_gpu(*, one_rank_each: bool) -> dict[str, Any]:
             f"{BACKEND}=gloo ranks share GPUs."
         )
     own = device()
+    if "LOCAL_RANK" in os.environ:  # without a launcher, libraries that see it would expect one
+        os.environ["LOCAL_RANK"] = str(own.index)
     torch.cuda.set_device(own)
     _try_gpu(own)
     # Without device_id, a barrier of NCCL guesses the GPU from the global rank.
@@ -185,9 +192,29 @@ def record_flight() -> None:
 
 
 def _leave() -> None:
+    if getattr(sys, "last_value", None) is not None:  # an exception that nobody caught ends the process
+        leave_at_once(1)
     if dist.is_initialized():
         dist.destroy_process_group()
         wait_for_gloo()
+
+
+def leave_at_once(code: int) -> None:
+    """End a process that failed without leaving its group; one without other ranks goes on.
+
+    Ranks leave a group of NCCL together: the process would wait for ranks that wait for it in another collective, and
+    its launcher, which ends them, would not learn of the failure.
+
+    Args:
+        code: the process's exit code.
+    """
+    if _alone():
+        return
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk, or a stream that is closed
+            stream.flush()
+    os._exit(code)
 
 
 def wait_for_gloo(*, seconds: float = 5.0) -> None:
@@ -227,12 +254,11 @@ def max_over_ranks(values: list[float]) -> list[float]:
 
 
 def table_over_ranks(values: list[float]) -> list[list[float]]:
-    """The values of every rank, in order of rank; all ranks pass equally many. One sum of a zero-filled table."""
-    world, width = world_size(), len(values)
-    table = [0.0] * (world * width)
-    table[rank() * width : (rank() + 1) * width] = values
-    table = sum_over_ranks(table)
-    return [table[start : start + width] for start in range(0, world * width, width)]
+    """The values of every rank, in order of rank; all ranks pass equally many."""
+    table = gather_objects(values)
+    widths = [len(row) for row in table]
+    assert len({*widths}) == 1, f"ranks pass tables of different widths: {widths}"
+    return table
 
 
 def _reduce(values: list[float], operation: Any) -> list[float]:

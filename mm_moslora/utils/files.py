@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged; the text describes how.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        data = parse_json(path.read_bytes(), constants=True)
+    except StrictJsonError as error:
+        raise StrictJsonError(f"{path} {error}") from error
     if not isinstance(data, kind):
         raise ValueError(f"it holds a {type(data).__name__}, expected a {kind.__name__}")
     return data

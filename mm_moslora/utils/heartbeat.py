@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import read_text_below
 
 FOLDER = "heartbeat"
 FAILED = "failed: "
 """Prefix of the phase of a rank that failed; the kind of error and its message follow."""
 ENDED = "ended"
+FAILING = "failing"
+"""Phase of a rank that has an error of its own, and sends it to its trackers before it ends."""
 _LOST = ("Connection", "gloo", "NCCL", "Timed out", "timed out", "peer", "DistributedError", "DistNetworkError")
 
 
@@ -99,7 +101,7 @@ def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank
     found = []
     for path in sorted(folder.glob(name)):
         try:
-            content = json.loads(read_text_below(folder, path.name) or "")
+            content = parse_object(read_text_below(folder, path.name) or "")
             written = path.stat().st_mtime
             found.append(
                 Heartbeat(
@@ -109,6 +111,6 @@ def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank
                     written=written, age=max(0.0, now - written),
                 )
             )  # fmt: skip
-        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError):
             continue
     return found

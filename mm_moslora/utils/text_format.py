@@ -1,11 +1,13 @@
-"""Numbers as text: durations for people, and whole numbers in environment variables."""
+"""Text for people, and whole numbers in environment variables."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from mm_moslora.utils.errors import ConfigError
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 LARGEST_PORT = 65_535
 LARGEST_NUMBER = 10**9
 """Largest whole number that an environment variable may hold."""
@@ -37,6 +39,11 @@ def whole_number(
             "launcher or a scheduler sets it; correct it, or unset it."
         )
     return int(text)
+
+
+def visible(text: str) -> str:
+    """Text of a model or of data with its control characters replaced, which terminals obey."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def format_seconds(seconds: float) -> str:

@@ -38,6 +38,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft
 import torch
 import transformers
+from json_output import results_alone
 from measuring import PRODUCTS, Rows, interleaved, kernel_seconds, ratio
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
@@ -143,7 +144,7 @@ def step(model: nn.Module, kind: str, given: Tensor, *, micro_batches: int = 1) 
         nonlocal pull
         accumulating = kind == "moslora" and micro_batches > 1
         sharing = one_product_per_step(model) if accumulating else nullcontext()
-        with use_kernel("fused" if kind == "own lora" else "auto"), sharing as window:
+        with use_kernel(model, "fused" if kind == "own lora" else "auto"), sharing as window:
             for index in range(micro_batches):
                 if window is not None and index == micro_batches - 1:
                     window.last_micro_batch()
@@ -322,6 +323,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
     parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -335,7 +337,7 @@ def main() -> int:
     rows = run(cases((512,) if options.quick else (512, 2048)), rounds, Rows(options.rows, header | {"rounds": rounds}))
     summary = summarise(rows)
     if options.json:
-        print(json.dumps(header | {"rows": rows, "summary": summary}))
+        print(json.dumps(header | {"rows": rows, "summary": summary}), file=output)
     else:
         show(rows, summary)
     return 0

@@ -24,6 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from json_output import results_alone
 from measuring import head, interleaved, ratio
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,6 +106,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="tokens of the segments")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
@@ -122,7 +124,7 @@ def main() -> int:
             for name in DTYPES
             for kind in ("ours", "products")
         }
-        print(json.dumps(head("attention") | {"rows": rows, "summary": summary}))
+        print(json.dumps(head("attention") | {"rows": rows, "summary": summary}), file=output)
         return 0
     print(f"{'':12} milliseconds{'':17} time over PyTorch's{'':10} error of the gradients")
     columns = f"{'ours':>9} {'products':>9} {'pytorch':>9} {'ours':>8} {'products':>8}"

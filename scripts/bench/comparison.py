@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from json_output import results_alone
+
 from mm_moslora.compare import comparison_cell
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import Job
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    output = results_alone() if given.json else sys.stdout
     recipe = load_recipe(given.recipe, [f"train.steps={given.steps}"])
     settings = Settings(
         arms=parse_arms(ARMS, recipe), rates=[recipe.optim.lr], seeds=SEEDS, tasks=[given.task], limit=given.limit,
@@ -110,7 +113,7 @@ def main() -> None:
     if given.json:
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         found = {"benchmark": "comparison", "hardware": hardware(), "versions": versions, "rows": rows}
-        print(json.dumps(found | {"summary": {"shared_over_alone": ratio}}))
+        print(json.dumps(found | {"summary": {"shared_over_alone": ratio}}), file=output)
     else:
         print(f"CPU seconds of {len(settings.arms)} arms with {SEEDS} seeds, shared over alone: {ratio:.2f}")
 

@@ -40,6 +40,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 import yardstick
+from json_output import results_alone
 from measuring import Rows, head, interleaved, ratio, settings_of
 from torch import Tensor
 
@@ -107,6 +108,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -128,7 +130,7 @@ def main() -> int:
             for row in rows.rows
             for name, found in row["ratios"].items()
         }
-        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}))
+        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}), file=output)
     else:
         show(rows.rows)
     return 0

@@ -37,6 +37,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import torch
+from json_output import results_alone
 from PIL import Image
 
 from mm_moslora.config import DataConfig, SourceConfig
@@ -402,6 +403,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=96)
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     summary: dict[str, float] = {}
@@ -420,7 +422,7 @@ def main() -> int:
         "summary": summary,
     }
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(result), file=output)
         return 0
     for row in rows:
         shown = [f"{row['seconds']:.4f} s"] if "seconds" in row else []

@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from json_output import results_alone
 from measuring import Rows, head, interleaved, ratios, settings_of
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -241,6 +242,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens per answer (default 8)")
     parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     opening = head("eval", "transformers")
@@ -250,7 +252,7 @@ def main() -> int:
     measure_all(make_cases(model, vocabulary=options.vocabulary, new=options.new_tokens), options.rounds, rows)
     summary = summarise(rows.rows)
     if options.json:
-        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}))
+        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}), file=output)
     else:
         show(rows.rows, summary)
     return 0 if summary["identical_answers"] == 1.0 else 1

@@ -11,8 +11,9 @@ The checkout needs torch, transformers and peft; contenders that need more are l
 from configurations, with random bf16 weights made on the device. A contender runs in a process of its own, for about
 60 seconds at most, and its row is written as it ends. A row that is there (same shape, contender, versions and card,
 the same benchmark, and the same sources of this project where the contender runs them) is not measured again. A
-contender that fails is a row with its error, and the rest goes on; --retry measures failed ones again. The exit code
-is 75 where the time was over before all were measured: the same command goes on.
+contender that fails is a row with its error, and the rest goes on; --retry measures failed ones again. One that was
+killed, such as a compiler with a cold cache, is measured once more by the next call. The exit code is 75 where
+contenders are left: the same command goes on.
 
 Training figures are of whole optimiser steps on three rotating batches of some 13,300 tokens each, in lengths like
 those of LLaVA's 665k mix, and on a full one of 16,384 tokens. Where memory does not suffice, batches are split into 2,
@@ -27,7 +28,8 @@ Contenders (rank 128, adapters in all linear layers of the decoder, a projector 
     decode-ours         greedy decoding, against `generate` of transformers and vLLM
 
 Useful MFU is the speed of the needed FLOPs (no padding, no recomputation, no mixers, the head at supervised positions)
-over that of the process's own 8192^3 product. `busy` is the share of a step in which a kernel runs (a profiled step's
+over that of the process's own 8192^3 product, and over the peak of the card's data sheet, which predictions and
+targets are of; the two need not agree. `busy` is the share of a step in which a kernel runs (a profiled step's
 kernels over an unprofiled step's time). Gradients are those of A, M and B in two layers of full width, against fp64:
 relative differences, median and worst.
 """
@@ -154,9 +156,10 @@ class RowFile:
             path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The last row with a key."""
+        """The last row with a key; None: there is none but that of a contender that was killed once."""
         found = [row for row in self.rows if all(row[name] == key[name] for name in KEY)]
-        return found[-1] if found else None
+        once = len(found) == 1 and found[0].get("killed")
+        return found[-1] if found and not once else None
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row; it takes the place of an earlier one with its key in the table."""
@@ -191,7 +194,8 @@ def measure(contender: Contender, shape: str, device: str, seconds: float) -> di
             return json.loads(row.read_text()) | spent
         except (OSError, ValueError):
             why = f"killed after {seconds + GRACE:.0f} s" if code is None else f"exit code {code}"
-            return {"error": f"{why}: {last_line(log.read_text(errors='replace'))}"} | spent
+            error = {"error": f"{why}: {last_line(log.read_text(errors='replace'))}"}
+            return error | {"killed": code is None} | spent
 
 
 def run(wanted: Sequence[Contender], rows: RowFile, options: argparse.Namespace, started: float) -> int:
@@ -223,7 +227,10 @@ def run(wanted: Sequence[Contender], rows: RowFile, options: argparse.Namespace,
             "%d/%d %s: %s; %.0f s spent, at most %.0f s left", number + 1, len(missing), contender.name, words(row),
             spent, rest,
         )  # fmt: skip
-    return 0
+    again = sum(is_missing(contender) for contender in missing if not options.retry)
+    if again:
+        logger.info("%d contenders were killed; the same command tries them once more.", again)
+    return again
 
 
 def words(row: dict[str, Any]) -> str:

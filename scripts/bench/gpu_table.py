@@ -10,6 +10,8 @@ from typing import Any
 from gpu_contenders import CONTENDERS
 
 PREDICTIONS = Path(__file__).with_name("gpu_predictions.json")
+MFU_TARGET = 0.45
+"""Over the data sheet's peak."""
 TARGETED = "llava-1.5-7b"
 """The shape that the targets are for, on an H100."""
 
@@ -55,9 +57,9 @@ def _group(shape: str, card: str, found: Mapping[str, Row], predicted: Row) -> l
 
 def _steps(steps: Mapping[str, Row], expected: Row) -> str:
     head = (
-        "contender", "s a step", "predicted", "tokens/s", "predicted", "useful MFU", "predicted",
-        "full batch, tokens/s", "GiB", "micro-batches", "kernels", "busy", "gradients: median, worst",
-        "time over `ours`",
+        "contender", "s a step", "predicted", "tokens/s", "predicted", "MFU, data sheet", "predicted",
+        "MFU, measured product", "full batch, tokens/s", "GiB", "micro-batches", "kernels", "busy",
+        "gradients: median, worst", "time over `ours`",
     )  # fmt: skip
     return _markdown(
         head, [_cells(name, row, expected.get(name, {}), steps.get("ours")) for name, row in steps.items()]
@@ -70,13 +72,23 @@ def _cells(name: str, row: Row, expected: Row, ours: Row | None) -> list[str]:
         name,
         f"{row['seconds']:.3f}", _range(expected, "seconds", "{:.2f}"),
         f"{row['tokens_per_second']:,.0f}", _range(expected, "tokens_per_second", "{:,.0f}"),
-        f"{row['mfu']:.3f}", _range(expected, "mfu", "{:.2f}"),
+        "" if (of_sheet := sheet_mfu(row)) is None else f"{of_sheet:.3f}", _range(expected, "mfu", "{:.2f}"),
+        f"{row['mfu']:.3f}",
         f"{full['tokens_per_second']:,.0f}" if "seconds" in full else "failed",
         f"{row['peak_memory_gib']:.1f}", str(row["micro_batches"]),
         *(("failed", "") if "error" in profile else (f"{profile['kernels']:,}", f"{profile['busy']:.2f}")),
         f"{errors['median']:.1e}, {errors['worst']:.1e}" if "median" in errors else "failed" if errors else "",
         f"{row['seconds'] / ours['seconds']:.2f}" if ours else "",
     ]  # fmt: skip
+
+
+def sheet_mfu(row: Row) -> float | None:
+    """Useful MFU over the dense peak of the card's data sheet, of which predictions are; a row's is over the product
+    that its process measured. None: the card is not known."""
+    from mm_moslora.training.metrics.gpu_specs import device_peak
+
+    peak = device_peak(row["card"])
+    return None if peak is None else row["mfu"] * row["peak_tflops"] * 1e12 / peak
 
 
 def _range(expected: Row, name: str, form: str) -> str:
@@ -96,9 +108,13 @@ def _summary(steps: Mapping[str, Row], shape: str) -> list[str]:
         names = [name for name in ("hf-best", "hf-best-checkpointing") if name in steps]
         return min(map(seconds, names)) / seconds("ours")
 
-    figures: list[tuple[str, Callable[[], float], str, str]] = [
+    ours = steps.get("ours")
+    of_sheet = sheet_mfu(ours) if ours is not None else None
+    same = f">= {MFU_TARGET * ours['mfu'] / of_sheet:.2f}" if ours and of_sheet else ""  # speed in the other unit
+    figures: list[tuple[str, Callable[[], float | None], str, str]] = [
         ("real tokens/s", lambda: steps["ours"]["tokens_per_second"], "{:,.0f}", ">= 15,000"),
-        ("useful MFU", lambda: steps["ours"]["mfu"], "{:.3f}", ">= 0.45"),
+        ("useful MFU, data sheet", lambda: of_sheet, "{:.3f}", f">= {MFU_TARGET}"),
+        ("useful MFU, measured product", lambda: steps["ours"]["mfu"], "{:.3f}", same),
         ("time of the best peer over `ours`", best_peer, "{:.2f}", ">= 1.3"),
         ("dropout, share of a step", lambda: seconds("ours-dropout") / seconds("ours") - 1, "{:.3f}", "<= 0.06"),
         ("MoSLoRA over LoRA", lambda: seconds("ours") / seconds("ours-lora"), "{:.3f}", "<= 1.02"),
@@ -112,7 +128,7 @@ def _summary(steps: Mapping[str, Row], shape: str) -> list[str]:
     for what, figure, form, target in figures:
         try:
             value = form.format(figure())
-        except (KeyError, ValueError):  # a side was not measured
+        except (KeyError, ValueError, TypeError):  # a side was not measured, or the card is not known
             continue
         lines.append([what, value, *([target] if shape == TARGETED else [])])
     head = ("", "measured", *(["target on an H100"] if shape == TARGETED else []))

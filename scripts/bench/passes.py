@@ -22,6 +22,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from json_output import results_alone
 from measuring import head
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,6 +118,7 @@ def main() -> int:
     parser.add_argument("--head-width", type=int, default=128)
     parser.add_argument("--kv-heads", type=int, default=32)
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     rows = [row(name, dtype, one) for dtype, kind in DTYPES.items() for name, one in passes(options, kind).items()]
     layers = {dtype: [item for item in rows if item["dtype"] == dtype] for dtype in DTYPES}
     if options.json:
@@ -125,7 +127,7 @@ def main() -> int:
             for dtype, own in layers.items()
             for key in ("operators", "moved_bytes", "one_kernel_bytes")
         }
-        print(json.dumps(head("passes") | {"rows": rows, "summary": summary}))
+        print(json.dumps(head("passes") | {"rows": rows, "summary": summary}), file=output)
         return 0
     print(f"{'dtype':5} {'pass':19} {'times':>5} {'operators':>9} {'MiB':>6} {'as one kernel, MiB':>19}")
     for dtype, own in layers.items():

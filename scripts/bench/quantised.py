@@ -12,7 +12,7 @@ of one thread, and every figure is the median of the ratios of single rounds. Lo
 before the timing. Saved bytes are counted.
 
 Contenders:
-    modules     transformers' layers, PEFT's layers module by module (`use_kernel("reference")`)
+    modules     transformers' layers, PEFT's layers module by module (`use_kernel(model, "reference")`)
     kernel      transformers' layers, adapted layers in the fused kernel (`model.lean_layers: false`)
     lean        the step of `mm-moslora train`
     unpacked    lean, on the same model in the compute dtype
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import transformers
 import yardstick
+from json_output import results_alone
 from measuring import Rows, head, interleaved, ratio
 from torch import Tensor
 from train import DROPOUT, DTYPES, VOCABULARIES
@@ -46,7 +47,7 @@ def contenders(dtype: torch.dtype, dropout: float) -> dict[str, Contender]:
     plain = yardstick.ours(vocabulary, dtype, lean=False, dropout=dropout, four_bits=True)
 
     def by_modules() -> Tensor:
-        with adapters.use_kernel("reference"):
+        with adapters.use_kernel(plain.model, "reference"):
             return plain.forward()
 
     return {
@@ -97,6 +98,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default 5)")
     parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     torch.set_num_threads(1)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
@@ -115,7 +117,7 @@ def main() -> int:
         )
     }  # fmt: skip
     if options.json:
-        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}))
+        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}), file=output)
         return 0
     print(f"{'dtype':5} {'dropout':>7} {'contender':10} {'time / modules':>14} {'CPU seconds':>11} {'saved MiB':>10}")
     for row in rows.rows:

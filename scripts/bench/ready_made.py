@@ -34,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from json_output import results_alone
 from measuring import head, interleaved, ratio
 from torch import Tensor
 from transformers import (
@@ -206,6 +207,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6, help="decoder layers (default 6)")
     parser.add_argument("--width", type=int, default=512, help="of the decoder, a multiple of 64 (default 512)")
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     torch.set_num_threads(1)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
@@ -216,7 +218,10 @@ def main() -> int:
         for name in DTYPES
     ]
     if options.json:
-        print(json.dumps(head("ready_made", "transformers", "peft") | {"rows": rows, "summary": summarise(rows)}))
+        print(
+            json.dumps(head("ready_made", "transformers", "peft") | {"rows": rows, "summary": summarise(rows)}),
+            file=output,
+        )
     else:
         show(rows)
     return 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from json_output import results_alone
 from measuring import head, interleaved, ratio
 from parent import end_with_parent
 from PIL import Image
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     end_with_parent()
     torch.set_num_threads(1)
     models = load_models(options.model)
@@ -101,7 +103,10 @@ def main() -> int:
         "summary": {"speedup_continuous_batching": round(speedup, 2), "identical_answers": float(same)},
     }
     print(
-        json.dumps(result) if options.json else f"{speedup:.2f} times less CPU time together; identical answers: {same}"
+        json.dumps(result)
+        if options.json
+        else f"{speedup:.2f} times less CPU time together; identical answers: {same}",
+        file=output,
     )
     return 0
 

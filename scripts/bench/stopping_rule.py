@@ -16,12 +16,14 @@ import functools
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist, fmean
 from typing import Any
 
 import numpy as np
+from json_output import results_alone
 
 from mm_moslora.compare.resolution_plan import ASSUMED, MOST_SEEDS, Planner, after_look, plan_looks
 from mm_moslora.compare.seed_statistics import Components, TaskScores, difference, differences
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=400, help="comparisons of each row")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     given = parser.parse_args()
+    output = results_alone() if given.json else sys.stdout
     rows: dict[str, list[dict[str, Any]]] = {"stopping": [], "coverage": [], "groups": []}
     tables = ((stopping_rows, "stopping"), (coverage_rows, "coverage"), (group_rows, "groups"))
     for found, table in ((rows_of(given.runs), table) for rows_of, table in tables):
@@ -250,7 +253,7 @@ def main() -> None:
                     flush=True,
                 )
     if given.json:
-        print(json.dumps({"benchmark": "stopping_rule", "runs": given.runs, "rows": rows}))
+        print(json.dumps({"benchmark": "stopping_rule", "runs": given.runs, "rows": rows}), file=output)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 import yardstick
+from json_output import results_alone
 from measuring import (
     PRODUCTS,
     Rows,
@@ -300,6 +301,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
     parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -319,7 +321,7 @@ def main() -> int:
     measure_steps(rows, rounds, vocabularies, extras=not options.quick)
     summary = summarise(rows.rows)
     if options.json:
-        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}))
+        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}), file=output)
     else:
         show(rows.rows, summary)
     return 0

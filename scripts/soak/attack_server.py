@@ -265,19 +265,18 @@ def serve(folder: Path) -> None:
     import torch
 
     from mm_moslora.serve.api.api_routes import create_app
-    from mm_moslora.serve.api.http_server import run_app
+    from mm_moslora.serve.api.http_server import bound, run_app
     from mm_moslora.serve.api.request_limits import Limits
     from mm_moslora.serve.inference.continuous_batching import Engine
 
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     limits = Limits()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = create_app(Engine(tiny_models(folder, longest=8192), limits), limits)
-    print(port, flush=True)
-    run_app(app, host="127.0.0.1", port=port, limits=limits)
+    sockets = bound("127.0.0.1", 0)
+    engine = Engine(tiny_models(folder, longest=8192), limits)
+    app = create_app(engine, limits)
+    print(sockets[0].getsockname()[1], flush=True)
+    run_app(app, sockets, limits=limits, end=engine.stop)
 
 
 def main() -> int:

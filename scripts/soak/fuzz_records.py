@@ -27,7 +27,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder  # noq
 from mm_moslora.data.chat.records import parse_record  # noqa: E402
 from mm_moslora.data.images.record_picture import PictureRules  # noqa: E402
 from mm_moslora.data.record_faults import Code, RecordError, Where  # noqa: E402
-from mm_moslora.data.sources.record_source import StrictJsonError, parse_strictly  # noqa: E402
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json  # noqa: E402
 
 NASTY: list[Any] = [
     None, True, False, 0, -1, 1.5, 1e308, 10**30, "", " ", "\n", "\x00", "\ud800", "a" * 5000, "<image>", "<image>\nq",
@@ -147,7 +147,7 @@ def run(
         with tally.one(lambda line=line: repr(line[:200])):
             try:
                 record = parse_record(
-                    parse_strictly(line), Where(file=Path("fuzz.jsonl"), line=number + 1, row=number), rules
+                    parse_json(line), Where(file=Path("fuzz.jsonl"), line=number + 1, row=number), rules
                 )
                 tally.outcomes["record"] += 1
                 if tally.outcomes["record"] % encode_every == 0:

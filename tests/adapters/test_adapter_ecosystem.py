@@ -116,7 +116,7 @@ def test_a_hook_on_a_factor_runs(part: str) -> None:
     assert calls == [part]
     hooked = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         model(IDS, labels=IDS).loss.backward()
     for own, expected in zip(hooked, (p.grad for p in model.parameters() if p.requires_grad), strict=True):
         torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-4)

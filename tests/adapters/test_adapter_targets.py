@@ -9,8 +9,9 @@ import pytest
 import torch
 from adapters.adapter_models import gpt2, llama, llava, llava_inputs, logits, train_a_bit
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from mm_moslora.adapters import MoSLoRAConfig, adapted_modules, add_moslora, resolve_targets
+from mm_moslora.adapters import MoSLoRAConfig, adapted_modules, add_method, add_moslora, resolve_targets
 from mm_moslora.utils.errors import AdapterError
 
 LANGUAGE, VISION = "model.language_model", "model.vision_tower"
@@ -21,6 +22,24 @@ def test_all_linear_is_every_linear_layer_but_the_head() -> None:
     assert len(paths) == 14
     assert not any("lm_head" in path or "embed" in path for path in paths)
     assert len(resolve_targets(gpt2())) == 8
+
+
+def test_all_linear_does_not_leave_experts_out_without_a_word() -> None:
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3MoeConfig(vocab_size=64, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, **sizes)
+    model = Qwen3MoeForCausalLM(config)
+    message = r"all-linear would leave out \d+% .*experts.*Linear layers here: q_proj, k_proj, v_proj, o_proj"
+    for call in (
+        lambda: add_moslora(model, MoSLoRAConfig(r=4)),
+        lambda: add_moslora(model, MoSLoRAConfig(r=4, target_modules="all-linear"), component="model"),
+        lambda: add_method(model, peft.HiraConfig(r=4), targets="all-linear"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            call()
+    with pytest.raises(AdapterError, match="as parameters and not as linear layers"):
+        peft.get_peft_model(model, MoSLoRAConfig(r=4, target_modules="all-linear"))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert len(adapted_modules(add_moslora(model, MoSLoRAConfig(r=4), targets=names))) == 8
 
 
 def test_component_anchors_shared_names() -> None:

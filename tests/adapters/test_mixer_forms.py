@@ -108,7 +108,7 @@ def layers(model: nn.Module) -> Iterator[MoSLoRALinear]:
 @pytest.mark.parametrize("form", FIXED)
 def test_the_fused_layer_gives_every_form_the_gradients_of_the_modules(form: str) -> None:
     model = adapted(form).train()
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         expected_logits = model(IDS).logits
         for _ in range(2):
             model(IDS, labels=IDS).loss.backward()
@@ -541,3 +541,37 @@ def test_forward_mode_derivatives_take_the_modules() -> None:
         dual = forward_ad.make_dual(M.detach(), torch.ones_like(M))
         out = torch.func.functional_call(model, {name: dual}, (x,))
         assert forward_ad.unpack_dual(out).tangent.abs().max() > 0
+
+
+class Cayley(MixerForm):
+    """An orthogonal M, ``(I - S)(I + S)^-1`` of a skew-symmetric S."""
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"free": (rank, rank)}
+
+    def identity(self, rank: int) -> dict[str, Tensor]:
+        return {"free": torch.zeros(rank, rank)}
+
+    def matrix(self, tensors: dict[str, Tensor]) -> Tensor:
+        skew = tensors["free"] - tensors["free"].T
+        unit = torch.eye(len(skew), dtype=skew.dtype)
+        return (unit - skew) @ torch.linalg.inv(unit + skew)
+
+
+@pytest.mark.parametrize("kept_in_float32", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_form_with_an_inverse_trains_in_half_precision(
+    dtype: torch.dtype, kept_in_float32: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(MIXER_FORMS, "cayley", Cayley)
+    config = MoSLoRAConfig(r=4, mixer_form="cayley")
+    model = add_moslora(llama(dtype), config, targets=["q_proj"], autocast_adapter_dtype=kept_in_float32)
+    train_a_bit(model)
+    with torch.autocast("cpu", dtype):
+        model(IDS).logits.float().square().mean().backward()
+    live = logits(model.eval())
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(llama(dtype), tmp_path / "a", autocast_adapter_dtype=kept_in_float32)
+    torch.testing.assert_close(logits(loaded), live, atol=1e-2, rtol=1e-2)
+    M = next(layer for layer in loaded.modules() if isinstance(layer, MoSLoRALinear)).factors("default").M.float()
+    torch.testing.assert_close(M @ M.T, torch.eye(4), atol=2e-2, rtol=0)

@@ -92,7 +92,7 @@ def test_stella_takes_the_published_steps(name: str, rate: float, form: str, ker
     keep_orthonormal(model, optimizer)
     for x, y in batches():
         optimizer.zero_grad()
-        with use_kernel(kernel):  # type: ignore[arg-type]
+        with use_kernel(model, kernel):  # type: ignore[arg-type]
             (model(x) - y).square().mean().backward()
         optimizer.step()
     for index, layer in enumerate(layers):

@@ -151,6 +151,15 @@ def slow_between_steps(rank: str, seconds: str, *recipes: str) -> int:
     return train_recipes(list(recipes))
 
 
+def other_cards(known: str, *recipes: str) -> int:
+    """Every rank has a GPU of another kind, of which only some have a known peak."""
+    from mm_moslora.training.metrics import throughput
+
+    peaks = [float(peak) or None for peak in known.split(",")]
+    throughput.device_peak = lambda _: peaks[distributed.rank()]
+    return train_recipes(list(recipes))
+
+
 def lost_in_thought() -> None:
     """A hang; its place must show in the stacks."""
     time.sleep(3600)

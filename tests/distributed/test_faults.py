@@ -46,6 +46,15 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(parts, ran
         assert metrics(tmp_path / stage)[3]["loss"] == pytest.approx(metrics(tmp_path / "zero0")[3]["loss"], rel=1e-5)
 
 
+def test_cards_with_and_without_a_known_peak_run_together(parts, ranks, tmp_path):
+    for name, peaks in (("one", "0,3e12"), ("both", "1e12,3e12")):
+        ranks.run(["faults:other_cards", peaks, write(make_recipe(parts, tmp_path / name, "zero2", steps=2))])
+    assert not any("mfu" in line for line in metrics(tmp_path / "one"))
+    line = metrics(tmp_path / "both")[-1]
+    assert 0 < line["mfu"] < 1
+    assert hexed(tmp_path / "one") == hexed(tmp_path / "both")
+
+
 def test_the_time_that_a_slow_rank_costs_is_a_metric(parts, ranks, tmp_path):
     recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=4)
     started = time.monotonic()

@@ -13,9 +13,9 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora import cli
 from mm_moslora.adapters import MIXER_FORMS
 from mm_moslora.config import Recipe
-from mm_moslora.config.strict_reading import build_strictly
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.models.projectors.projector import PROJECTORS
+from mm_moslora.utils.untrusted_data import build_strictly
 from tests.docs.blocks import DOCUMENTS, PARSED_ONLY, PLAIN, ROOT, Block, blocks, check_command, commands, parse
 
 PROGRAM = "mm-moslora"

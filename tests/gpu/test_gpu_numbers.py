@@ -89,6 +89,16 @@ def test_lean_layers_are_as_exact_as_stock_ones(family, kernels, device) -> None
     assert stock < 0.05
 
 
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_triton_kernel_gives_the_numbers_of_pytorch(dtype, device) -> None:
+    """A run takes PyTorch's operators where one does not, and `model.kernels: triton` would be a skip above."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from mm_moslora.kernels.triton_trial import wrong_kernels
+
+    assert wrong_kernels(device, dtype) == []
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_checkpointing_gives_the_same_gradients(dropout, device) -> None:
     model, batch = model_and_batch("Llama", dropout)

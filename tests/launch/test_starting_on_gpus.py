@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ CUDA = torch.device("cuda", 0)
 def gpus(monkeypatch):
     """Four of them, and what was made the current one."""
     chosen = []
+    monkeypatch.setenv("LOCAL_RANK", "0")  # a rank that joins sets it
     monkeypatch.delenv(distributed.BACKEND, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -92,6 +95,40 @@ def test_one_visible_gpu_may_be_a_ranks_own(gpus, group, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     distributed.join()
     assert group["device_id"] == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("local_rank", "count", "backend"), [(5, 1, None), (5, 4, "gloo"), (2, 4, None)])
+def test_deepspeed_takes_the_gpu_of_this_project(gpus, group, monkeypatch, local_rank, count, backend):
+    """A rank that sees its own GPU alone, one that shares a GPU, and the common one."""
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+    from deepspeed.runtime import engine
+
+    def set_device(device):
+        index = device if isinstance(device, int) else torch.device(device).index
+        if index >= count:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+        gpus.append(torch.device("cuda", index))
+
+    cuda, live = CUDA_Accelerator(), SimpleNamespace()
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    if backend:
+        monkeypatch.setenv(distributed.BACKEND, backend)
+    before = distributed.device()
+    distributed.join()
+    monkeypatch.setattr(engine, "get_accelerator", lambda: cuda)
+    monkeypatch.setattr(engine, "dist", SimpleNamespace(get_world_size=lambda: 8, get_rank=lambda: local_rank))
+    engine.DeepSpeedEngine._configure_with_arguments(live, None, None)
+    engine.DeepSpeedEngine._set_distributed_vars(live, None)
+    of_zero_3 = torch.device(cuda.device_name(os.environ["LOCAL_RANK"]))  # as `zero.Init` names it
+    assert {before, distributed.device(), live.device, of_zero_3, *gpus} == {before}
+
+
+def test_a_process_without_a_launcher_does_not_look_like_a_rank(gpus, group, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK")
+    distributed.join()
+    assert "LOCAL_RANK" not in os.environ
 
 
 def test_a_gpu_that_this_pytorch_does_not_run_on_is_named(monkeypatch):

@@ -115,7 +115,7 @@ def test_lean_layers_over_packed_weights_give_the_numbers_of_stock_layers_and_ke
 ) -> None:
     model = language(language_folder, kind, targets=[], dtype=torch.float32, lora_dropout=dropout)
     model.model.layers[-1].is_last = False
-    with adapters.use_kernel("reference"):
+    with adapters.use_kernel(model, "reference"):
         stock, before = loss_and_gradients(model), kept(model)
     assert use_lean_layers(model) == 2
     assert kept(model) < 0.7 * before
@@ -131,7 +131,7 @@ def test_lean_layers_over_packed_weights_give_the_numbers_of_stock_layers_and_ke
 def test_in_bfloat16_lean_layers_over_four_bits_are_as_near_to_float32_as_stock_layers(language_folder: Path) -> None:
     """Both compute with the same dequantised weights, those of bfloat16; so does the truth."""
     model = language(language_folder, "nf4", targets=[], dtype=torch.bfloat16)
-    with adapters.use_kernel("reference"):
+    with adapters.use_kernel(model, "reference"):
         stock, before = loss_and_gradients(model), kept(model)
     use_lean_layers(model)
     lean = loss_and_gradients(model)
@@ -154,7 +154,7 @@ def test_layers_without_an_adapter_are_lean_over_four_bits_too(
     """As where the projector alone trains: what reaches the first layer needs a gradient."""
     model = language(language_folder, "nf4", targets=targets, dtype=torch.float32)
     model.get_input_embeddings().weight.requires_grad_(True)
-    with adapters.use_kernel("reference"):
+    with adapters.use_kernel(model, "reference"):
         stock, before = loss_and_gradients(model), kept(model)
     use_lean_layers(model)
     lean = loss_and_gradients(model)

@@ -27,6 +27,7 @@ from mm_moslora.training.metrics.gpu_memory import StepMemory
 from mm_moslora.training.metrics.gpu_specs import device_peak, parse_gpus
 from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
 from mm_moslora.training.metrics.throughput import RankFigures, Speedometer
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 
 TESTS = Path(__file__).parents[1]
@@ -158,3 +159,16 @@ def test_a_step_logs_its_mfu_on_a_known_device_alone() -> None:
     assert found["mfu"] == pytest.approx(needed / (2.0 * 312e12))
     assert found["padding_share"] == 0.0
     assert "mfu" not in Speedometer(model, device_name="").of(result, [batch], RankFigures(step_seconds=2.0))
+
+
+def test_mfu_is_of_all_cards_together(monkeypatch) -> None:
+    def with_another(peak):
+        monkeypatch.setattr(distributed, "table_over_ranks", lambda values: [values, [peak]])
+        return Speedometer(vlm(mode="adapters"), device_name="NVIDIA A100-SXM4-80GB")
+
+    assert with_another(156e12).peak == 468e12
+    assert with_another(0.0).counter is None
+    monkeypatch.undo()
+    monkeypatch.setattr(distributed, "gather_objects", lambda _: [[1.0], [1.0, 2.0]])
+    with pytest.raises(AssertionError, match=r"tables of different widths: \[1, 2\]"):
+        distributed.table_over_ranks([1.0])

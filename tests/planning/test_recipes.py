@@ -435,6 +435,44 @@ def test_a_second_copy_of_the_weights_in_each_host_is_planned(folders) -> None:
     assert left_out.main_memory == size.weight_bytes + 2 * size.trainable  # of rank 0, while it loads
 
 
+@pytest.mark.parametrize("validate", [{"tasks": ["pope"]}, {"samples": 4}])
+def test_a_validation_that_gathers_the_model_under_zero3_must_fit(validate, folders) -> None:
+    recipe, data = shipped("qwen25_vl_72b_moslora", folders), DataSize(samples=9, tokens=9)
+    generating = dataclasses.replace(recipe, validate=dataclasses.replace(recipe.validate, **validate))
+    gpus = parse_gpus("16xA100-80G")
+    assert plan(recipe, gpus, data).own.fits
+    found, size = plan(generating, gpus, data), memory_of(recipe)
+    assert not found.own.fits
+    assert found.best is None
+    assert found.own.peak == found.own.generating > size.weight_bytes > 1.5 * gpus.memory
+    assert "does not fit, validation, with the whole model, takes 150 GiB" in as_it_stands(found, found.own)
+    assert re.search(r"zero3 gathers the whole model.* 150 GiB; .*Leave both keys out and measure", found.remedy)
+    larger = plan(generating, parse_gpus("16xB200-180G"), data)
+    assert larger.own.fits
+    assert expected(larger, larger.own).startswith("150 of 168 GiB")
+    smaller = shipped("llava15_7b_full", folders)  # ZeRO-3 for the optimiser's state: the weights fit whole
+    smaller = dataclasses.replace(smaller, validate=dataclasses.replace(smaller.validate, **validate))
+    assert plan(smaller, parse_gpus("8xA100-80G")).own.fits
+
+
+def test_a_quantised_base_takes_the_time_in_which_its_weights_are_made_dense(folders) -> None:
+    recipe = changed(shipped("llava15_7b_moslora", folders), micro_batch=1, global_batch=1)
+    data = DataSize(samples=1000, tokens=512)
+    packed = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+
+    def seconds(quantisation: str, gpus: str, **settings: Any) -> float:
+        model = dataclasses.replace(recipe.model, quantisation=quantisation, lean_layers=False)
+        own = plan(dataclasses.replace(changed(recipe, **settings), model=model), parse_gpus(gpus), data).own
+        return 512 / own.tokens_per_second
+
+    for gpus, bandwidth in (("1xA100-80G", 2039e9), ("1xRTX4090-24G", 1008e9)):
+        for again, passes in ((False, 2), (True, 3)):
+            plain = seconds("none", gpus, gradient_checkpointing=again)
+            for kind, each in (("nf4", 0.516), ("int8", 1.0)):
+                more = seconds(kind, gpus, gradient_checkpointing=again) - plain
+                assert more == pytest.approx(passes * packed * (each + 2) / bandwidth)
+
+
 def test_a_token_budget_far_below_what_fits_is_told(folders) -> None:
     recipe, gpus = shipped("llava15_7b_moslora", folders), parse_gpus("8xA100-80G")
     fits = plan(recipe, gpus).own.most

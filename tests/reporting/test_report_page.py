@@ -203,6 +203,26 @@ def test_damaged_parts_are_named_and_the_rest_is_shown(run_folder: Path) -> None
     assert len(page.of("div", "whisker")) == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", {"counters": 5}), ("summary.json", {"counters": {"tokens": "many", "seconds": [1]}}),
+        ("summary.json", {"components": [{"name": "projector", "total": "x"}, 5]}), ("summary.json", {"components": 3}),
+        ("summary.json", {"seconds": "long", "memory_gib": {}, "world_size": "two", "steps": [], "total_steps": True}),
+        ("summary.json", {"parts": 1, "base": [], "commands": "run", "environment": 3, "data": [1], "licences": 2}),
+        ("summary.json", {"title": ["x"], "description": {}, "date": 5, "zero": [1], "precision": {}}),
+        ("summary.json", [1]), ("mixers.json", [{"path": "m", "after": [["x"]]}, {"path": 5, "rank": "x"}]),
+        ("evaluation.json", [{"name": ["tuned"], "task": {}, "mean": 0.5, "categories": [1], "less": 3}]),
+        ("samples.json", [{"question": 5, "options": 3, "before_correct": "yes"}]),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_left_out(run_folder: Path, name: str, content: object) -> None:
+    (run_folder / name).write_text(json.dumps(content))
+    assert "mm_moslora report" in _page(run_folder).text
+    (run_folder / name).write_text(json.dumps(content).replace("5", "1" + "0" * 400))
+    assert "mm_moslora report" in _page(run_folder).text
+
+
 def page_of_state(folder: Path, state: str, **more: object) -> _Page:
     (folder / "state.json").write_text(
         json.dumps({"state": state, "host": socket.gethostname(), "stages": ["align", "tune"]} | more)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,22 @@ def test_a_process_that_dies_or_hangs_is_an_error(tmp_path: Path, monkeypatch: p
     assert gpu.measure(BY_NAME["hf"], "tiny", "cpu", 0.0)["error"].startswith("killed after 0 s")
 
 
+def test_a_killed_contender_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caches are warm then."""
+    tried = []
+
+    def killed(contender: Any, *_: Any) -> dict[str, Any]:
+        tried.append(contender.name)
+        return {"error": "killed after 90 s: compiling", "killed": contender.name == "ours", "process_seconds": 0.1}
+
+    monkeypatch.setattr(gpu, "measure", killed)
+    arguments = [
+        "--out", str(tmp_path / "rows.jsonl"), "--only", "hf", "ours", "--shape", "tiny", "--device", "cpu",
+    ]  # fmt: skip
+    assert [gpu.main(arguments) for _ in range(3)] == [gpu.AGAIN, 0, 0]
+    assert tried == ["hf", "ours", "ours"]
+
+
 def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     for content in ("not JSON\n", '{"benchmark": "train"}\n', "[1]\n"):
         (tmp_path / "rows").write_text(content)
@@ -170,6 +187,19 @@ def test_the_table_shows_predictions_beside_measurements_and_targets(tmp_path: P
     assert "none of these figures is a measurement" in text
     elsewhere = [one | {"card": "NVIDIA A100-SXM4-80GB"} for one in rows]
     assert "0.80 to 0.88" not in gpu_table.table(elsewhere, gpu_table.PREDICTIONS)
+
+
+def test_mfu_is_told_over_the_data_sheet_and_over_the_measured_product_with_a_target_each() -> None:
+    """1.05 s for 380 TFLOP are 0.37 of 989 TFLOP/s and 0.45 of a product at 798: the target is missed in both."""
+    slow = row("ours", seconds=1.05, tokens_per_second=12_600.0, mfu=380 / 1.05 / 798, peak_tflops=798.0)
+    text = gpu_table.table([slow], gpu_table.PREDICTIONS)
+    assert "| tokens/s | predicted | MFU, data sheet | predicted | MFU, measured product |" in text
+    assert "| 12,600 | 15,000 to 16,800 | 0.366 | 0.45 to 0.49 | 0.454 |" in text
+    assert "| useful MFU, data sheet | 0.366 | >= 0.45 |" in text
+    assert "| useful MFU, measured product | 0.454 | >= 0.56 |" in text
+    unknown = gpu_table.table([slow | {"card": "another"}], gpu_table.PREDICTIONS)
+    assert "| 12,600 |  |  |  | 0.454 |" in unknown
+    assert "useful MFU, data sheet" not in unknown
 
 
 def test_decoding_is_a_table_of_its_own() -> None:

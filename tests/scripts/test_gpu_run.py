@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import gpu_preflight
 import gpu_wheels
 
 SCRIPTS = Path(gpu_wheels.__file__).parent
@@ -82,6 +87,7 @@ def test_every_wheel_has_a_declared_version_or_is_required_by_another() -> None:
 
 
 PYTHON = """#!/bin/sh
+case "$*" in *gpu_preflight*) exit "${LACKS:-0}" ;; esac
 echo "$*" >>"$CALLS"
 case "$*" in
   *pip*install*) exit 0 ;;
@@ -142,6 +148,80 @@ def test_failed_tests_do_not_stop_the_benchmark_and_are_not_repeated(checkout: P
     code, calls, _ = run(checkout, tests=0)
     assert code == 0
     assert any("-m pytest" in call for call in calls)
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5, 127])
+def test_tests_that_could_not_run_are_not_recorded(checkout: Path, code: int) -> None:
+    """Errors in the collection, pytest's own, of its command line, no tests, and no such program."""
+    found, calls, said = run(checkout, tests=code)
+    assert found == 1
+    assert f"did not run (exit code {code} of pytest)" in said
+    assert (checkout / "build" / "gpu" / "tests.ended").read_text() == ""
+    found, calls, _ = run(checkout, tests=0)
+    assert found == 0
+    assert any("-m pytest" in call for call in calls)
+
+
+def test_a_machine_that_lacks_something_gets_a_list_and_nothing_is_recorded(checkout: Path) -> None:
+    code, calls, _ = run(checkout, LACKS="1")
+    assert (code, calls) == (1, [])
+    assert not (checkout / "build" / "gpu").exists()
+
+
+def test_the_list_names_versions_tools_and_what_carried_wheels_require(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(REQUIRES, "one", ["two==2.0"])
+    fetch("one", "==1.0", tmp_path, "3.12")
+    monkeypatch.setitem(REQUIRES, "pytest", ["two==2.0", "never; extra == 'all'", "numpy>=99"])
+    fetch("pytest", "==1.0", tmp_path, "3.12")
+    for wheel in tmp_path.iterdir():
+        with zipfile.ZipFile(wheel, "a") as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+            content = archive.read(name).decode().strip()
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(name, f"{content}\nName: {wheel.name.split('-')[0]}\nVersion: 1.0\n\n")
+    monkeypatch.setattr(gpu_preflight.sys, "argv", ["gpu_preflight.py", "--wheels", str(tmp_path)])
+    monkeypatch.setattr(gpu_preflight.shutil, "which", lambda _: None)
+    monkeypatch.setattr(gpu_preflight.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(gpu_preflight, "lacking_gpu", lambda: ["a GPU"])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(gpu_preflight.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    assert gpu_preflight.main() == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line.strip() for line in said[1:-1]] == [
+        "pytest>=8.3 (the project): 1.0 is installed",
+        "two==2.0 (one): not installed",
+        "two==2.0 (pytest): not installed",
+        f"numpy>=99 (pytest): {importlib.metadata.version('numpy')} is installed",
+        "pip, which installs the wheels: this Python has none (PIP names another)",
+        "a C compiler for Triton: CC names none, and neither gcc nor clang is on the PATH",
+        f"{tmp_path}/Python.h for Triton: not there (Debian: apt-get install python3-dev)",
+        "a GPU",
+    ]
+
+
+def test_this_environment_lacks_nothing_for_a_try_on_the_cpu() -> None:
+    code = subprocess.run([sys.executable, SCRIPTS / "gpu_preflight.py", "--device", "cpu", "--wheels", "none"])
+    assert code.returncode == 0
+
+
+def test_what_is_imported_at_the_start_of_the_tests_is_on_the_list() -> None:
+    """Packages that are not on it are hidden, and what tests/gpu imports still imports."""
+    project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text())["project"]
+    names = {gpu_preflight.canonical(Requirement(line).name) for line in project["dependencies"]}
+    others = names - set(gpu_preflight.NEEDED)
+    hidden = [
+        top
+        for top, packages in importlib.metadata.packages_distributions().items()
+        if set(map(gpu_preflight.canonical, packages)) <= others
+    ]
+    assert {"wandb", "onnx", "matplotlib"} <= set(hidden)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(sys.argv[1].split(',')));"
+        "import mm_moslora.training.training_loop, mm_moslora.cli, trials, tiny, ranks"
+    )
+    paths = ("", "eval", "tests", "tests/support", "tests/builders", "tests/distributed")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(SCRIPTS.parent / part) for part in paths)}
+    subprocess.run([sys.executable, "-c", code, ",".join(hidden)], check=True, env=environment)
 
 
 def test_files_of_tests_that_have_ended_are_not_repeated(checkout: Path) -> None:

@@ -63,22 +63,23 @@ class Running:
 
 
 @contextmanager
-def listening(app: Any, limits: Any) -> Iterator[int]:
-    """Run an application on a free port."""
-    from mm_moslora.serve.api.http_server import Server, settings
+def listening(app: Any, limits: Any, *, end: Any = None) -> Iterator[int]:
+    """Run an application on a free port; at the end its answers are ended at once, as after a second Ctrl-C."""
+    from mm_moslora.serve.api.http_server import Server, bound, settings
 
-    server = Server(settings(app, host="127.0.0.1", port=0, limits=limits))
+    sockets = bound("127.0.0.1", 0)
+    server = Server(settings(app, limits=limits), drain_seconds=limits.drain_seconds, end=end)
     server.capture_signals = _nothing  # type: ignore[method-assign]  (signals belong to the main thread)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)), daemon=True)
     thread.start()
     while not server.started:
         thread.join(0.01)
         assert thread.is_alive(), "the server did not start"
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield sockets[0].getsockname()[1]
     finally:
-        server.should_exit = True
-        thread.join(30)
+        server.should_exit = server.hurries = True
+        thread.join(120)  # a busy machine takes long for one step of a model
         assert not thread.is_alive(), "the server did not stop"
 
 
@@ -87,7 +88,7 @@ def serving(engine: Any, limits: Any, **options: Any) -> Iterator[Running]:
     from mm_moslora.serve.api.api_routes import create_app
 
     app = create_app(engine, limits, **options)
-    with listening(app, limits) as port:
+    with listening(app, limits, end=engine.stop) as port:
         yield Running(engine, app, port)
 
 

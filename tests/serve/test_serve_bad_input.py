@@ -197,17 +197,17 @@ def test_input_15_special_tokens_are_text(server: Any, models: Any) -> None:
         ("temperature", "hot"), ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("n", 10**6), ("n", 0),
         ("stop", ["a"] * 1000), ("stop", ""), ("stop", [""]), ("stop", [1]), ("stop", "x" * 10_000), ("seed", 1.5),
         ("seed", 2**70), ("stream", "yes"), ("stream_options", []), ("presence_penalty", 3),
-        ("frequency_penalty", float("1e999")),
     ],
 )  # fmt: skip
 def test_input_16_values_out_of_range(server: Any, field: str, value: Any) -> None:
-    body = json.dumps(asking("hello") | {field: value}).replace("Infinity", "1e999")
-    assert "expected" in refused(server.post(body), 400, param=field)
+    assert "expected" in refused(server.post(json.dumps(asking("hello") | {field: value})), 400, param=field)
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_p"])
-def test_input_16_not_a_number_is_no_json(server: Any, name: str) -> None:
-    refused(server.post(json.dumps(asking("hello") | {name: float("nan")})), 400, code="invalid_json")
+@pytest.mark.parametrize("name", ["temperature", "top_p", "max_tokens"])
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "1" + "0" * 400])
+def test_input_16_not_a_number_is_no_json(server: Any, name: str, value: str) -> None:
+    body = json.dumps(asking("hello") | {name: 1.5}).replace("1.5", value)
+    refused(server.post(body), 400, code="invalid_json")
 
 
 def test_input_17_unknown_model_and_unknown_fields(server: Any) -> None:

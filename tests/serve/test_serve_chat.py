@@ -52,6 +52,15 @@ def test_commands_do_what_help_says(chat: Chat, tmp_path: Path, monkeypatch: Any
     assert chat.turns[0].images == 2
 
 
+def test_what_a_model_says_cannot_command_the_terminal(chat: Chat, monkeypatch: Any, capsys: Any) -> None:
+    said = "\x1b]52;c;aGk=\x07red\x9b2J\x00\x7f\rblue\tand\ngreen ä 青"
+    monkeypatch.setattr(chat, "stream", lambda _: (piece for piece in said))
+    out = talk(chat, ["what is the color?"], monkeypatch, capsys)
+    assert not {"\x1b", "\x07", "\x9b", "\x00", "\x7f", "\r"} & set(out)
+    assert "red" in out
+    assert "blue\tand\ngreen ä 青" in out
+
+
 def test_retry_asks_the_same_with_the_same_pictures(chat: Chat) -> None:
     chat.look(Image.new("RGB", (20, 20), "blue"))
     first = chat.ask("what is <image> here?")

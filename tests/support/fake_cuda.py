@@ -22,6 +22,8 @@ from types import FrameType
 from typing import Any
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+COUNT = 1
+"""GPUs of the machine."""
 SIZED_BY_VALUES = {
     "bincount", "equal", "masked_select", "nonzero", "unique_consecutive", "unique_dim", "_unique2",
 }  # fmt: skip
@@ -109,6 +111,9 @@ def fake_cuda() -> Iterator[Any]:
                 with self:  # whole only in inference mode; it is several operators
                     return func.decompose(*args, **kwargs)
             tensors = [x for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            for one in leaves((args, kwargs)):
+                if isinstance(one, torch.device) and one.type == "cuda":
+                    set_device(one)
             target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
             if target in (None, "cpu") and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
                 with host():  # what the host computes is real
@@ -123,7 +128,9 @@ def fake_cuda() -> Iterator[Any]:
             try:
                 result = func(*args, **kwargs)
             except fake_tensor.DynamicOutputShapeException:
-                result = self._sized(func, value, args)
+                if value is None:
+                    raise
+                result = tree_map(lambda real: torch.empty(real.shape, dtype=real.dtype, device="cuda:0"), value)
             for fake, real in zip(leaves(result), leaves(value), strict=False):
                 if isinstance(fake, FakeTensor) and isinstance(real, torch.Tensor):
                     fake.real_value = real
@@ -170,16 +177,11 @@ def fake_cuda() -> Iterator[Any]:
             with host(), torch.no_grad():
                 return func(*given, **named)
 
-        @staticmethod
-        def _sized(func: Any, value: Any, args: Any) -> Any:
-            """A result with a shape that depends on the values of a mask."""
-            if value is not None:
-                return tree_map(lambda real: torch.empty(real.shape, dtype=real.dtype, device="cuda:0"), value)
-            (mask,) = (x for x in args[1] if x is not None)
-            with host():
-                places = mask.real_value.nonzero(as_tuple=True)
-            indices = tuple(torch.empty(place.shape, dtype=torch.long, device="cuda:0") for place in places)
-            return func(args[0], indices, *args[2:])
+    def set_device(given: Any) -> None:
+        """Refuse a GPU that is not there."""
+        index = given if isinstance(given, int) else torch.device(given).index
+        if (index or 0) >= COUNT:
+            raise RuntimeError("CUDA error: invalid device ordinal")
 
     device, make = Device(), torch.tensor
 
@@ -216,6 +218,10 @@ def fake_cuda() -> Iterator[Any]:
         )[0]
 
     patches = [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: COUNT),
+        (torch.cuda, "set_device", set_device),
+        (fake_tensor.FakeTensorMode, "avoid_device_init", True),  # there is no driver to start
         (FakeTensor, "tolist", tolist),
         (torch, "tensor", tensor),
         (torch.nn.functional, "scaled_dot_product_attention", attention),

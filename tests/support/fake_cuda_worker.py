@@ -106,11 +106,7 @@ def train_step(name: str, recipe: Recipe) -> dict[str, Any]:
         with torch.no_grad():
             module(batches[0], True)  # fills it
             module(blind, True)
-    patches = (
-        mock.patch.object(distributed, "device", return_value=CUDA),
-        mock.patch.object(FeatureStore, "read", read),
-    )
-    with fake_cuda.fake_cuda() as device, patches[0], patches[1]:
+    with fake_cuda.fake_cuda() as device, mock.patch.object(FeatureStore, "read", read):
         fake_cuda.to_cuda(module)
         settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
         engine = TorchEngine(module, parameter_groups(module, recipe.optim), settings)
@@ -141,8 +137,7 @@ def fitted(recipe: Recipe) -> dict[str, Any]:
     run = run_setup.prepare(recipe)
     examples: Any = Loaded(run.training_set.load(number) for number in run.training_set.usable)
     model = run.assembly.model.model
-    patch = mock.patch.object(distributed, "device", return_value=CUDA)
-    with fake_cuda.fake_cuda() as device, patch:
+    with fake_cuda.fake_cuda() as device:
         fake_cuda.to_cuda(model.vision_tower)
         fake_cuda.to_cuda(model.multi_modal_projector)
         with torch.no_grad():
@@ -177,13 +172,31 @@ def answers(run: run_setup.Run, batches: list[Batch], device: Any) -> dict[str, 
     return found | {"score": device.noted()}
 
 
+def beyond_the_last() -> dict[str, Any]:
+    """What uses a GPU that is not there."""
+    uses = {
+        "set_device": lambda index: torch.cuda.set_device(index),
+        "new": lambda index: torch.ones(2, device=f"cuda:{index}"),
+        "moved": lambda index: torch.ones(2).to(f"cuda:{index}"),
+    }
+    told = {}
+    with fake_cuda.fake_cuda():
+        for name, use in uses.items():
+            use(0)
+            try:
+                use(1)
+            except RuntimeError as error:
+                told[name] = str(error)
+        return {"told": told, "device": str(distributed.device())}
+
+
 def main(folder: Path, *names: str) -> None:
     """Run all cases, or some."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     parts = make_parts(folder / "parts", records=8)
     plain = make_recipe(parts, folder / "fitted", "none", precision="bf16")
-    alone = {"projector's fit": partial(fitted, plain)}
+    alone = {"projector's fit": partial(fitted, plain), "beyond the last": beyond_the_last}
     for name in names or (*CHANGES, *alone):
         started = time.process_time()
         try:

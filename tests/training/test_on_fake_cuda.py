@@ -30,7 +30,8 @@ def found(tmp_path_factory):
         "import fake_cuda_worker; fake_cuda_worker.main(Path(sys.argv[2]))"
     )
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(TESTS / part) for part in ("support", "builders", "", "..", "../eval"))
+        "LOCAL_RANK": "1",  # of a launcher that gives every rank its own GPU
+        "PYTHONPATH": os.pathsep.join(str(TESTS / part) for part in ("support", "builders", "", "..", "../eval")),
     }
     done = subprocess.run(
         [sys.executable, "-c", command, str(library), str(folder)], capture_output=True, text=True, env=environment
@@ -74,3 +75,9 @@ def test_ready_made_models_answer(found):
 
 def test_the_projector_is_fitted_there(found):
     of(found, "projector's fit")
+
+
+def test_a_gpu_beyond_the_last_is_refused(found):
+    case = of(found, "beyond the last")
+    assert case["told"] == dict.fromkeys(("set_device", "new", "moved"), "CUDA error: invalid device ordinal")
+    assert case["device"] == "cuda:0"

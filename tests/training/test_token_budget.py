@@ -77,6 +77,24 @@ def test_a_gpu_too_small_for_one_example_is_told_before_loading_with_what_would_
     assert budget_of(with_train(rows, micro_tokens=60_000)) == 60_000
 
 
+def test_a_validation_that_gathers_more_than_a_gpu_holds_is_told_before_loading(recipe, card, monkeypatch):
+    size = replace(activation_memory(recipe.model, recipe.adapter), weight_bytes=100 * GIB)
+    monkeypatch.setattr(token_budget, "activation_memory", lambda *_, **__: size)
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    three = with_train(recipe, zero="zero3")
+    for validate in ({"samples": 2}, {"tasks": ["pope"]}):
+        asked = replace(three, validate=replace(three.validate, **validate))
+        card(80)
+        assert budget_of(three) > 0
+        for micro_tokens in (None, 999):
+            told = r"For validate\.samples.* zero3 gathers the whole model .* 11\d GiB; a GPU has 80\.0 GiB"
+            with pytest.raises(TrainingError, match=told):
+                budget_of(with_train(asked, micro_tokens=micro_tokens))
+        card(160)
+        assert budget_of(asked) > 0
+        assert budget_of(with_train(asked, micro_tokens=999)) == 999
+
+
 def test_a_model_that_cannot_be_estimated_trains_without_a_budget(recipe, card, monkeypatch, caplog):
     def unknown(*_, **__):
         raise AttributeError("no rotary_emb")

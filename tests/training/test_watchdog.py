@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +19,7 @@ from preloaded import Preloaded
 
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.training.supervision.watchdog import Watchdog
+from mm_moslora.utils import heartbeat
 
 
 def test_two_threads_may_say_where_the_rank_is(tmp_path, monkeypatch):
@@ -67,6 +71,83 @@ def test_a_torchrun_that_waits_for_a_lost_host_is_ended(restarts_left, monkeypat
             time.sleep(2)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(torchrun, 0)[1]) == (0 if restarts_left else -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("phase", ["start", "data", "step", "save", "validation"])
+@pytest.mark.parametrize(
+    ("told", "misses"), [("failed: DataError: no such picture", True), ("ended", False), ("validation", False)]
+)
+def test_a_rank_that_failed_is_noticed_in_every_phase(phase, told, misses, tmp_path, monkeypatch):
+    """On NCCL the ranks that wait for it in a collective would hear nothing for minutes."""
+    monkeypatch.setattr(watchdog, "_GONE_SECONDS", 0.1)
+    monkeypatch.setattr(Watchdog, "_give_up", lambda self, why: gave_up.append(self._phase) or self._stop.set())
+    gave_up = []
+    watched = Watchdog(tmp_path)
+    watched.interval = 0.02
+    other = {"rank": 1, "host": "elsewhere", "pid": 1, "step": 3, "phase": told}
+    with watched:
+        watched.phase(phase, 3, 600)
+        path = tmp_path / "heartbeat" / "rank-00001.json"
+        path.write_text(json.dumps(other))
+        os.utime(path, (time.time() - 1,) * 2)
+        time.sleep(0.4)
+        assert gave_up == [phase] * misses
+        if not misses:
+            watched.phase(heartbeat.FAILING, 3, 600)
+            path.write_text(json.dumps(other | {"phase": "failed: DataError: no such picture"}))
+            os.utime(path, (time.time() - 1,) * 2)
+            time.sleep(0.3)
+            assert not gave_up, "it would end before its trackers know why"
+
+
+LEAVING = """
+import os, sys, threading, time
+import torch.distributed as dist
+from mm_moslora.cli import cli_app
+from mm_moslora.utils import distributed, errors
+
+dist.destroy_process_group = lambda: time.sleep(60)  # as on NCCL, whose other ranks are in another collective
+
+def fail(*_, **__):
+    distributed.join()
+    if distributed.is_main():
+        time.sleep(60)
+    print("the last line before it", end="")
+    raise {"bug": RuntimeError, "told": errors.DataError, "ctrl-c": KeyboardInterrupt}[sys.argv[1]]("no such picture")
+
+cli_app.app = fail
+cli_app.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "told"),
+    [
+        ("bug", 1, "RuntimeError: no such picture"),
+        ("told", 1, "error: no such picture"),
+        ("ctrl-c", 130, "interrupted"),
+    ],
+)
+def test_a_rank_that_failed_ends_although_the_others_do_not_leave_the_group(how, code, told, python) -> None:
+    program = sys.executable if how == "bug" else python.ours  # the first ends as an interpreter does
+    port = str(random.randrange(20_000, 30_000))
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    main, other = (
+        subprocess.Popen(
+            [program, "-c", LEAVING, how], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=common | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    )  # fmt: skip
+    try:
+        out, err = other.communicate(timeout=50)
+    finally:
+        for process in (main, other):
+            process.kill()
+            process.communicate()
+    assert other.returncode == code, err
+    assert told in err
+    assert out == "the last line before it"
 
 
 BUSY = """

@@ -152,7 +152,6 @@ ALLOWED = {
     "eval/mm_moslora_eval/backends/openai_endpoint.py:_post": "an endpoint that a person names, over http",
     "eval/mm_moslora_eval/protocol/miniature_benchmarks.py:_write_task": "a task file of the package",
     "eval/mm_moslora_eval/backends/stored_answers.py:_workbook": "bytes in memory",
-    "eval/mm_moslora_eval/run/task_runner.py:_computed_by": "a file of the run that this process holds",
 }
 
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from mm_moslora.utils.untrusted_data import parse_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -48,7 +50,7 @@ def _words(tokenizer: Any) -> bytes:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return _settings(tokenizer.get_vocab())
-    content = json.loads(backend.to_str())
+    content = parse_json(backend.to_str())
     return _settings({name: value for name, value in content.items() if name not in _VARYING})
 
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.redaction import redact_text
+from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
 from mm_moslora_eval.sources.document import ImageLike, StoredImage, digest
 
@@ -134,7 +135,10 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
-                reply = json.load(response)
+                data = response.read(MOST_REPLY_BYTES)
+                if response.length:  # of the rest
+                    raise http.client.IncompleteRead(data, response.length)
+                reply = parse_json(data)
         except urllib.error.HTTPError as error:
             text = redact_text(error.read(2000).decode("utf-8", "replace")).strip()
             if error.code in _PASSING:
@@ -152,10 +156,14 @@ class Endpoint:
             unreachable = isinstance(reason, ConnectionRefusedError | socket.gaierror)
             raise _TryAgainError(str(reason) or type(error).__name__, unreachable=unreachable) from error
         except ValueError as error:  # no JSON, or no UTF-8
-            raise _TryAgainError(f"the reply is no JSON ({error})") from error
+            raise _TryAgainError(f"the reply {error}") from error
         if not _has_message(reply):
             raise RuntimeError(f"{self.url} answered without a message: {redact_text(json.dumps(reply))[:500]}")
         return reply  # type: ignore[no-any-return]
+
+
+MOST_REPLY_BYTES = 2**25
+"""Longest reply, bytes; a longer one breaks off, and so it is no JSON."""
 
 
 class _Stays(urllib.request.HTTPRedirectHandler):

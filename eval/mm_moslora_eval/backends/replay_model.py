@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_bytes
 from mm_moslora_eval.backends.stored_answers import StoredAnswer, read_answers
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
+
+logger = logging.getLogger(__name__)
 
 
 class ReplayModel:
@@ -41,6 +44,8 @@ class ReplayModel:
             for column, name in answer.names.items():
                 self._by_column[column][name].append(answer)
         self._column: str | None = None
+        self._asked: set[str] = set()
+        """Ids of the answers that were looked up."""
 
     @property
     def name(self) -> str:
@@ -58,7 +63,8 @@ class ReplayModel:
         for index, request in enumerate(requests):
             stored = self._stored(request)
             if stored.text is None:
-                raise RuntimeError(f"the stored answer to {request.id!r} is a failure: {stored.row.get('error')}")
+                fault = stored.fault or f"a failure: {stored.row.get('error')}"
+                raise RuntimeError(f"the stored answer to {request.id!r} is {fault}")
             cut = stored.row.get("finish_reason") == "length"
             tokens = stored.row.get("tokens")
             yield (
@@ -78,14 +84,20 @@ class ReplayModel:
         for index, item in enumerate(requests):
             row = self._stored(item.request).row
             known: Any = row.get("options") if isinstance(row.get("options"), dict) else row.get("logprobs")
-            try:
-                scores = tuple(OptionScore(logprob=float(known[option]), tokens=0) for option in item.options)
-            except (KeyError, TypeError, ValueError) as error:
-                raise RuntimeError(f"no stored log-likelihood for every option of {item.request.id!r}") from error
-            yield index, scores
+            found: list[Any] = [known.get(option) if isinstance(known, dict) else None for option in item.options]
+            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in found):
+                raise RuntimeError(f"no stored log-likelihood for every option of {item.request.id!r}")
+            yield index, tuple(OptionScore(logprob=float(value), tokens=0) for value in found)
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Name the answers that nobody asked for; where all were there already, no question was put."""
+        stored = set(self._by_column[self._column or "id"])
+        left = sorted(stored - self._asked)
+        if self._asked and left:
+            logger.warning(
+                "%s: %d of %d answers belong to no question that was put: %s is %s.",
+                self._path, len(left), len(stored), self._column, ", ".join(map(repr, left[:5])),
+            )  # fmt: skip
 
     def _choose_column(self, requests: Sequence[Request]) -> None:
         """Choose the id column once for the whole file: the column that identifies most questions."""
@@ -100,7 +112,9 @@ class ReplayModel:
 
     def _stored(self, request: Request) -> StoredAnswer:
         rows = self._by_column[self._column or "id"]
-        found = next((rows[name] for name in _names(request) if name in rows), [])
+        name = next((name for name in _names(request) if name in rows), None)
+        found = [] if name is None else rows[name]
+        self._asked.add(name or "")
         if len({answer.text for answer in found}) > 1:  # LLaVA's MME: two questions on a picture share its name
             found = _with_prompt(found, request)
         if not found:
@@ -111,7 +125,9 @@ class ReplayModel:
 
 
 def _names(request: Request) -> tuple[str, ...]:
-    return (request.id, *request.aliases)
+    """Ids of a question; programs that keep numbers as floats write `1.0` for `1`."""
+    names = (request.id, *request.aliases)
+    return (*names, *(f"{name}.0" for name in names if name.isdecimal()))
 
 
 def _with_prompt(found: Sequence[StoredAnswer], request: Request) -> list[StoredAnswer]:

@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json, parse_lines
 
 IDS = ("id", "question_id", "index", "doc_id")
 """Columns that may hold the id of a question, at the top level or in lmms-eval's `doc`."""
@@ -32,7 +33,8 @@ class StoredAnswer:
     """Column -> id of the question; `doc.index` is the column `index` of lmms-eval's document."""
     prompt: str | None
     text: str | None
-    """None: the row records a failure, or scores of options."""
+    """None: the row records a failure, or scores of options, or `fault` says what it holds instead."""
+    fault: str | None = None
     row: Mapping[str, Any]
 
 
@@ -49,31 +51,41 @@ def read_answers(path: Path, data: bytes) -> Iterator[StoredAnswer]:
     for number, row in enumerate(_rows(path, data), start=1):
         if "question_id" in row and "image" in row and "prediction" not in row:
             raise EvalError(f"{path}, row {number} is a question; replay needs a file with answers.")
-        names = {column: str(row[column]) for column in IDS if row.get(column) is not None}
-        document = row.get("doc")
-        if isinstance(document, dict):
-            names |= {f"doc.{key}": str(document[key]) for key in IDS if isinstance(document.get(key), str | int)}
+        names = _names(row)
+        if isinstance(document := row.get("doc"), dict):
+            names |= {f"doc.{key}": name for key, name in _names(document).items()}
         if not names:
-            raise EvalError(f"{path}, row {number} has none of the columns {', '.join(IDS)}.")
-        text = _text(row)
+            raise EvalError(f"{path}, row {number} has no text or number in one of the columns {', '.join(IDS)}.")
+        text, fault = _text(row)
         if text is None and not any(key in row for key in (*TEXTS, "options", "logprobs")):
             raise EvalError(
                 f"{path}, row {number} has no answer; expected a column {', '.join(TEXTS)}, or lmms-eval's `resps`."
             )
-        yield StoredAnswer(names=names, prompt=_prompt(row), text=text, row=row)
+        yield StoredAnswer(names=names, prompt=_prompt(row), text=text, fault=fault, row=row)
 
 
-def _text(row: Mapping[str, Any]) -> str | None:
+def _names(row: Mapping[str, Any]) -> dict[str, str]:
+    given = {column: row.get(column) for column in IDS}
+    return {
+        column: str(value)
+        for column, value in given.items()
+        if isinstance(value, str | int | float) and not isinstance(value, bool)
+    }
+
+
+def _text(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The answer, and what a row holds in its place."""
     value = next((row[key] for key in TEXTS if row.get(key) is not None), None)
     if value is not None:
-        return str(value)
+        what = f"{json.dumps(value)[:80]} ({type(value).__name__}), expected text"
+        return (value, None) if isinstance(value, str) else (None, what)
     for key in ("resps", "filtered_resps"):  # lmms-eval: a list per request, with a list of attempts
         value = row.get(key)
         while isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, str):
-            return value
-    return None
+            return value, None
+    return None, None
 
 
 def _prompt(row: Mapping[str, Any]) -> str | None:
@@ -100,13 +112,15 @@ def _rows(path: Path, data: bytes) -> Iterator[Mapping[str, Any]]:
     try:
         text = data.decode("utf-8-sig")
         if path.suffix == ".json":
-            loaded = json.loads(text)
+            loaded = parse_json(text, constants=True)
             if isinstance(loaded, dict):
                 loaded = [{"id": name, "text": answer} for name, answer in loaded.items()]
         else:
-            loaded = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise EvalError(f"{path} is not UTF-8 JSON ({error}).") from error
+            loaded = parse_lines(text)
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path} is not UTF-8 at byte {error.start}.") from error
+    except StrictJsonError as error:
+        raise EvalError(f"{path} {error}.") from error
     if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
         raise EvalError(f"{path} must hold objects, one per answer.")
     yield from loaded

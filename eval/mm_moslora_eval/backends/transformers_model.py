@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -26,6 +28,23 @@ from mm_moslora_eval.sources.image_controls import open_image
 
 _GROWING = ("token_type_ids", "mm_token_type_ids")
 """Inputs with one entry per token, besides ids and mask."""
+
+
+class _LogitsWatch(LogitsProcessor):
+    """Notes which rows had logits without a largest, from which `generate` would take a token all the same."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """See transformers; the scores are not changed."""
+        seen = ~scores.amax(dim=-1).isfinite()  # the largest of NaN and anything is NaN
+        self._seen = seen if self._seen is None else self._seen | seen
+        return scores
+
+    def wrong(self, count: int) -> list[int]:
+        """Numbers of such requests, each of which has as many rows as it has beams."""
+        return [] if self._seen is None else self._seen.view(count, -1).any(dim=1).nonzero()[:, 0].tolist()
 
 
 class TransformersModel:
@@ -104,14 +123,23 @@ class TransformersModel:
             chosen = [requests[index] for index in indices]
             inputs = self._inputs(chosen)
             limit = max(request.max_new_tokens for request in chosen)
+            watch = _LogitsWatch()
             output: Any = self.model.generate(
                 **inputs, max_new_tokens=limit, do_sample=False, num_beams=chosen[0].beams,
                 pad_token_id=self._tokenizer.pad_token_id, temperature=None, top_p=None, top_k=None,
+                logits_processor=LogitsProcessorList([watch]),
             )  # fmt: skip
+            wrong = watch.wrong(len(chosen))
             new = output[:, inputs["input_ids"].shape[1] :]
             scores = self._scores(inputs, [request.reference for request in chosen])
-            for index, request, tokens, reference in zip(indices, chosen, new.tolist(), scores, strict=True):
-                yield index, self._answer(request, tokens, reference)
+            for number, index in enumerate(indices):
+                if number not in wrong:
+                    yield index, self._answer(chosen[number], new[number].tolist(), scores[number])
+            if wrong:
+                raise RuntimeError(
+                    f"the model's logits for {chosen[wrong[0]].id!r} are not finite; in half precision they may have "
+                    "overflowed, so try --precision fp32"
+                )
 
     @torch.inference_mode()
     def loglikelihood(
@@ -126,7 +154,10 @@ class TransformersModel:
                 )
             inputs = self._inputs([item.request])
             scores = [self._scores(inputs, [option])[0] for option in item.options]
-            yield index, tuple(score or OptionScore(logprob=0.0, tokens=0) for score in scores)
+            empty = [option for option, score in zip(item.options, scores, strict=True) if score is None]
+            if empty:
+                raise RuntimeError(f"option {empty[0]!r} has no tokens, so it has no log-likelihood to compare")
+            yield index, tuple(score for score in scores if score is not None)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,9 +84,10 @@ def llavabench_scores(reply: str) -> tuple[float, float]:
     if len(parts) != 2:
         return UNPARSED
     try:
-        return float(parts[0]), float(parts[1])
+        reference, model = float(parts[0]), float(parts[1])
     except ValueError:
         return UNPARSED
+    return (reference, model) if math.isfinite(reference + model) else UNPARSED
 
 
 def llavabench_scores_lmms_eval(reply: str) -> tuple[float, float]:

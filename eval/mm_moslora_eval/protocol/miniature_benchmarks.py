@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mm_moslora.config.strict_reading import parse_yaml
 from mm_moslora.utils.files import mark, refuse_strangers
+from mm_moslora.utils.untrusted_data import parse_yaml
 from mm_moslora_eval.protocol.task_registry import task_folder
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.config.strict_reading import build_strictly, parse_yaml
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora.utils.run_paths import file_and_folder
+from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import Prompt

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -24,10 +23,10 @@ from mm_moslora.reporting.verdicts import between, own_pictures
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact_text
-from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora.utils.text_format import visible
 from mm_moslora_eval.protocol.task import shown_name
 from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.answer_views import SAMPLES, run_of
+from mm_moslora_eval.run.answer_views import SAMPLES, read_json, run_of
 from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
 from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
@@ -38,7 +37,6 @@ MOST_INVOCATIONS = 10
 _THUMBNAIL = 176
 _LONGEST = 1200
 """Shown characters of a prompt or an answer; samples.jsonl contains the whole text."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _MODES = {
     "own": "own", "blind": "mean colour", "wrong": "another item's", "majority": "none (majority)",
     "question_majority": "none (per question)",
@@ -59,7 +57,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     results = read_results(run)
     if not results:
         raise EvalError(f"{run} holds no results; expected a results.json. Run or score the evaluation first.")
-    data = json.loads(read_text(run / "results.json"))
+    data = read_json(run / "results.json")
     tasks: dict[str, list[TaskResult]] = {}
     for name, result in zip(names_of(results), results, strict=True):
         tasks.setdefault(name, []).append(result)
@@ -168,7 +166,7 @@ def _printable(value: Any) -> Any:
     if value is None:
         return ""
     if isinstance(value, str):
-        return redact_text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", value), keep_hashes=True)
+        return redact_text(visible(value), keep_hashes=True)
     return value
 
 

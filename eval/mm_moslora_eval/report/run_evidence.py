@@ -7,7 +7,6 @@ digest.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import replacing
-from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, read_json, read_scored, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
@@ -59,7 +57,7 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     checkpoint = find_checkpoint(model).resolve()
     run = checkpoint.parent
     newest = find_checkpoint(run) == checkpoint
-    step = int(json.loads(read_text(checkpoint / MANIFEST))["step"])
+    step = int(read_json(checkpoint / MANIFEST)["step"])
     weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
     rows = [
         _row(named, step=step, model=weights)

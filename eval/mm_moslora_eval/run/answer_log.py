@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import discard, replace_text
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 from mm_moslora.utils.untrusted_files import MOST_BYTES, FileError, FileFault, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,11 @@ def read_rows(path: Path) -> list[Row]:
         if not line:
             continue
         try:
-            row = json.loads(line)
+            row = parse_object(line, constants=True)
             torn = number == len(lines)  # without a newline: the process died while writing
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except StrictJsonError:
             row, torn = None, True
-        if torn or not isinstance(row, dict) or "key" not in row:
+        if torn or row is None or "key" not in row:
             logger.warning("%s, line %d is torn or damaged and was dropped; its sample is asked again", path, number)
             continue
         rows.append(row)

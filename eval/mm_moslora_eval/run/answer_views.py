@@ -7,16 +7,15 @@ another data set of the same name, is a further view and replaces none.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.config.strict_reading import build_strictly
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.untrusted_data import StrictJsonError, build_strictly, parse_lines, parse_object
 from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, read_bytes, read_text
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line
@@ -121,7 +120,7 @@ def documents_of(view: Path) -> list[dict[str, Any]]:
     path = view / DOCUMENTS
     if not path.is_file():
         raise EvalError(f"{path} is missing: {view} is not a task folder of a run.")
-    return [json.loads(text) for text in read_text(path).split("\n") if text]
+    return read_lines(path)
 
 
 def write_samples(
@@ -170,7 +169,7 @@ def read_scored(place: Path) -> list[Scored]:
     path = view / SAMPLES
     if not path.is_file():
         raise EvalError(f"{path} is missing; score the folder first.")
-    rows = [json.loads(text) for text in read_text(path).split("\n") if text]
+    rows = read_lines(path)
     return [
         Scored(
             document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
@@ -188,11 +187,19 @@ def has_scores(view: Path) -> bool:
         return False
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of a run."""
+    try:
+        return parse_lines(read_text(path))
+    except StrictJsonError as error:
+        raise EvalError(f"{path} {error}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a run."""
     try:
-        return json.loads(read_text(path))  # type: ignore[no-any-return]
+        return parse_object(read_text(path), constants=True)
     except FileError as error:
         raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
-    except json.JSONDecodeError as error:
-        raise EvalError(f"{path} is damaged ({error}).") from error
+    except StrictJsonError as error:
+        raise EvalError(f"{path} {error}.") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, folder_of, read_scored
+from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, folder_of, read_json, read_lines, read_scored
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import keep
@@ -159,7 +157,7 @@ def read_samples(place: Path) -> list[dict[str, Any]]:
     path = find_view(place) / SAMPLES if place.is_dir() else place
     if not path.is_file():
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
-    return [json.loads(text) for text in read_text(path).split("\n") if text]
+    return read_lines(path)
 
 
 def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple[list[Path], list[Path]]]:
@@ -282,7 +280,7 @@ def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _described(place: Path) -> dict[str, Any]:
     path = (place if place.is_dir() else place.parent) / TASK
-    return dict(json.loads(read_text(path))) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _named(place: Path) -> str:

@@ -6,7 +6,6 @@ commands.
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from mm_moslora.utils.package_requirements import installed_version
 from mm_moslora.utils.redaction import redact, redacted_command
+from mm_moslora.utils.untrusted_data import parse_lines
 from mm_moslora.utils.untrusted_files import read_text_below
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.run.answer_log import line
@@ -58,13 +58,7 @@ def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The recorded calls; an incomplete line is left out."""
-    rows = []
-    for text in (read_text_below(folder, FILE) or "").splitlines():
-        try:
-            rows.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return parse_lines(read_text_below(folder, FILE) or "", skip_damaged=True)
 
 
 @lru_cache(maxsize=1)

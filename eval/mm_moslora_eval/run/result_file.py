@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections import defaultdict
@@ -11,9 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.config.strict_reading import build_strictly
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.untrusted_data import build_strictly
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import read_folder
@@ -41,6 +42,8 @@ from mm_moslora_eval.sources.document import Document
 
 if TYPE_CHECKING:
     from mm_moslora_eval.run.llm_judge import Judge
+
+logger = logging.getLogger(__name__)
 
 RULES = ("extraction", "metric", "aggregation")
 """Parts of a task that turn answers into a score."""
@@ -143,7 +146,7 @@ def _plain(value: Any) -> Any:
 def result_from_dict(data: dict[str, Any]) -> TaskResult:
     """The inverse of `TaskResult.to_dict`."""
     counts = Counts(**data["counts"])
-    numbers = {name: float("nan") if data[name] is None else data[name] for name in ("score", "stderr", "low", "high")}
+    numbers = {name: float("nan" if data[name] is None else data[name]) for name in ("score", "stderr", "low", "high")}
     return TaskResult(**{**data, **numbers, "counts": counts, "remarks": tuple(data.get("remarks", ()))})
 
 
@@ -401,7 +404,7 @@ def _categories(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, flo
 
 
 def read_results(folder: Path) -> list[TaskResult]:
-    """The results of a run so far; an empty list if there are none."""
+    """The results of a run so far; an empty list if there are none. A damaged entry is left out with a warning."""
     path = folder / "results.json"
     if not path.is_file():
         return []
@@ -410,7 +413,13 @@ def read_results(folder: Path) -> list[TaskResult]:
         raise EvalError(
             f"{path} has format {data.get('format')!r}, this version reads {FORMAT}; choose another folder."
         )
-    return [result_from_dict(item) for item in data["results"]]
+    found = []
+    for number, item in enumerate(data["results"]):
+        try:
+            found.append(result_from_dict(item))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logger.warning("%s: entry %d is damaged (%r); score its task again.", path, number, error)
+    return found
 
 
 def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResult]:

@@ -20,7 +20,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,7 +259,7 @@ def _describe(
 def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:
     """All environments in which answers of a view were computed."""
     try:
-        known = list(json.loads((view / TASK).read_text(encoding="utf-8"))["computed_by"])
+        known = list(read_json(view / TASK)["computed_by"])
     except (OSError, ValueError, KeyError, TypeError):
         known = []
     now = provenance.circumstances(model)
@@ -407,9 +407,12 @@ class _Job:
 
 def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
     if isinstance(result, Answer):
+        if not isinstance(result.text, str):  # a backend of another package
+            raise TypeError(f"the model answered with {result.text!r}, expected text")
         row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
         return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
     letters = list(item.document.options)
+    _refuse_unordered(dict(zip(letters, (score.logprob for score in result), strict=True)))
     chosen = loglikelihood_choice(list(item.document.options.values()), [score.logprob for score in result])
     by_choice = {"sum": chosen.raw, "per_character": chosen.per_character, "per_byte": chosen.per_byte}
     best = by_choice[task.decoding.choice]
@@ -420,6 +423,14 @@ def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
         "text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores,
         "reference": _reference(right, found),
     }  # fmt: skip
+
+
+def _refuse_unordered(scores: Mapping[str, float]) -> None:
+    """Refuse log-likelihoods without a largest: comparisons with NaN make an answer of the order of the options."""
+    wrong = [f"{letter}: {score}" for letter, score in scores.items() if math.isnan(score) or score == math.inf]
+    if wrong or (scores and max(scores.values()) == -math.inf):
+        what = ", ".join(wrong) or "all are -inf"
+        raise ValueError(f"the log-likelihoods of the options name no answer ({what}), expected finite numbers or -inf")
 
 
 def _reference(text: str, score: OptionScore | None) -> dict[str, Any] | None:

@@ -6,12 +6,12 @@ Conversation files (the training format): each human/gpt pair is a separate docu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_text
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.source_files import matches
@@ -65,9 +65,9 @@ def _records(path: Path) -> Iterator[tuple[int, Record]]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise EvalError(f"{where} is not valid JSON ({error}); repair or remove it.") from error
+        return parse_json(text, constants=True)
+    except StrictJsonError as error:
+        raise EvalError(f"{where} {error}; repair or remove it.") from error
 
 
 def _strings(value: Any) -> tuple[str, ...]:

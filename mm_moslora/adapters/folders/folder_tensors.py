@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
 from mm_moslora.adapters.folder_format import (
@@ -17,6 +16,7 @@ from mm_moslora.adapters.folder_format import (
     adapted_path,
     is_factor,
     mixers_in,
+    target_paths,
 )
 from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
 from mm_moslora.adapters.mixer import form_named, form_of
@@ -59,26 +59,37 @@ def check_tensors(
             )
 
 
-def without_place(names: Collection[str], config: LoraConfig) -> str | None:
+def without_place(
+    tensors: Mapping[str, Tensor], config: LoraConfig, *, embeddings: Mapping[str, tuple[int, ...]] | None = None
+) -> str | None:
     """The first name besides the factors that cannot belong to an adapter of this configuration; None: there is none.
 
+    PEFT writes the base's embeddings beside the factors when they are adapted, when the vocabulary was resized, and on
+    request.
+
     Args:
-        names: of the folder's tensors, or as PEFT renames them for modules that train whole.
+        tensors: the folder's, or as PEFT renames them for modules that train whole.
         config: the adapter's.
+        embeddings: names, under PEFT's prefix, and shapes of the base's embedding and head. None: the base is not
+            known; up to two matrices of one number of rows may be them, and `load_adapter` compares them with it.
     """
-    parts = {part for name in names for part in name.split(".")}
     ends = [".lora_magnitude_vector", ".lora_magnitude_vector.weight"] if config.use_dora else []
     ends += [".lora_B.bias"] if config.lora_bias else []
     ends += [".bias"] if config.bias != "none" else []
-    inside = [f"{module}." for module in config.modules_to_save or ()]
+    inside = [f"{module}." for module in (*config.modules_to_save, "modules_to_save")] if config.modules_to_save else []
     inside += ["trainable_tokens_delta"] if config.trainable_token_indices else []
-    # PEFT saves both embeddings of a model with a resized vocabulary; a head alone is never one of them.
-    embeddings = set(EMBEDDING_LAYER_NAMES) & parts if "embed_tokens" in parts else set()
-
-    def has_place(name: str) -> bool:
-        return is_factor(name) or name.endswith(tuple(ends)) or any(part in name for part in inside)
-
-    return min((n for n in names if not has_place(n) and embeddings.isdisjoint(n.split("."))), default=None)
+    inside += [f"{PREFIX}{path}.base_layer." for path in target_paths(tensors)]
+    rest = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (is_factor(name) or name.endswith(tuple(ends)) or any(part in name for part in inside))
+    }
+    if embeddings is not None:
+        return min((name for name in rest if embeddings.get(name) != tuple(rest[name].shape)), default=None)
+    matrices = [name for name, tensor in rest.items() if name.endswith(".weight") and tensor.ndim == 2]
+    if len(matrices) <= 2 and len({len(rest[name]) for name in matrices}) == 1:
+        rest = {name: rest[name] for name in rest.keys() - matrices}
+    return min(rest, default=None)
 
 
 def shapes_by_rank(config: AdapterOptions, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +45,7 @@ from mm_moslora.adapters.folders.paddle_format import PADDLE_CONFIG, paddle_adap
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields, read_authors
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.run_paths import adapters_inside
+from mm_moslora.utils.untrusted_data import parse_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def _diffusers_options(path: Path, component: str) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
-        options = json.loads(text)
+        options = parse_object(text)
         start = f"{component}."
         return {key.removeprefix(start): value for key, value in options.items() if key.startswith(start)}
     except (ValueError, AttributeError) as error:

@@ -238,7 +238,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
     if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))
-    if extra := without_place(content.tensors.keys(), content.config):
+    if extra := without_place(content.tensors, content.config):
         raise AdapterError(
             f"{root} holds {extra!r}, for which its configuration has no place. Load the folder that was saved, or "
             "save it again with the option that the entry belongs to (modules_to_save, lora_bias, bias, use_dora)."

@@ -38,7 +38,7 @@ from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import discard, replace_text, sha256_of, staging
+from mm_moslora.utils.files import discard, read_json, replace_text, sha256_of, staging
 from mm_moslora.utils.run_paths import writing
 
 
@@ -297,7 +297,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
             "Save with safe_serialization=True, and remove that file."
         )
     if _is_intact(folder):  # it is an adapter folder already; only the configuration is new
-        manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
+        manifest = read_json(folder / OWN_CONFIG)
         own, start = load_file(folder / OWN_WEIGHTS), read_start(folder, manifest)
         write_folder(folder, config, own, base=manifest["base"], auto_mapping=auto_mapping, start=start)
         return
@@ -326,7 +326,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
 def _is_intact(folder: Path) -> bool:
     """Whether the folder holds A, M and B, their fold where there is one, and no other weights."""
     try:
-        files = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / OWN_CONFIG)["files"]
         there = {name for name in (STOCK_WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()}
         return OWN_WEIGHTS in there == set(files) and all(sha256_of(folder / name) == files[name] for name in there)
     except (OSError, ValueError, LookupError, TypeError):
@@ -342,7 +342,7 @@ def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Mo
         revision: of the hub.
         kind: class of the base, of which `AutoPeftModel` makes one; None: `AutoPeftModelForCausalLM` knows it.
     """
-    data = json.loads((folder / STOCK_CONFIG).read_text(encoding="utf-8"))
+    data = read_json(folder / STOCK_CONFIG)
     data |= {"base_model_name_or_path": base, "revision": revision}
     if kind is not None:
         data |= {"task_type": None, "auto_mapping": _class_of(kind)}

@@ -213,8 +213,9 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         if config.factor_form == "svd":
             weight = transpose(dequantize_module_weight(self.get_base_layer()).detach().float(), self.fan_in_fan_out)
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-            self.lora_A[adapter_name] = FrozenFactor(Vh[:rank].to(A.dtype).contiguous())
-            self.lora_B[adapter_name] = FrozenFactor((U[:, :rank] * S[:rank]).to(B.dtype).contiguous())
+            # Singular values in A, as in the authors' code, which decomposes the transposed weight.
+            self.lora_A[adapter_name] = FrozenFactor((S[:rank, None] * Vh[:rank]).to(A.dtype).contiguous())
+            self.lora_B[adapter_name] = FrozenFactor(U[:, :rank].to(B.dtype).contiguous())
         else:
             A.data.copy_(orthonormal_rows(*A.shape))
             B.data.copy_(orthonormal_rows(*B.shape[::-1]).T)

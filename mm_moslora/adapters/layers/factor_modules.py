@@ -80,7 +80,7 @@ class Mixer(_Factor):
         Raises:
             AdapterError: M depends on its input.
         """
-        return self.form.matrix(self.tensors())
+        return self.form.rounded_matrix(self.tensors())
 
     def forward(self, z: Tensor) -> Tensor:
         """``z M^T`` for ``z`` of shape ``[..., R]``."""

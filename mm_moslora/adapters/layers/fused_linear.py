@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft.tuners import lora
@@ -24,10 +24,12 @@ from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer
 from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, compute_dtype, fused_linears
-from mm_moslora.kernels.lora.lora_math import current_kernel, is_traced
+from mm_moslora.kernels.lora.lora_math import is_traced
 from mm_moslora.kernels.lora.mixed_product import StepWindow, mixed_product
 from mm_moslora.kernels.lora.seeded_dropout import exact_rate
-from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError, suggestion
+
+Kernel = Literal["auto", "reference", "fused"]
 
 # Other types are wrappers (FSDP's, for example) or replacements by the user.
 _FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
@@ -53,6 +55,8 @@ class FusedLinear(MoSLoRALayer):
     """The layers that read the same input, if there are any; see `link_siblings`."""
     step_window: StepWindow | None = None
     """Within `one_product_per_step`."""
+    kernel: Kernel = "auto"
+    """See `use_kernel`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``."""
@@ -70,7 +74,7 @@ class FusedLinear(MoSLoRALayer):
 
         Args:
             x: the input, ``[..., D_in]``.
-            plain_too: also for an adapter without any mixer in the model, which `use_kernel("auto")` leaves to PEFT.
+            plain_too: also for an adapter without any mixer in the model, which the kernel `auto` leaves to PEFT.
         """
         adapter = self._fusable_adapter(plain_too=plain_too)
         if adapter is None:
@@ -103,15 +107,14 @@ class FusedLinear(MoSLoRALayer):
 
     def _fusable_adapter(self, *, plain_too: bool) -> str | None:
         """The one active adapter, if the fused kernel computes exactly what the modules compute."""
-        kernel = current_kernel()
-        if kernel == "reference" or self.disable_adapters or self.merged:
+        if self.kernel == "reference" or self.disable_adapters or self.merged:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1:
             return None
         name = active[0]
         mixed = name in self.lora_mixer
-        left_to_peft = kernel == "auto" and not plain_too and name not in self.mixer_init
+        left_to_peft = self.kernel == "auto" and not plain_too and name not in self.mixer_init
         if not mixed and (left_to_peft or name in self.lora_variant):
             return None
         if mixed and type(self.lora_variant[name]) is not MoSLoRAVariant:
@@ -207,6 +210,31 @@ def link_siblings(model: nn.Module) -> int:
                     layer.siblings = family
                 found += 1
     return found
+
+
+@contextmanager
+def use_kernel(model: nn.Module, kernel: Kernel) -> Iterator[None]:
+    """Choose how the adapted layers of a model compute within the block, in whatever thread.
+
+    Args:
+        model: PEFT model, or a part of one.
+        kernel: `auto` (fused where it applies; outside of lean layers, PEFT's path for adapters without any mixer),
+            `reference` (always factor by factor) or `fused` (those too).
+
+    Raises:
+        AdapterError: another name.
+    """
+    known = get_args(Kernel)
+    if kernel not in known:
+        raise AdapterError(f"The kernel is {kernel!r}, expected one of {', '.join(known)}.{suggestion(kernel, known)}")
+    before = [(layer, layer.kernel) for layer in model.modules() if isinstance(layer, FusedLinear)]
+    try:
+        for layer, _ in before:
+            layer.kernel = kernel
+        yield
+    finally:
+        for layer, earlier in before:
+            layer.kernel = earlier
 
 
 @contextmanager

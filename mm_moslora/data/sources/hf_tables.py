@@ -23,6 +23,7 @@ from mm_moslora.utils.errors import DataError, suggestion
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import building, is_built
 from mm_moslora.utils.run_paths import cache_folder
+from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_text_below
 
 if TYPE_CHECKING:
@@ -223,9 +224,9 @@ def load_saved(folder: Path) -> Any:
     import datasets
 
     root = folder.resolve()
-    splits = json.loads(read_text_below(folder, "dataset_dict.json") or "{}").get("splits", ())
+    splits = parse_object(read_text_below(folder, "dataset_dict.json") or "{}").get("splits", ())
     for part in (root, *(find_below(root, name) for name in splits)):
-        for item in json.loads(read_text_below(part, "state.json") or "{}").get("_data_files") or ():
+        for item in parse_object(read_text_below(part, "state.json") or "{}").get("_data_files") or ():
             find_below(part, item["filename"])
     return datasets.load_from_disk(str(folder))
 

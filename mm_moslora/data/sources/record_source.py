@@ -9,10 +9,8 @@ only in a field that needs another type.
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,8 @@ from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list, scan_list_carefully
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
-
-MAX_DEPTH = 64
-"""Deepest nesting; a record needs 5."""
 
 
 class RecordSource(ABC):
@@ -115,7 +111,7 @@ class RecordFile(RecordSource):
         with opened(self.path, most=None) as stream:
             stream.seek(start)
             raw = stream.read(end - start)
-        return parse_strictly(raw, constants=True)
+        return parse_json(raw, constants=True)
 
     def fingerprint(self) -> str:
         """A hash of the file's bytes."""
@@ -160,68 +156,3 @@ def require_file(path: Path) -> None:
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")
-
-
-class StrictJsonError(ValueError):
-    """One value that cannot be used. `deep` and `large` mark exceeded limits; otherwise the JSON is broken."""
-
-    def __init__(self, message: str, *, deep: bool = False, large: bool = False) -> None:
-        super().__init__(message)
-        self.deep, self.large = deep, large
-
-
-def parse_strictly(raw: bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False) -> Any:
-    """Parse one JSON value.
-
-    Args:
-        raw: UTF-8.
-        max_depth: deepest nesting.
-        constants: accept NaN and Infinity, which are not JSON, as numbers.
-
-    Raises:
-        StrictJsonError: broken, NaN or Infinity without `constants`, a key written twice, nested too deeply, or half a
-            surrogate pair.
-    """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise StrictJsonError(f"is not UTF-8 at byte {error.start}") from error
-    try:
-        refuse = None if constants else _no_constant
-        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=refuse)
-    except RecursionError as error:
-        raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True) from error
-    except json.JSONDecodeError as error:
-        raise StrictJsonError(f"is no valid JSON ({error.msg} at column {error.colno})") from error
-    except ValueError as error:  # the hooks below, and integers beyond Python's limit of digits
-        raise StrictJsonError(f"is no valid JSON ({error})") from error
-    if _too_deep(value, max_depth):
-        raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True)
-    return value
-
-
-def _too_deep(value: Any, depth: int) -> bool:
-    level = [value]
-    for _ in range(depth):
-        level = [
-            item
-            for group in level
-            if isinstance(group, dict | list)
-            for item in (group.values() if isinstance(group, dict) else group)
-            if isinstance(item, dict | list)
-        ]
-        if not level:
-            return False
-    return True
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {key[:80]!r} is written twice")
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON value")

@@ -20,8 +20,9 @@ from mm_moslora.data.images.record_picture import PictureRules, StoredPicture
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.record_faults import Where
 from mm_moslora.data.sources.json_scan import MAX_VALUE_BYTES
-from mm_moslora.data.sources.record_source import RecordSource, StrictJsonError, parse_strictly
+from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
 
 MAX_MEMBERS = 20_000_000
@@ -73,7 +74,7 @@ class TarSource(RecordSource):
             if _shown_as(kind)
         }
         if "json" in members:
-            value = parse_strictly(_read(path, *members["json"]), constants=True)
+            value = parse_json(_read(path, *members["json"]), constants=True)
             if not isinstance(value, dict):
                 return value
             return self._with_shown(value, shown, self._keys[row])

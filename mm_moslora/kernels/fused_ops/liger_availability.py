@@ -31,18 +31,19 @@ def fits(found: str) -> bool:
     return Version(found) in SpecifierSet(LIGER_RANGE, prereleases=True)
 
 
-def why_not_liger(device: torch.device) -> str | None:
+def why_not_liger(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Liger's kernels cannot run, as a clause; None: they can.
 
     Args:
         device: the model's.
+        dtype: that the model computes in.
     """
     found = installed_liger()
     if found is None:
         return "liger-kernel is not installed"
     if not fits(found):
         return f"liger-kernel is {found}, expected {LIGER_RANGE}"
-    if (reason := why_not_triton(device)) is not None:
+    if (reason := why_not_triton(device, dtype)) is not None:
         return reason
     try:
         importlib.import_module("liger_kernel.ops")

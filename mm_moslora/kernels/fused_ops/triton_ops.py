@@ -35,7 +35,7 @@ def recompute_rms_norm(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, inverse: Tensor, *, eps: float, recompute: bool) -> Tensor:
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     rows, options = _row_tiles(x)
     with torch.cuda.device_of(x):
@@ -45,7 +45,7 @@ def _norm(x: Tensor, weight: Tensor, inverse: Tensor, *, eps: float, recompute: 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """See `torch_ops.rms_norm_backward`; in place."""
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     rows, options = _row_tiles(x)
     with torch.cuda.device_of(x):
         _rms_norm_backward[rows](grad, x, weight, inverse, *x.shape, **options)

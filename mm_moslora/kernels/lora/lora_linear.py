@@ -236,7 +236,7 @@ class LoraMatmul:
         if torch.is_grad_enabled():
             raise AdapterError(
                 "The fused kernel has no second derivative (the backward pass was asked for a graph: create_graph). "
-                "Run the forward pass under mm_moslora.adapters.use_kernel('reference')."
+                "Run the forward pass under mm_moslora.adapters.use_kernel(model, 'reference')."
             )
         dX: Tensor | None = None
         dAs: dict[int, Tensor] = {}

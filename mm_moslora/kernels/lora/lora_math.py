@@ -6,42 +6,13 @@ B ``[D_out, R]``; ``s`` is the scaling. `lora_linear` computes a layer, `mixed_p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import Any, Literal, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-
-from mm_moslora.utils.errors import AdapterError, suggestion
-
-Kernel = Literal["auto", "reference", "fused"]
-
-_kernel: ContextVar[Kernel] = ContextVar("mm_moslora_kernel", default="auto")
-
-
-@contextmanager
-def use_kernel(kernel: Kernel) -> Iterator[None]:
-    """Choose how adapted layers compute, within the block.
-
-    Args:
-        kernel: `auto` (fused where it applies; outside of lean layers, PEFT's path for adapters without any mixer),
-            `reference` (always factor by factor) or `fused` (those too).
-
-    Raises:
-        AdapterError: another name.
-    """
-    known = get_args(Kernel)
-    if kernel not in known:
-        raise AdapterError(f"The kernel is {kernel!r}, expected one of {', '.join(known)}.{suggestion(kernel, known)}")
-    token = _kernel.set(kernel)
-    try:
-        yield
-    finally:
-        _kernel.reset(token)
 
 
 def is_traced() -> bool:
@@ -56,11 +27,6 @@ def is_traced() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
-
-
-def current_kernel() -> Kernel:
-    """The kernel of the innermost `use_kernel`, `auto` outside."""
-    return _kernel.get()
 
 
 def fold(A: Tensor, M: Tensor | None) -> Tensor:

@@ -43,12 +43,14 @@ def set_dropout_kernels(kernels: Literal["auto", "torch"]) -> None:
 def triton_kernels(rows: Tensor) -> Any | None:
     """The module `triton_dropout`, where its kernels draw the masks for `rows`; None elsewhere."""
     at_hand = rows.is_cuda or (rows.device.type == "cpu" and interpreted())
-    return _triton_module(rows.device) if _kernels == "auto" and at_hand and rows.element_size() < 8 else None
+    return (
+        _triton_module(rows.device, rows.dtype) if _kernels == "auto" and at_hand and rows.element_size() < 8 else None
+    )
 
 
 @cache
-def _triton_module(device: torch.device) -> Any | None:
-    if why_not_triton(device) is not None:
+def _triton_module(device: torch.device, dtype: torch.dtype) -> Any | None:
+    if why_not_triton(device, dtype) is not None:
         return None
     return importlib.import_module("mm_moslora.kernels.lora.triton_dropout")
 

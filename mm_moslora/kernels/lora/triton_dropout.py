@@ -56,6 +56,7 @@ def add_kept_products(
         As: ``[R, D]`` per layer.
         masks: as for `kept_copies`.
     """
+    assert total.is_contiguous()
     # Products in fp32 run on the cores that draw the masks, and need their registers.
     tokens, inner = (32, 32) if total.dtype == torch.float32 else (64, 64)
     for some in _chunks(list(zip(us, As, masks, strict=True))):

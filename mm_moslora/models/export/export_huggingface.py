@@ -25,7 +25,7 @@ from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ConfigError, ModelError
-from mm_moslora.utils.files import refuse_full_folder
+from mm_moslora.utils.files import read_json, refuse_full_folder
 from mm_moslora.utils.run_paths import BASE, writing
 
 TOLERANCE = 1e-4
@@ -225,7 +225,7 @@ def _rename_tensors(folder: Path, old: str, new: str) -> None:
         save_file(state, shard, metadata=metadata)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
         content["weight_map"] = {renamed.get(key, key): file for key, file in content["weight_map"].items()}
         index.write_text(json.dumps(content, indent=2), encoding="utf-8")
 

@@ -6,7 +6,6 @@ Both files are read back tensor by tensor. Weights are written in fp32 or fp16, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mm_moslora.models.assembly import Parts
 from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.untrusted_data import parse_json
 
 _FAMILIES = {kind: family for kind, family in FAMILIES.items() if not family.adapters_only}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -99,7 +99,7 @@ def why_not_gguf(assembly: Parts) -> str | None:
 def _pre_tokenizer(tokenizer: Any) -> str | None:
     """llama.cpp's name for how a tokenizer cuts text into words; None where it is no byte-level BPE or has no name."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = json.loads(backend.to_str()) if backend is not None else {"model": {}}
+    whole = parse_json(backend.to_str()) if backend is not None else {"model": {}}
     first = whole.get("pre_tokenizer") or {}
     steps = first.get("pretokenizers", [first])
     last = steps[-1]
@@ -140,7 +140,7 @@ def _text_metadata(assembly: Parts) -> gguf.GGUFWriter:
 
 def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
     """Tokens by id, what they are, and the merges of a byte-level BPE."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    model = parse_json(tokenizer.backend_tokenizer.to_str())["model"]
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
     kinds = [

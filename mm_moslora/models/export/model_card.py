@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mm_moslora.models.load_model import recipe_of
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.reporting.verdicts import SCORE_NAMES, score_text
 from mm_moslora.utils.errors import MoSLoRAError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.files import read_json, sha256_of
 from mm_moslora.utils.run_paths import BASE, MANIFEST, find_checkpoint
 
 _HASHED_BYTES = 2**33
@@ -97,7 +96,7 @@ def _of_an_adapter(model: str, base: str) -> str:
 
 
 def _training(checkpoint: Path, recipe: Recipe) -> str:
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(checkpoint / MANIFEST)
     counters = manifest["counters"]
     trained = sum(_product(shape) for shape in manifest["trainable"].values())
     adapter = recipe.adapter
@@ -140,22 +139,22 @@ def _results(checkpoint: Path) -> str:
     for name in sorted(glob.glob("**/results.json", root_dir=checkpoint.parent, recursive=True)):
         file = checkpoint.parent / name
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))["results"]
-        except (OSError, ValueError, KeyError, TypeError, MoSLoRAError):
-            continue
-        for item in found:
-            if item["score"] is None:
-                continue
-            unit = SCORE_NAMES.get(item.get("about", {}).get("aggregation", "mean"), "")
-            mean, low, high = (
-                score_text(item[key], unit, named=key == "score").removesuffix(" %") for key in ("score", "low", "high")
-            )
-            part = item.get("about", {}).get("selection", {}).get("name", "all")
-            what = ", ".join([item["protocol"], item["mode"], *([part] if part != "all" else [])])
-            name = f"{file.parent.name}: {item['task']} ({what})"
-            if name in rows:  # the file of another data set has this name
-                name += f" [{str(item.get('about', {}).get('data', {}).get('sha256'))[:8]}]"
-            rows[name] = f"{mean} [{low}, {high}], n {item['n']}"
+            for item in read_json(file)["results"]:
+                if item["score"] is None:
+                    continue
+                unit = SCORE_NAMES.get(item.get("about", {}).get("aggregation", "mean"), "")
+                mean, low, high = (
+                    score_text(item[key], unit, named=key == "score").removesuffix(" %")
+                    for key in ("score", "low", "high")
+                )
+                part = item.get("about", {}).get("selection", {}).get("name", "all")
+                what = ", ".join([item["protocol"], item["mode"], *([part] if part != "all" else [])])
+                name = f"{file.parent.name}: {item['task']} ({what})"
+                if name in rows:  # the file of another data set has this name
+                    name += f" [{str(item.get('about', {}).get('data', {}).get('sha256'))[:8]}]"
+                rows[name] = f"{mean} [{low}, {high}], n {item['n']}"
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, MoSLoRAError):
+            continue  # of another release, or damaged
     return _table("Results (percent where no score is named; 95 % intervals)", rows) if rows else ""
 
 

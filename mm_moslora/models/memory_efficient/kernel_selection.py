@@ -42,13 +42,16 @@ class Kernels:
     """What draws the masks of adapter dropout on a GPU, see `set_dropout_kernels`."""
 
 
-def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> Kernels:
-    """Triton's kernels or the C++ attention where they can run, else PyTorch's. Both are compiled to check.
+def choose_kernels(
+    wanted: str, device: torch.device, *, lean: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> Kernels:
+    """Triton's kernels or the C++ attention where they can run, else PyTorch's. Both are compiled and tried.
 
     Args:
         wanted: auto, torch, triton, liger or native.
         device: the model's.
         lean: whether the model has lean layers, which the Triton kernels between products need.
+        dtype: that the model computes in.
 
     Raises:
         ConfigError: triton, liger or native is required and cannot run.
@@ -56,7 +59,7 @@ def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> K
     if wanted == "torch":
         return Kernels(passes=TORCH_OPS, words="PyTorch's", dropout="torch")
     required = wanted if wanted in _WHERE else None
-    reason = why_not_liger(device) if wanted == "liger" else why_not_triton(device)
+    reason = (why_not_liger if wanted == "liger" else why_not_triton)(device, dtype)
     if lean and wanted != "native" and reason is None:
         return _on_triton(wanted, required)
     if wanted == "native" or (wanted == "auto" and device.type == "cpu"):

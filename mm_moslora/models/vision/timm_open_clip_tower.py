@@ -5,7 +5,6 @@ Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``H x W`` pix
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import CLIP, IMAGENET
 from mm_moslora.models.vision.open_clip_conversion import to_transformers
 from mm_moslora.utils.errors import ModelError, suggestion
+from mm_moslora.utils.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def is_timm_folder(folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         return False
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     return "architecture" in content and content.get("model_type", "timm_wrapper") == "timm_wrapper"
 
 
@@ -214,7 +214,7 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
 
     folder = Path(name)
     if folder.is_dir():
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "config.json")
         architecture, pretrained_cfg = content["architecture"], content.get("pretrained_cfg", {})
         tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=architecture))
         if weights:
@@ -278,7 +278,7 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
 
     folder = Path(name)
     if folder.is_dir():
-        content = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "open_clip_config.json")
         architecture, preprocess = content["model_cfg"], content.get("preprocess_cfg", {})
     else:
         architecture, preprocess = get_model_config(name), {}

@@ -54,6 +54,11 @@ def busy(what: str, *, seconds: int = 1) -> ApiError:
     )  # fmt: skip
 
 
+def stopping() -> ApiError:
+    """The server ends before the answer does."""
+    return ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
+
+
 def internal(request_id: str) -> ApiError:
     """An internal error; the log has the details."""
     return ApiError(

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from mm_moslora.serve.api.api_errors import ApiError, busy, internal
+from mm_moslora.serve.api.api_errors import ApiError, busy, internal, stopping
 from mm_moslora.serve.api.chat_replies import Reply, error_frame
 from mm_moslora.serve.api.chat_request import ChatRequest
 from mm_moslora.serve.api.http_server import App, Receive, Scope, Send
@@ -56,7 +56,7 @@ def create_app(
         Route("/metrics", service.metrics_page, methods=["GET"]),
     ]
     app = Router(routes, lifespan=lifespan, redirect_slashes=False)
-    return Guard(app, limits=limits, metrics=metrics, key=key, local=local)  # type: ignore[arg-type]
+    return Guard(app, limits=limits, metrics=metrics, key=key, local=local)
 
 
 class _Service:
@@ -219,7 +219,7 @@ class _Answer(Response):
         if piece.ending == "late":
             raise busy("the queue was too long", seconds=5)
         if piece.ending == "cancelled":
-            raise ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
+            raise stopping()
         return choice, piece
 
     async def _whole(self, send: Send) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 from mm_moslora.serve.api.chat_request import ChatRequest
 from mm_moslora.serve.inference.continuous_batching import Piece
 
+DONE = b"data: [DONE]\n\n"
+"""The last event of a stream."""
+
 
 @dataclass(kw_only=True)
 class Reply:
@@ -59,10 +62,9 @@ class Reply:
 
     def closing(self) -> bytes:
         """The events after the last piece."""
-        end = b"data: [DONE]\n\n"
         if not self.request.include_usage:
-            return end
-        return _frame(self._object("chat.completion.chunk", []) | {"usage": self._usage()}) + end
+            return DONE
+        return _frame(self._object("chat.completion.chunk", []) | {"usage": self._usage()}) + DONE
 
     def _event(self, choice: int, delta: dict[str, Any], ending: str | None) -> bytes:
         one = {"index": choice, "delta": delta, "finish_reason": ending, "logprobs": None}
@@ -83,5 +85,5 @@ def _frame(value: dict[str, Any]) -> bytes:
 
 
 def error_frame(body: dict[str, Any]) -> bytes:
-    """The event that ends a stream after an error in the middle of it."""
-    return _frame(body)
+    """The events that end a stream after an error in the middle of it."""
+    return _frame(body) + DONE

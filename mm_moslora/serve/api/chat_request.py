@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mm_moslora.data.sources.record_source import StrictJsonError, parse_strictly
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.token_sampling import Sampling
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
 ROLES = ("system", "developer", "user", "assistant")
 
@@ -104,7 +104,7 @@ def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
     """
     expected = "expected one JSON object in UTF-8"
     try:
-        value = parse_strictly(body, max_depth=limits.json_depth)
+        value = parse_json(body, max_depth=limits.json_depth)
     except StrictJsonError as error:
         what = (
             f"is nested more than {limits.json_depth} levels deep" if error.deep else "is broken, or gives a key twice"

@@ -7,9 +7,13 @@ import gc
 import ipaddress
 import json
 import logging
+import math
 import signal
+import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import h11
@@ -18,9 +22,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.hardware import keep_freed_memory
+from mm_moslora.utils.text_format import LARGEST_PORT
 
 logger = logging.getLogger(__name__)
+
+END_SECONDS = 5.0
+"""Seconds after the end of the answers in which their clients may read it."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -50,27 +59,110 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def run_app(app: App, *, host: str, port: int, limits: Limits) -> None:
-    """Run an application with deadlines, until SIGINT or SIGTERM."""
+def bound(host: str, port: int) -> list[socket.socket]:
+    """A socket on an address, taken before anything expensive is done; it does not listen yet.
+
+    Args:
+        host: name or address; of several addresses an IPv4 one is taken.
+        port: 0 chooses a free one.
+
+    Raises:
+        ConfigError: the address is not of this machine, or the port is taken or not allowed.
+    """
+    try:
+        if not 0 <= port <= LARGEST_PORT:  # the system would take the remainder of a division
+            raise OverflowError(f"ports are 0 to {LARGEST_PORT}")
+        known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(known, key=lambda item: item[0] != socket.AF_INET)
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConfigError(
+            f"Nothing can listen on {host}, port {port} ({getattr(error, 'strerror', None) or error}). Correct the "
+            "address, end what uses the port, or choose another one with --port; 0 takes a free one."
+        ) from error
+    return [found]
+
+
+def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Callable[[], object]) -> None:
+    """Run an application with deadlines, until SIGINT or SIGTERM.
+
+    Args:
+        app: the application.
+        sockets: see `bound`.
+        limits: its deadlines.
+        end: see `Server`.
+
+    Raises:
+        KeyboardInterrupt: a second Ctrl-C ended answers.
+    """
     # The libraries' objects live as long as the process. Collecting garbage among them would hold every thread for
     # tenths of a second.
     gc.collect()
     gc.freeze()
     keep_freed_memory(block=2**22, total=2**26)  # pictures and bodies are large and short-lived
-    Server(settings(app, host=host, port=port, limits=limits)).run()
+    Server(settings(app, limits=limits), drain_seconds=limits.drain_seconds, end=end).run(sockets)
 
 
-def settings(app: App, *, host: str, port: int, limits: Limits) -> uvicorn.Config:
+def settings(app: App, *, limits: Limits) -> uvicorn.Config:
     """The uvicorn configuration of an application."""
     return uvicorn.Config(
-        app, host=host, port=port, http=_protocol(limits), ws="none", lifespan="on", log_config=None, access_log=False,
-        server_header=False, date_header=False, timeout_graceful_shutdown=int(limits.drain_seconds), loop="asyncio",
+        app, http=_protocol(limits), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
+        date_header=False, timeout_graceful_shutdown=math.ceil(limits.drain_seconds + END_SECONDS), loop="asyncio",
         proxy_headers=False,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
 class Server(uvicorn.Server):
-    """Logs the address once the server listens, and treats a stop signal as a normal exit."""
+    """Logs the address once the server listens, and ends answers before it closes their connections.
+
+    Args:
+        config: see `settings`.
+        drain_seconds: time that answers get after a stop signal.
+        end: ends all answers at once; called in a thread after that time, or after a second Ctrl-C.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, *, drain_seconds: float = 0.0, end: Callable[[], object] | None = None
+    ) -> None:
+        super().__init__(config)
+        self._drain_seconds, self._end = drain_seconds, end
+        self.hurries = False
+        """Whether answers get no more time."""
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn.
+
+        Raises:
+            KeyboardInterrupt: a second Ctrl-C ended answers.
+        """
+        super().run(sockets)
+        if self.hurries:
+            raise KeyboardInterrupt
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends the server after its answers; Ctrl-C after it ends the answers, too."""
+        self.hurries |= self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        ending = asyncio.ensure_future(self._end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+        if self.force_exit:  # uvicorn would leave the engine's thread behind, which the interpreter's end aborts
+            await self.lifespan.shutdown()
+
+    async def _end_answers(self) -> None:
+        """End all answers in time to tell their clients, and stop waiting for clients that do not read."""
+        until = time.monotonic() + self._drain_seconds
+        while not self.hurries and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        if self._end is not None:
+            await asyncio.to_thread(self._end)
+        await asyncio.sleep(END_SECONDS)
+        self.force_exit = self.hurries
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -87,8 +179,8 @@ class Server(uvicorn.Server):
         """See uvicorn."""
         await super().startup(sockets=sockets)
         for server in self.servers:
-            for socket in server.sockets:
-                host, port, *_ = socket.getsockname()
+            for listener in server.sockets:
+                host, port, *_ = listener.getsockname()
                 shown = f"[{host}]" if ":" in host else host
                 logger.info("Listening on http://%s:%d (Ctrl-C ends it).", shown, port)
 

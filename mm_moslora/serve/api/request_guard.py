@@ -1,4 +1,8 @@
-"""Middleware before every route: checks the Host header and the key, drops slow readers, formats errors."""
+"""The middleware of every web application of this project: server, dashboard and demo.
+
+It checks the Host and Origin headers, the key and the size of the body, drops slow readers and formats errors.
+`tests/serve/test_web_guard.py` finds an application without it.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,29 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from mm_moslora.serve.api.api_errors import ApiError, internal
-from mm_moslora.serve.api.http_server import App, Receive, Scope, Send, names_this_machine
-from mm_moslora.serve.api.prometheus_metrics import Metrics
+from mm_moslora.serve.api.api_errors import ApiError, internal, stopping
+from mm_moslora.serve.api.http_server import App, Receive, Scope, Send, is_loopback, names_this_machine
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils.redaction import redacted_traceback
+
+if TYPE_CHECKING:
+    from mm_moslora.serve.api.prometheus_metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 OPEN_ROUTES = frozenset({"/health"})
 """Routes that need no key, since load balancers send none."""
+LINGER_SECONDS = 2.0
+"""Seconds in which the rest of a refused body is read and dropped. Closing a connection with unread bytes resets it,
+and the client may lose the reply."""
 KNOWN_ROUTES = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions"})
 
 
@@ -37,39 +48,58 @@ class Guard:
     Args:
         app: the routes.
         limits: the server's.
-        metrics: counts every request.
+        metrics: counts every request; None: requests are neither counted nor logged.
         key: the expected token of `Authorization: Bearer`; None: no key.
-        local: accept only this machine's names as Host, so that no web page reaches the server by making its own host
-            name resolve to this machine.
+        local: accept only this machine's names as Host and in Origin, so that no web page reaches the server by making
+            its own host name resolve to this machine.
+        headers: added to every response.
     """
 
-    def __init__(self, app: App, *, limits: Limits, metrics: Metrics, key: str | None, local: bool) -> None:
+    def __init__(
+        self, app: App, *, limits: Limits, metrics: Metrics | None = None, key: str | None = None, local: bool = True,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self._app, self._limits, self._metrics, self._local = app, limits, metrics, local
+        self._headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         self._key = None if key is None else hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        started, status = time.monotonic(), 0
+        if scope["type"] != "http":  # no application here has WebSockets
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        started, status, size = time.monotonic(), 0, 0
         request_id = f"req-{uuid.uuid4().hex[:16]}"
         scope["mm_moslora_request"] = request_id
-        scope["app"] = self._app  # makes the router raise where it would answer in plain text
+        scope.setdefault("app", self._app)  # makes the router raise where it would answer in plain text
 
         async def watched(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = int(message["status"])
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                own = (b"x-request-id", request_id.encode())
+                message["headers"] = [*message.get("headers", ()), own, *self._headers]
             try:
                 await asyncio.wait_for(send(message), self._limits.write_seconds)
             except TimeoutError:
                 raise SlowReaderError from None
 
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._limits.body_bytes:
+                raise self._too_large()
+            return message
+
         try:
             self._check(scope)
-            await self._app(scope, receive, watched)
+            await self._app(scope, counted, watched)
+        except asyncio.CancelledError:  # the server has waited for as long as it does
+            await self._refuse(stopping(), scope, receive, watched, started=status != 0)
         except SlowReaderError:
             logger.warning("%s: the client stopped reading; dropped.", request_id)
             raise
@@ -87,6 +117,11 @@ class Guard:
         headers = {bytes(name): bytes(value) for name, value in scope["headers"]}
         if self._local and not names_this_machine(scope):
             raise ApiError("The Host header is not a name of this server.", status=403, code="bad_host")
+        origin = headers.get(b"origin")
+        if self._local and origin is not None and not _is_of_this_machine(origin):
+            raise ApiError("A page of another server may not use this one.", status=403, code="bad_origin")
+        if int(headers.get(b"content-length", b"0")) > self._limits.body_bytes:
+            raise self._too_large()
         if self._key is None or scope["path"] in OPEN_ROUTES:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -97,15 +132,26 @@ class Guard:
                 "A key is required: send the header `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"
             )
 
+    def _too_large(self) -> ApiError:
+        return ApiError(f"The body is larger than {self._limits.body_bytes} bytes.", status=413, code="body_too_large")
+
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send, *, started: bool) -> None:
-        self._metrics.refused.labels(code=error.code).inc()
+        if self._metrics is not None:
+            self._metrics.refused.labels(code=error.code).inc()
         if started:  # the status line is already sent
             return
+        if error.status in (408, 413) and not any(name == b"expect" for name, _ in scope["headers"]):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_SECONDS):
+                    while (await receive()).get("more_body"):
+                        pass
         # Unread bytes of a body would be parsed as the next request.
         headers = {**error.headers(), "Connection": "close"} if error.status in (408, 413) else error.headers()
         await JSONResponse(error.body(), status_code=error.status, headers=headers)(scope, receive, send)  # type: ignore[arg-type]
 
     def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        if self._metrics is None:
+            return
         route = scope["path"] if scope["path"] in KNOWN_ROUTES else "other"
         self._metrics.requests.labels(route=route, status=str(status or 499)).inc()
         self._metrics.request_seconds.labels(route=route).observe(seconds)
@@ -115,4 +161,11 @@ class Guard:
 
 def _no_route(status: int) -> ApiError:
     what = "does not support this method" if status == 405 else "is not known to this server"
-    return ApiError(f"This address {what}. It serves POST /v1/chat/completions.", status=status, code="not_found")
+    return ApiError(f"This address {what}; see docs/serving.md.", status=status, code="not_found")
+
+
+def _is_of_this_machine(origin: bytes) -> bool:
+    try:
+        return is_loopback(urlsplit(origin.decode("latin-1")).hostname or "")
+    except ValueError:
+        return False

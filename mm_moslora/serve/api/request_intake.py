@@ -124,10 +124,10 @@ class Intake:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def body(self, request: Request, held: Held) -> bytearray:
-        """Read the body of a request, with limits on its size, content and time while it arrives.
+        """Read the body of a request, with limits on its content and time while it arrives; `Guard` limits its size.
 
         Raises:
-            ApiError: the body is compressed, is not declared as JSON, is too large or too slow, or the client left.
+            ApiError: the body is compressed, is not declared as JSON, is too slow, or the client left.
         """
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError("Compressed bodies are not accepted.", status=415, code="unsupported_encoding")
@@ -135,16 +135,10 @@ class Intake:
         if kind != "application/json":  # browsers send this type across origins only after a preflight request
             raise ApiError("Content-Type must be application/json.", status=415, code="unsupported_content_type")
         limits = self._limits
-        most = limits.body_bytes
-        too_large = ApiError(f"The body is larger than {most} bytes.", status=413, code="body_too_large")
-        if int(request.headers.get("content-length", "0")) > most:
-            raise too_large
         body, marks = bytearray(), Marks(limits)
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for chunk in request.stream():
-                    if len(body) + len(chunk) > most:
-                        raise too_large
                     held.set(len(body) + len(chunk))
                     body += chunk
                     marks.add(chunk)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mm_moslora.serve.api.api_routes import create_app
-from mm_moslora.serve.api.http_server import is_loopback, run_app
+from mm_moslora.serve.api.http_server import bound, is_loopback, run_app
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine
-from mm_moslora.serve.inference.pinned_fetch import RemotePictures
-from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mm_moslora.serve.inference.served_models import Models
 
 KEY_NAME = "MM_MOSLORA_SERVE_KEY"
 """Environment variable with the key. No option holds the key, since command lines are logged and listed."""
@@ -20,19 +20,22 @@ _SHORTEST_KEY = 16
 
 
 def serve(
-    models: Models, *, host: str = "127.0.0.1", port: int = 8000, limits: Limits, allowed_hosts: Sequence[str] = ()
-) -> None:
+    load: Callable[[], Models], *, host: str = "127.0.0.1", port: int = 8000, limits: Limits,
+    allowed_hosts: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Serve until a stop signal; running answers get time to end.
 
     Args:
-        models: loaded.
+        load: loads the models, once the key and the address are found to be usable.
         host: address to listen on.
         port: 0 chooses a free one.
         limits: the server's.
         allowed_hosts: hosts that pictures may be fetched from.
 
     Raises:
-        ConfigError: the key is too short, or the address is reachable from other machines and no key is set.
+        ConfigError: the key is too short, the address cannot be taken, or it is reachable from other machines and no
+            key is set.
+        KeyboardInterrupt: a second Ctrl-C ended answers.
     """
     key = read_key()
     local = is_loopback(host)
@@ -41,9 +44,15 @@ def serve(
             f"{host} can be reached from other machines, and no key is set. Put one of at least {_SHORTEST_KEY} "
             f"characters into {KEY_NAME}, or listen on 127.0.0.1."
         )
+    sockets = bound(host, port)
+    from mm_moslora.serve.api.api_routes import create_app  # torch takes seconds to import
+    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.pinned_fetch import RemotePictures
+
     fetch = RemotePictures(allowed_hosts) if allowed_hosts else None
-    app = create_app(Engine(models, limits), limits, key=key, local=local, fetch=fetch)
-    run_app(app, host=host, port=port, limits=limits)
+    engine = Engine(load(), limits)
+    app = create_app(engine, limits, key=key, local=local, fetch=fetch)
+    run_app(app, sockets, limits=limits, end=engine.stop)
 
 
 def read_key() -> str | None:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route, Router
 
 from mm_moslora.reporting.inline_images import thumbnail
-from mm_moslora.serve.api.http_server import App, Scope, Server, names_this_machine, settings
+from mm_moslora.serve.api.http_server import App, Server, bound, settings
+from mm_moslora.serve.api.request_guard import Guard
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.dashboard.dashboard_runs import Folder
 
 LOOK_SECONDS = 1.0
 """Seconds between two scans of the folder while a page is open."""
+_LIMITS = Limits(drain_seconds=3 * LOOK_SECONDS, body_bytes=2**16)
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -37,8 +39,8 @@ def serve_board(folder: Path, *, port: int) -> None:
         port: 0 chooses a free one.
     """
     app = create_board(folder, stopping=lambda: server.should_exit)
-    server = Server(settings(app, host="127.0.0.1", port=port, limits=Limits(drain_seconds=3 * LOOK_SECONDS)))
-    server.run()
+    server = Server(settings(app, limits=_LIMITS))
+    server.run(bound("127.0.0.1", port))
 
 
 def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) -> App:
@@ -61,7 +63,8 @@ def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) 
         Route("/api/picture", board.picture),
         Route("/events", board.events),
     ]
-    return _local_only(Router(routes, redirect_slashes=False))
+    headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff"}
+    return Guard(Router(routes, redirect_slashes=False), limits=_LIMITS, headers=headers)
 
 
 class _Board:
@@ -129,27 +132,3 @@ class _Board:
                 quiet += LOOK_SECONDS
 
         return StreamingResponse(watch(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-
-def _local_only(app: App) -> App:
-    """Middleware that accepts only this machine's names as Host and sets the Content-Security-Policy."""
-
-    async def guarded(scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-
-        async def with_policy(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                added = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff"}
-                message["headers"] = [
-                    *message.get("headers", ()), *((key.encode(), value.encode()) for key, value in added.items()),
-                ]  # fmt: skip
-            await send(message)
-
-        if not names_this_machine(scope):
-            await PlainTextResponse("This dashboard answers to localhost alone.", 403)(scope, receive, with_policy)
-            return
-        await app(scope, receive, with_policy)
-
-    return guarded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from mm_moslora.reporting.drawing_grid import drawn_samples
 from mm_moslora.reporting.lens_maps import heat_maps
-from mm_moslora.reporting.overlay_page import LARGEST, flat_recipe
+from mm_moslora.reporting.overlay_page import flat_recipe, is_number
 from mm_moslora.reporting.run_data import MARKS, EvaluationRow, RunData, is_run, load_run
 from mm_moslora.reporting.run_status import read_state, stage_folders
 from mm_moslora.reporting.summary_text import progress, sample_kind, tasks, top_of
@@ -18,6 +17,7 @@ from mm_moslora.reporting.svg_charts import downsample
 from mm_moslora.reporting.verdicts import score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact_text
+from mm_moslora.utils.untrusted_data import without_constants
 
 DEEPEST = 4
 """Depth of the search for runs below the folder."""
@@ -136,16 +136,7 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
         reason = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}: {error}"
         row |= {"state": "unreadable", "fault": redact_text(reason)}
         detail = {"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "lens": [], "notes": []}
-    return Shown(stamp=stamp, row=_finite(row), detail=_finite(detail))
-
-
-def _finite(value: Any) -> Any:
-    """The same data without NaN and infinity, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return Shown(stamp=stamp, row=without_constants(row), detail=without_constants(detail))
 
 
 def _row(data: RunData, name: str) -> dict[str, Any]:
@@ -206,18 +197,14 @@ def _detail(name: str, data: RunData) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
 def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in metrics:
         step = record.get("step")
-        if not isinstance(step, int | float):
+        if not is_number(step):
             continue
         for key, value in record.items():
-            if key not in ("step", "time") and _is_number(value):
+            if key not in ("step", "time") and is_number(value):
                 curves.setdefault(key, []).append((float(step), float(value)))
     return {
         key: [(x, float(f"{y:.6g}")) for x, y in (*downsample(points[:-1], POINTS), points[-1])]
@@ -226,5 +213,8 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
 
 
 def _state(path: Path) -> dict[str, str | None]:
-    state = read_state(path)
+    try:
+        state = read_state(path)
+    except Exception as error:  # the other runs are shown
+        return {"state": "unreadable", "reason": f"{type(error).__name__}: {redact_text(str(error))}"}
     return {"state": state.name, "reason": state.reason or None}

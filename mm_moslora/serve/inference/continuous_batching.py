@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.prefix_cache import Decoder
-from mm_moslora.serve.api.api_errors import ApiError, busy
+from mm_moslora.serve.api.api_errors import ApiError, busy, stopping
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.serve.inference.text_stream import TextStream
@@ -81,10 +81,6 @@ class Job:
     def room(self) -> int:
         """Tokens that it may take in the key-value cache."""
         return len(self.input_ids) + self.sampling.max_tokens
-
-
-def _stopping() -> ApiError:
-    return ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +181,7 @@ class Engine:
                 )
         with self._changed:
             if self._stopping:
-                raise _stopping()
+                raise stopping()
             if len(self._waiting) + len(jobs) > self.limits.queue:
                 raise busy(f"{len(self._waiting)} answers are waiting")
             self._waiting.extend(jobs)
@@ -200,7 +196,7 @@ class Engine:
         future: Future[_Result] = Future()
         with self._changed:
             if not self.alive:
-                raise _stopping()
+                raise stopping()
             self._errands.append((future, work))
             self._changed.notify()
         return future.result()
@@ -220,7 +216,7 @@ class Engine:
         for job in [*self._waiting, *(job for group in self._all() for job in group.jobs)]:
             self._end(job, "cancelled")
         for future, _ in self._errands:
-            future.set_exception(_stopping())
+            future.set_exception(stopping())
 
     def _turn(self) -> None:
         """The loop: run functions, remove, admit, decode."""

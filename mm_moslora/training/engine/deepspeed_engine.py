@@ -70,6 +70,7 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:  # stage 3 cuts them up in the dtype of the others
             precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
+        assert self.engine.device == self.device, f"DeepSpeed computes on {self.engine.device}, not on {self.device}"
         self.shares_products = self.stage < 3
         self.replicated = self.stage == 0
         deepspeed_patches.skip_at_lowest_scale(self._scaler)

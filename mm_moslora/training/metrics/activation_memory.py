@@ -73,6 +73,8 @@ class ActivationMemory:
     workspace_per_image: float
     made_dense: int
     """The largest quantised weight in the compute dtype, which exists during its matrix product."""
+    dequantised: float
+    """Read and written to make every quantised weight dense once, in bytes."""
     vision_checkpointing: bool
     """Whether the backward pass recomputes the tower's layers."""
     is_lean: bool
@@ -137,7 +139,7 @@ def activation_memory(
         # A gated MLP's backward pass holds four tensors of its inner width and four of the model's width.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
         workspace_per_image=image.workspace, vision_checkpointing=vision_checkpointing,
-        made_dense=max(linears, default=0) * size,
+        made_dense=max(linears, default=0) * size, dequantised=packed * (each + size),
         is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
         elements=dict(elements), largest_adapter=max(adapters, default=0),
         counter=FlopCounter(bones.model, layers=bones.layers, picture=image.cost), model=bones.model,

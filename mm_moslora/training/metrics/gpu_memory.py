@@ -137,6 +137,33 @@ class StepMemory:
         offloaded = (states + gradients) / self.world + (weights if zero.parameters_off == "cpu" else 0)
         return max(loading, here * offloaded)
 
+    @property
+    def generating(self) -> float:
+        """Bytes while a validation generates, without its cache: ZeRO-3 then has all weights whole on every GPU.
+
+        0 where weights are whole anyway.
+        """
+        size, (_, _, whole, gathered) = self.size, self._weights()
+        if not whole + gathered:
+            return 0.0
+        model = size.weight_bytes + size.trainable * size.value_bytes
+        return self.of(0, supervised=0, images=0).total - gathered + model - whole
+
+    def cannot_generate(self, capacity: float) -> str:
+        """Why the validation of `validate.samples` and `validate.tasks` does not fit, with the remedy; empty: it does.
+
+        Args:
+            capacity: bytes of the GPU.
+        """
+        if self.generating <= FREE_SHARE * capacity:
+            return ""
+        return (
+            f"For validate.samples and validate.tasks {self.zero} gathers the whole model on every GPU, which takes "
+            f"about {self.generating / GIB:.0f} GiB; a GPU has {capacity / GIB:.1f} GiB, of which {FREE_SHARE:.0%} can "
+            "be used. Leave both keys out and measure checkpoints after the run (mm-moslora eval run); the loss of "
+            "held-out records needs no whole model."
+        )
+
     def _weights(self) -> tuple[float, float, float, float]:
         """Bytes of all frozen weights; the share of all weights on this GPU; bytes of weights that are whole on every
         GPU beside their shards; and of those that are gathered at a time."""

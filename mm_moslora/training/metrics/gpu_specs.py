@@ -27,14 +27,16 @@ WITHOUT_BF16 = ("V100", "T4")
 """Cards on which `train.precision: auto` is fp32."""
 
 MEMORY_GB = {
-    "A100-40G": ("A100", 40, 230), "A100-80G": ("A100", 80, 230), "A800-80G": ("A800", 80, 160),
-    "H100-80G": ("H100", 80, 370), "H800-80G": ("H800", 80, 160), "H200-141G": ("H200", 141, 370),
-    "H20-96G": ("H20", 96, 370), "B200-180G": ("B200", 180, 700), "L40S-48G": ("L40S", 48, 20),
-    "L4-24G": ("L4", 24, 20), "A10-24G": ("A10", 24, 20), "A6000-48G": ("A6000", 48, 20),
-    "RTX3090-24G": ("RTX 3090", 24, 10), "RTX4090-24G": ("RTX 4090", 24, 10), "RTX5090-32G": ("RTX 5090", 32, 20),
-    "V100-32G": ("V100", 32, 120), "T4-16G": ("T4", 16, 8), "MI300X-192G": ("MI300X", 192, 300),
+    "A100-40G": ("A100", 40, 230, 1555), "A100-80G": ("A100", 80, 230, 2039), "A800-80G": ("A800", 80, 160, 2039),
+    "H100-80G": ("H100", 80, 370, 3350), "H800-80G": ("H800", 80, 160, 3350), "H200-141G": ("H200", 141, 370, 4800),
+    "H20-96G": ("H20", 96, 370, 4000), "B200-180G": ("B200", 180, 700, 8000), "L40S-48G": ("L40S", 48, 20, 864),
+    "L4-24G": ("L4", 24, 20, 300), "A10-24G": ("A10", 24, 20, 600), "A6000-48G": ("A6000", 48, 20, 768),
+    "RTX3090-24G": ("RTX 3090", 24, 10, 936), "RTX4090-24G": ("RTX 4090", 24, 10, 1008),
+    "RTX5090-32G": ("RTX 5090", 32, 20, 1792), "V100-32G": ("V100", 32, 120, 900), "T4-16G": ("T4", 16, 8, 320),
+    "MI300X-192G": ("MI300X", 192, 300, 5300),
 }  # fmt: skip
-"""Name: peak's name in `DENSE_TFLOPS`, memory in GB, bandwidth between GPUs of one machine in GB/s (usual wiring)."""
+"""Name: peak's name in `DENSE_TFLOPS`, memory in GB, bandwidth between GPUs of one machine in GB/s (usual wiring), and
+bandwidth of the memory in GB/s (data sheets)."""
 
 PER_HOST = 8
 """GPUs of a host, unless it is known."""
@@ -59,6 +61,8 @@ class Gpus:
     """Whether it multiplies bf16 fast."""
     bandwidth: float
     """Bandwidth between GPUs of one host, bytes per second."""
+    memory_bandwidth: float
+    """Bandwidth of a GPU's memory, bytes per second."""
     network: float
     """Bandwidth between hosts, bytes per second: what all adapters of a host carry together."""
 
@@ -88,9 +92,9 @@ def parse_gpus(text: str) -> Gpus:
     found = [key for key in MEMORY_GB if key == name or (not match[3] and key.startswith(f"{name}-"))]
     if len(found) != 1:
         raise ConfigError(f"{text!r} names no known GPU.{suggestion(name, MEMORY_GB)} Known: {', '.join(MEMORY_GB)}.")
-    peak, memory, bandwidth = MEMORY_GB[found[0]]
+    peak, memory, bandwidth, own = MEMORY_GB[found[0]]
     return Gpus(
         name=found[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
         peak_fp32=FP32_TFLOPS[peak] * 1e12, has_bf16=peak not in WITHOUT_BF16, bandwidth=bandwidth * 1e9,
-        network=1e9 * (FAST_NETWORK_GB if bandwidth >= FAST_LINK_GB else NETWORK_GB),
+        memory_bandwidth=own * 1e9, network=1e9 * (FAST_NETWORK_GB if bandwidth >= FAST_LINK_GB else NETWORK_GB),
     )  # fmt: skip

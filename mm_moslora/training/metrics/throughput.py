@@ -98,10 +98,11 @@ class Clock:
 
 
 class Speedometer:
-    """Computes a step's shares from its counts and reduces the figures of all ranks with one collective.
+    """Computes a step's shares from its counts and the figures of all ranks; all ranks make and call it together.
 
     MFU counts the FLOPs that the step needs (about 4 N per token with a frozen base; no padding, no recomputation) and
-    divides by the dense half-precision peak. It is missing on devices without a known peak, such as CPUs.
+    divides by the sum of the ranks' dense half-precision peaks. It is missing where a rank's device has no known peak,
+    such as a CPU.
 
     Args:
         model: the model with its trainable parameters set.
@@ -113,7 +114,9 @@ class Speedometer:
         self.copies = copies
         if device_name is None:
             device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.peak = device_peak(device_name)
+        peaks = [peak for (peak,) in distributed.table_over_ranks([device_peak(device_name) or 0.0])]
+        self.peak = sum(peaks) if all(peaks) else None
+        """Of all ranks together."""
         known = self.peak is not None and hasattr(model.get_decoder(), "layers")
         self.counter = FlopCounter(model) if known else None
 
@@ -135,7 +138,7 @@ class Speedometer:
         seen = [sum(column) / self.copies for column in columns[len(names) :]]
         needed = self._needed(result, seen, micro_batches=world * len(micro_batches) // self.copies)
         if needed is not None and self.peak is not None:
-            metrics["mfu"] = needed.total / (max(1e-9, *figures["step_seconds"]) * world * self.peak)
+            metrics["mfu"] = needed.total / (max(1e-9, *figures["step_seconds"]) * self.peak)
         return metrics
 
     def needs(self, result: StepResult, micro_batches: Sequence[Batch]) -> Flops | None:
@@ -149,7 +152,7 @@ class Speedometer:
     def _seen(self, micro_batches: Sequence[Batch]) -> list[float]:
         """Token pairs of a segment, and the tower's work; zero where neither is needed."""
         if self.counter is None:
-            return []
+            return [0.0, *asdict(VisionWork()).values()]
         pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
         shape = self.counter.shape
         seen = VisionWork() if shape is None else sum((shape.of_batch(batch) for batch in micro_batches), VisionWork())

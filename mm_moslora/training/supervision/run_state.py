@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -15,7 +14,7 @@ from typing import Any
 
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError
-from mm_moslora.utils.files import replace_json
+from mm_moslora.utils.files import read_json, replace_json
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
 def _read_state(folder: Path) -> dict[str, Any] | None:
     """The current content of the file; None where it is missing or damaged."""
     try:
-        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        return dict(read_json(folder / STATE))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -44,9 +44,8 @@ _STANDSTILL = 10
 """Multiple of the heartbeat interval: a longer gap means that the process did not run."""
 _CULPRIT_SECONDS = 4.0  # a failing rank needs a moment to write its heartbeat
 _GONE_SECONDS = 5.0
-"""Seconds that a rank may be gone while another one starts. Ranks that wait for it mostly fail by themselves, with a
-more specific error."""
-_START = "start"
+"""Seconds that a rank may be gone, and between two looks at the others. On gloo, ranks that wait for it mostly fail by
+themselves, with a more specific error; on NCCL they would wait for the timeout of a collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class Watchdog:
     def __init__(self, folder: Path) -> None:
         self.folder, self.beats, self.stacks = folder, folder / heartbeat.FOLDER, folder / "stacks"
         self.interval = 1.0
-        self._phase, self._step, self._limit, self._since = _START, 0, float("inf"), time.monotonic()
+        self._phase, self._step, self._limit, self._since = "start", 0, float("inf"), time.monotonic()
         self._place, self._gave_up, self._stood_still, self._ran = "", False, 0.0, time.monotonic()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -142,6 +141,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(limit_seconds + 30, exit=True, file=self._stacks_file)
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._stop.wait(self.interval):
             self._note_standstill()
             self._say()
@@ -151,8 +151,10 @@ class Watchdog:
                     f"No progress for {waited:.0f} s at step {self._step} ({self._phase}).",
                     hint=" The limits are train.step_timeout_minutes and train.timeout_minutes.",
                 )
-            elif self._phase == _START and self._misses_a_rank():
-                self._give_up("The other ranks cannot be reached.")
+            elif self._phase != heartbeat.FAILING and time.monotonic() - looked > _GONE_SECONDS:
+                looked = time.monotonic()
+                if self._misses_a_rank():
+                    self._give_up("The other ranks cannot be reached.")
 
     def _misses_a_rank(self) -> bool:
         """Whether another rank has been gone for a while: rank 0 checks all, the others check rank 0.

@@ -164,7 +164,7 @@ def test_a_model_without_adapters_is_not_merged() -> None:
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(AdapterError, match="Did you mean 'fused'"), use_kernel("fuzed"):
+    with pytest.raises(AdapterError, match="Did you mean 'fused'"), use_kernel(llama(), "fuzed"):
         pass
 
 
@@ -251,7 +251,7 @@ def test_kernels_agree_for_plain_lora_too() -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, **PLAIN))
     train_a_bit(model)
     plain = logits(model)
-    with use_kernel("fused"):
+    with use_kernel(model, "fused"):
         torch.testing.assert_close(logits(model), plain, atol=1e-6, rtol=0)
 
 

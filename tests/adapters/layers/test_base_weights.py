@@ -122,7 +122,7 @@ def exact(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("kind", BASES)
 def test_fused_layers_give_the_numbers_of_the_modules(kind: str, dropout: float) -> None:
     model, x = adapted(kind, lora_dropout=dropout), rows()
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         stock = run(model, x)
     assert all(layer.fused_operands(x.expand(2, TOKENS, WIDTH)) is not None for layer in layers(model)[:3])
     fused = run(model, x)
@@ -138,7 +138,7 @@ def test_fused_layers_give_the_numbers_of_the_modules(kind: str, dropout: float)
 def test_in_half_precision_they_are_as_near_to_the_truth_as_the_modules(kind: str, wide: bool) -> None:
     model, x = adapted(kind, HALF, wide=wide), rows(HALF)
     truth = run(exact(model), x.detach().double().requires_grad_())
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         stock = run(model, x)
     fused = run(model, x)
     assert fused["y"].dtype == stock["y"].dtype == HALF
@@ -151,7 +151,7 @@ def test_in_half_precision_they_are_as_near_to_the_truth_as_the_modules(kind: st
 @pytest.mark.parametrize("kind", BASES)
 def test_they_keep_less(kind: str, dropout: float) -> None:
     model, x = adapted(kind, HALF, lora_dropout=dropout), rows(HALF).repeat(16, 1, 1)
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         stock = kept_bytes(lambda: model(x), model)
     assert kept_bytes(lambda: model(x), model) < 0.6 * stock
 
@@ -199,7 +199,7 @@ def test_where_the_compute_dtype_is_not_the_inputs_the_modules_compute(autocast:
     model, x = with_adapter(block), rows()
     with torch.autocast("cpu", HALF) if autocast else nullcontext():
         assert (layers(model)[0].fused_operands(x) is not None) == autocast
-        with use_kernel("reference"):
+        with use_kernel(model, "reference"):
             stock = run(model, x)
         fused = run(model, x)
     for name, value in stock.items():
@@ -268,7 +268,7 @@ def test_switching_disabling_and_merging_compute_as_the_modules_do() -> None:
     nn.init.normal_(model.base_model.model.out.lora_B["second"].weight, std=0.2)
 
     def check() -> Tensor:
-        with use_kernel("reference"):
+        with use_kernel(model, "reference"):
             stock = run(model, x)
         fused = run(model, x)
         for name, value in stock.items():
@@ -340,7 +340,7 @@ def test_training_after_an_evaluation_has_every_gradient(kernel: str) -> None:
         model.eval()(x.detach())
     state = model.base_model.model.out.get_base_layer().weight.quant_state
     assert not getattr(state, "packing_format_for_cpu", False), "an adapted layer keeps the usual layout"
-    with use_kernel(kernel):
+    with use_kernel(model, kernel):
         after = run(model.train(), x)
     for name, value in before.items():
         assert error(after[name], value) < 0.02, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def test_no_rows_have_no_mask(kernel: str) -> None:
         nn.Sequential(nn.Linear(6, 8)), MoSLoRAConfig(r=4, lora_dropout=0.3, target_modules=["0"])
     ).train()
     x = torch.randn(0, 6, requires_grad=True)
-    with use_kernel(kernel):
+    with use_kernel(layer, kernel):
         layer(x).sum().backward()
     assert x.grad.shape == (0, 6)
     assert all(not p.grad.any() for p in layer.parameters() if p.requires_grad)
@@ -340,7 +341,7 @@ def test_autocast_equals_the_modules_under_autocast() -> None:
     results, gradients = [], []
     for kernel in ("reference", "fused"):
         model = _model()
-        with torch.autocast("cpu", torch.bfloat16), use_kernel(kernel):
+        with torch.autocast("cpu", torch.bfloat16), use_kernel(model, kernel):
             result = model(IDS, labels=IDS)
         result.loss.backward()
         results.append(result.logits.detach().float())
@@ -366,7 +367,7 @@ def test_diagonal_mixer_trains_saves_merges_and_starts_as_lora(tmp_path: Path) -
     assert layer.lora_mixer["default"].weight.grad.abs().min() > 0
     fused = _gradients(model)
     model.zero_grad()
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         model(IDS, labels=IDS).loss.backward()
     for name, gradient in fused.items():
         torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
@@ -383,8 +384,12 @@ def test_svd_core_trains_the_mixer_alone_in_the_weights_leading_subspaces(tmp_pa
     torch.testing.assert_close(logits(model), logits(llama()), atol=1e-3, rtol=0)
     layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
     factors = layer.factors("default")
-    U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight)
-    torch.testing.assert_close(factors.B @ factors.A, (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-5, rtol=0)
+    # The authors decompose the transposed weight and keep its singular values with what the input meets first.
+    left, values, right = torch.linalg.svd(layer.get_base_layer().weight.T)
+    encoder, decoder = left[:, :4] @ torch.diag(values[:4]), right[:4]
+    torch.testing.assert_close(factors.A.T @ factors.B.T, encoder @ decoder, atol=1e-5, rtol=0)
+    torch.testing.assert_close(factors.A @ factors.A.T, encoder.T @ encoder, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(factors.B.T @ factors.B, torch.eye(4), atol=1e-5, rtol=0)
     model.set_adapter("default")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = _losses(model, optimizer, steps=4)
@@ -474,3 +479,14 @@ def test_projected_gradients_lie_along_the_manifold() -> None:
     for factor in factors:
         factor.weight.grad.copy_(factor.gradient(factor.weight.detach(), factor.weight.grad))
     assert all(across(factor) < 1e-5 for factor in factors)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "fused"])
+def test_a_backward_pass_in_another_thread_recomputes_with_the_same_kernel(kernel) -> None:
+    """As on a GPU, where autograd's own threads recompute checkpointed layers."""
+    model = _model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with use_kernel(model, kernel), ThreadPoolExecutor(1) as another:
+        another.submit(model(IDS, labels=IDS).loss.backward).result()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert {module.kernel for module in model.modules() if isinstance(module, MoSLoRALinear)} == {"auto"}

@@ -97,7 +97,7 @@ def test_the_mixer_is_there_and_is_used(kind: str) -> None:
     assert (_run(model) - live).abs().max() > 1e-2
     for layer in layers:
         layer.lora_mixer["default"].weight.data.mul_(-1)
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         torch.testing.assert_close(_run(model), live, atol=1e-5, rtol=1e-5)
 
 

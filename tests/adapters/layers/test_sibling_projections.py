@@ -97,7 +97,7 @@ def test_plain_lora_beside_mixers_is_computed_as_they_are_and_alone_by_peft(node
 def test_together_alone_and_by_modules_the_gradients_are_the_same(changes: dict[str, Any]) -> None:
     model = _llama(**changes).double()
     together = _gradients(model)
-    with use_kernel("reference"):
+    with use_kernel(model, "reference"):
         reference = _gradients(model)
     for module in model.modules():
         if hasattr(module, "siblings"):
@@ -122,7 +122,7 @@ def test_a_family_that_reads_two_inputs_is_right_and_stops_computing_together(
     for kernel in ("reference", "auto", "auto"):
         model.zero_grad()
         nodes.clear()
-        with use_kernel(kernel):
+        with use_kernel(model, kernel):
             model(x, other).square().sum().backward()
         results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         made = list(nodes)

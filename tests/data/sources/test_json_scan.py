@@ -76,5 +76,5 @@ def test_a_record_that_is_damaged_inside_costs_itself_alone(tmp_path: Path) -> N
     (tmp_path / "a.json").write_text('[{"id": 1}, {"id": oops}, {"id": 3}]')
     file = RecordFile(tmp_path / "a.json")
     assert (file.value(0), file.value(2)) == ({"id": 1}, {"id": 3})
-    with pytest.raises(ValueError, match="no valid JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         file.value(1)

@@ -20,13 +20,14 @@ from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.backends.openai_endpoint import KEY_NAMES, Endpoint, EndpointModel
 from mm_moslora_eval.backends.replay_model import ReplayModel
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Model, OptionRequest, Request
+from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.run.task_runner import Settings
 
 from mm_moslora.utils.errors import EvalError
-from tests.eval.eval_data import picture
+from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_server import serve
 
 ONE = Settings(batch_size=4, rank=0, world_size=1)
@@ -309,6 +310,89 @@ def test_replay_without_an_answer_counts_a_failure(question_file: Path, tmp_path
     assert result.counts.failed == 1
     with pytest.raises(EvalError, match="row 1 is a question"):
         ReplayModel(question_file)
+
+
+@pytest.mark.parametrize("value", ["NaN", "5", "true", '["yes"]', '{"a": 1}', "1e999"])
+def test_a_stored_answer_that_is_no_text_is_a_failed_sample(value: str, question_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [f'{{"id": "q{n}", "text": {json.dumps("yes") if n else value}}}\n' for n in range(12)]
+    path.write_text("".join(rows))
+    task = get_task(f"llava:{question_file}")
+    (result,) = evaluate(ReplayModel(path), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.counts.failed == 1
+    (failed,) = [row for row in read_samples(tmp_path / "run" / result.folder) if row["id"] == "q0"]
+    assert "expected text" in failed["error"]
+
+
+def test_replay_finds_ids_that_became_floats_and_names_ids_of_no_question(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = write_questions(tmp_path / "data", count=4)
+    questions.write_text(questions.read_text().replace(': "q', ': "'))
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"question_id": float(n), "text": "yes"}) + "\n" for n in range(6)))
+    model = ReplayModel(path)
+    task = get_task(f"llava:{questions}")
+    (result,) = evaluate(model, task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    model.close()
+    assert result.counts.failed == 0
+    assert "2 of 6 answers belong to no question that was put: question_id is '4.0', '5.0'." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "answered"),
+    [
+        ('"A": NaN, "B": -1', False), ('"A": Infinity, "B": -1', False), ('"A": -Infinity, "B": -Infinity', False),
+        ('"A": true, "B": -1', False), ('"A": "-3", "B": -1', False), ('"B": -1', False),
+        ('"A": -Infinity, "B": -1', True), ('"A": -2, "B": -1', True),
+    ],
+)  # fmt: skip
+def test_log_likelihoods_without_a_largest_are_a_failed_sample(options: str, answered: bool, tmp_path: Path) -> None:
+    task, stored = choosing(tmp_path), tmp_path / "a.jsonl"
+    stored.write_text(f'{{"id": "q0", "options": {{{options}}}}}\n{{"id": "q1", "options": {{"A": -3, "B": -2}}}}\n')
+    (result,) = evaluate(ReplayModel(stored), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.counts.failed == (not answered)
+    answers = {row["id"]: row["text"] for row in read_samples(tmp_path / "run" / result.folder)}
+    assert answers == {"q0": "B" if answered else None, "q1": "B"}
+
+
+def choosing(folder: Path) -> Task:
+    """Two questions with the options A and B, chosen by log-likelihood."""
+    rows = [
+        {"question_id": f"q{n}", "text": f"Which? ({n})", "answer": "B", "options": {"A": "red", "B": "blue"}}
+        for n in range(2)
+    ]
+    path = folder / "choices.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = get_task(f"llava:{path}")
+    return dataclasses.replace(chosen, decoding=Decoding(kind="loglikelihood"), extraction="letter", metric="equal")
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_logits_that_are_not_numbers_are_failed_samples_of_a_transformers_model(
+    beams: int, exported: Path, question_file: Path, tmp_path: Path
+) -> None:
+    model = open_model(f"hf:{exported}", precision="fp32")
+    task = get_task(f"llava:{question_file}")
+    task = dataclasses.replace(task, decoding=dataclasses.replace(task.decoding, beams=beams, max_new_tokens=3))
+    some = Settings(batch_size=4, limit=4, rank=0, world_size=1)
+    (before,) = evaluate(model, task, tmp_path / "a", modes=("own",), baselines=(), settings=some)
+    assert before.counts.failed == 0
+    head = model.model.lm_head
+    head.register_forward_hook(lambda _, inputs, logits: logits.index_fill(-1, torch.tensor([5]), torch.nan))
+    with pytest.raises(RuntimeError, match="logits for 'a' are not finite"):
+        list(model.generate([dataclasses.replace(QUESTIONS[0], beams=beams)], batch_size=4))
+    (result,) = evaluate(model, task, tmp_path / "b", modes=("own",), baselines=(), settings=some)
+    assert (result.counts.total, result.counts.failed) == (4, 4)
+    (result,) = evaluate(model, choosing(tmp_path), tmp_path / "c", modes=("own",), baselines=(), settings=ONE)
+    assert result.counts.failed == 2
+
+
+def test_an_option_without_tokens_has_no_log_likelihood(exported: Path) -> None:
+    model = open_model(f"hf:{exported}", precision="fp32")
+    for options in (("", "red"), ("", "")):
+        with pytest.raises(RuntimeError, match="option '' has no tokens"):
+            list(model.loglikelihood([OptionRequest(request=QUESTIONS[0], options=options)], batch_size=1))
 
 
 def test_replay_refuses_two_answers_to_one_question(tmp_path: Path) -> None:

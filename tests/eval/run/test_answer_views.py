@@ -365,3 +365,21 @@ def test_a_description_names_shown_pictures_and_documents_without_a_prompt(tmp_p
     assert "pictures: none" in blocks[1]
     assert "gone.png (missing)" in blocks[2]
     assert "cannot be asked: image '../out.png' leaves" in blocks[3]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"score": "high"}, {"counts": 3}, {"counts": {}}, {"low": []}, {"new": 1}, {"remarks": 5}],
+)
+def test_a_damaged_result_does_not_hide_the_others(
+    damage: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
+    asked(run, data, modes=("own", "wrong"))
+    file = run / "results.json"
+    content = json.loads(file.read_text())
+    content["results"][0] |= damage
+    file.write_text(json.dumps(content))
+    (left,) = read_results(run)
+    assert left.mode == content["results"][1]["mode"]
+    assert "entry 0 is damaged" in caplog.text

@@ -115,7 +115,7 @@ def test_plain_lora_is_lean_like_a_mixer(accumulating: bool) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert_close(gradients, stock)
-    with adapters.use_kernel("reference"):
+    with adapters.use_kernel(model, "reference"):
         assert loss_and_gradients(model, given)[0] == stock_loss
 
 

@@ -58,13 +58,13 @@ def test_without_a_liger_that_fits_it_is_refused(
 
 def test_a_liger_that_does_not_import_is_no_liger(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "0.8.5")
-    monkeypatch.setattr(liger_availability, "why_not_triton", lambda _: None)
+    monkeypatch.setattr(liger_availability, "why_not_triton", lambda *_: None)
 
     def broken(name: str) -> None:
         raise RuntimeError(f"{name}: the driver is too old")
 
     monkeypatch.setattr(liger_availability.importlib, "import_module", broken)
-    reason = liger_availability.why_not_liger(GPU)
+    reason = liger_availability.why_not_liger(GPU, torch.bfloat16)
     assert reason == "liger-kernel 0.8.5 does not import (RuntimeError: liger_kernel.ops: the driver is too old)"
 
 
@@ -72,7 +72,7 @@ def test_eager_passes_on_a_gpu_are_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernel_selection._warn_of_eager_passes.cache_clear()
-    monkeypatch.setattr(kernel_selection, "why_not_triton", lambda _: "triton is not installed")
+    monkeypatch.setattr(kernel_selection, "why_not_triton", lambda *_: "triton is not installed")
     for _ in range(2):
         assert choose_kernels("auto", GPU).words == "PyTorch's (triton is not installed)"
     (record,) = caplog.records
@@ -97,13 +97,13 @@ def test_what_cannot_go_together_is_refused() -> None:
 @needs_triton
 def test_without_the_interpreter_a_cpu_has_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert why_not_triton(CPU) == "Triton does not run on cpu"
+    assert why_not_triton(CPU, torch.bfloat16) == "Triton does not run on cpu"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
     assert "needs compute capability 7.0, and the GPU has 6.1" in choose_kernels("auto", GPU).words
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     triton_availability._why_it_fails.cache_clear()
     assert choose_kernels("auto", GPU).words.startswith("PyTorch's (Triton's kernels do not run here (")
-    monkeypatch.setattr(triton_availability, "_why_it_fails", lambda _: None)
+    monkeypatch.setattr(triton_availability, "_why_it_fails", lambda *_: None)
     assert choose_kernels("auto", GPU).passes is not TORCH_OPS
 
 

@@ -147,7 +147,11 @@ def test_runs_with_the_name_of_a_stage_are_separate_runs(tmp_path: Path) -> None
      ("summary.json", '{"base": 5, "title": NaN}'),
      ("mixers.json", '[{"path": "m", "after": [[1.0]], "condition": Infinity}]'),
      ("evaluation.json", '[{"categories": 3}]'),
-     ("state.json", '{"stages": [["x"]], "reason": 3, "state": "failed", "ranks": 4}')],
+     ("state.json", '{"stages": [["x"]], "reason": 3, "state": "failed", "ranks": 4}'),
+     ("state.json", '{"state": "failed", "reason": "x", "ranks": [0], "since": 1' + 400 * "0" + "}"),
+     ("state.json", '{"state": "failed", "reason": "x", "ranks": [0], "since": NaN}'),
+     ("state.json", '{"state": "running", "process": 1' + 299 * "0" + f', "host": "{socket.gethostname()}"' + "}"),
+     ("config.yaml", "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 30)))],
 )  # fmt: skip
 def test_a_bad_file_of_one_run_does_not_hide_the_others(name: str, content: str, runs: Path) -> None:
     from starlette.testclient import TestClient

@@ -1,0 +1,372 @@
+"""Checked reading of JSON, JSON lines and YAML from files and services: the structure first, then types.
+
+No other module parses these formats. A text costs what its length lets expect, and means one thing:
+
+- Nesting and the number of items are limited, and those of YAML count as often as aliases repeat them.
+- A key written twice is an error, since readers interpret it differently.
+- Numbers have a size that a 64-bit float can hold. NaN and Infinity are no JSON; a caller that expects them, such as in
+  a log of losses, asks for them (`constants`).
+
+`build_strictly` and `build_known` then turn plain data into a dataclass. A value of another type is an error that names
+its place, so callers need no checks of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import re
+import types
+import typing
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from mm_moslora.utils.errors import ConfigError, DataError, suggestion
+
+MAX_DEPTH = 64
+"""Deepest nesting; a record needs 5, the file of a tokenizer 12."""
+MOST_ITEMS = 2 * 10**7
+"""Most values of one JSON text. A value takes some 60 bytes of memory, and as few as two of the text."""
+MOST_NODES = 10**5
+"""Most values of a YAML text, those that aliases repeat included."""
+MOST_YAML_CHARACTERS = 2**19
+"""Longest YAML text. Python parses it at about 100 kB/s."""
+MOST_DIGITS = 300
+"""Digits of the longest whole number."""
+_SUSPICIOUS = re.compile(rf"\d{{{MOST_DIGITS}}}|\d[eE]\+?\d{{3}}")
+"""Digits that may make a number too large; they may also stand in a text."""
+
+T = TypeVar("T")
+_type_hints = functools.cache(typing.get_type_hints)
+
+
+class StrictJsonError(DataError):
+    """One value that cannot be used. `deep` and `large` mark exceeded limits; otherwise the JSON is broken."""
+
+    def __init__(self, message: str, *, deep: bool = False, large: bool = False) -> None:
+        super().__init__(message)
+        self.deep, self.large = deep, large
+
+
+def parse_json(text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False) -> Any:
+    """Parse one JSON value.
+
+    Args:
+        text: the value; bytes are UTF-8.
+        max_depth: deepest nesting.
+        constants: accept NaN and Infinity, which are not JSON, as numbers.
+
+    Raises:
+        StrictJsonError: broken, too large, nested too deeply, a key written twice, a number that no float can hold, or
+            NaN and Infinity without `constants`. The message continues a sentence about the text.
+    """
+    if not isinstance(text, str):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise StrictJsonError(f"is not UTF-8 at byte {error.start}") from error
+    groups = text.count("[") + text.count("{")
+    if groups + text.count(",") > MOST_ITEMS:
+        raise StrictJsonError(f"holds more than {MOST_ITEMS} values", large=True)
+    hooks: dict[str, Any] = {"object_pairs_hook": _without_repeats}
+    if not constants:
+        hooks["parse_constant"] = _no_constant
+    if _SUSPICIOUS.search(text):  # Python's own parsing is twice as fast without these
+        hooks |= {"parse_int": _whole, "parse_float": float if constants else _finite}
+    try:
+        value = json.loads(text, **hooks)
+    except RecursionError as error:
+        raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True) from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise StrictJsonError(f"is not valid JSON ({error.msg} at {line}column {error.colno})") from error
+    except ValueError as error:  # the hooks below
+        raise StrictJsonError(f"is not valid JSON ({error})") from error
+    if groups > max_depth and _too_deep(value, max_depth):
+        raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True)
+    return value
+
+
+def parse_object(text: str | bytes, *, constants: bool = False) -> dict[str, Any]:
+    """Parse a JSON object; see `parse_json`."""
+    value = parse_json(text, constants=constants)
+    if not isinstance(value, dict):
+        raise StrictJsonError(f"holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def parse_lines(text: str, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a log, one a line; empty lines are passed over, NaN and Infinity are numbers.
+
+    Args:
+        text: the lines, which end in line feeds only.
+        skip_damaged: leave out other lines, such as the incomplete last one of a killed process.
+
+    Raises:
+        StrictJsonError: a line is damaged; the message names it.
+    """
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(parse_object(line, constants=True))
+        except StrictJsonError as error:
+            if not skip_damaged:
+                raise StrictJsonError(
+                    f"is damaged: line {number} {error}", deep=error.deep, large=error.large
+                ) from None
+    return rows
+
+
+def without_constants(value: Any) -> Any:
+    """Plain data with None for NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): without_constants(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_constants(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _too_deep(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            item
+            for group in level
+            if isinstance(group, dict | list)
+            for item in (group.values() if isinstance(group, dict) else group)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key[:80]!r} is written twice")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON value")
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a whole number has {len(text)} digits, at most {MOST_DIGITS} are read")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return number
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, and aliases that repeat too much."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _size(node, {})
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(
+                    f"a key is itself a list or mapping (line {key_node.start_mark.line + 1}); a text with braces, "
+                    "such as an unfilled placeholder, needs quotes"
+                )
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} is written twice (line {key_node.start_mark.line + 1})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MOST_DIGITS:
+            raise yaml.YAMLError(f"a whole number has {len(node.value)} digits, at most {MOST_DIGITS} are read")
+        return super().construct_yaml_int(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values of a YAML node, each counted as often as aliases repeat it; a long text counts more."""
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES  # an alias within its own value is endless
+        if isinstance(node, yaml.CollectionNode):
+            items = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            known[id(node)] = 1 + sum(_size(item, known) for item in items)
+        else:
+            known[id(node)] = 1 + len(node.value) // 100
+    if known[id(node)] > MOST_NODES:
+        raise yaml.YAMLError(
+            f"it holds more than {MOST_NODES} values, those that aliases (*name) repeat included "
+            f"(line {node.start_mark.line + 1})"
+        )
+    return known[id(node)]
+
+
+def parse_yaml_value(text: str) -> Any:
+    """Parse one YAML value.
+
+    Raises:
+        ConfigError: not YAML, or beyond the limits. The message continues a sentence about the text.
+    """
+    if len(text) > MOST_YAML_CHARACTERS:
+        raise ConfigError(f"has {len(text)} characters, at most {MOST_YAML_CHARACTERS} of YAML are read")
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # dates that do not exist
+        raise ConfigError(f"is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError("is not valid YAML: it is nested too deeply") from error
+
+
+def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
+    """Parse a YAML mapping.
+
+    Raises:
+        ConfigError: not YAML, beyond the limits, or not a mapping.
+    """
+    try:
+        data = parse_yaml_value(text)
+    except ConfigError as error:
+        raise ConfigError(f"{source} {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} holds {type(data).__name__}, expected a mapping of recipe keys.")
+    return data
+
+
+def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
+    """Build a dataclass from plain data.
+
+    Raises:
+        ConfigError: an unknown or missing key, a wrong type or an impossible value.
+    """
+    return typing.cast(T, read_value(kind, data, source=source, where=""))
+
+
+def build_known(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
+    """Build a dataclass from the keys that it has; see `build_strictly`. Null stands for a missing key."""
+    hints: dict[str, Any] = _type_hints(kind)  # type: ignore[arg-type]  (classes are hashable)
+    known = {key: value for key, value in data.items() if key in hints and value is not None}
+    return build_strictly(kind, known, source=source)
+
+
+def read_value(kind: Any, data: Any, *, source: str, where: str) -> Any:
+    """Read one value.
+
+    Args:
+        kind: its type, as an annotation has it.
+        data: plain data.
+        source: where it came from, for messages.
+        where: the dotted key, for messages.
+
+    Raises:
+        ConfigError: a wrong type, or an unknown key of a dataclass.
+    """
+    return _build(kind, data, source, where)
+
+
+def _build(kind: Any, data: Any, source: str, where: str) -> Any:
+    """Turn plain data into `kind`, a dataclass or a typing form; the error names the value that does not fit."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return data if isinstance(data, kind) else _build_dataclass(kind, data, source, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _build_union(arguments, data, source, where)
+    if origin is Literal:
+        if data not in arguments:
+            hint = suggestion(str(data), [str(item) for item in arguments])
+            raise ConfigError(f"{source}: {where} is {data!r}, expected one of {', '.join(map(str, arguments))}.{hint}")
+        return data
+    if origin in (list, tuple):
+        return _build_sequence(origin, arguments, data, source, where)
+    if origin is dict:
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{source}: {where} is {data!r}, expected a mapping.")
+        return {key: _build(arguments[1], item, source, f"{where}.{key}") for key, item in data.items()}
+    return _build_scalar(kind, data, source, where)
+
+
+def _build_dataclass(kind: type, data: Any, source: str, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: {where or 'the recipe'} is {data!r}, expected a group of keys.")
+    hints = _type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            path = f"{where}.{key}" if where else str(key)
+            raise ConfigError(
+                f"{source}: unknown key {path!r}.{suggestion(str(key), fields)} Known here: {', '.join(fields)}."
+            )
+    required = [
+        name
+        for name, item in fields.items()
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and name not in data
+    ]
+    if required:
+        missing = ", ".join(f"{where}.{name}" if where else name for name in required)
+        raise ConfigError(f"{source}: missing {missing}.")
+    prefix = f"{where}." if where else ""
+    return kind(**{key: _build(hints[key], value, source, f"{prefix}{key}") for key, value in data.items()})
+
+
+def _build_union(arguments: tuple[Any, ...], data: Any, source: str, where: str) -> Any:
+    if data is None and type(None) in arguments:
+        return None
+    errors: list[ConfigError] = []
+    for argument in arguments:
+        if argument is type(None):
+            continue
+        try:
+            return _build(argument, data, source, where)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _build_sequence(origin: Any, arguments: tuple[Any, ...], data: Any, source: str, where: str) -> Any:
+    if not isinstance(data, list | tuple):
+        raise ConfigError(f"{source}: {where} is {data!r}, expected a list.")
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return tuple(_build(arguments[0], item, source, f"{where}.{index}") for index, item in enumerate(data))
+    if origin is tuple:
+        if len(data) != len(arguments):
+            raise ConfigError(f"{source}: {where} has {len(data)} items, expected {len(arguments)}.")
+        pairs = zip(arguments, data, strict=True)
+        return tuple(_build(kind, item, source, f"{where}.{index}") for index, (kind, item) in enumerate(pairs))
+    return [_build(arguments[0], item, source, f"{where}.{index}") for index, item in enumerate(data)]
+
+
+def _build_scalar(kind: Any, data: Any, source: str, where: str) -> Any:
+    if kind is float and isinstance(data, str):  # YAML 1.1 reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            data = float(data)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        data = float(data)  # a whole number of at most MOST_DIGITS digits
+    if kind is int and isinstance(data, float) and data.is_integer():
+        data = int(data)
+    if kind is Any or (isinstance(data, kind) and not (kind in (int, float) and isinstance(data, bool))):
+        if kind is float and not math.isfinite(data):
+            raise ConfigError(f"{source}: {where} is {data}, expected a finite number.")
+        return data
+    raise ConfigError(f"{source}: {where} is {data!r} ({type(data).__name__}), expected {kind.__name__}.")

@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""What a GPU machine lacks for `scripts/gpu.sh`, as a list; the exit code is 1 where something is missing.
+
+    python scripts/gpu_preflight.py --device cuda --wheels build/gpu_wheels
+
+It needs Python alone. The wheels count as installed, and what they require must be there, too. On a GPU, Triton needs a
+C compiler and Python's headers, and PyTorch must see the GPU: without it every test would be skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Callable, Iterator
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+NEEDED = (
+    "torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "huggingface-hub",
+    "fsspec", "pillow", "numpy", "pyyaml", "xxhash", "packaging", "tqdm", "jinja2", "markupsafe", "cyclopts", "rich",
+    "psutil", "zstandard", "pytest", "pytest-xdist",
+)  # fmt: skip
+"""Without these neither tests/gpu nor the benchmark start; tests and contenders that need more are left out."""
+
+
+def requirements() -> Any:
+    """The module `packaging.requirements`, also as pip carries it; None: neither is there."""
+    for name in ("packaging", "pip._vendor.packaging"):
+        try:
+            return importlib.import_module(f"{name}.requirements")
+        except ImportError:
+            continue
+    return None
+
+
+def canonical(name: str) -> str:
+    """A package's name as indexes write it."""
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+class Packages:
+    """The installed packages, with wheels in the place of those of the same name.
+
+    Args:
+        wheels: a folder with them, which need not exist.
+    """
+
+    def __init__(self, wheels: Path) -> None:
+        self.carried: dict[str, tuple[str, list[str]]] = {}
+        for path in sorted(wheels.glob("*.whl")):
+            with zipfile.ZipFile(path) as archive:
+                (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+                found = Parser().parsestr(archive.read(name).decode())
+            self.carried[canonical(found["Name"])] = found["Version"], found.get_all("Requires-Dist") or []
+
+    def version(self, name: str) -> str | None:
+        """The version of a package; None: it is not there."""
+        if canonical(name) in self.carried:
+            return self.carried[canonical(name)][0]
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def lacking(self, line: str, parse: Callable[[str], Any], *, why: str) -> str | None:
+        """A requirement that is not fulfilled, in words; None: it is, or is for another platform."""
+        wanted = parse(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            return None
+        found = self.version(wanted.name)
+        if found is not None and wanted.specifier.contains(found, prereleases=True):
+            return None
+        there = "not installed" if found is None else f"{found} is installed"
+        return f"{wanted.name}{wanted.specifier} ({why}): {there}"
+
+
+def lacking_packages(packages: Packages) -> Iterator[str]:
+    """What is not installed, or in another version than the project or a carried wheel asks for."""
+    module = requirements()
+    if module is None:
+        yield "pip, or the package packaging, which reads versions"
+        yield from (f"{name}: not installed" for name in NEEDED if packages.version(name) is None)
+        return
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    asked = [(line, "the project") for line in lines if canonical(module.Requirement(line).name) in NEEDED]
+    asked += [(line, name) for name, (_, own) in packages.carried.items() for line in own]
+    for line, why in asked:
+        if (told := packages.lacking(line, module.Requirement, why=why)) is not None:
+            yield told
+
+
+def lacking_for_triton() -> Iterator[str]:
+    """What Triton compiles its launchers with."""
+    compiler = os.environ.get("CC", "")
+    if not any(map(shutil.which, filter(None, (compiler, "gcc", "clang")))):
+        yield "a C compiler for Triton: CC names none, and neither gcc nor clang is on the PATH"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        yield f"{header} for Triton: not there (Debian: apt-get install python3-dev)"
+
+
+def lacking_gpu() -> Iterator[str]:
+    """Whether PyTorch sees a GPU."""
+    code = "import torch; torch.zeros(1, device='cuda').add_(1).item()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+        yield f"a GPU that PyTorch runs on: {last}"
+
+
+def main() -> int:
+    """Print the list."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu_wheels", help="folder of carried wheels")
+    parser.add_argument("--pip", default="", help="command of pip, where it is not this Python's")
+    options = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036  (it is another machine's Python)
+        found = [f"Python 3.11 or later: this is {sys.version.split()[0]}"]
+    else:
+        packages = Packages(options.wheels)
+        found = list(lacking_packages(packages))
+        if packages.carried and not (options.pip or importlib.util.find_spec("pip")):
+            found.append("pip, which installs the wheels: this Python has none (PIP names another)")
+        if options.device == "cuda":
+            found += lacking_for_triton()
+            # Without PyTorch the list says so; from a wheel it cannot be asked yet.
+            if importlib.util.find_spec("torch") is not None:
+                found += lacking_gpu()
+    if found:
+        print("This machine lacks:", *dict.fromkeys(found), sep="\n  ", file=sys.stderr)
+        print("Nothing was run or recorded. scripts/gpu_wheels.py PACKAGE ... carries more packages.", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""What files and services hold is read by one module: small texts cost little, and numbers are numbers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.untrusted_data import (
+    StrictJsonError,
+    build_known,
+    build_strictly,
+    parse_json,
+    parse_lines,
+    parse_object,
+    parse_yaml,
+    parse_yaml_value,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"a": 1, "a": 2}', "written twice"), ('{"b": [{"a": 1, "a": 2}]}', "written twice"),
+        ("[" * 65 + "]" * 65, "nested more than 64"), ("[" * 10**5, "nested more than 64"),
+        ('{"a":' * 10**5, "nested more than 64"), ("1" + "0" * 400, "400|401"), ("-1" + "0" * 5000, "digits"),
+        ('{"since": 1' + "0" * 400 + "}", "digits"), ("1e400", "too large"), ("-1E+999", "too large"),
+        ("NaN", "NaN"), ("[Infinity]", "Infinity"), ("-Infinity", "Infinity"), ("{", "column 2"), ("", "column 1"),
+        (b"\xff", "UTF-8"), ("[1,]", "valid JSON"), ("[" + "0," * (2 * 10**7 + 2) + "0]", "more than 20000000 values"),
+    ],
+)  # fmt: skip
+def test_json_that_costs_too_much_or_means_two_things_is_refused(text: str | bytes, what: str) -> None:
+    with pytest.raises(StrictJsonError, match=what):
+        parse_json(text)
+
+
+def test_numbers_that_a_log_may_hold_are_read_where_they_are_expected() -> None:
+    found = parse_json('[NaN, -Infinity, 1e999, 1e-400, 12345678901234567890123, "1' + "0" * 400 + '"]', constants=True)
+    assert str(found[:3]) == "[nan, -inf, inf]"
+    assert found[3:5] == [0.0, 12345678901234567890123]
+    with pytest.raises(StrictJsonError, match="digits"):
+        parse_json("1" + "0" * 400, constants=True)
+
+
+def test_deep_and_wide_are_told_apart() -> None:
+    assert len(parse_json("[" + "[0]," * 1000 + "[0]]")) == 1001
+    assert parse_json('"' + "[{" * 1000 + '"') == "[{" * 1000
+
+
+def test_lines_are_objects_and_damaged_ones_are_named_or_left_out() -> None:
+    text = '{"a": 1}\n\n[1]\n{"b": NaN}\n{"c": 1' + "0" * 400 + '}\n{"d"'
+    assert [set(row) for row in parse_lines(text, skip_damaged=True)] == [{"a"}, {"b"}]
+    with pytest.raises(StrictJsonError, match="line 3 holds a list, expected an object"):
+        parse_lines(text)
+    with pytest.raises(StrictJsonError, match="expected an object"):
+        parse_object("[]")
+
+
+def _bomb(levels: int, width: int = 9) -> str:
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * width)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _bomb(9), _bomb(40), "a: &a [*a]", "a: &a {<<: *a}", "b: &b {x: 1}\na: &a {<<: [*b, *b], c: [*b, *a]}",
+        "\n".join(["a0: &a0 {k: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9))]),
+        "s: &s " + "x" * 10**5 + "\nl: [" + ", ".join(["*s"] * 5000) + "]",
+    ],
+    ids=["9 levels", "40 levels", "itself", "merged with itself", "alias of its parent", "merges", "a long text"],
+)  # fmt: skip
+def test_yaml_aliases_cannot_make_a_small_text_large(text: str) -> None:
+    began = time.process_time()
+    with pytest.raises(ConfigError, match="values, those that aliases"):
+        parse_yaml(text, source="recipe.yaml")
+    assert time.process_time() - began < 5
+
+
+def test_plain_aliases_and_merges_are_read() -> None:
+    text = "base: &base {a: 1, b: 2}\nown: {<<: *base, b: 3}\nsame: *base"
+    assert parse_yaml(text, source="") == {"base": {"a": 1, "b": 2}, "own": {"a": 1, "b": 3}, "same": {"a": 1, "b": 2}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, "a: 1\na: 2", "{[]: 1}", "a: 1" + "0" * 400, "a: 0x" + "f" * 400, "a: 2020-13-40",
+     "a: !!python/name:os.system", "a: " + "x" * 2**20, "a: 1e1\n\tb", "- " * 3000 + "a"],
+    ids=["deep", "twice", "list as key", "digits", "hexadecimal", "no date", "python", "long", "tab", "dashes"],
+)  # fmt: skip
+def test_other_yaml_is_an_error_and_nothing_else(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_yaml_value(text)
+
+
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    score: float
+    count: int = 0
+    parts: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"score": "x"}, {"score": float("nan")}, {"score": "inf"}, {"score": True}, {"name": ["a"]}, {"count": 0.5},
+     {"count": True}, {"parts": "xy"}, {"parts": [1]}, {"score": None}],
+)  # fmt: skip
+def test_a_value_of_another_type_is_no_value(data: dict[str, Any]) -> None:
+    for build in (build_strictly, build_known):
+        with pytest.raises(ConfigError, match="file: "):
+            build(_Row, {"name": "a", "score": 1} | data, source="file")
+
+
+def test_known_keys_are_taken_from_more() -> None:
+    assert build_known(_Row, {"name": "a", "score": 1, "new": {}, "count": None}, source="") == _Row("a", 1.0)
+    with pytest.raises(ConfigError, match="unknown key 'new'"):
+        build_strictly(_Row, {"name": "a", "score": 1, "new": {}}, source="")
+
+
+CHECKOUT = Path(__file__).parents[2]
+DOOR = "mm_moslora/utils/untrusted_data.py"
+PARSERS = {
+    "json": {"load", "loads", "JSONDecoder"}, "tomllib": {"load", "loads"}, "pickle": {"load", "loads"},
+    "yaml": {"load", "load_all", "safe_load", "safe_load_all", "full_load", "unsafe_load", "compose", "parse"},
+    "": {"raw_decode", "literal_eval"},
+}  # fmt: skip
+ALLOWED = {
+    "mm_moslora/training/checkpointing/checkpoint_folder.py:to_json": "text that the same line wrote",
+    "mm_moslora/utils/package_requirements.py:_all": "the pyproject.toml of this package",
+    "mm_moslora/data/sources/json_scan.py:__init__": "finds where values end; `parse_json` reads them",
+    "mm_moslora/data/sources/json_scan.py:value": "finds where values end; `parse_json` reads them",
+    "mm_moslora/models/import_xtuner.py:_arguments": "literals of a syntax tree",
+}
+
+
+def parsers(path: Path) -> list[str]:
+    """Calls of a module that parse a text, by the function they stand in."""
+    found = []
+
+    def walk(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.Attribute | ast.ImportFrom | ast.Call) and _parses(node):
+            found.append(f"{path.relative_to(CHECKOUT)}:{function}")
+        for child in ast.iter_child_nodes(node):
+            walk(child, function)
+
+    walk(ast.parse(path.read_text()), "")
+    return found
+
+
+def _parses(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):  # of a reply
+        return isinstance(node.func, ast.Attribute) and node.func.attr == "json"
+    if isinstance(node, ast.ImportFrom):
+        return any(name.name in PARSERS.get(node.module or "-", ()) for name in node.names)
+    if not isinstance(node, ast.Attribute):
+        return False
+    owner = node.value.id if isinstance(node.value, ast.Name) else "-"
+    return node.attr in PARSERS[""] or node.attr in PARSERS.get(owner, ())
+
+
+@pytest.mark.parametrize(
+    ("code", "parses"),
+    [
+        ("json.loads(t)", True), ("json.load(f)", True), ("from json import loads", True), ("map(json.loads, t)", True),
+        ("yaml.load(t, Loader=L)", True), ("yaml.safe_load(t)", True), ("tomllib.load(f)", True),
+        ("d.raw_decode(t)", True), ("reply.json()", True), ("json.dumps(t)", False), ("yaml.safe_dump(t)", False),
+        ("torch.load(f)", False), ("from json import dumps", False),
+    ],
+)  # fmt: skip
+def test_parsers_are_recognised(code: str, parses: bool) -> None:
+    assert any(_parses(node) for node in ast.walk(ast.parse(code))) is parses
+
+
+def test_no_other_module_parses_what_it_did_not_write() -> None:
+    packages = (CHECKOUT / "mm_moslora", CHECKOUT / "eval" / "mm_moslora_eval")
+    modules = [path for package in packages for path in package.rglob("*.py")]
+    found = {place for path in modules for place in parsers(path) if str(path.relative_to(CHECKOUT)) != DOOR}
+    assert sorted(found - ALLOWED.keys()) == [], f"read JSON, YAML and TOML through {DOOR}"
+    assert sorted(ALLOWED.keys() - found) == [], "these parse nothing any more: take them off the list"
+
+
+def test_what_python_writes_is_read_back() -> None:
+    data = {"a": [1, -2.5e-300, None, True, "ä\u2028\n"], "b": {"c": {}}, "n": 10**299}
+    assert parse_json(json.dumps(data)) == data
+    assert parse_json(json.dumps(data, ensure_ascii=False).encode()) == data
