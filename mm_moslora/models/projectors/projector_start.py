@@ -94,12 +94,14 @@ def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *
     if not rows:
         return None
     mean_x, mean_y = moments.x / rows, moments.y / rows
-    varying = moments.xx / rows - torch.outer(mean_x, mean_x)
+    varying = moments.xx.div_(rows).addr_(mean_x, mean_x, alpha=-1)  # in place: folded patches are wide
     together = moments.xy / rows - torch.outer(mean_x, mean_y)
     variance = float(moments.yy / rows - mean_y.pow(2).sum())
     ridge = len(mean_x) / pictures  # the fewer pictures there are for a dimension, the less its slope is known
-    ridged = varying + torch.diag(ridge * varying.diagonal() + 1e-9 * varying.diagonal().mean() + 1e-12)
-    weight = torch.linalg.solve(ridged, together).T
+    variances = varying.diagonal().clone()
+    varying.diagonal().add_(ridge * variances + 1e-9 * variances.mean() + 1e-12)
+    weight = torch.linalg.solve(varying, together).T
+    varying.diagonal().copy_(variances)
     fitted = float(((weight @ varying) * weight).sum())
     if min(fitted, variance) < 1e-12:
         return None
@@ -120,8 +122,8 @@ def _write(layers: Sequence[nn.Linear], weight: Tensor, mean: Tensor, covariance
     """
     if len(layers) > 1:
         variances, directions = torch.linalg.eigh(covariance)
-        widest = min(layer.out_features for layer in layers[:-1]) // 2
-        kept = min(widest, int((variances > 1e-6 * variances[-1]).sum()))
+        room = min(layer.out_features for layer in layers[:-1]) // 2
+        kept = min(room, int((variances > 1e-6 * variances[-1]).sum()))
         out, spread = directions[:, -kept:], variances[-kept:].sqrt()
         weight = (out / spread).T @ weight
         signs = torch.cat([torch.eye(kept), -torch.eye(kept)]).to(weight)
