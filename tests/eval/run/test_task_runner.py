@@ -81,7 +81,7 @@ def test_progress_counts_answers_without_looking_through_all_items(
             path = write_questions(tmp_path / str(count), count=count)
             evaluate(
                 FakeModel(fail_on=fail_on), task_of(path), tmp_path / f"run-{count}", modes=("own",), baselines=(),
-                settings=ONE, progress=lambda done, total: seen.append((done, total)),
+                settings=ONE, progress=lambda _, done, total: seen.append((done, total)),
             )  # fmt: skip
         counts.append(len(looked))
         assert {total for _, total in seen} == {count}
