@@ -33,7 +33,7 @@ from mm_moslora.training.metrics.mixer_metrics import (
     write_mixers,
 )
 from mm_moslora.training.precision import resolve_precision, run_arithmetic
-from mm_moslora.training.run_logging import peak_memory_gib
+from mm_moslora.training.run_logging import only_measuring, peak_memory_gib
 from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -256,8 +256,10 @@ class _Session:
         state = self.checkpoints.state()
         if not distributed.is_main():
             return []
-        reports = adapter_reports(self.parts, state)
-        self.trackers.log(adapter_metrics(reports), self.run.step)
+        reports: list[ModuleReport] = []
+        with only_measuring("The adapter"):
+            reports = adapter_reports(self.parts, state)
+            self.trackers.log(adapter_metrics(reports), self.run.step)
         return reports
 
     def _finish(self) -> None:

@@ -164,7 +164,7 @@ def _check_restored(run: Run, taken: Snapshot) -> None:
     changed = [
         name
         for name, value in state.items()
-        if distributed.is_main() and not torch.equal(value, taken.weights[name.removeprefix("model.")])
+        if distributed.is_main() and not torch.equal(value, taken.weights[name])
     ]
     with distributed.failing_together("Reading a checkpoint back"):
         if changed:

@@ -16,7 +16,7 @@ from ranks import train_recipes
 
 from mm_moslora.config import load_recipe
 from mm_moslora.tracking import Trackers
-from mm_moslora.training import run_setup, snapshot, training_loop
+from mm_moslora.training import run_logging, run_setup, snapshot, training_loop
 from mm_moslora.training.engine import Engine
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.utils import distributed
@@ -37,6 +37,16 @@ def poison(rank: str, step: str, *recipes: str) -> int:
         real(self, batches, first=first)
 
     training_loop._Loop._step = poisoned_step
+    return train_recipes(list(recipes))
+
+
+def failing_measures(*recipes: str) -> int:
+    """What the adapter learned cannot be measured."""
+
+    def failing(*_):
+        raise IndexError("out of range")
+
+    run_logging.adapter_reports = failing
     return train_recipes(list(recipes))
 
 
