@@ -29,6 +29,7 @@ from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import find_resume, restore, stage_before
 from mm_moslora.training.run_logging import RunLog
 from mm_moslora.training.snapshot import Snapshot, snapshot
+from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
@@ -98,7 +99,9 @@ def train(
         keep_freed_memory()
     folder = Path(recipe.train.output)
     watchdog = Watchdog(folder)
-    # Hosts may have other files and other libraries.
+    # Hosts may have other recipes, other files and other libraries.
+    with watchdog.blaming():
+        agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
     with watchdog.blaming(), distributed.failing_together("Checking the recipe"):
         _check(recipe, resume, measure)
     # Each waits for the other ranks, so each may find that one is gone; the inner `blaming` words the recorded end.
@@ -118,6 +121,7 @@ def train(
             check_libraries(recipe, fresh=found is None)
         run = run_setup.prepare(recipe, checkpoint=found[0] if found else None)
         try:
+            agree_on_data(run.identity())
             if found is not None:
                 restore(run, *found)
             loop = _Loop(

@@ -19,6 +19,7 @@ from mm_moslora.tracking import Trackers
 from mm_moslora.training import run_logging, run_setup, snapshot, training_loop
 from mm_moslora.training.engine import Engine
 from mm_moslora.training.image_dependence import ImageCheck
+from mm_moslora.training.supervision import rank_agreement
 from mm_moslora.utils import distributed
 
 
@@ -47,6 +48,19 @@ def failing_measures(*recipes: str) -> int:
         raise IndexError("out of range")
 
     run_logging.adapter_reports = failing
+    return train_recipes(list(recipes))
+
+
+def each_its_own(*recipes: str) -> int:
+    """Every rank trains another recipe."""
+    return train_recipes([recipes[distributed.rank()]])
+
+
+def other_version(*recipes: str) -> int:
+    """The second rank has another PEFT."""
+    real = rank_agreement.installed_version
+    if distributed.rank() == 1:
+        rank_agreement.installed_version = lambda name: "0.1.0" if name == "peft" else real(name)
     return train_recipes(list(recipes))
 
 

@@ -69,7 +69,7 @@ def _whole(state: Mapping[str, Tensor], held: Tensor, *names: str) -> Tensor:
     """A tensor of the state under one of its names; one that a layer holds and does not train, as it is."""
     found = next((state[name] for name in names if name in state), None)
     if found is None and held.requires_grad:
-        raise AdapterError(f"The state to measure lacks {' and '.join(names)}, which trains; it has {len(state)} others.")
+        raise AdapterError(f"The state to measure lacks {' and '.join(names)}, which trains.")
     return held if found is None else found
 
 
