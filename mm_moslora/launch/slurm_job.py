@@ -102,7 +102,7 @@ class Job:
         if not nodes:
             raise ConfigError(f"scontrol names no host for SLURM_JOB_NODELIST {self.node_list!r}; see the line above.")
         draw = random.SystemRandom()
-        port = draw.randrange(20000, 32768)  # below the ephemeral ports of Linux
+        port = draw.randrange(20000, 30000)  # below the ephemeral ports of Linux
         name = f"{self.number}-{self.restarts}-{os.getpid()}-{draw.getrandbits(32):08x}"
         return [
             "--nnodes", str(self.nodes), "--rdzv_backend", "c10d", "--rdzv_id", name,
@@ -157,7 +157,7 @@ def step_tasks(environment: Mapping[str, str]) -> int:
     Args:
         environment: of the process.
     """
-    if not environment.get("SLURM_STEP_ID") or whole_number(environment, "SLURM_STEP_ID", 0) >= _NO_STEP:
+    if whole_number(environment, "SLURM_STEP_ID", _NO_STEP, most=2**32 - 1) >= _NO_STEP:
         return 0
     return whole_number(environment, "SLURM_STEP_NUM_TASKS", 1, least=1)
 

@@ -161,8 +161,11 @@ class RunLog:
         """Write `summary.json` into the run folder, for the report."""
         self.note_memory()
         self.clock.tick()
-        if not distributed.is_main():
-            return
+        if distributed.is_main():
+            with only_measuring("The summary"):
+                self._write_summary()
+
+    def _write_summary(self) -> None:
         run, counters = self.run, self.run.counters
         data: dict[str, Any] = dict(run.training_set.statistics())
         if counters.get("tokens"):

@@ -218,5 +218,5 @@ def test_a_launch_in_a_step_of_one_task_runs_and_in_one_of_several_is_refused(
         assert over(cluster, job, log) == "COMPLETED", said(log)
     assert "runs in a step of 2 tasks, and each would start all ranks" in log.read_text()
     assert "SLURM_STEP_NUM_TASKS is 2, but RANK is not set, so this process would train alone" in log.read_text()
-    assert log.read_text().count("code 1") == 2
+    assert log.read_text().splitlines().count("code 1") == 2
     assert steps(tmp_path / "run") == 4

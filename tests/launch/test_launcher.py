@@ -168,7 +168,7 @@ def test_a_slurm_job_goes_through_srun(slurm_tools):
         f"--job-name=mm-moslora-{os.getpid()} --cpus-per-task=64 "
     )
     assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3-" in words
-    assert " --rdzv_endpoint node-7:2" in words or " --rdzv_endpoint node-7:3" in words
+    assert " --rdzv_endpoint node-7:2" in words
     assert "--overlap" not in words
     assert Job.current({}) is None
 
