@@ -35,7 +35,7 @@ from mm_moslora.compare.run_processes import Ended, RunProcesses, slots
 from mm_moslora.compare.sequential_looks import FILE, LookState, read_state
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
-from mm_moslora.models.model_paths import base_fingerprints
+from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import held
@@ -142,7 +142,7 @@ class Comparison:
         """Fingerprints of the base model and of the training data; before the split is made, of its sources."""
         data = self._given.data
         parts = {"train": data.train, "validation": data.held_out}
-        return base_fingerprints(self._given.model) | {
+        return trained_on(self._given.model)[CONTENTS] | {
             f"data.{part} {number}": open_source(source).fingerprint()
             for part, sources in parts.items()
             for number, source in enumerate(sources, start=1)
@@ -161,7 +161,8 @@ class Comparison:
                     f"{self.folder} has format {found.get('format')!r}, this version reads {own['format']}. "
                     "Choose another --output."
                 )
-            self._refuse_changed_data(found.get("data") or {}, checksums)
+            before = found.get("data") or {}  # which may have the fingerprints of an earlier version
+            self._refuse_changed_data(before, dict(checksums) | same_parts(self._given.model, before))
             changed = [key for key, value in own.items() if key != "data" and found.get(key) != value]
             if changed:
                 key = changed[0]

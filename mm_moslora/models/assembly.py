@@ -28,6 +28,7 @@ from transformers import (
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import ModelConfig, Thinking, VisionConfig
+from mm_moslora.config.llava_chat_templates import note_thinking
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
 from mm_moslora.models.model_sizes import few_layers, sizes_of
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pretrained_vlm, pretrained_image_token
@@ -71,13 +72,21 @@ class Parts:
     base: dict[str, Any] = field(default_factory=dict)
     """Where the base came from, for the adapter folder."""
     thinking: Thinking = "auto"
-    """The recipe's `model.thinking`."""
+    """The recipe's `model.thinking`; of a trained model, the form in which it is asked."""
     changed: bool = False
     """Whether weights besides the adapter are other ones than `base` names."""
 
     def __post_init__(self) -> None:
         if self.image_token_id is None and self.model is not None and is_multimodal(self.model):
             self.image_token_id = self.model.config.image_token_id
+        self.ask(self.thinking)
+
+    def ask(self, thinking: Thinking) -> None:
+        """Choose the form in which the model is asked; chat templates record it, so that every export holds it."""
+        self.thinking = thinking
+        for owner in (self.tokenizer, self.processor) if thinking == "always" else ():
+            if isinstance(getattr(owner, "chat_template", None), str):
+                owner.chat_template = note_thinking(owner.chat_template)
 
     @property
     def template_processor(self) -> Any:

@@ -26,7 +26,7 @@ from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
-from mm_moslora.training.resume import find_resume, restore, stage_before
+from mm_moslora.training.resume import continued, find_resume, restore
 from mm_moslora.training.run_logging import RunLog
 from mm_moslora.training.snapshot import Snapshot, snapshot
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
@@ -115,8 +115,7 @@ def train(
     ):
         run_setup.seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
-        before = None if found is None else stage_before(found[1])
-        recipe = recipe.for_ranks(distributed.world_size(), before=before)
+        recipe = recipe.for_ranks(distributed.world_size()) if found is None else continued(recipe, found[1])
         with distributed.failing_together("Checking the recipe"):
             check_libraries(recipe, fresh=found is None)
         run = run_setup.prepare(recipe, checkpoint=found[0] if found else None)
