@@ -67,6 +67,17 @@ def absolute(data: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def may_differ_by_host(key: str, value: object) -> bool:
+    """Whether a key names a place, such as a copy on a local disk; a model's name elsewhere is no place.
+
+    Args:
+        key: dotted.
+        value: of a resolved recipe.
+    """
+    here = isinstance(value, str) and (value.startswith("~") or os.path.isabs(value) or Path(value).exists())
+    return here if key in _MODELS else any(fnmatchcase(key, path) for path in (*_PATHS, _TASKS))
+
+
 def _start_of_run(data: Mapping[str, Any], folder: Path) -> Path | None:
     """The working directory of the run to which a resolved recipe in a run or checkpoint folder belongs."""
     train = data.get("train")

@@ -204,6 +204,15 @@ class TrainingSet:
         parts = (self.lengths, self.has_image, self.words, usable, weights)
         return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
 
+    def identity(self, key: str) -> dict[str, object]:
+        """What must be the same on every rank, by name, wherever the files lie.
+
+        Args:
+            key: of the sources in the recipe.
+        """
+        found = {f"the number of records of {key}": len(self), f"the fingerprint of {key}": self.fingerprint[:12]}
+        return found | {f"the content of {key}.{index}": file.content()[:12] for index, file in enumerate(self.files)}
+
     def statistics(self) -> dict[str, float]:
         """Counts for a report: records, those that cannot be used, those with pictures, and tokens per record.
 

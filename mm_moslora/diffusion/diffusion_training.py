@@ -33,8 +33,9 @@ from mm_moslora.training.metrics.mixer_metrics import (
     write_mixers,
 )
 from mm_moslora.training.precision import resolve_precision, run_arithmetic
-from mm_moslora.training.run_logging import peak_memory_gib
+from mm_moslora.training.run_logging import only_measuring, peak_memory_gib
 from mm_moslora.training.run_setup import exclusive
+from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed, files
@@ -77,6 +78,7 @@ def train_diffusion(
     if recipe.optim.optimizer == "adamw_8bit" and not is_installed("bitsandbytes"):
         raise ConfigError(f"optim.optimizer is adamw_8bit, which needs: {install_command('bitsandbytes')}")
     distributed.join()
+    agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
     folder = Path(recipe.train.output)
     with (
         run_arithmetic(deterministic=recipe.train.deterministic),
@@ -85,6 +87,7 @@ def train_diffusion(
     ):
         found = find_resume(recipe, folder, resume)
         run = prepare(recipe, folder, precision, class_digest=found[1].base.get(CLASS_PICTURES) if found else None)
+        agree_on_data({"the fingerprint of data.pictures": run.data[:12]})
         session = _Session(run, build_trackers(recipe.track), found, stop or StopRequest())
         ending.begun = True
         result = session.go(stop_at)
@@ -256,8 +259,10 @@ class _Session:
         state = self.checkpoints.state()
         if not distributed.is_main():
             return []
-        reports = adapter_reports(self.parts, state)
-        self.trackers.log(adapter_metrics(reports), self.run.step)
+        reports: list[ModuleReport] = []
+        with only_measuring("The adapter"):
+            reports = adapter_reports(self.parts, state)
+            self.trackers.log(adapter_metrics(reports), self.run.step)
         return reports
 
     def _finish(self) -> None:

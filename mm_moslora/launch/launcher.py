@@ -20,7 +20,7 @@ from pathlib import Path
 from mm_moslora.launch.child_processes import Ended, child_environment, kill_tree, run_and_hand_on, terminate
 from mm_moslora.launch.host_file import DEEPSPEED_ENV_FILE, exported_lines
 from mm_moslora.launch.rank_logs import LOG_FOLDER
-from mm_moslora.launch.slurm_job import Requeue
+from mm_moslora.launch.slurm_job import Requeue, step_environment
 from mm_moslora.launch.topology import Topology, command
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import discard, read_json, refuse_strangers, replace_json, replace_text
@@ -129,6 +129,7 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
         tell = end_deepspeed
         environment = {"OMP_NUM_THREADS": "1"} | environment  # torchrun sets it, too
     elif places.job is not None:
+        environment = step_environment(environment)
         tell, kill = places.job.terminate_step, terminate  # srun kills its step on SIGTERM
     with contextlib.ExitStack() as stack:
         if places.hostfile is not None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,12 @@ _PAUSE = 10.0
 """Seconds between two attempts. All attempts end well before a time limit that is announced 300 seconds earlier."""
 _PATIENCE = 30.0
 """Timeout of one SLURM command, seconds."""
+_NO_STEP = 0xFFFF_0000
+"""Least number of the steps that are none of srun's own: that of the batch script, and the shell of salloc."""
+_TASKS = re.compile(r"SLURM_(NTASKS\w*|NPROCS|TASKS_PER_NODE|CPUS_PER_TASK|TRES_PER_TASK)")
+"""Variables of a job's tasks, which srun would take for those of a step."""
+_CHANGES_NODES = re.compile(r"-[NnwxrF]\S*|--(nodes|ntasks|ntasks-per-\w+|nodelist|nodefile|exclude|relative)(=.*)?")
+"""Options of srun that choose nodes or tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +52,12 @@ class Job:
     """Names of its nodes, as `scontrol show hostnames` takes them."""
     restarts: int
     """Number of its restarts."""
-    cpus_per_task: str | None = None
-    """CPUs of each task; older versions of srun do not inherit them from the job."""
+    cpus_per_node: int | None = None
+    """CPUs of the job's tasks on each node; older versions of srun do not inherit them from the job."""
     gpus_on_node: int | None = None
     """GPUs of the job on this node."""
+    tasks_here: int = 0
+    """Tasks of the step that this process is one of; 0: it is in no step, as a batch script is."""
 
     @classmethod
     def current(cls, environment: Mapping[str, str]) -> Job | None:
@@ -60,8 +70,9 @@ class Job:
             nodes=whole_number(environment, "SLURM_JOB_NUM_NODES", 1, least=1),
             node_list=environment.get("SLURM_JOB_NODELIST", ""),
             restarts=whole_number(environment, "SLURM_RESTART_COUNT", 0),
-            cpus_per_task=environment.get("SLURM_CPUS_PER_TASK"),
+            cpus_per_node=_cpus(environment),
             gpus_on_node=int(gpus) if gpus.isdecimal() and int(gpus) else None,
+            tasks_here=step_tasks(environment),
         )
 
     @property
@@ -70,18 +81,31 @@ class Job:
         return f"mm-moslora-{os.getpid()}"
 
     def srun(self) -> list[str]:
-        """The srun prefix that runs a command once on every node of the job."""
-        words = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", f"--job-name={self.step_name}"]
-        return words + ([f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else [])
+        """The srun prefix that runs a command once on every node of the job.
+
+        Raises:
+            ConfigError: each of several tasks would start it.
+        """
+        if self.tasks_here > 1:
+            raise ConfigError(
+                f"mm-moslora launch runs in a step of {self.tasks_here} tasks, and each would start all ranks. Call it "
+                "once: in the batch script without srun, or in a step of one task (srun --ntasks=1 --pty bash)."
+            )
+        words = ["srun", f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1"]
+        words += ["--kill-on-bad-exit=1", f"--job-name={self.step_name}"]
+        words += ["--overlap"] if self.tasks_here else []  # else it would wait for the CPUs of its own step
+        return words + ([f"--cpus-per-task={self.cpus_per_node}"] if self.cpus_per_node else [])
 
     def rendezvous(self) -> list[str]:
-        """torchrun's rendezvous options."""
+        """torchrun's rendezvous options; no two launches of a job share a port or an id."""
         nodes = _answer("scontrol", "show", "hostnames", self.node_list)
         if not nodes:
             raise ConfigError(f"scontrol names no host for SLURM_JOB_NODELIST {self.node_list!r}; see the line above.")
-        port = 20000 + self.number % 10000  # below the ephemeral ports of Linux, which start at 32768
+        draw = random.SystemRandom()
+        port = draw.randrange(20000, 30000)  # below the ephemeral ports of Linux
+        name = f"{self.number}-{self.restarts}-{os.getpid()}-{draw.getrandbits(32):08x}"
         return [
-            "--nnodes", str(self.nodes), "--rdzv_backend", "c10d", "--rdzv_id", f"{self.number}-{self.restarts}",
+            "--nnodes", str(self.nodes), "--rdzv_backend", "c10d", "--rdzv_id", name,
             "--rdzv_endpoint", f"{nodes.split()[0]}:{port}",
         ]  # fmt: skip
 
@@ -118,6 +142,42 @@ class Job:
             return _answer("scancel", "--signal=TERM", step) is not None
         terminate(srun)
         return True
+
+
+def _cpus(environment: Mapping[str, str]) -> int | None:
+    """CPUs of a node's tasks together: the one task of a step has those of all tasks that the job asked for."""
+    each = whole_number(environment, "SLURM_CPUS_PER_TASK", 0)
+    tasks = re.match(r"\d+", environment.get("SLURM_TASKS_PER_NODE", ""))
+    return each * max(1, int(tasks[0]) if tasks else 1) or None
+
+
+def step_tasks(environment: Mapping[str, str]) -> int:
+    """Number of tasks of srun's step that a process is in; 0 in a batch script, a shell of salloc, and outside a job.
+
+    Args:
+        environment: of the process.
+    """
+    if whole_number(environment, "SLURM_STEP_ID", _NO_STEP, most=2**32 - 1) >= _NO_STEP:
+        return 0
+    return whole_number(environment, "SLURM_STEP_NUM_TASKS", 1, least=1)
+
+
+def refuse_options(words: Sequence[str]) -> None:
+    """Refuse options of srun that choose the nodes or the tasks of a step: torchrun waits for every node of the job.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if wrong := [word for word in words if _CHANGES_NODES.fullmatch(word)]:
+        raise ConfigError(
+            f"--srun {wrong[0]} changes the nodes or the tasks of the step, which has one task on every node of the "
+            "job. Leave it out, and submit a job of its own for each training."
+        )
+
+
+def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the numbers of tasks, which srun would inherit from the job."""
+    return {name: value for name, value in environment.items() if not _TASKS.fullmatch(name)}
 
 
 def _squeue(*options: str) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_moslora.launch.child_processes import python_words
-from mm_moslora.launch.slurm_job import Job
+from mm_moslora.launch.slurm_job import Job, refuse_options
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
 
@@ -65,6 +65,7 @@ class Topology:
             raise ConfigError(f"--nnodes is {self.nnodes}, but no --rdzv HOST:PORT is given. Give --rdzv, too.")
         if self.srun and self.job is None:
             raise ConfigError("--srun is for SLURM jobs, but SLURM_JOB_ID or srun is missing here. Leave it out.")
+        refuse_options(self.srun)
         self._check_deepspeed()
 
     def _check_deepspeed(self) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from mm_moslora.planning.doctor import Finding, mixed_cards
+from mm_moslora.training.supervision import rank_agreement
+from mm_moslora.training.supervision.rank_agreement import grouped, spans
 from mm_moslora.utils import distributed
-from mm_moslora.utils.package_requirements import installed_version
 
-SAME = ("mm-moslora", "torch", "transformers", "peft", "deepspeed", "safetensors")
-"""Packages whose versions must agree."""
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _LOOPBACK = ("127.", "::1")
 _MOST_CLOCK_OFFSET = 2.0
@@ -53,9 +49,7 @@ def facts_of_this_rank() -> RankFacts:
     """Read them."""
     import torch
 
-    software = {name: installed_version(name) or "not installed" for name in SAME}
-    software |= {"Python": platform.python_version(), "code": _code()}
-    card, memory = "CPU", 0.0
+    software, card, memory = rank_agreement.software(), "CPU", 0.0
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(distributed.device())
         card, memory = properties.name, properties.total_memory / 2**30
@@ -65,17 +59,6 @@ def facts_of_this_rank() -> RankFacts:
         address=_own_address(), interfaces=_interfaces(),
         chosen={name: os.environ[name] for name in INTERFACE_VARIABLES if os.environ.get(name)},
     )  # fmt: skip
-
-
-def _code() -> str:
-    """A short hash over this package's Python files: checkouts of one version may differ."""
-    import mm_moslora
-
-    found = hashlib.sha256()
-    folder = Path(mm_moslora.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def _own_address() -> str:
@@ -110,7 +93,7 @@ def differences(facts: Sequence[RankFacts]) -> Iterator[Finding]:
     yield Finding(name="ranks", status="ok", detail=f"{len(facts)}: {text}")
     yield from _software(facts)
     cards = {item.card: item.memory_gib for item in facts}
-    detail = _groups({item.rank: item.card for item in facts}, facts) if len(cards) > 1 else next(iter(cards))
+    detail = grouped({item.rank: item.card for item in facts}, _hosts(facts)) if len(cards) > 1 else next(iter(cards))
     yield mixed_cards(list(cards), detail)
     if faults := list(network_faults(facts)):
         yield from faults
@@ -134,19 +117,11 @@ def _software(facts: Sequence[RankFacts]) -> Iterator[Finding]:
     for name in wrong:
         versions = {item.rank: item.software.get(name, "none") for item in facts}
         yield Finding(
-            name=f"{name} of the ranks", status="bad", detail=_groups(versions, facts),
+            name=f"{name} of the ranks", status="bad", detail=grouped(versions, _hosts(facts)),
             remedy="Give all hosts the same environment: on a shared file system, or by one container image.",
         )  # fmt: skip
     if not wrong:
         yield Finding(name="software", status="ok", detail=f"the same on all ranks: {', '.join(names)}")
-
-
-def _groups(values: Mapping[int, str], facts: Sequence[RankFacts]) -> str:
-    """`2.13.0 on ranks 0-3 (host-a); 2.11.0 on rank 4 (host-b)`."""
-    ranks = defaultdict(list)
-    for rank, value in values.items():
-        ranks[value].append(rank)
-    return "; ".join(f"{value} on {named(found, facts)}" for value, found in ranks.items())
 
 
 def network_faults(facts: Sequence[RankFacts]) -> Iterator[Finding]:
@@ -190,17 +165,8 @@ def _listed(interfaces: Mapping[str, Sequence[str]]) -> str:
 
 def named(ranks: Iterable[int], facts: Sequence[RankFacts]) -> str:
     """`rank 4 (host-b)`, `ranks 0-3 (host-a, host-b)`."""
-    ranks = list(ranks)
-    hosts = dict.fromkeys(item.host for item in facts if item.rank in ranks)
-    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)} ({', '.join(hosts)})"
+    return rank_agreement.named(ranks, _hosts(facts))
 
 
-def spans(ranks: Iterable[int]) -> str:
-    """`0-3, 6`."""
-    found: list[list[int]] = []
-    for rank in sorted(ranks):
-        if found and rank == found[-1][1] + 1:
-            found[-1][1] = rank
-        else:
-            found.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+def _hosts(facts: Sequence[RankFacts]) -> dict[int, str]:
+    return {item.rank: item.host for item in facts}

@@ -19,7 +19,8 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from mm_moslora.planning.rank_facts import RankFacts, named, network_faults, spans
+from mm_moslora.planning.rank_facts import RankFacts, named, network_faults
+from mm_moslora.training.supervision.rank_agreement import spans
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError
 from mm_moslora.utils.untrusted_data import parse_json

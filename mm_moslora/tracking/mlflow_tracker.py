@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
 ID_FILE = "mlflow_id.txt"
 _LONGEST_VALUE = 500
 """Maximum characters of a parameter."""
+_MOST_PARAMS = 100
+"""Maximum parameters in a request."""
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}  # fmt: skip
+"""Defaults of this process: the ranks wait while a server does not answer."""
 
 
 class MlflowTracker:
@@ -40,11 +47,15 @@ class MlflowTracker:
         self._labels = labels
         self._client: Any = None
         self._run = ""
+        self._until = -1
+        self._there: dict[str, set[int]] = {}
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
         """See `Tracker.start`. A resumed run continues the same MLflow run."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
+        from mlflow.entities import Param
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve() / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
@@ -52,6 +63,7 @@ class MlflowTracker:
         if resume_step is not None and id_file.is_file():
             self._run = id_file.read_text(encoding="utf-8").strip()
             self._client.update_run(self._run, status="RUNNING")
+            self._until = max(self._steps_of(namespaced("loss")), default=-1)
             return
         project = chosen(self._labels.project, "MLFLOW_EXPERIMENT_NAME", "track.project") or PROJECT
         found = self._client.get_experiment_by_name(project)
@@ -62,8 +74,9 @@ class MlflowTracker:
         for key, value in self._tags().items():
             self._client.set_tag(self._run, key, value)
         id_file.write_text(self._run + "\n", encoding="utf-8")
-        for key, value in flat(config).items():
-            self._client.log_param(self._run, key, str(value)[:_LONGEST_VALUE])
+        params = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in flat(config).items()]
+        for first in range(0, len(params), _MOST_PARAMS):
+            self._client.log_batch(self._run, params=params[first : first + _MOST_PARAMS])
 
     def _tags(self) -> dict[str, str]:
         labels = self._labels
@@ -75,9 +88,22 @@ class MlflowTracker:
         self.start(config, run_folder, resume_step=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """See `Tracker.log`."""
-        for name, value in metrics.items():
-            self._client.log_metric(self._run, namespaced(name), float(value), step=step)
+        """See `Tracker.log`. What a killed run logged after its last checkpoint is kept, and not logged again."""
+        from mlflow.entities import Metric
+
+        now, values = int(time.time() * 1000), {namespaced(name): float(value) for name, value in metrics.items()}
+        if step <= self._until:
+            values = {name: value for name, value in values.items() if step not in self._steps_of(name)}
+        if values:  # one transaction or request for all
+            self._client.log_batch(
+                self._run, metrics=[Metric(name, value, now, step) for name, value in values.items()]
+            )
+
+    def _steps_of(self, name: str) -> set[int]:
+        """Steps of a metric that the run had before it was continued."""
+        if name not in self._there:
+            self._there[name] = {metric.step for metric in self._client.get_metric_history(self._run, name)}
+        return self._there[name]
 
     def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
         """See `Tracker.log_samples`."""

@@ -162,9 +162,7 @@ def _largest_step(run: Run) -> int:
 def _check_restored(run: Run, taken: Snapshot) -> None:
     state = run.engine.trainable_state(keep=distributed.is_main())
     changed = [
-        name
-        for name, value in state.items()
-        if distributed.is_main() and not torch.equal(value, taken.weights[name.removeprefix("model.")])
+        name for name, value in state.items() if distributed.is_main() and not torch.equal(value, taken.weights[name])
     ]
     with distributed.failing_together("Reading a checkpoint back"):
         if changed:

@@ -112,7 +112,8 @@ def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
     choice = distributed.from_main(choice)
     if choice is None:
         return None
-    return Path(choice), read_manifest(Path(choice), verify=False)
+    with distributed.failing_together("Reading the checkpoint"):
+        return Path(choice), read_manifest(Path(choice), verify=False)
 
 
 def _choose(run: Path, resume: str) -> tuple[Path, Manifest] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import resource
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,7 +123,8 @@ class RunLog:
             state: parameter name to full fp32 value; on rank 0 only.
         """
         if distributed.is_main() and self._measured_at != self.run.step:
-            self._log_mixers(adapter_reports(self.run.assembly.model, state))
+            with only_measuring("The adapter"):
+                self._log_mixers(adapter_reports(self.run.assembly.model, state))
 
     def _log_mixers(self, reports: Sequence[ModuleReport]) -> None:
         if self._measured_at != self.run.step and (metrics := adapter_metrics(reports)):
@@ -133,9 +135,10 @@ class RunLog:
         """Write and log the adapter's measures at the end."""
         state = self.run.engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
         if distributed.is_main():
-            reports = adapter_reports(self.run.assembly.model, state)
-            self._log_mixers(reports)
-            self.trackers.log_mixers(write_mixers(self.run.folder / "mixers.json", reports), self.run.step)
+            with only_measuring("The adapter"):
+                reports = adapter_reports(self.run.assembly.model, state)
+                self._log_mixers(reports)
+                self.trackers.log_mixers(write_mixers(self.run.folder / "mixers.json", reports), self.run.step)
 
     def note_memory(self) -> None:
         """Count the peak memory over all sessions of the run."""
@@ -158,8 +161,11 @@ class RunLog:
         """Write `summary.json` into the run folder, for the report."""
         self.note_memory()
         self.clock.tick()
-        if not distributed.is_main():
-            return
+        if distributed.is_main():
+            with only_measuring("The summary"):
+                self._write_summary()
+
+    def _write_summary(self) -> None:
         run, counters = self.run, self.run.counters
         data: dict[str, Any] = dict(run.training_set.statistics())
         if counters.get("tokens"):
@@ -175,6 +181,19 @@ class RunLog:
             "memory_gib": counters["memory_gib"], "data": data,
         }  # fmt: skip
         files.replace_json(run.folder / "summary.json", summary)
+
+
+@contextlib.contextmanager
+def only_measuring(what: str) -> Iterator[None]:
+    """A block without collectives that measures; its failure is logged and does not end the run.
+
+    Args:
+        what: the measured thing, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        logger.exception("%s could not be measured (%s: %s). Training continues.", what, type(error).__name__, error)
 
 
 def peak_memory_gib() -> float:

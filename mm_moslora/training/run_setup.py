@@ -147,6 +147,11 @@ class Run:
         """Optimiser steps so far (applied or skipped)."""
         return int(self.counters.get("steps", 0))
 
+    def identity(self) -> dict[str, object]:
+        """What the data is, see `TrainingSet.identity`."""
+        held_out = {} if self.validation_set is None else self.validation_set.identity("data.validation")
+        return self.training_set.identity("data.train") | held_out
+
 
 def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     """Assemble model, data and engine, in this order, and log the trainable parameters.

@@ -77,8 +77,7 @@ def snapshot(run: Run) -> Snapshot:
     Raises:
         CheckpointError: the weights to save differ from the trained ones.
     """
-    state = run.engine.trainable_state(keep=distributed.is_main())
-    weights = {name.removeprefix("model."): value for name, value in state.items()}
+    weights = run.engine.trainable_state(keep=distributed.is_main())
     expected = {name for name, parameter in run.assembly.model.named_parameters() if parameter.requires_grad}
     if set(weights) != expected:
         odd = sorted(set(weights) ^ expected)

@@ -28,7 +28,8 @@ from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import continued, find_resume, restore
 from mm_moslora.training.run_logging import RunLog
-from mm_moslora.training.snapshot import snapshot
+from mm_moslora.training.snapshot import Snapshot, snapshot
+from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
@@ -98,7 +99,9 @@ def train(
         keep_freed_memory()
     folder = Path(recipe.train.output)
     watchdog = Watchdog(folder)
-    # Hosts may have other files and other libraries.
+    # Hosts may have other recipes, other files and other libraries.
+    with watchdog.blaming():
+        agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
     with watchdog.blaming(), distributed.failing_together("Checking the recipe"):
         _check(recipe, resume, measure)
     # Each waits for the other ranks, so each may find that one is gone; the inner `blaming` words the recorded end.
@@ -117,6 +120,7 @@ def train(
             check_libraries(recipe, fresh=found is None)
         run = run_setup.prepare(recipe, checkpoint=found[0] if found else None)
         try:
+            agree_on_data(run.identity())
             if found is not None:
                 restore(run, *found)
             loop = _Loop(
@@ -350,30 +354,27 @@ class _Loop:
         better = bool(train.validate_every) and step % train.validate_every == 0 and self._validate()
         due = bool(train.save_every) and step % train.save_every == 0
         if (due or better) and not self._over:  # the last save comes after the loop
-            self._start_save(measure=due)
+            taken = self._start_save()
+            if due:  # a run has regular saves however often it is stopped
+                self.log.mixers(taken.weights)
 
-    def _start_save(self, *, measure: bool = False) -> None:
-        """Copy the state and start to write it; a failure is counted and does not stop the run at once.
-
-        Args:
-            measure: also log what the adapter learned; in regular saves, which a run has however often it is stopped.
-        """
+    def _start_save(self) -> Snapshot:
+        """Copy the state and start to write it; a failure is counted and does not stop the run at once."""
         self._save_phase()
         if self.saver.pending is not None:
             self._finish_save()
         started = time.monotonic()
         taken = snapshot(self.run)
-        if measure:
-            self.log.mixers(taken.weights)
         try:
             self.saver.start(taken.manifest, taken.write, size=taken.size)
         except CheckpointError as error:
             self._save_failed(error)
-            return
+            return taken
         self.saved_at = self.run.step
         if not self.recipe.train.background_save:
             self._finish_save()
         self.log.extra["save_seconds"] = time.monotonic() - started
+        return taken
 
     def _finish_save(self) -> None:
         self._save_phase()

@@ -24,7 +24,6 @@ from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.record_picture import LocalPicture
-from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.assembly import Parts
@@ -178,8 +177,8 @@ class Validator:
                 break
             try:
                 samples.append(self._answer(held_out, held_out.record(number)))
-            except RecordError as error:
-                logger.warning("No sample answer: %s", error)
+            except Exception as error:  # an illustration ends no run; no other rank waits here
+                logger.warning("No sample answer: %s: %s", type(error).__name__, error)
         self._give_way(heard)
         return samples
 

@@ -31,6 +31,9 @@ T = TypeVar("T")
 BACKEND = "MM_MOSLORA_BACKEND"
 """Environment variable: another backend of torch.distributed, such as `gloo`, with which ranks may share a GPU."""
 
+LONE_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables with the number of processes that srun or mpirun started; none of them sets RANK."""
+
 
 def rank() -> int:
     """This process's global rank; 0 is the main process."""
@@ -87,8 +90,10 @@ def check_launcher() -> None:
 
     Raises:
         ConfigError: a number is none.
-        DistributedError: a variable is missing, or the rank is not below the number of ranks.
+        DistributedError: a variable is missing, or the rank is not below the number of ranks, or a program that sets
+            none of them started several processes.
     """
+    _refuse_lone_tasks()
     remedy = "A launcher sets them all: start the run by one, or unset them."
     if rank() >= world_size():
         raise DistributedError(f"RANK is {rank()} and WORLD_SIZE {world_size()}, but ranks count from 0. {remedy}")
@@ -97,6 +102,24 @@ def check_launcher() -> None:
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise DistributedError(f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set. {remedy}")
     master_port()
+
+
+def _refuse_lone_tasks() -> None:
+    """Refuse one of several processes that would each train by itself. A batch script of SLURM is no such task."""
+    if os.environ.get("RANK") or os.environ.get("WORLD_SIZE"):
+        return
+    found = {name: whole_number(os.environ, name, 1) for name in LONE_TASKS}
+    if whole_number(os.environ, "SLURM_PROCID", 0) > 0:  # the script has the number 0
+        found["SLURM_NTASKS"] = whole_number(os.environ, "SLURM_NTASKS", 1)
+    told = next((f"{name} is {count}" for name, count in found.items() if count > 1), None)
+    if told is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        told = "accelerate launch was asked for several processes"  # it starts one, with an address and no rank
+    if told:
+        raise DistributedError(
+            f"{told}, but RANK is not set, so this process would train alone. Start the ranks by `mm-moslora launch "
+            "RECIPE`, in SLURM by one call in the batch script without srun. For processes that have nothing to do "
+            "with each other, set WORLD_SIZE=1."
+        )
 
 
 def master_port() -> int:

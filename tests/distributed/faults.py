@@ -16,9 +16,10 @@ from ranks import train_recipes
 
 from mm_moslora.config import load_recipe
 from mm_moslora.tracking import Trackers
-from mm_moslora.training import run_setup, snapshot, training_loop
+from mm_moslora.training import run_logging, run_setup, snapshot, training_loop
 from mm_moslora.training.engine import Engine
 from mm_moslora.training.image_dependence import ImageCheck
+from mm_moslora.training.supervision import rank_agreement
 from mm_moslora.utils import distributed
 
 
@@ -37,6 +38,29 @@ def poison(rank: str, step: str, *recipes: str) -> int:
         real(self, batches, first=first)
 
     training_loop._Loop._step = poisoned_step
+    return train_recipes(list(recipes))
+
+
+def failing_measures(*recipes: str) -> int:
+    """What the adapter learned cannot be measured."""
+
+    def failing(*_):
+        raise IndexError("out of range")
+
+    run_logging.adapter_reports = failing
+    return train_recipes(list(recipes))
+
+
+def each_its_own(*recipes: str) -> int:
+    """Every rank trains another recipe."""
+    return train_recipes([recipes[distributed.rank()]])
+
+
+def other_version(*recipes: str) -> int:
+    """The second rank has another PEFT."""
+    real = rank_agreement.installed_version
+    if distributed.rank() == 1:
+        rank_agreement.installed_version = lambda name: "0.1.0" if name == "peft" else real(name)
     return train_recipes(list(recipes))
 
 

@@ -11,8 +11,8 @@ import signal
 import pytest
 from slurm import wait_for
 
-from mm_moslora.planning import rank_facts
 from mm_moslora.planning.distributed_doctor import diagnose_ranks
+from mm_moslora.training.supervision import rank_agreement
 from mm_moslora.utils import distributed
 
 
@@ -20,8 +20,8 @@ def examine(kind: str) -> int:
     """What each rank does."""
     second, limit = os.environ["RANK"] == "1", 60.0
     if kind == "differ" and second:
-        real = rank_facts.installed_version
-        rank_facts.installed_version = lambda name: "5.0.0" if name == "transformers" else real(name)
+        real = rank_agreement.installed_version
+        rank_agreement.installed_version = lambda name: "5.0.0" if name == "transformers" else real(name)
         os.environ["NCCL_SOCKET_IFNAME"] = "nothing"  # which gloo does not read
     if kind == "missing":
         limit = 1.0

@@ -84,7 +84,7 @@ def launches(job: str, *, restarts: int) -> bool:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             words = process.joinpath("cmdline").read_bytes().split(b"\0")
-            started = b"--requeue" in words and b"--block-signal=USR1" not in words
+            started = b"--requeue" in words and b"-c" not in words
             if started and wanted <= set(process.joinpath("environ").read_bytes().split(b"\0")):
                 return True
     return False
@@ -162,3 +162,61 @@ def test_a_preempted_job_saves_and_goes_on(cluster, batch, parts, ranks, monkeyp
     for node in (0, 1):
         assert f"{node}: node {node}, label a b\n" in log.read_text()
         assert logs.joinpath(f"rank-0000{node}.log").read_text().count(f": rank {node} on ") == 2
+
+
+def script(folder: Path, text: str) -> str:
+    """A batch script of somebody's own, with this Python as $PYTHON."""
+    path = folder / "job.sh"
+    path.write_text(f'#!/bin/bash\nlaunch() {{ "$PYTHON" -P -m mm_moslora launch "$@"; }}\n{text}\n')
+    return str(path)
+
+
+def over(cluster: Cluster, job: str, log: Path) -> str:
+    """How a job ended."""
+    running = ("", "PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+    wait_for(lambda: cluster.show(job, "JobState") not in running, lambda: said(log))
+    return cluster.show(job, "JobState")
+
+
+def test_a_job_with_several_tasks_on_a_node_has_one_torchrun_on_each(cluster, batch, parts, monkeypatch, tmp_path):
+    """As users of other trainers write it."""
+    monkeypatch.setenv("NPROC", "1")
+    recipe, log = make_recipe(parts, tmp_path / "run", "zero2", steps=4), tmp_path / "log"
+    tasks = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+    with cluster.job(log, *batch(*tasks), write(recipe)) as job:
+        assert over(cluster, job, log) == "COMPLETED", said(log)
+    assert steps(tmp_path / "run") == 4
+    assert "can't honor" not in log.read_text()
+
+
+def test_two_trainings_in_one_job_are_two_runs(cluster, batch, parts, monkeypatch, tmp_path):
+    monkeypatch.setenv("NPROC", "1")
+    first, second = (
+        write(make_recipe(parts, tmp_path / name, "zero2", steps=4 + 2 * number))
+        for number, name in enumerate(("first", "second"))
+    )
+    text = (
+        f"launch --srun=--overlap {first} & one=$!\nlaunch --srun=--overlap {second} & two=$!\nwait $one && wait $two"
+    )
+    log = tmp_path / "log"
+    words = [word for word in batch("--nodes=2") if word != str(SCRIPT)]
+    with cluster.job(log, *words, script(tmp_path, text)) as job:
+        assert over(cluster, job, log) == "COMPLETED", said(log)
+    assert (steps(tmp_path / "first"), steps(tmp_path / "second")) == (4, 6), said(log)
+
+
+def test_a_launch_in_a_step_of_one_task_runs_and_in_one_of_several_is_refused(
+    cluster, batch, parts, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("NPROC", "1")
+    recipe, log = write(make_recipe(parts, tmp_path / "run", "zero2", steps=4)), tmp_path / "log"
+    call = f'"$PYTHON" -P -m mm_moslora launch {recipe}'
+    alone = f'"$PYTHON" -P -m mm_moslora train {recipe}'
+    text = f"srun -N2 -n2 {call}; echo code $?\nsrun -N2 -n2 {alone}; echo code $?\nsrun -N1 -n1 {call}"
+    words = [word for word in batch("--nodes=2") if word != str(SCRIPT)]
+    with cluster.job(log, *words, script(tmp_path, text)) as job:
+        assert over(cluster, job, log) == "COMPLETED", said(log)
+    assert "runs in a step of 2 tasks, and each would start all ranks" in log.read_text()
+    assert "SLURM_STEP_NUM_TASKS is 2, but RANK is not set, so this process would train alone" in log.read_text()
+    assert log.read_text().splitlines().count("code 1") == 2
+    assert steps(tmp_path / "run") == 4

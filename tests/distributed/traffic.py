@@ -79,7 +79,7 @@ def train_counting(*arguments: str) -> int:
             assert 0 < len(mixers) < len(lora)
             assert {value.is_meta for value in mixers.values()} == {not distributed.is_main()}
             shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.module.named_parameters()}
-            assert all(value.shape == shapes[name] for name, value in mixers.items())
+            assert all(value.shape == shapes[f"model.{name}"] for name, value in mixers.items())
             found[-1] = {
                 "calls": traffic.calls, "bytes": traffic.bytes, "sizes": traffic.sizes, "trainable": trainable,
                 "parameters": whole, "layer": _sharded(layer), "lean_passes": passes["lean"],

@@ -26,7 +26,7 @@ from mm_moslora.launch.topology import Topology, command
 from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision.stop_signals import Stopped
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, DistributedError
 
 
 def joined(places: Topology) -> str:
@@ -163,10 +163,66 @@ def job_of(**environment: str) -> Job:
 
 def test_a_slurm_job_goes_through_srun(slurm_tools):
     words = joined(Topology(nproc=8, job=job_of(SLURM_RESTART_COUNT="3", SLURM_CPUS_PER_TASK="64")))
-    assert words.startswith(f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 --job-name=mm-moslora-{os.getpid()}")
-    assert "--cpus-per-task=64" in words
-    assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3 --rdzv_endpoint node-7:20012" in words
+    assert words.startswith(
+        "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 "
+        f"--job-name=mm-moslora-{os.getpid()} --cpus-per-task=64 "
+    )
+    assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3-" in words
+    assert " --rdzv_endpoint node-7:2" in words
+    assert "--overlap" not in words
     assert Job.current({}) is None
+
+
+def test_two_launches_in_a_slurm_job_do_not_meet(slurm_tools):
+    first, second = (job_of().rendezvous() for _ in range(2))
+    assert first[5] != second[5], "the same id of the rendezvous"
+
+
+def test_the_step_has_one_task_on_each_node_whatever_the_job_has(slurm_tools):
+    job = {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_NPROCS": "16"}
+    words = job_of(**job, SLURM_CPUS_PER_TASK="4").srun()
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=32"} <= {*words}
+    kept = {"SLURM_JOB_ID": "12", "PATH": "/bin"}
+    assert slurm_job.step_environment(job | kept) == kept
+
+
+@pytest.mark.parametrize(
+    "word", ["-N1", "-N", "--nodes=1", "-n2", "--ntasks", "--ntasks-per-node=2", "-wa", "--exclude=a"]
+)
+def test_options_of_srun_that_choose_nodes_or_tasks_are_refused(word, slurm_tools):
+    with pytest.raises(ConfigError, match=f"--srun {word} changes the nodes or the tasks"):
+        Topology(job=job_of(), srun=("--exact", word))
+
+
+def test_a_launch_within_a_step_shares_its_cpus_and_several_tasks_may_not_launch(slurm_tools):
+    assert "--overlap" in job_of(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="1").srun()
+    assert "--overlap" not in job_of(SLURM_STEP_ID=str(0xFFFF_FFFA)).srun(), "the shell of salloc"
+    with pytest.raises(ConfigError, match="a step of 2 tasks, and each would start all ranks"):
+        job_of(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2").srun()
+
+
+LONE = [
+    {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+    {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "2"}, {"MV2_COMM_WORLD_SIZE": "2"},
+    {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", LONE)
+def test_one_of_several_processes_without_a_rank_does_not_train_alone(given, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match="would train alone"):
+        distributed.check_launcher()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    distributed.check_launcher()
+
+
+@pytest.mark.parametrize("given", [{"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {"OMPI_COMM_WORLD_SIZE": "1"}])
+def test_a_batch_script_and_a_single_task_train(given, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    distributed.check_launcher()
 
 
 def test_nodes_of_a_slurm_job_count_their_own_gpus(slurm_tools, monkeypatch):

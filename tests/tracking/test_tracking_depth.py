@@ -169,6 +169,34 @@ def test_mlflow_api_gives_it_back_and_a_resume_goes_on_in_the_same_run(
     no_secret_below(tmp_path / "run")
 
 
+@needs("mlflow")
+def test_mlflow_has_each_step_once_after_a_kill_and_one_request_for_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    calls, real = [], MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *args, **more: (calls.append(more), real(*args, **more)))
+    monkeypatch.setattr(MlflowClient, "log_metric", lambda *_, **__: pytest.fail("a request for each metric"))
+    (tmp_path / "run").mkdir()
+    config = {"keys": {f"k{index}": index for index in range(140)}}
+    for resume_step, steps in ((None, range(1, 9)), (5, range(6, 11))):  # killed at step 8, without `finish`
+        trackers = build_trackers(TrackConfig(trackers=["mlflow"], project="tests"), active=True)
+        trackers.start(config, tmp_path / "run", resume_step=resume_step)
+        calls.clear()
+        for step in steps:
+            late = {"validation_loss": 1.0} if step == 8 and resume_step else {}
+            trackers.log({"loss": 1 / step, "grad_norm": 2.0} | late, step)
+        assert len(calls) == len(steps) - (2 if resume_step else 0)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    for name in ("train/loss", "train/grad_norm"):
+        assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [*range(1, 11)]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "validation/loss")] == [8]
+    assert run.data.params["keys.k139"] == "139"
+
+
 @needs("trackio")
 def test_trackio_gives_it_back(tmp_path: Path, sample: Sample, adapter: Path) -> None:
     """In a process of its own: trackio reads its folder from the environment once."""

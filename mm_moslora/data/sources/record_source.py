@@ -51,6 +51,10 @@ class RecordSource(ABC):
     def fingerprint(self) -> str:
         """A hash that changes with the source's texts; computing it may read them all."""
 
+    def content(self) -> str:
+        """A hash that copies in other places share; empty where none is known."""
+        return ""
+
     def where(self, row: int) -> Where:
         """The place of a record, for messages."""
         return Where(file=self.path, line=None, row=row)
@@ -118,6 +122,8 @@ class RecordFile(RecordSource):
         with opened(self.path, most=None) as stream:
             return sha256_of(stream)
 
+    content = fingerprint
+
 
 class Selection(RecordSource):
     """Some rows of a source.
@@ -146,6 +152,10 @@ class Selection(RecordSource):
         """A hash of the whole source and the chosen rows."""
         choice = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
         return f"{self.source.fingerprint()}-{choice[:16]}"
+
+    def content(self) -> str:
+        """See `RecordSource.content`."""
+        return self.source.content()
 
 
 def require_file(path: Path) -> None:

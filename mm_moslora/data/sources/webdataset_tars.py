@@ -88,6 +88,10 @@ class TarSource(RecordSource):
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
+    def content(self) -> str:
+        """A hash of names and sizes of the tar files."""
+        return hashlib.sha256(repr([(path.name, path.stat().st_size) for path in self.files]).encode()).hexdigest()
+
     def _with_shown(self, value: dict[str, Any], shown: dict[str, StoredPicture], key: str) -> dict[str, Any]:
         """The object with names of members replaced by the members; without names it gets all members of its record."""
         value = {"id": key, **value}

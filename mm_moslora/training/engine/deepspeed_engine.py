@@ -160,7 +160,7 @@ class DeepSpeedEngine(Engine):
         gradients = [p.grad.float() for _, p in self._named_trainable() if p.grad is not None]
         return nn.utils.get_total_norm(gradients).double().to(self.device)
 
-    def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
+    def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:
         """See `Engine.trainable_state`; gathers the fp32 masters from all ranks, one parameter at a time."""
         from deepspeed.utils import safe_get_full_fp32_param
 

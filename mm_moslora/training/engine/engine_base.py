@@ -25,6 +25,8 @@ from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MODEL = "model."
+"""What the engine's module puts before the model's names; pieces keep it, and so do checkpoints of the optimiser."""
 
 
 class LossModule(nn.Module):
@@ -293,14 +295,19 @@ class Engine(ABC):
             sums: fp64 ``[2]`` on the device, over all ranks: of all token losses, and of the right tokens.
         """
 
-    @abstractmethod
     def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
-        """Full fp32 values of trainable parameters by name, on the CPU. All ranks take part.
+        """Full fp32 values of trainable parameters by their names in the model, on the CPU. All ranks take part.
 
         Args:
             only: part of the names of the wanted parameters; all have the empty one.
             keep: whether this rank keeps the values; if not, it gets tensors of their shapes on the meta device.
         """
+        state = self._trainable_state(only=only, keep=keep)
+        return {name.removeprefix(MODEL): value for name, value in state.items()}
+
+    @abstractmethod
+    def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:
+        """The same by their names in the engine's module."""
 
     @abstractmethod
     def pieces(self) -> list[Piece]:

@@ -73,7 +73,7 @@ class TorchEngine(Engine):
     def _copy_masters(self) -> None:
         torch._foreach_copy_([parameter for _, parameter in self.pairs], [master for master, _ in self.pairs])
 
-    def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
+    def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:
         """See `Engine.trainable_state`."""
         masters = [master for group in self.masters for master in group]
         named = zip(self._named_trainable(), masters, strict=True)

@@ -18,6 +18,7 @@ from mm_moslora.adapters.folders.kept_start import ModuleStart
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_adapter_layers
+from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import replace_json
 
 SHOWN = 12
@@ -47,20 +48,29 @@ def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _factors(
     model: nn.Module, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, MoSLoRALayer, str, tuple[Tensor, dict[str, Tensor], Tensor]]]:
-    """Path, layer, adapter, and its whole A, tensors of M and B, of a state and, where it has none, of the layer."""
-    whole = {name.removeprefix("model."): value for name, value in state.items() if ADAPTERS in name}
+    """Path, layer, adapter, and its whole A, tensors of M and B: of a state, and of the layer where they are frozen.
+
+    Raises:
+        AdapterError: the state lacks a factor that trains; the layer may hold a shard of it.
+    """
     for path, layer in named_adapter_layers(model):
         for name in layer.adapter_names():
             own = dict(zip("AB", layer.outer_factors(name), strict=True))
             A, B = (
-                whole.get(
-                    f"{path}.lora_{side}.{name}.weight", whole.get(f"{path}.lora_embedding_{side}.{name}", factor)
-                )
+                _whole(state, factor, f"{path}.lora_{side}.{name}.weight", f"{path}.lora_embedding_{side}.{name}")
                 for side, factor in own.items()
             )
             tensors = layer.mixer_tensors(name)
-            mixer = {part: whole.get(f"{path}{MIXERS}.{name}.{part}", value) for part, value in tensors.items()}
+            mixer = {part: _whole(state, value, f"{path}{MIXERS}.{name}.{part}") for part, value in tensors.items()}
             yield path, layer, name, (A.cpu(), {part: value.cpu().float() for part, value in mixer.items()}, B.cpu())
+
+
+def _whole(state: Mapping[str, Tensor], held: Tensor, *names: str) -> Tensor:
+    """A tensor of the state under one of its names; one that a layer holds and does not train, as it is."""
+    found = next((state[name] for name in names if name in state), None)
+    if found is None and held.requires_grad:
+        raise AdapterError(f"The state to measure lacks {' and '.join(names)}, which trains.")
+    return held if found is None else found
 
 
 @torch.no_grad()

@@ -1,0 +1,129 @@
+"""Ranks that train together agree about software, recipe and data; those that do not fail together, before a step.
+
+Hosts may have other copies of a recipe or of the data, and other environments. Gradients of two recipes would be added
+up without a word, and samples seen twice or never.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import socket
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.config.recipe import YamlRecipe, leaves
+from mm_moslora.config.recipe_paths import may_differ_by_host
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import DistributedError
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.package_requirements import installed_version
+
+SAME = ("mm-moslora", "torch", "transformers", "peft", "deepspeed", "safetensors")
+"""Packages whose versions must agree."""
+_MOST_NAMED = 6
+_MOST_SHOWN = 80
+"""Characters of a value in the message."""
+
+
+def software() -> dict[str, str]:
+    """Versions, and a short hash over this package's Python files: checkouts of one version may differ."""
+    import mm_moslora
+
+    code, folder = hashlib.sha256(), Path(mm_moslora.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        code.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    versions = {name: installed_version(name) or "not installed" for name in SAME}
+    return versions | {"Python": platform.python_version(), "code": code.hexdigest()[:12]}
+
+
+def settings_of(recipe: YamlRecipe) -> dict[str, Any]:
+    """The values of a recipe by key, without paths, which may differ by host, and with the content of an engine's file.
+
+    Args:
+        recipe: resolved.
+    """
+    found = {key: value for key, value in leaves(recipe.to_dict()).items() if not may_differ_by_host(key, value)}
+    if str(zero := found.get("train.zero", "")).endswith(".json"):
+        try:
+            found |= leaves(read_json(Path(zero).expanduser()), "train.zero.") | {"train.zero": "a file"}
+        except (OSError, ValueError) as error:
+            found["train.zero"] = f"a file that cannot be read ({error})"
+    return found
+
+
+def agree_on_recipe(recipe: YamlRecipe, **more: object) -> None:
+    """Compare software, recipe and further arguments of all ranks; see `agree`.
+
+    Args:
+        recipe: resolved.
+        more: arguments of the run besides its recipe.
+    """
+    facts = {"WORLD_SIZE": distributed.world_size()} | software() | more | settings_of(recipe)
+    agree(facts, "Give all hosts the same recipe, and the same environment by a shared file system or one image.")
+
+
+def agree_on_data(identity: Mapping[str, object]) -> None:
+    """Compare the data of all ranks; see `agree`.
+
+    Args:
+        identity: name to value.
+    """
+    agree(identity, "Give all hosts the same data, by a shared file system or by copies of one state.")
+
+
+def agree(facts: Mapping[str, object], remedy: str) -> None:
+    """Compare what every rank has; all ranks call it together.
+
+    Args:
+        facts: name to value.
+        remedy: what to do where they differ.
+
+    Raises:
+        DistributedError: on every rank; names what differs, and the ranks.
+    """
+    own = {name: repr(value) for name, value in facts.items()}
+    digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
+    if len({*distributed.gather_objects(digest)}) == 1:
+        return
+    everywhere = distributed.gather_objects((socket.gethostname(), own))
+    hosts = dict(enumerate(host for host, _ in everywhere))
+    names = {name: None for _, found in everywhere for name in found}
+    values = {name: {rank: found.get(name, "missing") for rank, (_, found) in enumerate(everywhere)} for name in names}
+    odd = [name for name in names if len({*values[name].values()}) > 1]
+    told = [f"{name} is {grouped(values[name], hosts)}" for name in odd[:_MOST_NAMED]]
+    more = f", and {len(odd) - _MOST_NAMED} more differ" if len(odd) > _MOST_NAMED else ""
+    raise DistributedError(f"The ranks do not agree: {'. '.join(told)}{more}. {remedy} Nothing was trained.")
+
+
+def grouped(values: Mapping[int, str], hosts: Mapping[int, str]) -> str:
+    """`2.13.0 on ranks 0-3 (host-a); 2.11.0 on rank 4 (host-b)`.
+
+    Args:
+        values: by rank.
+        hosts: by rank.
+    """
+    ranks = defaultdict(list)
+    for rank, value in values.items():
+        ranks[value].append(rank)
+    return "; ".join(f"{value[:_MOST_SHOWN]} on {named(found, hosts)}" for value, found in ranks.items())
+
+
+def named(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
+    """`rank 4 (host-b)`, `ranks 0-3 (host-a, host-b)`."""
+    ranks = list(ranks)
+    places = dict.fromkeys(host for rank, host in hosts.items() if rank in ranks)
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)} ({', '.join(places)})"
+
+
+def spans(ranks: Iterable[int]) -> str:
+    """`0-3, 6`."""
+    found: list[list[int]] = []
+    for rank in sorted(ranks):
+        if found and rank == found[-1][1] + 1:
+            found[-1][1] = rank
+        else:
+            found.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
