@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from json_output import results_alone
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
@@ -139,20 +141,21 @@ def row(world: World, *, runs: int, seed: int = 0) -> dict[str, Any]:
     return {"row": world.name, "held": fmean(held), "width": fmean(widths), "no_width": points}
 
 
-def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=int, default=1500, help="draws per row")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     given = parser.parse_args(arguments)
-    rows = []
+    output, rows = results_alone() if given.json else sys.stdout, []
     for world in worlds():
         rows.append(row(world, runs=given.runs))
         if not given.json:
-            say(f"{rows[-1]['row']:44}  held {rows[-1]['held']:6.1%}  mean width {rows[-1]['width']:.3g}")
+            print(f"{rows[-1]['row']:44}  held {rows[-1]['held']:6.1%}  mean width {rows[-1]['width']:.3g}")
     if given.json:
         summary = {"least": min(one["held"] for one in rows), "no_width": sum(one["no_width"] for one in rows)}
-        say(json.dumps({"benchmark": "interval_coverage", "runs": given.runs, "rows": rows, "summary": summary}))
+        found = {"benchmark": "interval_coverage", "runs": given.runs, "rows": rows, "summary": summary}
+        print(json.dumps(found), file=output, flush=True)
 
 
 if __name__ == "__main__":
