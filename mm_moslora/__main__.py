@@ -14,7 +14,11 @@ def main() -> None:
 
     if heard:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    run()
+    try:
+        run()
+    finally:
+        if heard:  # a second Ctrl-C, while the interpreter ends
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def _leave(*_: object) -> None:

@@ -23,7 +23,7 @@ find_python() {
 launch() {
   [ $# -gt 0 ] || fail "RECIPE is missing; see --help"
   find_python
-  exec "$PYTHON" -m mm_moslora launch "$@"
+  exec "$PYTHON" -P -m mm_moslora launch "$@"
 }
 
 fail() {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.reporting.verdicts import between
+from mm_moslora.reporting.verdicts import amount_text, between, resting_on, score_text
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.run_paths import file_and_folder
 
@@ -231,14 +231,17 @@ def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
     ]
 
 
-def make_judge(name: str | None, run: Path, *, budget: int | None) -> Judge | None:
-    """The judge that `--judge` names, its replies cached in the run folder."""
+def make_judge(
+    name: str | None, run: Path, *, budget: int | None, thinking_tokens: int, **patience: Any
+) -> Judge | None:
+    """The judge that `--judge` names, its replies cached in the run folder; `patience` is that of `Endpoint.parse`."""
     if name is None or name == "none":
         return None
     from mm_moslora_eval.backends.openai_endpoint import Endpoint
     from mm_moslora_eval.run.llm_judge import Judge
 
-    return Judge(Endpoint.parse(name.removeprefix("openai:")), cache=run / "judge", budget_tokens=budget)
+    endpoint = Endpoint.parse(name.removeprefix("openai:"), **patience)
+    return Judge(endpoint, cache=run / "judge", budget_tokens=budget, thinking_tokens=thinking_tokens)
 
 
 class Bars:
@@ -353,28 +356,28 @@ def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
 
 def comparison_text(result: Comparison) -> str:
     """A comparison as readable text."""
-    pair = result.paired
+    score, found = result.score, result.score.found
     lines = [
-        f"{result.task}: A {result.score_a:.4f}, B {result.score_b:.4f}, A - B {pair.difference:+.4f} "
-        f"(95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g}, sign test p {pair.mcnemar_p:.3g})",
-        f"A wins {pair.wins}, B wins {pair.losses}, equal {pair.ties} of {pair.n}. {between(pair.as_difference)}.",
-        f"With {pair.n} documents a true difference of {result.detectable:.4f} is detected with 80 % power."
-        if result.detectable
-        else f"All {pair.n} documents differ by the same amount; the interval bounds the share of other differences.",
+        f"{result.task}: A {score_text(score.a, score.unit)}, B {score_text(score.b, score.unit)}. "
+        f"{between(score.as_difference)}: {score.as_difference.points}, p {found.p_value:.3g}.",
+        f"A wins {score.wins}, B wins {score.losses}, equal {score.ties} of {score.questions}; sign test p "
+        f"{score.sign_p:.3g}.",
+        resting_on(found.n, found.clusters, found.groups)
+        + (
+            f" A true difference of {amount_text(found.detectable, score.unit)} is detected with 80 % power."
+            if found.stderr > 0
+            else " They all differ by the same amount; the interval bounds the share of other differences."
+            if found.clusters > 1
+            else ""
+        ),
     ]
-    lines += [result.nats.text] if result.nats is not None else []
     lines += [result.caution] if result.caution else []
-    if result.headline is not None:
-        own = result.headline
+    lines += [result.nats.text] if result.nats is not None else []
+    if max(len(score.seeds_a), len(score.seeds_b)) > 1:
+        a, b = (", ".join(score_text(value, score.unit) for value in seeds) for seeds in (score.seeds_a, score.seeds_b))
         lines.append(
-            f"Headline ({own.name}): A {own.a:.4f}, B {own.b:.4f}, A - B {own.a - own.b:+.4f} "
-            f"(95 % {own.low:+.4f} to {own.high:+.4f}, bootstrap over both at once)"
-        )
-    if max(len(result.seeds_a), len(result.seeds_b)) > 1:
-        shown = [", ".join(f"{score:.4f}" for score in seeds) for seeds in (result.seeds_a, result.seeds_b)]
-        lines.append(
-            f"Seeds: A {shown[0]}; B {shown[1]}. Every sample counts with its mean over the seeds; the spread between "
-            f"seeds is {result.seed_spread:.4f}."
+            f"Seeds: A {a}; B {b}. Every sample counts with its mean over the seeds; the spread between seeds is "
+            f"{amount_text(result.seed_spread, score.unit)}."
         )
     return "\n".join(lines)
 
@@ -418,7 +421,9 @@ def table(results: Sequence[TaskResult]) -> str:
         learned = result.about.get("learned_from")
         source = f"learned from {learned}." if learned else ""
         silent = f"no likelihood: {result.likelihood['none']}." if "none" in result.likelihood else ""
-        notes += [f"{name}, {result.mode}: {text}" for text in (*result.remarks, unscored, odd, source, silent) if text]
+        rests = _basis(result) if result.folder else ""
+        texts = (*result.remarks, unscored, odd, source, silent, rests)
+        notes += [f"{name}, {result.mode}: {text}" for text in texts if text]
     return "\n".join([_table(head, rows), *notes])
 
 
@@ -429,6 +434,13 @@ def _odd_count(result: TaskResult) -> str:
         return ""
     doubt = " (an unverified number)" if "expected_count" in result.about.get("unverified", ()) else ""
     return f"the data holds {rows} documents, the full set has {expected}{doubt}."
+
+
+def _basis(result: TaskResult) -> str:
+    """A note where the interval rests on fewer pictures than documents."""
+    if not result.scored or result.clusters is None or result.groups is None or result.clusters == result.n:
+        return ""
+    return resting_on(result.n, result.clusters, result.groups)
 
 
 def _score_cells(result: TaskResult) -> tuple[str, str, str]:

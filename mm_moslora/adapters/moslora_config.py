@@ -25,6 +25,7 @@ from mm_moslora.adapters.folder_format import (
     read_manifest,
 )
 from mm_moslora.adapters.folders.authors_format import check_options, mixer_settings, peft_tensors, with_known_names
+from mm_moslora.adapters.folders.permitted_options import permitted_options
 from mm_moslora.adapters.folders.save_folder import complete_folder
 from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -308,7 +309,7 @@ def config_from_dict(data: Mapping[str, Any]) -> MoSLoRAConfig:
     """The configuration of `config_to_dict`.
 
     Raises:
-        AdapterError: a key this version does not know.
+        AdapterError: a key this version does not know, or a value that is not permitted (`permitted_options`).
     """
     known = {item.name for item in dataclasses.fields(MoSLoRAConfig)}
     unknown = sorted(set(data) - known)
@@ -318,7 +319,9 @@ def config_from_dict(data: Mapping[str, Any]) -> MoSLoRAConfig:
             "another version; update mm-moslora or peft."
         )
     values = {key: value for key, value in data.items() if key not in ("peft_type", "runtime_config")}
-    return MoSLoRAConfig(**values)
+    config = MoSLoRAConfig(**values)
+    permitted_options(MoSLoRAConfig, values, "The adapter's configuration")
+    return config
 
 
 def from_lora_config(
@@ -335,8 +338,12 @@ def from_lora_config(
         mixer_init: how M starts.
         mixer_trainable: identity and False is the same plain LoRA; True starts MoSLoRA from it.
         mixer_pattern: exceptions by module.
+
+    Raises:
+        AdapterError: a value that is not permitted (`permitted_options`).
     """
     values = {name: getattr(config, name) for name in lora_fields()}
+    permitted_options(LoraConfig, values, "The adapter's configuration")
     values["mixer_pattern"] = dict(mixer_pattern or {})
     return MoSLoRAConfig(**values, mixer_init=mixer_init, mixer_trainable=mixer_trainable)
 

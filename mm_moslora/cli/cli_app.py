@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import os
 import re
 import select
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +23,7 @@ from mm_moslora.cli.diffusion_verbs import diffusion_app
 from mm_moslora.cli.eval_verbs import eval_app, quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
 from mm_moslora.config import load_recipe, override_items
+from mm_moslora.launch.child_processes import install_handler, restore_handlers
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
@@ -70,11 +73,7 @@ Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted rec
 
 def main() -> None:
     """Run this process's command line and exit, with 0 on success only."""
-    code = run(sys.argv[1:])
-    # At exit the interpreter would collect garbage among half a million objects several times.
-    gc.collect()
-    gc.freeze()
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
@@ -85,12 +84,14 @@ def run(arguments: list[str]) -> int:
 
     Returns:
         0 on success, 1 on an error, 2 when the command line cannot be parsed, 75 when a signal stopped a run that can
-        be continued, 130 on Ctrl-C, 141 when the reader of the output has closed the pipe (`| head`).
+        be continued, 130 on Ctrl-C, 129 and 143 on SIGHUP and SIGTERM, 141 when the reader of the output has closed the
+        pipe (`| head`).
     """
     arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
     try:
         _set_up_logging()
-        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        with _ended_by_signals():
+            result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         print(end="", flush=True)  # a full disk or a closed pipe can still be reported here
     except CycloptsError as error:
         return _fail(_usage(error), EXIT_USAGE)
@@ -107,7 +108,41 @@ def run(arguments: list[str]) -> int:
         return _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}", EXIT_ERROR)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
+    except _EndedError as error:
+        code = 128 + error.number
+        with suppress(OSError):  # the terminal may be closed
+            return _fail(f"ended by {signal.Signals(error.number).name}", code)
+        return code
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+class _EndedError(SystemExit):
+    """A signal ends the verb; unlike Ctrl-C, no verb goes on after it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let verbs without handlers of their own clean up on SIGTERM and SIGHUP (a closed terminal).
+
+    With several ranks the default stays: the launcher ends them, and a rank in a collective would not react.
+    """
+    process = os.getpid()
+
+    def leave(number: int, _: object) -> None:
+        if os.getpid() != process:  # a worker that was forked from this process
+            os._exit(128 + number)
+        raise _EndedError(number)
+
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    previous = install_handler(leave, (signal.SIGTERM, signal.SIGHUP)) if alone else {}
+    try:
+        yield
+    finally:
+        restore_handlers(previous)
 
 
 def _usage(error: CycloptsError) -> str:

@@ -121,17 +121,17 @@ def compare(
         validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, grow=grow, reference=reference, limit=limit,
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
+    quiet_libraries()
     sizes = [] if only_report else size_lines(settings.arms, shared, settings.reference_arm)
     print("\n".join([*plan_lines(settings), *sizes]), flush=True)
     room = RunBudget(parallel=parallel, devices_per_run=gpus_per_run, max_minutes=max_minutes, keep_all=keep_all)
-    quiet_libraries()
     with exclusive(output):
         comparison = Comparison(shared, settings, output, hold_out=hold_out)
         comparison.check()
         resolution = None
         if resolve is not None:
-            from mm_moslora.compare.process_pool import slots
             from mm_moslora.compare.resolution_plan import Resolution
+            from mm_moslora.compare.run_processes import slots
 
             together = len(slots(parallel=parallel, devices_per_run=gpus_per_run)) // len(settings.arms)
             resolution = Resolution(comparison, resolve / 100, step=max(1, together))

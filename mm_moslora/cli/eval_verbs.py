@@ -13,6 +13,10 @@ eval_app = App(name="eval", help="Measure a model on tasks; infer and score are 
 ModelName = Annotated[
     str, Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE.")
 ]
+Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
+Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
+JudgeBudget = Annotated[int | None, Parameter(help="Most tokens to spend on the judge.")]
+JudgeThinking = Annotated[int, Parameter(help="Tokens that the judge may spend on thinking in each reply.")]
 JudgeName = Annotated[
     str | None, Parameter(help="URL#MODEL of an OpenAI-compatible judge; the key is read from the environment.")
 ]
@@ -31,11 +35,15 @@ def eval_run(
     limit: int | None = None,
     samples: tuple[str, ...] = (),
     seed: int = 0,
+    max_new_tokens: int | None = None,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     reference: bool = False,
     dry_run: bool = False,
     judge: JudgeName = None,
-    judge_budget: int | None = None,
+    judge_budget: JudgeBudget = None,
+    judge_thinking_tokens: JudgeThinking = 2048,
+    timeout: Timeout = 300.0,
+    attempts: Attempts = 6,
     max_failed_share: float = 0.0,
     report: bool = True,
     untuned: bool = False,
@@ -67,14 +75,15 @@ def eval_run(
         Evaluate only documents with these ids.
     seed
         Seed that chooses the wrong pictures.
+    max_new_tokens
+        Longest answer; default: the task's, and at least 2048 where the model is asked to think. Answers of another
+        length belong into another folder.
     precision
         Dtype of the weights; auto: bf16 on hardware with fast bf16, else fp32.
     reference
         One question at a time, with no shared computation: slow, for comparisons.
     dry_run
         Print the first prompts and exit.
-    judge_budget
-        Most tokens to spend on the judge.
     max_failed_share
         Share of failed samples, 0 to 1, up to which the exit code is 0.
     report
@@ -99,17 +108,24 @@ def eval_run(
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
     from mm_moslora_eval.run.task_runner import Settings
 
-    settings = Settings(batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed)
+    settings = Settings(
+        batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
     shared: dict[str, Any] = {
         "settings": settings,
-        "judge": eval_commands.make_judge(judge, output, budget=judge_budget),
+        "judge": eval_commands.make_judge(
+            judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
+        ),
     }
     before = []
+    opened = partial(open_model, model, precision=precision, reference=reference, **patience)
     if untuned:
-        start = partial(open_model, model, precision=precision, reference=reference, untuned=True)
+        start = partial(opened, untuned=True)
         before = eval_commands.run(start, names, output / UNTUNED, progress=eval_commands.Bars(), **shared)
     results = eval_commands.run(
-        partial(open_model, model, precision=precision, reference=reference),
+        opened,
         names,
         output,
         modes=modes,
@@ -131,7 +147,10 @@ def eval_score(
     *,
     protocol: str | None = None,
     judge: JudgeName = None,
-    judge_budget: int | None = None,
+    judge_budget: JudgeBudget = None,
+    judge_thinking_tokens: JudgeThinking = 2048,
+    timeout: Timeout = 300.0,
+    attempts: Attempts = 6,
     max_failed_share: float = 0.0,
     report: bool = True,
 ) -> int:
@@ -143,8 +162,6 @@ def eval_score(
         A run folder, a task folder in it, or its answers.jsonl.
     protocol
         NAME@PROTOCOL that gives the extraction and the metric instead.
-    judge_budget
-        Most tokens to spend on the judge.
     max_failed_share
         Share of failed samples, 0 to 1, up to which the exit code is 0.
     report
@@ -153,9 +170,10 @@ def eval_score(
     from mm_moslora_eval import eval_commands
 
     run = eval_commands.run_folder(answers)
-    results = eval_commands.score(
-        answers, protocol=protocol, judge=eval_commands.make_judge(judge, run, budget=judge_budget)
+    grader = eval_commands.make_judge(
+        judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens, timeout=timeout, attempts=attempts
     )
+    results = eval_commands.score(answers, protocol=protocol, judge=grader)
     return _eval_results(results, run, max_failed_share=max_failed_share, report=report)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
+from mm_moslora.utils.file_locks import new_folder
+from mm_moslora.utils.files import refuse_full_folder
 from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
 
 if TYPE_CHECKING:
@@ -90,13 +92,12 @@ def _hand_on_adapter(model: Path, output: Path, *, to: Literal["vllm", "diffuser
     folder = adapter_folder(model)
     quiet_libraries()
     from mm_moslora.adapters.folders.export_adapter import export_adapter, largest_difference
-    from mm_moslora.models.export.export_huggingface import check_empty
 
-    check_empty(output)
-    export_adapter(folder, output, layout=to, component=component)
+    with new_folder(output) as part:
+        export_adapter(folder, part, layout=to, component=component)
+        difference = largest_difference(folder, part, layout=to, component=component)
     reader = "vllm serve --enable-lora" if to == "vllm" else "pipeline.load_lora_weights"
     print(f"{output}: the adapter alone, folded to plain LoRA, for {reader}.")
-    difference = largest_difference(folder, output, layout=to, component=component)
     print(
         f"Largest difference of a layer's update, read back, from the adapter's: {difference:.1e} of its largest entry"
     )
@@ -116,17 +117,18 @@ def _hand_on(
 ) -> int:
     find_checkpoint(model)
     quiet_libraries()
-    from mm_moslora.models.export.export_huggingface import check_empty, export_lora, export_model, merge_adapter
+    from mm_moslora.models.export.export_huggingface import export_lora, export_model, merge_adapter
     from mm_moslora.models.export.model_card import write_card
     from mm_moslora.models.load_model import load
     from mm_moslora.training.precision import dtype_of
 
-    check_empty(output)  # before minutes of loading
+    refuse_full_folder(output)  # before minutes of loading
     if to == "lora":
         # An assembled base is not published anywhere, so it is written too, in full precision.
         assembly = load(model, merge=False, base=base, quantised=not _writes_base(model))
-        lora = export_lora(assembly, output, dtype=dtype_of(dtype))
-        write_card(assembly, output, source=model, licence=licence, adapter_of=lora.base)
+        with new_folder(output) as part:
+            lora = export_lora(assembly, part, dtype=dtype_of(dtype), final=output)
+            write_card(assembly, part, source=model, licence=licence, adapter_of=lora.base)
         print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it. Base: {lora.base}")
         print(f"Loads with peft.{lora.loader}" + ("." if lora.stock else " after `import mm_moslora.models`."))
         difference = lora.max_logit_difference
@@ -141,34 +143,38 @@ def _hand_on(
     if moved is not None:
         rounded = "" if dtype == "fp32" or to == "gguf" else f", rounding to {dtype} included"
         print(f"adapter merged: largest logit difference from the live adapter {moved:.2e}{rounded}")
-    if to == "gguf":
-        from mm_moslora.models.export.gguf_model import export_gguf
+    with new_folder(output) as part:
+        if to == "gguf":
+            from mm_moslora.models.export.gguf_model import export_gguf
 
-        files = export_gguf(assembly, output, half=dtype == "fp16")
-        names = ", ".join(path.name for path in (files.text, files.mmproj) if path)
-        print(f"{output}: {names}, largest tensor difference {files.largest_difference:.2e}")
-        if files.mmproj:
-            print("llama.cpp builds with its issue 25814 misplace CLIP's CLS token; use a build with the fix.")
-    elif to == "llava-original":
-        from mm_moslora.models.export.export_llava_checkpoint import export_original
+            files = export_gguf(assembly, part, half=dtype == "fp16")
+            names = ", ".join(path.name for path in (files.text, files.mmproj) if path)
+            lines = [f"{names}, largest tensor difference {files.largest_difference:.2e}"]
+            if files.mmproj:
+                lines.append(
+                    "llama.cpp builds with its issue 25814 misplace CLIP's CLS token; use a build with the fix."
+                )
+        elif to == "llava-original":
+            from mm_moslora.models.export.export_llava_checkpoint import export_original
 
-        difference = export_original(assembly, output, vision=vision)
-        print(f"{output}: LLaVA's own layout, largest tensor difference {difference:.2e}")
-    else:
-        result = export_model(assembly, output, require_stock=to == "llava")
-        print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
-        if not result.stock:
-            print("Loads with transformers after `import mm_moslora.models`.")
-    write_card(assembly, output, source=model, licence=licence)
+            difference = export_original(assembly, part, vision=vision)
+            lines = [f"LLaVA's own layout, largest tensor difference {difference:.2e}"]
+        else:
+            result = export_model(assembly, part, require_stock=to == "llava")
+            lines = [f"{result.architecture}, largest logit difference {result.max_logit_difference:.2e}"]
+            if not result.stock:
+                lines.append("Loads with transformers after `import mm_moslora.models`.")
+        write_card(assembly, part, source=model, licence=licence)
+    print(f"{output}: " + "\n".join(lines))
     return 0
 
 
 def _writes_base(model: Path) -> bool:
     """Whether a run's base is assembled and therefore not published anywhere."""
-    from mm_moslora.models.load_model import model_of
+    from mm_moslora.models.load_model import recipe_of
 
     checkpoint = find_checkpoint(model)
-    return (checkpoint / MANIFEST).is_file() and model_of(checkpoint).vision is not None
+    return (checkpoint / MANIFEST).is_file() and recipe_of(checkpoint).model.vision is not None
 
 
 def import_model(

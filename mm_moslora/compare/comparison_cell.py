@@ -1,67 +1,74 @@
-"""The runs of a comparison in a process: train, measure, record the outcome, and leave nothing to the next run."""
+"""A run of a comparison in its process: train, measure, record the outcome."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
+import json
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from mm_moslora.compare.arms import Arm
 from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, numbers_of, recipe_hash
-from mm_moslora.compare.process_pool import Slot
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
-from mm_moslora.utils.errors import ConfigError, DivergedError, MoSLoRAError
+from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
 from mm_moslora.utils.files import mark, read_json, replace_json
-from mm_moslora.utils.hardware import renew_threads
-from mm_moslora.utils.untrusted_data import parse_lines
+from mm_moslora.utils.untrusted_data import parse_lines, parse_object
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.sources.image_controls import ImageMode
 
-    from mm_moslora.models.assembly import LoadBase
-
 logger = logging.getLogger(__name__)
 
 OUTCOME, LOG, RECIPE = "outcome.json", "log.txt", "recipe.yaml"
-PRELOAD = (
-    "mm_moslora_eval.backends.local_model", "mm_moslora_eval.backends.open_model", "mm_moslora_eval.run.evaluate_suite",
-    "mm_moslora.models.kept_base", "mm_moslora.training.training_loop",
-)  # fmt: skip
-"""What every run imports."""
 FEATURES = "features"
 """Folder of a frozen encoder's features in the comparison's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The arguments of a run's process."""
+    """The arguments of a run's process, which gets them on its standard input."""
 
     cell: Cell
     recipe: Recipe
     settings: Settings
     folder: Path
     """Of the comparison."""
-    devices: int = 1
-    """Accelerators of the run."""
+    accelerators: tuple[str, ...] = ()
+    """Names of the accelerators of its slot; none on a CPU."""
     stop_at: int | None = None
     """Number of steps of a probe that measures the speed; None: the whole run."""
     rehearsed: bool = False
     """Whether a run of the same arm has finished here, so that this one needs no rehearsal."""
-    alone: bool = False
-    """Whether it must have a process of its own."""
+
+    def to_json(self) -> str:
+        """The job as one line."""
+        return json.dumps(dataclasses.asdict(self) | {"recipe": self.recipe.to_dict(), "folder": str(self.folder)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Read `to_json`."""
+        told = parse_object(text)
+        settings, cell = told["settings"], told["cell"]
+        return cls(
+            **told | {
+                "cell": Cell(**cell | {"arm": Arm(**cell["arm"])}), "recipe": Recipe.from_dict(told["recipe"]),
+                "settings": Settings(**settings | {"arms": [Arm(**arm) for arm in settings["arms"]]}),
+                "folder": Path(told["folder"]), "accelerators": tuple(told["accelerators"]),
+            }
+        )  # fmt: skip
 
     @property
     def place(self) -> Path:
@@ -136,76 +143,29 @@ def _absolute(recipe: Recipe) -> Recipe:
     return Recipe.from_dict(absolute(recipe.to_dict()))
 
 
-def why_alone(job: Job) -> str:
-    """Why a run needs a process of its own; "" where it may follow another one."""
-    from mm_moslora.training.deepspeed_presets import stage_of
+def main() -> None:
+    """Train and measure the run that a comparison writes to standard input; its folder gets outcome and errors.
 
-    train = job.recipe.train
-    if job.devices > 1:
-        return "each has several devices"
-    if job.recipe.model.quantisation != "none":
-        return "the base model is quantised"
-    if train.compile is not None:
-        return "train.compile is set, and torch.compile is limited to a number of models in a process"
-    try:
-        if stage_of(train.zero) == 3:
-            return "ZeRO-3 takes the base model apart"
-    except ConfigError as error:  # the run says it, too, and the other runs continue
-        return str(error).rstrip(".")
-    return "it failed after others" if job.alone else ""
-
-
-def kind_of(job: Job) -> Any:
-    """What runs that take turns in a process have in common; None: the run has a process of its own."""
-    if why_alone(job):
-        return None
-    return job.recipe.model, dataclasses.replace(job.recipe.train, seed=0, output="")
-
-
-def how_processes_are_shared(jobs: Sequence[Job]) -> list[str]:
-    """Which of the runs have processes of their own and why, as lines of text."""
-    reasons = {job.cell.arm.name: why for job in jobs if (why := why_alone(job))}
-    lines = [f"Every run of {name} has a process of its own: {why}." for name, why in reasons.items()]
-    if len(reasons) < len(jobs):
-        lines.append("Runs with the same `model` and `train` take turns in one process, which reads the base once.")
-    return lines
-
-
-class Runner:
-    """Takes runs, one after the other; those of one kind share the base model.
-
-    Args:
-        slot: the accelerators of this process.
+    A killed process leaves no outcome; the comparison then writes it.
     """
-
-    def __init__(self, slot: Slot) -> None:
-        renew_threads()
-        if slot.devices:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
-        self._load_base: LoadBase | None = None
-
-    def __call__(self, job: Job) -> bool:
-        """Train and measure one run. Its folder gets the outcome, errors included, and its log the output.
-
-        A killed process leaves no outcome; the caller then writes it.
-
-        Returns:
-            Whether the process may take another run: not after an error or a signal.
-        """
-        from mm_moslora.models.kept_base import KeptBase
-
-        if self._load_base is None and kind_of(job) is not None:
-            self._load_base = KeptBase()
-        with _nothing_left_behind(job.place / LOG):
-            outcome = _outcome(job, self._load_base)
-        if outcome is not None:
-            write_outcome(job.place, dataclasses.replace(outcome, recipe=recipe_hash(job.recipe)))
-        return job.stop_at is not None if outcome is None else outcome.status == "ok"
+    job = Job.from_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_comparison, name="end with comparison", daemon=True).start()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    outcome = _outcome(job)
+    if outcome is not None:
+        write_outcome(job.place, dataclasses.replace(outcome, recipe=recipe_hash(job.recipe)))
 
 
-def _outcome(job: Job, load_base: LoadBase | None) -> Outcome | None:
+def _end_with_comparison() -> None:
+    """Ask this process to save and exit once the comparison has been killed; otherwise it would train to the end."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _outcome(job: Job) -> Outcome | None:
     try:
-        return _run(job, time.monotonic(), load_base)
+        return _run(job, time.monotonic())
     except DivergedError as error:
         return Outcome(status="diverged", reason=str(error))
     except MoSLoRAError as error:
@@ -215,58 +175,39 @@ def _outcome(job: Job, load_base: LoadBase | None) -> Outcome | None:
         return Outcome(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
 
 
-@contextmanager
-def _nothing_left_behind(log: Path) -> Iterator[None]:
-    """The output of a run in its log, and afterwards environment and memory as before it."""
-    import torch
-
-    from mm_moslora.training.run_logging import reset_peak_memory
-
-    environment = dict(os.environ)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    _log_into(log)
-    reset_peak_memory()
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.environ.clear()
-        os.environ.update(environment)
-        gc.collect()
-        torch.cuda.empty_cache()  # nothing where CUDA has not started
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-def _log_into(path: Path) -> None:
-    """Redirect standard output and error, of libraries and of child processes too, into a file."""
-    with path.open("a", encoding="utf-8") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
-
-
-def _run(job: Job, started: float, load_base: LoadBase | None) -> Outcome | None:
-    finished = _train(job, load_base)
-    if not finished:
+def _run(job: Job, started: float) -> Outcome | None:
+    _require_own_accelerators(job)
+    if not _train(job):
         return None
-    outcome = _measured(job, load_base)
+    outcome = _measured(job)
     return dataclasses.replace(outcome, total_seconds=time.monotonic() - started)
 
 
-def _train(job: Job, load_base: LoadBase | None) -> bool:
+def _require_own_accelerators(job: Job) -> None:
+    """Refuse to run on the accelerators of other runs."""
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if job.accelerators and seen != len(job.accelerators):
+        raise DistributedError(
+            f"The run sees {seen} accelerators, expected {len(job.accelerators)} ({', '.join(job.accelerators)}). "
+            "Check the driver (nvidia-smi), then repeat the command."
+        )
+
+
+def _train(job: Job) -> bool:
     """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
     (job.place / RECIPE).write_text(_absolute(job.recipe).to_yaml(), encoding="utf-8")
-    if job.devices > 1:
+    if len(job.accelerators) > 1:
         return _train_on_several(job)
     from mm_moslora.training.training_loop import train
 
     recipe = _as_trained(job)
-    return train(recipe, stop_at=job.stop_at, load_base=load_base).finished
+    return train(recipe, stop_at=job.stop_at).finished
 
 
 def _as_trained(job: Job) -> Recipe:
@@ -285,23 +226,25 @@ def _as_trained(job: Job) -> Recipe:
 
 
 def _train_on_several(job: Job) -> bool:
-    from mm_moslora.launch.launcher import run_and_hand_on
-    from mm_moslora.training.supervision.run_state import STATE
+    from mm_moslora.launch.child_processes import python_words, run_and_hand_on
+    from mm_moslora.launch.launcher import STATE
 
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.devices}",
-        "-m", "mm_moslora", "train", str(job.place / RECIPE),
+        *python_words("-m", "torch.distributed.run"), "--standalone", f"--nproc_per_node={len(job.accelerators)}",
+        "--no-python", *python_words("-u", "-m", "mm_moslora", "train"), str(job.place / RECIPE),
         *(["--stop-at", str(job.stop_at)] if job.stop_at else []),
     ]  # fmt: skip
-    ended = run_and_hand_on(command, [signal.SIGTERM])
+    ended = run_and_hand_on(command, signals=[signal.SIGTERM])
     if ended.code == 0:
         return bool(read_json(job.place / STATE)["state"] == "finished")
     if ended.signals:
         return False
-    raise MoSLoRAError(f"Training on {job.devices} devices ended with code {ended.code}; see {job.place / LOG}.")
+    raise MoSLoRAError(
+        f"Training on {len(job.accelerators)} devices ended with code {ended.code}; see {job.place / LOG}."
+    )
 
 
-def _measured(job: Job, load_base: LoadBase | None) -> Outcome:
+def _measured(job: Job) -> Outcome:
     summary = read_json(job.place / "summary.json")
     rows = metrics(job.place)
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -311,7 +254,7 @@ def _measured(job: Job, load_base: LoadBase | None) -> Outcome:
     test: dict[str, float] = {}
     places: dict[str, dict[str, str]] = {}
     wanted = job.settings.validation if job.cell.tuning else job.settings.tasks
-    for name, score, found in _evaluate(job, [name for name in wanted if name != LOSS], load_base):
+    for name, score, found in _evaluate(job, [name for name in wanted if name != LOSS]):
         if job.cell.tuning:
             validation[name] = score
         else:
@@ -328,7 +271,7 @@ def _measured(job: Job, load_base: LoadBase | None) -> Outcome:
     )  # fmt: skip
 
 
-def _evaluate(job: Job, names: list[str], load_base: LoadBase | None) -> Iterator[tuple[str, float, dict[str, Path]]]:
+def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str, Path]]]:
     """Yield (name, score with its own pictures, sample folder by image mode) of every task."""
     if not names:
         return
@@ -340,11 +283,12 @@ def _evaluate(job: Job, names: list[str], load_base: LoadBase | None) -> Iterato
     from mm_moslora.utils.progress_bar import Progress
 
     seed_everything(job.recipe.train.seed)  # a new projector is drawn, and replaced by the trained one
-    model = open_model(
-        str(job.place), precision=job.recipe.train.precision, load_base=load_base, features=job.feature_cache
-    )
+    model = open_model(str(job.place), precision=job.recipe.train.precision, features=job.feature_cache)
     place = job.place / "eval"
-    settings = EvalSettings(batch_size=job.settings.batch_size, limit=job.settings.limit, rank=0, world_size=1)
+    settings = EvalSettings(
+        batch_size=job.settings.batch_size, limit=job.settings.limit, max_new_tokens=job.settings.max_new_tokens,
+        rank=0, world_size=1,
+    )  # fmt: skip
     try:
         for name in names:
             task = open_task(name, job.settings)

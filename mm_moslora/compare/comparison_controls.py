@@ -151,7 +151,10 @@ def _scores(place: Path) -> list[float]:
     rules = task_of(place)
     if rules is None:
         return [float(row["score"] or 0.0) for row in read_samples(place / SAMPLES)]
-    return _brought(rules.aggregation, [replace(sample, score=sample.score or 0.0) for sample in read_scored(place)])
+    samples = [
+        replace(sample, score=0.0) if math.isnan(sample.score) else sample for sample in read_scored(place)
+    ]  # fmt: skip
+    return _brought(rules.aggregation, samples)
 
 
 def _nats(places: Sequence[Path]) -> list[list[float]]:
@@ -172,7 +175,7 @@ def _why_no_nats(rules: Task | None, rows: Sequence[Sequence[Mapping[str, Any]]]
 
 
 def _brought(aggregation: str, samples: Sequence[Scored]) -> list[float]:
-    from mm_moslora_eval.scoring.score_aggregation import score_by_sample
+    from mm_moslora_eval.scoring.measured_scores import score_by_sample
 
     return [value / _FULL_MARKS.get(aggregation, 1.0) for value in score_by_sample(aggregation, samples)]
 

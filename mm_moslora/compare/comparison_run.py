@@ -30,12 +30,12 @@ from mm_moslora.compare.comparison_plan import (
     tuning_cells,
 )
 from mm_moslora.compare.holdout import with_holdout
-from mm_moslora.compare.process_pool import Ended, Pool, slots
 from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of, cost_table, mean_run_seconds
+from mm_moslora.compare.run_processes import Ended, RunProcesses, slots
 from mm_moslora.compare.sequential_looks import FILE, LookState, read_state
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
-from mm_moslora.models.model_paths import base_fingerprints
+from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import held
@@ -88,8 +88,6 @@ class Comparison:
         self._said_cost = False
         self._rehearsed: set[str] = set()
         """Arms of which a run has finished in this session."""
-        self._alone: set[str] = set()
-        """Runs that failed in a process that had taken others."""
 
     def check(self) -> None:
         """Check tasks, data and folder before anything runs.
@@ -144,7 +142,7 @@ class Comparison:
         """Fingerprints of the base model and of the training data; before the split is made, of its sources."""
         data = self._given.data
         parts = {"train": data.train, "validation": data.held_out}
-        return base_fingerprints(self._given.model) | {
+        return trained_on(self._given.model)[CONTENTS] | {
             f"data.{part} {number}": open_source(source).fingerprint()
             for part, sources in parts.items()
             for number, source in enumerate(sources, start=1)
@@ -163,7 +161,8 @@ class Comparison:
                     f"{self.folder} has format {found.get('format')!r}, this version reads {own['format']}. "
                     "Choose another --output."
                 )
-            self._refuse_changed_data(found.get("data") or {}, checksums)
+            before = found.get("data") or {}  # which may have the fingerprints of an earlier version
+            self._refuse_changed_data(before, dict(checksums) | same_parts(self._given.model, before))
             changed = [key for key, value in own.items() if key != "data" and found.get(key) != value]
             if changed:
                 key = changed[0]
@@ -217,7 +216,7 @@ class Comparison:
         features = self.folder / comparison_cell.FEATURES
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
-        pool = _pool(room, room.parallel)
+        pool = RunProcesses(slots(parallel=room.parallel, devices_per_run=room.devices_per_run))
         tried: set[str] = set()
         try:
             while True:
@@ -225,7 +224,7 @@ class Comparison:
                 while waiting and pool.free:
                     item = waiting.pop(0)
                     tried.add(item.name)
-                    job = self._job(item, room)
+                    job = self._job(item)
                     discard(job.place / comparison_cell.OUTCOME)
                     pool.start(job)
                 if not pool.running:
@@ -237,8 +236,8 @@ class Comparison:
                         return True
                     continue
                 for ended in pool.wait(WAIT_SECONDS):
-                    if not self._over(ended, room):
-                        tried.remove(ended.item.cell.name)
+                    if ended.code == 0 or not stop.received:  # else the signal may have ended the run, too
+                        self._over(ended, room)
                 self._say_cost(pool.running)
                 if stop.received:
                     logger.info("Stopped by signal %d; saving. The same command continues.", stop.received)
@@ -260,27 +259,22 @@ class Comparison:
         """Runs that can start."""
         return [item for item in self._cells() if item.name not in self.outcomes]
 
-    def _job(self, item: Cell, room: RunBudget, *, stop_at: int | None = None) -> Job:
+    def _job(self, item: Cell, *, stop_at: int | None = None) -> Job:
         recipe = item.recipe(self.recipe, self.folder)
         return Job(
-            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, devices=room.devices_per_run,
-            stop_at=stop_at, rehearsed=item.arm.name in self._rehearsed, alone=item.name in self._alone,
+            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, stop_at=stop_at,
+            rehearsed=item.arm.name in self._rehearsed,
         )  # fmt: skip
 
-    def _over(self, ended: Ended, room: RunBudget) -> bool:
-        """Take the outcome of a run; returns whether it counts: not a failure that an earlier run may have caused."""
-        job, code, alone = ended
+    def _over(self, ended: Ended, room: RunBudget) -> None:
+        """Take the outcome of a run."""
+        job, code = ended
         outcome = comparison_cell.read_outcome(job.place)
-        if not alone and (code != 0 if outcome is None else outcome.status != "ok"):
-            logger.info("%s failed after other runs in its process; it runs again in its own.", job.cell.name)
-            discard(job.place / comparison_cell.OUTCOME)
-            self._alone.add(job.cell.name)
-            return False
         if outcome is None and code != 0:
             outcome = Outcome(status="failed", reason=_killed(code, job.place / comparison_cell.LOG))
             comparison_cell.write_outcome(job.place, outcome)
         if outcome is None:  # stopped by a signal and saved; it continues next time
-            return True
+            return
         self.outcomes[job.cell.name] = outcome
         if outcome.status == "ok":
             self._rehearsed.add(job.cell.arm.name)
@@ -289,7 +283,6 @@ class Comparison:
                 if (checkpoint / MANIFEST).is_file():
                     remove(checkpoint, mark=MANIFEST)
         logger.info("%s", self._line(job.cell, outcome))
-        return True
 
     def _line(self, item: Cell, outcome: Outcome) -> str:
         count = run_count(self.settings, self.outcomes)
@@ -346,12 +339,12 @@ class Comparison:
         good = {name for name, outcome in self.outcomes.items() if outcome.status == "ok"}
         finished = {item.arm.name for item in self._cells() if item.name in good}
         jobs = [
-            self._job(first[arm.name], room, stop_at=PROBE_STEPS)
+            self._job(first[arm.name], stop_at=PROBE_STEPS)
             for arm in self.settings.arms
             if arm.name in first and arm.name not in finished
         ]
         problems: dict[str, str] = {}
-        pool = _pool(room, 1)
+        pool = RunProcesses(slots(parallel=1, devices_per_run=room.devices_per_run))
         try:
             for job in jobs:
                 pool.start(job)
@@ -365,19 +358,12 @@ class Comparison:
             for cost in self._costs({job.cell.arm.name: job for job in jobs})
         ]
         self.run_seconds = mean_run_seconds(costs)
-        return [*cost_table(costs), *comparison_cell.how_processes_are_shared(jobs)]
-
-
-def _pool(room: RunBudget, parallel: int | None) -> Pool:
-    return Pool(
-        comparison_cell.Runner, slots(parallel=parallel, devices_per_run=room.devices_per_run),
-        kind=comparison_cell.kind_of, preload=comparison_cell.PRELOAD,
-    )  # fmt: skip
+        return cost_table(costs)
 
 
 def _problem(ended: Ended) -> dict[str, str]:
     """What ended the first steps of an arm's run, by the arm's name."""
-    job, outcome = ended.item, comparison_cell.read_outcome(ended.item.place)
+    job, outcome = ended.job, comparison_cell.read_outcome(ended.job.place)
     if outcome is not None and outcome.status != "ok":
         return {job.cell.arm.name: f"{outcome.status}: {outcome.reason}"}
     return {job.cell.arm.name: _killed(ended.code, job.place / comparison_cell.LOG)} if ended.code else {}

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.data.sources.record_source import RecordFile
+from mm_moslora.data.images.record_picture import LocalPicture, Picture, StoredPicture
+from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.data.sources.record_source import RecordFile, RecordSource
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import rename
 from mm_moslora.utils.untrusted_data import StrictJsonError
+from mm_moslora.utils.untrusted_files import FileError, opened
 
 MOST = 2000
 """Maximum number of held-out records, over all sources: more would cost time without a better choice."""
+_END = 4096
 
 
 def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
     """Split the recipe's records into training and validation; the split is written once and reused.
 
-    All records with the same picture (or the same list of pictures) stay on one side, which depends on its name. The
-    split therefore does not change with the seed or with the order of records.
+    Records that share a picture stay on one side, in whatever form and under whatever name they hold it, and so do
+    those that are linked by others. The side depends on the pictures' contents: it does not change with the seed or
+    with the order of records.
 
     Args:
         recipe: without validation sources.
@@ -36,11 +46,16 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
     """
     if not 0 < share < 1:
         raise ConfigError(f"--hold-out is {share}, expected more than 0 and less than 1, such as 0.05.")
+    sources = recipe.data.train
+    files = [
+        tuple(folder / f"{side}-{number}.jsonl" for side in ("train", "validation")) for number in range(len(sources))
+    ]
+    if not all(path.is_file() for pair in files for path in pair):
+        records = [_opened(source) for source in sources]
+        for each, positions, (kept, held) in zip(records, _positions(records), files, strict=True):
+            _split(each, positions, kept, held, share=share, most=MOST // len(sources))
     train, validation = [], []
-    for number, source in enumerate(recipe.data.train):
-        kept, held = folder / f"train-{number}.jsonl", folder / f"validation-{number}.jsonl"
-        if not (kept.is_file() and held.is_file()):
-            _split(Path(source.path), kept, held, share=share, most=MOST // len(recipe.data.train))
+    for source, (kept, held) in zip(sources, files, strict=True):
         images = source.image_folder or str(Path(source.path).parent)
         train.append(dataclasses.replace(source, path=str(kept), image_folder=images))
         validation.append(
@@ -51,41 +66,109 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=train, validation=validation))
 
 
-def _split(path: Path, kept: Path, held: Path, *, share: float, most: int) -> None:
+def _opened(source: SourceConfig) -> RecordSource:
+    found = open_source(dataclasses.replace(source, limit=None))
+    if not isinstance(found, RecordFile):
+        raise ConfigError(
+            f"{source.path} is no JSON or JSONL file, and --hold-out splits no other source. Set hold_out of the "
+            "source itself (data.train), or give data.validation or --validation TASK."
+        )
+    return found
+
+
+def _split(
+    source: RecordSource, positions: Sequence[float], kept: Path, held: Path, *, share: float, most: int
+) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
-    counts, share = [0, 0], _capped(path, share, most)
+    counts, capped = [0, 0], _capped(positions, share, most)
     parts = [target.with_suffix(".part") for target in (kept, held)]
     with parts[0].open("w", encoding="utf-8") as rest, parts[1].open("w", encoding="utf-8") as out:
-        for record in _records(path):
-            aside = _position(record) < share
+        for (_, record), position in zip(_records(source), positions, strict=True):
+            aside = position < capped
             (out if aside else rest).write(json.dumps(record, ensure_ascii=False) + "\n")
             counts[aside] += 1
     if not all(counts):
         raise ConfigError(
-            f"{path}: holding out {share:g} of its records leaves {counts[0]} for training and {counts[1]} for "
-            "validation. Change --hold-out, or give data.validation or --validation TASK."
+            f"{source.path}: holding out {capped:g} of its records leaves {counts[0]} for training and {counts[1]} for "
+            "validation; records that share a picture stay together. Change --hold-out, or give data.validation or "
+            "--validation TASK."
         )
     for part, target in zip(parts, (kept, held), strict=True):
         rename(part, target)
 
 
-def _capped(path: Path, share: float, most: int) -> float:
+def _capped(positions: Sequence[float], share: float, most: int) -> float:
     """The share, or a smaller one whose whole pictures hold at most so many records, and at least one picture."""
-    held = sorted(place for record in _records(path) if (place := _position(record)) < share)
+    held = sorted(position for position in positions if position < share)
     return share if len(held) <= most else max(held[most], math.nextafter(held[0], 1.0))
 
 
-def _records(path: Path) -> Iterator[Any]:
-    file = RecordFile(path)
-    for row in range(len(file)):
+def _records(source: RecordSource) -> Iterator[tuple[int, Any]]:
+    for row in range(len(source)):
         try:
-            yield file.value(row)
+            yield row, source.value(row)
         except StrictJsonError:
             continue  # the trainer counts unreadable records, in the file that the user gave
 
 
-def _position(record: Any) -> float:
-    """A number between 0 and 1 for a record, from its picture, else from its text."""
-    image = record.get("image") if isinstance(record, dict) else None
-    key = json.dumps(image if image else record, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
+def _positions(sources: Sequence[RecordSource]) -> list[list[float]]:
+    """A number between 0 and 1 for every readable record: one for all that are linked by pictures."""
+    parents: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while (above := parents.setdefault(key, key)) != key:
+            parents[key] = key = parents[above]
+        return key
+
+    firsts: list[list[str]] = []
+    for source in sources:
+        firsts.append([])
+        for row, value in _records(source):
+            keys = _keys(source, row, value)
+            for key in keys:
+                # The least key stands for its group, whatever the order of records.
+                low, high = sorted((root(keys[0]), root(key)))
+                parents[high] = low
+            firsts[-1].append(keys[0])
+    return [[_number(root(key)) for key in keys] for keys in firsts]
+
+
+def _keys(source: RecordSource, row: int, value: Any) -> list[str]:
+    """What a record is grouped by: its pictures, else its text."""
+    try:
+        images = source[row].images
+    except RecordError:  # the trainer counts it
+        images = ()
+    return [_identity(picture) for picture in images] or [json.dumps(value, sort_keys=True)]
+
+
+def _identity(picture: Picture) -> str:
+    """The content of a picture, or its name where it cannot be read here."""
+    source = picture.clip.source if isinstance(picture, Frame) else picture
+    if isinstance(source, StoredPicture):
+        source = source.read
+    path = source.path if isinstance(source, LocalPicture) else source
+    if isinstance(path, Path):
+        return _identity_of_file(Path(os.path.realpath(path)))
+    return _content(BytesIO(path())) if callable(path) else picture.name
+
+
+@functools.cache
+def _identity_of_file(path: Path) -> str:
+    try:
+        with opened(path, most=None) as stream:
+            return _content(stream)
+    except FileError:  # missing, or a folder of frames
+        return str(path)
+
+
+def _content(stream: BinaryIO) -> str:
+    """Size and both ends of a file: pictures that agree in these are one."""
+    first = stream.read(_END)
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - _END))
+    return f"{size} {hashlib.sha256(first + stream.read(_END)).hexdigest()}"
+
+
+def _number(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:6]) / 2**48

@@ -1,7 +1,7 @@
 """LLaVA's conversation templates and Alpaca's by name, as chat templates that are saved with the tokenizer.
 
 Each begins with a Jinja comment, which renderers ignore. The comment records the template's name and whether LLaVA's
-own token ids are wanted (`faithful`).
+own token ids are wanted (`faithful`). A comment at the end of any template records that its model is asked to think.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mm_moslora.utils.errors import ConfigError, suggestion
 logger = logging.getLogger(__name__)
 
 _HEADER = re.compile(r"\{#- mm_moslora: (\w+)( faithful)? -#\}")
+_THINKS = "{# mm_moslora: asked to think #}"
 _ASSISTANT = "message['role'] == 'assistant'"
 _SYSTEM = (
     "{%- if messages and messages[0]['role'] == 'system' -%}"
@@ -141,6 +142,23 @@ class TemplateNotes:
     """Its name in `CHAT_TEMPLATES`, if it is one of them."""
     faithful: bool = False
     """Whether LLaVA's own token ids are wanted."""
+
+
+def note_thinking(source: str) -> str:
+    """A chat template that records that its model is asked to think before it answers; it renders as before."""
+    text = without_note(source)
+    body = text.removesuffix("\n")  # Jinja drops one line break at the end
+    return body + _THINKS + text[len(body) :]
+
+
+def without_note(source: str) -> str:
+    """A chat template without the record of `note_thinking`."""
+    return source.replace(_THINKS, "")
+
+
+def notes_thinking(source: Any) -> bool:
+    """Whether `note_thinking` has marked a chat template."""
+    return isinstance(source, str) and _THINKS in source
 
 
 def notes_of(source: str) -> TemplateNotes:

@@ -126,9 +126,10 @@ class ModelConfig:
     system_prompt: str | None = None
     """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
     thinking: Thinking = "auto"
-    """Handling of `<think>...</think>` at the start of an answer, for chat templates that support it. auto: thinking is
-    learned, and all other answers and prompts get the template's empty block. always: prompts do not contain the block,
-    so that the model writes it when it answers. never: thinking is removed from the records."""
+    """Handling of `<think>...</think>` at the start of an answer, for chat templates that support it. auto: always,
+    where most records end with an answer that thinks; else thinking is learned, and all other answers and prompts get
+    the template's empty block. always: prompts do not contain the block, so that the model writes it when it answers.
+    never: thinking is removed from the records."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
     quantisation: Literal["none", "nf4", "int8"] = "none"

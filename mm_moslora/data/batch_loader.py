@@ -6,7 +6,6 @@ The batches depend only on the step's number, not on the number of workers or on
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import queue
 import random
 import threading
@@ -30,6 +29,7 @@ from mm_moslora.data.epoch_order import (
 )
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.launch.child_processes import fork_context
 from mm_moslora.utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -210,12 +210,11 @@ class BatchLoader:
     def _start_workers(self) -> Iterator[_Prepared]:
         # Forked, so that the data set need not be picklable. A separate generator leaves the run's random state alone,
         # which checkpoints restore bit for bit.
-        context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         numbers = (micro for step in self._dealt() for micro in step)
         loader = DataLoader(
             _Preparation(self.data, self.limit), batch_size=None, sampler=_Endless(numbers),
             num_workers=self.config.workers or 0, collate_fn=_as_it_is, prefetch_factor=AHEAD,
-            multiprocessing_context=context, generator=torch.Generator(), pin_memory=self.pin,
+            multiprocessing_context=fork_context(), generator=torch.Generator(), pin_memory=self.pin,
         )  # fmt: skip
         return iter(loader)
 

@@ -54,6 +54,8 @@ class Code(StrEnum):
     """The conversation ends with a question."""
     EMPTY_ANSWER = "EMPTY_ANSWER"
     """An answer without text."""
+    UNFOLLOWED_KEY = "UNFOLLOWED_KEY"
+    """A key that changes what other trainers learn from the record, and is not followed here."""
     BAD_TEXT = "BAD_TEXT"
     """A text that is not a string."""
     BAD_CHARACTER = "BAD_CHARACTER"

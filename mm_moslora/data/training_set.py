@@ -19,6 +19,7 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.chat_template import SpecialTextError
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.thinking_form import settled
 from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.record_picture import ImageError, LocalPicture, similar_file
 from mm_moslora.data.images.video_clip import Frame
@@ -124,6 +125,7 @@ class TrainingSet:
         encoder: tokenises.
         image_processing: turns pictures into tensors; None for a language model alone.
         config: the recipe's `data`.
+        settle: let `thinking: auto` of the encoder follow these records, see `thinking_form.settled`.
         quarantine_path: file for bad records.
         on_progress: called with (records read, all records) while the set is built.
         exact_limit: see `EXACT_LIMIT`.
@@ -139,12 +141,14 @@ class TrainingSet:
         image_processing: ImageProcessing | None,
         *,
         config: DataConfig,
+        settle: bool = False,
         quarantine_path: Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         exact_limit: int = EXACT_LIMIT,
     ) -> None:
-        self.encoder, self.image_processing, self.config = encoder, image_processing, config
+        self.image_processing, self.config = image_processing, config
         self.files = open_sources(sources)
+        self.encoder, self.form = settled(encoder, self.files) if settle else (encoder, None)
         self._starts = list(itertools.accumulate((len(file) for file in self.files), initial=0))
         self.quarantine = Quarantine(quarantine_path, len(self), config)
         self.estimated = len(self) > exact_limit and config.cache is None

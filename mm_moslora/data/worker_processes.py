@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from mm_moslora.launch.child_processes import fork_context, forked_pool
 from mm_moslora.utils.errors import DataError
 
 Item = TypeVar("Item")
@@ -39,14 +39,14 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, proce
     Raises:
         DataError: a process died (out of memory, most likely).
     """
-    if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
+    context = fork_context()
+    if processes <= 1 or context is None:
         yield from map(work, items)
         return
     global _work
     _work = work
     waiting: deque[Future[Result]] = deque()
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+    with forked_pool(processes, context, _end_with) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(_call, item))

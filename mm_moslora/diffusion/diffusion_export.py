@@ -45,7 +45,4 @@ def write_lora_file(folder: Path, out: Path, *, layout: LoraLayout = "diffusers"
     Returns:
         `out`.
     """
-    parts = adapter_parts(folder)
-    for name, path in parts.items():
-        export_adapter(path, out, layout=layout, component=name, beside=list(parts))
-    return out
+    return export_adapter(adapter_parts(folder), out, layout=layout)

@@ -130,8 +130,8 @@ class DenoisingLossConfig:
     """Weight timesteps by min(SNR, gamma) / SNR (2303.09556), for v-prediction by min(SNR, gamma) / (SNR + 1). None:
     all weigh the same. Not for flows."""
     flow_weighting: Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"] = "logit_normal"
-    """Flows only: how timesteps are drawn and weighted (2403.03206), by diffusers' functions. Its Flux script takes none
-    unless told otherwise. Its SD3 script multiplies this loss by sigma^2 (it compares latents, not velocities)."""
+    """Flows only: how timesteps are drawn and weighted (2403.03206), by diffusers' functions. Its Flux script has none
+    by default. Its SD3 script multiplies this loss by sigma^2 (it compares latents, not velocities)."""
     logit_mean: float = 0.0
     """Of logit_normal."""
     logit_std: float = 1.0

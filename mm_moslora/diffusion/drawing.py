@@ -76,7 +76,11 @@ def _source(name: str | None) -> Any:
     folder = Path(name or "")
     if name is None or not folder.is_dir():
         return name
-    return [(str(path.relative_to(folder)), fingerprint(path)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        (str(path.relative_to(folder)), fingerprint(path, by_tensor=False))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
 
 
 def _class_pictures(folder: Path, digest: str) -> list[Path]:

@@ -1,7 +1,8 @@
 """Variables that DeepSpeed's launcher passes on to the hosts of a host file.
 
-By itself it exports variables that begin with MLFLOW, PYTHON, MV2, UCX and, with GPUs, NCCL, and the lines of
-`.deepspeed_env` in the home and in the current folder, or of the file in `DS_ENV_FILE`.
+By itself it exports variables that begin with MLFLOW, PYTHON, MV2, UCX and, with GPUs, NCCL, puts the working folder on
+PYTHONPATH, and reads `.deepspeed_env` in the home and in the working folder. Here the working folder has no say: its
+files may be somebody else's, and variables such as LD_PRELOAD run code. `DS_ENV_FILE` names a file in any place.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ def exported_lines(environment: Mapping[str, str]) -> str:
             "file.", ", ".join(left_out),
         )  # fmt: skip
     lines = [f"{name}={_escaped(value)}" for name, value in kept.items()]
-    own = environment.get(DEEPSPEED_ENV_FILE, ".deepspeed_env")
-    for file in dict.fromkeys(folder / own for folder in (Path.home(), Path())):
+    lines.append(f"PYTHONPATH={_escaped(environment.get('PYTHONPATH', ''))}")
+    named = environment.get(DEEPSPEED_ENV_FILE)
+    files = [Path.home() / ".deepspeed_env"] if named is None else [Path.home() / named, Path(named)]
+    if named is None and Path(".deepspeed_env").is_file() and Path.cwd() != Path.home():
+        logger.warning(".deepspeed_env of this folder is not read. Name it: DS_ENV_FILE=.deepspeed_env")
+    for file in dict.fromkeys(files):
         if file.is_file():  # later lines win; DeepSpeed fails on lines without a value
             lines += [line for line in file.read_text(encoding="utf-8").splitlines() if "=" in line]
     return "".join(f"{line}\n" for line in lines)

@@ -11,54 +11,29 @@ import logging
 import os
 import shlex
 import signal
-import subprocess
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from mm_moslora.launch.child_processes import Ended, child_environment, kill_tree, run_and_hand_on, terminate
 from mm_moslora.launch.host_file import DEEPSPEED_ENV_FILE, exported_lines
 from mm_moslora.launch.rank_logs import LOG_FOLDER
 from mm_moslora.launch.slurm_job import Requeue
 from mm_moslora.launch.topology import Topology, command
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import discard, read_json, refuse_strangers, replace_text
+from mm_moslora.utils.files import discard, read_json, refuse_strangers, replace_json, replace_text
+from mm_moslora.utils.heartbeat import is_running
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
 
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
 """Exit code after a signal; the same command continues the run."""
+STATE = "state.json"
 STOPPED = "STOPPED"
 """File in a run folder: a signal, which its text names, stopped the run, and nothing is unsaved."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-ONE_REQUEST_SECONDS = 3.0
-"""Seconds after a request in which further signals belong to it: terminals and schedulers signal whole process groups,
-launchers forward signals, and DeepSpeed's launcher sends SIGINT and SIGTERM."""
-REQUESTS_TO_END_UNSAVED = 3
-
-
-class RequestCounter:
-    """Counts requests to stop. The first signal is a request. Later ones are not, since schedulers repeat signals while
-    a run saves, except for a Ctrl-C some seconds after the last request."""
-
-    def __init__(self) -> None:
-        self._requests, self._since = 0, 0.0
-
-    def count(self, number: int) -> int:
-        """The number of requests so far if this signal is a new one, else 0.
-
-        Args:
-            number: the signal.
-        """
-        now = time.monotonic()
-        insists = number == signal.SIGINT and now - self._since > ONE_REQUEST_SECONDS
-        if self._requests and not insists:
-            return 0
-        self._requests, self._since = self._requests + 1, now
-        return self._requests
 
 
 def stopped_text(number: int) -> str:
@@ -75,6 +50,8 @@ def stopped_text(number: int) -> str:
 def leave_mark(run_folder: Path, number: int) -> None:
     """Mark a run folder as stopped before the run locked it; a folder of another program is left unchanged.
 
+    A process that was killed before has left its `state.json` at "running"; where it is gone, this is corrected.
+
     Args:
         run_folder: may be missing.
         number: the signal.
@@ -84,6 +61,11 @@ def leave_mark(run_folder: Path, number: int) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / RUN_LOCK).touch()  # marks the folder as a run's for the next start
         replace_text(run_folder / STOPPED, stopped_text(number))
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, FileNotFoundError):
+            told = read_json(run_folder / STATE)
+            here = told["state"] == "running" and told["host"] == socket.gethostname()
+            if here and not is_running(int(told["process"]), before=float(told["since"])):
+                replace_json(run_folder / STATE, told | {"state": "stopped", "ended": time.time()})
     except (ConfigError, OSError) as error:
         logger.info("%s is not written: %s", run_folder / STOPPED, error)
 
@@ -138,16 +120,16 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
         # torchrun keeps one store over restarts, in which ranks would find the addresses of dead ranks.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    } | os.environ  # fmt: skip
+    } | child_environment()  # fmt: skip
     if log_folder is not None:
         environment[LOG_FOLDER] = str(log_folder.absolute())
-    tell: Callable[[int], None] = _terminate
+    tell: Callable[[int], None] = terminate
     kill: Callable[[int], None] = kill_tree
     if places.uses_deepspeed:
         tell = end_deepspeed
         environment = {"OMP_NUM_THREADS": "1"} | environment  # torchrun sets it, too
     elif places.job is not None:
-        tell, kill = places.job.terminate_step, _terminate  # srun kills its step on SIGTERM
+        tell, kill = places.job.terminate_step, terminate  # srun kills its step on SIGTERM
     with contextlib.ExitStack() as stack:
         if places.hostfile is not None:
             file = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="deepspeed_env-", encoding="utf-8"))
@@ -155,100 +137,14 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
             file.flush()
             environment[DEEPSPEED_ENV_FILE] = file.name
         # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
-        return run_and_hand_on(
-            words, _SIGNALS, tell=tell, kill=kill, env=environment, process_group=0, stdin=subprocess.DEVNULL
-        )
+        return run_and_hand_on(words, tell=tell, kill=kill, env=environment, process_group=0)
 
 
 def _is_finished(run_folder: Path) -> bool:
     try:
-        return bool(read_json(run_folder / "state.json")["state"] == "finished")
+        return bool(read_json(run_folder / STATE)["state"] == "finished")
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """The outcome of a command."""
-
-    code: int
-    """Its exit code."""
-    signals: frozenset[int]
-    """Signals received before."""
-
-
-def _terminate(process: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGTERM)
-
-
-def kill_tree(process: int) -> None:
-    """Kill a process with all its descendants, without saving.
-
-    Args:
-        process: its process id.
-    """
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process)
-        for member in [root, *root.children(recursive=True)]:  # the launcher first, which might start further ones
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-
-
-def run_and_hand_on(
-    words: Sequence[str],
-    signals: Sequence[signal.Signals],
-    *,
-    tell: Callable[[int], None] = _terminate,
-    kill: Callable[[int], None] = kill_tree,
-    **options: Any,
-) -> Ended:
-    """Run a command. The first signal in the meantime, also while the command is starting, is forwarded. Later ones
-    are not, and a third Ctrl-C kills the command.
-
-    Args:
-        words: the command.
-        signals: those to forward; signals that are ignored here (nohup) stay ignored.
-        tell: asks the process with this id to save and exit; default: by SIGTERM.
-        kill: kills it; default: with all its descendants.
-        options: options of `subprocess.Popen`.
-    """
-    child: subprocess.Popen[bytes] | None = None
-    early: list[int] = []
-    late: list[int] = []
-    requests = RequestCounter()
-
-    def hand_on(number: int, _: object) -> None:
-        request = requests.count(number)
-        if child is None:
-            early.append(number)
-            return
-        late.append(number)
-        if not request or child.poll() is not None:
-            return
-        if request == 1:
-            tell(child.pid)
-        elif request >= REQUESTS_TO_END_UNSAVED:
-            kill(child.pid)
-        else:
-            logger.info(
-                "The run saves before it ends. Ctrl-C again, more than %g s later, ends it unsaved.",
-                ONE_REQUEST_SECONDS,
-            )
-
-    previous = {
-        number: signal.signal(number, hand_on) for number in signals if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
-        child = subprocess.Popen(words, **options)
-        if early and child.poll() is None:
-            tell(child.pid)
-        return Ended(code=child.wait(), signals=frozenset([*early, *late]))
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def end_deepspeed(runner: int) -> None:

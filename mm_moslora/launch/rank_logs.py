@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from mm_moslora.launch.child_processes import PIPE, STOP_SIGNALS, start
 from mm_moslora.utils.text_format import whole_number
 
 LOG_FOLDER = "MM_MOSLORA_LOG_DIR"
 """Variable with the folder; `launch --log-dir` sets it for the ranks."""
-_REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that schedulers and terminals send to all processes of a job."""
 
 
 def keep_rank_log(environment: Mapping[str, str]) -> None:
@@ -41,11 +39,9 @@ def keep_rank_log(environment: Mapping[str, str]) -> None:
         stream.flush()
         number = stream.fileno()
         # A program inherits which signals are blocked, so no terminal or scheduler ends it before the rank.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            tee = subprocess.Popen(
-                ["tee", "-a", str(path)], stdin=subprocess.PIPE, stdout=number, start_new_session=True
-            )
+            tee = start(["tee", "-a", path], stdin=PIPE, stdout=number, start_new_session=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert tee.stdin is not None

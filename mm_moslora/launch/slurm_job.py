@@ -7,17 +7,16 @@ instead.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mm_moslora.launch.child_processes import output_of, terminate
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.run_paths import checkpoints
 from mm_moslora.utils.text_format import whole_number
@@ -77,13 +76,13 @@ class Job:
 
     def rendezvous(self) -> list[str]:
         """torchrun's rendezvous options."""
-        done = subprocess.run(
-            ["scontrol", "show", "hostnames", self.node_list], capture_output=True, text=True, check=True
-        )
+        nodes = _answer("scontrol", "show", "hostnames", self.node_list)
+        if not nodes:
+            raise ConfigError(f"scontrol names no host for SLURM_JOB_NODELIST {self.node_list!r}; see the line above.")
         port = 20000 + self.number % 10000  # below the ephemeral ports of Linux, which start at 32768
         return [
             "--nnodes", str(self.nodes), "--rdzv_backend", "c10d", "--rdzv_id", f"{self.number}-{self.restarts}",
-            "--rdzv_endpoint", f"{done.stdout.split()[0]}:{port}",
+            "--rdzv_endpoint", f"{nodes.split()[0]}:{port}",
         ]  # fmt: skip
 
     def terminate_step(self, srun: int) -> None:
@@ -117,8 +116,7 @@ class Job:
         step = next((words[0] for words in named if words[1:] == [self.step_name]), None)
         if step is not None:
             return _answer("scancel", "--signal=TERM", step) is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(srun, signal.SIGTERM)
+        terminate(srun)
         return True
 
 
@@ -129,8 +127,8 @@ def _squeue(*options: str) -> str | None:
 def _answer(*words: str) -> str | None:
     """The output of a SLURM command; None where the controller is too busy to answer, or gone."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_PATIENCE)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = output_of(words, seconds=_PATIENCE)
+    except OSError as error:
         logger.warning("%s: %s", words[0], error)
         return None
     if done.returncode:

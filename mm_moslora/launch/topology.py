@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mm_moslora.launch.child_processes import python_words
 from mm_moslora.launch.slurm_job import Job
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
+
+HOST = r"[^\s-]\S*"
+"""Pattern of a host's name. ssh and launchers would take a name that begins with `-` for an option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,7 @@ class Topology:
 
 def _check_hosts(hostfile: Path) -> None:
     lines = [line.partition("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines()]
-    wrong = [line for line in lines if line and not re.fullmatch(r"\S+\s+slots=[1-9]\d*", line)]
+    wrong = [line for line in lines if line and not re.fullmatch(rf"{HOST}\s+slots=[1-9]\d*", line)]
     if wrong or not any(lines):
         found = f"holds {wrong[0]!r}" if wrong else "names no host"
         raise ConfigError(f"--hostfile {hostfile} {found}, expected lines such as 'worker-1 slots=8'.")
@@ -95,7 +99,7 @@ def _check_hosts(hostfile: Path) -> None:
 def _is_place(text: str) -> bool:
     """Whether the text has the form HOST:PORT."""
     host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) <= LARGEST_PORT
+    return bool(re.fullmatch(HOST, host)) and port.isascii() and port.isdigit() and 0 < int(port) <= LARGEST_PORT
 
 
 def accelerators() -> int:
@@ -112,32 +116,32 @@ def command(places: Topology, arguments: Sequence[str]) -> list[str]:
         places: processes and hosts.
         arguments: the verb of the ranks and its arguments.
     """
-    ranks = ["mm_moslora", *arguments]
     if places.uses_deepspeed:
         where = ["--hostfile", str(places.hostfile)] if places.hostfile else ["--num_gpus", str(_here(places))]
         return [
-            places.python, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port()), "--no_local_rank",
-            *where, "--module", *ranks,
+            *python_words("-m", "deepspeed.launcher.runner", python=places.python), "--master_port", str(_free_port()),
+            "--no_local_rank", *where, "--module", "mm_moslora", *arguments,
         ]  # fmt: skip
-    before = [*places.through, places.python, "-m"]
-    torchrun = [*before, "torch.distributed.run"]
+    rank = python_words("-u", "-m", "mm_moslora", *arguments, python=places.python)
+    # torchrun would start `python -m` without -P, and a container may drop PYTHONSAFEPATH.
+    torchrun = [*places.through, *python_words("-m", "torch.distributed.run", python=places.python), "--no-python"]
     if places.max_restarts:
         torchrun += ["--max_restarts", str(places.max_restarts)]
     if places.job is not None:
         # Every node counts its own GPUs.
         counted = places.nproc or ("gpu" if places.job.gpus_on_node or accelerators() else 1)
         meet = places.job.rendezvous()
-        return [*places.job.srun(), *places.srun, *torchrun, "--nproc_per_node", str(counted), *meet, "-m", *ranks]
+        return [*places.job.srun(), *places.srun, *torchrun, "--nproc_per_node", str(counted), *meet, *rank]
     nproc = _here(places)
     torchrun += ["--nproc_per_node", str(nproc)]
     if places.nnodes > 1:
         torchrun += ["--nnodes", str(places.nnodes), "--rdzv_backend", "c10d", "--rdzv_endpoint", str(places.rdzv)]
         torchrun += ["--rdzv_id", places.rdzv_id or "mm-moslora"]
         torchrun += ["--local_addr", places.local_addr] if places.local_addr else []
-        return [*torchrun, "-m", *ranks]
+        return [*torchrun, *rank]
     if nproc == 1 and not places.max_restarts:
-        return [*before, *ranks]
-    return [*torchrun, "--standalone", "-m", *ranks]
+        return [*places.through, *rank]
+    return [*torchrun, "--standalone", *rank]
 
 
 def _here(places: Topology) -> int:

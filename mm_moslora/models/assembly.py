@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import peft
 import torch
@@ -28,6 +28,7 @@ from transformers import (
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import ModelConfig, Thinking, VisionConfig
+from mm_moslora.config.llava_chat_templates import note_thinking
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
 from mm_moslora.models.model_sizes import few_layers, sizes_of
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pretrained_vlm, pretrained_image_token
@@ -42,16 +43,6 @@ from mm_moslora.models.vision.vision_tower import ImageSpec, load_vision, sketch
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import require_model, require_projector
-
-
-class LoadBase(Protocol):
-    """Loads a recipe's model with its weights, as `load_parts` does."""
-
-    def __call__(
-        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-    ) -> Parts:
-        """See `load_parts`."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -81,13 +72,21 @@ class Parts:
     base: dict[str, Any] = field(default_factory=dict)
     """Where the base came from, for the adapter folder."""
     thinking: Thinking = "auto"
-    """The recipe's `model.thinking`."""
+    """The recipe's `model.thinking`; of a trained model, the form in which it is asked."""
     changed: bool = False
     """Whether weights besides the adapter are other ones than `base` names."""
 
     def __post_init__(self) -> None:
         if self.image_token_id is None and self.model is not None and is_multimodal(self.model):
             self.image_token_id = self.model.config.image_token_id
+        self.ask(self.thinking)
+
+    def ask(self, thinking: Thinking) -> None:
+        """Choose the form in which the model is asked; chat templates record it, so that every export holds it."""
+        self.thinking = thinking
+        for owner in (self.tokenizer, self.processor) if thinking == "always" else ():
+            if isinstance(getattr(owner, "chat_template", None), str):
+                owner.chat_template = note_thinking(owner.chat_template)
 
     @property
     def template_processor(self) -> Any:

@@ -189,11 +189,3 @@ def processor_family(processor: Any) -> VlmFamily:
     """The family that a processor belongs to, where that has a peculiarity; the defaults for others."""
     kind = type(processor).__name__
     return next((family for family in VLMS.values() if family.processor == kind), VlmFamily())
-
-
-MIXED_ROWS = {
-    "bamba", "bloom", "falcon_h1", "falcon_mamba", "gpt_oss", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "mamba",
-    "mamba2", "mpt", "nemotron_h", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
-}  # fmt: skip
-"""Decoders in which the conversations of one row see each other: recurrences and convolutions run on, or transformers
-builds the mask without the positions that tell conversations apart (5.24)."""

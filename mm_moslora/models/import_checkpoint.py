@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pickle
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,27 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
 
 from mm_moslora import adapters
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.families import DECODERS
 from mm_moslora.models.import_xtuner import lora_settings, write_factors
+from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError
-from mm_moslora.utils.files import mark, read_json, remove
+from mm_moslora.utils.file_locks import new_folder
+from mm_moslora.utils.files import copy_of_model, read_json
 from mm_moslora.utils.run_paths import writing
+from mm_moslora.utils.untrusted_files import find_in_model
+
+logger = logging.getLogger(__name__)
 
 _PLAIN_TYPES = {kind: name for name, family in DECODERS.items() for kind in family.llava_types}
 _PROJECTOR = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?mm_projector\.(.+)$|^projector\.model\.(.+)$")
 _OF_LLAVA = re.compile(r"^(mm_|image_|tune_|freeze_mm|unfreeze_mm|use_mm|tokenizer_|vision_|im_|s2)")
-_DEEP = re.compile(r"mlp([1-9])x_gelu")
+_BESIDE_WEIGHTS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""Files of a language model besides its configuration and weights."""
 
 
 @dataclass(kw_only=True)
@@ -90,21 +98,20 @@ def import_parts(
     Raises:
         ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.
     """
-    check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return _import(source, folder, language=language, vision=vision, xtuner_config=xtuner_config)
-    except BaseException:  # the same command works as soon as the cause is mended
-        mark(folder, "temporary")
-        remove(folder)
-        raise
+    with new_folder(folder) as part:  # the same command works as soon as the cause of an error is mended
+        found = _import(source, part, language=language, vision=vision, xtuner_config=xtuner_config)
+    final = {str(part / name): str(folder / name) for name in ("language", "vision")}
+    language, vision = found.language, found.vision
+    return replace(
+        found, folder=folder, language=final.get(language or "", language), vision=final.get(vision or "", vision)
+    )
 
 
 def _import(
     source: Path, folder: Path, *, language: str | None, vision: str | None, xtuner_config: Path | None
 ) -> Imported:
-    config_file = (source if source.is_dir() else source.parent) / "config.json"
-    settings = dict(read_json(config_file)) if config_file.is_file() else {}
+    config_file = find_in_model(source if source.is_dir() else source.parent, "config.json")
+    settings = {} if config_file is None else dict(read_json(config_file))
     if source.is_dir() and (source / "adapter_config.json").is_file():
         return _import_lora(source, folder, settings, language)
     if source.suffix == ".pth":
@@ -161,9 +168,8 @@ def _weight_files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     for pattern in ("*.safetensors", "pytorch_model*.bin", "mm_projector.bin"):
-        found = sorted(source.glob(pattern))
-        if found:
-            return found
+        if found := sorted(source.glob(pattern)):
+            return [path for path in found if find_in_model(source, path.name)]
     raise ModelError(
         f"{source} holds none of *.safetensors, pytorch_model*.bin, mm_projector.bin and adapter_config.json, so it is "
         "no LLaVA checkpoint. A llava-hf folder needs no import: put it into model.vlm."
@@ -253,6 +259,7 @@ def _write_language(source: Path, files: list[Path], settings: dict[str, Any], f
         raise ModelError(f"{source} has model_type {kind!r}, expected one of {', '.join(_PLAIN_TYPES)}.")
     folder.mkdir()
     plain = {key: value for key, value in settings.items() if not _OF_LLAVA.match(key) and key != "architectures"}
+    plain.pop("auto_map", None)  # code of the source, which is not copied
     plain["model_type"] = _PLAIN_TYPES[kind]
     (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
     index: dict[str, str] = {}
@@ -264,23 +271,22 @@ def _write_language(source: Path, files: list[Path], settings: dict[str, Any], f
         index |= dict.fromkeys(state, name)
     text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_*"):
-        for file in source.glob(pattern):
-            shutil.copy(file, folder)
+    copy_of_model(source, _BESIDE_WEIGHTS, folder)
     return len(index)
 
 
 def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language: str | None) -> Imported:
     """LLaVA's LoRA folder: the adapter is merged into its base, the projector taken from what trained beside it."""
-    extras = source / "non_lora_trainables.bin"
-    state = dict(_tensors(extras)) if extras.is_file() else {}
+    extras = "non_lora_trainables.bin"
+    state = dict(_tensors(source / extras)) if find_in_model(source, extras) else {}
     projector = {name: value for name, value in state.items() if _PROJECTOR.match(name)}
     kind = _write_projector(projector, folder)
     adapter = read_json(source / "adapter_config.json")
     base = language or adapter.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise ModelError(f"{source / 'adapter_config.json'} names no base model; name it: --language BASE.")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    logger.info("%s: its base is %s (%s).", source, base, Path(base).resolve() if Path(base).exists() else "the hub")
+    model = _load_part("llm", base)
     adapters.merge(adapters.load_adapter(model, source))
     return Imported(
         folder=folder, kind="LLaVA, LoRA", projector=kind, settings=settings,
@@ -291,7 +297,8 @@ def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language:
 
 def _import_xtuner(source: Path, folder: Path, bases: Mapping[str, str | None], config: Path | None) -> Imported:
     """XTuner's checkpoint; `bases` tells what llm and visual_encoder were trained from, `config` is XTuner's."""
-    file = source / "mp_rank_00_model_states.pt" if source.is_dir() else source
+    inside = "mp_rank_00_model_states.pt"
+    file = source / inside if source.is_dir() and find_in_model(source, inside) else source
     state = dict(_tensors(file))
     projector = {name: value for name, value in state.items() if _PROJECTOR.match(name)}
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in bases}
@@ -328,6 +335,7 @@ def _import_xtuner(source: Path, folder: Path, bases: Mapping[str, str | None], 
 def _load_part(part: str, base: str) -> PreTrainedModel:
     if part != "llm":
         return load_vision(VisionConfig(name=base))[0]
+    refuse_adapter_beside(base)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     return model
 

@@ -21,7 +21,7 @@ from transformers import (
 from mm_moslora.config import ModelConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
-from mm_moslora.models.model_sizes import few_layers, sizes_of
+from mm_moslora.models.model_sizes import few_layers, refuse_adapter_beside, sizes_of
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.package_requirements import install_command, is_installed
@@ -104,6 +104,7 @@ def load_language(
     Raises:
         ModelError: nothing there, or not a causal language model.
     """
+    refuse_adapter_beside(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         language = AutoModelForCausalLM.from_pretrained(

@@ -21,9 +21,11 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.adapters.folder_format import read_json
 from mm_moslora.adapters.mixer import form_named
-from mm_moslora.config import ModelConfig, Recipe
-from mm_moslora.models.assembly import LoadBase, Parts, load_parts, load_projector, pretrained_parts
+from mm_moslora.config import ModelConfig, Recipe, Thinking
+from mm_moslora.config.llava_chat_templates import notes_thinking
+from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
+from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.processing.llava_processor import takes_plain_contents
@@ -32,6 +34,7 @@ from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
+from mm_moslora.utils.untrusted_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,6 @@ def load(
     dtype: torch.dtype = torch.float32,
     base: str | Path | None = None,
     quantised: bool = True,
-    load_base: LoadBase | None = None,
 ) -> Parts:
     """Load a model for inference.
 
@@ -54,7 +56,6 @@ def load(
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
         quantised: False loads a base in full that was trained on in 4 or 8 bits.
-        load_base: loads the base of a run or checkpoint; None: `load_parts`.
 
     Raises:
         ModelError: nothing loadable there, or its parts do not fit together.
@@ -65,9 +66,7 @@ def load(
     if base is not None and (is_checkpoint or not is_adapter):
         raise ModelError(f"{folder} is no adapter of another trainer; it knows its base. Leave out base.")
     if is_checkpoint:
-        return _load_checkpoint(
-            folder, merge=merge, dtype=dtype, quantised=quantised, load_base=load_base or load_parts
-        )
+        return _load_checkpoint(folder, merge=merge, dtype=dtype, quantised=quantised)
     if is_adapter:
         return _load_adapter(folder, base, merge=merge, dtype=dtype)
     return _load_exported(folder, dtype=dtype)
@@ -84,13 +83,14 @@ def model_of(folder: Path) -> ModelConfig:
     return resolve_model_paths(recipe_of(folder).model, folder)
 
 
-def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool, load_base: LoadBase) -> Parts:
-    config = model_of(folder)
+def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Parts:
+    given = recipe_of(folder).model
+    projector = dataclasses.replace(given.projector, weights=None)  # which the checkpoint holds
+    config = resolve_model_paths(dataclasses.replace(given, projector=projector), folder)
     if not quantised:
         config = dataclasses.replace(config, quantisation="none")
-    projector = dataclasses.replace(config.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
-    assembly = load_base(dataclasses.replace(config, projector=projector), dtype=torch.float32)
+    assembly = load_parts(config, dtype=torch.float32)
     if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(
             assembly.model.model.multi_modal_projector,
@@ -142,15 +142,22 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
     named = base or config.get("base_model_name_or_path")
     if base is None and (folder / BASE).is_dir():  # wherever the folder was moved
         named = folder / BASE
-    if not named:
+    if not isinstance(named, str | Path) or not str(named):
         raise ModelError(f"{folder} is an adapter that does not name its base model. Give it with --base.")
+    told = config.get("revision") if base is None and not Path(named).exists() else None
+    revision = told if isinstance(told, str) else None
+    where = f"the hub, {revision or 'newest commit'}" if not Path(named).exists() else Path(named).resolve()
+    logger.info("%s: its base is %s (%s).", folder, named, where)
     try:
-        assembly = _load_exported(named, dtype=torch.float32)
+        assembly = _load_exported(named, dtype=torch.float32, revision=revision)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"The base model {str(named)!r} of {folder} does not load ({first}). Give it with --base."
         ) from error
+    template = folder / "chat_template.jinja"
+    if template.is_file() and notes_thinking(read_text(template)):
+        assembly.ask("always")
     load_adapter = adapters.load_adapter if config.get("peft_type") == "LORA" else adapters.load_method
     assembly.peft_model = load_adapter(assembly.model, folder)
     if merge:
@@ -159,28 +166,31 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
     return assembly
 
 
-def _load_exported(folder: str | Path, *, dtype: torch.dtype) -> Parts:
+def _load_exported(folder: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> Parts:
     try:
-        return _load_stock(folder, dtype=dtype)
+        return _load_stock(folder, dtype=dtype, revision=revision)
     except MoSLoRAError:
         raise
     except ValueError as error:
         raise ModelError(f"{folder} does not load: {reason_of(error)}.") from error
 
 
-def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Parts:
-    config, _ = PretrainedConfig.get_config_dict(folder)
-    base = {"exported": str(folder)}
+def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None) -> Parts:
+    refuse_adapter_beside(str(folder), revision)
+    config, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
+    base = {"exported": str(folder), "revision": revision}
     if "vision_config" not in config:
-        language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-        return Parts(
-            model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base=base
-        )
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
-    processor: Any = load_pretrained_processor(str(folder), None)
+        language = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
+        thinking = _thinking_of(tokenizer.chat_template)
+        return Parts(model=language.eval(), tokenizer=tokenizer, base=base, thinking=thinking)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, revision=revision, dtype=dtype, trust_remote_code=False
+    ).eval()
+    processor: Any = load_pretrained_processor(str(folder), revision)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
-        return pretrained_parts(processor, model=model, base=base)
-    processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        return pretrained_parts(processor, model=model, base=base, thinking=_thinking_of(processor.chat_template))
+    processor = AutoProcessor.from_pretrained(folder, revision=revision, backend="pil", trust_remote_code=False)
     images = processor.image_processor
     crop: Any = images.crop_size
     spec = ImageSpec(
@@ -192,10 +202,16 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Parts:
         mean=tuple(images.image_mean),
         std=tuple(images.image_std),
     )
+    tokenizer = _plain_tokenizer(processor)
     return Parts(
-        model=model, tokenizer=_plain_tokenizer(processor), processor=processor, image=spec,
-        tokens_per_image=int(model.config.image_seq_length), base=base,
+        model=model, tokenizer=tokenizer, processor=processor, image=spec,
+        tokens_per_image=int(model.config.image_seq_length), base=base, thinking=_thinking_of(tokenizer.chat_template),
     )  # fmt: skip
+
+
+def _thinking_of(template: Any) -> Thinking:
+    """The form in which the model of an export is asked, as its chat template records it."""
+    return "always" if notes_thinking(template) else "auto"
 
 
 def _plain_tokenizer(processor: Any) -> Any:

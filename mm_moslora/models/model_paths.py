@@ -1,110 +1,369 @@
-"""Where the parts of a model lie: folders as a recipe names them, which may be seen from another place now."""
+"""Whose weights: what each name of a recipe's `model` led to when training began, and where that is now.
+
+A checkpoint's manifest keeps a fingerprint of every part, and the commit of a part from the hub. What was a path stays
+a path, and what was a name on the hub stays one: no folder is taken for it because it is called the same. A place is
+taken only where its fingerprint agrees.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple
+
+from huggingface_hub import is_offline_mode, snapshot_download
 
 from mm_moslora.config import ModelConfig
+from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import MANIFEST, MODELS, projector_file
+from mm_moslora.utils.untrusted_data import parse_json
 
 logger = logging.getLogger(__name__)
 
-Name = TypeVar("Name", str, str | None)
-CONTENTS = "contents"
-"""Of a manifest's `base`: recipe key to `fingerprint`."""
+CONTENTS, COMMITS = "contents", "commits"
+"""Of a manifest's `base`: recipe key to `fingerprint`, and recipe key to commit of what came from the hub."""
+PROJECTOR_WEIGHTS = "model.projector.weights"
+_PATHS = ("/", "./", "../")
+"""Beginnings of names that can only be paths."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
+_BY_TENSOR = "2-"
+"""Begins fingerprints with samples of every tensor; earlier ones have 16 samples of a file."""
+_FINGERPRINT, _COMMIT = re.compile(r"(2-)?[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+_SAMPLES, _MORE_SAMPLES, _SAMPLE_BYTES, _TENSOR_BYTES = 16, 256, 4096, 1024
+_MOST_HEADER = 2**27
 
 
-def resolve_model_paths(config: ModelConfig, checkpoint: Path) -> ModelConfig:
-    """The configuration of a checkpoint, to be loaded from any working directory.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A name in a recipe's `model`."""
 
-    Relative paths start where the run was started, which is mostly a folder above its checkpoints: what is not found
-    from here is looked up from there, also when the whole tree was moved. An absolute path that leads nowhere is looked
-    up by its last parts, and counts where its contents are those that the checkpoint was trained on.
-    `MM_MOSLORA_MODELS` names further folders to look into.
+    key: str
+    name: str
+    revision: str | None = None
+    pretrained: str | None = None
+
+    @property
+    def library(self) -> str:
+        """`open_clip` or `timm`; empty for transformers."""
+        library, separator, _ = self.name.partition(":")
+        return library if separator and library in ("open_clip", "timm") else ""
+
+    @property
+    def place(self) -> Path:
+        """The path that the name may be."""
+        place = Path(self.name.partition(":")[2] if self.library else self.name)
+        return projector_file(place) if self.key == PROJECTOR_WEIGHTS else place
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the name can only be a path."""
+        return self.key == PROJECTOR_WEIGHTS or self.name.removeprefix(f"{self.library}:").startswith(_PATHS)
+
+    def at(self, place: Path) -> str:
+        """The name for another place."""
+        return f"{self.library}:{place}" if self.library else str(place)
+
+    def snapshot(self, revision: str | None) -> Path | None:
+        """Its folder in the hub's cache, if all weights are there."""
+        repository = _repository(self)
+        if repository is None:
+            return None
+        try:
+            folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except (OSError, ValueError):  # not there, or no name of the hub
+            return None
+        return folder if _weights(folder, self.library) else None
+
+
+def _repository(part: Part) -> str | None:
+    """Name on the hub; None for what comes from elsewhere."""
+    name = part.name.partition(":")[2] if part.library else part.name
+    if part.key in (PROJECTOR_WEIGHTS, "model.vision.pretrained"):
+        return None
+    if not part.library or "/" in name:
+        return name.removeprefix("hf-hub:")
+    known: Mapping[str, Any] = {}
+    if part.library == "timm" and part.pretrained:
+        import timm
+
+        found = timm.get_pretrained_cfg(name)
+        known = found.to_dict() if found else {}
+    elif part.pretrained:
+        import open_clip
+
+        known = open_clip.get_pretrained_cfg(name, part.pretrained) or {}
+    place = str(known.get("hf_hub_id") or known.get("hf_hub") or "")  # open_clip adds a file to some
+    return "/".join(place.split("/")[:2]).rstrip("/") or None
+
+
+def parts_of(config: ModelConfig) -> Iterator[Part]:
+    """The names in a recipe's `model`."""
+    vision = config.vision
+    given = [
+        Part(key="model.language", name=config.language or "", revision=config.language_revision),
+        Part(key="model.vlm", name=config.vlm or "", revision=config.vlm_revision),
+        Part(key=PROJECTOR_WEIGHTS, name=config.projector.weights or ""),
+    ]
+    if vision is not None:
+        given += [
+            Part(key="model.vision.name", name=vision.name, revision=vision.revision, pretrained=vision.pretrained),
+            Part(key="model.vision.pretrained", name=vision.pretrained or ""),
+            Part(key="model.vision.fuse_with", name=vision.fuse_with or "", pretrained=vision.pretrained),
+        ]
+    return (part for part in given if part.name)
+
+
+def trained_on(config: ModelConfig, *, before: Path | None = None) -> dict[str, dict[str, str]]:
+    """What a manifest keeps of the parts of a model: `CONTENTS` and `COMMITS`.
 
     Args:
-        config: of the checkpoint's recipe.
-        checkpoint: its folder.
+        config: the recipe's `model`, loaded by now.
+        before: a checkpoint of the same run, whose entries stay.
     """
-    expected = stored_fingerprints(checkpoint)
-    above = [*checkpoint.absolute().parents, *checkpoint.resolve().parents]
-
-    def found(key: str, name: Name) -> Name:
-        if not name or Path(name).exists():
-            return name
-        for place in _candidates(name, above, known=key in expected):
-            if place.exists() and expected.get(key) in (None, fingerprint(place)):
-                if Path(name).is_absolute():
-                    logger.info("%s: %s is not there any more, taking %s.", key, name, place)
-                return str(place)
-        return name
-
-    projector = replace(config.projector, weights=found("model.projector.weights", config.projector.weights))
-    vision = config.vision and replace(
-        config.vision,
-        name=found("model.vision.name", config.vision.name),
-        pretrained=found("model.vision.pretrained", config.vision.pretrained),
-        fuse_with=found("model.vision.fuse_with", config.vision.fuse_with),
-    )
-    language, vlm = found("model.language", config.language), found("model.vlm", config.vlm)
-    return replace(config, language=language, vlm=vlm, vision=vision, projector=projector)
+    contents, commits = {}, {}
+    for part in parts_of(config):
+        place = part.place
+        if place.exists():
+            contents[part.key] = fingerprint(place)
+            if place.parent.name == "snapshots":  # of the hub's cache, see `_on_hub`
+                commits[part.key] = place.name
+        elif snapshot := part.snapshot(part.revision):
+            contents[part.key], commits[part.key] = fingerprint(snapshot, library=part.library), snapshot.name
+    base = _base(before) if before is not None else {}
+    return {CONTENTS: contents | base.get(CONTENTS, {}), COMMITS: commits | base.get(COMMITS, {})}
 
 
-def _candidates(name: str, above: list[Path], *, known: bool) -> Iterator[Path]:
-    """Places where a model that is not at `name` may lie; by parts of its path only where its contents are known."""
-    given = [Path(folder) for folder in os.environ.get(MODELS, "").split(os.pathsep) if folder]
-    if not Path(name).is_absolute():
-        yield from (folder / name for folder in (*given, *above))
-        return
-    parts = Path(name).parts[1:]
-    for start in range(len(parts)):
-        yield from (folder.joinpath(*parts[start:]) for folder in (*given, *(above if known else ())))
+def same_parts(config: ModelConfig, expected: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a manifest's `CONTENTS` that the parts on this disk agree with."""
+    return {
+        part.key: expected[part.key]
+        for part in parts_of(config)
+        if part.key in expected
+        and (
+            _agrees(expected[part.key], part.place)
+            if part.place.exists()
+            else (snapshot := part.snapshot(part.revision)) and _agrees(expected[part.key], snapshot, part.library)
+        )
+    }
 
 
 def stored_fingerprints(checkpoint: Path) -> Mapping[str, str]:
     """Fingerprints of the parts that a checkpoint was trained on, by recipe key; none where it names none."""
+    return _base(checkpoint).get(CONTENTS, {})
+
+
+def _base(checkpoint: Path) -> dict[str, dict[str, str]]:
+    """What a checkpoint's manifest keeps of the parts; runs of earlier versions lack `COMMITS`, or both."""
     try:
         base = read_json(checkpoint / MANIFEST)["base"]
-    except (OSError, ValueError, KeyError):
+        kept = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if key in base}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return dict(base.get(CONTENTS, {}))
+    forms = {CONTENTS: _FINGERPRINT, COMMITS: _COMMIT}  # the folder may be a stranger's
+    return {
+        key: {name: value for name, value in items.items() if isinstance(value, str) and forms[key].fullmatch(value)}
+        for key, items in kept.items()
+    }
 
 
-def base_fingerprints(config: ModelConfig) -> dict[str, str]:
-    """Fingerprints of the parts that lie on this disk, by recipe key."""
-    vision = config.vision
-    names = {"language": config.language, "vlm": config.vlm}
-    if config.projector.weights:
-        names["projector.weights"] = str(projector_file(config.projector.weights))
-    if vision is not None:
-        names |= {f"vision.{key}": getattr(vision, key) for key in ("name", "pretrained", "fuse_with")}
-    return {f"model.{key}": fingerprint(Path(name)) for key, name in names.items() if name and Path(name).exists()}
+class _Found(NamedTuple):
+    """A part for the loaders."""
+
+    name: str | None
+    revision: str | None
+    where: str
+    """For people."""
 
 
-def fingerprint(path: Path) -> str:
+def resolve_model_paths(config: ModelConfig, checkpoint: Path) -> ModelConfig:
+    """The configuration of a checkpoint, to be loaded from any working directory with the weights of the training.
+
+    Paths are looked for where the recipe names them, then in the folders of `MM_MOSLORA_MODELS`, then in the folders
+    above the checkpoint, also by the last parts of an absolute path. Models of the hub get the commit of the training.
+    A projector with other weights than those at the start is left out, with a warning.
+
+    Args:
+        config: of the checkpoint's recipe.
+        checkpoint: its folder.
+
+    Raises:
+        ModelError: a part is not there, or has other weights.
+    """
+    base = _base(checkpoint)
+    found = {part.key: _find(part, base, checkpoint) for part in parts_of(config)}
+    logger.info("%s: %s.", checkpoint, "; ".join(f"{key} is {item.where}" for key, item in found.items()))
+    none = _Found(None, None, "")
+    language, vlm = found.get("model.language", none), found.get("model.vlm", none)
+    vision, tower = config.vision, found.get("model.vision.name")
+    if vision is not None and tower is not None:
+        pretrained, fused = (found.get(f"model.vision.{key}", none).name for key in ("pretrained", "fuse_with"))
+        vision = replace(vision, name=str(tower.name), revision=tower.revision, pretrained=pretrained, fuse_with=fused)
+    return replace(
+        config, language=language.name, language_revision=language.revision, vlm=vlm.name, vlm_revision=vlm.revision,
+        vision=vision, projector=replace(config.projector, weights=found.get(PROJECTOR_WEIGHTS, none).name),
+    )  # fmt: skip
+
+
+def _find(part: Part, base: Mapping[str, Mapping[str, str]], checkpoint: Path) -> _Found:
+    expected = base.get(CONTENTS, {}).get(part.key)
+    commit = base.get(COMMITS, {}).get(part.key)
+    earlier = CONTENTS not in base or (COMMITS not in base and bool(part.library))  # which kept none of these
+    if (expected is not None and commit is None) or earlier or part.is_path:
+        return _on_disk(part, expected, checkpoint)
+    return _on_hub(part, expected, commit, checkpoint)
+
+
+def _on_disk(part: Part, expected: str | None, checkpoint: Path) -> _Found:
+    """A part that was a path when training began, for all that is known."""
+    there = part.place.exists()
+    for name in (part.name, *(part.at(place) for place in _candidates(part, checkpoint, known=expected is not None))):
+        place = replace(part, name=name).place
+        if place.exists() and (expected is None or _agrees(expected, place)):
+            return _Found(name, part.revision, str(place))
+    if part.key == PROJECTOR_WEIGHTS:
+        if there:
+            logger.warning(
+                "%s is %s, which has other weights now than %s began with. It is left out.", part.key, part.name,
+                checkpoint,
+            )  # fmt: skip
+        return _Found(None if there else part.name, None, "nowhere")
+    if not part.is_path and expected is None:
+        return _on_hub(part, None, None, checkpoint)
+    if there:
+        raise ModelError(
+            f"{part.key} is {part.name!r}, which has other weights (fingerprint {fingerprint(part.place)[:10]}) than "
+            f"the model that {checkpoint} was trained on ({str(expected)[:10]}). Put the old files there, or name a "
+            f"folder above them in the environment variable {MODELS}."
+        )
+    raise ModelError(
+        f"{part.key} is {part.name!r}, and nothing is there with the weights that {checkpoint} was trained on. If it "
+        f"was moved, add its new parent folder to the environment variable {MODELS}."
+    )
+
+
+def _on_hub(part: Part, expected: str | None, commit: str | None, checkpoint: Path) -> _Found:
+    """A part that was a name on the hub when training began."""
+    given = [folder / part.name for folder in _given_folders() if expected and not part.library]
+    for place in (place for place in given if place.is_dir() and _agrees(str(expected), place)):
+        return _Found(str(place), None, str(place))
+    snapshot = (part.snapshot(commit) if commit else None) or part.snapshot(part.revision)
+    if expected is None and snapshot is not None:
+        logger.warning(
+            "%s keeps no fingerprint of %s, %s: an earlier version saved it. Whether the weights of commit %s are "
+            "those that it was trained on is not known.", checkpoint, part.key, part.name, snapshot.name,
+        )  # fmt: skip
+    elif snapshot is not None and not _agrees(str(expected), snapshot, part.library):
+        if snapshot.name == commit or is_offline_mode() or part.library:
+            raise ModelError(
+                f"{part.key} is {part.name!r}, of which the hub's cache has other weights (commit "
+                f"{snapshot.name[:10]}, fingerprint {fingerprint(snapshot, library=part.library)[:10]}) than the model "
+                f"that {checkpoint} was trained on (commit {str(commit)[:10]}, fingerprint {str(expected)[:10]}). "
+                f"Delete {snapshot} and go online, or put a folder {part.name} with the right files below one that "
+                f"{MODELS} names."
+            )
+        snapshot = None  # of another commit; the right one is fetched
+    revision = part.revision if part.library else commit if snapshot is None else snapshot.name
+    where = f"{part.name} of the hub (commit {revision or 'unknown'})" if _repository(part) else part.name
+    if snapshot is not None and not part.library and (part.place.exists() or part.key == "model.vision.fuse_with"):
+        return _Found(str(snapshot), None, where)  # loaders would take the folder of that name, or the newest commit
+    if part.place.exists():
+        raise ModelError(
+            f"{part.key} is {part.name!r}, a model of the hub that {checkpoint} was trained on. The folder of that "
+            f"name in {Path.cwd()} would be taken for it. Work in another folder; if that one is meant, write "
+            f"./{part.name}."
+        )
+    return _Found(part.name, revision or part.revision, where)
+
+
+def _given_folders() -> list[Path]:
+    return [Path(folder) for folder in os.environ.get(MODELS, "").split(os.pathsep) if folder]
+
+
+def _candidates(part: Part, checkpoint: Path, *, known: bool) -> Iterator[Path]:
+    """Places where a model that was moved may lie; above the checkpoint only where its contents are known."""
+    name = Path(part.name.removeprefix(f"{part.library}:"))
+    above = [*checkpoint.absolute().parents, *checkpoint.resolve().parents] if known else []
+    ends = [name] if not name.is_absolute() else [Path(*name.parts[start:]) for start in range(1, len(name.parts))]
+    yield from (folder / end for end in ends for folder in (*_given_folders(), *above))
+
+
+def _agrees(expected: str, place: Path, library: str = "") -> bool:
+    return expected == fingerprint(place, library=library, by_tensor=expected.startswith(_BY_TENSOR))
+
+
+def is_comparable(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one kind; runs of earlier versions have another."""
+    return one.startswith(_BY_TENSOR) == other.startswith(_BY_TENSOR)
+
+
+def fingerprint(path: Path, *, library: str = "", by_tensor: bool = True) -> str:
     """A hash of what a model's files are called, how large they are, and of samples all over them.
 
     Args:
         path: a folder with a configuration and weights, or one file, regardless of its name.
+        library: whose weights are read, where a folder has those of several.
+        by_tensor: samples of every tensor, of the weights that are read; False: of 16 places in every file of weights,
+            as in checkpoints of earlier versions.
     """
     digest = hashlib.sha256()
     inside = sorted(path.iterdir()) if path.is_dir() else []
-    for file in [file for file in inside if file.suffix in _WEIGHTS or file.name == "config.json"] or [path]:
+    chosen = [file for file in inside if file.suffix in _WEIGHTS or file.name == "config.json"]
+    if by_tensor and inside:
+        chosen = sorted({*_weights(path, library), *(file for file in inside if file.name == "config.json")})
+    for file in chosen or [path]:
         if not file.is_file():
             continue
         size = file.stat().st_size
         digest.update(f"{'' if file == path else file.name} {size}\n".encode())
         with file.open("rb") as stream:
-            for index in range(_SAMPLES):
-                stream.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+            for start, count in _samples(stream, size) if by_tensor else _even(size, _SAMPLES):
+                stream.seek(start)
+                digest.update(stream.read(count))
+    return f"{_BY_TENSOR}{digest.hexdigest()}" if by_tensor else digest.hexdigest()
+
+
+def _weights(folder: Path, library: str = "") -> list[Path]:
+    """The files of weights that are read from a folder; none where some are missing."""
+    for name in (f"{library}_model.safetensors", "model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            try:
+                names = {str(item) for item in read_json(index)["weight_map"].values()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return []
+            shards = [folder / Path(item).name for item in sorted(names)]
+            return shards if all(shard.is_file() for shard in shards) else []
+    return sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
+
+
+def _even(size: int, count: int) -> Iterator[tuple[int, int]]:
+    for index in range(count):
+        yield max(0, size - _SAMPLE_BYTES) * index // (count - 1), _SAMPLE_BYTES
+
+
+def _samples(stream: BufferedReader, size: int) -> Iterator[tuple[int, int]]:
+    """Start and length of the samples of a file: the header of safetensors and four places in every tensor."""
+    header = int.from_bytes(stream.read(8), "little")
+    try:
+        if not 0 < header <= min(size, _MOST_HEADER):
+            raise ValueError("no safetensors")
+        tensors = parse_json(stream.read(header))
+        spans = sorted(item["data_offsets"] for name, item in tensors.items() if name != "__metadata__")
+        ends = [[min(max(0, 8 + header + int(end)), size) for end in span] for span in spans]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        yield from _even(size, _MORE_SAMPLES)
+        return
+    yield 0, 8 + header
+    for start, end in ends:
+        if end - start <= 4 * _TENSOR_BYTES:
+            yield start, max(0, end - start)
+        else:
+            yield from ((start + (end - start - _TENSOR_BYTES) * part // 3, _TENSOR_BYTES) for part in range(4))

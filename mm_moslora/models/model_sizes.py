@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from functools import cache
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from mm_moslora.config import RECIPES_FOLDER
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
-from mm_moslora.utils.run_paths import require_model
+from mm_moslora.utils.run_paths import ADAPTER_CONFIG, require_model
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,26 @@ def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
             f"{key} is {name!r}: its configuration cannot be read ({reason_of(error)}). Give a folder with its "
             "config.json, or go online."
         ) from error
+
+
+def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
+    """Refuse a model that an adapter lies beside: transformers would put it in, or load the base that it names instead.
+
+    Args:
+        name: folder or hub id.
+        revision: of the hub.
+
+    Raises:
+        ModelError: there is one.
+    """
+    found = None
+    with contextlib.suppress(OSError, ValueError):  # the loader says what is wrong
+        found = find_adapter_config_file(name, revision=revision)
+    if found is not None:
+        raise ModelError(
+            f"{name} has an {ADAPTER_CONFIG} where a model is expected. transformers would load that adapter, and "
+            "maybe another model that it names. Give a model without it, such as one that the adapter was merged into."
+        )
 
 
 def few_layers(config: Any) -> tuple[Any, int]:

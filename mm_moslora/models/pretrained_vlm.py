@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mm_moslora.models.families import TOWER_PATHS
+from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
 
@@ -35,6 +36,7 @@ def load_pretrained_vlm(
     Raises:
         ModelError: nothing there, or no image-text-to-text model.
     """
+    refuse_adapter_beside(name, revision)
     processor = load_pretrained_processor(name, revision)
     try:
         model = AutoModelForImageTextToText.from_pretrained(

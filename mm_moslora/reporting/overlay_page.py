@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from markupsafe import Markup
 
@@ -99,7 +99,7 @@ def curve(stage: Stage, key: str) -> list[tuple[float, float]]:
     ]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a chart can show a value of a log."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 

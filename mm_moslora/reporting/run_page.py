@@ -23,7 +23,7 @@ from mm_moslora.reporting.lens_maps import MEASURES, TITLES, HeatMap, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
 from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
-from mm_moslora.reporting.verdicts import OVERLAP, score_text
+from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.text_format import format_seconds, visible
@@ -118,7 +118,7 @@ def _context(data: RunData) -> dict[str, Any]:
         "tasks": [_task(task, rows) for task, rows in tasks],
         "drawings": drawing_grid(data.folder),
         "draws": data.summary.get("kind") == "diffusion",
-        "overlap": OVERLAP,
+        "of_one_score": OF_ONE_SCORE,
         "samples": _samples(data),
         "samples_left": max(0, len(data.samples) - MOST_SAMPLES),
         "stages": [{"name": stage.name, "charts": _charts(stage)} for stage in data.stages],

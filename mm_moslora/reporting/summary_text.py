@@ -162,13 +162,12 @@ def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
     The best answer per question is left out where it was learned from the evaluated set, since it then knows the
     answers.
     """
-    row = next(row for row in rows if row.name == "tuned")
-    tuned, unit = row.score, row.unit
+    tuned = next(row for row in rows if row.name == "tuned")
     return {
         row.name: row.less
-        or Difference(
-            value=tuned.mean - row.score.mean, low=tuned.low - row.score.high, high=tuned.high - row.score.low,
-            groups=min(tuned.n, row.score.n) or None, unit=unit,
+        or Difference.of_intervals(
+            *((score.mean, score.low, score.high) for score in (tuned.score, row.score)),
+            groups=min(tuned.score.n, row.score.n) or None, unit=tuned.unit,
         )
         for row in rows
         if row.name in AGAINST and (row.name, row.learned_from) != ("best_answer", "the evaluated set")

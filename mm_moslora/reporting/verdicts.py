@@ -11,7 +11,7 @@ Rules:
   blind and wrong pictures were not measured, the conclusion is about their answers only.
 
 Each conclusion needs several conditions at once, so none needs a correction for the number of tests (Berger 1982).
-Intervals come from `mm_moslora_eval.scoring.error_bars` and `mm_moslora.compare.seed_statistics`. Pure Python.
+Intervals come from `mm_moslora_eval.scoring.measured_scores` and `mm_moslora.compare.seed_statistics`. Pure Python.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ def score_text(value: float, unit: str = "", *, named: bool = True) -> str:
     return f"{unit} {value:.3f}" if named else f"{value:.3f}"
 
 
+_Interval = tuple[float, float, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """One system minus another on the same questions."""
@@ -73,6 +76,11 @@ class Difference:
     """Number of independent pictures or questions; None: unknown."""
     unit: str = ""
     """Name of the score, see `SCORE_NAMES`; empty for a share of right answers."""
+
+    @classmethod
+    def of_intervals(cls, a: _Interval, b: _Interval, *, groups: int | None, unit: str = "") -> Difference:
+        """Two scores (each with low and high) that were not compared by question; wide, for any correlation."""
+        return cls(value=a[0] - b[0], low=a[1] - b[2], high=a[2] - b[1], groups=groups, unit=unit)
 
     @property
     def few(self) -> bool:
@@ -107,6 +115,11 @@ def difference_of(data: Any) -> Difference | None:
         return build_known(Difference, data, source="a difference")
     except (ConfigError, AttributeError):
         return None
+
+
+def amount_text(value: float, unit: str = "") -> str:
+    """The size of a difference: `4.2 points`, or `CIDEr 0.120`."""
+    return score_text(value, unit) if unit else f"{100 * value:.1f} points"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +208,20 @@ def between(difference: Difference, *, a: str = "A", b: str = "B") -> str:
     return f"It is not shown that {a} and {b} differ{few}"
 
 
+def resting_on(questions: int, pictures: int, groups: int) -> str:
+    """On how much an interval rests, as a sentence.
+
+    Args:
+        questions: number of them.
+        pictures: different ones, with questions that share none.
+        groups: pictures with equally many questions that would show as much.
+    """
+    if pictures == questions:
+        return f"The interval rests on {questions} documents."
+    uneven = f", which show as much as {groups} with equally many questions" if groups < 0.8 * pictures else ""
+    return f"The interval rests on {pictures} picture{'s' * (pictures > 1)} with {questions} questions{uneven}."
+
+
 def best_of(names: Sequence[str], *, idle: Sequence[str] = ()) -> str:
     """Which of several runs of a report is best.
 
@@ -206,12 +233,16 @@ def best_of(names: Sequence[str], *, idle: Sequence[str] = ()) -> str:
     if len(names) == 1:
         return f"{names[0]} is best: its interval overlaps no other.{doubt}"
     return (
-        f"No difference is shown between {', '.join(names)}: their intervals overlap. One run per setting cannot show "
-        f"the effect of the seed; `mm-moslora compare` trains several seeds.{doubt}"
+        f"None of {', '.join(names)} can be called best by these intervals, which overlap; `mm-moslora eval compare` "
+        "compares question by question. One run per setting cannot show the effect of the seed; `mm-moslora compare` "
+        f"trains several seeds.{doubt}"
     )
 
 
-OVERLAP = "Where two 95 % intervals overlap, a difference is not shown."
+OF_ONE_SCORE = (
+    "Each interval is of one score. Two that overlap neither show nor exclude a difference; the summary compares "
+    "question by question."
+)
 HOLDS_ZERO = "An interval that contains zero shows no difference. It does not show that there is none."
 
 Verdict = Literal["better", "worse", "not shown", "one seed", "between looks", "nothing follows"]

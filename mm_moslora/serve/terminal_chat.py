@@ -171,6 +171,8 @@ def interactive(chat: Chat) -> None:
     """Read questions from the terminal until the end of input."""
     _line_editing()
     _say(f"{HELP}\n")
+    if chat.encoder.asks_to_think:
+        _say(f"The model is asked to think before it answers, in at most {chat.max_new_tokens} new tokens.\n")
     while True:
         try:
             line = input("> ").strip()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.launch.child_processes import output_of
 from mm_moslora.utils.package_requirements import installed_version
+from mm_moslora.utils.untrusted_files import beside, read_text, read_text_below
 
 PACKAGES = (
     "mm-moslora", "torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy", "triton",
     "liger-kernel",
 )  # fmt: skip
-
-
+CHECKOUT = Path(__file__).parents[2]
+"""Folder of this code, where it runs from a checkout."""
+_MOST = 2**12
+"""Limit of git's small files, bytes."""
 _SCHEDULER = (
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST",
     "SLURM_CLUSTER_NAME",
@@ -37,21 +41,50 @@ def environment() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit, and whether files differ from it; empty outside a repository. No remotes: their URLs may hold keys."""
-    commit = _git(folder, "rev-parse", "HEAD")
+    """The commit of the working tree around a folder, read from files; empty outside one.
+
+    The git program would run what the folder's configuration names (`core.fsmonitor`, filters), and the folder may be
+    somebody else's. It is asked for changes only in this project's own checkout, whose code runs anyway. No remotes:
+    their URLs may hold keys.
+    """
+    root = next((place for place in (folder, *folder.parents) if os.path.lexists(place / ".git")), None)
+    commit = None if root is None else _commit(root)
     if commit is None:
         return {}
-    return {"git_commit": commit, "git_changed": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    return {"git_commit": commit} | ({"git_changed": _is_changed()} if root == CHECKOUT else {})
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _commit(root: Path) -> str | None:
+    """The commit that is checked out in a working tree."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+        git = root / ".git"
+        if git.is_file():  # a linked working tree, or a submodule
+            git = beside(root, read_text(git, most=_MOST).removeprefix("gitdir:").strip())
+        head = (read_text_below(git, "HEAD") or "").strip()
+        common = beside(git, (read_text_below(git, "commondir") or ".").strip())
+        if not head.startswith("ref:"):
+            return _hash(head)
+        name = head.removeprefix("ref:").strip()
+        for place in (git, common):
+            if (text := read_text_below(place, name)) is not None:
+                return _hash(text.strip())
+        lines = (line.split() for line in (read_text_below(common, "packed-refs") or "").splitlines())
+        return next((_hash(words[0]) for words in lines if words[1:] == [name]), None)
+    except (OSError, ValueError, RuntimeError):  # no repository of git, or no access
         return None
-    return done.stdout.strip()
+
+
+def _hash(text: str) -> str | None:
+    return text if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", text) else None
+
+
+def _is_changed() -> bool | None:
+    """Whether files of the checkout differ from its commit; None where git does not answer."""
+    try:
+        done = output_of(["git", "-C", CHECKOUT, "status", "--porcelain", "--untracked-files=no"], seconds=10)
+    except OSError:
+        return None
+    return bool(done.stdout.strip()) if done.returncode == 0 else None
 
 
 def _accelerator() -> dict[str, Any]:

@@ -348,7 +348,7 @@ def check_model(recipe: Recipe, model: PreTrainedModel, *, layers: int) -> None:
     import torch
 
     from mm_moslora.kernels.attention.attention_choice import choose_attention
-    from mm_moslora.models.families import MIXED_ROWS
+    from mm_moslora.models.batching.row_probe import rows_of
     from mm_moslora.models.pretrained_vlm import tower_path
     from mm_moslora.models.trainable_parts import refuse_checkpointing
     from mm_moslora.models.vlm import is_multimodal, needs_padding
@@ -356,11 +356,14 @@ def check_model(recipe: Recipe, model: PreTrainedModel, *, layers: int) -> None:
 
     train, decoder = recipe.train, model.get_decoder()
     kind = decoder.config.model_type
-    if kind in MIXED_ROWS and not needs_padding(model) and (train.micro_batch > 1 or recipe.data.pack_tokens):
-        raise ConfigError(
-            f"In a {kind} model the conversations of one row see each other. Set train.micro_batch to 1 and "
-            "data.pack_tokens to 0, so that a row holds one conversation."
-        )
+    if not needs_padding(model) and (train.micro_batch > 1 or recipe.data.pack_tokens):
+        found = rows_of(model, recipe.model.attention)
+        if not found.apart:
+            why = "see each other" if found.moved is not None else f"may see each other; a probe failed ({found.fault})"
+            raise ConfigError(
+                f"In a {kind} model the conversations of one row {why}. Set train.micro_batch to 1 and "
+                "data.pack_tokens to 0, so that a row holds one conversation."
+            )
     if again := train.gradient_checkpointing:
         refuse_checkpointing(decoder, None if again is True else again, layers=layers)
     if train.vision_gradient_checkpointing and is_multimodal(model):

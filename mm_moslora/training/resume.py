@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.adapters.methods.peft_methods import restore_method
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
-from mm_moslora.models.model_paths import CONTENTS, base_fingerprints
+from mm_moslora.models.model_paths import CONTENTS, same_parts
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, rank_folder, read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
 from mm_moslora.training.precision import resolve_precision
@@ -146,15 +146,17 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
 
 
 def _changes(manifest: Manifest, recipe: Recipe) -> Changes:
-    expected = manifest.base.get(CONTENTS, {})
-    same = [key for key, found in base_fingerprints(recipe.model).items() if expected.get(key) == found]
-    recipe = recipe.for_ranks(distributed.world_size(), before=stage_before(manifest))
+    same = [*same_parts(recipe.model, manifest.base.get(CONTENTS, {}))]
+    recipe = continued(recipe, manifest)
     return changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
 
 
-def stage_before(manifest: Manifest) -> str:
-    """The preset or file that `train.zero` named when a checkpoint was written."""
-    return str(_filled(manifest.recipe).get("train", {}).get("zero", "zero2"))
+def continued(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """A recipe with the choices of a checkpoint where it says `auto`: `train.zero` and `model.thinking`."""
+    before = _filled(manifest.recipe)
+    if recipe.model.thinking == "auto" and (chosen := before.get("model", {}).get("thinking")):
+        recipe = replace(recipe, model=replace(recipe.model, thinking=chosen))
+    return recipe.for_ranks(distributed.world_size(), before=str(before.get("train", {}).get("zero", "zero2")))
 
 
 def changed_since(recipe: Recipe) -> tuple[str, ...]:

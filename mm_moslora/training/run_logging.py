@@ -7,8 +7,6 @@ import math
 import resource
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,14 +182,6 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def reset_peak_memory() -> None:
-    """Forget the peak so far, where a process takes several runs."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # not on every system
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of the resident memory
 
 
 def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> RankFigures:

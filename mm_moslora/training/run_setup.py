@@ -23,17 +23,18 @@ from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.thinking_form import MIXED_THINKING
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
-from mm_moslora.models.assembly import LoadBase, Parts, is_quantised, load_parts
+from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import attention_words, choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
-from mm_moslora.models.model_paths import base_fingerprints, resolve_model_paths
+from mm_moslora.models.model_paths import resolve_model_paths, trained_on
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
 from mm_moslora.models.processing.image_processing import dummy_image_example
@@ -137,8 +138,8 @@ class Run:
     """Size of this rank's micro-batches, the same on all ranks."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
     """Full weights of a frozen projector; under ZeRO-3 the model holds shards."""
-    contents: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of the base model's files, see `mm_moslora.models.model_paths`."""
+    trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Fingerprints and commits of the base model's parts, see `mm_moslora.models.model_paths`."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -147,32 +148,33 @@ class Run:
         return int(self.counters.get("steps", 0))
 
 
-def prepare(recipe: Recipe, *, checkpoint: Path | None = None, load_base: LoadBase | None = None) -> Run:
+def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     """Assemble model, data and engine, in this order, and log the trainable parameters.
 
     Args:
         recipe: resolved; its `train.output` exists.
         checkpoint: the checkpoint to resume from; it helps to find models that were moved.
-        load_base: loads the base model; None: `load_parts`.
     """
     recipe = recipe.for_ranks(distributed.world_size())
     folder = Path(recipe.train.output)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     lean = recipe.model.lean_layers and recipe.train.compile is None
     kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean, dtype=dtype_of(precision))
-    parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
+    with distributed.failing_together("Finding the model"):
+        parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
     micro_tokens = token_budget(recipe, parts, precision=precision)
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
-        model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
+        model_start, adapter_start = _start_of(recipe.model, parts, recipe.adapter, checkpoint)
     with distributed.failing_together("Loading the model"):  # under ZeRO-3 rank 0 alone reads its weights
         place = weights_place(recipe.train, quantised=is_quantised(model_start))
-        assembly = (load_base or load_parts)(model_start, dtype=dtype_of(precision), device=place)
+        assembly = load_parts(model_start, dtype=dtype_of(precision), device=place)
         if not (late := reads_data(adapter_start)):
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
-    training_set = _data_set(recipe, assembly, validation=False)
+    training_set = _data_set(recipe, assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
+    recipe = _as_asked(recipe, assembly, training_set)
     validation_set = _data_set(recipe, assembly, validation=True)
     if checkpoint is None or late:
         _start_projector(model_start.projector, assembly, training_set)
@@ -227,7 +229,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None, load_base: LoadBa
         limit=MicroBatchLimit(
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
-        contents=base_fingerprints(parts),
+        trained_on=trained_on(parts, before=checkpoint),
     )  # fmt: skip
 
 
@@ -266,14 +268,18 @@ def _say_what_runs(attention: AttentionChoice, precision: str) -> None:
         )
 
 
-def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> tuple[ModelConfig, AdapterConfig]:
-    """The source of a resumed run's initial weights: its checkpoint, where their original path is gone.
+def _start_of(
+    given: ModelConfig, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path
+) -> tuple[ModelConfig, AdapterConfig]:
+    """The source of a resumed run's initial weights: its checkpoint, where the original ones are gone.
+
+    `model` is `given`, the recipe's, as `resolve_model_paths` found it.
 
     Trained weights are loaded from the checkpoint's state later, so only frozen parts and shapes depend on this.
     """
-    weights, kept = model.projector.weights, checkpoint / "projector.safetensors"
+    weights, kept = given.projector.weights, checkpoint / "projector.safetensors"
     fresh = weights is None and model.vlm is None and not model.projector_trains and kept.is_file()
-    if fresh or (weights and not projector_file(weights).is_file()):
+    if fresh or (weights and not projector_file(model.projector.weights or "").is_file()):
         model = replace(model, projector=replace(model.projector, weights=str(kept)))
     if adapter.weights and not is_adapter(adapter.weights):
         adapter = replace(adapter, weights=str(checkpoint / "adapter"))
@@ -294,7 +300,21 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool) -> TrainingSet | None:
+def _as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
+    """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
+
+    A resumed run keeps the form of its checkpoint.
+    """
+    if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asked):
+        if form.mixed:
+            logger.warning("%s: %s.", form.words, MIXED_THINKING)
+        else:
+            logger.info("%s.", form.words)
+    assembly.ask(data.encoder.thinking)
+    return replace(recipe, model=replace(recipe.model, thinking=data.encoder.thinking))
+
+
+def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool, settle: bool = False) -> TrainingSet | None:
     config, sources = recipe.data, recipe.data.train
     if validation:
         # Every held-out record once, however training mixes its sources.
@@ -309,6 +329,7 @@ def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool) -> TrainingS
         encoder,
         assembly.image_processing,
         config=config,
+        settle=settle,
         quarantine_path=Path(recipe.train.output) / name,
         on_progress=progress.of,
     )

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters
 from mm_moslora.adapters.methods.peft_methods import TakenMethod
-from mm_moslora.models.model_paths import CONTENTS
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.trainable_parts import component_of
@@ -87,7 +86,7 @@ def snapshot(run: Run) -> Snapshot:
     shapes = {name: list(value.shape) for name, value in weights.items()}
     manifest = Manifest(
         step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
-        base=run.assembly.base | {CONTENTS: run.contents},
+        base=run.assembly.base | run.trained_on,
         counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
         precision=run.precision, micro_tokens=run.limit.tokens,
     )  # fmt: skip

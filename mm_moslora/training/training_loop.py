@@ -15,7 +15,6 @@ import torch
 from mm_moslora.batch import Batch
 from mm_moslora.config import OptimConfig, Recipe
 from mm_moslora.data.batch_loader import BatchLoader
-from mm_moslora.models.assembly import LoadBase
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.alerts import Alert
 from mm_moslora.tracking.tracker import Ending
@@ -27,7 +26,7 @@ from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
-from mm_moslora.training.resume import find_resume, restore, stage_before
+from mm_moslora.training.resume import continued, find_resume, restore
 from mm_moslora.training.run_logging import RunLog
 from mm_moslora.training.snapshot import snapshot
 from mm_moslora.training.supervision.run_state import record_run_state
@@ -81,7 +80,6 @@ def train(
     stop_at: int | None = None,
     measure: Measure | None = None,
     stop: StopRequest | None = None,
-    load_base: LoadBase | None = None,
 ) -> TrainResult:
     """Train a recipe, from the start or from a checkpoint.
 
@@ -91,7 +89,6 @@ def train(
         stop_at: save and return after this optimiser step, as after a signal; None: train to the end.
         measure: runs the harness tasks of `validate.tasks`; None: the recipe must have none.
         stop: handles signals from the first step on; earlier signals count, too.
-        load_base: loads the base model; None: `mm_moslora.models.assembly.load_parts`.
 
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
@@ -115,11 +112,10 @@ def train(
     ):
         run_setup.seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
-        before = None if found is None else stage_before(found[1])
-        recipe = recipe.for_ranks(distributed.world_size(), before=before)
+        recipe = recipe.for_ranks(distributed.world_size()) if found is None else continued(recipe, found[1])
         with distributed.failing_together("Checking the recipe"):
             check_libraries(recipe, fresh=found is None)
-        run = run_setup.prepare(recipe, checkpoint=found[0] if found else None, load_base=load_base)
+        run = run_setup.prepare(recipe, checkpoint=found[0] if found else None)
         try:
             if found is not None:
                 restore(run, *found)

@@ -1,4 +1,7 @@
-"""File locks between processes. The kernel frees a lock when its process ends, however it ends."""
+"""File locks between processes, and new folders, which are made under one.
+
+The kernel frees a lock when its process ends, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from mm_moslora.utils.files import discard
+from mm_moslora.utils.files import MARK, building, discard, in_construction, refuse_full_folder
 
 _descriptors: set[int] = set()
 """Descriptors of the files that this process has locked or waits to lock."""
@@ -84,3 +87,31 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `folder` when the block ends, and is deleted after an error.
+
+    Args:
+        folder: missing, empty, or a link to an empty folder. One that a `new_folder` around this one builds is filled
+            as it is.
+
+    Raises:
+        ConfigError: it is not empty, or it cannot be created.
+    """
+    if in_construction(folder):
+        yield folder
+        return
+    refuse_full_folder(folder)
+    folder = Path(os.path.realpath(folder))  # a link leads to where there is room, and stays
+    with lock_beside(folder):
+        refuse_full_folder(folder)  # another process may have made it meanwhile
+        try:
+            with building(folder, replaces=MARK) as part:
+                yield part
+        except OSError as error:
+            if isinstance(error.filename, str):  # the path that the user knows
+                error.filename = error.filename.replace(f".{folder.name}.partial", folder.name)
+            raise
+        discard(folder / MARK)  # the folder is the user's now, and this project replaces nothing in it

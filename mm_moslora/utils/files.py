@@ -1,4 +1,4 @@
-"""Writing, replacing and deleting files. No other module deletes or overwrites files.
+"""Writing, copying, replacing and deleting files. No other module deletes, overwrites or copies files.
 
 A folder is emptied or replaced only if it bears this project's mark, and a file only if this project wrote it.
 `tests/utils/test_files.py` checks that no other module calls `unlink`, `rename`, `replace` or `rmtree`.
@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from io import BufferedReader
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
+from mm_moslora.utils.untrusted_files import MOST_BYTES, find_in_model, opened
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,31 @@ def sha256_of(file: Path | BufferedReader) -> str:
 def is_full(error: BaseException) -> bool:
     """Whether the system refused a write for lack of space, which may be temporary."""
     return isinstance(error, OSError) and error.errno in _FULL
+
+
+def copy_of_model(source: Path, names: Iterable[str], folder: Path) -> None:
+    """Copy files out of the folder of somebody's model, those that are there; no link out of it is followed.
+
+    Code that a configuration names (`auto_map`) is not copied, and its name is left out.
+
+    Args:
+        source: the model's folder.
+        names: of files in it.
+        folder: where to; it has none of them.
+
+    Raises:
+        FileError: a link leads out of the folder, or the file is no regular one.
+    """
+    for name in names:
+        if (path := find_in_model(source, name)) is None:
+            continue
+        with opened(path, most=MOST_BYTES) as stream, (folder / name).open("xb") as copied:
+            if name.endswith(".json") and isinstance(content := parse_json(stream.read(), constants=True), dict):
+                content.pop("auto_map", None)
+                copied.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+            else:
+                stream.seek(0)
+                shutil.copyfileobj(stream, copied)
 
 
 def rename(path: Path, target: Path) -> None:
@@ -208,6 +234,11 @@ def _names(folder: Path) -> set[str]:
         return {item.name for item in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+
+
+def in_construction(folder: Path) -> bool:
+    """Whether a folder is one that `building` has just made, with nothing in it yet."""
+    return _names(folder) == {MARK} and "temporary" in _kinds(folder) and folder.name.endswith(".partial")
 
 
 def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Sequence[str] = ()) -> None:

@@ -133,14 +133,3 @@ def keep_freed_memory(*, block: int = 2**25, total: int = 2**31 - 1) -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, block) and mallopt(_TRIM_THRESHOLD, total))
-
-
-def renew_threads() -> None:
-    """Replace PyTorch's thread pool in a forked process; call it before other threads start.
-
-    A fork leaves the pool without its threads. PyTorch replaces it at its next use, which fails if two threads do it at
-    once ("Invalid thread pool!", ATen/ParallelOpenMP.cpp), and transformers loads weights in several threads.
-    """
-    import torch
-
-    torch.set_num_threads(torch.get_num_threads())

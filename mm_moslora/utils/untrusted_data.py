@@ -266,7 +266,7 @@ def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
 
 def build_known(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
     """Build a dataclass from the keys that it has; see `build_strictly`. Null stands for a missing key."""
-    hints: dict[str, Any] = _type_hints(kind)  # type: ignore[arg-type]  (classes are hashable)
+    hints = _type_hints(typing.cast(Hashable, kind))
     known = {key: value for key, value in data.items() if key in hints and value is not None}
     return build_strictly(kind, known, source=source)
 

@@ -105,6 +105,22 @@ def find_below(root: Path, name: object, *, follow_links: bool = False) -> Path:
     return real
 
 
+def find_in_model(folder: Path, name: str) -> Path | None:
+    """The path of a file in the folder of a model; None where it is missing.
+
+    Args:
+        folder: the folder. In the hub's cache its files are links into the folder of the repository.
+        name: path below it.
+
+    Raises:
+        FileError: see `find_below`.
+    """
+    root = Path(os.path.realpath(folder))
+    above = root.parents[1] if root.parent.name == "snapshots" else root
+    path = find_below(above, str(root.relative_to(above) / name))
+    return path if os.path.lexists(path) else None
+
+
 def _lies_in(name: str, root: Path) -> bool:
     """Whether an absolute path lies below a folder, as written or after resolving links."""
     return Path(name).is_relative_to(root) or Path(os.path.realpath(name)).is_relative_to(root)

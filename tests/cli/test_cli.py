@@ -183,16 +183,55 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_a_command_leaves_the_interpreter_no_garbage_to_search_for_on_its_way_out():
+def test_a_command_freezes_nothing_for_libraries_to_report_as_leaked():
+    """nanobind, which Triton uses, prints some thirty lines about objects that are never collected."""
     code = """
 import atexit, gc, sys
-atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count()))
+atexit.register(lambda: print(gc.get_freeze_count()))
 sys.argv[1:] = ["eval", "list"]
 from mm_moslora.__main__ import main
 main()"""
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    searched, frozen = map(int, done.stdout.splitlines()[-1].split())
-    assert searched < 100 < frozen
+    assert done.stdout.splitlines()[-1] == "0"
+    assert done.stderr == ""
+
+
+def test_a_second_ctrl_c_while_the_interpreter_ends_is_quiet():
+    code = """
+import atexit, signal, sys, time
+from mm_moslora import __main__, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.main = lambda: sys.exit(130)
+atexit.register(lambda: (print("ends", flush=True), time.sleep(60)))
+__main__.main()"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ends\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(("number", "name", "code"), [(1, "SIGHUP", 129), (15, "SIGTERM", 143)])
+def test_a_closed_terminal_ends_a_verb_after_it_has_cleaned_up(number, name, code, monkeypatch, capsys):
+    cleaned = []
+
+    def verb(*_: object, **options: object) -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleaned.append(True)
+
+    previous = signal.signal(number, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr("mm_moslora.cli.cli_app.app", verb)
+        assert run(["export"]) == code
+        assert (cleaned, capsys.readouterr().err) == ([True], f"error: ended by {name}\n")
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # nohup
+        assert run(["export"]) == 0
+    finally:
+        signal.signal(number, previous)
 
 
 def test_help_shows_no_empty_defaults_and_no_option_that_empties_another(capsys):

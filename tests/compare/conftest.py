@@ -1,8 +1,7 @@
-"""The processes of a comparison start from one with all imports."""
+"""The runs of a comparison start with all imports."""
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Iterator
 
@@ -10,8 +9,8 @@ import pytest
 from preloaded import Preloaded
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _start_at_once(python: Preloaded) -> Iterator[None]:
-    multiprocessing.set_executable(str(python.ours))
+    before, sys.executable = sys.executable, str(python.ours)
     yield
-    multiprocessing.set_executable(sys.executable)
+    sys.executable = before

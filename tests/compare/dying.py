@@ -1,4 +1,4 @@
-"""Functions for the processes of the pool's tests; a separate module, so that they import little."""
+"""Programs for the processes of runs in tests."""
 
 from __future__ import annotations
 
@@ -7,48 +7,46 @@ import signal
 import time
 from pathlib import Path
 
-from mm_moslora.compare import comparison_cell
+from mm_moslora.compare import run_processes
 from mm_moslora.compare.comparison_cell import Job
 from mm_moslora.compare.comparison_plan import Outcome
-from mm_moslora.compare.process_pool import Pool, Slot
+from mm_moslora.compare.run_processes import RunProcesses, Slot
+
+CHECKOUT = Path(__file__).parents[2]
 
 
-class Work:
-    """Takes names of files: writes the number of this process into them, or ends as the name says."""
-
-    def __init__(self, slot: Slot) -> None:
-        """Every slot is the same."""
-
-    def __call__(self, item: str) -> bool:
-        """Whether it goes on."""
-        name = Path(item).name
-        if name.startswith("dies"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        Path(item).write_text(str(os.getpid()))
-        while name.startswith("stays"):
-            time.sleep(0.05)
-        return not name.startswith("last")
+def program(run: str) -> str:
+    """The program of a run with a function of this module in place of training and measuring."""
+    return (
+        f"import sys; sys.path.insert(0, {str(CHECKOUT)!r});"
+        "from mm_moslora.compare import comparison_cell; from tests.compare import dying;"
+        f"comparison_cell._run = dying.{run}; comparison_cell.main()"
+    )
 
 
-def start(item: str) -> None:
-    """A pool whose process takes one item; the pool waits for it for ever."""
-    pool = Pool(Work, [Slot()])
-    pool.start(item)
-    while pool.running:
-        pool.wait(60)
+def start(job: Job) -> None:
+    """Start one run, and wait for it for ever."""
+    run_processes.PROGRAM = program("work")
+    runs = RunProcesses([Slot()])
+    runs.start(job)
+    while runs.running:
+        runs.wait(60)
 
 
-class Meet(comparison_cell.Runner):
-    """Runs that wait for the run on the other device; the first run of the second arm then fails."""
+def work(job: Job, started: float) -> Outcome:
+    """Write the id of this process, or end as the name of the folder says."""
+    if job.place.name.startswith("dies"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    (job.place / "process").write_text(str(os.getpid()))
+    while job.place.name.startswith("stays"):
+        time.sleep(0.05)
+    return Outcome(status="ok")
 
-    def __call__(self, job: Job) -> bool:
-        """Whether it goes on."""
-        comparison_cell._run = _meeting
-        return super().__call__(job)
 
-
-def _meeting(job: Job, started: float, load_base: object) -> Outcome:
+def meet(job: Job, started: float) -> Outcome:
+    """Wait for the run on the other device; the first run of the second arm then fails."""
     device = os.environ["CUDA_VISIBLE_DEVICES"]
+    assert job.accelerators == (device,)
     rounds = len(list(job.folder.glob(f"here-{device}-*")))
     (job.folder / f"here-{device}-{rounds}").write_text(job.cell.name)
     deadline = time.monotonic() + 60
@@ -59,24 +57,10 @@ def _meeting(job: Job, started: float, load_base: object) -> Outcome:
     return Outcome(status="ok", test={"t": 0.5})
 
 
-class Tired(comparison_cell.Runner):
-    """Runs fail in a process that has taken one."""
-
-    def __init__(self, slot: Slot) -> None:
-        """Nothing was taken."""
-        super().__init__(slot)
-        self._taken = 0
-
-    def __call__(self, job: Job) -> bool:
-        """Whether it goes on."""
-        self._taken += 1
-        comparison_cell._run = _well if self._taken == 1 else _badly
-        return super().__call__(job)
+_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
+"""As libraries read them while they are imported."""
 
 
-def _well(job: Job, started: float, load_base: object) -> Outcome:
-    return Outcome(status="ok", test={"t": 0.5})
-
-
-def _badly(job: Job, started: float, load_base: object) -> Outcome:
-    raise MemoryError("leaks of earlier runs")
+def tell_devices(job: Job, started: float) -> Outcome:
+    """Report the devices that the process had at its start."""
+    return Outcome(status="ok", reason=str(_DEVICES))

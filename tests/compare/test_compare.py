@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 from between import just_before
+from PIL import Image
 from preloaded import Preloaded
 
 from mm_moslora import cli
-from mm_moslora.compare import holdout
+from mm_moslora.compare import comparison_cell, holdout, run_processes
 from mm_moslora.compare.arms import parse_arms
-from mm_moslora.compare.comparison_cell import metrics, read_outcome, write_outcome
+from mm_moslora.compare.comparison_cell import Job, metrics, read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import (
     Outcome,
     Settings,
@@ -35,13 +36,13 @@ from mm_moslora.compare.comparison_plan import (
     tuning_cells,
 )
 from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, short_names
-from mm_moslora.compare.process_pool import Ended, Pool, Slot, slots
+from mm_moslora.compare.run_processes import RunProcesses, Slot, slots
 from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
 from mm_moslora.config import DataConfig, ModelConfig, Recipe, SourceConfig
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.reporting.comparison_page import write_page
 from mm_moslora.utils.errors import ConfigError
-from tests.compare.dying import Meet, Work, start
+from tests.compare.dying import program, start
 
 DIVERGING = "lora@alpha=1e30@train.max_skipped_steps=2"
 ARMS = f"full,full@optim.max_grad_norm=0.5,lora@targets=[nope],{DIVERGING}"
@@ -144,23 +145,66 @@ def test_validation_is_held_out_by_picture_and_never_trained_on(finished: Path):
     assert not train & validation
 
 
+FORMS = {
+    "image": lambda name: {"image": name},
+    "list": lambda name: {"images": [name]},
+    "other spelling": lambda name: {"image": f"./{name}"},
+    "copy": lambda name: {"image": f"copy-{name}"},
+    "parts": lambda name: {"content": [{"type": "image", "image": name}, {"type": "text", "text": "?"}]},
+    "with another": lambda name: {"images": [name, "unlike.png"]},
+}
+
+
+def _asked(number: int, form: str, folder: Path) -> dict[str, object]:
+    """Question `number` about picture `number % 10`."""
+    name = f"{number % 10}.png"
+    for path, shade in (
+        (folder / name, number % 10),
+        (folder / f"copy-{name}", number % 10),
+        (folder / "unlike.png", 99),
+    ):
+        if not path.is_file():
+            Image.new("RGB", (8, 8), (shade, 0, 0)).save(path)
+    record = FORMS[form](name)
+    marks = "<image>\n" * len(record.get("images", ["one"]))
+    question = record.pop("content", f"{marks}?")
+    return record | {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": str(number)}]}
+
+
+def _held_out(tmp_path: Path, lines: list[dict[str, object]], share: float) -> tuple[list[str], list[str]]:
+    """The answers that are kept and held out."""
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shared = dataclasses.replace(RECIPE, data=DataConfig(train=[SourceConfig(path=str(file))]))
+    split = holdout.with_holdout(shared, tmp_path / "split", share=share).data
+    kept, held = (
+        [json.loads(line)["messages"][1]["content"] for line in Path(source.path).read_text().splitlines()]
+        for source in (*split.train, *split.validation)
+    )
+    return kept, held
+
+
 @pytest.mark.parametrize(("most", "expected"), [(1000, 40), (25, 20), (5, 10)], ids=["all", "fewer", "one picture"])
 def test_the_most_that_is_held_out_is_of_whole_pictures(tmp_path: Path, monkeypatch, most: int, expected: int):
     """Ten pictures with ten questions each, four of them in the share; the records of a picture are not together."""
     monkeypatch.setattr(holdout, "MOST", most)
-    file = tmp_path / "records.jsonl"
-    file.write_text("".join(json.dumps({"image": f"{i % 10}.png", "id": i}) + "\n" for i in range(100)))
-    shared = dataclasses.replace(RECIPE, data=DataConfig(train=[SourceConfig(path=str(file))]))
-    names = [json.loads(line)["image"] for line in file.read_text().splitlines()[:10]]
-    share = sorted(holdout._position({"image": name}) for name in names)[4]
-    split = holdout.with_holdout(shared, tmp_path / "split", share=share).data
-    kept, held = (
-        [json.loads(line) for line in Path(source.path).read_text().splitlines()]
-        for source in (*split.train, *split.validation)
-    )
+    lines = [_asked(i, "image", tmp_path) for i in range(100)]
+    share = sorted(holdout._number(holdout._identity_of_file(tmp_path / f"{i}.png")) for i in range(10))[4]
+    kept, held = _held_out(tmp_path, lines, share)
     assert len(held) == expected
     assert len(kept) + len(held) == 100
-    assert not {record["image"] for record in kept} & {record["image"] for record in held}
+    assert not {int(answer) % 10 for answer in kept} & {int(answer) % 10 for answer in held}
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "image"])
+def test_a_picture_is_one_in_every_form_and_under_every_name(tmp_path: Path, form: str):
+    lines = [_asked(i, "image" if i % 3 else form, tmp_path) for i in range(60)]
+    if form == "with another":  # one record links its two pictures, and with them all records about either
+        lines = [_asked(i, form if i in (0, 1) else "image", tmp_path) for i in range(60)]
+    kept, held = _held_out(tmp_path, lines, 0.5)
+    groups = {int(answer) % 10 for answer in held}
+    assert not groups & {int(answer) % 10 for answer in kept}
+    assert form != "with another" or (0 in groups) == (1 in groups)
 
 
 @pytest.mark.parametrize("changed", ["records", "other file", "questions", "share", "base"])
@@ -219,7 +263,6 @@ def test_a_stopped_comparison_continues(tmp_path: Path, recipe: Path, records: P
     assert (lora[0], moslora[0]) == ("lora", "moslora:kaiming")
     assert int(lora[1].replace(",", "")) < int(moslora[1].replace(",", ""))
     assert re.search(r"all +[34] +\d", said)
-    assert "take turns in one process" in said
     assert "--resolve 1, before a pilot, assumed:" in said
     assert "A difference of 1 points is beyond what 18 documents allow" in said
     assert re.search(r"4 runs of about \d+ s", said)
@@ -320,51 +363,86 @@ def test_metrics_that_disappear_while_they_are_read_are_no_error(tmp_path: Path,
     assert not file.exists()
 
 
+RECIPE = Recipe(model=ModelConfig(language="none"))
+
+
+def job_of(folder: Path, name: str) -> Job:
+    """A run with a folder of this name."""
+    asked = settings(rates=[1e-4])
+    cell = reported_cells(asked, {"lora": 1e-4})[0]
+    recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, output=str(folder / name)))
+    return Job(cell=cell, recipe=recipe, settings=asked, folder=folder)
+
+
 def test_a_killed_comparison_leaves_no_process_behind(tmp_path: Path):
     """The kernel's killer for want of memory chooses the parent, say."""
-    place = tmp_path / "stays"
-    parent = multiprocessing.get_context("spawn").Process(target=start, args=(str(place),))
+    job = job_of(tmp_path, "stays")
+    parent = multiprocessing.get_context("spawn").Process(target=start, args=(job,))
     parent.start()
-    deadline = time.monotonic() + 120
-    while not (place.is_file() and place.read_text()):
+    told, deadline = job.place / "process", time.monotonic() + 120
+    while not (told.is_file() and told.read_text()):
         assert time.monotonic() < deadline, "the process did not begin"
         time.sleep(0.05)
     parent.kill()
-    child = Path(f"/proc/{place.read_text()}/stat")
+    child = Path(f"/proc/{told.read_text()}/stat")
     while child.is_file() and child.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the process outlived its parent"
         time.sleep(0.05)
 
 
-def test_a_killed_process_does_not_affect_the_others(tmp_path: Path):
-    pool = Pool(Work, [Slot(), Slot()], kind=lambda name: Path(name).suffix or None)
-    ended: list[Ended] = []
-
-    def take(*names: str) -> None:
-        for name in names:
-            pool.start(str(tmp_path / name))
-        assert pool.free == (len(names) < 2)
-        deadline = time.monotonic() + 300
-        while pool.running and time.monotonic() < deadline:
-            ended.extend(pool.wait(5))
-        assert pool.free
-
-    try:
-        take("dies", "1.a")
-        for name in ("2.a", "3.b", "4.a", "last5.a", "6.a", "dies7.a", "8.a"):
-            take(name)
-        take("9", "10")
-    finally:
-        pool.stop(grace=60)
-    assert {Path(item).name: code for item, code, _ in ended if code} == {"dies": -9, "dies7.a": -9}
-    in_process = {Path(item).name: Path(item).read_text() for item, code, _ in ended if not code}
-    first = [Path(item).name for item, _, alone in ended if alone]
-    assert in_process["1.a"] == in_process["2.a"] == in_process["4.a"] == in_process["last5.a"]
-    assert sorted(first) == sorted(["dies", "1.a", "3.b", "6.a", "8.a", "9", "10"])
-    assert len(set(in_process.values())) == 6
+def test_a_killed_process_does_not_affect_the_others(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(run_processes, "PROGRAM", program("work"))
+    runs, ended = RunProcesses([Slot(), Slot()]), {}
+    deadline = time.monotonic() + 300
+    for first, second in (("dies", "a"), ("b", "c")):
+        for name in (first, second):
+            assert runs.free
+            runs.start(job_of(tmp_path, name))
+        assert not runs.free
+        while runs.running and time.monotonic() < deadline:
+            ended |= {job.place.name: code for job, code in runs.wait(5)}
+    assert ended == {"dies": -signal.SIGKILL, "a": 0, "b": 0, "c": 0}
+    assert read_outcome(tmp_path / "dies") is None
+    assert len({(tmp_path / name / "process").read_text() for name in ("a", "b", "c")}) == 3
 
 
-RECIPE = Recipe(model=ModelConfig(language="none"))
+def test_what_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch):
+    ignores = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {program('work')}"
+    monkeypatch.setattr(run_processes, "PROGRAM", ignores)
+    runs = RunProcesses([Slot()])
+    runs.start(job_of(tmp_path, "stays"))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "stays" / "process").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    began = time.monotonic()
+    runs.stop(grace=1)
+    assert time.monotonic() - began < 30
+    assert not runs.running
+    assert runs.free
+
+
+def test_a_run_has_its_devices_before_anything_is_imported(tmp_path: Path, monkeypatch):
+    """Some libraries ask CUDA for its devices while they are imported, and it never looks again."""
+    monkeypatch.setattr(run_processes, "PROGRAM", program("tell_devices"))
+    runs = RunProcesses([Slot(devices=("3",)), Slot(devices=("GPU-5", "GPU-7"))])
+    for name in ("a", "b"):
+        runs.start(job_of(tmp_path, name))
+    deadline = time.monotonic() + 120
+    while runs.running and time.monotonic() < deadline:
+        runs.wait(5)
+    told = [read_outcome(tmp_path / name) for name in ("a", "b")]
+    assert [outcome and outcome.reason for outcome in told] == ["3", "GPU-5,GPU-7"]
+
+
+def test_a_run_refuses_the_devices_of_others(tmp_path: Path, monkeypatch):
+    fake_devices(monkeypatch, 8)
+    job = job_of(tmp_path, "a")
+    comparison_cell._require_own_accelerators(dataclasses.replace(job, accelerators=tuple("01234567")))
+    outcome = comparison_cell._outcome(dataclasses.replace(job, accelerators=("3",)))
+    assert outcome is not None
+    assert outcome.status == "failed"
+    assert outcome.reason.startswith("The run sees 8 accelerators, expected 1 (3).")
 
 
 def settings(**changes) -> Settings:
@@ -387,7 +465,7 @@ def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | Non
 
 def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, monkeypatch, caplog):
     fake_devices(monkeypatch, 2, visible="4,7")
-    monkeypatch.setattr("mm_moslora.compare.comparison_cell.Runner", Meet)
+    monkeypatch.setattr(run_processes, "PROGRAM", program("meet"))
     comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
     with caplog.at_level("INFO"):
         assert comparison.run(RunBudget())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from statistics import fmean
 
 import numpy as np
 import pytest
-from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.scoring import estimates
 
 from mm_moslora.compare.seed_statistics import TaskScores, arm_mean, difference, differences, holm
 
@@ -19,8 +20,8 @@ def scores(rows, clusters=None) -> TaskScores:
 def test_one_seed_is_the_paired_t_test():
     a, b = [1.0, 0.0, 1.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
     ours = difference({"t": scores([a])}, {"t": scores([b])})
-    theirs = error_bars.paired(a, b)
-    assert (ours.value, ours.stderr) == pytest.approx((theirs.difference, theirs.stderr))
+    theirs = estimates.paired(a, b)
+    assert (ours.value, ours.stderr) == pytest.approx((theirs.value, theirs.stderr))
     assert (ours.low, ours.high, ours.p_value) == pytest.approx((theirs.low, theirs.high, theirs.p_value))
     scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed (extra dev)")
     assert ours.p_value == pytest.approx(scipy.ttest_rel(a, b).pvalue)
@@ -283,8 +284,8 @@ def test_two_equal_arms_rarely_differ_significantly(spread, seeds):
     alarms = sum(difference(a, b).p_value < 0.05 for a, b in runs) / len(runs)
     naive = 0
     for a, b in runs:
-        means = [[error_bars.mean(column) for column in zip(*arm["t"].scores, strict=True)] for arm in (a, b)]
-        naive += error_bars.paired(*means).p_value < 0.05
+        means = [[fmean(column) for column in zip(*arm["t"].scores, strict=True)] for arm in (a, b)]
+        naive += estimates.paired(*means).p_value < 0.05
     assert alarms <= 0.08
     if spread:
         assert naive / len(runs) > 0.2
@@ -338,7 +339,7 @@ def test_equal_scores_have_an_unknown_error_instead_of_zero(of: str):
 
     def less(a, b, clusters=None):
         if of == "runs":
-            return error_bars.paired(a, b, clusters=clusters)
+            return estimates.paired(a, b, clusters=clusters)
         return difference({"t": scores([a], clusters)}, {"t": scores([b], clusters)})
 
     few, many = less([1.0] * 3, [0.0] * 3), less([0.9] * 30, [0.4] * 30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -40,12 +40,13 @@ def serve(reply: Callable[[dict[str, Any]], Any], *, faults: list[int] | None = 
                     "usage": {"prompt_tokens": 10, "completion_tokens": len(said.split())},
                 }
             data = json.dumps(said).encode()
-            self.send_response(fault or 200)
-            if fault == 429:
-                self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(OSError):  # the client may have given up
+                self.send_response(fault or 200)
+                if fault == 429:
+                    self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *_: Any) -> None:
             pass

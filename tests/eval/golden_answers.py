@@ -89,7 +89,7 @@ def all_at_once(metric: Callable[..., float], row: Row) -> float:
 
 
 def with_category(metric: Callable[..., float], row: Row) -> float:
-    return metric(row["prediction"], references(row), row["category"])
+    return metric(row["prediction"], references(row), row.get("category") or "")
 
 
 def scores(name: str, function: str, call: Callable[[Callable[..., float], Row], float] = one_by_one) -> Check:
@@ -208,7 +208,7 @@ def mmmu_open(rows: list[Row], runs: Runs) -> list[Any]:
     name = "mmmu_val@official"
     for row in rows:
         parsed = block(name, "mmmu.parse_open")(row["prediction"])
-        assert same(sorted(parsed, key=str), sorted(row["parsed"], key=str)), row
+        assert "parsed" not in row or same(sorted(parsed, key=str), sorted(row["parsed"], key=str)), row
     return run_rows(name, rows, runs, open_question).scores
 
 
@@ -238,7 +238,7 @@ def mathvista_official(rows: list[Row], runs: Runs) -> list[Any]:
     made = [document(number, row) for number, row in enumerate(rows)]
     name = "mathvista_testmini@lmms_eval_solution"
     assert any("empty answer is wrong" in text for text in get_task(name).differences)
-    run = runs(name, made, [UNREADABLE] * len(rows), judge=by_question(rows, "prediction"))
+    run = runs(name, made, [UNREADABLE] * len(rows), judge=by_question(rows, "prediction", nothing="none"))
     return [
         {
             "normalized": row["expected"]["normalized"] if not row["prediction"].strip() else text or None,
@@ -256,7 +256,8 @@ def mathvista_vlmevalkit(rows: list[Row], runs: Runs) -> list[Any]:
     name = "mathvista_testmini@vlmevalkit"
     made = [document(number, row) for number, row in enumerate(rows)]
     prefetched = runs(name, made, [row["prediction"] for row in rows]).parsed
-    judged = runs(name, made, [UNREADABLE] * len(rows), judge=by_question(rows, "prediction")).scores
+    judge = by_question(rows, "prediction", nothing="none")
+    judged = runs(name, made, [UNREADABLE] * len(rows), judge=judge).scores
     return [
         {"prefetch": _value(text, row["expected"]["prefetch"]), "correct_if_used_as_extraction": bool(score)}
         for row, text, score in zip(rows, prefetched, judged, strict=True)
@@ -268,13 +269,14 @@ def _value(text: str, like: Any) -> Any:
     return type(like)(text) if text and type(like) in (int, float) else text or None
 
 
-def by_question(rows: Sequence[Row], column: str) -> Callable[[str, float], str]:
-    """A judge that replies with a column of the row that the question names."""
+def by_question(rows: Sequence[Row], column: str, *, nothing: str = "") -> Callable[[str, float], str]:
+    """A judge that replies with a column of the row that the question names, or with `nothing` where it is empty."""
 
     def reply(prompt: str, temperature: float) -> str:
         number = int(prompt.rsplit("golden ", 1)[1].split(";", 1)[0])
         said = rows[number][column]
-        return str(said if isinstance(said, str) else (said + [""] * 5)[round(temperature * 2)])
+        text = str(said if isinstance(said, str) else (said + [""] * 5)[round(temperature * 2)])
+        return text if text.strip() else nothing
 
     return reply
 

@@ -16,7 +16,7 @@ from tests.eval.protocol_runs import Runs
 
 
 def commonsense_prompt(row: Row, runs: Runs) -> Any:
-    extra = {"input": row["input"]} if row["input"] else {}
+    extra = {"input": row["input"]} if row.get("input") else {}
     document = Document(id="1", question=row["instruction"], answers=("true",), extra=extra)
     return runs("commonsense_boolq@official", [document], ["true"]).samples[0]["prompt"]
 

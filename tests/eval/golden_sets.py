@@ -142,8 +142,8 @@ def captions(name: str, *, tokenised: bool) -> Callable[[Row, Runs], Any]:
         if tokenised:
             split = block(name, "ptb_tokeniser.tokenize")
             given, people = [split(text) for text in given], [[split(text) for text in texts] for texts in people]
-            assert given == row["tokenized_predictions"]
-            assert people == row["tokenized_references"]
+            assert given == row.get("tokenized_predictions", given)
+            assert people == row.get("tokenized_references", people)
         return {
             "Bleu": [metrics[f"bleu_{order}"] for order in (1, 2, 3, 4)],
             "ROUGE_L": metrics["rouge_l"],
@@ -164,11 +164,24 @@ def judged_documents(samples: Sequence[Row]) -> list[Document]:
     ]  # fmt: skip
 
 
+def judged_alone(name: str, rows: Sequence[Row], column: str, runs: Runs) -> list[Row | None]:
+    """The sample of every row in a run of its own; None where the judge cannot be read: such a run is unscored.
+
+    The sources give a number to these rows; `differences` states that the answers are left out here.
+    """
+    assert any("is left out of the score" in text or "is then left out" in text for text in get_task(name).differences)
+    samples: list[Row | None] = []
+    for number, document in enumerate(judged_documents(rows)):
+        run = runs(name, [document], ["answer"], judge=by_question(rows, column))
+        assert run.result.scored == (run.scores[0] is not None), rows[number]
+        samples.append(run.samples[0] if run.result.scored else None)
+    return samples
+
+
 def llavabench_ratings(name: str) -> Check:
     def check(rows: list[Row], runs: Runs) -> list[Any]:
-        said = ["answer"] * len(rows)
-        run = runs(name, judged_documents(rows), said, judge=by_question(rows, "judge_output"))
-        return [sample["numbers"] for sample in run.samples]
+        found = judged_alone(name, rows, "judge_output", runs)
+        return [[-1.0, -1.0] if sample is None else sample["numbers"] for sample in found]
 
     return check
 
@@ -184,12 +197,11 @@ def llavabench_summary(row: Row, runs: Runs) -> Any:
 def mmvet_grades(rows: list[Row], runs: Runs) -> list[Any]:
     """`nan` is a grade in VLMEvalKit and not here, as `differences` states."""
     name = "mmvet@vlmevalkit"
-    judge = by_question(rows, "judge_outputs")
-    run = runs(name, judged_documents(rows), ["answer"] * len(rows), judge=judge)
+    found = judged_alone(name, rows, "judge_outputs", runs)
     assert any("`nan` is none" in text for text in get_task(name).differences)
     return [
-        row["expected"] if row["expected"] == "NaN" and score == 0.0 else score
-        for row, score in zip(rows, run.scores, strict=True)
+        sample["score"] if sample is not None else "NaN" if row["expected"] == "NaN" else 0.0
+        for row, sample in zip(rows, found, strict=True)
     ]
 
 
@@ -203,9 +215,11 @@ def mmvet_aggregate(row: Row, runs: Runs) -> Any:
 
 
 def mmvet_tail(row: Row, runs: Runs) -> Any:
-    """The wording is this project's own; its last line is that of MM-Vet's table."""
+    """The wording is this project's own; its last line is that of MM-Vet's table, also where none is sent."""
     (reference,) = references(row) if "references" in row else (row["answer"],)
     asked: list[str] = []
     document = Document(id="1", question=row["question"], answers=(reference,), category="rec")
     runs("mmvet@vlmevalkit", [document], [row["prediction"]], judge=lambda text, _: asked.append(text) or "1.0")
-    return asked[0][-len(row["expected"]) :]
+    line = block("mmvet@vlmevalkit", "judge_scores.mmvet_table_row")
+    text = asked[0] if asked else line(row["question"], reference, row["prediction"])
+    return text[-len(row["expected"]) :]

@@ -139,6 +139,7 @@ def functions_of(task: Task) -> dict[str, Callable[..., Any]]:
     seen: set[int] = set(tables)
     while waiting:
         item = waiting.pop()
+        item = getattr(item, "__wrapped__", item)  # a function that keeps its results
         if id(item) in seen:
             continue
         seen.add(id(item))

@@ -187,10 +187,10 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     capsys.readouterr()
     assert cli.run(["eval", "compare", str(a), f"{b},{c}", "--html", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "A 0.9000, B 0.4500, A - B +0.4500" in out
-    assert "A wins 20, B wins 0, equal 20 of 40. A is better than B." in out
-    assert "B 0.5000, 0.4000" in out
-    assert re.search(r"With 40 documents a true difference of 0\.\d+ is detected with 80 % power", out)
+    assert "A 90.0 %, B 45.0 %. A is better than B: +45.0 points (95 % +40.2 to +49.8)" in out
+    assert "A wins 20, B wins 0, equal 20 of 40; sign test p " in out
+    assert "B 50.0 %, 40.0 %" in out
+    assert re.search(r"20 pictures with 40 questions. A true difference of \d.\d points is detected with 80 %", out)
     html = page.read_text()
     for verb in (["compare", str(a), str(b), "--html"], ["report", str(a), "--output"]):
         assert cli.run(["eval", *verb, str(tmp_path)]) == 1
@@ -200,20 +200,23 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert "&lt;b&gt;x&lt;/b&gt;" in html
     assert cli.run(["eval", "compare", str(a), str(a)]) == 0
     out = capsys.readouterr().out
-    assert "It is not shown that A and B differ." in out
-    assert "All 40 documents differ by the same amount" in out
-    assert "0.0000 is detected" not in out
+    assert "It is not shown that A and B differ: +0.0 points" in out
+    assert "The interval rests on 20 pictures with 40 questions. They all differ by the same amount" in out
+    assert "is detected" not in out
 
 
-def test_a_comparison_notes_a_headline_that_is_no_mean(finished: Path, tmp_path: Path, capsys) -> None:
+def test_a_comparison_is_of_the_tasks_score(finished: Path, tmp_path: Path, capsys) -> None:
     place, page = finished / "pope@llava", tmp_path / "page.html"
     assert cli.run(["eval", "compare", str(place / "own"), str(place / "wrong"), "--html", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "the headline of this task aggregates them differently (pope_splits)" in out
     scores = {(r.task, r.mode): r.score for r in read_results(finished)}
     a, b = scores["pope", "own"], scores["pope", "wrong"]
-    assert f"Headline (mean F1): A {a:.4f}, B {b:.4f}, A - B {a - b:+.4f}" in out
-    assert "(pope_splits)" in page.read_text()
+    assert f"A mean F1 {a:.3f}, B mean F1 {b:.3f}." in out
+    assert f"mean F1 {a - b:+.3f} (95 % " in out
+    assert "mean F1 adds them up differently (pope_splits)" in out
+    text = page.read_text()
+    assert f"mean F1 {a:.3f}" in text
+    assert f"mean F1 {a - b:+.3f} (95 % " in text
 
 
 def test_mmbench_is_compared_by_question(miniature: Path, tmp_path: Path) -> None:
@@ -229,8 +232,9 @@ def test_mmbench_is_compared_by_question(miniature: Path, tmp_path: Path) -> Non
         assert cli.run(["eval", "run", str(miniature / "mmbench_en_dev.yaml"), *arguments]) == 0
         places.append(run / "mmbench_en_dev@llava" / "own")
     result = compare(places[0], places[1])
-    assert (result.score_a, result.score_b) == (1.0, pytest.approx(5 / 6))
-    assert (result.paired.n, result.paired.wins, result.changed) == (6, 1, ("0",))
+    score = result.score
+    assert (score.a, score.b) == (1.0, pytest.approx(5 / 6))
+    assert (score.questions, score.wins, score.changed) == (6, 1, ("0",))
     assert result.samples[0][1]["id"] == "1000000"
     assert result.caution == ""
 

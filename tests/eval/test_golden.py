@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.scoring import error_bars, estimates
 
 from tests.eval.golden_answers import (
     LETTERS,
@@ -85,14 +85,14 @@ def mean_stderr(row: Row) -> Any:
 
 def paired(row: Row) -> Any:
     """Where all differences are alike the source gives an interval of no width and p of 0 or 1; here both are exact."""
-    result = error_bars.paired(row["current"], row["baseline"])
+    result = estimates.paired(row["current"], row["baseline"])
     if result.stderr == 0:
         assert result.low < result.high
-        return row["expected"] | {"mean_diff": result.difference, "n": result.n, "se_diff": 0.0, "t_stat": result.t}
+        return row["expected"] | {"mean_diff": result.value, "n": result.n, "se_diff": 0.0, "t_stat": result.t}
     return {
         "ci_lower": result.low,
         "ci_upper": result.high,
-        "mean_diff": result.difference if result.n > 1 else math.nan,
+        "mean_diff": result.value if result.n > 1 else math.nan,
         "n": result.n,
         "p_value": result.p_value,
         "se_diff": result.stderr,
@@ -189,3 +189,35 @@ def test_golden(path: Path, tmp_path: Path) -> None:
         if not same(ours, row["expected"])
     ]
     assert not wrong, f"{len(wrong)} of {len(rows)} rows differ:\n" + "\n".join(wrong[:5])
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("mmmu_open", {"prediction": "So the answer is 3.14", "references": "3.14", "expected": True}),
+        ("mmmu_open", {"prediction": "", "references": "3.14", "expected": False}),
+        (
+            "mmvet_judge_prompt_tail",
+            {"question": "Q?", "references": ["a"], "prediction": "", "expected": "Q? | a |  | "},
+        ),
+        (
+            "mmvet_judge_prompt_tail",
+            {"question": "Q?", "references": ["a"], "prediction": "<think>I", "expected": "Q? | a | <think>I | "},
+        ),
+        ("ocrbench_vlmevalkit", {"prediction": "the stop", "references": ["stop"], "expected": 1}),
+        ("ocrbench_vlmevalkit", {"prediction": "", "references": ["stop"], "expected": 0}),
+        (
+            "mathvista_post_check_vlmevalkit",
+            {
+                "prediction": "", "references": "2", "options": None, "question_type": "free_form",
+                "answer_type": "integer", "expected": {"prefetch": False, "correct_if_used_as_extraction": False},
+            },
+        ),
+        ("llavabench_parse_score_llava", {"judge_output": "", "expected": [-1, -1]}),
+        ("mmvet_judge_parse", {"judge_outputs": ["", "<think>0.5", "0.4"], "expected": 0.4}),
+    ],
+)  # fmt: skip
+def test_rows_of_another_set_are_read(name: str, row: Row, tmp_path: Path) -> None:
+    """Rows without optional columns, and answers that no judge is sent."""
+    (ours,) = CHECKS[name]([row], Runs(tmp_path))
+    assert same(ours, row["expected"])

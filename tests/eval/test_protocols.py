@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from mm_moslora_eval.sources.document import Document
 from mm_moslora.utils.errors import EvalError
 from tests.eval.protocol_runs import Runs, functions_of, public_metrics, shipped_protocols
 
+ROOT = Path(__file__).parents[2]
 HARNESSES = ("llava", "vlmevalkit", "lmms_eval", "official", "moslora", "vlmevalkit_2024_06")
 
 
@@ -43,7 +46,7 @@ def test_every_public_metric_is_called_by_a_shipped_protocol() -> None:
 
 def test_a_function_of_another_protocol_is_not_counted_for_this_one() -> None:
     called = functions_of(get_task("pope@llava"))
-    assert {"yes_no.pope", "yes_no.pope_llava", "error_bars.bootstrap_stderr"} <= called.keys()
+    assert {"yes_no.pope", "yes_no.pope_llava", "score_aggregation.pope_splits"} <= called.keys()
     others = {"yes_no.pope_lmms_eval", "yes_no.pope_lmms_eval_rates", "yes_no.mme", "multiple_choice.lmms_eval"}
     assert not others & called.keys()
 
@@ -197,6 +200,27 @@ def test_llava_protocols_read_as_llavas_scripts_where_it_has_one(runs: Runs) -> 
         assert any("this project's own rules" in text for text in get_task(f"{name}@llava").differences), name
 
 
+def test_ccbench_is_scored_by_whole_questions_in_every_protocol(runs: Runs) -> None:
+    made = [
+        Document(id=str(number), question="q", options={"A": "x", "B": "y"}, answers=("A",))
+        for number in (1, 2, 1_000_001, 1_000_002)
+    ]
+    tasks = [task for task in all_tasks().values() if task.name == "mmbench_cc"]
+    assert len(tasks) == 3
+    for task in tasks:
+        result = runs(task.id, made, ["A", "A", "A", "B"]).result
+        assert result.score == 0.5
+        assert result.metrics["vanilla"] == 0.75
+
+
+def test_vlmevalkits_rouge_splits_captions_at_single_spaces(runs: Runs) -> None:
+    document = Document(id="1", question="q", answers=("A dog  runs.",))
+    metrics = runs("coco_caption@vlmevalkit", [document], ["A dog runs."]).result.metrics
+    precision, recall = 3 / 3, 3 / 4  # four words, of which one is empty
+    assert metrics["rouge_l"] == pytest.approx(2.44 * precision * recall / (recall + 1.44 * precision))
+    assert metrics["bleu_1"] == pytest.approx(1.0)
+
+
 def test_mathvista_reads_the_choices_of_vlmevalkits_file(runs: Runs) -> None:
     extra = {"question_type": "multi_choice", "answer_type": "text", "choices": "['one', 'two']"}
     document = Document(id="1", question="q", answers=("two",), extra=extra)
@@ -256,3 +280,12 @@ def test_thinking_is_counted_without_a_judge_too(runs: Runs) -> None:
     result = runs("mmvet@llava", [document], ["<think>x</think>a"]).result
     assert math.isnan(result.score)
     assert result.counts.thinking == 1
+
+
+def test_the_tables_of_names_are_those_of_the_registries() -> None:
+    script = ROOT / "scripts" / "metric_table.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "eval" / "README.md").read_text(encoding="utf-8")
+    for name in (*EXTRACTORS, *METRICS, *JUDGED, *AGGREGATIONS):
+        assert f"| `{name}` |" in page

@@ -17,7 +17,8 @@ import pytest
 from between import just_before
 
 from mm_moslora import cli
-from mm_moslora.launch import launcher, slurm_job, topology
+from mm_moslora.launch import child_processes, launcher, slurm_job, topology
+from mm_moslora.launch.child_processes import run_and_hand_on
 from mm_moslora.launch.host_file import exported_lines
 from mm_moslora.launch.rank_logs import keep_rank_log
 from mm_moslora.launch.slurm_job import Job, Requeue
@@ -34,7 +35,8 @@ def joined(places: Topology) -> str:
 
 def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
     monkeypatch.setattr(topology, "accelerators", lambda: 4)
-    assert "--nproc_per_node 4 --standalone -m mm_moslora train r.yaml --optim.lr 1e-4" in joined(Topology())
+    rank = f"{sys.executable} -P -u -m mm_moslora train r.yaml --optim.lr 1e-4"
+    assert f"--nproc_per_node 4 --standalone {rank}" in joined(Topology())
     monkeypatch.setattr(topology, "accelerators", lambda: 0)
     assert joined(Topology()).endswith("-m mm_moslora train r.yaml --optim.lr 1e-4")
     assert "torch.distributed.run" not in joined(Topology())
@@ -42,10 +44,10 @@ def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
     two = joined(Topology(nnodes=2, rdzv="node-1:29400"))
     assert "--rdzv_backend c10d" in two
     assert "--nnodes 2 " in two
-    assert "--rdzv_endpoint node-1:29400 --rdzv_id mm-moslora -m" in two
+    assert f"--rdzv_endpoint node-1:29400 --rdzv_id mm-moslora {sys.executable} -P" in two
     named = joined(Topology(nnodes=2, rdzv="node-1:29400", rdzv_id="second", local_addr="10.0.0.2", nproc=2))
     assert "--nproc_per_node 2 " in named
-    assert "--rdzv_id second --local_addr 10.0.0.2 -m" in named
+    assert f"--rdzv_id second --local_addr 10.0.0.2 {sys.executable} -P" in named
     hosts = tmp_path / "hosts"
     hosts.write_text("worker-1 slots=8\n")
     monkeypatch.setenv("MASTER_PORT", "12345")
@@ -54,12 +56,33 @@ def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
     assert f"{runner} --num_gpus 2 --module" in joined(Topology(deepspeed=True, nproc=2))
 
 
+def test_hosts_are_no_options_of_ssh(tmp_path):
+    hosts = tmp_path / "hosts"
+    for name in ("-oProxyCommand=touch${IFS}MARK", "-V"):
+        hosts.write_text(f"worker-1 slots=8\n{name} slots=1\n")
+        with pytest.raises(ConfigError, match=f"holds '{name[:2]}.*expected lines such as 'worker-1 slots=8'"):
+            Topology(hostfile=hosts)
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        Topology(nnodes=2, rdzv="-oProxyCommand=x:22")
+
+
+def test_a_host_file_leaves_the_working_folder_off_the_module_path(monkeypatch, tmp_path, caplog):
+    """DeepSpeed would put it there, and read variables such as LD_PRELOAD from a file in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".deepspeed_env").write_text("LD_PRELOAD=./evil.so\n")
+    assert exported_lines({}) == "PYTHONPATH=\n"
+    assert ".deepspeed_env of this folder is not read" in caplog.text
+    assert exported_lines({"PYTHONPATH": "/a:/b"}).endswith("PYTHONPATH=/a:/b\n")
+    assert "LD_PRELOAD=./evil.so\n" in exported_lines({"DS_ENV_FILE": ".deepspeed_env"})
+
+
 def test_ranks_run_in_containers_and_behind_scripts(slurm_tools, monkeypatch):
     words = ("apptainer", "exec", "--bind", "/a b:/data", "image.sif")
     inside = Topology(nproc=1, through=words, python="python3")
-    assert command(inside, ["train", "r.yaml"]) == [*words, "python3", "-m", "mm_moslora", "train", "r.yaml"]
+    assert command(inside, ["train"]) == [*words, "python3", "-P", "-u", "-m", "mm_moslora", "train"]
     job = Topology(nproc=8, job=job_of(), through=("./with-modules.sh",), srun=("--container-image=x",))
-    assert f"--container-image=x ./with-modules.sh {sys.executable} -m torch.distributed.run --nproc" in joined(job)
+    torchrun = f"{sys.executable} -P -m torch.distributed.run --no-python --nproc"
+    assert f"--container-image=x ./with-modules.sh {torchrun}" in joined(job)
     assert cli.run(["launch", "--dry-run", "--through", "apptainer exec 'image", "quickstart_tune"]) == 1
 
 
@@ -250,7 +273,8 @@ def test_diffusion_recipes_are_launched_too(capsys):
     assert cli.run(["launch", "--diffusion", "--dry-run", "--nproc", "2", "tiny_subject", "--train.zero", "zero2"]) == 0
     shown = capsys.readouterr()
     assert "base: tiny-sdxl" in shown.out
-    assert "--nproc_per_node 2 --standalone -m mm_moslora diffusion train tiny_subject --train.zero zero2" in shown.err
+    assert "-m mm_moslora diffusion train tiny_subject --train.zero zero2" in shown.err
+    assert "--nproc_per_node 2 --standalone " in shown.err
     assert cli.run(["launch", "--diffusion", "--doctor", "tiny_subject"]) == 1
     assert "--doctor checks recipes of `train`" in capsys.readouterr().err
     assert cli.run(["launch", "tiny_subject"]) == 1
@@ -360,7 +384,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
 
 
 def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_ends_all(monkeypatch, tmp_path):
-    monkeypatch.setattr(launcher, "ONE_REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
     started, heard, rank = tmp_path / "started", tmp_path / "heard", tmp_path / "rank"
     torchrun = (
         "import pathlib, signal, subprocess, sys, time\n"
@@ -493,7 +517,7 @@ def test_a_signal_that_comes_while_the_launcher_starts_is_handed_on(monkeypatch)
         monkeypatch, subprocess, "Popen", lambda: signal.pthread_kill(here, signal.SIGUSR1), when=lambda *_: True
     )
     try:
-        ended = launcher.run_and_hand_on([sys.executable, "-c", "import time; time.sleep(20)"], [signal.SIGUSR1])
+        ended = run_and_hand_on([sys.executable, "-c", "import time; time.sleep(20)"], signals=[signal.SIGUSR1])
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert (ended.code, ended.signals) == (-signal.SIGTERM, {signal.SIGUSR1})

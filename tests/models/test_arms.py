@@ -115,6 +115,7 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
         ("peft:LORA@kasa_config={}", r"adds to the loss"),
         ("peft:VBLORA@vector_length=16@save_only_topk_weights=true", r"training cannot go on"),
         ("peft:LORA@bias=all", r"would train biases outside the adapted layers"),
+        ("peft:LORA@init_lora_weights=pisa", r"sets init_lora_weights to 'pisa'"),
     ],
 )
 def test_a_wrong_arm_is_one_error(name: str, said: str) -> None:
@@ -132,7 +133,6 @@ def test_a_method_is_one_arm_however_it_is_spelt() -> None:
 def test_layers_that_peft_refuses_are_one_error(base: t.LlamaForCausalLM) -> None:
     for name, said in (
         ("peft:C3A", "PEFT's C3A does not fit this model: .*block size"),
-        ("peft:LORA@init_lora_weights=pisa", "Unknown initialization"),
         ("peft:TRAINABLE_TOKENS", "TRAINABLE_TOKENS does not fit"),
         ("peft:LORA@alora_invocation_tokens=[5]", "has no gradient"),
         ("peft:LORA@init_lora_weights=pissa@use_dora=true", "would be loaded as another model"),

@@ -292,6 +292,31 @@ def test_a_source_that_cannot_be_taken_over_is_named(state, name, message, tmp_p
     assert not (tmp_path / "parts").exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json", "model.safetensors"])
+def test_no_link_out_of_the_source_is_followed(name, assembly, tmp_path):
+    export_original(assembly, tmp_path / "llava")
+    secret, file = tmp_path / "secret", tmp_path / "llava" / name
+    file.replace(secret) if file.exists() else secret.write_text("{}")
+    file.symlink_to(secret)
+    with pytest.raises(MoSLoRAError, match="links out of"):
+        import_parts(tmp_path / "llava", tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()
+
+
+def test_files_of_other_names_and_the_names_of_code_stay_behind(assembly, tmp_path):
+    export_original(assembly, tmp_path / "llava")
+    for name in ("tokenizer_notes.txt", "generation_log.txt"):
+        (tmp_path / "llava" / name).symlink_to("/etc/passwd")
+    for name in ("config.json", "tokenizer_config.json"):
+        file = tmp_path / "llava" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "evil.Evil"}}))
+    imported = import_parts(tmp_path / "llava", tmp_path / "parts")
+    written = [path for path in (tmp_path / "parts").rglob("*") if path.is_file()]
+    assert not any("notes" in path.name or "log" in path.name for path in written)
+    assert not any("auto_map" in path.read_text() for path in written if path.suffix == ".json")
+    assert load_parts(ModelConfig(language=imported.language))
+
+
 def test_a_pickle_of_anything_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):

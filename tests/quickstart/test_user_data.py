@@ -22,6 +22,7 @@ from mm_moslora.config import load_recipe
 from mm_moslora.quickstart import user_recipe
 from mm_moslora.quickstart.user_data import CONVERSATIONS, TURNS, read_own
 from mm_moslora.quickstart.user_recipe import initialise
+from mm_moslora.utils import file_locks
 from mm_moslora.utils.errors import ConfigError, DataError
 
 
@@ -379,7 +380,7 @@ class TestRecipe:
     ) -> None:
         sources = [photos(tmp_path / name, cat=10, dog=10) for name in ("photos", "others")]
         together = threading.Barrier(2)
-        building = user_recipe.building
+        building = file_locks.building
 
         def slowly(*args: Any, **options: Any) -> Any:
             time.sleep(0.2)
@@ -391,7 +392,7 @@ class TestRecipe:
             except ConfigError as error:
                 return str(error)
 
-        monkeypatch.setattr(user_recipe, "building", slowly)
+        monkeypatch.setattr(file_locks, "building", slowly)
         real = user_recipe.read_own
         monkeypatch.setattr(user_recipe, "read_own", lambda *a, **o: (real(*a, **o), together.wait(60))[0])
         with ThreadPoolExecutor(2) as pool:

@@ -256,9 +256,7 @@ def _become(asked: dict, files: list[int]) -> None:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in asked["ignored"] else usual)
     signal.pthread_sigmask(signal.SIG_SETMASK, asked["blocked"])
-    torch.set_num_threads(
-        torch.get_num_threads()
-    )  # as mm_moslora.utils.hardware.renew_threads does; "stock" is without it
+    torch.set_num_threads(torch.get_num_threads())  # a fork leaves the pool without its threads
     code = 1
     try:
         _run(asked["executable"], asked["arguments"])
@@ -288,10 +286,12 @@ def _run(executable: str, arguments: list[str]) -> None:
     multiprocessing.spawn.set_executable(executable)
     path = [entry for entry in sys.path[1:] if entry not in _path().split(os.pathsep)]
     path = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
-    while arguments[0] in ("-u", "-B"):
-        arguments = arguments[1:]
+    safe = bool(os.environ.get("PYTHONSAFEPATH"))
+    while arguments[0] in ("-u", "-B", "-P"):
+        safe, arguments = safe or arguments[0] == "-P", arguments[1:]
     how, rest = arguments[0], arguments[1:]
-    sys.path[:] = ["" if how == "-c" else os.getcwd() if how == "-m" else str(Path(how).parent), *path]
+    first = "" if how == "-c" else os.getcwd() if how == "-m" else str(Path(how).parent)
+    sys.path[:] = path if safe else [first, *path]
     if how == "-c":
         sys.argv[:] = ["-c", *rest[1:]]
         sys.modules["__main__"] = ModuleType("__main__")

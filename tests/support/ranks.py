@@ -153,7 +153,7 @@ def train_recipes(arguments: list[str]) -> int:
 
 def _rank(command: dict, rank: int) -> None:
     """What a forked process does; it never returns."""
-    from mm_moslora.utils.hardware import renew_threads
+    import torch
 
     code = 1
     try:
@@ -166,7 +166,7 @@ def _rank(command: dict, rank: int) -> None:
         }  # fmt: skip
         if command["hosts"]:
             _enter(command["hosts"][rank], command["hosts"][0])
-        renew_threads()
+        torch.set_num_threads(torch.get_num_threads())  # a fork leaves the pool without its threads
         code = train_recipes(command["arguments"])
         import torch.distributed as dist
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from mm_moslora.config import TRACKERS, TrackConfig
-from mm_moslora.tracking import Sample, Trackers, build_trackers
+from mm_moslora.tracking import Sample, Trackers, build_trackers, run_environment
 from mm_moslora.tracking.alerts import WELL_RECORDS, Alert, Watch
 from mm_moslora.tracking.jsonl_tracker import JsonlTracker
 from mm_moslora.tracking.mixer_images import mixer_views
@@ -251,7 +251,7 @@ def test_alerts_and_environment_are_files_of_the_run(tmp_path: Path) -> None:
     assert "+" not in known["torch"]
 
 
-def test_git_state_names_commit_and_change_and_no_remote(tmp_path: Path) -> None:
+def test_git_state_names_commit_and_change_and_no_remote(tmp_path: Path, monkeypatch) -> None:
     assert git_state(tmp_path) == {}
     for command in (
         "init -q", "remote add origin https://me:secret@example.org/x.git", "config user.email a@b.c",
@@ -261,12 +261,13 @@ def test_git_state_names_commit_and_change_and_no_remote(tmp_path: Path) -> None
     (tmp_path / "a").write_text("1")
     subprocess.run(["git", "-C", str(tmp_path), "add", "a"], check=True)
     subprocess.run(["git", "-C", str(tmp_path), "commit", "-qm", "a"], check=True)
-    clean = git_state(tmp_path)
-    assert len(clean["git_commit"]) == 40
-    assert clean["git_changed"] is False
+    assert [*git_state(tmp_path)] == ["git_commit"]
+    assert len(git_state(tmp_path)["git_commit"]) == 40
+    assert "secret" not in json.dumps(git_state(tmp_path))
+    monkeypatch.setattr(run_environment, "CHECKOUT", tmp_path)  # whose code runs anyway
+    assert git_state(tmp_path)["git_changed"] is False
     (tmp_path / "a").write_text("2")
     assert git_state(tmp_path)["git_changed"] is True
-    assert "secret" not in json.dumps(clean)
 
 
 def test_mixer_views_show_sign_size_and_spectrum() -> None:

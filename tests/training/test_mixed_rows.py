@@ -1,4 +1,4 @@
-"""Decoders in which the conversations of one row would see each other are refused, and the listed ones are such."""
+"""Decoders in which the conversations of one row would see each other are found by a probe, and refused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import transformers
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
-from mm_moslora.models.families import MIXED_ROWS
+from mm_moslora.models.batching import row_probe
+from mm_moslora.models.batching.row_probe import rows_of
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine.ulysses import refuse_row_shares
+from mm_moslora.training.preflight import check_model
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError
 
@@ -21,22 +23,50 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 HEADS = {"num_key_value_heads": 1, "intermediate_size": 32, "head_dim": 16}
 
 
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+KINDS = {
+    "bloom": lambda: transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=2),
+    "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, **HEADS, num_local_experts=2, num_experts_per_tok=1),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **HEADS),
+    "llama": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=32),
+    "falcon": lambda: transformers.FalconConfig(**SIZES),
+    "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=32),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(**SIZES, **HEADS, **HYBRID, num_experts=4),
+    "qwen3_5_text": lambda: transformers.Qwen3_5TextConfig(**SIZES, **HEADS, **HYBRID),
+    "lfm2": lambda: transformers.Lfm2Config(**SIZES, num_key_value_heads=1, layer_types=["conv", "full_attention"]),
+    "mamba": lambda: transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
+    "bamba": transformers.BambaConfig,
+    "falcon_h1": transformers.FalconH1Config,
+    "granitemoehybrid": transformers.GraniteMoeHybridConfig,
+    "jamba": transformers.JambaConfig,
+    "mpt": transformers.MptConfig,
+    "nemotron_h": transformers.NemotronHConfig,
+    "recurrent_gemma": transformers.RecurrentGemmaConfig,
+    "qwen3": transformers.Qwen3Config,
+    "mistral": transformers.MistralConfig,
+    "phi3": transformers.Phi3Config,
+}
+"""Small configurations, and default ones, which are those of large models: the probe makes them small."""
+APART = {"gemma2", "llama", "falcon", "opt", "qwen3", "mistral", "phi3"}
+
+
 def made(kind: str) -> transformers.PreTrainedModel:
-    config = {
-        "bloom": lambda: transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=2),
-        "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, **HEADS, num_local_experts=2, num_experts_per_tok=1),
-        "gemma2": lambda: transformers.Gemma2Config(**SIZES, **HEADS),
-        "llama": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=32),
-        "falcon": lambda: transformers.FalconConfig(**SIZES),
-        "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=32),
-    }[kind]()  # fmt: skip
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    return transformers.AutoModelForCausalLM.from_config(KINDS[kind](), trust_remote_code=False).eval()
 
 
-@pytest.mark.parametrize("kind", ["bloom", "gpt_oss", "gemma2", "llama", "falcon", "opt"])
-def test_the_listed_decoders_alone_mix_the_conversations_of_a_row(kind: str) -> None:
-    """Another first conversation moves the second one where the decoder is listed, and by nothing elsewhere."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoders_that_mix_the_conversations_of_a_row_are_found(kind: str) -> None:
+    with torch.device("meta"):
+        model = made(kind)
+    before = torch.random.get_rng_state()
+    assert rows_of(model, "auto").apart == (kind in APART)
+    assert torch.equal(torch.random.get_rng_state(), before)  # a run's seed decides its numbers
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt_oss", "gemma2", "llama", "falcon", "opt", "lfm2"])
+def test_the_small_model_shows_what_the_model_itself_does(kind: str) -> None:
+    """Another first conversation moves the second one in the model itself where the probe says so."""
     model = made(kind)
     set_attention(model, choose_attention(model).name)
     first, second = (torch.randint(2, 97, (length,)) for length in (21, 17))
@@ -50,7 +80,26 @@ def test_the_listed_decoders_alone_mix_the_conversations_of_a_row(kind: str) -> 
             return supervised_hidden(model, Batch.from_examples(examples))[len(first) - 1 :]
 
     moved = float((hidden(first) - hidden(first.flip(0))).abs().max())
-    assert (moved > 0) == (kind in MIXED_ROWS), moved
+    assert (moved == 0) == rows_of(model, "auto").apart
+
+
+def test_a_class_is_probed_once(monkeypatch) -> None:
+    with torch.device("meta"):
+        model = made("llama")
+    found = rows_of(model, "auto")
+    monkeypatch.setattr(row_probe, "_probed", lambda *_: pytest.fail("probed again"))
+    assert rows_of(model, "auto") is found
+
+
+def test_a_decoder_that_cannot_be_probed_is_refused_with_the_reason(recipe, monkeypatch) -> None:
+    monkeypatch.setattr(row_probe, "_FINDINGS", {})
+    monkeypatch.setattr(row_probe, "_moved", lambda _: 1 / 0)
+    model = made("llama")
+    with pytest.raises(
+        ConfigError, match=r"may see each other; a probe failed \(ZeroDivisionError: .*micro_batch to 1"
+    ):
+        check_model(recipe, model, layers=2)
+    check_model(replace(recipe, train=replace(recipe.train, micro_batch=1)), model, layers=2)
 
 
 def test_such_a_decoder_is_refused_unless_a_row_holds_one_conversation(recipe, tmp_path) -> None:

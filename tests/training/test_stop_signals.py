@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +18,23 @@ from between import just_before, somebody_builds
 from preloaded import Preloaded
 from trials import losses, write
 
-from mm_moslora.launch import launcher
-from mm_moslora.launch.launcher import stopped_text
+from mm_moslora.launch import child_processes
+from mm_moslora.launch.child_processes import STOP_SIGNALS
+from mm_moslora.launch.launcher import leave_mark, stopped_text
 from mm_moslora.training import training_loop
 from mm_moslora.training.supervision import stop_signals
+from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import train
 
 ROOT = Path(__file__).parents[2]
-NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+NUMBERS = [*STOP_SIGNALS]
 
 
 def heard_by_default() -> None:
-    """As on a terminal; what a shell starts with `&`, these tests perhaps, has Ctrl-C ignored."""
+    """As on a terminal; what a shell starts with `&` or nohup, these tests perhaps, has signals ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(recipe, python: Preloaded, tmp_path):
@@ -66,13 +71,56 @@ def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(reci
     assert losses(run) == losses(tmp_path / "straight")
 
 
+@pytest.fixture(autouse=True)
+def _no_nohup() -> Iterator[None]:
+    """These tests may run under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        with stop.at_once():
+            signal.raise_signal(signal.SIGHUP)
+    assert not stop.received
+
+
+def test_a_stop_before_a_killed_run_continues_is_recorded(tmp_path):
+    """The process that state.json calls running is gone; one that runs keeps its state."""
+    (tmp_path / "run.lock").touch()  # a run folder
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    state = {"state": "running", "host": socket.gethostname(), "since": time.time() - 9}
+    ways = {(gone.pid, _stop): "stopped", (os.getpid(), _stop): "running"}
+    for (process, record), expected in (ways | {(gone.pid, _begin_and_stop): "stopped"}).items():
+        (tmp_path / "state.json").write_text(json.dumps(state | {"process": process}))
+        record(tmp_path)
+        assert json.loads((tmp_path / "state.json").read_text())["state"] == expected
+    for text in ("[]", "{", '{"state": "running", "process": "x", "host": 1}', json.dumps(state)):
+        (tmp_path / "state.json").write_text(text)
+        _stop(tmp_path)
+        assert (tmp_path / "state.json").read_text() == text
+
+
+def _stop(folder: Path) -> None:
+    leave_mark(folder, signal.SIGTERM)
+
+
+def _begin_and_stop(folder: Path) -> None:
+    with contextlib.suppress(stop_signals.Stopped), record_run_state(folder):
+        raise stop_signals.Stopped
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_first_signal_is_remembered_and_the_third_ctrl_c_stops_at_once(number, monkeypatch):
     before = signal.getsignal(number)
     with StopRequest() as stop:
         for told in (number, *NUMBERS, signal.SIGINT, signal.SIGINT):  # a launcher repeats what the terminal has told
             signal.raise_signal(told)
-        monkeypatch.setattr(launcher, "ONE_REQUEST_SECONDS", 0.0)
+        monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
         for told in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(told)
         with pytest.raises(KeyboardInterrupt):
@@ -82,7 +130,7 @@ def test_the_first_signal_is_remembered_and_the_third_ctrl_c_stops_at_once(numbe
 
 
 def test_a_scheduler_that_repeats_itself_does_not_cost_the_save(recipe, monkeypatch, caplog):
-    monkeypatch.setattr(launcher, "ONE_REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
     real = training_loop.snapshot
 
     def slow(run):

@@ -7,11 +7,14 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from between import just_before
@@ -20,6 +23,7 @@ from preloaded import Preloaded
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.utils import heartbeat
+from mm_moslora.utils.heartbeat import Heartbeat
 
 
 def test_two_threads_may_say_where_the_rank_is(tmp_path, monkeypatch):
@@ -154,6 +158,7 @@ BUSY = """
 import os, sys, threading, time
 from pathlib import Path
 from mm_moslora.training.supervision.watchdog import Watchdog
+from mm_moslora.utils.heartbeat import Heartbeat
 
 def deep(depth):
     return depth and deep(depth - 1)
@@ -181,3 +186,43 @@ def test_a_busy_process_survives_being_asked_for_its_stacks(python: Preloaded, t
         time.sleep(0.0005)
     assert process.returncode == 0
     assert "<string>" in (tmp_path / "stacks" / "rank-00000.txt").read_text()
+
+
+def test_a_process_that_only_a_file_names_is_not_signalled(tmp_path: Path) -> None:
+    """SIGUSR2 would end it."""
+    handles = subprocess.Popen([sys.executable, "-c", STAYS], stdout=subprocess.PIPE)
+    others = [subprocess.Popen(["sleep", "60"]), handles]
+    assert handles.stdout is not None
+    handles.stdout.readline()
+    try:
+        with Watchdog(tmp_path) as watching:
+            for number, pid in enumerate([*(other.pid for other in others), os.getppid(), 1, 0, -1], start=1):
+                beat = {"rank": number, "host": socket.gethostname(), "pid": pid, "step": 0, "phase": "step"}
+                (tmp_path / "heartbeat" / f"rank-{number:05d}.json").write_text(json.dumps(beat))
+            with mock.patch.object(watchdog.distributed, "world_size", return_value=9):
+                watching._ask_for_stacks()
+        time.sleep(0.5)
+        assert [other.poll() for other in others] == [None, None]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+STAYS = """
+import signal, sys, time
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(9))
+print(flush=True)
+time.sleep(60)"""
+
+
+def test_ranks_of_one_launcher_are_asked_for_their_stacks() -> None:
+    here = socket.gethostname()
+    beat = Heartbeat(rank=1, host=here, pid=os.getpid(), step=0, phase="step", age=0.0)  # has its own parent
+    assert not watchdog._is_sibling(beat), "it does not handle the signal"
+    previous = signal.signal(signal.SIGUSR2, lambda *_: None)
+    try:
+        assert watchdog._is_sibling(beat)
+        assert not watchdog._is_sibling(replace(beat, host="elsewhere"))
+    finally:
+        signal.signal(signal.SIGUSR2, previous)

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from mm_moslora.utils import files
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 
 ROOT = Path(__file__).parents[2]
 PATH_METHODS = {"unlink", "rmdir", "rename", "replace", "hardlink_to"}
 FUNCTIONS = {
     "os": {"unlink", "remove", "rmdir", "removedirs", "rename", "renames", "replace", "truncate", "ftruncate"},
-    "shutil": {"rmtree", "move"},
+    "shutil": {"rmtree", "move", "copy", "copy2", "copyfile", "copytree"},  # copies follow links
 }
 
 
 def destructive(source: str) -> list[str]:
-    """Calls and references that take a file or folder away, as `line: what`."""
+    """Calls and references that take a file or folder away, or copy one, as `line: what`."""
     found = []
     tree = ast.parse(source)
     called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -48,7 +48,7 @@ def _may_be_a_paths(node: ast.Attribute, call: ast.Call | None) -> bool:
     return len(call.args) == 1 and not call.keywords
 
 
-def test_one_module_alone_deletes_renames_and_replaces():
+def test_one_module_alone_deletes_renames_replaces_and_copies():
     found = {
         f"{path.relative_to(ROOT)}:{what}"
         for folder in (ROOT / "mm_moslora", ROOT / "eval")
@@ -66,7 +66,7 @@ def test_one_module_alone_deletes_renames_and_replaces():
         "path.unlink()", "path.unlink(missing_ok=True)", "(folder / name).replace(target)", "Path(a).rename(b)",
         "folder.rmdir()", "os.remove(a)", "os.replace(a, b)", "shutil.rmtree(a, ignore_errors=True)",
         "shutil.move(a, b)", "from shutil import rmtree", "from os import unlink as gone", "map(os.unlink, names)",
-        "map(Path.replace, a, b)",
+        "map(Path.replace, a, b)", "shutil.copy(a, b)", "from shutil import copytree", "map(shutil.copy2, a, b)",
     ],
 )  # fmt: skip
 def test_the_search_finds_what_deletes(line):
@@ -231,3 +231,42 @@ def test_what_waits_for_a_full_disk_is_bounded(tmp_path):
     (tmp_path / "absent").mkdir()
     log.add("the last")
     assert (tmp_path / "absent" / "log.jsonl").stat().st_size <= 2**20 + 10
+
+
+def test_a_copy_of_a_model_follows_no_link_out_of_its_folder(tmp_path):
+    source, secret = tmp_path / "model", tmp_path / "secret"
+    source.mkdir()
+    secret.write_text('{"key": 1}')
+    (source / "tokenizer.json").symlink_to("tokenizer.txt")
+    (source / "tokenizer.txt").write_text("{}")
+    (source / "tokenizer_config.json").write_text('{"a": "\u00e4", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
+    (tmp_path / "out").mkdir()
+    files.copy_of_model(source, ["tokenizer.json", "tokenizer_config.json", "missing.json"], tmp_path / "out")
+    assert {path.name: path.is_symlink() for path in (tmp_path / "out").iterdir()} == {
+        "tokenizer.json": False, "tokenizer_config.json": False
+    }  # fmt: skip
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    (source / "folder").symlink_to(tmp_path)
+    os.mkfifo(source / "pipe")
+    (source / "vocab.json").symlink_to(secret)
+    (source / "merges.txt").symlink_to("vocab.json")
+    (source / "null").symlink_to("/dev/null")
+    for name in ("vocab.json", "merges.txt", "folder/secret", "../secret", str(secret), "pipe", "null", "folder"):
+        with pytest.raises(MoSLoRAError):
+            files.copy_of_model(source, [name], tmp_path / "out")
+    assert len([*(tmp_path / "out").iterdir()]) == 2
+
+
+def test_a_copy_out_of_the_hubs_cache_takes_the_blobs_of_its_repository_alone(tmp_path):
+    repository = tmp_path / "hub" / "models--a--b"
+    snapshot = repository / "snapshots" / "0"
+    for folder in (snapshot, repository / "blobs", tmp_path / "hub" / "models--c--d" / "blobs", tmp_path / "out"):
+        folder.mkdir(parents=True)
+    for folder in (repository, tmp_path / "hub" / "models--c--d"):
+        (folder / "blobs" / "1").write_text(folder.name)
+    (snapshot / "tokenizer.model").symlink_to("../../blobs/1")
+    (snapshot / "vocab.txt").symlink_to("../../../models--c--d/blobs/1")
+    files.copy_of_model(snapshot, ["tokenizer.model"], tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_text() == "models--a--b"
+    with pytest.raises(MoSLoRAError, match="links out of"):
+        files.copy_of_model(snapshot, ["vocab.txt"], tmp_path / "out")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from mm_moslora.data.chat.chat_template import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import IMAGE, Turn
 from mm_moslora.models.assembly import Parts
@@ -23,6 +25,7 @@ from mm_moslora.models.vision.feature_cache import FeatureStore
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
 from mm_moslora_eval.backends.visual_token_cache import VisualTokens
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
+from mm_moslora_eval.protocol.task import THINKING_TOKENS
 
 
 class LocalModel:
@@ -69,12 +72,19 @@ class LocalModel:
         """Details for the run's records: precision, device, attention kernel."""
         return circumstances(self.model)
 
+    @property
+    def thinking_tokens(self) -> int:
+        """New tokens that an answer needs if the model is asked to think, at most half of its context; 0: it is not."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2 * THINKING_TOKENS
+        return min(THINKING_TOKENS, int(context) // 2) if self.encoder.asks_to_think else 0
+
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `mm_moslora_eval.protocol.model_interface.Model.generate`."""
         for indices, prompts in self._prompts(requests, batch_size):
             chosen = [requests[index] for index in indices]
             limit = max(request.max_new_tokens for request in chosen)
-            references = [[ids] if (ids := self._encoded(request.reference)) else [] for request in chosen]
+            thinks = self.encoder.asks_to_think
+            references = [[ids] if not thinks and (ids := self._encoded(item.reference)) else [] for item in chosen]
             beams, stops = chosen[0].beams, self.stop_ids
             if beams > 1:
                 answers = generate_beams(self.model, prompts, beams=beams, max_new_tokens=limit, stop_ids=stops)
@@ -83,8 +93,35 @@ class LocalModel:
                 answers, scores = generate_and_score(
                     self.model, prompts, references, max_new_tokens=limit, stop_ids=stops
                 )
+            if thinks:
+                scores = self._behind_thinking(prompts, chosen, answers)
             for index, request, tokens, found in zip(indices, chosen, answers, scores, strict=True):
                 yield index, self._answer(request, tokens, found)
+
+    def _behind_thinking(
+        self, prompts: Sequence[Prompt], requests: Sequence[Request], answers: Sequence[Sequence[int]]
+    ) -> list[list[ContinuationScore]]:
+        """Scores of the references behind the thinking that the model wrote; none where its block has no end."""
+        found: list[list[ContinuationScore]] = [[] for _ in prompts]
+        longer, options, owners = [], [], []
+        for number, (prompt, request, tokens) in enumerate(zip(prompts, requests, answers, strict=True)):
+            thinking, end, rest = (self.encoder.opened() + self.encoder.decode_answer(tokens)).partition(THINK_END)
+            if not (end and request.reference):
+                continue
+            block = thinking + end + rest[: len(rest) - len(rest.lstrip())]
+            before, whole = (self.encoder.encode_answer(block + text) for text in ("", request.reference))
+            shared = next((place for place, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]),
+                          min(len(before), len(whole)))  # fmt: skip
+            if shared == len(whole):
+                continue
+            ids = torch.cat([prompt.input_ids, torch.tensor(whole[:shared], dtype=torch.long)])
+            longer.append(replace(prompt, input_ids=ids))
+            options.append([whole[shared:]])
+            owners.append(number)
+        scores = score_options(self.model, longer, options) if longer else []
+        for owner, score in zip(owners, scores, strict=True):
+            found[owner] = score
+        return found
 
     def loglikelihood(
         self, requests: Sequence[OptionRequest], *, batch_size: int
@@ -156,7 +193,7 @@ class LocalModel:
     def _answer(self, request: Request, tokens: list[int], reference: Sequence[ContinuationScore]) -> Answer:
         stopped = len(tokens) < request.max_new_tokens
         tokens = tokens[: request.max_new_tokens]
-        text = self.encoder.decode_answer(tokens)
+        text = self.encoder.opened() + self.encoder.decode_answer(tokens)
         for stop in request.stop:
             text, found, _ = text.partition(stop)
             stopped |= bool(found)

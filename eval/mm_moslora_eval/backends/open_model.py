@@ -10,7 +10,6 @@ from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
 if TYPE_CHECKING:
-    from mm_moslora.models.assembly import LoadBase
     from mm_moslora_eval.protocol.model_interface import Model
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -45,8 +44,9 @@ def open_model(
     precision: Precision = "auto",
     reference: bool = False,
     untuned: bool = False,
-    load_base: LoadBase | None = None,
     features: Path | None = None,
+    timeout: float = 300.0,
+    attempts: int = 6,
 ) -> Model:
     """Load a model.
 
@@ -55,8 +55,9 @@ def open_model(
         precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
         reference: one question at a time, with no shared computation.
         untuned: load the model from which a run or checkpoint started: its recipe's parts before any step.
-        load_base: see `mm_moslora.models.load_model.load`.
         features: folder of the vision tower's features of pictures, which are encoded once for all models with it.
+        timeout: seconds for one attempt at a request to an endpoint.
+        attempts: attempts at such a request.
 
     Raises:
         EvalError: the name has another form, or there is no loadable model.
@@ -67,7 +68,7 @@ def open_model(
     if separator and kind == "openai":
         from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
 
-        return EndpointModel(Endpoint.parse(rest), reference=reference)
+        return EndpointModel(Endpoint.parse(rest, timeout=timeout, attempts=attempts), reference=reference)
     if separator and kind == "replay":
         from mm_moslora_eval.backends.replay_model import ReplayModel
 
@@ -82,6 +83,7 @@ def open_model(
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
+    from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.load_model import load, model_of, recipe_of
     from mm_moslora.models.vision.feature_cache import FeatureStore
@@ -93,15 +95,19 @@ def open_model(
         raise EvalError(f"{name} is an export, which has no model before tuning. Give a run or a checkpoint.")
     if untuned:
         seed_everything(recipe_of(folder).train.seed)  # a new projector is drawn as in the run
-        assembly = load_parts(model_of(folder), dtype=dtype)
+        config = model_of(folder)
+        if (weights := recipe_of(folder).model.projector.weights) and config.projector.weights is None:
+            raise EvalError(f"{weights} (model.projector.weights) is no longer what {folder} began with. Restore it.")
+        assembly = load_parts(config, dtype=dtype)
     else:
-        assembly = load(folder, dtype=dtype, load_base=load_base)
+        assembly = load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if has_own_forward(assembly.model):
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
-        return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference)
+        encoder = ConversationEncoder.of(assembly)
+        return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference, encoder=encoder)
     from mm_moslora_eval.backends.local_model import LocalModel
 
     store = None if features is None or reference else FeatureStore.of(assembly.model, features)

@@ -9,6 +9,7 @@ import base64
 import http.client
 import io
 import json
+import math
 import os
 import queue
 import random
@@ -31,7 +32,12 @@ from mm_moslora_eval.sources.document import ImageLike, StoredImage, digest
 KEY_NAMES = ("MM_MOSLORA_API_KEY", "OPENAI_API_KEY")
 """Environment variables for the key, in order of priority."""
 
+TIMEOUT, ATTEMPTS = 300.0, 6
+"""Default patience with a request: seconds for one attempt, and attempts."""
 _MOST_WAIT = 60.0
+_MOST_REPLY_BYTES = 2**26
+_HOPELESS_ROW = 4
+"""Nothing more is asked after this many failures without a success between them."""
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = frozenset({401, 403, 404, 405})
 _FIRST_BYTES = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
@@ -77,15 +83,21 @@ class Endpoint:
     url: str
     """Up to and including `/v1`."""
     model: str
-    timeout: float = 300.0
+    timeout: float = TIMEOUT
     """Seconds for one attempt."""
-    attempts: int = 6
+    attempts: int = ATTEMPTS
     first_wait: float = 1.0
     """Seconds before the second attempt, doubled for each further one, up to a minute. `Retry-After` takes priority."""
     usage: Usage = field(default_factory=Usage, compare=False)
 
+    def __post_init__(self) -> None:
+        if not (0 < self.timeout < math.inf and self.attempts >= 1):
+            raise EvalError(
+                f"timeout is {self.timeout} and attempts {self.attempts}; expected seconds above 0, and 1 or more."
+            )
+
     @classmethod
-    def parse(cls, text: str) -> Endpoint:
+    def parse(cls, text: str, *, timeout: float = TIMEOUT, attempts: int = ATTEMPTS) -> Endpoint:
         """Read `URL#MODEL`.
 
         Raises:
@@ -98,7 +110,7 @@ class Endpoint:
             )
         if "@" in url.split("//", 1)[1].split("/", 1)[0]:
             raise EvalError(f"An endpoint's URL holds no password; put the key into {KEY_NAMES[0]} instead.")
-        return cls(url=url.rstrip("/"), model=model)
+        return cls(url=url.rstrip("/"), model=model, timeout=timeout, attempts=attempts)
 
     def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
         """One chat completion; waits and tries again where that can help.
@@ -106,6 +118,7 @@ class Endpoint:
         Raises:
             EvalError: the server refuses the key, the model or the address, or no server answers. The latter is raised
                 at once if the server has not answered before, else after all attempts.
+            ServerError: the server was at fault in every attempt.
             RuntimeError: this request failed.
         """
         body = json.dumps({"model": self.model, **payload}).encode()
@@ -120,7 +133,7 @@ class Endpoint:
                         f"No server answers at {self.url} ({error}). Start it, or check the address."
                     ) from error
                 if last:
-                    raise RuntimeError(f"{self.url}: {error} after {self.attempts} attempts") from error
+                    raise ServerError(f"{self.url}: {error} after {self.attempts} attempts") from error
                 # Jitter spreads the retries of parallel requests.
                 time.sleep(min(_MOST_WAIT, error.wait if error.wait is not None else wait * random.uniform(0.75, 1.25)))
                 wait *= 2
@@ -135,10 +148,7 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
-                data = response.read(MOST_REPLY_BYTES)
-                if response.length:  # of the rest
-                    raise http.client.IncompleteRead(data, response.length)
-                reply = parse_json(data)
+                reply = parse_json(self._body(response))
         except urllib.error.HTTPError as error:
             text = redact_text(error.read(2000).decode("utf-8", "replace")).strip()
             if error.code in _PASSING:
@@ -161,9 +171,22 @@ class Endpoint:
             raise RuntimeError(f"{self.url} answered without a message: {redact_text(json.dumps(reply))[:500]}")
         return reply  # type: ignore[no-any-return]
 
+    def _body(self, response: http.client.HTTPResponse) -> bytes:
+        """The body of a reply. The socket's own timeout starts again with every byte that arrives."""
+        ends, body = time.monotonic() + self.timeout, bytearray()
+        while data := response.read1(2**16):
+            body += data
+            if len(body) > _MOST_REPLY_BYTES:
+                raise RuntimeError(f"{self.url} sent a reply of more than {_MOST_REPLY_BYTES} bytes")
+            if time.monotonic() > ends:
+                raise TimeoutError(f"no whole reply within {self.timeout:g} seconds")
+        if response.length:
+            raise http.client.IncompleteRead(bytes(body), response.length)
+        return bytes(body)
 
-MOST_REPLY_BYTES = 2**25
-"""Longest reply, bytes; a longer one breaks off, and so it is no JSON."""
+
+class ServerError(RuntimeError):
+    """A server that is overloaded, broken or silent; the request itself may be sound."""
 
 
 class _Stays(urllib.request.HTTPRedirectHandler):
@@ -179,7 +202,22 @@ _OPENER = urllib.request.build_opener(_Stays)
 def _has_message(reply: Any) -> bool:
     choices = reply.get("choices") if isinstance(reply, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
-    return isinstance(first, dict) and isinstance(first.get("message"), dict)
+    message = first.get("message") if isinstance(first, dict) else None
+    return isinstance(message, dict) and isinstance(message.get("content"), str | list | None)
+
+
+def reply_text(reply: dict[str, Any]) -> str:
+    """The text of a reply; its content is a text, a list of parts, of which those of type `text` are read, or null."""
+    content = reply["choices"][0]["message"].get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content or ""
+
+
+def is_cut_off(reply: dict[str, Any]) -> bool:
+    """Whether the reply ended because of `max_tokens`."""
+    return bool(reply["choices"][0].get("finish_reason") == "length")
 
 
 class _TryAgainError(Exception):
@@ -195,11 +233,23 @@ def _retry_after(text: str | None) -> float | None:
         return None
 
 
-def in_parallel(call: Callable[[_T], Any], items: Sequence[_T], *, workers: int) -> Iterator[tuple[int, Any]]:
+def in_parallel(
+    call: Callable[[_T], Any], items: Sequence[_T], *, workers: int, fatal: type[Exception] = ServerError
+) -> Iterator[tuple[int, Any]]:
     """Call a function on every item in threads; yields (number, result) as they finish, then raises the last failure.
 
-    After a failure the other items are still processed; an `EvalError` stops everything at once. The threads are
-    daemons, so that an interrupted program does not wait for a server that hangs.
+    After a failure the other items are still processed, unless several fail without a success between them. An
+    `EvalError` stops everything at once. The threads are daemons, so that an interrupted program does not wait for a
+    server that hangs.
+
+    Args:
+        call: takes an item, in a thread.
+        items: all items.
+        workers: number of threads.
+        fatal: failures that may concern all items.
+
+    Raises:
+        EvalError: too many such failures in a row.
     """
     left = iter(enumerate(items))
     taking, stopped = threading.Lock(), threading.Event()
@@ -221,15 +271,22 @@ def in_parallel(call: Callable[[_T], Any], items: Sequence[_T], *, workers: int)
     for _ in range(min(max(1, workers), len(items))):
         threading.Thread(target=work, name="endpoint", daemon=True).start()
     failure: Exception | None = None
+    row = 0
     try:
         for _ in items:
             number, result, error = done.get()
             if error is None:
+                row = 0
                 yield number, result
             elif isinstance(error, EvalError) or not isinstance(error, Exception):
                 raise error
             else:
-                failure = error
+                failure, row = error, row + isinstance(error, fatal)
+                if row == _HOPELESS_ROW:
+                    raise EvalError(
+                        f"{row} requests in a row failed, so nothing more is asked. The last one: {error}. What was "
+                        "answered is kept: mend the server (or change --timeout and --attempts), then run this again."
+                    ) from error
     finally:
         stopped.set()
     if failure is not None:
@@ -291,11 +348,10 @@ class EndpointModel:
         if request.stop:
             payload["stop"] = list(request.stop)
         reply = self.endpoint.chat(payload)
-        choice = reply["choices"][0]
         return Answer(
-            text=str(choice["message"].get("content") or ""),
+            text=reply_text(reply),
             tokens=tokens_of(reply, "completion_tokens"),
-            finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
+            finish_reason="length" if is_cut_off(reply) else "stop",
         )
 
     def _score(self, item: OptionRequest) -> tuple[OptionScore, ...]:

@@ -20,10 +20,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError, reason_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
+from mm_moslora_eval.protocol.task import THINKING_TOKENS
 from mm_moslora_eval.sources.image_controls import open_image
 
 _GROWING = ("token_type_ids", "mm_token_type_ids")
@@ -55,9 +58,20 @@ class TransformersModel:
         processor: its processor, or its tokenizer for a language model.
         name: display name.
         reference: always use batch size 1.
+        encoder: of a trained model: prompts end as they did in training; None: as the chat template has it.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, *, name: str, reference: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        name: str,
+        reference: bool = False,
+        encoder: ConversationEncoder | None = None,
+    ) -> None:
+        self._encoder = encoder
+        self._thinks = encoder is not None and encoder.asks_to_think
         self.model, self.processor = model.eval(), processor
         self._name, self._reference = name, reference
         self._tokenizer = getattr(processor, "tokenizer", processor)
@@ -83,6 +97,7 @@ class TransformersModel:
         import mm_moslora.models.processing.llava_processor
         import mm_moslora.models.vlm  # noqa: F401  (registers this project's model type with the Auto classes)
 
+        refuse_adapter_beside(name)
         try:
             sees = (
                 type(AutoConfig.from_pretrained(name, trust_remote_code=False)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -116,6 +131,11 @@ class TransformersModel:
         """Details for the run's records: precision, device, attention kernel."""
         return circumstances(self.model)
 
+    @property
+    def thinking_tokens(self) -> int:
+        """See `LocalModel.thinking_tokens`."""
+        return THINKING_TOKENS if self._thinks else 0
+
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `mm_moslora_eval.protocol.model_interface.Model.generate`."""
@@ -131,7 +151,7 @@ class TransformersModel:
             )  # fmt: skip
             wrong = watch.wrong(len(chosen))
             new = output[:, inputs["input_ids"].shape[1] :]
-            scores = self._scores(inputs, [request.reference for request in chosen])
+            scores = self._scores(inputs, ["" if self._thinks else request.reference for request in chosen])
             for number, index in enumerate(indices):
                 if number not in wrong:
                     yield index, self._answer(chosen[number], new[number].tolist(), scores[number])
@@ -201,7 +221,10 @@ class TransformersModel:
             parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
             plain = self.processor is self._tokenizer
             messages.append({"role": message.role, "content": message.text if plain else parts})
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        text = str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if self._encoder is None:
+            return text
+        return text.removesuffix(self._encoder.template.generation_prompt()) + self._encoder.answer_prompt
 
     def _answer(self, request: Request, tokens: list[int], reference: OptionScore | None) -> Answer:
         ends: Any = self.model.generation_config.eos_token_id
@@ -209,6 +232,7 @@ class TransformersModel:
         end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
         stopped = end < min(len(tokens), request.max_new_tokens)
         text = str(self._tokenizer.decode(tokens[: min(end, request.max_new_tokens)], skip_special_tokens=True))
+        text = text if self._encoder is None else self._encoder.opened() + text
         for stop in request.stop:
             text, found, _ = text.partition(stop)
             stopped |= bool(found)

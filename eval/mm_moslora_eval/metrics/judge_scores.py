@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mm_moslora_eval.metrics.metric_text import plain_number
 
@@ -97,12 +97,17 @@ def llavabench_scores_lmms_eval(reply: str) -> tuple[float, float]:
     return (float(numbers[0]), float(numbers[1])) if len(numbers) >= 2 else UNPARSED
 
 
+def ratings_within(reply: str, *, read: Callable[[str], tuple[float, float]]) -> tuple[float, float] | None:
+    """The two ratings of a reply if both are from 0 to 10, or None."""
+    ratings = read(reply)
+    return ratings if all(0 <= rating <= 10 for rating in ratings) else None
+
+
 def llavabench_summary(scores: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float, float]]:
     """Per category and for `all`: (relative score in percent, reference mean x 10, model mean x 10), rounded to 0.1.
 
     Args:
-        scores: (category, score of the reference answer, score of the model's answer); unparsed ones count as -1, as in
-            the source.
+        scores: (category, score of the reference answer, score of the model's answer).
     """
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for category, reference, model in scores:

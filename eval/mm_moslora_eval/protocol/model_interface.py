@@ -103,7 +103,10 @@ class Answer:
 
 @runtime_checkable
 class Model(Protocol):
-    """A backend that answers requests: a model of mm_moslora, a transformers model, a server, stored answers."""
+    """A backend that answers requests: a model of mm_moslora, a transformers model, a server, stored answers.
+
+    A model that is asked to think before it answers has an attribute `thinking_tokens`, the new tokens that it needs.
+    """
 
     @property
     def name(self) -> str:

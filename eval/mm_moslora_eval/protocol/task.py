@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +12,13 @@ from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora_eval import sources
 from mm_moslora_eval.protocol.task_prompt import Prompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import DataSet, Document, digest
 
 _NAME = re.compile(r"\w[\w.+-]*")
+THINKING_TOKENS = 2048
+"""New tokens for an answer that thinks, at least: the default of `data.max_length`, so longer ones are not learned."""
 _LONGEST_ID = 200
 """Most bytes of `NAME@PROTOCOL`, which is the name of a folder."""
 
@@ -138,13 +140,32 @@ class Task:
 
     @property
     def asked(self) -> str:
-        """Hash of everything that determines the answers, so without extraction, metric and aggregation."""
-        return digest([self.name, self.protocol, self.version, asdict(self.prompt), self.decoding.to_dict()])
+        """Hash of everything that determines the answers, so without extraction, metric and aggregation.
+
+        The places of images are left out, since the key of every answer covers them.
+        """
+        prompt = {key: value for key, value in asdict(self.prompt).items() if key not in ("image_tags", "strip_parts")}
+        return digest([self.name, self.protocol, self.version, prompt, self.decoding.to_dict()])
+
+    def within(self, limit: int | None, *, thinking_tokens: int = 0) -> Task:
+        """The task with the length of answers that a run asks for; it decides their identity, as the task's own does.
+
+        Args:
+            limit: new tokens; None: the task's own, and at least `thinking_tokens`.
+            thinking_tokens: what a model needs that is asked to think before it answers; 0: it is not.
+        """
+        if self.decoding.kind != "generate":
+            return self
+        most = limit or max(self.decoding.max_new_tokens, thinking_tokens)
+        return replace(self, decoding=replace(self.decoding, max_new_tokens=most))
 
     def load(self) -> DataSet:
         """Read the documents.
 
         Raises:
-            EvalError: the file is missing, has another checksum, or cannot be read; names the place.
+            EvalError: the file is missing, has another checksum, or cannot be read, or its ids do not suit the
+                aggregation; names the place.
         """
-        return sources.load(self.source, beside=Path(self.folder) if self.folder else None)
+        data = sources.load(self.source, beside=Path(self.folder) if self.folder else None)
+        check_ids(self.aggregation, data.documents)
+        return data

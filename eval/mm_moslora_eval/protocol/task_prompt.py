@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora_eval.protocol.coded_prompts import WORDINGS
@@ -12,7 +13,7 @@ from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Part
 from mm_moslora_eval.sources.document import Document
 
 _FIELD = re.compile(r"\{(\w+(?:-\w+)*)\}")
-_IMAGE_TAG = re.compile(r"<image(?: (\d+))?>")
+_TAGS = {"plain": re.compile("<image>"), "numbered": re.compile(r"<image (\d+)>")}
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -45,8 +46,13 @@ class Prompt:
     """Strip the question after texts are removed."""
     capitalize: bool = False
     """Capitalise the question: its first letter in upper case, all others in lower case."""
+    image_tags: Literal["plain", "numbered", "none"] = "plain"
+    """Tags of the data that are places of images. plain: `<image>`, one per image, as in LLaVA's records. numbered:
+    `<image 2>` is the second image (MMMU). All other tags are text."""
+    strip_parts: bool = False
+    """Strip the texts between the images."""
     images: str = "first"
-    """Position of images if the text has no `<image>` tags: first or last."""
+    """Position of images if the text has no places for them: first or last."""
     image_separator: str = "\n"
     """Separator between the images and the text, as in LLaVA's training records."""
     system: str | None = None
@@ -82,44 +88,43 @@ class Prompt:
         """The conversation that asks the document.
 
         Raises:
-            EvalError: no question, or image tags in the text that do not fit the document's images.
+            EvalError: no question, or `<image>` tags in the text that do not fit the document's images.
         """
         if not document.question and self.default_question is None and "{question}" in self.template:
             raise EvalError("the document has no question")
-        text = self.text(document)
-        content = self._content(text, self._order(text, len(document.images)))
+        content = self._content(*self._split(document), len(document.images))
         user = Message(role="user", content=content)
         return (user,) if self.system is None else (Message(role="system", content=(self.system,)), user)
 
     def image_order(self, document: Document) -> tuple[int, ...]:
         """The number of the document's image for each image part of its messages.
 
-        `<image 2>` is the second image and may occur anywhere and several times. Images without a numbered tag are not
-        shown (MMMU). Without numbers every image is shown once, in order.
+        A numbered tag may occur anywhere and several times. Images without a numbered tag are not shown (MMMU). Without
+        tags every image is shown once, in order.
 
         Raises:
             EvalError: see `messages`.
         """
-        return self._order(self.text(document), len(document.images))
+        order = self._split(document)[1]
+        return order or tuple(range(len(document.images)))
 
-    @staticmethod
-    def _order(text: str, images: int) -> tuple[int, ...]:
-        tags = _IMAGE_TAG.findall(text)
-        if not tags:
-            return tuple(range(images))
-        if all(tags):
-            order = tuple(int(number) - 1 for number in tags)
-            if not set(order) <= set(range(images)):
+    def _split(self, document: Document) -> tuple[list[str], tuple[int, ...]]:
+        """The texts around the places of images, and the number of the image in each place."""
+        text, images = self.text(document), len(document.images)
+        tags = list(_TAGS[self.image_tags].finditer(text)) if self.image_tags != "none" else []
+        if self.image_tags == "numbered":
+            tags = [tag for tag in tags if 1 <= int(tag[1]) <= images]  # a tag without an image stays text
+            order = tuple(int(tag[1]) - 1 for tag in tags)
+        else:
+            order = tuple(range(len(tags)))
+            if tags and len(tags) != images:
                 raise EvalError(
-                    f"the text names image {max(order) + 1}, the document has {images} images; name existing ones"
+                    f"the text has {len(tags)} image tags, the document has {images} images; write one tag per image, "
+                    "or set prompt.image_tags to numbered or none"
                 )
-            return order
-        if any(tags) or len(tags) != images:
-            raise EvalError(
-                f"the text has {len(tags)} image tags, the document has {images} images; write one tag per image, or "
-                "number all tags"
-            )
-        return tuple(range(images))
+        ends = [0, *(tag.end() for tag in tags)]
+        starts = [*(tag.start() for tag in tags), len(text)]
+        return [text[end:start] for end, start in zip(ends, starts, strict=True)], order
 
     def _question(self, question: str) -> str:
         if self.strip:
@@ -139,15 +144,17 @@ class Prompt:
             translated, plain = self.chinese_instruction, self.instruction
         return translated if chinese and translated is not None else plain
 
-    def _content(self, text: str, order: Sequence[int]) -> tuple[Part, ...]:
-        if _IMAGE_TAG.search(text):
-            parts: list[Part] = []
-            for index, piece in enumerate(_IMAGE_TAG.split(text)[::2]):  # every second piece is a tag's number
-                parts += [IMAGE, piece] if index else [piece]
+    def _content(self, texts: Sequence[str], order: Sequence[int], images: int) -> tuple[Part, ...]:
+        texts = [text.strip() for text in texts] if self.strip_parts else texts
+        if order:
+            parts: list[Part] = [texts[0]]
+            for text in texts[1:]:
+                parts += [IMAGE, text]
             return tuple(part for part in parts if part != "")
-        if not order:
+        (text,) = texts
+        if not images:
             return (text,)
-        places: tuple[Part, ...] = (IMAGE,) * len(order)
+        places: tuple[Part, ...] = (IMAGE,) * images
         separator = self.image_separator
         return (*places, separator + text) if self.images == "first" else (text + separator, *places)
 

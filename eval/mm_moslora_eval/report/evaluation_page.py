@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mm_moslora.reporting.verdicts import between, own_pictures
+from mm_moslora.reporting.verdicts import SCORE_NAMES, amount_text, between, own_pictures, resting_on, score_text
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact_text
@@ -29,6 +29,7 @@ from mm_moslora_eval.run.answer_views import SAMPLES, read_json, run_of
 from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
 from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
 from mm_moslora_eval.sources.image_controls import open_image
 
 MOST_CATEGORIES = 40
@@ -133,7 +134,8 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
                 "it": item,
                 "bar": _difference_bar(item),
                 "changed": _changed(item),
-                "verdict": f"{between(item.paired.as_difference)}: {item.paired.as_difference.points}.",
+                "verdict": f"{between(item.score.as_difference)}: {item.score.as_difference.points}.",
+                "basis": resting_on(item.score.found.n, item.score.found.clusters, item.score.found.groups),
             }
             for item in comparisons
         ],
@@ -148,7 +150,9 @@ def _render(template: str, **context: Any) -> str:
         loader=PackageLoader("mm_moslora_eval.report"), autoescape=True, undefined=StrictUndefined, finalize=_printable,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(score=format_score, short=_short)
+    environment.filters.update(
+        score=format_score, measured=_format_measured, short=_short, named=score_text, amount=amount_text
+    )
     assets = resources.files("mm_moslora_eval.report") / "templates"
     script = (assets / "report.js").read_text(encoding="utf-8")
     return environment.get_template(template).render(
@@ -176,24 +180,35 @@ def _short(text: str | None) -> str:
 
 _SUMS = frozenset({"mme"})
 """Aggregations with a sum as their headline instead of a share."""
+_BEYOND_1 = _SUMS | CAPTIONS | {"llavabench"}
+"""Aggregations with a score that is no share."""
 
 
 def format_score(value: float | None, aggregation: str = "mean") -> str:
-    """A share (or CIDEr) as percent, a sum (MME) unchanged, nan as a dash."""
+    """A share (or CIDEr) as percent, as in published tables, a sum (MME) unchanged, nan as a dash."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value if aggregation in _SUMS else 100 * value:.1f}"
 
 
+def _format_measured(value: float | None, aggregation: str = "mean") -> str:
+    """The same as the sentences say it: CIDEr, F1 and other named scores as they are."""
+    named = aggregation not in _SUMS and aggregation in SCORE_NAMES
+    if not named or value is None or math.isnan(value):
+        return format_score(value, aggregation)
+    return score_text(value, SCORE_NAMES[aggregation], named=False)
+
+
 def _row(result: TaskResult) -> dict[str, Any]:
     bar = None
-    is_sum = result.about.get("aggregation") in _SUMS
-    if not math.isnan(result.low) and result.high <= 1 and not is_sum:  # this scale does not fit a sum such as MME's
+    aggregation = str(result.about.get("aggregation", "mean"))
+    if not math.isnan(result.low) and aggregation not in _BEYOND_1:
         bar = {"score": 100 * result.score, "low": 100 * result.low, "high": 100 * result.high}
     return {
         "it": result, "bar": bar, "mode": _MODES.get(result.mode, result.mode),
-        "learned_from": result.about.get("learned_from", ""),
+        "unit": SCORE_NAMES.get(aggregation, ""), "learned_from": result.about.get("learned_from", ""),
         "baseline": result.mode in ("majority", "question_majority"), "unscored": result.about.get("unscored"),
+        "basis": f"on {result.clusters} pictures" if result.clusters not in (None, result.n) else "",
     }  # fmt: skip
 
 
@@ -236,10 +251,11 @@ def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
         if not {"own", control} <= scored.keys():
             continue
         found = compare(scored["own"], scored[control])
-        pair = found.paired
+        score = found.score
         nats = f" A: own, B: {words}. {found.nats.text}" if found.nats is not None else ""
         sentences.append(
-            f"{own_pictures(pair.as_difference, control=words)} {pair.wins} samples gained, {pair.losses} lost.{nats}"
+            f"{own_pictures(score.as_difference, control=words)} {score.wins} questions gained, "
+            f"{score.losses} lost.{nats}"
         )
     return sentences
 
@@ -247,9 +263,12 @@ def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
 def _categories(result: TaskResult) -> list[dict[str, Any]]:
     if len(result.categories) < 2:
         return []
+    shown = list(result.categories.items())[:MOST_CATEGORIES]
+    known = [numbers["high"] for _, numbers in shown if numbers["high"] is not None]
+    top = max([1.0, *(value for value in known if value == value)])  # of a sum or CIDEr, the largest one
     return [
-        {"name": name} | {key: None if value != value else value for key, value in numbers.items()}
-        for name, numbers in list(result.categories.items())[:MOST_CATEGORIES]
+        {"name": name, "top": top} | {key: None if value != value else value for key, value in numbers.items()}
+        for name, numbers in shown
     ]
 
 
@@ -280,12 +299,12 @@ def _thumbnails(run: Path, row: dict[str, Any]) -> list[Markup]:
 
 def _difference_bar(item: Comparison) -> dict[str, float]:
     """Positions in percent on a scale that is symmetric around 0."""
-    pair = item.paired
-    numbers = [abs(value) for value in (pair.low, pair.high, pair.difference) if not math.isnan(value)]
+    pair = item.score.found
+    numbers = [abs(value) for value in (pair.low, pair.high, pair.value) if not math.isnan(value)]
     reach = max([*numbers, 1e-9]) * 1.15
     return {
         name: 50 + 50 * (value if not math.isnan(value) else 0.0) / reach
-        for name, value in (("low", pair.low), ("high", pair.high), ("at", pair.difference))
+        for name, value in (("low", pair.low), ("high", pair.high), ("at", pair.value))
     }
 
 

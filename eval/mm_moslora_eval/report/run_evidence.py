@@ -22,8 +22,9 @@ from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, kept, spread
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS, difference_of_scores
-from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.measured_scores import difference_of_scores
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import digest
 
 logger = logging.getLogger(__name__)
@@ -149,14 +150,14 @@ def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
     if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
         return None
     described = read_json(view / TASK)
-    samples = score_leniently(read_scored(view))
+    samples = score_leniently(with_scores(read_scored(view)))
     about = {key: described[key] for key in ABOUT if key in described}
     return summarise(task, samples, mode=LENIENT, about=about), samples
 
 
 def ahead_by(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:
     """The difference tuned model - another system in the score of the result's task."""
-    return difference_of_scores(_aggregation(result), own, other)
+    return difference_of_scores(_aggregation(result), [own], [other]).as_difference
 
 
 def _aggregation(result: TaskResult) -> str:
@@ -170,7 +171,7 @@ def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
     if not (place / SAMPLES).is_file():
         return []
     samples = read_scored(place)
-    return [] if any(sample.score is None for sample in samples) else samples
+    return samples if with_scores(samples) else []
 
 
 def row_of(named: NamedResult) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def row_of(named: NamedResult) -> dict[str, Any]:
     categories = {
         category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
         for category, part in result.categories.items()
-        if not unit and all(math.isfinite(part[key]) for key in ("score", "low", "high"))  # those are of another score
+        if not unit and all(math.isfinite(part[key]) for key in ("score", "low", "high"))  # pages draw these as shares
     }
     return {
         "name": named.name, "label": named.label, "task": result.task, "n": result.n, "mean": result.score,

@@ -20,7 +20,7 @@ from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, read_by
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
-from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import DataSet, Document, digest
 
 TASK, DOCUMENTS, SAMPLES = "task.json", "documents.jsonl", "samples.jsonl"
@@ -143,6 +143,7 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
         "text": answer["text"],
         "parsed": scored.parsed,
         "numbers": list(scored.numbers),
+        **({"judged": True} if scored.judged else {}),
         "inferable": bool(scored.parsed.strip()),
         "score": None if math.isnan(scored.score) else scored.score,
         "failed": scored.failed,
@@ -160,7 +161,7 @@ def last_line(error: str | None) -> str | None:
 
 
 def read_scored(place: Path) -> list[Scored]:
-    """The scored samples of a task folder, as input of an aggregation.
+    """The samples of a task folder; the score of one without a score is nan.
 
     Raises:
         EvalError: it is not a task folder, or it is not scored.
@@ -170,19 +171,23 @@ def read_scored(place: Path) -> list[Scored]:
     if not path.is_file():
         raise EvalError(f"{path} is missing; score the folder first.")
     rows = read_lines(path)
-    return [
-        Scored(
-            document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
-            failed=row["failed"], cluster=row["cluster"], numbers=tuple(row.get("numbers", ())),
-        )
-        for document, row in zip(documents_of(view), rows, strict=True)
-    ]  # fmt: skip
+    documents = map(Document.from_dict, documents_of(view))
+    return [scored_row(row, document) for document, row in zip(documents, rows, strict=True)]
+
+
+def scored_row(row: dict[str, Any], document: Document) -> Scored:
+    """A row of `samples.jsonl` as input of an aggregation."""
+    return Scored(
+        document=document, text=row["text"] or "", parsed=row["parsed"],
+        score=math.nan if row["score"] is None else row["score"], failed=row["failed"], cluster=row["cluster"],
+        numbers=tuple(row.get("numbers", ())), judged=row.get("judged", False),
+    )  # fmt: skip
 
 
 def has_scores(view: Path) -> bool:
-    """Whether every sample of a view has a score."""
+    """Whether samples of a view have a score."""
     try:
-        return all(sample.score is not None for sample in read_scored(view))
+        return bool(with_scores(read_scored(view)))
     except EvalError:
         return False
 

@@ -14,7 +14,7 @@ from mm_moslora_eval.run.answer_views import selection_of
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import TaskResult, summarise
 from mm_moslora_eval.scoring.answer_scoring import score_answer
-from mm_moslora_eval.scoring.score_aggregation import difference_of_scores
+from mm_moslora_eval.scoring.measured_scores import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher
@@ -93,7 +93,7 @@ def baseline(
         "selection": selection_of(items, data).to_dict(),
     }
     if own:
-        about["own_less_this"] = difference_of_scores(task.aggregation, own, scored).to_dict()
+        about["own_less_this"] = difference_of_scores(task.aggregation, [own], [scored]).as_difference.to_dict()
     return summarise(task, scored, mode=name, about=about)
 
 

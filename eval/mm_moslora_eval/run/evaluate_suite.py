@@ -13,15 +13,28 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, folder_of, read_json, read_lines, read_scored
+from mm_moslora_eval.run.answer_views import (
+    DOCUMENTS,
+    SAMPLES,
+    TASK,
+    documents_of,
+    find_view,
+    folder_of,
+    read_json,
+    read_lines,
+    read_scored,
+    scored_row,
+)
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import keep
 from mm_moslora_eval.run.task_runner import Progress, Settings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
+from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
-from mm_moslora_eval.scoring.score_aggregation import HeadlineDifference, headline_difference
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
+from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
 
 if TYPE_CHECKING:
@@ -114,35 +127,29 @@ class Comparison:
     """Two systems on the same samples, A - B; each may have run with several seeds."""
 
     task: str
-    score_a: float
-    score_b: float
-    paired: error_bars.Paired
-    changed: tuple[str, ...]
-    """Ids of the samples with different scores."""
-    detectable: float
-    """The true difference that this number of samples detects with 80 % power."""
-    seeds_a: tuple[float, ...] = ()
-    """The mean score of each run of A."""
-    seeds_b: tuple[float, ...] = ()
-    seed_spread: float = math.nan
-    """Standard deviation between seeds, pooled over both systems; nan with one seed each."""
-    samples: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
-    """The rows of A and B (of their first seeds) with different scores."""
-    aggregation: str = "mean"
-    """The task's aggregation; the comparison is of the mean over samples, for `circular` over questions."""
-
-    nats: LikelihoodDifference | None = None
+    aggregation: str
+    """Of the task; the comparison is of its score."""
+    score: ScoreDifference
+    nats: LikelihoodDifference | None
     """The difference in the log-likelihood of the references; None where a run has none."""
-    headline: HeadlineDifference | None = None
-    """Comparison of the task's headline, if that is no mean of samples (POPE, MME, MMStar's macro average)."""
+    samples: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
+    """The rows of A and B (of their first seeds) with different scores."""
+
+    @property
+    def seed_spread(self) -> float:
+        """Standard deviation between seeds, pooled over both systems; nan with one seed each."""
+        several = [scores for scores in (self.score.seeds_a, self.score.seeds_b) if len(scores) > 1]
+        squares = [error_bars.sample_stddev(scores) ** 2 * (len(scores) - 1) for scores in several]
+        degrees = sum(len(scores) - 1 for scores in several)
+        return math.sqrt(sum(squares) / degrees) if degrees else math.nan
 
     @property
     def caution(self) -> str:
-        """A note for tasks with another headline than the mean; empty for a mean."""
-        if self.aggregation in ("mean", "circular", "ocrbench", "mmvet", "mmvet_vlmevalkit"):
-            return ""  # means of samples, or of questions
+        """A note for tasks with another score than the mean of samples or questions; empty for these."""
+        if not self.score.unit or self.aggregation in CAPTIONS:
+            return ""
         return (
-            "Wins, losses and p-values are about single samples; the headline of this task aggregates them differently "
+            f"Wins, losses and the sign test are about single questions; {self.score.unit} adds them up differently "
             f"({self.aggregation})."
         )
 
@@ -222,54 +229,38 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     for place, rows in zip(places, [*a, *b], strict=True):
         _check_same(places[0], first, place, rows)
         _check_rules(places[0], place)
-    place = places[0]
-    aggregation = _described(place).get("task", {}).get("aggregation", "mean")
+    aggregation = _described(places[0]).get("task", {}).get("aggregation", "mean")
     grids = [[[nats_of(rows[name]) for name in first] for rows in side] for side in (a, b)]
-    nats = likelihood_difference(grids[0], grids[1], [row["cluster"] for row in first.values()])
-    if aggregation == "circular":
-        a, b = [_by_question(rows) for rows in a], [_by_question(rows) for rows in b]
-        first = a[0]
-    names = list(first)
-    left = [error_bars.mean([rows[name]["score"] for rows in a]) for name in names]
-    right = [error_bars.mean([rows[name]["score"] for rows in b]) for name in names]
-    clusters = [first[name]["cluster"] for name in names]
-    shared = len(set(clusters)) < len(clusters)
-    seeds = [tuple(error_bars.mean([row["score"] for row in rows.values()]) for rows in side) for side in (a, b)]
-    changed = tuple(name for name, x, y in zip(names, left, right, strict=True) if x != y)
-    paired = error_bars.paired(left, right, clusters=clusters if shared else None)
+    documents = _documents(places[0], first)
+    sides = ([[scored_row(rows[name], documents[name]) for name in documents] for rows in side] for side in (a, b))
+    score = difference_of_scores(aggregation, *sides)
+    shown = [_worst_rotations(side[0]) if aggregation == "circular" else side[0] for side in (a, b)]
     return Comparison(
-        task=_named(place),
-        score_a=error_bars.mean(left),
-        score_b=error_bars.mean(right),
-        paired=paired,
-        changed=changed,
-        detectable=error_bars.detectable_difference(paired.stderr),
-        seeds_a=seeds[0],
-        seeds_b=seeds[1],
-        seed_spread=_pooled_spread(seeds),
-        samples=tuple((first[name], b[0][name]) for name in changed),
+        task=_named(places[0]),
         aggregation=aggregation,
-        nats=nats,
-        headline=_headline(aggregation, places) if len(places) == 2 else None,
+        score=score,
+        nats=likelihood_difference(grids[0], grids[1], [row["cluster"] for row in first.values()]),
+        samples=tuple((shown[0][name], shown[1][name]) for name in score.changed),
     )
 
 
-def _headline(aggregation: str, places: Sequence[Path]) -> HeadlineDifference | None:
-    if not all(place.is_dir() for place in places):
-        return None
-    left, right = (read_scored(place) for place in places)
-    by_id = {sample.document.id: sample for sample in right}
-    return headline_difference(aggregation, left, [by_id[sample.document.id] for sample in left])
+def _documents(place: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Document]:
+    """The documents of a view; of a file of samples without its view, what the samples hold of them."""
+    view = place if place.is_dir() else place.parent
+    if (view / DOCUMENTS).is_file():
+        return {row["id"]: Document.from_dict(row) for row in documents_of(view) if row["id"] in rows}
+    parts = ("id", "question", "options", "category")
+    return {
+        name: Document(**{part: row[part] for part in parts}, answers=tuple(row["answers"]))
+        for name, row in rows.items()
+    }
 
 
-def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """MMBench's questions instead of their rotations; a question is right if all its rotations are."""
+def _worst_rotations(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A row for each of MMBench's questions: a rotation with the lowest score."""
     questions: dict[str, dict[str, Any]] = {}
-    for name, row in sorted(rows.items(), key=lambda item: int(item[0])):
-        question = str(group_of(int(name)))
-        before = questions.setdefault(question, dict(row))
-        if row["score"] < before["score"]:
-            questions[question] = dict(row)  # keep the wrong rotation for display
+    for name, row in sorted(rows.items(), key=lambda item: (item[1]["score"], int(item[0]))):
+        questions.setdefault(str(group_of(int(name))), row)
     return questions
 
 
@@ -290,7 +281,7 @@ def _named(place: Path) -> str:
 
 def _by_id(place: Path) -> dict[str, dict[str, Any]]:
     rows = {row["id"]: row for row in read_samples(place)}
-    if any(row["score"] is None for row in rows.values()):
+    if all(row["score"] is None for row in rows.values()):
         raise EvalError(f"{place} is unscored, so there is nothing to compare; score it with a judge first.")
     return rows
 
@@ -316,10 +307,3 @@ def _check_rules(place_a: Path, place_b: Path) -> None:
             f"{place_a} and {place_b} were scored by different rules: {', '.join(odd)}. Score both by one protocol, "
             "with mm-moslora eval score."
         )
-
-
-def _pooled_spread(seeds: Sequence[Sequence[float]]) -> float:
-    several = [scores for scores in seeds if len(scores) > 1]
-    squares = [error_bars.sample_stddev(scores) ** 2 * (len(scores) - 1) for scores in several]
-    degrees = sum(len(scores) - 1 for scores in several)
-    return math.sqrt(sum(squares) / degrees) if degrees else math.nan

@@ -1,14 +1,17 @@
-"""Judges: grade free answers with a language model behind an OpenAI-compatible endpoint.
+"""Judges: language models behind an endpoint that grade free answers, or find the final answer in them.
 
-Replies are cached as JSON files by address, model and request, so that scoring again costs nothing. Calls and tokens
-are counted, and grading stops before the budget is exceeded. All protocols use this project's own wording of the
-judge's prompts; results name it (`WORDING`).
+A reply is data from a service: it counts only if it can be read in the form that the prompt asks for. Such replies are
+cached as JSON files by address, model and request, so that scoring again costs nothing. Calls and tokens are counted,
+and grading stops before the budget is exceeded. All protocols use this project's own wording of the judge's prompts;
+results name it (`WORDING`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,17 +21,23 @@ from typing import Any, TypeVar
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import read_json, replace_text
 from mm_moslora.utils.redaction import redact_text
-from mm_moslora_eval.backends.openai_endpoint import Endpoint, in_parallel
+from mm_moslora_eval.backends.openai_endpoint import Endpoint, in_parallel, is_cut_off, reply_text
 from mm_moslora_eval.metrics import judge_scores
 from mm_moslora_eval.metrics.metric_text import letters
-from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, mathvista_question, without_thinking
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, mathvista_question, score_answer, without_thinking
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document, digest
 
 logger = logging.getLogger(__name__)
 
+MOST_UNREADABLE = 0.05
+"""Share of the graded answers without a readable reply, above which a task stays unscored."""
+THINKING_TOKENS = 2048
+"""Default room for a judge's thinking before its reply."""
 _TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # VLMEvalKit's schedule: one further request per unreadable reply
 _WORKERS = 4
+_SHOWN = 100
 
 _T = TypeVar("_T")
 
@@ -44,15 +53,32 @@ class Judge:
         endpoint: the judge's endpoint.
         cache: folder of the replies.
         budget_tokens: most tokens (prompt and completion) used by this process; None: no limit.
+        thinking_tokens: tokens of a reply besides those of its own form, for judges that think first.
     """
 
-    def __init__(self, endpoint: Endpoint, *, cache: Path, budget_tokens: int | None = None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, cache: Path, budget_tokens: int | None = None,
+        thinking_tokens: int = THINKING_TOKENS,
+    ) -> None:  # fmt: skip
+        if thinking_tokens < 0:
+            raise EvalError(f"thinking_tokens of the judge is {thinking_tokens}, expected 0 or more.")
         self.endpoint, self._cache, self._budget = endpoint, cache, budget_tokens
-        self.cached = 0
+        self._thinking = thinking_tokens
+        self.cached = self.unreadable = 0
+        self.last_unreadable = ""
+        self._counting = threading.Lock()
         cache.mkdir(parents=True, exist_ok=True)
 
-    def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
-        """The judge's reply, from the cache if it is there.
+    def ask(self, prompt: str, read: Callable[[str], _T | None], *, max_tokens: int) -> tuple[_T, str] | None:
+        """The first of up to five replies that can be read, from the cache if it is there.
+
+        Args:
+            prompt: the user's text.
+            read: the value of a reply, from which thinking was removed; None if it has another form than asked for.
+            max_tokens: most tokens of the reply without thinking.
+
+        Returns:
+            The value and the reply; None if no reply can be read.
 
         Raises:
             BudgetError: the budget is used up.
@@ -60,13 +86,34 @@ class Judge:
             RuntimeError: the request failed.
         """
         messages = [{"role": "user", "content": prompt}]
-        payload: dict[str, Any] = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
-        asked = {"url": self.endpoint.url, "model": self.endpoint.model, "request": payload}
-        place = self._cache / f"{digest(asked)}.json"
-        known = _kept_reply(place)
-        if known is not None:
-            self.cached += 1
-            return known
+        requests = [
+            {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+            for temperature in _TEMPERATURES
+        ]
+        places = [self._place(request) for request in requests]
+        for place in places:
+            found = _read(_kept_reply(place), read)
+            if found is not None:
+                with self._counting:
+                    self.cached += 1
+                return found
+        for place, request in zip(places, requests, strict=True):
+            text = self._request(request)
+            found = _read(text, read)
+            if found is not None:
+                stored = {"url": redact_text(self.endpoint.url), "model": self.endpoint.model, "request": request}
+                replace_text(place, json.dumps(stored | {"reply": text}, indent=2, ensure_ascii=False) + "\n")
+                return found
+            with self._counting:
+                self.unreadable, self.last_unreadable = self.unreadable + 1, text
+        return None
+
+    def _place(self, request: dict[str, Any]) -> Path:
+        asked = {"url": self.endpoint.url, "model": self.endpoint.model, "request": request}
+        return self._cache / f"{digest(asked)}.json"
+
+    def _request(self, request: dict[str, Any]) -> str:
+        """A new reply; one that was cut off loses its last line, which may be incomplete."""
         usage = self.endpoint.usage
         spent = usage.prompt_tokens + usage.completion_tokens
         if self._budget is not None and spent >= self._budget:
@@ -74,21 +121,27 @@ class Judge:
                 f"The judge has used {spent} of {self._budget} tokens; nothing more is asked. Its replies are kept: "
                 "score again with a larger --judge-budget."
             )
-        reply = self.endpoint.chat(payload)
-        text = str(reply["choices"][0]["message"].get("content") or "")
-        stored = asked | {"url": redact_text(self.endpoint.url), "reply": text, "usage": reply.get("usage")}
-        replace_text(place, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
-        return text
+        reply = self.endpoint.chat(request | {"max_tokens": request["max_tokens"] + self._thinking})
+        text = reply_text(reply)
+        return text.rpartition("\n")[0] if is_cut_off(reply) else text
 
     def to_dict(self) -> dict[str, Any]:
-        """For the result file: the judge, and its calls and tokens."""
+        """For the result file: the judge, and its calls, tokens and unreadable replies."""
         about = {
             "model": self.endpoint.model,
             "url": redact_text(self.endpoint.url),
             "wording": WORDING,
+            "thinking_tokens": self._thinking,
             "cached": self.cached,
+            "unreadable": self.unreadable,
         }
         return about | self.endpoint.usage.to_dict()
+
+
+def _read(reply: str | None, read: Callable[[str], _T | None]) -> tuple[_T, str] | None:
+    text = without_thinking(reply).text if reply is not None else ""
+    value = read(text) if text.strip() else None
+    return None if value is None else (value, text)
 
 
 def _kept_reply(place: Path) -> str | None:
@@ -108,11 +161,10 @@ class Grade:
 
     score: float
     """0 to 1."""
-    reply: str
-    """The reply that was parsed; the last reply if none could be."""
-    readable: bool
+    parsed: str
+    """The reply, or the answer that a judge found."""
     numbers: tuple[float, ...] = ()
-    """llavabench: the scores of the reference and of the model, 1 to 10, or -1."""
+    """llavabench: the scores of the reference and of the model, 0 to 10."""
 
 
 WORDING = "mm_moslora 2"
@@ -163,32 +215,25 @@ GradeOf = Callable[[str], float | None]
 Ratings = Callable[[str], tuple[float, float]]
 
 
-def _grade_mmvet(judge: Judge, document: Document, answer: str, *, read: GradeOf) -> Grade:
-    """MM-Vet: the first readable grade of up to five replies; without one the grade is 0 and marked as unreadable."""
+def _grade_mmvet(judge: Judge, document: Document, answer: str, *, read: GradeOf) -> Grade | None:
+    """MM-Vet: the grade, 0 to 1."""
     prompt = _MMVET + judge_scores.mmvet_table_row(document.question, "<OR>".join(document.answers), answer)
-    reply = ""
-    for temperature in _TEMPERATURES:
-        reply = judge.ask(prompt, max_tokens=8, temperature=temperature)
-        grade = read(reply)
-        if grade is not None:
-            return Grade(score=grade, reply=reply, readable=True)
-    return Grade(score=0.0, reply=reply, readable=False)
+    found = judge.ask(prompt, read, max_tokens=8)
+    return None if found is None else Grade(score=found[0], parsed=found[1])
 
 
-def _grade_llavabench(judge: Judge, document: Document, answer: str, *, read: Ratings) -> Grade:
+def _grade_llavabench(judge: Judge, document: Document, answer: str, *, read: Ratings) -> Grade | None:
     """LLaVA-Bench: ratings of the reference and of the answer; the score is the answer's divided by ten."""
     reference = document.extra.get("gpt4_ans") or " <OR> ".join(document.answers)
     prompt = _LLAVABENCH.format(
         caption=document.extra.get("caption", "(no description)"), question=document.question, reference=reference,
         answer=answer,
     )  # fmt: skip
-    reply = judge.ask(prompt, max_tokens=1024)
-    numbers = read(reply)
-    readable = numbers != judge_scores.UNPARSED
-    return Grade(score=min(1.0, max(0.0, numbers[1] / 10)), reply=reply, readable=readable, numbers=numbers)
+    found = judge.ask(prompt, partial(judge_scores.ratings_within, read=read), max_tokens=1024)
+    return None if found is None else Grade(score=found[0][1] / 10, parsed=found[1], numbers=found[0])
 
 
-def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str:
+def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str | None:
     """MathVista: the final answer within a long one; an answer that already fits is not sent."""
     question = mathvista_question(document)
     stripped = answer.strip()
@@ -198,19 +243,23 @@ def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str:
     return _asked_for_answer(judge, document, answer)
 
 
-def _extract_mathvista_vlmevalkit(judge: Judge, document: Document, answer: str) -> str:
+def _extract_mathvista_vlmevalkit(judge: Judge, document: Document, answer: str) -> str | None:
     """The same after VLMEvalKit's check for answers that need no judge."""
     return EXTRACTORS["mathvista_vlmevalkit"](answer, document) or _asked_for_answer(judge, document, answer)
 
 
-def _asked_for_answer(judge: Judge, document: Document, answer: str) -> str:
+def _asked_for_answer(judge: Judge, document: Document, answer: str) -> str | None:
+    """The answer that the judge copies out, empty if it finds none; None if its replies cannot be read."""
     named = zip(letters(len(choices := mathvista_question(document).choices)), choices, strict=True)
     written = "; ".join(f"({letter}) {text}" for letter, text in named) or "none"
-    reply = judge.ask(_MATHVISTA.format(question=document.question, choices=written, answer=answer), max_tokens=64)
-    return "" if reply.strip().lower().rstrip(".") == "none" else reply.strip()
+    prompt = _MATHVISTA.format(question=document.question, choices=written, answer=answer)
+    found = judge.ask(prompt, str.strip, max_tokens=64)
+    if found is None:
+        return None
+    return "" if found[0].lower().rstrip(".") == "none" else found[0]
 
 
-JUDGE_EXTRACTIONS: dict[str, tuple[Callable[[Judge, Document, str], str], str]] = {
+JUDGE_EXTRACTIONS: dict[str, tuple[Callable[[Judge, Document, str], str | None], str]] = {
     "mathvista": (_extract_mathvista, "mathvista_extracted"),
     "mathvista_vlmevalkit": (_extract_mathvista_vlmevalkit, "text"),
 }
@@ -225,73 +274,66 @@ def _is_number(text: str) -> bool:
     return True
 
 
-GRADERS: dict[str, Callable[[Judge, Document, str], Grade]] = {
+Grader = Callable[["Judge", Document, str], Grade | None]
+
+GRADERS: dict[str, Grader] = {
     "judge_mmvet": partial(_grade_mmvet, read=judge_scores.mmvet_grade),
     "judge_mmvet_vlmevalkit": partial(_grade_mmvet, read=judge_scores.mmvet_grade_vlmevalkit),
     "judge_mmvet_lmms_eval": partial(_grade_mmvet, read=judge_scores.mmvet_grade_lmms_eval),
     "judge_llavabench": partial(_grade_llavabench, read=judge_scores.llavabench_scores),
     "judge_llavabench_lmms_eval": partial(_grade_llavabench, read=judge_scores.llavabench_scores_lmms_eval),
 }
-"""Metric of a task -> function with which a judge grades one answer."""
+"""Metric of a task -> function with which a judge grades one answer; None: its replies cannot be read."""
 
 
-def graded(judge: Judge, metric: str, samples: Sequence[Scored]) -> list[Scored]:
-    """Grade answers; a missing answer and an unreadable grade score 0.
+def reads(task: Task) -> bool:
+    """Whether a judge grades the answers to a task or finds them."""
+    return task.metric in GRADERS or task.extraction in JUDGE_EXTRACTIONS
+
+
+def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
+    """Score samples with a judge.
+
+    A missing answer and an unfinished thinking block score 0 without the judge. The score of an answer to which the
+    judge gives no readable reply is nan.
 
     Raises:
         BudgetError: see `Judge.ask`.
-        EvalError: the judge cannot be reached, or its response is not valid.
+        EvalError: the judge cannot be reached, or too many of its replies cannot be read.
     """
-    grader = GRADERS[metric]
-    given = [(sample.document, None if sample.failed else sample.text) for sample in samples]
-    grades = _each(lambda document, answer: grader(judge, document, answer), _visible(given))
-    return [
-        replace(
-            sample, score=grade.score if grade else 0.0, parsed=grade.reply if grade and grade.readable else "",
-            numbers=grade.numbers if grade else (),
-        )
-        for sample, grade in zip(samples, grades, strict=True)
-    ]  # fmt: skip
-
-
-def extract_all(
-    judge: Judge, extraction: str, given: Sequence[tuple[Document, str | None]]
-) -> tuple[Sequence[tuple[Document, str | None]], str]:
-    """The answers found by a judge, for extractions that use one, and the extraction that parses them.
-
-    Raises:
-        EvalError: see `graded`.
-    """
-    given = _visible(given)
-    if extraction not in JUDGE_EXTRACTIONS:
-        return given, extraction
-    find, then = JUDGE_EXTRACTIONS[extraction]
-    found = _each(lambda document, answer: find(judge, document, answer), given)
-    return [(document, text) for (document, _), text in zip(given, found, strict=True)], then
-
-
-def _visible(given: Sequence[tuple[Document, str | None]]) -> list[tuple[Document, str | None]]:
-    """Answers for the judge, without thinking; an answer with an unfinished thinking block is left out."""
-    seen = [None if text is None else without_thinking(text) for _, text in given]
-    return [
-        (document, None if answer is None or answer.unclosed else answer.text)
-        for (document, _), answer in zip(given, seen, strict=True)
-    ]
-
-
-def _each(ask: Callable[[Document, str], _T], given: Sequence[tuple[Document, str | None]]) -> list[_T | None]:
-    found: list[_T | None] = [None] * len(given)
-    asked = [index for index, (_, answer) in enumerate(given) if answer is not None]
-
-    def call(index: int) -> _T:
-        document, answer = given[index]
-        return ask(document, answer or "")
-
+    grader = GRADERS.get(task.metric) or partial(_grade_found, task=task)
+    seen = [without_thinking(sample.text) for sample in samples]
+    asked = [index for index, sample in enumerate(samples) if not sample.failed and not seen[index].unclosed]
+    result = [replace(sample, score=0.0, parsed="", judged=True) for sample in samples]
+    ungraded = 0
     try:
-        for number, result in in_parallel(call, asked, workers=_WORKERS):
-            found[asked[number]] = result
+        for number, grade in in_parallel(
+            lambda index: grader(judge, samples[index].document, seen[index].text), asked, workers=_WORKERS,
+            fatal=Exception,
+        ):  # fmt: skip
+            ungraded += grade is None
+            found = grade or Grade(score=math.nan, parsed="")
+            result[asked[number]] = replace(
+                result[asked[number]], score=found.score, parsed=found.parsed, numbers=found.numbers
+            )
     except EvalError:
         raise
     except Exception as error:  # any error: the stored answers must stay usable
         raise EvalError(f"The judge failed: {error}. Its replies so far are kept; score again.") from error
-    return found
+    if ungraded > MOST_UNREADABLE * len(asked):
+        raise EvalError(
+            f"The judge's replies to {ungraded} of {len(asked)} answers cannot be read; the last one is "
+            f"{judge.last_unreadable[:_SHOWN]!r}. Replies that can be read are kept: mend the judge (more room for its "
+            "thinking: --judge-thinking-tokens), then score again."
+        )
+    return result
+
+
+def _grade_found(judge: Judge, document: Document, answer: str, *, task: Task) -> Grade | None:
+    """The score of the answer that a judge finds."""
+    find, then = JUDGE_EXTRACTIONS[task.extraction]
+    text = find(judge, document, answer)
+    if text is None:
+        return None
+    scored = score_answer(document, text, extraction=then, metric=task.metric)
+    return Grade(score=scored.score, parsed=scored.parsed)

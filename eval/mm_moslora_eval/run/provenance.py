@@ -7,7 +7,6 @@ commands.
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.tracking.run_environment import CHECKOUT, git_state
 from mm_moslora.utils.package_requirements import installed_version
 from mm_moslora.utils.redaction import redact, redacted_command
 from mm_moslora.utils.untrusted_data import parse_lines
@@ -23,7 +23,6 @@ from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.run.answer_log import line
 
 FILE = "invocations.jsonl"
-_SECONDS = 5
 
 
 def environment() -> dict[str, str]:
@@ -64,17 +63,5 @@ def read(folder: Path) -> list[dict[str, Any]]:
 @lru_cache(maxsize=1)
 def commit() -> dict[str, Any] | None:
     """The commit of the checkout from which this code runs and whether it has changes; None outside a checkout."""
-    root = Path(__file__).parents[3]
-    if not (root / ".git").exists():
-        return None
-    try:
-        found = [
-            subprocess.run(
-                ["git", "-C", str(root), *arguments],
-                capture_output=True, text=True, timeout=_SECONDS, check=True,
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": found[0], "dirty": bool(found[1])}
+    state = git_state(CHECKOUT) if (CHECKOUT / ".git").exists() else {}
+    return {"commit": state["git_commit"], "dirty": state["git_changed"]} if state else None

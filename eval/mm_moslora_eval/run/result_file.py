@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,10 +33,11 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, without_thinking
+from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
-from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, wordy
-from mm_moslora_eval.scoring.scored_sample import Scored, mean_with_error
+from mm_moslora_eval.scoring.score_aggregation import check_ids
+from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, ungraded, wordy
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import Document
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Counts:
     """Answers with `<think>` blocks, which are removed before extraction."""
     unclosed_thinking: int = 0
     """Of these, answers with a block without an end; also counted in `not_inferable`."""
+    ungraded: int = 0
+    """Answered, but no reply of the judge can be read; left out of the score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,12 @@ class TaskResult:
     likelihood: dict[str, Any] = field(default_factory=dict)
     """The numbers of `reference_likelihood.Likelihood`, or the reason `none`; empty for a baseline and for results of
     earlier versions."""
+    clusters: int | None = None
+    """Pictures on which the interval rests, with samples that share none; None in results of earlier versions."""
+    groups: int | None = None
+    """Equally large ones that would give as much certainty."""
     categories: dict[str, dict[str, float]] = field(default_factory=dict)
-    """n, score, stderr, low, high per category."""
+    """n, score, stderr, low, high per category, in the task's score."""
     about: dict[str, Any] = field(default_factory=dict)
     """Protocol, data, selection, model, seed, first prompt, environment and date."""
     folder: str = ""
@@ -187,6 +193,7 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
     about = {key: described[key] for key in ABOUT if key in described}
     about["date"] = max((str(answer["time"]) for answer in given if answer.get("time")), default=None)
     texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, given, strict=True)]
+    check_ids(task.aggregation, [document for document, _ in texts])
     scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
     if judge is not None:
         about["judge"] = judge.to_dict()
@@ -216,7 +223,7 @@ def _likelihood(task: Task, rows: Sequence[dict[str, Any]], given: Sequence[dict
     return {"none": reason_without(given, referenced=referenced, judged=task.metric in JUDGED)}
 
 
-ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as")
+ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as", "asked_to_think")
 
 
 def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) -> tuple[Path, Task]:
@@ -253,28 +260,19 @@ def _scored(
         return plain, _Unscored("The data holds no reference answers.")
     if task.metric in JUDGED and judge is None:
         return plain, _Unscored("Only a judge can score this task, and none was given (--judge).")
-    try:
-        if task.metric in JUDGED:
-            assert judge is not None
-            from mm_moslora_eval.run.llm_judge import graded
+    if judge is not None:
+        from mm_moslora_eval.run.llm_judge import judged, reads
 
-            return graded(judge, task.metric, plain), None
-        read, extraction = given, task.extraction
-        if judge is not None:
-            from mm_moslora_eval.run.llm_judge import extract_all
-
-            read, extraction = extract_all(judge, extraction, given)
-    except EvalError as error:  # other tasks are still asked and scored
-        return plain, _Unscored(str(error), failed=True)
-    return [_score_one(task, sample, found, extraction) for sample, (_, found) in zip(plain, read, strict=True)], None
-
-
-def _score_one(task: Task, sample: Scored, found: str | None, extraction: str) -> Scored:
-    """Score the answer that a judge found, or the answer itself; the sample keeps the original answer."""
-    answer = None if sample.failed else sample.text if found is None else found
-    rules = {"extraction": extraction, "metric": task.metric}
-    scored = score_answer(sample.document, answer, cluster=sample.cluster, **rules)
-    return replace(scored, text=sample.text)
+        try:
+            if reads(task):
+                return judged(judge, task, plain), None
+        except EvalError as error:  # other tasks are still asked and scored
+            return plain, _Unscored(str(error), failed=True)
+    rules = {"extraction": task.extraction, "metric": task.metric}
+    return [
+        score_answer(document, text, cluster=cluster, **rules)
+        for (document, text), cluster in zip(given, clusters, strict=True)
+    ], None
 
 
 def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequence[str]) -> list[Scored]:
@@ -302,7 +300,7 @@ def unscored(
         ),
         completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
         likelihood=likelihood or {},
-        remarks=(*failures(errors), *thinking(samples)),
+        remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
     )  # fmt: skip
 
 
@@ -347,10 +345,11 @@ def summarise(
         errors: the error of each sample; None for samples that did not fail.
         likelihood: see `TaskResult.likelihood`.
     """
-    headline = AGGREGATIONS[task.aggregation](scored)
-    done = [sample for sample in scored if not sample.failed]
-    failed = len(scored) - len(done)
-    completed = headline if failed == 0 else AGGREGATIONS[task.aggregation](done) if done else None
+    graded = with_scores(scored)
+    headline = aggregate(task.aggregation, graded)
+    done = [sample for sample in graded if not sample.failed]
+    failed = len(graded) - len(done)
+    completed = headline if failed == 0 else aggregate(task.aggregation, done) if done else None
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
     return TaskResult(
         task=task.name,
@@ -363,6 +362,8 @@ def summarise(
         low=headline.low,
         high=headline.high,
         stderr_kind=headline.stderr_kind,
+        clusters=headline.clusters,
+        groups=headline.groups,
         counts=Counts(
             total=len(scored),
             scored=len(done),
@@ -370,37 +371,40 @@ def summarise(
             not_inferable=sum(not sample.parsed.strip() for sample in done),
             truncated=truncated,
             dropped=about.get("data", {}).get("dropped", 0),
+            ungraded=len(scored) - len(graded),
             **_thinking(done),
         ),
         completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
         metrics=headline.metrics,
         likelihood=likelihood or {},
-        categories=_categories(task, scored),
+        categories={
+            name: {"n": part.n, "score": part.score, "stderr": part.stderr, "low": part.low, "high": part.high}
+            for name, part in by_category(task.aggregation, graded).items()
+        },
         about=_protocol(task) | about,
         folder=folder,
-        remarks=(*failures(errors), *thinking(done), *(_beside(task, done) if folder else ())),
+        remarks=(
+            *_asked(task, about),
+            *failures(errors),
+            *ungraded(scored),
+            *thinking(done),
+            *(_beside(task, done) if folder else ()),
+        ),
     )
+
+
+def _asked(task: Task, about: dict[str, Any]) -> Iterator[str]:
+    if about.get("asked_to_think"):
+        yield (
+            f"The model is asked to think before it answers, in at most {task.decoding.max_new_tokens} new tokens "
+            "(--max-new-tokens). Nats are those of the reference behind the thinking that the model wrote"
+        )
 
 
 def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:
     yield from answers_alike(answered)
     if task.metric not in JUDGED:
         yield from wordy(answered)
-
-
-def _categories(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
-    """Means per category and second-level category; over whole questions if rotations count as one."""
-    groups: dict[str, list[Scored]] = defaultdict(list)
-    for sample in scored:
-        for name in {sample.document.category, sample.document.extra.get("l2-category")} - {None}:
-            groups[str(name)].append(sample)
-    add_up = AGGREGATIONS["circular"] if task.aggregation == "circular" else mean_with_error
-    totals = {name: add_up(members) for name, members in sorted(groups.items())}
-    parts = ("score", "stderr", "low", "high")
-    return {
-        name: {"n": len(groups[name])} | {part: getattr(total, part) for part in parts}
-        for name, total in totals.items()
-    }
 
 
 def read_results(folder: Path) -> list[TaskResult]:

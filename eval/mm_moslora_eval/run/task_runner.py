@@ -57,7 +57,7 @@ _FILES = ("results.json", "report.html")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a run; only `seed` changes answers, because it chooses the wrong pictures."""
+    """Settings of a run; `max_new_tokens` changes answers, and `seed`, because it chooses the wrong pictures."""
 
     batch_size: int = 8
     limit: int | None = None
@@ -65,6 +65,8 @@ class Settings:
     samples: tuple[str, ...] = ()
     """Ask only documents with these ids."""
     seed: int = 0
+    max_new_tokens: int | None = None
+    """Longest answer; None: the task's, and at least `THINKING_TOKENS` where the model is asked to think."""
     retry_failed: bool = True
     """Ask failed samples of an earlier run again."""
     grace_seconds: float = 30.0
@@ -77,6 +79,8 @@ class Settings:
             raise EvalError(f"batch_size is {self.batch_size}, expected 1 or more.")
         if self.limit is not None and self.limit < 1:
             raise EvalError(f"limit is {self.limit}, expected 1 or more documents.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise EvalError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
 
 
 def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
@@ -199,6 +203,7 @@ def run_task(
         EvalError: the folder belongs to another protocol, or every sample fails.
     """
     settings = settings or Settings()
+    task = task.within(settings.max_new_tokens, thinking_tokens=_thinking_tokens(model))
     data = data or task.load()
     documents = select(data, settings)
     work = Preparation(
@@ -222,6 +227,10 @@ def run_task(
         job.answer(work.items)  # items that died ranks left unanswered
         merge(place, [item.key for item in work.items])
     return view
+
+
+def _thinking_tokens(model: Model) -> int:
+    return int(getattr(model, "thinking_tokens", 0))
 
 
 def _describe(
@@ -252,6 +261,7 @@ def _describe(
         "selection": selection.to_dict(),
         "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
         "computed_by": _computed_by(view, model, asks=asks),
+        "asked_to_think": _thinking_tokens(model) > 0,
     }
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
 
@@ -309,6 +319,8 @@ class _Job:
         self._answered = self._failed = 0
         self._asked_here: set[str] = set()
         self._known: set[str] = set()
+        self._done = 0
+        """Items of `work` with a known answer."""
 
     def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
         """Items without an answer; with `retry` also failed items of an earlier run."""
@@ -317,6 +329,7 @@ class _Job:
             {key for key, row in rows.items() if row.get("error") is not None} - self._asked_here if retry else set()
         )
         self._known = rows.keys() - again
+        self._done = sum(item.key in self._known for item in self.work.items)
         return [item for item in items if item.key not in self._known]
 
     def answer(self, items: Sequence[Item], *, retry: bool = False) -> None:
@@ -390,6 +403,7 @@ class _Job:
         row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         log.add(row)
         self._asked_here.add(item.key)
+        self._done += item.key not in self._known
         self._known.add(item.key)
         self._answered += error is None
         self._failed += error is not None and item.problem is None
@@ -402,7 +416,7 @@ class _Job:
 
     def _report(self) -> None:
         if self._progress is not None:
-            self._progress(sum(item.key in self._known for item in self.work.items), len(self.work.items))
+            self._progress(self._done, len(self.work.items))
 
 
 def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:

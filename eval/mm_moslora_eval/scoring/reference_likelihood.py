@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
-from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.scoring.estimates import Estimate, Ratio, estimate, mean_of, minus, value_of
 
 _NO_REFERENCES = "the task has no references"
 _JUDGED = "a judge compares the answers with the references"
@@ -61,13 +62,16 @@ def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashab
         return None
     values, by = [value for value, _, _ in known], [cluster for _, _, cluster in known]
     spread = [(v / n, cluster) for v, row, cluster in known if (n := row["reference"].get("tokens") or 0) > 0]
-    stderr, mean = error_bars.clustered_stderr(values, by), error_bars.mean(values)
-    low, high = error_bars.normal_interval(mean, stderr)
+    found = estimate([_mean(values)], by)
+    tokens = estimate([_mean([value for value, _ in spread])], [cluster for _, cluster in spread]) if spread else None
     return Likelihood(
-        n=len(known), missing=len(rows) - len(known), nats=mean, stderr=stderr, low=low, high=min(0.0, high),
-        per_token=error_bars.mean([value for value, _ in spread]),
-        per_token_stderr=error_bars.clustered_stderr(*zip(*spread, strict=True)) if spread else math.nan,
+        n=found.n, missing=len(rows) - found.n, nats=found.value, stderr=found.stderr, low=found.low, high=found.high,
+        per_token=tokens.value if tokens else math.nan, per_token_stderr=tokens.stderr if tokens else math.nan,
     )  # fmt: skip
+
+
+def _mean(nats: Sequence[float]) -> Ratio:
+    return mean_of(nats, low=-math.inf, high=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,24 +80,24 @@ class LikelihoodDifference:
 
     a: float
     b: float
-    paired: error_bars.Paired
+    found: Estimate
+    """Of the difference."""
     left_out: int
     """Documents that lack one in some run."""
 
     @property
     def text(self) -> str:
         """The difference as a sentence."""
-        pair = self.paired
+        pair = self.found
         rest = f"; {self.left_out} documents without one are left out" if self.left_out else ""
-        if pair.n > 1 and pair.stderr < _ALIKE:
-            found = f"A - B {pair.difference:+.4f} on every document"
+        if pair.n > 1 and pair.stderr == 0:
+            found = f"A - B {pair.value:+.4f} on every document"
         else:
-            bounds = f" (95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g})" if pair.n > 1 else ""
-            found = f"A {self.a:.4f}, B {self.b:.4f}, A - B {pair.difference:+.4f}{bounds}"
+            bounds = (
+                f" (95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g})" if pair.low == pair.low else ""
+            )
+            found = f"A {self.a:.4f}, B {self.b:.4f}, A - B {pair.value:+.4f}{bounds}"
         return f"Log-likelihood of the reference, nats: {found}{rest}."
-
-
-_ALIKE = 1e-9
 
 
 def likelihood_difference(
@@ -110,11 +114,11 @@ def likelihood_difference(
     kept = [column for column in columns if all(math.isfinite(value) for value in column[:-1])]
     if not kept:
         return None
-    left = [error_bars.mean(column[: len(a)]) for column in kept]
-    right = [error_bars.mean(column[len(a) : -1]) for column in kept]
+    left = [_mean([fmean(column[: len(a)]) for column in kept])]
+    right = [_mean([fmean(column[len(a) : -1]) for column in kept])]
     return LikelihoodDifference(
-        a=error_bars.mean(left), b=error_bars.mean(right), left_out=len(columns) - len(kept),
-        paired=error_bars.paired(left, right, clusters=[column[-1] for column in kept]),
+        a=value_of(left), b=value_of(right), left_out=len(columns) - len(kept),
+        found=estimate(minus(left, right), [column[-1] for column in kept]),
     )  # fmt: skip
 
 

@@ -1,57 +1,51 @@
-"""Aggregates sample scores to a benchmark's number: plain means and the field's corpus metrics."""
+"""How sample scores add up to a benchmark's number: means, and the field's corpus metrics.
+
+Each aggregation gives the ratios of its score, from which `measured_scores` gets value, error and interval alike.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 
-from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
+from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import caption, judge_scores, ptb_tokeniser, yes_no
 from mm_moslora_eval.metrics import question_groups as groups
 from mm_moslora_eval.metrics.document_vqa import OCRBENCH_GROUPS
 from mm_moslora_eval.scoring import error_bars
-from mm_moslora_eval.scoring.scored_sample import Aggregate, Scored, difference_between, mean_with_error
+from mm_moslora_eval.scoring.estimates import Ratio, mean_of
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.sources.document import Document
 
 Samples = Sequence[Scored]
 Numbers = dict[str, float]
-_ROUNDS = 500
-_SEED = 20240617  # fixed, so that a score file is reproduced to the last digit
 
 
-class _Copies:
-    """The samples of a bootstrap draw; copies of a sample that is drawn several times are numbered."""
+@dataclass(frozen=True, kw_only=True)
+class Summed:
+    """A set of scored samples as a benchmark sums it up."""
 
-    def __init__(self, samples: Samples) -> None:
-        self._copies = [[sample] for sample in samples]
-
-    def __call__(self, drawn: Iterable[int]) -> list[Scored]:
-        seen = [0] * len(self._copies)
-        chosen = []
-        for index in drawn:
-            copies, number = self._copies[index], seen[index]
-            if number == len(copies):
-                copies.append(replace(copies[0], draw=number))
-            chosen.append(copies[number])
-            seen[index] += 1
-        return chosen
+    ratios: list[Ratio]
+    """The score is their sum."""
+    metrics: Numbers = field(default_factory=dict)
+    """Further numbers, by name."""
 
 
-def _clusters(samples: Samples) -> list[list[int]]:
-    """Sample numbers by cluster."""
-    members: dict[Hashable, list[int]] = defaultdict(list)
-    for index, sample in enumerate(samples):
-        members[sample.cluster].append(index)
-    return list(members.values())
+def mean(samples: Samples) -> Summed:
+    """Mean score."""
+    return Summed(ratios=[mean_of([sample.score for sample in samples])])
 
 
-def _bootstrapped(samples: Samples, numbers: Callable[[Samples], Numbers], *, headline: str) -> Aggregate:
-    """A corpus metric with an error from a bootstrap over whole clusters."""
-    result, copies = numbers(samples), _Copies(samples)
-    stderr, low, high = error_bars.bootstrap_stderr(
-        _clusters(samples), lambda drawn: numbers(copies(drawn))[headline], rounds=_ROUNDS, seed=_SEED
-    )
-    return Aggregate(score=result[headline], stderr=stderr, low=low, high=high, stderr_kind="bootstrap", metrics=result)
+def _within(keys: Sequence[Hashable], values: Sequence[float]) -> list[Ratio]:
+    """The mean of the values of each key, all of which weigh equally."""
+    names, found = list(dict.fromkeys(keys)), []
+    for name in names:
+        among = [float(key == name) for key in keys]
+        right = [value * inside for value, inside in zip(values, among, strict=True)]
+        found.append(Ratio(top=right, bottom=among) * (1 / len(names)))
+    return found
 
 
 def _verdicts(samples: Samples) -> list[tuple[str, str]]:
@@ -63,18 +57,29 @@ def _pope(samples: Samples) -> Numbers:
     return {name: float(value) for name, value in asdict(report).items()}
 
 
-def _by_split(samples: Samples) -> dict[str, list[Scored]]:
+def splits_of(sample: Scored) -> list[str]:
     """The splits of a question; VLMEvalKit's file stores it once with all its splits, as `random,popular`."""
+    return [name.strip() for name in (sample.document.category or "").split(",")]
+
+
+def _by_split(samples: Samples) -> dict[str, list[Scored]]:
     splits: dict[str, list[Scored]] = defaultdict(list)
     for sample in samples:
-        for name in (sample.document.category or "").split(","):
-            splits[name.strip()].append(sample)
+        for name in splits_of(sample):
+            splits[name].append(sample)
     return splits
 
 
-def _pope_numbers(samples: Samples) -> Numbers:
-    splits = _by_split(samples)
-    return _pope([sample for members in splits.values() for sample in members]) | _split_numbers(splits)
+def _f1(samples: Samples, counts: Sequence[float], *, unread_is_no: bool = True) -> Ratio:
+    """F1 of `yes`, with each question counted so often."""
+    top, bottom = [], []
+    for (answer, reference), count in zip(_verdicts(samples), counts, strict=True):
+        hit = answer == reference == "yes"
+        alarm = answer == "yes" and reference == "no"
+        miss = reference == "yes" and answer != "yes" and (unread_is_no or answer == "no")
+        top.append(2.0 * count * hit)
+        bottom.append(count * (2.0 * hit + alarm + miss))
+    return Ratio(top=top, bottom=bottom)
 
 
 def _split_numbers(splits: dict[str, list[Scored]]) -> Numbers:
@@ -86,43 +91,53 @@ def _split_numbers(splits: dict[str, list[Scored]]) -> Numbers:
     }
 
 
-def pope(samples: Samples) -> Aggregate:
+def pope(samples: Samples) -> Summed:
     """F1 of `yes` over the questions of all splits, with the other rates and every split's F1."""
-    return _bootstrapped(samples, _pope_numbers, headline="f1")
-
-
-def _pope_split_numbers(samples: Samples) -> Numbers:
     splits = _by_split(samples)
-    return {"f1": error_bars.mean([_pope(members)["f1"] for members in splits.values()])} | _split_numbers(splits)
+    metrics = _pope([sample for members in splits.values() for sample in members]) | _split_numbers(splits)
+    return Summed(ratios=[_f1(samples, [len(splits_of(sample)) for sample in samples])], metrics=metrics)
 
 
-def pope_splits(samples: Samples) -> Aggregate:
+def pope_splits(samples: Samples) -> Summed:
     """LLaVA's POPE number: the mean of the F1 of the random, popular and adversarial questions."""
-    return _bootstrapped(samples, _pope_split_numbers, headline="f1")
+    splits = _by_split(samples)
+    each = [_f1(samples, [splits_of(sample).count(name) for sample in samples]) for name in splits]
+    f1 = error_bars.mean([_pope(members)["f1"] for members in splits.values()])
+    return Summed(ratios=[ratio * (1 / len(splits)) for ratio in each], metrics={"f1": f1} | _split_numbers(splits))
 
 
-def _pope_lmms_eval_numbers(samples: Samples) -> Numbers:
-    return yes_no.pope_lmms_eval_rates(_verdicts(samples))
-
-
-def pope_lmms_eval(samples: Samples) -> Aggregate:
+def pope_lmms_eval(samples: Samples) -> Summed:
     """lmms-eval's F1 of `yes`: recall ignores answers that are neither, and the yes ratio is that of the labels."""
-    return _bootstrapped(samples, _pope_lmms_eval_numbers, headline="f1")
+    ratios = [_f1(samples, [1.0] * len(samples), unread_is_no=False)]
+    return Summed(ratios=ratios, metrics=yes_no.pope_lmms_eval_rates(_verdicts(samples)))
 
 
-def _mme_numbers(samples: Samples) -> Numbers:
-    return yes_no.mme((s.document.category or "", _mme_pair(s), s.score) for s in samples)
+def mme(samples: Samples) -> Summed:
+    """MME's perception sum (0 to 2000), with cognition (0 to 800) and every sub-task.
 
-
-def mme(samples: Samples) -> Aggregate:
-    """MME's perception sum (0 to 2000), with cognition (0 to 800) and every sub-task."""
-    return _bootstrapped(samples, _mme_numbers, headline="perception")
+    Of cognition alone, the score is the cognition sum.
+    """
+    metrics = yes_no.mme((s.document.category or "", _mme_pair(s), s.score) for s in samples)
+    names = [sample.document.category or "" for sample in samples]
+    counted = set(names) & set(yes_no.MME_PERCEPTION) or set(names) & set(yes_no.MME_COGNITION)
+    pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
+    keys = [(name, _mme_pair(sample)) for name, sample in zip(names, samples, strict=True)]
+    for key, sample in zip(keys, samples, strict=True):
+        pairs[key].append(sample.score)
+    ratios = []
+    for name in sorted(counted):
+        inside = [float(other == name) for other in names]
+        share = [one / len(pairs[key]) for one, key in zip(inside, keys, strict=True)]
+        right = [one * sample.score for one, sample in zip(inside, samples, strict=True)]
+        both = [part * all(pairs[key]) for part, key in zip(share, keys, strict=True)]
+        ratios += [Ratio(top=right, bottom=inside) * 100.0, Ratio(top=both, bottom=share) * 100.0]
+    return Summed(ratios=ratios, metrics=metrics)
 
 
 def _mme_pair(sample: Scored) -> str:
     """Key of the picture's two questions: its name, so that equal pictures under two names are two pairs."""
     extra = sample.document.extra
-    return f"{extra.get('question_id') or extra.get('image_path') or sample.cluster} (draw {sample.draw})"
+    return str(extra.get("question_id") or extra.get("image_path") or sample.cluster)
 
 
 def _hallusion_place(sample: Scored) -> dict[str, str]:
@@ -135,155 +150,149 @@ def _hallusion_place(sample: Scored) -> dict[str, str]:
     return {"category": sample.document.category or "", "subcategory": subcategory, **place}
 
 
-def hallusionbench(samples: Samples) -> Aggregate:
+def hallusionbench(samples: Samples) -> Summed:
     """HallusionBench's aAcc, with fAcc and qAcc."""
-    return _bootstrapped(samples, _hallusion_numbers(samples, ("category", "subcategory")), headline="aAcc")
+    return _hallusion(samples, ("category", "subcategory"))
 
 
-def hallusionbench_vlmevalkit(samples: Samples) -> Aggregate:
+def hallusionbench_vlmevalkit(samples: Samples) -> Summed:
     """The same with VLMEvalKit's grouping, by sub-category only; with the three shares of every category."""
-    numbers = _hallusion_numbers(samples, ("subcategory",))
     members: dict[str, list[Scored]] = defaultdict(list)
     for sample in samples:
         place = _hallusion_place(sample)
         for name in dict.fromkeys((place["category"], place["subcategory"])):
             members[name].append(sample)
-    shares = {name: numbers(some) for name, some in sorted(members.items()) if name}
+    found = _hallusion(samples, ("subcategory",))
+    shares = {name: _hallusion(some, ("subcategory",)).metrics for name, some in sorted(members.items()) if name}
     by_name = {f"{number}_{name}": share for name, item in shares.items() for number, share in item.items()}
-    result = _bootstrapped(samples, numbers, headline="aAcc")
-    return replace(result, metrics=result.metrics | by_name)
+    return Summed(ratios=found.ratios, metrics=found.metrics | by_name)
 
 
-def _hallusion_numbers(samples: Samples, within: Sequence[str]) -> Callable[[Samples], Numbers]:
-    places = {sample.document.id: _hallusion_place(sample) for sample in samples}
-
-    def numbers(drawn: Samples) -> Numbers:
-        rows = [dict(places[sample.document.id]) for sample in drawn]
-        for row, sample in zip(rows, drawn, strict=True):
-            if sample.draw:
-                row["set_id"] = f"{row['set_id']} (draw {sample.draw})"
-        return yes_no.hallusionbench(rows, [sample.score == 1.0 for sample in drawn], within=within)
-
-    return numbers
+def _hallusion(samples: Samples, within: Sequence[str]) -> Summed:
+    right = [sample.score == 1.0 for sample in samples]
+    metrics = yes_no.hallusionbench([_hallusion_place(sample) for sample in samples], right, within=within)
+    return Summed(ratios=[mean_of([float(hit) for hit in right])], metrics=metrics)
 
 
-def circular(samples: Samples) -> Aggregate:
+def circular(samples: Samples) -> Summed:
     """MMBench: a question counts if all rotations of its options are answered correctly."""
-    grouped = _questions(samples)
+    numbers = [int(sample.document.id) for sample in samples]
+    hits = groups.circular_hits((number, s.score == 1.0) for number, s in zip(numbers, samples, strict=True))
+    rotations: dict[int, int] = defaultdict(int)
+    for number in numbers:
+        rotations[groups.group_of(number)] += 1
+    part = [1 / rotations[groups.group_of(number)] for number in numbers]
+    right = [share * hits[groups.group_of(number)] for share, number in zip(part, numbers, strict=True)]
     vanilla = error_bars.mean([sample.score for sample in samples])
-    return replace(mean_with_error(grouped), metrics={"questions": float(len(grouped)), "vanilla": vanilla})
+    metrics = {"questions": float(len(hits)), "vanilla": vanilla}
+    return Summed(ratios=[Ratio(top=right, bottom=part)], metrics=metrics)
 
 
-def _questions(samples: Samples) -> list[Scored]:
-    """One sample per question, which is right if all rotations of its options are."""
-    rows = [(int(sample.document.id), sample.score == 1.0) for sample in samples]
-    hits = groups.circular_hits(rows)
-    first = {groups.group_of(index): sample for (index, _), sample in reversed(list(zip(rows, samples, strict=True)))}
-    return [
-        replace(first[group], score=float(hit), document=replace(first[group].document, id=str(group)))
-        for group, hit in hits.items()
-    ]
+def check_ids(aggregation: str, documents: Sequence[Document]) -> None:
+    """Refuse documents that an aggregation could not group after their answers.
+
+    Raises:
+        EvalError: `circular`, which reads the question from an id, with an id that is no integer.
+    """
+    odd = [document.id for document in documents if not document.id.isdecimal()] if aggregation == "circular" else []
+    if odd:
+        raise EvalError(
+            f"{len(odd)} of {len(documents)} ids are no integers (first: {odd[0]!r}). `aggregation: circular` reads "
+            f"the question from the id: rotation k of question n is n + k x {groups.ROTATION:,}. Number the documents "
+            "so, or choose another aggregation."
+        )
 
 
-def _macro_numbers(samples: Samples) -> Numbers:
-    return groups.macro_average(
-        (s.document.category or "", s.document.extra.get("l2_category", s.document.category or ""), s.score)
-        for s in samples
-    )
-
-
-def macro(samples: Samples) -> Aggregate:
+def macro(samples: Samples) -> Summed:
     """MMStar in lmms-eval: unweighted mean of the means of the second-level categories."""
-    return _bootstrapped(samples, _macro_numbers, headline="average")
+    names = [sample.document.category or "" for sample in samples]
+    parts = [sample.document.extra.get("l2_category", name) for sample, name in zip(samples, names, strict=True)]
+    scores = [sample.score for sample in samples]
+    return Summed(ratios=_within(parts, scores), metrics=groups.macro_average(zip(names, parts, scores, strict=True)))
 
 
-def ocrbench(samples: Samples) -> Aggregate:
+def ocrbench(samples: Samples) -> Summed:
     """OCRBench: the share of hits as headline, with the total sum and the sums of the five groups."""
     sums: Numbers = defaultdict(float)
     for sample in samples:
         sums["total"] += sample.score
         sums[OCRBENCH_GROUPS.get(sample.document.category or "", "other")] += sample.score
-    return replace(mean_with_error(samples), metrics=dict(sums))
+    return Summed(ratios=mean(samples).ratios, metrics=dict(sums))
 
 
-def caption_scores(samples: Samples) -> Aggregate:
+def caption_scores(samples: Samples) -> Summed:
     """COCO captions: CIDEr-D of the set, with BLEU-1 to 4 and ROUGE-L.
 
     CIDEr-D weighs words by the whole set, so the error, which comes from the per-image values, is an approximation.
     """
-    return _captions(samples, _TOKENIZERS["caption"])
+    return _captions(samples, ptb_tokeniser.tokenize)
 
 
-def caption_scores_plain(samples: Samples) -> Aggregate:
-    """The same on space-separated words with case and punctuation: VLMEvalKit's number divided by 100."""
-    return _captions(samples, _TOKENIZERS["caption_plain"])
+def caption_scores_plain(samples: Samples) -> Summed:
+    """The same on unchanged text: VLMEvalKit's number divided by 100. ROUGE-L splits at single spaces, as there."""
+    return _captions(samples, str)
 
 
-_TOKENIZERS: dict[str, Callable[[str], str]] = {
-    "caption": ptb_tokeniser.tokenize,
-    "caption_plain": lambda text: " ".join(text.split()),
-}
+_MOST_CIDER = 10.0
 
 
-def _tokenized(samples: Samples, tokenize: Callable[[str], str]) -> tuple[list[str], list[list[str]]]:
-    """Captions and their references."""
-    references = [[tokenize(answer) for answer in sample.document.answers] for sample in samples]
-    return [tokenize(sample.parsed) for sample in samples], references
-
-
-def _captions(samples: Samples, tokenize: Callable[[str], str]) -> Aggregate:
-    report = caption.caption_report(*_tokenized(samples, tokenize))
-    clusters = [sample.cluster for sample in samples]
-    stderr, kind = error_bars.mean_stderr(report.cider_per_image), "analytic"
-    if len(set(clusters)) < len(clusters):
-        stderr, kind = error_bars.clustered_stderr(report.cider_per_image, clusters), "clustered"
-    low, high = error_bars.normal_interval(report.cider, stderr)
+def _captions(samples: Samples, tokenize: Callable[[str], str]) -> Summed:
+    report = _caption_report(
+        tuple(sample.parsed for sample in samples), tuple(sample.document.answers for sample in samples), tokenize
+    )
     numbers = {"cider": report.cider, "rouge_l": report.rouge_l}
     numbers |= {f"bleu_{order}": value for order, value in enumerate(report.bleu, start=1)}
-    return Aggregate(score=report.cider, stderr=stderr, low=low, high=high, stderr_kind=kind, metrics=numbers)
+    return Summed(ratios=[mean_of(report.cider_per_image, high=_MOST_CIDER)], metrics=numbers)
 
 
-def mmvet(samples: Samples) -> Aggregate:
+@functools.lru_cache(maxsize=8)
+def _caption_report(
+    captions: tuple[str, ...], references: tuple[tuple[str, ...], ...], tokenize: Callable[[str], str]
+) -> caption.CaptionReport:
+    """Kept, since a set is scored once for its result and once for each difference."""
+    people = [[tokenize(answer) for answer in answers] for answers in references]
+    return caption.caption_report([tokenize(text) for text in captions], people)
+
+
+def mmvet(samples: Samples) -> Summed:
     """MM-Vet: the mean grade, with that of every capability and combination (each 0 to 1)."""
     return _mmvet(samples, judge_scores.mmvet_scores)
 
 
-def mmvet_vlmevalkit(samples: Samples) -> Aggregate:
+def mmvet_vlmevalkit(samples: Samples) -> Summed:
     """The same with VLMEvalKit's table, in which one tally serves capabilities and combinations."""
     return _mmvet(samples, judge_scores.mmvet_scores_vlmevalkit)
 
 
-def _mmvet(samples: Samples, tabulate: Callable[[Iterable[tuple[str, float]]], dict[str, Numbers]]) -> Aggregate:
+def _mmvet(samples: Samples, tabulate: Callable[[Iterable[tuple[str, float]]], dict[str, Numbers]]) -> Summed:
     table = tabulate((s.document.category or "", s.score) for s in samples)
     numbers = {name: value / 100 for name, value in table["by_capability"].items()}
     numbers |= {f"combination_{name}": value / 100 for name, value in table["by_integration"].items()}
-    return replace(mean_with_error(samples), metrics=numbers)
+    return Summed(ratios=mean(samples).ratios, metrics=numbers)
 
 
-def llavabench(samples: Samples) -> Aggregate:
+_MOST_RELATIVE = 10.0
+"""A rating of 10 over one of 1."""
+
+
+def llavabench(samples: Samples) -> Summed:
     """LLaVA-Bench: mean rating of the answers over that of the references (1 is equality), and both means (0 to 1).
 
-    The same for every category.
+    The same for every category. The score has all digits, the further numbers have those of the source.
     """
-
-    return _bootstrapped(samples, _llavabench_numbers, headline="all")
-
-
-def _llavabench_numbers(samples: Samples) -> Numbers:
-    rated = []
-    for sample in samples:
-        reference, model = sample.numbers or judge_scores.UNPARSED
-        rated.append((sample.document.category or "", reference, model))
+    references, answers = zip(*(sample.numbers or judge_scores.UNPARSED for sample in samples), strict=True)
+    rated = zip((sample.document.category or "" for sample in samples), references, answers, strict=True)
     kinds = ("", "reference_", "answer_")
-    return {
+    metrics = {
         f"{kind}{name}": value / 100
         for name, values in judge_scores.llavabench_summary(rated).items()
         for kind, value in zip(kinds, values, strict=True)
     }
+    return Summed(ratios=[Ratio(top=answers, bottom=references, high=_MOST_RELATIVE)], metrics=metrics)
 
 
-AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
-    "mean": mean_with_error,
+AGGREGATIONS: dict[str, Callable[[Samples], Summed]] = {
+    "mean": mean,
     "pope": pope,
     "pope_splits": pope_splits,
     "pope_lmms_eval": pope_lmms_eval,
@@ -299,101 +308,10 @@ AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
     "caption": caption_scores,
     "caption_plain": caption_scores_plain,
 }
-"""Name -> function that aggregates scored samples."""
+"""Name -> function that sums up scored samples."""
 
-HEADLINES: dict[str, Callable[[Samples], float]] = {
-    "pope": lambda samples: _pope_numbers(samples)["f1"],
-    "pope_splits": lambda samples: _pope_split_numbers(samples)["f1"],
-    "pope_lmms_eval": lambda samples: _pope_lmms_eval_numbers(samples)["f1"],
-    "mme": lambda samples: _mme_numbers(samples)["perception"],
-    "macro": lambda samples: _macro_numbers(samples)["average"],
-    "llavabench": lambda samples: _llavabench_numbers(samples)["all"],
-}
-"""Aggregation without a mean as its headline -> function that computes the headline, without an error."""
-READS_ANSWERS = frozenset({"pope", "pope_splits", "pope_lmms_eval", *_TOKENIZERS})
-"""Aggregations that use the answers themselves instead of the scores of single samples."""
-CAPTIONS = frozenset(_TOKENIZERS)
+CAPTIONS = frozenset({"caption", "caption_plain"})
 """Aggregations of captions, which are neither right nor wrong."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadlineDifference:
-    """A - B of a corpus metric on the same samples."""
-
-    name: str
-    a: float
-    b: float
-    stderr: float
-    low: float
-    high: float
-    """95 % interval from a joint bootstrap over whole clusters of both systems."""
-
-
-def headline_difference(aggregation: str, a: Samples, b: Samples) -> HeadlineDifference | None:
-    """Compare the headline of two systems on the same samples in the same order; None for a mean of their scores."""
-    if aggregation not in SCORE_NAMES:
-        return None
-    left, right = (_of_draws(aggregation, samples) for samples in (a, b))
-    stderr, low, high = error_bars.bootstrap_stderr(
-        _clusters(a), lambda drawn: left(drawn) - right(drawn), rounds=_ROUNDS, seed=_SEED
-    )
-    whole = range(len(a))
-    name = SCORE_NAMES[aggregation]
-    return HeadlineDifference(name=name, a=left(whole), b=right(whole), stderr=stderr, low=low, high=high)
-
-
-def _of_draws(aggregation: str, samples: Samples) -> Callable[[Sequence[int]], float]:
-    """The headline of drawn samples, by their numbers.
-
-    CIDEr-D weighs words by the references of the whole set in every draw, as its own error does.
-    """
-    if aggregation in _TOKENIZERS:
-        by_image = caption.cider(*_tokenized(samples, _TOKENIZERS[aggregation]))
-        return lambda drawn: error_bars.mean([by_image[index] for index in drawn])
-    number, copies = HEADLINES[aggregation], _Copies(samples)
-    return lambda drawn: number(copies(drawn))
-
-
-def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
-    """The contribution of every sample to the task's score; their mean is that score.
-
-    For a mean these are the samples' own scores, for captions the CIDEr-D of each. Otherwise they come from the
-    jackknife (Tukey 1958): the change of the score without a cluster, divided among the cluster's samples.
-
-    Args:
-        aggregation: of the task.
-        samples: scored, at least one.
-    """
-    if aggregation in _TOKENIZERS:
-        return caption.cider(*_tokenized(samples, _TOKENIZERS[aggregation]))
-    number = {**HEADLINES, "circular": lambda some: mean_with_error(_questions(some)).score}.get(aggregation)
-    clusters = _clusters(samples)
-    if number is None or len(clusters) < 2:
-        return [sample.score for sample in samples]
-    whole, count = number(samples), len(samples)
-    brought = [0.0] * count
-    for members in clusters:
-        left_out = set(members)
-        without = number([sample for index, sample in enumerate(samples) if index not in left_out])
-        for index in members:
-            brought[index] = (whole - without) * (count - len(members)) / len(members)
-    centre = whole - error_bars.mean(brought)
-    return [value + centre for value in brought]
-
-
-def difference_of_scores(aggregation: str, a: Samples, b: Samples) -> Difference:
-    """The difference A - B of the task's score on the same documents.
-
-    Args:
-        aggregation: the task's aggregation.
-        a: samples of one system.
-        b: samples of another system, in any order.
-    """
-    if aggregation == "circular":
-        return difference_between(_questions(a), _questions(b))
-    others = {sample.document.id: sample for sample in b}
-    found = headline_difference(aggregation, a, [others[sample.document.id] for sample in a])
-    if found is None:
-        return difference_between(a, b)
-    groups = len(_clusters(a))
-    return Difference(value=found.a - found.b, low=found.low, high=found.high, groups=groups, unit=found.name)
+POPE = frozenset({"pope", "pope_splits", "pope_lmms_eval"})
+READS_ANSWERS = POPE | CAPTIONS
+"""Aggregations that use the answers themselves instead of the scores of single samples."""

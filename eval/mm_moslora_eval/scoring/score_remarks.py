@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from mm_moslora_eval.scoring.answer_scoring import score_leniently, without_thinking
-from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 
 FEWEST = 5
 """Fewest answers for a remark that they are alike."""
@@ -35,6 +35,16 @@ def failures(errors: Sequence[str | None]) -> Iterator[str]:
     yield f"{len(found)} of {len(errors)} samples failed, {most} with this error: {_short(example)}"
 
 
+def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
+    """A remark on answers that a judge could not grade."""
+    graded = len(with_scores(samples))
+    if graded < len(samples):
+        yield (
+            f"{len(samples) - graded} of {len(samples)} answers have no grade, because the judge's replies cannot be "
+            f"read. The score is over the other {graded}."
+        )
+
+
 def thinking(answered: Sequence[Scored]) -> Iterator[str]:
     """A remark on `<think>` blocks, which are not scored, and on blocks without an end."""
     answers = [without_thinking(sample.text) for sample in answered]
@@ -42,7 +52,8 @@ def thinking(answered: Sequence[Scored]) -> Iterator[str]:
     if thought:
         yield (
             f"{thought} of {len(answers)} answers contain <think> blocks, which were removed before scoring; "
-            f"{unclosed} of these blocks have no end, so these answers cannot be read."
+            f"{unclosed} of these blocks have no end, so these answers cannot be read"
+            + ("; more may end with a larger --max-new-tokens." if unclosed else ".")
         )
 
 
@@ -50,11 +61,11 @@ def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
     """A remark if (nearly) all answers are the same though the references differ, or if no answer can be read."""
     if len(answered) < FEWEST:
         return
-    unread = [sample for sample in answered if not sample.parsed.strip()]
+    unread = [sample for sample in answered if not _given(sample)]
     if len(unread) == len(answered):
         commonest, _ = Counter(_plain(sample.text) for sample in unread).most_common(1)[0]
         yield f"None of {len(answered)} answers could be read; the most common is {_short(commonest)!r}."
-    answers = Counter(_plain(sample.parsed) for sample in answered if sample.parsed.strip())
+    answers = Counter(_plain(_given(sample)) for sample in answered if _given(sample))
     if not answers:
         return
     commonest, count = answers.most_common(1)[0]
@@ -82,6 +93,11 @@ def wordy(answered: Sequence[Scored]) -> Iterator[str]:
 
 def _asks_for_a_word(sample: Scored) -> bool:
     return any(0 < len(answer.split()) <= _WORDS for answer in sample.document.answers)
+
+
+def _given(sample: Scored) -> str:
+    """The model's answer: the extracted one, or the text where a judge read it, whose reply is no answer."""
+    return without_thinking(sample.text).text.strip() if sample.judged else sample.parsed.strip()
 
 
 def _plain(text: str) -> str:

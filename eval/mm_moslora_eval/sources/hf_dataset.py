@@ -240,11 +240,11 @@ def _answers(value: Any, options: Mapping[str, str], answer_is: str, *, where: s
     letters = list(options)
     index = letters[int(text)] if text.isdecimal() and int(text) < len(letters) else None
     same = [letter for letter, option in options.items() if option == text]
-    written = same[0] if len(same) == 1 else None
-    if answer_is == "auto" and isinstance(value, str) and index and written and index != written:
+    if answer_is == "auto" and isinstance(value, str) and index and same and index not in same:
         raise EvalError(
-            f"Document {where!r}: answer {text!r} is option {index} as an index and option {written} as a text. "
+            f"Document {where!r}: answer {text!r} is option {index} as an index and option {same[0]} as a text. "
             "Set source.answer_is to index or text."
         )
-    by_index = index if answer_is != "text" else None
-    return (by_index or (written if answer_is != "index" else None) or text,)
+    if index and answer_is != "text":
+        return (index,)
+    return tuple(same) if same and answer_is != "index" else (text,)  # of equal options every letter is right

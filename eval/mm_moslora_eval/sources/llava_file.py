@@ -6,6 +6,7 @@ Conversation files (the training format): each human/gpt pair is a separate docu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from mm_moslora_eval.sources.source_images import found
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
+_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+"""Thinking before a reference answer; it is removed from the model's answer, too."""
 Record = Mapping[str, Any]
 Found = tuple[tuple[ImageLike, ...], str | None]
 """The pictures of a record, and the problem with them if there is one."""
@@ -123,7 +126,7 @@ def _conversation(record: Record, shown: Found, where: str, row: int) -> Iterato
             id=f"{name}:{number}" if len(turns) > 2 else name,
             images=images,
             question=str(human.get("value", "")).strip(),
-            answers=(str(gpt.get("value", "")).strip(),),
+            answers=(_THINKING.sub("", str(gpt.get("value", ""))).strip(),),
             category=_text(record.get("category")),
             problem=problem,
         )

@@ -14,7 +14,7 @@ In all but the first the scaling s is a part of B, and alpha equals the rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,7 +40,7 @@ from mm_moslora.adapters.folders.save_folder import stock_config
 from mm_moslora.adapters.tree import is_inner
 from mm_moslora.kernels.lora.lora_math import fold
 from mm_moslora.utils.errors import AdapterError, suggestion
-from mm_moslora.utils.files import output_file, replace_text, replacing
+from mm_moslora.utils.files import output_file, replacing, staging
 from mm_moslora.utils.run_paths import writing
 
 Layout = Literal["peft", "vllm", "diffusers", "kohya", "gguf"]
@@ -48,27 +48,24 @@ COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_enco
 """Parts of diffusers' pipelines that load LoRA."""
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 """Kohya's names of the components; the first text encoder is `lora_te` where there is one only."""
-_KOHYA_SIGN = b"lora_down"
 
 
 def export_adapter(
-    folder: str | Path,
+    folder: str | Path | Mapping[str, str | Path],
     out: str | Path,
     *,
     layout: Layout,
     component: str = "unet",
-    beside: Sequence[str] = (),
     model_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter folder in another program's layout.
 
     Args:
-        folder: an adapter folder of any kind that `load_adapter` reads.
-        out: folder to write into (made if missing), or the .gguf or Kohya's file. An export for diffusers or Kohya
-            keeps what the file there holds of other components: one file for a UNet and its text encoders.
+        folder: an adapter folder of any kind that `load_adapter` reads; for diffusers and Kohya also several, by
+            component: one file holds those of a UNet and its text encoders.
+        out: folder to write into (made if missing), or the .gguf or Kohya's file. No file is replaced.
         layout: see the module's text.
-        component: diffusers and kohya only: which part of the pipeline it adapts, one of `COMPONENTS`.
-        beside: kohya only: the components that the file will hold in the end, which decides on `lora_te`.
+        component: diffusers and kohya only: which part of the pipeline one folder adapts, one of `COMPONENTS`.
         model_config: gguf only: the `config.json` of the language model, or of the model around it, as a mapping.
 
     Returns:
@@ -76,17 +73,27 @@ def export_adapter(
 
     Raises:
         AdapterError: unknown layout, or an adapter that the layout cannot express.
-        ConfigError: the folder holds an adapter already.
+        ConfigError: a file is there already.
         OSError: `out` cannot be written.
     """
     if layout not in get_args(Layout):
         known = get_args(Layout)
         raise AdapterError(f"The layout is {layout!r}, expected one of {', '.join(known)}.{suggestion(layout, known)}")
-    if component not in COMPONENTS:
-        hint = suggestion(component, COMPONENTS)
-        raise AdapterError(f"The component is {component!r}, expected one of {', '.join(COMPONENTS)}.{hint}")
-    content = read_folder(folder)
+    folders = folder if isinstance(folder, Mapping) else {component: folder}
+    for name in folders:
+        if name not in COMPONENTS:
+            hint = suggestion(name, COMPONENTS)
+            raise AdapterError(f"The component is {name!r}, expected one of {', '.join(COMPONENTS)}.{hint}")
     target = Path(out)
+    if layout in ("diffusers", "kohya"):
+        return _write_components(
+            {name: plain_pairs(read_folder(path)) for name, path in folders.items()}, target, layout
+        )
+    if len(folders) != 1:
+        raise AdapterError(
+            f"{layout} holds one adapter, and {len(folders)} folders were given. Export them one by one."
+        )
+    content = read_folder(*folders.values())
     if layout == "gguf":
         output_file(target)
         from mm_moslora.adapters.folders.gguf_adapter import write_gguf
@@ -94,57 +101,57 @@ def export_adapter(
         if model_config is None:
             raise AdapterError("A gguf file needs the language model's configuration. Pass model_config.")
         return write_gguf(target, plain_pairs(content), model_config)
-    if layout == "kohya":
-        return _write_kohya(target, plain_pairs(content), component, beside)
-    config: dict[str, Any] | None = None
     if layout == "peft":
         tensors = fold_state_dict(content.tensors, mixer_form=content.config.mixer_form)
         config = stock_config(content.config, target_paths(content.tensors), None)
-    elif layout == "vllm":
-        tensors, config = _vllm_files(content)
     else:
-        written = target / DIFFUSERS_WEIGHTS
-        others = read_tensors(written) if written.is_file() else {}
-        tensors = {name: factor for name, factor in others.items() if name.partition(".")[0] != component}
-        tensors |= {
-            f"{component}.{path}.{name}": factor
-            for path, pair in plain_pairs(content).items()
-            for name, factor in (("lora_A.weight", pair.A), ("lora_B.weight", pair.B))
-        }
-    if config is not None:  # a file for diffusers may hold other components, which are kept
-        for name in (STOCK_WEIGHTS, STOCK_CONFIG):
-            output_file(target / name)
-    with writing(target):
-        target.mkdir(parents=True, exist_ok=True)
-        name = DIFFUSERS_WEIGHTS if config is None else STOCK_WEIGHTS
-        with replacing(target / name) as part:
-            save_file(tensors, part, metadata={"format": "pt"})
-        if config is not None:
-            replace_text(target / STOCK_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        tensors, config = _vllm_files(content)
+    names = (STOCK_WEIGHTS, STOCK_CONFIG)
+    for name in names:
+        output_file(target / name)
+    with writing(target), staging(target, names) as staged:
+        save_file(tensors, staged / STOCK_WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (staged / STOCK_CONFIG).write_text(text, encoding="utf-8")
     return target
 
 
-def _write_kohya(target: Path, pairs: Mapping[str, PlainPair], component: str, beside: Sequence[str]) -> Path:
-    """Write or complete Kohya's file."""
+def _write_components(pairs: Mapping[str, Mapping[str, PlainPair]], out: Path, layout: Layout) -> Path:
+    """Write the file of diffusers or Kohya with all components."""
+    tensors: dict[str, Tensor] = {}
+    for component, layers in pairs.items():
+        tensors |= (
+            _kohya_tensors(component, layers, alone="text_encoder_2" not in pairs)
+            if layout == "kohya"
+            else {
+                f"{component}.{path}.{name}": factor
+                for path, pair in layers.items()
+                for name, factor in (("lora_A.weight", pair.A), ("lora_B.weight", pair.B))
+            }
+        )
+    target = output_file(out if layout == "kohya" else out / DIFFUSERS_WEIGHTS)
+    with writing(out), replacing(target) as part:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata={"format": "pt"})
+    return out
+
+
+def _kohya_tensors(component: str, pairs: Mapping[str, PlainPair], *, alone: bool) -> dict[str, Tensor]:
+    """One component under Kohya's names; `alone`: there is one text encoder."""
     if component not in KOHYA:
         raise AdapterError(
             f"Kohya's layout names the layers of a UNet and of CLIP's text encoders; it has no names for "
             f"{component!r} as diffusers builds it. Export with layout='diffusers', which ComfyUI reads, too."
         )
-    output_file(target, sign=_KOHYA_SIGN)
-    name = "lora_te" if component == "text_encoder" and "text_encoder_2" not in beside else KOHYA[component]
-    others = read_tensors(target) if target.is_file() else {}
-    tensors = {key: value for key, value in others.items() if not key.startswith(f"{name}_")}
+    name = "lora_te" if component == "text_encoder" and alone else KOHYA[component]
+    tensors: dict[str, Tensor] = {}
     for path, pair in pairs.items():
         # transformers 5 has no `text_model` module in the first text encoder; Kohya's names keep it
         inner = f"text_model.{path}" if component != "unet" and not path.startswith("text_") else path
         key = f"{name}_{inner.replace('.', '_')}"
         tensors |= {f"{key}.lora_down.weight": pair.A, f"{key}.lora_up.weight": pair.B}
         tensors[f"{key}.alpha"] = torch.tensor(float(len(pair.A)))
-    with writing(target), replacing(target) as part:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"format": "pt"})
-    return target
+    return tensors
 
 
 @torch.no_grad()

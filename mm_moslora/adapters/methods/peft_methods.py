@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
 from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, read_json
+from mm_moslora.adapters.folders.permitted_options import permitted_options
 from mm_moslora.adapters.merge_adapter import why_not_merged
 from mm_moslora.adapters.methods.data_starts import Samples, forget, read_after, read_before, reads_data, without_data
 from mm_moslora.adapters.tree import adapted_layers, bare_name, base_model
@@ -148,8 +149,10 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
         shared: rank, alpha and dropout, for methods that have them and for which `options` do not name them.
 
     Raises:
-        AdapterError: PEFT refuses the options, or a part of them does nothing here.
+        AdapterError: PEFT refuses the options, a part of them does nothing here, or an option may name a file
+            (`permitted_options`).
     """
+    permitted_options(method.config, options, "adapter.peft")
     if idle := [key for key in options if hasattr(method.tuner, f"_get_{key.removesuffix('_config')}_loss")]:
         raise AdapterError(
             f"adapter.peft.{idle[0]} adds to the loss what training here does not ask PEFT for. Leave it out."
@@ -359,12 +362,23 @@ def load_method(model: nn.Module, folder: str | Path) -> peft.PeftModel:
         folder: of `TakenMethod.write`, or of PEFT.
 
     Raises:
-        AdapterError: PEFT cannot read the folder, or it does not fit the model.
+        AdapterError: PEFT cannot read the folder, it does not fit the model, it is of a method that is not taken here,
+            or an option of it may name a file, a model or code (`permitted_options`).
     """
-    place = Path(folder)
-    found = read_json(place / STOCK_CONFIG).get("peft_type")
+    place = Path(folder).resolve()  # else PEFT asks the hub for weights that the folder lacks
+    data = read_json(place / STOCK_CONFIG)
+    found = data.get("peft_type")
+    if found not in method_names():
+        raise AdapterError(
+            f"{place} has peft_type {found!r}, which is not loaded, since it changes more than layers: it may bring "
+            f"models or code. Expected one of {', '.join(method_names())}."
+        )
+    kind = method_named(found).config
+    options = permitted_options(kind, data, str(place / STOCK_CONFIG))
     with _explained(f"{place}, an adapter of PEFT's {found}, does not load"):
-        loaded = peft.PeftModel.from_pretrained(cast(Any, model), str(place)).eval()
+        # Without the name of the base, which PEFT would look up on the hub.
+        config = kind(task_type=data.get("task_type"), **options)
+        loaded = peft.PeftModel.from_pretrained(cast(Any, model), str(place), config=config).eval()
     has = get_peft_model_state_dict(loaded).keys()
     if strays := sorted(load_peft_weights(str(place), device="cpu").keys() ^ has):
         where = "has no place for" if strays[0] not in has else "lacks"

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from mm_moslora.config.llava_chat_templates import without_note
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
@@ -33,6 +34,8 @@ PLAIN_TEMPLATE = (
 """For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
 _PLANS = 512
 THINK, THINK_END = "<think>", "</think>"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message from which templates render thinking."""
 _ANCHORS = ("\n", "a", ".", "0", "\u4e2d")
 """Texts before which the tokens of a continuation are found."""
 
@@ -100,10 +103,10 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         own = tokenizer.chat_template
-        self.source = own if isinstance(own, str) else None if own is None else own.get("default")
-        if self.source is None:
-            start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
-            self.source = start + PLAIN_TEMPLATE
+        source = own if isinstance(own, str) else None if own is None else own.get("default")
+        if source is None:
+            source = ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
+        self.source = without_note(source)
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._thoughts: dict[tuple[str, ...], Thought | None] = {}
 
@@ -190,15 +193,19 @@ class Template:
         return Plan(slots=tuple(slots), tail=pieces[-1])
 
     def _think(self, roles: tuple[str, ...]) -> Thought | None:
+        """Render an answer that thinks behind the generation prompt: the template's own, or that with thinking on."""
         marks = [_MARK.format(index) for index in range(len(self._owners(roles)))]
         thinking, answer = _MARK.format("think"), marks[-1]
-        text = self._render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])
-        prompt = self._render(roles[:-1], marks[:-1], prompt=True)
-        opening, shown, rest = text.removeprefix(prompt).partition(thinking)
-        closing, found, _ = rest.partition(answer)
-        if not (text.startswith(prompt) and shown and found):
-            return None
-        return Thought(before=prompt.rpartition(marks[-2])[2], opening=opening, closing=closing)
+        texts = [self._render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])]
+        texts += [self._render(roles, marks, reasoning={key: thinking}) for key in _REASONING]
+        for switch in ({}, {"enable_thinking": True}):
+            prompt = self._render(roles[:-1], marks[:-1], prompt=True, **switch)
+            for text in texts:
+                opening, shown, rest = text.removeprefix(prompt).partition(thinking)
+                closing, found, _ = rest.partition(answer)
+                if text.startswith(prompt) and shown and found and THINK_END not in opening:
+                    return Thought(before=prompt.rpartition(marks[-2])[2], opening=opening, closing=closing)
+        return None
 
     def _lead(self, roles: tuple[str, ...], marks: list[str], text: str) -> str:
         """White space after the generation prompt, which the model writes itself.
@@ -226,11 +233,25 @@ class Template:
         """The messages for the template; `ProcessorTemplate` has contents of several parts."""
         return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
 
-    def _render(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool = False) -> str:
+    def generation_prompt(self) -> str:
+        """The text that the template itself writes between a question and the answer to generate."""
+        mark = _MARK.format(0)
+        return self._render(("user",), [mark], prompt=True).rpartition(mark)[2]
+
+    def _render(
+        self,
+        roles: Sequence[str],
+        contents: Sequence[str],
+        *,
+        prompt: bool = False,
+        reasoning: dict[str, str] | None = None,
+        **switch: bool,
+    ) -> str:
         messages = self._messages(roles, contents)
+        messages[-1] |= reasoning or {}
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt
+                messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt, **switch
             )
         except Exception as error:  # templates may raise any exception
             raise ConfigError(f"The tokenizer's chat template refuses the roles {', '.join(roles)}: {error}") from error

@@ -10,6 +10,7 @@ answer begins.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from mm_moslora.utils.errors import ConfigError, DataError
 
 _THINKING = re.compile(rf"\s*{THINK}(.*?){THINK_END}\s*", re.DOTALL)
 _PROBE = ("user", "assistant", "user", "assistant")
+_ONE = _PROBE[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,40 @@ class ConversationEncoder:
             thinking=parts.thinking,
         )
 
+    def asking(self, thinking: Thinking) -> ConversationEncoder:
+        """The same encoder with another form of thinking."""
+        other = copy.copy(self)
+        other.thinking = thinking
+        return other
+
+    @property
+    def learns_thinking(self) -> bool:
+        """Whether thinking at the start of an answer can be learned: the template renders it, or takes it as text."""
+        return not self.template.knows_thinking or self.template.thought(_ONE) is not None
+
+    @property
+    def asks_to_think(self) -> bool:
+        """Whether prompts leave it to the model to think before it answers."""
+        return self.thinking == "always" and self.learns_thinking
+
+    @property
+    def has_switch(self) -> bool:
+        """Whether the template has two forms of prompts: one to think, one to answer at once."""
+        thought = self.template.thought(_ONE)
+        return thought is not None and thought.before != self.template.plan(_ONE).slots[1].before
+
+    @property
+    def answer_prompt(self) -> str:
+        """The text between a question and the answer to generate."""
+        thought = self.template.thought(_ONE) if self.asks_to_think else None
+        return thought.before if thought else self.template.plan(_ONE).slots[1].before
+
+    def opened(self, thinking: bool | None = None) -> str:
+        """The part of a thinking block that a prompt itself holds at its end; see `encode_prompt`."""
+        thought = self.template.thought(_ONE) if (self.asks_to_think if thinking is None else thinking) else None
+        _, found, rest = thought.before.rpartition(THINK) if thought else ("", "", "")
+        return found + rest if found and THINK_END not in rest else ""
+
     def fingerprint(self) -> str:
         """A hash of everything that determines the ids of a conversation."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -216,27 +252,35 @@ class ConversationEncoder:
             "raise data.max_length or shorten the record"
         )
 
-    def encode_prompt(self, turns: Sequence[Turn], *, pictures: Sequence[Sequence[int]] | None = None) -> Tensor:
+    def encode_prompt(
+        self,
+        turns: Sequence[Turn],
+        *,
+        pictures: Sequence[Sequence[int]] | None = None,
+        thinking: bool | None = None,
+    ) -> Tensor:
         """Tokenise a prompt: int64 ``[T]``, which ends where the answer begins.
 
         Args:
             turns: ends with a question.
             pictures: see `encode`.
+            thinking: ask to think, or to answer at once; None: in the form of `self.thinking`.
         """
         if not turns or turns[-1].role != "user":
             raise DataError("The conversation does not end with a question, so there is nothing to answer.")
+        if thinking is not None:
+            return self.asking("always" if thinking else "auto").encode_prompt(turns, pictures=pictures)
         grown = self._grow([*turns, Turn(role="assistant", text="")], pictures, prompt=True)
         return torch.tensor(grown.ids, dtype=torch.long)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer after a generation prompt, as in training, without the end of turn."""
-        turns = [Turn(role="user", text="a"), Turn(role="assistant", text=text)]
-        roles = ("user", "assistant")
-        plan = self.template.plan(roles)
-        thought = self.template.thought(roles) if self.thinking == "always" else None
+        plan = self.template.plan(_ONE)
+        thought = self.template.thought(_ONE) if self.thinking == "always" else None
+        thinking, text = self._apart(text) if thought else (None, text)
         before = thought.before if thought else plan.slots[1].before
         prompt = [Piece(plan.slots[0].before, True), Piece("a", False), Piece(before, True)]
-        answer = [*_written(thought, "", plan.slots[1]), Piece(plan.slots[1].trim([turns[1].text])[0], False)]
+        answer = [*_written(thought, thinking or "", plan.slots[1]), Piece(plan.slots[1].trim([text])[0], False)]
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
     def decode_answer(self, ids: Sequence[int]) -> str:
@@ -245,7 +289,7 @@ class ConversationEncoder:
         An answer that is put back into the conversation as this text gives the same tokens again.
         """
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        return text.removeprefix(self.template.plan(("user", "assistant")).slots[1].lead)
+        return text.removeprefix(self.template.plan(_ONE).slots[1].lead)
 
     def _grow(
         self, turns: Sequence[Turn], pictures: Sequence[Sequence[int]] | None = None, *, prompt: bool = False
@@ -266,6 +310,8 @@ class ConversationEncoder:
             if thinking:
                 grown.thoughts += thought is not None
                 grown.dropped_thoughts += thought is None
+            elif not self.template.knows_thinking:
+                grown.thoughts += thinks(text)
             self._add_scaffold(grown, thought.before if thought else scaffold[index])
             if prompt and index == len(turns) - 1:
                 self._flush(grown)
@@ -370,6 +416,12 @@ class ConversationEncoder:
         if last is not None or not self.notes.name or not behind.startswith(tail):
             return ""
         return tail.rstrip() or tail
+
+
+def thinks(answer: str) -> bool:
+    """Whether an answer begins with thinking that is not empty."""
+    found = _THINKING.match(answer)
+    return found is not None and bool(found[1].strip())
 
 
 def _written(thought: Thought | None, thinking: str, slot: Slot) -> list[Piece]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mm_moslora.config.llava_chat_templates import without_note
 from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import ConfigError
@@ -45,7 +46,7 @@ class ProcessorTemplate(Template):
                 "instruction-tuned checkpoint, or put a chat_template.jinja into its folder."
             )
         super().__init__(processor.tokenizer)
-        self.source, self.image_text = source, str(processor.image_token)
+        self.source, self.image_text = without_note(source), str(processor.image_token)
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """See `Template.lay_out`; a question with pictures has one content per text between them."""

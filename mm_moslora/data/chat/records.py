@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from mm_moslora.data.chat.record_keys import check_record, check_turn, ignored_keys, thinking_of
 from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
 from mm_moslora.data.images.remote_files import find_remote
 from mm_moslora.data.images.video_clip import Clip, find_clip
@@ -111,6 +112,8 @@ class Record:
     """In order of their places."""
     where: Where
     """Its place in the source, for messages."""
+    ignored: tuple[str, ...] = ()
+    """Its keys, and those of its turns, that are not read."""
 
     @property
     def image_names(self) -> list[str]:
@@ -133,6 +136,7 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
         raise where.error(Code.NOT_AN_OBJECT, "-", f"is {kind_of(value)}", "write one JSON object per record")
     name = _id(value, where)
     where = where.named(name)
+    check_record(value, where)
     named = {"image": _names(value, "image", where), "video": _names(value, "video", where)}
     turns, marks, marked = _turns(value, where, videos=_marked_videos(value, named))
     if not marked:
@@ -147,7 +151,7 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     if any(isinstance(item, Clip) for item in shown):
         turns = _with_frames(turns, shown)
     images = tuple(picture for item in shown for picture in (item.pictures() if isinstance(item, Clip) else [item]))
-    return Record(id=name, turns=tuple(turns), images=images, where=where)
+    return Record(id=name, turns=tuple(turns), images=images, where=where, ignored=ignored_keys(value))
 
 
 def _found(mark: _Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
@@ -257,11 +261,14 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
             raise where.error(
                 Code.BAD_ROLE, field, f"role is {found}", "use human and gpt, or user and assistant, and system first"
             )
+        check_turn(item, role, field, where)
+        thinking = thinking_of(item, role, field, where)
         content = item.get("value", item.get("content"))
         if isinstance(content, list):
-            turns.append(_of_parts(role, content, field, where, marks))
+            turn = _of_parts(role, content, field, where, marks)
         else:
-            turns.append(_of_text(role, _text(content, field, where), videos, marks))
+            turn = _of_text(role, _text(content, field, where), videos, marks)
+        turns.append(Turn(role=role, text=_text(thinking, field, where) + turn.text) if thinking else turn)
     return turns, marks, True
 
 

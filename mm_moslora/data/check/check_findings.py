@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mm_moslora.data.chat.thinking_form import MIXED_THINKING, ThinkingForm
 from mm_moslora.data.check.record_check import CheckReport
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, matches
 
@@ -29,6 +30,7 @@ def findings(report: CheckReport) -> list[Finding]:
     """The findings about some sources before they are trained on."""
     return [
         _usable(report), _ends(report), _supervision(report), _truncation(report), _thinking(report), _modality(report),
+        _keys(report),
         _special(report),
         _separators(report), _repeats(report), _answers(report), _longest(report),
     ]  # fmt: skip
@@ -103,13 +105,23 @@ def _truncation(report: CheckReport) -> Finding:
 
 
 def _thinking(report: CheckReport) -> Finding:
-    if not report.dropped_thoughts:
-        return Finding("ok", "thinking", f"{report.thoughts} answers think before they answer")
-    detail = f"{report.thoughts} answers are learned with their thinking, {report.dropped_thoughts} without"
-    remedy = (
-        "most chat templates keep only the last answer's thinking; split such records, or set model.thinking: never"
+    form = ThinkingForm(
+        thinking=report.thinking_records, records=report.usable, asked=report.asks_to_think, switch=report.has_switch
     )
-    return Finding("warn", "thinking", detail, remedy)
+    if report.dropped_thoughts:
+        detail = f"{form.words}; {report.dropped_thoughts} answers are learned without their thinking"
+        remedy = (
+            "most chat templates keep only the last answer's thinking; split such records, or set model.thinking: never"
+        )
+        return Finding("warn", "thinking", detail, remedy)
+    return Finding("warn" if form.mixed else "ok", "thinking", form.words, MIXED_THINKING if form.mixed else "")
+
+
+def _keys(report: CheckReport) -> Finding:
+    listed = ", ".join(f"{ascii(key)[1:-1][:60]} ({count})" for key, count in report.ignored.most_common(12))
+    more = f" and {len(report.ignored) - 12} more" if len(report.ignored) > 12 else ""
+    detail = f"not read, with the records that have them: {listed}{more}" if listed else "all keys of records are read"
+    return Finding("ok", "keys", detail)
 
 
 def _modality(report: CheckReport) -> Finding:

@@ -71,6 +71,14 @@ class CheckReport:
     """Answers with thinking that is learned."""
     dropped_thoughts: int = 0
     """Answers with thinking that the chat template or `model.thinking` leaves out."""
+    thinking_records: int = 0
+    """Usable records whose last answer has thinking that is learned."""
+    asks_to_think: bool = False
+    """Whether the model is asked to think before it answers."""
+    has_switch: bool = False
+    """Whether prompts to think and prompts to answer at once differ."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Keys that are not read, with the number of usable records that have them."""
     special_text: int = 0
     """Usable records with texts that spell special tokens; these stay text."""
     separator_text: int = 0
@@ -137,10 +145,11 @@ class CheckReport:
     def add(self, other: CheckReport) -> None:
         """Add the report of further records."""
         for name in ("records", "text_only", "one_image", "several_images", "videos", "pictures", "answers",
-                     "supervised_tokens", "truncated", "thoughts", "dropped_thoughts", "special_text", "separator_text",
+                     "supervised_tokens", "truncated", "thoughts", "dropped_thoughts", "thinking_records",
+                     "special_text", "separator_text",
                      "endless"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images"):
+        for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images", "ignored"):
             getattr(self, name).update(getattr(other, name))
         self.lengths += other.lengths
         self.faults += other.faults
@@ -180,6 +189,8 @@ def check(
         max_length=config.max_length,
         max_bad_share=share,
         too_long=config.too_long,
+        asks_to_think=encoder.asks_to_think,
+        has_switch=encoder.has_switch,
     )
     look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
     report, total = empty(), sum(len(file) for file in files)
@@ -264,6 +275,8 @@ class _Look:
         report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
+        report.ignored.update(record.ignored)
+        report.thinking_records += encoded.thoughts > 0
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)

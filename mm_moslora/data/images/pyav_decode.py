@@ -26,6 +26,8 @@ MAX_FRAMES = 2_000_000
 """More frames in one file are refused."""
 MAX_PIXELS = 256_000_000
 """Most pixels of all shown frames of one video together (768 MB)."""
+MAX_DECODED = 64_000_000_000
+"""Most pixels of all frames that are decoded to reach the shown ones: 31,000 frames of 1920 x 1080."""
 
 
 def places(frames: int, count: int) -> list[int]:
@@ -42,10 +44,29 @@ def check_pixels(size: tuple[int, int], count: int, name: str) -> None:
         ImageError: extreme aspect ratio, or too large.
     """
     check_size(size, name)
-    if size[0] * size[1] * count > MAX_PIXELS:
-        what = f"gives {count} frames of {size[0]} x {size[1]} pixels"
+    check_shown(size[0] * size[1] * count, f"{count} frames of {size[0]} x {size[1]} pixels", name)
+
+
+def check_shown(pixels: int, frames: str, name: str) -> None:
+    """Check the pixels of all shown frames together.
+
+    Raises:
+        ImageError: too many.
+    """
+    if pixels > MAX_PIXELS:
         remedy = f"lower video_frames of its source, or scale it down to {MAX_PIXELS} pixels together"
-        raise ImageError(Code.VIDEO_TOO_LARGE, name, what, remedy)
+        raise ImageError(Code.VIDEO_TOO_LARGE, name, f"gives {frames}", remedy)
+
+
+def check_decoded(pixels: int, name: str, *, most: int = MAX_DECODED) -> None:
+    """Check the pixels of all frames that are decoded: compressed, a frame may take one byte.
+
+    Raises:
+        ImageError: too many.
+    """
+    if pixels > most:
+        what = f"takes more than {most} decoded pixels to show its frames"
+        raise ImageError(Code.VIDEO_TOO_LARGE, name, what, "cut it, scale it down, or encode it with more key frames")
 
 
 def decode_frames(stream: BinaryIO, count: int, *, shown: int, name: str) -> list[Image.Image]:
@@ -93,6 +114,7 @@ def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Imag
     found: dict[int, Image.Image] = {}
     frames: Iterator[Any] = iter(())
     current: Any = None
+    decoded = 0
     for time in sorted(set(wanted)):
         key = max((start for start in keys if start <= time), default=times[0])
         if current is None or key > current.pts:
@@ -103,6 +125,8 @@ def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Imag
             if following is None:
                 break  # the last frames cannot be decoded; the frame before replaces them
             current = following
+            decoded += current.width * current.height
+            check_decoded(decoded, name)
         found[time] = _picture(current, count, name)
     return [found[time] for time in wanted]
 

@@ -23,7 +23,14 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from mm_moslora.data.images.pyav_decode import MAX_FRAMES, check_pixels, decode_frames, places
+from mm_moslora.data.images.pyav_decode import (
+    MAX_FRAMES,
+    check_decoded,
+    check_pixels,
+    check_shown,
+    decode_frames,
+    places,
+)
 from mm_moslora.data.images.record_picture import (
     FAULT_CODES,
     ImageError,
@@ -44,6 +51,8 @@ SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", "
 MAX_BYTES = 4 * 2**30
 """Larger files are not read."""
 _ANIMATIONS = ("GIF", "WEBP", "PNG")
+_MAX_COMPOSED = 1_000_000_000
+"""Most pixels of all frames of an animation: Pillow composes each on the whole canvas, 75 million pixels a second."""
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _DIGITS = re.compile(r"(\d+)")
 
@@ -103,7 +112,12 @@ class Clip:
     def _decoded(self, count: int) -> list[Image.Image]:
         if self._is_folder():
             files = self._files()
-            return [open_image(files[place]) for place in places(len(files), count)]
+            shown = [files[place] for place in places(len(files), count)]
+            sizes = [check_image(path) for path in shown]
+            check_shown(
+                sum(width * height for width, height in sizes), f"{count} frames of its pictures' sizes", self.name
+            )
+            return [open_image(path) for path in shown]
         with self._opened() as stream:
             if _is_animation(stream):
                 return _of_animation(stream, count, shown=self.count, name=self.name)
@@ -209,6 +223,7 @@ def _of_animation(stream: BinaryIO, count: int, *, shown: int, name: str) -> lis
         frames = int(getattr(image, "n_frames", 1)) if count > 1 else 1
         if frames > MAX_FRAMES:
             raise ImageError(Code.VIDEO_TOO_LONG, name, f"has {frames} frames", f"stay below {MAX_FRAMES}")
+        check_decoded(frames * image.width * image.height, name, most=_MAX_COMPOSED)
         found: dict[int, Image.Image] = {}
         wanted = places(frames, count)
         for place in sorted(set(wanted)):

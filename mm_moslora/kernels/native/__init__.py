@@ -11,13 +11,13 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.launch.child_processes import output_of
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.files import replacing
 from mm_moslora.utils.hardware import CPUINFO, extensions_folder
@@ -139,9 +139,9 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise NativeError(f"{command[0]} did not end within {SECONDS} seconds") from error
+        done = output_of(command, seconds=SECONDS)
+    except TimeoutError as error:
+        raise NativeError(str(error)) from error
     except OSError as error:
         raise NativeError(f"{command[0]} does not start ({error.strerror})") from error
     if done.returncode != 0:

@@ -24,8 +24,9 @@ from mm_moslora.models.language_model import savable_generation_config
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
-from mm_moslora.utils.errors import ConfigError, ModelError
-from mm_moslora.utils.files import read_json, refuse_full_folder
+from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.file_locks import new_folder
+from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import BASE, writing
 
 TOLERANCE = 1e-4
@@ -50,11 +51,12 @@ def export_model(assembly: Parts, folder: Path, *, require_stock: bool = False) 
 
     Args:
         assembly: loaded with `merge=True`, in the dtype to be written.
-        folder: new or empty.
+        folder: new or empty; it appears once it is written and checked.
         require_stock: refuse a model that transformers alone cannot load.
 
     Raises:
-        ModelError: the model cannot be expressed, the folder is not empty, or the folder gives other logits.
+        ModelError: the model cannot be expressed, or what was written gives other logits.
+        ConfigError: the folder is not empty.
     """
     model = assembly.model
     if assembly.peft_model is not None:
@@ -62,22 +64,17 @@ def export_model(assembly: Parts, folder: Path, *, require_stock: bool = False) 
     stock = not isinstance(model, VlmForConditionalGeneration)
     if require_stock and isinstance(model, VlmForConditionalGeneration):
         raise ModelError(why_not_stock(model))
-    check_empty(folder)
     savable_generation_config(model)
-    with writing(folder):
-        model.save_pretrained(folder)
+    with writing(folder), new_folder(folder) as part:
+        model.save_pretrained(part)
         if assembly.processor is not None:
             if not assembly.is_pretrained_vlm and tower_family(model.config.vision_config.model_type).nested_names:
-                _rename_tensors(folder, "vision_tower.", "vision_tower.vision_model.")
-            save_processor(assembly.processor, folder)
+                _rename_tensors(part, "vision_tower.", "vision_tower.vision_model.")
+            save_processor(assembly.processor, part)
         else:
-            assembly.tokenizer.save_pretrained(folder)
-    return Exported(
-        folder=folder,
-        architecture=type(model).__name__,
-        stock=stock,
-        max_logit_difference=_check(assembly, folder),
-    )
+            assembly.tokenizer.save_pretrained(part)
+        difference = _check(assembly, part)
+    return Exported(folder=folder, architecture=type(model).__name__, stock=stock, max_logit_difference=difference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +97,7 @@ def published_base(assembly: Parts) -> tuple[str, str | None] | None:
     if assembly.changed:
         return None
     if base.get("exported"):
-        return _absolute(base["exported"]), None
+        return _absolute(base["exported"]), base.get("revision")
     if base.get("vlm"):
         return _absolute(base["vlm"]), base.get("vlm_revision")
     if base.get("language") and not is_multimodal(model):
@@ -112,7 +109,9 @@ def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def export_lora(assembly: Parts, folder: Path, *, dtype: torch.dtype = torch.float32) -> ExportedLora:
+def export_lora(
+    assembly: Parts, folder: Path, *, dtype: torch.dtype = torch.float32, final: Path | None = None
+) -> ExportedLora:
     """Write the adapter, folded to plain LoRA, for stock PEFT, vLLM and others, and the base where none is published.
 
     The folder names its base, so that PEFT's Auto classes load both. An assembled model's base, the projector of the
@@ -120,11 +119,13 @@ def export_lora(assembly: Parts, folder: Path, *, dtype: torch.dtype = torch.flo
 
     Args:
         assembly: loaded with `merge=False`; its adapter is replaced by the plain LoRA that was written.
-        folder: new or empty.
+        folder: new or empty; it appears once it is written and checked.
         dtype: of a base that is written.
+        final: where the folder will lie, if not here.
 
     Raises:
-        ModelError: the model carries no adapter, the folder is not empty, or the folder gives other logits.
+        ModelError: the model carries no adapter, or what was written gives other logits.
+        ConfigError: the folder is not empty.
     """
     if assembly.peft_model is None:
         raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
@@ -134,31 +135,30 @@ def export_lora(assembly: Parts, folder: Path, *, dtype: torch.dtype = torch.flo
             f"The adapter is of PEFT's {kind.peft_type.value} (adapter.peft), and not of this package. The folder "
             "`adapter` of a checkpoint is PEFT's own; export the whole model for another program."
         )
-    check_empty(folder)
     model, published = assembly.model, published_base(assembly)
     if published is None:
         _round_base(model, dtype)
     live = _probe(assembly, model)
-    adapters.save_adapter(assembly.peft_model, folder, base=assembly.base)
-    assembly.peft_model.unload()
-    assembly.peft_model = None
-    if published is None:
-        cast_parameters(model, dtype)
-        export_model(assembly, folder / BASE)
-        cast_parameters(model, torch.float32)
-    with writing(folder):
-        name, revision = published or (str((folder / BASE).resolve()), None)
+    with writing(folder), new_folder(folder) as part:
+        adapters.save_adapter(assembly.peft_model, part, base=assembly.base)
+        assembly.peft_model.unload()
+        assembly.peft_model = None
+        if published is None:
+            cast_parameters(model, dtype)
+            export_model(assembly, part / BASE)
+            cast_parameters(model, torch.float32)
+        name, revision = published or (str(((final or folder) / BASE).resolve()), None)
         sees = is_multimodal(model)
-        name_base(folder, name, revision=revision, kind=type(model) if sees else None)
+        name_base(part, name, revision=revision, kind=type(model) if sees else None)
         if assembly.processor is not None:
-            save_processor(assembly.processor, folder)
+            save_processor(assembly.processor, part)
         else:
-            assembly.tokenizer.save_pretrained(folder)
-    assembly.peft_model = peft.PeftModel.from_pretrained(model, folder).eval()
+            assembly.tokenizer.save_pretrained(part)
+        assembly.peft_model = peft.PeftModel.from_pretrained(model, part).eval()
+        difference = largest_logit_difference(live, _probe(assembly, model))
     return ExportedLora(
         base=name, loader="AutoPeftModel" if sees else "AutoPeftModelForCausalLM",
-        stock=not isinstance(model, VlmForConditionalGeneration),
-        max_logit_difference=largest_logit_difference(folder, live, _probe(assembly, model)),
+        stock=not isinstance(model, VlmForConditionalGeneration), max_logit_difference=difference,
     )  # fmt: skip
 
 
@@ -236,34 +236,22 @@ def _check(assembly: Parts, folder: Path) -> float:
     loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
     twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).eval()
     if type(twin) is not type(model):
-        raise ModelError(f"{folder} loads as {type(twin).__name__}, expected {type(model).__name__}.")
-    return largest_logit_difference(folder, _probe(assembly, model), _probe(assembly, twin))
+        raise ModelError(f"The written files load as {type(twin).__name__}, expected {type(model).__name__}.")
+    return largest_logit_difference(_probe(assembly, model), _probe(assembly, twin))
 
 
-def check_empty(folder: Path) -> None:
-    """Refuse a folder with something in it.
-
-    Raises:
-        ModelError: it has, or it cannot be made.
-    """
-    try:
-        refuse_full_folder(folder)
-    except ConfigError as error:
-        raise ModelError(str(error)) from error
-
-
-def largest_logit_difference(folder: Path, ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference between two models' logits.
+def largest_logit_difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference between a model's logits and those of its written files.
 
     Raises:
-        ModelError: it is larger than rounding; names the folder of the second model.
+        ModelError: it is larger than rounding.
     """
     difference = float((ours.float() - theirs.float()).abs().max())
     accepted = TOLERANCE * max(1.0, float(ours.float().abs().max()))
     if not difference <= accepted:  # not a number is no agreement
         raise ModelError(
-            f"{folder} gives other logits than the model it was written from (largest difference {difference:.2e}, "
-            f"accepted {accepted:.0e}). Do not use it."
+            f"The written files give other logits than the model (largest difference {difference:.2e}, accepted "
+            f"{accepted:.0e}), so they were deleted. Export in fp32 (--dtype fp32), and report the model's class."
         )
     return difference
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, PreTrainedModel
 
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.families import DECODERS, decoder_family
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vlm import VlmForConditionalGeneration
 from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.run_paths import writing
 
 _PROJECTOR = {"linear_1": "0", "linear_2": "2"}
@@ -46,16 +46,14 @@ def export_original(assembly: Parts, folder: Path, *, vision: str | None = None)
     aspect = None if reason else _aspect(assembly)
     if reason or aspect is None:
         raise ModelError(reason or _SQUEEZED)
-    check_empty(folder)
     state = original_state(model)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(_config(model, str(tower), aspect), indent=2), encoding="utf-8")
-        assembly.tokenizer.save_pretrained(folder)
+    with writing(folder), new_folder(folder) as part:
+        save_file(state, part / "model.safetensors", metadata={"format": "pt"})
+        (part / "config.json").write_text(json.dumps(_config(model, str(tower), aspect), indent=2), encoding="utf-8")
+        assembly.tokenizer.save_pretrained(part)
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-    written = load_file(folder / "model.safetensors")
+            model.generation_config.save_pretrained(part)
+        written = load_file(part / "model.safetensors")
     return max(float((written[name].float() - value.float()).abs().max()) for name, value in state.items())
 
 

@@ -20,9 +20,9 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from mm_moslora.adapters.folders.gguf_adapter import FAMILIES, in_row_order, write_file
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.untrusted_data import parse_json
 
 _FAMILIES = {kind: family for kind, family in FAMILIES.items() if not family.adapters_only}
@@ -59,16 +59,17 @@ def export_gguf(assembly: Parts, folder: Path, *, half: bool = False) -> GgufFil
     reason = why_not_gguf(assembly)
     if reason:
         raise ModelError(reason)
-    check_empty(folder)
-    text = dict(_text_tensors(assembly.model))
-    _write(folder / "model.gguf", _text_metadata(assembly), text, half=half)
-    difference = _difference(folder / "model.gguf", text)
-    if not is_multimodal(assembly.model):
-        return GgufFiles(text=folder / "model.gguf", mmproj=None, largest_difference=difference)
-    vision = dict(_vision_tensors(assembly.model))
-    _write(folder / "mmproj.gguf", _vision_metadata(assembly), vision, half=half)
-    difference = max(difference, _difference(folder / "mmproj.gguf", vision))
-    return GgufFiles(text=folder / "model.gguf", mmproj=folder / "mmproj.gguf", largest_difference=difference)
+    text, sees = dict(_text_tensors(assembly.model)), is_multimodal(assembly.model)
+    with new_folder(folder) as part:
+        _write(part / "model.gguf", _text_metadata(assembly), text, half=half)
+        difference = _difference(part / "model.gguf", text)
+        if sees:
+            vision = dict(_vision_tensors(assembly.model))
+            _write(part / "mmproj.gguf", _vision_metadata(assembly), vision, half=half)
+            difference = max(difference, _difference(part / "mmproj.gguf", vision))
+    return GgufFiles(
+        text=folder / "model.gguf", mmproj=folder / "mmproj.gguf" if sees else None, largest_difference=difference
+    )
 
 
 def why_not_gguf(assembly: Parts) -> str | None:

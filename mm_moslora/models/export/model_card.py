@@ -37,7 +37,11 @@ def write_card(
     checkpoint = find_checkpoint(source)
     recipe = recipe_of(checkpoint) if (checkpoint / MANIFEST).is_file() else None
     front = yaml.safe_dump(_front(assembly, recipe, licence, adapter_of), sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{front}---", f"# {recipe.name if recipe else folder.name}", _made_of(assembly, licence, adapter_of)]
+    parts = [
+        f"---\n{front}---",
+        f"# {recipe.name if recipe else source.resolve().name}",
+        _made_of(assembly, licence, adapter_of),
+    ]
     if recipe is not None:
         parts += [_training(checkpoint, recipe), _data(recipe), _results(checkpoint)]
         parts.append(f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```")

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import TOWERS, tower_family
-from mm_moslora.models.model_sizes import config_to_count
+from mm_moslora.models.model_sizes import config_to_count, refuse_adapter_beside
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
 from mm_moslora.models.vision.repeated_layers import repeated_layers
 from mm_moslora.models.vision.timm_open_clip_tower import (
@@ -214,6 +214,8 @@ def _load_transformers(
 ) -> tuple[PreTrainedModel, PixelStatistics]:
     import transformers
 
+    if weights:
+        refuse_adapter_beside(config.name, config.revision)
     try:
         if weights:
             whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mm_moslora.serve.api.chat_request import ChatRequest
 from mm_moslora.serve.inference.continuous_batching import Piece
+from mm_moslora.serve.inference.text_stream import ThinkingSplit
 
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
@@ -27,6 +28,9 @@ class Reply:
     def __post_init__(self) -> None:
         count = self.request.choices
         self._texts, self._tokens = [""] * count, [0] * count
+        self._thoughts = [""] * count
+        self._splits = [ThinkingSplit() for _ in range(count)]
+        self._fresh = [("", "")] * count
         self._endings: list[str | None] = [None] * count
 
     @property
@@ -36,7 +40,10 @@ class Reply:
 
     def add(self, choice: int, piece: Piece) -> None:
         """Record an event of one answer."""
-        self._texts[choice] += piece.text
+        thinking, text = self._splits[choice].add(piece.text, last=piece.ending is not None)
+        self._fresh[choice] = thinking, text
+        self._thoughts[choice] += thinking
+        self._texts[choice] += text
         self._tokens[choice] = piece.tokens
         self._endings[choice] = piece.ending
 
@@ -44,10 +51,14 @@ class Reply:
         """The reply to a request without streaming."""
         choices = [
             {
-                "index": index, "message": {"role": "assistant", "content": text, "refusal": None},
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None}
+                | ({"reasoning_content": thinking} if thinking else {}),
                 "finish_reason": ending, "logprobs": None,
             }
-            for index, (text, ending) in enumerate(zip(self._texts, self._endings, strict=True))
+            for index, (text, thinking, ending) in enumerate(
+                zip(self._texts, self._thoughts, self._endings, strict=True)
+            )
         ]  # fmt: skip
         return self._object("chat.completion", choices) | {"usage": self._usage()}
 
@@ -56,8 +67,10 @@ class Reply:
         return self._event(choice, {"role": "assistant", "content": ""}, None)
 
     def event(self, choice: int, piece: Piece) -> bytes:
-        """The event for a piece."""
-        events = self._event(choice, {"content": piece.text}, None) if piece.text else b""
+        """The event for the piece that `add` took last."""
+        thinking, text = self._fresh[choice]
+        events = self._event(choice, {"reasoning_content": thinking}, None) if thinking else b""
+        events += self._event(choice, {"content": text}, None) if text else b""
         return events + (self._event(choice, {}, piece.ending) if piece.ending else b"")
 
     def closing(self) -> bytes:

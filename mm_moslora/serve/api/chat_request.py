@@ -45,6 +45,8 @@ class ChatRequest:
     messages: tuple[Message, ...]
     sampling: Sampling
     stop: tuple[str, ...] = ()
+    thinking: bool | None = None
+    """Ask the model to think before it answers, or to answer at once; None: as it was trained."""
     stream: bool = False
     include_usage: bool = False
     choices: int = 1
@@ -142,6 +144,7 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
         messages=messages,
         sampling=_sampling(body, limits),
         stop=_stop(body.get("stop"), limits),
+        thinking=_thinking(body.get("chat_template_kwargs")),
         stream=_boolean(body, "stream"),
         include_usage=include_usage,
         choices=_integer(body, "n", 1, 1, limits.choices),
@@ -205,6 +208,23 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
             raise ApiError(
                 f"{name} is not supported by this server; leave it out.", param=name, code="unsupported_parameter"
             )
+
+
+def _thinking(value: Any) -> bool | None:
+    """The switch of vLLM and SGLang: `chat_template_kwargs: {"enable_thinking": false}`."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise _wrong("chat_template_kwargs", "an object with enable_thinking")
+    if others := sorted(value.keys() - {"enable_thinking"}):
+        raise ApiError(
+            f"chat_template_kwargs.{ascii(others[0])[1:-1][:60]} is not supported by this server, only "
+            "enable_thinking; leave it out.",
+            param="chat_template_kwargs", code="unsupported_parameter",
+        )  # fmt: skip
+    if value.get("enable_thinking") is None:
+        return None
+    return _boolean(value, "enable_thinking", "chat_template_kwargs.")
 
 
 def _messages(value: Any, limits: Limits) -> tuple[Message, ...]:

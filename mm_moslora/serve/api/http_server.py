@@ -20,6 +20,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mm_moslora.launch.child_processes import install_handler, restore_handlers
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
@@ -86,7 +87,7 @@ def bound(host: str, port: int) -> list[socket.socket]:
 
 
 def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Callable[[], object]) -> None:
-    """Run an application with deadlines, until SIGINT or SIGTERM.
+    """Run an application with deadlines, until a signal asks it to stop.
 
     Args:
         app: the application.
@@ -102,7 +103,10 @@ def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Call
     gc.collect()
     gc.freeze()
     keep_freed_memory(block=2**22, total=2**26)  # pictures and bodies are large and short-lived
-    Server(settings(app, limits=limits), drain_seconds=limits.drain_seconds, end=end).run(sockets)
+    try:
+        Server(settings(app, limits=limits), drain_seconds=limits.drain_seconds, end=end).run(sockets)
+    finally:
+        gc.unfreeze()  # libraries report frozen objects as leaks when the process ends
 
 
 def settings(app: App, *, limits: Limits) -> uvicorn.Config:
@@ -167,13 +171,11 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn raises the signal again at the end, so a clean shutdown would look like a killed process."""
-        handled = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        before = install_handler(self.handle_exit)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore_handlers(before)
 
     async def startup(self, sockets: Any = None) -> None:
         """See uvicorn."""

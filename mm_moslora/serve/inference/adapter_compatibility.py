@@ -8,8 +8,8 @@ from typing import Any
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import Parts, load_parts
-from mm_moslora.models.load_model import model_of
-from mm_moslora.models.model_paths import stored_fingerprints
+from mm_moslora.models.load_model import model_of, recipe_of
+from mm_moslora.models.model_paths import is_comparable, stored_fingerprints
 from mm_moslora.models.processing.llava_processor import plain_template
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
@@ -21,6 +21,11 @@ _OTHERWISE_FREE: dict[type, frozenset[str]] = {
 }
 """Keys of a recipe's `model` that change neither the inputs of a model nor the outputs of its base. Every other key is
 compared, so a new key of the recipe is compared until it is listed here."""
+
+_REVISIONS = {
+    "model.language": "model.language_revision", "model.vlm": "model.vlm_revision",
+    "model.vision.name": "model.vision.revision",
+}  # fmt: skip
 
 
 def refuse_other_settings(assembly: Parts, main: Path, checkpoint: Path) -> None:
@@ -48,13 +53,13 @@ def refuse_other_settings(assembly: Parts, main: Path, checkpoint: Path) -> None
 
 def _differing_keys(served: Path, added: Path) -> list[str]:
     """Recipe keys with different values in two checkpoints."""
-    a, b = (_flat("model", model_of(folder)) for folder in (served, added))
+    a, b = (_flat("model", recipe_of(folder).model) for folder in (served, added))
     hash_a, hash_b = stored_fingerprints(served), stored_fingerprints(added)
     for key in hash_a.keys() & hash_b.keys() & a.keys() & b.keys():
         # Models are compared by content; their paths may differ.
         if hash_a[key] == hash_b[key]:
-            b[key] = a[key]
-        else:
+            b |= {same: a[same] for same in (key, _REVISIONS.get(key, key)) if same in a}
+        elif is_comparable(hash_a[key], hash_b[key]):
             a[key], b[key] = f"{a[key]} ({hash_a[key][:8]})", f"{b[key]} ({hash_b[key][:8]})"
     keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
     return [f"{key} is {a.get(key, 'unset')} in the served model, {b.get(key, 'unset')} here" for key in keys]

@@ -64,6 +64,8 @@ class Job:
     """Its pictures, in order."""
     sampling: Sampling
     stop: tuple[str, ...] = ()
+    thinking: bool | None = None
+    """The form of the prompt; see `ConversationEncoder.encode_prompt`."""
     choice: int = 0
     deliver: Callable[[Piece], object]
     """Callback, called from the engine's thread."""
@@ -345,7 +347,7 @@ class Engine:
         """Run prompts and add their rows to the batch."""
         rows = [
             _Row(
-                job=job, text=TextStream(self.models.encoder, job.stop), sampling=job.sampling,
+                job=job, text=TextStream(self.models.encoder, job.stop, thinking=job.thinking), sampling=job.sampling,
                 occurrences=job.occurrences, generator=job.sampling.generator(job.choice),
             )
             for job in jobs

@@ -53,6 +53,12 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
         raise ApiError(
             f"{request.model} has no vision encoder; send text only.", param="messages", code="images_not_supported"
         )
+    if request.thinking is not None and not models.encoder.has_switch:
+        raise ApiError(
+            f"The chat template of {request.model} has one form of prompts, so enable_thinking has no effect; leave it "
+            "out.",
+            param="chat_template_kwargs", code="unsupported_parameter",
+        )  # fmt: skip
     refuse_too_long(request.characters, longest_of(models, limits), limits)
 
 
@@ -78,7 +84,7 @@ def prepare(
     pictures = open_pictures(files, stop=stop)
     refuse_stopped(stop)
     try:
-        ids, seen = models.prompt(turns_of(request.messages), pictures)
+        ids, seen = models.prompt(turns_of(request.messages), pictures, thinking=request.thinking)
     except ModelError as error:
         raise ApiError(str(error), param="messages", code="invalid_image") from None
     except MoSLoRAError:
@@ -113,7 +119,7 @@ def jobs_of(
     return [
         Job(
             model=request.model, input_ids=prepared.input_ids, seen=prepared.seen, sampling=request.sampling,
-            stop=request.stop, choice=choice, deadline=time.monotonic() + seconds,
+            stop=request.stop, thinking=request.thinking, choice=choice, deadline=time.monotonic() + seconds,
             deliver=partial(deliver, choice),
         )
         for choice in range(request.choices)

@@ -29,7 +29,7 @@ from mm_moslora.models.assembly import Parts, load_projector
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.decoding.prefix_cache import Decoder
 from mm_moslora.models.decoding.row_decoding import prefill_row
-from mm_moslora.models.load_model import load, model_of
+from mm_moslora.models.load_model import load, model_of, recipe_of
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.vision.feature_cache import FeatureCache
 from mm_moslora.models.vlm import has_own_forward
@@ -110,12 +110,15 @@ class Models:
         with self._alone:
             return sum(len(ids) for ids in self.assembly.image_processing.placeholders(sizes))
 
-    def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> tuple[Tensor, list[ProcessedImage]]:
+    def prompt(
+        self, turns: Sequence[Turn], pictures: Sequence[Image.Image], *, thinking: bool | None = None
+    ) -> tuple[Tensor, list[ProcessedImage]]:
         """Model inputs of a conversation that ends with a question: ids ``[T]`` and its pictures. Thread-safe.
 
         Args:
             turns: the conversation.
             pictures: RGB, in order; empty for a text-only model.
+            thinking: see `ConversationEncoder.encode_prompt`.
 
         Raises:
             ModelError: the model's own processor refuses one of the pictures.
@@ -128,7 +131,8 @@ class Models:
                 )
             except Exception as error:  # processors raise nearly anything
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
-            return self.encoder.encode_prompt(turns, pictures=[item.placeholders for item in seen]), seen
+            placeholders = [item.placeholders for item in seen]
+            return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), seen
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.
@@ -263,7 +267,7 @@ def why_no_base(path: Path) -> str | None:
 
 def _trained_weights(checkpoint: Path) -> str | None:
     """A component with trained weights of its own; such a checkpoint is not an adapter of its base."""
-    is_pretrained_vlm = model_of(checkpoint).vlm is not None
+    is_pretrained_vlm = recipe_of(checkpoint).model.vlm is not None
     parts = ("vision", "language", *(("projector",) if is_pretrained_vlm else ()))
     return next((part for part in parts if (checkpoint / f"{part}.safetensors").is_file()), None)
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.launch.launcher import STATE
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError
 from mm_moslora.utils.files import read_json, replace_json
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)
-
-STATE = "state.json"
 
 
 @dataclass
@@ -63,7 +62,8 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[En
             "ended": time.time(),
         }
         if distributed.is_main():
-            _write(folder, over if before is None or ending.begun else before)
+            gone = reason is None and before is not None and before.get("state") == "running"  # this run has its lock
+            _write(folder, over if before is None or ending.begun or gone else before)
         elif reason and (ending.begun or 0 in ranks) and (_read_state(folder) or {}).get("state") == "running":
             _write(folder, over)
         raise

@@ -6,15 +6,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from mm_moslora.launch.launcher import REQUESTS_TO_END_UNSAVED, RequestCounter
+from mm_moslora.launch.child_processes import (
+    REQUESTS_TO_END_UNSAVED,
+    RequestCounter,
+    install_handler,
+    restore_handlers,
+)
 from mm_moslora.utils.text_format import whole_number
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _AGAIN_SECONDS = 30.0
 """Delay before the exception is raised again, where Python or a library swallowed it (in a finaliser, for example)."""
 
@@ -24,10 +28,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Handles SIGTERM, SIGINT and SIGUSR1.
+    """Handles the signals of `mm_moslora.launch.child_processes.STOP_SIGNALS`.
 
     In a `with` block of it, the first signal is stored, and the third Ctrl-C stops at once (KeyboardInterrupt); see
-    `mm_moslora.launch.launcher.RequestCounter`. In an outer block of `at_once`, every signal stops at once (Stopped).
+    `RequestCounter` there. In an outer block of `at_once`, every signal stops at once (Stopped).
     """
 
     def __init__(self) -> None:
@@ -38,13 +42,13 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         signal.setitimer(signal.ITIMER_REAL, 0.0)  # an exception that was swallowed before takes effect here
-        self._previous = _install(self._remember)
+        self._previous = install_handler(self._remember, unless_ignored=False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _restore(self._previous)
+        restore_handlers(self._previous)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -63,7 +67,7 @@ class StopRequest:
             raise Stopped
 
         alone = whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1
-        previous = _install(leave, unless_ignored=True) if alone else {}
+        previous = install_handler(leave) if alone else {}
         if previous:
             previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, leave)
         try:
@@ -72,23 +76,9 @@ class StopRequest:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            _restore(previous)
+            restore_handlers(previous)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         if self._requests.count(number) >= REQUESTS_TO_END_UNSAVED:
             raise KeyboardInterrupt
-
-
-def _install(handler: Callable[[int, FrameType | None], None], *, unless_ignored: bool = False) -> dict[int, Any]:
-    """Install a handler for the signals; returns the previous handlers."""
-    numbers = [n for n in _SIGNALS if not (unless_ignored and signal.getsignal(n) == signal.SIG_IGN)]
-    try:
-        return {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:  # not in the main thread: the embedding program handles signals
-        return {}
-
-
-def _restore(previous: dict[int, Any]) -> None:
-    for number, handler in previous.items():
-        signal.signal(number, handler)

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from types import TracebackType
 
 import torch
 
+from mm_moslora.launch.child_processes import start
 from mm_moslora.training.supervision.run_state import record_failure
 from mm_moslora.utils import distributed, heartbeat
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError, TrainingError
@@ -40,6 +40,8 @@ EXIT_HANG = 70
 """Exit code of a rank that stopped waiting."""
 _TORCHRUN_SECONDS = 30
 """Seconds for torchrun to end after SIGTERM."""
+_KILL_LATER = 'exec >&- 2>&-; for _ in $(seq "$2"); do kill -0 "$1" || exit 0; sleep 0.2; done; kill -KILL "$1"'
+"""A script for sh; its arguments are a process id and a number of fifths of a second."""
 _STANDSTILL = 10
 """Multiple of the heartbeat interval: a longer gap means that the process did not run."""
 _CULPRIT_SECONDS = 4.0  # a failing rank needs a moment to write its heartbeat
@@ -208,9 +210,13 @@ class Watchdog:
         os._exit(EXIT_HANG)
 
     def _ask_for_stacks(self) -> None:
-        """Send SIGUSR2 to the ranks of this machine; their handlers write stacks even during a hang."""
+        """Send SIGUSR2 to the ranks of this machine; their handlers write stacks even during a hang.
+
+        Its default action ends a process, and anybody may have written the files: only processes that this rank's own
+        launcher has started, and which handle the signal, get it.
+        """
         for beat in self.read():
-            if beat.host == socket.gethostname() and beat.pid != os.getpid() and not beat.is_dead():
+            if beat.pid != os.getpid() and beat.rank < distributed.world_size() and _is_sibling(beat):
                 with contextlib.suppress(OSError):
                     os.kill(beat.pid, signal.SIGUSR2)
 
@@ -316,12 +322,18 @@ def release_torchrun() -> None:
         torchrun = os.getppid()
         with contextlib.suppress(OSError):
             os.kill(torchrun, signal.SIGTERM)
-            wait = f"for _ in $(seq {5 * _TORCHRUN_SECONDS}); do kill -0 {torchrun} || exit 0; sleep 0.2; done"
-            nothing = subprocess.DEVNULL
-            subprocess.Popen(
-                ["sh", "-c", f"{wait}; kill -KILL {torchrun}"], start_new_session=True, stdin=nothing, stdout=nothing,
-                stderr=nothing,
-            )  # fmt: skip
+            start(["sh", "-c", _KILL_LATER, "sh", str(torchrun), str(5 * _TORCHRUN_SECONDS)], start_new_session=True)
+
+
+def _is_sibling(beat: Heartbeat) -> bool:
+    """Whether a process of this machine has this one's parent, and handles SIGUSR2."""
+    try:
+        lines = Path(f"/proc/{beat.pid}/status").read_text(encoding="utf-8").splitlines()
+        told = dict(line.split(":", 1) for line in lines)
+        handled = int(told["SigCgt"], 16) >> (signal.SIGUSR2 - 1) & 1
+        return beat.is_here() and bool(handled) and int(told["PPid"]) == os.getppid()
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _own_place(phase: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from adapters.adapter_models import folded, llama, llava, logits, train_a_bit
 from adapters.behaviour_models import inputs, network
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters import (
@@ -27,7 +27,7 @@ from mm_moslora.adapters import (
     save_adapter,
 )
 from mm_moslora.adapters.folders.export_adapter import largest_difference
-from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError, ConfigError
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 
@@ -236,22 +236,29 @@ def test_an_embedding_is_named_as_what_a_layout_cannot_hold(tmp_path: Path) -> N
         export_adapter(tmp_path / "a", tmp_path / "out", layout="vllm")
 
 
-def test_one_diffusers_file_holds_several_components(tmp_path: Path) -> None:
-    """The second export took the place of the first."""
-    model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=["q_proj"])
-    other = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
-    for seed, (name, adapted) in enumerate({"text_encoder": model, "text_encoder_2": other}.items()):
+def test_one_file_holds_the_components_of_one_call_and_replaces_none(tmp_path: Path) -> None:
+    """An export took over what a file held of other components: of an earlier run, or of another author."""
+    for seed, (name, rank) in enumerate({"text_encoder": 2, "text_encoder_2": 4}.items()):
+        adapted = add_moslora(llama(), MoSLoRAConfig(r=rank), targets=["q_proj"])
         train_a_bit(adapted, seed=seed)
         save_adapter(adapted, tmp_path / name)
-        export_adapter(tmp_path / name, tmp_path / "out", layout="diffusers", component=name)
-    for name in ("text_encoder", "text_encoder_2"):
-        folders = (tmp_path / name, tmp_path / "out")
-        assert largest_difference(*folders, layout="diffusers", component=name) < 1e-6
-    written = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
-    assert {len(factor) for name, factor in written.items() if ".lora_A" in name} == {2, 4}
-    export_adapter(tmp_path / "text_encoder", tmp_path / "out", layout="diffusers", component="text_encoder_2")
-    written = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
-    assert {len(factor) for name, factor in written.items() if ".lora_A" in name} == {2}
+    folders = {name: tmp_path / name for name in ("text_encoder", "text_encoder_2")}
+    export_adapter(folders, tmp_path / "out", layout="diffusers")
+    for name, folder in folders.items():
+        assert largest_difference(folder, tmp_path / "out", layout="diffusers", component=name) < 1e-6
+    file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    assert {len(factor) for name, factor in load_file(file).items() if ".lora_A" in name} == {2, 4}
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match=r"pytorch_lora_weights.*is not replaced"):
+        export_adapter(folders["text_encoder"], tmp_path / "out", layout="diffusers", component="text_encoder")
+    stranger = tmp_path / "favourite.safetensors"
+    save_file({"lora_te_x.lora_down.weight": torch.ones(2, 3)}, stranger)
+    with pytest.raises(ConfigError, match=r"favourite.*is not replaced"):
+        export_adapter(folders, stranger, layout="kohya")
+    assert file.read_bytes() == before
+    assert list(load_file(stranger)) == ["lora_te_x.lora_down.weight"]
+    with pytest.raises(AdapterError, match="vllm holds one adapter, and 2 folders"):
+        export_adapter(folders, tmp_path / "vllm", layout="vllm")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -154,6 +155,26 @@ class TestBroken:
         assert "video_frames" in self.fault(path).remedy
         monkeypatch.setattr(video_clip, "MAX_BYTES", 100)
         assert self.fault(path, 1).code == Code.VIDEO_TOO_LARGE
+
+    def test_pixels_that_a_few_bytes_make_are_limited_in_every_container(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        frame = b"!\xf9\x04\x04\x01\x00\x00\x00" + b",\0\0\0\0\x01\0\x01\0\0" + b"\x02\x02\x44\x01\x00"
+        side = (5600).to_bytes(2, "little")
+        bomb = tmp_path / "bomb.gif"
+        bomb.write_bytes(b"GIF89a" + side + side + b"\x80\0\0" + b"\0\0\0\xff\xff\xff" + 200 * frame + b";")
+        began = time.thread_time()
+        assert self.fault(bomb).code == Code.VIDEO_TOO_LARGE
+        assert time.thread_time() - began < 3
+        one_key = write_video(tmp_path / "a.mp4", options={"g": "1000"})
+        frames = write_frames(tmp_path / "frames")
+        monkeypatch.setattr(
+            pyav_decode, "check_decoded", functools.partial(pyav_decode.check_decoded, most=10 * 64 * 48)
+        )
+        assert self.fault(one_key).code == Code.VIDEO_TOO_LARGE
+        monkeypatch.setattr(pyav_decode, "MAX_PIXELS", 3 * 64 * 48)
+        assert self.fault(frames).code == Code.VIDEO_TOO_LARGE
+        assert len(Clip(frames, "f", 3).frames()) == 3
 
     def test_a_playlist_is_no_video_and_nothing_behind_it_is_opened(self, tmp_path: Path) -> None:
         inner = write_video(tmp_path / "inner.mp4")

@@ -67,6 +67,16 @@ def test_answers_of_a_selection_are_reused_by_other_selections(tmp_path: Path) -
     assert len(rest.asked) == 14
 
 
+@pytest.mark.parametrize(("beams", "words"), [(1, "greedy"), (4, "4 beams")])
+def test_the_report_names_the_search_of_the_protocol(beams: int, words: str, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", count=2)
+    (tmp_path / "t.yaml").write_text(
+        f"name: t\nsource: {{kind: llava, path: {data}}}\ndecoding: {{max_new_tokens: 8, beams: {beams}}}\n"
+    )
+    eval_commands.run(FakeModel(), [str(tmp_path / "t.yaml")], tmp_path / "run", settings=ONE)
+    assert f"generate, {words}, at most 8 new tokens" in write_report(tmp_path / "run").read_text()
+
+
 def test_data_sets_of_one_file_name_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     easy, hard = write_questions(tmp_path / "easy", count=12), write_questions(tmp_path / "hard", count=12)
     hard.write_text(hard.read_text().replace("colour", "shade"))
@@ -97,7 +107,7 @@ def test_runs_on_other_documents_are_not_compared(tmp_path: Path) -> None:
         eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
     asked(tmp_path / "a", data, limit=5)
     ((result, text),) = eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
-    assert result.paired.n == 5
+    assert result.score.found.n == 5
     assert text.startswith("questions@own, first 5 of 12: ")
 
 

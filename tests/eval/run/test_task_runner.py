@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from between import just_before
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
+from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.task_runner import Settings, open_run
 from mm_moslora_eval.sources.image_controls import MODES
@@ -50,6 +52,43 @@ def stripped(path: Path) -> object:
 
     lines = path.read_text().split("\n") if path.suffix == ".jsonl" else [path.read_text()]
     return [clean(json.loads(text)) for text in lines if text]
+
+
+def test_progress_counts_answers_without_looking_through_all_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every report costs the same, whatever the number of documents; answers of an earlier run count."""
+    looked: list[int] = []
+
+    class Items(list):  # type: ignore[type-arg]
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            looked.append(len(self))
+            return super().__iter__()
+
+    prepare = Preparation.__init__
+
+    def counting(self: Preparation, *given: Any, **options: Any) -> None:
+        prepare(self, *given, **options)
+        self.items = Items(self.items)
+
+    monkeypatch.setattr(Preparation, "__init__", counting)
+    counts = []
+    seen: list[tuple[int, int]] = []
+    for count in (8, 80):
+        looked.clear()
+        seen.clear()
+        for fail_on in (("q1", "q2"), ()):
+            path = write_questions(tmp_path / str(count), count=count)
+            evaluate(
+                FakeModel(fail_on=fail_on), task_of(path), tmp_path / f"run-{count}", modes=("own",), baselines=(),
+                settings=ONE, progress=lambda done, total: seen.append((done, total)),
+            )  # fmt: skip
+        counts.append(len(looked))
+        assert {total for _, total in seen} == {count}
+        assert sorted({done for done, _ in seen}) == list(range(count + 1))
+        assert (count - 2, count) in seen[count + 1 :]  # the second run starts with what the first one answered
+        assert seen[-1] == (count, count)
+    assert counts[0] == counts[1]
 
 
 def test_every_document_is_asked_once_and_scored_once(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
@@ -264,12 +303,13 @@ def test_compare_two_modes(question_file: Path, tmp_path: Path, model: FakeModel
     evaluate(model, task_of(question_file), tmp_path / "run", settings=ONE)
     place = tmp_path / "run" / "questions@own"
     result, text = eval_commands.compare(place / "own", place / "wrong")
-    pair = result.paired
-    assert pair.wins + pair.losses + pair.ties == 12
-    assert len(result.changed) == pair.wins + pair.losses
-    assert pair.difference == pytest.approx(result.score_a - result.score_b)
+    score = result.score
+    assert score.wins + score.losses + score.ties == score.questions == 12
+    assert len(result.samples) == score.wins + score.losses
+    assert score.found.value == pytest.approx(score.a - score.b)
     assert "A wins" in text
-    assert result.detectable == pytest.approx(2.8016 * pair.stderr, rel=1e-4)  # three questions on a picture
+    assert "The interval rests on 4 pictures with 12 questions." in text
+    assert score.found.detectable > 4 * score.found.stderr  # of a t-test with 3 degrees of freedom; a normal one: 2.8
     few = Settings(batch_size=4, limit=5, rank=0, world_size=1)
     evaluate(model, task_of(question_file), tmp_path / "other", modes=("own",), settings=few)
     with pytest.raises(EvalError, match="different documents"):

@@ -20,7 +20,8 @@ from mm_moslora_eval.run.request_preparation import Preparation, deal
 from mm_moslora_eval.run.task_runner import Settings
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, difference_of_scores, headline_difference
+from mm_moslora_eval.scoring.estimates import paired
+from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, derangement, mean_image
@@ -73,8 +74,8 @@ def test_input_03_an_answer_that_cannot_be_read_is_wrong_and_counted() -> None:
 
 
 def test_intervals() -> None:
-    low, high = error_bars.wilson_interval(0, 20)
-    assert (low, high) == (0.0, pytest.approx(0.16113, abs=1e-5))
+    assert error_bars.binomial_interval(0, 20) == (0.0, pytest.approx(0.16843, abs=1e-5))
+    assert error_bars.binomial_interval(3, 20) == pytest.approx((0.03207, 0.37893), abs=1e-5)
     assert error_bars.t_quantile(0.95, 10) == pytest.approx(2.228138852, abs=1e-8)
     assert error_bars.t_two_sided(2.228138852, 10) == pytest.approx(0.05, abs=1e-9)
     assert error_bars.t_two_sided(1.0, 1) == pytest.approx(0.5, abs=1e-12)
@@ -87,9 +88,9 @@ def test_the_interval_covers_the_true_value_at_its_level() -> None:
     hits = 0
     for _ in range(1000):
         successes = sum(generator.random() < 0.9 for _ in range(60))
-        low, high = error_bars.wilson_interval(successes, 60)
+        low, high = error_bars.binomial_interval(successes, 60)
         hits += low <= 0.9 <= high
-    assert 0.92 <= hits / 1000 <= 0.98
+    assert 0.94 <= hits / 1000 <= 0.99
 
 
 def test_clusters_widen_the_error_of_correlated_samples() -> None:
@@ -105,39 +106,28 @@ def test_equal_scores_have_the_interval_of_their_number_of_pictures(right: float
         Scored(document=Document(id=str(i), question="?"), text="", parsed="", score=right, cluster=i % 10)
         for i in range(40)
     ]
-    found = AGGREGATIONS["mean"](samples)
-    assert (found.stderr_kind, found.score) == ("clustered", right)
-    assert (found.low, found.high) == error_bars.wilson_interval(10 * right, 10)
+    found = aggregate("mean", samples)
+    assert (found.stderr_kind, found.score, found.clusters) == ("clustered", right, 10)
+    assert (found.low, found.high) == error_bars.binomial_interval(10 * right, 10)
 
 
 def test_a_paired_comparison_shows_more_than_two_intervals() -> None:
     generator = random.Random(1)
     hard = [float(generator.random() < 0.5) for _ in range(400)]
     better = [max(value, float(generator.random() < 0.05)) for value in hard]
-    result = error_bars.paired(better, hard)
-    assert result.losses == 0
+    result = paired(better, hard)
     assert result.low > 0
     assert result.p_value < 0.01
-    assert math.isnan(error_bars.paired([1.0], [0.0]).p_value)
+    assert math.isnan(paired([1.0], [0.0]).p_value)
 
 
-def test_detectable_difference_is_that_of_millers_worked_example() -> None:
+def test_the_detectable_difference_is_near_that_of_millers_worked_example() -> None:
     """Half of right answers, correlation one half: 2,181 samples for a difference of three points."""
-    spread = 0.5 * math.sqrt(2 - 2 * 0.5)
-    assert error_bars.detectable_difference(spread / math.sqrt(2181)) == pytest.approx(0.03, rel=1e-3)
-
-
-def test_bootstrap_is_seeded_and_near_the_analytic_error() -> None:
-    generator = random.Random(2)
-    scores = [generator.random() for _ in range(300)]
-    groups = [[index] for index in range(300)]
-
-    def mean(drawn: Any) -> float:
-        return error_bars.mean([scores[index] for index in drawn])
-
-    first = error_bars.bootstrap_stderr(groups, mean, seed=5)
-    assert first == error_bars.bootstrap_stderr(groups, mean, seed=5)
-    assert first[0] == pytest.approx(error_bars.mean_stderr(scores), rel=0.15)
+    a = [float(n % 2) for n in range(2180)]
+    b = [float((n + n // 2 % 2 * (n // 4 % 2 == 0)) % 2) for n in range(2180)]
+    found = paired(a, b)
+    assert found.stderr == pytest.approx(0.5 * math.sqrt(2 - 2 * 0.5) / math.sqrt(2181), rel=0.01)
+    assert found.detectable == pytest.approx(0.03, rel=0.01)
 
 
 @given(st.sets(st.text(max_size=5), min_size=2, max_size=30), st.integers(0, 100))
@@ -185,7 +175,7 @@ def scored(rows: list[tuple[str, str, str, float]], **extra: str) -> list[Scored
 
 def test_circular_counts_a_question_only_when_every_rotation_is_right() -> None:
     rows = [("1", "c", "i1", 1.0), ("1000001", "c", "i1", 1.0), ("2", "c", "i2", 1.0), ("1000002", "c", "i2", 0.0)]
-    result = AGGREGATIONS["circular"](scored(rows))
+    result = aggregate("circular", scored(rows))
     assert result.score == 0.5
     assert result.metrics == {"questions": 2.0, "vanilla": 0.75}
 
@@ -193,9 +183,9 @@ def test_circular_counts_a_question_only_when_every_rotation_is_right() -> None:
 def test_a_pope_question_of_several_splits_counts_in_each() -> None:
     rows = [("1", "random,popular", "i1", 1.0), ("2", "popular", "i2", 0.0), ("3", "adversarial", "i3", 1.0)]
     samples = [replace(one, parsed="yes" if one.score else "no") for one in scored(rows)]
-    both = AGGREGATIONS["pope"](samples).metrics
+    both = aggregate("pope", samples).metrics
     assert (both["tp"], both["fn"], both["recall"]) == (3.0, 1.0, 0.75)
-    splits = AGGREGATIONS["pope_splits"](samples)
+    splits = aggregate("pope_splits", samples)
     assert splits.metrics["f1_random"] == splits.metrics["f1_adversarial"] == 1.0
     assert splits.score == pytest.approx((1 + 1 + 2 / 3) / 3)
 
@@ -207,27 +197,25 @@ def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
         replace(one, document=replace(one.document, extra={"image_path": name}))
         for one, name in zip(scored(rows), names, strict=True)
     ]
-    assert AGGREGATIONS["mme"](samples).score == pytest.approx(100 * 2 / 3 + 50)
+    assert aggregate("mme", samples).score == pytest.approx(100 * 2 / 3 + 50)
 
 
-def test_a_headline_is_compared_on_the_same_draws() -> None:
+def test_a_sum_is_compared_sample_by_sample() -> None:
     a = scored([(str(n), "OCR", f"i{n // 2}", 1.0) for n in range(40)])
     b = [replace(one, score=float(n % 4 != 0)) for n, one in enumerate(a)]
-    same = headline_difference("mme", b, b)
-    assert same is not None
-    assert (same.a, same.low, same.high) == (same.b, 0.0, 0.0)  # unpaired, the interval would not be a point
-    better = headline_difference("mme", a, b)
-    assert better is not None
-    assert (better.a, better.b) == (200.0, 75.0 + 50.0)
-    assert 0 < better.low < 75.0 < better.high
-    assert headline_difference("mean", a, b) is None
-    found = difference_of_scores("mme", a, list(reversed(b)))
-    assert (found.value, found.low, found.unit, found.groups) == (75.0, better.low, "perception", 20)
+    same = difference_of_scores("mme", [b], [b])
+    assert (same.a, same.found.value, same.found.stderr) == (same.b, 0.0, 0.0)
+    better = difference_of_scores("mme", [a], [list(reversed(b))])
+    assert (better.a, better.b, better.found.value) == (200.0, 75.0 + 50.0, 75.0)
+    assert 0 < better.found.low < 75.0 < better.found.high <= 200
+    assert (better.wins, better.losses, better.ties) == (10, 0, 30)
+    found = better.as_difference
+    assert (found.value, found.low, found.unit, found.groups) == (75.0, better.found.low, "perception", 20)
 
 
 def test_mme_survives_an_image_with_one_question() -> None:
     rows = [("a", "OCR", "i1", 1.0), ("b", "OCR", "i1", 0.0), ("c", "OCR", "i2", 1.0)]
-    result = AGGREGATIONS["mme"](scored(rows))
+    result = aggregate("mme", scored(rows))
     assert result.score == pytest.approx(100 * 2 / 3 + 50)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from mm_moslora_eval.metrics import caption
 from mm_moslora_eval.scoring.error_bars import clustered_stderr
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, headline_difference, score_by_sample
+from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores, score_by_sample
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 
@@ -147,7 +148,7 @@ def prepared(name: str, seed: int) -> list[Scored]:
 def test_the_standard_error_is_that_of_drawing_whole_pictures(name: str) -> None:
     samples = prepared(name, seed=3)
     number = NUMBERS.get(name, plain)
-    found = AGGREGATIONS[name](samples)
+    found = aggregate(name, samples)
     assert found.score == pytest.approx(number(samples, np.ones((1, len(samples))))[0], abs=5e-4)  # llavabench rounds
     assert found.stderr == pytest.approx(number(samples, weights_of(samples)).std(ddof=1), rel=0.1)
 
@@ -162,8 +163,7 @@ def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) 
         for s, w in zip(b, worse, strict=True)
     ]
     weights = weights_of(a)
-    found = headline_difference(name, a, b)
-    assert found is not None
+    found = difference_of_scores(name, [a], [b]).found
     expected = NUMBERS[name](a, weights) - NUMBERS[name](b, weights)
     assert found.stderr == pytest.approx(expected.std(ddof=1), rel=0.1)
 
@@ -172,6 +172,6 @@ def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) 
 def test_contributions_of_samples_have_the_mean_and_the_error_of_the_score(name: str) -> None:
     samples = prepared(name, seed=3)
     brought = score_by_sample(name, samples)
-    assert np.mean(brought) == pytest.approx(AGGREGATIONS[name](samples).score)
+    assert np.mean(brought) == pytest.approx(aggregate(name, samples).score)
     expected = NUMBERS.get(name, plain)(samples, weights_of(samples)).std(ddof=1)
     assert clustered_stderr(brought, [sample.cluster for sample in samples]) == pytest.approx(expected, rel=0.1)

@@ -18,9 +18,10 @@ from mm_moslora_eval.sources.document import Document, StoredImage
 from mm_moslora_eval.sources.image_controls import Hasher, mean_image, open_image
 from mm_moslora_eval.sources.source import Source
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import ConfigError, EvalError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
+from tests.eval.protocol_runs import Runs
 
 PICTURE = {"bytes": picture(5), "path": None}
 PEOPLE = [{"answer": "blue", "answer_confidence": "yes", "answer_id": n + 1} for n in range(10)]
@@ -221,11 +222,73 @@ def test_numbered_image_tags_show_the_images_they_name(question: str, order: tup
     assert sum(part is IMAGE for part in item.messages[0].content) == len(order)
 
 
-def test_a_tag_for_an_image_that_is_not_there_is_a_counted_failure() -> None:
-    task = get_task("mmmu_val@lmms_eval")
-    document = Document(id="1", images=(picture(1),), question="<image 2>?", options={"A": "x"}, answers=("A",))
+def shown(name: str, question: str, *images: bytes) -> list[str]:
+    """The parts of the prompt, with the numbers of the pictures that are shown."""
+    task = get_task(name)
+    document = Document(id="1", images=images, question=question, options={"A": "x", "B": "y"}, answers=("A",))
     (item,) = Preparation(task, [document], mode="own", seed=0, fingerprint="f", hasher=Hasher()).items
-    assert item.problem == "the text names image 2, the document has 1 images; name existing ones"
+    assert item.problem is None
+    pictures = iter(item.image_ids)
+    numbers = {Hasher()(image): number for number, image in enumerate(images, start=1)}
+    return [
+        part if isinstance(part, str) else f"PICTURE {numbers[next(pictures)]}" for part in item.messages[0].content
+    ]
+
+
+@pytest.mark.parametrize("name", ["mmmu_val@official", "mmmu_val@llava", "mmmu_val@vlmevalkit", "mmmu_val@moslora"])
+def test_a_numbered_tag_without_an_image_stays_text(name: str) -> None:
+    parts = shown(name, "Is <image 1> like <image 3> and <image 0>?", picture(1))
+    assert parts[1] == "PICTURE 1"
+    assert " like <image 3> and <image 0>?" in parts[2]
+    parts = shown(name, "<image 2>?", picture(1))
+    assert parts[0] == "PICTURE 1"
+    assert "<image 2>?" in parts[1]
+
+
+def test_lmms_eval_asks_mmmu_without_space_around_pictures() -> None:
+    parts = shown("mmmu_val@lmms_eval", "Is <image 1> or <image 2> \n larger?", picture(1), picture(2))
+    assert parts[:4] == ["Is", "PICTURE 1", "or", "PICTURE 2"]
+    assert parts[4].startswith("larger?\nA. x\nB. y\n\nAnswer")
+    assert shown("mmmu_val@official", "Is <image 1> larger?", picture(1))[0] == "Is "
+
+
+@pytest.mark.parametrize("protocol", ["llava", "vlmevalkit", "moslora", "lmms_eval"])
+@pytest.mark.parametrize(
+    "question",
+    [
+        "<image 1> Which one?",
+        "Is <image 1> like <image 2>, <image 3>, <image 4> or <image 5>?",
+        "What does <image> do?",
+    ],
+)
+def test_mmstar_shows_its_picture_first_and_leaves_tags_in_the_text(protocol: str, question: str) -> None:
+    first, text = shown(f"mmstar@{protocol}", question, picture(1))
+    assert first == "PICTURE 1"
+    assert question in text
+
+
+def test_tags_of_other_tasks_are_text_unless_they_are_llavas(tmp_path: Path) -> None:
+    assert shown("mmbench_en_dev@vlmevalkit", "Is it <image 1>?", picture(1))[0] == "PICTURE 1"
+    assert shown("llava:q.jsonl", "Is it <image>?", picture(1))[:2] == ["Is it ", "PICTURE 1"]
+    path = tmp_path / "t.yaml"
+    path.write_text("name: t\nsource: {kind: tsv, path: t.tsv}\nprompt: {image_tags: all}\n")
+    with pytest.raises(ConfigError, match="image_tags is 'all'"):
+        get_task(str(path))
+
+
+def test_the_answer_of_mathvista_may_be_two_options_of_one_text(tmp_path: Path) -> None:
+    """One row of testmini has its right choice twice."""
+    runs = Runs(tmp_path)
+    document = answer_of("18", "text", options=("17", "18", "20", "18"))
+    assert document.problem is None
+    assert document.answers == ("B", "D")
+    for name in ("lmms_eval", "lmms_eval_solution"):
+        assert runs(f"mathvista_testmini@{name}", [document], ["18"]).scores == [1.0]
+        assert runs(f"mathvista_testmini@{name}", [document], ["D"]).scores == [1.0]
+        assert runs(f"mathvista_testmini@{name}", [document], ["A"]).scores == [0.0]
+    assert answer_of("18", "index", options=("17", "18", "20", "18")).answers == ("18",)
+    with pytest.raises(EvalError, match="option B as an index and option C as a text"):
+        answer_of("1", options=("0", "5", "1", "1"))
 
 
 @pytest.mark.parametrize("seed", range(8))

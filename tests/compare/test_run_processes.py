@@ -1,4 +1,4 @@
-"""Runs that take turns in one process: the numbers of runs alone, failures that stay with their run, the cost."""
+"""Runs of a comparison: what they share changes no number; the cost."""
 
 from __future__ import annotations
 
@@ -11,30 +11,25 @@ import pytest
 import torch
 
 from mm_moslora.compare.arms import parse_arms
-from mm_moslora.compare.comparison_cell import LOG, Job, Runner, kind_of, metrics, read_outcome, why_alone
-from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings
-from mm_moslora.compare.comparison_run import Comparison, RunBudget
-from mm_moslora.compare.process_pool import Pool, Slot
+from mm_moslora.compare.comparison_cell import LOG, Job, metrics, read_outcome
+from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings, recipe_hash
 from mm_moslora.compare.run_cost import ArmCost, cost_table, mean_run_seconds
-from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.compare.run_processes import RunProcesses, Slot
+from mm_moslora.config import Recipe
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.training import run_setup
 from mm_moslora.utils import distributed
-from tests.compare.dying import Tired
-
-RECIPE = Recipe(model=ModelConfig(language="none"))
 
 
 def taken(jobs: list[Job]) -> list[Outcome]:
-    """The outcomes of runs in one process, in this order."""
-    pool, deadline = Pool(Runner, [Slot()], kind=lambda job: "one process"), time.monotonic() + 300
+    """The outcomes of runs, one after the other."""
+    pool, deadline = RunProcesses([Slot()]), time.monotonic() + 300
     try:
         for job in jobs:
             pool.start(job)
             while pool.running and time.monotonic() < deadline:
                 for ended in pool.wait(5):
                     assert ended.code == 0
-                    assert ended.alone == (job is jobs[0])
     finally:
         pool.stop(grace=20)
     found = [read_outcome(job.place) for job in jobs]
@@ -45,10 +40,9 @@ def taken(jobs: list[Job]) -> list[Outcome]:
 
 
 @pytest.mark.slow
-def test_a_run_after_others_has_the_numbers_of_a_run_alone(
+def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
     tmp_path: Path, language_folder: Path, vision_folder: Path, records: Path
 ) -> None:
-    """In between, a run trains every weight on another engine."""
     pictures = records.parent / "images"
     recipe = Recipe.from_dict(
         {
@@ -68,7 +62,7 @@ def test_a_run_after_others_has_the_numbers_of_a_run_alone(
     ]  # fmt: skip
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     settings = Settings(
-        arms=parse_arms("moslora:orthogonal,full@train.zero=zero2", recipe), rates=[1e-2], seeds=1,
+        arms=parse_arms("moslora:orthogonal,full", recipe), rates=[1e-2], seeds=1,
         tasks=[f"llava:{tmp_path / 'test.jsonl'}@{pictures}"], limit=6, max_new_tokens=3,
     )  # fmt: skip
     jobs = []
@@ -135,37 +129,19 @@ def test_arms_with_one_seed_see_the_same_batches(tmp_path: Path, language_folder
         )
 
 
-def test_a_run_that_fails_after_others_gets_a_process_of_its_own(tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("mm_moslora.compare.comparison_cell.Runner", Tired)
-    settings = Settings(arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=["t"])
-    comparison = Comparison(RECIPE, settings, tmp_path, hold_out=0.1)
-    with caplog.at_level("INFO"):
-        assert comparison.run(RunBudget())
-    assert {outcome.status for outcome in comparison.outcomes.values()} == {"ok"}
-    assert len(comparison.outcomes) == 4
-    assert caplog.text.count("it runs again in its own") == 2
-    assert "[4/4]" in caplog.text
-
-
-def test_runs_share_a_process_where_only_the_arm_and_the_seed_differ(tmp_path: Path) -> None:
-    arms = parse_arms("lora,moslora:kaiming@optim.warmup=0.2,full,lora@train.deterministic=true", RECIPE)
-    settings = Settings(arms=arms, rates=[1e-4], seeds=1, tasks=["t"])
-
-    def job(arm: int, seed: int = 0, recipe: Recipe = RECIPE, **more) -> Job:
-        cell = Cell(arm=arms[arm], rate=1e-4, seed=seed, tuning=False)
-        return Job(cell=cell, recipe=cell.recipe(recipe, tmp_path), settings=settings, folder=tmp_path, **more)
-
-    assert kind_of(job(0)) == kind_of(job(1, 3)) is not None
-    assert len({str(kind_of(job(arm))) for arm in (0, 2, 3)}) == 3
-    for recipe, reason in (
-        (Recipe(model=ModelConfig(language="none", quantisation="int8")), "quantised"),
-        (dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, zero="zero3")), "ZeRO-3"),
-        (dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, zero="no.json")), "does not exist"),
-    ):
-        assert kind_of(job(0, recipe=recipe)) is None
-        assert reason in why_alone(job(0, recipe=recipe))
-    assert kind_of(job(0, devices=2)) is None
-    assert kind_of(job(0, alone=True)) is None
+def test_a_job_arrives_as_it_was_sent(tmp_path: Path) -> None:
+    shared = Recipe.from_dict({"model": {"language": "none"}, "optim": {"lr": 1 / 3}, "train": {"zero": "zero2"}})
+    arms = parse_arms("lora,moslora:kaiming@optim.warmup=0.2@targets=[a,b]", shared)
+    settings = Settings(arms=arms, rates=[1 / 3], seeds=2, tasks=["t"], validation=["v"], decided={"lora": 1}, limit=3)
+    for arm in arms:
+        cell = Cell(arm=arm, rate=1 / 3, seed=1, tuning=True)
+        job = Job(cell=cell, recipe=cell.recipe(shared, tmp_path), settings=settings, folder=tmp_path, rehearsed=True)
+        job = dataclasses.replace(job, accelerators=("GPU-1", "2"), stop_at=3)
+        text = job.to_json()
+        assert "\n" not in text
+        assert Job.from_json(text).to_json() == text
+        assert recipe_hash(Job.from_json(text).recipe) == recipe_hash(job.recipe)
+        assert Job.from_json(text).recipe == job.recipe
 
 
 def test_the_cost_by_arm_adds_up() -> None:

@@ -1,0 +1,244 @@
+"""The value of a score with its error, interval, p-value and power.
+
+Every score of this package is a sum of ratios of two sums over samples: a mean (the scores over their number),
+a macro average (a ratio for each category), F1 (twice the hits over hits, false alarms and misses). So one function
+measures them all, and the difference of two of them is one more such sum.
+
+Sources: Woodruff 1971 (errors of ratios), Bell and McCaffrey 2002 (errors of few or uneven clusters, and their degrees
+of freedom), Korn and Graubard 1998 (exact intervals on an effective number of samples), Clopper and Pearson 1934.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm_moslora.reporting.verdicts import Difference
+from mm_moslora_eval.scoring.error_bars import (
+    NORMAL_QUANTILE,
+    ROUNDING,
+    alike_interval,
+    alike_p_value,
+    binomial_interval,
+    shown_by_t_test,
+    t_quantile,
+    t_two_sided,
+)
+
+Column = NDArray[np.float64]
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A part of a score: the ratio of two sums over samples; 0 if the lower sum is 0."""
+
+    top: Sequence[float] | Column
+    bottom: Sequence[float] | Column
+    low: float = 0.0
+    """The smallest possible ratio."""
+    high: float = 1.0
+    """The largest possible ratio."""
+
+    def __mul__(self, weight: float) -> Ratio:
+        ends = sorted((weight * self.low, weight * self.high))
+        return Ratio(top=weight * np.asarray(self.top, float), bottom=self.bottom, low=ends[0], high=ends[1])
+
+    def values(self) -> tuple[float, Column, Column]:
+        """The ratio; what each sample adds to its deviation; and the share of each sample in the lower sum."""
+        top, bottom = np.asarray(self.top, float), np.asarray(self.bottom, float)
+        whole = math.fsum(bottom)
+        if not whole:
+            return 0.0, np.zeros(len(top)), np.zeros(len(top))
+        ratio = math.fsum(top) / whole
+        return ratio, (top - ratio * bottom) / whole, bottom / whole
+
+
+def mean_of(values: Sequence[float], *, low: float = 0.0, high: float = 1.0) -> Ratio:
+    """The mean of values between bounds."""
+    return Ratio(top=values, bottom=np.ones(len(values)), low=low, high=high)
+
+
+def minus(a: Sequence[Ratio], b: Sequence[Ratio]) -> list[Ratio]:
+    """The difference of two scores on the same samples; ratios with the same lower sum become one."""
+    found: dict[bytes, Ratio] = {}
+    for ratio in (*a, *(ratio * -1.0 for ratio in b)):
+        key = np.asarray(ratio.bottom, float).tobytes()
+        if (other := found.get(key)) is not None:
+            top = np.asarray(other.top, float) + ratio.top
+            ratio = replace(ratio, top=top, low=other.low + ratio.low, high=other.high + ratio.high)
+        found[key] = ratio
+    return list(found.values())
+
+
+def value_of(ratios: Sequence[Ratio]) -> float:
+    """The score."""
+    return math.fsum(ratio.values()[0] for ratio in ratios)
+
+
+def contributions(ratios: Sequence[Ratio]) -> Column:
+    """What every sample brings to the score: the mean of these is the score, and their error its error."""
+    if len(ratios) == 1 and np.all(np.asarray(ratios[0].bottom) == 1):
+        return np.asarray(ratios[0].top, float)  # a mean, to the last digit
+    parts = np.array([len(ratio.top) * ratio.values()[1] for ratio in ratios], float)
+    return np.asarray(value_of(ratios) + parts.sum(axis=0), float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A score, or a difference of two, with its error for other pictures."""
+
+    value: float
+    n: int
+    """Samples."""
+    clusters: int
+    """Pictures, and samples that share none."""
+    stderr: float
+    """0 where all pictures are alike, so that the error is unknown; NaN for a single picture."""
+    degrees: float
+    """Degrees of freedom of the error."""
+    low: float
+    high: float
+    """95 % interval; NaN where neither the samples nor the bounds of the score give one."""
+
+    @property
+    def groups(self) -> int:
+        """Number of equally large clusters with as many degrees of freedom: fewer than there are, if uneven."""
+        return min(self.clusters, math.floor(self.degrees + 1 + 1e-6))
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of a true value of 0, by a t-test; by a sign test where all pictures are alike."""
+        if self.n < 2:
+            return math.nan
+        return t_two_sided(self.t, self.degrees) if self.stderr > 0 else alike_p_value(self.value, self.groups)
+
+    @property
+    def t(self) -> float:
+        """The value in standard errors."""
+        if self.stderr > 0:
+            return self.value / self.stderr
+        return 0.0 if self.value == 0 else math.copysign(math.inf, self.value)
+
+    @property
+    def detectable(self) -> float:
+        """The true value that so many pictures show with 80 % power; NaN where the error is unknown."""
+        return shown_by_t_test(LEVEL, self.degrees) * self.stderr if self.stderr > 0 else math.nan
+
+    def as_difference(self, unit: str = "") -> Difference:
+        """The form that verdicts take.
+
+        Args:
+            unit: name of the score; empty for a share of right answers.
+        """
+        return Difference(value=self.value, low=self.low, high=self.high, groups=self.groups, unit=unit)
+
+
+def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> Estimate:
+    """Measure a score or a difference of scores.
+
+    The error counts samples of one cluster together (CR2 of Bell and McCaffrey). Where one of several ratios is the
+    same in all its clusters, these do not show its error, and one cluster is taken to differ as much as the bounds
+    allow. The interval of a score with bounds is the exact one of as many independent right-or-wrong answers as have
+    the same error, fewer by the quantiles of t (Korn and Graubard); that of a difference is the t-interval. Where all
+    clusters are alike, exact bounds limit the share of others.
+
+    Args:
+        ratios: their sum is the score; none: the score is 0, without an error.
+        clusters: the cluster of each sample, such as its picture.
+    """
+    names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    numbers = np.array([names[name] for name in clusters], dtype=int)
+    value, count = value_of(ratios), len(names)
+    low, high = sum(ratio.low for ratio in ratios), sum(ratio.high for ratio in ratios)
+    variance, degrees = _error(ratios, numbers, count)
+    stderr = math.sqrt(variance) if variance > (ROUNDING * max(1.0, abs(value))) ** 2 else 0.0
+    found = Estimate(
+        value=value, n=len(numbers), clusters=count, stderr=stderr if count > 1 else math.nan, degrees=degrees,
+        low=math.nan, high=math.nan,
+    )  # fmt: skip
+    bounds = _interval(found, low, high)
+    return replace(found, low=bounds[0], high=bounds[1])
+
+
+def _interval(found: Estimate, low: float, high: float) -> tuple[float, float]:
+    value, score = found.value, low == 0 and math.isfinite(high)
+    if not high - low > 0:
+        return math.nan, math.nan
+    if not score and found.n < 2:
+        return math.nan, math.nan
+    if found.stderr > 0:
+        quantile = t_quantile(LEVEL, found.degrees)
+        if score and min(value, high - value) > ROUNDING * high:
+            share = value / high
+            independent = share * (1 - share) * (high / found.stderr * NORMAL_QUANTILE / quantile) ** 2
+            bounds = binomial_interval(share * independent, independent)
+            return bounds[0] * high, bounds[1] * high
+        bounds = (value - quantile * found.stderr, value + quantile * found.stderr)
+        return bounds if low < 0 < high else (max(low, bounds[0]), min(high, bounds[1]))
+    if not math.isfinite(high - low):
+        return math.nan, math.nan
+    if not score:
+        bounds = alike_interval(value / high, found.groups)
+    elif min(value, high - value) <= ROUNDING * high:
+        bounds = binomial_interval(found.groups * round(value / high), found.groups)
+    else:  # as many other pictures as exact bounds allow have the least or the largest score
+        unseen = alike_interval(0.0, found.groups)[1]
+        bounds = (value * (1 - unseen) / high, (value + unseen * (high - value)) / high)
+    return bounds[0] * high, bounds[1] * high
+
+
+def _error(ratios: Sequence[Ratio], numbers: NDArray[np.int_], count: int) -> tuple[float, float]:
+    """The variance of a score and its degrees of freedom, those of Bell and McCaffrey for equal, independent errors.
+
+    `D - X` is their matrix of products between what two clusters bring to the variance, which for one ratio is
+    `g_c g_d (q_c [c = d] - h_d q_c - h_c q_d + h_c h_d Q)`: `h` is the leverage of a cluster, `g` its correction,
+    `q` the sum of the squared shares of its samples, and `Q` that of all samples.
+    """
+    brought, diagonal, unseen, lone = np.zeros(count), np.zeros(count), 0.0, False
+    left: list[Column] = []
+    right: list[Column] = []
+    for ratio in ratios:
+        value, deviations, shares = ratio.values()
+        leverage = np.clip(np.bincount(numbers, shares, count), 0.0, 1.0)
+        alone = leverage > 1 - 1e-9
+        correction = np.where(alone, 0.0, 1 / np.sqrt(np.where(alone, 1.0, 1 - leverage)))
+        moved = correction * np.bincount(numbers, deviations, count)
+        brought += moved
+        if np.abs(moved).max() <= ROUNDING * max(1.0, abs(value)):
+            farthest = max(value - ratio.low, ratio.high - value)
+            unseen += (farthest * min(0.5, leverage.max())) ** 2
+            lone |= bool(alone.any())
+        width = ratio.high - ratio.low
+        scale = correction * (width if math.isfinite(width) else 1.0)
+        squares = np.bincount(numbers, shares**2, count)
+        g, h = scale * squares, scale * leverage
+        diagonal += scale * g
+        left += [g, h, -squares.sum() * h]
+        right += [h, g, h]
+    if not left:
+        return 0.0, max(1.0, count - 1.0)
+    rows, columns = np.array(left), np.array(right)
+    crossed = (rows * columns).sum(axis=0)
+    trace = float((diagonal - crossed).sum())
+    products = float((diagonal**2 - 2 * diagonal * crossed).sum() + ((rows @ rows.T) * (columns @ columns.T)).sum())
+    known = trace > 0 and products > 0
+    variance = float(np.square(brought).sum())
+    variance += unseen if lone or variance > ROUNDING**2 else 0.0
+    return variance, max(1.0, trace**2 / products if known else count - 1.0)
+
+
+def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean difference A - B of scores from 0 to 1 on the same samples.
+
+    Args:
+        a: scores of run A.
+        b: scores of run B on the same samples in the same order.
+        clusters: the cluster (image) of each sample; None: all are independent.
+    """
+    assert len(a) == len(b)
+    return estimate(minus([mean_of(a)], [mean_of(b)]), range(len(a)) if clusters is None else clusters)

@@ -1,0 +1,193 @@
+"""What scored samples show: the score of a task, of its categories, and the difference of two systems.
+
+Every score, interval, p-value and power of the evaluation comes from here (of arms with several seeds, from
+`mm_moslora.compare`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
+from mm_moslora_eval.metrics.question_groups import group_of
+from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
+from mm_moslora_eval.scoring.estimates import LEVEL, Estimate, Ratio, contributions, estimate, minus, value_of
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, CAPTIONS, POPE, Samples, splits_of
+from mm_moslora_eval.scoring.scored_sample import Scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """The numbers of a set of scored samples."""
+
+    n: int
+    score: float
+    stderr: float
+    low: float
+    high: float
+    """95 % interval."""
+    stderr_kind: str
+    """clustered, where several samples share a picture, or analytic."""
+    clusters: int
+    """Pictures on which the interval rests, with samples that share none."""
+    groups: int
+    """Equally large ones with the same degrees of freedom."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further numbers, by name."""
+
+
+def aggregate(aggregation: str, samples: Samples) -> Aggregate:
+    """The score of a set of samples.
+
+    Args:
+        aggregation: of the task.
+        samples: scored.
+    """
+    found = AGGREGATIONS[aggregation](samples)
+    return _aggregate(estimate(found.ratios, clusters_of(samples)), found.metrics)
+
+
+def _aggregate(found: Estimate, metrics: Mapping[str, float]) -> Aggregate:
+    return Aggregate(
+        n=found.n, score=found.value, stderr=found.stderr, low=found.low, high=found.high, clusters=found.clusters,
+        groups=found.groups, stderr_kind="clustered" if found.clusters < found.n else "analytic",
+        metrics=dict(metrics),
+    )  # fmt: skip
+
+
+def clusters_of(samples: Samples) -> list[Hashable]:
+    """The cluster of every sample."""
+    return [index if sample.cluster is None else sample.cluster for index, sample in enumerate(samples)]
+
+
+def by_category(aggregation: str, samples: Samples) -> dict[str, Aggregate]:
+    """The same score of each category and second-level category; of MME, the sum of the sub-task.
+
+    Captions are weighed by the words of the whole set.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        document = sample.document
+        own = splits_of(sample) if aggregation in POPE else [document.category]
+        for name in {*own, document.extra.get("l2-category")} - {None, ""}:
+            places[str(name)].append(index)
+    whole = AGGREGATIONS[aggregation](samples).ratios if aggregation in CAPTIONS else []
+    found = {}
+    for name, indices in sorted(places.items()):
+        members = [_within(samples[index], name, aggregation) for index in indices]
+        ratios = [_of(ratio, indices) for ratio in whole] or AGGREGATIONS[aggregation](members).ratios
+        found[name] = _aggregate(estimate(ratios, clusters_of(members)), {})
+    return found
+
+
+def _within(sample: Scored, category: str, aggregation: str) -> Scored:
+    """A sample as one of this split alone."""
+    if aggregation not in POPE:
+        return sample
+    return replace(sample, document=replace(sample.document, category=category))
+
+
+def _of(ratio: Ratio, indices: Sequence[int]) -> Ratio:
+    return replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreDifference:
+    """A - B in a task's score on the same documents."""
+
+    a: float
+    b: float
+    found: Estimate
+    """Of the difference."""
+    unit: str
+    """Name of the score; empty for a share of right answers."""
+    seeds_a: tuple[float, ...]
+    """The score of each run of A."""
+    seeds_b: tuple[float, ...]
+    questions: int
+    """Number of questions with a score of their own: the documents, of MMBench without their rotations."""
+    wins: int
+    """Questions with a higher score of A."""
+    changed: tuple[str, ...]
+    """Ids of the questions with different scores."""
+
+    @property
+    def losses(self) -> int:
+        """Questions with a higher score of B."""
+        return len(self.changed) - self.wins
+
+    @property
+    def ties(self) -> int:
+        """Questions with the same score."""
+        return self.questions - len(self.changed)
+
+    @property
+    def sign_p(self) -> float:
+        """Exact sign test on the questions that differ."""
+        return sign_test(self.wins, self.losses)
+
+    @property
+    def as_difference(self) -> Difference:
+        """The difference in the form for verdicts."""
+        return self.found.as_difference(self.unit)
+
+
+def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Samples]) -> ScoreDifference:
+    """Compare two systems in the task's score on the documents for which all runs have one.
+
+    Args:
+        aggregation: the task's aggregation.
+        a: samples of each run (seed) of one system.
+        b: of another system, in any order.
+    """
+    without = {sample.document.id for samples in (*a, *b) for sample in samples if math.isnan(sample.score)}
+    first = [sample for sample in a[0] if sample.document.id not in without]
+    runs = [[_in_order(first, samples) for samples in side] for side in (a, b)]
+    sums = [[AGGREGATIONS[aggregation](samples).ratios for samples in side] for side in runs]
+    left, right = ([ratio * (1 / len(side)) for ratios in side for ratio in ratios] for side in sums)
+    x, y = (_means([_by_question(aggregation, samples) for samples in side]) for side in runs)
+    return ScoreDifference(
+        a=value_of(left), b=value_of(right), found=estimate(minus(left, right), clusters_of(first)),
+        unit=SCORE_NAMES.get(aggregation, ""), seeds_a=tuple(map(value_of, sums[0])),
+        seeds_b=tuple(map(value_of, sums[1])), questions=len(x),
+        wins=sum(x[name] > y[name] for name in x), changed=tuple(name for name in x if x[name] != y[name]),
+    )  # fmt: skip
+
+
+def _in_order(first: Samples, samples: Samples) -> list[Scored]:
+    by_id = {sample.document.id: sample for sample in samples}
+    return [by_id[sample.document.id] for sample in first]
+
+
+def _means(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(run[name] for run in runs) for name in runs[0]}
+
+
+def _by_question(aggregation: str, samples: Samples) -> dict[str, float]:
+    """The score of every question by itself: of captions CIDEr, of MMBench the worst of its rotations."""
+    if aggregation in CAPTIONS:
+        (ratio,) = AGGREGATIONS[aggregation](samples).ratios
+        return dict(zip((sample.document.id for sample in samples), ratio.top, strict=True))
+    scores: dict[str, float] = {}
+    for sample in samples:
+        name = sample.document.id if aggregation != "circular" else str(group_of(int(sample.document.id)))
+        scores[name] = min(sample.score, scores.get(name, sample.score))
+    return scores
+
+
+def smallest_shown(questions: int) -> float:
+    """The difference that so many independent questions show, between systems that differ on half of them."""
+    return t_quantile(LEVEL, questions - 1) * math.sqrt(0.5 / questions) if questions > 1 else math.nan
+
+
+def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
+    """What every sample brings to the task's score; their mean is that score.
+
+    For a mean these are the samples' own scores, for captions the CIDEr-D of each.
+    """
+    ratios = AGGREGATIONS[aggregation](samples).ratios
+    return [float(value) for value in contributions(ratios)] if ratios else [0.0] * len(samples)

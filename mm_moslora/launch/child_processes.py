@@ -1,0 +1,242 @@
+"""The door to child processes: what this project starts passes here, and so do the signals that it forwards.
+
+`tests/launch/test_child_processes.py` finds any other way. What holds for all children:
+
+- A command is a list of words, never a line for a shell.
+- A Python starts with `-P` and passes `PYTHONSAFEPATH=1` on, so that files of the working folder (`regex.py`,
+  `datasets.py`) are not imported in place of libraries. `PYTHONPATH` belongs to the user and is passed on as it is.
+- Its environment is complete before it starts: libraries read `CUDA_VISIBLE_DEVICES` while they are imported.
+- It reads nothing from the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing.context import BaseContext
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that schedulers and terminals send to end a program. Where nohup ignores SIGHUP, it stays ignored."""
+ONE_REQUEST_SECONDS = 3.0
+"""Seconds after a request in which further signals belong to it: terminals and schedulers signal whole process groups,
+launchers forward signals, and DeepSpeed's launcher sends SIGINT and SIGTERM."""
+REQUESTS_TO_END_UNSAVED = 3
+PIPE = subprocess.PIPE
+Child = subprocess.Popen[bytes]
+Handler = Callable[[int, Any], None]
+
+
+def python_words(*arguments: str, python: str = "") -> list[str]:
+    """The command of a Python that does not import files of its working folder.
+
+    Args:
+        arguments: such as `-m`, module, words.
+        python: the interpreter; default: this one.
+    """
+    return [python or sys.executable, "-P", *arguments]
+
+
+def child_environment(changes: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The environment of a child: that of this process, safe module paths for all Pythons below, and the changes."""
+    return {**os.environ, "PYTHONSAFEPATH": "1", **changes}
+
+
+def start(words: Sequence[str | Path], **options: Any) -> Child:
+    """Start a command.
+
+    Args:
+        words: the command and its arguments.
+        options: of `subprocess.Popen`; default environment: `child_environment()`, default input: none.
+    """
+    assert "shell" not in options
+    return subprocess.Popen([*words], **{"env": child_environment(), "stdin": subprocess.DEVNULL, **options})
+
+
+def output_of(
+    words: Sequence[str | Path], *, seconds: float | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; returns exit code, output and errors.
+
+    Args:
+        words: the command and its arguments.
+        seconds: time limit.
+        cwd: working folder; default: that of this process.
+
+    Raises:
+        OSError: it does not start; `TimeoutError`: it does not end in time.
+    """
+    try:
+        return subprocess.run(
+            [*words], capture_output=True, text=True, check=False, timeout=seconds, cwd=cwd, env=child_environment(),
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"{words[0]} did not end within {seconds:g} seconds") from error
+
+
+def fork_context() -> BaseContext | None:
+    """What forks workers from this process, with the modules and data that it has; None where nothing can fork."""
+    import multiprocessing
+
+    return multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
+
+
+def forked_pool(processes: int, context: BaseContext, initializer: Callable[[int], None]) -> ProcessPoolExecutor:
+    """A pool of forked processes.
+
+    Args:
+        processes: their number.
+        context: from `fork_context`.
+        initializer: called in each of them with the id of this process.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=initializer, initargs=(os.getpid(),))
+
+
+class RequestCounter:
+    """Counts requests to stop. The first signal is a request. Later ones are not, since schedulers repeat signals while
+    a run saves, except for a Ctrl-C some seconds after the last request."""
+
+    def __init__(self) -> None:
+        self._requests, self._since = 0, 0.0
+
+    def count(self, number: int) -> int:
+        """The number of requests so far if this signal is a new one, else 0.
+
+        Args:
+            number: the signal.
+        """
+        now = time.monotonic()
+        insists = number == signal.SIGINT and now - self._since > ONE_REQUEST_SECONDS
+        if self._requests and not insists:
+            return 0
+        self._requests, self._since = self._requests + 1, now
+        return self._requests
+
+
+def install_handler(
+    handler: Handler, numbers: Sequence[int] = STOP_SIGNALS, *, unless_ignored: bool = True
+) -> dict[int, Any]:
+    """Handle signals; returns the previous handlers, none outside the main thread.
+
+    Args:
+        handler: of all of them.
+        numbers: the signals.
+        unless_ignored: leave all signals alone that are ignored; otherwise SIGHUP only, which nohup ignores.
+    """
+    try:
+        return {
+            number: signal.signal(number, handler)
+            for number in numbers
+            if signal.getsignal(number) != signal.SIG_IGN or not (unless_ignored or number == signal.SIGHUP)
+        }
+    except ValueError:  # the embedding program handles signals
+        return {}
+
+
+def restore_handlers(previous: Mapping[int, Any]) -> None:
+    """Undo `install_handler`."""
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The outcome of a command."""
+
+    code: int
+    """Its exit code."""
+    signals: frozenset[int]
+    """Signals received before."""
+
+
+def terminate(process: int) -> None:
+    """Ask a process to save and exit.
+
+    Args:
+        process: its process id.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
+
+
+def kill_tree(process: int) -> None:
+    """Kill a process with all its descendants, without saving.
+
+    Args:
+        process: its process id.
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process)
+        for member in [root, *root.children(recursive=True)]:  # the launcher first, which might start further ones
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+def run_and_hand_on(
+    words: Sequence[str],
+    *,
+    signals: Sequence[int] = STOP_SIGNALS,
+    tell: Callable[[int], None] = terminate,
+    kill: Callable[[int], None] = kill_tree,
+    **options: Any,
+) -> Ended:
+    """Run a command. The first signal in the meantime, also while the command is starting, is forwarded. Later ones
+    are not, and a third Ctrl-C kills the command.
+
+    Args:
+        words: the command.
+        signals: those to forward.
+        tell: asks the process with this id to save and exit; default: by SIGTERM.
+        kill: kills it; default: with all its descendants.
+        options: see `start`.
+    """
+    child: Child | None = None
+    early: list[int] = []
+    late: list[int] = []
+    requests = RequestCounter()
+
+    def hand_on(number: int, _: object) -> None:
+        request = requests.count(number)
+        if child is None:
+            early.append(number)
+            return
+        late.append(number)
+        if not request or child.poll() is not None:
+            return
+        if request == 1:
+            tell(child.pid)
+        elif request >= REQUESTS_TO_END_UNSAVED:
+            kill(child.pid)
+        else:
+            logger.info(
+                "The run saves before it ends. Ctrl-C again, more than %g s later, ends it unsaved.",
+                ONE_REQUEST_SECONDS,
+            )
+
+    previous = install_handler(hand_on, signals)
+    try:
+        child = start(words, **options)
+        if early and child.poll() is None:
+            tell(child.pid)
+        return Ended(code=child.wait(), signals=frozenset([*early, *late]))
+    finally:
+        restore_handlers(previous)

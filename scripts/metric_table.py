@@ -1,0 +1,126 @@
+#!/usr/bin/env python
+"""Write the tables of metrics, extractions and aggregations of eval/README.md from the registries.
+
+    python scripts/metric_table.py           rewrite the tables
+    python scripts/metric_table.py --check   exit with 1 when they are out of date
+
+The meaning of a name is the beginning of its function's docstring; `MEANINGS` holds those of functions without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mm_moslora_eval.protocol.task_registry import all_tasks
+from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+
+PAGE = Path(__file__).parents[1] / "eval" / "README.md"
+BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"
+
+MEANINGS = {
+    "text": "The answer without space around it.",
+    "first_line": "The first line of the answer.",
+    "letter_or_text": "`letter` where a question has options, else `text`.",
+    "mathvista_extracted": "The form of MathVista's reference, of an answer that a judge found.",
+    "mathvista": "MathVista: the answer if it fits, else its last number or letter, in the form of the reference.",
+    "equal": "Equal to a reference, such as a letter.",
+    "equal_ignore_case": "Equal to a reference without case and a period at its end.",
+    "vqa": "VQA accuracy over ten people, with this project's normalisation of both sides.",
+    "vqa_textvqa": "LLaVA and lmms-eval for TextVQA: EvalAI's normalisation of both sides.",
+    "vqa_vlmevalkit": "VLMEvalKit's VQA score.",
+    "vqa_vqav2_official": "VQAv2 as in the port of TRI-ML: references get the punctuation step only.",
+    "vqa_vqav2_lmms_eval": "VQAv2 as in lmms-eval: references get every step.",
+    "vqa_vizwiz_official": "VizWiz: unchanged references; contractions with backticks.",
+    "letter_or_vqa": "`equal` where a question has options, else `vqa`.",
+    "letter_or_exact": "`equal` where a question has options, else `exact`.",
+    "mmmu": "The letter; open questions by MMMU's phrases and numbers.",
+    "mmmu_vlmevalkit": "VLMEvalKit's letter; an open question has two options, the reference and `Other Answers`.",
+    "mmmu_vlmevalkit_2024_06": "The same with the rules of June 2024.",
+    "judge_mmvet": "MM-Vet's grade: a reply of nothing but a number from 0 to 1.",
+    "judge_mmvet_vlmevalkit": "The same: a reply that `float` reads.",
+    "judge_mmvet_lmms_eval": "The same: the first word of the reply.",
+    "judge_llavabench": "LLaVA-Bench's ratings: the first line of the reply has exactly two numbers from 0 to 10.",
+    "judge_llavabench_lmms_eval": "The same: the first two numbers of the first line.",
+}  # fmt: skip
+
+
+def meaning(name: str, function: Callable[..., Any]) -> str:
+    """What a name stands for, in one sentence."""
+    if name in MEANINGS:
+        return MEANINGS[name]
+    documented = next((text for text in map(_docstring, _reached(function)) if text), None)
+    if documented is None:
+        raise SystemExit(f"{name} has no docstring and no entry in MEANINGS.")
+    return " ".join(documented.split("\n\n")[0].split()).replace("|", "\\|")
+
+
+def _docstring(function: Callable[..., Any]) -> str:
+    return "" if isinstance(function, partial) else function.__doc__ or ""
+
+
+def _reached(function: Any) -> Iterator[Callable[..., Any]]:
+    """The function, then those in its closure or in its code, of which the last one called comes first."""
+    if isinstance(function, partial):
+        yield from _reached(function.func)
+        return
+    yield function
+    for cell in function.__closure__ or ():
+        if isinstance(cell.cell_contents, types.FunctionType | partial):
+            yield from _reached(cell.cell_contents)
+    if not function.__doc__:
+        called = function.__code__.co_names
+        modules = [value for name in called if isinstance(value := function.__globals__.get(name), types.ModuleType)]
+        for name in reversed(called):
+            for names in (*map(vars, modules), function.__globals__):
+                found = names.get(name)
+                if isinstance(found, types.FunctionType) and found.__module__.startswith("mm_moslora_eval.metrics"):
+                    yield found
+
+
+def tables() -> str:
+    """The three tables as Markdown."""
+    kinds: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "extraction": EXTRACTORS, "metric": {**METRICS, **GRADERS}, "aggregation": AGGREGATIONS,
+    }  # fmt: skip
+    used: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for task in all_tasks().values():
+        for kind in kinds:
+            used[kind, getattr(task, kind)].append(task.id)
+    blocks = []
+    for kind, table in kinds.items():
+        lines = [f"| {kind} | meaning | protocols that use it |", "|---|---|---|"]
+        for name, function in table.items():
+            tasks = used[kind, name]
+            more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
+            judge = " Needs a judge." if name in GRADERS else ""
+            if kind == "extraction" and name in JUDGE_EXTRACTIONS:
+                judge = " With `--judge` the judge finds the answer."
+            lines.append(f"| `{name}` | {meaning(name, function)}{judge} | {f'`{tasks[0]}`{more}' if tasks else '-'} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def main() -> None:
+    """Rewrite the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    page = PAGE.read_text(encoding="utf-8")
+    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    written = f"{page[:start]}\n\n{tables()}\n\n{page[end:]}"
+    if check and written != page:
+        sys.exit(f"{PAGE.name}: the tables of metrics are out of date. Run: python scripts/metric_table.py")
+    PAGE.write_text(written, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What is put before an answer in inference stands before supervised answers in training, whatever the data think."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import make_tokenizer
+from tokenizers import AddedToken
+
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.config.llava_chat_templates import note_thinking, notes_thinking
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.thinking_form import LOOKED_AT
+from mm_moslora.data.training_set import TrainingSet
+from tests.data.chat_templates import TEMPLATES, shared_tokenizer
+from tests.data.conftest import turns
+
+SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
+THINKING = [
+    "deepseek_r1_distill", "deepseek_r1_distill_training", "deepseekv3", "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5",
+    "nemotron_3_nano", "nemotron_3_ultra", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8",
+    "qwen3_instruct_2507",
+]  # fmt: skip
+THOUGHT, PLAIN = "<think>\nIt is round.\n</think>\n\na ball", "a ball"
+DATA = {"all": (8, 0), "most": (6, 2), "half": (4, 4), "few": (2, 6), "none": (0, 8)}
+"""Records that think, and records that do not."""
+
+
+def tokenizer_of(name: str):
+    if name in TEMPLATES:
+        return shared_tokenizer(name)
+    made = make_tokenizer()
+    made.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    made.chat_template = SHIPPED.joinpath(f"{name}.jinja").read_text()
+    return made
+
+
+def records(thinking: int, plain: int) -> list[dict]:
+    answers = [THOUGHT] * thinking + [PLAIN] * plain
+    return [
+        {"conversations": [{"from": "human", "value": f"what is it, {i}?"}, {"from": "gpt", "value": answer}]}
+        for i, answer in enumerate(answers)
+    ]
+
+
+def settled(write: Callable[..., Path], given: list[dict], tokenizer, thinking: str = "auto") -> TrainingSet:
+    return TrainingSet(
+        [SourceConfig(path=str(write(*given)))], ConversationEncoder(tokenizer, thinking=thinking), None,
+        config=DataConfig(), settle=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("name", [*THINKING, *TEMPLATES])
+@pytest.mark.parametrize("thinking", ["auto", "always", "never"])
+def test_the_prompt_that_is_asked_stands_before_supervised_answers(write, name, kind, thinking) -> None:
+    data = settled(write, records(*DATA[kind]), tokenizer_of(name), thinking)
+    learned = 0
+    for index in range(len(data)):
+        record = data.record(index)
+        prompt = data.encoder.encode_prompt(record.turns[:-1]).tolist()
+        encoded = data.encode(record)
+        same = encoded.input_ids[: len(prompt)].tolist() == prompt
+        learned += (
+            same and not encoded.supervised[: len(prompt)].any() and bool(encoded.supervised[len(prompt) :].all())
+        )
+    assert 2 * learned >= len(data), (learned, len(data))
+    assert learned == len(data) or data.form.mixed
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "nemotron_3_nano", "qwen3_5_nothink", "qwen3_8", "lfm2_2_5"])
+def test_auto_follows_the_data(write, name) -> None:
+    forms = {kind: settled(write, records(*DATA[kind]), tokenizer_of(name)).form for kind in DATA}
+    asked = {kind: form.asked for kind, form in forms.items()}
+    assert asked == {"all": True, "most": True, "half": False, "few": False, "none": False}
+    two_prompts = name != "lfm2_2_5"
+    assert {kind for kind, form in forms.items() if form.mixed} == ({"half", "few"} if two_prompts else set())
+    assert forms["most"].words == "6 of 8 records end with an answer that thinks; the model is asked to think before " \
+        "it answers"  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
+def test_a_template_that_drops_thinking_is_not_asked_to_think(write, name) -> None:
+    form = settled(write, records(8, 0), tokenizer_of(name)).form
+    assert (form.thinking, form.asked, form.mixed) == (0, False, False)
+
+
+def test_thinking_as_plain_text_is_followed_too(write) -> None:
+    form = settled(write, records(8, 0), shared_tokenizer("bytes-chatml")).form
+    assert (form.asked, form.switch) == (True, False)
+
+
+def test_a_choice_of_the_recipe_stands(write) -> None:
+    tokenizer = tokenizer_of("qwen3")
+    assert not settled(write, records(8, 0), tokenizer, "never").form.asked
+    assert settled(write, records(0, 8), tokenizer, "always").form.asked
+
+
+def test_large_data_are_looked_at_in_all_places(write) -> None:
+    """Files are often sorted: the records that think may be the last ones."""
+    given = records(0, LOOKED_AT) + records(2 * LOOKED_AT, 0)
+    data = settled(write, given, tokenizer_of("qwen3"))
+    assert data.form.records == LOOKED_AT
+    assert data.form.asked
+    assert data.form.thinking == pytest.approx(LOOKED_AT * 2 / 3, abs=2)
+
+
+def test_bad_records_are_left_to_the_training_set(write) -> None:
+    given = [*records(8, 0), {"conversations": []}]
+    data = TrainingSet(
+        [SourceConfig(path=str(write(*given)))], ConversationEncoder(tokenizer_of("qwen3")), None,
+        config=DataConfig(max_bad_share=0.5), settle=True,
+    )  # fmt: skip
+    assert (data.form.records, len(data.quarantine)) == (8, 1)
+
+
+@pytest.mark.parametrize("name", [*THINKING, *TEMPLATES])
+def test_the_note_in_a_template_changes_no_token(name) -> None:
+    tokenizer = tokenizer_of(name)
+    if tokenizer.chat_template is None:
+        return
+    before = ConversationEncoder(tokenizer)
+    noted = tokenizer_of(name) if name in THINKING else None
+    source = note_thinking(note_thinking(tokenizer.chat_template))
+    assert notes_thinking(source)
+    assert not notes_thinking(tokenizer.chat_template)
+    messages = [{"role": "user", "content": "what is it?"}]
+    for prompt in (True, False):
+        texts = [
+            tokenizer.apply_chat_template(messages, chat_template=one, tokenize=False, add_generation_prompt=prompt)
+            for one in (tokenizer.chat_template, source)
+        ]
+        assert texts[0] == texts[1]
+    if noted is not None:
+        noted.chat_template = source
+        assert ConversationEncoder(noted).fingerprint() == before.fingerprint()  # caches of tokens stay valid
+
+
+def test_a_request_may_ask_otherwise() -> None:
+    encoder = ConversationEncoder(tokenizer_of("qwen3_5_think"), thinking="always")
+    asked = {
+        form: encoder.tokenizer.decode(encoder.encode_prompt(turns("what?"), thinking=form)) for form in (True, False)
+    }
+    assert asked[True].endswith("assistant\n<think>\n")
+    assert asked[False].endswith("assistant\n<think>\n\n</think>\n\n")
+    assert encoder.opened() == encoder.opened(True) == "<think>\n"
+    assert encoder.opened(False) == ""
+    assert encoder.has_switch
+    assert ConversationEncoder(tokenizer_of("qwen3"), thinking="always").opened() == ""
+    assert not ConversationEncoder(tokenizer_of("lfm2_2_5")).has_switch

@@ -1,0 +1,429 @@
+"""What a judge replies: read strictly, counted apart where it cannot be read, never taken for the model's answer."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mm_moslora_eval import eval_commands
+from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
+from mm_moslora_eval.protocol.task import Prompt, Source, Task
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.answer_views import find_view
+from mm_moslora_eval.run.evaluate_suite import compare, evaluate
+from mm_moslora_eval.run.llm_judge import GRADERS, MOST_UNREADABLE, Judge
+from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
+from mm_moslora_eval.run.task_runner import Settings, open_run, run_task
+from mm_moslora_eval.scoring.answer_scoring import JUDGED
+from mm_moslora_eval.sources.document import DataSet, Document
+
+from mm_moslora.cli.eval_verbs import eval_score
+from mm_moslora.utils.errors import EvalError
+from tests.eval.eval_server import serve
+from tests.eval.protocol_runs import GivenAnswers
+
+PACKAGE = Path(__file__).parents[3] / "eval" / "mm_moslora_eval"
+ONE = Settings(batch_size=8, rank=0, world_size=1)
+COUNT = 24
+SAID = "it got the colour"
+
+
+def answered(folder: Path, metric: str = "judge_mmvet", *, said: str = SAID, count: int = COUNT) -> Path:
+    """A run with answers to a judged task, not scored yet; returns its view."""
+    extraction = "mathvista" if metric == "mathvista" else "text"
+    task = Task(
+        name="judged", source=Source(kind="tsv", path="x.tsv"), metric=metric, extraction=extraction,
+        aggregation="llavabench" if "llavabench" in metric else "mmvet" if "mmvet" in metric else "mean",
+        prompt=Prompt(template="{question}"),
+    )  # fmt: skip
+    documents = tuple(
+        Document(id=str(n), question=f"Q{n}?", answers=("7",), category="rec", extra={"answer_type": "integer"})
+        for n in range(count)
+    )
+    model = GivenAnswers({document.id: said for document in documents})
+    with open_run(folder, model):
+        return run_task(model, task, folder, settings=ONE, data=DataSet(documents=documents, path="x", sha256="0"))
+
+
+def judge_at(url: str, folder: Path, **options: Any) -> Judge:
+    return Judge(Endpoint(url=url, model="j", attempts=2, first_wait=0.001), cache=folder / "judge", **options)
+
+
+def number(payload: dict[str, Any]) -> int:
+    text = payload["messages"][0]["content"]
+    return int(text.rpartition("Q")[2].partition("?")[0])
+
+
+def message(content: Any, finish_reason: str = "stop") -> dict[str, Any]:
+    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}
+    return {"choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 1}}
+
+
+UNREADABLE = {
+    "empty": "",
+    "null": None,
+    "blank": " \n",
+    "thinking without an end": "<think>\nLet me",
+    "thinking and nothing else": "<think>0.5</think>",
+    "a grade within thinking that has no end": "<think>ok</think>\n<think>0.5",
+    "no parts": [],
+    "parts without text": [{"type": "thinking", "thinking": "0.5"}, {"type": "text"}, {"type": "text", "text": 5}],
+    "not a number": "nan",
+    "infinite": "inf",
+    "too large": "5",
+    "negative": "-1",
+    "words": "I cannot grade this.",
+    "another form": "Score: 0.5",
+}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("metric", sorted(GRADERS))
+def test_a_judge_that_cannot_be_read_leaves_the_task_unscored_until_it_is_mended(
+    content: Any, metric: str, tmp_path: Path
+) -> None:
+    view = answered(tmp_path / "run", metric)
+    good = "5 5" if "llavabench" in metric else "0.5"
+    said = [content]
+    with serve(lambda _: message(said[0])) as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+        assert math.isnan(result.score)
+        assert eval_commands.exit_code([result]) == 3
+        assert f"replies to {COUNT} of {COUNT} answers cannot be read" in result.about["unscored"]
+        assert result.about["judge"]["unreadable"] == len(server.payloads) == 5 * COUNT
+        assert result.counts.failed == result.counts.not_inferable == 0
+        assert not any(SAID in remark for remark in result.remarks)
+        assert not list((tmp_path / "judge").glob("*.json"))
+        said[0] = good
+        mended = score_folder(view, judge=judge_at(server.url, tmp_path))
+        assert mended.score == pytest.approx(1.0 if "llavabench" in metric else 0.5)
+        assert eval_commands.exit_code([mended]) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "0.5",
+        " 0.5\n",
+        "<think>ok, 0.9?</think>\n0.5",
+        "It could be 0.9.</think>0.5",
+        "<think>a</think><think>b</think>0.5",
+        [{"type": "text", "text": "0.5"}],
+        [{"type": "thinking", "thinking": "0.9"}, {"type": "text", "text": "0"}, {"type": "text", "text": ".5"}],
+    ],
+)
+def test_a_grade_is_read_behind_thinking_and_in_parts(content: Any, tmp_path: Path) -> None:
+    view = answered(tmp_path / "run", count=2)
+    with serve(lambda _: message(content)) as server:
+        assert score_folder(view, judge=judge_at(server.url, tmp_path)).score == 0.5
+
+
+@pytest.mark.parametrize("content", [5, True, {"text": "0.5"}])
+def test_a_reply_whose_content_is_no_text_is_a_failure_of_the_judge(content: Any, tmp_path: Path) -> None:
+    view = answered(tmp_path / "run", count=2)
+    with serve(lambda _: message(content)) as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+    assert "answered without a message" in result.about["unscored"]
+    assert eval_commands.exit_code([result]) == 3
+
+
+def test_a_reply_that_was_cut_off_is_no_grade(tmp_path: Path) -> None:
+    """`0.` may be the beginning of `0.8`; ratings on a first line are complete when a second one was begun."""
+    view = answered(tmp_path / "mmvet", count=2)
+    with serve(lambda _: message("0.", "length")) as server:
+        assert math.isnan(score_folder(view, judge=judge_at(server.url, tmp_path)).score)
+    view = answered(tmp_path / "llavabench", "judge_llavabench", count=2)
+    with serve(lambda _: message("8 4\nThe second", "length")) as server:
+        assert score_folder(view, judge=judge_at(server.url, tmp_path)).score == 0.5
+    with serve(lambda _: message("8 1", "length")) as server:
+        assert math.isnan(score_folder(view, judge=judge_at(server.url, tmp_path)).score)
+
+
+def test_a_judge_that_thinks_has_room_for_it(tmp_path: Path) -> None:
+    """A judge that needs 500 tokens before its reply, and a model with less room than that."""
+
+    def thinks(payload: dict[str, Any]) -> Any:
+        enough = payload["max_tokens"] >= 500
+        return message(f"<think>{'hm ' * 200}</think>0.5" if enough else "<think>hm", "stop" if enough else "length")
+
+    view = answered(tmp_path / "run", count=2)
+    with serve(thinks) as server:
+        assert math.isnan(score_folder(view, judge=judge_at(server.url, tmp_path, thinking_tokens=0)).score)
+        assert {payload["max_tokens"] for payload in server.payloads} == {8}
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+        assert result.score == 0.5
+        assert result.about["judge"]["thinking_tokens"] == 2048
+        asked = len(server.payloads)
+        assert score_folder(view, judge=judge_at(server.url, tmp_path, thinking_tokens=9)).score == 0.5
+        assert len(server.payloads) == asked, "a reply stays valid with another room for thinking"
+    with pytest.raises(EvalError, match="thinking_tokens of the judge is -1"):
+        judge_at("http://127.0.0.1:1/v1", tmp_path, thinking_tokens=-1)
+
+
+def old_cache(folder: Path, replies: dict[float, str], *, url: str, view: Path) -> None:
+    """The cache of an earlier version: every reply, also those that could not be read."""
+    from mm_moslora_eval.run.answer_views import documents_of
+    from mm_moslora_eval.run.llm_judge import _MMVET
+    from mm_moslora_eval.sources.document import digest
+
+    folder.mkdir()
+    for row in documents_of(view):
+        prompt = _MMVET + f"{row['question']} | 7 | {SAID} | "
+        for temperature, reply in replies.items():
+            request = {
+                "messages": [{"role": "user", "content": prompt}], "max_tokens": 8, "temperature": temperature,
+            }  # fmt: skip
+            asked = {"url": url, "model": "j", "request": request}
+            (folder / f"{digest(asked)}.json").write_text(json.dumps(asked | {"reply": reply, "usage": None}))
+
+
+def test_an_old_cache_is_read_and_its_unreadable_replies_are_asked_for_again(tmp_path: Path) -> None:
+    view = answered(tmp_path / "run", count=3)
+    with serve(lambda _: "0.9") as server:
+        old_cache(tmp_path / "judge", {0.0: "", 0.5: "<think>\nLet me", 1.0: "0.4"}, url=server.url, view=view)
+        assert score_folder(view, judge=judge_at(server.url, tmp_path)).score == pytest.approx(0.4)
+        assert not server.payloads
+        (tmp_path / "other").mkdir()
+        old_cache(tmp_path / "other" / "judge", {0.0: "", 0.5: "<think>"}, url=server.url, view=view)
+        assert score_folder(view, judge=judge_at(server.url, tmp_path / "other")).score == pytest.approx(0.9)
+        assert len(server.payloads) == 3
+
+
+def one_unreadable(payload: dict[str, Any]) -> str:
+    return "no idea" if number(payload) == 3 else f"0.{number(payload) % 2 + 4}"
+
+
+def test_few_answers_without_a_grade_are_left_out_of_score_and_comparison(tmp_path: Path) -> None:
+    view, other = answered(tmp_path / "a"), answered(tmp_path / "b")
+    with serve(one_unreadable) as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+    assert 1 / COUNT <= MOST_UNREADABLE
+    graded = [0.4 + 0.1 * (n % 2) for n in range(COUNT) if n != 3]
+    assert result.score == pytest.approx(sum(graded) / len(graded))
+    assert (result.counts.total, result.counts.scored, result.counts.ungraded) == (COUNT, COUNT - 1, 1)
+    assert result.categories["rec"]["n"] == result.completed["n"] == COUNT - 1
+    assert eval_commands.exit_code([result]) == 0
+    (remark,) = [text for text in result.remarks if "no grade" in text]
+    assert "1 of 24 answers have no grade" in remark
+    assert remark in eval_commands.table([result])
+    samples = [json.loads(line) for line in (view / "samples.jsonl").read_text().splitlines()]
+    assert [sample["id"] for sample in samples if sample["score"] is None] == ["3"]
+    with serve(lambda payload: "0.2" if number(payload) % 2 else "0.3") as server:
+        score_folder(other, judge=judge_at(server.url, tmp_path / "b"))
+    found = compare(view, other)
+    assert found.score.questions == COUNT - 1
+    assert found.score.found.value == pytest.approx(found.score.a - found.score.b)
+    score_folder(view)  # without a judge the grades stay
+    assert compare(view, other).score.questions == COUNT - 1
+
+
+def test_llavabench_is_compared_without_the_answers_that_have_no_ratings(tmp_path: Path) -> None:
+    views = [answered(tmp_path / name, "judge_llavabench") for name in "ab"]
+    with serve(lambda payload: "?" if number(payload) == 3 else "8 4") as server:
+        first = score_folder(views[0], judge=judge_at(server.url, tmp_path / "a"))
+    with serve(lambda payload: "?" if number(payload) == 5 else "8 6") as server:
+        second = score_folder(views[1], judge=judge_at(server.url, tmp_path / "b"))
+    assert (first.score, second.score) == (0.5, 0.75)
+    found = compare(*views)
+    assert found.score.questions == COUNT - 2
+    assert found.headline is not None
+    assert found.headline.a - found.headline.b == pytest.approx(-0.25)
+
+
+def test_remarks_are_about_the_models_text(tmp_path: Path) -> None:
+    view = answered(tmp_path / "run")
+    with serve(lambda _: "0.5") as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+    (remark,) = result.remarks
+    assert remark.startswith(f"All {COUNT} answers are '{SAID}', the reference answer of 0")
+    view = answered(tmp_path / "thinking", said="<think>hm")
+    with serve(lambda _: "0.5") as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+        assert not server.payloads
+    assert result.score == 0.0
+    assert result.counts.not_inferable == result.counts.unclosed_thinking == COUNT
+    assert any("None of 24 answers could be read" in remark for remark in result.remarks)
+
+
+def test_an_answer_that_a_judge_finds_is_read_by_the_same_rules(tmp_path: Path) -> None:
+    view = answered(tmp_path / "run", "mathvista", said="There are seven, I think.")
+    with serve(lambda _: message(None)) as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+        assert math.isnan(result.score)
+        assert eval_commands.exit_code([result]) == 3
+    with serve(lambda _: "<think>7?</think>None.") as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+        assert result.score == 0.0
+        assert result.counts.not_inferable == COUNT
+    with serve(lambda _: "<think>6?</think> 7") as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+        assert result.score == 1.0
+    assert not any("answers are '7'" in remark for remark in result.remarks)
+
+
+def test_every_judged_metric_has_a_grader() -> None:
+    assert set(JUDGED) == set(GRADERS)
+
+
+def test_replies_of_servers_are_read_in_one_place() -> None:
+    """Only the endpoint opens addresses; only it and the judge's one request ask a server."""
+    asking, opening = set(), set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "chat":
+                    asking.add(f"{path.stem}.{function.name}")
+            names = [alias.name for alias in function.names] if isinstance(function, ast.Import) else []
+            names += [function.module or ""] if isinstance(function, ast.ImportFrom) else []
+            if any(name.split(".")[0] in ("urllib", "requests", "httpx", "openai", "aiohttp") for name in names):
+                opening.add(path.stem)
+    assert asking == {"openai_endpoint._answer", "openai_endpoint._score", "llm_judge._request"}
+    assert opening == {"openai_endpoint"}
+
+
+@pytest.mark.parametrize("fault", [500, 400, "nothing"])
+def test_a_judge_that_is_down_is_not_asked_to_the_end(fault: Any, tmp_path: Path) -> None:
+    view = answered(tmp_path / "run", count=200)
+    faults = [fault] * 10_000 if isinstance(fault, int) else []
+    with serve(lambda _: {"error": "none"}, faults=faults) as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+        assert "4 requests in a row failed, so nothing more is asked" in result.about["unscored"]
+        assert len(server.payloads) <= 2 * 8  # four threads, two attempts each; those under way may still come back
+    assert eval_commands.exit_code([result]) == 3
+    with serve(lambda _: "0.5") as server:
+        assert score_folder(view, judge=judge_at(server.url, tmp_path)).score == 0.5
+
+
+def test_a_judge_that_fails_now_and_then_is_asked_to_the_end(tmp_path: Path) -> None:
+    view = answered(tmp_path / "run", count=40)
+    with serve(lambda payload: {"error": "none"} if number(payload) % 4 == 3 else "0.5") as server:
+        judge = Judge(Endpoint(url=server.url, model="j"), cache=tmp_path / "judge")
+        result = score_folder(view, judge=judge)
+    assert "The judge failed" in result.about["unscored"]
+    assert len(list((tmp_path / "judge").glob("*.json"))) == 30
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, Callable[[], int]]]:
+    """A server that takes requests and never answers; its address, and the number of its requests."""
+    asked: list[int] = []
+    ended = threading.Event()
+
+    def wait(_: dict[str, Any]) -> str:
+        asked.append(1)
+        ended.wait(60)
+        return "0.5"
+
+    with serve(wait) as server:
+        yield server.url, lambda: len(asked)
+        ended.set()
+
+
+def test_a_judge_that_never_answers_ends_within_its_timeouts(
+    silent: tuple[str, Callable[[], int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, asked = silent
+    view = answered(tmp_path / "run", count=200)
+    started = time.monotonic()
+    assert eval_score(view, judge=f"{url}#j", timeout=0.3, attempts=1, report=False) == 3
+    assert time.monotonic() - started < 30
+    assert asked() <= 8
+    assert "4 requests in a row failed" in capsys.readouterr().out
+    assert math.isnan(read_results(tmp_path / "run")[0].score)
+
+
+def test_a_model_whose_server_stays_silent_ends_the_run_and_keeps_its_answers(
+    silent: tuple[str, Callable[[], int]], question_file: Path, tmp_path: Path
+) -> None:
+    task = get_task(f"llava:{question_file}")
+
+    def run(url: str, **options: Any) -> list[TaskResult]:
+        model = EndpointModel(Endpoint(url=url, model="m", attempts=1, **options))
+        return evaluate(model, task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+
+    with pytest.raises(EvalError, match="4 requests in a row failed, so nothing more is asked"):
+        run(silent[0], timeout=0.3)
+    assert silent[1]() <= 12
+
+
+def test_a_server_that_refuses_single_questions_does_not_end_a_run(question_file: Path, tmp_path: Path) -> None:
+    """A refused request (HTTP 400) may be the fault of its question; the longest ones are asked first."""
+    left = [9]
+    lock = threading.Lock()
+
+    def reply(_: dict[str, Any]) -> Any:
+        with lock:
+            left[0] -= 1
+            return {"error": "too long"} if left[0] >= 0 else "yes"
+
+    with serve(reply) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m", first_wait=0.001))
+        task = get_task(f"llava:{question_file}")
+        (result,) = evaluate(model, task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.counts.total == 12
+    assert result.counts.failed == 0  # the nine are asked once more, one by one
+
+
+def slowly(first: bytes, pause: float, stopped: threading.Event) -> Iterator[bytes]:
+    yield b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + first
+    while not stopped.wait(pause):
+        yield b" "
+
+
+@pytest.fixture
+def dripping() -> Iterator[str]:
+    """A server that sends one byte after the other and never ends its reply."""
+    stopped = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                connection.recv(2**16)
+                for data in slowly(b"{", 0.05, stopped):
+                    connection.sendall(data)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=answer, args=(listening.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        stopped.set()
+
+
+def test_the_timeout_is_that_of_the_whole_reply(dripping: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="no whole reply within"):
+        Endpoint(url=dripping, model="j", timeout=0.3, attempts=1).chat({})
+    assert time.monotonic() - started < 20
+
+
+def test_an_endless_reply_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_moslora_eval.backends.openai_endpoint._MOST_REPLY_BYTES", 1000)
+    with serve(lambda _: message("0.5" * 1000)) as server, pytest.raises(RuntimeError, match="more than 1000 bytes"):
+        Endpoint(url=server.url, model="j").chat({})
+    assert len(server.payloads) == 1
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": math.inf}, {"timeout": math.nan}, {"attempts": 0}])
+def test_an_impossible_patience_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(EvalError, match="expected seconds above 0, and 1 or more"):
+        Endpoint.parse("http://127.0.0.1:1/v1#m", **options)
+
+
+def test_a_judge_view_keeps_the_reply_beside_the_answer(tmp_path: Path) -> None:
+    view = answered(tmp_path / "run", count=1)
+    with serve(lambda _: "0.5") as server:
+        score_folder(view, judge=judge_at(server.url, tmp_path))
+    (sample,) = [json.loads(line) for line in (find_view(view) / "samples.jsonl").read_text().splitlines()]
+    assert (sample["text"], sample["parsed"], sample["score"], sample["judged"]) == (SAID, "0.5", 0.5, True)

@@ -1,0 +1,227 @@
+"""What a user reads of a score: value, interval, difference and power belong to the task's own score."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mm_moslora_eval.eval_commands import comparison_text, table
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.report.evaluation_page import write_report
+from mm_moslora_eval.run.evaluate_suite import compare, evaluate
+from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.scoring.estimates import Ratio, estimate, mean_of, paired
+from mm_moslora_eval.scoring.measured_scores import Aggregate, aggregate, by_category, difference_of_scores
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.sources.document import Document
+
+from mm_moslora.utils.errors import EvalError
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
+
+ONE = Settings(batch_size=4, rank=0, world_size=1)
+SUB_TASKS = ("existence", "count", "OCR", "scene")
+
+
+def samples(scores: Sequence[float], *, pictures: int, categories: int = 1) -> list[Scored]:
+    """Answers of these scores, dealt to the pictures in turn; rotations of one question per picture."""
+    found = []
+    for index, score in enumerate(scores):
+        number = index % pictures
+        reference = ("yes", "no")[number % 2]
+        said = reference if score else {"yes": "no", "no": "yes"}[reference]
+        document = Document(
+            id=str(number + 1_000_000 * (index // pictures)), question="?", answers=(reference,),
+            category=SUB_TASKS[number % categories], extra={"image_path": str(number)},
+        )  # fmt: skip
+        found.append(
+            Scored(document=document, text=said, parsed=said, score=score, cluster=number, numbers=(8.0, 8 * score))
+        )
+    return found
+
+
+@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_no_interval_is_a_point(name: str, score: float) -> None:
+    """All answers alike show that others are rare, not that there are none: 20 answers on 10 pictures."""
+    found = aggregate(name, samples([score] * 20, pictures=10))
+    assert (found.clusters, found.stderr) == (10, 0.0)
+    assert found.groups == (5 if "pope" in name and score else 10)  # F1 rests on the pictures that show something
+    assert found.low <= found.score <= found.high
+    whole = {"mme": 200.0, "caption": 10.0, "caption_plain": 10.0, "llavabench": 10.0}.get(name, 1.0)
+    assert found.high - found.low > 0.2 * whole
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_an_interval_stays_within_the_bounds_of_the_score(name: str) -> None:
+    scores = [float(index != 3) for index in range(40)]
+    found = aggregate(name, samples(scores, pictures=20, categories=4))
+    assert 0 <= found.low < found.score < found.high <= (800 if name == "mme" else 10)
+
+
+def test_few_pictures_give_a_wide_interval_and_are_named() -> None:
+    many, few = (aggregate("mean", samples([1.0] * 90 + [0.0] * 30, pictures=pictures)) for pictures in (120, 12))
+    assert (many.clusters, few.clusters) == (120, 12)
+    assert few.stderr_kind == "clustered"
+    lone = aggregate("mean", samples([1.0, 0.0] * 30, pictures=1))
+    assert math.isnan(lone.stderr)
+    assert (lone.low, lone.high) == pytest.approx((0.025, 0.975), abs=0.01)
+
+
+def test_categories_with_one_picture_each_show_no_error_and_widen_the_interval() -> None:
+    found = aggregate("macro", samples([1.0, 1.0, 1.0, 0.0], pictures=4, categories=4))
+    alike = aggregate("mean", samples([1.0, 1.0, 1.0, 0.0], pictures=4))
+    assert found.score == alike.score
+    assert found.stderr >= 0.25
+    assert found.high - found.low > 0.6
+
+
+@pytest.mark.parametrize("sizes", [[2] * 11 + [60], [10] * 12, [1] * 20, [1, 2, 3, 4, 5, 6]])
+def test_degrees_of_freedom_are_those_of_bell_and_mccaffrey(sizes: list[int]) -> None:
+    """Of the quadratic form that the variance is, for independent samples."""
+    clusters, count = np.repeat(range(len(sizes)), sizes), sum(sizes)
+    form = np.zeros((count, count))
+    for cluster, size in enumerate(sizes):
+        row = ((clusters == cluster) - size / count) / count / math.sqrt(1 - size / count)
+        form += np.outer(row, row)
+    scores = np.random.default_rng(0).random(count)
+    found = estimate([mean_of(scores)], clusters)
+    assert found.degrees == pytest.approx(max(1.0, np.trace(form) ** 2 / np.trace(form @ form)))
+    assert found.stderr == pytest.approx(math.sqrt(scores @ form @ scores))
+
+
+def test_degrees_of_freedom_are_few_where_a_small_category_weighs_much() -> None:
+    inside = np.array([1.0] * 4 + [0.0] * 200)
+    scores = np.random.default_rng(0).random(204)
+    halves = [Ratio(top=scores * part, bottom=part) * 0.5 for part in (inside, 1 - inside)]
+    assert 3 <= estimate(halves, range(204)).degrees < 4
+
+
+@pytest.mark.parametrize("pictures", [5, 12, 30, 1001])
+def test_power_is_that_of_the_t_test(pictures: int) -> None:
+    scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed (extra dev)")
+    generator = np.random.default_rng(pictures)
+    found = paired(list(generator.random(pictures)), list(generator.random(pictures)))
+    shift, bound = found.detectable / found.stderr, scipy.t.ppf(0.975, pictures - 1)
+    assert scipy.nct.sf(bound, pictures - 1, shift) == pytest.approx(0.8, abs=0.001)
+
+
+def test_a_difference_of_several_seeds_is_of_their_mean_scores() -> None:
+    best = samples([1.0] * 40, pictures=20, categories=4)
+    runs = [samples([float(index % 5 != seed) for index in range(40)], pictures=20, categories=4) for seed in (0, 1)]
+    found = difference_of_scores("mme", [best], runs)
+    scores = [aggregate("mme", run).score for run in runs]
+    assert found.seeds_b == pytest.approx(scores)
+    assert found.found.value == pytest.approx(800 - sum(scores) / 2)
+    assert found.found.low < found.found.value < found.found.high
+    turned = difference_of_scores("mme", runs, [best])
+    assert (turned.found.value, turned.found.p_value) == pytest.approx((-found.found.value, found.found.p_value))
+
+
+def parts_of(name: str, scores: Sequence[float]) -> dict[str, Aggregate]:
+    return by_category(name, samples(scores, pictures=20, categories=4))
+
+
+def test_categories_have_the_score_of_the_task() -> None:
+    scores = [float(index % 8 != 0) for index in range(40)]  # of the sub-task `existence`, pictures 0, 8 and 16 once
+    parts, whole = parts_of("mme", scores), aggregate("mme", samples(scores, pictures=20, categories=4))
+    assert sum(part.score for part in parts.values()) == pytest.approx(whole.score)
+    assert parts["count"].score == 200.0
+    assert parts["count"].low < 160
+    assert all(0 <= part.score <= 1 for part in parts_of("pope", scores).values())
+
+
+def test_captions_of_a_category_are_weighed_by_the_words_of_the_set() -> None:
+    """`land` alone would give its common word no weight."""
+    texts = {"a": ("a cat runs far", "a cat runs"), "b": ("a cat sleeps now", "a cat eats"), "c": ("rain at sea",) * 2}
+    made = [
+        Scored(
+            document=Document(id=name, question="?", answers=(text,), category="water" if name == "c" else "land"),
+            text=said, parsed=said, score=0.0, cluster=name,
+        )
+        for name, (text, said) in texts.items()
+    ]  # fmt: skip
+    parts, whole = by_category("caption_plain", made), aggregate("caption_plain", made)
+    alone = aggregate("caption_plain", made[:2])
+    assert parts["land"].score > alone.score
+    assert (2 * parts["land"].score + parts["water"].score) / 3 == pytest.approx(whole.score)
+
+
+class Captioner(FakeModel):
+    """Captions its own pictures, and says one thing of all others."""
+
+    def __init__(self, known: dict[str, str]) -> None:
+        super().__init__()
+        self.known = known
+
+    def _answer(self, request):  # type: ignore[no-untyped-def]
+        answer = super()._answer(request)
+        from mm_moslora_eval.sources.image_controls import Hasher
+
+        text = self.known.get(Hasher()(request.images[0]), "something grey")
+        own = request.id in text  # its own picture, not that of another question
+        return type(answer)(text=text if own else "something grey", tokens=3, finish_reason="stop")
+
+
+def captioned(folder: Path, count: int = 20) -> tuple[Path, Captioner]:
+    """A caption run with blind and wrong pictures."""
+    from mm_moslora_eval.sources.image_controls import Hasher
+
+    nouns = ("cat", "dog", "boat", "tree", "house")
+    rows, known = [], {}
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(picture(number))
+        name = f"q{number:03d}"
+        text = f"{name} a {nouns[number % 5]} of kind {number} stands near the thing {number * 7}"
+        known[Hasher()(folder / f"{number}.png")] = text
+        rows.append({"id": name, "image": f"{number}.png", "question": "Caption this.", "answer": text})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = folder / "captions.yaml"
+    task.write_text(
+        "name: captions\nsource: {kind: llava, path: captions.jsonl}\nmetric: exact\naggregation: caption_plain\n"
+    )
+    model = Captioner(known)
+    evaluate(model, get_task(str(task)), folder / "run", settings=ONE, baselines=())
+    return folder / "run", model
+
+
+def test_captions_are_compared_by_cider_in_the_command_and_in_the_report(tmp_path: Path) -> None:
+    run, _ = captioned(tmp_path)
+    place = run / "captions@own"
+    found = compare(place / "own", place / "blind")
+    text = comparison_text(found)
+    assert found.score.a > 5
+    assert found.score.b < 1
+    assert f"A CIDEr {found.score.a:.3f}, B CIDEr {found.score.b:.3f}. A is better than B: CIDEr +" in text
+    assert "points" not in text
+    assert f"A wins {found.score.wins}, B wins 0" in text
+    page = write_report(run).read_text()
+    for control in ("a plain picture", "another item&#39;s picture"):
+        assert f"With its own pictures the model is better than with {control}: CIDEr +" in page
+    assert "not shown to be better" not in page
+    assert f'<span class="quiet">CIDEr</span> <strong>{found.score.a:.3f}</strong>' in page
+    assert 'class="range"' not in page  # a scale from 0 to 100 does not fit
+
+
+def test_circular_needs_numbered_documents_before_anything_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "q1", "question": "?", "answer": "A"}) + "\n")
+    task = tmp_path / "t.yaml"
+    task.write_text("name: t\nsource: {kind: llava, path: q.jsonl}\naggregation: circular\n")
+    model = FakeModel()
+    with pytest.raises(EvalError, match=r"1 of 1 ids are no integers \(first: 'q1'\).*rotation k of question n"):
+        evaluate(model, get_task(str(task)), tmp_path / "run", settings=ONE)
+    assert model.asked == []
+
+
+def test_the_table_says_on_how_many_pictures_an_interval_rests(question_file: Path, tmp_path: Path) -> None:
+    task = get_task(f"llava:{question_file}")
+    results = evaluate(FakeModel(), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert (results[0].clusters, results[0].groups) == (4, 4)
+    assert "own: The interval rests on 4 pictures with 12 questions." in table(results)
+    page = write_report(tmp_path / "run").read_text()
+    assert "on 4 pictures" in page

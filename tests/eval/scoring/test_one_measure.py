@@ -1,0 +1,100 @@
+"""Scores are measured in one place: nothing else computes an interval, a p-value, a power or a difference of scores."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[3]
+EVAL, COMPARE = "eval/mm_moslora_eval", "mm_moslora/compare"
+LOW_LEVEL = {
+    f"{EVAL}/scoring/error_bars.py", f"{EVAL}/scoring/estimates.py", f"{EVAL}/scoring/measured_scores.py",
+    f"{COMPARE}/seed_statistics.py", f"{COMPARE}/run_variance.py", f"{COMPARE}/resolution_plan.py",
+    f"{COMPARE}/sequential_looks.py",
+}  # fmt: skip
+"""One place for scores of samples, one for arms with several seeds."""
+ESTIMATING = LOW_LEVEL | {f"{EVAL}/scoring/score_aggregation.py", f"{EVAL}/scoring/reference_likelihood.py"}
+DIFFERENCES = {
+    "mm_moslora/reporting/verdicts.py", f"{EVAL}/scoring/estimates.py", f"{COMPARE}/comparison_controls.py",
+}  # fmt: skip
+PLAIN = {"mean", "sample_stddev"}
+QUANTILES = (1.2816, 1.6449, 1.9600, 2.3263, 2.5758)
+
+
+def _shortcuts(tree: ast.AST, place: str) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module, names = node.module or "", {item.name for item in node.names}
+            if module.endswith("error_bars") and names - PLAIN and place not in LOW_LEVEL:
+                yield f"imports {names - PLAIN}"
+            if module.endswith(".estimates") and place not in ESTIMATING:
+                yield f"imports {names} of estimates"
+            if module == "statistics" and "NormalDist" in names and place not in LOW_LEVEL:
+                yield "imports NormalDist"
+            if module.startswith("scipy"):
+                yield "imports scipy"
+        elif isinstance(node, ast.Import) and any(item.name.startswith("scipy") for item in node.names):
+            yield "imports scipy"
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id == "error_bars" and node.attr not in PLAIN and place not in LOW_LEVEL:
+                yield f"error_bars.{node.attr}"
+            if node.attr == "NormalDist" and place not in LOW_LEVEL:
+                yield "NormalDist"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+            if any(abs(abs(node.value) - quantile) < 0.0011 for quantile in QUANTILES):
+                yield f"the number {node.value}"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id == "Difference" and place not in DIFFERENCES:
+                yield "builds a Difference"
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub) and place not in LOW_LEVEL:
+            if any(_called(part) == "stderr" for part in ast.walk(node)) and not _is_text(node):
+                yield "adds to a standard error"
+            both = {_called(node.left), _called(node.right)}
+            if isinstance(node.op, ast.Sub) and both & {"score", "mean"} and both <= {"score", "mean"}:
+                yield "subtracts scores"
+
+
+def _called(node: ast.AST) -> str:
+    """The name of an attribute, or the key of an entry."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        return str(node.slice.value)
+    return ""
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    return any(isinstance(part, ast.JoinedStr) for part in ast.walk(node))
+
+
+def test_scores_are_measured_in_one_place() -> None:
+    paths = [path for folder in (EVAL, "mm_moslora") for path in (CHECKOUT / folder).rglob("*.py")]
+    assert len(paths) > 100
+    found = []
+    for path in paths:
+        place = path.relative_to(CHECKOUT).as_posix()
+        found += [f"{place}: {text}" for text in _shortcuts(ast.parse(path.read_text("utf-8")), place)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from mm_moslora_eval.scoring.error_bars import binomial_interval",
+        "from mm_moslora_eval.scoring.estimates import paired",
+        "error_bars.t_quantile(0.95, 3)",
+        "from statistics import NormalDist",
+        "statistics.NormalDist()",
+        "import scipy.stats",
+        "half = 1.96 * error",
+        "low = result.score - 2 * result.stderr",
+        "high = row['mean'] + 3 * row['stderr']",
+        "gain = a.score - b.score",
+        "Difference(value=1, low=0, high=2)",
+    ],
+)
+def test_the_search_finds_what_it_looks_for(line: str) -> None:
+    assert list(_shortcuts(ast.parse(line), "mm_moslora/reporting/other.py"))

@@ -1,0 +1,309 @@
+"""Child processes: one module starts them, and nothing of the working folder runs in them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mm_moslora.launch.child_processes import child_environment, output_of, python_words, start
+from mm_moslora.tracking.run_environment import git_state
+
+CHECKOUT = Path(__file__).parents[2]
+DOOR = CHECKOUT / "mm_moslora" / "launch" / "child_processes.py"
+MODULES = {"subprocess", "multiprocessing", "pty", "torch.multiprocessing", "billiard", "pexpect"}
+NAMES = {"ProcessPoolExecutor", "Popen", "create_subprocess_exec", "create_subprocess_shell"}
+OF_OS = ("exec", "spawn", "posix_spawn", "fork", "system", "popen", "startfile")
+
+
+def _ways(source: str) -> list[int]:
+    """Lines that start a process, or import what does."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                bad = any(name.name in MODULES or name.name.split(".")[0] in MODULES for name in names)
+            case ast.ImportFrom(module=module, names=names):
+                from_os = module == "os" and any(name.name.startswith(OF_OS) for name in names)
+                whole = (module or "").split(".")[0] in MODULES or module in MODULES
+                bad = whole or from_os or any(name.name in NAMES | MODULES for name in names)
+            case ast.Attribute(value=ast.Name(id="os" | "posix"), attr=name):
+                bad = name.startswith(OF_OS)
+            case ast.Attribute(attr=name):
+                bad = name in NAMES
+            case ast.Call(func=ast.Name(id="DataLoader") | ast.Attribute(attr="DataLoader"), keywords=words):
+                given = {word.arg: word.value for word in words}
+                context = given.get("multiprocessing_context")
+                door = isinstance(context, ast.Call) and getattr(context.func, "id", "") == "fork_context"
+                bad = "num_workers" in given and not door
+            case ast.keyword(arg="shell" | "num_proc"):
+                bad = True
+            case _:
+                bad = False
+        if bad:
+            found.append(node.lineno)
+    return found
+
+
+def test_only_the_door_starts_processes() -> None:
+    files = [path for folder in ("mm_moslora", "eval/mm_moslora_eval") for path in (CHECKOUT / folder).rglob("*.py")]
+    assert len(files) > 300
+    places = [
+        f"{path.relative_to(CHECKOUT)}:{line}"
+        for path in files
+        if path != DOOR
+        for line in _ways(path.read_text("utf-8"))
+    ]
+    assert places == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import subprocess as s",
+        "from subprocess import run",
+        "import multiprocessing.pool",
+        "import torch.multiprocessing",
+        "from concurrent.futures import ProcessPoolExecutor",
+        "os.execvp(a, b)",
+        "os.system(a)",
+        "os.posix_spawn(a, b, c)",
+        "from os import fork",
+        "futures.ProcessPoolExecutor(2)",
+        "asyncio.create_subprocess_exec(a)",
+        "psutil.Popen(a)",
+        "DataLoader(data, num_workers=2)",
+        "data.map(f, num_proc=4)",
+        "from torch import multiprocessing",
+    ],
+)
+def test_the_search_finds_other_ways(line: str) -> None:
+    assert _ways(line) == [1]
+
+
+def test_the_shell_scripts_start_safe_pythons() -> None:
+    for script in (CHECKOUT / "scripts").glob("*.s*"):
+        for line in script.read_text("utf-8").splitlines():
+            if "-m mm_moslora" in line:
+                assert "-P -m mm_moslora" in line, f"{script.name}: {line}"
+
+
+def test_children_read_no_input_and_have_a_complete_environment(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ABOVE", "1")
+    told = "os.environ['ABOVE'], os.environ['PYTHONSAFEPATH'], sys.flags.safe_path, sys.stdin.read()"
+    code = f"import os, sys; print({told})"
+    done = output_of(python_words("-I", "-c", code))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 1 True \n", "")
+    with pytest.raises(TimeoutError, match=r"sleep did not end within 0\.1 seconds"):
+        output_of(["sleep", "5"], seconds=0.1)
+    with pytest.raises(FileNotFoundError):
+        output_of([tmp_path / "none"])
+    assert start(["sh", "-c", "[ $ABOVE-$CHANGED = 1-2 ]"], env=child_environment({"CHANGED": "2"})).wait() == 0
+
+
+MARK = "import pathlib\npathlib.Path({mark!r}).touch()\n"
+HOSTILE = ("regex", "datasets", "sitecustomize", "usercustomize", "yaml", "numpy", "psutil")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder whose modules and git configuration leave marks, as an unpacked archive may hold."""
+    folder, marks = tmp_path / "hostile", tmp_path / "marks"
+    folder.mkdir()
+    marks.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(folder)]
+    (folder / "a.txt").write_text("1")
+    for words in (["init", "-q"], ["add", "a.txt"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    (folder / ".gitattributes").write_text("* filter=evil diff=evil\n")
+    for key in (
+        "core.fsmonitor",
+        "filter.evil.clean",
+        "filter.evil.process",
+        "diff.evil.textconv",
+        "core.pager",
+        "core.sshCommand",
+        "alias.status",
+        "alias.rev-parse",
+    ):
+        command = f"touch {shlex.quote(str(marks / key))}; false"
+        subprocess.run([*git, "config", key, f"!{command}" if key.startswith("alias") else command], check=True)
+    hooks = folder / "hooks"
+    hooks.mkdir()
+    for name in ("post-index-change", "post-checkout", "reference-transaction", "fsmonitor-watchman"):
+        (hooks / name).write_text(f"#!/bin/sh\ntouch {shlex.quote(str(marks / name))}\n")
+        (hooks / name).chmod(0o755)
+    subprocess.run([*git, "config", "core.hooksPath", str(hooks)], check=True)
+    (folder / "a.txt").write_text("2")
+    for mark in marks.iterdir():
+        mark.unlink()
+    for name in HOSTILE:
+        (folder / f"{name}.py").write_text(MARK.format(mark=str(marks / name)))
+    return folder
+
+
+def _marks(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder.parent / "marks").iterdir())
+
+
+def test_the_folder_is_hostile(hostile: Path) -> None:
+    subprocess.run(["git", "-C", str(hostile), "status"], capture_output=True, check=False)
+    subprocess.run([sys.executable, "-c", "import regex, datasets"], cwd=hostile, check=True)
+    assert {"core.fsmonitor", "regex", "datasets"} <= set(_marks(hostile))
+
+
+def test_the_commit_of_a_folder_is_read_without_git(hostile: Path) -> None:
+    head = subprocess.run(
+        ["git", "-C", str(hostile), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    for mark in (hostile.parent / "marks").iterdir():
+        mark.unlink()
+    (hostile / "below").mkdir()
+    assert git_state(hostile) == git_state(hostile / "below") == {"git_commit": head}
+    assert _marks(hostile) == []
+
+
+def test_commits_of_all_kinds_of_working_trees_are_found(tmp_path: Path) -> None:
+    main, other = tmp_path / "main", tmp_path / "other"
+
+    def git(*words: str, at: Path = main) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(at), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    main.mkdir()
+    git("init", "-q")
+    assert git_state(main) == {}, "it has no commit yet"
+    git("commit", "-q", "--allow-empty", "-m", "a")
+    git("worktree", "add", "-q", "-b", "topic/x", str(other))
+    git("commit", "-q", "--allow-empty", "-m", "b", at=other)
+    for _ in range(2):
+        assert git_state(main) == {"git_commit": git("rev-parse", "HEAD")}
+        assert git_state(other) == {"git_commit": git("rev-parse", "HEAD", at=other)}
+        git("pack-refs", "--all")
+    git("checkout", "-q", "--detach", at=other)
+    assert git_state(other) == {"git_commit": git("rev-parse", "HEAD", at=other)}
+    git("-c", "protocol.file.allow=always", "submodule", "add", "-q", str(other), "sub")
+    assert git_state(main / "sub") == {"git_commit": git("rev-parse", "HEAD", at=other)}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {".git": "gitdir: /etc\n"},
+        {".git": "gitdir: ~nobody-here/x"},
+        {".git": "\0"},
+        {".git/HEAD": "ref: ../../secret"},
+        {".git/HEAD": "ref: /etc/passwd"},
+        {".git/HEAD": "x" * 40},
+        {".git/HEAD": "\xff"},
+        {".git/HEAD": "ref:"},
+        {},
+    ],
+)
+def test_damaged_and_hostile_repositories_have_no_commit(tmp_path: Path, files: dict[str, str]) -> None:
+    (tmp_path / "secret").write_text("0" * 40)
+    folder = tmp_path / "deep" / "folder"
+    folder.mkdir(parents=True)
+    if not files:
+        (folder / ".git").mkdir()
+        os.mkfifo(folder / ".git" / "HEAD")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(text.encode("latin-1"))
+    assert git_state(folder) == {}
+
+
+@pytest.fixture
+def work(hostile: Path, language_folder: Path, records: Path) -> Path:
+    """A small recipe and questions in the hostile folder."""
+    texts = [line for line in records.read_text().splitlines(keepends=True) if '"image"' not in line]
+    (hostile / "texts.jsonl").write_text("".join(texts * 3))
+    rows = [{"question_id": str(n), "text": "Which?", "answer": "red"} for n in range(3)]
+    (hostile / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": {"language": str(language_folder)},
+        "adapter": {"rank": 2, "alpha": 4},
+        "data": {"train": [{"path": "texts.jsonl"}], "max_length": 256, "workers": 1},
+        "train": {
+            "steps": 2,
+            "global_batch": 4,
+            "micro_batch": 4,
+            "zero": "none",
+            "precision": "fp32",
+            "output": "run",
+        },
+        "track": {"trackers": []},
+    }
+    (hostile / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return hostile
+
+
+def _mm_moslora(folder: Path, *words: str) -> None:
+    """Run the console script's code in a folder."""
+    code = "from mm_moslora.__main__ import main; main()"
+    given = {**os.environ, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *words], cwd=folder, env=given, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["one", "torchrun", "deepspeed"])
+def test_launches_in_a_hostile_folder_run_nothing_of_it(work: Path, way: str) -> None:
+    more = {"one": ["--nproc", "1"], "torchrun": ["--nproc", "2"], "deepspeed": ["--nproc", "1", "--deepspeed"]}[way]
+    parts = [] if way == "one" else ["--train.zero", "zero2"]
+    _mm_moslora(work, "launch", "recipe.yaml", *more, *parts)
+    assert json.loads((work / "run" / "state.json").read_text())["state"] == "finished"
+    known = json.loads((work / "run" / "environment.json").read_text())
+    assert len(known["git_commit"]) == 40
+    assert _marks(work) == []
+
+
+@pytest.mark.slow
+def test_other_verbs_in_a_hostile_folder_run_nothing_of_it(work: Path) -> None:
+    _mm_moslora(
+        work,
+        "compare",
+        "recipe.yaml",
+        "--arms",
+        "lora,tsm",
+        "--seeds",
+        "1",
+        "--tasks",
+        "llava:test.jsonl",
+        "--max-new-tokens",
+        "2",
+        "--output",
+        "compared",
+    )
+    assert len(list(work.glob("compared/runs/*/outcome.json"))) == 2
+    run = next(work.glob("compared/runs/*_seed0"))
+    _mm_moslora(work, "eval", "run", "llava:test.jsonl", "--model", str(run), "--limit", "1")
+    _mm_moslora(work, "data", "check", "recipe.yaml", "--processes", "2")
+    assert _marks(work) == []
+
+
+@pytest.mark.parametrize("script", ["train.sh", "train_deepspeed.sh", "train_slurm.sbatch"])
+def test_launch_scripts_in_a_hostile_folder_run_nothing_of_it(work: Path, script: str) -> None:
+    given = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}"}
+    words = ["bash", str(CHECKOUT / "scripts" / script), "--dry-run", "recipe.yaml"]
+    done = subprocess.run(words, cwd=work, env=given, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert _marks(work) == []
+
+
+def test_downloads_of_the_quickstart_do_not_import_the_folder(hostile: Path, monkeypatch) -> None:
+    """pip runs in the working folder, by the same words."""
+    monkeypatch.chdir(hostile)
+    (hostile / "pip.py").write_text(MARK.format(mark=str(hostile.parent / "marks" / "pip")))
+    done = output_of(python_words("-m", "pip", "--version"))
+    assert done.stdout.startswith("pip "), done.stderr
+    assert _marks(hostile) == []

@@ -1,0 +1,365 @@
+"""Whose weights a run is used with: names on the hub, paths, moved and exchanged ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import peft
+import pytest
+import torch
+from mm_moslora_eval.backends.open_model import open_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from trials import with_train
+
+from mm_moslora.cli import run as mm_moslora
+from mm_moslora.config import Recipe
+from mm_moslora.models.load_model import load
+from mm_moslora.models.model_paths import fingerprint, resolve_model_paths, trained_on
+from mm_moslora.serve.inference.adapter_compatibility import _differing_keys
+from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import EvalError, ModelError
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+def _change(folder: Path, name: str = "", by: float = 1.0) -> Path:
+    """Change one tensor of a model, its shape stays."""
+    file = (folder / "model.safetensors").resolve()
+    tensors = load_file(file)
+    name = name or next(key for key in tensors if "embed" in key)
+    tensors[name] = tensors[name] + by
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def _commit(cache: Path, name: str, source: Path, commit: str = OLD, *, newest: bool = True) -> Path:
+    """Lay a model into the hub's cache as one commit: blobs, and links to them."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        blob = repository / "blobs" / f"{commit[0]}-{file.name}"
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(blob)
+    if newest:
+        (repository / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub."""
+    place = tmp_path / "elsewhere" / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(place), raising=False)
+    return place
+
+
+@pytest.fixture
+def hub_run(recipe: Recipe, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A run on a language model and a tower of the hub, trained two of four steps, and a folder to work in."""
+    _commit(cache, "acme/tiny", Path(recipe.model.language))
+    _commit(cache, "acme/tower", Path(recipe.model.vision.name))
+    work = tmp_path / "home" / "project"
+    (work / "runs").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    model = replace(recipe.model, language="acme/tiny", vision=replace(recipe.model.vision, name="acme/tower"))
+    hub = with_train(replace(recipe, model=model), output=str(work / "runs" / "a"), steps=4, save_every=2)
+    train(hub, stop_at=2)
+    return hub
+
+
+def _embedding(run: Path) -> torch.Tensor:
+    return load(run).model.get_input_embeddings().weight.detach()
+
+
+def _manifest(run: Path) -> tuple[Path, dict[str, Any]]:
+    file = run / "checkpoint-000002" / "manifest.json"
+    return file, json.loads(file.read_text())
+
+
+def _as_earlier(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write the manifest as an earlier version had it."""
+    from mm_moslora.training.checkpointing import checkpoint_folder
+
+    file, content = _manifest(run)
+    change(content["base"])
+    file.write_text(json.dumps(content | {"checksum": checkpoint_folder._checksum(content)}))
+
+
+def test_a_checkpoint_keeps_commit_and_fingerprint(hub_run: Recipe, cache: Path) -> None:
+    _, content = _manifest(Path(hub_run.train.output))
+    base = content["base"]
+    assert base["commits"] == {"model.language": OLD, "model.vision.name": OLD}
+    assert base["contents"]["model.language"] == fingerprint(cache / "models--acme--tiny" / "snapshots" / OLD)
+    assert train(hub_run).finished
+
+
+def test_no_folder_is_taken_for_a_name_on_the_hub(
+    hub_run: Recipe, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mm_moslora")
+    run = Path(hub_run.train.output)
+    before = _embedding(run)
+    assert f"model.language is acme/tiny of the hub (commit {OLD})" in caplog.text
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    source = cache / "models--acme--tiny" / "snapshots" / OLD
+    for parent in (run / "checkpoint-000002", run, Path.cwd(), tmp_path / "home", tmp_path):
+        shutil.copytree(source, parent / "acme" / "tiny", symlinks=False)
+        _change(parent / "acme" / "tiny")
+        assert torch.equal(_embedding(run), before), parent
+    shutil.rmtree(Path.cwd() / "acme")
+    (tmp_path / "acme" / "tiny").rename(tmp_path / "other")
+    (Path.cwd() / "acme").mkdir()
+    (Path.cwd() / "acme" / "tiny").symlink_to(tmp_path / "other")
+    assert torch.equal(_embedding(run), before)
+    assert open_model(str(run), untuned=True)
+    assert train(hub_run).finished  # which resumes, and does not take the folder either
+    assert torch.equal(_embedding(run), before)
+    monkeypatch.setenv("MM_MOSLORA_MODELS", str(tmp_path / "home"))  # which has another one
+    assert torch.equal(_embedding(run), before)
+
+
+def test_a_folder_that_the_user_names_counts_where_it_has_the_weights(
+    hub_run: Recipe, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(hub_run.train.output)
+    before = _embedding(run)
+    shutil.copytree(cache / "models--acme--tiny" / "snapshots" / OLD, tmp_path / "mirror" / "acme" / "tiny")
+    shutil.rmtree(cache / "models--acme--tiny")
+    monkeypatch.setenv("MM_MOSLORA_MODELS", str(tmp_path / "mirror"))
+    assert torch.equal(_embedding(run), before)
+    _change(tmp_path / "mirror" / "acme" / "tiny")
+    with pytest.raises(ModelError, match=r"model.language is 'acme/tiny'"):
+        load(run)
+
+
+def test_a_newer_commit_in_the_cache_is_not_taken(hub_run: Recipe, cache: Path, tmp_path: Path) -> None:
+    run = Path(hub_run.train.output)
+    before = _embedding(run)
+    old = cache / "models--acme--tiny" / "snapshots" / OLD
+    shutil.copytree(old, tmp_path / "next")
+    _commit(cache, "acme/tiny", _change(tmp_path / "next"), NEW)
+    assert torch.equal(_embedding(run), before)
+    assert train(hub_run).finished
+    shutil.rmtree(old)
+    with pytest.raises(ModelError, match=rf"other weights \(commit {NEW[:10]}.* trained on \(commit {OLD[:10]}"):
+        load(run)
+
+
+def test_another_commit_with_the_same_weights_will_do(hub_run: Recipe, cache: Path) -> None:
+    run = Path(hub_run.train.output)
+    before = _embedding(run)
+    old = cache / "models--acme--tiny" / "snapshots" / OLD
+    _commit(cache, "acme/tiny", old, NEW)
+    shutil.rmtree(old)
+    assert torch.equal(_embedding(run), before)
+
+
+WAYS: dict[str, Callable[[str, Recipe], Any]] = {
+    "load": lambda run, _: load(run),
+    "eval": lambda run, _: open_model(run),
+    "eval --untuned": lambda run, _: open_model(run, untuned=True),
+    "train": lambda _, recipe: train(recipe),
+}
+VERBS = {
+    "export": ["export", "RUN", "OUT", "--to", "hf"], "lora": ["export", "RUN", "OUT", "--to", "lora"],
+    "merge": ["merge", "RUN", "OUT"], "chat": ["chat", "RUN", "--question", "x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["language", "vision"])
+def test_exchanged_weights_in_the_cache_are_one_error_everywhere(
+    hub_run: Recipe, cache: Path, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = hub_run.train.output
+    name = {"language": "tiny", "vision": "tower"}[key]
+    snapshot = cache / f"models--acme--{name}" / "snapshots" / OLD
+    tensors = load_file(snapshot / "model.safetensors")
+    _change(snapshot, sorted(tensors)[-1], 1e-3)  # one small tensor
+    for way in WAYS.values():
+        with pytest.raises(ModelError, match=rf"model\.{key}.*other weights.*{OLD[:10]}.* trained on .*Delete"):
+            way(run, hub_run)
+    for verb in VERBS.values():
+        words = [{"RUN": run, "OUT": str(tmp_path / "out")}.get(word, word) for word in verb]
+        assert mm_moslora(words) == 1
+        assert "other weights" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_exchanged_weights_of_a_path_are_one_error(recipe: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(recipe.model.language, tmp_path / "llm")
+    recipe = with_train(replace(recipe, model=replace(recipe.model, language=str(tmp_path / "llm"))), steps=4)
+    train(recipe, stop_at=2)
+    assert load(recipe.train.output)
+    name = next(key for key in load_file(tmp_path / "llm" / "model.safetensors") if key.endswith("norm.weight"))
+    _change(tmp_path / "llm", name)
+    for way in WAYS.values():
+        with pytest.raises(ModelError, match=r"model.language is .*which has other weights .*MM_MOSLORA_MODELS"):
+            way(recipe.train.output, recipe)
+
+
+def test_a_path_is_not_looked_up_on_the_hub(
+    recipe: Recipe, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(recipe.model.language, tmp_path / "parts" / "llm")
+    recipe = with_train(replace(recipe, model=replace(recipe.model, language="parts/llm")), steps=2)
+    train(recipe)
+    _commit(cache, "parts/llm", Path("parts/llm"))
+    (tmp_path / "parts").rename(tmp_path / "gone")
+    with pytest.raises(ModelError, match="nothing is there"):
+        load(recipe.train.output)
+
+
+def test_runs_of_earlier_versions_are_read(
+    hub_run: Recipe, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(hub_run.train.output)
+    before = _embedding(run)
+
+    def earlier(base: dict[str, Any]) -> None:
+        base.pop("commits")
+        base["contents"] = {}
+
+    _as_earlier(run, earlier)
+    assert torch.equal(_embedding(run), before)
+    assert "keeps no fingerprint of model.language, acme/tiny: an earlier version saved it" in caplog.text
+    source = cache / "models--acme--tiny" / "snapshots" / OLD
+    for parent in (run, tmp_path, Path.cwd()):
+        shutil.copytree(source, parent / "acme" / "tiny")
+        _change(parent / "acme" / "tiny")
+        assert torch.equal(_embedding(run), before), parent
+    assert train(hub_run).finished  # whose checkpoints keep one from here
+    base = json.loads((run / "checkpoint-000004" / "manifest.json").read_text())["base"]
+    assert base["commits"]["model.language"] == OLD
+
+
+@pytest.mark.parametrize("odd", [None, 3, "x", ["a"], {"a": "b"}, {"model.language": 3}, {"model.language": "../x"}])
+def test_a_manifest_of_a_stranger_is_read(hub_run: Recipe, odd: Any) -> None:
+    run = Path(hub_run.train.output)
+    for key in ("contents", "commits"):
+        _as_earlier(run, lambda base, key=key: base.update({key: odd}))
+        assert load(run)
+
+
+def test_fingerprints_of_earlier_versions_are_compared(recipe: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(recipe.model.language, tmp_path / "llm")
+    model = replace(recipe.model, language=str(tmp_path / "llm"))
+    recipe = with_train(replace(recipe, model=model), steps=4, keep_last=9)
+    train(recipe, stop_at=2)
+    run = Path(recipe.train.output)
+
+    def earlier(base: dict[str, Any]) -> None:
+        base.pop("commits")
+        base["contents"]["model.language"] = fingerprint(tmp_path / "llm", by_tensor=False)
+
+    _as_earlier(run, earlier)
+    assert load(run)
+    assert train(recipe, stop_at=3)
+    (tmp_path / "llm").rename(tmp_path / "moved")
+    moved = replace(recipe, model=replace(recipe.model, language=str(tmp_path / "moved")))
+    assert train(moved).finished
+    _change(tmp_path / "moved")
+    with pytest.raises(ModelError):
+        load(run)
+    _as_earlier(run, lambda base: base.pop("contents"))
+    (tmp_path / "moved").rename(tmp_path / "llm")
+    shutil.rmtree(run / "checkpoint-000004")
+    assert load(run / "checkpoint-000002")
+
+
+def test_a_projector_that_trained_on_is_not_taken_for_the_start(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run folder of an align stage, which goes on after the next stage began with its newest checkpoint."""
+    align = with_train(recipe, output=str(tmp_path / "align"), steps=4, save_every=2)
+    train(align, stop_at=2)
+    projector = replace(recipe.model.projector, weights=str(tmp_path / "align"))
+    tune = with_train(replace(recipe, model=replace(recipe.model, projector=projector)), steps=4, save_every=2)
+    train(tune, stop_at=2)
+    assert resolve_model_paths(tune.model, Path(tune.train.output) / "checkpoint-000002").projector.weights
+    assert open_model(tune.train.output, untuned=True)
+    train(align)
+    assert load(tune.train.output)
+    with pytest.raises(EvalError, match="no longer what"):
+        open_model(tune.train.output, untuned=True)
+    assert train(tune).finished
+    assert "It is left out" in caplog.text
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_fingerprint_notices_any_tensor(tmp_path: Path, index: int) -> None:
+    shapes = {"embed": (600, 200), "a.norm": (200,), "a.weight": (200, 200), "b": (3,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    before, earlier = fingerprint(tmp_path), fingerprint(tmp_path, by_tensor=False)
+    _change(tmp_path, [*shapes][index], 1e-3)
+    assert fingerprint(tmp_path) != before
+    assert before.startswith("2-")
+    assert len(earlier) == 64
+
+
+def test_a_fingerprint_reads_any_file(tmp_path: Path) -> None:
+    """Files of strangers: no header, a header without end, offsets that lead nowhere, an index with other paths."""
+    file = tmp_path / "model.safetensors"
+    for content in (b"", b"abc", b"\xff" * 40, (8).to_bytes(8, "little") + b'{"a": 1}', b"\x02" + b"\0" * 7 + b"[]"):
+        file.write_bytes(content)
+        assert fingerprint(tmp_path).startswith("2-")
+    header = json.dumps({"a": {"data_offsets": [-(10**30), 10**30]}, "b": {"data_offsets": ["x", None]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert fingerprint(tmp_path).startswith("2-")
+    header = json.dumps({"a": {"data_offsets": [-(10**30), 10**30]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert fingerprint(tmp_path).startswith("2-")
+    file.unlink()
+    for index in ("[]", "{", '{"weight_map": {"a": "../../x.safetensors", "b": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        assert fingerprint(tmp_path).startswith("2-")
+
+
+def test_only_the_weights_that_are_read_count(hub_run: Recipe, cache: Path) -> None:
+    """A cache grows: another program fetches the same weights in another form."""
+    snapshot = cache / "models--acme--tiny" / "snapshots" / OLD
+    for name in ("pytorch_model.bin", "README.md", "tf_model.h5"):
+        (snapshot / name).write_bytes(b"other")
+    assert load(hub_run.train.output)
+    assert trained_on(hub_run.model)["commits"]
+
+
+def test_adapters_of_runs_on_equal_weights_go_together_wherever_those_lie(hub_run: Recipe, tmp_path: Path) -> None:
+    served, added = Path(hub_run.train.output) / "checkpoint-000002", tmp_path / "added"
+    shutil.copytree(served, added)
+    text = (added / "config.yaml").read_text()
+    assert "language: acme/tiny" in text
+    (added / "config.yaml").write_text(text.replace("language: acme/tiny", "language: /models/tiny"))
+    assert _differing_keys(served, added) == []
+    content = json.loads((added / "manifest.json").read_text())
+    content["base"]["contents"]["model.language"] = "2-" + "0" * 64
+    (added / "manifest.json").write_text(json.dumps(content))
+    assert [line.split()[0] for line in _differing_keys(served, added)] == ["model.language"]
+
+
+def test_an_adapter_says_which_base_it_names(
+    language_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mm_moslora")
+    base = AutoModelForCausalLM.from_pretrained(language_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    assert load(tmp_path / "a")
+    assert f"its base is {language_folder} ({Path(language_folder).resolve()})" in caplog.text
+    file = tmp_path / "a" / "adapter_config.json"
+    for named in ("no/such-model", {"a": "b"}, ["x"], 7, ""):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
+        with pytest.raises(ModelError, match="--base"):
+            load(tmp_path / "a")
+    assert "its base is no/such-model (the hub, newest commit)" in caplog.text

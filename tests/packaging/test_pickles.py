@@ -1,0 +1,163 @@
+"""Pickles of others run nothing: one that leaves a mark, through every way by which a pickle is read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapters.adapter_models import llama
+from torch import Tensor
+
+from mm_moslora import adapters
+from mm_moslora.models.import_checkpoint import import_parts
+from mm_moslora.models.load_model import load
+from mm_moslora.utils.errors import MoSLoRAError
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+class _Mark:
+    """A tensor that makes a folder when it is unpickled without limits, and then is a tensor."""
+
+    def __init__(self, place: Path, value: Tensor) -> None:
+        self.place, self.value = place, value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made, (str(self.place), self.value)
+
+
+def _made(place: str, value: Tensor) -> Tensor:
+    os.makedirs(place, exist_ok=True)
+    return value
+
+
+def _marked(tensors: dict[str, Tensor], place: Path) -> dict[str, Any]:
+    return {name: _Mark(place, tensor) for name, tensor in tensors.items()}
+
+
+def _adapter(folder: Path, place: Path, **options: Any) -> Path:
+    """A folder of PEFT whose weights are a pickle."""
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    (folder / "adapter_model.safetensors").unlink()
+    tensors = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    if options:
+        tensors |= {name.replace("lora_A", "lora_AB"): torch.eye(2) for name in tensors if "lora_A" in name}
+    torch.save(_marked(tensors, place), folder / "adapter_model.bin")
+    return folder
+
+
+def _authors(folder: Path, place: Path) -> None:
+    adapters.load_adapter(llama(), _adapter(folder, place, lora_use_mixer=True))
+
+
+def _peft(folder: Path, place: Path) -> None:
+    adapters.load_method(llama(), _adapter(folder, place))
+
+
+def _paddle(folder: Path, place: Path) -> None:
+    config = {"r": 2, "lora_alpha": 2, "target_modules": [".*q_proj"]}
+    folder.mkdir()
+    (folder / "lora_config.json").write_text(json.dumps(config))
+    names = ("llama.layers.0.self_attn.q_proj.lora_A", "llama.layers.0.self_attn.q_proj.lora_B")
+    (folder / "lora_model_state.pdparams").write_bytes(
+        pickle.dumps(_marked({name: torch.ones(32, 2) for name in names}, place))
+    )
+    adapters.load_adapter(llama(), folder)
+
+
+def _projector(folder: Path, place: Path, *, name: str = "mm_projector.bin") -> None:
+    folder.mkdir()
+    tensors = {"model.mm_projector.weight": torch.ones(2, 2), "model.mm_projector.bias": torch.ones(2)}
+    torch.save(_marked(tensors, place), folder / name)
+    import_parts(folder / name if name.endswith(".pth") else folder, folder / "parts")
+
+
+def _xtuner(folder: Path, place: Path) -> None:
+    _projector(folder, place, name="x.pth")
+
+
+def _lora_of_llava(folder: Path, place: Path) -> None:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a/b"}))
+    tensors = {"model.mm_projector.weight": torch.ones(2, 2), "model.mm_projector.bias": torch.ones(2)}
+    torch.save(_marked(tensors, place), folder / "non_lora_trainables.bin")
+    import_parts(folder, folder / "parts")
+
+
+def _whole(folder: Path, place: Path) -> None:
+    model = llama()
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(_marked(dict(model.state_dict()), place), folder / "pytorch_model.bin")
+    load(folder)
+
+
+WAYS: list[Callable[[Path, Path], None]] = [_authors, _peft, _paddle, _projector, _xtuner, _lora_of_llava, _whole]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pickle_that_leaves_a_mark_leaves_none(tmp_path: Path, way: Callable[[Path, Path], None]) -> None:
+    mark = tmp_path / "mark"
+    with pytest.raises((MoSLoRAError, pickle.UnpicklingError)):
+        way(tmp_path / "a", mark)
+    assert not mark.exists()
+
+
+def test_the_mark_is_left_by_whoever_unpickles_it(tmp_path: Path) -> None:
+    torch.save(_marked({"a": torch.ones(1)}, tmp_path / "mark"), tmp_path / "a.bin")
+    torch.load(tmp_path / "a.bin", weights_only=False)
+    assert (tmp_path / "mark").exists()
+
+
+READERS = {"mm_moslora/adapters/folders/paddle_format.py"}
+"""Has an unpickler that knows arrays alone."""
+
+
+def _unlimited(source: str) -> list[int]:
+    """Lines that unpickle without limits: `torch.load` without `weights_only=True`, and `pickle`'s own functions."""
+    found, nodes = [], list(ast.walk(ast.parse(source)))
+    calls = {id(node.func): node for node in nodes if isinstance(node, ast.Call)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module in ("pickle", "torch", "joblib", "dill"):
+            found += [node.lineno for alias in node.names if alias.name in ("load", "loads", "Unpickler")]
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+            continue
+        name = f"{node.value.id}.{node.attr}"
+        if name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "dill.load"):
+            found.append(node.lineno)
+        call = calls.get(id(node))
+        if name == "torch.load":
+            told = [word.value for word in call.keywords if word.arg == "weights_only"] if call else []
+            if not (len(told) == 1 and isinstance(told[0], ast.Constant) and told[0].value is True):
+                found.append(node.lineno)
+    return found
+
+
+def test_no_other_place_unpickles() -> None:
+    folders = ("mm_moslora", "eval/mm_moslora_eval", "scripts", "examples")
+    sources = {path.relative_to(CHECKOUT): path.read_text() for f in folders for path in (CHECKOUT / f).rglob("*.py")}
+    hints = ("pickle", "torch.load", "joblib", "dill", "from torch import")
+    found = {
+        f"{path}:{line}" for path, text in sources.items() if any(hint in text for hint in hints)
+        for line in _unlimited(text) if str(path) not in READERS
+    }  # fmt: skip
+    assert found == set()
+
+
+def test_the_search_finds_what_unpickles() -> None:
+    lines = (
+        "torch.load(a, weights_only=True)", "torch.load(a)", "torch.load(a, weights_only=False)", "map(torch.load, a)",
+        "pickle.loads(a)", "from torch import load", "class A(pickle.Unpickler): pass", "pickle.dumps(a)",
+    )  # fmt: skip
+    assert sorted(_unlimited("\n".join(lines))) == [2, 3, 4, 5, 6, 7]

@@ -1,0 +1,96 @@
+"""Thinking in replies: apart from the content, whole and streamed, and switched by the request."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from types import SimpleNamespace
+
+import pytest
+from tiny import make_tokenizer
+from tokenizers import AddedToken
+
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.serve.api.api_errors import ApiError
+from mm_moslora.serve.api.chat_replies import Reply
+from mm_moslora.serve.api.chat_request import chat_request
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.inference.continuous_batching import Piece
+from mm_moslora.serve.inference.prompt_preparation import refuse_unfit
+from mm_moslora.serve.inference.text_stream import TextStream
+
+SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
+TEXTS = {
+    "<think>\nIt is.\n\nYes.\n</think>\n\na ball": ("It is.\n\nYes.", "a ball"),
+    "<think>It is.</think>a ball": ("It is.", "a ball"),
+    "<think>\n\n</think>\n\na ball": ("", "a ball"),
+    "<think>\nno end": ("no end", ""),
+    "a ball": ("", "a ball"),
+    "<thin ice": ("", "<thin ice"),
+    "a <think>b</think> c": ("", "a <think>b</think> c"),
+    "<think>a</think>b <think>c</think>": ("a", "b <think>c</think>"),
+    "": ("", ""),
+}
+
+
+def request(**more):
+    return chat_request({"model": "m", "messages": [{"role": "user", "content": "a"}]} | more, Limits())
+
+
+def encoder(name: str, thinking: str = "auto") -> ConversationEncoder:
+    made = make_tokenizer()
+    made.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    made.chat_template = SHIPPED.joinpath(f"{name}.jinja").read_text()
+    return ConversationEncoder(made, thinking=thinking)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("text", TEXTS)
+def test_thinking_and_content_are_apart_however_the_text_is_cut(text, size) -> None:
+    reply = Reply(request=request(), prompt_tokens=1)
+    events = b""
+    pieces = [Piece(text=text[start : start + size]) for start in range(0, len(text), size)]
+    for piece in [*pieces, Piece(ending="stop")]:
+        reply.add(0, piece)
+        events += reply.event(0, piece)
+    message = reply.whole()["choices"][0]["message"]
+    assert (message.get("reasoning_content", ""), message["content"]) == TEXTS[text]
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in events.decode().split("\n\n") if line]
+    streamed = ["".join(delta.get(key, "") for delta in deltas) for key in ("reasoning_content", "content")]
+    assert tuple(streamed) == TEXTS[text]
+
+
+def test_the_switch_is_read() -> None:
+    assert request().thinking is None
+    assert request(chat_template_kwargs={}).thinking is None
+    assert request(chat_template_kwargs={"enable_thinking": False}).thinking is False
+    assert request(chat_template_kwargs={"enable_thinking": True}).thinking is True
+
+
+@pytest.mark.parametrize("value", [
+    {"enable_thinking": "no"}, {"enable_thinking": 0}, {"thinking": True}, {"enable_thinking": True, "x": 1}, [], "a",
+])  # fmt: skip
+def test_other_values_are_refused(value) -> None:
+    with pytest.raises(ApiError, match="chat_template_kwargs"):
+        request(chat_template_kwargs=value)
+
+
+def test_a_template_without_a_switch_refuses_it() -> None:
+    asked = request(chat_template_kwargs={"enable_thinking": False})
+    for name, refused in (("qwen3", False), ("lfm2_2_5", True), ("qwen2_5", True)):
+        models = SimpleNamespace(encoder=encoder(name), sees=False, context=None)
+        if refused:
+            with pytest.raises(ApiError, match="one form of prompts"):
+                refuse_unfit(asked, models, Limits())
+        else:
+            refuse_unfit(asked, models, Limits())
+        refuse_unfit(request(), models, Limits())
+
+
+def test_a_block_that_the_prompt_opened_begins_the_text() -> None:
+    made = encoder("qwen3_5_think", "always")
+    ids = made.tokenizer.encode("It is.\n</think>\n\na ball", add_special_tokens=False)
+    for thinking, begun in ((None, "<think>\n"), (True, "<think>\n"), (False, "")):
+        stream = TextStream(made, thinking=thinking)
+        text = "".join(stream.add(token) for token in ids) + stream.finish()
+        assert text == f"{begun}It is.\n</think>\n\na ball"
