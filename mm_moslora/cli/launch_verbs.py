@@ -107,7 +107,7 @@ def launch(
     doctor
         Run `doctor --distributed` with the recipe on these ranks instead of training.
     dry_run
-        Print the resolved recipe and the command without starting anything.
+        Check the recipe, and print it and the command, without starting anything. Its files need not be here.
     """
     from mm_moslora.config import Recipe, override_items
     from mm_moslora.launch.launcher import EXIT_REQUEUE

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import subprocess
 import sys
 import typing
@@ -25,7 +23,7 @@ from mm_moslora.config.data_config import RecordField
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES
 from mm_moslora.config.model_config import ModuleMixerInit
 from mm_moslora.config.run_config import TRACKERS
-from mm_moslora.data.chat import records
+from mm_moslora.data.chat.record_keys import READ
 from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, DiffusionRecipe
 from mm_moslora.kernels.attention.attention_choice import require_attention
 from mm_moslora.models.projectors.projector import PROJECTORS, LinearProjector, projector_class
@@ -201,19 +199,7 @@ def test_names_that_need_no_import_are_in_their_registries() -> None:
 
 
 def test_columns_take_the_fields_that_records_have() -> None:
-    read: set[str] = set()
-    for node in ast.walk(ast.parse(inspect.getsource(records))):
-        whole: Any = None
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
-            whole, keys = node.func.value, node.args[:1]
-        elif isinstance(node, ast.Subscript):
-            whole, keys = node.value, [node.slice]
-        elif isinstance(node, ast.Compare):
-            whole, keys = node.comparators[0], [node.left]
-        if isinstance(whole, ast.Name) and whole.id == "value":
-            read |= {key.value for key in keys if isinstance(key, ast.Constant)}
-    kinds = {name for kind in ("image", "video") for name in (kind, f"{kind}s")}
-    assert read | kinds == set(typing.get_args(RecordField))
+    assert set(typing.get_args(RecordField)) == set().union(*READ.values())
 
 
 def test_names_of_a_users_own_are_known_once_they_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
