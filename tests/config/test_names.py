@@ -26,7 +26,8 @@ from mm_moslora.config.run_config import TRACKERS
 from mm_moslora.data.chat.record_keys import READ
 from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, DiffusionRecipe
 from mm_moslora.kernels.attention.attention_choice import require_attention
-from mm_moslora.models.projectors.projector import PROJECTORS, LinearProjector, projector_class
+from mm_moslora.models.projectors.projector import PROJECTORS, projector_class
+from mm_moslora.models.projectors.projector_layers import LinearProjector
 from mm_moslora.training.deepspeed_presets import read_preset
 from mm_moslora.training.preflight import LOSS, check_settings
 from mm_moslora.utils.errors import MoSLoRAError
