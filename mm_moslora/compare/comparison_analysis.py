@@ -117,6 +117,7 @@ def _arm(
     reported = [c for c in reported_cells(settings, chosen) if c.arm.name == arm.name]
     over = [(c, outcomes[c.name]) for c in reported if c.name in outcomes]
     good = [(c, o) for c, o in over if o.status == "ok"]
+    choosing = [value for _, outcome in good if (value := measured(settings, outcome)) is not None]
     rate = chosen.get(arm.name)
     grid = grid_of(settings, arm, outcomes) if settings.tunes else []
     names = short_names([*settings.tasks, *settings.validation])
@@ -129,6 +130,7 @@ def _arm(
         "edge": len(grid) > 2 and rate in (grid[0], grid[-1]),
         "grid": grid,
         "curve": _curve(settings, outcomes, arm.name),
+        "spread": stdev(choosing) if len(choosing) > 1 else None,
         "seeds": [
             {
                 "seed": c.seed,

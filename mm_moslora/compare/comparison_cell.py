@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -276,11 +277,11 @@ def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str
     if not names:
         return
     from mm_moslora_eval.backends.open_model import open_model
+    from mm_moslora_eval.eval_commands import Bars
     from mm_moslora_eval.run.evaluate_suite import evaluate
     from mm_moslora_eval.run.task_runner import Settings as EvalSettings
 
     from mm_moslora.training.run_setup import seed_everything
-    from mm_moslora.utils.progress_bar import Progress
 
     seed_everything(job.recipe.train.seed)  # a new projector is drawn, and replaced by the trained one
     model = open_model(str(job.place), precision=job.recipe.train.precision, features=job.feature_cache)
@@ -293,10 +294,8 @@ def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str
         for name in names:
             task = open_task(name, job.settings)
             modes = _modes(task) if job.settings.controls and not job.cell.tuning else ("own",)
-            with Progress(name, 0, unit="document") as progress:
-                results = evaluate(
-                    model, task, place, modes=modes, settings=settings, progress=progress.of, baselines=()
-                )
+            told = partial(Bars(len(modes)), name)
+            results = evaluate(model, task, place, modes=modes, settings=settings, progress=told, baselines=())
             scores = {result.mode: result.score for result in results}
             yield name, scores["own"], {result.mode: place / result.folder for result in results}
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from mm_moslora.compare.comparison_plan import ALL, LOSS, Settings
@@ -111,6 +112,8 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured:
             f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr or "
             "raise --grow."
         )
+    if close := _uncertain_rate(arm, results["settings"]["tuning_seeds"]):
+        lines.append(close)
     if arm["rate"] is None:
         done = len({point["rate"] for point in arm["curve"]}) == len(arm["grid"])
         lines.append(
@@ -129,6 +132,28 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured:
     if worse:
         lines.append(f"{arm['name']}: the training loss went up over the run (seed {', '.join(map(str, worse))}).")
     return lines
+
+
+def _uncertain_rate(arm: Mapping[str, Any], seeds: int) -> str | None:
+    """A sentence where another rate was nearer to the chosen one than the arm's runs lie apart."""
+    tried = {
+        rate: fmean(point["value"] for point in points)
+        for rate in arm["grid"]
+        if (points := [p for p in arm["curve"] if p["rate"] == rate]) and all(p["status"] == "ok" for p in points)
+    }
+    spread = arm.get("spread")
+    if arm["rate"] not in tried or len(tried) < 2 or not spread:
+        return None
+    best = tried.pop(arm["rate"])
+    other = min(tried, key=lambda rate: abs(tried[rate] - best))
+    gap = abs(tried[other] - best)
+    if gap >= spread / math.sqrt(seeds):
+        return None
+    return (
+        f"{arm['name']}: the rates {arm['rate']:g} and {other:g} differ by {gap:.2g} in what chose between them, and "
+        f"runs of one rate by {spread:.2g} (standard deviation). The intervals take the choice as known; raise "
+        "--tune-seeds."
+    )
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.chat_template import SpecialTextError
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.chat.thinking_form import settled
+from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.record_picture import ImageError, LocalPicture, similar_file
 from mm_moslora.data.images.video_clip import Frame
@@ -148,7 +148,10 @@ class TrainingSet:
     ) -> None:
         self.image_processing, self.config = image_processing, config
         self.files = open_sources(sources)
-        self.encoder, self.form = settled(encoder, self.files) if settle else (encoder, None)
+        self.encoder = encoder
+        self.form: ThinkingForm | None = None
+        if settle:
+            self.encoder, self.form = settled(encoder, self.files)
         self._starts = list(itertools.accumulate((len(file) for file in self.files), initial=0))
         self.quarantine = Quarantine(quarantine_path, len(self), config)
         self.estimated = len(self) > exact_limit and config.cache is None

@@ -158,7 +158,7 @@ def _evaluate(
                 baselines=BASELINES if system == "tuned" and mode == "own" else (),
                 training=training,
                 settings=Settings(batch_size=BATCH_SIZE, rank=0, world_size=1),
-                progress=progress.of,
+                progress=lambda _, *counts: progress.of(*counts),
             )
     model.close()
     return found

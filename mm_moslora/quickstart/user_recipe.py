@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,8 @@ from typing import Any, Literal
 from mm_moslora.config import Recipe
 from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.asset_cache import Say, silent
-from mm_moslora.quickstart.user_data import LEAST_TEST, OwnData, lines_of, read_own
+from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, first_of
+from mm_moslora.quickstart.user_data import lines_of, read_own
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.files import refuse_full_folder
@@ -53,9 +54,9 @@ def _parts(name: PartsName, say: Say) -> ModelParts:
         )
     return ModelParts(
         language=str(model_assets.language_model(say)),
-        vision={"name": str(model_assets.efficientnet_timm(say)), "image_size": 192, "feature_layer": -1},
-        visual_tokens=9,
-        why="EfficientNet-Lite0 knows 1,000 kinds of things from photos; 192 pixels are 6 x 6 patches.",
+        vision={"name": str(model_assets.efficientnet_timm(say)), "image_size": 256, "feature_layer": -1},
+        visual_tokens=16,
+        why="EfficientNet-Lite0 knows 1,000 kinds of things from photos; 256 pixels are 8 x 8 patches.",
     )
 
 
@@ -88,16 +89,24 @@ class Size:
 
 
 def initialise(
-    source: Path, output: Path, *, images: Path | None = None, parts: PartsName = "quickstart", say: Say = silent
+    source: Path,
+    output: Path,
+    *,
+    images: Path | None = None,
+    follow_links: bool = False,
+    parts: PartsName = "quickstart",
+    say: Say = silent,
 ) -> str:
     """Write `train.jsonl`, `test.jsonl` and `recipe.yaml` into a new folder.
 
-    Sentence answers add `task.yaml`, and repeated records add `train-xN.jsonl`.
+    Questions with sentences as answers go into `captions.jsonl` and `captions.yaml`; repeated records add
+    `train-xN.jsonl`.
 
     Args:
         source: folder with a sub-folder per class, or a LLaVA file.
         output: a new or empty folder.
         images: for a file, the folder of its pictures.
+        follow_links: accept links that lead out of the folder of the pictures.
         parts: quickstart: small models, downloaded once; hub: ids of models on the Hugging Face hub.
         say: receives progress lines.
 
@@ -113,7 +122,7 @@ def initialise(
     refuse_full_folder(output)
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{output} lies among the pictures of {source}. Choose a folder beside them.")
-    data = read_own(source, images=images)
+    data = read_own(source, images=images, follow_links=follow_links)
     for path in (output.resolve(), data.images):
         if _NOT_IN_YAML.search(str(path)):
             raise ConfigError(f"The folder {str(path)!a} holds characters that a recipe cannot hold. Rename it.")
@@ -125,9 +134,8 @@ def initialise(
         for file, lines in (
             ("train.jsonl", lines_of(data.train)),
             *((_repeated_file(times), lines_of(records)) for times, records in data.repeated.items()),
-            ("test.jsonl", lines_of(data.test)),
             ("recipe.yaml", [recipe]),
-            *([("task.yaml", [_task(data)])] if data.captions else []),
+            *_tests(data),
         ):
             with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
                 stream.writelines(lines)
@@ -140,7 +148,7 @@ def _repeated_file(times: int) -> str:
 
 def _sources(data: OwnData) -> str:
     """The sources of `data.train`, one per line."""
-    folder = f"image_folder: {_quoted(str(data.images))}"
+    folder = _pictures(data)
     lines = [f"- {{path: train.jsonl, {folder}}}"]
     if data.repeated:
         lines.append(
@@ -148,6 +156,12 @@ def _sources(data: OwnData) -> str:
         )
     lines += [f"- {{path: {_repeated_file(times)}, {folder}, weight: {times}}}" for times in sorted(data.repeated)]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def _pictures(data: OwnData) -> str:
+    """The keys of a source that say where its pictures are."""
+    links = ", follow_links: true" if data.follow_links else ""
+    return f"image_folder: {_quoted(str(data.images))}{links}"
 
 
 def _quoted(value: Any) -> str:
@@ -165,9 +179,9 @@ model:
   language: {_quoted(parts.language)}
   # {parts.why}
   vision: {{{vision}}}
-  # {parts.visual_tokens} visual tokens per picture, of 2 x 2 patches each. A least-squares fit to the answers comes
-  # before the first step and takes the place of an alignment stage.
-  projector: {{kind: pixel_shuffle, shuffle: 2, fit_to_answers: true}}
+  # {parts.visual_tokens} visual tokens per picture, each the mean of 2 x 2 patches. A least-squares fit to the answers
+  # comes before the first step and takes the place of an alignment stage.
+  projector: {{kind: avg_pool, shuffle: 2, fit_to_answers: true}}
   image_aspect: resize   # the whole picture, whatever its shape; pad and crop spend or lose a part of it
   system_prompt: ""      # the default one would cost as many tokens as the picture
 # A new kind of input has to be learned, not a new tone: a high rank in every linear layer.
@@ -194,38 +208,65 @@ track: {{trackers: []}}
 """
 
 
-def _task(data: OwnData) -> str:
-    """A task for sentence answers, which are scored as captions, since no two people word them alike."""
-    return f"""\
-# Written by `mm-moslora init`: answers that are sentences are scored as captions (CIDEr-D, BLEU, ROUGE-L).
-name: captions
-source: {{kind: llava, path: test.jsonl, image_folder: {_quoted(str(data.images))}}}
+_TASK = """\
+# Written by `mm-moslora init`: {why}.
+name: {name}
+source: {{kind: llava, path: {name}.jsonl, {pictures}}}
 prompt: {{template: "{{question}}"}}
-decoding: {{max_new_tokens: {min(256, 16 * math.ceil(data.longest[1] / 2 / 16))}}}
+decoding: {{max_new_tokens: {tokens}}}
 metric: exact
-aggregation: caption
+aggregation: {aggregation}
 """
 
 
+def _tests(data: OwnData) -> Iterator[tuple[str, Iterable[str]]]:
+    """The files of held-out questions, and the task files that the printed command needs for them."""
+    answer = min(256, 16 * math.ceil(data.longest[1] / 2 / 16))
+    if data.test:
+        yield "test.jsonl", lines_of(data.test)
+    if data.test and data.follow_links:  # `llava:FILE` follows no links
+        why = "short answers, scored by exact match"
+        yield "test.yaml", [_TASK.format(why=why, name="test", pictures=_pictures(data), tokens=64, aggregation="mean")]
+    if data.captions:
+        yield "captions.jsonl", lines_of(data.captions)
+        why = "answers that are sentences are scored as captions (CIDEr-D, BLEU, ROUGE-L)"
+        pictures, aggregation = _pictures(data), "caption"
+        yield (
+            "captions.yaml",
+            [_TASK.format(why=why, name="captions", pictures=pictures, tokens=answer, aggregation=aggregation)],
+        )
+
+
 def _closing_text(output: Path, data: OwnData, size: Size) -> str:
-    task = str(output / "task.yaml") if data.captions else f"llava:{output / 'test.jsonl'}@{data.images}"
+    short = str(output / "test.yaml") if data.follow_links else f"llava:{output / 'test.jsonl'}@{data.images}"
     run = str(output / "run")
     modes = ("own", "wrong", "blind") if data.test_pictures >= LEAST_TEST else ("own", "blind")
+    trained = ["train.jsonl", *(_repeated_file(times) for times in sorted(data.repeated))]
     commands: Sequence[Sequence[str]] = (
         ("data", "check", str(output / "recipe.yaml")),
         ("train", str(output / "recipe.yaml")),
-        ("eval", "run", task, "--model", run, "--output", str(output / "eval"), "--untuned",
+        ("eval", "run", *([short] if data.test else []), *([str(output / "captions.yaml")] if data.captions else []),
+         "--model", run, "--output", str(output / "eval"), "--untuned",
          *(word for mode in modes for word in ("--modes", mode)),
-         *(() if data.captions else ("--baselines", "majority", "--baselines", "question_majority"))),
+         *(("--baselines", "majority", "--baselines", "question_majority") if data.test else ()),
+         *(word for file in trained if data.test for word in ("--train-answers", f"{output / file}@{data.images}"))),
         ("report", run),
     )  # fmt: skip
+    both = f" and {len(data.captions)} for a sentence" if data.captions and data.test else ""
     lines = [
         f"{output}: {data.epoch} conversations about {data.train_pictures} training pictures, "
-        f"{len(data.test)} questions about {data.test_pictures} held-out pictures; {size.steps} steps."
+        f"{len(data.test or data.captions)} questions{both} about {data.test_pictures} held-out pictures; "
+        f"{size.steps} steps."
     ]
     if data.faults:
-        lines += ["Left out:", data.fault_lines()]
-    if len(data.test) < 200 and not data.captions:
+        lines += ["Left out:", first_of(data.faults)]
+    if data.lopsided:
+        lines += [
+            "Often right without the picture, so give more pictures with other answers, or trust only the lead over "
+            "blind and over the best answer per question:",
+            first_of(data.lopsided),
+        ]
+    if 0 < len(data.test) < 200:
         from mm_moslora_eval.scoring.measured_scores import smallest_shown
 
         lines.append(

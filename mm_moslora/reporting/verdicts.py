@@ -165,7 +165,10 @@ def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True
     else:
         mood, conclusion = "good", f"Tuning helped{', and the model looks at the picture' if looks else ''}."
     compared = [name for name in AGAINST if name in shown and (name, "untuned_lenient" in shown) != ("untuned", True)]
-    evidence = [against(name, differences[name]) for name in compared]
+    controls = [name for name in compared if name in (*PICTURE_CONTROLS, *FLOORS)]
+    best = min(controls, key=lambda name: differences[name].value) if len(controls) > 1 else None
+    compared.sort(key=lambda name: name != best)
+    evidence = [against(name, differences[name], best=name == best) for name in compared]
     return Judgement(mood=mood, sentences=(conclusion, *evidence), looks=looks)
 
 
@@ -180,11 +183,18 @@ def _unasked(controls: Sequence[str]) -> str:
     )
 
 
-def against(name: str, difference: Difference) -> str:
-    """One comparison of a tuned model as a sentence."""
+def against(name: str, difference: Difference, *, best: bool = False) -> str:
+    """One comparison of a tuned model as a sentence.
+
+    Args:
+        name: a key of `AGAINST`.
+        difference: the tuned model minus that.
+        best: whether it is the control with the best score.
+    """
     few = f"; {difference.groups} independent questions are too few" if difference.few else ""
     words = {"more": "more", "less": "less", "not shown": f"not shown to be more{few}"}[difference.shown]
-    return f"Against {AGAINST.get(name, name)}: {difference.points}, {words}."
+    rank = "the best control, " if best else ""
+    return f"Against {rank}{AGAINST.get(name, name)}: {difference.points}, {words}."
 
 
 def own_pictures(difference: Difference, *, control: str) -> str:

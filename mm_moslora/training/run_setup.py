@@ -41,11 +41,11 @@ from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.projectors.projector_start import (
     embedding_scale,
     embedding_size,
-    first_layer,
     fit_to_words,
     fold_into,
     inputs_of,
     last_layer,
+    linear_layers,
 )
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table, reads_data
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
@@ -409,7 +409,7 @@ def _fit(assembly: Parts, data: TrainingSet, *, to_answers: bool) -> None:
         return
     if to_answers:
         fold_into(projector, *_feature_spread(model, pictures))
-        share = fit_to_words(projector, _hidden_and_words(assembly, data), size=embedding_size(words))
+        share = fit_to_words(projector, _features_and_words(assembly, data), size=embedding_size(words))
         if share is not None:
             logger.info("Projector fitted: visual tokens explain %.0f %% of the variance of the answers.", 100 * share)
             return
@@ -444,19 +444,19 @@ def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple
         model: an assembly with tower and projector on the device that it trains on.
         pictures: real pictures, ``[n, 3, H, W]`` each.
     """
-    with inputs_of(first_layer(model.model.multi_modal_projector)) as taken:
+    with inputs_of(linear_layers(model.model.multi_modal_projector)[0]) as taken:
         for pixels in pictures:
             image_features(model, pixels)
         spread, mean = torch.std_mean(taken().flatten(0, -2), dim=0, correction=0)
     return mean, spread
 
 
-def _hidden_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per picture, the input of the last layer ``[n, Q, H]`` and the mean word embedding of the answers ``[n, D]``."""
+def _features_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per picture, the first layer's input ``[n, Q, V]`` and the mean word embedding of the answers ``[n, D]``."""
     model, marks = assembly.model, torch.tensor(assembly.tokenizer.all_special_ids)
     words = cast(Tensor, model.get_input_embeddings().weight)
     progress = Progress("fit projector", 0, unit="picture")
-    with inputs_of(last_layer(model.model.multi_modal_projector)) as taken:
+    with inputs_of(linear_layers(model.model.multi_modal_projector)[0]) as taken:
         records = _spread_out(data, PICTURES_TO_FIT, on_progress=progress.of)
         while some := list(islice(records, PICTURES_TO_SCALE)):
             pixels, targets = [], []

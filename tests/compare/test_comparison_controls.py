@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, MISSING, browsing
+from comparison_results import comparison_results
 from mm_moslora_eval.protocol.model_interface import Answer, OptionScore, Request
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
@@ -313,3 +314,20 @@ def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_pa
     assert [arm["controls"] for arm in results["arms"]] == [{}, {}]
     assert [(row["verdict"], row["groups"]) for row in results["comparisons"]] == [("better", None)]
     write_page(tmp_path / "results.json", tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("gap", "seeds", "told"), [(0.01, 1, True), (0.2, 1, False), (0.04, 1, True), (0.04, 3, False)]
+)
+def test_a_rate_that_one_run_could_have_chosen_otherwise_is_named(gap: float, seeds: int, told: bool) -> None:
+    results = comparison_results(["lora", "moslora:orthogonal"])
+    results["settings"]["tuning_seeds"] = seeds
+    arm = results["arms"][1]
+    first, second = arm["grid"][:2]
+    arm |= {"rate": first, "spread": 0.05}
+    arm["curve"] = [
+        {"rate": rate, "seed": 0, "value": value, "status": "ok"} for rate, value in ((first, 0.5), (second, 0.5 + gap))
+    ]
+    lines = [line for line in sentences(results)["remarks"] if "The intervals take the choice as known" in line]
+    assert len(lines) == told
+    assert not lines or lines[0].startswith(f"moslora:orthogonal: the rates {first:g} and {second:g} differ by {gap:g}")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.miniature_benchmarks import TASKS, make_miniature
 from mm_moslora_eval.protocol.task_registry import get_task, load_file
 from mm_moslora_eval.report.evaluation_page import format_score
@@ -318,3 +319,15 @@ def test_two_ranks_under_torchrun_give_the_files_of_one(
     nats = [[row["reference"].pop("logprob") for row in side] for side in rows]
     assert rows[0] == rows[1]
     assert nats[0] == pytest.approx(nats[1], abs=1e-4), "other batches round otherwise"
+
+
+def test_progress_names_every_pass(question_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    names, bars = [f"llava:{question_file}"], eval_commands.Bars(4)
+    before = FakeModel(fingerprint="before")
+    eval_commands.run(before, names, tmp_path / "run" / "untuned", progress=bars.untuned)
+    eval_commands.run(FakeModel(), names, tmp_path / "run", modes=("own", "wrong", "blind"), progress=bars)
+    told = [found[1] for line in caplog.messages if (found := re.match(r"(.*): \d+/\d+ documents", line))]
+    passes = ("untuned", "own pictures", "wrong pictures", "blind")
+    wanted = [f"pass {number} of 4 (questions, {name})" for number, name in enumerate(passes, start=1)]
+    assert list(dict.fromkeys(told)) == wanted

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
+import shlex
 import threading
 import time
 from collections import Counter, defaultdict
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mm_moslora_eval.eval_commands import training_answers
 from mm_moslora_eval.protocol.task_registry import get_task
 from PIL import Image
 
@@ -161,6 +164,35 @@ class TestFolder:
         assert "Left out:\n" in (told := made(source, tmp_path / "my"))
         assert "and 3 more" in told
 
+    def test_links_out_of_the_folder_are_followed_on_request(self, tmp_path: Path) -> None:
+        source = photos(tmp_path / "photos", cat=4, dog=4)
+        elsewhere = photos(tmp_path / "elsewhere", ant=1, bee=1, bird=4)
+        (source / "dog" / "away.png").symlink_to(picture(elsewhere / "one.png", 77))
+        (source / "bird").symlink_to(elsewhere / "bird")
+        (source / "cat" / "again").symlink_to(source)
+        refused = read_own(source)
+        assert {row["image"].split("/")[0] for row in [*refused.train, *refused.test]} == {"cat", "dog"}
+        assert sum("--follow-links" in fault for fault in refused.faults) == 3
+
+        told = made(source, tmp_path / "my", follow_links=True)
+        assert "Left out" not in told
+        [recipe_source] = load_recipe(tmp_path / "my" / "recipe.yaml").data.train
+        assert recipe_source.follow_links
+        documents = get_task(str(tmp_path / "my" / "test.yaml")).load().documents
+        assert all(document.problem is None for document in documents)
+        shown = {Path(image).relative_to(source) for document in documents for image in document.images}
+        learned = {Path(row["image"]) for row in read(tmp_path / "my" / "train.jsonl")}
+        assert len(shown | learned) == 13
+        assert {path.parts[0] for path in learned} == {"cat", "dog", "bird"}
+        command = shlex.split(told.splitlines()[-2])
+        assert training_answers(*(word for name, word in itertools.pairwise(command) if name == "--train-answers"))
+
+    def test_how_many_classes_were_found_is_told_in_full(self, tmp_path: Path) -> None:
+        for number in range(6):
+            (tmp_path / f"class {number}").mkdir()
+        with pytest.raises(DataError, match=r"class 4, \.\.\. and 1 more\)"):
+            read_own(tmp_path)
+
     def test_a_cut_picture_is_never_held_out(self, tmp_path: Path) -> None:
         source = photos(tmp_path / "photos", cat=10, dog=10)
         for path in sorted(source.rglob("*.png"))[::2]:
@@ -242,6 +274,24 @@ def records(root: Path, count: int = 10, answer: str = "red") -> Path:
     return file
 
 
+def row(image: str, identity: int, /, **answers: str) -> dict[str, Any]:
+    turns = [
+        {"from": who, "value": text}
+        for pair in answers.items()
+        for who, text in zip(("human", "gpt"), pair, strict=True)
+    ]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return {"id": str(identity), "image": image, "conversations": turns}
+
+
+def written(root: Path, rows: list[dict[str, Any]]) -> Path:
+    for item in rows:
+        picture(root / item["image"], int(item["id"]))
+    file = root / "mine.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in rows))
+    return file
+
+
 class TestFile:
     def test_records_of_a_held_out_picture_all_are_questions(self, tmp_path: Path) -> None:
         file = records(tmp_path)
@@ -259,7 +309,7 @@ class TestFile:
         assert not learned & held_out
         assert {row["text"]: row["category"] for row in data.test} == {"What is it?": "open", "Is it red?": "yes_no"}
         assert any("image" not in row for row in data.train)
-        assert len(data.faults) == 1
+        assert sum("BAD_JSON" in fault for fault in data.faults) == 1
 
     def test_the_same_picture_under_two_names_is_on_one_side(self, tmp_path: Path) -> None:
         file = records(tmp_path)
@@ -297,22 +347,72 @@ class TestFile:
         with pytest.raises(DataError, match="has 1 different pictures"):
             read_own(file)
 
-    def test_sentences_are_scored_as_captions(self, tmp_path: Path) -> None:
-        made(records(tmp_path, answer="A small red square on a white wall."), tmp_path / "my")
-        assert not (tmp_path / "my" / "task.yaml").exists(), "half of the answers are yes"
+    def test_sentences_are_scored_as_captions_apart_from_short_answers(self, tmp_path: Path) -> None:
         file = records(tmp_path, answer="A small red square on a white wall.")
+        told = made(file, tmp_path / "both")
+        assert [row["text"] for row in read(tmp_path / "both" / "test.jsonl")] == ["Is it red?"] * 2
+        assert "2 questions and 2 for a sentence about 2 held-out pictures" in told
+        assert "test.jsonl@" in told
+        captions = get_task(str(tmp_path / "both" / "captions.yaml"))
+        assert captions.aggregation == "caption"
+        assert [document.question for document in captions.load().documents] == ["What is it?"] * 2
+
         rows = [json.loads(line) for line in file.open()]
         for row in rows:
             row["conversations"] = row["conversations"][:2]
         twice = [row | {"id": row["id"] + "b"} for row in rows]
         file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *twice]))
         told = made(file, tmp_path / "sentences")
-        assert "task.yaml" in told
-        task = get_task(str(tmp_path / "sentences" / "task.yaml"))
-        assert task.aggregation == "caption"
-        documents = task.load().documents
+        assert "captions.yaml" in told
+        assert "test.jsonl" not in told
+        assert "--baselines" not in told
+        assert not (tmp_path / "sentences" / "test.jsonl").exists()
+        documents = get_task(str(tmp_path / "sentences" / "captions.yaml")).load().documents
         assert len(documents) == 2
         assert all(len(document.answers) == 2 for document in documents)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_every_answer_is_held_out_as_often_as_its_share(self, tmp_path: Path, seed: int) -> None:
+        kinds = ["thing"] * 60 + ["dog"] * 24 + ["bird"] * 12 + ["fish"] * 4
+        rows = []
+        for number, kind in enumerate(kinds):
+            answers = {"kind": kind, "Is it alive?": "no" if kind == "thing" else "yes", "Even?": str(number % 2)}
+            rows.append(
+                row(f"{number}.png", number, **answers, **{f"Is it {number}?": "yes", "Name it.": f"n{number}"})
+            )
+        data = read_own(written(tmp_path, rows), seed=seed)
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for question in data.test:
+            counts[question["text"]][question["answer"]] += 1
+        assert abs(counts["Is it alive?"]["no"] - 12) <= 1
+        for kind, share in {"thing": 12, "dog": 4.8, "bird": 2.4, "fish": 0.8}.items():
+            assert abs(counts["kind"][kind] - share) <= 1
+        assert abs(counts["Even?"]["0"] - 10) <= 1
+
+    def test_an_answer_with_more_than_half_of_a_question_is_named(self, tmp_path: Path) -> None:
+        alive = {"dog": "yes", "thing": "no"}
+        kinds = ["thing"] * 13 + ["dog"] * 7
+        rows = [row(f"{number}.png", number, kind=kind, alive=alive[kind], third=str(number % 3), even=str(number % 2))
+                for number, kind in enumerate(kinds)]  # fmt: skip
+        told = made(written(tmp_path, rows), tmp_path / "my")
+        assert '"alive" has the answer "no" 13 of 20 times' in told
+        assert '"kind" has the answer "thing" 13 of 20 times' in told
+        assert '"even"' not in told
+        assert '"third"' not in told
+        told = made(records(tmp_path / "same"), tmp_path / "one")
+        assert '"Is it red?" has the answer "yes" 10 of 10 times' in told
+
+    def test_the_baselines_learn_from_all_training_files(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The printed command, with a model that knows nothing."""
+        told = made(photos(tmp_path / "photos", cat=60, dog=3), tmp_path / "my")
+        command = shlex.split(told.splitlines()[-2])
+        files = [word.split("@")[0] for name, word in itertools.pairwise(command) if name == "--train-answers"]
+        assert files == [str(tmp_path / "my" / "train.jsonl"), str(tmp_path / "my" / "train-x4.jsonl")]
+        answers = training_answers(*(word for name, word in itertools.pairwise(command) if name == "--train-answers"))
+        assert {"cat", "dog"} <= {answer.answer for answer in answers}
+        assert len(answers) == sum(len(item["conversations"]) // 2 for file in files for item in read(Path(file)))
 
     def test_a_file_without_usable_pictures_is_refused_with_the_first_reason(self, tmp_path: Path) -> None:
         file = records(tmp_path)

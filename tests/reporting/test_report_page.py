@@ -144,6 +144,18 @@ def test_pictures_outside_the_run_or_damaged_are_left_out(run_folder: Path, name
     assert len([a for a in page.of("img") if (a.get("alt") or "").startswith("Picture")]) == 1
 
 
+def test_a_long_answer_is_folded(run_folder: Path) -> None:
+    samples = json.loads((run_folder / "samples.json").read_text())
+    long = "The picture shows an animal that " + "walks and " * 10 + "sleeps."
+    (run_folder / "samples.json").write_text(json.dumps([samples[0] | {"before": long, "after": "teal"}]))
+    text = build_report(run_folder, run_folder / "report.html").read_text()
+    [summary] = re.findall(r"<dd><details><summary>(.*?)</summary>", text)
+    assert "The picture shows an animal" in summary
+    assert "sleeps" not in summary
+    assert long in text
+    assert re.search(r"<dd><span[^>]*>teal</span></dd>", text)
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples.json", "summary.json", "alerts.jsonl"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "device"])
 def test_links_out_of_the_run_and_special_files_are_not_read(tmp_path: Path, name: str, kind: str) -> None:

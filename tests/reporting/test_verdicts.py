@@ -66,6 +66,15 @@ def test_the_lenient_score_before_tuning_counts_where_it_was_measured():
     assert judge_tuning(ALL | {"untuned_lenient": ahead(-0.3)}).sentences[0] == "Tuning made the model worse."
 
 
+def test_the_best_control_is_named_first():
+    found = judge_tuning(ALL | {"best_answer": ahead(0.16), "majority": ahead(0.5)})
+    assert found.sentences[1].startswith("Against the best control, the most frequent answer to each question: +16.0")
+    assert sum("best control" in sentence for sentence in found.sentences) == 1
+    assert len(found.sentences) == 6
+    alone = judge_tuning({"untuned": ahead(), "majority": ahead()}, pictures=False)
+    assert not any("best control" in sentence for sentence in alone.sentences), "one control is no best one"
+
+
 def test_controls_that_were_not_measured_are_named():
     found = judge_tuning({"untuned": ahead(), "blind": ahead()})
     assert found.mood == "mixed"

@@ -52,6 +52,11 @@ class Decoding:
         return data
 
 
+def shown_name(task: str, protocol: str) -> str:
+    """`NAME@PROTOCOL`, and the name alone for a user's own task, since `own` is an image mode, too."""
+    return task if protocol == "own" else f"{task}@{protocol}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """A published score under this protocol."""

@@ -24,6 +24,7 @@ from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
+from mm_moslora_eval.protocol.task import shown_name
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_views import SAMPLES, read_json, run_of
 from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
@@ -79,8 +80,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def names_of(results: Sequence[TaskResult]) -> list[str]:
-    """`NAME@PROTOCOL` of every result with the selection and, if names collide, the data file, its checksum and the
-    rules."""
+    """The shown name of every result's task, with the selection and, if names collide, the data file, its checksum and
+    the rules."""
 
     def described(result: TaskResult) -> tuple[str, str, str, str]:
         about = result.about
@@ -92,7 +93,7 @@ def names_of(results: Sequence[TaskResult]) -> list[str]:
         rules = ", ".join(str(result.about.get(rule, "?")) for rule in RULES)
         checksum = f" [{str(result.subject[3])[:8]}]"
         return (
-            f"{result.task}@{result.protocol}{part}",
+            f"{shown_name(result.task, result.protocol)}{part}",
             f" ({path})",
             checksum,
             f" by {rules}, version {result.version}",

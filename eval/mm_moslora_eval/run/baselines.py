@@ -46,7 +46,8 @@ def read_training_answers(path: Path, *, image_folder: Path | None = None) -> li
     from mm_moslora.data.record_faults import RecordError
     from mm_moslora.data.sources.open_sources import open_source
 
-    source = open_source(SourceConfig(path=str(path), image_folder=str(image_folder) if image_folder else None))
+    folder = str(image_folder) if image_folder else None
+    source = open_source(SourceConfig(path=str(path), image_folder=folder, follow_links=True))  # no picture is opened
     found: list[TrainingAnswer] = []
     unusable = 0
     for row in range(len(source)):

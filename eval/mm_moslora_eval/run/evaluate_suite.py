@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import keep
-from mm_moslora_eval.run.task_runner import Progress, Settings, open_run, run_task, select
+from mm_moslora_eval.run.task_runner import Settings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ModeProgress = Callable[[ImageMode, int, int], None]
+"""Called with (image mode, documents answered, all documents)."""
+
 
 def evaluate(
     model: Model,
@@ -52,7 +56,7 @@ def evaluate(
     baselines: Sequence[str] = BASELINES,
     training: Sequence[TrainingAnswer] = (),
     settings: Settings | None = None,
-    progress: Progress | None = None,
+    progress: ModeProgress | None = None,
     judge: Judge | None = None,
 ) -> list[TaskResult]:
     """Ask, score and write one task in several image modes, with baselines.
@@ -65,7 +69,7 @@ def evaluate(
         baselines: names of `baselines.BASELINES`.
         training: training answers for the baselines; None: the answers of the evaluated set.
         settings: batch size, limits, rank.
-        progress: called with (answered, all) within each mode.
+        progress: called with (mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
 
     Returns:
@@ -91,7 +95,7 @@ def evaluate_held(
     baselines: Sequence[str],
     training: Sequence[TrainingAnswer],
     settings: Settings,
-    progress: Progress | None,
+    progress: ModeProgress | None,
     judge: Judge | None,
 ) -> list[TaskResult]:
     """`evaluate` for a caller that holds the run folder (`task_runner.open_run`) over several tasks."""
@@ -99,7 +103,8 @@ def evaluate_held(
     hasher = Hasher()
     results: list[TaskResult] = []
     for mode in modes:
-        view = run_task(model, task, output, mode=mode, settings=settings, data=data, progress=progress, hasher=hasher)
+        told = None if progress is None else partial(progress, mode)
+        view = run_task(model, task, output, mode=mode, settings=settings, data=data, progress=told, hasher=hasher)
         if settings.rank == 0:
             results.append(score_folder(view, judge=judge))
             keep(output, read_samples(view), data.documents, mode=mode, hasher=hasher)

@@ -198,7 +198,8 @@ class Template:
         thinking, answer = _MARK.format("think"), marks[-1]
         texts = [self._render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])]
         texts += [self._render(roles, marks, reasoning={key: thinking}) for key in _REASONING]
-        for switch in ({}, {"enable_thinking": True}):
+        switches: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True})
+        for switch in switches:
             prompt = self._render(roles[:-1], marks[:-1], prompt=True, **switch)
             for text in texts:
                 opening, shown, rest = text.removeprefix(prompt).partition(thinking)
@@ -245,7 +246,7 @@ class Template:
         *,
         prompt: bool = False,
         reasoning: dict[str, str] | None = None,
-        **switch: bool,
+        **switch: Any,
     ) -> str:
         messages = self._messages(roles, contents)
         messages[-1] |= reasoning or {}

@@ -1,12 +1,11 @@
 """The start of a new projector: fitted to pictures in closed form, before training.
 
-Shapes: ``N`` pictures, ``Q`` visual tokens per picture, ``V`` input width of the first linear layer, ``H`` input width
-of the last one, ``D`` LLM width.
+Shapes: ``N`` pictures, ``Q`` visual tokens per picture, ``V`` input width of the first linear layer, ``D`` LLM width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 
 from mm_moslora.utils.errors import ModelError
 
-RIDGE = 0.02
-"""The ridge, as a share of every dimension's variance: it keeps a fit to few pictures from following chance."""
 TOKENS_TO_FIT = 16
 """Visual tokens per picture in a fit, evenly spaced: more add little and cost much."""
 
@@ -51,7 +48,7 @@ def fold_into(projector: nn.Module, mean: Tensor, spread: Tensor) -> None:
         mean: ``[V]``.
         spread: standard deviations, ``[V]``; at least a tenth of their mean is used.
     """
-    layer = first_layer(projector)
+    layer = linear_layers(projector)[0]
     assert layer.bias is not None
     mean, spread = mean.to(layer.weight.device), spread.to(layer.weight.device)
     if not float(spread.mean()) > 0:  # no dimension varies
@@ -62,16 +59,17 @@ def fold_into(projector: nn.Module, mean: Tensor, spread: Tensor) -> None:
 
 
 def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *, size: float) -> float | None:
-    """Fit the last layer so that visual tokens point in the directions of their picture's words.
+    """Fit a projector so that visual tokens point in the directions of their picture's words.
 
-    The fit is ridge regression from the layer's input to the mean embedding of the words. The mean over all pictures is
-    left out, and the rest gets the size of word embeddings. The language model then reads in the picture what it can
-    already read in a word.
+    The fit is ridge regression from the features to the mean embedding of the words. The mean over all pictures is left
+    out, and the rest gets the size of word embeddings. The language model then reads in the picture what it can already
+    read in a word. Every nonlinear layer begins as a linear one for the fitted directions, since `gelu(x) - gelu(-x)`
+    is `x`: random directions would lose a part of what the features tell. Its other units keep their random start.
 
     Args:
-        projector: changed in place.
-        pairs: for some pictures at a time, the input of the last layer ``[N, Q, H]`` and the mean embeddings ``[N,
-            D]``.
+        projector: changed in place; linear layers with GELU between them.
+        pairs: for some pictures at a time, the input of the first linear layer ``[N, Q, V]`` and the mean embeddings
+            ``[N, D]``.
         size: root mean square of the tokens.
 
     Returns:
@@ -81,44 +79,79 @@ def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *
     Raises:
         ModelError: the layer's input is not finite.
     """
-    layer = last_layer(projector)
-    rows, moments = 0, _Moments(layer)
-    for hidden, words in pairs:
-        places = torch.linspace(0, hidden.shape[1] - 1, min(hidden.shape[1], TOKENS_TO_FIT)).round().long()
-        x = hidden[:, places.to(hidden.device)].double()
+    layers = linear_layers(projector)
+    rows, pictures, moments = 0, 0, _Moments(layers[0].in_features, layers[-1])
+    for features, words in pairs:
+        places = torch.linspace(0, features.shape[1] - 1, min(features.shape[1], TOKENS_TO_FIT)).round().long()
+        x = features[:, places.to(features.device)].double()
         if not bool(x.isfinite().all()):
             raise ModelError(
                 "The vision tower gives features that are not finite for a picture of the training data: the projector "
                 "cannot be fitted. Train in fp32 or bf16, or leave model.projector.fit_to_answers out."
             )
-        rows += x.shape[0] * x.shape[1]
+        rows, pictures = rows + x.shape[0] * x.shape[1], pictures + x.shape[0]
         moments.add(x.flatten(0, 1), words.double().to(x.device).repeat_interleave(x.shape[1], 0))
     if not rows:
         return None
     mean_x, mean_y = moments.x / rows, moments.y / rows
-    varying = moments.xx / rows - torch.outer(mean_x, mean_x)
+    varying = moments.xx.div_(rows).addr_(mean_x, mean_x, alpha=-1)  # in place: folded patches are wide
     together = moments.xy / rows - torch.outer(mean_x, mean_y)
     variance = float(moments.yy / rows - mean_y.pow(2).sum())
-    ridged = varying + torch.diag(RIDGE * varying.diagonal() + 1e-9 * varying.diagonal().mean() + 1e-12)
-    weight = torch.linalg.solve(ridged, together).T
+    ridge = len(mean_x) / pictures  # the fewer pictures there are for a dimension, the less its slope is known
+    variances = varying.diagonal().clone()
+    varying.diagonal().add_(ridge * variances + 1e-9 * variances.mean() + 1e-12)
+    weight = torch.linalg.solve(varying, together).T
+    varying.diagonal().copy_(variances)
     fitted = float(((weight @ varying) * weight).sum())
     if min(fitted, variance) < 1e-12:
         return None
-    weight *= size / (fitted / layer.out_features) ** 0.5
-    layer.weight.copy_(weight)
-    if layer.bias is not None:
-        layer.bias.copy_(-weight @ mean_x)
+    weight *= size / (fitted / len(weight)) ** 0.5
+    _write(layers, weight, mean_x, weight @ varying @ weight.T)
     return min(1.0, fitted / variance)
 
 
-class _Moments:
-    """Sums over rows for a least-squares fit, on the layer's device."""
+def _write(layers: Sequence[nn.Linear], weight: Tensor, mean: Tensor, covariance: Tensor) -> None:
+    """Write the linear map ``weight (x - mean)`` into layers with GELU between them.
 
-    def __init__(self, layer: nn.Linear) -> None:
-        zeros = partial(torch.zeros, dtype=torch.double, device=layer.weight.device)
-        self.x, self.y = zeros(layer.in_features), zeros(layer.out_features)
-        self.xx = zeros(layer.in_features, layer.in_features)
-        self.xy = zeros(layer.in_features, layer.out_features)
+    Args:
+        layers: in their order.
+        weight: ``[D, V]``.
+        mean: of the inputs, ``[V]``.
+        covariance: of the outputs, ``[D, D]``; where layers are too narrow for all outputs, the directions with the
+            largest variance are written.
+    """
+    if len(layers) > 1:
+        variances, directions = torch.linalg.eigh(covariance)
+        room = min(layer.out_features for layer in layers[:-1]) // 2
+        kept = min(room, int((variances > 1e-6 * variances[-1]).sum()))
+        out, spread = directions[:, -kept:], variances[-kept:].sqrt()
+        weight = (out / spread).T @ weight
+        signs = torch.cat([torch.eye(kept), -torch.eye(kept)]).to(weight)
+        _set(layers[0], signs @ weight, -signs @ weight @ mean)
+        for layer in layers[1:-1]:
+            _set(layer, signs @ signs.T, 0)
+        _set(layers[-1], (out * spread) @ signs.T, 0)
+    else:
+        _set(layers[0], weight, -weight @ mean)
+
+
+def _set(layer: nn.Linear, weight: Tensor, bias: Tensor | int) -> None:
+    """Set the first rows of a layer, which read the first inputs alone; a last layer reads nothing else, too."""
+    rows, columns = weight.shape
+    layer.weight[:rows] = 0
+    layer.weight[:rows, :columns] = weight.to(layer.weight)
+    if layer.bias is not None:
+        layer.bias[:rows] = bias
+
+
+class _Moments:
+    """Sums over rows for a least-squares fit, on the last layer's device."""
+
+    def __init__(self, width: int, last: nn.Linear) -> None:
+        zeros = partial(torch.zeros, dtype=torch.double, device=last.weight.device)
+        self.x, self.y = zeros(width), zeros(last.out_features)
+        self.xx = zeros(width, width)
+        self.xy = zeros(width, last.out_features)
         self.yy = 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -129,9 +162,9 @@ class _Moments:
         self.yy += float(y.pow(2).sum())
 
 
-def first_layer(projector: nn.Module) -> nn.Linear:
-    """The first linear layer of a projector; only a pooling or a norm comes before it."""
-    return next(module for module in projector.modules() if isinstance(module, nn.Linear))
+def linear_layers(projector: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a projector, in the order in which they are applied."""
+    return [module for module in projector.modules() if isinstance(module, nn.Linear)]
 
 
 def last_layer(projector: nn.Module) -> nn.Linear:

@@ -81,7 +81,7 @@ def test_progress_counts_answers_without_looking_through_all_items(
             path = write_questions(tmp_path / str(count), count=count)
             evaluate(
                 FakeModel(fail_on=fail_on), task_of(path), tmp_path / f"run-{count}", modes=("own",), baselines=(),
-                settings=ONE, progress=lambda done, total: seen.append((done, total)),
+                settings=ONE, progress=lambda _, done, total: seen.append((done, total)),
             )  # fmt: skip
         counts.append(len(looked))
         assert {total for _, total in seen} == {count}
@@ -92,19 +92,19 @@ def test_progress_counts_answers_without_looking_through_all_items(
 
 
 def test_every_document_is_asked_once_and_scored_once(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     results = evaluate(
         model,
         task_of(question_file),
         tmp_path / "run",
         settings=ONE,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda mode, done, total: seen.append((mode, done, total)),
     )
     assert [result.mode for result in results] == ["own", "blind", "wrong", "majority", "question_majority"]
     assert all(result.n == result.counts.total == result.counts.scored == 12 for result in results)
     assert sorted(model.asked) == sorted([f"q{n}" for n in range(12)] * 3)
-    assert seen[-1] == (12, 12)
-    assert seen[0] == (0, 12)
+    assert seen[-1] == ("wrong", 12, 12)
+    assert seen[0] == ("own", 0, 12)
     own = read_samples(tmp_path / "run" / "questions@own" / "own")
     assert [row["id"] for row in own] == [f"q{n}" for n in range(12)]
     assert results[0].score == pytest.approx(sum(row["score"] for row in own) / 12)

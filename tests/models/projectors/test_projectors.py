@@ -15,12 +15,11 @@ from mm_moslora.models.load_model import load
 from mm_moslora.models.projectors.projector import PROJECTORS, build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.projectors.projector_start import (
-    RIDGE,
     TOKENS_TO_FIT,
     fit_to_words,
     fold_into,
     inputs_of,
-    last_layer,
+    linear_layers,
 )
 from mm_moslora.utils.errors import ConfigError, ModelError
 
@@ -127,7 +126,7 @@ def test_a_fitted_projector_gives_unseen_pictures_the_words_of_their_class(kind)
         return 3 + classes[labels][:, None] + 0.3 * torch.randn(len(labels), 36, 24)
 
     def pairs():
-        with inputs_of(last_layer(projector)) as taken:
+        with inputs_of(linear_layers(projector)[0]) as taken:
             for some in labels.split(7):
                 projector(features(some))
                 yield taken(), (words + common)[some]
@@ -150,11 +149,44 @@ def test_the_fit_is_that_of_numpys_least_squares():
     share = fit_to_words(projector, [(hidden[:20], words[:20]), (hidden[20:], words[20:])], size=1.0)
     x, y = hidden.flatten(0, 1).double().numpy(), words.double().numpy().repeat(TOKENS_TO_FIT, 0)
     x, y = x - x.mean(0), y - y.mean(0)
-    ridge = np.diag((RIDGE * x.var(0) * len(x)) ** 0.5)
+    ridge = np.diag((24 / 50 * x.var(0) * len(x)) ** 0.5)
     weight = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([y, np.zeros((24, 40))]), rcond=None)[0].T
     fitted = x @ weight.T
     np.testing.assert_allclose(projector.last.weight, weight / np.sqrt((fitted**2).mean()), rtol=1e-4, atol=1e-5)
     assert share == pytest.approx((fitted**2).sum() / (y**2).sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "mlp3x_gelu", "fused_mlp", "avg_pool", "pixel_shuffle"])
+@torch.no_grad()
+def test_layers_with_gelu_begin_as_the_linear_fit(kind):
+    """Of up to half as many directions as the narrowest layer has units."""
+    torch.manual_seed(0)
+    projector = build_projector(kind, SHAPE)
+    layers = linear_layers(projector)
+    directions, mixed = torch.randn(3, layers[0].in_features), torch.randn(40, 3)
+    for layer in layers:
+        layer.to(torch.double)
+    features = torch.randn(60, TOKENS_TO_FIT, layers[0].in_features).double()
+    words = features.mean(1) @ directions.T.double() @ mixed.T.double()
+    fitted = nn.Linear(layers[0].in_features, 40).double()
+    fit_to_words(nn.Sequential(fitted), [(features, words)], size=1.0)
+    fit_to_words(projector, [(features, words)], size=1.0)
+    hidden = layers[0](features)
+    for layer in layers[1:]:
+        hidden = layer(nn.functional.gelu(hidden))
+    torch.testing.assert_close(hidden, fitted(features), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_layers_too_narrow_for_all_directions_keep_those_that_differ_most():
+    torch.manual_seed(0)
+    projector = build_projector("mlp2x_gelu", SHAPE)
+    features = torch.randn(80, TOKENS_TO_FIT, 24)
+    words = features.mean(1) @ torch.randn(24, 40)
+    share = fit_to_words(projector, [(features, words)], size=1.0)
+    assert share is not None
+    assert projector(features).isfinite().all()
+    assert float(projector(features).pow(2).mean().sqrt()) == pytest.approx(1.0, rel=0.1)
 
 
 @pytest.mark.parametrize("same", ["words", "pictures", "nothing"])

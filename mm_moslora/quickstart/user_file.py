@@ -1,0 +1,182 @@
+"""Training data and held-out questions from a file of a user's records."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora_eval.metrics.exact_match import relaxed
+
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.chat.records import Record
+from mm_moslora.data.images.record_picture import ImageError, LocalPicture, Picture, StoredPicture, read_picture
+from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.data.sources.record_source import RecordSource
+from mm_moslora.quickstart.instruction_data import YES_NO, Question, question_record
+from mm_moslora.quickstart.own_data import OwnData, decodes, draw, lopsided
+from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.untrusted_files import FileError
+
+CAPTION_WORDS = 5
+"""Median words of a question's answers above which they are scored as captions, since no two people word them alike."""
+
+
+class _Rows(Sequence[Any]):
+    """A selection of a file's records, read on access."""
+
+    def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._source.value(self._rows[index])
+
+
+def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_links: bool) -> OwnData:
+    """Build data from a LLaVA JSON or JSONL file.
+
+    Args:
+        path: the file.
+        images: the folder of its pictures; None: the file's own.
+        rng: chooses the held-out pictures.
+        follow_links: accept links that lead out of that folder.
+
+    Raises:
+        DataError: no training data can be built; the message holds what was found.
+    """
+    source = open_source(
+        SourceConfig(
+            path=str(path), format="json", image_folder=str(images) if images else None, follow_links=follow_links
+        )
+    )
+    faults: list[str] = []
+    asked: dict[str, list[int]] = defaultdict(list)
+    """Rows by their one picture; equal files count as one picture."""
+    paths: dict[str, Path] = {}
+    """The first file name of every picture."""
+    several: dict[int, set[str]] = {}
+    """Rows without a picture, or with several."""
+    answers: dict[str, dict[str, str]] = defaultdict(dict)
+    """The answers to the questions about every picture."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    """How often every question has every answer."""
+    contents = _Contents()
+    for row in range(len(source)):
+        try:
+            record = source[row]
+            for picture in record.images:
+                picture.size()
+            shown = [contents(picture) for picture in record.images]
+        except (RecordError, ImageError, FileError) as fault:
+            faults.append(str(fault))
+            continue
+        if len(shown) == 1 and isinstance(record.images[0], LocalPicture):
+            asked[shown[0]].append(row)
+            paths.setdefault(shown[0], record.images[0].path)
+            for question, answer in _pairs(record):
+                answers[shown[0]][question] = relaxed(answer)
+                counts[question][relaxed(answer)] += 1
+        else:
+            several[row] = set(shown)
+    if len(asked) < 2:
+        raise DataError(
+            f"{path} has {len(asked)} different pictures with usable questions, expected at least 2: some to learn "
+            f"from and some to hold out. {len(several)} of {len(source)} records have no picture or several, "
+            f"{len(faults)} could not be used{', the first: ' + faults[0] if faults else ''}."
+        )
+    held_out, broken = draw(answers, lambda name: decodes(paths[name], faults), rng)
+    if not held_out or len(held_out | broken) == len(paths):
+        raise DataError(f"No picture can be held out while another one is left for training: {faults[-1]}.")
+    rows = [row for name, rows in asked.items() if name not in held_out | broken for row in rows]
+    apart = [row for row, shown in several.items() if not shown & (held_out | broken)]
+    if len(apart) < len(several):
+        faults.append(f"{len(several) - len(apart)} records with several pictures show a held-out or a broken one")
+    rows = sorted([*rows, *apart])
+    folder = source.rules.folder
+    test, captions = _questions_of([(paths[name], source[row]) for name in asked if name in held_out
+                                    for row in asked[name]], folder, counts)  # fmt: skip
+    return OwnData(
+        images=folder,
+        follow_links=follow_links,
+        source=f"{len(source)} records of {path}",
+        train=_Rows(source, rows),
+        test=test,
+        captions=captions,
+        train_pictures=len(asked) - len(held_out | broken),
+        test_pictures=len(held_out),
+        lopsided=lopsided(counts),
+        faults=faults,
+        **_sizes(source[row] for row in rows),
+    )
+
+
+class _Contents:
+    """Identity of pictures: the hash of the file, which is read once. Frames are identified by video and number."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, str] = {}
+
+    def __call__(self, picture: Picture) -> str:
+        """A text that equal files share.
+
+        Raises:
+            ImageError: the file cannot be read.
+        """
+        if isinstance(picture, StoredPicture):
+            return hashlib.sha256(picture.read()).hexdigest()
+        if not isinstance(picture, LocalPicture):
+            return picture.name
+        if picture.path not in self._known:
+            self._known[picture.path] = hashlib.sha256(read_picture(picture.path)).hexdigest()
+        return self._known[picture.path]
+
+
+def _sizes(records: Iterable[Record]) -> dict[str, Any]:
+    sizes, turns, answers = [], [], [1]
+    for record in records:
+        sizes.append(sum(len(turn.text.encode()) for turn in record.turns))
+        turns.append(sum(turn.role == "assistant" for turn in record.turns))
+        answers += [len(turn.text.encode()) for turn in record.turns if turn.role == "assistant"]
+    return {
+        "turns": sum(turns) / len(turns),
+        "text_bytes": (sum(sizes) / len(sizes), max(sizes)),
+        "longest": (max(turns), max(answers)),
+    }
+
+
+def _pairs(record: Record) -> Iterator[tuple[str, str]]:
+    """The questions of a record with their answers."""
+    turns = [turn for turn in record.turns if turn.role != "system"]
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        yield "".join(question.parts()).strip(), answer.text.strip()
+
+
+def _questions_of(
+    records: Sequence[tuple[Path, Record]], folder: Path, counts: Mapping[str, Counter[str]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every question of the records by itself, those with short answers and those with sentences.
+
+    A repeated question about one picture gets several answers.
+    """
+    answers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path, record in records:
+        for question, answer in _pairs(record):
+            answers[path.relative_to(folder).as_posix(), question].append(answer)
+    rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for number, ((image, text), given) in enumerate(answers.items()):
+        row = question_record(str(number), Question(image=image, text=text, answer=given[0]), "open")
+        row["category"] = "yes_no" if {answer.lower() for answer in given} <= set(YES_NO) else "open"
+        rows[_is_caption(counts[text])].append(row | ({"answers": given} if len(given) > 1 else {}))
+    return rows
+
+
+def _is_caption(answers: Counter[str]) -> bool:
+    words = sorted(len(answer.split()) for answer in answers.elements())
+    return words[(len(words) - 1) // 2] > CAPTION_WORDS
