@@ -7,11 +7,6 @@ from typing import Literal
 
 from mm_moslora.config.value_checks import at_least, require
 
-RecordField = Literal[
-    "id", "image", "images", "video", "videos", "conversations", "messages", "system", "texts", "question", "answer",
-    "caption",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -45,7 +40,7 @@ class SourceConfig:
     """Hugging Face datasets: the split."""
     revision: str | None = None
     """Hugging Face datasets: commit, tag or branch."""
-    columns: dict[RecordField, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
     """Hugging Face datasets: record field -> column, such as question: query, answer: label, image: picture."""
     streaming: bool = False
     """Hugging Face datasets: stream the first `limit` rows instead of downloading the whole dataset."""

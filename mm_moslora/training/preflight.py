@@ -24,6 +24,7 @@ from mm_moslora.config import (
     usual_names,
 )
 from mm_moslora.config.llava_chat_templates import require_template
+from mm_moslora.data.chat.record_keys import READ
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
 from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, TrainingError, suggestion
@@ -114,6 +115,13 @@ def check_names(recipe: Recipe) -> None:
         from mm_moslora.models.memory_efficient.compiled_layers import require_backend
 
         require_backend(train.compile)
+    known = sorted(set().union(*READ.values()))
+    for source in (*recipe.data.train, *recipe.data.validation):
+        if odd := [key for key in source.columns if key not in known]:
+            raise ConfigError(
+                f"columns of {source.path} gives a column to {odd[0]!r}, expected a field of records: "
+                f"{', '.join(known)}.{suggestion(odd[0], known)}"
+            )
 
 
 def check_adapter_names(adapter: AdapterConfig) -> None:

@@ -303,10 +303,7 @@ def _build(kind: Any, data: Any, source: str, where: str) -> Any:
     if origin is dict:
         if not isinstance(data, Mapping):
             raise ConfigError(f"{source}: {where} is {data!r}, expected a mapping.")
-        return {
-            _build(arguments[0], key, source, f"a key of {where}"): _build(arguments[1], item, source, f"{where}.{key}")
-            for key, item in data.items()
-        }
+        return {key: _build(arguments[1], item, source, f"{where}.{key}") for key, item in data.items()}
     return _build_scalar(kind, data, source, where)
 
 
