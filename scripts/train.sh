@@ -27,7 +27,7 @@ Options
   --max-restarts N   after a rank dies or hangs, restart all from the newest checkpoint, at most N times (default 0)
   --log-dir FOLDER   also write the output of every rank to rank-00000.log and so on
   --doctor           check hosts, versions, network and speed of the ranks instead of training
-  --dry-run          print the resolved recipe and the command, and start nothing
+  --dry-run          check and print the recipe and the command, and start nothing
   --help             this text
 
 Environment

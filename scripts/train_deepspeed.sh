@@ -21,7 +21,7 @@ Options
                     on to them, except keys and tokens, and so are the lines of .deepspeed_env files
   --log-dir FOLDER  also write the output of every rank to rank-00000.log and so on
   --doctor          check hosts, versions, network and speed of the ranks instead of training
-  --dry-run         print the resolved recipe and the command, and start nothing
+  --dry-run         check and print the recipe and the command, and start nothing
   --help            this text
 
 Environment

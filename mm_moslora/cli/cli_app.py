@@ -284,7 +284,9 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
 
 @app.command
 def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool = False) -> int:
-    """Print the resolved recipe, every default filled in; without a recipe, list the shipped presets.
+    """Check a recipe and print it with every default filled in; without a recipe, list the shipped presets.
+
+    Keys, values and names are checked; files of the recipe and packages need not be here.
 
     Parameters
     ----------
@@ -299,10 +301,10 @@ def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool
     if recipe is None:
         print("\n".join(recipe_names()))
         return 0
-    if against_paper:
-        print(comparison_text(recipe, _recipe(recipe, overrides), presets=RECIPES_FOLDER))
-        return 0
-    print(_recipe(recipe, overrides).to_yaml(), end="")
+    resolved = _recipe(recipe, overrides)
+    refuse_early(resolved)
+    text = comparison_text(recipe, resolved, presets=RECIPES_FOLDER) + "\n" if against_paper else resolved.to_yaml()
+    print(text, end="")
     return 0
 
 
@@ -327,11 +329,11 @@ def plan(
     gpus
         Count, card and memory: 8xA100-80G, 1xRTX4090.
     samples
-        Records of an epoch; known for LLaVA's and the commonsense data sets.
+        Records of an epoch; known for LLaVA's and the commonsense data sets, else counted in the recipe's data.
     tokens_per_sample
         Mean tokens of a record, visual tokens included.
     supervised
-        Share of the tokens that is supervised.
+        Share of the tokens that is supervised, with --samples.
     picture
         Typical width and height of a picture in pixels, for models that cut pictures into tiles or take them in any
         size; default: 640x480.
@@ -343,8 +345,10 @@ def plan(
     """
     from mm_moslora.cli.plan_output import show_plan
 
+    resolved = _recipe(recipe, overrides)
+    refuse_early(resolved)
     return show_plan(
-        _recipe(recipe, overrides), gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
+        resolved, gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
         picture=picture, price=price, network=network,
     )  # fmt: skip
 

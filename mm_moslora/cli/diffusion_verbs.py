@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from mm_moslora.cli.launch_verbs import refuse_early
+
 diffusion_app = App(name="diffusion", help="Tune diffusion models: SD 1 and 2, SDXL, SD3, Flux.")
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
@@ -33,6 +35,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     from mm_moslora.utils.files import discard
 
     resolved = load_diffusion_recipe(recipe, override_items(overrides))
+    refuse_early(resolved)
     stop, folder = StopRequest(), Path(resolved.train.output)
     try:
         with stop.at_once():
@@ -78,6 +81,7 @@ def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool
         print("\n".join(recipe_names(DIFFUSION_RECIPES)))
         return 0
     resolved = load_diffusion_recipe(recipe, override_items(overrides))
+    refuse_early(resolved)
     if against_paper:
         print(comparison_text(recipe, resolved, presets=DIFFUSION_RECIPES))
     else:

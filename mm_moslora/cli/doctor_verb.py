@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.launch_verbs import refuse_early
 from mm_moslora.config import load_recipe, override_items
+from mm_moslora.utils.errors import MoSLoRAError
 
 if TYPE_CHECKING:
+    from mm_moslora.config import Recipe
     from mm_moslora.planning.doctor import Finding
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
@@ -28,8 +31,8 @@ def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool =
     Parameters
     ----------
     recipe
-        The recipe to be trained: YAML file, or the name of a shipped preset. Its packages then count as needed. Without
-        one, only the required packages do.
+        The recipe to be trained: YAML file, or the name of a shipped preset. Its settings are checked, and its packages
+        count as needed. Without one, only the required packages do.
     distributed
         Check all ranks of a launcher together: versions, cards, network, clocks, the speed of every link, and each host
         as without this option. `mm-moslora launch --doctor RECIPE` starts it as it starts a run.
@@ -41,13 +44,28 @@ def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool =
 
     resolved = None if recipe is None else load_recipe(recipe, override_items(overrides))
     if not distributed:
-        return _report(diagnose(None if resolved is None else Path(resolved.train.output), resolved))
+        if resolved is None:
+            return _report(diagnose())
+        first = _settings(resolved)
+        rest = [item for item in diagnose(Path(resolved.train.output), resolved) if item.detail != first.detail]
+        return _report([first, *rest])
     keep_rank_log(os.environ)
     quiet_libraries()
     from mm_moslora.planning.distributed_doctor import diagnose_ranks
     from mm_moslora.utils.distributed import is_main
 
     return _report(diagnose_ranks(resolved, limit=limit), show=is_main())
+
+
+def _settings(recipe: Recipe) -> Finding:
+    """What every verb refuses in a recipe."""
+    from mm_moslora.planning.doctor import Finding
+
+    try:
+        refuse_early(recipe)
+    except MoSLoRAError as error:
+        return Finding(name="recipe", status="bad", detail=str(error), remedy="Correct the recipe.")
+    return Finding(name="recipe", status="ok", detail="its keys and names are known")
 
 
 def _report(findings: list[Finding], *, show: bool = True) -> int:

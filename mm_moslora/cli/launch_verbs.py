@@ -107,7 +107,7 @@ def launch(
     doctor
         Run `doctor --distributed` with the recipe on these ranks instead of training.
     dry_run
-        Print the resolved recipe and the command without starting anything.
+        Check the recipe, and print it and the command, without starting anything. Its files need not be here.
     """
     from mm_moslora.config import Recipe, override_items
     from mm_moslora.launch.launcher import EXIT_REQUEUE
@@ -133,9 +133,9 @@ def launch(
             if doctor and not isinstance(resolved, Recipe):
                 raise ConfigError("--doctor checks recipes of `train`, not of `diffusion train`. Leave it out.")
             print(resolved.to_yaml(), end="", flush=True)
-            # Other hosts may see other files.
-            if not dry_run and hostfile is None and not doctor and isinstance(resolved, Recipe):
-                refuse_early(resolved, options.get("resume", "auto"))
+            if not doctor:  # which lists what it finds
+                others = dry_run or hostfile is not None  # other hosts may see other files
+                refuse_early(resolved, None if others else options.get("resume", "auto"))
             train = ["diffusion", "train"] if diffusion else ["train"]
             verb = ["doctor", "--distributed", recipe, *keys] if doctor else [*train, recipe, *overrides]
             run_folder = None if doctor else Path(resolved.train.output)
@@ -158,23 +158,32 @@ def _resolved(recipe: str, overrides: list[str], *, diffusion: bool) -> Recipe |
     return load_diffusion_recipe(recipe, overrides) if diffusion else load_recipe(recipe, overrides)
 
 
-def refuse_early(recipe: Recipe, resume: str) -> None:
-    """Check the recipe, its files and packages before slow imports and before ranks start.
+def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) -> None:
+    """Check a recipe before slow imports, and before anything is queued or started.
 
     Args:
         recipe: resolved.
-        resume: as for `train`.
+        resume: as for `train`. None: without the recipe's files and packages, which may be on another machine.
 
     Raises:
-        MoSLoRAError: see `mm_moslora.training.preflight.check_recipe`; or a task does not exist.
+        MoSLoRAError: see `check_settings` and `check_recipe` of `mm_moslora.training.preflight`; or a task does not
+            exist.
     """
-    from mm_moslora_eval.protocol.task_registry import tasks_of
+    from mm_moslora_eval.protocol.task_registry import is_task_file, tasks_of
 
-    from mm_moslora.training.preflight import check_recipe
+    from mm_moslora.config import Recipe
+    from mm_moslora.training.preflight import check_adapter_names, check_recipe, check_settings
 
-    tasks = tasks_of(recipe.validate.tasks)
-    if whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1:  # several ranks check together after the rendezvous
-        check_recipe(recipe, resume=resume, tasks=[task.name for task in tasks])
+    if not isinstance(recipe, Recipe):
+        check_adapter_names(recipe.adapter)
+        return
+    every = recipe.validate.tasks
+    known = [name for name in every if resume is not None or not is_task_file(name)]
+    tasks = [task.name for task in tasks_of(known)]
+    if resume is None:
+        check_settings(recipe, tasks=tasks if known == every else None)
+    elif whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1:  # several ranks check together after the rendezvous
+        check_recipe(recipe, resume=resume, tasks=tasks)
 
 
 def _processes(nproc: int | None) -> int | None:

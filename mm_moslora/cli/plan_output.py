@@ -33,7 +33,7 @@ def show_plan(
     Args:
         recipe: resolved.
         gpus: such as `8xA100-80G`.
-        samples: samples of an epoch; None: looked up by the data file's name.
+        samples: samples of an epoch; None: looked up by the data file's name, or counted in the recipe's data.
         tokens_per_sample: mean, visual tokens included; None: looked up like `samples`.
         supervised: supervised share of the tokens.
         picture: such as `640x480`; None: the model's fixed input size, or 640x480.
@@ -41,7 +41,7 @@ def show_plan(
         network: GB/s between hosts, all adapters of a host together; None: assumed by the card.
     """
     from mm_moslora.training.metrics.gpu_specs import parse_gpus
-    from mm_moslora.utils.errors import ConfigError
+    from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
     cards = parse_gpus(gpus)
     if samples is not None and samples < 1:
@@ -62,14 +62,24 @@ def show_plan(
     quiet_libraries()
     from rich.console import Console
 
-    from mm_moslora.planning.run_plan import DataSize, plan
+    from mm_moslora.planning.recipe_data import size_of
+    from mm_moslora.planning.run_plan import LLAVA_VISUAL, DataSize, known_data, plan
 
-    data = None
+    data, found_by = None, ""
     if samples is not None and tokens_per_sample is not None:
         pictures = 0.0 if recipe.model.vision is None and recipe.model.vlm is None else 1.0
         data = DataSize(samples=samples, tokens=tokens_per_sample, supervised=supervised, pictures=pictures)
+    elif known_data(recipe.data.train, LLAVA_VISUAL) is None:
+        try:
+            data, found_by = size_of(recipe)
+        except (DataError, ModelError) as error:
+            raise ConfigError(
+                f"The size of the data is not known: {error} Give --samples and --tokens-per-sample."
+            ) from error
     found = plan(recipe, cards, data, picture=size)
     console = Console()
+    if found_by:
+        console.print(found_by)
     console.print(_parts(found))
     console.print(_memory(found.best or min(found.options, key=lambda option: option.memory.total)))
     console.print(_options(found))

@@ -10,6 +10,8 @@ from mm_moslora.utils.errors import ConfigError, ModelError
 
 Mode = Literal["frozen", "adapter", "last_n", "full"]
 Thinking = Literal["auto", "always", "never"]
+MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
+ModuleMixerInit = Literal[MixerInit, "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,11 +257,11 @@ class AdapterConfig:
     """s = alpha / rank (or alpha / sqrt(rank) with use_rslora)."""
     dropout: float = 0.0
     """Dropout on the adapter's input."""
-    mixer_init: Literal["orthogonal", "kaiming", "identity", "butterfly"] = "orthogonal"
+    mixer_init: MixerInit = "orthogonal"
     """orthogonal keeps LoRA's scale; kaiming is the paper's best; identity + frozen mixer is plain LoRA."""
     mixer_trainable: bool = True
     """False freezes the mixer (identity: LoRA; butterfly: two-subspaces-mixing)."""
-    mixer_pattern: dict[str, str] = field(default_factory=dict)
+    mixer_pattern: dict[str, ModuleMixerInit] = field(default_factory=dict)
     """Per-module override of mixer_init, by regular expression on the end of the module path; none: no mixer there."""
     mixer_form: str = "dense"
     """dense: M is rank x rank. diagonal: one weight per rank-1 subspace, starting at 1. block_diagonal:4: 4 blocks.

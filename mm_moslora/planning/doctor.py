@@ -25,7 +25,7 @@ from mm_moslora.config import Recipe, needs
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, installed_liger
 from mm_moslora.kernels.native import find_compiler
 from mm_moslora.kernels.triton_availability import why_not_triton
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.hardware import available_memory, extensions_folder, stale_locks
 from mm_moslora.utils.package_requirements import (
     declared,
@@ -265,23 +265,17 @@ def mixed_cards(names: Sequence[str], detail: str) -> Finding:
 
 
 def _engine(recipe: Recipe | None) -> list[Finding]:
-    """Whether DeepSpeed takes the settings of `train.zero`, and can build the operators that they need."""
+    """Whether DeepSpeed, PEFT and the other libraries here take the recipe's settings."""
     if recipe is None:
         return []
-    from mm_moslora.training.engine import check_engine
-    from mm_moslora.training.precision import resolve_precision
-    from mm_moslora.training.preflight import check_zero
+    from mm_moslora.training.preflight import check_libraries
     from mm_moslora.utils import distributed
 
-    train = recipe.for_ranks(distributed.world_size()).train
     try:
-        check_zero(train, recipe.adapter)
-        check_engine(train, precision=resolve_precision(train.precision), max_grad_norm=recipe.optim.max_grad_norm)
-    except ConfigError as error:
-        return [Finding(name="train.zero", status="bad", detail=str(error), remedy="Choose another train.zero.")]
-    if train.zero == "none":
-        return []
-    return [Finding(name="train.zero", status="ok", detail=f"{train.zero}: DeepSpeed takes its settings")]
+        check_libraries(recipe.for_ranks(distributed.world_size()), fresh=False)
+    except MoSLoRAError as error:
+        return [Finding(name="settings", status="bad", detail=str(error), remedy="Change the recipe, or the machine.")]
+    return [Finding(name="settings", status="ok", detail="the libraries here take the recipe's settings")]
 
 
 def _precision() -> list[Finding]:

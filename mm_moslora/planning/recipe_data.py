@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,13 +25,14 @@ from mm_moslora.data.check.terminal_view import (
     view_report,
     view_statistics,
 )
-from mm_moslora.data.epoch_order import fill_rate, pack
+from mm_moslora.data.epoch_order import fill_rate, pack, source_repeats
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
 from mm_moslora.data.images.record_picture import ImageError, open_image
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.sources.open_sources import open_source, open_sources, require_sources
 from mm_moslora.data.training_set import encode_record, placeholders_of
 from mm_moslora.models.assembly import load_parts
+from mm_moslora.planning.run_plan import DataSize
 from mm_moslora.training.preflight import check_data
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.data.sources.record_source import RecordSource
 
+COUNTED = 1000
+"""Records of each source that are read to plan a run; of a larger source these are a random choice."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -126,6 +130,51 @@ def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
         if bad := report.records - report.usable:
             shown.append(Text(f"{bad} records cannot be used and are not counted: see `mm-moslora data check`."))
     return Checked(shown, plain, 0)
+
+
+def size_of(recipe: Recipe) -> tuple[DataSize, str]:
+    """The size of an epoch of the recipe's training data, and a sentence on how it was found.
+
+    Raises:
+        DataError: a source cannot be read, would be fetched, or has no usable record.
+        ModelError: the tokenizer or the vision encoder does not load.
+    """
+    sources = recipe.data.train
+    for source in sources:
+        if source.path.startswith("hf:") or source.streaming or source.image_hosts:
+            raise DataError(f"Records or images of {source.path} would be fetched to count them.")
+    require_sources(sources)
+    parts = _parts(recipe)
+    counts = [len(open_source(source)) for source in sources]
+    reports = [
+        _check(
+            "data", [source if count <= COUNTED else replace(source, limit=COUNTED, limit_by="random", hold_out=0)],
+            recipe, parts, decode=False, processes=1,
+        )
+        for source, count in zip(sources, counts, strict=True)
+    ]  # fmt: skip
+    usable = [report.usable / max(1, report.records) for report in reports]
+    sizes = [round(count * share) for count, share in zip(counts, usable, strict=True)]
+    weights = [source.weight for source in sources]
+    if recipe.data.mixing == "parts" and any(sizes):
+        weights = source_repeats(sizes, weights, records=recipe.data.epoch_records)
+    samples = [weight * size for weight, size in zip(weights, sizes, strict=True)]
+    if not (total := sum(samples)):
+        raise DataError(f"No record of {sources[0].path} can be used: see `mm-moslora data check`.")
+
+    def mean(name: str) -> float:
+        """Per record of an epoch, of what a report counts over its usable records."""
+        means = (getattr(report, name) / max(1, report.usable) for report in reports)
+        return sum(number * each for number, each in zip(samples, means, strict=True)) / total
+
+    read = sum(report.records for report in reports)
+    how = "counted in all" if read == sum(counts) else f"estimated from a random {read:,} of"
+    lost = read - sum(report.usable for report in reports)
+    size = DataSize(
+        samples=round(total), tokens=mean("tokens"), supervised=mean("supervised_tokens") / mean("tokens"),
+        pictures=mean("pictures"),
+    )  # fmt: skip
+    return size, f"Size of the data: {how} {sum(counts):,} records; {lost:,} of those read cannot be used."
 
 
 def _sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:

@@ -1,8 +1,9 @@
 """Checks before the first step, from the recipe, file names and installed packages.
 
-`check_recipe` imports nothing heavy; the command line calls it first, and `launch` before it starts ranks.
-`check_libraries` imports the libraries of a run and asks them. Both run before models and records are loaded.
-`check_model` asks a model, which may be without weights.
+`check_settings` needs no file of the run: every verb that takes a recipe calls it first, on a machine without the data,
+too. `check_recipe` adds files and packages; the command line calls it before it trains, and `launch` before it starts
+ranks. Both import nothing heavy unless a recipe has unusual names. `check_libraries` imports the libraries of a run and
+asks them. All run before models and records are loaded. `check_model` asks a model, which may be without weights.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from mm_moslora.config import (
     refuse_all_frozen,
     refuse_lacking,
     refuse_without_effect,
+    usual_names,
 )
 from mm_moslora.config.llava_chat_templates import require_template
+from mm_moslora.data.chat.record_keys import READ
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
 from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, TrainingError, suggestion
@@ -55,19 +58,96 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
     Raises:
         MoSLoRAError: names the key, what was found and what was expected.
     """
+    check_settings(recipe, tasks=tasks)
     run = Path(recipe.train.output)
     refuse_folder(run)
     refuse_resume(run, resume)
-    refuse_all_frozen(recipe.model)
-    require_template(recipe.model.chat_template)
-    check_zero(recipe.train, recipe.adapter)
-    _check_measuring(recipe, tasks)
+    check_zero(recipe.train, recipe.adapter)  # again: its file must be here
     refuse_lacking(recipe)
     check_data(recipe.data)
     _check_caches(recipe)
     goes_on = resume_folder(resume) is not None or (resume != "never" and bool(checkpoints(run)))
     if not goes_on:  # on resume, the checkpoint helps to find moved parts
         _check_parts(recipe.model, recipe.adapter)
+
+
+def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> None:
+    """Refuse a recipe that cannot run on any machine, as far as this can be decided without its files.
+
+    Args:
+        recipe: resolved.
+        tasks: as for `check_recipe`.
+
+    Raises:
+        MoSLoRAError: names the key, what was found and what was expected.
+    """
+    check_names(recipe)
+    refuse_without_effect(recipe.model)
+    refuse_all_frozen(recipe.model)
+    own = Path(recipe.train.zero)
+    if own.suffix != ".json" or own.is_file():
+        check_zero(recipe.train, recipe.adapter)
+    _check_measuring(recipe, tasks)
+
+
+def check_names(recipe: Recipe) -> None:
+    """Refuse names that no registry holds. Only a name that is not usual imports its registry and is looked up there.
+
+    A name of a user's own is in its registry once the file that adds it is imported in this process.
+
+    Raises:
+        MoSLoRAError: names the key, what was found and what was expected.
+    """
+    model, train = recipe.model, recipe.train
+    require_template(model.chat_template)
+    check_adapter_names(recipe.adapter)
+    for key in ("name", "fuse_with"):
+        _require_library(f"model.vision.{key}", getattr(model.vision, key, None) or "")
+    if model.projector.kind not in usual_names.PROJECTOR_KINDS:
+        from mm_moslora.models.projectors.projector import projector_class
+
+        projector_class(model.projector.kind)
+    if model.attention not in usual_names.ATTENTION:
+        from mm_moslora.kernels.attention.attention_choice import require_attention
+
+        require_attention(model.attention)
+    if train.compile is not None and train.compile not in usual_names.COMPILE_BACKENDS:
+        from mm_moslora.models.memory_efficient.compiled_layers import require_backend
+
+        require_backend(train.compile)
+    known = sorted(set().union(*READ.values()))
+    for source in (*recipe.data.train, *recipe.data.validation):
+        if odd := [key for key in source.columns if key not in known]:
+            raise ConfigError(
+                f"columns of {source.path} gives a column to {odd[0]!r}, expected a field of records: "
+                f"{', '.join(known)}.{suggestion(odd[0], known)}"
+            )
+
+
+def check_adapter_names(adapter: AdapterConfig) -> None:
+    """Refuse a form of the mixer, a method of PEFT or an option of it, or a word for targets, that does not exist; see
+    `check_names`."""
+    targets, words = adapter.targets, {"all-linear", str(type(adapter)().targets)}
+    is_word = isinstance(targets, str) and targets.replace("-", "_").isidentifier()
+    if is_word and targets not in words and (hint := suggestion(str(targets), words)):
+        raise ConfigError(
+            f"adapter.targets is {targets!r}, expected {' or '.join(sorted(words))}, or a list of names of layers."
+            f"{hint}"
+        )
+    if adapter.peft or adapter.mixer_form not in usual_names.MIXER_FORMS:
+        from mm_moslora.models.trainable_parts import adapter_config
+
+        adapter_config(adapter)
+
+
+def _require_library(key: str, name: str) -> None:
+    library, colon, _ = name.partition(":")
+    known = usual_names.TOWER_LIBRARIES
+    if colon and library not in known and not Path(name).exists():
+        raise ConfigError(
+            f"{key} is {name!r}, expected a folder, a hub id, or a model of {' or '.join(known)} such as timm:MODEL."
+            f"{suggestion(library, known)}"
+        )
 
 
 def refuse_resume(run: Path, resume: str) -> None:
@@ -210,7 +290,6 @@ def _check_caches(recipe: Recipe) -> None:
 
 def _check_parts(model: ModelConfig, adapter: AdapterConfig) -> None:
     """Check the files that a run starts from, by their names alone."""
-    refuse_without_effect(model)
     require_model("model.language", model.language)
     require_model("model.vlm", model.vlm)
     for key in ("name", "fuse_with"):
@@ -243,7 +322,6 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     """
     from mm_moslora.kernels.attention.attention_choice import require_attention
     from mm_moslora.models.memory_efficient.compiled_layers import require_backend
-    from mm_moslora.models.projectors.projector import projector_class
     from mm_moslora.models.trainable_parts import adapter_config, start_folder
     from mm_moslora.models.vision.timm_open_clip_tower import require_named
     from mm_moslora.training.engine import check_engine
@@ -256,7 +334,6 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
         require_backend(train.compile)
     require_attention(model.attention)
     if model.vision is not None and model.language is not None:
-        projector_class(model.projector.kind)
         for name in (model.vision.name, model.vision.fuse_with):
             require_named(name)
     if _has_adapters(model):

@@ -1,4 +1,4 @@
-"""`mm-moslora data check|view`, through the command line."""
+"""`mm-moslora data check|view`, and `plan` on data of one's own, through the command line."""
 
 from __future__ import annotations
 
@@ -304,3 +304,59 @@ def test_bad_arguments_are_said_in_one_line(recipe, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
+
+
+def planned(recipe: str, capsys, *options: str) -> tuple[int, float, str]:
+    """Samples and their mean tokens in a plan, and all that it prints."""
+    capsys.readouterr()
+    assert run(["plan", recipe, "--gpus", "1xA100-80G", *options]) == 0
+    text = capsys.readouterr().out
+    samples, tokens = re.findall(r"Data: ([\d,]+) samples of ([\d,]+) tokens", text)[0]
+    return int(samples.replace(",", "")), float(tokens.replace(",", "")), text
+
+
+def test_a_plan_counts_data_of_ones_own(recipe, tmp_path, capsys):
+    name = recipe()
+    assert run(["data", "check", name, "--json"]) == 0
+    checked = json.loads(capsys.readouterr().out)["train"]
+    samples, tokens, text = planned(name, capsys)
+    assert samples == checked["records"] == 20
+    assert tokens == round(checked["tokens"] / 20)
+    assert "counted in all 20 records; 0 of those read cannot be used" in text
+    (tmp_path / "train.jsonl").write_text((tmp_path / "train.jsonl").read_text() + "{}\n" * 4)
+    samples, again, text = planned(name, capsys)
+    assert (samples, again) == (20, tokens)
+    assert "counted in all 24 records; 4 of those read cannot be used" in text
+    given, _, text = planned(name, capsys, "--samples", "7", "--tokens-per-sample", "99")
+    assert given == 7
+    assert "Size of the data" not in text
+
+
+def test_a_plan_counts_epochs_as_they_are_mixed(recipe, tmp_path, capsys):
+    source = {"path": str(tmp_path / "train.jsonl"), "image_folder": str(tmp_path / "images")}
+    twice = {**source, "weight": 2.0, "hold_out": 5}
+    assert planned(recipe(train=[twice]), capsys)[0] == 30
+    (tmp_path / "more.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    two = [{**source, "weight": 3.0}, {**source, "path": str(tmp_path / "more.jsonl")}]
+    assert planned(recipe(train=two, mixing="parts", epoch_records=64), capsys)[0] == 64
+
+
+def test_a_plan_estimates_large_data_from_some_records(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("mm_moslora.planning.recipe_data.COUNTED", 8)
+    samples, tokens, text = planned(recipe(), capsys)
+    assert samples == 20
+    assert "estimated from a random 8 of 20 records" in text
+    assert planned(recipe(), capsys)[:2] == (samples, tokens)
+
+
+def test_a_plan_fetches_nothing_to_count_it(recipe, tmp_path, capsys):
+    for source, words in (
+        ({"path": "hf:me/data"}, "hf:me/data would be fetched"),
+        ({"path": str(tmp_path / "train.jsonl"), "image_hosts": ["example.org"]}, "would be fetched"),
+        ({"path": str(tmp_path / "nothing.json")}, "nothing.json"),
+    ):
+        assert run(["plan", recipe(train=[source]), "--gpus", "1xA100-80G"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: The size of the data is not known: ")
+        assert words in error
+        assert error.endswith("Give --samples and --tokens-per-sample.\n")

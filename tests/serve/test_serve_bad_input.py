@@ -1,7 +1,4 @@
-"""Any bad input gets OpenAI's error format with a text of this project, and the server continues.
-
-The numbers are those of the list of bad inputs in docs/serving.md.
-"""
+"""Any bad input gets OpenAI's error format with a text of this project, and the server continues."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ def raw(server: Any, request: bytes) -> bytes:
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-def test_input_09_bodies_too_large_or_of_no_length(serve_with: Any) -> None:
+def test_bodies_too_large_or_of_no_length(serve_with: Any) -> None:
     with serve_with(body_bytes=10_000) as server:
         large = json.dumps(asking("x" * 20_000))
         refused(server.post(large), 413, code="body_too_large")
@@ -82,11 +79,11 @@ def test_input_09_bodies_too_large_or_of_no_length(serve_with: Any) -> None:
         '{"model": "tiny", "model": "other"}', '{"seed": ' + "9" * 10_000 + "}", b"\xff\xfe{}", b"\x00", "{'a': 1}",
     ],
 )  # fmt: skip
-def test_input_10_bodies_that_are_no_json_object(server: Any, body: Any) -> None:
+def test_bodies_that_are_no_json_object(server: Any, body: Any) -> None:
     refused(server.post(body), 400, code="invalid_json")
 
 
-def test_input_10_content_type_of_a_form(server: Any) -> None:
+def test_content_type_of_a_form(server: Any) -> None:
     reply = server.post(json.dumps(asking("hello")), headers={"Content-Type": "text/plain"})
     refused(reply, 415, code="unsupported_content_type")
 
@@ -107,7 +104,7 @@ def user(content: Any) -> list[dict[str, Any]]:
         ([{"role": "system", "content": [{"type": "image_url", "image_url": {"url": RED}}]}, *user("a")], None),
     ],
 )  # fmt: skip
-def test_input_11_messages(server: Any, messages: Any, param: str | None) -> None:
+def test_messages(server: Any, messages: Any, param: str | None) -> None:
     body = json.dumps({"model": "tiny", "messages": messages})
     refused(server.post(body), 400, param=param)
 
@@ -120,7 +117,7 @@ def test_input_11_messages(server: Any, messages: Any, param: str | None) -> Non
         "data:image/svg+xml;base64," + base64.b64encode(b"<svg onload=alert(1)>").decode(), RED[:-9], "", " ",
     ],
 )  # fmt: skip
-def test_input_12_base64_and_data_urls(server: Any, url: str) -> None:
+def test_base64_and_data_urls(server: Any, url: str) -> None:
     reply = server.post(asking("what?", url))
     message = refused(reply, 400)
     assert "messages[0].content[1].image_url" in message
@@ -134,11 +131,11 @@ def test_input_12_base64_and_data_urls(server: Any, url: str) -> None:
         (png_of(1, 20_000), "narrow"), (png_of(0, 5), "accepted|damaged|narrow"),
     ],
 )  # fmt: skip
-def test_input_13_picture_bombs_and_broken_pictures(server: Any, data: bytes, what: str) -> None:
+def test_picture_bombs_and_broken_pictures(server: Any, data: bytes, what: str) -> None:
     assert re.search(what, refused(server.post(asking("what?", as_url(data))), 400, code="invalid_image"))
 
 
-def test_input_13_many_pictures_and_one_pixel(server: Any) -> None:
+def test_many_pictures_and_one_pixel(server: Any) -> None:
     refused(server.post(asking("what?", *[RED] * 50)), 400, code="too_many_images")
     assert server.post(asking("what?", data_url(Image.new("RGB", (1, 1))))).status_code == 200
     large = data_url(Image.new("1", (6000, 6000)))
@@ -153,7 +150,7 @@ def test_input_13_many_pictures_and_one_pixel(server: Any) -> None:
         "http://2130706433/", "HTTP://LOCALHOST/", "//example.org/a.png", "jar:file:///x", "http://a\\@b/",
     ],
 )  # fmt: skip
-def test_input_14_addresses_of_pictures_open_no_socket(server: Any, url: str, monkeypatch: Any) -> None:
+def test_addresses_of_pictures_open_no_socket(server: Any, url: str, monkeypatch: Any) -> None:
     real = socket.getaddrinfo
     looked_up = []
 
@@ -166,7 +163,7 @@ def test_input_14_addresses_of_pictures_open_no_socket(server: Any, url: str, mo
     assert set(looked_up) == {"127.0.0.1"}  # the test's own client
 
 
-def test_input_15_special_tokens_are_text(server: Any, models: Any) -> None:
+def test_special_tokens_are_text(server: Any, models: Any) -> None:
     import threading
 
     from mm_moslora.serve.api.chat_request import chat_request
@@ -199,18 +196,18 @@ def test_input_15_special_tokens_are_text(server: Any, models: Any) -> None:
         ("seed", 2**70), ("stream", "yes"), ("stream_options", []), ("presence_penalty", 3),
     ],
 )  # fmt: skip
-def test_input_16_values_out_of_range(server: Any, field: str, value: Any) -> None:
+def test_values_out_of_range(server: Any, field: str, value: Any) -> None:
     assert "expected" in refused(server.post(json.dumps(asking("hello") | {field: value})), 400, param=field)
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "max_tokens"])
 @pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "1" + "0" * 400])
-def test_input_16_not_a_number_is_no_json(server: Any, name: str, value: str) -> None:
+def test_not_a_number_is_no_json(server: Any, name: str, value: str) -> None:
     body = json.dumps(asking("hello") | {name: 1.5}).replace("1.5", value)
     refused(server.post(body), 400, code="invalid_json")
 
 
-def test_input_17_unknown_model_and_unknown_fields(server: Any) -> None:
+def test_unknown_model_and_unknown_fields(server: Any) -> None:
     message = refused(server.post(asking("hello") | {"model": "tinny"}), 404, code="model_not_found", param="model")
     assert "Did you mean 'tiny'" in message
     refused(server.get("/v1/models/none"), 404, code="model_not_found")
@@ -226,11 +223,11 @@ def test_input_17_unknown_model_and_unknown_fields(server: Any) -> None:
         ("logit_bias", {"1": 5}), ("modalities", ["audio"]), ("tool_choice", "required"),
     ],
 )  # fmt: skip
-def test_input_17_fields_for_missing_features_are_refused(server: Any, field: str, value: Any) -> None:
+def test_fields_for_missing_features_are_refused(server: Any, field: str, value: Any) -> None:
     refused(server.post(asking("hello") | {field: value}), 400, code="unsupported_parameter", param=field)
 
 
-def test_input_20_a_key_is_needed_everywhere_except_for_health(serve_with: Any, caplog: Any) -> None:
+def test_a_key_is_needed_everywhere_except_for_health(serve_with: Any, caplog: Any) -> None:
     with caplog.at_level("INFO"), serve_with(key=KEY) as server:
         for headers in ({}, {"Authorization": f"Basic {KEY}"}, {"Authorization": "Bearer wrong"}):
             refused(server.post(asking("hello"), headers=headers), 401, code="invalid_api_key")

@@ -109,6 +109,11 @@ def get_task(name: str) -> Task:
     )
 
 
+def is_task_file(name: str) -> bool:
+    """Whether a name of `get_task` is the path of a task file."""
+    return name_and_protocol(name)[0].endswith(_TASK_FILES)
+
+
 def name_and_protocol(name: str) -> tuple[str, str]:
     """Split `NAME@PROTOCOL` or `FILE.yaml@PROTOCOL`; folders may contain an `@`. Without a protocol it is empty."""
     stem, separator, protocol = name.rpartition("@")

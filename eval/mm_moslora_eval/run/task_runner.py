@@ -285,10 +285,10 @@ def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
     seen: set[Path] = set()
     started = time.monotonic()
     while job.missing(job.work.items):
-        held = {path for path in others if _held(path)}
-        seen |= held
+        alive = {path for path in others if _held(path)}
+        seen |= alive
         starting = len(seen) < len(others) and time.monotonic() - started < settings.grace_seconds
-        if not held and not starting:
+        if not alive and not starting:
             break
         time.sleep(_POLL_SECONDS)
 

@@ -53,6 +53,8 @@ class CheckReport:
     """Usable records with more pictures."""
     videos: int = 0
     """Usable records with a video; every frame counts as a picture."""
+    pictures: int = 0
+    """Pictures of usable records, repeated ones included."""
     images: dict[str, Fingerprint | None] = field(default_factory=dict)
     """Pictures of usable records, with perceptual hashes of the decoded ones."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -142,8 +144,9 @@ class CheckReport:
 
     def add(self, other: CheckReport) -> None:
         """Add the report of further records."""
-        for name in ("records", "text_only", "one_image", "several_images", "videos", "answers", "supervised_tokens",
-                     "truncated", "thoughts", "dropped_thoughts", "thinking_records", "special_text", "separator_text",
+        for name in ("records", "text_only", "one_image", "several_images", "videos", "pictures", "answers",
+                     "supervised_tokens", "truncated", "thoughts", "dropped_thoughts", "thinking_records",
+                     "special_text", "separator_text",
                      "endless"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images", "ignored"):
@@ -281,6 +284,7 @@ class _Look:
         report.text_only += not record.images
         report.one_image += len(record.images) == 1
         report.several_images += len(record.images) > 1
+        report.pictures += encoded.images
         report.videos += any(isinstance(picture, Frame) for picture in record.images)
 
 
