@@ -137,7 +137,8 @@ class Watchdog:
         """
         with self._lock:
             self._phase, self._step, self._limit, self._since = what, step, limit_seconds, time.monotonic()
-            self._stood_still = 0.0
+            if what != heartbeat.FAILING:  # the error may come from the standstill
+                self._stood_still = 0.0
         # For a hang that holds the GIL, when the watchdog thread cannot run: write stacks, then exit.
         if limit_seconds < 1e6:
             faulthandler.dump_traceback_later(limit_seconds + 30, exit=True, file=self._stacks_file)
