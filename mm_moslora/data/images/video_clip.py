@@ -226,7 +226,12 @@ def _of_animation(stream: BinaryIO, count: int, *, shown: int, name: str) -> lis
         check_decoded(frames * image.width * image.height, name, most=_MAX_COMPOSED)
         found: dict[int, Image.Image] = {}
         wanted = places(frames, count)
-        for place in sorted(set(wanted)):
+        decoded = 0
+        for place in range(max(wanted) + 1):
             image.seek(place)
-            found[place] = as_rgb(image.copy())
+            decoded += image.width * image.height  # later frames of a GIF may be larger than the first
+            check_pixels(image.size, shown, name)
+            check_decoded(decoded, name, most=_MAX_COMPOSED)
+            if place in wanted:
+                found[place] = as_rgb(image.copy())
         return [found[place] for place in wanted]
