@@ -16,7 +16,7 @@ from typing import Any, cast
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.layers.factor_modules import Mixer
@@ -86,14 +86,8 @@ def resolve_in(
     *,
     why_not: Callable[[nn.Module], str | None],
 ) -> list[str]:
-    """Module paths to adapt inside several components; see `resolve_targets`.
-
-    Args:
-        model: see there.
-        components: module paths.
-        targets: see there.
-        why_not: the reason why a layer cannot be adapted; None where it can.
-    """
+    """Module paths to adapt inside several components; see `resolve_targets`. `why_not` gives the reason why a layer
+    cannot be adapted."""
     modules = dict(named_base_modules(model))
     heads = _head_modules(model)
     unmatched = set() if isinstance(targets, str) else set(targets)
@@ -113,21 +107,16 @@ def resolve_in(
             f"{_linear_names(modules)}"
         )
     if empty or not found:
+        hint = f" A string is a regular expression for the whole path; names come as a list: [{targets!r}]."
         raise AdapterError(
             f"No module of {repr(empty[0]) if empty and empty[0] else where} matches the targets {targets!r}."
-            f"{_list_hint(targets)}{_linear_names(modules)}"
+            f"{hint if isinstance(targets, str) else ''}{_linear_names(modules)}"
         )
     for path in found:
         reason = why_not(modules[path]) or _why_never_called(path, modules)
         if reason:
             raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
     return list(found)
-
-
-def _list_hint(targets: str | Sequence[str]) -> str:
-    if not isinstance(targets, str):
-        return ""
-    return f" A string is a regular expression for the whole path; names come as a list: [{targets!r}]."
 
 
 def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -299,11 +288,7 @@ def chosen_paths(config: Any, paths: list[str]) -> list[str]:
 
 
 def check_plan(config: MoSLoRAConfig, paths: Sequence[str]) -> None:
-    """Refuse a configuration that does not fit the modules, before any of them is touched.
-
-    Args:
-        config: the configuration.
-        paths: the modules to adapt.
+    """Refuse a configuration that does not fit the modules to adapt, before any of them is touched.
 
     Raises:
         AdapterError: a pattern that matches nothing, or an odd rank with a butterfly mixer.
@@ -327,14 +312,7 @@ def inject(
     adapter_name: str,
     autocast_adapter_dtype: bool,
 ) -> peft.PeftModel:
-    """Put an adapter into exactly the given modules.
-
-    Args:
-        model: base or PEFT model.
-        config: the configuration; not changed.
-        paths: whole module paths.
-        adapter_name: the adapter's name in PEFT.
-        autocast_adapter_dtype: see `add_moslora`.
+    """Put an adapter into exactly the modules with the given whole paths; see `add_moslora`.
 
     Raises:
         AdapterError: an adapter of this name exists, or adapters lie in a model that PEFT no longer wraps.
@@ -366,12 +344,7 @@ def inject(
 
 
 def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> list[AdaptedModule]:
-    """The adapted modules, one row each.
-
-    Args:
-        model: PEFT model, or the base model with adapters inside.
-        adapter_name: one adapter; None takes all, in the order of their names.
-    """
+    """The adapted modules, one row each: of one adapter, or of all (None) in the order of their names."""
     rows = []
     for path, layer in named_adapter_layers(model):
         for name in layer.adapter_names():
@@ -379,6 +352,7 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
                 continue
             mixer, mixed = layer.mixer_tensors(name).values(), name in layer.lora_mixer
             trains = mixed and cast(Mixer, layer.lora_mixer[name]).trainable
+            factors = (*layer.outer_factors(name), *(mixer if trains else ()))
             width_in, width_out = layer.widths
             rows.append(
                 AdaptedModule(
@@ -389,12 +363,8 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
                     scaling=layer.scaling[name],
                     mixer=layer.mixer_init[name] if mixed else "none",
                     mixer_trainable=trains,
-                    parameters=sum(map(_size, (*layer.outer_factors(name), *(mixer if trains else ())))),
+                    # A ZeRO-3 shard is empty on most ranks; DeepSpeed keeps the whole size beside it.
+                    parameters=sum(int(getattr(factor, "ds_numel", factor.numel())) for factor in factors),
                 )
             )
     return rows
-
-
-def _size(tensor: Tensor) -> int:
-    # A ZeRO-3 shard is empty on most ranks; DeepSpeed keeps the whole size beside it.
-    return int(getattr(tensor, "ds_numel", tensor.numel()))

@@ -122,7 +122,13 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
     root = Path(model_id, subfolder or "")
     if root.is_dir():
         own = any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS))
-        return root if own or _declares_mixers(root / STOCK_CONFIG) or _holds_mixers(root / STOCK_WEIGHTS) else None
+        if own or _declares_mixers(root / STOCK_CONFIG):
+            return root
+        try:
+            with safe_open(root / STOCK_WEIGHTS, framework="pt") as file:
+                return None if names_mixers(file.keys()) is None else root
+        except (OSError, SafetensorError):  # the reader of the weights says so
+            return None
     known = {key: value for key, value in hub.items() if key in inspect.signature(hf_hub_download).parameters}
 
     def fetched(*wanted: str) -> Path | None:
@@ -146,14 +152,6 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
 def declares_mixers(config: Mapping[str, Any]) -> bool:
     """Whether an `adapter_config.json` is one of the MoSLoRA authors' fork of PEFT, with mixers."""
     return bool(config.get(USE_MIXER) or config.get(USE_MIXER_PATTERN))
-
-
-def _holds_mixers(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return names_mixers(file.keys()) is not None
-    except (OSError, SafetensorError):  # the reader of the weights says so
-        return False
 
 
 def names_mixers(names: Iterable[str]) -> str | None:

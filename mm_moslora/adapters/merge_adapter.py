@@ -66,7 +66,12 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
         raise AdapterError(f"The adapter cannot be merged into the weights: {reason}. Use it unmerged.")
     for path, layer in layers.items():
         _check_finite(path, layer)
-        _check_bias(path, layer)
+        biased = any(layer.lora_bias.get(name) for name in layer.active_adapters)
+        if biased and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise AdapterError(
+                f"The adapter has lora_bias, and {path} has no bias to merge it into. Nothing was merged; use it "
+                "unmerged."
+            )
     untie(model)
     worst, where = 0.0, ""
     for path, layer in layers.items():
@@ -124,14 +129,6 @@ def _check_finite(path: str, layer: MoSLoRALayer) -> None:
                     f"{factor} of {path} holds NaN or infinity; merging would destroy the base model. Nothing was "
                     "merged."
                 )
-
-
-def _check_bias(path: str, layer: MoSLoRALayer) -> None:
-    biased = any(layer.lora_bias.get(name) for name in layer.active_adapters)
-    if biased and getattr(layer.get_base_layer(), "bias", None) is None:
-        raise AdapterError(
-            f"The adapter has lora_bias, and {path} has no bias to merge it into. Nothing was merged; use it unmerged."
-        )
 
 
 @torch.no_grad()

@@ -84,12 +84,7 @@ def random_stream_of_mixers() -> Iterator[None]:
 
 
 def check_mixer_init(kind: str, where: str, *, known: tuple[str, ...] = MIXER_INITS) -> None:
-    """Refuse what is not a mixer initialisation, with the reason.
-
-    Args:
-        kind: the name to check.
-        where: the option that holds it, for the message.
-        known: what it may be.
+    """Refuse what is not a mixer initialisation, with the reason; `where` is the option that holds it.
 
     Raises:
         AdapterError: unknown, or `zeros`.
@@ -140,12 +135,7 @@ class MixerForm:
     """Values of `mixer_init` that `start` follows; empty: the form has one start of its own."""
 
     def __init__(self, spec: str, size: int) -> None:
-        """Use `form_named`.
-
-        Args:
-            spec: the option, such as `block_diagonal:4`.
-            size: the number in it; 0 without one.
-        """
+        """Use `form_named`; `size` is the number in the option, 0 without one."""
         self.spec, self.size = spec, size
 
     @property
@@ -173,12 +163,8 @@ class MixerForm:
         return rank * rank
 
     def start(self, rank: int, kind: str) -> dict[str, Tensor]:
-        """Tensors to begin training with, in float32 on the CPU; those of `identity` unless a form has others.
-
-        Args:
-            rank: R.
-            kind: one of `inits`.
-        """
+        """Tensors to begin training with, in float32 on the CPU; those of `identity` unless a form has others for one
+        of its `inits`."""
         return self.identity(rank)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -204,12 +190,7 @@ class MixerForm:
         return self.matrix({name: tensor.float() for name, tensor in tensors.items()}).to(dtype)
 
     def apply(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """``M z`` of every row of subspace coordinates.
-
-        Args:
-            z: ``[..., R]``.
-            tensors: of the form, in the dtype of z.
-        """
+        """``M z`` of every row of subspace coordinates ``[..., R]``, in their dtype."""
         return F.linear(z, self.rounded_matrix(tensors))
 
 
@@ -331,10 +312,7 @@ MIXER_FORMS: dict[str, type[MixerForm]] = {
 
 
 def form_named(spec: str) -> MixerForm:
-    """The form that an option names.
-
-    Args:
-        spec: `name`, or `name:SIZE` where the form takes a size.
+    """The form that an option names: `name`, or `name:SIZE` where the form takes a size.
 
     Raises:
         AdapterError: no such form, or a size that it lacks or does not take.
@@ -353,34 +331,27 @@ def form_named(spec: str) -> MixerForm:
     return form(spec, int(size or 0))
 
 
-def tell_form(tensors: Iterable[Tensor], spec: str) -> None:
-    """Note on tensors of mixers which form they are of, for those who get them without their configuration.
+def attach_form(tensors: Iterable[Tensor], spec: str) -> None:
+    """Attach to tensors of mixers the name of their form, for those who get them without their configuration.
 
     PEFT and diffusers hand a state from its reader to its user as a dictionary of tensors, which they copy and rename.
-
-    Args:
-        tensors: of mixers.
-        spec: their `mixer_form`.
     """
     for tensor in tensors:
         tensor.mixer_form = spec  # type: ignore[attr-defined]
 
 
-def told_form(tensors: Iterable[Tensor]) -> str | None:
-    """What `tell_form` noted on any of these tensors; None: nothing."""
+def attached_form(tensors: Iterable[Tensor]) -> str | None:
+    """The form that any of these tensors has attached; None: none has."""
     return next((spec for tensor in tensors if (spec := getattr(tensor, "mixer_form", None)) is not None), None)
 
 
 def form_of(tensors: Mapping[str, Tensor]) -> MixerForm:
     """The form of a mixer whose configuration is not at hand.
 
-    Args:
-        tensors: of one mixer.
-
     Raises:
-        AdapterError: nobody told the form (`tell_form`), and it does not keep M itself.
+        AdapterError: no form is attached (`attach_form`), and it does not keep M itself.
     """
-    if (spec := told_form(tensors.values())) is not None:
+    if (spec := attached_form(tensors.values())) is not None:
         return form_named(spec)
     if set(tensors) != {"weight"} or tensors["weight"].ndim not in (1, 2):
         raise AdapterError(

@@ -50,7 +50,7 @@ from mm_moslora.adapters.folders.kept_start import set_starts, start_tensors, st
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
-from mm_moslora.adapters.mixer import tell_form
+from mm_moslora.adapters.mixer import attach_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
@@ -91,7 +91,7 @@ def load_peft_weights(
     mixers = {name: tensor for name, tensor in content.start.items() if "." not in name.rpartition(START_PART)[2]}
     given = content.tensors | mixers
     tensors = {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in given.items()}
-    tell_form((tensor for name, tensor in tensors.items() if MIXER_PART in name), content.config.mixer_form)
+    attach_form((tensor for name, tensor in tensors.items() if MIXER_PART in name), content.config.mixer_form)
     return tensors
 
 

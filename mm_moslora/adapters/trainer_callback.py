@@ -98,13 +98,10 @@ class MixerCallback(TrainerCallback):
 
     def _log(self, model: nn.Module, step: int) -> None:
         # Under ZeRO-3 every rank must take part; without it nothing happens.
-        with gather_params_ctx(_factors(model), modifier_rank=None):
+        layers = [cast(nn.Module, layer) for _, layer in named_adapter_layers(model)]
+        factors = [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name]
+        with gather_params_ctx(factors, modifier_rank=None):
             figures = summary(inspect_model(model, adapter_name=self.adapter_name))
         # A singular mixer has no condition number, and trackers take no infinity.
         self.trainer.log({name: value for name, value in figures.items() if math.isfinite(value)})
         self._logged = step
-
-
-def _factors(model: nn.Module) -> list[nn.Parameter]:
-    layers = (cast(nn.Module, layer) for _, layer in named_adapter_layers(model))
-    return [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name]

@@ -35,7 +35,7 @@ from mm_moslora.adapters.layers.form_checks import check_named
 from mm_moslora.adapters.layers.fused_linear import link_siblings
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
-from mm_moslora.adapters.mixer import tell_form, told_form
+from mm_moslora.adapters.mixer import attach_form, attached_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict, unmatched_patterns
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import base_model, named_adapter_layers
@@ -176,7 +176,7 @@ class MoSLoRAModel(LoraModel):
             state_dict |= named_as_modules(model, state_dict)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if isinstance(config, MoSLoRAConfig):
-            tell_form((tensor for name, tensor in found.items() if MIXER_PART in name), config.mixer_form)
+            attach_form((tensor for name, tensor in found.items() if MIXER_PART in name), config.mixer_form)
         return found
 
     @classmethod
@@ -202,7 +202,7 @@ class MoSLoRAModel(LoraModel):
             raise AdapterError(
                 f"The values hold {extra!r}, for which the configuration of adapter {adapter_name!r} has no place."
             )
-        told = told_form(tensor for name, tensor in state_dict.items() if MIXER_PART in name)
+        told = attached_form(tensor for name, tensor in state_dict.items() if MIXER_PART in name)
         if told not in (None, config.mixer_form):
             raise AdapterError(
                 f"The values are of mixer_form {told!r}, adapter {adapter_name!r} has {config.mixer_form!r}. Load them "

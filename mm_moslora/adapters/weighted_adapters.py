@@ -85,7 +85,11 @@ def add_weighted_adapter(
         target.B.zero_()
         if combination == "svd":
             updates = [weight * delta_weight(own.A, own.M, own.B, own.scaling) for weight, own in held]
-            _fit(target.A, target.B, cast(Tensor, sum(updates)))
+            # The best A and B for the sum, with the singular values in B.
+            U, S, Vh = torch.linalg.svd(cast(Tensor, sum(updates)).flatten(1), full_matrices=False)
+            kept = min(len(target.A), len(S))
+            target.A.flatten(1)[:kept] = Vh[:kept].to(target.A)
+            target.B.flatten(1)[:, :kept] = (U[:, :kept] * S[:kept]).to(target.B)
             continue
         assert target.M is not None
         target.M.copy_(torch.eye(new_rank))
@@ -159,14 +163,6 @@ def _combined_config(model: nn.Module, first: str, rank: int, *, plain: bool) ->
     changes |= {"mixer_pattern": {}, "mixer_init": "identity", "mixer_trainable": not plain}
     values = {key: value for key, value in (fields | changes).items() if key not in ("peft_type", "runtime_config")}
     return MoSLoRAConfig(**values)
-
-
-def _fit(A: Tensor, B: Tensor, update: Tensor) -> None:
-    """The best A and B for an update, with the singular values in B."""
-    U, S, Vh = torch.linalg.svd(update.flatten(1), full_matrices=False)
-    kept = min(len(A), len(S))
-    A.flatten(1)[:kept] = Vh[:kept].to(A)
-    B.flatten(1)[:, :kept] = (U[:, :kept] * S[:kept]).to(B)
 
 
 @torch.no_grad()

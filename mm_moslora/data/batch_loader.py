@@ -11,7 +11,7 @@ import random
 import threading
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -72,10 +72,6 @@ class _Preparation(Dataset[_Prepared]):
             part.append(example)
         if part:
             yield part
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 class BatchLoader:
@@ -184,14 +180,10 @@ class BatchLoader:
                 epoch, offset = epoch + offset // self.steps_per_epoch, offset % self.steps_per_epoch
             steps = self.plan_units(epoch)
             for step in steps[offset:]:
-                yield [[number for unit in micro for number in unit] for micro in self._deal(step)]
+                lengths = [sum(self.data.lengths[number] for number in unit) for unit in step]
+                shares = deal(range(len(step)), lengths, world_size=self.world_size, limit=self.limit)
+                yield [[number for index in micro for number in step[index]] for micro in shares[self.rank]]
             epoch, offset = epoch + 1, max(0, offset - len(steps))
-
-    def _deal(self, step: list[list[int]]) -> list[list[list[int]]]:
-        """This rank's micro-batches of a step, as units."""
-        lengths = [sum(self.data.lengths[number] for number in unit) for unit in step]
-        places = deal(range(len(step)), lengths, world_size=self.world_size, limit=self.limit)[self.rank]
-        return [[step[place] for place in micro] for micro in places]
 
     def _evened(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a step, as many as on every other rank."""
@@ -213,7 +205,7 @@ class BatchLoader:
         numbers = (micro for step in self._dealt() for micro in step)
         loader = DataLoader(
             _Preparation(self.data, self.limit), batch_size=None, sampler=_Endless(numbers),
-            num_workers=self.config.workers or 0, collate_fn=_as_it_is, prefetch_factor=AHEAD,
+            num_workers=self.config.workers or 0, collate_fn=lambda item: item, prefetch_factor=AHEAD,
             multiprocessing_context=fork_context(), generator=torch.Generator(), pin_memory=self.pin,
         )  # fmt: skip
         return iter(loader)

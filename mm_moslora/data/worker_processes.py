@@ -22,19 +22,14 @@ _AHEAD = 3
 _work: Callable[[Any], Any] | None = None  # forked processes inherit it, so it need not be picklable
 
 
-def usable_processes(limit: int = 16) -> int:
-    """Processors that this process may use, at most `limit`."""
+def usable_processes() -> int:
+    """Processors that this process may use, 16 at most."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(limit, count))
+    return max(1, min(16, count))
 
 
 def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, processes: int) -> Iterator[Result]:
-    """`work(item)` for every item, in order.
-
-    Args:
-        work: any function; its results must be picklable.
-        items: the items; picklable.
-        processes: number of processes; with 1 all work is done in this process.
+    """`work(item)` for every item, in order; items and results are picklable. With one process this one does it.
 
     Raises:
         DataError: a process died (out of memory, most likely).

@@ -181,7 +181,12 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
         if config.projector.weights:
             load_projector(projector, Path(config.projector.weights), newline=newline_of(parts.model))
     if weights != "shapes":
-        parts.processor = _processor(config, language.tokenizer, spec, tokens=tokens, standard=standard)
+        if config.image_aspect == "anyres":
+            parts.processor = anyres_processor(language.tokenizer, spec, config.anyres_tiles)
+        else:
+            parts.processor = build_processor(
+                language.tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard
+            )
     parts.image, parts.image_token_id, parts.tokens_per_image = spec, token, tokens
     parts.base |= {"vision": config.vision.name, "vision_revision": config.vision.revision}
     return parts
@@ -206,14 +211,6 @@ def _fill(model: PreTrainedModel, language: PreTrainedModel, tower: PreTrainedMo
     model.model.multi_modal_projector = projector
     model.generation_config = language.generation_config
     model.eval()
-
-
-def _processor(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, tokens: int, standard: bool
-) -> Any:
-    if config.image_aspect == "anyres":
-        return anyres_processor(tokenizer, spec, config.anyres_tiles)
-    return build_processor(tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard)
 
 
 def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, device: torch.device | None) -> Parts:

@@ -53,13 +53,7 @@ class LanguageModel(NamedTuple):
 def language_model(
     config: ModelConfig, *, weights: Weights, dtype: torch.dtype, device: torch.device | None
 ) -> LanguageModel:
-    """Load the recipe's language model, or as much of it as is needed.
-
-    Args:
-        config: the recipe's `model`.
-        weights: see `mm_moslora.models.assembly.load_parts`.
-        dtype: see there.
-        device: see there.
+    """Load the recipe's language model, or as much of it as is needed; see `mm_moslora.models.assembly.load_parts`.
 
     Raises:
         ModelError: nothing there, not a causal language model, or one that cannot be part of another.
@@ -74,21 +68,18 @@ def language_model(
         model, tokenizer = load_language(name, revision, dtype=dtype, quantisation=config.quantisation, device=device)
         language = LanguageModel(model.config, tokenizer, model)
     else:
-        language = LanguageModel(*_language_config(name, revision))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            kept = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model.language is {name!r}, which does not load: {reason_of(error)}.") from error
+        language = LanguageModel(kept, tokenizer)
     set_chat_template(language.tokenizer, config.chat_template, faithful=config.faithful)
     if language.model is not None and config.chat_template is not None and language.model.generation_config is not None:
         stops = stop_token_ids(language.model, language.tokenizer.eos_token_id)
         language.model.generation_config.eos_token_id = stops
     set_system_prompt(language.tokenizer, config.system_prompt)
     return language
-
-
-def _language_config(name: str, revision: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.language is {name!r}, which does not load: {reason_of(error)}.") from error
 
 
 def load_language(
@@ -139,11 +130,8 @@ def _quantisation(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
 
 
 def set_system_prompt(tokenizer: Any, prompt: str | None) -> None:
-    """Make a system prompt the default of a chat template, so that whoever renders it uses it.
-
-    Args:
-        tokenizer: a tokenizer or processor with a chat template that knows system messages; changed in place.
-        prompt: None leaves the template alone.
+    """Make a system prompt the default of the chat template of a tokenizer or processor, in place, so that whoever
+    renders it uses it.
 
     Raises:
         ModelError: there is no chat template to put it into.

@@ -202,7 +202,9 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None)
         mean=tuple(images.image_mean),
         std=tuple(images.image_std),
     )
-    tokenizer = _plain_tokenizer(processor)
+    tokenizer = processor.tokenizer
+    if tokenizer.chat_template is None:  # it has lost its own
+        tokenizer.chat_template = processor.chat_template
     return Parts(
         model=model, tokenizer=tokenizer, processor=processor, image=spec,
         tokens_per_image=int(model.config.image_seq_length), base=base, thinking=_thinking_of(tokenizer.chat_template),
@@ -212,11 +214,3 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None)
 def _thinking_of(template: Any) -> Thinking:
     """The form in which the model of an export is asked, as its chat template records it."""
     return "always" if notes_thinking(template) else "auto"
-
-
-def _plain_tokenizer(processor: Any) -> Any:
-    """The processor's tokenizer, with a chat template that knows strings only when it has lost its own."""
-    tokenizer = processor.tokenizer
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = processor.chat_template
-    return tokenizer

@@ -115,12 +115,8 @@ def adapted_components(model: PreTrainedModel, config: ModelConfig) -> list[str]
 
 
 def moslora_config(adapter: AdapterConfig, **more: Any) -> adapters.MoSLoRAConfig:
-    """The PEFT configuration of a recipe's adapter.
-
-    Args:
-        adapter: the recipe's `adapter`.
-        more: further fields of the configuration; the task type of a language model unless they name one.
-    """
+    """The PEFT configuration of a recipe's adapter, with more fields; the task type is that of a language model unless
+    they name one."""
     return adapters.MoSLoRAConfig(
         r=adapter.rank,
         lora_alpha=cast(int, adapter.alpha),
@@ -180,14 +176,9 @@ def _set_trainable(assembly: Parts, config: ModelConfig) -> None:
         if config.vision is not None and config.vision.mode in ("full", "last_n"):
             tower = model.get_submodule(tower_path(model))
             _train_component(tower, config.vision.mode, config.vision.last_n, what="model.vision")
-        _train_projector(model, trains=config.projector_trains)
-
-
-def _train_projector(model: PreTrainedModel, *, trains: bool) -> None:
-    """Projectors of some models lie inside their towers, so they are told by name."""
-    for name, parameter in model.named_parameters():
-        if part_of(name) == "projector" and not adapters.is_adapter_parameter(name):
-            parameter.requires_grad_(trains)
+        for name, parameter in model.named_parameters():  # some projectors lie inside their towers
+            if part_of(name) == "projector" and not adapters.is_adapter_parameter(name):
+                parameter.requires_grad_(config.projector_trains)
 
 
 def _train_component(component: nn.Module, mode: str, last_n: int, *, what: str) -> None:
@@ -195,19 +186,14 @@ def _train_component(component: nn.Module, mode: str, last_n: int, *, what: str)
         component.requires_grad_(True)
     elif mode == "last_n":
         for part in component.towers if isinstance(component, FusedVisionModel) else [component]:
-            blocks = _blocks(part)
+            lists = [list(module) for module in part.modules() if isinstance(module, nn.ModuleList)]
+            if not lists:
+                raise ConfigError("last_n needs a component with a list of blocks; this one has none. Use mode full.")
+            blocks = max(lists, key=len)
             if last_n > len(blocks):
                 raise ConfigError(f"{what}: last_n is {last_n}, but it has {len(blocks)} blocks.")
             for block in blocks[-last_n:]:
                 block.requires_grad_(True)
-
-
-def _blocks(component: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a component: its longest module list."""
-    lists = [module for module in component.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ConfigError("last_n needs a component with a list of blocks; this one has none. Use mode full.")
-    return list(max(lists, key=lambda blocks: len(list(blocks))))
 
 
 def checkpoint_layers(component: PreTrainedModel, first: int | None = None) -> None:
@@ -228,12 +214,7 @@ def checkpoint_layers(component: PreTrainedModel, first: int | None = None) -> N
 
 
 def refuse_checkpointing(component: PreTrainedModel, first: int | None = None, *, layers: int) -> None:
-    """Refuse to checkpoint a component that cannot be, or more layers than it has.
-
-    Args:
-        component: a decoder or a tower; may be on the meta device.
-        first: see `checkpoint_layers`.
-        layers: of the whole component; only `first` is held against it.
+    """Refuse to checkpoint a component that cannot be, also on the meta device, or more layers than it has.
 
     Raises:
         ConfigError: its class has no checkpointing, or fewer layers.

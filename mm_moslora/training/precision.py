@@ -41,7 +41,7 @@ def run_arithmetic(*, deterministic: bool) -> Iterator[None]:
     products = torch.backends.cuda.matmul
     with ExitStack() as stack:
         for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
-            _set_within(stack, products, name, False)
+            _turn_off(stack, products, name)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             stack.callback(_put_back, FLASH, os.environ.get(FLASH))
@@ -53,8 +53,8 @@ def run_arithmetic(*, deterministic: bool) -> Iterator[None]:
             )
             torch.use_deterministic_algorithms(True)
             # Filling all new memory costs time, and nothing here reads memory before it writes it.
-            _set_within(stack, torch.utils.deterministic, "fill_uninitialized_memory", False)
-            _set_within(stack, torch.backends.cudnn, "benchmark", False)
+            _turn_off(stack, torch.utils.deterministic, "fill_uninitialized_memory")
+            _turn_off(stack, torch.backends.cudnn, "benchmark")
         yield
 
 
@@ -65,9 +65,9 @@ def _put_back(variable: str, value: str | None) -> None:
         os.environ[variable] = value
 
 
-def _set_within(stack: ExitStack, owner: Any, name: str, value: bool) -> None:
+def _turn_off(stack: ExitStack, owner: Any, name: str) -> None:
     stack.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, value)
+    setattr(owner, name, False)
 
 
 def dtype_of(precision: str) -> torch.dtype:

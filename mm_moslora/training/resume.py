@@ -68,13 +68,7 @@ class Changes:
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: Sequence[str] = ()) -> Changes:
-    """Compare two resolved recipes.
-
-    Args:
-        before: the checkpoint's.
-        after: the current one.
-        moved: path keys that lead to the same contents.
-    """
+    """Compare two resolved recipes; `moved` are path keys that lead to the same contents."""
     old, new = leaves(before), leaves(after)
     changed = {
         key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
@@ -106,22 +100,18 @@ def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
     run = Path(recipe.train.output)
     choice: str | None = None
     with distributed.failing_together("Looking for a checkpoint"):
-        if distributed.is_main() and (found := _choose(run, resume)) is not None:
-            choice = str(found[0])
-            _check_same_run(found[0], found[1], recipe)
+        if distributed.is_main():
+            refuse_resume(run, resume)
+            named = resume_folder(resume)
+            found = (named, read_manifest(named)) if named else None if resume == "never" else newest_valid(run)
+            if found is not None:
+                choice = str(found[0])
+                _check_same_run(*found, recipe)
     choice = distributed.from_main(choice)
     if choice is None:
         return None
     with distributed.failing_together("Reading the checkpoint"):
         return Path(choice), read_manifest(Path(choice), verify=False)
-
-
-def _choose(run: Path, resume: str) -> tuple[Path, Manifest] | None:
-    refuse_resume(run, resume)
-    named = resume_folder(resume)
-    if named is not None:
-        return named, read_manifest(named)
-    return None if resume == "never" else newest_valid(run)
 
 
 def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
@@ -164,9 +154,6 @@ def changed_since(recipe: Recipe) -> tuple[str, ...]:
     """Differences between a recipe and the newest checkpoint in its run folder for which training would refuse it.
 
     It writes nothing and verifies no file.
-
-    Args:
-        recipe: resolved.
 
     Returns:
         Recipe keys as `key: there -> now`; empty where there is no checkpoint.

@@ -154,12 +154,8 @@ class Run:
 
 
 def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
-    """Assemble model, data and engine, in this order, and log the trainable parameters.
-
-    Args:
-        recipe: resolved; its `train.output` exists.
-        checkpoint: the checkpoint to resume from; it helps to find models that were moved.
-    """
+    """Assemble model, data and engine, in this order, and log the trainable parameters. A checkpoint helps to find
+    models that were moved."""
     recipe = recipe.for_ranks(distributed.world_size())
     folder = Path(recipe.train.output)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
@@ -399,7 +395,7 @@ def _start_projector(wanted: ProjectorConfig, assembly: Parts, data: TrainingSet
     projector = model.model.multi_modal_projector
     with distributed.failing_together("Fitting the projector"):
         if distributed.is_main():
-            with _where_it_trains(model):
+            with _vision_on_training_device(model):
                 _fit(assembly, data, to_answers=wanted.fit_to_answers)
     weights = {name: value.cpu() for name, value in projector.state_dict().items()}
     projector.load_state_dict(distributed.from_main(weights))
@@ -476,7 +472,7 @@ def _features_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Te
 
 
 @contextmanager
-def _where_it_trains(model: PreTrainedModel) -> Iterator[None]:
+def _vision_on_training_device(model: PreTrainedModel) -> Iterator[None]:
     """Tower and projector on this rank's device inside the block, and then where they were."""
     parts: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
     before = next(parts[0].parameters()).device

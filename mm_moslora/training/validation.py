@@ -170,7 +170,9 @@ class Validator:
     def _answers(self, held_out: TrainingSet) -> list[Sample]:
         """Answers to the same first records every time; on rank 0."""
         samples: list[Sample] = []
-        numbers = _spread(held_out.usable, self.run.recipe.validate.samples) if distributed.is_main() else []
+        usable = held_out.usable if distributed.is_main() else []
+        count = min(self.run.recipe.validate.samples, len(usable))
+        numbers = [usable[index * len(usable) // count] for index in range(count)]
         heard = 0
         for number in numbers:
             if heard := self.stop.received:
@@ -204,11 +206,6 @@ class Validator:
             pixels = torch.cat([picture.tensors["pixel_values"] for picture in seen])
             features = encode_images(model, pixels.to(self.run.engine.device)).flatten(0, 1)
         return generate(model, [Prompt(input_ids=ids, features=features)], max_new_tokens=limit, stop_ids=stops)[0]
-
-
-def _spread(numbers: list[int], count: int) -> list[int]:
-    count = min(count, len(numbers))
-    return [numbers[index * len(numbers) // count] for index in range(count)]
 
 
 @contextmanager

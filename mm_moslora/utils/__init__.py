@@ -16,9 +16,5 @@ _NOISE = {
 }
 
 
-def _is_no_noise(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_NOISE[record.name])
-
-
 for _name in _NOISE:
-    logging.getLogger(_name).addFilter(_is_no_noise)
+    logging.getLogger(_name).addFilter(lambda record: not str(record.msg).startswith(_NOISE[record.name]))

@@ -46,12 +46,7 @@ class DivergedError(TrainingError):
 
 
 class DistributedError(MoSLoRAError, RuntimeError):
-    """The processes of a run disagree or cannot reach each other.
-
-    Args:
-        message: see the module.
-        ranks: the ranks to blame, as far as they are known.
-    """
+    """The processes of a run disagree or cannot reach each other; `ranks` are those to blame, as far as known."""
 
     def __init__(self, message: str, *, ranks: Iterable[int] = ()) -> None:
         super().__init__(message)
@@ -62,18 +57,10 @@ class EvalError(MoSLoRAError, ValueError):
     """A task, an answer file or a results folder is not acceptable."""
 
 
-def suggestion(name: str, known: Iterable[str], *, limit: int = 3) -> str:
-    """Return `` Did you mean 'x'?`` with the closest known names, or an empty string.
-
-    Args:
-        name: the user's input.
-        known: every accepted name.
-        limit: maximum number of suggestions.
-    """
-    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
-    if not close:
-        return ""
-    return f" Did you mean {' or '.join(repr(item) for item in close)}?"
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` with the closest known names, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def reason_of(error: BaseException) -> str:

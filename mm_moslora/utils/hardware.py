@@ -43,9 +43,6 @@ def spare_cores(ranks: int) -> int:
     """Processes, 8 at most, that may prepare data for one of the ranks of this machine; two cores stay with the rank.
 
     0 where the shared memory, through which they send pictures, is small, as in a container by default (64 MiB).
-
-    Args:
-        ranks: on this machine.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
@@ -79,9 +76,6 @@ def extensions_folder(environment: Mapping[str, str]) -> Path:
 
     Environments that share torch's default folder rebuild each other's operators. That folder is used where the
     environment is not writable.
-
-    Args:
-        environment: such as `os.environ`.
     """
     if given := environment.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
@@ -94,18 +88,12 @@ def extensions_folder(environment: Mapping[str, str]) -> Path:
 STALE_LOCK_SECONDS = 600.0
 
 
-def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
-    """Lock files of killed builds, for which the next build would wait forever.
-
-    Args:
-        root: torch's extension cache.
-        now: seconds since the epoch.
-    """
-    moment = time.time() if now is None else now
+def stale_locks(root: Path) -> list[Path]:
+    """Lock files of killed builds in torch's extension cache, for which the next build would wait forever."""
     found = []
     for folder, _, names in os.walk(root):
         with suppress(OSError):  # a build that ends deletes its lock
-            if "lock" in names and moment - (path := Path(folder, "lock")).stat().st_mtime > STALE_LOCK_SECONDS:
+            if "lock" in names and time.time() - (path := Path(folder, "lock")).stat().st_mtime > STALE_LOCK_SECONDS:
                 found.append(path)
     return sorted(found)
 

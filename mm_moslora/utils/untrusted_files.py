@@ -53,14 +53,7 @@ class FileFault(StrEnum):
 
 
 class FileError(DataError):
-    """A named file that was not opened.
-
-    Args:
-        fault: the kind.
-        name: the name of the file.
-        what: what was found.
-        remedy: what to do.
-    """
+    """A named file that was not opened."""
 
     def __init__(self, fault: FileFault, name: str, what: str, remedy: str) -> None:
         self.fault, self.name, self.what, self.remedy = fault, name, what, remedy
@@ -127,12 +120,7 @@ def _lies_in(name: str, root: Path) -> bool:
 
 
 def beside(folder: Path, name: str) -> Path:
-    """A path from a user's file: relative paths start at the folder of that file, `~` is the home folder.
-
-    Args:
-        folder: folder of the file that holds the path.
-        name: the path.
-    """
+    """A path from a user's file: relative paths start at the folder of that file, `~` is the home folder."""
     return folder / Path(name).expanduser()
 
 
@@ -151,7 +139,11 @@ def opened(path: Path, *, most: int | None) -> Iterator[BufferedReader]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # opening a pipe would block
     except (OSError, ValueError) as error:
-        raise _not_opened(name, error) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "check the path and the folder that it starts from"
+        socket = isinstance(error, OSError) and error.errno == errno.ENXIO
+        fault = FileFault.NOT_A_FILE if socket else FileFault.MISSING
+        raise FileError(fault, name, f"cannot be opened ({reason})", remedy) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
@@ -160,14 +152,6 @@ def opened(path: Path, *, most: int | None) -> Iterator[BufferedReader]:
         if most is not None and status.st_size > most:
             raise _too_large(name, f"takes {status.st_size} bytes", most)
         yield stream
-
-
-def _not_opened(name: str, error: OSError | ValueError) -> FileError:
-    reason = getattr(error, "strerror", None) or str(error)
-    remedy = "check the path and the folder that it starts from"
-    socket = isinstance(error, OSError) and error.errno == errno.ENXIO
-    fault = FileFault.NOT_A_FILE if socket else FileFault.MISSING
-    return FileError(fault, name, f"cannot be opened ({reason})", remedy)
 
 
 def _too_large(name: str, what: str, most: int) -> FileError:

@@ -30,7 +30,7 @@ from mm_moslora.adapters.folder_format import (
     mixers_in,
     names_mixers,
 )
-from mm_moslora.adapters.mixer import tell_form
+from mm_moslora.adapters.mixer import attach_form
 from mm_moslora.utils.errors import AdapterError
 
 _MIXER_SIGNS = ("lora_AB", ".downB.")
@@ -50,10 +50,7 @@ def holds_their_mixers(names: Mapping[str, Tensor]) -> bool:
 
 
 def with_known_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under PEFT's names, the mixers as ``.lora_mixer.weight``.
-
-    Args:
-        tensors: under names of the authors' fork, or of diffusers.
+    """The tensors of the authors' fork, or of diffusers, under PEFT's names, the mixers as ``.lora_mixer.weight``.
 
     Raises:
         AdapterError: a part of a mixer that is not its weight, or a weight that is no square matrix of finite floats.
@@ -79,16 +76,12 @@ def _check_mixer(name: str, tensor: Tensor) -> None:
         found = f"{list(tensor.shape)} of {tensor.dtype}"
         found = "NaN or infinity" if square and tensor.is_floating_point() else found
         raise AdapterError(f"{name} holds {found}, expected [R, R] of finite floats. Copy the file again.")
-    tell_form([tensor], "dense")
+    attach_form([tensor], "dense")
 
 
 def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The mixers' fields of a `MoSLoRAConfig`: modules without a mixer get `none`.
-
-    Args:
-        config: the authors' `adapter_config.json`.
-        tensors: the adapter's, under this package's names.
-        source: folder, for messages.
+    """The mixers' fields of a `MoSLoRAConfig` from the authors' `adapter_config.json`; modules without a mixer get
+    `none`.
 
     Raises:
         AdapterError: mixers that the configuration announces are missing, or another option that is not understood.
@@ -118,12 +111,7 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
 
 
 def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFIG) -> None:
-    """Refuse mixers whose folder has no word of them.
-
-    Args:
-        names: of the tensors.
-        source: folder, or name on the hub.
-        file: of its configuration.
+    """Refuse mixers among the tensors of these names, whose folder has no word of them.
 
     Raises:
         AdapterError: there is a mixer.
@@ -137,13 +125,7 @@ def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFI
 
 
 def check_options(config: Mapping[str, Any], known: set[str], source: str, *, file: str = STOCK_CONFIG) -> None:
-    """Refuse options of a configuration with mixers that change what the adapter computes and are not known.
-
-    Args:
-        config: content of the file.
-        known: fields that are read.
-        source: folder, for the message.
-        file: its name, for the message.
+    """Refuse options of a configuration with mixers that are not `known` and change what the adapter computes.
 
     Raises:
         AdapterError: such an option is set.
@@ -157,11 +139,8 @@ def check_options(config: Mapping[str, Any], known: set[str], source: str, *, fi
 
 
 def peft_tensors(root: Path, *, pickled: bool) -> dict[str, Tensor]:
-    """The tensors of a folder in PEFT's layout.
-
-    Args:
-        root: the folder.
-        pickled: whether a pickle is read as well: the authors' older fork writes nothing else.
+    """The tensors of a folder in PEFT's layout; `pickled` reads a pickle, too: the authors' older fork writes nothing
+    else.
 
     Raises:
         AdapterError: missing, damaged or truncated.

@@ -40,10 +40,7 @@ _OWN_FIELDS = {field.name for field in dataclasses.fields(MoSLoRAConfig)} - {
 
 
 def without_mixers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a pipeline's adapters as plain LoRA: ``B' = B M``.
-
-    Args:
-        tensors: under PEFT's or diffusers' names.
+    """The state of a pipeline's adapters, under PEFT's or diffusers' names, as plain LoRA: ``B' = B M``.
 
     Raises:
         AdapterError: a mixer without its B.
@@ -84,15 +81,12 @@ def _plain_of_authors(tensors: Mapping[str, Tensor], source: str) -> dict[str, T
         if stem == name:
             continue
         rank, B = A.shape[0] if A.ndim else 0, tensors.get(f"{stem}.lora_B.weight")
-        shapes |= {name: tuple(A.shape), f"{stem}.lora_B.weight": (0, rank) if B is None else _of_rank(B, rank)}
+        shape_of_B = (0, rank) if B is None else (*B.shape[:1], rank, *B.shape[2:])
+        shapes |= {name: tuple(A.shape), f"{stem}.lora_B.weight": shape_of_B}
         if stem in mixers:
             shapes[f"{stem}{MIXER}"] = (rank, rank)
     check_tensors(tensors, shapes, source=source)
     return without_mixers(tensors)
-
-
-def _of_rank(B: Tensor, rank: int) -> tuple[int, ...]:
-    return (*B.shape[:1], rank, *B.shape[2:])
 
 
 def patch_diffusers() -> bool:

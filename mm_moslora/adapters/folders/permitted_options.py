@@ -73,7 +73,8 @@ def _refused(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any]]:
     if value is None or isinstance(value, bool | int | float):
         return
     if isinstance(value, str):
-        words = [_pattern(word) for part in parts for word in typing.get_args(part) if _is_words(part)]
+        literals = (part for part in parts if typing.get_origin(part) is Literal)
+        words = [_pattern(word) for part in literals for word in typing.get_args(part)]
         words += [_WORDS[option]] if option in _WORDS else []
         fits = any(re.fullmatch(word, value, re.IGNORECASE) for word in words)
         if not fits and not (option in _MODULES and _MODULE.fullmatch(value)):
@@ -102,10 +103,6 @@ def _parts(hint: Any) -> Iterator[Any]:
             yield from _parts(part)
     else:
         yield hint
-
-
-def _is_words(part: Any) -> bool:
-    return typing.get_origin(part) is Literal
 
 
 def _pattern(word: Any) -> str:

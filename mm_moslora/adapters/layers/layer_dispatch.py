@@ -29,12 +29,6 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions, **kwargs: Any) -> nn.Module:
     """The adapted layer around `target`; PEFT calls this for every module it replaces.
 
-    Args:
-        target: the layer to adapt.
-        adapter_name: the adapter's name.
-        config: the adapter's configuration.
-        **kwargs: of PEFT (rank, alpha, the module's path, ...).
-
     Raises:
         AdapterError: a module type or a quantised weight that cannot be adapted.
     """
@@ -103,12 +97,7 @@ def why_not_adaptable(base: nn.Module) -> str | None:
 
 
 def factor_shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of A and B of one adapted module, under their names behind the module's path.
-
-    Args:
-        base: the module to adapt, without adapters.
-        rank: R.
-    """
+    """Shapes of A and B of one module to adapt, under their names behind the module's path."""
     if isinstance(base, nn.Embedding):
         return {
             "lora_embedding_A": (rank, base.num_embeddings),
@@ -127,16 +116,12 @@ def factor_shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
             "lora_B.weight": (3 * width, rank),
             **{f"base_layer.out_proj.{name}": shape for name, shape in inner.items()},
         }
-    width_in, width_out = _linear_widths(base)
-    return {"lora_A.weight": (rank, width_in), "lora_B.weight": (width_out, rank)}
-
-
-def _linear_widths(base: nn.Module) -> tuple[int, int]:
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
-        return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-    assert isinstance(base.weight, Tensor)
-    rows, columns = getattr(base.weight, "ds_shape", base.weight.shape)
-    return int(rows), int(columns)
+        width_in, width_out = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+    else:
+        assert isinstance(base.weight, Tensor)
+        width_in, width_out = map(int, getattr(base.weight, "ds_shape", base.weight.shape))  # of a Conv1D
+    return {"lora_A.weight": (rank, width_in), "lora_B.weight": (width_out, rank)}
 
 
 def _why_not_embedding(base: nn.Embedding) -> str | None:

@@ -313,7 +313,11 @@ def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor], start: Ma
     config.inference_mode = True
     tensors = _tensors(model, state)
     if _is_difference(config, start):
-        config, tensors = _doubled(config), _difference(tensors, start)
+        config = _doubled(config)
+        tensors = {  # B A - B0 A0 as one pair of factors in each layer
+            name: torch.cat((own, start[name]), 0) if name.endswith(FACTORS_A) else torch.cat((own, -start[name]), 1)
+            for name, own in tensors.items()
+        }
     return TakenMethod(config=config, tensors=tensors)
 
 
@@ -329,14 +333,6 @@ def _doubled(config: Any) -> Any:
     config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
     config.alpha_pattern = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
     return config
-
-
-def _difference(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``B A - B0 A0`` as one pair of factors in each layer."""
-    return {
-        name: torch.cat((tensor, start[name]), 0) if name.endswith(FACTORS_A) else torch.cat((tensor, -start[name]), 1)
-        for name, tensor in tensors.items()
-    }
 
 
 def _tensors(model: peft.PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -356,10 +352,6 @@ def _tensors(model: peft.PeftModel, state: Mapping[str, Tensor]) -> dict[str, Te
 
 def load_method(model: nn.Module, folder: str | Path) -> peft.PeftModel:
     """Load a folder of PEFT into a model, for use.
-
-    Args:
-        model: the base model; changed in place.
-        folder: of `TakenMethod.write`, or of PEFT.
 
     Raises:
         AdapterError: PEFT cannot read the folder, it does not fit the model, it is of a method that is not taken here,
@@ -422,12 +414,8 @@ def _check_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], fol
 
 
 def what_fails(config: peft.PeftConfig, *, bias: bool) -> list[str]:
-    """What an adapter cannot do, tried on two small layers; empty where they are too small for its options.
-
-    Args:
-        config: of `method_config`.
-        bias: whether all layers of the model have a bias.
-    """
+    """What an adapter cannot do, tried on two small layers; empty where they are too small for its options. `bias`: all
+    layers of the model have one."""
     tree: Any = nn.Module()
     tree.model = nn.Module()
     layer = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(256, 256, bias=bias)})})

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config.llava_chat_templates import without_note
+from mm_moslora.data.chat.record_keys import REASONING
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
@@ -34,8 +35,6 @@ PLAIN_TEMPLATE = (
 """For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
 _PLANS = 512
 THINK, THINK_END = "<think>", "</think>"
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message from which templates render thinking."""
 _ANCHORS = ("\n", "a", ".", "0", "\u4e2d")
 """Texts before which the tokens of a continuation are found."""
 
@@ -91,11 +90,7 @@ class Thought:
 
 
 class Template:
-    """The chat template of a tokenizer, or the plain one.
-
-    Args:
-        tokenizer: with or without a chat template.
-    """
+    """The chat template of a tokenizer, or the plain one."""
 
     image_text = ""
     """The template's text for a picture; empty where pictures are part of the contents."""
@@ -197,7 +192,7 @@ class Template:
         marks = [_MARK.format(index) for index in range(len(self._owners(roles)))]
         thinking, answer = _MARK.format("think"), marks[-1]
         texts = [self._render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])]
-        texts += [self._render(roles, marks, reasoning={key: thinking}) for key in _REASONING]
+        texts += [self._render(roles, marks, reasoning={key: thinking}) for key in REASONING]
         switches: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True})
         for switch in switches:
             prompt = self._render(roles[:-1], marks[:-1], prompt=True, **switch)

@@ -302,7 +302,11 @@ class ConversationEncoder:
         for index, (turn, slot) in enumerate(zip(turns, plan.slots, strict=True)):
             if turn.role != "assistant":
                 self._add_scaffold(grown, scaffold[index])
-                self._add_content(grown, turn, slot)
+                parts = turn.parts() if self.image_token_id is not None else [turn.text]
+                for number, part in enumerate(slot.trim(parts)):
+                    if number:
+                        self._add_image(grown)
+                    grown.run.append(Piece(part, False))
                 continue
             thinking, text = self._apart(turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
@@ -344,7 +348,8 @@ class ConversationEncoder:
         """The turns with the system prompt, and the number of turns added for it."""
         if self.notes.name == "plain":  # captions are learned from pictures alone
             spoken = [turn for turn in turns if turn.role != "system"]
-            return [_pictures_alone(turn) for turn in spoken], len(spoken) - len(turns)
+            alone = [Turn(role="user", text=IMAGE * turn.images) if turn.role == "user" else turn for turn in spoken]
+            return alone, len(spoken) - len(turns)
         own = turns[0].role == "system"
         if not own and (self.system_prompt is None or not (self.system_prompt or self.template.has_default_system)):
             return list(turns), 0
@@ -355,13 +360,6 @@ class ConversationEncoder:
         if system.text and rest:
             rest[0] = rest[0].preceded_by(f"{system.text}\n\n")
         return rest, -int(own)
-
-    def _add_content(self, grown: _Growing, turn: Turn, slot: Slot) -> None:
-        parts = turn.parts() if self.image_token_id is not None else [turn.text]
-        for index, part in enumerate(slot.trim(parts)):
-            if index:
-                self._add_image(grown)
-            grown.run.append(Piece(part, False))
 
     def _flush(self, grown: _Growing) -> list[int]:
         """Tokenise the pending text as the continuation of the context; returns the ids of both."""
@@ -429,11 +427,6 @@ def _written(thought: Thought | None, thinking: str, slot: Slot) -> list[Piece]:
     if thought is None:
         return [Piece(slot.lead, True)]
     return [Piece(thought.opening, True), Piece(thinking, False), Piece(thought.closing, True)]
-
-
-def _pictures_alone(turn: Turn) -> Turn:
-    """A question without its text."""
-    return Turn(role="user", text=IMAGE * turn.images) if turn.role == "user" else turn
 
 
 def _encoded(grown: _Growing) -> Encoded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -198,17 +198,16 @@ def check(
         raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
     if processes is None:
         processes = usable_processes() if total > 2 * _TOGETHER else 1
-    for part in in_processes(look, list(_chunks(files)), processes=processes):
+    chunks = [
+        (number, range(start, min(len(file), start + _TOGETHER)))
+        for number, file in enumerate(files)
+        for start in range(0, len(file), _TOGETHER)
+    ]
+    for part in in_processes(look, chunks, processes=processes):
         report.add(part)
         if on_progress is not None:
             on_progress(report.records, total)
     return report
-
-
-def _chunks(files: Sequence[RecordSource]) -> Iterator[tuple[int, range]]:
-    for number, file in enumerate(files):
-        for start in range(0, len(file), _TOGETHER):
-            yield number, range(start, min(len(file), start + _TOGETHER))
 
 
 class _Look:
@@ -267,7 +266,8 @@ class _Look:
         answers = [turn.text for turn in kept if turn.role == "assistant"]
         texts = [part for turn in kept for part in turn.parts()]
         report.ids[record.id] += 1
-        report.contents[_digest(record)] += 1
+        content = repr([(turn.role, turn.text) for turn in record.turns] + record.image_names)
+        report.contents[hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).digest()] += 1
         report.lengths.append(int(encoded.input_ids.shape[0]))
         report.supervised_tokens += int(encoded.supervised.sum())
         report.answers += len(answers)
@@ -286,11 +286,6 @@ class _Look:
         report.several_images += len(record.images) > 1
         report.pictures += encoded.images
         report.videos += any(isinstance(picture, Frame) for picture in record.images)
-
-
-def _digest(record: Record) -> bytes:
-    text = repr([(turn.role, turn.text) for turn in record.turns] + record.image_names)
-    return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=12).digest()
 
 
 def _ends(encoded: Encoded) -> set[int]:

@@ -43,7 +43,10 @@ def fingerprint(image: Image.Image) -> Fingerprint:
 
 def matches(first: Mapping[str, Fingerprint], second: Mapping[str, Fingerprint]) -> list[Match]:
     """Pictures of the first set that look like one of the second set, each with its nearest match."""
-    table = _by_band(second)
+    table: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, mark in second.items():
+        for band in _bands(mark.gradient):
+            table[band].append(name)
     found = []
     for name, mark in first.items():
         near = {other for band in _bands(mark.gradient) for other in table.get(band, ())}
@@ -52,14 +55,6 @@ def matches(first: Mapping[str, Fingerprint], second: Mapping[str, Fingerprint])
         if ranked:
             found.append(Match(name, ranked[0][1]))
     return found
-
-
-def _by_band(marks: Mapping[str, Fingerprint]) -> dict[tuple[int, int], list[str]]:
-    table: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for name, mark in marks.items():
-        for band in _bands(mark.gradient):
-            table[band].append(name)
-    return table
 
 
 def _bands(gradient: int) -> Iterable[tuple[int, int]]:

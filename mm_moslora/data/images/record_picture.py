@@ -70,14 +70,7 @@ FAULT_CODES = {
 
 
 class ImageError(DataError):
-    """A picture that cannot be used.
-
-    Args:
-        code: the fault.
-        name: the file.
-        what: what was found.
-        remedy: what to do.
-    """
+    """A picture that cannot be used."""
 
     def __init__(self, code: Code, name: str, what: str, remedy: str) -> None:
         self.code, self.name, self.what, self.remedy = code, name, what, remedy
@@ -239,12 +232,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def open_image_bytes(data: bytes, *, name: str = "image") -> Image.Image:
-    """Open the bytes of a picture file as RGB; see `open_image`.
-
-    Args:
-        data: the whole file.
-        name: for messages.
-    """
+    """Open the bytes of a picture file as RGB; see `open_image`."""
     with _opened(io.BytesIO(data), name) as image:
         image.load()
         return as_rgb(image)
@@ -300,7 +288,9 @@ def faults_of_pictures(name: str, head: bytes) -> Iterator[None]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(Code.IMAGE_FORMAT, name, _guess(head), f"expected one of {', '.join(FORMATS)}") from error
+        start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        what = next((what for sign, what in _SIGNS if start.startswith(sign)), "is no picture in an accepted format")
+        raise ImageError(Code.IMAGE_FORMAT, name, what, f"expected one of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         what, remedy = f"has more than {MAX_PIXELS} pixels", "scale it down"
         raise ImageError(Code.IMAGE_TOO_LARGE, name, what, remedy) from error
@@ -332,11 +322,6 @@ def check_size(size: tuple[int, int], name: str) -> None:
     if size[0] * size[1] > MAX_PIXELS or long > MAX_SIDE:
         remedy = f"scale it down to {MAX_PIXELS} pixels and sides of {MAX_SIDE} at most"
         raise ImageError(Code.IMAGE_TOO_LARGE, name, shown, remedy)
-
-
-def _guess(head: bytes) -> str:
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    return next((what for sign, what in _SIGNS if start.startswith(sign)), "is no picture in an accepted format")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

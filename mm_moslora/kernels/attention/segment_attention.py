@@ -120,8 +120,10 @@ def segment_attention(
     outputs = []
     for q, k, v in zip(*(tensor.split(segment_lengths, dim=2) for tensor in (query, key, value)), strict=True):
         length = q.shape[2]
-        windowed = sliding_window is not None and length > sliding_window
-        mask = _window_mask(length, sliding_window, q.device) if windowed and sliding_window else None
+        mask = None
+        if sliding_window and length > sliding_window:
+            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
+            mask = (distance >= 0) & (distance < sliding_window)
         outputs.append(
             nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
@@ -341,11 +343,6 @@ def _segments(
         yield [part.gather(row) for row in read], heads
         for one, row in zip(heads, written, strict=True):
             part.scatter(one, row)
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (distance >= 0) & (distance < window)
 
 
 SEGMENT_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def write_card(
         _made_of(assembly, licence, adapter_of),
     ]
     if recipe is not None:
-        parts += [_training(checkpoint, recipe), _data(recipe), _results(checkpoint)]
+        data = {f"`{Path(source.path).name}`": _hash_of(source) for source in recipe.data.train}
+        parts += [_training(checkpoint, recipe), _table("Data", data), _results(checkpoint)]
         parts.append(f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```")
     path = folder / "README.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -102,7 +104,7 @@ def _of_an_adapter(model: str, base: str) -> str:
 def _training(checkpoint: Path, recipe: Recipe) -> str:
     manifest = read_json(checkpoint / MANIFEST)
     counters = manifest["counters"]
-    trained = sum(_product(shape) for shape in manifest["trainable"].values())
+    trained = sum(math.prod(shape) for shape in manifest["trainable"].values())
     adapter = recipe.adapter
     kind = f"PEFT's {adapter.peft['type']}" if adapter.peft else f"mixer {adapter.mixer_init}"
     rows = {
@@ -115,18 +117,6 @@ def _training(checkpoint: Path, recipe: Recipe) -> str:
         "seed": str(recipe.train.seed),
     }
     return _table("Training", rows)
-
-
-def _product(shape: list[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
-
-
-def _data(recipe: Recipe) -> str:
-    rows = {f"`{Path(source.path).name}`": _hash_of(source) for source in recipe.data.train}
-    return _table("Data", rows)
 
 
 def _hash_of(source: SourceConfig) -> str:

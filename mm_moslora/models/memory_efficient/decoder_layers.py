@@ -72,11 +72,7 @@ class LeanLayer(nn.Module):
         return gated_mlp(x, norm.weight, norm.variance_epsilon, gate, up, down, self.passes)[None]
 
     def compile_passes(self, backend: str) -> None:
-        """Compile the passes between the products, and the stock forward pass for calls in training that fall back.
-
-        Args:
-            backend: of torch.compile.
-        """
+        """Compile the passes between the products, and the stock forward pass for calls in training that fall back."""
         self.passes = compiled(backend)
         self.compiled_fallback = torch.compile(super().forward, backend=backend, dynamic=True)
 
@@ -129,12 +125,7 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[LinearOp
 
 
 def _operands(module: nn.Module, x: Tensor) -> LinearOperands | None:
-    """The operands of a linear layer; None where the module computes more than their products.
-
-    Args:
-        module: `nn.Linear`, a quantised one, or an adapted layer around either.
-        x: a tensor of its input's dtype and device.
-    """
+    """The operands of a linear layer; None where the module computes more than their products."""
     if isinstance(module, FusedLinear):
         return module.fused_operands(x, plain_too=True)
     weight = weight_of(module, x)
@@ -162,14 +153,10 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
             changed += 1
     if changed:
         last = layers[len(layers) - 1]
-        last.is_last = isinstance(last, LeanLayer) and (depth or len(layers)) > _deepstack_layers(model)
+        # The first layers may get visual features added to their outputs at visual positions.
+        visual = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", ()))
+        last.is_last = isinstance(last, LeanLayer) and (depth or len(layers)) > visual
     return changed
-
-
-def _deepstack_layers(model: PreTrainedModel) -> int:
-    """Number of decoder layers, from the first, with visual features added to their outputs at visual positions."""
-    tower = getattr(model.config, "vision_config", None)
-    return len(getattr(tower, "deepstack_visual_indexes", ()))
 
 
 def drops_positions(model: PreTrainedModel) -> bool:

@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,7 @@ class StoreCounts:
 
 
 def tower_hash(tower: PreTrainedModel, layers: int | list[int]) -> str:
-    """A hash of what a tower's features depend on: weights, configuration and layers.
-
-    Args:
-        tower: whole on this process (before ZeRO-3 shards it).
-        layers: of the stored hidden states.
-    """
+    """A hash of what a tower's features depend on: weights, whole on this process, configuration and layers."""
     import xxhash
 
     digest = xxhash.xxh3_128()
@@ -77,11 +72,7 @@ def tower_hash(tower: PreTrainedModel, layers: int | list[int]) -> str:
 
 
 def pixel_hash(pixels: Tensor) -> str:
-    """A hash of a prepared picture.
-
-    Args:
-        pixels: ``[3, H, W]``, the tower's input, on the CPU.
-    """
+    """A hash of a prepared picture ``[3, H, W]`` on the CPU."""
     return _checksum(pixels)
 
 
@@ -124,12 +115,7 @@ class FeatureStore:
 
     @classmethod
     def of(cls, model: PreTrainedModel, folder: Path) -> FeatureStore:
-        """The store of a model's vision tower, of at most `SHARED_GIB`.
-
-        Args:
-            model: an assembly, whole on this process.
-            folder: of all towers.
-        """
+        """The store of a model's vision tower, whole on this process, of at most `SHARED_GIB`."""
         return cls(
             folder, tower_hash(model.model.vision_tower, model.config.vision_feature_layer), limit_gib=SHARED_GIB
         )
@@ -138,11 +124,7 @@ class FeatureStore:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, key: str) -> Tensor | None:
-        """The features of a picture, on the CPU; None where they are missing or damaged.
-
-        Args:
-            key: from `pixel_hash`.
-        """
+        """The features of a picture, on the CPU; None where they are missing or damaged."""
         path = self._path(key)
         if not path.exists():
             return None
@@ -165,12 +147,7 @@ class FeatureStore:
         logger.warning("The cached features in %s are damaged (%s); the picture is encoded again.", path, why)
 
     def write(self, key: str, value: Tensor) -> None:
-        """Store the features of a picture, if there is room.
-
-        Args:
-            key: from `pixel_hash`.
-            value: the features.
-        """
+        """Store the features of a picture, if there is room."""
         self.counts.encoded += 1
         path = self._path(key)
         kept = value.detach().cpu().contiguous()
@@ -200,12 +177,8 @@ class FeatureStore:
 
 
 class FeatureCache:
-    """Features by key: in memory (the least recently used are dropped first), and on disk where a store is given.
-
-    Args:
-        memory_bytes: limit of features in memory; 0: none are kept there.
-        store: for features that are not in memory.
-    """
+    """Features by key: in memory up to a limit (the least recently used are dropped first; 0: none are kept), and on
+    disk where a store is given."""
 
     def __init__(self, *, memory_bytes: float = MEMORY_BYTES, store: FeatureStore | None = None) -> None:
         self.store = store
@@ -247,33 +220,22 @@ class FeatureCache:
             found[key] = value
             if self.store is not None:
                 self.store.write(key, value)
-        self._remember(found)
-        return [found[key] for key in keys]
-
-    def forget(self, keys: Iterable[str] | None = None) -> None:
-        """Drop features from memory.
-
-        Args:
-            keys: of these features; None: all.
-        """
-        for key in list(self._features if keys is None else keys):
-            if (value := self._features.pop(key, None)) is not None:
-                self._used -= value.nbytes
-
-    def _remember(self, found: Mapping[str, Tensor]) -> None:
         self.forget(found)  # moves them to the end
         self._features.update(found)
         self._used += sum(value.nbytes for value in found.values())
         while self._used > self._memory_bytes:
             self.forget([next(iter(self._features))])
+        return [found[key] for key in keys]
+
+    def forget(self, keys: Iterable[str] | None = None) -> None:
+        """Drop the features of these keys, or of all, from memory."""
+        for key in list(self._features if keys is None else keys):
+            if (value := self._features.pop(key, None)) is not None:
+                self._used -= value.nbytes
 
 
 class StepFeatureCache:
-    """Features of the pictures of an optimiser step, and of earlier runs where a store is given.
-
-    Args:
-        store: features on disk; None: the step alone is remembered.
-    """
+    """Features of the pictures of an optimiser step, and of earlier runs where a store is given."""
 
     def __init__(self, store: FeatureStore | None = None) -> None:
         self.cache = FeatureCache(memory_bytes=math.inf, store=store)
@@ -311,8 +273,9 @@ class StepFeatureCache:
                 (count,) = distributed.sum_over_ranks([count])
             if not count:
                 return []
-            whole = len(places) == len(pixels)
-            chosen = pixels if whole else _chosen(pixels, list(places) or [0])
+            chosen = pixels
+            if len(places) < len(pixels):  # with a list as the index the host would wait for its copy to an accelerator
+                chosen = pixels[torch.tensor(list(places) or [0]).to(pixels.device, non_blocking=True)]
             return list(encode(chosen))[: len(places)]
 
         rows = self.cache.get_many(keys, encode_missing, device=pixels.device)
@@ -320,8 +283,3 @@ class StepFeatureCache:
         # What is in memory differs between ranks; about what is on disk they agree.
         self.cache.forget(keys if together else [key for key in keys if key not in self._to_come])
         return torch.stack(rows)
-
-
-def _chosen(rows: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Some rows; with a list as the index the host would wait for its copy to an accelerator."""
-    return rows[torch.tensor(numbers).to(rows.device, non_blocking=True)]

@@ -136,17 +136,13 @@ class WrappedVisionModel(PreTrainedModel):
 
     def _maps(self, pixel_values: Tensor, blocks: list[int]) -> list[Tensor]:
         trunk: Any = getattr(self.tower, "trunk", self.tower)
-        if self.blocks - 1 in blocks and _widens_at_the_end(trunk):
+        stages: Any = getattr(trunk, "feature_info", ())
+        widens = bool(stages) and hasattr(trunk, "conv_head") and trunk.num_features != stages[-1]["num_chs"]
+        if self.blocks - 1 in blocks and widens:  # a layer after the last stage gives the features
             final, maps = trunk.forward_intermediates(pixel_values, indices=blocks)
             return [*maps[:-1], final]
         output = trunk.forward_intermediates(pixel_values, indices=blocks, stop_early=True, intermediates_only=True)
         return list(output["image_intermediates"]) if isinstance(output, dict) else list(output)
-
-
-def _widens_at_the_end(trunk: Any) -> bool:
-    """Whether a convolutional trunk has a layer after its last stage, which then gives its features."""
-    stages: Any = getattr(trunk, "feature_info", ())
-    return bool(stages) and hasattr(trunk, "conv_head") and trunk.num_features != stages[-1]["num_chs"]
 
 
 def _timm_tower(config: WrappedVisionConfig) -> nn.Module:
@@ -240,10 +236,8 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
 
 
 def require_named(name: str | None) -> None:
-    """Refuse a vision tower of open_clip or timm by a name that the library does not know.
-
-    Args:
-        name: `open_clip:MODEL` or `timm:MODEL`; others are ignored.
+    """Refuse a vision tower of open_clip or timm by a name (`open_clip:MODEL`, `timm:MODEL`) that the library does not
+    know.
 
     Raises:
         ModelError: no such model.

@@ -84,7 +84,10 @@ class TowerShape:
         if pixels.ndim < 4:  # patches without known grid sizes
             mean = pixels.shape[:-1].numel() / max(1, host.images)
             return self._all_pairs(mean, tokens=mean / self.patches_per_row).times(host.images)
-        return self.of_tile(*pixels.shape[-2:]).times(_tiles(pixels))
+        tiles = pixels.flatten(0, -4)
+        # All-zero tiles of pictures with several are padding and do not count.
+        count = int(tiles[:, :, 0].flatten(1).any(dim=1).sum()) if pixels.ndim > 4 else len(tiles)
+        return self.of_tile(*pixels.shape[-2:]).times(count)
 
     def tokens(self, patches: float, tiles: int) -> float:
         """Rows of the projector from patches, prefix tokens included, of several tiles."""
@@ -123,12 +126,6 @@ class TowerShape:
 def _squares(length: int, side: int) -> int:
     """The sum of squared window lengths when a length is cut into windows."""
     return length // side * side**2 + (length % side) ** 2
-
-
-def _tiles(pixels: Tensor) -> int:
-    """Tiles in ``[..., 3, H, W]``; all-zero tiles are padding and do not count."""
-    tiles = pixels.flatten(0, -4)
-    return int(tiles[:, :, 0].flatten(1).any(dim=1).sum()) if pixels.ndim > 4 else len(tiles)
 
 
 def _prefix(tower: Any) -> int:
