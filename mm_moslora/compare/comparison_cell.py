@@ -165,26 +165,19 @@ def _end_with_comparison() -> None:
 
 def _outcome(job: Job) -> Outcome | None:
     try:
-        return _run(job, time.monotonic())
+        started = time.monotonic()
+        _require_own_accelerators(job)
+        if not _train(job):
+            return None
+        return dataclasses.replace(_measured(job), total_seconds=time.monotonic() - started)
     except DivergedError as error:
         return Outcome(status="diverged", reason=str(error))
     except MoSLoRAError as error:
         return Outcome(status="failed", reason=str(error))
     except Exception as error:  # the other runs continue
         logger.error("%s", traceback.format_exc())
-        return Outcome(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-def _run(job: Job, started: float) -> Outcome | None:
-    _require_own_accelerators(job)
-    if not _train(job):
-        return None
-    outcome = _measured(job)
-    return dataclasses.replace(outcome, total_seconds=time.monotonic() - started)
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        return Outcome(status="failed", reason=f"{type(error).__name__}: {first}")
 
 
 def _require_own_accelerators(job: Job) -> None:

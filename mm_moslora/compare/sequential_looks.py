@@ -141,11 +141,7 @@ class Judged:
     """Whether it is one of the looks."""
 
     def numbers(self, *, comparisons: int) -> dict[str, Any]:
-        """The numbers of a row of `results.json`.
-
-        Args:
-            comparisons: arms with a p-value.
-        """
+        """The numbers of a row of `results.json`, with p-values of so many arms."""
         found = self.estimate
         return {
             "difference": found.value,

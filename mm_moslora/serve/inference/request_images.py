@@ -75,7 +75,11 @@ def picture_files(
     for picture in pictures:
         refuse_stopped(stop)
         file = _with_header(_bytes(picture, fetch), picture)
-        _check_size(file)
+        try:
+            if file.mode:  # without a readable header, decoding decides
+                check_size(file.size, "picture")
+        except ImageError as error:
+            raise _wrong(picture, _SAID[error.code]) from None
         if file.pixels > limits.image_pixels:
             raise _wrong(picture, f"has {file.pixels} pixels, at most {limits.image_pixels} are allowed; scale it down")
         left -= file.pixels
@@ -83,15 +87,6 @@ def picture_files(
             raise _wrong(picture, f"takes the request above {limits.images_pixels} pixels in all; scale pictures down")
         files.append(file)
     return files
-
-
-def _check_size(file: PictureFile) -> None:
-    """Refuse by its header a picture that decoding would refuse. Without a readable header, decoding decides."""
-    try:
-        if file.mode:
-            check_size(file.size, "picture")
-    except ImageError as error:
-        raise _wrong(file.picture, _SAID[error.code]) from None
 
 
 def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) -> int:
@@ -128,7 +123,10 @@ def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> lis
     opened = []
     for file in files:
         refuse_stopped(stop)
-        opened.append(_open(file.data, file.picture))
+        try:
+            opened.append(open_image_bytes(file.data, name="picture"))
+        except ImageError as error:
+            raise _wrong(file.picture, _SAID.get(error.code, "cannot be used")) from None
     return opened
 
 
@@ -180,13 +178,6 @@ def _with_header(data: bytes, picture: Picture) -> PictureFile:
     except Exception:  # noqa: S110  (decoders raise nearly anything for broken headers; decoding will report the cause)
         pass
     return PictureFile(data=data, picture=picture, size=size, mode=mode)
-
-
-def _open(data: bytes, picture: Picture) -> Image.Image:
-    try:
-        return open_image_bytes(data, name="picture")
-    except ImageError as error:
-        raise _wrong(picture, _SAID.get(error.code, "cannot be used")) from None
 
 
 def _wrong(picture: Picture, what: str) -> ApiError:
