@@ -40,10 +40,6 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
 
     `estimates` has a larger one, for few clusters.
 
-    Args:
-        values: scores.
-        clusters: the cluster of each score, such as its image.
-
     Returns:
         The error of Miller 2024, equation 4: the usual variance plus the cross terms within clusters.
     """
