@@ -165,11 +165,7 @@ def _end_with_comparison() -> None:
 
 def _outcome(job: Job) -> Outcome | None:
     try:
-        started = time.monotonic()
-        _require_own_accelerators(job)
-        if not _train(job):
-            return None
-        return dataclasses.replace(_measured(job), total_seconds=time.monotonic() - started)
+        return _run(job, time.monotonic())
     except DivergedError as error:
         return Outcome(status="diverged", reason=str(error))
     except MoSLoRAError as error:
@@ -178,6 +174,13 @@ def _outcome(job: Job) -> Outcome | None:
         logger.error("%s", traceback.format_exc())
         first = (str(error).strip().splitlines() or ["no message"])[0]
         return Outcome(status="failed", reason=f"{type(error).__name__}: {first}")
+
+
+def _run(job: Job, started: float) -> Outcome | None:
+    _require_own_accelerators(job)
+    if not _train(job):
+        return None
+    return dataclasses.replace(_measured(job), total_seconds=time.monotonic() - started)
 
 
 def _require_own_accelerators(job: Job) -> None:

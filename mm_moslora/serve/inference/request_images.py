@@ -123,10 +123,7 @@ def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> lis
     opened = []
     for file in files:
         refuse_stopped(stop)
-        try:
-            opened.append(open_image_bytes(file.data, name="picture"))
-        except ImageError as error:
-            raise _wrong(file.picture, _SAID.get(error.code, "cannot be used")) from None
+        opened.append(_open(file.data, file.picture))
     return opened
 
 
@@ -178,6 +175,13 @@ def _with_header(data: bytes, picture: Picture) -> PictureFile:
     except Exception:  # noqa: S110  (decoders raise nearly anything for broken headers; decoding will report the cause)
         pass
     return PictureFile(data=data, picture=picture, size=size, mode=mode)
+
+
+def _open(data: bytes, picture: Picture) -> Image.Image:
+    try:
+        return open_image_bytes(data, name="picture")
+    except ImageError as error:
+        raise _wrong(picture, _SAID.get(error.code, "cannot be used")) from None
 
 
 def _wrong(picture: Picture, what: str) -> ApiError:
