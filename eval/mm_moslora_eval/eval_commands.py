@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.reporting.verdicts import amount_text, between, resting_on, score_text
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.run_paths import file_and_folder
+from mm_moslora.utils.text_format import aligned
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.model_interface import Model
@@ -296,7 +297,7 @@ def list_tasks(words: Sequence[str] = ()) -> str:
         for task in all_tasks().values()
     ]
     rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in words)]
-    return _table(("task", "protocol", "documents", "metric", "title"), rows)
+    return "\n".join(aligned(("task", "protocol", "documents", "metric", "title"), rows))
 
 
 def describe(name: str) -> str:
@@ -414,31 +415,17 @@ def table(results: Sequence[TaskResult]) -> str:
     names = names_of(results)
     nats = any("nats" in result.likelihood for result in results)
     for name, result in zip(names, results, strict=True):
-        counts = result.counts
-        rows.append(
-            (
-                name,
-                result.mode,
-                *_score_cells(result),
-                *([_nats(result)] if nats else []),
-                str(result.n),
-                str(counts.failed),
-                str(counts.not_inferable),
-                str(counts.truncated),
-            )
-        )
-    head = (
-        "task",
-        "images",
-        "score",
-        "stderr",
-        "95 %",
-        *(["nats"] if nats else []),
-        "n",
-        "failed",
-        "not inferable",
-        "truncated",
-    )
+        counts, likelihood = result.counts, result.likelihood
+        cells = ["unscored", "-", "-"]
+        if not math.isnan(result.score):
+            cells = [f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"]
+        if nats:
+            known = "nats" in likelihood
+            cells.append(f"{likelihood['nats']:.4f} ± {likelihood['stderr'] or math.nan:.4f}" if known else "-")
+        numbers = (result.n, counts.failed, counts.not_inferable, counts.truncated)
+        rows.append((name, result.mode, *cells, *map(str, numbers)))
+    measures = ["score", "stderr", "95 %", *(["nats"] if nats else [])]
+    head = ("task", "images", *measures, "n", "failed", "not inferable", "truncated")
     notes = []
     for name, result in zip(names, results, strict=True):
         unscored, odd = result.about.get("unscored"), _odd_count(result)
@@ -448,7 +435,7 @@ def table(results: Sequence[TaskResult]) -> str:
         rests = _basis(result) if result.folder else ""
         texts = (*result.remarks, unscored, odd, source, silent, rests)
         notes += [f"{name}, {result.mode}: {text}" for text in texts if text]
-    return "\n".join([_table(head, rows), *notes])
+    return "\n".join([*aligned(head, rows), *notes])
 
 
 def _odd_count(result: TaskResult) -> str:
@@ -467,17 +454,6 @@ def _basis(result: TaskResult) -> str:
     return resting_on(result.n, result.clusters, result.groups)
 
 
-def _score_cells(result: TaskResult) -> tuple[str, str, str]:
-    if result.score != result.score:
-        return "unscored", "-", "-"
-    return f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"
-
-
-def _nats(result: TaskResult) -> str:
-    found = result.likelihood
-    return f"{found['nats']:.4f} ± {found['stderr'] or math.nan:.4f}" if "nats" in found else "-"
-
-
 def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:
     """0 if at most this share of the samples failed and no judge failed, else 3."""
     if any(result.about.get("judge_failed") for result in results):
@@ -485,11 +461,3 @@ def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -
     total = sum(result.counts.total for result in results)
     failed = sum(result.counts.failed for result in results)
     return 3 if failed > max_failed_share * total else 0
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -31,8 +31,6 @@ from mm_moslora.utils.run_paths import adapter_folder
 from mm_moslora.utils.text_format import whole_number
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from mm_moslora.config import Recipe
     from mm_moslora.training.supervision.stop_signals import StopRequest
 
@@ -99,7 +97,10 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), EXIT_ERROR)
     except OSError as error:
         left = isinstance(error, BrokenPipeError) and _nobody_reads()
-        _drop_output()
+        try:  # otherwise the buffered output is written again when the process ends
+            print(end="", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         if left:
             return EXIT_NO_READER
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -155,14 +156,6 @@ def _usage(error: CycloptsError) -> str:
     return f"{text} See {command} --help."
 
 
-def _drop_output() -> None:
-    """Discard the buffered standard output, so that it is not written again when the process ends."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
-
-
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe without a reader."""
     poll = select.poll()
@@ -205,22 +198,15 @@ def _set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    sys.excepthook = _show_uncaught
+    # Python's own traceback, without secrets:
+    sys.excepthook = lambda kind, error, _: print(redacted_traceback(error), file=sys.stderr)
     logging.getLogger("mm_moslora").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("mm_moslora_eval").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     for chatty in ("DeepSpeed", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets a level of its own when it is imported
-
-
-def _show_uncaught(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
-    """Python's own traceback, without secrets."""
-    print(redacted_traceback(error), file=sys.stderr)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+    # DeepSpeed sets a level of its own when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _recipe(name: str, tokens: tuple[str, ...]) -> Recipe:

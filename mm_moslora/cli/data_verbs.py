@@ -42,7 +42,7 @@ def data_check(
     everything
         Show every fault instead of the first 20; --json always contains all.
     """
-    resolved = _recipe(recipe, overrides)
+    resolved = load_recipe(recipe, override_items(overrides))
     quiet_libraries()
     from mm_moslora.planning.recipe_data import check_recipe
 
@@ -58,7 +58,7 @@ def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, 
     recipe
         YAML file, preset, or the folder of a run.
     """
-    resolved = _recipe(recipe, overrides)
+    resolved = load_recipe(recipe, override_items(overrides))
     quiet_libraries()
     from mm_moslora.planning.recipe_data import statistics_of
 
@@ -80,7 +80,7 @@ def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0
     html
         Write one self-contained page with pictures instead, and print its path.
     """
-    resolved = _recipe(recipe, overrides)
+    resolved = load_recipe(recipe, override_items(overrides))
     quiet_libraries()
     from mm_moslora.planning.recipe_data import view_page, view_recipe
 
@@ -89,10 +89,6 @@ def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0
         return 0
     _print_all(view_recipe(resolved, start=start, count=count))
     return 0
-
-
-def _recipe(name: str, tokens: tuple[str, ...]) -> Any:
-    return load_recipe(name, override_items(tokens))
 
 
 def _show(checked: Checked, *, as_json: bool) -> int:

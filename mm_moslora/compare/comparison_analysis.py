@@ -41,12 +41,7 @@ from mm_moslora.utils.hardware import hardware
 
 
 def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
-    """Analyse the finished runs, write `results.json`, return it.
-
-    Args:
-        comparison: with its outcomes, read or run.
-        command: the command that started it, so that readers can repeat it.
-    """
+    """Analyse finished runs, write `results.json` with the command that repeats it, return it."""
     settings, outcomes, folder = comparison.settings, comparison.outcomes, comparison.folder
     names = short_names([*settings.tasks, *settings.validation])
     failures = [(c, o) for c, o in _every(settings, outcomes) if o.status != "ok"]

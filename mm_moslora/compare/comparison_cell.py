@@ -173,19 +173,15 @@ def _outcome(job: Job) -> Outcome | None:
         return Outcome(status="failed", reason=str(error))
     except Exception as error:  # the other runs continue
         logger.error("%s", traceback.format_exc())
-        return Outcome(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        return Outcome(status="failed", reason=f"{type(error).__name__}: {first}")
 
 
 def _run(job: Job, started: float) -> Outcome | None:
     _require_own_accelerators(job)
     if not _train(job):
         return None
-    outcome = _measured(job)
-    return dataclasses.replace(outcome, total_seconds=time.monotonic() - started)
+    return dataclasses.replace(_measured(job), total_seconds=time.monotonic() - started)
 
 
 def _require_own_accelerators(job: Job) -> None:

@@ -118,9 +118,8 @@ class Answers:
                 controls = [_scores(place[mode]) for place in places]
                 less[name] = _less(own, controls, clusters)
         for name, floor in self._floors(task, places[0]["own"]).items():
-            if (
-                name == "majority" or self._training
-            ):  # a baseline that knows the test answers per question is no control
+            # A baseline that knows the test answers per question is no control.
+            if name == "majority" or self._training:
                 less[name] = _less(own, [floor] * len(own), clusters)
         return TaskAnswers(
             own=TaskScores(scores=own, clusters=clusters, seeds=seeds), less=less,
@@ -151,10 +150,8 @@ def _scores(place: Path) -> list[float]:
     rules = task_of(place)
     if rules is None:
         return [float(row["score"] or 0.0) for row in read_samples(place / SAMPLES)]
-    samples = [
-        replace(sample, score=0.0) if math.isnan(sample.score) else sample for sample in read_scored(place)
-    ]  # fmt: skip
-    return _brought(rules.aggregation, samples)
+    scored = read_scored(place)
+    return _brought(rules.aggregation, [replace(one, score=0.0) if math.isnan(one.score) else one for one in scored])
 
 
 def _nats(places: Sequence[Path]) -> list[list[float]]:

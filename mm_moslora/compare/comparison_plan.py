@@ -234,24 +234,14 @@ def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell
 
 
 def run_count(settings: Settings, outcomes: Mapping[str, Outcome] = _NONE) -> int:
-    """The total number of runs; an arm with only failed tuning runs has no reported ones.
-
-    Args:
-        settings: the comparison's.
-        outcomes: by the run's name.
-    """
+    """The total number of runs; an arm with only failed tuning runs has no reported ones."""
     hopeless = hopeless_arms(settings, outcomes)
     reported = [settings.seeds_of(arm.name) for arm in settings.arms if arm.name not in hopeless]
     return len(tuning_cells(settings, outcomes)) + sum(reported)
 
 
 def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """The best rate of every arm after all its tuning runs have ended, if at least one succeeded.
-
-    Args:
-        settings: the comparison's.
-        outcomes: by the run's name.
-    """
+    """The best rate of every arm after all its tuning runs have ended, if at least one succeeded."""
     if not settings.tunes:
         return {arm.name: settings.rates[0] for arm in settings.arms}
     chosen = {}

@@ -293,11 +293,9 @@ class Comparison:
         scores = outcome.validation if item.tuning else outcome.test
         names = short_names([*self.settings.tasks, *self.settings.validation]) | {LOSS: "held-out loss"}
         shown = ", ".join(f"{names[task]} {score:.4f}" for task, score in scores.items())
-        return f"{what}{shown}; {format_seconds(outcome.total_seconds)}; {self._left()}"
-
-    def _left(self) -> str:
         seconds = self.seconds_left()
-        return "all done" if seconds == 0 else f"about {format_seconds(seconds)} of runs left"
+        left = "all done" if seconds == 0 else f"about {format_seconds(seconds)} of runs left"
+        return f"{what}{shown}; {format_seconds(outcome.total_seconds)}; {left}"
 
     def seconds_left(self) -> float:
         """Estimate of the missing runs' seconds, from finished runs of the same arm, else from the mean of all."""
@@ -308,11 +306,7 @@ class Comparison:
         return sum(cost.runs * (fmean(known) if math.isnan(cost.run_seconds) else cost.run_seconds) for cost in costs)
 
     def _costs(self, probes: Mapping[str, Job] = MappingProxyType({})) -> list[ArmCost]:
-        """The cost of every arm's missing runs.
-
-        Args:
-            probes: by the name of the arm, a run of which the first steps were done.
-        """
+        """The cost of every arm's missing runs; `probes` holds, by arm, a run of which the first steps were done."""
         hopeless, cells, costs = hopeless_arms(self.settings, self.outcomes), self._cells(), []
         for arm in self.settings.arms:
             own = [item for item in cells if item.arm.name == arm.name]
@@ -371,18 +365,17 @@ def _problem(ended: Ended) -> dict[str, str]:
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:
     """A unique display name for each task: for a data file its file name, with as many folders as needed."""
-    files = {task: Path(file).with_suffix("") for task in tasks if (file := _file_of(task))}
+    files = {}
+    for task in tasks:
+        kind, _, rest = task.partition(":")
+        if file := {"llava": file_and_folder(rest)[0], "tsv": rest}.get(kind):
+            files[task] = Path(file).with_suffix("")
     names = {task: files[task].name if task in files else task for task in tasks}
     for depth in range(2, 1 + max((len(file.parts) for file in files.values()), default=0)):
         taken = Counter(names.values())
         names |= {task: "/".join(file.parts[-depth:]) for task, file in files.items() if taken[names[task]] > 1}
     taken = Counter(names.values())
     return {task: task if taken[name] > 1 else name for task, name in names.items()}
-
-
-def _file_of(task: str) -> str:
-    kind, _, rest = task.partition(":")
-    return {"llava": file_and_folder(rest)[0], "tsv": rest}.get(kind, "")
 
 
 def _killed(code: int, log: Path) -> str:

@@ -18,6 +18,7 @@ from mm_moslora.reporting.verdicts import (
     mood_of_arms,
     verdict_of_nats,
 )
+from mm_moslora.utils.text_format import aligned
 
 
 def plan_lines(settings: Settings) -> list[str]:
@@ -160,34 +161,19 @@ def table(results: Mapping[str, Any]) -> str:
     """The result for the terminal."""
     tasks = list(dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
     reference = results["settings"]["reference"]
-    head = [
-        "arm",
-        "lr",
-        "seeds",
-        *tasks,
-        f"- {reference}",
-        "95 %",
-        "half-width",
-        "p (Holm)",
-        "parameters",
-        "s/step",
-        "GiB",
-    ]
-    lines = _aligned(head, [_cells(arm, tasks, results) for arm in results["arms"]])
-    over = "documents and seeds" if results["settings"]["seeds"] > 1 else "documents"
-    lines.append(f"Mean percent ± standard error over {over}{_chosen_by(results)}.")
-    lines += [f"{task} is {score}." for task, score in results["settings"].get("scores", {}).items()]
+    difference = [f"- {reference}", "95 %", "half-width", "p (Holm)"]
+    head = ["arm", "lr", "seeds", *tasks, *difference, "parameters", "s/step", "GiB"]
+    lines = aligned(head, [_cells(arm, tasks, results) for arm in results["arms"]])
+    settings, chosen = results["settings"], ""
+    over = "documents and seeds" if settings["seeds"] > 1 else "documents"
+    if settings["tuning_seeds"]:
+        by = "held-out loss" if settings["validation"] == [LOSS] else ", ".join(settings["validation"])
+        chosen = f"; rates chosen by {by}"
+    lines.append(f"Mean percent ± standard error over {over}{chosen}.")
+    lines += [f"{task} is {score}." for task, score in settings.get("scores", {}).items()]
     lines += _nats_table(results)
     lines += ["", *control_lines(results)]
     return "\n".join([*lines, "", *(f"- {line}" for line in results["says"])])
-
-
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def _nats_table(results: Mapping[str, Any]) -> list[str]:
@@ -202,7 +188,7 @@ def _nats_table(results: Mapping[str, Any]) -> list[str]:
         for mode in dict.fromkeys(mode for found in arm["nats"].values() for mode in found)
     ]  # fmt: skip
     head = ["arm", "pictures", *columns, f"- {results['settings']['reference']}", "95 %", "p (Holm)"]
-    return ["", "Log-likelihood of the reference answer, nats:", *_aligned(head, rows)]
+    return ["", "Log-likelihood of the reference answer, nats:", *aligned(head, rows)]
 
 
 _PICTURES = {"own": "own", "wrong_image": "another item's", "blind": "plain"}
@@ -264,14 +250,6 @@ def nats_sentence(row: Mapping[str, Any]) -> str:
     return f"{subject}: not shown to differ, {value} nats [{interval}], corrected p {p}{left}."
 
 
-def _chosen_by(results: Mapping[str, Any]) -> str:
-    settings = results["settings"]
-    if not settings["tuning_seeds"]:
-        return ""
-    by = "held-out loss" if settings["validation"] == [LOSS] else ", ".join(settings["validation"])
-    return f"; rates chosen by {by}"
-
-
 def control_lines(results: Mapping[str, Any]) -> list[str]:
     """Differences of every arm from its controls, a line per arm and column."""
     return [
@@ -290,18 +268,18 @@ def _cells(arm: Mapping[str, Any], tasks: Sequence[str], results: Mapping[str, A
     last = tasks[-1] if tasks else None
     row = next((r for r in results["comparisons"] if r["arm"] == arm["name"] and r["task"] == last), None)
     good = [seed for seed in arm["seeds"] if seed["status"] == "ok"]
+    means = [arm["tasks"].get(task) for task in tasks]
+    cost = ["-", "-", "-"]
+    if found := arm["cost"]:
+        cost = [f"{found['trainable']:,}", f"{found['step_seconds']:.2f}", f"{found['memory_gib']:.1f}"]
     return [
         arm["name"],
         "-" if arm["rate"] is None else f"{arm['rate']:g}",
         str(len(good)),
-        *(_mean_cell(arm["tasks"].get(task)) for task in tasks),
+        *(f"{100 * one['mean']:.1f} ± {100 * one['stderr']:.1f}" if one else "-" for one in means),
         *_difference_cells(row),
-        *_cost_cells(arm["cost"]),
+        *cost,
     ]
-
-
-def _mean_cell(measure: Mapping[str, Any] | None) -> str:
-    return "-" if measure is None else f"{100 * measure['mean']:.1f} ± {100 * measure['stderr']:.1f}"
 
 
 def _difference_cells(row: Mapping[str, Any] | None) -> list[str]:
@@ -314,9 +292,3 @@ def _difference_cells(row: Mapping[str, Any] | None) -> list[str]:
         f"{50 * (row['high'] - row['low']):.1f}",
         "-" if row["verdict"] in UNJUDGED else f"{row['p_corrected']:.2g}",
     ]
-
-
-def _cost_cells(cost: Mapping[str, Any] | None) -> list[str]:
-    if cost is None:
-        return ["-", "-", "-"]
-    return [f"{cost['trainable']:,}", f"{cost['step_seconds']:.2f}", f"{cost['memory_gib']:.1f}"]

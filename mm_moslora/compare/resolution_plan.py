@@ -310,12 +310,7 @@ def after_look(state: LookState, rows: Rows, seeds: int) -> LookState:
 
 
 def is_decided(row: Mapping[str, Any], points: float) -> bool:
-    """Whether an arm needs no more seeds.
-
-    Args:
-        row: its comparison.
-        points: the difference to show, as a share.
-    """
+    """Whether an arm needs no more seeds to show a difference of `points`, a share."""
     if row["run_degrees"] < _LOOK_DEGREES or row["p_corrected"] is None:
         return False
     close = -points <= row["low"] and row["high"] <= points

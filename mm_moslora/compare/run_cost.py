@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, median
 
 from mm_moslora.compare.comparison_cell import Job, metrics
@@ -63,16 +62,11 @@ def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: Job | None)
     if probe is None or len(rows) < PROBE_STEPS:
         return ArmCost(arm=arm, runs=runs)
     steps = probe.recipe.train.total_steps(rows[-1]["step"] / rows[-1]["epoch"])
-    each = median(row["step_seconds"] for row in rows)
+    each, parts = median(row["step_seconds"] for row in rows), read_json(probe.place / "summary.json")["components"]
     return ArmCost(
-        arm=arm, runs=runs, trainable=_trainable(probe.place), step_seconds=each, steps=steps,
+        arm=arm, runs=runs, trainable=sum(part["trainable"] for part in parts), step_seconds=each, steps=steps,
         run_seconds=each * steps, memory_gib=rows[-1]["memory_gib"],
     )  # fmt: skip
-
-
-def _trainable(place: Path) -> int:
-    summary = read_json(place / "summary.json")
-    return sum(row["trainable"] for row in summary["components"])
 
 
 def cost_table(costs: Sequence[ArmCost]) -> list[str]:
@@ -117,11 +111,7 @@ def mean_run_seconds(costs: Sequence[ArmCost]) -> float:
 
 
 def cost_line(cost: ArmCost) -> str:
-    """What the first steps of a comparison's first run say about all its runs.
-
-    Args:
-        cost: of that run; `runs` are those of all arms.
-    """
+    """What the first steps of a comparison's first run say about all its runs."""
     return (
         f"Cost: {cost.step_seconds:.2f} s a step, {cost.steps} steps a run, {cost.runs} runs: about "
         f"{format_seconds(cost.seconds)} of training in all (and loading and measuring), {cost.memory_gib:.1f} GiB a "

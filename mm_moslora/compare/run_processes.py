@@ -78,11 +78,7 @@ class Ended(NamedTuple):
 
 
 class RunProcesses:
-    """The processes of runs, one per slot at a time.
-
-    Args:
-        room: the slots.
-    """
+    """The processes of runs, one per slot at a time."""
 
     def __init__(self, room: Sequence[Slot]) -> None:
         self._free = list(room)

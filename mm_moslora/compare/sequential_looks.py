@@ -17,7 +17,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import read_json, replace_json
 
 Array = NDArray[np.float64]
-_NORMAL = NormalDist()
 OVERALL = 0.05
 _RATES = np.unique(np.append(np.geomspace(1e-5, 0.5, 40), OVERALL))
 """Overall error rates at which the levels are computed."""
@@ -95,20 +93,22 @@ def nominal_levels(fractions: tuple[float, ...]) -> Array:
     Args:
         fractions: information of each look, rising to 1.
     """
+    from scipy.special import ndtr, ndtri
+
     width = _SPAN / _CELLS
     cells = np.linspace(width / 2, _SPAN - width / 2, _CELLS)  # by symmetry, a cell holds both signs
-    whole = np.array([_NORMAL.inv_cdf(1 - rate / 4) for rate in _RATES])
+    whole = ndtri(1 - _RATES / 4)
     inside = np.zeros((len(_RATES), _CELLS))
     levels, before, last = np.zeros((len(_RATES), len(fractions))), np.zeros(len(_RATES)), 0.0
     for look, fraction in enumerate(fractions):
-        spent = np.array([4 - 4 * _NORMAL.cdf(z / fraction**0.5) for z in whole])
+        spent = 4 - 4 * ndtr(whole / fraction**0.5)
         if look == 0:
             mass = np.tile(2 * width * _density(cells, fraction), (len(_RATES), 1))
         else:
             steps = _density(np.arange(2 * _CELLS, dtype=np.float64) * width, fraction - last) * width
             mass = inside @ (steps[_APART] + steps[_AGAINST])
         bounds = _bounds(mass, spent - before, width)
-        levels[:, look] = [2 - 2 * _NORMAL.cdf(bound / fraction**0.5) for bound in bounds]
+        levels[:, look] = 2 - 2 * ndtr(bounds / fraction**0.5)
         inside = mass * np.clip((bounds[:, None] - cells + width / 2) / width, 0.0, 1.0)
         before, last = spent, fraction
     return levels
@@ -141,11 +141,7 @@ class Judged:
     """Whether it is one of the looks."""
 
     def numbers(self, *, comparisons: int) -> dict[str, Any]:
-        """The numbers of a row of `results.json`.
-
-        Args:
-            comparisons: arms with a p-value.
-        """
+        """The numbers of a row of `results.json`, with p-values of so many arms."""
         found = self.estimate
         return {
             "difference": found.value,

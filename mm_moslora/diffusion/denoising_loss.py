@@ -33,11 +33,7 @@ class LatentBatch:
 
 
 class DenoisingLoss(nn.Module):
-    """A family's denoiser and its trained text encoders as one module whose forward pass is the loss.
-
-    Args:
-        family: with adapters in place.
-    """
+    """A family's denoiser and trained text encoders, adapters in place, as one module whose forward is the loss."""
 
     def __init__(self, family: PipelineFamily) -> None:
         super().__init__()

@@ -73,25 +73,8 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: DiffusionRecipe) -
         )
 
 
-def _write_plain_file(folder: Path) -> None:
-    """Write diffusers' file beside the adapters, or say why it cannot express them (DoRA, mixers that depend on x)."""
-    try:
-        write_lora_file(folder / "adapter", folder)
-    except AdapterError as error:
-        files.discard(folder / DIFFUSERS_WEIGHTS)
-        logger.warning("The checkpoint has no %s: %s", DIFFUSERS_WEIGHTS, error)
-
-
 class Checkpoints:
-    """Saves and restores the state of a session; all ranks call each method together.
-
-    Args:
-        run: the run.
-        trainable: trained parameters by component and name.
-        optimizer: accelerate's.
-        schedule: of the learning rate.
-        accelerator: of accelerate.
-    """
+    """Saves and restores the state of a session; all ranks call each method together."""
 
     def __init__(
         self, run: DiffusionRun, trainable: dict[str, nn.Parameter], optimizer: Any, schedule: Any, accelerator: Any
@@ -134,7 +117,11 @@ class Checkpoints:
                 (folder / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
                 for name, adapter in taken.items():
                     adapter.write(folder / "adapter" / name)
-                _write_plain_file(folder)
+                try:
+                    write_lora_file(folder / "adapter", folder)
+                except AdapterError as error:  # the file cannot express DoRA, and mixers that depend on x
+                    files.discard(folder / DIFFUSERS_WEIGHTS)
+                    logger.warning("The checkpoint has no %s: %s", DIFFUSERS_WEIGHTS, error)
 
         manifest = Manifest(
             step=run.step, world_size=distributed.world_size(), recipe=self.recipe.to_dict(),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mm_moslora.adapters import add_moslora, load_adapter
 from mm_moslora.data.images.record_picture import check_image
@@ -123,7 +122,8 @@ def _adapt(family: PipelineFamily) -> None:
             adapter = replace(adapter, mixer_pattern={}, rank_pattern={}, alpha_pattern={})
             targets = adapter.text_encoder_targets
         elif targets == ATTENTION:
-            targets = [target for target in family.attention if _has(component, target)]
+            paths = [path for path, _ in component.named_modules()]
+            targets = [target for target in family.attention if any(path.endswith(f".{target}") for path in paths)]
         config = moslora_config(adapter, task_type=None, init_lora_weights=init)
         adapted = add_moslora(component, config, targets=targets)
         if adapter.weights is not None:
@@ -139,10 +139,6 @@ def _adapt(family: PipelineFamily) -> None:
                 getattr(component, "enable_gradient_checkpointing", None) or component.gradient_checkpointing_enable
             )
             enable()
-
-
-def _has(component: nn.Module, target: str) -> bool:
-    return any(name.endswith(f".{target}") for name, _ in component.named_modules())
 
 
 def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.optim.Optimizer:

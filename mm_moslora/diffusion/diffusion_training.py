@@ -192,7 +192,10 @@ class _Session:
                 loss = self.loss(batch)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    norm = self._clipped_norm()
+                    limit = self.recipe.optim.max_grad_norm or math.inf
+                    clipped = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
+                    # None: DeepSpeed clips in its own step.
+                    norm = float((self.loss.get_global_grad_norm() or 0.0) if clipped is None else clipped)
                     if math.isfinite(norm) or self.accelerator.scaler is not None:
                         self.optimizer.step()
                 applied = math.isfinite(norm) and not self.optimizer.step_was_skipped
@@ -207,13 +210,6 @@ class _Session:
         if run.step % train.log_every == 0 or run.step == self.total:
             self._log(mean, norm, rates, time.monotonic() - started)
         return mean
-
-    def _clipped_norm(self) -> float:
-        limit = self.recipe.optim.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
-        if norm is None:  # DeepSpeed clips in its own step
-            norm = self.loss.get_global_grad_norm() or 0.0
-        return float(norm)
 
     def _loss_scale(self) -> float:
         """fp16's factor on the loss, 1 in other precisions."""

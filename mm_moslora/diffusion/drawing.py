@@ -57,12 +57,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def untuned_digests(family: PipelineFamily, pictures: Sequence[tuple[str, int]]) -> list[str]:
-    """Digests of all that pictures of the untuned pipeline follow from.
-
-    Args:
-        family: without adapters.
-        pictures: prompt and seed of each.
-    """
+    """Digests of all that pictures of the untuned pipeline (a family without adapters) follow from."""
     model, validate = family.recipe.model, family.recipe.validate
     shared = [
         _source(model.base), model.revision, model.variant, _source(model.vae), str(family.denoiser.dtype),
@@ -134,12 +129,7 @@ class Drawing:
 
 
 class ValidationPictures:
-    """Draws the validation prompts, and keeps `drawings.json` for the report.
-
-    Args:
-        family: the pipeline.
-        run: the run folder.
-    """
+    """Draws the validation prompts, and keeps `drawings.json` for the report."""
 
     def __init__(self, family: PipelineFamily, run: Path) -> None:
         self.family, self.run, self.config = family, run, family.recipe.validate

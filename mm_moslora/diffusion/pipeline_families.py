@@ -37,12 +37,7 @@ def need_diffusers() -> None:
 
 
 class PipelineFamily:
-    """A loaded pipeline, and how its denoiser is trained.
-
-    Args:
-        pipeline: of diffusers.
-        recipe: of the run.
-    """
+    """A loaded pipeline of diffusers, and how its denoiser is trained by the run's recipe."""
 
     classes: tuple[str, ...] = ()
     """Names of diffusers' classes."""

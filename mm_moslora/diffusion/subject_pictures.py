@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,7 +172,10 @@ def _captioned(folder: Path, column: str) -> list[PromptedPicture]:
         if not line.strip():
             continue
         where = f"{folder / METADATA}, line {number}"
-        row = _row(line, where)
+        try:
+            row: dict[str, str] = parse_object(line)
+        except ValueError as error:
+            raise DataError(f"{where} {error}; expected an object with file_name.") from error
         for key in ("file_name", column):
             if not isinstance(row.get(key), str) or not row[key].strip():
                 raise DataError(
@@ -182,21 +185,10 @@ def _captioned(folder: Path, column: str) -> list[PromptedPicture]:
         found.append(PromptedPicture(path=_below(root, row["file_name"]), prompt=row[column]))
     if not found:
         raise DataError(f"{folder / METADATA} has no lines, expected one per picture.")
-    _refuse_missing(found, folder)
-    return found
-
-
-def _row(line: str, where: str) -> dict[str, str]:
-    try:
-        return parse_object(line)
-    except ValueError as error:
-        raise DataError(f"{where} {error}; expected an object with file_name.") from error
-
-
-def _refuse_missing(found: Sequence[PromptedPicture], folder: Path) -> None:
     missing = [item.path.name for item in found if not item.path.is_file()]
     if missing:
         raise DataError(
             f"{folder / METADATA} names {len(missing)} pictures that are not in its folder, first {missing[0]}. "
             "Correct file_name, or add the files."
         )
+    return found

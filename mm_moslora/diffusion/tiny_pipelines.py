@@ -16,11 +16,7 @@ WIDTH = 16
 
 
 def tiny_pipeline(kind: str) -> Any:
-    """A pipeline of a few ten thousand parameters, the same in every call.
-
-    Args:
-        kind: one of `TINY_PIPELINES`.
-    """
+    """A pipeline (of `TINY_PIPELINES`) of a few ten thousand parameters, the same in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipeline = TINY_PIPELINES[kind]()
@@ -61,11 +57,11 @@ def _t5(width: int) -> tuple[Any, Any]:
     return transformers.T5EncoderModel(config), tokenizer
 
 
-def _vae(*, channels: int = 4, shift: float | None = None) -> Any:
+def _vae(*, shift: float | None = None) -> Any:
     import diffusers
 
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=channels, sample_size=SIDE,
+        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=SIDE,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         **({} if shift is None else {"shift_factor": shift, "scaling_factor": 1.5}),
     )  # fmt: skip
@@ -148,9 +144,9 @@ TINY_PIPELINES: dict[str, Callable[[], Any]] = {
 """Name in `model.base` to maker."""
 
 
-def drawn_pictures(count: int = 4) -> list[Image.Image]:
+def drawn_pictures() -> list[Image.Image]:
     """Drawings of one subject, a patterned cat, on different grounds."""
-    return [_drawn(number) for number in range(count)]
+    return [_drawn(number) for number in range(4)]
 
 
 def _drawn(number: int) -> Image.Image:

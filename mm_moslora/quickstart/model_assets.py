@@ -202,8 +202,10 @@ def stamps(deb: Path | None = None, say: Say = silent) -> Path:
         if deb is None:
             package = fetch_deb(STAMPS, work, say)
         else:
-            package = _existing(deb)
-            verify(package, STAMPS)
+            if not deb.is_file():
+                raise AssetError(f"There is no file {deb}. Give the path of {STAMPS.name}_{STAMPS.version}_all.deb.")
+            verify(deb, STAMPS)
+            package = deb
         say("unpacking the stamps")
         unpack_deb(package, work / "root")
         shared = work / "root" / "usr" / "share"
@@ -232,12 +234,6 @@ def _work(folder: Path) -> Path:
 def _discard(folder: Path) -> None:
     """Delete the download and its unpacked contents; only the converted folder is needed afterwards."""
     remove(folder / _WORK)
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise AssetError(f"There is no file {path}. Give the path of {STAMPS.name}_{STAMPS.version}_all.deb.")
-    return path
 
 
 def _member_of(asset: Asset, folder: Path, members: Callable[[str], bool], say: Say) -> list[Path]:

@@ -85,10 +85,6 @@ def _digest(files: Sequence[Path]) -> str:
 def measured(folder: Path, subject: Mapping[str, str]) -> list[dict[str, Any]] | None:
     """The scores of an earlier call.
 
-    Args:
-        folder: the quickstart's run folder.
-        subject: from `subject_of`.
-
     Returns:
         The rows of `evaluation.json`; None where they are missing, damaged, or of another model or other data.
     """

@@ -14,7 +14,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -220,34 +221,24 @@ class _Clock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.json"
         self.seconds: dict[str, float] = (
-            kept(self.path, dict, fits=lambda content: format_seconds(_total(content))) or {}
+            kept(self.path, dict, fits=lambda content: format_seconds(math.fsum(content.values()))) or {}
         )
 
-    def stage(self, name: str) -> _Stage:
-        return _Stage(self, name)
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - started
+            # A stage that only reads back its result must not replace the time that it took.
+            if spent > self.seconds.get(name, 0) / 4:
+                self.seconds[name] = self.seconds.get(name, 0) + spent
+                replace_json(self.path, self.seconds)
 
     @property
     def total(self) -> float:
-        return _total(self.seconds)
-
-
-def _total(seconds: Mapping[str, float]) -> float:
-    return math.fsum(seconds.values())
-
-
-class _Stage:
-    def __init__(self, clock: _Clock, name: str) -> None:
-        self.clock, self.name = clock, name
-
-    def __enter__(self) -> None:
-        self.started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.monotonic() - self.started
-        # A stage that only reads back its result must not replace the time that it took.
-        if spent > self.clock.seconds.get(self.name, 0) / 4:
-            self.clock.seconds[self.name] = self.clock.seconds.get(self.name, 0) + spent
-            replace_json(self.clock.path, self.clock.seconds)
+        return math.fsum(self.seconds.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,40 +328,26 @@ def _placed(recipe: Recipe, records: Path, images: Path, output: Path) -> Recipe
     )
 
 
-def _export(folder: Path, *, model: str) -> dict[str, Any]:
-    """The tuned model as a Hugging Face folder, verified against the model in memory.
+_EXPORTED = ("architecture", "stock", "max_logit_difference")
 
-    Args:
-        folder: the quickstart's.
-        model: digest of the tuned weights; an export of other weights is replaced.
-    """
+
+def _export(folder: Path, *, model: str) -> dict[str, Any]:
+    """The tuned model as a Hugging Face folder, verified; an export of weights with another digest is replaced."""
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.load_model import load
 
     target, note = folder / "export", folder / "export.json"
-    known = kept(note, dict, fits=itemgetter("architecture", "stock", "max_logit_difference"))
+    known = kept(note, dict, fits=itemgetter(*_EXPORTED))
     if is_built(target) and known is not None and known.get("model") == model:
         return dict(known)
     with building(target, replaces=MARK) as part:
         result = export_model(load(folder / "tune"), part)
-    facts = {
-        "architecture": result.architecture,
-        "stock": result.stock,
-        "max_logit_difference": result.max_logit_difference,
-        "model": model,
-    }
+    facts = {name: getattr(result, name) for name in _EXPORTED} | {"model": model}
     replace_json(note, facts)
     return facts
 
 
-def _summarise(
-    folder: Path,
-    data: DatasetFiles,
-    choice: Choice,
-    *,
-    clock: _Clock,
-    exported: dict[str, Any],
-) -> None:
+def _summarise(folder: Path, data: DatasetFiles, choice: Choice, *, clock: _Clock, exported: dict[str, Any]) -> None:
     from mm_moslora.tracking.run_environment import environment
     from mm_moslora.training.run_logging import peak_memory_gib
 

@@ -225,12 +225,7 @@ def band_of(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 
 def means_of(arm: Mapping[str, Any], task: str) -> tuple[Measure, Measure]:
-    """An arm's score in percent and log-likelihood in nats, with intervals and seeds.
-
-    Args:
-        arm: of the results.
-        task: name of the column.
-    """
+    """An arm's score in percent and log-likelihood in nats, with intervals and seeds."""
     nats = arm.get("nats", {}).get(task, {}).get("own")
     return _mean(arm["tasks"].get(task), missing=_unmeasured(arm)), _mean(nats, factor=1.0, digits=3)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from markupsafe import Markup, escape
 from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.comparison_charts import columns, forest, means_of, score_rows
 from mm_moslora.reporting.comparison_curves import RateChart, cost_charts, rate_charts
-from mm_moslora.reporting.run_page import asset, printable
+from mm_moslora.reporting.run_page import asset, printable, script_parts
 from mm_moslora.reporting.svg_charts import format_number
 from mm_moslora.reporting.verdicts import AGAINST, difference_of
 from mm_moslora.utils.errors import ConfigError
@@ -29,11 +27,7 @@ FORMAT = 2
 
 
 def write_page(results: Path, out: Path) -> Path:
-    """Write the page of a comparison.
-
-    Args:
-        results: a comparison's `results.json`.
-        out: the HTML file; replaced atomically.
+    """Write the page of a comparison's `results.json`, atomically.
 
     Raises:
         ConfigError: the file is missing, or another version wrote it.
@@ -62,23 +56,8 @@ def read_results(results: Path) -> dict[str, Any]:
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page as text.
-
-    Args:
-        data: the content of `results.json`.
-    """
-    script = asset("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        _environment()
-        .get_template("comparison.html.j2")
-        .render(
-            style=_style(),
-            script=Markup(script),  # noqa: S704  (shipped with the package)
-            script_hash=digest,
-            **_context(data),
-        )
-    )
+    """The page of the content of `results.json` as text."""
+    return _environment().get_template("comparison.html.j2").render(style=_style(), **script_parts(), **_context(data))
 
 
 def picture(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -121,6 +100,7 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
     data = _readable(results)
     tasks = columns(data)
     settings = data["settings"]
+    less = f"Difference to {settings['reference']}"
     loss = settings["validation"] == ["loss"]
     rates = rate_charts(data["arms"], loss=loss)
     planned, over = data["runs"]["planned"], data["runs"]["over"]
@@ -140,7 +120,7 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
         "rows": [_row(arm, tasks, data) for arm in data["arms"]],
         "controls": [row for arm in data["arms"] for row in _controls(arm)],
         "floors": [(label, name) for name, label in _FLOORS.items() if data["floors"]],
-        "forests": [chart for task in tasks if (chart := forest([("", data)], task, title=_title(task, settings)))],
+        "forests": [chart for task in tasks if (chart := forest([("", data)], task, title=f"{less}: {task}"))],
         "scores": [chart for task in tasks if (chart := score_rows(data, task, title=task))],
         "rates": rates,
         "rate_table": _rate_rows(rates),
@@ -149,10 +129,6 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
         "command": data["command"],
         "recipe": data["recipe"],
     }  # fmt: skip
-
-
-def _title(task: str, settings: Mapping[str, Any]) -> str:
-    return f"Difference to {settings['reference']}: {task}"
 
 
 _FLOORS = {"majority": "Most frequent answer", "best_answer": "Best answer per question text"}

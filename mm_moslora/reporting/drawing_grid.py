@@ -19,9 +19,6 @@ MOST_ROWS, MOST_STEPS = 12, 5
 def drawing_grid(folder: Path) -> list[dict[str, Any]]:
     """Rows of `drawings.json`, see `run_data`.
 
-    Args:
-        folder: the run folder.
-
     Returns:
         Per prompt and seed: `prompt`, `seed`, and `pictures` with `label` and `url` (None where the file is missing).
         At most `MOST_ROWS` rows, and `MOST_STEPS` steps spread evenly over the run, the last one among them.
@@ -63,12 +60,9 @@ def _read(folder: Path) -> list[dict[str, Any]]:
         data = parse_json(read_text_below(folder, DRAWINGS) or "[]")
     except ValueError:
         return []
-    return [found for item in data if (found := _row(item))] if isinstance(data, list) else []
-
-
-def _row(item: Any) -> dict[str, Any] | None:
-    """One entry with its types checked; None for another."""
     kinds = {"step": int, "prompt": str, "seed": int, "image": str, "untuned": str}
-    if not isinstance(item, Mapping) or any(not isinstance(item.get(key), kind) for key, kind in kinds.items()):
-        return None
-    return {key: item[key] for key in kinds} | {"prompt": redact_text(item["prompt"])}
+    return [
+        {key: item[key] for key in kinds} | {"prompt": redact_text(item["prompt"])}
+        for item in (data if isinstance(data, list) else [])
+        if isinstance(item, Mapping) and all(isinstance(item.get(key), kind) for key, kind in kinds.items())
+    ]

@@ -64,12 +64,7 @@ def data_url(picture: Image.Image) -> str:
 
 
 def thumbnail(folder: Path, name: str) -> str | None:
-    """A picture of a run folder as a data URL; None where it is missing, damaged, too large or outside the folder.
-
-    Args:
-        folder: the run folder.
-        name: path below it.
-    """
+    """A picture of a run folder as a data URL; None where it is missing, damaged, too large or outside the folder."""
     try:
         picture = shrunk(find_below(folder.resolve(), name))
     except (OSError, FileError):
@@ -78,12 +73,7 @@ def thumbnail(folder: Path, name: str) -> str | None:
 
 
 def heat_map(matrix: Sequence[Sequence[float]], scale: float) -> Image.Image:
-    """A matrix as a picture, one pixel per cell.
-
-    Args:
-        matrix: rows of equal length.
-        scale: the absolute value with full colour.
-    """
+    """A matrix as a picture, one pixel per cell; `scale` is the absolute value with full colour."""
     image = Image.new("RGBA", (len(matrix[0]), len(matrix)))
     pixels = []
     for row in matrix:

@@ -63,11 +63,7 @@ def heat_maps(modules: Sequence[tuple[str, Mapping[str, Any]]]) -> list[HeatMap]
 
 
 def module_names(paths: Sequence[str]) -> list[str]:
-    """The layer and the kind of each path, as `heat_maps` names them: `3 q_proj`.
-
-    Args:
-        paths: of all modules.
-    """
+    """The layer and the kind of each of all paths, as `heat_maps` names them: `3 q_proj`."""
     kinds, layers = _kinds_and_layers(paths)
     rows = list(dict.fromkeys(kinds))
     return [

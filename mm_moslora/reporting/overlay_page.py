@@ -43,11 +43,7 @@ def names_of(runs: Sequence[RunData]) -> list[str]:
 
 
 def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
-    """The content of the page.
-
-    Args:
-        runs: at least two, at most `MOST_RUNS`.
-    """
+    """The content of the page, of 2 to `MOST_RUNS` runs."""
     names = names_of(runs)
     return {
         "names": names,
@@ -84,7 +80,7 @@ def _charts(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any
                 shown = points if key in _RAW else smooth(points)
                 series.append(Series(name=name, points=shown, colour=number))
             if any(item.points for item in series):
-                charts.append(Markup(line_chart(series, title=title, x_label="optimiser step", zero=zero)))  # noqa: S704
+                charts.append(Markup(line_chart(series, title=title, zero=zero)))  # noqa: S704
         if charts:
             found.append({"name": stage_name, "charts": charts})
     return found
@@ -156,7 +152,10 @@ def _samples(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, An
             "question": answers[0][1].question,
             "options": answers[0][1].options,
             "answer": answers[0][1].answer,
-            "picture": _picture(runs, answers),
+            "picture": next(
+                (shown for number, it in answers if it.image and (shown := thumbnail(runs[number].folder, it.image))),
+                None,
+            ),
             "tries": [
                 {"label": names[number], "text": sample.after, "correct": sample.after_correct}
                 for number, sample in answers
@@ -165,13 +164,6 @@ def _samples(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, An
         }
         for answers in shared[:MOST_SAMPLES]
     ]
-
-
-def _picture(runs: Sequence[RunData], answers: Sequence[tuple[int, SampleRow]]) -> str | None:
-    for number, sample in answers:
-        if sample.image and (found := thumbnail(runs[number].folder, sample.image)):
-            return found
-    return None
 
 
 def _mixer_means(mixers: Sequence[Mixer]) -> dict[str, Any]:

@@ -175,10 +175,7 @@ class RunData:
 
 
 def load_run(folder: Path) -> RunData:
-    """Read a run folder.
-
-    Args:
-        folder: a run folder, complete or not.
+    """Read a run folder, complete or not.
 
     Raises:
         ConfigError: the folder does not exist, holds no file of a run, or was written by a newer release.
@@ -187,20 +184,28 @@ def load_run(folder: Path) -> RunData:
         raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
     notes: list[str] = []
     stages = _stages(folder, notes)
+    places = [folder, *(folder / stage.name for stage in reversed(stages))]
+    mixers = next((file for place in places if (file := place / "mixers.json").is_file()), folder / "mixers.json")
     summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
     for source, found in ((folder, summary), *((folder / stage.name, stage.summary) for stage in stages)):
-        _check_format(source, found)
+        version = found.get("format", 0)
+        if not isinstance(version, int) or version > FORMAT:
+            raise ConfigError(
+                f"{source / 'summary.json'} has run format {version!r}, this release reads up to {FORMAT}. A newer "
+                "release wrote it: update mm-moslora."
+            )
     if "environment" not in summary:  # trackers write this file at the start; the run's own summary comes later
-        places = [folder, *(folder / stage.name for stage in reversed(stages))]
         known = (_mapping(_read_json(place / "environment.json", notes), "environment.json", notes) for place in places)
         summary |= {"environment": next((item for item in known if item), None)}
+    if stages:  # the last stage's summary completes the run's own
+        summary = {key: value for key, value in stages[-1].summary.items() if key != "name"} | summary
     data = RunData(
         folder=folder,
-        summary={key: value for key, value in _merged_summary(summary, stages).items() if value is not None},
+        summary={key: value for key, value in summary.items() if value is not None},
         stages=stages,
         evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := _evaluation_row(item, notes))],
         samples=[s for item in _rows(folder / "samples.json", notes) if (s := _sample_row(item, notes))],
-        mixers=[m for item in _mixer_rows(folder, stages, notes) if (m := _mixer(item, notes))],
+        mixers=[m for item in _rows(mixers, notes) if (m := _mixer(item, notes))],
         quarantine=_quarantine(folder, stages, notes),
         state=read_state(folder),
         alerts=_alerts(folder, stages, notes),
@@ -229,15 +234,6 @@ def _which(folder: Path) -> str:
     return "Give the run folder itself, not a checkpoint or its parent."
 
 
-def _check_format(folder: Path, summary: Mapping[str, Any]) -> None:
-    found = summary.get("format", 0)
-    if not isinstance(found, int) or found > FORMAT:
-        raise ConfigError(
-            f"{folder / 'summary.json'} has run format {found!r}, this release reads up to {FORMAT}. A newer release "
-            "wrote it: update mm-moslora."
-        )
-
-
 def _stages(folder: Path, notes: list[str]) -> list[Stage]:
     found = []
     places = [("train", folder), *((place.name, place) for place in stage_folders(folder))]
@@ -256,20 +252,8 @@ def _stages(folder: Path, notes: list[str]) -> list[Stage]:
     return found
 
 
-def _merged_summary(summary: dict[str, Any], stages: list[Stage]) -> dict[str, Any]:
-    """The run's own summary, completed by its last stage's."""
-    merged = dict(stages[-1].summary) if stages else {}
-    merged.pop("name", None)
-    return merged | summary
-
-
 def recipe_text(path: Path, notes: list[str]) -> str | None:
-    """A recipe as YAML without its secrets; None where it is missing or must not be read.
-
-    Args:
-        path: see `_text_of`.
-        notes: see `_text_of`.
-    """
+    """A recipe as YAML without its secrets, read by `_text_of`."""
     text = _text_of(path, notes)
     if text is None:
         return None
@@ -380,14 +364,6 @@ def _sample_row(item: dict[str, Any], notes: list[str]) -> SampleRow | None:
         return None
 
 
-def _mixer_rows(folder: Path, stages: list[Stage], notes: list[str]) -> list[dict[str, Any]]:
-    """The run's mixers, or those of its last stage with mixers."""
-    for place in [folder, *(folder / stage.name for stage in reversed(stages))]:
-        if (place / "mixers.json").is_file():
-            return _rows(place / "mixers.json", notes)
-    return []
-
-
 def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
     path = str(item.get("path", "?"))
     try:
@@ -397,15 +373,15 @@ def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
         return None
     # Releases without `norm_update` have other numbers under the names of the rest.
     names = list(MEASURES) if "norm_update" in item else ["moved", "condition"]
-    figures = {name: float(item[name]) for name in names if _is_finite(item.get(name))}
+    figures = {
+        name: float(item[name])
+        for name in names
+        if isinstance(value := item.get(name), int | float) and math.isfinite(value)
+    }
     rank = item.get("rank")
     if not isinstance(rank, int):
         rank = len(after) if after else None
     return Mixer(path=path, rank=rank, before=before, after=after, pairs=pairs, figures=figures)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _matrix(value: Any) -> list[list[float]] | None:

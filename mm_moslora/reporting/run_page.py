@@ -19,7 +19,7 @@ from markupsafe import Markup
 from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
-from mm_moslora.reporting.lens_maps import MEASURES, TITLES, HeatMap, heat_maps
+from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
 from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
@@ -71,11 +71,7 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
 
 
 def render(data: RunData) -> str:
-    """The page of one run as text.
-
-    Args:
-        data: from `load_run`.
-    """
+    """The page of one run as text."""
     return _render("report.html.j2", _context(data))
 
 
@@ -93,19 +89,14 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         number=format_number,
         explained=summary_text.explained,
     )
-    script = asset("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(
-        style=Markup(asset("report.css")),  # noqa: S704  (shipped with the package)
-        script=Markup(script),  # noqa: S704
-        script_hash=digest,
-        **context,
-    )
+    style = Markup(asset("report.css"))  # noqa: S704  (shipped with the package)
+    return environment.get_template(template).render(style=style, **script_parts(), **context)
 
 
 def _context(data: RunData) -> dict[str, Any]:
     summary = data.summary
     tasks = summary_text.tasks(data)
+    maps = heat_maps([(mixer.path, mixer.figures) for mixer in data.mixers])
     return {
         "title": summary.get("title") or summary.get("name") or data.folder.name,
         "description": summary.get("description"),
@@ -125,7 +116,7 @@ def _context(data: RunData) -> dict[str, Any]:
         "mixers": [_mixer(mixer) for mixer in data.mixers if mixer.after][:MOST_MIXERS],
         "mixer_rows": data.mixers,
         "measures": [(key, name) for key, name in MEASURES.items() if any(key in item.figures for item in data.mixers)],
-        "lens_maps": [Markup(heat_chart(item)) for item in _lens_maps(data)],  # noqa: S704  (escapes its texts)
+        "lens_maps": [Markup(heat_chart(item)) for item in maps],  # noqa: S704  (escapes its texts)
         "lens_curves": [chart for stage in data.stages[-1:] for chart in _lens_curves(stage)],
         "data_facts": _flat(summary.get("data")),
         "quarantine": data.quarantine,
@@ -144,6 +135,13 @@ def printable(value: Any) -> Any:
     if value is None:
         return ""
     return visible(value) if isinstance(value, str) else value
+
+
+def script_parts() -> dict[str, str]:
+    """The script of a page, and its hash for the page's content policy."""
+    script = asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"script": Markup(script), "script_hash": digest}  # noqa: S704  (shipped with the package)
 
 
 def asset(name: str) -> str:
@@ -261,14 +259,10 @@ def _charts(stage: Stage) -> list[Markup]:
         ),
     ]
     return [
-        Markup(line_chart(series, title=title, x_label="optimiser step", zero=zero))  # noqa: S704  (escapes its texts)
+        Markup(line_chart(series, title=title, zero=zero))  # noqa: S704  (escapes its texts)
         for title, series, zero in wanted
         if any(item.points for item in series)
     ]
-
-
-def _lens_maps(data: RunData) -> list[HeatMap]:
-    return heat_maps([(mixer.path, mixer.figures) for mixer in data.mixers])
 
 
 def _lens_curves(stage: Stage) -> list[Markup]:
@@ -278,7 +272,7 @@ def _lens_curves(stage: Stage) -> list[Markup]:
         points = curve(stage, f"mixer/{key}")
         if len(points) > 1:
             series = [Series(name=MEASURES[key], points=points)]
-            found.append(Markup(line_chart(series, title=title, x_label="optimiser step", zero=True)))  # noqa: S704
+            found.append(Markup(line_chart(series, title=title, zero=True)))  # noqa: S704
     return found
 
 

@@ -41,11 +41,7 @@ class RunState:
 
 
 def read_state(folder: Path) -> RunState:
-    """The state of a run; secrets are removed from its reason.
-
-    Args:
-        folder: the run folder.
-    """
+    """The state of a run; secrets are removed from its reason."""
     state = _state(folder)
     return state if state.reason is None else replace(state, reason=redact_text(state.reason))
 
@@ -61,11 +57,7 @@ def _state(folder: Path) -> RunState:
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """The subfolders that a run records as its stages, in order; folder names alone do not decide.
-
-    Args:
-        folder: the run folder.
-    """
+    """The subfolders that a run records as its stages, in order; folder names alone do not decide."""
     names = read_object(folder / "state.json").get("stages")
     if not isinstance(names, list):
         # Older quickstarts did not record their stages; their summary has the time of each.
@@ -103,7 +95,12 @@ def _running(place: Path, recorded: Mapping[str, Any]) -> RunState:
     beats = _beats(place)
     if not beats:
         return _without_beats(place, recorded)
-    gone = [beat for beat in beats if not beat.is_over and _is_gone(beat)]
+    gone = [
+        beat
+        for beat in beats
+        if not beat.is_over
+        and (beat.age > SETTLED_SECONDS and beat.is_dead() if beat.is_here() else beat.age > STALE_SECONDS)
+    ]
     failed = [beat for beat in beats if beat.failure or beat.gave_up]
     if any(not beat.is_over and beat not in gone for beat in beats):
         quiet = [beat for beat in beats if (not beat.is_over and beat.age > STALE_SECONDS) or beat in gone]
@@ -125,12 +122,6 @@ def _beats(place: Path) -> list[Heartbeat]:
     if recorded.get("state") != "running" and isinstance(recorded.get("since"), int | float):
         began = float(recorded["since"])
     return [beat for beat in read_heartbeats(place / FOLDER) if beat.written >= began - EARLIER_SECONDS]
-
-
-def _is_gone(beat: Heartbeat) -> bool:
-    if beat.is_here():
-        return beat.age > SETTLED_SECONDS and beat.is_dead()
-    return beat.age > STALE_SECONDS
 
 
 def _state_of_ranks(name: Name, beats: Sequence[Heartbeat]) -> RunState:

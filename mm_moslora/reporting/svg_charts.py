@@ -51,14 +51,9 @@ def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
 
 
-def smooth(points: Sequence[tuple[float, float]], *, share: float = 0.02) -> list[tuple[float, float]]:
-    """Exponential moving average without the start-up bias.
-
-    Args:
-        points: in order of x.
-        share: window length as a share of the curve.
-    """
-    decay = 1 - 1 / max(1.0, share * len(points))
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Exponential moving average over 2 % of the curve, without the start-up bias; points in order of x."""
+    decay = 1 - 1 / max(1.0, 0.02 * len(points))
     total = weight = 0.0
     smoothed = []
     for x, y in points:
@@ -169,20 +164,22 @@ def levels(axis: Axis) -> str:
     return "".join(parts)
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool = False) -> str:
-    """An SVG figure with axes, lines, and the data for the page's read-out.
+_X_LABEL = "optimiser step"
+
+
+def line_chart(series: Sequence[Series], *, title: str, zero: bool = False) -> str:
+    """An SVG figure over optimiser steps with axes, lines, and the data for the page's read-out.
 
     Args:
         series: at least one point in total.
         title: text of the heading and for screen readers.
-        x_label: label below the axis.
         zero: the y axis starts at zero.
     """
     drawn = [replace(item, points=downsample(item.points)) for item in series if item.points]
     every = [point for item in drawn for point in item.points]
     x_axis = Axis(min(x for x, _ in every), max(x for x, _ in every), start=LEFT, end=WIDTH - RIGHT)
     y_axis = _y_axis([y for _, y in every], zero=zero)
-    parts = [_grid(x_axis, y_axis, x_label)]
+    parts = [_grid(x_axis, y_axis)]
     legend = []
     next_colour = 0
     for item in drawn:
@@ -210,7 +207,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool
     key = f'<ul class="legend">{"".join(legend)}</ul>' if len(legend) > 1 else ""
     last = ", ".join(f"{item.name} {format_number(item.points[-1][1])}" for item in shown)
     return (
-        f'<figure class="chart card" data-series="{escape(json.dumps(data))}" data-x="{escape(x_label)}">'
+        f'<figure class="chart card" data-series="{escape(json.dumps(data))}" data-x="{_X_LABEL}">'
         f"<figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
         f'aria-label="{escape(title)}. Last: {escape(last)}">'
@@ -232,8 +229,8 @@ def heat_chart(item: HeatMap) -> str:
     bottom = TOP + height * len(item.rows)
     parts = []
     for row, (name, line) in enumerate(zip(item.rows, item.cells, strict=True)):
-        y = TOP + height * row
-        parts.append(f'<text x="{left - 6:.0f}" y="{y + 11}" text-anchor="end">{escape(_ending(name))}</text>')
+        y, shown = TOP + height * row, name if len(name) <= 32 else f"…{name[-31:]}"
+        parts.append(f'<text x="{left - 6:.0f}" y="{y + 11}" text-anchor="end">{escape(shown)}</text>')
         for column, cell in enumerate(line):
             if cell is not None:
                 place = f'x="{left + width * column:.1f}" y="{y}" width="{max(0.6, width - 0.6):.1f}"'
@@ -255,10 +252,6 @@ def heat_chart(item: HeatMap) -> str:
     )
 
 
-def _ending(name: str, most: int = 32) -> str:
-    return name if len(name) <= most else f"…{name[1 - most :]}"
-
-
 def _y_axis(values: Sequence[float], *, zero: bool) -> Axis:
     low, high = min(values), max(values)
     if zero:
@@ -270,7 +263,7 @@ def _y_axis(values: Sequence[float], *, zero: bool) -> Axis:
     return Axis(bottom, high + pad, start=HEIGHT - BOTTOM, end=TOP)
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
+def _grid(x_axis: Axis, y_axis: Axis) -> str:
     parts = []
     marks = y_axis.ticks()
     if len(marks) > 7:
@@ -286,5 +279,5 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
         )
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{format_number(mark)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
-    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{_X_LABEL}</text>')
     return "".join(parts)

@@ -282,11 +282,7 @@ def verdict_of_arms(difference: Difference, p: float, *, runs: bool, look: bool,
 
 
 def verdict_of_nats(row: Mapping[str, Any]) -> str:
-    """Whether an arm makes the reference answers more likely than the reference arm does.
-
-    Args:
-        row: of `comparisons`, with `nats`.
-    """
+    """Whether an arm makes reference answers more likely than the reference arm does, from a row of `comparisons`."""
     found = row["nats"]["own"]
     if found["low"] is None:
         return "error unknown"

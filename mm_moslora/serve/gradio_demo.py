@@ -119,12 +119,7 @@ class Demo:
 
 
 def messages_of(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Gradio's history and the new message as messages.
-
-    Args:
-        message: `text` and `files`.
-        history: `role` and `content`, a text or parts.
-    """
+    """Gradio's history and the new message as messages."""
     made = []
     for entry in history:
         parts = _parts(entry.get("content"))

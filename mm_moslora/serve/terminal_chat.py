@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -43,12 +44,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", 
 
 
 class Chat:
-    """A conversation with one model.
-
-    Args:
-        assembly: loaded with `mm_moslora.models.load_model.load`.
-        max_new_tokens: longest answer, tokens.
-    """
+    """A conversation with one model."""
 
     def __init__(self, assembly: Parts, *, max_new_tokens: int = 128) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
@@ -169,7 +165,8 @@ class Chat:
 
 def interactive(chat: Chat) -> None:
     """Read questions from the terminal until the end of input."""
-    _line_editing()
+    with suppress(ImportError):  # arrow keys and line history, where the platform supports them
+        import readline  # noqa: F401  (importing it changes `input`)
     _say(f"{HELP}\n")
     if chat.encoder.asks_to_think:
         _say(f"The model is asked to think before it answers, in at most {chat.max_new_tokens} new tokens.\n")
@@ -247,11 +244,3 @@ def _unquoted(text: str) -> str:
 def _say(text: str) -> None:
     sys.stdout.write(visible(text.replace("\r", "")))
     sys.stdout.flush()
-
-
-def _line_editing() -> None:
-    """Arrow keys and line history, where the platform supports them."""
-    try:
-        import readline  # noqa: F401  (importing it changes `input`)
-    except ImportError:
-        return

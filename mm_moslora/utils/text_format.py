@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mm_moslora.utils.errors import ConfigError
 
@@ -44,6 +44,14 @@ def whole_number(
 def visible(text: str) -> str:
     """Text of a model or of data with its control characters replaced, which terminals obey."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table with aligned columns, a line of dashes below the head."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [["-" * width for width in widths], *rows]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *lines))
+    return ["  ".join(row).rstrip() for row in padded]
 
 
 def format_seconds(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,28 +45,20 @@ class LocalModel:
     def __init__(
         self, assembly: Parts, *, name: str, reference: bool = False, store: FeatureStore | None = None
     ) -> None:
-        self.assembly, self._name, self._reference = assembly, name, reference
+        self.assembly, self.name, self._reference = assembly, name, reference
         self.model = assembly.model.eval()
         self.encoder = ConversationEncoder.of(assembly)
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
         self._visual = VisualTokens(assembly, keep=not reference, store=store)
         self._ids: dict[str, list[int]] = {"": []}
-        self._fingerprint: str | None = None
 
-    @property
-    def name(self) -> str:
-        """Display name."""
-        return self._name
-
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash over weights, configuration, template, tokenizer and image processing."""
-        if self._fingerprint is None:
-            tokenizer = self.assembly.tokenizer
-            self._fingerprint = model_fingerprint(
-                self.model, processor=self.assembly.processor, tokenizer=tokenizer, template=tokenizer.chat_template
-            )
-        return self._fingerprint
+        tokenizer = self.assembly.tokenizer
+        return model_fingerprint(
+            self.model, processor=self.assembly.processor, tokenizer=tokenizer, template=tokenizer.chat_template
+        )
 
     @property
     def details(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -73,12 +74,11 @@ class TransformersModel:
         self._encoder = encoder
         self._thinks = encoder is not None and encoder.asks_to_think
         self.model, self.processor = model.eval(), processor
-        self._name, self._reference = name, reference
+        self.name, self._reference = name, reference
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._fingerprint: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -112,19 +112,12 @@ class TransformersModel:
         model.to(device or distributed.device())
         return cls(model, processor, name=f"hf:{name}", reference=reference)
 
-    @property
-    def name(self) -> str:
-        """Display name."""
-        return self._name
-
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash over weights, configuration, template, tokenizer and image processing."""
-        if self._fingerprint is None:
-            self._fingerprint = model_fingerprint(
-                self.model, processor=self.processor, tokenizer=self._tokenizer, template=self._template
-            )
-        return self._fingerprint
+        return model_fingerprint(
+            self.model, processor=self.processor, tokenizer=self._tokenizer, template=self._template
+        )
 
     @property
     def details(self) -> dict[str, str]:
@@ -201,7 +194,7 @@ class TransformersModel:
         arguments: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not has_bos}
         if any(pictures):
             if self.processor is self._tokenizer:
-                raise EvalError(f"The task shows pictures, but {self._name} is a language model. Choose a text task.")
+                raise EvalError(f"The task shows pictures, but {self.name} is a language model. Choose a text task.")
             arguments["images"] = pictures
         encoded = self.processor(text=texts, **arguments)
         device = next(self.model.parameters()).device
@@ -214,7 +207,7 @@ class TransformersModel:
     def _text(self, request: Request) -> str:
         if self._template is None:
             if request.images:
-                raise EvalError(f"{self._name} has no chat template, so a picture has no place in its prompt.")
+                raise EvalError(f"{self.name} has no chat template, so a picture has no place in its prompt.")
             return "\n".join(message.text for message in request.messages)
         messages = []
         for message in request.messages:

@@ -30,12 +30,7 @@ def ngrams(text: str) -> Counts:
 
 
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Corpus BLEU-1 to BLEU-4 with the closest reference length.
-
-    Args:
-        captions: one per image, tokenised (words between spaces).
-        references: several per image, tokenised.
-    """
+    """Corpus BLEU-1 to BLEU-4 with the closest reference length, of tokenised captions (words between spaces)."""
     guessed, correct = [0] * _ORDERS, [0] * _ORDERS
     length = reference_length = 0
     for caption, people in zip(captions, references, strict=True):
@@ -90,12 +85,7 @@ class _Weighted:
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption (0 to 10); the corpus score is their mean.
-
-    Args:
-        captions: one per image, tokenised.
-        references: several per image, tokenised.
-    """
+    """CIDEr-D (0 to 10) of each tokenised caption; the corpus score is their mean."""
     counted = [[ngrams(item) for item in people] for people in references]
     images = Counter(gram for people in counted for gram in set().union(*people))
     log_images = math.log(len(counted)) if counted else 0.0

@@ -41,11 +41,7 @@ def mmvet_table_row(question: str, reference: str, prediction: str) -> str:
 
 
 def mmvet_scores(grades: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean grade times 100 per capability and per combination of capabilities.
-
-    Args:
-        grades: (comma-separated capabilities, grade) of each question.
-    """
+    """Mean grade times 100 by capability and by combination, from pairs of capabilities (with commas) and grade."""
     capabilities: dict[str, list[float]] = defaultdict(list)
     combinations: dict[str, list[float]] = defaultdict(list)
     for category, grade in grades:

@@ -16,11 +16,7 @@ def group_of(index: int) -> int:
 
 
 def circular_hits(rows: Iterable[tuple[int, bool]]) -> dict[int, int]:
-    """1 for each question with all rotations answered correctly, else 0.
-
-    Args:
-        rows: (index, right) of each row.
-    """
+    """1 for each question with all rotations answered correctly, else 0; from (index, right) of each row."""
     hits: dict[int, int] = {}
     for index, right in rows:
         group = group_of(index)
@@ -57,12 +53,7 @@ class Choice:
 
 
 def loglikelihood_choice(options: Sequence[str], loglikelihoods: Sequence[float]) -> Choice:
-    """lm-eval's choice among continuations; ties go to the first.
-
-    Args:
-        options: the continuations without the space before them.
-        loglikelihoods: sums of log-probabilities, one per option.
-    """
+    """lm-eval's choice among continuations (without the space before them); ties go to the first."""
     indices = range(len(options))
     return Choice(
         raw=max(indices, key=lambda i: loglikelihoods[i]),

@@ -68,11 +68,8 @@ def _words(text: str, contractions: dict[str, str] = _CONTRACTIONS) -> str:
 def plain_words(text: str) -> str:
     """Words in lower case, without articles, small numbers as digits; combining marks such as vowel signs are kept."""
     composed = unicodedata.normalize("NFC", text)
-    return _words("".join(sign if _of_word(sign) else " " for sign in composed))
-
-
-def _of_word(sign: str) -> bool:
-    return sign.isalnum() or sign == "'" or unicodedata.category(sign).startswith("M")
+    kept = [sign.isalnum() or sign == "'" or unicodedata.category(sign).startswith("M") for sign in composed]
+    return _words("".join(sign if of_word else " " for sign, of_word in zip(composed, kept, strict=True)))
 
 
 def _one_line(text: str) -> str:
@@ -114,19 +111,11 @@ def _normalize_vizwiz(text: str) -> str:
     return _words(out, _VIZWIZ_CONTRACTIONS)
 
 
-def _punctuation_official(text: str) -> str:
-    return _punctuation(text, period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS)
-
-
 def soft_accuracy(text: str, references: Sequence[str]) -> float:
     """The default: `normalize` on both sides.
 
     With one reference it is exact match. With two or three the divisor is the number of the other references, so that
     agreement with all of them scores 1.
-
-    Args:
-        text: the answer.
-        references: people's answers, usually ten.
     """
     answer, people = normalize(text), [normalize(reference) for reference in references]
     if len(people) == 1:
@@ -150,7 +139,11 @@ textvqa = partial(_accuracy, answer=normalize_evalai, reference=normalize_evalai
 """LLaVA and lmms-eval for TextVQA: EvalAI normaliser on both sides."""
 vlmevalkit = partial(_accuracy, answer=normalize_vlmevalkit, reference=normalize_vlmevalkit)
 """VLMEvalKit's `vqa_score`."""
-vqav2_official = partial(_accuracy, answer=normalize_official, reference=_punctuation_official)
+vqav2_official = partial(
+    _accuracy,
+    answer=normalize_official,
+    reference=partial(_punctuation, period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS),
+)
 """VQAv2 as in the port of TRI-ML: references get the punctuation step only."""
 vqav2_lmms_eval = partial(_accuracy, answer=normalize_official, reference=normalize_official)
 """VQAv2 as in lmms-eval: references get every step."""

@@ -66,12 +66,8 @@ def _mathvista_hint(document: Document, style: str) -> str:
     return f"Hint: Please answer the question requiring {kind} and provide the final {value}, at the end."
 
 
-def _alpaca(document: Document) -> str:
-    return commonsense.prompt(document.question, document.extra.get("input"))
-
-
 WORDINGS: dict[str, Callable[[Document], str]] = {
-    "commonsense_alpaca": _alpaca,
+    "commonsense_alpaca": lambda document: commonsense.prompt(document.question, document.extra.get("input")),
     **{
         f"mathvista_{style}": partial(_mathvista, style=style)
         for style in ("format", "step_by_step", "solution", "reason_first", "direct")

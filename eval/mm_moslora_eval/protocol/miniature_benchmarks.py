@@ -104,7 +104,12 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, "miniature")
     for name, rows in _TSV.items():
-        _write_tsv(folder / f"{name}.tsv", rows())
+        table = rows()
+        with (folder / f"{name}.tsv").open("w", encoding="utf-8", newline="") as stream:
+            columns = list(dict.fromkeys(key for row in table for key in row))
+            writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
     _write_vqav2(folder / "vqav2.parquet")
     boolq = folder / "commonsense" / "boolq"
     boolq.mkdir(parents=True, exist_ok=True)
@@ -134,14 +139,6 @@ def _write_task(folder: Path, name: str, cap: int | None) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
     return path
-
-
-def _write_tsv(path: Path, rows: Sequence[Row]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _yes_no(ask: Callable[[Scene], Sequence[tuple[str, bool]]], more: Callable[[int, Scene], Row]) -> list[Row]:

@@ -45,11 +45,7 @@ _MODES = {
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of a run.
-
-    Args:
-        run: its folder, with `results.json`.
-        out: the HTML file; None: `report.html` in the folder.
+    """Write the report of a run folder with `results.json`, by default as its `report.html`.
 
     Raises:
         EvalError: the run has no scores.
@@ -134,7 +130,9 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
             {
                 "it": item,
                 "bar": _difference_bar(item),
-                "changed": _changed(item),
+                "changed": [
+                    {"a": a, "b": b, "gained": a["score"] > b["score"]} for a, b in spread(item.samples, MOST_SAMPLES)
+                ],
                 "verdict": f"{between(item.score.as_difference)}: {item.score.as_difference.points}.",
                 "basis": resting_on(item.score.found.n, item.score.found.clusters, item.score.found.groups),
             }
@@ -307,8 +305,3 @@ def _difference_bar(item: Comparison) -> dict[str, float]:
         name: 50 + 50 * (value if not math.isnan(value) else 0.0) / reach
         for name, value in (("low", pair.low), ("high", pair.high), ("at", pair.value))
     }
-
-
-def _changed(item: Comparison) -> list[dict[str, Any]]:
-    pairs = spread([{"a": a, "b": b} for a, b in item.samples], MOST_SAMPLES)
-    return [pair | {"gained": pair["a"]["score"] > pair["b"]["score"]} for pair in pairs]

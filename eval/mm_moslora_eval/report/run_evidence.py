@@ -141,9 +141,6 @@ def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
     """The lenient score of a view, in which every answer with the right word counts, and the samples.
 
     None if a judge reads the answers, or if the score is no sum of right answers, as for captions.
-
-    Args:
-        place: a scored view, or TASK@PROTOCOL/MODE.
     """
     view = find_view(place)
     task = task_of(view)

@@ -116,12 +116,7 @@ class AnswerLog:
 
 
 def merge(folder: Path, keys: Iterable[str]) -> None:
-    """Merge the files of finished processes into one; no answer is lost.
-
-    Args:
-        folder: TASK@PROTOCOL/MODE.
-        keys: keys of the answers that come first, in this order; all others follow in stored order.
-    """
+    """Merge the files of finished processes into one, answers to `keys` first, in their order; no answer is lost."""
     with ExitStack() as stack:
         ended = [path for path in sorted(folder.glob("answers-*.jsonl")) if _is_ended(path, stack)]
         if not ended:

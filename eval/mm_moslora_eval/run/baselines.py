@@ -75,14 +75,6 @@ def baseline(
 
     In the result, `about["learned_from"]` is the source of the answers, and `about["own_less_this"]` is the model's
     score minus the baseline's.
-
-    Args:
-        name: one of `BASELINES`.
-        task: scores the answers.
-        documents: the evaluated ones.
-        data: their data set.
-        training: questions and answers of the training set.
-        own: samples of the model with its own pictures.
     """
     items = Preparation(task, documents, mode="own", seed=0, fingerprint=name, hasher=Hasher()).items
     clusters = [item.cluster for item in items]
@@ -112,13 +104,6 @@ def answer_without_model(
     `majority` always gives the most frequent answer. `question_majority` gives the most frequent answer to the
     question's text, which is the best possible without the picture. Both count the answers of `training` if it is
     given, else those of the evaluated set itself; there, a text that occurs once gets the majority answer.
-
-    Args:
-        name: one of `BASELINES`.
-        task: scores the answers.
-        documents: the evaluated ones.
-        clusters: the cluster of each document, such as its picture.
-        training: questions and answers of the training set.
     """
     assert name in BASELINES, name
     source = training or _answers_of(documents)

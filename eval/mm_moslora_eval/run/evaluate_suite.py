@@ -177,9 +177,11 @@ def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple
     missing = [str(run) for run in everything if not run.exists()]
     if missing:
         raise EvalError(f"There is no {missing[0]!r}. Give two run folders, or two folders TASK@PROTOCOL/MODE.")
-    if all(_is_place(run) for run in everything):
+    if all(run.is_file() or any([*run.glob(SAMPLES), *run.glob(f"*/{SAMPLES}")]) for run in everything):
         return [_alike(runs_a, runs_b)]
-    found = [{folder_of(path.parent): path.parent for path in _scored_below(run)} for run in everything]
+    # Samples lie in views, and in the folders of releases without views.
+    below = [[*run.glob(f"*/*/{SAMPLES}"), *run.glob(f"*/*/*/{SAMPLES}")] for run in everything]
+    found = [{folder_of(path.parent): path.parent for path in paths} for paths in below]
     shared = sorted(set.intersection(*(set(views) for views in found)))
     if not shared:
         named = ", ".join(str(run) for run in everything)
@@ -194,15 +196,6 @@ def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple
         )
     sides = [[views[name] for views in found] for name in shared]
     return [(side[: len(runs_a)], side[len(runs_a) :]) for side in sides]
-
-
-def _scored_below(run: Path) -> list[Path]:
-    """Sample files of a run: in views, and in the folders of releases without views."""
-    return [*run.glob(f"*/*/{SAMPLES}"), *run.glob(f"*/*/*/{SAMPLES}")]
-
-
-def _is_place(path: Path) -> bool:
-    return path.is_file() or bool([*path.glob(SAMPLES), *path.glob(f"*/{SAMPLES}")])
 
 
 def _alike(a: Sequence[Path], b: Sequence[Path]) -> tuple[list[Path], list[Path]]:

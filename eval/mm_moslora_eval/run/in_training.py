@@ -12,7 +12,6 @@ from mm_moslora.utils.files import MARK, mark, remove
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_registry import tasks_of
 from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import RUN, Settings
 
 if TYPE_CHECKING:
@@ -25,9 +24,6 @@ class _CutShort(BaseException):  # an Exception of a sample would be recorded, a
 
 def measure(moment: Moment) -> Mapping[str, float] | None:
     """Run the recipe's tasks; answers and scores are stored in the moment's folder.
-
-    Args:
-        moment: model, settings, step; see `mm_moslora.training.validation`.
 
     Returns:
         `eval/TASK/score` and `eval/TASK/METRIC` on rank 0; nothing on other ranks. None on ranks that stopped because
@@ -54,7 +50,10 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
             for result in evaluate(
                 model, task, moment.folder, modes=("own",), baselines=(), settings=settings, progress=give_way
             ):
-                metrics |= _named(result)
+                found = {"score": result.score, **result.metrics}
+                metrics |= {
+                    f"eval/{result.task}/{name}": value for name, value in found.items() if math.isfinite(value)
+                }
     except _CutShort:
         cut = True
     finally:
@@ -73,8 +72,3 @@ def _start_over(folder: Path) -> None:
             folder.mkdir(parents=True)
             mark(folder, "temporary")
     distributed.barrier()
-
-
-def _named(result: TaskResult) -> dict[str, float]:
-    found = {"score": result.score} | dict(result.metrics)
-    return {f"eval/{result.task}/{metric}": value for metric, value in found.items() if math.isfinite(value)}

@@ -90,7 +90,8 @@ class Judge:
             {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
             for temperature in _TEMPERATURES
         ]
-        places = [self._place(request) for request in requests]
+        asked = [{"url": self.endpoint.url, "model": self.endpoint.model, "request": request} for request in requests]
+        places = [self._cache / f"{digest(one)}.json" for one in asked]
         for place in places:
             found = _read(_kept_reply(place), read)
             if found is not None:
@@ -108,10 +109,6 @@ class Judge:
                 self.unreadable, self.last_unreadable = self.unreadable + 1, text
         return None
 
-    def _place(self, request: dict[str, Any]) -> Path:
-        asked = {"url": self.endpoint.url, "model": self.endpoint.model, "request": request}
-        return self._cache / f"{digest(asked)}.json"
-
     def _request(self, request: dict[str, Any]) -> str:
         """A new reply; one that was cut off loses its last line, which may be incomplete."""
         usage = self.endpoint.usage
@@ -127,15 +124,11 @@ class Judge:
 
     def to_dict(self) -> dict[str, Any]:
         """For the result file: the judge, and its calls, tokens and unreadable replies."""
-        about = {
-            "model": self.endpoint.model,
-            "url": redact_text(self.endpoint.url),
-            "wording": WORDING,
-            "thinking_tokens": self._thinking,
-            "cached": self.cached,
-            "unreadable": self.unreadable,
-        }
-        return about | self.endpoint.usage.to_dict()
+        return {
+            "model": self.endpoint.model, "url": redact_text(self.endpoint.url), "wording": WORDING,
+            "thinking_tokens": self._thinking, "cached": self.cached, "unreadable": self.unreadable,
+            **self.endpoint.usage.to_dict(),
+        }  # fmt: skip
 
 
 def _read(reply: str | None, read: Callable[[str], _T | None]) -> tuple[_T, str] | None:
@@ -243,11 +236,6 @@ def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str | N
     return _asked_for_answer(judge, document, answer)
 
 
-def _extract_mathvista_vlmevalkit(judge: Judge, document: Document, answer: str) -> str | None:
-    """The same after VLMEvalKit's check for answers that need no judge."""
-    return EXTRACTORS["mathvista_vlmevalkit"](answer, document) or _asked_for_answer(judge, document, answer)
-
-
 def _asked_for_answer(judge: Judge, document: Document, answer: str) -> str | None:
     """The answer that the judge copies out, empty if it finds none; None if its replies cannot be read."""
     named = zip(letters(len(choices := mathvista_question(document).choices)), choices, strict=True)
@@ -261,7 +249,13 @@ def _asked_for_answer(judge: Judge, document: Document, answer: str) -> str | No
 
 JUDGE_EXTRACTIONS: dict[str, tuple[Callable[[Judge, Document, str], str | None], str]] = {
     "mathvista": (_extract_mathvista, "mathvista_extracted"),
-    "mathvista_vlmevalkit": (_extract_mathvista_vlmevalkit, "text"),
+    "mathvista_vlmevalkit": (
+        # VLMEvalKit's check comes first: an answer that it can read needs no judge.
+        lambda judge, document, answer: (
+            EXTRACTORS["mathvista_vlmevalkit"](answer, document) or _asked_for_answer(judge, document, answer)
+        ),
+        "text",
+    ),
 }
 """Extraction of a task -> function with which a judge finds the answer, and the extraction that parses it."""
 

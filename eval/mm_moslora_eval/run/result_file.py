@@ -114,17 +114,13 @@ class TaskResult:
     @property
     def subject(self) -> tuple[Any, ...]:
         """The documents and rules of a score; only scores of the same subject are compared."""
-        return (*self._measured, *self._rules)
+        # The name of the protocol does not identify the rules of an edited task file.
+        return (*self._measured, self.version, *(self.about.get(rule, "") for rule in RULES))
 
     @property
     def _measured(self) -> tuple[Any, ...]:
         checksum = self.about.get("selection", {}).get("sha256") or self.about.get("data", {}).get("sha256", "")
         return (self.task, self.protocol, self.about.get("asked_as", self.protocol), checksum, self.n)
-
-    @property
-    def _rules(self) -> tuple[Any, ...]:
-        """The rules of an edited task file, which the protocol's name does not identify."""
-        return (self.version, *(self.about.get(rule, "") for rule in RULES))
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -255,7 +251,10 @@ def _scored(
     task: Task, given: Sequence[tuple[Document, str | None]], clusters: Sequence[str], judge: Judge | None
 ) -> tuple[list[Scored], _Unscored | None]:
     """Samples with their scores, or the reason for missing scores."""
-    plain = _without_scores(given, clusters)
+    plain = [
+        Scored(document=document, text=text or "", parsed=text or "", score=math.nan, failed=text is None, cluster=name)
+        for (document, text), name in zip(given, clusters, strict=True)
+    ]
     if all(not document.answers for document, _ in given) and task.metric not in JUDGED:
         return plain, _Unscored("The data holds no reference answers.")
     if task.metric in JUDGED and judge is None:
@@ -273,15 +272,6 @@ def _scored(
         score_answer(document, text, cluster=cluster, **rules)
         for (document, text), cluster in zip(given, clusters, strict=True)
     ], None
-
-
-def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequence[str]) -> list[Scored]:
-    return [
-        Scored(
-            document=document, text=text or "", parsed=text or "", score=math.nan, failed=text is None, cluster=cluster
-        )
-        for (document, text), cluster in zip(given, clusters, strict=True)
-    ]
 
 
 def unscored(
@@ -388,7 +378,8 @@ def summarise(
             *failures(errors),
             *ungraded(scored),
             *thinking(done),
-            *(_beside(task, done) if folder else ()),
+            *(answers_alike(done) if folder else ()),
+            *(wordy(done) if folder and task.metric not in JUDGED else ()),
         ),
     )
 
@@ -399,12 +390,6 @@ def _asked(task: Task, about: dict[str, Any]) -> Iterator[str]:
             f"The model is asked to think before it answers, in at most {task.decoding.max_new_tokens} new tokens "
             "(--max-new-tokens). Nats are those of the reference behind the thinking that the model wrote"
         )
-
-
-def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:
-    yield from answers_alike(answered)
-    if task.metric not in JUDGED:
-        yield from wordy(answered)
 
 
 def read_results(folder: Path) -> list[TaskResult]:
@@ -436,7 +421,12 @@ def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResul
         Results that did not replace the older one.
     """
     merged = {result.key: result for result in read_results(folder)}
-    behind = [result for result in results if _knows_less(result, merged.get(result.key))]
+    behind = [
+        result
+        for result in results
+        if (older := merged.get(result.key)) is not None
+        and ((older.scored and not result.scored) or result.counts.failed > older.counts.failed)
+    ]
     merged |= {result.key: result for result in results if result not in behind}
     data = {
         "format": FORMAT,
@@ -445,9 +435,3 @@ def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResul
     }
     replace_text(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     return behind
-
-
-def _knows_less(result: TaskResult, older: TaskResult | None) -> bool:
-    if older is None:
-        return False
-    return (older.scored and not result.scored) or result.counts.failed > older.counts.failed

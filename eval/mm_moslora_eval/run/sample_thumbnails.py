@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mm_moslora.reporting.inline_images import SIDE, encoded
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import replacing
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_bytes
-from mm_moslora_eval.sources.document import Document, ImageLike
+from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, open_image
 
 FOLDER = "pictures"
@@ -27,6 +27,7 @@ MOST_EVIDENCE = 24
 MOST_PICTURES = 4
 """Pictures shown per sample."""
 _MOST_BYTES = 2**22
+_Row = TypeVar("_Row")
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -41,7 +42,7 @@ def verdict(row: dict[str, Any]) -> str:
     return "right" if row["score"] >= 1.0 else "partly" if row["score"] > 0 else "wrong"
 
 
-def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def spread(rows: Sequence[_Row], count: int) -> list[_Row]:
     """At most `count` rows, evenly spread over all rows."""
     if len(rows) <= count:
         return list(rows)
@@ -83,27 +84,18 @@ def keep(
                 name = hasher(image)
                 if name in wanted:
                     wanted.discard(name)
-                    _write(run / FOLDER, name, image)
+                    picture = open_image(image)
+                    picture.thumbnail((SIDE, SIDE))
+                    kind, data = encoded(picture)
+                    (run / FOLDER).mkdir(exist_ok=True)
+                    with replacing(run / FOLDER / f"{name}.{'png' if kind == 'png' else 'jpg'}") as part:
+                        part.write_bytes(data)
             except DataError:  # a sample that failed
                 continue
 
 
-def _write(folder: Path, name: str, image: ImageLike) -> None:
-    picture = open_image(image)
-    picture.thumbnail((SIDE, SIDE))
-    kind, data = encoded(picture)
-    folder.mkdir(exist_ok=True)
-    with replacing(folder / f"{name}.{'png' if kind == 'png' else 'jpg'}") as part:
-        part.write_bytes(data)
-
-
 def kept(run: Path, row: dict[str, Any]) -> list[tuple[str, bytes]]:
-    """Names and bytes of the small copies of a sample's pictures.
-
-    Args:
-        run: the evaluation's folder.
-        row: a row of `samples.jsonl`.
-    """
+    """Names and bytes of the small copies of a sample's pictures in an evaluation's folder."""
     found = []
     for name in list(row.get("images") or ())[:MOST_PICTURES]:
         if (path := _place(run, name)) is not None:

@@ -25,12 +25,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 
 
 def write_submission(place: Path, out: Path, *, form: str) -> int:
-    """Write the answers of one task folder; see `FORMS`.
-
-    Args:
-        place: TASK@PROTOCOL/MODE of a run, or a view in it.
-        out: the file.
-        form: a name in `FORMS`.
+    """Write the answers of a view, or of TASK@PROTOCOL/MODE of a run, in one of `FORMS`.
 
     Returns:
         Number of documents without an answer; these are written as empty answers.
@@ -80,30 +75,10 @@ def _json(data: Any) -> bytes:
     return (json.dumps(data, ensure_ascii=True) + "\n").encode()
 
 
-def _vqav2(rows: Sequence[Row]) -> bytes:
-    # LLaVA uploads normalised answers.
-    return _json(
-        [{"question_id": _number(row["id"]), "answer": vqa_accuracy.normalize_evalai(row["text"])} for row in rows]
-    )
-
-
-def _vizwiz(rows: Sequence[Row]) -> bytes:
-    return _json([{"image": _image_name(row), "answer": vqa_accuracy.normalize_evalai(row["text"])} for row in rows])
-
-
 def _image_name(row: Row) -> str:
     given = row["extra"].get("image_path") or next((path for path in row["paths"] if path), None) or row["id"]
     name = PurePath(given)
     return name.name if name.suffix else f"{name.name}.jpg"  # VizWiz's ids of pictures have no suffix
-
-
-def _docvqa(rows: Sequence[Row]) -> bytes:
-    return _json([{"questionId": _number(row["id"]), "answer": row["text"]} for row in rows])
-
-
-def _mmvet(rows: Sequence[Row]) -> bytes:
-    names = [row["id"] if row["id"].startswith("v1_") else f"v1_{row['id']}" for row in rows]
-    return _json(dict(zip(names, (row["text"] for row in rows), strict=True)))
 
 
 def _llava(rows: Sequence[Row]) -> bytes:
@@ -152,7 +127,7 @@ def _tsv(rows: Sequence[Row]) -> bytes:
 def _xlsx(rows: Sequence[Row]) -> bytes:
     """A workbook of one sheet with text cells; a cell that is too long for Excel is truncated."""
     head, table = _columns(rows)
-    lines = [f"<row>{''.join(_cell(cell) for cell in cells)}</row>" for cells in (head, *table)]
+    lines = [f"<row>{''.join(map(_cell, cells))}</row>" for cells in (head, *table)]
     sheet = f'{_XML}<worksheet xmlns="{_MAIN}"><sheetData>{"".join(lines)}</sheetData></worksheet>'
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as book:
@@ -193,10 +168,14 @@ _BOOK = {
 }
 
 FORMS: dict[str, Callable[[Sequence[Row]], bytes]] = {
-    "vqav2": _vqav2,
-    "vizwiz": _vizwiz,
-    "docvqa": _docvqa,
-    "mmvet": _mmvet,
+    "vqav2": lambda rows: _json(  # LLaVA uploads normalised answers
+        [{"question_id": _number(row["id"]), "answer": vqa_accuracy.normalize_evalai(row["text"])} for row in rows]
+    ),
+    "vizwiz": lambda rows: _json(
+        [{"image": _image_name(row), "answer": vqa_accuracy.normalize_evalai(row["text"])} for row in rows]
+    ),
+    "docvqa": lambda rows: _json([{"questionId": _number(row["id"]), "answer": row["text"]} for row in rows]),
+    "mmvet": lambda rows: _json({f"v1_{row['id'].removeprefix('v1_')}": row["text"] for row in rows}),
     "mmbench": _xlsx,
     "llava": _llava,
     "vlmevalkit": _tsv,

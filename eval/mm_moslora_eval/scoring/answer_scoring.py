@@ -54,14 +54,6 @@ def _mathvista_form(text: str, document: Document) -> str:
     return (mathvista.normalize_official(text, mathvista_question(document)) or "") if text.strip() else ""
 
 
-def _mathvista(text: str, document: Document) -> str:
-    return _mathvista_form(mathvista.extract_without_judge(text, mathvista_question(document)), document)
-
-
-def _mathvista_vlmevalkit(text: str, document: Document) -> str:
-    return mathvista.extract_vlmevalkit(text, mathvista_question(document), _choice_text(document))
-
-
 def _choice_text(document: Document) -> str:
     """The reference; if it is a letter, the text of that choice."""
     answer = "".join(document.answers[:1])
@@ -94,9 +86,13 @@ EXTRACTORS: dict[str, Extractor] = {
     "mmmu_lmms_eval": _mmmu_mixed(multiple_choice.mmmu_lmms_eval),
     "mmmu_vlmevalkit": _mmmu_vlmevalkit(multiple_choice.vlmevalkit),
     "mmmu_vlmevalkit_2024_06": _mmmu_vlmevalkit(multiple_choice.vlmevalkit_2024_06),
-    "mathvista": _mathvista,
+    "mathvista": lambda text, document: _mathvista_form(
+        mathvista.extract_without_judge(text, mathvista_question(document)), document
+    ),
     "mathvista_extracted": _mathvista_form,
-    "mathvista_vlmevalkit": _mathvista_vlmevalkit,
+    "mathvista_vlmevalkit": lambda text, document: mathvista.extract_vlmevalkit(
+        text, mathvista_question(document), _choice_text(document)
+    ),
     "yes_no": lambda text, _: yes_no.extract_yes_no(text),
     "yes_no_vlmevalkit": lambda text, _: yes_no.vlmevalkit(text),
     "yes_no_mme_lmms_eval": lambda text, _: yes_no.mme_lmms_eval(text),
@@ -114,12 +110,6 @@ def _best(metric: Callable[[str, str], float]) -> Metric:
 
 def _all(metric: Callable[[str, Sequence[str]], float]) -> Metric:
     return lambda parsed, document: metric(parsed, document.answers)
-
-
-def _mmmu_score(parsed: str, document: Document) -> float:
-    if document.options:
-        return float(parsed in document.answers)
-    return float(mmmu.open_correct(mmmu.parse_open(parsed), document.answers))
 
 
 def _mmmu_vlmevalkit_score(parsed: str, document: Document) -> float:
@@ -170,7 +160,9 @@ METRICS: dict[str, Metric] = {
     "relaxed_vlmevalkit_2024_06": _best(document_vqa.relaxed_vlmevalkit_2024_06),
     "ocrbench_vlmevalkit": _ocrbench(document_vqa.ocrbench_vlmevalkit),
     "ocrbench_lmms_eval": _ocrbench(document_vqa.ocrbench_lmms_eval),
-    "mmmu": _mmmu_score,
+    "mmmu": lambda parsed, document: float(
+        parsed in document.answers if document.options else mmmu.open_correct(mmmu.parse_open(parsed), document.answers)
+    ),
     "mmmu_vlmevalkit": _mmmu_vlmevalkit_score,
     "mathvista": _mathvista_score,
     "mathvista_vlmevalkit": lambda parsed, document: float(
@@ -217,13 +209,6 @@ def score_answer(
 ) -> Scored:
     """Extract and score one answer; None is a missing answer.
 
-    Args:
-        document: the question.
-        text: the answer.
-        extraction: a name in `EXTRACTORS`.
-        metric: a name in `METRICS`.
-        cluster: identifier of the sample's cluster.
-
     Raises:
         EvalError: the document has no reference.
     """
@@ -241,11 +226,11 @@ def score_answer(
 
 def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
     """The same answers scored leniently: an answer that contains the right word is right; no score decreases."""
-    return [replace(sample, score=max(sample.score, _lenient(sample))) for sample in samples]
-
-
-def _lenient(sample: Scored) -> float:
-    visible = without_thinking(sample.text)
-    if sample.failed or visible.unclosed:
-        return 0.0
-    return exact_match.holds_answer(visible.text, sample.document.answers, sample.document.options)
+    found = []
+    for sample in samples:
+        visible, document = without_thinking(sample.text), sample.document
+        if not sample.failed and not visible.unclosed:
+            held = exact_match.holds_answer(visible.text, document.answers, document.options)
+            sample = replace(sample, score=max(sample.score, held))
+        found.append(sample)
+    return found

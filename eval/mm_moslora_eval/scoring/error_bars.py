@@ -1,4 +1,4 @@
-"""Distributions and tests on which `estimates` and `mm_moslora.compare` stand. Pure Python, no scipy.
+"""Distributions and tests on which `estimates` and `mm_moslora.compare` stand. scipy is imported where it is used.
 
 Sources: Miller 2024 (2411.00640) for clustered errors, Clopper and Pearson 1934 for proportions, McNemar 1947.
 """
@@ -11,11 +11,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
-_NORMAL = NormalDist()
-NORMAL_QUANTILE = _NORMAL.inv_cdf(0.975)
+NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
 """Of 95 %, in both tails together."""
-_CELLS, _MANY = 120, 1000.0
-"""Cells of a numerical integral, and degrees of freedom that count as infinitely many there."""
 ROUNDING = 1e-12
 """A standard error below this value is a rounding error: all values are equal."""
 
@@ -43,10 +40,6 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
 
     `estimates` has a larger one, for few clusters.
 
-    Args:
-        values: scores.
-        clusters: the cluster of each score, such as its image.
-
     Returns:
         The error of Miller 2024, equation 4: the usual variance plus the cross terms within clusters.
     """
@@ -63,81 +56,36 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
     return math.sqrt(max(0.0, variance))
 
 
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function by Lentz's continued fraction."""
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
-    tiny = 1e-300
-    c, d = 1.0, 1 / _nonzero(1 - (a + b) * x / (a + 1), tiny)
-    result = d
-    for m in range(1, 500):
-        for term in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 / _nonzero(1 + term * d, tiny)
-            c = _nonzero(1 + term / c, tiny)
-            result *= c * d
-        if abs(c * d - 1) < 1e-16:
-            break
-    return front * result
+def binomial_interval(successes: float, count: float) -> tuple[float, float]:
+    """The exact 95 % interval of a proportion (Clopper and Pearson 1934), also of broken numbers of trials."""
+    from scipy.special import betaincinv
 
-
-def _nonzero(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny
-
-
-def binomial_interval(successes: float, count: float, *, level: float = 0.95) -> tuple[float, float]:
-    """The exact interval of a proportion (Clopper and Pearson 1934), also of broken numbers of successes and trials."""
-
-    def bound(tail: float, a: float, b: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _incomplete_beta(a, b, middle) < tail else (low, middle)
-        return (low + high) / 2
-
-    tail, failures = (1 - level) / 2, count - successes
+    failures = count - successes
     return (
-        bound(tail, successes, failures + 1) if successes > 0 else 0.0,
-        bound(1 - tail, successes + 1, failures) if failures > 0 else 1.0,
+        float(betaincinv(successes, failures + 1, 0.025)) if successes > 0 else 0.0,
+        float(betaincinv(successes + 1, failures, 0.975)) if failures > 0 else 1.0,
     )
 
 
 def t_two_sided(t: float, degrees: float) -> float:
     """Two-sided p-value of Student's t."""
-    return _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(degrees, -abs(t)))
 
 
 def f_upper_tail(ratio: float, above: float, below: float) -> float:
-    """One-sided p-value of Fisher's F, a ratio of two variances.
+    """One-sided p-value of Fisher's F, a ratio of two variances with these degrees of freedom."""
+    from scipy.special import fdtrc
 
-    Args:
-        ratio: the observed ratio.
-        above: degrees of freedom of the numerator.
-        below: degrees of freedom of the denominator.
-    """
-    return _incomplete_beta(below / 2, above / 2, below / (below + above * ratio))
+    return float(fdtrc(above, below, ratio))
 
 
 def t_quantile(level: float, degrees: float) -> float:
-    """The quantile of t with probability (1 - level), at least 1e-15, in both tails together.
+    """The quantile of t with probability (1 - level), at least 1e-15, in both tails together."""
+    from scipy.special import stdtrit
 
-    Newton's method rises to it from the normal quantile, since the tails' probability is convex.
-    """
-    tails = max(1 - level, 1e-15)
-    at = -_NORMAL.inv_cdf(tails / 2)
-    scale = 2 * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    for _ in range(200):
-        density = scale * (1 + at * at / degrees) ** (-(degrees + 1) / 2)
-        step = (t_two_sided(at, degrees) - tails) / density
-        at += step
-        if step <= 1e-14 * at:
-            break
-    return at
+    return -float(stdtrit(degrees, max(1 - level, 1e-15) / 2))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -149,21 +97,14 @@ def shown_by_t_test(level: float, degrees: float, *, power: float = 0.8) -> floa
         degrees: degrees of freedom of the estimated standard error; infinite: it is known.
         power: how often.
     """
-    quantile = t_quantile(level, min(degrees, _MANY))
-    if degrees >= _MANY:
-        return quantile + _NORMAL.inv_cdf(power)
-    # The estimated error over the true one: a chi over the root of its degrees, in cells of equal width.
-    cells = _CELLS * math.ceil(1 + 20 / degrees)  # with few degrees the quantile times a cell's width would be coarse
-    width = (1 + 10 / math.sqrt(degrees)) / cells
-    ratios = [(cell + 0.5) * width for cell in range(cells)]
-    logs = [(degrees - 1) * math.log(ratio) - degrees * ratio**2 / 2 for ratio in ratios]
-    weights = [math.exp(value - max(logs)) for value in logs]
-    low, high = 0.0, 2 * quantile + 10
-    for _ in range(18):
-        middle = (low + high) / 2
-        found = sum(w * _NORMAL.cdf(middle - quantile * ratio) for w, ratio in zip(weights, ratios, strict=True))
-        low, high = (middle, high) if found < power * sum(weights) else (low, middle)
-    return high
+    import numpy as np
+    from scipy.optimize import brentq
+    from scipy.special import gammaincinv, ndtr
+
+    quantile, half = t_quantile(level, degrees), min(degrees, 1e6) / 2
+    # scipy's noncentral t gives NaN or no answer for large shifts. The estimated error over the true one is a chi:
+    ratios = np.sqrt(gammaincinv(half, (np.arange(2000) + 0.5) / 2000) / half)
+    return float(brentq(lambda shift: ndtr(shift - quantile * ratios).mean() - power, 0.0, 2 * quantile + 10))
 
 
 def alike_interval(difference: float, groups: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -192,12 +133,9 @@ def alike_p_value(difference: float, groups: int) -> float:
 
 def sign_test(wins: int, losses: int) -> float:
     """Exact two-sided p-value of the hypothesis that wins and losses are equally likely (McNemar's exact test)."""
+    from scipy.special import bdtr
+
     count = wins + losses
     if count == 0:
         return 1.0
-    log_half = count * math.log(2)
-    tail = math.fsum(
-        math.exp(math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - log_half)
-        for k in range(min(wins, losses) + 1)
-    )
-    return min(1.0, 2 * tail)
+    return min(1.0, 2 * float(bdtr(min(wins, losses), count, 0.5)))

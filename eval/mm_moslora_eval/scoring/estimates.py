@@ -130,11 +130,7 @@ class Estimate:
         return shown_by_t_test(LEVEL, self.degrees) * self.stderr if self.stderr > 0 else math.nan
 
     def as_difference(self, unit: str = "") -> Difference:
-        """The form that verdicts take.
-
-        Args:
-            unit: name of the score; empty for a share of right answers.
-        """
+        """The form that verdicts take; without a unit, the score is a share of right answers."""
         return Difference(value=self.value, low=self.low, high=self.high, groups=self.groups, unit=unit)
 
 

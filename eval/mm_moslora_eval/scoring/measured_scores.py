@@ -15,9 +15,8 @@ from statistics import fmean
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
-from mm_moslora_eval.scoring.estimates import LEVEL, Estimate, Ratio, contributions, estimate, minus, value_of
+from mm_moslora_eval.scoring.estimates import LEVEL, Estimate, contributions, estimate, minus, value_of
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, CAPTIONS, POPE, Samples, splits_of
-from mm_moslora_eval.scoring.scored_sample import Scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +40,7 @@ class Aggregate:
 
 
 def aggregate(aggregation: str, samples: Samples) -> Aggregate:
-    """The score of a set of samples.
-
-    Args:
-        aggregation: of the task.
-        samples: scored.
-    """
+    """The score of a set of samples."""
     found = AGGREGATIONS[aggregation](samples)
     return _aggregate(estimate(found.ratios, clusters_of(samples)), found.metrics)
 
@@ -78,21 +72,15 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, Aggregate]:
     whole = AGGREGATIONS[aggregation](samples).ratios if aggregation in CAPTIONS else []
     found = {}
     for name, indices in sorted(places.items()):
-        members = [_within(samples[index], name, aggregation) for index in indices]
-        ratios = [_of(ratio, indices) for ratio in whole] or AGGREGATIONS[aggregation](members).ratios
+        members = [samples[index] for index in indices]
+        if aggregation in POPE:  # a sample of this split alone
+            members = [replace(one, document=replace(one.document, category=name)) for one in members]
+        ratios = [
+            replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
+            for ratio in whole
+        ] or AGGREGATIONS[aggregation](members).ratios
         found[name] = _aggregate(estimate(ratios, clusters_of(members)), {})
     return found
-
-
-def _within(sample: Scored, category: str, aggregation: str) -> Scored:
-    """A sample as one of this split alone."""
-    if aggregation not in POPE:
-        return sample
-    return replace(sample, document=replace(sample.document, category=category))
-
-
-def _of(ratio: Ratio, indices: Sequence[int]) -> Ratio:
-    return replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,25 +134,18 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
     """
     without = {sample.document.id for samples in (*a, *b) for sample in samples if math.isnan(sample.score)}
     first = [sample for sample in a[0] if sample.document.id not in without]
-    runs = [[_in_order(first, samples) for samples in side] for side in (a, b)]
+    by_id = [[{sample.document.id: sample for sample in samples} for samples in side] for side in (a, b)]
+    runs = [[[run[sample.document.id] for sample in first] for run in side] for side in by_id]
     sums = [[AGGREGATIONS[aggregation](samples).ratios for samples in side] for side in runs]
     left, right = ([ratio * (1 / len(side)) for ratios in side for ratio in ratios] for side in sums)
-    x, y = (_means([_by_question(aggregation, samples) for samples in side]) for side in runs)
+    scores = [[_by_question(aggregation, samples) for samples in side] for side in runs]
+    x, y = ({name: fmean(run[name] for run in side) for name in side[0]} for side in scores)
     return ScoreDifference(
         a=value_of(left), b=value_of(right), found=estimate(minus(left, right), clusters_of(first)),
         unit=SCORE_NAMES.get(aggregation, ""), seeds_a=tuple(map(value_of, sums[0])),
         seeds_b=tuple(map(value_of, sums[1])), questions=len(x),
         wins=sum(x[name] > y[name] for name in x), changed=tuple(name for name in x if x[name] != y[name]),
     )  # fmt: skip
-
-
-def _in_order(first: Samples, samples: Samples) -> list[Scored]:
-    by_id = {sample.document.id: sample for sample in samples}
-    return [by_id[sample.document.id] for sample in first]
-
-
-def _means(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: fmean(run[name] for run in runs) for name in runs[0]}
 
 
 def _by_question(aggregation: str, samples: Samples) -> dict[str, float]:

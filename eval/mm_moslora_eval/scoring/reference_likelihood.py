@@ -50,12 +50,7 @@ def nats_of(row: Mapping[str, Any]) -> float:
 
 
 def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> Likelihood | None:
-    """The mean over stored answers; None if no answer has a log-likelihood.
-
-    Args:
-        rows: with `reference`: the text, `logprob` and `tokens`.
-        clusters: the cluster of each row, such as its picture.
-    """
+    """The mean over stored answers' `reference`; None if no answer has a log-likelihood."""
     known = [(nats_of(row), row, cluster) for row, cluster in zip(rows, clusters, strict=True)]
     known = [item for item in known if not math.isnan(item[0])]
     if not known:
@@ -123,13 +118,7 @@ def likelihood_difference(
 
 
 def reason_without(rows: Sequence[Mapping[str, Any]], *, referenced: bool, judged: bool) -> str:
-    """Why no answer of a task has a log-likelihood.
-
-    Args:
-        rows: the stored answers.
-        referenced: whether the documents have references.
-        judged: whether a judge scores the task.
-    """
+    """Why no answer of a task has a log-likelihood."""
     if not referenced:
         return _NO_REFERENCES
     if judged:

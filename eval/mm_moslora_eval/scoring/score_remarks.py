@@ -80,7 +80,9 @@ def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
 
 def wordy(answered: Sequence[Scored]) -> Iterator[str]:
     """A remark if many answers contain the right word among others and count as wrong."""
-    if len(answered) < FEWEST or not all(map(_asks_for_a_word, answered)):
+    if len(answered) < FEWEST or not all(
+        any(0 < len(answer.split()) <= _WORDS for answer in sample.document.answers) for sample in answered
+    ):
         return
     lenient = sum(sample.score for sample in score_leniently(answered)) / len(answered)
     missed = lenient - sum(sample.score for sample in answered) / len(answered)
@@ -89,10 +91,6 @@ def wordy(answered: Sequence[Scored]) -> Iterator[str]:
             f"{100 * missed:.1f} % of the answers contain the right word among others and count as wrong. With them "
             f"the score is {100 * lenient:.1f} %, so the score also measures the form of the answers."
         )
-
-
-def _asks_for_a_word(sample: Scored) -> bool:
-    return any(0 < len(answer.split()) <= _WORDS for answer in sample.document.answers)
 
 
 def _given(sample: Scored) -> str:

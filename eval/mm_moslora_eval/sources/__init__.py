@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources import hf_dataset, llava_file, vlmevalkit_tsv
-from mm_moslora_eval.sources.document import DataSet, Document, checked
+from mm_moslora_eval.sources.document import DataSet, checked
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_file, picture_folder
 from mm_moslora_eval.sources.source_images import rules_of
-
-if TYPE_CHECKING:
-    from mm_moslora.data.images.record_picture import PictureRules
 
 __all__ = ["Source", "find_file", "load"]
 
@@ -38,18 +33,18 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     path = find_file(source.path, beside=beside)
     sha256 = _checksum(path, source.md5)
     folder = picture_folder(source.image_folder, path, beside=beside)
-    read = list(_read(source, path, rules_of(folder, follow_links=source.follow_links)))
+    rules = rules_of(folder, follow_links=source.follow_links)
+    if source.kind == "llava":
+        read = list(llava_file.read(path, rules=rules, where=source.where))
+    else:
+        read = list(
+            vlmevalkit_tsv.read(
+                path, rules=rules, drop_without_image=source.drop_without_image, answer_lists=source.answer_lists,
+                where=source.where,
+            )
+        )  # fmt: skip
     documents = checked((document for document in read if document is not None), source=str(path))
     return DataSet(documents=documents, path=str(path), sha256=sha256, dropped=read.count(None))
-
-
-def _read(source: Source, path: Path, rules: PictureRules) -> Iterator[Document | None]:
-    if source.kind == "llava":
-        return llava_file.read(path, rules=rules, where=source.where)
-    return vlmevalkit_tsv.read(
-        path, rules=rules, drop_without_image=source.drop_without_image, answer_lists=source.answer_lists,
-        where=source.where,
-    )  # fmt: skip
 
 
 def _checksum(path: Path, expected_md5: str | None) -> str:

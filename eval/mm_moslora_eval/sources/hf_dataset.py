@@ -110,7 +110,7 @@ def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool)
             )
     from mm_moslora.data.sources.hf_tables import hub_store
 
-    names, file = _names(columns, "image"), Path(source.path)
+    names, file = [name.strip() for name in columns.get("image", "image").split(",")], Path(source.path)
     pictures = Pictures(table, names, file=file, rules=rules, store=hub_store(source.path) if of_hub else ())
     rows = table.remove_columns(pictures.columns)
     for number, row in enumerate(rows):
@@ -149,10 +149,6 @@ def _choices(table: Any, source: Source) -> Iterator[Document]:
             answers=(_LETTERS[choice.gold],),
             extra={} if shared else {f"{CONTEXT}{_LETTERS[i]}": text for i, text in enumerate(contexts)},
         )
-
-
-def _names(columns: Mapping[str, str], field: str) -> list[str]:
-    return [name.strip() for name in columns.get(field, field).split(",")]
 
 
 def document(

@@ -38,12 +38,7 @@ def find_data(path: str, *, beside: Path | None = None) -> Path | None:
 
 
 def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None = None) -> Path:
-    """The folder of a data file's pictures, resolved.
-
-    Args:
-        image_folder: as the task names it, relative to the task file; None: the folder of the data.
-        data: the data file or folder.
-        beside: folder of the task file; None: the working directory.
+    """The folder of a data file's pictures, resolved: as the task file beside it names it, else that of the data.
 
     Raises:
         EvalError: there is no such folder.

@@ -18,26 +18,14 @@ _AT_ONCE = 4096
 
 
 def rules_of(folder: Path, *, follow_links: bool) -> PictureRules:
-    """Rules for pictures: files below a folder, bytes and data URLs are accepted.
-
-    Args:
-        folder: the image folder, resolved.
-        follow_links: accept symbolic links that lead out of it.
-    """
+    """Rules for pictures: files below a resolved folder, bytes and data URLs are accepted; links out of it if asked."""
     from mm_moslora.data.images.record_picture import PictureRules
 
     return PictureRules(folder=folder, follow_links=follow_links)
 
 
 def found(given: Any, *, file: Path, row: int, rules: PictureRules) -> tuple[tuple[ImageLike, ...], str | None]:
-    """The pictures that a record names, and the problem with the first bad one.
-
-    Args:
-        given: a name, bytes, an object with `bytes` or `path`, a list of these, or None.
-        file: file of the record, for messages.
-        row: number of the record, for messages.
-        rules: rules for pictures.
-    """
+    """The pictures that a record gives (names, bytes, objects with either, a list, None), and the first problem."""
     from mm_moslora.data.images.record_picture import LocalPicture, find_picture
     from mm_moslora.data.record_faults import RecordError, Where
 

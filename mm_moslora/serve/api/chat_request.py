@@ -72,11 +72,7 @@ class ChatRequest:
 
 
 class Marks:
-    """Estimates, chunk by chunk, the cost of parsing a body.
-
-    Args:
-        limits: the server's.
-    """
+    """Estimates, chunk by chunk, the cost of parsing a body."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self._items, self._escapes = limits, 0, 0
@@ -118,16 +114,16 @@ def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
 
 
 def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
-    """Check the fields of a chat completion.
-
-    Args:
-        body: from `read_json`.
-        limits: the server's.
+    """Check the fields of a chat completion that `read_json` has read.
 
     Raises:
         ApiError: a field is missing, of a wrong type, out of range or not supported; `param` names it.
     """
-    _refuse_unsupported(body)
+    for name, asks in _REFUSED.items():
+        if body.get(name) is not None and asks(body[name]):
+            raise ApiError(
+                f"{name} is not supported by this server; leave it out.", param=name, code="unsupported_parameter"
+            )
     messages = _messages(body.get("messages"), limits)
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
@@ -200,14 +196,6 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "web_search_options": bool,
 }
 """Unsupported fields, each with a test for values that would change the answer."""
-
-
-def _refuse_unsupported(body: Mapping[str, Any]) -> None:
-    for name, asks in _REFUSED.items():
-        if body.get(name) is not None and asks(body[name]):
-            raise ApiError(
-                f"{name} is not supported by this server; leave it out.", param=name, code="unsupported_parameter"
-            )
 
 
 def _thinking(value: Any) -> bool | None:

@@ -61,11 +61,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bound(host: str, port: int) -> list[socket.socket]:
-    """A socket on an address, taken before anything expensive is done; it does not listen yet.
-
-    Args:
-        host: name or address; of several addresses an IPv4 one is taken.
-        port: 0 chooses a free one.
+    """A socket on an address (rather IPv4; port 0: a free one), taken before costly work; it does not listen yet.
 
     Raises:
         ConfigError: the address is not of this machine, or the port is taken or not allowed.
@@ -88,12 +84,6 @@ def bound(host: str, port: int) -> list[socket.socket]:
 
 def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Callable[[], object]) -> None:
     """Run an application with deadlines, until a signal asks it to stop.
-
-    Args:
-        app: the application.
-        sockets: see `bound`.
-        limits: its deadlines.
-        end: see `Server`.
 
     Raises:
         KeyboardInterrupt: a second Ctrl-C ended answers.

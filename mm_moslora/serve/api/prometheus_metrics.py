@@ -16,11 +16,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Metrics:
-    """Counters of one server.
-
-    Args:
-        engine: read whenever the metrics are requested.
-    """
+    """Counters of one server; the engine is read whenever they are requested."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()

@@ -106,7 +106,9 @@ class Guard:
         except ApiError as error:
             await self._refuse(error, scope, receive, watched, started=status != 0)
         except HTTPException as error:
-            await self._refuse(_no_route(error.status_code), scope, receive, watched, started=status != 0)
+            what = "does not support this method" if error.status_code == 405 else "is not known to this server"
+            refusal = ApiError(f"This address {what}; see docs/serving.md.", status=error.status_code, code="not_found")
+            await self._refuse(refusal, scope, receive, watched, started=status != 0)
         except Exception as error:
             logger.error("%s failed: %s", request_id, redacted_traceback(error))
             await self._refuse(internal(request_id), scope, receive, watched, started=status != 0)
@@ -157,11 +159,6 @@ class Guard:
         self._metrics.request_seconds.labels(route=route).observe(seconds)
         # The query is left out, since it may hold a key.
         logger.info("%s %s %s %s %.3f s", request_id, scope["method"], repr(scope["path"][:80]), status or 499, seconds)
-
-
-def _no_route(status: int) -> ApiError:
-    what = "does not support this method" if status == 405 else "is not known to this server"
-    return ApiError(f"This address {what}; see docs/serving.md.", status=status, code="not_found")
 
 
 def _is_of_this_machine(origin: bytes) -> bool:

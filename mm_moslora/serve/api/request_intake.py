@@ -34,11 +34,7 @@ _Result = TypeVar("_Result")
 
 
 class Budget:
-    """A memory budget that requests share. Only the event loop's thread may use it.
-
-    Args:
-        most: bytes.
-    """
+    """Bytes of memory that requests share. Only the event loop's thread may use it."""
 
     def __init__(self, most: int) -> None:
         self.most, self.used, self.highest = most, 0, 0
@@ -106,13 +102,7 @@ class Held:
 
 
 class Intake:
-    """Reads and prepares the requests of one server.
-
-    Args:
-        models: tokenise texts and encode pictures.
-        limits: the server's.
-        fetch: see `create_app`.
-    """
+    """Reads and prepares the requests of one server."""
 
     def __init__(self, models: Models, limits: Limits, fetch: Fetch | None) -> None:
         self._models, self._limits, self._fetch = models, limits, fetch

@@ -32,23 +32,14 @@ _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
 
 def serve_board(folder: Path, *, port: int) -> None:
-    """Serve the dashboard of a folder until a signal comes.
-
-    Args:
-        folder: see `Folder`.
-        port: 0 chooses a free one.
-    """
+    """Serve the dashboard of a folder until a signal comes; port 0 chooses a free one."""
     app = create_board(folder, stopping=lambda: server.should_exit)
     server = Server(settings(app, limits=_LIMITS))
     server.run(bound("127.0.0.1", port))
 
 
 def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) -> App:
-    """The ASGI application.
-
-    Args:
-        folder: see `Folder`.
-        stopping: whether the server is about to end; open event streams end then.
+    """The ASGI application; open event streams end when `stopping` says that the server is about to end.
 
     Raises:
         ConfigError: there is no such folder.

@@ -42,10 +42,7 @@ class Shown:
 
 @dataclass
 class Folder:
-    """All runs below a folder.
-
-    Args:
-        root: scanned again at every request, since runs come and go.
+    """All runs below a folder, which is scanned again at every request, since runs come and go.
 
     Raises:
         ConfigError: there is no such folder.

@@ -31,11 +31,6 @@ _REVISIONS = {
 def refuse_other_settings(assembly: Parts, main: Path, checkpoint: Path) -> None:
     """Refuse an adapter that was trained with other prompts, pictures or base weights.
 
-    Args:
-        assembly: the served model.
-        main: the folder of the served model.
-        checkpoint: the checkpoint that holds the adapter.
-
     Raises:
         ModelError: names every key that differs, with both values.
     """

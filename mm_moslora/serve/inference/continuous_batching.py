@@ -129,12 +129,7 @@ class _Group:
 
 
 class Engine:
-    """Generates answers in its own thread.
-
-    Args:
-        models: the loaded model; no other thread may use it while the engine runs.
-        limits: the server's.
-    """
+    """Generates answers in its own thread; no other thread may use the models while it runs."""
 
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits = models, limits

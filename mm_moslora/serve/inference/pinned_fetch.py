@@ -14,11 +14,7 @@ REDIRECTS = 3
 
 
 class RemotePictures:
-    """Fetches pictures over https, and only from public addresses.
-
-    Args:
-        hosts: exact host names.
-    """
+    """Fetches pictures over https, only from public addresses of these host names."""
 
     def __init__(self, hosts: Collection[str]) -> None:
         names = frozenset(host.lower().rstrip(".") for host in hosts)

@@ -5,11 +5,13 @@ It runs in a worker thread, since decoding a picture takes time and would block 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -65,14 +67,7 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
 def prepare(
     request: ChatRequest, files: Sequence[PictureFile], models: Models, limits: Limits, *, stop: threading.Event
 ) -> Prepared:
-    """Tokens and pixels of a request that has passed `refuse_unfit`.
-
-    Args:
-        request: the conversation.
-        files: its pictures.
-        models: tokenise texts and process pictures.
-        limits: the server's.
-        stop: set when the result is no longer needed.
+    """Tokens and pixels of a request that has passed `refuse_unfit`; `stop` is set when they are no longer needed.
 
     Raises:
         ApiError: a picture cannot be used, or the conversation is too long.
@@ -129,23 +124,14 @@ def jobs_of(
 def turns_of(messages: Sequence[Message]) -> list[Turn]:
     """Messages as turns: consecutive messages of one role become one turn, and so do all system messages."""
     turns: list[Turn] = []
-    for role, parts in _merged(messages):
+    for role, same in itertools.groupby(messages, key=attrgetter("role")):
+        parts = [part for message in same for part in message.parts]
         if role == "user":
             turns.append(_question(parts))
         else:
             text = ("\n\n" if role == "system" else "\n").join(part for part in parts if isinstance(part, str))
             turns.append(Turn(role="system" if role == "system" else "assistant", text=text))
     return turns
-
-
-def _merged(messages: Sequence[Message]) -> list[tuple[str, list[str | Picture]]]:
-    merged: list[tuple[str, list[str | Picture]]] = []
-    for message in messages:
-        if merged and merged[-1][0] == message.role:
-            merged[-1][1].extend(message.parts)
-        else:
-            merged.append((message.role, list(message.parts)))
-    return merged
 
 
 def _question(parts: Sequence[str | Picture]) -> Turn:

@@ -75,7 +75,11 @@ def picture_files(
     for picture in pictures:
         refuse_stopped(stop)
         file = _with_header(_bytes(picture, fetch), picture)
-        _check_size(file)
+        try:
+            if file.mode:  # without a readable header, decoding decides
+                check_size(file.size, "picture")
+        except ImageError as error:
+            raise _wrong(picture, _SAID[error.code]) from None
         if file.pixels > limits.image_pixels:
             raise _wrong(picture, f"has {file.pixels} pixels, at most {limits.image_pixels} are allowed; scale it down")
         left -= file.pixels
@@ -83,15 +87,6 @@ def picture_files(
             raise _wrong(picture, f"takes the request above {limits.images_pixels} pixels in all; scale pictures down")
         files.append(file)
     return files
-
-
-def _check_size(file: PictureFile) -> None:
-    """Refuse by its header a picture that decoding would refuse. Without a readable header, decoding decides."""
-    try:
-        if file.mode:
-            check_size(file.size, "picture")
-    except ImageError as error:
-        raise _wrong(file.picture, _SAID[error.code]) from None
 
 
 def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) -> int:

@@ -57,12 +57,7 @@ class Variant:
 
 
 class Models:
-    """One base and its variants; used by one thread at a time.
-
-    Args:
-        assembly: the base, with or without adapters in it.
-        variants: by name, the default first.
-    """
+    """One base and its variants (the default first); used by one thread at a time."""
 
     def __init__(self, assembly: Parts, variants: Mapping[str, Variant]) -> None:
         self.assembly, self.variants = assembly, dict(variants)

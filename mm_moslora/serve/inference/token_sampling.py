@@ -33,11 +33,7 @@ class Sampling:
     """The same seed gives the same answer, whatever else is in the batch."""
 
     def generator(self, choice: int) -> torch.Generator:
-        """The random generator of one answer.
-
-        Args:
-            choice: the index of the answer in its request.
-        """
+        """The random generator of the answer with this index in its request."""
         made = torch.Generator()
         if self.seed is None:
             made.seed()
