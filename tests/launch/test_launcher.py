@@ -210,6 +210,8 @@ LONE = [
 
 @pytest.mark.parametrize("given", LONE)
 def test_one_of_several_processes_without_a_rank_does_not_train_alone(given, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):  # which a training in this process may have left
+        monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(DistributedError, match="would train alone"):

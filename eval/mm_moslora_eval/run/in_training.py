@@ -38,7 +38,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     metrics: dict[str, float] = {}
     asked = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
 
-    def give_way(*_: int) -> None:
+    def give_way(*_: object) -> None:
         if moment.stop.received:
             asked.touch()
         if asked.exists():
