@@ -269,10 +269,9 @@ def _closing_text(output: Path, data: OwnData, size: Size) -> str:
     if 0 < len(data.test) < 200:
         from mm_moslora_eval.scoring.measured_scores import smallest_shown
 
-        lines.append(
-            f"{len(data.test)} held-out questions show differences of about "
-            f"{100 * smallest_shown(len(data.test)):.0f} points or more. More pictures show smaller ones."
-        )
+        least = smallest_shown(len(data.test))
+        shown = f"differences of about {100 * least:.0f} points or more" if least < 1 else "no difference at all"
+        lines.append(f"Held-out questions: {len(data.test)}, which show {shown}. More pictures show smaller ones.")
     if "wrong" not in modes:
         lines.append(
             f"Only {data.test_pictures} picture is held out, so the evaluation goes without `--modes wrong`, which "

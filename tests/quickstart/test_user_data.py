@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import os
+import re
 import shlex
 import threading
 import time
@@ -526,3 +527,9 @@ class TestRecipe:
         assert 15 <= many.global_batch < few.global_batch <= 32
         assert few.steps == 20
         assert many.steps == 100
+
+
+@pytest.mark.parametrize("pictures", [2, 3, 60])
+def test_what_few_held_out_questions_show_is_less_than_all_or_nothing(pictures: int, tmp_path: Path) -> None:
+    text = made(photos(tmp_path / "photos", cat=pictures, dog=pictures), tmp_path / "my")
+    assert re.search(r"show (no difference at all|differences of about \d\d? points)", text)

@@ -123,3 +123,12 @@ def test_rows_are_not_shared_by_an_attention_that_sees_its_own_tokens_only(kind:
     model = made(kind)
     with pytest.raises(ConfigError, match=rf"train.sequence_parallel is 2, but .* '{attention}'"):
         refuse_row_shares(model, 2, attention=attention)
+
+
+@pytest.mark.parametrize("kind", ["Cwm", "Mllama", "Blt", "ProphetNet", "ModernBertDecoder"])
+def test_a_configuration_that_refuses_to_be_made_small_is_a_finding(kind: str) -> None:
+    config = getattr(transformers, f"{kind}Config")()
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(config, "text_config", config))
+    found = rows_of(model, "auto")
+    assert (found.moved is None) == bool(found.fault)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +61,9 @@ def rows_of(model: PreTrainedModel, attention: str) -> RowFinding:
         model: causal language model or VLM, on any device, the meta device too; its weights are not read.
         attention: the recipe's `model.attention`.
     """
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        return RowFinding(moved=None, fault=f"its decoder is a {type(decoder).__name__}")
     key = f"{type(decoder).__module__}.{type(decoder).__qualname__} {attention} {_layer_kinds(decoder.config)}"
     if key not in _FINDINGS:
         begun = time.monotonic()
@@ -73,8 +74,9 @@ def rows_of(model: PreTrainedModel, attention: str) -> RowFinding:
 
 def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
     fault = ""
-    for config in _small(decoder.config):
+    for names in (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER):  # the last keeps the widths
         try:
+            config = _small(decoder.config, names)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
                 torch.manual_seed(0)
                 made = _made(type(decoder), config)
@@ -112,25 +114,24 @@ def _second_of(model: PreTrainedModel, *rows: Tensor) -> Tensor:
     return hidden[len(rows[0]) - 1 :]
 
 
-def _small(given: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Small copies of a decoder's configuration: narrow ones first, then one that keeps its widths."""
-    for names in (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER):
-        config = copy.deepcopy(given)
-        for name in ("quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"):
-            if hasattr(config, name):
-                setattr(config, name, None)
-        layers = _layers(config)
-        for name, value in list(vars(config).items()):
-            if isinstance(value, list | tuple) and len(value) == _depth(given):
-                setattr(config, name, type(value)(value[:layers]))
-            elif isinstance(value, int) and not isinstance(value, bool):
-                least = _WORDS if name == "vocab_size" else 64 if "intermediate_size" in name else names.get(name)
-                if least is not None and value > least:
-                    setattr(config, name, least)
-        config.num_hidden_layers = layers
-        if "hidden_size" in names:
-            _fit(config)
-        yield config
+def _small(given: PreTrainedConfig, names: dict[str, int]) -> PreTrainedConfig:
+    """A small copy of a decoder's configuration, in which no number of these names is larger."""
+    config: Any = copy.deepcopy(given)
+    for name, none in (("quantization_config", None), ("pad_token_id", 0), ("bos_token_id", 0), ("eos_token_id", 0)):
+        if hasattr(config, name):
+            setattr(config, name, none)
+    layers = _layers(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == _depth(given):
+            setattr(config, name, type(value)(value[:layers]))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            least = _WORDS if name == "vocab_size" else 64 if "intermediate_size" in name else names.get(name)
+            if least is not None and value > least:
+                setattr(config, name, least)
+    config.num_hidden_layers = layers
+    if "hidden_size" in names:
+        _fit(config)
+    return config  # type: ignore[no-any-return]
 
 
 def _fit(config: Any) -> None:
