@@ -87,8 +87,8 @@ def test_data_sets_of_one_file_name_stand_side_by_side(tmp_path: Path, capsys: p
     assert [item.to_dict() for item in read_results(run)] == [item.to_dict() for item in results]
     assert len({result.key for result in results}) == 4
     table = eval_commands.table(results)
-    assert "questions@own (easy/questions.jsonl)" in table
-    assert "questions@own (hard/questions.jsonl)" in table
+    assert "questions (easy/questions.jsonl)" in table
+    assert "questions (hard/questions.jsonl)" in table
     html = write_report(run).read_text()
     assert html.count("<section id=") == 2
     other = tmp_path / "other"
