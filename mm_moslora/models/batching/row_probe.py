@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,8 @@ def rows_of(model: PreTrainedModel, attention: str) -> RowFinding:
         attention: the recipe's `model.attention`.
     """
     decoder = model.get_decoder()
-    key = f"{type(decoder).__module__}.{type(decoder).__qualname__} {attention} {_layer_kinds(decoder.config)}"
+    kinds = _layer_kinds(getattr(decoder, "config", None))
+    key = f"{type(decoder).__module__}.{type(decoder).__qualname__} {attention} {kinds}"
     if key not in _FINDINGS:
         begun = time.monotonic()
         _FINDINGS[key] = _probed(decoder, attention)
@@ -73,8 +74,9 @@ def rows_of(model: PreTrainedModel, attention: str) -> RowFinding:
 
 def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
     fault = ""
-    for config in _small(decoder.config):
+    for names in (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER):  # narrow, then with its own widths
         try:
+            config = _small(decoder.config, names)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
                 torch.manual_seed(0)
                 made = _made(type(decoder), config)
@@ -112,25 +114,24 @@ def _second_of(model: PreTrainedModel, *rows: Tensor) -> Tensor:
     return hidden[len(rows[0]) - 1 :]
 
 
-def _small(given: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Small copies of a decoder's configuration: narrow ones first, then one that keeps its widths."""
-    for names in (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER):
-        config = copy.deepcopy(given)
-        for name in ("quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"):
-            if hasattr(config, name):
-                setattr(config, name, None)
-        layers = _layers(config)
-        for name, value in list(vars(config).items()):
-            if isinstance(value, list | tuple) and len(value) == _depth(given):
-                setattr(config, name, type(value)(value[:layers]))
-            elif isinstance(value, int) and not isinstance(value, bool):
-                least = _WORDS if name == "vocab_size" else 64 if "intermediate_size" in name else names.get(name)
-                if least is not None and value > least:
-                    setattr(config, name, least)
-        config.num_hidden_layers = layers
-        if "hidden_size" in names:
-            _fit(config)
-        yield config
+def _small(given: PreTrainedConfig, names: Mapping[str, int]) -> PreTrainedConfig:
+    """A copy of a decoder's configuration in which these names have at most these values."""
+    config = copy.deepcopy(given)
+    for name in ("quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0 if name.endswith("id") else None)  # some classes refuse to have no token
+    layers = _layers(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == _depth(given):
+            setattr(config, name, type(value)(value[:layers]))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            least = _WORDS if name == "vocab_size" else 64 if "intermediate_size" in name else names.get(name)
+            if least is not None and value > least:
+                setattr(config, name, least)
+    config.num_hidden_layers = layers
+    if "hidden_size" in names:
+        _fit(config)
+    return config
 
 
 def _fit(config: Any) -> None:
