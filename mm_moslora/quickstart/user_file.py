@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora_eval.metrics.exact_match import relaxed
+from mm_moslora_eval.sources.llava_file import reference_of
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import Record
@@ -152,10 +153,10 @@ def _sizes(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def _pairs(record: Record) -> Iterator[tuple[str, str]]:
-    """The questions of a record with their answers."""
+    """The questions of a record with their answers, as evaluation compares them: without thinking."""
     turns = [turn for turn in record.turns if turn.role != "system"]
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        yield "".join(question.parts()).strip(), answer.text.strip()
+        yield "".join(question.parts()).strip(), (reference_of(answer.text) or answer.text).strip()
 
 
 def _questions_of(

@@ -23,7 +23,6 @@ from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.thinking_form import MIXED_THINKING
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
@@ -306,9 +305,9 @@ def _as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
 
     A resumed run keeps the form of its checkpoint.
     """
-    if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asked):
+    if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asked or form.mixed):
         if form.mixed:
-            logger.warning("%s: %s.", form.words, MIXED_THINKING)
+            logger.warning("%s: %s.", form.words, form.remedy)
         else:
             logger.info("%s.", form.words)
     assembly.ask(data.encoder.thinking)

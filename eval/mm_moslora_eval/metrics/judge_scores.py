@@ -94,9 +94,9 @@ def llavabench_scores_lmms_eval(reply: str) -> tuple[float, float]:
 
 
 def ratings_within(reply: str, *, read: Callable[[str], tuple[float, float]]) -> tuple[float, float] | None:
-    """The two ratings of a reply if both are from 0 to 10, or None."""
+    """The two ratings of a reply if both are from 1 to 10, as the prompt asks for, or None."""
     ratings = read(reply)
-    return ratings if all(0 <= rating <= 10 for rating in ratings) else None
+    return ratings if all(1 <= rating <= 10 for rating in ratings) else None
 
 
 def llavabench_summary(scores: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float, float]]:

@@ -21,8 +21,7 @@ from mm_moslora_eval.sources.source_images import found
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
-_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
-"""Thinking before a reference answer; it is removed from the model's answer, too."""
+_THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 Record = Mapping[str, Any]
 Found = tuple[tuple[ImageLike, ...], str | None]
 """The pictures of a record, and the problem with them if there is one."""
@@ -47,6 +46,11 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
             yield from _conversation(record, found(record.get("image"), file=path, row=row, rules=rules), place, row)
         else:
             yield _question(record, found(record.get("image"), file=path, row=row, rules=rules), place)
+
+
+def reference_of(answer: str) -> str:
+    """A reference answer without the thinking before it, which is removed from the model's answer, too."""
+    return _THINKING.sub("", answer)
 
 
 def _records(path: Path) -> Iterator[tuple[int, Record]]:
@@ -93,7 +97,8 @@ def _question(record: Record, shown: Found, where: str) -> Document:
     name = record.get("question_id", record.get("id"))
     if not isinstance(question, str) or name is None:
         raise EvalError(f"{where} needs `question_id` and `text`; found {', '.join(record) or 'nothing'}.")
-    answers = _strings(record["answers"] if record.get("answers") is not None else record.get("answer"))
+    given = record["answers"] if record.get("answers") is not None else record.get("answer")
+    answers = tuple(map(reference_of, _strings(given)))
     given = record.get("options") or {}
     options = given if isinstance(given, dict) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False))
     images, problem = shown
@@ -126,7 +131,7 @@ def _conversation(record: Record, shown: Found, where: str, row: int) -> Iterato
             id=f"{name}:{number}" if len(turns) > 2 else name,
             images=images,
             question=str(human.get("value", "")).strip(),
-            answers=(_THINKING.sub("", str(gpt.get("value", ""))).strip(),),
+            answers=(reference_of(str(gpt.get("value", ""))).strip(),),
             category=_text(record.get("category")),
             problem=problem,
         )

@@ -416,6 +416,11 @@ class ConversationEncoder:
         return tail.rstrip() or tail
 
 
+def begins_with_block(answer: str) -> bool:
+    """Whether an answer begins with a block of thinking, empty or not."""
+    return _THINKING.match(answer) is not None
+
+
 def thinks(answer: str) -> bool:
     """Whether an answer begins with thinking that is not empty."""
     found = _THINKING.match(answer)

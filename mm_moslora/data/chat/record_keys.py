@@ -17,26 +17,40 @@ _SHOWN = {"id", "image", "images", "video", "videos"}
 READ = {
     "conversations": _SHOWN | {"conversations", "system"},
     "messages": _SHOWN | {"messages", "system"},
-    "texts": _SHOWN | {"texts"},
-    "question": _SHOWN | {"question", "answer"},
-    "caption": _SHOWN | {"caption"},
+    "texts": _SHOWN | {"texts", "system"},
+    "question": _SHOWN | {"question", "answer", "system"},
+    "caption": _SHOWN | {"caption", "system"},
 }
 """Form of a record, by the key that decides it -> keys that are read."""
 READ_OF_TURN = {"from", "value", "role", "content", *REASONING}
 """Keys of a turn that are read."""
+READ_OF_PART = {"type", "text", "image", "image_url", "video", "video_url", "path", "url"}
+"""Keys of a content part that are read."""
 _PREFERENCE = (
     "it is a preference record, of which only chosen answers may be learned: write them as answers of their own"
 )
 _TOOLS = "tools are not supported; write the calls and their results as text, or drop the record"
 _WEIGHTS = "every answer of a record is learned with the same weight; drop the key, or split off what is to be learned"
+_SOUND = "sounds are not supported; drop the key where the answers need no sound, or drop the record"
+_QUESTION = "write it into the question, or earlier turns and their answer as conversations, and drop the key"
+_CLASS = "; drop the key if it names a class"
 _OF_RECORD = {
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"), _PREFERENCE),
     "tools": _TOOLS,
     "functions": _TOOLS,
+    "audio": _SOUND,
+    "audios": _SOUND,
+    "chat_template_kwargs": "model.thinking holds for all records; set it, and drop the key",
     "objects": "boxes are not filled in; write them into the texts, in the model's own form, and drop the key",
 }
 """Key of a record that ms-swift, LLaMA-Factory, TRL or Unsloth follow -> what to do."""
-_WEIGHING = dict.fromkeys(("loss", "loss_scale", "train", "training", "train_detail", "weight"), _WEIGHTS)
+_OF_QUESTION = dict.fromkeys(("instruction", "input", "history"), _QUESTION)
+"""The same of a record with one question or caption."""
+_WEIGHING = dict.fromkeys(
+    ("loss", "loss_scale", "loss_weight", "loss_mask", "mask", "train", "training", "train_detail", "weight"), _WEIGHTS
+)
+_NEUTRAL = {"1", "1.0", "true", "default"}
+"""Weights that change nothing; those of `mask` are read both ways."""
 _OF_TURN = {"tool_calls": _TOOLS, "function_call": _TOOLS, **_WEIGHING}
 """The same of a turn."""
 
@@ -47,20 +61,25 @@ def check_record(value: Mapping[str, Any], where: Where) -> None:
     Raises:
         RecordError: names the key and what to do.
     """
-    for key in value.keys() & _OF_RECORD.keys():
+    remedies = _OF_RECORD | (_OF_QUESTION if _form(value) in ("question", "caption") else {})
+    for key in value.keys() & remedies.keys():
         if not _is_empty(value[key]):
-            raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(value[key])}", _OF_RECORD[key])
-    if value.get("label") is False:  # KTO: an answer to be avoided; any other label is data about the record
-        raise where.error(Code.UNFOLLOWED_KEY, "label", "is false, an answer to be avoided", _PREFERENCE)
+            raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(value[key])}", remedies[key])
+    for key in ("label", "labels", "kto_tag"):  # KTO, PRM; any other label is data about the record
+        if _avoids(value.get(key)):
+            what = f"is {ascii(value[key])[:60]}, an answer to be avoided"
+            raise where.error(Code.UNFOLLOWED_KEY, key, what, _PREFERENCE + _CLASS)
 
 
 def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where) -> None:
-    """Refuse a turn with such a key; see `check_record`."""
+    """Refuse a turn, or a part of one, with such a key; see `check_record`."""
     for key in turn.keys() & _OF_TURN.keys():
         weighs, value = key in _WEIGHING, turn[key]
-        if _is_empty(value) or (weighs and (role != "assistant" or value in (1, "1", "true", "default"))):
+        neutral = key != "mask" and str(value).lower() in _NEUTRAL
+        if _is_empty(value) or (weighs and (role != "assistant" or neutral)):
             continue
-        found = f"is {value}" if weighs and isinstance(value, int | float) else f"is {kind_of(value)}"
+        plain = weighs and isinstance(value, int | float | str)
+        found = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
         raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}", found, _OF_TURN[key])
 
 
@@ -68,30 +87,54 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) ->
     """The thinking that a turn holds beside its text, as the block at the start of an answer; empty without any.
 
     Raises:
-        RecordError: it is no text, is given twice, or belongs to no answer.
+        RecordError: it is no text, holds a block's tags, is given twice, or belongs to no answer.
     """
     given = {key: turn[key] for key in REASONING if not _is_empty(turn.get(key))}
     if not given:
         return ""
     (key, value), *more = given.items()
-    content = turn.get("value", turn.get("content"))
-    twice = bool(more) or (isinstance(content, str) and content.lstrip().startswith("<think>"))
-    if twice or role != "assistant" or not isinstance(value, str):
+    twice = bool(more) or _text_of(turn.get("value", turn.get("content"))).lstrip().startswith("<think>")
+    tagged = isinstance(value, str) and ("<think>" in value or "</think>" in value)
+    if twice or tagged or role != "assistant" or not isinstance(value, str):
         what = "is given twice" if twice else f"is {kind_of(value)} of the turn of the {role}"
+        what = "holds <think> or </think>" if tagged and not twice else what
         raise where.error(
-            Code.UNFOLLOWED_KEY, f"{field}.{key}", what, "write the thinking of an answer once, as a text"
+            Code.UNFOLLOWED_KEY, f"{field}.{key}", what, "write the thinking of an answer once, as a text without tags"
         )
     return f"<think>\n{value.strip()}\n</think>\n\n"
 
 
 def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:
-    """Keys of a record, and of its turns as `conversations[].key`, that are not read."""
-    form = next((key for key in READ if key in value), "")
+    """Keys of a record, of its turns as `conversations[].key`, and of their parts, that are not read."""
+    form = _form(value)
     found = [str(key) for key in value if key not in READ.get(form, _SHOWN)]
-    turns = value.get(form)
-    for turn in turns if form in ("conversations", "messages") and isinstance(turns, list) else ():
-        found += [f"{form}[].{key}" for key in turn if key not in READ_OF_TURN] if isinstance(turn, Mapping) else []
+    turns = _objects(value.get(form))
+    read = {"user", "assistant"} if form == "texts" else READ_OF_TURN
+    found += [f"{form}[].{key}" for turn in turns for key in turn if key not in read]
+    parts = [part for turn in turns for part in _objects(turn.get("value", turn.get("content")))]
+    found += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
     return tuple(dict.fromkeys(found))
+
+
+def _form(value: Mapping[str, Any]) -> str:
+    """The key that decides the form of a record."""
+    return next((key for key in READ if key in value), "")
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def _text_of(content: Any) -> str:
+    """A content's text, or that of its parts."""
+    return content if isinstance(content, str) else "".join(str(part.get("text")) for part in _objects(content))
+
+
+def _avoids(value: Any) -> bool:
+    """Whether a label marks an answer, or a step of one, as bad; tables keep booleans as numbers or strings."""
+    if isinstance(value, list | tuple):
+        return any(item is False for item in value)
+    return isinstance(value, bool | int | float | str) and str(value).strip().lower() in ("false", "0", "0.0")
 
 
 def _is_empty(value: Any) -> bool:

@@ -235,10 +235,14 @@ def _names(value: Mapping[str, Any], kind: str, where: Where) -> list[Any]:
 
 def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tuple[list[Turn], list[_Mark], bool]:
     """The turns, their images and videos, and whether the form marks the places of these."""
+    turns: list[Turn] = []
+    marks: list[_Mark] = []
+    if value.get("system") and not is_nothing(value["system"]):  # ShareGPT and Alpaca keep it beside the conversation
+        turns.append(Turn(role="system", text=_text(value["system"], "system", where)))
     for find in (_pairs, _question_and_answer):
         simple = find(value, where)
         if simple is not None:
-            return simple, [], False
+            return turns + simple, [], False
     key = "messages" if "messages" in value and "conversations" not in value else "conversations"
     items = value.get(key)
     if not isinstance(items, list) or not items:
@@ -246,10 +250,6 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
             raise _formless(value, key, where)
         what = f"is {kind_of(items)}" if items else "is empty"
         raise where.error(Code.NO_TURNS, key, what, "add at least a question and an answer")
-    turns: list[Turn] = []
-    marks: list[_Mark] = []
-    if value.get("system"):  # ShareGPT keeps it beside the conversation
-        turns.append(Turn(role="system", text=_text(value["system"], "system", where)))
     for index, item in enumerate(items):
         field = f"{key}[{index}]"
         if not isinstance(item, Mapping):
@@ -292,6 +292,7 @@ def _pairs(value: Mapping[str, Any], where: Where) -> list[Turn] | None:
         field = f"texts[{index}]"
         if not isinstance(item, Mapping):
             raise where.error(Code.BAD_TURN, field, f"is {kind_of(item)}", "write an object with user and assistant")
+        check_turn(item, "assistant", field, where)
         turns += [Turn.asking(_text(item.get("user"), f"{field}.user", where)),
                   Turn(role="assistant", text=_text(item.get("assistant"), f"{field}.assistant", where))]  # fmt: skip
     if not turns:
@@ -328,6 +329,8 @@ def _of_parts(role: Role, content: list[Any], field: str, where: Where, marks: l
     places: list[int] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(part, Mapping):
+            check_turn(part, role, f"{field}.content[{index}]", where)
         if isinstance(kind, str) and kind in _SHOWN and role == "user":
             shown = _SHOWN[kind]
             keys = (shown, f"{shown}_url", "path", "url")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, thinks
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, begins_with_block, thinks
+from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.record_source import RecordSource
 
@@ -18,11 +20,20 @@ MIXED_THINKING = (
     "the block itself, or to never, which leaves thinking out"
 )
 """What to do about records of both forms."""
+EARLIER_ANSWERS = (
+    "the chat template writes only the last answer of a conversation so; write records that end with each answer to be "
+    "learned, or name a template without thinking, for example model.chat_template: chatml"
+)
+"""What to do about conversations of several turns."""
+FEW_ASIDE = 0.01
+"""Up to this share of answers behind another prompt needs no warning."""
+Ending = tuple[str, int]
+"""The last answer of a record with a letter for every text, and the number of its answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThinkingForm:
-    """How often the last answer of a record thinks, and the form in which the model is asked."""
+    """How often answers think and stand behind the prompt that is asked, and the form in which the model is asked."""
 
     thinking: int
     """Records whose last answer begins with thinking that is learned."""
@@ -30,19 +41,33 @@ class ThinkingForm:
     """Usable records that were looked at."""
     asked: bool
     """Whether the model is asked to think."""
-    switch: bool
-    """Whether prompts to think and prompts to answer at once differ."""
+    answers: int
+    """All answers of these records."""
+    aside: int
+    """Answers that are learned behind another prompt than the one that is asked, or without the block it asks for."""
+    earlier: int
+    """Those of them that another question follows."""
+    prompt: str
+    """The text that is asked between a question and its answer."""
 
     @property
     def mixed(self) -> bool:
-        """Whether some answers are learned behind another prompt than the one that is asked."""
-        return self.switch and 0 < self.thinking < self.records and not self.asked
+        """Whether more than a few answers are learned in another form than the one that is asked."""
+        return self.aside > FEW_ASIDE * self.answers
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the forms are mixed."""
+        return MIXED_THINKING if 2 * self.earlier < self.aside else EARLIER_ANSWERS
 
     @property
     def words(self) -> str:
         """The form in one sentence, without its full stop."""
         asked = "to think before it answers" if self.asked else "to answer at once"
-        return f"{self.thinking} of {self.records} records end with an answer that thinks; the model is asked {asked}"
+        words = f"{self.thinking} of {self.records} records end with an answer that thinks; the model is asked {asked}"
+        if not self.mixed:
+            return words
+        return f"{words}, by {self.prompt!r}, but {self.aside} of {self.answers} answers are learned in another form"
 
 
 def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tuple[ConversationEncoder, ThinkingForm]:
@@ -56,20 +81,54 @@ def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tupl
     """
     total = sum(len(file) for file in files)
     numbers = [total * place // LOOKED_AT for place in range(LOOKED_AT)] if total > LOOKED_AT else range(total)
-    found: list[bool] = []
+    endings: Counter[Ending] = Counter()
     start, wanted = 0, iter(numbers)
     number = next(wanted, None)
     for file in files:
         while number is not None and number < start + len(file):
             with suppress(RecordError):  # the training set counts it
-                found.append(thinks(file[number - start].turns[-1].text))
+                endings[ending(file[number - start].turns)] += 1
             number = next(wanted, None)
         start += len(file)
-    learned = encoder.learns_thinking and encoder.thinking != "never"
-    thinking = sum(found) if learned else 0
-    if encoder.thinking == "auto" and 2 * thinking > len(found):
+    form = form_of(encoder, endings)
+    if encoder.thinking == "auto" and 2 * form.thinking > form.records:
         encoder = encoder.asking("always")
-    form = ThinkingForm(
-        thinking=thinking, records=len(found), asked=encoder.asks_to_think, switch=encoder.has_switch
-    )  # fmt: skip
+        form = form_of(encoder, endings)
     return encoder, form
+
+
+def ending(turns: Sequence[Turn]) -> Ending:
+    """What decides the form of a conversation's answers."""
+    text = turns[-1].text
+    block = "<think>a</think>" if thinks(text) else "<think></think>" if begins_with_block(text) else ""
+    return f"{block}a", sum(turn.role == "assistant" for turn in turns)
+
+
+def form_of(encoder: ConversationEncoder, endings: Counter[Ending]) -> ThinkingForm:
+    """The form of records with these endings."""
+    learned = encoder.learns_thinking and encoder.thinking != "never"
+    aside, before = 0, 0
+    for (last, answers), records in endings.items():
+        *earlier, end = _aside(encoder, ["a"] * (answers > 1) + [last])
+        before += records * (answers - 1) * sum(earlier)
+        aside += records * end
+    return ThinkingForm(
+        thinking=sum(records for (last, _), records in endings.items() if learned and thinks(last)),
+        records=endings.total(), asked=encoder.asks_to_think, aside=aside + before, earlier=before,
+        answers=sum(answers * records for (_, answers), records in endings.items()), prompt=encoder.answer_prompt,
+    )  # fmt: skip
+
+
+def _aside(encoder: ConversationEncoder, answers: Sequence[str]) -> list[bool]:
+    """Whether each answer of a conversation is learned in another form than the one that is asked there."""
+    turns = [turn for text in answers for turn in (Turn.asking("a"), Turn(role="assistant", text=text))]
+    encoded = encoder.encode(turns)
+    ids = encoded.input_ids.tolist()
+    result = []
+    for number, text in enumerate(answers):
+        asked = encoder.encode_prompt(turns[: 2 * number + 1]).tolist()
+        learned = len(asked) < len(ids) and bool(encoded.supervised[len(asked)])
+        if encoder.asks_to_think and encoder.template.knows_thinking:
+            asked += encoder.encode_answer(text)  # its block, empty or not
+        result.append(not learned or ids[: len(asked)] != asked)
+    return result

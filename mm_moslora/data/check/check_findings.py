@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mm_moslora.data.chat.thinking_form import MIXED_THINKING, ThinkingForm
 from mm_moslora.data.check.record_check import CheckReport
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, matches
 
@@ -105,16 +104,16 @@ def _truncation(report: CheckReport) -> Finding:
 
 
 def _thinking(report: CheckReport) -> Finding:
-    form = ThinkingForm(
-        thinking=report.thinking_records, records=report.usable, asked=report.asks_to_think, switch=report.has_switch
-    )
+    form = report.form
+    if form is None:
+        return Finding("ok", "thinking", "no record was looked at")
     if report.dropped_thoughts:
         detail = f"{form.words}; {report.dropped_thoughts} answers are learned without their thinking"
         remedy = (
             "most chat templates keep only the last answer's thinking; split such records, or set model.thinking: never"
         )
         return Finding("warn", "thinking", detail, remedy)
-    return Finding("warn" if form.mixed else "ok", "thinking", form.words, MIXED_THINKING if form.mixed else "")
+    return Finding("warn" if form.mixed else "ok", "thinking", form.words, form.remedy if form.mixed else "")
 
 
 def _keys(report: CheckReport) -> Finding:

@@ -13,6 +13,7 @@ from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
 from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.images.video_clip import Frame
@@ -71,12 +72,10 @@ class CheckReport:
     """Answers with thinking that is learned."""
     dropped_thoughts: int = 0
     """Answers with thinking that the chat template or `model.thinking` leaves out."""
-    thinking_records: int = 0
-    """Usable records whose last answer has thinking that is learned."""
-    asks_to_think: bool = False
-    """Whether the model is asked to think before it answers."""
-    has_switch: bool = False
-    """Whether prompts to think and prompts to answer at once differ."""
+    endings: Counter[Ending] = field(default_factory=Counter)
+    """What decides the form of the answers of usable records."""
+    form: ThinkingForm | None = None
+    """How often answers think, and the form in which the model is asked."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Keys that are not read, with the number of usable records that have them."""
     special_text: int = 0
@@ -145,11 +144,12 @@ class CheckReport:
     def add(self, other: CheckReport) -> None:
         """Add the report of further records."""
         for name in ("records", "text_only", "one_image", "several_images", "videos", "pictures", "answers",
-                     "supervised_tokens", "truncated", "thoughts", "dropped_thoughts", "thinking_records",
+                     "supervised_tokens", "truncated", "thoughts", "dropped_thoughts",
                      "special_text", "separator_text",
                      "endless"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images", "ignored"):
+        for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images", "ignored",
+                     "endings"):  # fmt: skip
             getattr(self, name).update(getattr(other, name))
         self.lengths += other.lengths
         self.faults += other.faults
@@ -189,8 +189,6 @@ def check(
         max_length=config.max_length,
         max_bad_share=share,
         too_long=config.too_long,
-        asks_to_think=encoder.asks_to_think,
-        has_switch=encoder.has_switch,
     )
     look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
     report, total = empty(), sum(len(file) for file in files)
@@ -207,6 +205,7 @@ def check(
         report.add(part)
         if on_progress is not None:
             on_progress(report.records, total)
+    report.form = form_of(encoder, report.endings)
     return report
 
 
@@ -276,7 +275,7 @@ class _Look:
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
         report.ignored.update(record.ignored)
-        report.thinking_records += encoded.thoughts > 0
+        report.endings[ending(kept)] += 1
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +62,9 @@ def rows_of(model: PreTrainedModel, attention: str) -> RowFinding:
         model: causal language model or VLM, on any device, the meta device too; its weights are not read.
         attention: the recipe's `model.attention`.
     """
-    decoder: Any = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):
-        return RowFinding(moved=None, fault=f"its decoder is a {type(decoder).__name__}")
-    key = f"{type(decoder).__module__}.{type(decoder).__qualname__} {attention} {_layer_kinds(decoder.config)}"
+    decoder = model.get_decoder()
+    kinds = _layer_kinds(getattr(decoder, "config", None))
+    key = f"{type(decoder).__module__}.{type(decoder).__qualname__} {attention} {kinds}"
     if key not in _FINDINGS:
         begun = time.monotonic()
         _FINDINGS[key] = _probed(decoder, attention)
@@ -74,7 +74,7 @@ def rows_of(model: PreTrainedModel, attention: str) -> RowFinding:
 
 def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
     fault = ""
-    for names in (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER):  # the last keeps the widths
+    for names in (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER):  # narrow, then with its own widths
         try:
             config = _small(decoder.config, names)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
@@ -114,12 +114,12 @@ def _second_of(model: PreTrainedModel, *rows: Tensor) -> Tensor:
     return hidden[len(rows[0]) - 1 :]
 
 
-def _small(given: PreTrainedConfig, names: dict[str, int]) -> PreTrainedConfig:
-    """A small copy of a decoder's configuration, in which no number of these names is larger."""
-    config: Any = copy.deepcopy(given)
-    for name, none in (("quantization_config", None), ("pad_token_id", 0), ("bos_token_id", 0), ("eos_token_id", 0)):
-        if hasattr(config, name):
-            setattr(config, name, none)
+def _small(given: PreTrainedConfig, names: Mapping[str, int]) -> PreTrainedConfig:
+    """A copy of a decoder's configuration in which these names have at most these values."""
+    config = copy.deepcopy(given)
+    for name in ("quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0 if name.endswith("id") else None)  # some classes refuse to have no token
     layers = _layers(config)
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == _depth(given):
@@ -131,7 +131,7 @@ def _small(given: PreTrainedConfig, names: dict[str, int]) -> PreTrainedConfig:
     config.num_hidden_layers = layers
     if "hidden_size" in names:
         _fit(config)
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _fit(config: Any) -> None:

@@ -28,7 +28,10 @@ def chat(*, record: dict | None = None, llava: bool = False, user: dict | None =
 
 @pytest.mark.parametrize("llava", [False, True])
 @pytest.mark.parametrize(("key", "bad", "neutral"), [
-    ("loss", [False, 0], [True, None, 1]),
+    ("loss", [False, 0, "False"], [True, None, 1, "True", "1.0"]),
+    ("loss_weight", [0.0, 0.5], [1, 1.0, None]),
+    ("loss_mask", [0, False], [1, True, None]),
+    ("mask", [True, False, 1], [None, ""]),
     ("loss_scale", [0.5, "react"], [1, 1.0, "default", None]),
     ("train", [False], [True, None]),
     ("weight", [0, 2, 0.5], [1, 1.0, None, float("nan")]),
@@ -49,7 +52,12 @@ def test_keys_of_turns(key, bad, neutral, llava) -> None:
     ("rejected_response", ["a", ["a"]], ["", None]),
     ("tools", [[{"type": "function"}], '[{"name": "f"}]'], [[], "[]", None]),
     ("objects", [{"ref": ["a"], "bbox": [[1, 2, 3, 4]]}], [{"ref": [], "bbox": []}, {}, None]),
-    ("label", [False], [True, 3, "cat", None]),
+    ("label", [False, 0, 0.0, "false", "False", "0"], [True, 1, 3, "cat", None, float("nan"), ""]),
+    ("labels", [[True, False], False], [[True], [0, 3], ["cat"], [], None]),
+    ("kto_tag", [False, 0, "false"], [True, 1, "true", None]),
+    ("audio", ["a.mp3", {"path": "a.mp3", "bytes": None}], [None, "", {"path": None, "bytes": None}]),
+    ("audios", [["a.mp3"]], [[], None]),
+    ("chat_template_kwargs", [{"enable_thinking": False}], [{}, None]),
 ])  # fmt: skip
 def test_keys_of_records(key, bad, neutral) -> None:
     for value in bad:
@@ -60,6 +68,47 @@ def test_keys_of_records(key, bad, neutral) -> None:
             parsed({"question": "what?", "answer": "42", key: value})
     for value in neutral:
         assert parsed(chat(record={key: value})).turns[1].text == "42"
+
+
+@pytest.mark.parametrize("key", ["instruction", "input", "history"])
+def test_the_rest_of_a_question_is_not_left_out(key) -> None:
+    """Alpaca's records by `columns`: the answer would be learned without what it is about."""
+    for form in ({"question": "Sort", "answer": "1 2 3"}, {"caption": "1 2 3"}):
+        for value in ("3 1 2", [["what?", "42"]]):
+            with pytest.raises(RecordError, match=rf"^UNFOLLOWED_KEY: .* field {key}: .*into the question"):
+                parsed(form | {key: value})
+        for value in ("", None, [], float("nan")):
+            assert parsed(form | {key: value}).turns[-1].text == "1 2 3"
+    assert parsed(chat(record={key: "data about the record"})).turns[1].text == "42"
+
+
+@pytest.mark.parametrize("form", [
+    {"question": "what?", "answer": "42"}, {"texts": [{"user": "what?", "assistant": "42"}]}, {"caption": "42"}, chat(),
+])  # fmt: skip
+def test_a_system_text_is_read_beside_every_form(form) -> None:
+    record = parsed(form | {"system": "Be brief."})
+    assert [turn.role for turn in record.turns] == ["system", "user", "assistant"]
+    assert record.turns[0].text == "Be brief."
+    assert record.ignored == ()
+    for empty in ("", None, float("nan")):
+        assert [turn.role for turn in parsed(form | {"system": empty}).turns] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("key", ["loss", "weight", "train", "loss_weight"])
+def test_weights_of_parts_and_pairs_are_faults(key) -> None:
+    part = {"type": "text", "text": "42"}
+    with pytest.raises(RecordError, match=rf"UNFOLLOWED_KEY: .*messages\[1\]\.content\[0\]\.{key}: is 0"):
+        parsed(chat(content=[part | {key: 0}]))
+    with pytest.raises(RecordError, match=rf"UNFOLLOWED_KEY: .*texts\[0\]\.{key}: is False"):
+        parsed({"texts": [{"user": "what?", "assistant": "42", key: False}]})
+    assert parsed(chat(content=[part | {key: 1}])).turns[1].text == "42"
+    assert parsed(chat(user={"content": [{"type": "text", "text": "what?", key: 0}]})).turns[0].text == "what?"
+
+
+def test_keys_of_parts_and_pairs_are_counted() -> None:
+    part = {"type": "text", "text": "42", "cache_control": {}}
+    assert parsed(chat(content=[part])).ignored == ("messages[].content[].cache_control",)
+    assert parsed({"texts": [{"user": "what?", "assistant": "42", "source": "x"}]}).ignored == ("texts[].source",)
 
 
 def test_a_preference_record_without_a_conversation_is_named_so() -> None:
@@ -91,7 +140,9 @@ def test_thinking_beside_an_answer_is_learned_as_its_block(key) -> None:
 
 @pytest.mark.parametrize("value", [
     chat(reasoning="a", content="<think>b</think>42"), chat(reasoning="a", thinking="b"), chat(reasoning=["a"]),
-    chat(user={"reasoning": "a"}),
+    chat(user={"reasoning": "a"}), chat(reasoning="a </think> b"), chat(reasoning="<think>a"),
+    chat(reasoning="a", content=[{"type": "text", "text": "<think>b</think>42"}]),
+    chat(reasoning="a", content=[{"type": "text", "text": " "}, {"type": "text", "text": "<think>b</think>42"}]),
 ])  # fmt: skip
 def test_thinking_that_cannot_be_placed_is_a_fault(value) -> None:
     with pytest.raises(RecordError, match=r"UNFOLLOWED_KEY.*write the thinking of an answer once"):

@@ -14,6 +14,8 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.config.llava_chat_templates import note_thinking, notes_thinking
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.thinking_form import LOOKED_AT
+from mm_moslora.data.check.check_findings import findings
+from mm_moslora.data.check.record_check import check
 from mm_moslora.data.training_set import TrainingSet
 from tests.data.chat_templates import TEMPLATES, shared_tokenizer
 from tests.data.conftest import turns
@@ -71,6 +73,52 @@ def test_the_prompt_that_is_asked_stands_before_supervised_answers(write, name, 
     assert learned == len(data) or data.form.mixed
 
 
+def conversation(*answers: str) -> dict:
+    turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": ""}] * len(answers)
+    return {"conversations": [turn | {"value": answers[i // 2]} if i % 2 else turn for i, turn in enumerate(turns)]}
+
+
+@pytest.mark.parametrize("answer", [PLAIN, THOUGHT])
+@pytest.mark.parametrize("name", [*THINKING, *TEMPLATES])
+@pytest.mark.parametrize("thinking", ["auto", "always", "never"])
+def test_every_answer_behind_another_prompt_is_counted(write, name, answer, thinking) -> None:
+    """Compared with the ids that are asked at each question, and with an answer's block where it is asked for."""
+    data = settled(write, [conversation(answer, answer, answer)], tokenizer_of(name), thinking)
+    record, encoder, aside = data.record(0), data.encoder, 0
+    encoded = data.encode(record)
+    ids = encoded.input_ids.tolist()
+    for place in (1, 3, 5):
+        prompt = encoder.encode_prompt(record.turns[:place]).tolist()
+        block = encoder.encode_answer(record.turns[place].text)[:2] if data.form.asked else []
+        follows = bool(encoded.supervised[len(prompt)]) and not encoded.supervised[len(prompt) - 1]
+        aside += ids[: len(prompt) + len(block)] != prompt + block or not follows
+    assert (data.form.answers, data.form.aside) == (3, aside)
+    assert data.form.mixed == (aside > 0)
+
+
+@pytest.mark.parametrize(("name", "thinking", "aside"), [
+    ("qwen3", "auto", 8), ("qwen3", "never", 8), ("qwen3", "always", 8), ("qwen3_5_think", "auto", 8),
+    ("glm4moe", "auto", 0), ("glm4moe", "always", 8), ("bytes-chatml", "auto", 0), ("bytes-chatml", "always", 0),
+])  # fmt: skip
+def test_conversations_of_several_turns_are_named(write, name, thinking, aside) -> None:
+    file = write(*[conversation(PLAIN, PLAIN, PLAIN)] * 4)
+    encoder = ConversationEncoder(tokenizer_of(name), thinking=thinking)
+    report = check([SourceConfig(path=str(file))], encoder, config=DataConfig(), vision=False)
+    form = settled(write, [conversation(PLAIN, PLAIN, PLAIN)] * 4, tokenizer_of(name), thinking).form
+    assert report.form == form
+    found = next(item for item in findings(report) if item.name == "thinking")
+    assert found.status == ("warn" if aside else "ok")
+    assert (f"{aside} of 12 answers are learned in another form" in found.detail) == bool(aside)
+    assert repr(encoder.answer_prompt) in found.detail or not aside
+    assert ("write records that end with each answer" in found.remedy) == bool(aside)
+
+
+def test_few_answers_behind_another_prompt_need_no_warning(write) -> None:
+    single = records(0, 499)
+    assert not settled(write, [*single, conversation(PLAIN, PLAIN)], tokenizer_of("qwen3")).form.mixed
+    assert settled(write, [*single, *[conversation(PLAIN, PLAIN)] * 6], tokenizer_of("qwen3")).form.mixed
+
+
 @pytest.mark.parametrize("name", ["qwen3", "glm4moe", "nemotron_3_nano", "qwen3_5_nothink", "qwen3_8", "lfm2_2_5"])
 def test_auto_follows_the_data(write, name) -> None:
     forms = {kind: settled(write, records(*DATA[kind]), tokenizer_of(name)).form for kind in DATA}
@@ -90,7 +138,7 @@ def test_a_template_that_drops_thinking_is_not_asked_to_think(write, name) -> No
 
 def test_thinking_as_plain_text_is_followed_too(write) -> None:
     form = settled(write, records(8, 0), shared_tokenizer("bytes-chatml")).form
-    assert (form.asked, form.switch) == (True, False)
+    assert (form.asked, form.mixed) == (True, False)
 
 
 def test_a_choice_of_the_recipe_stands(write) -> None:

@@ -226,6 +226,16 @@ def test_few_answers_without_a_grade_are_left_out_of_score_and_comparison(tmp_pa
     assert compare(view, other).score.questions == COUNT - 1
 
 
+@pytest.mark.parametrize("reply", ["0 5", "5 0", "0 0", "0.5 8", "8 10.5"])
+def test_ratings_off_the_scale_are_no_score(reply: str, tmp_path: Path) -> None:
+    """The judge is asked for 1 to 10; a reference rated 0 would make every answer worth nothing."""
+    view = answered(tmp_path / "run", "judge_llavabench")
+    with serve(lambda _: reply) as server:
+        result = score_folder(view, judge=judge_at(server.url, tmp_path))
+    assert math.isnan(result.score)
+    assert f"replies to {COUNT} of {COUNT} answers cannot be read" in result.about["unscored"]
+
+
 def test_llavabench_is_compared_without_the_answers_that_have_no_ratings(tmp_path: Path) -> None:
     views = [answered(tmp_path / name, "judge_llavabench") for name in "ab"]
     with serve(lambda payload: "?" if number(payload) == 3 else "8 4") as server:
