@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -35,9 +35,17 @@ _PATHS = ("/", "./", "../")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _BY_TENSOR = "2-"
 """Begins fingerprints with samples of every tensor; earlier ones have 16 samples of a file."""
-_FINGERPRINT, _COMMIT = re.compile(r"(2-)?[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+_FINGERPRINT, _COMMIT = re.compile(r"(2-)?[0-9a-f]{64}(\.[0-9a-f]{64})?"), re.compile(r"[0-9a-f]{40}")
 _SAMPLES, _MORE_SAMPLES, _SAMPLE_BYTES, _TENSOR_BYTES = 16, 256, 4096, 1024
 _MOST_HEADER = 2**27
+_PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
+_LANGUAGE_FILES = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja", "generation_config.json",
+)  # fmt: skip
+_VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+"""Read where there is no `tokenizer.json`."""
+_ALL_FILES = (*_LANGUAGE_FILES, *_PICTURE_FILES, "video_preprocessor_config.json", "chat_template.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,19 @@ class Part:
         """The path that the name may be."""
         place = Path(self.name.partition(":")[2] if self.library else self.name)
         return projector_file(place) if self.key == PROJECTOR_WEIGHTS else place
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The files besides weights and configuration that loaders read: others come and go in the hub's cache."""
+        if self.library:
+            return ("open_clip_config.json",) if self.library == "open_clip" and self.place.is_dir() else ()
+        pictures = dict.fromkeys(("model.vision.name", "model.vision.fuse_with"), _PICTURE_FILES)
+        return ({"model.language": _LANGUAGE_FILES, "model.vlm": _ALL_FILES} | pictures).get(self.key, ())
+
+    def agrees(self, expected: str, place: Path, library: str = "") -> bool:
+        """Whether a place has what a fingerprint was made of; those of earlier versions say less."""
+        by_tensor, texts = expected.startswith(_BY_TENSOR), self.texts if "." in expected else ()
+        return expected == fingerprint(place, library=library, by_tensor=by_tensor, texts=texts)
 
     @property
     def is_path(self) -> bool:
@@ -131,11 +152,12 @@ def trained_on(config: ModelConfig, *, before: Path | None = None) -> dict[str, 
     for part in parts_of(config):
         place = part.place
         if place.exists():
-            contents[part.key] = fingerprint(place)
+            contents[part.key] = fingerprint(place, texts=part.texts)
             if place.parent.name == "snapshots":  # of the hub's cache, see `_on_hub`
                 commits[part.key] = place.name
         elif snapshot := part.snapshot(part.revision):
-            contents[part.key], commits[part.key] = fingerprint(snapshot, library=part.library), snapshot.name
+            contents[part.key] = fingerprint(snapshot, library=part.library, texts=part.texts)
+            commits[part.key] = snapshot.name
     base = _base(before) if before is not None else {}
     return {CONTENTS: contents | base.get(CONTENTS, {}), COMMITS: commits | base.get(COMMITS, {})}
 
@@ -147,9 +169,9 @@ def same_parts(config: ModelConfig, expected: Mapping[str, str]) -> dict[str, st
         for part in parts_of(config)
         if part.key in expected
         and (
-            _agrees(expected[part.key], part.place)
+            part.agrees(expected[part.key], part.place)
             if part.place.exists()
-            else (snapshot := part.snapshot(part.revision)) and _agrees(expected[part.key], snapshot, part.library)
+            else (snapshot := part.snapshot(part.revision)) and part.agrees(expected[part.key], snapshot, part.library)
         )
     }
 
@@ -225,7 +247,7 @@ def _on_disk(part: Part, expected: str | None, checkpoint: Path) -> _Found:
     there = part.place.exists()
     for name in (part.name, *(part.at(place) for place in _candidates(part, checkpoint, known=expected is not None))):
         place = replace(part, name=name).place
-        if place.exists() and (expected is None or _agrees(expected, place)):
+        if place.exists() and (expected is None or part.agrees(expected, place)):
             return _Found(name, part.revision, str(place))
     if part.key == PROJECTOR_WEIGHTS:
         if there:
@@ -237,9 +259,10 @@ def _on_disk(part: Part, expected: str | None, checkpoint: Path) -> _Found:
     if not part.is_path and expected is None:
         return _on_hub(part, None, None, checkpoint)
     if there:
+        what, own, old = difference(fingerprint(part.place, texts=part.texts), str(expected))
         raise ModelError(
-            f"{part.key} is {part.name!r}, which has other weights (fingerprint {fingerprint(part.place)[:10]}) than "
-            f"the model that {checkpoint} was trained on ({str(expected)[:10]}). Put the old files there, or name a "
+            f"{part.key} is {part.name!r}, which has other {what} (fingerprint {own}) than "
+            f"the model that {checkpoint} was trained on ({old}). Put the old files there, or name a "
             f"folder above them in the environment variable {MODELS}."
         )
     raise ModelError(
@@ -251,7 +274,7 @@ def _on_disk(part: Part, expected: str | None, checkpoint: Path) -> _Found:
 def _on_hub(part: Part, expected: str | None, commit: str | None, checkpoint: Path) -> _Found:
     """A part that was a name on the hub when training began."""
     given = [folder / part.name for folder in _given_folders() if expected and not part.library]
-    for place in (place for place in given if place.is_dir() and _agrees(str(expected), place)):
+    for place in (place for place in given if place.is_dir() and part.agrees(str(expected), place)):
         return _Found(str(place), None, str(place))
     snapshot = (part.snapshot(commit) if commit else None) or part.snapshot(part.revision)
     if expected is None and snapshot is not None:
@@ -259,12 +282,13 @@ def _on_hub(part: Part, expected: str | None, commit: str | None, checkpoint: Pa
             "%s keeps no fingerprint of %s, %s: an earlier version saved it. Whether the weights of commit %s are "
             "those that it was trained on is not known.", checkpoint, part.key, part.name, snapshot.name,
         )  # fmt: skip
-    elif snapshot is not None and not _agrees(str(expected), snapshot, part.library):
+    elif snapshot is not None and not part.agrees(str(expected), snapshot, part.library):
         if snapshot.name == commit or is_offline_mode() or part.library:
+            what, own, old = difference(fingerprint(snapshot, library=part.library, texts=part.texts), str(expected))
             raise ModelError(
-                f"{part.key} is {part.name!r}, of which the hub's cache has other weights (commit "
-                f"{snapshot.name[:10]}, fingerprint {fingerprint(snapshot, library=part.library)[:10]}) than the model "
-                f"that {checkpoint} was trained on (commit {str(commit)[:10]}, fingerprint {str(expected)[:10]}). "
+                f"{part.key} is {part.name!r}, of which the hub's cache has other {what} (commit "
+                f"{snapshot.name[:10]}, fingerprint {own}) than the model "
+                f"that {checkpoint} was trained on (commit {str(commit)[:10]}, fingerprint {old}). "
                 f"Delete {snapshot} and go online, or put a folder {part.name} with the right files below one that "
                 f"{MODELS} names."
             )
@@ -294,8 +318,12 @@ def _candidates(part: Part, checkpoint: Path, *, known: bool) -> Iterator[Path]:
     yield from (folder / end for end in ends for folder in (*_given_folders(), *above))
 
 
-def _agrees(expected: str, place: Path, library: str = "") -> bool:
-    return expected == fingerprint(place, library=library, by_tensor=expected.startswith(_BY_TENSOR))
+def difference(own: str, expected: str) -> tuple[str, str, str]:
+    """What two fingerprints differ in, and each, for people."""
+    (own, own_texts), (old, old_texts) = (mark.split(".") if "." in mark else (mark, "") for mark in (own, expected))
+    if own == old:
+        return "files of its tokenizer, chat template, pictures or shards", own_texts[:8], old_texts[:8]
+    return "weights", own[:10], old[:10]
 
 
 def is_comparable(one: str, other: str) -> bool:
@@ -303,14 +331,24 @@ def is_comparable(one: str, other: str) -> bool:
     return one.startswith(_BY_TENSOR) == other.startswith(_BY_TENSOR)
 
 
-def fingerprint(path: Path, *, library: str = "", by_tensor: bool = True) -> str:
+def is_same(one: str, other: str) -> bool:
+    """Whether two fingerprints agree in what both were made of."""
+    whole = "." in one and "." in other
+    return one == other if whole else one.partition(".")[0] == other.partition(".")[0]
+
+
+def fingerprint(path: Path, *, library: str = "", by_tensor: bool = True, texts: Collection[str] = _ALL_FILES) -> str:
     """A hash of what a model's files are called, how large they are, and of samples all over them.
+
+    A folder's has a second one, behind a point: of all that its tokenizer, chat template, settings for pictures and
+    index of shards contain.
 
     Args:
         path: a folder with a configuration and weights, or one file, regardless of its name.
         library: whose weights are read, where a folder has those of several.
         by_tensor: samples of every tensor, of the weights that are read; False: of 16 places in every file of weights,
             as in checkpoints of earlier versions.
+        texts: patterns for the files of the second hash; none: it is left out.
     """
     digest = hashlib.sha256()
     inside = sorted(path.iterdir()) if path.is_dir() else []
@@ -321,27 +359,47 @@ def fingerprint(path: Path, *, library: str = "", by_tensor: bool = True) -> str
         if not file.is_file():
             continue
         size = file.stat().st_size
-        digest.update(f"{'' if file == path else file.name} {size}\n".encode())
+        digest.update(os.fsencode(f"{'' if file == path else file.name} {size}\n"))
         with file.open("rb") as stream:
             for start, count in _samples(stream, size) if by_tensor else _even(size, _SAMPLES):
                 stream.seek(start)
                 digest.update(stream.read(count))
-    return f"{_BY_TENSOR}{digest.hexdigest()}" if by_tensor else digest.hexdigest()
+    if not by_tensor:
+        return digest.hexdigest()
+    return f"{_BY_TENSOR}{digest.hexdigest()}" + (f".{_of_texts(path, texts)}" if inside and texts else "")
+
+
+def _of_texts(folder: Path, texts: Collection[str]) -> str:
+    digest, first = hashlib.sha256(), _first_read(folder)
+    slow = _VOCABULARIES if "tokenizer*.json" in texts and not (folder / "tokenizer.json").is_file() else ()
+    chosen = {file for pattern in (*texts, *slow) for file in folder.glob(pattern) if file.is_file()}
+    for file in sorted(chosen | ({first} if first is not None and first.suffix == ".json" else set())):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(os.fsencode(f"{file.relative_to(folder).as_posix()} {content}\n"))
+    return digest.hexdigest()
+
+
+def _first_read(folder: Path, library: str = "") -> Path | None:
+    """The file that loaders look for first: all weights, or the index of the files that have them."""
+    names = (f"{library}_model.safetensors", "model.safetensors", "pytorch_model.bin")
+    places = (folder / f"{name}{ending}" for name in names for ending in ("", ".index.json"))
+    return next((place for place in places if place.is_file()), None)
 
 
 def _weights(folder: Path, library: str = "") -> list[Path]:
     """The files of weights that are read from a folder; none where some are missing."""
-    for name in (f"{library}_model.safetensors", "model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").is_file():
-            try:
-                names = {str(item) for item in read_json(index)["weight_map"].values()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return []
-            shards = [folder / Path(item).name for item in sorted(names)]
-            return shards if all(shard.is_file() for shard in shards) else []
-    return sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    first = _first_read(folder, library)
+    if first is None:
+        return sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    if first.suffix != ".json":
+        return [first]
+    try:
+        names = sorted({str(item) for item in read_json(first)["weight_map"].values()})
+        shards = [folder / name for name in names]  # as loaders do, wherever that leads
+        return shards if all(shard.is_file() for shard in shards) else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def _even(size: int, count: int) -> Iterator[tuple[int, int]]:

@@ -31,6 +31,13 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
         AdapterError: an ending that is no format.
         OSError: the file cannot be written.
     """
+    from matplotlib import style
+
+    with style.context("default"):  # a `matplotlibrc` of the working folder could have TeX read other files
+        return _draw(rows, picture, most=most)
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) -> Path:
     from matplotlib.figure import Figure
 
     maps = heat_maps([(row["path"], row) for row in rows])

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from mm_moslora.reporting.lens_maps import TITLES
+from mm_moslora.tracking.wandb_tracker import refuse_workspace_settings
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Loss": (
@@ -49,19 +50,24 @@ _TABLES = ("eval/scores", "eval/validation", "adapter/mixers")
 
 def workspace(*, entity: str, project: str) -> Any:
     """A workspace with one section per topic; `.save()` publishes it."""
-    wr, ws = import_module("wandb_workspaces.reports.v2"), import_module("wandb_workspaces.workspaces")
+    wr, ws = _module("reports.v2"), _module("workspaces")
     sections = [ws.Section(name=name, panels=_panels(wr, metrics), is_open=True) for name, metrics in SECTIONS.items()]
     return ws.Workspace(entity=entity, project=project, name="mm_moslora", sections=sections)
 
 
 def report(*, entity: str, project: str, title: str) -> Any:
     """A report over all runs of a project; `.save()` publishes it."""
-    wr = import_module("wandb_workspaces.reports.v2")
+    wr = _module("reports.v2")
     blocks: list[Any] = [wr.P("Intervals, controls and seeds are in the run folders: `mm-moslora report RUN`.")]
     for name, metrics in SECTIONS.items():
         runs = wr.Runset(entity=entity, project=project)
         blocks += [wr.H2(name), wr.PanelGrid(runsets=[runs], panels=_panels(wr, metrics))]
     return wr.Report(entity=entity, project=project, title=title, blocks=blocks)
+
+
+def _module(name: str) -> Any:
+    refuse_workspace_settings()
+    return import_module(f"wandb_workspaces.{name}")
 
 
 def _panels(wr: Any, metrics: tuple[str, ...]) -> list[Any]:

@@ -27,6 +27,7 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     headline,
     namespaced,
 )
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.redaction import redact_text, redacted_argv
 
@@ -60,6 +61,22 @@ def has_credentials() -> bool:
     return False
 
 
+def refuse_workspace_settings() -> None:
+    """Before anything of wandb reads its settings: those of the working folder could send the user's key elsewhere.
+
+    wandb reads them first, and has no setting that leaves them out.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    for file in (Path(name).absolute() / "settings" for name in ("wandb", ".wandb")):
+        if os.path.lexists(file):
+            raise ConfigError(
+                f"{file} would decide where wandb sends your key and your run: whoever owns the working folder may "
+                "have written it. Delete it, and set WANDB_BASE_URL, WANDB_ENTITY or WANDB_MODE instead."
+            )
+
+
 class WandbTracker:
     """One wandb run per run folder.
 
@@ -76,7 +93,7 @@ class WandbTracker:
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
         """See `Tracker.start`. Without a key, or when the service does not answer in time, the run is offline."""
-
+        refuse_workspace_settings()
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
@@ -105,6 +122,7 @@ class WandbTracker:
         if mode != "online":
             # An offline client still sends telemetry to the service, and waits 10 s at exit without an answer.
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        refuse_workspace_settings()
         import wandb
 
         with redacted_argv():  # wandb records the command line and has no setting to prevent that

@@ -356,7 +356,12 @@ def test_an_exported_adapter_loads_in_stock_peft_with_projector_and_base(dtype, 
 
 
 @pytest.mark.slow
-def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsys):
+def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsys, monkeypatch):
+    import matplotlib
+
+    # As a `matplotlibrc` of the working folder would have it.
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setitem(matplotlib.rcParams, "text.latex.preamble", r"\input{/etc/hostname}")
     adapter = trained / "checkpoint-000002" / "adapter"
     assert run(["adapters", "inspect", str(adapter), "--picture", str(tmp_path / "mixers.png")]) == 0
     assert capsys.readouterr().out.count("q_proj") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -277,6 +278,111 @@ def test_fingerprints_of_earlier_versions_are_compared(recipe: Recipe, tmp_path:
     assert load(run / "checkpoint-000002")
 
 
+def _sharded(folder: Path) -> Path:
+    """Lay a model's weights into two files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, chosen in halves.items():
+        save_file({name: tensors[name] for name in chosen}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, chosen in halves.items() for name in chosen}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def _lead_elsewhere(base: Path, place: str) -> None:
+    """Other weights in shards of the same names in another folder, and an index that leads there."""
+    (base / place).mkdir()
+    for file in base.glob("model-*.safetensors"):
+        other = {name: torch.full_like(value, 0.01) for name, value in load_file(file).items()}
+        save_file(other, base / place / file.name, metadata={"format": "pt"})
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: f"{place}/{file}" for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    def write(base: Path) -> None:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(text)
+
+    return write
+
+
+def _exchange_two_words(base: Path) -> None:
+    file = base / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))
+
+
+def _of_earlier(run: Path) -> None:
+    """Leave only what earlier versions kept of the language model."""
+
+    def earlier(base: dict[str, Any]) -> None:
+        base["contents"] = {key: mark.partition(".")[0] for key, mark in base["contents"].items()}
+
+    _as_earlier(run, earlier)
+
+
+@pytest.mark.parametrize(
+    ("change", "earlier", "message"),
+    [
+        (lambda base: _lead_elsewhere(base, "sub"), True, "other weights"),
+        (lambda base: _lead_elsewhere(base, "../beside"), True, "other weights"),
+        (_write("chat_template.jinja", "EVIL {{ messages[0].content }}"), False, "chat template"),
+        (_write("additional_chat_templates/more.jinja", "EVIL"), False, "chat template"),
+        (_write("generation_config.json", '{"max_new_tokens": 1}'), False, "other files"),
+        (_exchange_two_words, False, "other files of its tokenizer"),
+    ],
+)
+def test_all_that_is_read_of_a_base_is_looked_at(
+    recipe: Recipe, tmp_path: Path, change: Callable[[Path], None], earlier: bool, message: str
+) -> None:
+    shutil.copytree(recipe.model.language, tmp_path / "base" / "llm")
+    base = _sharded(tmp_path / "base" / "llm")
+    recipe = with_train(replace(recipe, model=replace(recipe.model, language=str(base))), steps=4, save_every=2)
+    train(recipe, stop_at=2)
+    run = Path(recipe.train.output)
+    assert load(run)
+    change(base)
+    for use in (load, lambda _: train(recipe), lambda _: open_model(str(run), untuned=True)):
+        with pytest.raises((ModelError, EvalError), match=message):
+            use(run)
+    _of_earlier(run)  # which are read as before, and have no mark of these files
+    if earlier:
+        with pytest.raises(ModelError, match=message):
+            load(run)
+    else:
+        assert load(run)
+
+
+def test_pictures_are_prepared_as_in_training(recipe: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(recipe.model.vision.name, tmp_path / "tower")
+    vision = replace(recipe.model.vision, name=str(tmp_path / "tower"))
+    recipe = with_train(replace(recipe, model=replace(recipe.model, vision=vision)), steps=2)
+    train(recipe)
+    assert load(recipe.train.output)
+    settings = json.dumps({"image_mean": [9.0] * 3, "image_std": [0.1] * 3})
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(settings)
+    with pytest.raises(ModelError, match=r"model\.vision\.name .*pictures"):
+        load(recipe.train.output)
+
+
+def test_a_run_of_an_earlier_version_and_one_of_this_are_compared_by_their_weights(
+    hub_run: Recipe, tmp_path: Path
+) -> None:
+    served, added = Path(hub_run.train.output) / "checkpoint-000002", tmp_path / "run" / "checkpoint-000002"
+    shutil.copytree(served, added)
+    assert "." in json.loads((added / "manifest.json").read_text())["base"]["contents"]["model.language"]
+    _of_earlier(tmp_path / "run")
+    assert _differing_keys(served, added) == []
+
+
 def test_a_projector_that_trained_on_is_not_taken_for_the_start(
     recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -321,7 +427,14 @@ def test_a_fingerprint_reads_any_file(tmp_path: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header)
     assert fingerprint(tmp_path).startswith("2-")
     file.unlink()
-    for index in ("[]", "{", '{"weight_map": {"a": "../../x.safetensors", "b": 3}}'):
+    (tmp_path / os.fsdecode(b"\xff.bin")).touch()
+    assert fingerprint(tmp_path).startswith("2-")
+    for index in (
+        "[]",
+        "{",
+        json.dumps({"weight_map": {"a": "x" * 5000, "b": "\0"}}),
+        '{"weight_map": {"a": "../../x.safetensors", "b": 3}}',
+    ):
         (tmp_path / "model.safetensors.index.json").write_text(index)
         assert fingerprint(tmp_path).startswith("2-")
 
@@ -329,7 +442,7 @@ def test_a_fingerprint_reads_any_file(tmp_path: Path) -> None:
 def test_only_the_weights_that_are_read_count(hub_run: Recipe, cache: Path) -> None:
     """A cache grows: another program fetches the same weights in another form."""
     snapshot = cache / "models--acme--tiny" / "snapshots" / OLD
-    for name in ("pytorch_model.bin", "README.md", "tf_model.h5"):
+    for name in ("pytorch_model.bin", "README.md", "tf_model.h5", "preprocessor_config.json", "vocab.txt"):
         (snapshot / name).write_bytes(b"other")
     assert load(hub_run.train.output)
     assert trained_on(hub_run.model)["commits"]

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -302,6 +303,57 @@ tracker.finish()"""
         silent.settimeout(0)
         with pytest.raises(BlockingIOError):
             silent.accept()
+
+
+@pytest.mark.parametrize("folder", ["wandb", ".wandb"])
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_the_owner_of_the_working_folder_does_not_get_the_key(tmp_path: Path, folder: str, mode: str) -> None:
+    """wandb takes the address from a file of the working folder before anything else."""
+    code = f"""
+import logging
+from pathlib import Path
+from mm_moslora.config import TrackConfig
+from mm_moslora.tracking.recipe_trackers import build_trackers
+logging.basicConfig(level="WARNING")
+trackers = build_trackers(TrackConfig(trackers=["wandb"]), active=True)
+trackers.start({{}}, Path({str(tmp_path)!r}), resume_step=None)
+trackers.log({{"loss": 1.0}}, 1)
+trackers.finish()
+print(trackers.names)"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        address = f"http://127.0.0.1:{stranger.getsockname()[1]}"
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "settings").write_text(f"[default]\nbase_url = {address}\nhttp_proxy = {address}\n")
+        environment |= {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "HOME": str(tmp_path / "home")}
+        environment |= {"WANDB_MODE": mode, "PYTHONSAFEPATH": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, cwd=tmp_path, capture_output=True, text=True
+        )
+        stranger.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
+    assert done.stdout.strip() == "['jsonl']"
+    assert f"{folder}/settings would decide" in done.stderr
+    assert "Loading settings" not in done.stderr
+
+
+def test_dashboards_read_no_settings_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mm_moslora.tracking.wandb_dashboards import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    with pytest.raises(ConfigError, match="WANDB_BASE_URL"):
+        main(["acme", "project"])
+
+
+def test_wandb_is_asked_for_by_the_modules_that_look_at_the_working_folder() -> None:
+    folders = ("mm_moslora", "eval/mm_moslora_eval", "scripts", "examples")
+    files = [path for folder in folders for path in (CHECKOUT / folder).rglob("*.py")]
+    known = re.compile(r"^\s*(import|from) wandb|import_module\(f?[\"']wandb", re.MULTILINE)
+    found = {path.name for path in files if known.search(path.read_text("utf-8"))}
+    assert found == {"wandb_tracker.py", "wandb_dashboards.py"}
 
 
 def test_resumed_wandb_run_keeps_its_id(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from video_files import number_of, write_animation, write_frames, write_video
 
 from mm_moslora.config import SourceConfig
@@ -175,6 +177,24 @@ class TestBroken:
         monkeypatch.setattr(pyav_decode, "MAX_PIXELS", 3 * 64 * 48)
         assert self.fault(frames).code == Code.VIDEO_TOO_LARGE
         assert len(Clip(frames, "f", 3).frames()) == 3
+
+    @pytest.mark.parametrize(("side", "frames", "shown"), [(8000, 5, 6), (13000, 1, 2), (3000, 300, 2)])
+    def test_a_gif_that_grows_at_a_later_frame_is_refused_before_it_is_composed(
+        self, tmp_path: Path, side: int, frames: int, shown: int
+    ) -> None:
+        heads, bodies = [], []
+        for edge in (10, side):
+            whole = io.BytesIO()
+            Image.new("P", (edge, edge), 1).save(whole, "GIF")
+            content = whole.getvalue()
+            start = 13 + (3 * 2 ** ((content[10] & 7) + 1) if content[10] & 128 else 0)
+            heads.append(content[:start])
+            bodies.append(content[start:-1])
+        bomb = tmp_path / "bomb.gif"
+        bomb.write_bytes(heads[0] + bodies[0] + bodies[1] * frames + b";")
+        began = time.thread_time()
+        assert self.fault(bomb, shown).code in (Code.VIDEO_TOO_LARGE, Code.IMAGE_TOO_LARGE)
+        assert time.thread_time() - began < 3
 
     def test_a_playlist_is_no_video_and_nothing_behind_it_is_opened(self, tmp_path: Path) -> None:
         inner = write_video(tmp_path / "inner.mp4")
