@@ -266,12 +266,15 @@ def _closing_text(output: Path, data: OwnData, size: Size) -> str:
             "blind and over the best answer per question:",
             first_of(data.lopsided),
         ]
+    if len({row["answer"].lower() for row in data.test}) == 1:
+        only = data.test[0]["answer"]
+        lines.append(f'All held-out questions have the answer "{only}", so no score tells what was learned.')
     if 0 < len(data.test) < 200:
         from mm_moslora_eval.scoring.measured_scores import smallest_shown
 
-        least = smallest_shown(len(data.test))
-        shown = f"differences of about {100 * least:.0f} points or more" if least < 1 else "no difference at all"
-        lines.append(f"Held-out questions: {len(data.test)}, which show {shown}. More pictures show smaller ones.")
+        shown = smallest_shown(len(data.test))  # NaN for one
+        found = f"differences of about {100 * shown:.0f} points or more" if shown < 1 else "no difference"
+        lines.append(f"Held-out questions: {len(data.test)}; so many show {found}. More pictures show smaller ones.")
     if "wrong" not in modes:
         lines.append(
             f"Only {data.test_pictures} picture is held out, so the evaluation goes without `--modes wrong`, which "

@@ -134,6 +134,17 @@ def test_mixed_data_are_named_before_the_run(recipe, qwen3, tmp_path, caplog, th
     assert yaml.safe_load(written)["model"]["thinking"] == form
 
 
+def test_answers_before_other_questions_are_named_before_the_run(recipe, qwen3, tmp_path, caplog) -> None:
+    recipe = recipe_of(recipe, qwen3, tmp_path, thinking=0, steps=1)
+    file = Path(recipe.data.train[0].path)
+    rows = [json.loads(line)["conversations"] for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({"conversations": row * 3}) + "\n" for row in rows))
+    train(recipe)
+    (warned,) = [row.message for row in caplog.records if row.levelname == "WARNING" and "another form" in row.message]
+    assert r"by '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'" in warned
+    assert "but 16 of 24 answers are learned in another form: the chat template writes only the last answer" in warned
+
+
 def test_the_length_of_answers_decides_their_identity(recipe, qwen3, tmp_path) -> None:
     recipe = recipe_of(recipe, qwen3, tmp_path, steps=1)
     train(recipe)

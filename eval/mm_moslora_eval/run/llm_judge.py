@@ -103,7 +103,7 @@ class Judge:
             found = _read(text, read)
             if found is not None:
                 stored = {"url": redact_text(self.endpoint.url), "model": self.endpoint.model, "request": request}
-                replace_text(place, json.dumps(stored | {"reply": text}, indent=2, ensure_ascii=False) + "\n")
+                replace_text(place, json.dumps(stored | {"reply": text}, indent=2) + "\n")  # half a pair is no UTF-8
                 return found
             with self._counting:
                 self.unreadable, self.last_unreadable = self.unreadable + 1, text
@@ -157,7 +157,7 @@ class Grade:
     parsed: str
     """The reply, or the answer that a judge found."""
     numbers: tuple[float, ...] = ()
-    """llavabench: the scores of the reference and of the model, 0 to 10."""
+    """llavabench: the scores of the reference and of the model, 1 to 10."""
 
 
 WORDING = "mm_moslora 2"

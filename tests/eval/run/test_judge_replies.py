@@ -236,6 +236,14 @@ def test_ratings_off_the_scale_are_no_score(reply: str, tmp_path: Path) -> None:
     assert f"replies to {COUNT} of {COUNT} answers cannot be read" in result.about["unscored"]
 
 
+def test_a_reply_with_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
+    view = answered(tmp_path / "run")
+    with serve(lambda _: "<think>\ud800</think>0.5") as server:
+        for _ in range(2):
+            assert score_folder(view, judge=judge_at(server.url, tmp_path)).score == pytest.approx(0.5)
+        assert len(server.payloads) == COUNT
+
+
 def test_llavabench_is_compared_without_the_answers_that_have_no_ratings(tmp_path: Path) -> None:
     views = [answered(tmp_path / name, "judge_llavabench") for name in "ab"]
     with serve(lambda payload: "?" if number(payload) == 3 else "8 4") as server:
