@@ -24,7 +24,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
-from mm_moslora.utils.files import mark, read_json, replace_json
+from mm_moslora.utils.files import mark, read_json, replace_json, replace_text
 from mm_moslora.utils.untrusted_data import parse_lines, parse_object
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _require_own_accelerators(job: Job) -> None:
 
 def _train(job: Job) -> bool:
     """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
-    (job.place / RECIPE).write_text(_absolute(job.recipe).to_yaml(), encoding="utf-8")
+    replace_text(job.place / RECIPE, _absolute(job.recipe).to_yaml())
     if len(job.accelerators) > 1:
         return _train_on_several(job)
     from mm_moslora.training.training_loop import train

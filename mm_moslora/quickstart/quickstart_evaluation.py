@@ -30,7 +30,7 @@ from mm_moslora.reporting.verdicts import difference_of, judge_tuning
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.files import replace_json, set_aside, sha256_of
+from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_aside, sha256_of
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import find_checkpoint
 from mm_moslora.utils.untrusted_data import parse_lines
@@ -203,8 +203,9 @@ def _samples(folder: Path, untuned: TaskResult, tuned: TaskResult, data: Dataset
     for old, new in list(zip(before, after, strict=True))[::step][:SHOWN_SAMPLES]:
         picture = data.images / images[new["id"]]
         copy = folder / "pictures" / f"{len(rows):02d}{picture.suffix}"
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(picture.read_bytes())
+        make_subfolder(copy.parent)
+        with replacing(copy) as part:
+            part.write_bytes(picture.read_bytes())
         rows.append(
             {
                 "image": copy.relative_to(folder).as_posix(),

@@ -22,6 +22,7 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     headline,
     namespaced,
 )
+from mm_moslora.utils.files import replace_text
 
 ID_FILE = "mlflow_id.txt"
 _LONGEST_VALUE = 500
@@ -73,7 +74,7 @@ class MlflowTracker:
         self._run = self._client.create_run(experiment, run_name=name).info.run_id
         for key, value in self._tags().items():
             self._client.set_tag(self._run, key, value)
-        id_file.write_text(self._run + "\n", encoding="utf-8")
+        replace_text(id_file, self._run + "\n")
         params = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in flat(config).items()]
         for first in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(self._run, params=params[first : first + _MOST_PARAMS])

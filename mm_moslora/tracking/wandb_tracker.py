@@ -27,7 +27,7 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     headline,
     namespaced,
 )
-from mm_moslora.utils.files import read_json
+from mm_moslora.utils.files import read_json, replace_text
 from mm_moslora.utils.redaction import redact_text, redacted_argv
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class WandbTracker:
             )  # fmt: skip
             wandb.teardown()  # the failed attempt still holds the id
             self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known or given))
-        id_file.write_text(run_id + "\n", encoding="utf-8")
+        replace_text(id_file, run_id + "\n")
         self._online = not self._run.offline
         # The step is a metric of the run: wandb drops records with a decreasing built-in step, as after a resume.
         self._run.define_metric(STEP, hidden=True)

@@ -67,6 +67,7 @@ from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
 
@@ -113,7 +114,8 @@ def _lock(folder: Path) -> Iterator[None]:
             "--output of the quickstart."
         ) from error
     with lock:
-        (folder / RUN_LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        with writing_in_place(folder / RUN_LOCK) as stream:
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_moslora.reporting.inline_images import SIDE, encoded
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import replacing
+from mm_moslora.utils.files import make_subfolder, replacing
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_bytes
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, open_image
@@ -92,7 +92,7 @@ def _write(folder: Path, name: str, image: ImageLike) -> None:
     picture = open_image(image)
     picture.thumbnail((SIDE, SIDE))
     kind, data = encoded(picture)
-    folder.mkdir(exist_ok=True)
+    make_subfolder(folder)
     with replacing(folder / f"{name}.{'png' if kind == 'png' else 'jpg'}") as part:
         part.write_bytes(data)
 
