@@ -71,7 +71,7 @@ def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: Job | None)
 
 
 def _trainable(place: Path) -> int:
-    summary = read_json(place / "summary.json")
+    summary = read_json(place / "summary.json", below=place)
     return sum(row["trainable"] for row in summary["components"])
 
 

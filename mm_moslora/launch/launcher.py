@@ -62,7 +62,7 @@ def leave_mark(run_folder: Path, number: int) -> None:
         writing_in_place(run_folder / RUN_LOCK, append=True).close()  # marks the folder as a run's for the next start
         replace_text(run_folder / STOPPED, stopped_text(number))
         with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, FileNotFoundError):
-            told = read_json(run_folder / STATE)
+            told = read_json(run_folder / STATE, below=run_folder)
             here = told["state"] == "running" and told["host"] == socket.gethostname()
             if here and not is_running(int(told["process"]), before=float(told["since"])):
                 replace_json(run_folder / STATE, told | {"state": "stopped", "ended": time.time()})
@@ -143,7 +143,7 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
 
 def _is_finished(run_folder: Path) -> bool:
     try:
-        return bool(read_json(run_folder / STATE)["state"] == "finished")
+        return bool(read_json(run_folder / STATE, below=run_folder)["state"] == "finished")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,8 +1,8 @@
 """Writing, copying, replacing and deleting files. No other module deletes, overwrites or copies files of a run.
 
 A folder is emptied or replaced only if it bears this project's mark, and a file only if this project wrote it.
-`tests/utils/test_files.py` checks that no other module calls `unlink`, `rename`, `replace` or `rmtree`, or writes where a link
-may stand.
+`tests/utils/test_files.py` checks that no other module calls `unlink`, `rename`, `replace` or `rmtree`, or writes where
+somebody's link may stand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from typing import Any, TextIO
 
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
-from mm_moslora.utils.untrusted_files import MOST_BYTES, FileError, find_in_model, opened, read_text
+from mm_moslora.utils.untrusted_files import (
+    MOST_BYTES,
+    MOST_TEXT_BYTES,
+    FileError,
+    FileFault,
+    find_below,
+    find_in_model,
+    opened,
+    read_bytes,
+    read_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -247,19 +257,26 @@ def set_aside(path: Path, suffix: str) -> Path:
     return aside
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path, kind: type = dict, *, below: Path | None = None) -> Any:
     """The content of a JSON file of this project.
 
     Args:
         path: the file.
         kind: expected type of the content.
+        below: a folder that no link may leave, such as a run or a checkpoint of anybody; None: links are followed.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged; the text describes how.
+        ValueError: the file is damaged, no regular one, or outside of `below`; the text describes how.
     """
+    if below is not None:
+        path = find_below(Path(os.path.realpath(below)), str(path.relative_to(below)))
     try:
-        data = parse_json(path.read_bytes(), constants=True)
+        data = parse_json(read_bytes(path, most=MOST_TEXT_BYTES), constants=True)
+    except FileError as error:
+        if error.fault is FileFault.MISSING and not os.path.lexists(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+        raise
     except StrictJsonError as error:
         raise StrictJsonError(f"{path} {error}") from error
     if not isinstance(data, kind):

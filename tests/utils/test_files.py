@@ -239,6 +239,30 @@ def test_a_file_in_place_keeps_its_content_only_where_lines_are_appended(tmp_pat
         assert (tmp_path / "it").read_text() == text
 
 
+def test_a_file_of_a_run_is_a_regular_one_inside_it(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    paths = strangers(run)
+    (tmp_path / "secret.json").write_text('{"key": 1}')
+    (run / "out.json").symlink_to(tmp_path / "secret.json")
+    (run / "own.json").write_text('{"a": 1}')
+    (run / "near.json").symlink_to("own.json")
+    for name in ("own.json", "near.json"):
+        assert files.read_json(run / name, below=run) == {"a": 1}
+    assert files.read_json(run / "out.json") == {"key": 1}  # a path from a user leads anywhere
+    with pytest.raises(MoSLoRAError, match="links out of"):
+        files.read_json(run / "out.json", below=run)
+    for below in (None, run):
+        for kind in ("pipe", "folder"):
+            with pytest.raises(MoSLoRAError, match="is a folder, a pipe or a device"):
+                files.read_json(paths[kind], below=below)
+        with pytest.raises(FileNotFoundError):
+            files.read_json(run / "absent", below=below)
+    os.truncate(run / "own.json", 2**40)
+    with pytest.raises(MoSLoRAError, match="stay below"):
+        files.read_json(run / "own.json")
+
+
 def marked(folder: Path) -> Path:
     folder.mkdir()
     files.mark(folder, "temporary")

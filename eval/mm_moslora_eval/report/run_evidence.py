@@ -222,7 +222,7 @@ def _known(path: Path) -> list[dict[str, Any]]:
     from mm_moslora.utils.files import read_json, set_aside
 
     try:
-        return [row for row in read_json(path, list) if isinstance(row, dict)]
+        return [row for row in read_json(path, list, below=path.parent) if isinstance(row, dict)]
     except FileNotFoundError:
         return []
     except ValueError as error:
