@@ -53,7 +53,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Raises:
         EvalError: the run has no scores.
-        ConfigError: `out` is a folder.
+        ConfigError: `out` is a folder or a file of another program.
+        FileError: a result names a folder out of the run.
     """
     results = read_results(run)
     if not results:
@@ -73,7 +74,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         rows=[_row(result) for result in results],
         tasks=[_task(name, found, run) for name, found in tasks.items()],
     )
-    target = run / "report.html" if out is None else output_file(out, sign=PAGE_SIGN)
+    target = output_file(out or run / "report.html", sign=PAGE_SIGN)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_text(target, page)
     return target
@@ -125,7 +126,7 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
     """Write comparisons as a page, including the samples that changed.
 
     Raises:
-        ConfigError: `out` is a folder.
+        ConfigError: `out` is a folder or a file of another program.
     """
     page = _render(
         "comparison.html.j2",

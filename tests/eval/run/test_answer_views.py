@@ -27,7 +27,7 @@ from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.run.task_runner import Settings, hold_run
 
 from mm_moslora import cli as command_line
-from mm_moslora.utils.errors import EvalError, MoSLoRAError
+from mm_moslora.utils.errors import ConfigError, EvalError, MoSLoRAError
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
@@ -296,6 +296,17 @@ def test_the_places_of_an_outcome_lie_in_the_comparison(tmp_path: Path) -> None:
     for name in ("../secret", "runs/../../secret", "runs/far", str(secret), None, 7, ["runs/a"]):
         with pytest.raises(MoSLoRAError):
             view_below(folder, name)
+
+
+def test_a_report_of_a_stranger_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked(run, write_questions(tmp_path / "data", count=4))
+    (run / "report.html").write_text("my own notes")
+    with pytest.raises(ConfigError, match="is not replaced"):
+        write_report(run)
+    assert (run / "report.html").read_text() == "my own notes"
+    (run / "report.html").unlink()
+    assert write_report(run).read_text() == write_report(run).read_text()
 
 
 class Constant(FakeModel):
