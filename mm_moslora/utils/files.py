@@ -349,15 +349,18 @@ def output_file(path: Path, *, sign: bytes | None = None) -> Path:
             is replaced.
 
     Raises:
-        ConfigError: the path is a folder, or a file without these bytes.
+        ConfigError: the path is a folder, a link, a pipe or a device, or a file without these bytes.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected the file to write. Add a name to it.")
+    refusal = ConfigError(f"{path} exists and is not replaced. Choose another name, or delete it first.")
+    if os.path.lexists(path) and not _is_regular(os.lstat(path)):
+        raise refusal
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as stream:
             head = stream.read(_HEAD_BYTES)
         if sign is None or sign not in head:
-            raise ConfigError(f"{path} exists and is not replaced. Choose another name, or delete it first.")
+            raise refusal
     return path
 
 

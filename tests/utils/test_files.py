@@ -383,6 +383,14 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
         files.output_file(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
+def test_a_page_replaces_no_link_and_no_pipe(kind, tmp_path):
+    path = strangers(tmp_path)[kind]
+    (tmp_path / "mine").write_bytes(files.PAGE_SIGN)
+    with pytest.raises(ConfigError, match="exists and is not replaced"):
+        files.output_file(path, sign=files.PAGE_SIGN)
+
+
 def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):
     said: list[str] = []
     log, real, room = files.Appender(tmp_path / "log.jsonl", say=said.append), os.write, [4]
