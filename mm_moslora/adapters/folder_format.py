@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.untrusted_data import parse_object
+from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, read_bytes
 
 FORMAT = "mm_moslora.adapter"
 FORMAT_VERSION = 1
@@ -161,7 +162,7 @@ def names_mixers(names: Iterable[str]) -> str | None:
 
 def _declares_mixers(path: Path) -> bool:
     try:
-        return declares_mixers(parse_object(path.read_bytes()))
+        return declares_mixers(parse_object(read_bytes(path, most=MOST_TEXT_BYTES)))
     except (OSError, ValueError):  # the reader of the configuration says so
         return False
 
@@ -194,6 +195,8 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterError: damaged, or not an object.
     """
     try:
-        return parse_object(path.read_bytes(), constants=True)
+        return parse_object(read_bytes(path, most=MOST_TEXT_BYTES), constants=True)
+    except FileError as error:
+        raise AdapterError(str(error)) from error
     except ValueError as error:
         raise AdapterError(f"{path} {error}. Copy the folder again.") from error

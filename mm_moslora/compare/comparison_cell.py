@@ -24,8 +24,9 @@ from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
-from mm_moslora.utils.files import mark, read_json, replace_json
+from mm_moslora.utils.files import mark, read_json, replace_json, replace_text
 from mm_moslora.utils.untrusted_data import parse_lines, parse_object
+from mm_moslora.utils.untrusted_files import read_text_below
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.task import Task
@@ -95,7 +96,7 @@ def read_outcome(place: Path) -> Outcome | None:
     """
     file = place / OUTCOME
     try:
-        return Outcome(**read_json(file))
+        return Outcome(**read_json(file, below=place))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
@@ -122,12 +123,9 @@ def require_same_recipe(place: Path, outcome: Outcome, recipe: Recipe) -> None:
     if outcome.recipe == recipe_hash(recipe):
         return
     file = place / RECIPE
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{place} was run with another recipe, and its {RECIPE} is missing. Choose another --output."
-        ) from error
+    text = read_text_below(place, RECIPE)
+    if text is None:
+        raise ConfigError(f"{place} was run with another recipe, and its {RECIPE} is missing. Choose another --output.")
     before = leaves(numbers_of(Recipe.from_yaml(text, source=str(file))))
     now = leaves(numbers_of(_absolute(recipe)))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
@@ -198,7 +196,7 @@ def _require_own_accelerators(job: Job) -> None:
 
 def _train(job: Job) -> bool:
     """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
-    (job.place / RECIPE).write_text(_absolute(job.recipe).to_yaml(), encoding="utf-8")
+    replace_text(job.place / RECIPE, _absolute(job.recipe).to_yaml())
     if len(job.accelerators) > 1:
         return _train_on_several(job)
     from mm_moslora.training.training_loop import train
@@ -233,7 +231,7 @@ def _train_on_several(job: Job) -> bool:
     ]  # fmt: skip
     ended = run_and_hand_on(command, signals=[signal.SIGTERM])
     if ended.code == 0:
-        return bool(read_json(job.place / STATE)["state"] == "finished")
+        return bool(read_json(job.place / STATE, below=job.place)["state"] == "finished")
     if ended.signals:
         return False
     raise MoSLoRAError(
@@ -242,7 +240,7 @@ def _train_on_several(job: Job) -> bool:
 
 
 def _measured(job: Job) -> Outcome:
-    summary = read_json(job.place / "summary.json")
+    summary = read_json(job.place / "summary.json", below=job.place)
     rows = metrics(job.place)
     losses = [row["loss"] for row in rows if "loss" in row]
     tenth = max(1, len(losses) // 10)
@@ -328,8 +326,5 @@ def open_task(name: str, settings: Settings) -> Task:
 
 def metrics(place: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics so far, without an incomplete last line."""
-    try:
-        text = (place / "metrics.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:  # not written yet, or moved aside by a fresh start of the run
-        return []
+    text = read_text_below(place, "metrics.jsonl") or ""  # not written yet, or moved aside by a fresh start of the run
     return parse_lines(text[: text.rfind("\n") + 1])

@@ -90,10 +90,10 @@ class Answers:
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
 
     def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
-        from mm_moslora_eval.run.answer_views import SAMPLES, task_of
+        from mm_moslora_eval.run.answer_views import SAMPLES, task_of, view_below
         from mm_moslora_eval.run.evaluate_suite import read_samples
 
-        places = [{mode: self._folder / place for mode, place in o.places[task].items()} for _, o in good]
+        places = [{mode: view_below(self._folder, place) for mode, place in o.places[task].items()} for _, o in good]
         rows = [read_samples(place["own"] / SAMPLES) for place in places]
         rules = task_of(places[0]["own"])
         ids = [row["id"] for row in rows[0]]

@@ -153,7 +153,7 @@ class Comparison:
         own = describe(self.settings) | {"hold_out": self._hold_out, "data": dict(checksums)}
         if file.is_file():
             try:
-                found = read_json(file)
+                found = read_json(file, below=self.folder)
             except ValueError as error:
                 raise ConfigError(f"{file} is damaged ({error}). Restore it, or choose another --output.") from error
             if found.get("format") != own["format"]:

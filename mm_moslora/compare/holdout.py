@@ -20,7 +20,7 @@ from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.data.sources.record_source import RecordFile, RecordSource
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import rename
+from mm_moslora.utils.files import rename, writing_in_place
 from mm_moslora.utils.untrusted_data import StrictJsonError
 from mm_moslora.utils.untrusted_files import FileError, opened
 
@@ -82,7 +82,7 @@ def _split(
     kept.parent.mkdir(parents=True, exist_ok=True)
     counts, capped = [0, 0], _capped(positions, share, most)
     parts = [target.with_suffix(".part") for target in (kept, held)]
-    with parts[0].open("w", encoding="utf-8") as rest, parts[1].open("w", encoding="utf-8") as out:
+    with writing_in_place(parts[0]) as rest, writing_in_place(parts[1]) as out:
         for (_, record), position in zip(_records(source), positions, strict=True):
             aside = position < capped
             (out if aside else rest).write(json.dumps(record, ensure_ascii=False) + "\n")

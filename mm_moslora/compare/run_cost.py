@@ -62,7 +62,8 @@ def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: Job | None)
     if probe is None or len(rows) < PROBE_STEPS:
         return ArmCost(arm=arm, runs=runs)
     steps = probe.recipe.train.total_steps(rows[-1]["step"] / rows[-1]["epoch"])
-    each, parts = median(row["step_seconds"] for row in rows), read_json(probe.place / "summary.json")["components"]
+    each = median(row["step_seconds"] for row in rows)
+    parts = read_json(probe.place / "summary.json", below=probe.place)["components"]
     return ArmCost(
         arm=arm, runs=runs, trainable=sum(part["trainable"] for part in parts), step_seconds=each, steps=steps,
         run_seconds=each * steps, memory_gib=rows[-1]["memory_gib"],

@@ -21,6 +21,7 @@ from mm_moslora.launch.child_processes import (
     terminate,
 )
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import writing_in_place
 
 PROGRAM = "from mm_moslora.compare.comparison_cell import main; main()"
 _PAUSE = 0.1
@@ -101,7 +102,7 @@ class RunProcesses:
         if slot.devices:
             settings["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
         job.place.mkdir(parents=True, exist_ok=True)
-        with (job.place / LOG).open("ab") as log:
+        with writing_in_place(job.place / LOG, append=True) as log:
             child = start(
                 python_words("-c", PROGRAM), env=child_environment(settings), stdin=PIPE, stdout=log, stderr=log,
                 process_group=0,  # Ctrl-C reaches only this process, which asks each run once

@@ -234,7 +234,7 @@ def read_state(folder: Path) -> LookState | None:
     """
     file = folder / FILE
     try:
-        found = read_json(file)
+        found = read_json(file, below=folder)
         looks = Looks(tuple(found["looks"]["seeds"]), tuple(found["looks"]["fractions"]))
         return LookState(**{**found, "looks": looks})
     except FileNotFoundError:

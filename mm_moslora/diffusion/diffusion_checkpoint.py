@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mm_moslora.training.resume import changed_keys
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import AdapterError, CheckpointError
 from mm_moslora.utils.run_paths import resume_folder
+from mm_moslora.utils.untrusted_files import find_below, opened
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +159,7 @@ class Checkpoints:
                 f"The pictures or prompts differ from those of {folder}. Restore them, or choose another train.output."
             )
         ranks = range(manifest.world_size) if self.sharded else sorted({0, distributed.rank()})
-        states = {
-            rank: torch.load(rank_folder(folder, rank) / STATE, map_location="cpu", weights_only=True) for rank in ranks
-        }
+        states = {rank: _state_of(rank_folder(folder, rank)) for rank in ranks}
         own = states[distributed.rank()]
         with torch.no_grad():
             for name, parameter in self.trainable.items():
@@ -184,3 +184,10 @@ class Checkpoints:
             if distributed.is_main():
                 set_aside_newer(run.folder, run.step)
         logger.info("Continuing from %s, step %d.", folder.name, run.step)
+
+
+def _state_of(folder: Path) -> dict[str, Any]:
+    """The state that a rank wrote; `weights_only` keeps a pickle from running code."""
+    with opened(find_below(Path(os.path.realpath(folder)), STATE), most=None) as stream:
+        found: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+    return found

@@ -184,7 +184,7 @@ class ValidationPictures:
         """Replace the rows of this step and of later ones, which a resumed run draws again."""
         path = self.run / DRAWINGS
         try:
-            rows = [row for row in files.read_json(path, list) if row["step"] < step]
+            rows = [row for row in files.read_json(path, list, below=self.run) if row["step"] < step]
         except (OSError, ValueError, LookupError, TypeError):
             rows = []
         for item in self.wanted:

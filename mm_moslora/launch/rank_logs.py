@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mm_moslora.launch.child_processes import PIPE, STOP_SIGNALS, start
+from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.text_format import whole_number
 
 LOG_FOLDER = "MM_MOSLORA_LOG_DIR"
@@ -32,7 +33,7 @@ def keep_rank_log(environment: Mapping[str, str]) -> None:
     rank = whole_number(environment, "RANK", 0)
     path = Path(folder) / f"rank-{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with writing_in_place(path, append=True) as file:
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         file.write(f"--- {now}: rank {rank} on {socket.gethostname()}, process {os.getpid()}\n")
     for stream in (sys.stdout, sys.stderr):

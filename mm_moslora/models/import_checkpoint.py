@@ -42,7 +42,7 @@ from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.files import copy_of_model, read_json
 from mm_moslora.utils.run_paths import writing
-from mm_moslora.utils.untrusted_files import find_in_model
+from mm_moslora.utils.untrusted_files import find_in_model, opened
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, stream.get_tensor(name)
         return
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with opened(file, most=None) as source:
+            state = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ModelError(
             f"{file} cannot be read as weights alone ({type(error).__name__}): it is damaged, no file of torch.save, "

@@ -17,6 +17,7 @@ from mm_moslora.adapters.folders.authors_format import check_options
 from mm_moslora.adapters.moslora_config import lora_fields
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import writing
+from mm_moslora.utils.untrusted_files import read_text
 
 
 def lora_settings(part: str, config: Path | None) -> dict[str, Any]:
@@ -37,10 +38,10 @@ def lora_settings(part: str, config: Path | None) -> dict[str, Any]:
         )
     name = f"{part}_lora"
     try:
-        nodes = list(ast.walk(ast.parse(config.read_text(encoding="utf-8"))))
+        nodes = list(ast.walk(ast.parse(read_text(config))))
         found = [_arguments(node.value) for node in nodes if isinstance(node, ast.keyword) and node.arg == name]
         values = {"r": int(found[0]["r"]), "lora_alpha": float(found[0]["lora_alpha"]), **found[0]}
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError) as error:
+    except (SyntaxError, ValueError, LookupError, TypeError) as error:
         raise ModelError(
             f"{config} has no {name}=dict(...) with r and lora_alpha as plain values ({type(error).__name__}: "
             f"{error}). Write them so, or convert the checkpoint with `xtuner convert pth_to_hf`."

@@ -34,7 +34,7 @@ from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
-from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora.utils.untrusted_files import read_text, read_text_below
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,10 @@ def load(
 def recipe_of(folder: Path) -> Recipe:
     """The resolved recipe of a checkpoint."""
     file = folder / "config.yaml"
-    return Recipe.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
+    text = read_text_below(folder, file.name)
+    if text is None:
+        raise ModelError(f"{folder} lacks {file.name}, the recipe of the checkpoint. Copy the folder again.")
+    return Recipe.from_yaml(text, source=str(file))
 
 
 def model_of(folder: Path) -> ModelConfig:

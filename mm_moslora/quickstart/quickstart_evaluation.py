@@ -30,10 +30,11 @@ from mm_moslora.reporting.verdicts import difference_of, judge_tuning
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.files import replace_json, set_aside, sha256_of
+from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_aside, sha256_of
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import find_checkpoint
 from mm_moslora.utils.untrusted_data import parse_lines
+from mm_moslora.utils.untrusted_files import MOST_BYTES, read_bytes, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _evaluate(
     assembly = load(folder / run, dtype=dtype)
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     model = LocalModel(assembly, name=system)
-    count = Path(task.source.path).read_bytes().count(b"\n")
+    count = read_text(Path(task.source.path)).count("\n")
     found = []
     for mode in modes:
         label, place = f"{system}, {mode}", folder / "eval" / system / mode
@@ -192,15 +193,16 @@ def _samples(folder: Path, untuned: TaskResult, tuned: TaskResult, data: Dataset
     before = read_samples(folder / "eval" / "untuned" / "own" / untuned.folder)
     after = read_samples(folder / "eval" / "tuned" / "own" / tuned.folder)
     images = {}
-    for record in parse_lines(data.test.read_text(encoding="utf-8")):
+    for record in parse_lines(read_text(data.test)):
         images[record["question_id"]] = record["image"]
     step = max(1, len(after) // SHOWN_SAMPLES)
     rows: list[dict[str, Any]] = []
     for old, new in list(zip(before, after, strict=True))[::step][:SHOWN_SAMPLES]:
         picture = data.images / images[new["id"]]
         copy = folder / "pictures" / f"{len(rows):02d}{picture.suffix}"
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(picture.read_bytes())
+        make_subfolder(copy.parent)
+        with replacing(copy) as part:
+            part.write_bytes(read_bytes(picture, most=MOST_BYTES))
         rows.append(
             {
                 "image": copy.relative_to(folder).as_posix(),

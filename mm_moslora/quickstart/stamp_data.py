@@ -26,6 +26,7 @@ from mm_moslora.quickstart.instruction_data import (
     write_files,
 )
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.untrusted_files import read_text
 
 IMAGES = "images"
 """Folder of the pictures, below the data folder."""
@@ -133,7 +134,7 @@ def find_stamps(source: Path) -> list[Stamp]:
         folder = name.split("/")[0]
         if name.startswith(LEFT_OUT) or folder not in CATEGORIES or not picture.is_file():
             continue
-        lines = text.read_text(encoding="utf-8").splitlines()
+        lines = read_text(text).splitlines()
         if lines and (sentence := lines[0].strip()):
             stamps.append(Stamp(path=picture, name=name, sentence=sentence, folder=folder))
     if not stamps:

@@ -17,7 +17,7 @@ from mm_moslora.reporting.run_page import asset, printable, script_parts
 from mm_moslora.reporting.svg_charts import format_number
 from mm_moslora.reporting.verdicts import AGAINST, difference_of
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact
 from mm_moslora.utils.text_format import format_seconds
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, without_constants
@@ -30,10 +30,10 @@ def write_page(results: Path, out: Path) -> Path:
     """Write the page of a comparison's `results.json`, atomically.
 
     Raises:
-        ConfigError: the file is missing, or another version wrote it.
+        ConfigError: the file is missing, another version wrote it, or `out` is a folder or a file of another program.
     """
     data = read_results(results)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, render(data))
     return out
 

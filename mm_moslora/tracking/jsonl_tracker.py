@@ -18,6 +18,7 @@ from typing import Any
 from mm_moslora.tracking.tracker import Ending, Sample
 from mm_moslora.utils.files import Appender, rename, replace_json, replace_text, sync
 from mm_moslora.utils.untrusted_data import parse_object
+from mm_moslora.utils.untrusted_files import read_text_below
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Args:
         path: where it is missing, there are no records.
     """
-    if not path.is_file():
-        return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in (read_text_below(path.parent, path.name, errors="replace") or "").splitlines():
         record = _parse(line)
         if record is not None:
             records.append(record)
@@ -140,9 +139,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 def _cut_after(path: Path, step: int) -> None:
     """Keep the complete lines up to `step`; the file is replaced atomically."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = (read_text_below(path.parent, path.name, errors="replace") or "").splitlines()
     kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
     if len(kept) == len(lines):
         return

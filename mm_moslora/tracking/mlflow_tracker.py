@@ -22,6 +22,8 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     headline,
     namespaced,
 )
+from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.untrusted_files import read_text_below
 
 ID_FILE = "mlflow_id.txt"
 _LONGEST_VALUE = 500
@@ -59,9 +61,9 @@ class MlflowTracker:
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve() / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
-        id_file = run_folder / ID_FILE
-        if resume_step is not None and id_file.is_file():
-            self._run = id_file.read_text(encoding="utf-8").strip()
+        known = None if resume_step is None else read_text_below(run_folder, ID_FILE)
+        if known is not None:
+            self._run = known.strip()
             self._client.update_run(self._run, status="RUNNING")
             self._until = max(self._steps_of(namespaced("loss")), default=-1)
             return
@@ -73,7 +75,7 @@ class MlflowTracker:
         self._run = self._client.create_run(experiment, run_name=name).info.run_id
         for key, value in self._tags().items():
             self._client.set_tag(self._run, key, value)
-        id_file.write_text(self._run + "\n", encoding="utf-8")
+        replace_text(run_folder / ID_FILE, self._run + "\n")
         params = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in flat(config).items()]
         for first in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(self._run, params=params[first : first + _MOST_PARAMS])

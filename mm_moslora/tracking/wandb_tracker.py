@@ -28,8 +28,9 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     namespaced,
 )
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import read_json
+from mm_moslora.utils.files import read_json, replace_text
 from mm_moslora.utils.redaction import redact_text, redacted_argv
+from mm_moslora.utils.untrusted_files import read_text_below
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,7 @@ class WandbTracker:
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
-        id_file = run_folder / ID_FILE
-        known = id_file.read_text(encoding="utf-8").strip() if resume_step is not None and id_file.is_file() else ""
+        known = "" if resume_step is None else (read_text_below(run_folder, ID_FILE) or "").strip()
         given = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent sets the id of the trial
         run_id = known or given or uuid.uuid4().hex[:12]
         try:
@@ -112,7 +112,7 @@ class WandbTracker:
             )  # fmt: skip
             wandb.teardown()  # the failed attempt still holds the id
             self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known or given))
-        id_file.write_text(run_id + "\n", encoding="utf-8")
+        replace_text(run_folder / ID_FILE, run_id + "\n")
         self._online = not self._run.offline
         # The step is a metric of the run: wandb drops records with a decreasing built-in step, as after a resume.
         self._run.define_metric(STEP, hidden=True)

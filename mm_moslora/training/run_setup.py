@@ -66,8 +66,10 @@ from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
+from mm_moslora.utils.untrusted_files import read_text_below
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ def _lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = held(folder / RUN_LOCK, wait=False)
     except BlockingIOError as error:
-        owner = (folder / RUN_LOCK).read_text(encoding="utf-8", errors="replace").strip()
+        owner = (read_text_below(folder, RUN_LOCK, errors="replace") or "").strip()
         raise TrainingError(
             f"{folder} is in use by another run ({owner or 'owner unknown'}). "
             "Wait for it, stop it, or choose another train.output."
@@ -112,7 +114,8 @@ def _lock(folder: Path) -> Iterator[None]:
             "--output of the quickstart."
         ) from error
     with lock:
-        (folder / RUN_LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        with writing_in_place(folder / RUN_LOCK) as stream:
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
 
 

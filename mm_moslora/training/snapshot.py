@@ -34,6 +34,7 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.untrusted_data import parse_json
+from mm_moslora.utils.untrusted_files import read_text_below
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ class StoredOptimizer:
             raise CheckpointError("The checkpoint holds no trainer state, expected one folder per rank.")
         for folder in self.folders:
             try:
-                details = read_json(folder / OPTIMIZER_DETAILS)
+                details = read_json(folder / OPTIMIZER_DETAILS, below=folder)
                 file = safe_open(folder / OPTIMIZER, framework="pt")
             except OSError as error:
                 raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
@@ -296,5 +297,5 @@ class RandomState:
     @classmethod
     def read(cls, folder: Path) -> RandomState:
         """Read what `write` wrote."""
-        python = (folder / "random.json").read_text(encoding="utf-8")
+        python = read_text_below(folder, "random.json") or ""
         return cls(tensors=load_file(folder / "random.safetensors"), python=python)

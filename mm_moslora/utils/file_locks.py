@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from mm_moslora.utils.files import MARK, building, discard, in_construction, refuse_full_folder
+from mm_moslora.utils.files import MARK, building, discard, in_construction, open_in_place, refuse_full_folder
 
 _descriptors: set[int] = set()
 """Descriptors of the files that this process has locked or waits to lock."""
@@ -26,9 +26,10 @@ def held(path: Path, *, wait: bool) -> AbstractContextManager[int]:
 
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is false.
+        ConfigError: a link or no regular file is at the path.
         OSError: the file cannot be opened or locked.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = open_in_place(path, os.O_RDWR)
     _descriptors.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

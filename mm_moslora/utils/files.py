@@ -1,7 +1,8 @@
-"""Writing, copying, replacing and deleting files. No other module deletes, overwrites or copies files.
+"""Writing, copying, replacing and deleting files. No other module deletes, overwrites or copies files of a run.
 
 A folder is emptied or replaced only if it bears this project's mark, and a file only if this project wrote it.
-`tests/utils/test_files.py` checks that no other module calls `unlink`, `rename`, `replace` or `rmtree`.
+`tests/utils/test_files.py` checks that no other module calls `unlink`, `rename`, `replace` or `rmtree`, or writes where
+somebody's link may stand.
 """
 
 from __future__ import annotations
@@ -13,16 +14,27 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
-from mm_moslora.utils.untrusted_files import MOST_BYTES, find_in_model, opened
+from mm_moslora.utils.untrusted_files import (
+    MOST_BYTES,
+    MOST_TEXT_BYTES,
+    FileError,
+    FileFault,
+    find_below,
+    find_in_model,
+    opened,
+    read_bytes,
+    read_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +96,65 @@ def copy_of_model(source: Path, names: Iterable[str], folder: Path) -> None:
             else:
                 stream.seek(0)
                 shutil.copyfileobj(stream, copied)
+
+
+def open_in_place(path: Path | str, flags: int) -> int:
+    """Open a file for writing where it stands, creating it if missing; returns the descriptor.
+
+    Args:
+        path: anybody may have made what is there: a link would lead to a file of the user.
+        flags: as for `os.open`.
+
+    Raises:
+        ConfigError: it is a link or no regular file.
+        OSError: the system refuses.
+    """
+    flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # opening a pipe would block
+    try:
+        descriptor = os.open(path, flags & ~os.O_TRUNC, 0o666)
+    except OSError as error:
+        if not os.path.lexists(path) or _is_regular(os.lstat(path)):
+            raise
+        raise _not_written(Path(path)) from error
+    if not _is_regular(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise _not_written(Path(path))
+    if flags & os.O_TRUNC:
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def _is_regular(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode)
+
+
+def _not_written(path: Path) -> ConfigError:
+    what = f"a link to {os.readlink(path)}" if path.is_symlink() else "a folder, a pipe or a device"
+    return ConfigError(
+        f"{path} is {what}, and would be written; expected a file of this project, or none. Nothing is written through "
+        "it. Delete it, or choose another folder."
+    )
+
+
+def writing_in_place(path: Path, *, append: bool = False) -> TextIO:
+    """Open a text file for writing where it stands; see `open_in_place`.
+
+    Args:
+        path: the file.
+        append: whether its content is kept.
+    """
+    return open(path, "a" if append else "w", encoding="utf-8", newline="\n", opener=open_in_place)
+
+
+def make_subfolder(path: Path) -> None:
+    """Make a folder inside one of this project, if it is missing.
+
+    Raises:
+        ConfigError: a link is at its place.
+    """
+    if path.is_symlink():
+        raise _not_written(path)
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def rename(path: Path, target: Path) -> None:
@@ -186,19 +257,26 @@ def set_aside(path: Path, suffix: str) -> Path:
     return aside
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path, kind: type = dict, *, below: Path | None = None) -> Any:
     """The content of a JSON file of this project.
 
     Args:
         path: the file.
         kind: expected type of the content.
+        below: a folder that no link may leave, such as a run or a checkpoint of anybody; None: links are followed.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged; the text describes how.
+        ValueError: the file is damaged, no regular one, or outside of `below`; the text describes how.
     """
+    if below is not None:
+        path = find_below(Path(os.path.realpath(below)), str(path.relative_to(below)))
     try:
-        data = parse_json(path.read_bytes(), constants=True)
+        data = parse_json(read_bytes(path, most=MOST_TEXT_BYTES), constants=True)
+    except FileError as error:
+        if error.fault is FileFault.MISSING and not os.path.lexists(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+        raise
     except StrictJsonError as error:
         raise StrictJsonError(f"{path} {error}") from error
     if not isinstance(data, kind):
@@ -210,7 +288,7 @@ def mark(folder: Path, kind: str) -> None:
     """Mark an existing folder as this project's, so that it may be emptied or replaced later."""
     if kind in _kinds(folder):
         return
-    with (folder / MARK).open("a", encoding="utf-8") as stream:
+    with writing_in_place(folder / MARK, append=True) as stream:
         stream.write(f"{kind}\n")
         stream.flush()
         os.fsync(stream.fileno())
@@ -219,8 +297,8 @@ def mark(folder: Path, kind: str) -> None:
 
 def _kinds(folder: Path) -> list[str]:
     try:
-        return (folder / MARK).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        return read_text(folder / MARK, errors="replace").splitlines()
+    except FileError:
         return []
 
 
@@ -271,15 +349,18 @@ def output_file(path: Path, *, sign: bytes | None = None) -> Path:
             is replaced.
 
     Raises:
-        ConfigError: the path is a folder, or a file without these bytes.
+        ConfigError: the path is a folder, a link, a pipe or a device, or a file without these bytes.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected the file to write. Add a name to it.")
+    refusal = ConfigError(f"{path} exists and is not replaced. Choose another name, or delete it first.")
+    if os.path.lexists(path) and not _is_regular(os.lstat(path)):
+        raise refusal
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as stream:
             head = stream.read(_HEAD_BYTES)
         if sign is None or sign not in head:
-            raise ConfigError(f"{path} exists and is not replaced. Choose another name, or delete it first.")
+            raise refusal
     return path
 
 
@@ -413,15 +494,16 @@ class Appender:
         if not self._waiting:
             return True
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            descriptor = open_in_place(self.path, os.O_WRONLY | os.O_APPEND)
             try:
                 while self._waiting:
                     self._waiting = self._waiting[os.write(descriptor, self._waiting) :]
             finally:
                 os.close(descriptor)
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             if not self._refused:
-                self._say(f"{self.path} cannot be written ({error.strerror}); its lines are kept and tried again.")
+                reason = getattr(error, "strerror", error)
+                self._say(f"{self.path} cannot be written ({reason}); its lines are kept and tried again.")
             self._refused = True
             return False
         if self._refused:

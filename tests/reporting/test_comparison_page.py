@@ -16,6 +16,7 @@ from comparison_results import NAMES, comparison_results
 
 from mm_moslora.reporting.comparison_curves import apart
 from mm_moslora.reporting.comparison_page import picture, render, write_page
+from mm_moslora.utils.errors import ConfigError
 
 HOSTILE = '<img src="x" onerror="alert(1)">@rank=</title></svg><script>alert(2)</script>{{ 7*7 }}'
 PLOT = re.compile(r'<svg class="area" role="img"><title>(.*?)</title>(.*?)</svg>(?=</div>|\n)', re.DOTALL)
@@ -198,6 +199,17 @@ def test_every_state_of_a_comparison_has_a_page(state: str, tmp_path: Path) -> N
     assert ("no-likelihood" in page, "nats against" in page) == (False, bool(drawn) and state not in (
         "no references", "the reference is missing", "one arm"))  # fmt: skip
     picture([("", results), ("again", results)])
+
+
+def test_a_page_of_a_stranger_stays(tmp_path: Path) -> None:
+    results, page = tmp_path / "results.json", tmp_path / "report.html"
+    results.write_text(json.dumps(comparison_results()))
+    page.write_text("my own notes")
+    with pytest.raises(ConfigError, match="is not replaced"):
+        write_page(results, page)
+    assert page.read_text() == "my own notes"
+    page.unlink()
+    assert write_page(results, page).read_text() == write_page(results, page).read_text()
 
 
 @pytest.mark.slow

@@ -20,9 +20,11 @@ import pytest
 from between import just_before
 from preloaded import Preloaded
 
+from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.utils import heartbeat
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.heartbeat import Heartbeat
 
 
@@ -58,6 +60,23 @@ def test_files_of_the_user_beside_the_heartbeats_stay(tmp_path):
         (tmp_path / "heartbeat" / name).touch()
     with Watchdog(tmp_path):
         assert sorted(path.name for path in (tmp_path / "heartbeat").iterdir()) == ["notes.txt", "rank-00000.json"]
+
+
+@pytest.mark.parametrize("name", ["heartbeat", "stacks", "stacks/rank-00000.txt", "run.lock"])
+def test_links_in_a_run_folder_lead_to_one_error_and_their_targets_stay(name, tmp_path):
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    (run / name).parent.mkdir(parents=True)
+    mine.mkdir()
+    for file in ("rank-00000.json", "rank-00000.txt"):
+        (mine / file).write_text("years")
+    if name != "run.lock":
+        (run / "run.lock").touch()  # the sign of a run
+    (run / name).symlink_to(mine / "rank-00000.txt" if "." in name else mine)
+    with pytest.raises(ConfigError, match=f"{name} is a link to .*mine"), exclusive(run), Watchdog(run):
+        pytest.fail("it would train")
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {
+        "rank-00000.json": "years", "rank-00000.txt": "years"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("restarts_left", [0, 1])

@@ -11,6 +11,7 @@ import pytest
 
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
+from mm_moslora.utils.file_locks import held
 
 ROOT = Path(__file__).parents[2]
 PATH_METHODS = {"unlink", "rmdir", "rename", "replace", "hardlink_to"}
@@ -79,6 +80,187 @@ def test_the_search_finds_what_deletes(line):
 )
 def test_the_search_leaves_texts_and_dataclasses_alone(line):
     assert not destructive(line)
+
+
+WRITERS = {"write_text", "write_bytes", "touch", "save_file"}
+NEW = "in a folder that this process has just made"
+ASIDE = "a temporary file, which `replacing` names"
+WRITES = {
+    "eval/mm_moslora_eval/report/run_evidence.py:_copied": ASIDE,
+    "eval/mm_moslora_eval/run/in_training.py:give_way": NEW,
+    "eval/mm_moslora_eval/run/sample_thumbnails.py:_write": ASIDE,
+    "eval/mm_moslora_eval/run/submissions.py:keep_submission": ASIDE,
+    "eval/mm_moslora_eval/run/submissions.py:write_submission": ASIDE,
+    "mm_moslora/adapters/folders/export_adapter.py:_write_components": ASIDE,
+    "mm_moslora/adapters/folders/export_adapter.py:export_adapter": NEW,
+    "mm_moslora/adapters/folders/save_folder.py:write_folder": NEW,
+    "mm_moslora/adapters/methods/peft_methods.py:write": NEW,
+    "mm_moslora/data/images/remote_files.py:read": ASIDE,
+    "mm_moslora/data/token_cache.py:_fill": NEW,
+    "mm_moslora/diffusion/diffusion_checkpoint.py:write": NEW,
+    "mm_moslora/kernels/native/__init__.py:_compile": ASIDE,
+    "mm_moslora/models/export/export_huggingface.py:_rename_tensors": NEW,
+    "mm_moslora/models/export/export_llava_checkpoint.py:export_original": NEW,
+    "mm_moslora/models/export/model_card.py:write_card": NEW,
+    "mm_moslora/models/import_checkpoint.py:_write_language": NEW,
+    "mm_moslora/models/import_checkpoint.py:_write_projector": NEW,
+    "mm_moslora/models/import_xtuner.py:write_factors": NEW,
+    "mm_moslora/models/vision/feature_cache.py:write": ASIDE,
+    "mm_moslora/planning/distributed_doctor.py:_run_folder": "a random name that no other program knows",
+    "mm_moslora/quickstart/asset_cache.py:unpack": NEW,
+    "mm_moslora/quickstart/debian_packages.py:unpack_deb_in_python": NEW,
+    "mm_moslora/quickstart/model_assets.py:_convert_dinov2": NEW,
+    "mm_moslora/quickstart/model_assets.py:_convert_efficientnet": NEW,
+    "mm_moslora/quickstart/model_assets.py:_convert_open_clip": NEW,
+    "mm_moslora/quickstart/quickstart_evaluation.py:_samples": ASIDE,
+    "mm_moslora/quickstart/user_recipe.py:initialise": NEW,
+    "mm_moslora/training/snapshot.py:write": NEW,
+    "mm_moslora/training/snapshot.py:write_model": NEW,
+    "mm_moslora/training/supervision/watchdog.py:_write": ASIDE,
+}
+"""Functions that write otherwise, with the reason why nothing of the user can be there."""
+
+
+def writers(source: str) -> list[str]:
+    """Names of the functions that write a file in place; an opening with "x" replaces nothing and follows no link."""
+    found = []
+
+    def walk(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call) and _writes(node):
+            found.append(function)
+        for child in ast.iter_child_nodes(node):
+            walk(child, function)
+
+    walk(ast.parse(source), "")
+    return found
+
+
+def _writes(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in WRITERS:
+        return True
+    if name == "save":
+        return ast.unparse(call.func) in ("torch.save", "np.save", "numpy.save")
+    if name not in ("open", "fdopen"):
+        return False
+    words = [
+        item.value for item in [*call.args, *(key.value for key in call.keywords)] if isinstance(item, ast.Constant)
+    ]
+    modes = [word for word in words if isinstance(word, str) and word and set(word) <= set("rwxabt+")]
+    return any(set(mode) & set("wa+") for mode in modes) or any(
+        flag in ast.unparse(call) for flag in ("O_CREAT", "O_TRUNC", "O_APPEND", "O_RDWR")
+    )
+
+
+def test_one_module_alone_writes_in_place():
+    found = {
+        f"{path.relative_to(ROOT)}:{function}"
+        for folder in (ROOT / "mm_moslora", ROOT / "eval")
+        for path in folder.rglob("*.py")
+        for function in writers(path.read_text(encoding="utf-8"))
+        if path != ROOT / "mm_moslora" / "utils" / "files.py"
+    }
+    assert sorted(found - WRITES.keys()) == [], "write through mm_moslora.utils.files"
+    assert sorted(WRITES.keys() - found) == [], "these write nothing any more: take them off the list"
+
+
+@pytest.mark.parametrize(
+    ("line", "writes"),
+    [
+        ("open(p, 'w')", True), ("p.open('ab')", True), ("p.open(mode='w', encoding='utf-8')", True),
+        ("open(p, 'r+b')", True), ("p.write_text(a)", True), ("p.write_bytes(a)", True), ("p.touch()", True),
+        ("os.open(p, os.O_WRONLY | os.O_CREAT)", True), ("os.open(p, os.O_RDWR)", True), ("save_file(a, p)", True),
+        ("torch.save(a, p)", True), ("np.save(p, a)", True), ("open(p)", False), ("p.open('rb')", False),
+        ("p.open('x')", False), ("model.save(a)", False), ("os.open(p, os.O_RDONLY)", False),
+        ("writing_in_place(p)", False), ("replace_text(p, a)", False),
+    ],
+)  # fmt: skip
+def test_the_search_finds_what_writes(line, writes):
+    assert bool(writers(line)) is writes
+
+
+def strangers(folder: Path) -> dict[str, Path]:
+    """What anybody may have put at the place of a file, by kind."""
+    (folder / "mine").write_text("years")
+    found = {kind: folder / kind for kind in ("link", "dangling", "pipe", "folder")}
+    found["link"].symlink_to(folder / "mine")
+    found["dangling"].symlink_to(folder / "nothing")
+    os.mkfifo(found["pipe"])
+    found["folder"].mkdir()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+def test_nothing_is_written_through_a_link_or_into_a_pipe(kind, tmp_path):
+    path = strangers(tmp_path)[kind]
+    words = "a link to .*(mine|nothing)" if path.is_symlink() else "a folder, a pipe or a device"
+    for write in (
+        files.writing_in_place,
+        lambda path: files.writing_in_place(path, append=True),
+        lambda path: held(path, wait=False),
+    ):
+        with pytest.raises(ConfigError, match=rf"{kind} is {words}, .* Delete it, or choose another folder"):
+            write(path)
+    said: list[str] = []
+    files.Appender(path, say=said.append).add("a line")
+    assert "Nothing is written through it" in said[0]
+    assert (tmp_path / "mine").read_text() == "years"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_mark_is_not_written_through_a_link(tmp_path):
+    paths = strangers(tmp_path)
+    (paths["folder"] / files.MARK).symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="is a link to"):
+        files.mark(paths["folder"], "run")
+    (paths["folder"] / files.MARK).unlink()
+    os.mkfifo(paths["folder"] / files.MARK)
+    with pytest.raises(ConfigError, match="a pipe"):
+        files.mark(paths["folder"], "run")
+    assert (tmp_path / "mine").read_text() == "years"
+
+
+def test_a_folder_of_a_run_is_no_link(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "stacks").symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="stacks is a link to"):
+        files.make_subfolder(tmp_path / "stacks")
+    files.make_subfolder(tmp_path / "heartbeat")
+    files.make_subfolder(tmp_path / "heartbeat")
+    assert (tmp_path / "heartbeat").is_dir()
+
+
+def test_a_file_in_place_keeps_its_content_only_where_lines_are_appended(tmp_path):
+    for append, text in ((False, "a\n"), (True, "a\nb\n"), (False, "c\n")):
+        with files.writing_in_place(tmp_path / "it", append=append) as stream:
+            stream.write(text[-2:])
+        assert (tmp_path / "it").read_text() == text
+
+
+def test_a_file_of_a_run_is_a_regular_one_inside_it(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    paths = strangers(run)
+    (tmp_path / "secret.json").write_text('{"key": 1}')
+    (run / "out.json").symlink_to(tmp_path / "secret.json")
+    (run / "own.json").write_text('{"a": 1}')
+    (run / "near.json").symlink_to("own.json")
+    for name in ("own.json", "near.json"):
+        assert files.read_json(run / name, below=run) == {"a": 1}
+    assert files.read_json(run / "out.json") == {"key": 1}  # a path from a user leads anywhere
+    with pytest.raises(MoSLoRAError, match="links out of"):
+        files.read_json(run / "out.json", below=run)
+    for below in (None, run):
+        for kind in ("pipe", "folder"):
+            with pytest.raises(MoSLoRAError, match="is a folder, a pipe or a device"):
+                files.read_json(paths[kind], below=below)
+        with pytest.raises(FileNotFoundError):
+            files.read_json(run / "absent", below=below)
+    os.truncate(run / "own.json", 2**40)
+    with pytest.raises(MoSLoRAError, match="stay below"):
+        files.read_json(run / "own.json")
 
 
 def marked(folder: Path) -> Path:
@@ -199,6 +381,14 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
         files.output_file(page)
     with pytest.raises(ConfigError, match="is a folder; expected the file"):
         files.output_file(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
+def test_a_page_replaces_no_link_and_no_pipe(kind, tmp_path):
+    path = strangers(tmp_path)[kind]
+    (tmp_path / "mine").write_bytes(files.PAGE_SIGN)
+    with pytest.raises(ConfigError, match="exists and is not replaced"):
+        files.output_file(path, sign=files.PAGE_SIGN)
 
 
 def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):

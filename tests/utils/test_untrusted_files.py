@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.untrusted_files import FileError, FileFault, find_below, opened, read_bytes, read_text_below
 
 BAD, ESCAPES = FileFault.BAD_NAME, FileFault.ESCAPES
@@ -122,8 +123,27 @@ def test_what_is_not_there_is_none_and_a_link_that_leads_out_is_an_error(root: P
         read_text_below(root, "far")
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "is a folder, a pipe or a device"), (lambda path: path.symlink_to("/etc/hostname"), "links out of"),
+        (lambda path: os.truncate(_empty(path), 2**40), "stay below"), (lambda path: None, "lacks config.yaml"),
+    ],
+)  # fmt: skip
+def test_the_recipe_of_a_checkpoint_is_a_file_inside_it(make: Callable[[Path], None], words: str, root: Path) -> None:
+    from mm_moslora.models.load_model import recipe_of
+
+    make(root / "config.yaml")
+    with pytest.raises(MoSLoRAError, match=words):
+        recipe_of(root)
+
+
 CHECKOUT = Path(__file__).parents[2]
-PACKAGES = ("mm_moslora/data", "mm_moslora/reporting", "mm_moslora/serve/dashboard", "eval/mm_moslora_eval")
+PACKAGES = (
+    "mm_moslora/adapters", "mm_moslora/cli", "mm_moslora/compare", "mm_moslora/data", "mm_moslora/diffusion",
+    "mm_moslora/models", "mm_moslora/quickstart", "mm_moslora/reporting", "mm_moslora/serve", "mm_moslora/tracking",
+    "mm_moslora/training", "eval/mm_moslora_eval",
+)  # fmt: skip
 READERS = frozenset({
     "open", "fdopen", "memmap", "fromfile", "loadtxt", "genfromtxt", "load_dataset", "load_from_disk",
     "load_dataset_builder", "urlopen", "read_csv", "read_parquet", "read_table", "ParquetFile", "ZipFile", "url_to_fs",
@@ -136,6 +156,20 @@ READERS_OF = {
 }  # fmt: skip
 """The same of modules."""
 ALLOWED = {
+    "mm_moslora/adapters/folders/authors_format.py:peft_tensors": "a regular file, of weights alone",
+    "mm_moslora/diffusion/diffusion_checkpoint.py:_state_of": "a stream",
+    "mm_moslora/models/import_checkpoint.py:_tensors": "a stream",
+    "mm_moslora/models/model_paths.py:fingerprint": "regular files of a model that a recipe names",
+    "mm_moslora/quickstart/asset_cache.py:unpack": "a download, whose checksum was checked",
+    "mm_moslora/quickstart/debian_packages.py:_ar_members": "a download, whose checksum was checked",
+    "mm_moslora/quickstart/debian_packages.py:unpack_deb_in_python": "a stream",
+    "mm_moslora/quickstart/instruction_data.py:_differs": "the set of this project, in a marked folder",
+    "mm_moslora/quickstart/model_assets.py:_convert_efficientnet": "a download, whose checksum was checked",
+    "mm_moslora/quickstart/stamp_data.py:square": "a picture of a download, whose checksum was checked",
+    "mm_moslora/serve/inference/request_images.py:_with_header": "bytes in memory",
+    "mm_moslora/training/precision.py:resolve_precision": "a file of the system",
+    "mm_moslora/training/supervision/rank_agreement.py:software": "files of the package",
+    "mm_moslora/training/supervision/watchdog.py:_is_sibling": "a file of the system",
     "mm_moslora/data/images/pyav_decode.py:_container": "a stream; FFmpeg opens nothing by itself",
     "mm_moslora/data/images/record_picture.py:_opened": "a stream",
     "mm_moslora/data/images/video_clip.py:_of_animation": "a stream",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mm_moslora.utils.files import mark, refuse_strangers
+from mm_moslora.utils.files import mark, refuse_strangers, replace_json, replace_text, writing_in_place
 from mm_moslora.utils.untrusted_data import parse_yaml
 from mm_moslora_eval.protocol.task_registry import task_folder
 
@@ -105,7 +104,7 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
     mark(folder, "miniature")
     for name, rows in _TSV.items():
         table = rows()
-        with (folder / f"{name}.tsv").open("w", encoding="utf-8", newline="") as stream:
+        with writing_in_place(folder / f"{name}.tsv") as stream:
             columns = list(dict.fromkeys(key for row in table for key in row))
             writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
             writer.writeheader()
@@ -113,7 +112,7 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
     _write_vqav2(folder / "vqav2.parquet")
     boolq = folder / "commonsense" / "boolq"
     boolq.mkdir(parents=True, exist_ok=True)
-    (boolq / "test.json").write_text(json.dumps(_boolq(), indent=1), encoding="utf-8")
+    replace_json(boolq / "test.json", _boolq())
     return [_write_task(folder, name, max_new_tokens) for name in TASKS]
 
 
@@ -137,7 +136,7 @@ def _write_task(folder: Path, name: str, cap: int | None) -> Path:
         if cap is not None and "decoding" in part:
             part["decoding"]["max_new_tokens"] = min(cap, part["decoding"].get("max_new_tokens", cap))
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+    replace_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110))
     return path
 
 

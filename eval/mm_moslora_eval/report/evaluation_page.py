@@ -26,7 +26,7 @@ from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
 from mm_moslora_eval.protocol.task import shown_name
 from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.answer_views import SAMPLES, read_json, run_of
+from mm_moslora_eval.run.answer_views import SAMPLES, read_json, view_below
 from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
 from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
@@ -49,7 +49,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Raises:
         EvalError: the run has no scores.
-        ConfigError: `out` is a folder.
+        ConfigError: `out` is a folder or a file of another program.
+        FileError: a result names a folder out of the run.
     """
     results = read_results(run)
     if not results:
@@ -69,7 +70,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         rows=[_row(result) for result in results],
         tasks=[_task(name, found, run) for name, found in tasks.items()],
     )
-    target = run / "report.html" if out is None else output_file(out, sign=PAGE_SIGN)
+    target = output_file(out or run / "report.html", sign=PAGE_SIGN)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_text(target, page)
     return target
@@ -121,7 +122,7 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
     """Write comparisons as a page, including the samples that changed.
 
     Raises:
-        ConfigError: `out` is a folder.
+        ConfigError: `out` is a folder or a file of another program.
     """
     page = _render(
         "comparison.html.j2",
@@ -217,7 +218,7 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
     for result in results:
         place = _place(run, result)
         if place is not None:
-            galleries.append(_gallery(place, result))
+            galleries.append(_gallery(run, place, result))
     return {
         "name": name,
         "anchor": re.sub(r"[^\w-]", "-", name),
@@ -237,8 +238,12 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
 
 
 def _place(run: Path, result: TaskResult) -> Path | None:
-    """Folder of the samples of a result; None for a baseline and for missing samples."""
-    place = run / (result.folder or f"{result.task}@{result.protocol}/{result.mode}")
+    """Folder of the samples of a result; None for a baseline and for missing samples.
+
+    Raises:
+        FileError: it leads out of the run.
+    """
+    place = view_below(run, result.folder or f"{result.task}@{result.protocol}/{result.mode}")
     return place if (place / SAMPLES).is_file() else None
 
 
@@ -271,9 +276,8 @@ def _categories(result: TaskResult) -> list[dict[str, Any]]:
     ]
 
 
-def _gallery(place: Path, result: TaskResult) -> dict[str, Any]:
+def _gallery(run: Path, place: Path, result: TaskResult) -> dict[str, Any]:
     rows = read_samples(place)
-    run = run_of(place)
     shown = [row | {"verdict": verdict(row), "thumbnails": _thumbnails(run, row)} for row in shown_samples(rows)]
     counts = dict(Counter(verdict(row) for row in rows))
     return {

@@ -16,7 +16,7 @@ from typing import Any
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import replacing
+from mm_moslora.utils.files import make_subfolder, replacing
 from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, read_json, read_scored, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
@@ -219,7 +219,7 @@ def _known(path: Path) -> list[dict[str, Any]]:
     from mm_moslora.utils.files import read_json, set_aside
 
     try:
-        return [row for row in read_json(path, list) if isinstance(row, dict)]
+        return [row for row in read_json(path, list, below=path.parent) if isinstance(row, dict)]
     except FileNotFoundError:
         return []
     except ValueError as error:
@@ -317,7 +317,7 @@ def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | No
         return None
     kept_name, data = found[0]
     copy = run / "pictures" / f"{name}{Path(kept_name).suffix}"
-    copy.parent.mkdir(exist_ok=True)
+    make_subfolder(copy.parent)
     with replacing(copy) as part:
         part.write_bytes(data)
     return copy.relative_to(run).as_posix()

@@ -8,6 +8,7 @@ another data set of the same name, is a further view and replaces none.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import replace_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, build_strictly, parse_lines, parse_object
-from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, read_bytes, read_text
+from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, find_below, read_bytes, read_text
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
@@ -87,6 +88,22 @@ def find_view(place: Path) -> Path:
         raise EvalError(f"{place / TASK} is missing; expected the folder TASK@PROTOCOL/MODE of a run, or a view in it.")
     own = [view for view in found if RESCORED not in view.name] or found
     return max(own, key=lambda view: (_count(view), (view / TASK).stat().st_mtime_ns, view.name))
+
+
+def view_below(run: Path, name: object) -> Path:
+    """The folder that a file of a run names as a view.
+
+    Args:
+        run: a folder of anybody.
+        name: the name in the file.
+
+    Raises:
+        FileError: the folder, or a link in it, leads out of the run.
+    """
+    root = Path(os.path.realpath(run))
+    for part in (TASK, DOCUMENTS, SAMPLES):
+        find_below(root, f"{name}/{part}")
+    return find_below(root, name)
 
 
 def _count(view: Path) -> int:
@@ -193,18 +210,23 @@ def has_scores(view: Path) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of a run."""
+    """The rows of a JSONL file of a run; see `_inside`."""
     try:
-        return parse_lines(read_text(path))
+        return parse_lines(read_text(_inside(path)))
     except StrictJsonError as error:
         raise EvalError(f"{path} {error}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run."""
+    """A JSON file of a run; see `_inside`."""
     try:
-        return parse_object(read_text(path), constants=True)
+        return parse_object(read_text(_inside(path)), constants=True)
     except FileError as error:
         raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
     except StrictJsonError as error:
         raise EvalError(f"{path} {error}.") from error
+
+
+def _inside(path: Path) -> Path:
+    """The path, unless a link leads out of its folder: anybody may have made a run."""
+    return find_below(Path(os.path.realpath(path.parent)), path.name)

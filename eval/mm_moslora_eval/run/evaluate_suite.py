@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -161,7 +162,7 @@ class Comparison:
 
 def read_samples(place: Path) -> list[dict[str, Any]]:
     """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE."""
-    path = find_view(place) / SAMPLES if place.is_dir() else place
+    path = find_view(place) / SAMPLES if place.is_dir() else Path(os.path.realpath(place))  # a user's path
     if not path.is_file():
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
     return read_lines(path)

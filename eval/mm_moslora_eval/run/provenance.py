@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.tracking.run_environment import CHECKOUT, git_state
+from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import installed_version
 from mm_moslora.utils.redaction import redact, redacted_command
 from mm_moslora.utils.untrusted_data import parse_lines
@@ -51,7 +52,7 @@ def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
         **now,
         "model": redact({"name": model.name, **now["model"]}) | {"fingerprint": model.fingerprint},
     }
-    with (folder / FILE).open("a", encoding="utf-8") as stream:
+    with writing_in_place(folder / FILE, append=True) as stream:
         stream.write(line(row))
 
 

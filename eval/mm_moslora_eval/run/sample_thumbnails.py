@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from mm_moslora.reporting.inline_images import SIDE, encoded
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import replacing
+from mm_moslora.utils.files import make_subfolder, replacing
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_bytes
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, open_image
@@ -87,7 +87,7 @@ def keep(
                     picture = open_image(image)
                     picture.thumbnail((SIDE, SIDE))
                     kind, data = encoded(picture)
-                    (run / FOLDER).mkdir(exist_ok=True)
+                    make_subfolder(run / FOLDER)
                     with replacing(run / FOLDER / f"{name}.{'png' if kind == 'png' else 'jpg'}") as part:
                         part.write_bytes(data)
             except DataError:  # a sample that failed

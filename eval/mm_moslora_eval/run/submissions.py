@@ -45,7 +45,8 @@ def keep_submission(view: Path, task: str) -> str:
     """Write the answers of a view into its folder, in the form that fits the task; returns a sentence about it."""
     form = DEFAULT_FORM.get(task, "vlmevalkit")
     path = view / f"submission.{SUFFIXES.get(form, 'json')}"
-    path.write_bytes(submission(view, form=form)[0])  # a file of the run itself, which scoring again may overwrite
+    with replacing(path) as part:  # a file of the run itself, which scoring again may replace
+        part.write_bytes(submission(view, form=form)[0])
     return f"The answers were written to {path} in the form {form!r}."
 
 

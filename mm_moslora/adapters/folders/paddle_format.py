@@ -27,6 +27,7 @@ from torch import Tensor
 from mm_moslora.adapters.folder_format import PREFIX, USE_MIXER, read_json
 from mm_moslora.adapters.folders.authors_format import check_declared, check_options, read_tensors, with_known_names
 from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.untrusted_files import opened
 
 PADDLE_CONFIG = "lora_config.json"
 _PICKLED = "lora_model_state.pdparams"
@@ -162,7 +163,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise AdapterError(f"{path.parent} lacks {_PICKLED} and peft_model.safetensors. Copy the folder again.")
     try:
-        with path.open("rb") as stream:
+        with opened(path, most=None) as stream:
             held = _Arrays(stream).load()
         found = {}
         for name, value in dict(held).items():

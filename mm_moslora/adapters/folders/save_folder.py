@@ -350,4 +350,4 @@ def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Mo
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")

@@ -102,7 +102,7 @@ def _of_an_adapter(model: str, base: str) -> str:
 
 
 def _training(checkpoint: Path, recipe: Recipe) -> str:
-    manifest = read_json(checkpoint / MANIFEST)
+    manifest = read_json(checkpoint / MANIFEST, below=checkpoint)
     counters = manifest["counters"]
     trained = sum(math.prod(shape) for shape in manifest["trainable"].values())
     adapter = recipe.adapter
@@ -133,7 +133,7 @@ def _results(checkpoint: Path) -> str:
     for name in sorted(glob.glob("**/results.json", root_dir=checkpoint.parent, recursive=True)):
         file = checkpoint.parent / name
         try:
-            for item in read_json(file)["results"]:
+            for item in read_json(file, below=checkpoint.parent)["results"]:
                 if item["score"] is None:
                     continue
                 unit = SCORE_NAMES.get(item.get("about", {}).get("aggregation", "mean"), "")

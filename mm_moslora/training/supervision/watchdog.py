@@ -30,7 +30,7 @@ from mm_moslora.launch.child_processes import start
 from mm_moslora.training.supervision.run_state import record_failure
 from mm_moslora.utils import distributed, heartbeat
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError, TrainingError
-from mm_moslora.utils.files import discard, replacing
+from mm_moslora.utils.files import discard, make_subfolder, replacing, writing_in_place
 from mm_moslora.utils.heartbeat import Heartbeat, means_lost
 from mm_moslora.utils.redaction import redact_text
 
@@ -89,15 +89,15 @@ class Watchdog:
 
     def _enter(self) -> None:
         if distributed.is_main():
+            make_subfolder(self.beats)
             for beat in self.beats.glob("rank-*.json"):  # of an earlier start
                 discard(beat)
-            self.beats.mkdir(parents=True, exist_ok=True)
             self._begin()  # before waiting for the others, so that readers see an active run
         distributed.barrier()
-        self.beats.mkdir(parents=True, exist_ok=True)
-        self.stacks.mkdir(parents=True, exist_ok=True)
+        make_subfolder(self.beats)
+        make_subfolder(self.stacks)
         self._stacks_path = self.stacks / f"rank-{distributed.rank():05d}.txt"
-        self._stacks_file = self._stacks_path.open("w", encoding="utf-8")
+        self._stacks_file = writing_in_place(self._stacks_path)
         # Only the stack of the main thread is written, which receives the signal: a handler holds no lock, and reading
         # the frames of running threads crashes some processes.
         faulthandler.register(signal.SIGUSR2, file=self._stacks_file, all_threads=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,12 +21,13 @@ from mm_moslora_eval.protocol.model_interface import Answer
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.answer_log import AnswerLog, merge, read_folder
-from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.answer_views import view_below
+from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.run.task_runner import Settings, hold_run
 
 from mm_moslora import cli as command_line
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import ConfigError, EvalError, MoSLoRAError
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
@@ -245,6 +248,65 @@ def test_results_keep_the_environment_of_the_answers_when_scored_again(
     assert read_results(run)[0].about == first
     html = write_report(run).read_text()
     assert "bfloat16" in html
+
+
+@pytest.mark.parametrize("name", ["../secret/v", "{view}/../../../../secret/v", "far", "questions@own/far", "", 7])
+def test_a_report_shows_nothing_from_outside_the_run(name: object, tmp_path: Path) -> None:
+    run, secret = tmp_path / "run", tmp_path / "secret"
+    _, (result,) = asked(run, write_questions(tmp_path / "data", count=4))
+    shutil.copytree(run / "questions@own" / "own", secret)
+    shutil.copytree(run / result.folder, secret / "v")
+    for path in secret.rglob("samples.jsonl"):
+        path.write_text(path.read_text().replace("What", "TOPSECRET"))
+    assert "TOPSECRET" in (secret / "v" / "samples.jsonl").read_text()
+    for link in ("far", "questions@own/far"):
+        (run / link).symlink_to(secret / "v")
+    stored = json.loads((run / "results.json").read_text())
+    stored["results"][0]["folder"] = name.format(view=result.folder) if isinstance(name, str) else name
+    (run / "results.json").write_text(json.dumps(stored))
+    try:
+        assert "TOPSECRET" not in write_report(run).read_text()
+    except MoSLoRAError as error:
+        assert re.search(r"leaves|links out of|is no text|is missing", str(error))  # noqa: PT017
+
+
+@pytest.mark.parametrize("file", ["samples.jsonl", "task.json", "documents.jsonl"])
+def test_links_in_a_view_are_not_followed(file: str, tmp_path: Path) -> None:
+    run, data = tmp_path / "run", write_questions(tmp_path / "data", count=4)
+    _, (result,) = asked(run, data)
+    _, (other,) = asked(tmp_path / "other", data)
+    path = run / result.folder / file
+    path.rename(tmp_path / file)
+    path.symlink_to(tmp_path / file)
+    with pytest.raises(MoSLoRAError, match="links out of"):
+        write_report(run)
+    with pytest.raises(MoSLoRAError, match="links out of"):
+        compare(run / result.folder, tmp_path / "other" / other.folder)
+    if file == "samples.jsonl":  # a user's path may be a link
+        assert len(read_samples(path)) == 4
+
+
+def test_the_places_of_an_outcome_lie_in_the_comparison(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "comparison", tmp_path / "secret"
+    for place in (folder / "runs" / "a", secret):
+        place.mkdir(parents=True)
+        (place / "samples.jsonl").touch()
+    (folder / "runs" / "far").symlink_to(secret)
+    assert view_below(folder, "runs/a").samefile(folder / "runs" / "a")
+    for name in ("../secret", "runs/../../secret", "runs/far", str(secret), None, 7, ["runs/a"]):
+        with pytest.raises(MoSLoRAError):
+            view_below(folder, name)
+
+
+def test_a_report_of_a_stranger_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked(run, write_questions(tmp_path / "data", count=4))
+    (run / "report.html").write_text("my own notes")
+    with pytest.raises(ConfigError, match="is not replaced"):
+        write_report(run)
+    assert (run / "report.html").read_text() == "my own notes"
+    (run / "report.html").unlink()
+    assert write_report(run).read_text() == write_report(run).read_text()
 
 
 class Constant(FakeModel):
