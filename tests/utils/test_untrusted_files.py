@@ -160,6 +160,7 @@ ALLOWED = {
     "mm_moslora/diffusion/diffusion_checkpoint.py:_state_of": "a stream",
     "mm_moslora/models/import_checkpoint.py:_tensors": "a stream",
     "mm_moslora/models/model_paths.py:fingerprint": "regular files of a model that a recipe names",
+    "mm_moslora/models/model_paths.py:_of_texts": "regular files of a model that a recipe names",
     "mm_moslora/quickstart/asset_cache.py:unpack": "a download, whose checksum was checked",
     "mm_moslora/quickstart/debian_packages.py:_ar_members": "a download, whose checksum was checked",
     "mm_moslora/quickstart/debian_packages.py:unpack_deb_in_python": "a stream",
