@@ -298,10 +298,19 @@ def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
 
 
 def build_known(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
-    """Build a dataclass from the keys that it has; see `build_strictly`. Null stands for a missing key."""
-    hints = _type_hints(typing.cast(Hashable, kind))
-    known = {key: value for key, value in data.items() if key in hints and value is not None}
-    return build_strictly(kind, known, source=source)
+    """Build a dataclass, and those in it, from the keys that they have; see `build_strictly`. Null is a missing key."""
+    return build_strictly(kind, _known(kind, data), source=source)
+
+
+def _known(kind: Any, data: Any) -> Any:
+    """The data without the keys that dataclasses do not have."""
+    if dataclasses.is_dataclass(kind) and isinstance(data, Mapping):
+        hints = _type_hints(typing.cast(Hashable, kind))
+        return {key: _known(hints[key], item) for key, item in data.items() if key in hints and item is not None}
+    parts = [part for part in typing.get_args(kind) if part not in (type(None), Ellipsis)]
+    if len(parts) == 1 and typing.get_origin(kind) in (list, tuple) and isinstance(data, list | tuple):
+        return [_known(parts[0], item) for item in data]
+    return _known(parts[0], data) if len(parts) == 1 and isinstance(data, Mapping) else data
 
 
 def read_value(kind: Any, data: Any, *, source: str, where: str) -> Any:
