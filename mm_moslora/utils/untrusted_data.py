@@ -224,7 +224,7 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         return encodable(super().construct_scalar(node))
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
