@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
 from mm_moslora.utils.files import mark, read_json, replace_json, replace_text
-from mm_moslora.utils.untrusted_data import parse_lines, parse_object
+from mm_moslora.utils.untrusted_data import build_strictly, parse_lines, parse_object
 from mm_moslora.utils.untrusted_files import read_text_below
 
 if TYPE_CHECKING:
@@ -96,11 +97,18 @@ def read_outcome(place: Path) -> Outcome | None:
     """
     file = place / OUTCOME
     try:
-        return Outcome(**read_json(file, below=place))
+        return build_strictly(Outcome, _finite(read_json(file, below=place)), source="it")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ConfigError, ValueError) as error:
         raise ConfigError(f"{file} is damaged ({error}). Delete it to measure the run again, or restore it.") from error
+
+
+def _finite(value: Any) -> Any:
+    """Plain data without NaN and infinity; a score that is no number counts as not measured."""
+    if not isinstance(value, dict):
+        return value
+    return {k: _finite(item) for k, item in value.items() if not isinstance(item, float) or math.isfinite(item)}
 
 
 def write_outcome(place: Path, outcome: Outcome) -> None:

@@ -14,13 +14,12 @@ from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, SampleR
 from mm_moslora.reporting.svg_charts import Series, line_chart, smooth
 from mm_moslora.reporting.verdicts import best_of, judge_tuning
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.untrusted_data import parse_yaml_value
+from mm_moslora.utils.text_format import visible
+from mm_moslora.utils.untrusted_data import LARGEST, parse_yaml_value
 
 MOST_SAMPLES = 12
 MOST_RUNS = 6
 """Maximum number of runs, each with its own colour."""
-LARGEST = 1e300
-"""Values above this, and non-finite ones, are not drawn."""
 MEASURES = (
     ("loss", "Training loss per supervised token, smoothed", False),
     ("validation_loss", "Validation loss", False),
@@ -36,10 +35,10 @@ def names_of(runs: Sequence[RunData]) -> list[str]:
     """A short unique name per run: its folder's, with parent folders where needed."""
     paths = [run.folder.resolve() for run in runs]
     for depth in range(1, 12):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
+        names = [visible("/".join(path.parts[-depth:])) for path in paths]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in paths]
+    return [visible(str(path)) for path in paths]
 
 
 def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def curve(stage: Stage, key: str) -> list[tuple[float, float]]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a chart can show a value of a log."""
+    """Whether a chart can show a value of a log; others are not drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 

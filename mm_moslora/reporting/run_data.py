@@ -38,7 +38,6 @@ summary.json, every key optional: `format` (version of this layout; missing befo
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -53,7 +52,7 @@ from mm_moslora.reporting.run_status import RunState, read_state, stage_folders
 from mm_moslora.reporting.verdicts import Difference, difference_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact, redact_text
-from mm_moslora.utils.untrusted_data import build_known, parse_json, parse_lines, parse_yaml_value, read_value
+from mm_moslora.utils.untrusted_data import LARGEST, build_known, parse_json, parse_lines, parse_yaml_value, read_value
 from mm_moslora.utils.untrusted_files import FileError, read_text_below
 
 _KINDS: dict[str, Any] = {
@@ -373,15 +372,15 @@ def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
         return None
     # Releases without `norm_update` have other numbers under the names of the rest.
     names = list(MEASURES) if "norm_update" in item else ["moved", "condition"]
-    figures = {
-        name: float(item[name])
-        for name in names
-        if isinstance(value := item.get(name), int | float) and math.isfinite(value)
-    }
+    figures = {name: float(item[name]) for name in names if _is_finite(item.get(name))}
     rank = item.get("rank")
     if not isinstance(rank, int):
         rank = len(after) if after else None
     return Mixer(path=path, rank=rank, before=before, after=after, pairs=pairs, figures=figures)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def _matrix(value: Any) -> list[list[float]] | None:
@@ -390,7 +389,7 @@ def _matrix(value: Any) -> list[list[float]] | None:
     rows = [[float(cell) for cell in row] for row in value]
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError("rows of different length, expected a matrix")
-    if not all(math.isfinite(cell) for row in rows for cell in row):
+    if not all(_is_finite(cell) for row in rows for cell in row):
         raise ValueError("holds values that are not finite")
     return rows
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mm_moslora.utils.errors import ConfigError
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 LARGEST_PORT = 65_535
 LARGEST_NUMBER = 10**9
 """Largest whole number that an environment variable may hold."""
@@ -42,7 +42,7 @@ def whole_number(
 
 
 def visible(text: str) -> str:
-    """Text of a model or of data with its control characters replaced, which terminals obey."""
+    """Text without control characters, which terminals obey, and without unpaired surrogates, such as in file names."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

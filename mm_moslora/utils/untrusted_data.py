@@ -6,6 +6,8 @@ No other module parses these formats. A text costs what its length lets expect, 
 - A key written twice is an error, since readers interpret it differently.
 - Numbers have a size that a 64-bit float can hold. NaN and Infinity are no JSON; a caller that expects them, such as in
   a log of losses, asks for them (`constants`).
+- Unpaired surrogates, which no UTF-8 text can hold, become U+FFFD. A caller that refuses them by name gets them
+  (`surrogates`).
 
 `build_strictly` and `build_known` then turn plain data into a dataclass. A value of another type is an error that names
 its place, so callers need no checks of their own.
@@ -39,8 +41,12 @@ MOST_YAML_CHARACTERS = 2**19
 """Longest YAML text. Python parses it at about 100 kB/s."""
 MOST_DIGITS = 300
 """Digits of the longest whole number."""
-_SUSPICIOUS = re.compile(rf"\d{{{MOST_DIGITS}}}|\d[eE]\+?\d{{3}}")
-"""Digits that may make a number too large; they may also stand in a text."""
+LARGEST = 10.0**MOST_DIGITS
+"""Largest number of a dataclass; sums and percentages of such numbers are finite."""
+_SUSPICIOUS = re.compile(r"\d{200}|\d[eE]\+?\d{3}")
+"""Digits that may make a number too large; they may also stand in a text. 199 digits and e99 do not."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
+"""Half of a surrogate pair, plain or as JSON escapes it; it may be half of a whole pair."""
 
 T = TypeVar("T")
 _type_hints = functools.cache(typing.get_type_hints)
@@ -54,13 +60,16 @@ class StrictJsonError(DataError):
         self.deep, self.large = deep, large
 
 
-def parse_json(text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False) -> Any:
+def parse_json(
+    text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False, surrogates: bool = False
+) -> Any:
     """Parse one JSON value.
 
     Args:
         text: the value; bytes are UTF-8.
         max_depth: deepest nesting.
         constants: accept NaN and Infinity, which are not JSON, as numbers.
+        surrogates: keep unpaired surrogates, for a caller that refuses them.
 
     Raises:
         StrictJsonError: broken, too large, nested too deeply, a key written twice, a number that no float can hold, or
@@ -81,6 +90,8 @@ def parse_json(text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, con
         hooks |= {"parse_int": _whole, "parse_float": float if constants else _finite}
     try:
         value = json.loads(text, **hooks)
+        if not surrogates and _SURROGATE.search(text):
+            value = _encodable(value)
     except RecursionError as error:
         raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True) from error
     except json.JSONDecodeError as error:
@@ -125,12 +136,27 @@ def parse_lines(text: str, *, skip_damaged: bool = False) -> list[dict[str, Any]
     return rows
 
 
-def without_constants(value: Any) -> Any:
-    """Plain data with None for NaN and infinity, which JSON cannot hold."""
+def encodable(text: str) -> str:
+    """Text with U+FFFD for unpaired surrogates, which UTF-8 cannot hold; two halves of a pair become its character."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") if not text.isascii() else text
+
+
+def _encodable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): without_constants(item) for key, item in value.items()}
+        return _without_repeats([(encodable(key), _encodable(item)) for key, item in value.items()])
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    return encodable(value) if isinstance(value, str) else value
+
+
+def without_constants(value: Any) -> Any:
+    """Plain data as JSON can hold it: None for NaN and infinity, texts without unpaired surrogates."""
+    if isinstance(value, dict):
+        return {encodable(str(key)): without_constants(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_constants(item) for item in value]
+    if isinstance(value, str):
+        return encodable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -198,10 +224,15 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        return encodable(super().construct_scalar(node))
+
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > MOST_DIGITS:
             raise yaml.YAMLError(f"a whole number has {len(node.value)} digits, at most {MOST_DIGITS} are read")
-        return super().construct_yaml_int(node)
+        if abs(value := super().construct_yaml_int(node)) > LARGEST:  # hexadecimal digits are worth more
+            raise yaml.YAMLError(f"{node.value[:40]}... is above {LARGEST:g}, the largest number that is read")
+        return value
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
@@ -234,10 +265,12 @@ def parse_yaml_value(text: str) -> Any:
         raise ConfigError(f"has {len(text)} characters, at most {MOST_YAML_CHARACTERS} of YAML are read")
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # dates that do not exist
-        raise ConfigError(f"is not valid YAML: {error}") from error
     except RecursionError as error:
         raise ConfigError("is not valid YAML: it is nested too deeply") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not valid YAML: {error}") from error
+    except Exception as error:  # PyYAML raises errors of many kinds, for dates that do not exist and for `!!bool x`
+        raise ConfigError(f"is not valid YAML: a value has another type than its tag ({error})") from error
 
 
 def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
@@ -265,10 +298,19 @@ def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
 
 
 def build_known(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
-    """Build a dataclass from the keys that it has; see `build_strictly`. Null stands for a missing key."""
-    hints = _type_hints(typing.cast(Hashable, kind))
-    known = {key: value for key, value in data.items() if key in hints and value is not None}
-    return build_strictly(kind, known, source=source)
+    """Build a dataclass, and those in it, from the keys that they have; see `build_strictly`. Null is a missing key."""
+    return build_strictly(kind, _known(kind, data), source=source)
+
+
+def _known(kind: Any, data: Any) -> Any:
+    """The data without the keys that dataclasses do not have."""
+    if dataclasses.is_dataclass(kind) and isinstance(data, Mapping):
+        hints = _type_hints(typing.cast(Hashable, kind))
+        return {key: _known(hints[key], item) for key, item in data.items() if key in hints and item is not None}
+    parts = [part for part in typing.get_args(kind) if part not in (type(None), Ellipsis)]
+    if len(parts) == 1 and typing.get_origin(kind) in (list, tuple) and isinstance(data, list | tuple):
+        return [_known(parts[0], item) for item in data]
+    return _known(parts[0], data) if len(parts) == 1 and isinstance(data, Mapping) else data
 
 
 def read_value(kind: Any, data: Any, *, source: str, where: str) -> Any:
@@ -362,11 +404,12 @@ def _build_scalar(kind: Any, data: Any, source: str, where: str) -> Any:
         with contextlib.suppress(ValueError):
             data = float(data)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        data = float(data)  # a whole number of at most MOST_DIGITS digits
+        data = float(data) if abs(data) <= LARGEST else math.inf
     if kind is int and isinstance(data, float) and data.is_integer():
         data = int(data)
     if kind is Any or (isinstance(data, kind) and not (kind in (int, float) and isinstance(data, bool))):
-        if kind is float and not math.isfinite(data):
-            raise ConfigError(f"{source}: {where} is {data}, expected a finite number.")
+        if kind in (int, float) and not abs(data) <= LARGEST:  # NaN is not, either
+            found = f"{float(data):g}" if isinstance(data, float) else "a longer number"
+            raise ConfigError(f"{source}: {where} is {found}, expected a finite number of at most {LARGEST:g}.")
         return data
     raise ConfigError(f"{source}: {where} is {data!r} ({type(data).__name__}), expected {kind.__name__}.")

@@ -308,12 +308,23 @@ def test_a_signal_saves_running_runs_and_the_same_command_continues(
     assert list(place.glob("checkpoint-*")), "what was trained is lost"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "ok", "odd": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"status": "ok", "odd": 1}', '{"status": [1]}', '{"status": NaN}', '{"status": "ok", "test": 5}',
+     '{"status": "ok", "total_seconds": "x"}', '{"status": "ok", "steps": 1e308}',
+     '{"status": "ok", "test": {"a": []}}', '{"status": "ok", "places": {"t": {"own": 1}}}'],
+)  # fmt: skip
 def test_a_damaged_outcome_is_named_and_never_overwritten(tmp_path: Path, text: str):
     assert read_outcome(tmp_path) is None
     (tmp_path / "outcome.json").write_text(text)
     with pytest.raises(ConfigError, match=r"outcome\.json is damaged .*Delete it"):
         read_outcome(tmp_path)
+
+
+def test_a_score_that_is_no_number_was_not_measured(tmp_path: Path):
+    text = '{"status": "ok", "test": {"a": NaN, "b": 0.5}, "first_loss": Infinity, "step_seconds": NaN}'
+    (tmp_path / "outcome.json").write_text(text)
+    assert read_outcome(tmp_path) == Outcome(status="ok", test={"b": 0.5})
 
 
 def test_a_finished_run_stays_finished_when_recipes_get_new_keys(tmp_path: Path):

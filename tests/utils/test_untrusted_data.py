@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mm_moslora.utils.untrusted_data import (
     parse_object,
     parse_yaml,
     parse_yaml_value,
+    without_constants,
 )
 
 
@@ -31,6 +33,8 @@ from mm_moslora.utils.untrusted_data import (
         ("[" * 65 + "]" * 65, "nested more than 64"), ("[" * 10**5, "nested more than 64"),
         ('{"a":' * 10**5, "nested more than 64"), ("1" + "0" * 400, "400|401"), ("-1" + "0" * 5000, "digits"),
         ('{"since": 1' + "0" * 400 + "}", "digits"), ("1e400", "too large"), ("-1E+999", "too large"),
+        ("1" + "0" * 250 + "e99", "too large"), ("-" + "9" * 299 + ".5E99", "too large"), ("1e+0400", "too large"),
+        (r'{"\ud800": 1, "\udfff": 1}', "written twice"),
         ("NaN", "NaN"), ("[Infinity]", "Infinity"), ("-Infinity", "Infinity"), ("{", "column 2"), ("", "column 1"),
         (b"\xff", "UTF-8"), ("[1,]", "valid JSON"), ("[" + "0," * (2 * 10**7 + 2) + "0]", "more than 20000000 values"),
     ],
@@ -38,6 +42,17 @@ from mm_moslora.utils.untrusted_data import (
 def test_json_that_costs_too_much_or_means_two_things_is_refused(text: str | bytes, what: str) -> None:
     with pytest.raises(StrictJsonError, match=what):
         parse_json(text)
+
+
+def test_half_surrogate_pairs_become_characters_that_utf_8_can_hold() -> None:
+    text = r'{"a\ud800": ["\uDFFFb", "\ud83d\ude00", "\\ud800", 1], "\ud800": {"c": "\udc00\ud800"}}'
+    expected = {"a\ufffd": ["\ufffdb", "\U0001f600", r"\ud800", 1], "\ufffd": {"c": "\ufffd\ufffd"}}
+    assert parse_json(text) == parse_object(text.encode()) == expected
+    assert parse_lines(f"{text}\n{text}") == [expected] * 2
+    assert parse_json(r'"\ud800"', surrogates=True) == "\ud800"
+    assert parse_json('"\ud800"') == "\ufffd"
+    assert parse_yaml_value(r'"a\uD800": ["\uDFFF", "\uD83D\uDE00"]') == {"a\ufffd": ["\ufffd", "\U0001f600"]}
+    assert without_constants({"\ud800": ("\udfff", float("inf"))}) == {"\ufffd": ["\ufffd", None]}
 
 
 def test_numbers_that_a_log_may_hold_are_read_where_they_are_expected() -> None:
@@ -92,12 +107,37 @@ def test_plain_aliases_and_merges_are_read() -> None:
 @pytest.mark.parametrize(
     "text",
     ["[" * 5000, "a: 1\na: 2", "{[]: 1}", "a: 1" + "0" * 400, "a: 0x" + "f" * 400, "a: 2020-13-40",
-     "a: !!python/name:os.system", "a: " + "x" * 2**20, "a: 1e1\n\tb", "- " * 3000 + "a"],
-    ids=["deep", "twice", "list as key", "digits", "hexadecimal", "no date", "python", "long", "tab", "dashes"],
+     "a: !!python/name:os.system", "a: " + "x" * 2**20, "a: 1e1\n\tb", "- " * 3000 + "a", "a: 0x" + "f" * 298,
+     r'{"\uD800": 1, "\uDFFF": 1}',
+     "a: !!bool x", 'a: !!int ""', 'a: !!float "_"', "a: !!timestamp x", "a: !!binary ä", "!!set [a]"],
 )  # fmt: skip
 def test_other_yaml_is_an_error_and_nothing_else(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_yaml_value(text)
+
+
+TAGS = ("bool", "int", "float", "timestamp", "binary", "set", "omap", "pairs", "seq", "map", "merge", "null", "x")
+TEXTS = (
+    "x",
+    '""',
+    '"_"',
+    "[1, [2]]",
+    "{b: {c: 1}}",
+    "[{b: 1, c: 2}]",
+    "2020-13-40",
+    "1:9e9:+",
+    "0b",
+    "0x",
+    "-.inf",
+    "~",
+)
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_tag_that_does_not_fit_its_value_raises_no_other_error(tag: str) -> None:
+    for text in (*TEXTS, "1:" * 200 + "1.5", "9" * 200 + "e999"):
+        with contextlib.suppress(ConfigError):
+            parse_yaml_value(f"a: !!{tag} {text}")
 
 
 @dataclass(frozen=True)
@@ -111,6 +151,7 @@ class _Row:
 @pytest.mark.parametrize(
     "data",
     [{"score": "x"}, {"score": float("nan")}, {"score": "inf"}, {"score": True}, {"name": ["a"]}, {"count": 0.5},
+     {"score": 16**298}, {"score": 1e308}, {"count": 1e308}, {"count": 10**5000}, {"score": -(10**400)},
      {"count": True}, {"parts": "xy"}, {"parts": [1]}, {"score": None}],
 )  # fmt: skip
 def test_a_value_of_another_type_is_no_value(data: dict[str, Any]) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,22 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, amount_text, between, own_pictures, resting_on, score_text
-from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora.utils.errors import ConfigError, DataError, EvalError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
+from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.protocol.task import shown_name
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_views import SAMPLES, read_json, view_below
 from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
 from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
+from mm_moslora_eval.run.stored_types import SHOWN, Scoring
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
 from mm_moslora_eval.sources.image_controls import open_image
+
+logger = logging.getLogger(__name__)
 
 MOST_CATEGORIES = 40
 MOST_INVOCATIONS = 10
@@ -83,7 +89,7 @@ def names_of(results: Sequence[TaskResult]) -> list[str]:
     def described(result: TaskResult) -> tuple[str, str, str, str]:
         about = result.about
         selection = about.get("selection", {})
-        part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
+        part = f", {selection['name']} of {selection.get('of')}" if selection.get("name", "all") != "all" else ""
         asked = about.get("asked_as", result.protocol)
         part += f", asked as {asked}" if asked != result.protocol else ""
         path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
@@ -108,14 +114,16 @@ def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[d
     """The environments in which answers were computed, and in which they were scored."""
     computed: list[dict[str, Any]] = []
     for result in results:
-        computed += [found for found in result.about.get("computed_by", []) if found not in computed]
+        computed += [found for found in result.about.get("computed_by") or () if found not in computed]
     shown = []
     for number, found in enumerate(computed, start=1):
         code = found.get("code") or {}
         facts = found["model"] | found["environment"] | ({"commit": code["commit"]} if code else {})
         shown.append({"title": f"Answered with{f' ({number})' if len(computed) > 1 else ''}", "facts": facts})
-    scored = data.get("scored") or {"date": data.get("date"), "environment": data.get("environment", {})}
-    return [*shown, {"title": "Last scored with", "facts": {"date": scored["date"], **scored["environment"]}}]
+    with suppress(ConfigError):
+        scored = build_known(Scoring, data.get("scored") or data, source="results.json")
+        shown.append({"title": "Last scored with", "facts": {"date": scored.date, **scored.environment}})
+    return shown
 
 
 def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
@@ -214,18 +222,30 @@ def _row(result: TaskResult) -> dict[str, Any]:
 
 def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]:
     first = results[0]
-    galleries = []
-    for result in results:
-        place = _place(run, result)
-        if place is not None:
-            galleries.append(_gallery(run, place, result))
+    galleries: list[dict[str, Any]] = []
+    remarks = [(result.mode, remark) for result in results for remark in result.remarks]
+    verdicts: list[str] = []
+    try:
+        galleries = [_gallery(run, place, result) for result in results if (place := _place(run, result)) is not None]
+        verdicts = _verdicts(results, run)
+    except (
+        EvalError,
+        ConfigError,
+        OSError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # of a damaged view
+        logger.warning("%s: its samples are left out (%s).", name, error)
+        remarks.append(("samples", f"left out, since they are damaged ({type(error).__name__}: {error})"))
     return {
         "name": name,
         "anchor": re.sub(r"[^\w-]", "-", name),
         "about": first.about,
         "rows": [_row(result) for result in results],
-        "verdicts": _verdicts(results, run),
-        "remarks": [(result.mode, remark) for result in results for remark in result.remarks],
+        "verdicts": verdicts,
+        "remarks": remarks,
         "published": first.about.get("published", []),
         "modes": [result.mode for result in results if result.metrics],
         "metrics": [
@@ -268,16 +288,17 @@ def _categories(result: TaskResult) -> list[dict[str, Any]]:
     if len(result.categories) < 2:
         return []
     shown = list(result.categories.items())[:MOST_CATEGORIES]
-    known = [numbers["high"] for _, numbers in shown if numbers["high"] is not None]
+    known = [high for _, numbers in shown if (high := numbers.get("high")) is not None]
     top = max([1.0, *(value for value in known if value == value)])  # of a sum or CIDEr, the largest one
     return [
-        {"name": name, "top": top} | {key: None if value != value else value for key, value in numbers.items()}
+        {key: None if (value := numbers.get(key)) != value else value for key in ("n", "score", "low", "high")}
+        | {"name": name, "top": top}
         for name, numbers in shown
     ]
 
 
 def _gallery(run: Path, place: Path, result: TaskResult) -> dict[str, Any]:
-    rows = read_samples(place)
+    rows = [row for row in read_samples(place) if row.keys() >= SHOWN and row["answers"] is not None]
     shown = [row | {"verdict": verdict(row), "thumbnails": _thumbnails(run, row)} for row in shown_samples(rows)]
     counts = dict(Counter(verdict(row) for row in rows))
     return {

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import make_subfolder, replacing
+from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, read_json, read_scored, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
@@ -214,17 +216,38 @@ def _row(named: NamedResult, *, step: int, model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """Types of the keys of a stored row or sample that decide on its place."""
+
+    name: str = ""
+    task: str = ""
+    subject: str = ""
+    model: str = ""
+    metric: str = ""
+    n: int = 0
+    failed: int = 0
+
+
 def _known(path: Path) -> list[dict[str, Any]]:
     """The rows of earlier evaluations; a damaged file is renamed, because it may hold scores of other tasks."""
     from mm_moslora.utils.files import read_json, set_aside
 
     try:
-        return [row for row in read_json(path, list, below=path.parent) if isinstance(row, dict)]
+        rows = read_json(path, list, below=path.parent)
     except FileNotFoundError:
         return []
     except ValueError as error:
         logger.warning("%s is damaged (%s) and is now %s.", path, error, set_aside(path, "corrupt").name)
         return []
+    found = []
+    for row in rows:
+        try:
+            build_known(_Known, row, source="a row")
+            found.append(row)
+        except ConfigError as error:
+            logger.warning("%s: a damaged row was left out (%s).", path, error)
+    return found
 
 
 def _better(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -326,7 +349,6 @@ def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | No
 def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapter: Path, *, step: int) -> None:
     from mm_moslora.tracking import build_trackers
     from mm_moslora.tracking.tracker import adapter_digest
-    from mm_moslora.utils.errors import ConfigError
     from mm_moslora.utils.run_paths import RUN_LOCK
 
     try:

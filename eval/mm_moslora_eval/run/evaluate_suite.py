@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
@@ -30,6 +31,7 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import keep
+from mm_moslora_eval.run.stored_types import Sample
 from mm_moslora_eval.run.task_runner import Settings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
@@ -161,11 +163,21 @@ class Comparison:
 
 
 def read_samples(place: Path) -> list[dict[str, Any]]:
-    """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE."""
+    """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE.
+
+    Raises:
+        EvalError: the file is missing or damaged.
+    """
     path = find_view(place) / SAMPLES if place.is_dir() else Path(os.path.realpath(place))  # a user's path
     if not path.is_file():
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
-    return read_lines(path)
+    rows = read_lines(path)
+    try:
+        for row in rows:
+            build_known(Sample, row, source=f"{path}: sample {row.get('id')!r}")
+    except ConfigError as error:
+        raise EvalError(f"{error} Score the folder again with mm-moslora eval score.") from error
+    return rows
 
 
 def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple[list[Path], list[Path]]]:

@@ -10,18 +10,21 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.tracking.run_environment import CHECKOUT, git_state
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import installed_version
 from mm_moslora.utils.redaction import redact, redacted_command
-from mm_moslora.utils.untrusted_data import parse_lines
+from mm_moslora.utils.untrusted_data import build_known, parse_lines
 from mm_moslora.utils.untrusted_files import read_text_below
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.run.answer_log import line
+from mm_moslora_eval.run.stored_types import Call
 
 FILE = "invocations.jsonl"
 
@@ -56,9 +59,13 @@ def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
         stream.write(line(row))
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The recorded calls; an incomplete line is left out."""
-    return parse_lines(read_text_below(folder, FILE) or "", skip_damaged=True)
+def read(folder: Path) -> list[Call]:
+    """The recorded calls; an incomplete or damaged line is left out."""
+    found = []
+    for row in parse_lines(read_text_below(folder, FILE) or "", skip_damaged=True):
+        with suppress(ConfigError):
+            found.append(build_known(Call, row, source=FILE))
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.files import replace_text
-from mm_moslora.utils.untrusted_data import build_strictly
+from mm_moslora.utils.untrusted_data import build_known, build_strictly
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import read_folder
@@ -32,6 +32,7 @@ from mm_moslora_eval.run.answer_views import (
 )
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
+from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, without_thinking
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
@@ -146,10 +147,19 @@ def _plain(value: Any) -> Any:
 
 
 def result_from_dict(data: dict[str, Any]) -> TaskResult:
-    """The inverse of `TaskResult.to_dict`."""
-    counts = Counts(**data["counts"])
+    """The inverse of `TaskResult.to_dict`.
+
+    Raises:
+        ConfigError: a value has another type.
+        KeyError: the score or the counts are missing.
+        TypeError: another key is missing, or unknown.
+    """
+    check_result(data, get_type_hints(TaskResult) | {"counts": Any})
+    counts = build_known(Counts, data["counts"], source="its counts")
     numbers = {name: float("nan" if data[name] is None else data[name]) for name in ("score", "stderr", "low", "high")}
-    return TaskResult(**{**data, **numbers, "counts": counts, "remarks": tuple(data.get("remarks", ()))})
+    about = {key: item for key, item in data.get("about", {}).items() if item is not None or key in MAY_BE_NULL}
+    remarks = tuple(data.get("remarks", ()))
+    return TaskResult(**{**data, **numbers, "counts": counts, "about": about, "remarks": remarks})
 
 
 def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
@@ -393,7 +403,10 @@ def _asked(task: Task, about: dict[str, Any]) -> Iterator[str]:
 
 
 def read_results(folder: Path) -> list[TaskResult]:
-    """The results of a run so far; an empty list if there are none. A damaged entry is left out with a warning."""
+    """The results of a run so far; an empty list if there are none.
+
+    A damaged entry is left out with a warning, since the others, or answers that took hours, must not wait for it.
+    """
     path = folder / "results.json"
     if not path.is_file():
         return []
@@ -403,11 +416,12 @@ def read_results(folder: Path) -> list[TaskResult]:
             f"{path} has format {data.get('format')!r}, this version reads {FORMAT}; choose another folder."
         )
     found = []
-    for number, item in enumerate(data["results"]):
+    entries = data.get("results")
+    for number, item in enumerate(entries if isinstance(entries, list) else [entries]):
         try:
             found.append(result_from_dict(item))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            logger.warning("%s: entry %d is damaged (%r); score its task again.", path, number, error)
+        except (ConfigError, KeyError, TypeError) as error:
+            logger.warning("%s: entry %d is damaged (%s); score its task again.", path, number, error)
     return found
 
 

@@ -115,7 +115,7 @@ class RecordFile(RecordSource):
         with opened(self.path, most=None) as stream:
             stream.seek(start)
             raw = stream.read(end - start)
-        return parse_json(raw, constants=True)
+        return parse_json(raw, constants=True, surrogates=True)
 
     def fingerprint(self) -> str:
         """A hash of the file's bytes."""

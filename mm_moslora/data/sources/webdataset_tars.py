@@ -74,7 +74,7 @@ class TarSource(RecordSource):
             if _shown_as(kind)
         }
         if "json" in members:
-            value = parse_json(_read(path, *members["json"]), constants=True)
+            value = parse_json(_read(path, *members["json"]), constants=True, surrogates=True)
             if not isinstance(value, dict):
                 return value
             return self._with_shown(value, shown, self._keys[row])

@@ -102,7 +102,7 @@ def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
     """
     expected = "expected one JSON object in UTF-8"
     try:
-        value = parse_json(body, max_depth=limits.json_depth)
+        value = parse_json(body, max_depth=limits.json_depth, surrogates=True)
     except StrictJsonError as error:
         what = (
             f"is nested more than {limits.json_depth} levels deep" if error.deep else "is broken, or gives a key twice"

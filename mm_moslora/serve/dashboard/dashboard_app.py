@@ -20,6 +20,7 @@ from mm_moslora.serve.api.http_server import App, Server, bound, settings
 from mm_moslora.serve.api.request_guard import Guard
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.dashboard.dashboard_runs import Folder
+from mm_moslora.utils.text_format import visible
 
 LOOK_SECONDS = 1.0
 """Seconds between two scans of the folder while a page is open."""
@@ -76,7 +77,7 @@ class _Board:
         return JSONResponse(await asyncio.to_thread(self._rows))
 
     def _rows(self) -> dict[str, Any]:
-        return {"folder": self._folder.root.name, "runs": self._folder.rows()}
+        return {"folder": visible(self._folder.root.name), "runs": self._folder.rows()}
 
     async def run(self, request: Request) -> Response:
         """`?id=NAME`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from mm_moslora.reporting.svg_charts import downsample
 from mm_moslora.reporting.verdicts import score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact_text
-from mm_moslora.utils.untrusted_data import without_constants
+from mm_moslora.utils.untrusted_data import encodable, without_constants
 
 DEEPEST = 4
 """Depth of the search for runs below the folder."""
@@ -82,7 +83,7 @@ class Folder:
             folder, depth = queue.pop(0)
             stages: list[Path] = []
             if is_run(folder):
-                found[folder.relative_to(self.root).as_posix()] = folder
+                found[_id_of(folder.relative_to(self.root))] = folder
                 stages = stage_folders(folder)
             if depth < DEEPEST:
                 queue += [(child, depth + 1) for child in _children(folder) if child not in stages]
@@ -95,6 +96,11 @@ class Folder:
             if known is None or known.stamp != stamp:
                 known = self._read[name] = _read(name, path, stamp)
         return known
+
+
+def _id_of(path: Path) -> str:
+    """The path as text, also where it is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _children(folder: Path) -> list[Path]:
@@ -121,7 +127,7 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Shown:
     changed = max((time_ns for _, time_ns, _ in stamp), default=0) / 1e9
-    shown_name = path.name if name == "." else name
+    shown_name = _id_of(Path(path.name)) if name == "." else name
     row: dict[str, Any] = {
         "id": name, "name": shown_name, "title": shown_name, "changed": changed, "fault": None, "recipe": {},
         "scores": {}, "shown": {}, "step": None, "total": None, "loss": None,
@@ -213,5 +219,5 @@ def _state(path: Path) -> dict[str, str | None]:
     try:
         state = read_state(path)
     except Exception as error:  # the other runs are shown
-        return {"state": "unreadable", "reason": f"{type(error).__name__}: {redact_text(str(error))}"}
+        return {"state": "unreadable", "reason": encodable(f"{type(error).__name__}: {redact_text(str(error))}")}
     return {"state": state.name, "reason": state.reason or None}
