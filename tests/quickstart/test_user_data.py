@@ -461,7 +461,7 @@ class TestRecipe:
         assert ("--modes own --modes wrong --modes blind" in told) == (held_out > 1)
         assert ("Only 1 picture is held out" in told) == (held_out == 1)
 
-    @pytest.mark.parametrize(("count", "shown"), [(2, "no difference"), (4, "no difference"), (80, "about 3")])
+    @pytest.mark.parametrize(("count", "shown"), [(2, "nothing"), (4, "nothing"), (80, "about 3")])
     def test_so_few_questions_that_they_show_nothing_are_named(self, tmp_path: Path, count: int, shown: str) -> None:
         rows = [row(f"{number}.png", number, kind=str(number % 2)) for number in range(count)]
         told = made(written(tmp_path, rows), tmp_path / "my")
