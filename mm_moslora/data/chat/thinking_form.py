@@ -87,7 +87,8 @@ def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tupl
     for file in files:
         while number is not None and number < start + len(file):
             with suppress(RecordError):  # the training set counts it
-                endings[ending(file[number - start].turns)] += 1
+                if turns := file[number - start].turns:  # else a text without questions
+                    endings[ending(turns)] += 1
             number = next(wanted, None)
         start += len(file)
     form = form_of(encoder, endings)

@@ -275,7 +275,8 @@ class _Look:
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
         report.ignored.update(record.ignored)
-        report.endings[ending(kept)] += 1
+        if kept:  # else a text without questions
+            report.endings[ending(kept)] += 1
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
