@@ -214,7 +214,8 @@ def _too_little(folder: Path, counts: Counter[str], faults: list[str]) -> str:
     beside = f" {loose} files lie beside the sub-folders, not in one." if loose else ""
     remedy = (
         f"Put pictures of each class into a sub-folder of its own, at least two classes (found: "
-        f"{', '.join(inner[:5]) or 'no sub-folders'}), or write questions into a file (docs/tutorials/my_images.md)."
+        f"{', '.join(inner[:5]) or 'no sub-folders'}), or write questions into a file: my_images.md "
+        "in the folder that `mm-moslora files tutorials` prints."
     )
     return f"{folder} holds {found if counts else 'no readable pictures in sub-folders'}.{broken}{beside} {remedy}"
 
