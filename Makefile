@@ -1,4 +1,4 @@
-# make quickstart | test | test-extras | test-versions | check | smoke | gpu | gpu-wheels | clean. Each sets up .venv on first use and is fast the second time.
+# make quickstart | test | test-extras | test-versions | newest | extras | check | smoke | gpu | gpu-wheels | clean. Each sets up .venv on first use and is fast the second time.
 # PYTHON chooses the interpreter (3.11 or later): make test PYTHON=python3.12
 
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do command -v $$name && break; done)
@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 EXTRAS := $(VENV)/extras
 LOWEST := $(VENV)/lowest
 GPU_IMAGE := $(VENV)/gpu-image
+NEWEST := $(VENV)/newest
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 3
 
@@ -19,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image check gpu gpu-wheels clean
+.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image newest extras check gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
@@ -27,6 +28,8 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make test-extras what needs gradio, trackio, MLflow or Triton"
 	@echo "make test-versions  a part of the suite on the lowest versions, and on what GPU images carry"
+	@echo "make newest      the same part on Python 3.13 and the index's newest torch, a CUDA build of 6 GB"
+	@echo "make extras      whether every extra of pyproject.toml can be installed"
 	@echo "make check       format, lint, types, import layers and circles, shell scripts"
 	@echo "make gpu         tests/gpu and the benchmark on a GPU, with the Python that is there (PYTHON=...); again until done"
 	@echo "make gpu-wheels  what a bare GPU machine lacks, into build/gpu_wheels"
@@ -68,6 +71,15 @@ lowest: $(LOWEST)/.installed
 gpu-image: $(GPU_IMAGE)/.installed
 	$(VERSION_TESTS)
 
+newest: $(NEWEST)/.installed
+	$(VERSION_TESTS)
+
+extras: $(VENV)/.installed-dev
+	@for extra in $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"])'); do \
+	  $(UV) pip compile --quiet --extra "$$extra" --output-file /dev/null pyproject.toml || exit 1; \
+	done; echo "Every extra resolves."
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -76,6 +88,8 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check_imports.py
 	$(BIN)/shellcheck -x .ci/run $$(find scripts -name '*.sh' -o -name '*.sbatch')
 
+# TORCH=cpu: a torch without CUDA, 0.2 GB instead of 3, from PyTorch's own index.
+TORCH ?=
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python found. Install Python 3.11 or later, or name one: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -85,6 +99,7 @@ $(BIN)/python:
 
 # The stamps depend on pyproject.toml alone: the installation is editable, so new code needs no new one.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@test -z "$(TORCH)" || { $(PIP) install --quiet uv && $(UV) pip install --quiet --python $(BIN)/python --torch-backend $(TORCH) torch torchvision; }
 	$(PIP) install --quiet --editable .
 	@touch $@
 
@@ -119,6 +134,11 @@ $(GPU_IMAGE)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(UV) venv --quiet --clear --python $(PYTHON312) $(GPU_IMAGE)
 	$(UV) pip install --quiet --python $(GPU_IMAGE)/bin/python --editable '.[test,serve,quant,video]' 'torch==2.11.*' \
 	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*"
+	@touch $@
+
+$(NEWEST)/.installed: pyproject.toml $(VENV)/.installed-dev
+	$(UV) venv --quiet --clear --python 3.13 $(NEWEST)
+	$(UV) pip install --quiet --python $(NEWEST)/bin/python --editable '.[test,serve,quant,video]'
 	@touch $@
 
 # Not in .venv, which holds PyTorch for CPUs where make made it: PYTHON=..., else the python3 of the machine.

@@ -29,12 +29,12 @@ def register(app: App) -> None:
 
 
 def files(name: str | None = None) -> int:
-    """Print the folder of launch scripts, DeepSpeed presets or recipes: `bash "$(mm-moslora files scripts)"/train.sh`.
+    """Print a shipped folder, such as that of the launch scripts: `bash "$(mm-moslora files scripts)"/train.sh`.
 
     Parameters
     ----------
     name
-        scripts, deepspeed_configs or recipes; without one, all of them.
+        scripts, deepspeed_configs, recipes or tutorials; without one, all of them.
     """
     if name is not None:
         print(shipped_folder(name))

@@ -265,7 +265,8 @@ class AdapterConfig:
     """Per-module override of mixer_init, by regular expression on the end of the module path; none: no mixer there."""
     mixer_form: str = "dense"
     """dense: M is rank x rank. diagonal: one weight per rank-1 subspace, starting at 1. block_diagonal:4: 4 blocks.
-    low_rank:4: the identity and a product of rank 4. Or a form of your own (docs/tutorials/extending.md)."""
+    low_rank:4: the identity and a product of rank 4. Or a form of your own (extending.md in
+    `mm-moslora files tutorials`)."""
     factor_form: Literal["free", "mixed", "svd", "stella", "orthonormal"] = "free"
     """free: A and B train. mixed: A starts as M A, and there is no mixer (MoSLoRA's start, plain LoRA from there).
     svd: frozen at the weight's leading singular vectors, M alone trains (LoRA-XS, 2405.17604). stella: A and B stay

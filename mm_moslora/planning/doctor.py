@@ -55,39 +55,6 @@ USES = {
 """Use of every dependency that an ordinary run does not need."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnownBad:
-    """Versions of a library with a known harmful bug."""
-
-    package: str
-    versions: str
-    effect: str
-    status: Status = "bad"
-
-
-KNOWN_BAD = (
-    KnownBad(package="deepspeed", versions=">=0.17.6,<0.18.3", effect="ZeRO-2 computes wrong gradients"),
-    KnownBad(package="deepspeed", versions="==0.18.5", effect="ZeRO-3 with activation checkpointing crashes"),
-    KnownBad(package="deepspeed", versions="<0.19.0", effect="ZeRO-1 in bf16 drops the last micro-batch's gradient"),
-    KnownBad(
-        package="deepspeed", versions="<=0.19.2",
-        effect="ZeRO-3 with a frozen base and non-reentrant checkpointing raises CheckpointError",
-    ),
-    KnownBad(package="deepspeed", versions="<0.19.5", effect="its ops do not compile with torch 2.12 and later"),
-    KnownBad(package="transformers", versions="==5.1.0", effect="it does not work with DeepSpeed"),
-    KnownBad(package="transformers", versions="==4.57.0", effect="other trainers exclude this release as broken"),
-    KnownBad(package="transformers", versions="==5.6.0", effect="other trainers exclude this release as broken"),
-    KnownBad(
-        package="transformers", versions=">=4.56.0,<5.3", effect="a model's config.json can run code (CVE-2026-4372)"
-    ),
-    KnownBad(package="torch", versions="<2.6", effect="torch.load runs code even with weights_only (CVE-2025-32434)"),
-    KnownBad(
-        package="torch", versions=">=2.6,<2.10", status="warn",
-        effect="the weights-only unpickler can corrupt memory (CVE-2026-24747); load no foreign .pt or .bin file",
-    ),
-)  # fmt: skip
-"""Checked one by one; the remedy is always the supported range."""
-
 ROOM_GIB = 10.0
 """Free disk below which a run may fail at its first checkpoint."""
 
@@ -166,19 +133,15 @@ def check_version(package: str, version: str | None, *, use: str = "", needed: b
     except InvalidVersion:
         return Finding(name=package, status="warn", detail=f"{version}, which is not a version number", remedy=remedy)
     plain = Version(parsed.public)  # 2.13.0+cpu is 2.13.0
-    harms = [
-        bad for bad in KNOWN_BAD if bad.package == package and plain in SpecifierSet(bad.versions, prereleases=True)
-    ]
-    if harms:
-        harmful = vital and any(bad.status == "bad" for bad in harms)
+    supported = SpecifierSet(wanted, prereleases=True)
+    if plain not in supported:
+        # A floor excludes releases with wrong results or known vulnerabilities; what is newer is only not tested.
+        old = any(part.operator == ">=" and not part.contains(plain, prereleases=True) for part in supported)
+        what = "below the lowest supported release" if old else "outside the tested range"
         return Finding(
-            name=package, status="bad" if harmful else "warn",
-            detail=f"{version}: {'; '.join(bad.effect for bad in harms)}{for_what}", remedy=remedy,
+            name=package, status="bad" if old and vital else "warn", detail=f"{version}, {what} ({wanted}){for_what}",
+            remedy=remedy,
         )  # fmt: skip
-    if plain not in SpecifierSet(wanted, prereleases=True):
-        return Finding(
-            name=package, status="warn", detail=f"{version}, outside the tested range {wanted}", remedy=remedy
-        )
     return Finding(name=package, status="ok", detail=version)
 
 

@@ -34,8 +34,8 @@ BASE = "base"
 """File in a shared adapter folder: its base model, where that is not a published model."""
 PROJECTOR = "projector.safetensors"
 _PACKAGE = Path(__file__).parents[1]
-SHIPPED = ("scripts", "deepspeed_configs", "recipes")
-"""Folders that are shipped with the package: launch scripts, DeepSpeed presets, recipes."""
+SHIPPED = ("scripts", "deepspeed_configs", "recipes", "tutorials")
+"""Folders that are shipped with the package: launch scripts, DeepSpeed presets, recipes, tutorials."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})$")
 
 
@@ -48,7 +48,12 @@ def shipped_folder(name: str) -> Path:
     Raises:
         ConfigError: no such folder is shipped.
     """
-    for folder in (_PACKAGE / name, _PACKAGE / "config" / name, _PACKAGE.parent / name):
+    for folder in (
+        _PACKAGE / name,
+        _PACKAGE / "config" / name,
+        _PACKAGE.parent / name,
+        _PACKAGE.parent / "docs" / name,
+    ):
         if name in SHIPPED and folder.is_dir():
             return folder
     raise ConfigError(f"No folder {name!r} is shipped, expected {', '.join(SHIPPED)}.{suggestion(name, SHIPPED)}")

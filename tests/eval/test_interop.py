@@ -24,7 +24,7 @@ needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra lm-eval)"
 )
 needs_lmms_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (extra lmms-eval)"
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (see eval/README.md)"
 )
 
 

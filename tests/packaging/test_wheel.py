@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -86,6 +87,17 @@ train: {{output: run, steps: 2, global_batch: 8, micro_batch: 4, zero: zero2, pr
     assert f"scripts            {scripts}" in done.stdout
     assert sorted(path.name for path in scripts.iterdir() if path.suffix != ".sh") == ["train_slurm.sbatch"]
     assert os.access(scripts / "train.sh", os.X_OK)
+
+
+def test_messages_name_no_document_of_the_checkout() -> None:
+    named = []
+    for path in [*(CHECKOUT / "mm_moslora").rglob("*.py"), *(CHECKOUT / "eval" / "mm_moslora_eval").rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                named += [(path.name, name) for name in re.findall(r"docs/[\w/]+\.md|eval/README\.md", node.value)]
+    assert named == []
 
 
 def test_the_page_of_an_index_links_to_nothing_that_is_not_there() -> None:

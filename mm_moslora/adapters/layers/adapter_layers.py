@@ -254,7 +254,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         if not isinstance(getattr(mixer, "form", None), MixerForm):  # wrappers such as FSDP's pass attributes on
             raise AdapterError(
                 f"The mixer of adapter {adapter_name!r} was replaced by a {type(mixer).__name__}, which no reader of a "
-                "folder knows. Write it as a MixerForm and name it in mixer_form; see docs/tutorials/extending.md."
+                "folder knows. Write it as a MixerForm and name it in mixer_form "
+                "(extending.md in `mm-moslora files tutorials`)."
             )
         return cast("dict[str, Tensor]", mixer.tensors())
 
