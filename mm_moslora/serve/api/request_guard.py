@@ -107,7 +107,7 @@ class Guard:
             await self._refuse(error, scope, receive, watched, started=status != 0)
         except HTTPException as error:
             what = "does not support this method" if error.status_code == 405 else "is not known to this server"
-            refusal = ApiError(f"This address {what}; see docs/serving.md.", status=error.status_code, code="not_found")
+            refusal = ApiError(f"This address {what}.", status=error.status_code, code="not_found")
             await self._refuse(refusal, scope, receive, watched, started=status != 0)
         except Exception as error:
             logger.error("%s failed: %s", request_id, redacted_traceback(error))
