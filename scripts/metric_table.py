@@ -48,7 +48,7 @@ MEANINGS = {
     "judge_mmvet": "MM-Vet's grade: a reply of nothing but a number from 0 to 1.",
     "judge_mmvet_vlmevalkit": "The same: a reply that `float` reads.",
     "judge_mmvet_lmms_eval": "The same: the first word of the reply.",
-    "judge_llavabench": "LLaVA-Bench's ratings: the first line of the reply has exactly two numbers from 0 to 10.",
+    "judge_llavabench": "LLaVA-Bench's ratings: the first line of the reply has exactly two numbers from 1 to 10.",
     "judge_llavabench_lmms_eval": "The same: the first two numbers of the first line.",
 }  # fmt: skip
 

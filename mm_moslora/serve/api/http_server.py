@@ -161,7 +161,7 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn raises the signal again at the end, so a clean shutdown would look like a killed process."""
-        before = install_handler(self.handle_exit)
+        before = install_handler(self.handle_exit, unless_ignored=False)
         try:
             yield
         finally:
