@@ -117,7 +117,9 @@ def test_kernels_give_the_numbers_of_torch_in_tritons_interpreter() -> None:
         cwd=worker.parents[3],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert re.search(r"\b[48]\d passed in", done.stdout)
+    passed = re.search(r"\b(\d+) passed in", done.stdout)
+    assert passed is not None, done.stdout
+    assert int(passed[1]) >= 60  # more with liger-kernel
     assert "skipped" not in done.stdout
 
 
