@@ -46,7 +46,7 @@ test: $(VENV)/.installed-dev
 
 test-extras: $(EXTRAS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q -n $(WORKERS) tests/tracking/test_tracking_depth.py \
-	  tests/serve/test_serve_demo.py tests/models/memory_efficient/test_kernel_selection.py tests/kernels/lora/test_triton_dropout.py $(ARGS)
+	  tests/serve/test_serve_demo.py tests/serve/test_web_guard.py tests/models/memory_efficient/test_kernel_selection.py tests/kernels/lora/test_triton_dropout.py $(ARGS)
 
 # What notices first when a library is another than the one beside which the code was written.
 VERSIONED := tests/packaging/test_dependencies.py tests/adapters/test_adapter_behaviours.py tests/adapters/layers/test_quantised_layers.py \
