@@ -129,7 +129,8 @@ def test_every_application_has_the_guard_and_one_module_serves() -> None:
 def slow_server(python: Preloaded, folder: Path, *more: str) -> tuple[subprocess.Popen[str], str, list[str]]:
     """A server whose tokens take 0.05 s; its process, its address, and what it logs."""
     code = (
-        "import sys, time; from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
+        "from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
         "def slow(*a): time.sleep(0.05); step(*a)\n"
         "Engine._step = slow\n"
         "import mm_moslora.serve.api.request_limits as limits\n"
