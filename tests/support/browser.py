@@ -61,9 +61,10 @@ class Browser:
         return reply["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 60) -> None:
-        """Until an expression is true; an element that is there is true."""
+        """Until an expression is true; an element that is there is true. A page draws itself anew in between, so an
+        element that is not there yet, and what is asked of it, is not true yet."""
         deadline = time.monotonic() + seconds
-        while not self.run(f"!!({condition})"):
+        while not self.run(f"(() => {{ try {{ return !!({condition}); }} catch {{ return false; }} }})()"):
             assert time.monotonic() < deadline, f"waited in vain for {condition}; errors: {self.errors}"
             time.sleep(0.05)
 
