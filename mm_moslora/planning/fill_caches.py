@@ -65,9 +65,7 @@ def fill_caches(recipe: Recipe, shard: Shard | None = None) -> Filled:
     vision = recipe.model.vision
     features = None if vision is None else vision.feature_cache
     if recipe.data.cache is None and features is None:
-        raise ConfigError(
-            "The recipe names no cache, so there is nothing to fill. Set data.cache, model.vision.feature_cache or both."
-        )
+        raise ConfigError("The recipe names no cache to fill. Set data.cache, model.vision.feature_cache or both.")
     parts = parts_of(recipe)
     files = [file for _, sources in data_sets(recipe) for file in open_sources(sources)]
     filled = Filled(0, 0, 0, 0)
