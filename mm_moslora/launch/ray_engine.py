@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.launch.child_processes import kill_tree, terminate
-from mm_moslora.launch.jobs import GRACE, TRIES, End, Job, close, start_process
+from mm_moslora.launch.jobs import GRACE, TRIES, End, Engine, Job, ProcessEngine, close, start_process
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import install_extra
@@ -26,6 +26,18 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Ray sets the first on its nodes; sums depend on the number of threads, so jobs get what this process has."""
 _UNSHARED = -1_000
 """Exit code of a job on a node that does not see its folder."""
+
+
+def open_engine(ray: str, *, parallel: int | None) -> Engine:
+    """The engine that a verb's options ask for.
+
+    Args:
+        ray: address of a Ray cluster; empty: processes of this machine.
+        parallel: most jobs at the same time on this machine.
+    """
+    if ray and parallel is not None:
+        raise ConfigError("--parallel is for this machine; with --ray, Ray starts what its nodes have room for.")
+    return RayEngine(ray) if ray else ProcessEngine(parallel=parallel)
 
 
 class RayEngine:
