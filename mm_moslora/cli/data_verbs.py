@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.eval_verbs import HERE, quiet_libraries
+from mm_moslora.cli.shard_jobs import ARRAY, ShardJobs, words_of
 from mm_moslora.config import load_recipe, override_items
+from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError
 
@@ -34,6 +36,7 @@ def data_check(
     shard: str | None = None,
     merge: Annotated[bool, Parameter(negative="")] = False,
     output: Path | None = None,
+    where: ShardJobs = HERE,
     as_json: AsJson = False,
 ) -> int:
     """Read every record and picture of a recipe's data and report all faults; exit code 1 when a run would stop.
@@ -54,12 +57,15 @@ def data_check(
     output
         Folder of the shards.
     """
-    if (shard is not None) + merge + (output is None) != 1:
-        raise ConfigError(
-            "--shard I/N and --merge need the folder of the shards: give one of them, and --output FOLDER."
-        )
+    given, divided = dict(locals()), where.check(shard=shard, merge=merge)
+    if (shard is not None) + merge + divided + (output is None) != 1:
+        raise ConfigError("Of --shard I/N, --shards N and --merge give one, with --output FOLDER for the shards.")
     part = None if shard is None else Shard.parse(shard)
     resolved = load_recipe(recipe, override_items(overrides))
+    if divided and output is not None:
+        words = words_of(data_check, given, against=(), everything=False, as_json=False, where=HERE)
+        if not where.ready(where.jobs(["data", "check", *words], output, ".json"), output / ARRAY, on_cards=False):
+            return EXIT_REQUEUE
     quiet_libraries()
     from mm_moslora.planning.recipe_data import check_recipe, check_shard
 
@@ -87,7 +93,7 @@ def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, 
 
 
 @data_app.command(name="cache")
-def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None) -> int:
+def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None, where: ShardJobs = HERE) -> int:
     """Fill the recipe's caches before training: tokens (data.cache), features of a frozen vision tower
     (model.vision.feature_cache). Training fills what is missing by itself.
 
@@ -99,12 +105,19 @@ def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None) -> 
         I/N: only this share of records and pictures; N such commands can run anywhere, at once. Afterwards the same
         command without it, or the training, puts the shards together.
     """
+    given, divided = dict(locals()), where.check(shard=shard)
     part = None if shard is None else Shard.parse(shard)
     resolved = load_recipe(recipe, override_items(overrides))
+    features = resolved.model.vision and resolved.model.vision.feature_cache
+    if divided and (cache := resolved.data.cache or features):
+        folder = Path(cache).expanduser() / "jobs"
+        jobs = where.jobs(["data", "cache", *words_of(data_cache, given, where=HERE)], folder, None)
+        if not where.ready(jobs, folder / ARRAY, on_cards=features is not None):
+            return EXIT_REQUEUE
     quiet_libraries()
     from mm_moslora.planning.fill_caches import fill_caches
 
-    filled = fill_caches(resolved, part)
+    filled = fill_caches(resolved, part, features=not divided)
     print(
         f"{'Caches' if part is None else f'Shard {part}'}: tokens of {filled.records} records; features of "
         f"{filled.pictures} pictures, {filled.encoded} of them new, {filled.unreadable} pictures cannot be read."

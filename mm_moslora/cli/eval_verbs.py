@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from mm_moslora.cli.shard_jobs import ARRAY, ShardJobs, words_of
 from mm_moslora.launch.shard import Shard
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, EvalError
+
+HERE = ShardJobs()
 
 eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
 
-ModelName = Annotated[
-    str, Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE.")
+ModelNames = Annotated[
+    tuple[str, ...],
+    Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE; several: given again."),
 ]
 Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
 Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
@@ -28,7 +34,7 @@ JudgeName = Annotated[
 @eval_app.command(name="run")
 def eval_run(
     *tasks: str,
-    model: ModelName = "",
+    model: ModelNames = (),
     output: Path = Path("runs/eval"),
     protocol: str | None = None,
     modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
@@ -44,6 +50,7 @@ def eval_run(
     dry_run: bool = False,
     shard: str | None = None,
     merge: Annotated[bool, Parameter(negative="")] = False,
+    where: ShardJobs = HERE,
     judge: JudgeName = None,
     judge_budget: JudgeBudget = None,
     judge_thinking_tokens: JudgeThinking = 2048,
@@ -63,7 +70,7 @@ def eval_run(
     tasks
         NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE; see `mm-moslora eval list`.
     output
-        Run folder; it belongs to one model.
+        Run folder; it belongs to one model. With several models each has a folder of its name in it.
     protocol
         Protocol of tasks that are given without one.
     modes
@@ -104,6 +111,10 @@ def eval_run(
         Write the scores and some samples into the training run's folder, for `mm-moslora report` and `board`. Also send
         the scores to the trackers of its recipe, under the evaluated adapter's digest.
     """
+    given = {key: value for key, value in locals().items() if key != "tasks"}
+    if where.check(shard=shard, merge=merge, dry_run=dry_run) or len(model) > 1:
+        return _eval_several(tasks, given, where)
+    name = "".join(model)
     from mm_moslora_eval import eval_commands
 
     names = eval_commands.with_protocol(tasks, protocol)
@@ -114,8 +125,8 @@ def eval_run(
 
     if merge and shard:
         raise ConfigError("--shard answers a share, and --merge scores all shards: give one of them.")
-    if model and not merge:  # without a model, errors of the tasks are reported first
-        check_name(model)
+    if name and not merge:  # without a model, errors of the tasks are reported first
+        check_name(name)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
     from mm_moslora_eval.run.task_runner import Settings
@@ -127,14 +138,14 @@ def eval_run(
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
     shared: dict[str, Any] = {
         "settings": settings,
-        "named": model,
+        "named": name,
         "merge": merge,
         "judge": eval_commands.make_judge(
             judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
         ),
     }
     before, bars = [], eval_commands.Bars(len(names) * (len(modes) + untuned))
-    opened = partial(open_model, model, precision=precision, reference=reference, **patience)
+    opened = partial(open_model, name, precision=precision, reference=reference, **patience)
     if untuned:
         start = partial(opened, untuned=True)
         before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
@@ -152,10 +163,44 @@ def eval_run(
         print(f"Shard {shard} is answered. When all are: the same command with --merge in place of --shard {shard}.")
         return 0
     if track and settings.rank == 0:
-        keep(Path(model), results, output, before=before)
+        keep(Path(name), results, output, before=before)
     if before:
         print(f"Before tuning:\n{eval_commands.table(before)}\n\nAfter:")
     return _eval_results(results, output, max_failed_share=max_failed_share, report=report) if settings.rank == 0 else 0
+
+
+def _eval_several(tasks: tuple[str, ...], given: dict[str, Any], where: ShardJobs) -> int:
+    """Evaluate several models, or one in shards: each by its own command, or by jobs and their merge."""
+    from mm_moslora_eval.run.answer_shards import DONE, SHARDS
+
+    from mm_moslora.launch.launcher import EXIT_REQUEUE
+
+    models: tuple[str, ...] = given["model"] or ("",)
+    commands = [given | {"model": (name,), "where": HERE} for name in dict.fromkeys(models)]
+    if len(commands) > 1:
+        for command, name in zip(commands, dict.fromkeys(models), strict=True):
+            command["output"] /= re.sub(r"[^\w.-]+", "-", name.strip("/"))
+    failed: dict[str, str] | None = {}
+    if where.shards is not None:
+        # A shard leaves to the merge what needs all answers.
+        apart = {"judge": None, "judge_budget": None, "baselines": (), "train_answers": ()}
+        jobs = [
+            where.jobs(
+                ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **apart)],
+                command["output"] / SHARDS, f"/{DONE}",
+            )
+            for command in commands
+        ]  # fmt: skip
+        local = not all(name.startswith(("openai:", "replay:")) for name in models)
+        failed = where.run(list(chain(*jobs)), given["output"] / ARRAY, on_cards=local)
+        if failed is None:
+            return EXIT_REQUEUE
+        commands = [command | {"merge": True} for command in commands]
+    whole = [item for item in commands if not any(key.startswith(f"{item['output']}/") for key in failed)]
+    codes = [eval_run(*tasks, **command) for command in whole]
+    if failed:
+        raise EvalError("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
+    return max(codes)
 
 
 @eval_app.command(name="score")

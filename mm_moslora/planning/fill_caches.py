@@ -47,7 +47,7 @@ class Filled(NamedTuple):
     """Pictures that cannot be read; `data check` names them."""
 
 
-def fill_caches(recipe: Recipe, shard: Shard | None = None) -> Filled:
+def fill_caches(recipe: Recipe, shard: Shard | None = None, *, features: bool = True) -> Filled:
     """Fill `data.cache` and `model.vision.feature_cache` with a recipe's training and validation data.
 
     Without a shard the token cache is built of its shards, if all are there. Features are encoded in batches that do
@@ -56,6 +56,7 @@ def fill_caches(recipe: Recipe, shard: Shard | None = None) -> Filled:
     Args:
         recipe: resolved.
         shard: tokenise and encode this share only.
+        features: False leaves the feature cache alone, which its shards have filled.
 
     Raises:
         ConfigError: the recipe names no cache.
@@ -63,16 +64,16 @@ def fill_caches(recipe: Recipe, shard: Shard | None = None) -> Filled:
     """
     check_data(recipe.data)
     vision = recipe.model.vision
-    features = None if vision is None else vision.feature_cache
-    if recipe.data.cache is None and features is None:
+    folder = None if vision is None else vision.feature_cache
+    if recipe.data.cache is None and folder is None:
         raise ConfigError("The recipe names no cache to fill. Set data.cache, model.vision.feature_cache or both.")
     parts = parts_of(recipe)
     files = [file for _, sources in data_sets(recipe) for file in open_sources(sources)]
     filled = Filled(0, 0, 0, 0)
     if recipe.data.cache is not None:
         filled = filled._replace(records=_tokens(recipe, files, parts, shard))
-    if vision is not None and features is not None and parts.image_processing is not None:
-        store, encode = _tower(recipe, vision, Path(features).expanduser(), shard)
+    if features and vision is not None and folder is not None and parts.image_processing is not None:
+        store, encode = _tower(recipe, vision, Path(folder).expanduser(), shard)
         filled = _features(files, parts.image_processing, store, encode, shard)._replace(records=filled.records)
     return filled
 

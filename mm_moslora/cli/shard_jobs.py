@@ -1,0 +1,134 @@
+"""`--shards N` of the verbs whose work can be divided: the same verb as N jobs, here, on Ray or in a SLURM array."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from mm_moslora.launch.shard import Shard
+from mm_moslora.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mm_moslora.launch.jobs import Job
+
+ARRAY = "shards.sbatch"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ShardJobs:
+    """Where the shards of a verb run."""
+
+    shards: int | None = None
+    """Divide the work by so many jobs, each this command with --shard, then do it with --merge."""
+    parallel: int | None = None
+    """Jobs at the same time on this machine; default: one per accelerator, one on a CPU."""
+    ray: str = ""
+    """Run the jobs on a Ray cluster: HOST:PORT of its head, or auto. Its nodes share the file system of the files."""
+    slurm: Annotated[bool, Parameter(negative="")] = False
+    """Write a SLURM array of the jobs that are not done, and exit with code 75; afterwards the same command merges."""
+
+    def check(self, **others: object) -> bool:
+        """Whether the work is to be divided; `others` are options that exclude it.
+
+        Raises:
+            ConfigError: the options contradict each other.
+        """
+        if self.shards is None:
+            if self.parallel is not None or self.ray or self.slurm:
+                raise ConfigError("--parallel, --ray and --slurm are about the jobs of --shards N: add it.")
+            return False
+        if self.shards < 1:
+            raise ConfigError(f"--shards is {self.shards}, expected 1 or more.")
+        if given := [f"--{name}" for name, value in others.items() if value]:
+            raise ConfigError(f"--shards runs {' and '.join(given)} itself: leave it out.")
+        if self.slurm and (self.ray or self.parallel is not None):
+            raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
+        return True
+
+    def jobs(self, words: list[str], folder: Path, done: str | None) -> list[Job]:
+        """The jobs of one command.
+
+        Args:
+            words: the verb with its options.
+            folder: of the shards, for their logs.
+            done: what follows a shard's name in the path that shows that it is done; None: its exit code alone does.
+        """
+        from mm_moslora.launch.jobs import Job
+
+        shards = [Shard.parse(f"{number}/{self.shards}") for number in range(1, (self.shards or 0) + 1)]
+        return [
+            Job(
+                name=str(folder / shard.name), command=("mm_moslora", *words, "--shard", str(shard)),
+                log=folder / f"{shard.name}.log", output=None if done is None else folder / f"{shard.name}{done}",
+            )
+            for shard in shards
+        ]  # fmt: skip
+
+    def ready(self, jobs: list[Job], script: Path, *, on_cards: bool) -> bool:
+        """`run`; whether all jobs are done.
+
+        Raises:
+            ConfigError: some failed.
+        """
+        failed = self.run(jobs, script, on_cards=on_cards)
+        if failed:
+            raise ConfigError("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
+        return failed is not None
+
+    def run(self, jobs: list[Job], script: Path, *, on_cards: bool) -> dict[str, str] | None:
+        """Run jobs to their end; returns by name why some failed, or None where an array was written.
+
+        Args:
+            jobs: of all commands. One whose output is there looks only whether that is right.
+            script: batch script of the array.
+            on_cards: whether a job takes an accelerator, where there are any.
+        """
+        from dataclasses import replace
+
+        from mm_moslora.launch.jobs import cards_per_job, run_jobs
+        from mm_moslora.launch.ray_engine import open_engine
+        from mm_moslora.launch.slurm_array import write_array
+
+        if self.slurm:
+            waiting = [job for job in jobs if job.output is None or not job.output.exists()]
+            if not waiting:
+                return {}
+            script.parent.mkdir(parents=True, exist_ok=True)
+            write_array(script, waiting)
+            again = any(job.output for job in waiting)
+            print(f"Next: sbatch {script}" + "\nAfter its end, this command again merges the shards." * again)
+            return None
+        engine = open_engine(self.ray, parallel=self.parallel)
+        cards = cards_per_job(None, engine, option="--shards") if on_cards else 0
+        placed = [replace(job, cards=cards) for job in jobs]
+        return run_jobs(
+            lambda: placed, engine, over=lambda job, problem: print(f"{job.name}: {problem or 'done'}", flush=True)
+        )
+
+
+def words_of(verb: Callable[..., Any], given: Mapping[str, Any], **changed: Any) -> list[str]:
+    """The words of a command line with which a verb gets its arguments again.
+
+    Args:
+        verb: its options have the names of its keyword arguments.
+        given: the arguments.
+        changed: other values of some of them.
+    """
+    words: list[str] = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        value = changed.get(name, given[name])
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            words += map(str, value if parameter.kind is parameter.VAR_POSITIONAL else [value])
+        elif value != parameter.default:
+            option = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{option}")
+            else:
+                words += [f"--{option}={item}" for item in (value if isinstance(value, tuple) else (value,))]
+    return words
