@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from mm_moslora.launch.shard import Shard
+from mm_moslora.utils.errors import ConfigError
+
 eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
 
 ModelName = Annotated[
@@ -39,6 +42,8 @@ def eval_run(
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     reference: bool = False,
     dry_run: bool = False,
+    shard: str | None = None,
+    merge: Annotated[bool, Parameter(negative="")] = False,
     judge: JudgeName = None,
     judge_budget: JudgeBudget = None,
     judge_thinking_tokens: JudgeThinking = 2048,
@@ -84,6 +89,11 @@ def eval_run(
         One question at a time, with no shared computation: slow, for comparisons.
     dry_run
         Print the first prompts and exit.
+    shard
+        I/N: answer only this share of every task, into OUTPUT/shards/I-of-N; N such commands can run anywhere, at once.
+    merge
+        Score what all shards in OUTPUT have answered: the same command with --merge in place of --shard. The model is
+        not loaded.
     max_failed_share
         Share of failed samples, 0 to 1, up to which the exit code is 0.
     report
@@ -102,7 +112,9 @@ def eval_run(
         return 0
     from mm_moslora_eval.backends.open_model import check_name, open_model
 
-    if model:  # without a model, errors of the tasks are reported first
+    if merge and shard:
+        raise ConfigError("--shard answers a share, and --merge scores all shards: give one of them.")
+    if model and not merge:  # without a model, errors of the tasks are reported first
         check_name(model)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
@@ -110,11 +122,13 @@ def eval_run(
 
     settings = Settings(
         batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
     shared: dict[str, Any] = {
         "settings": settings,
+        "named": model,
+        "merge": merge,
         "judge": eval_commands.make_judge(
             judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
         ),
@@ -134,6 +148,9 @@ def eval_run(
         progress=bars,
         **shared,
     )
+    if settings.shard is not None:
+        print(f"Shard {shard} is answered. When all are: the same command with --merge in place of --shard {shard}.")
+        return 0
     if track and settings.rank == 0:
         keep(Path(model), results, output, before=before)
     if before:
