@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -112,7 +113,9 @@ def eval_run(
         the scores to the trackers of its recipe, under the evaluated adapter's digest.
     """
     given = {key: value for key, value in locals().items() if key != "tasks"}
-    if where.check(shard=shard, merge=merge, dry_run=dry_run) or len(model) > 1:
+    if len(model) > 1 and where.shards is None:
+        where = replace(where, shards=1)
+    if where.check(shard=shard, merge=merge, dry_run=dry_run):
         return _eval_several(tasks, given, where)
     name = "".join(model)
     from mm_moslora_eval import eval_commands
@@ -160,7 +163,7 @@ def eval_run(
         **shared,
     )
     if settings.shard is not None:
-        print(f"Shard {shard} is answered. When all are: the same command with --merge in place of --shard {shard}.")
+        print(f"Shard {shard} is answered. When all are: the same command with --merge in place of --shard.")
         return 0
     if track and settings.rank == 0:
         keep(Path(name), results, output, before=before)
@@ -170,32 +173,29 @@ def eval_run(
 
 
 def _eval_several(tasks: tuple[str, ...], given: dict[str, Any], where: ShardJobs) -> int:
-    """Evaluate several models, or one in shards: each by its own command, or by jobs and their merge."""
+    """Evaluate one or several models in shards, as jobs, and merge those of each model."""
     from mm_moslora_eval.run.answer_shards import DONE, SHARDS
 
     from mm_moslora.launch.launcher import EXIT_REQUEUE
 
     models: tuple[str, ...] = given["model"] or ("",)
-    commands = [given | {"model": (name,), "where": HERE} for name in dict.fromkeys(models)]
+    commands = [given | {"model": (name,), "where": HERE, "merge": True} for name in dict.fromkeys(models)]
     if len(commands) > 1:
         for command, name in zip(commands, dict.fromkeys(models), strict=True):
             command["output"] /= re.sub(r"[^\w.-]+", "-", name.strip("/"))
-    failed: dict[str, str] | None = {}
-    if where.shards is not None:
-        # A shard leaves to the merge what needs all answers.
-        apart = {"judge": None, "judge_budget": None, "baselines": (), "train_answers": ()}
-        jobs = [
-            where.jobs(
-                ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **apart)],
-                command["output"] / SHARDS, f"/{DONE}",
-            )
-            for command in commands
-        ]  # fmt: skip
-        local = not all(name.startswith(("openai:", "replay:")) for name in models)
-        failed = where.run(list(chain(*jobs)), given["output"] / ARRAY, on_cards=local)
-        if failed is None:
-            return EXIT_REQUEUE
-        commands = [command | {"merge": True} for command in commands]
+    # A shard leaves to the merge what needs all answers.
+    apart: dict[str, Any] = {"merge": False, "judge": None, "judge_budget": None, "baselines": (), "train_answers": ()}
+    jobs = [
+        where.jobs(
+            ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **apart)],
+            command["output"] / SHARDS, f"/{DONE}",
+        )
+        for command in commands
+    ]  # fmt: skip
+    local = not all(name.startswith(("openai:", "replay:")) for name in models)
+    failed = where.run(list(chain(*jobs)), given["output"] / ARRAY, on_cards=local)
+    if failed is None:
+        return EXIT_REQUEUE
     whole = [item for item in commands if not any(key.startswith(f"{item['output']}/") for key in failed)]
     codes = [eval_run(*tasks, **command) for command in whole]
     if failed:

@@ -25,7 +25,7 @@ class ShardJobs:
     """Where the shards of a verb run."""
 
     shards: int | None = None
-    """Divide the work by so many jobs, each this command with --shard, then do it with --merge."""
+    """Divide the work by so many jobs, each this command with --shard; then put them together."""
     parallel: int | None = None
     """Jobs at the same time on this machine; default: one per accelerator, one on a CPU."""
     ray: str = ""
@@ -46,7 +46,7 @@ class ShardJobs:
         if self.shards < 1:
             raise ConfigError(f"--shards is {self.shards}, expected 1 or more.")
         if given := [f"--{name}" for name, value in others.items() if value]:
-            raise ConfigError(f"--shards runs {' and '.join(given)} itself: leave it out.")
+            raise ConfigError(f"{' and '.join(given)} is for one command by hand, not for jobs: leave it out.")
         if self.slurm and (self.ray or self.parallel is not None):
             raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
         return True

@@ -1,8 +1,8 @@
 """Tokenised records on disk: each text is tokenised once for all runs, in parallel, and then read by number.
 
 A cache is named by a hash of its inputs: the source's content, tokenizer, template, length limit. The first process
-builds it while the others wait; it appears complete or not at all. Shards may tokenise a stretch each (`fill_shard`);
-once all are there, the cache is built of them. An image is stored as one id, however many tokens it expands to.
+builds it while the others wait; it appears complete or not at all. Shards may tokenise a stretch each; once all are
+there, the cache is built of them. An image is stored as one id, however many tokens it expands to.
 """
 
 from __future__ import annotations

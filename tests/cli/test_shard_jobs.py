@@ -39,7 +39,9 @@ FOLDERS = ("replay-a.jsonl", "replay-b.jsonl")
 
 
 def test_models_by_shards_have_the_results_of_the_undivided_runs(command: list[str], tmp_path: Path) -> None:
-    assert cli.run([*command, "--output", "whole"]) == 0
+    for name, folder in (("replay:a.jsonl", FOLDERS[0]), ("replay:b.jsonl", FOLDERS[1])):
+        one = [*command[:3], "--model", name, *command[7:]]
+        assert cli.run([*one, "--output", f"whole/{folder}"]) == 0
     assert cli.run([*command, "--output", "run", "--shards", "2", "--parallel", "2"]) == 0
     for name in FOLDERS:
         assert contents(tmp_path / "run" / name) == contents(tmp_path / "whole" / name)
