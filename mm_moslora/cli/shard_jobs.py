@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,8 @@ from mm_moslora.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from mm_moslora.launch.jobs import Job
+
+logger = logging.getLogger(__name__)
 
 ARRAY = "shards.sbatch"
 
@@ -71,7 +75,7 @@ class ShardJobs:
         ]  # fmt: skip
 
     def ready(self, jobs: list[Job], script: Path, *, on_cards: bool) -> bool:
-        """`run`; whether all jobs are done.
+        """`run`; whether all jobs are done. If not, the exit code is 75.
 
         Raises:
             ConfigError: some failed.
@@ -82,18 +86,17 @@ class ShardJobs:
         return failed is not None
 
     def run(self, jobs: list[Job], script: Path, *, on_cards: bool) -> dict[str, str] | None:
-        """Run jobs to their end; returns by name why some failed, or None where an array was written.
+        """Run jobs to their end; returns by name why some failed, or None: an array was written, or a signal has stopped them.
 
         Args:
             jobs: of all commands. One whose output is there looks only whether that is right.
             script: batch script of the array.
             on_cards: whether a job takes an accelerator, where there are any.
         """
-        from dataclasses import replace
-
         from mm_moslora.launch.jobs import cards_per_job, run_jobs
         from mm_moslora.launch.ray_engine import open_engine
         from mm_moslora.launch.slurm_array import write_array
+        from mm_moslora.training.supervision.stop_signals import StopRequest
 
         if self.slurm:
             waiting = [job for job in jobs if job.output is None or not job.output.exists()]
@@ -107,9 +110,16 @@ class ShardJobs:
         engine = open_engine(self.ray, parallel=self.parallel)
         cards = cards_per_job(None, engine, option="--shards") if on_cards else 0
         placed = [replace(job, cards=cards) for job in jobs]
-        return run_jobs(
-            lambda: placed, engine, over=lambda job, problem: print(f"{job.name}: {problem or 'done'}", flush=True)
-        )
+        ended = itertools.count(1)
+
+        def over(job: Job, problem: str) -> None:
+            logger.info("[%d/%d] %s: %s", next(ended), len(jobs), job.name, problem or "done")
+
+        with StopRequest() as stop:
+            failed = run_jobs(lambda: placed, engine, over=over, stop=lambda: bool(stop.received))
+        if stop.received:
+            logger.info("Stopped by signal %d; saved. The same command continues.", stop.received)
+        return None if stop.received else failed
 
 
 def words_of(verb: Callable[..., Any], given: Mapping[str, Any], **changed: Any) -> list[str]:
