@@ -23,8 +23,8 @@ def _commands_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{CHECKOUT}:{CHECKOUT / 'eval'}")
 
 
-def job(folder: Path, kind: str, name: str = "", **changes) -> Job:
-    place = folder / (name or kind)
+def job(below: Path, kind: str, name: str = "", **changes) -> Job:
+    place = below / (name or kind)
     command = ("tests.launch.odd_jobs", kind, str(place))
     return Job(name=place.name, command=command, log=place / "log.txt", output=place / "output", **changes)
 
