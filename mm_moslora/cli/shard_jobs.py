@@ -86,7 +86,7 @@ class ShardJobs:
         return failed is not None
 
     def run(self, jobs: list[Job], script: Path, *, on_cards: bool) -> dict[str, str] | None:
-        """Run jobs to their end; returns by name why some failed, or None: an array was written, or a signal has stopped them.
+        """Run jobs; returns by name why some failed, or None: an array was written, or a signal has stopped them.
 
         Args:
             jobs: of all commands. One whose output is there looks only whether that is right.
