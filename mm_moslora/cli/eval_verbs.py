@@ -124,11 +124,11 @@ def eval_run(
     if dry_run:
         print(eval_commands.dry_run(names))
         return 0
-    from mm_moslora_eval.backends.open_model import check_name, open_model
+    from mm_moslora_eval.backends.open_model import check_name, name_with_files, open_model
 
     if merge and shard:
         raise ConfigError("--shard answers a share, and --merge scores all shards: give one of them.")
-    if name and not merge:  # without a model, errors of the tasks are reported first
+    if name:  # without a model, errors of the tasks are reported first
         check_name(name)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
@@ -141,7 +141,7 @@ def eval_run(
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
     shared: dict[str, Any] = {
         "settings": settings,
-        "named": name,
+        "named": name_with_files(name) if name and (shard or merge) else name,
         "merge": merge,
         "judge": eval_commands.make_judge(
             judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience

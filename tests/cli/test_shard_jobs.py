@@ -64,6 +64,7 @@ def test_an_array_is_written_and_its_shards_are_merged(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     divided = [*command, "--output", "run", "--shards", "2", "--slurm"]
+    answers = tmp_path / "a.jsonl"
     assert cli.run(divided) == 75
     assert "sbatch run/shards.sbatch" in capsys.readouterr().out
     script = (tmp_path / "run" / "shards.sbatch").read_text()
@@ -76,6 +77,11 @@ def test_an_array_is_written_and_its_shards_are_merged(
     subprocess.run(["bash", "-c", script], env=os.environ | {"SLURM_ARRAY_TASK_ID": "0"}, check=True)
     assert cli.run(divided) == 0
     assert all((tmp_path / "run" / name / "results.json").exists() for name in FOLDERS)
+    answers.write_text(answers.read_text().replace("blue", "green"))  # another model under the same name
+    capsys.readouterr()
+    assert cli.run(divided) == 1
+    message = capsys.readouterr().err
+    assert re.search(r"its --model is 'replay:a\.jsonl, files \w+', expected 'replay:a\.jsonl, files \w+'", message)
 
 
 def test_data_are_checked_and_cached_by_jobs(
