@@ -57,11 +57,15 @@ def test_a_lost_node_a_failing_job_and_a_stop(cluster, tmp_path: Path, monkeypat
     begun = [tmp_path / name / "ready" for name in ("one", "two")]
 
     def lost() -> bool:
-        """Once both run, a node is lost; nothing is stopped."""
+        """Once both run, a node is lost; once its job is gone, both may end. Nothing is stopped."""
         nonlocal second
         if second is not None and all(path.exists() for path in begun):
             cluster.remove_node(second, allow_graceful=False)
             second = None
+        gone = [
+            p for p in begun if second is None and not Path(f"/proc/{starts(tmp_path, p.parent.name)[0][0]}").exists()
+        ]
+        if gone:
             for path in begun:
                 path.with_name("done").touch()
         return False
