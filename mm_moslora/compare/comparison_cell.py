@@ -69,6 +69,12 @@ class CellRun:
         Raises:
             ConfigError: it has none, or a damaged one, or one of another folder.
         """
+        known = sorted(path.parent.name for path in folder.glob(f"runs/*/{ORDER}"))
+        if name not in known:
+            raise ConfigError(
+                f"{folder} has no run {name!r}. `mm-moslora compare RECIPE ... --output {folder}` plans runs; there "
+                f"are {', '.join(known) or 'none yet'}."
+            )
         place = folder.resolve() / "runs" / name
         try:
             told = read_json(place / ORDER, below=folder)
@@ -80,12 +86,6 @@ class CellRun:
                     "folder": Path(told["folder"]),
                 }
             )  # fmt: skip
-        except FileNotFoundError as error:
-            known = sorted(path.parent.name for path in folder.glob(f"runs/*/{ORDER}"))
-            raise ConfigError(
-                f"{folder} has no run {name!r}. `mm-moslora compare RECIPE ... --output {folder}` plans runs; there "
-                f"are {', '.join(known) or 'none yet'}."
-            ) from error
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{place / ORDER} is damaged ({error}). Repeat the comparison's command.") from error
         if run.place != place:

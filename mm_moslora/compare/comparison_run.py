@@ -216,9 +216,7 @@ class Comparison:
         def known() -> list[Job]:
             self._say_cost([run for name, run in runs.items() if name not in self.outcomes])
             new = [self._order(item, room) for item in self._next(after) if item.name not in runs]
-            for run in new:
-                discard(run.place / comparison_cell.OUTCOME)
-                runs[run.cell.name] = run
+            runs.update({run.cell.name: run for run in new})
             return [_job(run) for run in new]
 
         with StopRequest() as stop:
@@ -279,7 +277,7 @@ class Comparison:
     def _over(self, run: CellRun, problem: str) -> None:
         """Take the outcome of a run."""
         outcome = comparison_cell.read_outcome(run.place)
-        if outcome is None:
+        if outcome is None or (problem and outcome.status == "failed"):  # of an earlier start
             outcome = Outcome(status="failed", reason=problem)
             comparison_cell.write_outcome(run.place, outcome)
         self.outcomes[run.cell.name] = outcome

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 TRIES = 3
 GRACE = 120.0
 """Seconds in which a job that is asked to end may save."""
-_LOOK, _PAUSE = 5.0, 0.1
-"""Seconds between two questions for further jobs, and between two looks at processes."""
+_LOOK, _PAUSE = 1.0, 0.1
+"""Seconds between two questions for further jobs or a stop, and between two looks at processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def run_jobs(
     """Run jobs to their end; returns, by name, why some of them failed `TRIES` times. The others go on.
 
     Args:
-        jobs: those known so far; called again when some have ended, and every few seconds.
+        jobs: those known so far; called again when some have ended, and every second.
         engine: where they run.
         over: called with a job that is done or failed, and with the reason of a failure.
         stop: whether to end now; running jobs save, and the same call continues them.

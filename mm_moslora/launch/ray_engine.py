@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import time
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class RayEngine:
             raise ConfigError(f"--ray needs Ray: {install_extra('ray')}") from error
         _require_listener(address)
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            with chdir("/"):  # Ray puts the working folder first on its workers' module path
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"--ray {address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Start one with `ray "

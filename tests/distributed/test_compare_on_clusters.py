@@ -41,7 +41,7 @@ name: tiny
 model: {{language: {language_folder}, vision: {{name: {vision_folder}}}}}
 adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
 data: {{train: [{{path: {records}, image_folder: {records.parent / "images"}}}], max_length: 256}}
-train: {{steps: 60, global_batch: 8, micro_batch: 4, zero: none, precision: fp32, log_every: 1}}
+train: {{steps: 120, global_batch: 8, micro_batch: 4, zero: none, precision: fp32, log_every: 1}}
 track: {{trackers: []}}
 """
     )

@@ -47,18 +47,25 @@ def ends(jobs: list[Job], engine: RayEngine, **options) -> tuple[dict[str, str],
 def test_a_lost_node_a_failing_job_and_a_stop(cluster, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     second = cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=STORE)
+    monkeypatch.chdir(tmp_path)
     engine = RayEngine(cluster.address)
+    paths = ray.get(ray.remote(lambda: __import__("sys").path).remote())
+    assert not {"", str(tmp_path)} & set(paths), "files of the working folder would be imported in place of libraries"
     assert (engine.cards, engine.width(0), engine.width(1)) == (0, 2, 0)
     with pytest.raises(ConfigError, match=r"1 CPUs and 1 GPUs of one node.*have 1 CPUs and 0 GPUs, 1 CPUs"):
         engine.takes(job(tmp_path, "works", cards=1))
     begun = [tmp_path / name / "ready" for name in ("one", "two")]
 
     def lost() -> bool:
-        """Once both run, a node is lost; nothing is stopped."""
+        """Once both run, a node is lost; once its job is gone, both may end. Nothing is stopped."""
         nonlocal second
         if second is not None and all(path.exists() for path in begun):
             cluster.remove_node(second, allow_graceful=False)
             second = None
+        gone = [
+            p for p in begun if second is None and not Path(f"/proc/{starts(tmp_path, p.parent.name)[0][0]}").exists()
+        ]
+        if gone:
             for path in begun:
                 path.with_name("done").touch()
         return False
