@@ -12,7 +12,6 @@ from cyclopts import App, Parameter
 from mm_moslora.cli.eval_verbs import HERE, quiet_libraries
 from mm_moslora.cli.shard_jobs import ARRAY, ShardJobs, words_of
 from mm_moslora.config import load_recipe, override_items
-from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError
 
@@ -64,8 +63,9 @@ def data_check(
     resolved = load_recipe(recipe, override_items(overrides))
     if divided and output is not None:
         words = words_of(data_check, given, against=(), everything=False, as_json=False, where=HERE)
-        if not where.ready(where.jobs(["data", "check", *words], output, ".json"), output / ARRAY, on_cards=False):
-            return EXIT_REQUEUE
+        _, code = where.run({output: ["data", "check", *words]}, ".json", script=output / ARRAY, on_cards=False)
+        if code:
+            return code
     quiet_libraries()
     from mm_moslora.planning.recipe_data import check_recipe, check_shard
 
@@ -111,9 +111,10 @@ def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None, whe
     features = resolved.model.vision and resolved.model.vision.feature_cache
     if divided and (cache := resolved.data.cache or features):
         folder = Path(cache).expanduser() / "jobs"
-        jobs = where.jobs(["data", "cache", *words_of(data_cache, given, where=HERE)], folder, None)
-        if not where.ready(jobs, folder / ARRAY, on_cards=features is not None):
-            return EXIT_REQUEUE
+        words = ["data", "cache", *words_of(data_cache, given, where=HERE)]
+        _, code = where.run({folder: words}, None, script=folder / ARRAY, on_cards=features is not None)
+        if code:
+            return code
     quiet_libraries()
     from mm_moslora.planning.fill_caches import fill_caches
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ from cyclopts import App, Parameter
 
 from mm_moslora.cli.shard_jobs import ARRAY, ShardJobs, words_of
 from mm_moslora.launch.shard import Shard
-from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.errors import ConfigError
 
 HERE = ShardJobs()
 
@@ -176,31 +175,22 @@ def _eval_several(tasks: tuple[str, ...], given: dict[str, Any], where: ShardJob
     """Evaluate one or several models in shards, as jobs, and merge those of each model."""
     from mm_moslora_eval.run.answer_shards import DONE, SHARDS
 
-    from mm_moslora.launch.launcher import EXIT_REQUEUE
-
     models: tuple[str, ...] = given["model"] or ("",)
-    commands = [given | {"model": (name,), "where": HERE, "merge": True} for name in dict.fromkeys(models)]
-    if len(commands) > 1:
-        for command, name in zip(commands, dict.fromkeys(models), strict=True):
-            command["output"] /= re.sub(r"[^\w.-]+", "-", name.strip("/"))
+    whole: dict[Path, dict[str, Any]] = {}
+    for name in models:
+        output = given["output"] / (re.sub(r"[^\w.-]+", "-", name.strip("/")) if len(models) > 1 else "")
+        whole[output / SHARDS] = given | {"model": (name,), "output": output, "where": HERE, "merge": True}
     # A shard leaves to the merge what needs all answers.
-    apart: dict[str, Any] = {"merge": False, "judge": None, "judge_budget": None, "baselines": (), "train_answers": ()}
-    jobs = [
-        where.jobs(
-            ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **apart)],
-            command["output"] / SHARDS, f"/{DONE}",
-        )
-        for command in commands
-    ]  # fmt: skip
+    apart: dict[str, Any] = {
+        "merge": False, "judge": None, "judge_budget": None, "baselines": (), "train_answers": (),
+    }  # fmt: skip
+    shards = {
+        folder: ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **apart)]
+        for folder, command in whole.items()
+    }
     local = not all(name.startswith(("openai:", "replay:")) for name in models)
-    failed = where.run(list(chain(*jobs)), given["output"] / ARRAY, on_cards=local)
-    if failed is None:
-        return EXIT_REQUEUE
-    whole = [item for item in commands if not any(key.startswith(f"{item['output']}/") for key in failed)]
-    codes = [eval_run(*tasks, **command) for command in whole]
-    if failed:
-        raise EvalError("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
-    return max(codes)
+    ready, code = where.run(shards, f"/{DONE}", script=given["output"] / ARRAY, on_cards=local)
+    return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 
 
 @eval_app.command(name="score")

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,71 +55,57 @@ class ShardJobs:
             raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
         return True
 
-    def jobs(self, words: list[str], folder: Path, done: str | None) -> list[Job]:
-        """The jobs of one command.
+    def run(
+        self, commands: Mapping[Path, list[str]], done: str | None, *, script: Path, on_cards: bool
+    ) -> tuple[list[Path], int]:
+        """Run the shards of commands as jobs.
 
         Args:
-            words: the verb with its options.
-            folder: of the shards, for their logs.
+            commands: the words of a verb by the folder of its shards, which gets their logs.
             done: what follows a shard's name in the path that shows that it is done; None: its exit code alone does.
-        """
-        from mm_moslora.launch.jobs import Job
-
-        shards = [Shard.parse(f"{number}/{self.shards}") for number in range(1, (self.shards or 0) + 1)]
-        return [
-            Job(
-                name=str(folder / shard.name), command=("mm_moslora", *words, "--shard", str(shard)),
-                log=folder / f"{shard.name}.log", output=None if done is None else folder / f"{shard.name}{done}",
-            )
-            for shard in shards
-        ]  # fmt: skip
-
-    def ready(self, jobs: list[Job], script: Path, *, on_cards: bool) -> bool:
-        """`run`; whether all jobs are done. If not, the exit code is 75.
-
-        Raises:
-            ConfigError: some failed.
-        """
-        failed = self.run(jobs, script, on_cards=on_cards)
-        if failed:
-            raise ConfigError("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
-        return failed is not None
-
-    def run(self, jobs: list[Job], script: Path, *, on_cards: bool) -> dict[str, str] | None:
-        """Run jobs; returns by name why some failed, or None: an array was written, or a signal has stopped them.
-
-        Args:
-            jobs: of all commands. One whose output is there looks only whether that is right.
-            script: batch script of the array.
+            script: batch script of an array.
             on_cards: whether a job takes an accelerator, where there are any.
+
+        Returns:
+            The folders whose shards are all done, and the exit code for the others: 0 where there are none.
         """
-        from mm_moslora.launch.jobs import cards_per_job, run_jobs
+        from mm_moslora.launch.jobs import Job, cards_per_job, run_jobs
+        from mm_moslora.launch.launcher import EXIT_REQUEUE
         from mm_moslora.launch.ray_engine import open_engine
         from mm_moslora.launch.slurm_array import write_array
         from mm_moslora.training.supervision.stop_signals import StopRequest
 
-        if self.slurm:
-            waiting = [job for job in jobs if job.output is None or not job.output.exists()]
-            if not waiting:
-                return {}
-            script.parent.mkdir(parents=True, exist_ok=True)
-            write_array(script, waiting)
-            again = any(job.output for job in waiting)
-            print(f"Next: sbatch {script}" + "\nAfter its end, this command again merges the shards." * again)
-            return None
-        engine = open_engine(self.ray, parallel=self.parallel)
-        cards = cards_per_job(None, engine, option="--shards") if on_cards else 0
-        placed = [replace(job, cards=cards) for job in jobs]
-        ended = itertools.count(1)
+        engine = None if self.slurm else open_engine(self.ray, parallel=self.parallel)
+        cards = cards_per_job(None, engine, option="--shards") if engine is not None and on_cards else 0
+        jobs = [
+            Job(
+                name=str(folder / shard.name), command=("mm_moslora", *words, "--shard", str(shard)), cards=cards,
+                log=folder / f"{shard.name}.log", output=None if done is None else folder / f"{shard.name}{done}",
+            )
+            for folder, words in commands.items()
+            for shard in (Shard.parse(f"{number}/{self.shards}") for number in range(1, (self.shards or 0) + 1))
+        ]  # fmt: skip
+        stop = StopRequest()
+        if engine is None:
+            missing = [job.name for job in jobs if job.output is None or not job.output.exists()]
+            if missing:
+                script.parent.mkdir(parents=True, exist_ok=True)
+                write_array(script, [job for job in jobs if job.name in missing])
+                print(f"Next: sbatch {script}" + "\nAfter its end, this command again merges the shards." * bool(done))
+        else:
+            ended = itertools.count(1)
 
-        def over(job: Job, problem: str) -> None:
-            logger.info("[%d/%d] %s: %s", next(ended), len(jobs), job.name, problem or "done")
+            def over(job: Job, problem: str) -> None:
+                level, count = logging.ERROR if problem else logging.INFO, next(ended)
+                logger.log(level, "[%d/%d] %s: %s", count, len(jobs), job.name, problem or "done")
 
-        with StopRequest() as stop:
-            failed = run_jobs(lambda: placed, engine, over=over, stop=lambda: bool(stop.received))
+            with stop:
+                missing = [*run_jobs(lambda: jobs, engine, over=over, stop=lambda: bool(stop.received))]
         if stop.received:
             logger.info("Stopped by signal %d; saved. The same command continues.", stop.received)
-        return None if stop.received else failed
+            return [], EXIT_REQUEUE
+        ready = [folder for folder in commands if all(Path(name).parent != folder for name in missing)]
+        return ready, 0 if not missing else EXIT_REQUEUE if engine is None else 1
 
 
 def words_of(verb: Callable[..., Any], given: Mapping[str, Any], **changed: Any) -> list[str]:

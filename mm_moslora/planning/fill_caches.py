@@ -18,11 +18,11 @@ from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.training_set import cache_places
 from mm_moslora.launch.shard import Shard
+from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.vision.feature_cache import FeatureStore, tower_hash
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.models.vlm import tower_states
 from mm_moslora.planning.recipe_data import DataParts, data_sets, parts_of
-from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.training.preflight import check_data
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError

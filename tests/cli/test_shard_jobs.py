@@ -52,11 +52,11 @@ def test_models_by_shards_have_the_results_of_the_undivided_runs(command: list[s
 
 
 def test_a_model_that_fails_does_not_hide_the_others(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.jsonl").write_text("no answers")
     assert cli.run([*command, "--output", "run", "--shards", "1"]) == 1
-    assert re.search(r"replay-a\.jsonl/shards/1-of-1: the process ended with code 1; see ", capsys.readouterr().err)
+    assert re.search(r"replay-a\.jsonl/shards/1-of-1: the process ended with code 1; see ", caplog.text)
     assert [(tmp_path / "run" / name / "results.json").exists() for name in FOLDERS] == [False, True]
 
 
