@@ -108,7 +108,7 @@ def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None, whe
     given, divided = dict(locals()), where.check(shard=shard)
     part = None if shard is None else Shard.parse(shard)
     resolved = load_recipe(recipe, override_items(overrides))
-    features = resolved.model.vision and resolved.model.vision.feature_cache
+    features = None if resolved.model.vision is None else resolved.model.vision.feature_cache
     if divided and (cache := resolved.data.cache or features):
         folder = Path(cache).expanduser() / "jobs"
         words = ["data", "cache", *words_of(data_cache, given, where=HERE)]

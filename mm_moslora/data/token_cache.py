@@ -146,7 +146,7 @@ class CachePlace:
         self.folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
         self.shards = root / f"{self.folder.name}.shards"
         self.source, self._encode, self._on_progress = source, encode, on_progress
-        self._images = {"image_token_id": encoder.image_token_id, "tokens_per_image": tokens_per_image}
+        self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
 
     def open(self) -> TokenCache:
         """Open the cache; build it first if it does not exist, of all its shards if they are there."""
@@ -157,7 +157,9 @@ class CachePlace:
             if parts:
                 mark(self.shards, "temporary")
                 remove(self.shards)
-        return TokenCache(self.folder, self.source, **self._images)
+        return TokenCache(
+            self.folder, self.source, image_token_id=self._image_token_id, tokens_per_image=self._tokens_per_image
+        )
 
     def fill(self, shard: Shard) -> int:
         """Tokenise the records of a shard, unless they or the whole cache are there; returns their number."""
@@ -189,7 +191,9 @@ class CachePlace:
 
     def _tokenised(self, numbers: Sequence[int]) -> Iterator[_Rows]:
         parts = [numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS)]
-        fold = functools.partial(_first_of_images, **self._images)
+        fold = functools.partial(
+            _first_of_images, image_token_id=self._image_token_id, tokens_per_image=self._tokens_per_image
+        )
         work = functools.partial(_tokenise, self.source, encode=self._encode, fold=fold)
         done = 0
         for rows in in_processes(work, parts, processes=usable_processes() if len(parts) > 4 else 1):

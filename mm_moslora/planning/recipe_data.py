@@ -167,7 +167,8 @@ def _merged(recipe: Recipe, parts: DataParts, folder: Path) -> dict[str, CheckRe
             raise DataError(f"{path} is damaged ({error}). Delete it, and run --shard {shard} again.") from error
         refuse_others(stored.get("work"), work, what=f"Shard {shard} ({path})")
         for name, _ in data_sets(recipe):
-            report = read_report(stored.get("reports", {}).get(name, {}), source=str(path))
+            reports = stored.get("reports")
+            report = read_report(reports.get(name) if isinstance(reports, dict) else None, source=str(path))
             if name in found:
                 found[name].add(report)
             else:

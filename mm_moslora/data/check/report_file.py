@@ -28,7 +28,7 @@ def plain_report(report: CheckReport) -> dict[str, Any]:
     return data | {"faults": [_plain_fault(fault) for fault in report.faults]}
 
 
-def read_report(data: Mapping[str, Any], *, source: str) -> CheckReport:
+def read_report(data: Any, *, source: str) -> CheckReport:
     """The inverse of `plain_report`.
 
     Args:
@@ -49,9 +49,7 @@ def read_report(data: Mapping[str, Any], *, source: str) -> CheckReport:
                 setattr(report, item.name, type(empty)(data[item.name]))
         report.lengths = [int(length) for length in report.lengths]
         report.faults = [_fault(*fault) for fault in data["faults"]]
-        report.images = {
-            name: mark and Fingerprint(int(mark[0]), tuple(mark[1])) for name, mark in data["images"].items()
-        }
+        report.images = {name: _mark(mark) for name, mark in data["images"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{source} is damaged ({type(error).__name__}: {error}). Repeat this shard.") from error
     return report
@@ -61,6 +59,13 @@ def _plain_fault(fault: RecordError) -> list[Any]:
     where = fault.where
     place = [str(where.file), where.line, where.row, where.id]
     return [*place, fault.code, fault.field, fault.what, fault.remedy, fault.path]
+
+
+def _mark(given: Any) -> Fingerprint | None:
+    if given is None:
+        return None
+    gradient, (red, green, blue) = given
+    return Fingerprint(int(gradient), (int(red), int(green), int(blue)))
 
 
 def _fault(
