@@ -17,16 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
 from mm_moslora import __version__
-from mm_moslora.cli import (
-    compare_verb,
-    divide_verb,
-    doctor_verb,
-    export_verbs,
-    init_verb,
-    launch_verbs,
-    report_verbs,
-    serve_verbs,
-)
+from mm_moslora.cli import compare_verb, doctor_verb, export_verbs, init_verb, launch_verbs, report_verbs, serve_verbs
 from mm_moslora.cli.data_verbs import data_app
 from mm_moslora.cli.diffusion_verbs import diffusion_app
 from mm_moslora.cli.eval_verbs import eval_app, quiet_libraries
@@ -74,7 +65,6 @@ app.command(adapters_app)
 export_verbs.register(app)
 doctor_verb.register(app)
 compare_verb.register(app)
-divide_verb.register(app)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 

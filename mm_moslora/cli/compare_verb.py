@@ -124,8 +124,12 @@ def compare(
         With --cell: save and stop after this optimiser step.
     """
     quiet_libraries()
-    if cell:
+    if cell or stop_at is not None:
+        if overrides or not cell:
+            raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME [--stop-at STEP].")
         return _one_run(Path(recipe), cell, stop_at)
+    if slurm and (ray or parallel is not None):
+        raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
     shared = load_recipe(recipe, override_items(overrides))
     from mm_moslora.compare.arms import parse_arms, size_lines, split
     from mm_moslora.compare.comparison_plan import LOSS, Settings
@@ -142,8 +146,9 @@ def compare(
     sizes = [] if only_report else size_lines(settings.arms, shared, settings.reference_arm)
     print("\n".join([*plan_lines(settings), *sizes]), flush=True)
     with exclusive(output):
-        engine = open_engine("" if only_report or slurm else ray, parallel=parallel)
-        cards = (gpus_per_run or 0) if slurm else cards_per_job(gpus_per_run, engine, option="--gpus-per-run")
+        nothing_runs = slurm or only_report
+        engine = open_engine("" if nothing_runs else ray, parallel=parallel)
+        cards = (gpus_per_run or 0) if nothing_runs else cards_per_job(gpus_per_run, engine, option="--gpus-per-run")
         room = RunBudget(cards=cards, max_minutes=max_minutes, keep_all=keep_all)
         comparison = Comparison(shared, settings, output, hold_out=hold_out)
         comparison.check()
@@ -160,11 +165,12 @@ def compare(
         if plan:
             return 0
         after = None if resolution is None else resolution.settings_after
-        if only_report or not slurm:
-            return _show(comparison, output, finished=only_report or comparison.run(room, engine, after=after))
-        finished = comparison.write_array(room, after=after)
+        if slurm and not only_report:
+            finished = comparison.write_array(room, after=after)
+        else:
+            finished = only_report or comparison.run(room, engine, after=after)
         code = _show(comparison, output, finished=finished)
-        if not finished:
+        if slurm and not finished:
             print(f"Next: sbatch {comparison.folder / ARRAY}\nAfter its end, this command again collects the runs.")
         return code
 

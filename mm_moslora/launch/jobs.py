@@ -93,7 +93,7 @@ class Engine(Protocol):
         """Whether another job can be handed over now.
 
         Raises:
-            ConfigError: it will never have the cards or cores.
+            ConfigError: it will never have the cards.
         """
 
     def start(self, job: Job) -> None:

@@ -12,7 +12,6 @@ import secrets
 import socket
 import time
 from contextlib import chdir
-from pathlib import Path
 from typing import Any
 
 from mm_moslora.launch.child_processes import kill_tree, terminate
@@ -21,12 +20,12 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import install_extra
 
+logger = logging.getLogger(__name__)
+
 _PAUSE, _SECONDS, _SEEN_LATE = 0.2, 10.0, 90.0
 """Seconds between two looks at a process, to reach the cluster, and until a network file system shows an output."""
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Ray sets the first on its nodes; sums depend on the number of threads, so jobs get what this process has."""
-_UNSHARED = -1_000
-"""Exit code of a job on a node that does not see its folder."""
 
 
 def open_engine(ray: str, *, parallel: int | None) -> Engine:
@@ -69,6 +68,7 @@ class RayEngine:
         self._ray = ray
         self._task = ray.remote(_run_on_node)
         self._running: dict[Any, Job] = {}
+        self._warned = False
 
     @property
     def cards(self) -> int:
@@ -88,12 +88,13 @@ class RayEngine:
     def takes(self, job: Job) -> bool:
         """True: Ray starts jobs when their cards and cores are free."""
         nodes = self._nodes()
-        if not any(node.get("CPU", 0) >= job.cores and node.get("GPU", 0) >= job.cards for node in nodes):
+        fits = any(node.get("CPU", 0) >= job.cores and node.get("GPU", 0) >= job.cards for node in nodes)
+        if not fits and not self._warned:  # a cluster that grows on demand may bring one
             have = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-            raise ConfigError(
-                f"A job needs {job.cores} CPUs and {job.cards} GPUs of one node, and no node of the Ray cluster has "
-                f"them. Its nodes have {have}."
+            logger.warning(
+                "Jobs wait for a node with %d CPUs and %d GPUs. Ray's nodes have %s.", job.cores, job.cards, have
             )
+        self._warned = self._warned or not fits
         return True
 
     def start(self, job: Job) -> None:
@@ -114,12 +115,13 @@ class RayEngine:
     def _end(self, one: Any) -> End:
         job = self._running.pop(one)
         try:
-            code, node = self._ray.get(one)
+            code = self._ray.get(one)
         except self._ray.exceptions.RayError as error:
-            return End(job, 1, f"Ray lost it ({str(error).strip().splitlines()[0]})")
-        if code == _UNSHARED:
-            return End(job, 1, f"node {node} does not see {job.log.parent}, which must be on a shared file system")
-        _await(job.output if code == 0 else None)
+            cause = getattr(error, "cause", None) or error
+            return End(job, 1, str(cause).strip().splitlines()[0])
+        deadline = time.monotonic() + _SEEN_LATE
+        while code == 0 and job.output is not None and not job.output.exists() and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
         return End(job, code)
 
     def stop(self) -> None:
@@ -146,18 +148,12 @@ def _require_listener(address: str) -> None:
         ) from error
 
 
-def _await(output: Path | None) -> None:
-    """Wait for an output that another machine has written."""
-    deadline = time.monotonic() + _SEEN_LATE
-    while output is not None and not output.exists() and time.monotonic() < deadline:
-        time.sleep(_PAUSE)
-
-
-def _run_on_node(job: Job, sign: str, threads: dict[str, str | None]) -> tuple[int, str]:
-    """Run a job's command on this node; returns its exit code and the node's name."""
-    node = socket.gethostname()
+def _run_on_node(job: Job, sign: str, threads: dict[str, str | None]) -> int:
+    """Run a job's command on this node; returns its exit code."""
     if not job.log.is_file() or sign not in job.log.read_text(encoding="utf-8", errors="replace"):
-        return _UNSHARED, node
+        raise ConfigError(
+            f"node {socket.gethostname()} does not see {job.log.parent}, which must be on a shared file system"
+        )
     for name, value in threads.items():
         os.environ.pop(name, None)
         os.environ |= {} if value is None else {name: value}
@@ -172,4 +168,4 @@ def _run_on_node(job: Job, sign: str, threads: dict[str, str | None]) -> tuple[i
             time.sleep(_PAUSE)
         if child.poll() is None:
             kill_tree(child.pid)
-    return close(child), node
+    return close(child)

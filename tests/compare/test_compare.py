@@ -399,6 +399,9 @@ def test_a_run_by_hand_that_does_not_exist_or_is_damaged_is_one_line(tmp_path: P
     assert cli.run(["compare", str(tmp_path / "no"), "--cell", "a"]) == 1
     assert "has no run 'a'" in capsys.readouterr().err
     place = ordered(tmp_path).place
+    for more in (["--stop-at", "3"], ["--cell", place.name, "--optim.lr=1"]):
+        assert cli.run(["compare", str(tmp_path), *more]) == 1
+        assert "--cell does one run as it was planned" in capsys.readouterr().err
     assert cli.run(["compare", str(tmp_path), "--cell", "../a"]) == 1
     assert f"there are {place.name}." in capsys.readouterr().err
     shutil.copytree(tmp_path, tmp_path.with_name("copy"))
@@ -600,6 +603,8 @@ def test_arms_differ_only_in_the_keys_of_their_names():
         (["--lr", "1e-4,2e-4", "--validation", "COPY"], "chosen on the reported data"),
         (["--lr", "1e-4,2e-4", "--data.validation", "RECORDS"], "chosen on the reported data"),
         (["--gpus-per-run", "2"], "accelerator"),
+        (["--parallel", "2", "--ray", "auto"], "--parallel is for this machine"),
+        (["--parallel", "2", "--slurm", "YES"], "give one of them"),
         (["--optim.lrr", "1"], "unknown key"),
     ],
 )
@@ -615,6 +620,9 @@ def test_bad_input_is_one_line(arguments, message, recipe: Path, records: Path, 
     }
     for key, value in zip(arguments[::2], arguments[1::2], strict=True):
         value = known.get(value, value)
+        if value == "YES":  # a switch
+            line.append(key)
+            continue
         if key in line:
             line[line.index(key) + 1] = value
         else:
