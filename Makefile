@@ -26,7 +26,7 @@ help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
 	@echo "make smoke       the same in miniature, about three minutes, at lower quality"
 	@echo "make test        the whole test suite"
-	@echo "make test-extras what needs gradio, trackio, MLflow or Triton"
+	@echo "make test-extras what needs gradio, trackio, MLflow, Ray or Triton"
 	@echo "make test-versions  a part of the suite on the lowest versions, and on what GPU images carry"
 	@echo "make newest      the same part on Python 3.13 and the index's newest torch, a CUDA build of 6 GB"
 	@echo "make extras      whether every extra of pyproject.toml can be installed"
@@ -47,7 +47,8 @@ test: $(VENV)/.installed-dev
 
 test-extras: $(EXTRAS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q -n $(WORKERS) tests/tracking/test_tracking_depth.py \
-	  tests/serve/test_serve_demo.py tests/serve/test_web_guard.py tests/models/memory_efficient/test_kernel_selection.py tests/kernels/lora/test_triton_dropout.py $(ARGS)
+	  tests/serve/test_serve_demo.py tests/serve/test_web_guard.py tests/models/memory_efficient/test_kernel_selection.py tests/kernels/lora/test_triton_dropout.py \
+	  tests/launch/test_ray_engine.py tests/distributed/test_compare_on_clusters.py $(ARGS)
 
 # What notices first when a library is another than the one beside which the code was written.
 VERSIONED := tests/packaging/test_dependencies.py tests/adapters/test_adapter_behaviours.py tests/adapters/layers/test_quantised_layers.py \
@@ -118,7 +119,7 @@ $(EXTRAS)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(BIN)/python -m venv $(EXTRAS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  $$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	$(EXTRAS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,trackio,mlflow,liger]'
+	$(EXTRAS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,trackio,mlflow,ray,liger]'
 	@touch $@
 
 # The site's generator reads the sources without importing them, so it needs nothing of the project.

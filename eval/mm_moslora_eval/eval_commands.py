@@ -5,9 +5,10 @@ This module imports nothing heavy at module level, so that `--help`, listing and
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ def run(
     settings: Settings | None = None,
     progress: Callable[[str, ImageMode, int, int], None] | None = None,
     judge: Judge | None = None,
+    named: str = "",
+    merge: bool = False,
 ) -> list[TaskResult]:
     """Evaluate a model on tasks, one after the other; results are written after each.
 
@@ -49,27 +52,38 @@ def run(
         modes: own, blind, wrong.
         baselines: majority, question_majority.
         training: answers of the training set, for the baselines.
-        settings: batch size, limit, seed, ranks.
+        settings: batch size, limit, seed, ranks, shard.
         progress: called with (task, image mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
+        named: the model as the user names it; shards of another name are not merged.
+        merge: score the answers of the shards in `output`; the model is not loaded.
+
+    Returns:
+        The results; none of a shard.
 
     Raises:
         EvalError: an unknown task, data that cannot be read, a folder of another run.
+        ConfigError: shards that are missing or belong to other work.
     """
     from mm_moslora_eval.protocol.task_registry import get_task
+    from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
     from mm_moslora_eval.run.task_runner import Settings, hold_run
 
     found = [get_task(name) for name in tasks]
-    for task in found:
-        task.load()  # fail before the model is loaded
-    chosen = settings or Settings()
-    with hold_run(output, rank=chosen.rank):
-        loaded = model() if callable(model) and not hasattr(model, "generate") else model
+    checksums = [task.load().sha256 for task in found]  # fail before the model is loaded
+    chosen = replace(settings or Settings(), **({"retry_failed": False} if merge else {}))
+    work = work_of([*zip(found, checksums, strict=True)], modes, chosen, model=named)
+    folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
+    with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None):
+        if chosen.shard is not None and is_finished(folder, work):
+            return []
+        opened = partial(gather, output, work) if merge else model
+        loaded: Any = opened() if callable(opened) and not hasattr(opened, "generate") else opened
         try:
-            return _run_held(
-                loaded,  # type: ignore[arg-type]
+            results = _run_held(
+                loaded,
                 found,
-                output,
+                folder,
                 modes=modes,
                 baselines=baselines,
                 training=training,
@@ -77,9 +91,12 @@ def run(
                 progress=progress,
                 judge=judge,
             )
+            if chosen.shard is not None and chosen.rank == 0:
+                finish(folder, loaded, work)
+            return results
         finally:
             if loaded is not model:
-                loaded.close()  # type: ignore[union-attr]
+                loaded.close()
 
 
 def _run_held(
@@ -103,7 +120,7 @@ def _run_held(
         record(output, model, asdict(settings))
     results: list[TaskResult] = []
     for task in tasks:
-        told = None if progress is None else functools.partial(progress, shown_name(task.name, task.protocol))
+        told = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
         results += evaluate_held(model, task, output, settings=settings, progress=told, **rest)
     return results
 

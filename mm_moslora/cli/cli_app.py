@@ -23,7 +23,7 @@ from mm_moslora.cli.diffusion_verbs import diffusion_app
 from mm_moslora.cli.eval_verbs import eval_app, quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
 from mm_moslora.config import load_recipe, override_items
-from mm_moslora.launch.child_processes import install_handler, restore_handlers
+from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
@@ -87,6 +87,7 @@ def run(arguments: list[str]) -> int:
     """
     arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
     try:
+        end_with_parent()
         _set_up_logging()
         with _ended_by_signals():
             result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")

@@ -41,11 +41,15 @@ def compare(
     controls: bool = True,
     train_answers: str = "",
     parallel: int | None = None,
-    gpus_per_run: int = 1,
+    gpus_per_run: int | None = None,
+    ray: str = "",
+    slurm: bool = False,
     max_minutes: float | None = None,
     keep_all: bool = False,
     plan: bool = False,
     only_report: bool = False,
+    cell: str = "",
+    stop_at: int | None = None,
 ) -> int:
     """Compare tuning methods on your own data: equal budget, tuned learning rates, several seeds, error bars.
 
@@ -58,7 +62,7 @@ def compare(
     Parameters
     ----------
     recipe
-        YAML file, or the name of a shipped preset (see `mm-moslora config`).
+        YAML file, or the name of a shipped preset (see `mm-moslora config`); with --cell the folder of a comparison.
     arms
         lora, moslora:kaiming, moslora:orthogonal, moslora:identity, moslora:butterfly, tsm, moslora-init, diagonal,
         block-diagonal, moslora-rslora, moslora-dora, moslora-lora+, lora-xs, stella, orthonormal, dora, rslora, lora+,
@@ -100,7 +104,12 @@ def compare(
     parallel
         Runs at the same time; default: one per accelerator (or per --gpus-per-run of them), one on a CPU.
     gpus_per_run
-        Accelerators per run.
+        Accelerators per run; default: one, where there are any.
+    ray
+        Run on a Ray cluster: HOST:PORT of its head, or auto. The output is on a file system that its nodes share.
+    slurm
+        Write a SLURM array of the runs that can start, and exit. The same command again collects them, and writes the
+        array of the runs that follow.
     max_minutes
         Save and stop after this many minutes; the same command continues.
     keep_all
@@ -109,41 +118,68 @@ def compare(
         Run a few steps of a run of every arm, print the cost by arm (and the plan of --resolve), and exit.
     only_report
         Analyse the finished runs and exit.
+    cell
+        Do this one run of a comparison's folder, as the comparison itself does: compare FOLDER --cell NAME.
+    stop_at
+        With --cell: save and stop after this optimiser step.
     """
+    quiet_libraries()
+    if cell or stop_at is not None:
+        if overrides or not cell:
+            raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME [--stop-at STEP].")
+        return _one_run(Path(recipe), cell, stop_at)
+    if slurm and (ray or parallel is not None):
+        raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
     shared = load_recipe(recipe, override_items(overrides))
     from mm_moslora.compare.arms import parse_arms, size_lines, split
     from mm_moslora.compare.comparison_plan import LOSS, Settings
-    from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive
+    from mm_moslora.compare.comparison_run import ARRAY, Comparison, RunBudget, exclusive
     from mm_moslora.compare.comparison_text import plan_lines
+    from mm_moslora.launch.jobs import ProcessEngine, cards_per_job
+    from mm_moslora.launch.ray_engine import open_engine
 
     settings = Settings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
         validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, grow=grow, reference=reference, limit=limit,
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
-    quiet_libraries()
     sizes = [] if only_report else size_lines(settings.arms, shared, settings.reference_arm)
     print("\n".join([*plan_lines(settings), *sizes]), flush=True)
-    room = RunBudget(parallel=parallel, devices_per_run=gpus_per_run, max_minutes=max_minutes, keep_all=keep_all)
     with exclusive(output):
+        nothing_runs = slurm or only_report
+        engine = open_engine("" if nothing_runs else ray, parallel=parallel)
+        cards = (gpus_per_run or 0) if nothing_runs else cards_per_job(gpus_per_run, engine, option="--gpus-per-run")
+        room = RunBudget(cards=cards, max_minutes=max_minutes, keep_all=keep_all)
         comparison = Comparison(shared, settings, output, hold_out=hold_out)
         comparison.check()
         resolution = None
         if resolve is not None:
             from mm_moslora.compare.resolution_plan import Resolution
-            from mm_moslora.compare.run_processes import slots
 
-            together = len(slots(parallel=parallel, devices_per_run=gpus_per_run)) // len(settings.arms)
+            together = engine.width(cards) // len(settings.arms)
             resolution = Resolution(comparison, resolve / 100, step=max(1, together))
         if plan:
-            print("\n".join(comparison.probe(room)), flush=True)
+            print("\n".join(comparison.probe(room, engine if ray else ProcessEngine(parallel=1))), flush=True)
         if resolution is not None:
             print("\n".join(resolution.lines()), flush=True)
         if plan:
             return 0
         after = None if resolution is None else resolution.settings_after
-        finished = only_report or comparison.run(room, after=after)
-        return _show(comparison, output, finished=finished)
+        if slurm and not only_report:
+            finished = comparison.write_array(room, after=after)
+        else:
+            finished = only_report or comparison.run(room, engine, after=after)
+        code = _show(comparison, output, finished=finished)
+        if slurm and not finished:
+            print(f"Next: sbatch {comparison.folder / ARRAY}\nAfter its end, this command again collects the runs.")
+        return code
+
+
+def _one_run(folder: Path, cell: str, stop_at: int | None) -> int:
+    from mm_moslora.compare.comparison_cell import run_cell
+    from mm_moslora.launch.launcher import EXIT_REQUEUE
+
+    return 0 if run_cell(folder, cell, stop_at=stop_at) else EXIT_REQUEUE
 
 
 def _rates(text: str) -> list[float]:

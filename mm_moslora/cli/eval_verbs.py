@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from mm_moslora.cli.shard_jobs import ARRAY, ShardJobs, words_of
+from mm_moslora.launch.shard import Shard
+from mm_moslora.utils.errors import ConfigError
+
+HERE = ShardJobs()
+
 eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
 
-ModelName = Annotated[
-    str, Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE.")
+ModelNames = Annotated[
+    tuple[str, ...],
+    Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE; several: given again."),
 ]
 Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
 Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
@@ -25,7 +34,7 @@ JudgeName = Annotated[
 @eval_app.command(name="run")
 def eval_run(
     *tasks: str,
-    model: ModelName = "",
+    model: ModelNames = (),
     output: Path = Path("runs/eval"),
     protocol: str | None = None,
     modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
@@ -39,6 +48,9 @@ def eval_run(
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     reference: bool = False,
     dry_run: bool = False,
+    shard: str | None = None,
+    merge: Annotated[bool, Parameter(negative="")] = False,
+    where: ShardJobs = HERE,
     judge: JudgeName = None,
     judge_budget: JudgeBudget = None,
     judge_thinking_tokens: JudgeThinking = 2048,
@@ -58,7 +70,7 @@ def eval_run(
     tasks
         NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE; see `mm-moslora eval list`.
     output
-        Run folder; it belongs to one model.
+        Run folder; it belongs to one model. With several models each has a folder of its name in it.
     protocol
         Protocol of tasks that are given without one.
     modes
@@ -84,6 +96,11 @@ def eval_run(
         One question at a time, with no shared computation: slow, for comparisons.
     dry_run
         Print the first prompts and exit.
+    shard
+        I/N: answer only this share of every task, into OUTPUT/shards/I-of-N; N such commands can run anywhere, at once.
+    merge
+        Score what all shards in OUTPUT have answered: the same command with --merge in place of --shard. The model is
+        not loaded.
     max_failed_share
         Share of failed samples, 0 to 1, up to which the exit code is 0.
     report
@@ -94,33 +111,43 @@ def eval_run(
         Write the scores and some samples into the training run's folder, for `mm-moslora report` and `board`. Also send
         the scores to the trackers of its recipe, under the evaluated adapter's digest.
     """
+    given = {key: value for key, value in locals().items() if key != "tasks"}
+    if len(model) > 1 and where.shards is None:
+        where = replace(where, shards=1)
+    if where.check(shard=shard, merge=merge, dry_run=dry_run):
+        return _eval_several(tasks, given, where)
+    name = "".join(model)
     from mm_moslora_eval import eval_commands
 
     names = eval_commands.with_protocol(tasks, protocol)
     if dry_run:
         print(eval_commands.dry_run(names))
         return 0
-    from mm_moslora_eval.backends.open_model import check_name, open_model
+    from mm_moslora_eval.backends.open_model import check_name, name_with_files, open_model
 
-    if model:  # without a model, errors of the tasks are reported first
-        check_name(model)
+    if merge and shard:
+        raise ConfigError("--shard answers a share, and --merge scores all shards: give one of them.")
+    if name:  # without a model, errors of the tasks are reported first
+        check_name(name)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
     from mm_moslora_eval.run.task_runner import Settings
 
     settings = Settings(
         batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
     shared: dict[str, Any] = {
         "settings": settings,
+        "named": name_with_files(name) if name and (shard or merge) else name,
+        "merge": merge,
         "judge": eval_commands.make_judge(
             judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
         ),
     }
     before, bars = [], eval_commands.Bars(len(names) * (len(modes) + untuned))
-    opened = partial(open_model, model, precision=precision, reference=reference, **patience)
+    opened = partial(open_model, name, precision=precision, reference=reference, **patience)
     if untuned:
         start = partial(opened, untuned=True)
         before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
@@ -134,11 +161,36 @@ def eval_run(
         progress=bars,
         **shared,
     )
+    if settings.shard is not None:
+        print(f"Shard {shard} is answered. When all are: the same command with --merge in place of --shard.")
+        return 0
     if track and settings.rank == 0:
-        keep(Path(model), results, output, before=before)
+        keep(Path(name), results, output, before=before)
     if before:
         print(f"Before tuning:\n{eval_commands.table(before)}\n\nAfter:")
     return _eval_results(results, output, max_failed_share=max_failed_share, report=report) if settings.rank == 0 else 0
+
+
+def _eval_several(tasks: tuple[str, ...], given: dict[str, Any], where: ShardJobs) -> int:
+    """Evaluate one or several models in shards, as jobs, and merge those of each model."""
+    from mm_moslora_eval.run.answer_shards import DONE, SHARDS
+
+    models: tuple[str, ...] = given["model"] or ("",)
+    whole: dict[Path, dict[str, Any]] = {}
+    for name in models:
+        output = given["output"] / (re.sub(r"[^\w.-]+", "-", name.strip("/")) if len(models) > 1 else "")
+        whole[output / SHARDS] = given | {"model": (name,), "output": output, "where": HERE, "merge": True}
+    # A shard leaves to the merge what needs all answers.
+    apart: dict[str, Any] = {
+        "merge": False, "judge": None, "judge_budget": None, "baselines": (), "train_answers": (),
+    }  # fmt: skip
+    shards = {
+        folder: ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **apart)]
+        for folder, command in whole.items()
+    }
+    local = not all(name.startswith(("openai:", "replay:")) for name in models)
+    ready, code = where.run(shards, f"/{DONE}", script=given["output"] / ARRAY, on_cards=local)
+    return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 
 
 @eval_app.command(name="score")

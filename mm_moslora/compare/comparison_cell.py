@@ -1,15 +1,15 @@
-"""A run of a comparison in its process: train, measure, record the outcome."""
+"""A run of a comparison: train, measure, record the outcome. `mm-moslora compare FOLDER --cell NAME` is its command.
+
+Runs of a folder may be on several machines that share it. What is not finished continues; a run that is started twice
+at once happens once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
-import os
 import signal
-import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -25,8 +25,10 @@ from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
-from mm_moslora.utils.files import mark, read_json, replace_json, replace_text
-from mm_moslora.utils.untrusted_data import build_strictly, parse_lines, parse_object
+from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import mark, read_json, remove, replace_json, replace_text
+from mm_moslora.utils.run_paths import MANIFEST, checkpoints
+from mm_moslora.utils.untrusted_data import build_strictly, parse_lines
 from mm_moslora.utils.untrusted_files import read_text_below
 
 if TYPE_CHECKING:
@@ -35,43 +37,60 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OUTCOME, LOG, RECIPE = "outcome.json", "log.txt", "recipe.yaml"
+OUTCOME, LOG, RECIPE, ORDER = "outcome.json", "log.txt", "recipe.yaml", "cell.json"
 FEATURES = "features"
 """Folder of a frozen encoder's features in the comparison's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """The arguments of a run's process, which gets them on its standard input."""
+class CellRun:
+    """What a comparison orders of a run, kept in the run's folder."""
 
     cell: Cell
     recipe: Recipe
     settings: Settings
     folder: Path
     """Of the comparison."""
-    accelerators: tuple[str, ...] = ()
-    """Names of the accelerators of its slot; none on a CPU."""
-    stop_at: int | None = None
-    """Number of steps of a probe that measures the speed; None: the whole run."""
-    rehearsed: bool = False
-    """Whether a run of the same arm has finished here, so that this one needs no rehearsal."""
+    cards: int = 0
+    """Its accelerators; 0: one, where the process sees any."""
+    keep_all: bool = False
+    """Keep the checkpoints of a run that only chooses a rate."""
 
-    def to_json(self) -> str:
-        """The job as one line."""
-        return json.dumps(dataclasses.asdict(self) | {"recipe": self.recipe.to_dict(), "folder": str(self.folder)})
+    def order(self) -> None:
+        """Write the file that `read` reads."""
+        plain = dataclasses.asdict(self) | {"recipe": _absolute(self.recipe).to_dict(), "folder": str(self.folder)}
+        self.place.mkdir(parents=True, exist_ok=True)
+        replace_json(self.place / ORDER, plain)
 
     @classmethod
-    def from_json(cls, text: str) -> Job:
-        """Read `to_json`."""
-        told = parse_object(text)
-        settings, cell = told["settings"], told["cell"]
-        return cls(
-            **told | {
-                "cell": Cell(**cell | {"arm": Arm(**cell["arm"])}), "recipe": Recipe.from_dict(told["recipe"]),
-                "settings": Settings(**settings | {"arms": [Arm(**arm) for arm in settings["arms"]]}),
-                "folder": Path(told["folder"]), "accelerators": tuple(told["accelerators"]),
-            }
-        )  # fmt: skip
+    def read(cls, folder: Path, name: str) -> CellRun:
+        """The run that a comparison's folder has under a name.
+
+        Raises:
+            ConfigError: it has none, or a damaged one, or one of another folder.
+        """
+        known = sorted(path.parent.name for path in folder.glob(f"runs/*/{ORDER}"))
+        if name not in known:
+            raise ConfigError(
+                f"{folder} has no run {name!r}. `mm-moslora compare RECIPE ... --output {folder}` plans runs; there "
+                f"are {', '.join(known) or 'none yet'}."
+            )
+        place = folder.resolve() / "runs" / name
+        try:
+            told = read_json(place / ORDER, below=folder)
+            settings, cell = told["settings"], told["cell"]
+            run = cls(
+                **told | {
+                    "cell": Cell(**cell | {"arm": Arm(**cell["arm"])}), "recipe": Recipe.from_dict(told["recipe"]),
+                    "settings": Settings(**settings | {"arms": [Arm(**arm) for arm in settings["arms"]]}),
+                    "folder": Path(told["folder"]),
+                }
+            )  # fmt: skip
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{place / ORDER} is damaged ({error}). Repeat the comparison's command.") from error
+        if run.place != place:
+            raise ConfigError(f"{place / ORDER} is of {run.place}. Repeat the comparison's command in this place.")
+        return run
 
     @property
     def place(self) -> Path:
@@ -150,29 +169,39 @@ def _absolute(recipe: Recipe) -> Recipe:
     return Recipe.from_dict(absolute(recipe.to_dict()))
 
 
-def main() -> None:
-    """Train and measure the run that a comparison writes to standard input; its folder gets outcome and errors.
+def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
+    """Train and measure a run; returns whether it has ended, and did not just save. Failed runs are run again.
 
-    A killed process leaves no outcome; the comparison then writes it.
+    Args:
+        folder: the comparison's.
+        name: the run's.
+        stop_at: number of steps of a probe that measures the speed; None: the whole run.
     """
-    job = Job.from_json(sys.stdin.readline())
-    threading.Thread(target=_end_with_comparison, name="end with comparison", daemon=True).start()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    outcome = _outcome(job)
-    if outcome is not None:
-        write_outcome(job.place, dataclasses.replace(outcome, recipe=recipe_hash(job.recipe)))
-
-
-def _end_with_comparison() -> None:
-    """Ask this process to save and exit once the comparison has been killed; otherwise it would train to the end."""
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _outcome(job: Job) -> Outcome | None:
+    run = CellRun.read(folder, name)
     try:
-        return _run(job, time.monotonic())
+        lock = held(run.place / ".cell.lock", wait=False)
+    except BlockingIOError:
+        logger.info("Another process runs %s; waiting for its end.", name)
+        lock = held(run.place / ".cell.lock", wait=True)
+    with lock:
+        found = read_outcome(run.place)
+        if found is not None and found.status != "failed":
+            require_same_recipe(run.place, found, run.recipe)
+            logger.info("%s has ended: %s.", name, found.status)
+            return True
+        outcome = _outcome(run, stop_at)
+        if outcome is None:
+            return stop_at is not None
+        write_outcome(run.place, dataclasses.replace(outcome, recipe=recipe_hash(run.recipe)))
+        for _, checkpoint in checkpoints(run.place) if run.cell.tuning and not run.keep_all else ():
+            if (checkpoint / MANIFEST).is_file():
+                remove(checkpoint, mark=MANIFEST)
+        return True
+
+
+def _outcome(run: CellRun, stop_at: int | None) -> Outcome | None:
+    try:
+        return _run(run, time.monotonic(), stop_at)
     except DivergedError as error:
         return Outcome(status="diverged", reason=str(error))
     except MoSLoRAError as error:
@@ -183,42 +212,41 @@ def _outcome(job: Job) -> Outcome | None:
         return Outcome(status="failed", reason=f"{type(error).__name__}: {first}")
 
 
-def _run(job: Job, started: float) -> Outcome | None:
+def _run(job: CellRun, started: float, stop_at: int | None) -> Outcome | None:
     _require_own_accelerators(job)
-    if not _train(job):
+    if not _train(job, stop_at):
         return None
     return dataclasses.replace(_measured(job), total_seconds=time.monotonic() - started)
 
 
-def _require_own_accelerators(job: Job) -> None:
+def _require_own_accelerators(job: CellRun) -> None:
     """Refuse to run on the accelerators of other runs."""
     import torch
 
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if job.accelerators and seen != len(job.accelerators):
+    if job.cards and seen != job.cards:
         raise DistributedError(
-            f"The run sees {seen} accelerators, expected {len(job.accelerators)} ({', '.join(job.accelerators)}). "
-            "Check the driver (nvidia-smi), then repeat the command."
+            f"The run sees {seen} accelerators, expected {job.cards}. Where you start it by hand, name them in "
+            "CUDA_VISIBLE_DEVICES; else check the driver (nvidia-smi). Then repeat the command."
         )
 
 
-def _train(job: Job) -> bool:
+def _train(job: CellRun, stop_at: int | None) -> bool:
     """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
     replace_text(job.place / RECIPE, _absolute(job.recipe).to_yaml())
-    if len(job.accelerators) > 1:
-        return _train_on_several(job)
+    if job.cards > 1:
+        return _train_on_several(job, stop_at)
     from mm_moslora.training.training_loop import train
 
-    recipe = _as_trained(job)
-    return train(recipe, stop_at=job.stop_at).finished
+    return train(_as_trained(job), stop_at=stop_at).finished
 
 
-def _as_trained(job: Job) -> Recipe:
+def _as_trained(job: CellRun) -> Recipe:
     """The run's recipe without what an earlier run has done: the rehearsal, and features of pictures."""
     from mm_moslora.models.vision.feature_cache import SHARED_GIB
 
     model, train = job.recipe.model, job.recipe.train
-    if job.rehearsed:
+    if any(_is_ok(place) for place in job.folder.glob(f"runs/{job.cell.arm.slug}_lr*/{OUTCOME}")):
         train = dataclasses.replace(train, rehearsal=False)
     if job.feature_cache is not None and model.vision is not None and model.vision.feature_cache is None:
         job.feature_cache.mkdir(parents=True, exist_ok=True)
@@ -228,26 +256,29 @@ def _as_trained(job: Job) -> Recipe:
     return dataclasses.replace(job.recipe, model=model, train=train)
 
 
-def _train_on_several(job: Job) -> bool:
+def _is_ok(file: Path) -> bool:
+    outcome = read_outcome(file.parent)
+    return outcome is not None and outcome.status == "ok"
+
+
+def _train_on_several(job: CellRun, stop_at: int | None) -> bool:
     from mm_moslora.launch.child_processes import python_words, run_and_hand_on
     from mm_moslora.launch.launcher import STATE
 
     command = [
-        *python_words("-m", "torch.distributed.run"), "--standalone", f"--nproc_per_node={len(job.accelerators)}",
+        *python_words("-m", "torch.distributed.run"), "--standalone", f"--nproc_per_node={job.cards}",
         "--no-python", *python_words("-u", "-m", "mm_moslora", "train"), str(job.place / RECIPE),
-        *(["--stop-at", str(job.stop_at)] if job.stop_at else []),
+        *(["--stop-at", str(stop_at)] if stop_at else []),
     ]  # fmt: skip
     ended = run_and_hand_on(command, signals=[signal.SIGTERM])
     if ended.code == 0:
         return bool(read_json(job.place / STATE, below=job.place)["state"] == "finished")
     if ended.signals:
         return False
-    raise MoSLoRAError(
-        f"Training on {len(job.accelerators)} devices ended with code {ended.code}; see {job.place / LOG}."
-    )
+    raise MoSLoRAError(f"Training on {job.cards} devices ended with code {ended.code}; see {job.place / LOG}.")
 
 
-def _measured(job: Job) -> Outcome:
+def _measured(job: CellRun) -> Outcome:
     summary = read_json(job.place / "summary.json", below=job.place)
     rows = metrics(job.place)
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -274,7 +305,7 @@ def _measured(job: Job) -> Outcome:
     )  # fmt: skip
 
 
-def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str, Path]]]:
+def _evaluate(job: CellRun, names: list[str]) -> Iterator[tuple[str, float, dict[str, Path]]]:
     """Yield (name, score with its own pictures, sample folder by image mode) of every task."""
     if not names:
         return

@@ -5,7 +5,9 @@ Folder of a comparison:
     comparison.json          the settings and checksums of the data; arms, rates and seeds may be added later, the
                              rest may not change
     data/                    the validation split, where one was held out
-    runs/ARM_lrRATE_seedN/   one run each: recipe.yaml, log.txt, metrics.jsonl, checkpoints, eval/, outcome.json
+    runs/ARM_lrRATE_seedN/   one run each: cell.json (its order), recipe.yaml, log.txt, metrics.jsonl, checkpoints,
+                             eval/, outcome.json
+    array.sbatch             the runs that can start, as a SLURM array
     results.json             the analysis; report.html shows it
 """
 

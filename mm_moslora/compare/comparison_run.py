@@ -14,7 +14,7 @@ from statistics import fmean
 from types import MappingProxyType
 
 from mm_moslora.compare import comparison_cell
-from mm_moslora.compare.comparison_cell import Job
+from mm_moslora.compare.comparison_cell import CellRun
 from mm_moslora.compare.comparison_plan import (
     LOSS,
     Cell,
@@ -31,31 +31,32 @@ from mm_moslora.compare.comparison_plan import (
 )
 from mm_moslora.compare.holdout import with_holdout
 from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of, cost_table, mean_run_seconds
-from mm_moslora.compare.run_processes import Ended, RunProcesses, slots
 from mm_moslora.compare.sequential_looks import FILE, LookState, read_state
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.launch.jobs import Engine, Job, run_jobs
+from mm_moslora.launch.slurm_array import write_array
 from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import discard, mark, read_json, refuse_strangers, remove, replace_json
-from mm_moslora.utils.run_paths import MANIFEST, checkpoints, file_and_folder
+from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.text_format import format_seconds
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 5.0
-_FILES = (FILE, "comparison.json", "results.json", "report.html", "data", "runs", "features")
+ARRAY = "array.sbatch"
+PROGRAM = "mm_moslora"
+_FILES = (FILE, ARRAY, "comparison.json", "results.json", "report.html", "data", "runs", "features")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunBudget:
     """Resources of a comparison."""
 
-    parallel: int | None = None
-    """Parallel runs; None: one per `devices_per_run` accelerators, one on a CPU."""
-    devices_per_run: int = 1
+    cards: int = 0
+    """Accelerators per run; 0: one, where the run's process sees any."""
     max_minutes: float | None = None
     """Time limit; the same command continues."""
     keep_all: bool = False
@@ -86,8 +87,6 @@ class Comparison:
         self.run_seconds = math.nan
         """Mean seconds of a missing run, once probed."""
         self._said_cost = False
-        self._rehearsed: set[str] = set()
-        """Arms of which a run has finished in this session."""
 
     def check(self) -> None:
         """Check tasks, data and folder before anything runs.
@@ -201,52 +200,59 @@ class Comparison:
                 comparison_cell.require_same_recipe(place, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
-    def run(self, room: RunBudget, *, after: Callable[[], Settings] | None = None) -> bool:
+    def run(self, room: RunBudget, engine: Engine, *, after: Callable[[], Settings] | None = None) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
             room: the resources.
+            engine: where runs are.
             after: called when all is done; returns the settings to go on with, those with the present seeds to end.
         """
-        with StopRequest() as stop:
-            return self._run(room, stop, after)
-
-    def _run(self, room: RunBudget, stop: StopRequest, after: Callable[[], Settings] | None) -> bool:
-        started = time.monotonic()
-        features = self.folder / comparison_cell.FEATURES
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
-        pool = RunProcesses(slots(parallel=room.parallel, devices_per_run=room.devices_per_run))
-        tried: set[str] = set()
-        try:
-            while True:
-                waiting = [item for item in self._ready() if item.name not in tried]
-                while waiting and pool.free:
-                    item = waiting.pop(0)
-                    tried.add(item.name)
-                    job = self._job(item)
-                    discard(job.place / comparison_cell.OUTCOME)
-                    pool.start(job)
-                if not pool.running:
-                    if self._ready():
-                        return False
-                    before, self.settings = self.settings, self.settings if after is None else after()
-                    if self.settings.seeds <= before.seeds:
-                        remove(features)
-                        return True
-                    continue
-                for ended in pool.wait(WAIT_SECONDS):
-                    if ended.code == 0 or not stop.received:  # else the signal may have ended the run, too
-                        self._over(ended, room)
-                self._say_cost(pool.running)
-                if stop.received:
-                    logger.info("Stopped by signal %d; saving. The same command continues.", stop.received)
-                    return False
-                if room.max_minutes is not None and time.monotonic() - started > 60 * room.max_minutes:
-                    logger.info("%g minutes are over; saving. The same command continues.", room.max_minutes)
-                    return False
-        finally:
-            pool.stop()
+        runs: dict[str, CellRun] = {}
+        deadline = time.monotonic() + 60 * (math.inf if room.max_minutes is None else room.max_minutes)
+
+        def known() -> list[Job]:
+            self._say_cost([run for name, run in runs.items() if name not in self.outcomes])
+            new = [self._order(item, room) for item in self._next(after) if item.name not in runs]
+            runs.update({run.cell.name: run for run in new})
+            return [_job(run) for run in new]
+
+        with StopRequest() as stop:
+            run_jobs(
+                known, engine, over=lambda job, problem: self._over(runs[job.name], problem),
+                stop=lambda: bool(stop.received) or time.monotonic() > deadline,
+            )  # fmt: skip
+        if not self._ready():
+            return True
+        if stop.received:
+            logger.info("Stopped by signal %d; saved. The same command continues.", stop.received)
+        elif time.monotonic() > deadline:
+            logger.info("%g minutes are over; saved. The same command continues.", room.max_minutes)
+        return False
+
+    def write_array(self, room: RunBudget, *, after: Callable[[], Settings] | None = None) -> bool:
+        """Write the SLURM array of the runs that can start; returns whether all is done, and no array is left.
+
+        Args:
+            room: the resources of a run.
+            after: see `run`.
+        """
+        jobs = [_job(self._order(item, room)) for item in self._next(after)]
+        if not jobs:
+            discard(self.folder / ARRAY)
+            return True
+        write_array(self.folder / ARRAY, jobs)
+        return False
+
+    def _next(self, after: Callable[[], Settings] | None) -> list[Cell]:
+        """The runs that can start; after the last one those that the next look brings."""
+        if not self._ready():
+            before, self.settings = self.settings, self.settings if after is None else after()
+            if self.settings.seeds <= before.seeds:
+                remove(self.folder / comparison_cell.FEATURES)
+        return self._ready()
 
     def _cells(self) -> list[Cell]:
         """Runs known so far, tuning first; an arm's reported runs are known once its rate is chosen."""
@@ -259,30 +265,23 @@ class Comparison:
         """Runs that can start."""
         return [item for item in self._cells() if item.name not in self.outcomes]
 
-    def _job(self, item: Cell, *, stop_at: int | None = None) -> Job:
+    def _order(self, item: Cell, room: RunBudget) -> CellRun:
         recipe = item.recipe(self.recipe, self.folder)
-        return Job(
-            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, stop_at=stop_at,
-            rehearsed=item.arm.name in self._rehearsed,
+        run = CellRun(
+            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, cards=room.cards,
+            keep_all=room.keep_all,
         )  # fmt: skip
+        run.order()
+        return run
 
-    def _over(self, ended: Ended, room: RunBudget) -> None:
+    def _over(self, run: CellRun, problem: str) -> None:
         """Take the outcome of a run."""
-        job, code = ended
-        outcome = comparison_cell.read_outcome(job.place)
-        if outcome is None and code != 0:
-            outcome = Outcome(status="failed", reason=_killed(code, job.place / comparison_cell.LOG))
-            comparison_cell.write_outcome(job.place, outcome)
-        if outcome is None:  # stopped by a signal and saved; it continues next time
-            return
-        self.outcomes[job.cell.name] = outcome
-        if outcome.status == "ok":
-            self._rehearsed.add(job.cell.arm.name)
-        if job.cell.tuning and not room.keep_all:
-            for _, checkpoint in checkpoints(job.place):
-                if (checkpoint / MANIFEST).is_file():
-                    remove(checkpoint, mark=MANIFEST)
-        logger.info("%s", self._line(job.cell, outcome))
+        outcome = comparison_cell.read_outcome(run.place)
+        if outcome is None or (problem and outcome.status == "failed"):  # of an earlier start
+            outcome = Outcome(status="failed", reason=problem)
+            comparison_cell.write_outcome(run.place, outcome)
+        self.outcomes[run.cell.name] = outcome
+        logger.info("%s", self._line(run.cell, outcome))
 
     def _line(self, item: Cell, outcome: Outcome) -> str:
         count = run_count(self.settings, self.outcomes)
@@ -305,7 +304,7 @@ class Comparison:
         costs = self._costs()
         return sum(cost.runs * (fmean(known) if math.isnan(cost.run_seconds) else cost.run_seconds) for cost in costs)
 
-    def _costs(self, probes: Mapping[str, Job] = MappingProxyType({})) -> list[ArmCost]:
+    def _costs(self, probes: Mapping[str, CellRun] = MappingProxyType({})) -> list[ArmCost]:
         """The cost of every arm's missing runs; `probes` holds, by arm, a run of which the first steps were done."""
         hopeless, cells, costs = hopeless_arms(self.settings, self.outcomes), self._cells(), []
         for arm in self.settings.arms:
@@ -316,7 +315,7 @@ class Comparison:
             costs.append(cost_of(arm.name, runs, ended, probes.get(arm.name)))
         return costs
 
-    def _say_cost(self, running: Sequence[Job]) -> None:
+    def _say_cost(self, running: Sequence[CellRun]) -> None:
         """Log the cost once, after the first steps of the first run."""
         for job in () if self._said_cost else running:
             cost = cost_of(job.cell.arm.name, run_count(self.settings), (), job)
@@ -325,42 +324,42 @@ class Comparison:
                 self._said_cost = True
                 return
 
-    def probe(self, room: RunBudget) -> list[str]:
+    def probe(self, room: RunBudget, engine: Engine) -> list[str]:
         """Do a few steps of a run of every arm, which keeps them; returns a table of the cost of all runs."""
         first = {item.arm.name: item for item in reversed(self._ready())}
         if not first:
             return ["Nothing is left to run."]
         good = {name for name, outcome in self.outcomes.items() if outcome.status == "ok"}
         finished = {item.arm.name for item in self._cells() if item.name in good}
-        jobs = [
-            self._job(first[arm.name], stop_at=PROBE_STEPS)
+        runs = {
+            arm.name: self._order(first[arm.name], room)
             for arm in self.settings.arms
             if arm.name in first and arm.name not in finished
-        ]
+        }
         problems: dict[str, str] = {}
-        pool = RunProcesses(slots(parallel=1, devices_per_run=room.devices_per_run))
-        try:
-            for job in jobs:
-                pool.start(job)
-                while pool.running:
-                    for found in pool.wait(WAIT_SECONDS):
-                        problems |= _problem(found)
-        finally:
-            pool.stop()
-        costs = [
-            dataclasses.replace(cost, problem=problems.get(cost.arm, ""))
-            for cost in self._costs({job.cell.arm.name: job for job in jobs})
-        ]
+        run_jobs(
+            lambda: [dataclasses.replace(_job(run, stop_at=PROBE_STEPS), name=arm) for arm, run in runs.items()],
+            engine, over=lambda job, problem: problems.update({job.name: _problem(runs[job.name], problem)}),
+        )  # fmt: skip
+        costs = [dataclasses.replace(cost, problem=problems.get(cost.arm, "")) for cost in self._costs(runs)]
         self.run_seconds = mean_run_seconds(costs)
         return cost_table(costs)
 
 
-def _problem(ended: Ended) -> dict[str, str]:
-    """What ended the first steps of an arm's run, by the arm's name."""
-    job, outcome = ended.job, comparison_cell.read_outcome(ended.job.place)
-    if outcome is not None and outcome.status != "ok":
-        return {job.cell.arm.name: f"{outcome.status}: {outcome.reason}"}
-    return {job.cell.arm.name: _killed(ended.code, job.place / comparison_cell.LOG)} if ended.code else {}
+def _job(run: CellRun, *, stop_at: int | None = None) -> Job:
+    """The job of a run: a command that does the same by hand."""
+    steps = () if stop_at is None else ("--stop-at", str(stop_at))
+    return Job(
+        name=run.cell.name, log=run.place / comparison_cell.LOG, cards=run.cards,
+        command=(PROGRAM, "compare", str(run.folder), "--cell", run.cell.name, *steps),
+        output=run.place / comparison_cell.OUTCOME if stop_at is None else None,
+    )  # fmt: skip
+
+
+def _problem(run: CellRun, problem: str) -> str:
+    """What ended the first steps of an arm's run."""
+    outcome = comparison_cell.read_outcome(run.place)
+    return problem if outcome is None or outcome.status == "ok" else f"{outcome.status}: {outcome.reason}"
 
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:
@@ -376,13 +375,6 @@ def short_names(tasks: Sequence[str]) -> dict[str, str]:
         names |= {task: "/".join(file.parts[-depth:]) for task, file in files.items() if taken[names[task]] > 1}
     taken = Counter(names.values())
     return {task: task if taken[name] > 1 else name for task, name in names.items()}
-
-
-def _killed(code: int, log: Path) -> str:
-    if code < 0:
-        hint = "; signal 9 often means that the machine ran out of memory" if code == -9 else ""
-        return f"the process was ended by signal {-code}{hint}; see {log}"
-    return f"the process ended with code {code}; see {log}"
 
 
 @contextmanager

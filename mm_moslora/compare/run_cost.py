@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from mm_moslora.compare.comparison_cell import Job, metrics
+from mm_moslora.compare.comparison_cell import CellRun, metrics
 from mm_moslora.compare.comparison_plan import Outcome
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.text_format import format_seconds
@@ -41,7 +41,7 @@ class ArmCost:
         return self.run_seconds * self.runs if self.runs else 0.0
 
 
-def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: Job | None) -> ArmCost:
+def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: CellRun | None) -> ArmCost:
     """The cost of an arm.
 
     Args:

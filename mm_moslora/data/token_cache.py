@@ -1,8 +1,8 @@
 """Tokenised records on disk: each text is tokenised once for all runs, in parallel, and then read by number.
 
 A cache is named by a hash of its inputs: the source's content, tokenizer, template, length limit. The first process
-builds it while the others wait; it appears complete or not at all. An image is stored as one id, however many tokens it
-expands to.
+builds it while the others wait; it appears complete or not at all. Shards may tokenise a stretch each; once all are
+there, the cache is built of them. An image is stored as one id, however many tokens it expands to.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +26,18 @@ from mm_moslora.data.chat.records import Record
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
+from mm_moslora.launch.shard import Shard, finished
+from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import building, is_built, read_json, sync
+from mm_moslora.utils.files import building, is_built, mark, read_json, remove, sync
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Version of the format, part of a cache's name."""
 _ROWS = 512
 """Records that a process tokenises at a time."""
+_LAST = "faults.json"
 
 Encode = Callable[[Record], Encoded]
 
@@ -82,7 +89,7 @@ class TokenCache:
         """Turns that did not fit."""
         self._images = table[:, 2]
         self._starts = np.concatenate([[0], np.cumsum(table[:, 0], dtype=np.int64)])
-        faults = read_json(folder / "faults.json", list)
+        faults = read_json(folder / _LAST, list)
         self.faults = {fault.row: fault for fault in (_Fault(*item) for item in faults)}
 
     def fault(self, row: int) -> RecordError:
@@ -111,17 +118,8 @@ class TokenCache:
         )  # fmt: skip
 
 
-def open_cache(
-    root: Path,
-    source: RecordSource,
-    encoder: ConversationEncoder,
-    *,
-    encode: Encode,
-    settings: str,
-    tokens_per_image: int,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> TokenCache:
-    """Open the cache of a source; build it first if it does not exist.
+class CachePlace:
+    """Where the cache of a source is, or will be.
 
     Args:
         root: folder of all caches.
@@ -132,65 +130,121 @@ def open_cache(
         tokens_per_image: tokens of every picture, or 1 where they differ.
         on_progress: called with (records done, all records) while it is built.
     """
-    name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
-    folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
-    if not is_built(folder):
-        root.mkdir(parents=True, exist_ok=True)
-        with held(root / f"{folder.name}.lock", wait=True):
-            if not is_built(folder):
-                fold = functools.partial(
-                    _first_of_images, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image
-                )
-                _build(folder, source, encode, fold, on_progress)
-    return TokenCache(folder, source, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image)
+
+    def __init__(
+        self,
+        root: Path,
+        source: RecordSource,
+        encoder: ConversationEncoder,
+        *,
+        encode: Encode,
+        settings: str,
+        tokens_per_image: int,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
+        self.folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
+        self.shards = root / f"{self.folder.name}.shards"
+        self.source, self._encode, self._on_progress = source, encode, on_progress
+        self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
+
+    def open(self) -> TokenCache:
+        """Open the cache; build it first if it does not exist, of all its shards if they are there."""
+        with self._unless_built(self.folder) as missing:
+            parts = self._finished_shards() if missing else []
+            if missing:
+                _write(self.folder, map(_read, parts) if parts else self._tokenised(range(len(self.source))))
+            if parts:
+                mark(self.shards, "temporary")
+                remove(self.shards)
+        return TokenCache(
+            self.folder, self.source, image_token_id=self._image_token_id, tokens_per_image=self._tokens_per_image
+        )
+
+    def fill(self, shard: Shard) -> int:
+        """Tokenise the records of a shard, unless they or the whole cache are there; returns their number."""
+        numbers = shard.stretch(range(len(self.source)))
+        if not is_built(self.folder):
+            with self._unless_built(self.shards / shard.name) as missing:
+                if missing:
+                    _write(self.shards / shard.name, self._tokenised(numbers))
+        return len(numbers)
+
+    def _finished_shards(self) -> list[Path]:
+        if not any(self.shards.glob(f"*/{_LAST}")):
+            return []
+        try:
+            return [*finished(self.shards, f"/{_LAST}").values()]
+        except ConfigError as error:
+            logger.warning("%s All records of %s are tokenised here instead.", error, self.source.path)
+            return []
+
+    @contextmanager
+    def _unless_built(self, folder: Path) -> Iterator[bool]:
+        """Whether a folder is missing; it is then locked."""
+        if is_built(folder):
+            yield False
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with held(folder.with_name(f"{folder.name}.lock"), wait=True):
+            yield not is_built(folder)
+
+    def _tokenised(self, numbers: Sequence[int]) -> Iterator[_Rows]:
+        parts = [numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS)]
+        fold = functools.partial(
+            _first_of_images, image_token_id=self._image_token_id, tokens_per_image=self._tokens_per_image
+        )
+        work = functools.partial(_tokenise, self.source, encode=self._encode, fold=fold)
+        done = 0
+        for rows in in_processes(work, parts, processes=usable_processes() if len(parts) > 4 else 1):
+            yield rows
+            done += len(rows.table)
+            if self._on_progress is not None:
+                self._on_progress(done, len(numbers))
 
 
-def _build(
-    folder: Path,
-    source: RecordSource,
-    encode: Encode,
-    fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    """Tokenise a source; the caller holds the lock."""
+def _write(folder: Path, found: Iterable[_Rows]) -> None:
+    """Write a cache, or a shard of one; the caller holds the lock."""
+    tables: list[NDArray[np.int32]] = [np.zeros((0, 5), np.int32)]
+    faults: list[_Fault] = []
     with building(folder) as part:
-        _fill(part, source, encode, fold, on_progress)
+        with (part / "ids.bin").open("wb") as ids, (part / "supervised.bin").open("wb") as supervised:
+            for rows in found:
+                ids.write(rows.ids.tobytes())
+                supervised.write(rows.supervised.tobytes())
+                tables.append(rows.table)
+                faults += rows.faults
+            if not ids.tell():  # an empty file cannot be mapped
+                ids.write(bytes(4))
+                supervised.write(bytes(1))
+        np.save(part / "table.npy", np.concatenate(tables))
+        (part / _LAST).write_text(json.dumps(faults), encoding="utf-8")
         for path in part.iterdir():
             sync(path)
 
 
-def _fill(
-    part: Path,
-    source: RecordSource,
-    encode: Encode,
-    fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    starts = range(0, len(source), _ROWS)
-    tables: list[NDArray[np.int32]] = []
-    faults: list[_Fault] = []
+def _read(path: Path) -> _Rows:
+    """A shard of a cache.
 
-    def tokenise(start: int) -> _Rows:
-        return _tokenise(source, range(start, min(len(source), start + _ROWS)), encode, fold)
-
-    with (part / "ids.bin").open("wb") as ids, (part / "supervised.bin").open("wb") as supervised:
-        processes = usable_processes() if len(source) > 4 * _ROWS else 1
-        for number, rows in enumerate(in_processes(tokenise, starts, processes=processes), start=1):
-            ids.write(rows.ids.tobytes())
-            supervised.write(rows.supervised.tobytes())
-            tables.append(rows.table)
-            faults += rows.faults
-            if on_progress is not None:
-                on_progress(min(len(source), number * _ROWS), len(source))
-        if not ids.tell():  # an empty file cannot be mapped
-            ids.write(bytes(4))
-            supervised.write(bytes(1))
-    np.save(part / "table.npy", np.concatenate(tables))
-    (part / "faults.json").write_text(json.dumps(faults), encoding="utf-8")
+    Raises:
+        DataError: it is damaged.
+    """
+    part = path.parent
+    try:
+        table = np.load(part / "table.npy")
+        count = int(table[:, 0].sum())
+        ids = np.fromfile(part / "ids.bin", dtype=np.int32, count=count)
+        supervised = np.fromfile(part / "supervised.bin", dtype=np.bool_, count=count)
+        faults = [_Fault(*item) for item in read_json(path, list)]
+        if len(ids) != count or len(supervised) != count:
+            raise ValueError(f"{len(ids)} of {count} tokens")
+    except (OSError, EOFError, ValueError, TypeError, IndexError) as error:
+        raise DataError(f"{part} is damaged ({error}). Delete this folder, and run its shard again.") from error
+    return _Rows(ids=ids, supervised=supervised, table=table, faults=faults)
 
 
 def _tokenise(
-    source: RecordSource, rows: range, encode: Encode, fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
+    source: RecordSource, rows: Sequence[int], encode: Encode, fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
 ) -> _Rows:
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]

@@ -26,7 +26,8 @@ from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.quarantine import Quarantine, summary
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.token_cache import TokenCache, open_cache
+from mm_moslora.data.sources.record_source import RecordSource
+from mm_moslora.data.token_cache import CachePlace, TokenCache
 from mm_moslora.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,40 @@ def placeholders_of(record: Record, image_processing: ImageProcessing | None) ->
     return image_processing.placeholders(sizes)
 
 
+def cache_places(
+    files: Sequence[RecordSource],
+    encoder: ConversationEncoder,
+    image_processing: ImageProcessing | None,
+    *,
+    config: DataConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[CachePlace]:
+    """The places in `data.cache` of the tokens of some sources; for the arguments see `TrainingSet`."""
+    assert config.cache is not None
+    vision, fixed = image_processing is not None, image_processing is None or image_processing.fixed
+
+    def encode(record: Record) -> Encoded:
+        pictures = placeholders_of(record, image_processing)
+        return encode_record(record, encoder, config=config, vision=vision, pictures=pictures)
+
+    # The cache also holds faults of names, so the rules of names are part of its settings.
+    settings = f"{config.max_length} {_image_settings(image_processing)} {{}}{_text_settings(config)}"
+    return [
+        CachePlace(
+            Path(config.cache), file, encoder, encode=encode, settings=settings.format(file.rules),
+            tokens_per_image=encoder.tokens_per_image if vision and fixed else 1, on_progress=on_progress,
+        )
+        for file in files
+    ]  # fmt: skip
+
+
+def _image_settings(image_processing: ImageProcessing | None) -> str:
+    """The image settings that the number of tokens depends on."""
+    if image_processing is None or image_processing.fixed:
+        return str(image_processing is not None)
+    return str([len(ids) for ids in image_processing.placeholders([(2**side, 512) for side in range(6, 12)])])
+
+
 class TrainingSet:
     """All records of some sources.
 
@@ -174,7 +209,10 @@ class TrainingSet:
         """1 per record with a picture."""
         self.words = array("L", bytes(array("L").itemsize * len(self))) if config.order == "llava" else array("L")
         """White-space separated words per record, which LLaVA uses as its length; only with `data.order` llava."""
-        self.caches = self._open_caches(on_progress)
+        self.caches: list[TokenCache | None] = [None] * len(self.files)
+        if config.cache is not None:
+            places = cache_places(self.files, self.encoder, image_processing, config=config, on_progress=on_progress)
+            self.caches = [place.open() for place in places]
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
         self._build(on_progress)
         self.members = [
@@ -304,32 +342,6 @@ class TrainingSet:
         except RecordError as error:
             self.quarantine.add(index, error)
             return None
-
-    def _open_caches(self, on_progress: Callable[[int, int], None] | None) -> list[TokenCache | None]:
-        config = self.config
-        if config.cache is None:
-            return [None] * len(self.files)
-        return [
-            open_cache(
-                Path(config.cache),
-                file,
-                self.encoder,
-                encode=self.encode,
-                # The cache also holds faults of names, so the rules of names are part of its settings.
-                settings=f"{config.max_length} {self._image_settings()} {file.rules}{_text_settings(config)}",
-                tokens_per_image=self.encoder.tokens_per_image
-                if self.image_processing is not None and self.image_processing.fixed
-                else 1,
-                on_progress=on_progress,
-            )
-            for file in self.files
-        ]
-
-    def _image_settings(self) -> str:
-        """The image settings that the number of tokens depends on."""
-        if self.image_processing is None or self.image_processing.fixed:
-            return str(self.image_processing is not None)
-        return str([len(ids) for ids in self.image_processing.placeholders([(2**side, 512) for side in range(6, 12)])])
 
     def _build(self, on_progress: Callable[[int, int], None] | None) -> None:
         for source, cache in enumerate(self.caches):

@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ ONE_REQUEST_SECONDS = 3.0
 """Seconds after a request in which further signals belong to it: terminals and schedulers signal whole process groups,
 launchers forward signals, and DeepSpeed's launcher sends SIGINT and SIGTERM."""
 REQUESTS_TO_END_UNSAVED = 3
+_TIED = "MM_MOSLORA_ENDS_WITH_PARENT"
 PIPE = subprocess.PIPE
 Child = subprocess.Popen[bytes]
 Handler = Callable[[int, Any], None]
@@ -65,6 +67,31 @@ def start(words: Sequence[str | Path], **options: Any) -> Child:
     """
     assert "shell" not in options
     return subprocess.Popen([*words], **{"env": child_environment(), "stdin": subprocess.DEVNULL, **options})
+
+
+def start_tied(words: Sequence[str | Path], changes: Mapping[str, str], **options: Any) -> Child:
+    """Start a command line of this project that is asked to save and exit once this process is gone, however it ended.
+
+    Ctrl-C in a terminal does not reach it, only this process.
+
+    Args:
+        words: the command and its arguments.
+        changes: of its environment.
+        options: of `subprocess.Popen`.
+    """
+    return start(words, env=child_environment({**changes, _TIED: "1"}), stdin=PIPE, process_group=0, **options)
+
+
+def end_with_parent() -> None:
+    """In a process of `start_tied`: ask it to save and exit at the end of its input, which the parent holds open."""
+    if os.environ.pop(_TIED, ""):  # children of its own have other inputs
+        threading.Thread(target=_terminate_after_input, name="end with parent", daemon=True).start()
+
+
+def _terminate_after_input() -> None:
+    while os.read(0, 1):
+        pass
+    terminate(os.getpid())
 
 
 def output_of(

@@ -96,7 +96,7 @@ class VlmModel(LlavaModel):
             `pooler_output` is a list of ``N`` tensors ``[Q, D]``.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        states = _tower_states(self.vision_tower, layer, pixel_values)
+        states = tower_states(self.vision_tower, layer, pixel_values)
         return BaseModelOutputWithPooling(pooler_output=cast(Any, list(_project(self, states))))
 
 
@@ -164,7 +164,7 @@ def image_features(
     dtype = weight.dtype if weight.is_floating_point() else None
     pixels = pixel_values.to(device=weight.device, dtype=dtype, non_blocking=True)
     if not _is_frozen(tower):
-        return _project(model.model, _tower_states(tower, layer, pixels))
+        return _project(model.model, tower_states(tower, layer, pixels))
     states = _unique_states(tower, layer, pixels, keys=keys, memory=memory)
     with torch.no_grad() if _is_frozen(model.model.multi_modal_projector) else contextlib.nullcontext():
         return _project(model.model, states)
@@ -175,7 +175,7 @@ def _is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _tower_states(tower: PreTrainedModel, layer: _Layers, pixels: Tensor) -> Tensor:
+def tower_states(tower: PreTrainedModel, layer: _Layers, pixels: Tensor) -> Tensor:
     """Selected hidden states side by side, ``[N, L, V]``.
 
     Args:
@@ -199,7 +199,7 @@ def _tower_states(tower: PreTrainedModel, layer: _Layers, pixels: Tensor) -> Ten
 def _unique_states(
     tower: PreTrainedModel, layer: _Layers, pixels: Tensor, *, keys: Sequence[str], memory: StepFeatureCache | None
 ) -> Tensor:
-    """`_tower_states` of a frozen tower without a graph; pictures with the same key are encoded once.
+    """`tower_states` of a frozen tower without a graph; pictures with the same key are encoded once.
 
     The tower is in evaluation mode: dropout of a frozen tower is off in training, too.
 
@@ -217,7 +217,7 @@ def _unique_states(
     def encode(chosen: Tensor) -> Tensor:
         # ZeRO-3 prefetches weights of the layers behind the tower, which train: they must not be inference tensors.
         with torch.no_grad() if sharded else torch.inference_mode():
-            return _tower_states(tower, layer, chosen)
+            return tower_states(tower, layer, chosen)
 
     return (memory or StepFeatureCache()).states(pixels, keys, encode, together=sharded)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,11 +14,13 @@ from rich.text import Text
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
+from mm_moslora.config.strict_reading import plain as as_plain
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.thinking_form import settled
+from mm_moslora.data.chat.thinking_form import form_of, settled
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
 from mm_moslora.data.check.html_view import Sample, page
 from mm_moslora.data.check.record_check import CheckReport, check
+from mm_moslora.data.check.report_file import plain_report, read_report
 from mm_moslora.data.check.terminal_view import (
     legend,
     view_findings,
@@ -31,12 +35,14 @@ from mm_moslora.data.images.record_picture import ImageError, open_image
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source, open_sources, require_sources
 from mm_moslora.data.training_set import encode_record, placeholders_of
+from mm_moslora.launch.shard import Shard, finished, refuse_others
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize
 from mm_moslora.training.preflight import check_data
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
+from mm_moslora.utils.files import PAGE_SIGN, output_file, read_json, replace_text
 from mm_moslora.utils.progress_bar import Progress
+from mm_moslora.utils.untrusted_data import parse_object
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,7 +55,12 @@ COUNTED = 1000
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-class _Parts(NamedTuple):
+_SIGN = "mm_moslora, a shard of a data check"
+
+
+class DataParts(NamedTuple):
+    """What turns a recipe's records into tensors."""
+
     encoder: ConversationEncoder
     image_processing: ImageProcessing | None
 
@@ -71,6 +82,7 @@ def check_recipe(
     against: Sequence[Path] = (),
     processes: int | None = None,
     everything: bool = False,
+    merge: Path | None = None,
 ) -> Checked:
     """Read every record and decode every picture of a recipe's training and validation data.
 
@@ -79,18 +91,19 @@ def check_recipe(
         against: folders of held-out pictures; training pictures should not occur in them.
         processes: number of processes that share the work; None: one per processor.
         everything: show every fault on the console; the plain data always contain all.
+        merge: folder with the reports of all shards (`check_shard`), from which the result is made instead.
 
     Raises:
-        DataError: a source cannot be read at all.
+        ConfigError: shards are missing, or belong to other work.
+        DataError: a source cannot be read at all, or a shard is damaged.
         ModelError: the tokenizer or the vision encoder does not load.
     """
     check_data(recipe.data)
-    parts = _parts(recipe)
+    parts = parts_of(recipe)
     shown: list[RenderableType] = []
     plain: dict[str, Any] = {}
-    reports: dict[str, CheckReport] = {}
-    for name, sources in _sets(recipe):
-        reports[name] = report = _check(name, sources, recipe, parts, decode=True, processes=processes)
+    reports = _reports(recipe, parts, processes=processes) if merge is None else _merged(recipe, parts, merge)
+    for name, report in reports.items():
         shown += [Text(f"data.{name}", style="bold"), *view_report(report, everything=everything)]
         plain[name] = _plain(report, findings(report))
     held_out: dict[str, dict[str, Fingerprint | None]] = {str(folder): _folder(folder) for folder in against}
@@ -109,13 +122,69 @@ def check_recipe(
     return Checked(shown, plain, int(not all(report.ok for report in reports.values())))
 
 
+def check_shard(recipe: Recipe, shard: Shard, folder: Path, *, processes: int | None = None) -> Path:
+    """Check a share of a recipe's data, and write its report for `check_recipe`; a report that is there is kept.
+
+    Args:
+        recipe: resolved.
+        shard: the share.
+        folder: of all shards.
+        processes: see `check_recipe`.
+    """
+    check_data(recipe.data)
+    path = output_file(folder / f"{shard.name}.json", sign=_SIGN.encode())
+    parts = parts_of(recipe)
+    work = _work(recipe, parts)
+    with suppress(FileNotFoundError, ValueError):
+        if read_json(path).get("work") == work:
+            return path
+    reports = _reports(recipe, parts, processes=processes, shard=shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: plain_report(report) for name, report in reports.items()}
+    replace_text(path, json.dumps({"kind": _SIGN, "work": work, "reports": plain}) + "\n")
+    return path
+
+
+def _work(recipe: Recipe, parts: DataParts) -> dict[str, Any]:
+    """What all shards of a check have in common, as JSON gives it back."""
+    content = {
+        f"content of data.{name}.{number}": file.fingerprint()
+        for name, sources in data_sets(recipe)
+        for number, file in enumerate(open_sources(sources))
+    }
+    work = {"data": as_plain(recipe.data), "model": as_plain(recipe.model), "encoder": parts.encoder.fingerprint()}
+    return parse_object(json.dumps(work | content))
+
+
+def _merged(recipe: Recipe, parts: DataParts, folder: Path) -> dict[str, CheckReport]:
+    """The reports of all shards, added up."""
+    work = _work(recipe, parts)
+    found: dict[str, CheckReport] = {}
+    for shard, path in finished(folder, ".json").items():
+        try:
+            stored = read_json(path)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}). Delete it, and run --shard {shard} again.") from error
+        refuse_others(stored.get("work"), work, what=f"Shard {shard} ({path})")
+        for name, _ in data_sets(recipe):
+            reports = stored.get("reports")
+            report = read_report(reports.get(name) if isinstance(reports, dict) else None, source=str(path))
+            if name in found:
+                found[name].add(report)
+            else:
+                found[name] = report
+    for report in found.values():
+        report.form = form_of(parts.encoder, report.endings)
+    return found
+
+
 def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
     """Statistics of a recipe's data; of pictures only the headers are read. See `check_recipe`."""
     check_data(recipe.data)
-    parts = _parts(recipe)
+    parts = parts_of(recipe)
     shown: list[RenderableType] = []
     plain: dict[str, Any] = {}
-    for name, sources in _sets(recipe):
+    for name, sources in data_sets(recipe):
         report = _check(name, sources, recipe, parts, decode=False, processes=processes)
         shown += [Text(f"data.{name}", style="bold"), *view_statistics(report)]
         plain[name] = _plain(report, [])
@@ -144,7 +213,7 @@ def size_of(recipe: Recipe) -> tuple[DataSize, str]:
         if source.path.startswith("hf:") or source.streaming or source.image_hosts:
             raise DataError(f"Records or images of {source.path} would be fetched to count them.")
     require_sources(sources)
-    parts = _parts(recipe)
+    parts = parts_of(recipe)
     counts = [len(open_source(source)) for source in sources]
     reports = [
         _check(
@@ -177,19 +246,30 @@ def size_of(recipe: Recipe) -> tuple[DataSize, str]:
     return size, f"Size of the data: {how} {sum(counts):,} records; {lost:,} of those read cannot be used."
 
 
-def _sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
+def data_sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
+    """The sources of the training data, and of the validation data if there are any."""
     sets = [("train", recipe.data.train)]
     return [*sets, ("validation", recipe.data.held_out)] if recipe.data.held_out else sets
 
 
+def _reports(
+    recipe: Recipe, parts: DataParts, *, processes: int | None, shard: Shard | None = None
+) -> dict[str, CheckReport]:
+    return {
+        name: _check(name, sources, recipe, parts, decode=True, processes=processes, shard=shard)
+        for name, sources in data_sets(recipe)
+    }
+
+
 def _check(
-    name: str, sources: list[SourceConfig], recipe: Recipe, parts: _Parts, *, decode: bool, processes: int | None
-) -> CheckReport:
+    name: str, sources: list[SourceConfig], recipe: Recipe, parts: DataParts, *, decode: bool, processes: int | None,
+    shard: Shard | None = None,
+) -> CheckReport:  # fmt: skip
     with Progress(f"check {name}", 0, unit="record") as progress:
         return check(
             sources, parts.encoder, config=recipe.data, vision=parts.image_processing is not None,
             image_processing=parts.image_processing, decode=decode,
-            processes=processes, on_progress=progress.of,
+            processes=processes, shard=shard, on_progress=progress.of,
         )  # fmt: skip
 
 
@@ -258,7 +338,7 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
     return path
 
 
-def _samples(recipe: Recipe, start: int, count: int) -> tuple[_Parts, list[Sample]]:
+def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[Sample]]:
     files = open_sources(recipe.data.train)
     total = sum(len(file) for file in files)
     if not 0 <= start < total or count < 1:
@@ -266,17 +346,18 @@ def _samples(recipe: Recipe, start: int, count: int) -> tuple[_Parts, list[Sampl
             f"start is {start} and count is {count}, but data.train has {total} records. "
             f"Choose start from 0 to {total - 1} and a count of at least 1."
         )
-    parts = _parts(recipe)
+    parts = parts_of(recipe)
     return parts, [_sample(files, number, recipe, parts) for number in range(start, min(total, start + count))]
 
 
-def _parts(recipe: Recipe) -> _Parts:
+def parts_of(recipe: Recipe) -> DataParts:
+    """Load them, with the form of thinking that the training data decide."""
     parts = load_parts(recipe.model, weights="none")
     encoder, _ = settled(ConversationEncoder.of(parts), open_sources(recipe.data.train))
-    return _Parts(encoder, parts.image_processing)
+    return DataParts(encoder, parts.image_processing)
 
 
-def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> Sample:
+def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataParts) -> Sample:
     for file in files:
         if number < len(file):
             break
@@ -295,7 +376,7 @@ def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Part
     return Sample(record, encoded)
 
 
-def _view_one(sample: Sample, parts: _Parts) -> RenderableType:
+def _view_one(sample: Sample, parts: DataParts) -> RenderableType:
     if sample.record is None or sample.encoded is None:
         return Panel(Text(str(sample.fault)), title="cannot be used", title_align="left", border_style="red")
     return view_record(sample.record, sample.encoded, parts.encoder)

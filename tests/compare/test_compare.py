@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,9 @@ from PIL import Image
 from preloaded import Preloaded
 
 from mm_moslora import cli
-from mm_moslora.compare import comparison_cell, holdout, run_processes
+from mm_moslora.compare import comparison_cell, comparison_run, holdout
 from mm_moslora.compare.arms import parse_arms
-from mm_moslora.compare.comparison_cell import Job, metrics, read_outcome, write_outcome
+from mm_moslora.compare.comparison_cell import CellRun, metrics, read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import (
     Outcome,
     Settings,
@@ -36,13 +36,12 @@ from mm_moslora.compare.comparison_plan import (
     tuning_cells,
 )
 from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, short_names
-from mm_moslora.compare.run_processes import RunProcesses, Slot, slots
 from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
 from mm_moslora.config import DataConfig, ModelConfig, Recipe, SourceConfig
+from mm_moslora.launch.jobs import ProcessEngine, cards_per_job
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.reporting.comparison_page import write_page
 from mm_moslora.utils.errors import ConfigError
-from tests.compare.dying import program, start
 
 DIVERGING = "lora@alpha=1e30@train.max_skipped_steps=2"
 ARMS = f"full,full@optim.max_grad_norm=0.5,lora@targets=[nope],{DIVERGING}"
@@ -377,83 +376,75 @@ def test_metrics_that_disappear_while_they_are_read_are_no_error(tmp_path: Path,
 RECIPE = Recipe(model=ModelConfig(language="none"))
 
 
-def job_of(folder: Path, name: str) -> Job:
-    """A run with a folder of this name."""
-    asked = settings(rates=[1e-4])
-    cell = reported_cells(asked, {"lora": 1e-4})[0]
-    recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, output=str(folder / name)))
-    return Job(cell=cell, recipe=recipe, settings=asked, folder=folder)
-
-
-def test_a_killed_comparison_leaves_no_process_behind(tmp_path: Path):
-    """The kernel's killer for want of memory chooses the parent, say."""
-    job = job_of(tmp_path, "stays")
-    parent = multiprocessing.get_context("spawn").Process(target=start, args=(job,))
-    parent.start()
-    told, deadline = job.place / "process", time.monotonic() + 120
-    while not (told.is_file() and told.read_text()):
-        assert time.monotonic() < deadline, "the process did not begin"
-        time.sleep(0.05)
-    parent.kill()
-    child = Path(f"/proc/{told.read_text()}/stat")
-    while child.is_file() and child.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "the process outlived its parent"
-        time.sleep(0.05)
-
-
-def test_a_killed_process_does_not_affect_the_others(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(run_processes, "PROGRAM", program("work"))
-    runs, ended = RunProcesses([Slot(), Slot()]), {}
-    deadline = time.monotonic() + 300
-    for first, second in (("dies", "a"), ("b", "c")):
-        for name in (first, second):
-            assert runs.free
-            runs.start(job_of(tmp_path, name))
-        assert not runs.free
-        while runs.running and time.monotonic() < deadline:
-            ended |= {job.place.name: code for job, code in runs.wait(5)}
-    assert ended == {"dies": -signal.SIGKILL, "a": 0, "b": 0, "c": 0}
-    assert read_outcome(tmp_path / "dies") is None
-    assert len({(tmp_path / name / "process").read_text() for name in ("a", "b", "c")}) == 3
-
-
-def test_what_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch):
-    ignores = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {program('work')}"
-    monkeypatch.setattr(run_processes, "PROGRAM", ignores)
-    runs = RunProcesses([Slot()])
-    runs.start(job_of(tmp_path, "stays"))
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "stays" / "process").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    began = time.monotonic()
-    runs.stop(grace=1)
-    assert time.monotonic() - began < 30
-    assert not runs.running
-    assert runs.free
-
-
-def test_a_run_has_its_devices_before_anything_is_imported(tmp_path: Path, monkeypatch):
-    """Some libraries ask CUDA for its devices while they are imported, and it never looks again."""
-    monkeypatch.setattr(run_processes, "PROGRAM", program("tell_devices"))
-    runs = RunProcesses([Slot(devices=("3",)), Slot(devices=("GPU-5", "GPU-7"))])
-    for name in ("a", "b"):
-        runs.start(job_of(tmp_path, name))
-    deadline = time.monotonic() + 120
-    while runs.running and time.monotonic() < deadline:
-        runs.wait(5)
-    told = [read_outcome(tmp_path / name) for name in ("a", "b")]
-    assert [outcome and outcome.reason for outcome in told] == ["3", "GPU-5,GPU-7"]
-
-
 def test_a_run_refuses_the_devices_of_others(tmp_path: Path, monkeypatch):
     fake_devices(monkeypatch, 8)
-    job = job_of(tmp_path, "a")
-    comparison_cell._require_own_accelerators(dataclasses.replace(job, accelerators=tuple("01234567")))
-    outcome = comparison_cell._outcome(dataclasses.replace(job, accelerators=("3",)))
+    run = ordered(tmp_path)
+    comparison_cell._require_own_accelerators(dataclasses.replace(run, cards=8))
+    outcome = comparison_cell._outcome(dataclasses.replace(run, cards=1), None)
     assert outcome is not None
     assert outcome.status == "failed"
-    assert outcome.reason.startswith("The run sees 8 accelerators, expected 1 (3).")
+    assert outcome.reason.startswith("The run sees 8 accelerators, expected 1.")
+
+
+def ordered(folder: Path) -> CellRun:
+    """A run that is ordered in a comparison's folder."""
+    asked = settings(rates=[1e-4])
+    cell = reported_cells(asked, {"lora": 1e-4})[0]
+    run = CellRun(cell=cell, recipe=cell.recipe(RECIPE, folder), settings=asked, folder=folder)
+    run.order()
+    return run
+
+
+def test_a_run_by_hand_that_does_not_exist_or_is_damaged_is_one_line(tmp_path: Path, capsys):
+    assert cli.run(["compare", str(tmp_path / "no"), "--cell", "a"]) == 1
+    assert "has no run 'a'" in capsys.readouterr().err
+    place = ordered(tmp_path).place
+    for more in (["--stop-at", "3"], ["--cell", place.name, "--optim.lr=1"]):
+        assert cli.run(["compare", str(tmp_path), *more]) == 1
+        assert "--cell does one run as it was planned" in capsys.readouterr().err
+    assert cli.run(["compare", str(tmp_path), "--cell", "../a"]) == 1
+    assert f"there are {place.name}." in capsys.readouterr().err
+    shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    assert cli.run(["compare", str(tmp_path.with_name("copy")), "--cell", place.name]) == 1
+    assert "Repeat the comparison's command in this place" in capsys.readouterr().err
+    for text in ("{", "[]", "{}", '{"cell": {}, "settings": {}, "odd": 1}'):
+        (place / "cell.json").write_text(text)
+        assert cli.run(["compare", str(tmp_path), "--cell", place.name]) == 1
+        assert "cell.json is damaged" in capsys.readouterr().err
+
+
+def other_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the processes of runs do this function of `other_runs.py`."""
+    monkeypatch.setattr(comparison_run, "PROGRAM", "tests.compare.other_runs")
+    monkeypatch.setenv("RUN_OF_TESTS", name)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]))
+
+
+def test_a_run_that_is_started_twice_at_once_happens_once(tmp_path: Path, monkeypatch, python: Preloaded):
+    """As two elements of an array, or an attempt after a node that was only thought lost."""
+    other_runs(monkeypatch, "wait")
+    run = ordered(tmp_path)
+    words = [python.ours, "-m", "tests.compare.other_runs", "compare", str(tmp_path), "--cell", run.cell.name]
+    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    said = [one.communicate(timeout=100)[1] for one in both]
+    assert [one.returncode for one in both] == [0, 0], said
+    assert (tmp_path / "begun").read_text() == f"{run.cell.name}\n", said
+    before = (run.place / "outcome.json").stat().st_mtime_ns
+    assert subprocess.run(words, check=True, timeout=100).returncode == 0
+    assert (run.place / "outcome.json").stat().st_mtime_ns == before
+
+
+def test_runs_that_are_killed_three_times_are_in_the_table_and_the_others_go_on(tmp_path: Path, monkeypatch):
+    other_runs(monkeypatch, "die")
+    comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
+    assert comparison.run(RunBudget(), ProcessEngine(parallel=2))
+    assert Counter(outcome.status for outcome in comparison.outcomes.values()) == {"ok": 2, "failed": 2}
+    assert "ended by signal 9" in comparison.outcomes["lora_lr0.0001_seed0"].reason
 
 
 def settings(**changes) -> Settings:
@@ -476,10 +467,10 @@ def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | Non
 
 def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, monkeypatch, caplog):
     fake_devices(monkeypatch, 2, visible="4,7")
-    monkeypatch.setattr(run_processes, "PROGRAM", program("meet"))
+    other_runs(monkeypatch, "meet")
     comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
     with caplog.at_level("INFO"):
-        assert comparison.run(RunBudget())
+        assert comparison.run(RunBudget(cards=1), ProcessEngine())
     met = {path.name.removeprefix("here-"): path.read_text() for path in tmp_path.glob("here-*")}
     assert sorted(met) == ["4-0", "4-1", "7-0", "7-1"], "each device has had two of the four runs"
     assert len(set(met.values())) == 4
@@ -491,17 +482,17 @@ def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, mon
     assert "moslora:kaiming at 0.0001, seed 0: failed: AssertionError: boom" in caplog.text
 
 
-def test_devices_are_divided_among_runs(monkeypatch):
+def test_the_accelerators_of_a_run(monkeypatch):
     fake_devices(monkeypatch, 5)
-    assert [slot.devices for slot in slots(parallel=None, devices_per_run=2)] == [("0", "1"), ("2", "3")]
-    assert [slot.devices for slot in slots(parallel=2, devices_per_run=1)] == [("0",), ("1",)]
+    engine = ProcessEngine()
+    asked = {number: cards_per_job(number, engine, option="--gpus-per-run") for number in (None, 1, 2, 5)}
+    assert asked == {None: 1, 1: 1, 2: 2, 5: 5}
     with pytest.raises(ConfigError, match="--gpus-per-run is 8, but there are 5 accelerators"):
-        slots(parallel=None, devices_per_run=8)
+        cards_per_job(8, engine, option="--gpus-per-run")
+    with pytest.raises(ConfigError, match="expected 1 or more"):
+        cards_per_job(-1, engine, option="--gpus-per-run")
     fake_devices(monkeypatch, 0)
-    assert slots(parallel=3, devices_per_run=1) == [Slot()] * 3
-    for option in ({"parallel": 0, "devices_per_run": 1}, {"parallel": None, "devices_per_run": -1}):
-        with pytest.raises(ConfigError, match="expected 1 or more"):
-            slots(**option)
+    assert cards_per_job(None, ProcessEngine(), option="--gpus-per-run") == 0
 
 
 def test_rates_that_differ_in_the_eighth_digit_have_runs_of_their_own():
@@ -612,6 +603,8 @@ def test_arms_differ_only_in_the_keys_of_their_names():
         (["--lr", "1e-4,2e-4", "--validation", "COPY"], "chosen on the reported data"),
         (["--lr", "1e-4,2e-4", "--data.validation", "RECORDS"], "chosen on the reported data"),
         (["--gpus-per-run", "2"], "accelerator"),
+        (["--parallel", "2", "--ray", "auto"], "--parallel is for this machine"),
+        (["--parallel", "2", "--slurm", "YES"], "give one of them"),
         (["--optim.lrr", "1"], "unknown key"),
     ],
 )
@@ -627,6 +620,9 @@ def test_bad_input_is_one_line(arguments, message, recipe: Path, records: Path, 
     }
     for key, value in zip(arguments[::2], arguments[1::2], strict=True):
         value = known.get(value, value)
+        if value == "YES":  # a switch
+            line.append(key)
+            continue
         if key in line:
             line[line.index(key) + 1] = value
         else:

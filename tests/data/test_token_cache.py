@@ -157,14 +157,14 @@ class TestTokenCache:
     def test_processes_that_come_together_build_it_once(self, tmp_path: Path, monkeypatch) -> None:
         path = make_records(tmp_path, 60)
         counter = tmp_path / "built"
-        build = token_cache._build
+        build = token_cache._write
 
         def counted(*arguments) -> None:
             with counter.open("a") as stream:
                 stream.write("x")
             build(*arguments)
 
-        monkeypatch.setattr(token_cache, "_build", counted)
+        monkeypatch.setattr(token_cache, "_write", counted)
         monkeypatch.setattr(token_cache, "_ROWS", 8)  # several processes tokenise
         context = multiprocessing.get_context("fork")
         results = context.Queue()

@@ -27,7 +27,7 @@ OPTIONAL = {
     "vllm": "only a benchmark for GPUs compares with it, where it is installed",
     "lmms_eval": "its pin of wandb contradicts the project's; eval/README.md has the command",
 }
-UNMEASURED = {"mlflow", "trackio", "pandas", "gradio", "liger-kernel", "lm-eval"}
+UNMEASURED = {"mlflow", "trackio", "pandas", "gradio", "liger-kernel", "lm-eval", "ray"}
 """Extras that the lowest environment leaves out: they contradict others there, or are as large as the rest."""
 
 

@@ -96,7 +96,7 @@ WRITES = {
     "mm_moslora/adapters/folders/save_folder.py:write_folder": NEW,
     "mm_moslora/adapters/methods/peft_methods.py:write": NEW,
     "mm_moslora/data/images/remote_files.py:read": ASIDE,
-    "mm_moslora/data/token_cache.py:_fill": NEW,
+    "mm_moslora/data/token_cache.py:_write": NEW,
     "mm_moslora/diffusion/diffusion_checkpoint.py:write": NEW,
     "mm_moslora/kernels/native/__init__.py:_compile": ASIDE,
     "mm_moslora/models/export/export_huggingface.py:_rename_tensors": NEW,

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
+from mm_moslora.utils.untrusted_files import opened
+from mm_moslora_eval.sources.document import digest
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.model_interface import Model
@@ -36,6 +39,23 @@ def check_name(name: str) -> None:
             "openai:URL#MODEL, replay:FILE."
         )
     find_checkpoint(Path(name))
+
+
+def name_with_files(name: str) -> str:
+    """The name of a model, and of one on this machine a hash of its files that is found without loading them.
+
+    The manifest of a checkpoint holds the hashes of its files; of an export the names and sizes count.
+    """
+    kind, separator, rest = name.partition(":")
+    if not name or (separator and kind in ("hf", "openai")):
+        return name
+    path = Path(rest) if separator and kind == "replay" else find_checkpoint(Path(name))
+    file = path / MANIFEST if path.is_dir() else path
+    if file.is_file():
+        with opened(file, most=None) as stream:
+            return f"{name}, files {sha256_of(stream)[:12]}"
+    sizes = sorted((str(item.relative_to(path)), item.stat().st_size) for item in path.rglob("*") if item.is_file())
+    return f"{name}, files {digest(sizes)[:12]}"
 
 
 def open_model(

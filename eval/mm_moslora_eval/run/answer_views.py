@@ -25,6 +25,8 @@ from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import DataSet, Document, digest
 
 TASK, DOCUMENTS, SAMPLES = "task.json", "documents.jsonl", "samples.jsonl"
+SHARDS = "shards"
+"""Folder within a run whose answers were divided, see `answer_shards`."""
 RESCORED = "-as-"
 """Part of the name of a view that is scored by another protocol than that of its prompts."""
 _SHOWN = 12
@@ -66,8 +68,9 @@ def selection_of(items: Sequence[Item], data: DataSet) -> Selection:
 
 
 def views_below(folder: Path) -> list[Path]:
-    """Every view in a run, a task folder or a mode of it."""
-    return sorted(path.parent for path in folder.glob(f"**/{TASK}"))
+    """Every view in a run, a task folder or a mode of it; shards are no views."""
+    found = (path.parent for path in folder.glob(f"**/{TASK}"))
+    return sorted(view for view in found if SHARDS not in view.relative_to(folder).parts)
 
 
 def find_view(place: Path) -> Path:

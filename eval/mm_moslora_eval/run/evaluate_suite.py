@@ -108,10 +108,12 @@ def evaluate_held(
     for mode in modes:
         told = None if progress is None else partial(progress, mode)
         view = run_task(model, task, output, mode=mode, settings=settings, data=data, progress=told, hasher=hasher)
-        if settings.rank == 0:
+        if settings.rank == 0 and settings.shard is None:
             results.append(score_folder(view, judge=judge))
             keep(output, read_samples(view), data.documents, mode=mode, hasher=hasher)
             _write(output, results[-1:])
+    if settings.shard is not None:  # all shards together are scored
+        return []
     documents = select(data, settings)
     if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
         asked = next((result for result in results if result.mode == "own" and result.scored), None)

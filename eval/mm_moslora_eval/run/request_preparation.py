@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,9 @@ def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
     Returns:
         The share, longest first, so that a lack of memory appears at once.
     """
-    groups: dict[tuple[str, ...], list[Item]] = {}
+    groups: dict[Hashable, list[Item]] = {}
     for item in items:
-        groups.setdefault(item.image_ids or (item.document.id,), []).append(item)
+        groups.setdefault(_shown(item), []).append(item)
     ordered = sorted(groups.values(), key=lambda group: (-sum(item.cost for item in group), group[0].index))
     loads = [0.0] * world_size
     share: list[list[Item]] = []
@@ -204,3 +205,21 @@ def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
             share.append(group)
     share.sort(key=lambda group: (-max(item.cost for item in group), group[0].index))
     return [item for group in share for item in sorted(group, key=lambda item: (-item.cost, item.index))]
+
+
+def windows(share: Sequence[Item], size: int) -> list[list[Item]]:
+    """What is handed to the model at a time, about `size` items of a share: questions on one picture stay together.
+
+    Batches are made within a window, so a window has the same answers wherever it is asked.
+    """
+    found: list[list[Item]] = []
+    for _, group in groupby(share, _shown):
+        items = list(group)
+        if not found or len(found[-1]) + len(items) > size:
+            found.append([])
+        found[-1] += items
+    return found
+
+
+def _shown(item: Item) -> Hashable:
+    return item.image_ids or (item.document.id,)

@@ -20,12 +20,16 @@ import math
 import os
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import read_json, refuse_strangers, replace_text
@@ -36,7 +40,7 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
 from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, Selection, selection_of
-from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal
+from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
 
@@ -71,8 +75,15 @@ class Settings:
     """Ask failed samples of an earlier run again."""
     grace_seconds: float = 30.0
     """Seconds that rank 0 waits, after its own work, for ranks that have not started yet."""
+    shard: Shard | None = None
+    """Ask only this share of every task; see `answer_shards`."""
     rank: int = field(default_factory=lambda: whole_number(os.environ, "RANK", 0))
     world_size: int = field(default_factory=lambda: whole_number(os.environ, "WORLD_SIZE", 1, least=1))
+
+    def share(self, items: Sequence[Item], rank: int, *, name: str) -> list[list[Item]]:
+        """The windows of a rank; `name`, of the task and its mode, decides which shard has the first one."""
+        dealt = windows(deal(items, rank=rank, world_size=self.world_size), self.batch_size * _WINDOW_BATCHES)
+        return dealt if self.shard is None else [*self.shard.every_nth(dealt, offset=zlib.crc32(name.encode()))]
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -99,8 +110,8 @@ def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
 
 
 @contextmanager
-def hold_run(folder: Path, *, rank: int = 0) -> Iterator[None]:
-    """Lock a run folder for this rank.
+def hold_run(folder: Path, *, rank: int = 0, wait: bool = False) -> Iterator[None]:
+    """Lock a run folder for this rank; `wait` until another process leaves it.
 
     Raises:
         EvalError: another process works in it, or it cannot be created.
@@ -113,7 +124,7 @@ def hold_run(folder: Path, *, rank: int = 0) -> Iterator[None]:
         raise EvalError(f"The run folder {folder} cannot be made ({error.strerror}). Choose another one.") from error
     for attempt in range(_LOCK_ATTEMPTS):
         try:
-            lock = held(folder / f".rank-{rank}.lock", wait=False)
+            lock = held(folder / f".rank-{rank}.lock", wait=wait)
             break
         except BlockingIOError as error:
             if attempt == _LOCK_ATTEMPTS - 1:
@@ -213,19 +224,22 @@ def run_task(
     place = folder / task.id / mode
     place.mkdir(parents=True, exist_ok=True)
     _claim(place / "asked.json", {"format": FORMAT, "task": task.id, "asked": task.asked}, what=str(place))
-    job = _Job(model, task, work, place, settings, progress)
+    share = partial(settings.share, work.items, name=f"{task.id}/{mode}")
+    items = work.items
+    if settings.shard is not None:
+        items = tuple(chain(*chain(*map(share, range(settings.world_size)))))
+    job = _Job(model, task, work, items, place, settings, progress)
     selection = selection_of(work.items, data)
     view = place / selection.folder
     if settings.rank == 0:
         view.mkdir(exist_ok=True)
-        more = bool(job.missing(work.items, retry=settings.retry_failed))
+        more = bool(job.missing(items, retry=settings.retry_failed))
         _describe(view, model, task, data, work, selection, mode, settings, asks=more)
-    share = deal(work.items, rank=settings.rank, world_size=settings.world_size)
-    job.answer(share, retry=settings.retry_failed)
+    job.answer(share(settings.rank), retry=settings.retry_failed)
     if settings.rank == 0:
         _wait_for_others(folder, job, settings)
-        job.answer(work.items)  # items that died ranks left unanswered
-        merge(place, [item.key for item in work.items])
+        job.answer(window for rank in range(settings.world_size) for window in share(rank))  # what died ranks left
+        merge(place, [item.key for item in items])
     return view
 
 
@@ -272,8 +286,8 @@ def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]
         known = list(read_json(view / TASK)["computed_by"])
     except (OSError, ValueError, KeyError, TypeError):
         known = []
-    now = provenance.circumstances(model)
-    return [*known, now] if not known or (asks and now not in known) else known
+    now = getattr(model, "computed_by", None) or [provenance.circumstances(model)]
+    return known + [item for item in now if item not in known] if asks or not known else known
 
 
 def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
@@ -284,7 +298,7 @@ def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
     others = [folder / f".rank-{rank}.lock" for rank in range(1, settings.world_size)]
     seen: set[Path] = set()
     started = time.monotonic()
-    while job.missing(job.work.items):
+    while job.missing(job.items):
         alive = {path for path in others if _held(path)}
         seen |= alive
         starting = len(seen) < len(others) and time.monotonic() - started < settings.grace_seconds
@@ -309,18 +323,19 @@ class _Job:
         model: Model,
         task: Task,
         work: Preparation,
+        items: Sequence[Item],
         place: Path,
         settings: Settings,
         progress: Progress | None,
     ) -> None:
-        self.work = work
+        self.work, self.items = work, items
         self._model, self._task, self._place = model, task, place
         self._settings, self._progress = settings, progress
         self._answered = self._failed = 0
         self._asked_here: set[str] = set()
         self._known: set[str] = set()
         self._done = 0
-        """Items of `work` with a known answer."""
+        """Items with a known answer."""
 
     def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
         """Items without an answer; with `retry` also failed items of an earlier run."""
@@ -329,19 +344,19 @@ class _Job:
             {key for key, row in rows.items() if row.get("error") is not None} - self._asked_here if retry else set()
         )
         self._known = rows.keys() - again
-        self._done = sum(item.key in self._known for item in self.work.items)
+        self._done = sum(item.key in self._known for item in self.items)
         return [item for item in items if item.key not in self._known]
 
-    def answer(self, items: Sequence[Item], *, retry: bool = False) -> None:
-        """Ask the items that have no answer."""
-        pending = self.missing(items, retry=retry)
+    def answer(self, share: Iterable[Sequence[Item]], *, retry: bool = False) -> None:
+        """Ask the items of windows that have no answer."""
+        missing = {item.key for item in self.missing(self.items, retry=retry)}
         self._report()
-        if not pending:
+        pending = [[item for item in window if item.key in missing] for window in share] if missing else []
+        if not any(pending):
             return
-        window = self._settings.batch_size * _WINDOW_BATCHES
         with AnswerLog(self._place, rank=self._settings.rank, batch_size=self._settings.batch_size) as log:
-            for start in range(0, len(pending), window):
-                self._window(pending[start : start + window], log)
+            for window in filter(None, pending):
+                self._window(window, log)
 
     def _window(self, items: Sequence[Item], log: AnswerLog) -> None:
         left: dict[str, Item] = {}
@@ -416,7 +431,7 @@ class _Job:
 
     def _report(self) -> None:
         if self._progress is not None:
-            self._progress(self._done, len(self.work.items))
+            self._progress(self._done, len(self.items))
 
 
 def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:

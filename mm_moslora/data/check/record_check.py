@@ -22,6 +22,7 @@ from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.training_set import encode_record, image_fault, placeholders_of
 from mm_moslora.data.worker_processes import in_processes, usable_processes
+from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import DataError
 
 _TOGETHER = 128
@@ -164,6 +165,7 @@ def check(
     image_processing: ImageProcessing | None = None,
     decode: bool = True,
     processes: int | None = None,
+    shard: Shard | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check sources as a run would use them.
@@ -176,6 +178,7 @@ def check(
         image_processing: counts the tokens of every picture; None: every picture takes the encoder's fixed number.
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
+        shard: check only this stretch of the records; the reports of all shards, added in order, are the whole one.
         on_progress: called with (records done, all records).
 
     Raises:
@@ -191,16 +194,17 @@ def check(
         too_long=config.too_long,
     )
     look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
-    report, total = empty(), sum(len(file) for file in files)
-    if processes is not None and processes < 1:
-        raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
-    if processes is None:
-        processes = usable_processes() if total > 2 * _TOGETHER else 1
-    chunks = [
+    chunks: Sequence[tuple[int, range]] = [
         (number, range(start, min(len(file), start + _TOGETHER)))
         for number, file in enumerate(files)
         for start in range(0, len(file), _TOGETHER)
     ]
+    chunks = chunks if shard is None else shard.stretch(chunks)
+    report, total = empty(), sum(len(rows) for _, rows in chunks)
+    if processes is not None and processes < 1:
+        raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
+    if processes is None:
+        processes = usable_processes() if total > 2 * _TOGETHER else 1
     for part in in_processes(look, chunks, processes=processes):
         report.add(part)
         if on_progress is not None:

@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from mm_moslora.compare.arms import parse_arms
-from mm_moslora.compare.comparison_cell import LOG, Job, metrics, read_outcome
+from mm_moslora.compare.comparison_cell import LOG, CellRun, metrics, read_outcome
 from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings, recipe_hash
+from mm_moslora.compare.comparison_run import _job
 from mm_moslora.compare.run_cost import ArmCost, cost_table, mean_run_seconds
-from mm_moslora.compare.run_processes import RunProcesses, Slot
 from mm_moslora.config import Recipe
 from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.launch.jobs import ProcessEngine, run_jobs
 from mm_moslora.training import run_setup
 from mm_moslora.utils import distributed
 from mm_moslora.utils.distributed import seed_everything
 
 
-def taken(jobs: list[Job]) -> list[Outcome]:
+def taken(runs: list[CellRun]) -> list[Outcome]:
     """The outcomes of runs, one after the other."""
-    pool, deadline = RunProcesses([Slot()]), time.monotonic() + 300
-    try:
-        for job in jobs:
-            pool.start(job)
-            while pool.running and time.monotonic() < deadline:
-                for ended in pool.wait(5):
-                    assert ended.code == 0
-    finally:
-        pool.stop(grace=20)
-    found = [read_outcome(job.place) for job in jobs]
+    for run in runs:
+        run.order()
+    assert run_jobs(lambda: [_job(run) for run in runs], ProcessEngine(parallel=1), over=lambda *_: None) == {}
+    found = [read_outcome(run.place) for run in runs]
     assert all(outcome is not None and outcome.status == "ok" for outcome in found), [
-        (job.place / LOG).read_text()[-2000:] for job in jobs
+        (run.place / LOG).read_text()[-2000:] for run in runs
     ]
     return [outcome for outcome in found if outcome is not None]
 
@@ -67,11 +61,11 @@ def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
         tasks=[f"llava:{tmp_path / 'test.jsonl'}@{pictures}"], limit=6, max_new_tokens=3,
     )  # fmt: skip
     jobs = []
-    for name, arm in (("first", 0), ("full", 1), ("again", 0)):
-        cell = Cell(arm=settings.arms[arm], rate=1e-2, seed=0, tuning=False)
+    for seed, arm in ((0, 0), (0, 1), (1, 0)):
+        cell = Cell(arm=settings.arms[arm], rate=1e-2, seed=seed, tuning=False)
         own = cell.recipe(recipe, tmp_path)
-        own = dataclasses.replace(own, train=dataclasses.replace(own.train, output=str(tmp_path / name)))
-        jobs.append(Job(cell=cell, recipe=own, settings=settings, folder=tmp_path, rehearsed=name == "again"))
+        own = dataclasses.replace(own, train=dataclasses.replace(own.train, seed=recipe.train.seed))
+        jobs.append(CellRun(cell=cell, recipe=own, settings=settings, folder=tmp_path))
     first, full, again = taken(jobs)
     assert (again.test, again.last_loss) == (first.test, first.last_loss)
     assert full.last_loss != first.last_loss
@@ -130,19 +124,18 @@ def test_arms_with_one_seed_see_the_same_batches(tmp_path: Path, language_folder
         )
 
 
-def test_a_job_arrives_as_it_was_sent(tmp_path: Path) -> None:
+def test_a_run_is_read_as_it_was_ordered(tmp_path: Path) -> None:
     shared = Recipe.from_dict({"model": {"language": "none"}, "optim": {"lr": 1 / 3}, "train": {"zero": "zero2"}})
     arms = parse_arms("lora,moslora:kaiming@optim.warmup=0.2@targets=[a,b]", shared)
     settings = Settings(arms=arms, rates=[1 / 3], seeds=2, tasks=["t"], validation=["v"], decided={"lora": 1}, limit=3)
     for arm in arms:
         cell = Cell(arm=arm, rate=1 / 3, seed=1, tuning=True)
-        job = Job(cell=cell, recipe=cell.recipe(shared, tmp_path), settings=settings, folder=tmp_path, rehearsed=True)
-        job = dataclasses.replace(job, accelerators=("GPU-1", "2"), stop_at=3)
-        text = job.to_json()
-        assert "\n" not in text
-        assert Job.from_json(text).to_json() == text
-        assert recipe_hash(Job.from_json(text).recipe) == recipe_hash(job.recipe)
-        assert Job.from_json(text).recipe == job.recipe
+        run = CellRun(
+            cell=cell, recipe=cell.recipe(shared, tmp_path), settings=settings, folder=tmp_path, cards=2, keep_all=True
+        )  # fmt: skip
+        run.order()
+        assert CellRun.read(tmp_path, cell.name) == run
+        assert recipe_hash(CellRun.read(tmp_path, cell.name).recipe) == recipe_hash(run.recipe)
 
 
 def test_the_cost_by_arm_adds_up() -> None:

@@ -1,0 +1,246 @@
+"""Jobs: independent command lines, run as processes of this machine, on a Ray cluster, or as a SLURM array.
+
+The command of a job, started by hand in the same folder, does the same: it begins where an earlier start ended, and it
+does nothing where its output is there. So a job that runs twice, or is tried again on another machine, changes nothing.
+
+`ProcessEngine` here, `ray_engine.py` and `slurm_array.py` run them; their results are the files that they write.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from mm_moslora.launch.child_processes import Child, kill_tree, python_words, start_tied, terminate
+from mm_moslora.launch.topology import accelerators
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import writing_in_place
+
+logger = logging.getLogger(__name__)
+
+TRIES = 3
+GRACE = 120.0
+"""Seconds in which a job that is asked to end may save."""
+_LOOK, _PAUSE = 1.0, 0.1
+"""Seconds between two questions for further jobs or a stop, and between two looks at processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A command line with an output."""
+
+    name: str
+    """Unique among the jobs of a call."""
+    command: tuple[str, ...]
+    """What follows `python -m`: `("mm_moslora", "compare", ...)`."""
+    log: Path
+    """File to which its output is appended."""
+    output: Path | None = None
+    """File or folder that appears, whole, when the job is done; None: its exit code alone says so."""
+    cards: int = 0
+    """Accelerators that it has for itself."""
+    cores: int = 1
+    folder: Path = field(default_factory=Path.cwd)
+    """Folder in which the command is started."""
+
+    @property
+    def words(self) -> list[str]:
+        """The whole command."""
+        return python_words("-m", *self.command)
+
+
+class End(NamedTuple):
+    """The end of a job's process."""
+
+    job: Job
+    code: int
+    """Its exit code."""
+    reason: str = ""
+    """What else went wrong, such as a lost machine."""
+
+    @property
+    def problem(self) -> str:
+        """Why the job is not done; empty where it is."""
+        log = self.job.log
+        if self.reason:
+            return f"{self.reason}; see {log}"
+        if self.code < 0:
+            hint = "; signal 9 often means that the machine ran out of memory" if self.code == -9 else ""
+            return f"the process was ended by signal {-self.code}{hint}; see {log}"
+        if self.code:
+            return f"the process ended with code {self.code}; see {log}"
+        missing = self.job.output is not None and not self.job.output.exists()
+        return f"the process ended without {self.job.output}; see {log}" if missing else ""
+
+
+class Engine(Protocol):
+    """Where jobs run."""
+
+    @property
+    def cards(self) -> int:
+        """Accelerators in all."""
+
+    def width(self, cards: int) -> int:
+        """Jobs with so many cards each that run at the same time."""
+
+    def takes(self, job: Job) -> bool:
+        """Whether another job can be handed over now.
+
+        Raises:
+            ConfigError: it will never have the cards.
+        """
+
+    def start(self, job: Job) -> None:
+        """Hand a job over."""
+
+    def wait(self, seconds: float) -> list[End]:
+        """Wait until jobs end, up to a time limit; returns those that did."""
+
+    def stop(self) -> None:
+        """Ask the running jobs to save, wait for them, and drop the others."""
+
+
+def run_jobs(
+    jobs: Callable[[], Iterable[Job]], engine: Engine, *, over: Callable[[Job, str], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, str]:  # fmt: skip
+    """Run jobs to their end; returns, by name, why some of them failed `TRIES` times. The others go on.
+
+    Args:
+        jobs: those known so far; called again when some have ended, and every second.
+        engine: where they run.
+        over: called with a job that is done or failed, and with the reason of a failure.
+        stop: whether to end now; running jobs save, and the same call continues them.
+    """
+    tries: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    waiting: list[Job] = []
+    running = 0
+    try:
+        while not stop():
+            new = [job for job in jobs() if job.name not in tries]
+            tries |= {job.name: 0 for job in new}
+            waiting += new
+            while waiting and engine.takes(waiting[0]):
+                engine.start(waiting.pop(0))
+                running += 1
+            if not running:
+                break
+            for end in engine.wait(_LOOK):
+                running -= 1
+                problem, name = end.problem, end.job.name
+                if problem and stop():  # the signal may have ended the job, too
+                    continue
+                tries[name] += 1
+                if problem and tries[name] < TRIES:
+                    logger.warning("%s: %s. Attempt %d of %d follows.", name, problem, tries[name] + 1, TRIES)
+                    waiting.insert(0, end.job)
+                    continue
+                failed |= {name: problem} if problem else {}
+                over(end.job, problem)
+    finally:
+        engine.stop()
+    return failed
+
+
+def cards_per_job(asked: int | None, engine: Engine, *, option: str) -> int:
+    """Accelerators of each job: those asked for, else one where the engine has any.
+
+    Raises:
+        ConfigError: several are asked for, and there are none, or too few of them in all.
+    """
+    if asked is not None and asked < 1:
+        raise ConfigError(f"{option} is {asked}, expected 1 or more.")
+    if (asked or 1) > max(1, engine.cards):
+        raise ConfigError(f"{option} is {asked}, but there are {engine.cards} accelerators. Give at most that many.")
+    return (asked or 1) if engine.cards else 0
+
+
+class ProcessEngine:
+    """Processes of this machine.
+
+    Args:
+        parallel: most jobs at the same time; None: as many as the accelerators allow, one on a CPU.
+    """
+
+    def __init__(self, *, parallel: int | None = None) -> None:
+        if parallel is not None and parallel < 1:
+            raise ConfigError(f"--parallel is {parallel}, expected 1 or more.")
+        self._cards = _card_names()
+        self._parallel = parallel or max(1, len(self._cards))
+        self._free = list(self._cards)
+        self._busy: list[tuple[Job, Sequence[str], Child]] = []
+
+    @property
+    def cards(self) -> int:
+        """Accelerators of this machine."""
+        return len(self._cards)
+
+    def width(self, cards: int) -> int:
+        """Jobs with so many cards each that run at the same time."""
+        return min(self._parallel, self.cards // cards) if cards else self._parallel
+
+    def takes(self, job: Job) -> bool:
+        """Whether another job can start now."""
+        if job.cards > self.cards:
+            raise ConfigError(
+                f"A job needs {job.cards} accelerators, but there are {self.cards} here. Give at most that many."
+            )
+        return len(self._busy) < self._parallel and job.cards <= len(self._free)
+
+    def start(self, job: Job) -> None:
+        """Start a job's process; it has its accelerators before it imports anything."""
+        cards, self._free = self._free[: job.cards], self._free[job.cards :]
+        self._busy.append((job, cards, start_process(job, {"CUDA_VISIBLE_DEVICES": ",".join(cards)} if cards else {})))
+
+    def wait(self, seconds: float) -> list[End]:
+        """Wait until processes end, up to a time limit; returns those that did."""
+        deadline = time.monotonic() + seconds
+        while not (over := [one for one in self._busy if one[2].poll() is not None]) and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+        self._busy = [one for one in self._busy if one not in over]
+        self._free += [card for _, cards, _ in over for card in cards]
+        return [End(job, close(child)) for job, _, child in over]
+
+    def stop(self) -> None:
+        """Ask every job to save and exit; after `GRACE` seconds it is killed."""
+        for _, _, child in self._busy:
+            terminate(child.pid)
+        deadline = time.monotonic() + GRACE
+        while self._busy and time.monotonic() < deadline:
+            self.wait(_PAUSE)
+        for _, _, child in self._busy:
+            kill_tree(child.pid)
+        while self._busy:
+            self.wait(_PAUSE)
+
+
+def start_process(job: Job, changes: dict[str, str]) -> Child:
+    """Start a job's process on this machine, which ends with this process.
+
+    Args:
+        job: its log is created with its folder.
+        changes: of the environment.
+    """
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with writing_in_place(job.log, append=True) as log:
+        return start_tied(job.words, changes, stdout=log, stderr=log, cwd=job.folder)
+
+
+def close(child: Child) -> int:
+    """The exit code of a process that has ended."""
+    if child.stdin is not None:
+        with suppress(BrokenPipeError):
+            child.stdin.close()
+    return child.wait()
+
+
+def _card_names() -> list[str]:
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), accelerators()
+    return named.split(",")[:count] if named else [str(index) for index in range(count)]

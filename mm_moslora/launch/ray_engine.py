@@ -1,0 +1,171 @@
+"""Jobs on a Ray cluster, through Ray's public interface alone: https://docs.ray.io.
+
+A task of Ray starts the job's command as a process of its node. Files are the result: the folder of the jobs is on a
+file system that all nodes share, at the same path. Ray repeats the tasks of a node that is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from contextlib import chdir
+from typing import Any
+
+from mm_moslora.launch.child_processes import kill_tree, terminate
+from mm_moslora.launch.jobs import GRACE, TRIES, End, Engine, Job, ProcessEngine, close, start_process
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import writing_in_place
+from mm_moslora.utils.package_requirements import install_extra
+
+logger = logging.getLogger(__name__)
+
+_PAUSE, _SECONDS, _SEEN_LATE = 0.2, 10.0, 90.0
+"""Seconds between two looks at a process, to reach the cluster, and until a network file system shows an output."""
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Ray sets the first on its nodes; sums depend on the number of threads, so jobs get what this process has."""
+
+
+def open_engine(ray: str, *, parallel: int | None) -> Engine:
+    """The engine that a verb's options ask for.
+
+    Args:
+        ray: address of a Ray cluster; empty: processes of this machine.
+        parallel: most jobs at the same time on this machine.
+    """
+    if ray and parallel is not None:
+        raise ConfigError("--parallel is for this machine; with --ray, Ray starts what its nodes have room for.")
+    return RayEngine(ray) if ray else ProcessEngine(parallel=parallel)
+
+
+class RayEngine:
+    """A running Ray cluster.
+
+    Args:
+        address: HOST:PORT of its head, or `auto` for the one of this machine.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster is at the address.
+    """
+
+    def __init__(self, address: str) -> None:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError(f"--ray needs Ray: {install_extra('ray')}") from error
+        _require_listener(address)
+        try:
+            with chdir("/"):  # Ray puts the working folder first on its workers' module path
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"--ray {address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Start one with `ray "
+                "start --head`, and this command on one of its nodes."
+            ) from error
+        self._ray = ray
+        self._task = ray.remote(_run_on_node)
+        self._running: dict[Any, Job] = {}
+        self._warned = False
+
+    @property
+    def cards(self) -> int:
+        """Accelerators of the cluster."""
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    def width(self, cards: int) -> int:
+        """Jobs with so many cards and one core each that run at the same time."""
+        return sum(
+            int(min(node.get("CPU", 0), node.get("GPU", 0) // cards if cards else node.get("CPU", 0)))
+            for node in self._nodes()
+        )
+
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def takes(self, job: Job) -> bool:
+        """True: Ray starts jobs when their cards and cores are free."""
+        nodes = self._nodes()
+        fits = any(node.get("CPU", 0) >= job.cores and node.get("GPU", 0) >= job.cards for node in nodes)
+        if not fits and not self._warned:  # a cluster that grows on demand may bring one
+            have = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+            logger.warning(
+                "Jobs wait for a node with %d CPUs and %d GPUs. Ray's nodes have %s.", job.cores, job.cards, have
+            )
+        self._warned = self._warned or not fits
+        return True
+
+    def start(self, job: Job) -> None:
+        """Queue a job; the sign in its log shows a node that it sees the same file system."""
+        sign = f"Ray job {secrets.token_hex(8)}"
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with writing_in_place(job.log, append=True) as log:
+            log.write(f"{sign}\n")
+        threads = {name: os.environ.get(name) for name in _THREADS}
+        task = self._task.options(num_cpus=job.cores, num_gpus=job.cards, max_retries=TRIES - 1, name=job.name)
+        self._running[task.remote(job, sign, threads)] = job
+
+    def wait(self, seconds: float) -> list[End]:
+        """Wait until jobs end, up to a time limit; returns those that did."""
+        over, _ = self._ray.wait(list(self._running), timeout=seconds)
+        return [self._end(one) for one in over]
+
+    def _end(self, one: Any) -> End:
+        job = self._running.pop(one)
+        try:
+            code = self._ray.get(one)
+        except self._ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            return End(job, 1, str(cause).strip().splitlines()[0])
+        deadline = time.monotonic() + _SEEN_LATE
+        while code == 0 and job.output is not None and not job.output.exists() and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+        return End(job, code)
+
+    def stop(self) -> None:
+        """Ask the running jobs to save, wait for them, and leave the cluster."""
+        for one in self._running:
+            self._ray.cancel(one)
+        if self._running:
+            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=GRACE + _SECONDS)
+        self._running.clear()
+        self._ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Fail soon where nobody listens; Ray would try for a minute."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdecimal():  # auto, ray://HOST:PORT
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--ray {address}: nothing answers there ({error.strerror or error}). Give the address that `ray start "
+            "--head` printed, or auto on a node of the cluster."
+        ) from error
+
+
+def _run_on_node(job: Job, sign: str, threads: dict[str, str | None]) -> int:
+    """Run a job's command on this node; returns its exit code."""
+    if not job.log.is_file() or sign not in job.log.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError(
+            f"node {socket.gethostname()} does not see {job.log.parent}, which must be on a shared file system"
+        )
+    for name, value in threads.items():
+        os.environ.pop(name, None)
+        os.environ |= {} if value is None else {name: value}
+    child = start_process(job, {})
+    try:
+        while child.poll() is None:
+            time.sleep(_PAUSE)
+    except KeyboardInterrupt:  # Ray's way to cancel a task
+        terminate(child.pid)
+        deadline = time.monotonic() + GRACE
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+        if child.poll() is None:
+            kill_tree(child.pid)
+    return close(child)

@@ -1,0 +1,115 @@
+"""Shards of divisible work: `--shard I/N`, which items it takes, and which shards of a folder are done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mm_moslora.utils.errors import ConfigError
+
+Item = TypeVar("Item")
+
+MOST = 100_000
+_NAME = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `of` shards, counted from 1."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """The shard that `I/N` names.
+
+        Raises:
+            ConfigError: it has another form, or I is not one of 1 to N.
+        """
+        found = _NAME.fullmatch(text.replace("/", "-of-", 1))
+        shard = None if found is None or "/" not in text else cls(int(found[1]), int(found[2]))
+        if shard is None or not shard.number <= shard.of <= MOST:
+            raise ConfigError(
+                f"--shard is {text[:80]!r}, expected I/N with I from 1 to N and N at most {MOST}, such as 1/4."
+            )
+        return shard
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    @property
+    def name(self) -> str:
+        """Name of its file or folder."""
+        return f"{self.number}-of-{self.of}"
+
+    def every_nth(self, items: Sequence[Item], *, offset: int = 0) -> Sequence[Item]:
+        """Every N-th item; `offset` decides which shard has the first one."""
+        return items[(self.number - 1 + offset) % self.of :: self.of]
+
+    def stretch(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The I-th of N stretches, whose lengths differ by one at most."""
+        count = len(items)
+        return items[count * (self.number - 1) // self.of : count * self.number // self.of]
+
+
+def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
+    """The files that show that shards are done, in their order.
+
+    Args:
+        folder: of all shards.
+        suffix: what follows a shard's name in the path of its file.
+
+    Raises:
+        ConfigError: shards are missing, or of two divisions.
+    """
+    found: dict[Shard, Path] = {}
+    for path in folder.glob(f"*-of-*{suffix}"):
+        name = _NAME.fullmatch(str(path.relative_to(folder)).removesuffix(suffix))
+        if name is not None and int(name[1]) <= int(name[2]):
+            found[Shard(int(name[1]), int(name[2]))] = path
+    counts = sorted({shard.of for shard in found})
+    if len(counts) != 1:
+        what = f"shards of divisions by {' and by '.join(map(str, counts))}" if counts else "no finished shard"
+        raise ConfigError(
+            f"{folder} holds {what}; expected all shards of one division. "
+            f"{'Move the others away' if counts else 'Run the command with --shard 1/N to N/N first'}."
+        )
+    everything = [Shard(number, counts[0]) for number in range(1, counts[0] + 1)]
+    if missing := [str(shard) for shard in everything if shard not in found]:
+        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        raise ConfigError(
+            f"{folder}: {len(missing)} of {counts[0]} shards are missing or not finished: {shown}. Run the command "
+            "with --shard for each of them, then merge again."
+        )
+    return {shard: found[shard] for shard in everything}
+
+
+def refuse_others(stored: Any, asked: Any, *, what: str) -> None:
+    """Refuse a shard of another command.
+
+    Args:
+        stored: plain data that identify the shard's work.
+        asked: the same of this command.
+        what: the shard, for the message.
+
+    Raises:
+        ConfigError: a value differs; both are named.
+    """
+    one, other = dict(_flat(stored, "")), dict(_flat(asked, ""))
+    for name in one | other:
+        if one.get(name) != other.get(name):
+            values = [repr(side[name])[:200] if name in side else "missing" for side in (one, other)]
+            raise ConfigError(
+                f"{what} belongs to other work: its {name} is {values[0]}, expected {values[1]}. Repeat it with the "
+                "options of this command, or give this command the shard's."
+            )
+
+
+def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [pair for key, item in value.items() for pair in _flat(item, f"{name}: {key}" if name else str(key))]
+    return [(name, value)]

@@ -1,0 +1,147 @@
+"""`mm-moslora data cache`: fills a recipe's caches before training, whole or by shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm_moslora.batch import ImageProcessing
+from mm_moslora.config import Recipe, VisionConfig
+from mm_moslora.data.images.record_picture import ImageError, LocalPicture
+from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.sources.record_source import RecordSource
+from mm_moslora.data.training_set import cache_places
+from mm_moslora.launch.shard import Shard
+from mm_moslora.models.precision import dtype_of, resolve_precision
+from mm_moslora.models.vision.feature_cache import FeatureStore, tower_hash
+from mm_moslora.models.vision.vision_tower import load_vision
+from mm_moslora.models.vlm import tower_states
+from mm_moslora.planning.recipe_data import DataParts, data_sets, parts_of
+from mm_moslora.training.preflight import check_data
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.progress_bar import Progress
+
+_Place = tuple[int, int, int]
+"""Source, row, and number of a picture in its record."""
+_TOGETHER = 16
+"""Pictures that the vision tower encodes at a time."""
+
+
+class Filled(NamedTuple):
+    """What a call found and added."""
+
+    records: int
+    """Records whose tokens are in the cache or in this shard of it."""
+    pictures: int
+    """Pictures whose features are in the cache, of this shard alone where there is one."""
+    encoded: int
+    """Those of them that were not there before."""
+    unreadable: int
+    """Pictures that cannot be read; `data check` names them."""
+
+
+def fill_caches(recipe: Recipe, shard: Shard | None = None, *, features: bool = True) -> Filled:
+    """Fill `data.cache` and `model.vision.feature_cache` with a recipe's training and validation data.
+
+    Without a shard the token cache is built of its shards, if all are there. Features are encoded in batches that do
+    not depend on the shards.
+
+    Args:
+        recipe: resolved.
+        shard: tokenise and encode this share only.
+        features: False leaves the feature cache alone, which its shards have filled.
+
+    Raises:
+        ConfigError: the recipe names no cache.
+        DataError: a source cannot be read at all, or a shard is damaged.
+    """
+    check_data(recipe.data)
+    vision = recipe.model.vision
+    folder = None if vision is None else vision.feature_cache
+    if recipe.data.cache is None and folder is None:
+        raise ConfigError("The recipe names no cache to fill. Set data.cache, model.vision.feature_cache or both.")
+    parts = parts_of(recipe)
+    files = [file for _, sources in data_sets(recipe) for file in open_sources(sources)]
+    filled = Filled(0, 0, 0, 0)
+    if recipe.data.cache is not None:
+        filled = filled._replace(records=_tokens(recipe, files, parts, shard))
+    if features and vision is not None and folder is not None and parts.image_processing is not None:
+        store, encode = _tower(recipe, vision, Path(folder).expanduser(), shard)
+        filled = _features(files, parts.image_processing, store, encode, shard)._replace(records=filled.records)
+    return filled
+
+
+def _tokens(recipe: Recipe, files: Sequence[RecordSource], parts: DataParts, shard: Shard | None) -> int:
+    with Progress("tokenise records", 0, unit="record") as progress:
+        places = cache_places(files, parts.encoder, parts.image_processing, config=recipe.data, on_progress=progress.of)
+        if shard is None:
+            return sum(len(place.open().lengths) for place in places)
+        return sum(place.fill(shard) for place in places)
+
+
+def _tower(
+    recipe: Recipe, vision: VisionConfig, folder: Path, shard: Shard | None
+) -> tuple[FeatureStore, Callable[[Tensor], Tensor]]:
+    """The store of a recipe's vision tower, and the function that encodes ``[N, 3, H, W]``."""
+    device, dtype = distributed.device(), dtype_of(resolve_precision(recipe.train.precision))
+    tower, _ = load_vision(vision, dtype=dtype, device=device)
+    tower.eval()
+    store = FeatureStore(
+        folder, tower_hash(tower, vision.feature_layer), limit_gib=vision.feature_cache_gib,
+        writers=1 if shard is None else shard.of,
+    )  # fmt: skip
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> Tensor:
+        return tower_states(tower, vision.feature_layer, pixels.to(device=device, dtype=dtype))
+
+    return store, encode
+
+
+def _features(
+    files: Sequence[RecordSource],
+    processing: ImageProcessing,
+    store: FeatureStore,
+    encode: Callable[[Tensor], Tensor],
+    shard: Shard | None,
+) -> Filled:
+    places = _pictures(files)
+    batches: Sequence[Sequence[_Place]] = [
+        places[start : start + _TOGETHER] for start in range(0, len(places), _TOGETHER)
+    ]
+    batches = batches if shard is None else shard.stretch(batches)
+    seen = unreadable = 0
+    with Progress("encode pictures", sum(map(len, batches)), unit="picture") as progress:
+        for batch in batches:
+            pictures = []
+            for file, row, number in batch:
+                with suppress(RecordError, ImageError):
+                    pictures += processing.see([files[file][row].images[number].rgb()])
+            keys = {picture.key: index for index, picture in enumerate(pictures)}
+            missing = [key for key in keys if store.read(key) is None]
+            if missing:  # the whole batch is encoded: digits may depend on the pictures beside
+                states = encode(torch.cat([picture.tensors["pixel_values"] for picture in pictures]))
+                for key in missing:
+                    store.write(key, states[keys[key]])
+            seen, unreadable = seen + len(pictures), unreadable + len(batch) - len(pictures)
+            progress.update(seen + unreadable)
+    return Filled(0, seen, store.counts.written, unreadable)
+
+
+def _pictures(files: Sequence[RecordSource]) -> list[_Place]:
+    """Where every picture occurs first, in the order of the records; a file counts once."""
+    found: dict[Hashable, _Place] = {}
+    for file, source in enumerate(files):
+        for row in range(len(source)):
+            with suppress(RecordError):
+                for number, picture in enumerate(source[row].images):
+                    place = (file, row, number)
+                    found.setdefault(picture.path if isinstance(picture, LocalPicture) else place, place)
+    return list(found.values())

@@ -1,0 +1,141 @@
+"""`--shards N`: the same verb as N jobs, with the files of the undivided command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import make_records
+
+from mm_moslora import cli
+from mm_moslora.cli.eval_verbs import eval_run
+from mm_moslora.cli.shard_jobs import words_of
+from tests.eval.eval_data import write_questions
+from tests.eval.run.test_answer_shards import contents
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An evaluation of two models, which are files of answers."""
+    data = write_questions(tmp_path / "data", count=40, pictures=20)
+    for name, word in (("a", "blue"), ("b", "yes")):
+        rows = [{"question_id": f"q{number}", "text": word} for number in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "eval")]))
+    return ["eval", "run", f"llava:{data}", "--model", "replay:a.jsonl", "--model", "replay:b.jsonl", "--batch-size",
+            "1", "--modes", "own", "--modes", "wrong", "--baselines", "majority", "--no-track"]  # fmt: skip
+
+
+FOLDERS = ("replay-a.jsonl", "replay-b.jsonl")
+
+
+def test_models_by_shards_have_the_results_of_the_undivided_runs(command: list[str], tmp_path: Path) -> None:
+    for name, folder in (("replay:a.jsonl", FOLDERS[0]), ("replay:b.jsonl", FOLDERS[1])):
+        one = [*command[:3], "--model", name, *command[7:]]
+        assert cli.run([*one, "--output", f"whole/{folder}"]) == 0
+    assert cli.run([*command, "--output", "run", "--shards", "2", "--parallel", "2"]) == 0
+    for name in FOLDERS:
+        assert contents(tmp_path / "run" / name) == contents(tmp_path / "whole" / name)
+        shards = tmp_path / "run" / name / "shards"
+        assert [path.name for path in sorted(shards.glob("*.log"))] == ["1-of-2.log", "2-of-2.log"]
+        assert all(next((shards / f"{number}-of-2").rglob("answers.jsonl")).stat().st_size for number in (1, 2))
+    assert json.loads((tmp_path / "run" / FOLDERS[0] / "run.json").read_text())["model"]["name"].count("a.jsonl") == 1
+
+
+def test_a_model_that_fails_does_not_hide_the_others(
+    command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text("no answers")
+    assert cli.run([*command, "--output", "run", "--shards", "1"]) == 1
+    assert re.search(r"replay-a\.jsonl/shards/1-of-1: the process ended with code 1; see ", caplog.text)
+    assert [(tmp_path / "run" / name / "results.json").exists() for name in FOLDERS] == [False, True]
+
+
+def test_an_array_is_written_and_its_shards_are_merged(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    divided = [*command, "--output", "run", "--shards", "2", "--slurm"]
+    answers = tmp_path / "a.jsonl"
+    assert cli.run(divided) == 75
+    assert "sbatch run/shards.sbatch" in capsys.readouterr().out
+    script = (tmp_path / "run" / "shards.sbatch").read_text()
+    assert "#SBATCH --array=0-3\n" in script
+    for element in (3, 1, 0):
+        subprocess.run(["bash", "-c", script], env=os.environ | {"SLURM_ARRAY_TASK_ID": str(element)}, check=True)
+    assert cli.run(divided) == 75  # one shard is not there
+    script = (tmp_path / "run" / "shards.sbatch").read_text()
+    assert "#SBATCH --array=0-0\n" in script
+    subprocess.run(["bash", "-c", script], env=os.environ | {"SLURM_ARRAY_TASK_ID": "0"}, check=True)
+    assert cli.run(divided) == 0
+    assert all((tmp_path / "run" / name / "results.json").exists() for name in FOLDERS)
+    answers.write_text(answers.read_text().replace("blue", "green"))  # another model under the same name
+    capsys.readouterr()
+    assert cli.run(divided) == 1
+    message = capsys.readouterr().err
+    assert re.search(r"its --model is 'replay:a\.jsonl, files \w+', expected 'replay:a\.jsonl, files \w+'", message)
+
+
+def test_data_are_checked_and_cached_by_jobs(
+    tmp_path: Path, language_folder: Path, vision_folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "eval")]))
+    vision = {"name": str(vision_folder), "mode": "frozen", "feature_cache": str(tmp_path / "features")}
+    source = {"path": str(make_records(tmp_path, 20)), "image_folder": str(tmp_path / "images")}
+    recipe = tmp_path / "recipe.yaml"
+    content: dict[str, Any] = {
+        "name": "t", "model": {"language": str(language_folder), "vision": vision},
+        "data": {"train": [source], "cache": str(tmp_path / "tokens")}, "train": {"output": str(tmp_path / "run")},
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump(content))
+    check = ["data", "check", str(recipe), "--data.max_length", "128", "--json"]
+    assert cli.run(check) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert cli.run([*check, "--output", str(tmp_path / "check"), "--shards", "2", "--parallel", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == whole
+    assert cli.run(["data", "cache", str(recipe), "--shards", "2", "--parallel", "2"]) == 0
+    assert "tokens of 20 records" in capsys.readouterr().out
+    assert len(list((tmp_path / "tokens").glob("*/table.npy"))) == 1
+    assert len(list((tmp_path / "features").glob("*/*/*.safetensors"))) == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shards", "0"], "--shards is 0, expected 1 or more"),
+        (["--shards", "2", "--shard", "1/2"], "leave it out"),
+        (["--shards", "2", "--merge"], "leave it out"),
+        (["--ray", "auto"], "about the jobs of --shards N"),
+        (["--slurm"], "about the jobs of --shards N"),
+        (["--parallel", "2"], "about the jobs of --shards N"),
+        (["--shards", "2", "--slurm", "--ray", "auto"], "give one of them"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    command: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run([*command, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_words_of_a_command_give_its_arguments_again() -> None:
+    arguments: dict[str, Any] = {}
+
+    def verb(first: str, *more: str, limit: int | None = None, names: tuple[str, ...] = (), report: bool = True,
+             untuned: bool = False, output: Path = Path("x")) -> None:  # fmt: skip
+        arguments.update(locals())
+
+    verb("a", "--data.x", "1", limit=3, names=("b", "-c"), report=False, untuned=True)
+    assert words_of(verb, arguments, output=Path("y")) == [
+        "a", "--data.x", "1", "--limit=3", "--names=b", "--names=-c", "--no-report", "--untuned", "--output=y",
+    ]  # fmt: skip
+    assert eval_run.__kwdefaults__["report"]

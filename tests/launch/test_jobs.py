@@ -1,0 +1,129 @@
+"""Jobs as processes of this machine: failures, retries, accelerators, stopping."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.launch import jobs as module
+from mm_moslora.launch.jobs import Job, ProcessEngine, run_jobs
+from mm_moslora.utils.errors import ConfigError
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _commands_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{CHECKOUT}:{CHECKOUT / 'eval'}")
+
+
+def job(below: Path, kind: str, name: str = "", **changes) -> Job:
+    place = below / (name or kind)
+    command = ("tests.launch.odd_jobs", kind, str(place))
+    return Job(name=place.name, command=command, log=place / "log.txt", output=place / "output", **changes)
+
+
+def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str = "") -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+def ends(jobs: list[Job], engine=None) -> tuple[dict[str, str], dict[str, str]]:
+    """What `run_jobs` returns, and what it told by job."""
+    told: dict[str, str] = {}
+    failed = run_jobs(
+        lambda: jobs, engine or ProcessEngine(parallel=2), over=lambda one, why: told.update({one.name: why})
+    )
+    return failed, told
+
+
+def starts(folder: Path, name: str) -> list[list[str]]:
+    return [line.split(" ") for line in (folder / name / "starts").read_text().splitlines()]
+
+
+def test_a_job_that_fails_three_times_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    kinds = ("dies", "works", "fails", "forgets", "dies-twice")
+    failed, told = ends([job(tmp_path, kind) for kind in kinds])
+    assert told == failed | {"works": "", "dies-twice": ""}
+    assert set(failed) == {"dies", "fails", "forgets"}
+    assert failed["dies"].startswith("the process was ended by signal 9; signal 9 often means")
+    assert failed["fails"] == f"the process ended with code 4; see {tmp_path / 'fails' / 'log.txt'}"
+    assert "ended without" in failed["forgets"]
+    assert "this went wrong" in (tmp_path / "fails" / "log.txt").read_text()
+    assert {kind: len(starts(tmp_path, kind)) for kind in kinds} == {
+        "dies": 3, "works": 1, "fails": 3, "forgets": 3, "dies-twice": 3,
+    }  # fmt: skip
+
+
+def test_jobs_that_others_bring_about_run_in_the_same_call(tmp_path: Path) -> None:
+    def known() -> list[Job]:
+        first = job(tmp_path, "works", "first")
+        return [first, *([job(tmp_path, "works", "second")] if first.output.exists() else [])]
+
+    assert run_jobs(known, ProcessEngine(), over=lambda *_: None) == {}
+    assert (tmp_path / "second" / "output").exists()
+    assert len(starts(tmp_path, "first")) == 1
+
+
+def test_each_job_has_accelerators_of_its_own_and_its_folder(tmp_path: Path, monkeypatch) -> None:
+    fake_devices(monkeypatch, 5, visible="3,GPU-5,7,8,9")
+    engine = ProcessEngine()
+    assert (engine.cards, engine.width(2), engine.width(0)) == (5, 2, 5)
+    monkeypatch.setattr(module, "_PAUSE", 0.5)  # all three start before one has ended
+    jobs = [job(tmp_path, "works", name, cards=2, folder=tmp_path) for name in ("a", "b", "c")]
+    assert ends(jobs, engine)[0] == {}
+    told = {name: starts(tmp_path, name)[0][1:] for name in ("a", "b", "c")}
+    assert {told["a"][0], told["b"][0]} == {"3,GPU-5", "7,8"}
+    assert told["a"][1] == str(tmp_path)
+    with pytest.raises(ConfigError, match="needs 6 accelerators, but there are 5 here"):
+        ends([job(tmp_path, "works", "d", cards=6)], engine)
+    with pytest.raises(ConfigError, match="--parallel is 0, expected 1 or more"):
+        ProcessEngine(parallel=0)
+    fake_devices(monkeypatch, 0)
+    assert (ProcessEngine(parallel=3).width(0), ProcessEngine().width(0), ProcessEngine().cards) == (3, 1, 0)
+
+
+def test_a_stop_lets_running_jobs_save_and_the_same_call_continues(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "saves"), job(tmp_path, "works", "next")]
+    told: list[str] = []
+    run = {"over": lambda one, _: told.append(one.name), "stop": (tmp_path / "saves" / "ready").exists}
+    assert run_jobs(lambda: jobs, ProcessEngine(parallel=1), **run) == {}
+    assert (tmp_path / "saves" / "saved").exists()
+    assert not (tmp_path / "next").exists()
+    (tmp_path / "saves" / "done").touch()
+    assert told == []
+    assert ends(jobs) == ({}, {"saves": "", "next": ""})
+
+
+def test_what_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "GRACE", 1.0)
+    began = time.monotonic()
+    run_jobs(lambda: [job(tmp_path, "ignores")], ProcessEngine(), over=lambda *_: None,
+             stop=(tmp_path / "ignores" / "ready").exists)  # fmt: skip
+    assert time.monotonic() - began < 60
+    assert not Path(f"/proc/{starts(tmp_path, 'ignores')[0][0]}").exists()
+
+
+def test_a_killed_parent_leaves_no_process_behind(tmp_path: Path) -> None:
+    """The kernel's killer for want of memory chooses the parent, say."""
+    program = (
+        "import sys; from pathlib import Path; from tests.launch.test_jobs import job, ends;"
+        "ends([job(Path(sys.argv[1]), 'saves')])"
+    )
+    parent = subprocess.Popen([sys.executable, "-P", "-c", program, str(tmp_path)], env=dict(os.environ))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "saves" / "ready").exists():
+        assert time.monotonic() < deadline, "the job did not begin"
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    while not (tmp_path / "saves" / "saved").exists():
+        assert time.monotonic() < deadline, "the job outlived its parent"
+        time.sleep(0.05)

@@ -1,0 +1,118 @@
+"""Jobs on a real Ray cluster of two nodes on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm import free_ports
+
+from mm_moslora.launch import ray_engine
+from mm_moslora.launch.jobs import Job, run_jobs
+from mm_moslora.launch.ray_engine import RayEngine, open_engine
+from mm_moslora.utils.errors import ConfigError
+from tests.launch.test_jobs import CHECKOUT, job, starts
+
+ray = pytest.importorskip("ray", reason="needs the extra ray; make test-extras has it")
+STORE = 80 * 2**20
+"""Bytes of a node's object store; the smallest that Ray takes."""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", f"{CHECKOUT}:{CHECKOUT / 'eval'}:{CHECKOUT / 'tests' / 'distributed'}")
+    head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+    started = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield started
+    finally:
+        ray.shutdown()
+        started.shutdown()
+
+
+def ends(jobs: list[Job], engine: RayEngine, **options) -> tuple[dict[str, str], dict[str, str]]:
+    told: dict[str, str] = {}
+    failed = run_jobs(lambda: jobs, engine, over=lambda one, why: told.update({one.name: why}), **options)
+    return failed, told
+
+
+@pytest.mark.slow
+def test_a_lost_node_a_failing_job_and_a_stop(cluster, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    second = cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=STORE)
+    monkeypatch.chdir(tmp_path)
+    engine = RayEngine(cluster.address)
+    paths = ray.get(ray.remote(lambda: __import__("sys").path).remote())
+    assert not {"", str(tmp_path)} & set(paths), "files of the working folder would be imported in place of libraries"
+    assert (engine.cards, engine.width(0), engine.width(1)) == (0, 2, 0)
+    assert all(engine.takes(job(tmp_path, "works", cards=1)) for _ in range(2))
+    assert caplog.messages == [
+        "Jobs wait for a node with 1 CPUs and 1 GPUs. Ray's nodes have 1 CPUs and 0 GPUs, 1 CPUs and 0 GPUs."
+    ]
+    begun = [tmp_path / name / "ready" for name in ("one", "two")]
+
+    def lost() -> bool:
+        """Once both run, a node is lost; once its job is gone, both may end. Nothing is stopped."""
+        nonlocal second
+        if second is not None and all(path.exists() for path in begun):
+            cluster.remove_node(second, allow_graceful=False)
+            second = None
+        gone = [
+            p for p in begun if second is None and not Path(f"/proc/{starts(tmp_path, p.parent.name)[0][0]}").exists()
+        ]
+        if gone:
+            for path in begun:
+                path.with_name("done").touch()
+        return False
+
+    jobs = [job(tmp_path, "saves", "one"), job(tmp_path, "saves", "two"), job(tmp_path, "fails")]
+    failed, told = ends([*jobs, job(tmp_path, "works")], engine, stop=lost)
+    assert told == failed | {"one": "", "two": "", "works": ""}
+    assert failed == {"fails": f"the process ended with code 4; see {tmp_path / 'fails' / 'log.txt'}"}
+    assert sorted(len(starts(tmp_path, name)) for name in ("one", "two")) == [1, 2]
+    assert len(starts(tmp_path, "fails")) == 3
+    assert "this went wrong" in (tmp_path / "fails" / "log.txt").read_text()
+
+    stopped = job(tmp_path, "saves", "stopped")
+    ready = tmp_path / "stopped" / "ready"
+    assert ends([stopped, job(tmp_path, "works", "queued")], RayEngine("auto"), stop=ready.exists) == ({}, {})
+    assert (tmp_path / "stopped" / "saved").exists(), "it was not asked to save"
+    assert not (tmp_path / "queued" / "starts").exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_folder_is_named(cluster, tmp_path: Path) -> None:
+    engine = RayEngine(cluster.address)
+    one = job(tmp_path, "works")
+    run = ray_engine._run_on_node
+    engine._task = ray.remote(lambda job, sign, threads: run(job, f"{sign} of another file", threads))
+    failed, _ = ends([one], engine)
+    assert f" does not see {tmp_path / 'works'}, which must be on a shared file system" in failed["works"]
+    assert not (tmp_path / "works" / "starts").exists()
+
+
+def test_an_address_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="nothing answers there"):
+        RayEngine(f"127.0.0.1:{free_ports(1)[0]}")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/nonexistent")
+    with pytest.raises(ConfigError, match="--ray nowhere: no Ray cluster answers there"):
+        RayEngine("nowhere")
+    assert time.monotonic() - began < 60
+
+
+def test_without_ray_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"--ray needs Ray: pip install 'ray>="):
+        open_engine("auto", parallel=None)
+    with pytest.raises(ConfigError, match="--parallel is for this machine"):
+        open_engine("auto", parallel=2)
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
