@@ -71,7 +71,8 @@ def run(
 
     found = [get_task(name) for name in tasks]
     checksums = [task.load().sha256 for task in found]  # fail before the model is loaded
-    chosen = replace(settings or Settings(), **({"retry_failed": False} if merge else {}))
+    chosen = settings or Settings()
+    chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
     work = work_of([*zip(found, checksums, strict=True)], modes, chosen, model=named)
     folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
     with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None):

@@ -173,7 +173,8 @@ def eval_run(
 
 def _eval_several(tasks: tuple[str, ...], given: dict[str, Any], where: ShardJobs) -> int:
     """Evaluate one or several models in shards, as jobs, and merge those of each model."""
-    from mm_moslora_eval.run.answer_shards import DONE, SHARDS
+    from mm_moslora_eval.run.answer_shards import DONE
+    from mm_moslora_eval.run.answer_views import SHARDS
 
     models: tuple[str, ...] = given["model"] or ("",)
     whole: dict[Path, dict[str, Any]] = {}

@@ -148,7 +148,7 @@ class CachePlace:
         self.source, self._encode, self._on_progress = source, encode, on_progress
         self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
 
-    def open(self) -> TokenCache:
+    def cache(self) -> TokenCache:
         """Open the cache; build it first if it does not exist, of all its shards if they are there."""
         with self._unless_built(self.folder) as missing:
             parts = self._finished_shards() if missing else []

@@ -212,7 +212,7 @@ class TrainingSet:
         self.caches: list[TokenCache | None] = [None] * len(self.files)
         if config.cache is not None:
             places = cache_places(self.files, self.encoder, image_processing, config=config, on_progress=on_progress)
-            self.caches = [place.open() for place in places]
+            self.caches = [place.cache() for place in places]
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
         self._build(on_progress)
         self.members = [

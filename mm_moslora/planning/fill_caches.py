@@ -82,7 +82,7 @@ def _tokens(recipe: Recipe, files: Sequence[RecordSource], parts: DataParts, sha
     with Progress("tokenise records", 0, unit="record") as progress:
         places = cache_places(files, parts.encoder, parts.image_processing, config=recipe.data, on_progress=progress.of)
         if shard is None:
-            return sum(len(place.open().lengths) for place in places)
+            return sum(len(place.cache().lengths) for place in places)
         return sum(place.fill(shard) for place in places)
 
 

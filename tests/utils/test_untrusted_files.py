@@ -180,6 +180,7 @@ ALLOWED = {
     "mm_moslora/data/sources/hf_tables.py:load_saved": "tables were found to lie in the data set",
     "mm_moslora/data/sources/hf_tables.py:_streamed": "the cache of this project",
     "mm_moslora/data/token_cache.py:__init__": "the cache of this project",
+    "mm_moslora/data/token_cache.py:_read": "a shard of the cache of this project",
     "mm_moslora/data/sources/webdataset_tars.py:_members": "a stream",
     "mm_moslora/reporting/run_page.py:asset": "a file of the package",
     "mm_moslora/serve/dashboard/dashboard_app.py:asset": "a file of the package",

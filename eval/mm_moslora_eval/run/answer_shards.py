@@ -148,7 +148,7 @@ def gather(output: Path, work: dict[str, Any]) -> StoredModel:
                 )
             lines[place] += map(line, rows.values())
     assert model is not None, "there is a shard, or `finished` raises"
-    for place, rows in lines.items():
+    for place, texts in lines.items():
         (output / place).mkdir(parents=True, exist_ok=True)
-        replace_text(output / place / "answers-shards.jsonl", "".join(rows))
+        replace_text(output / place / "answers-shards.jsonl", "".join(texts))
     return model

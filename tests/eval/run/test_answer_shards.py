@@ -20,7 +20,7 @@ from tests.eval.eval_data import write_questions
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_models import export_tiny
 
-TIMES = re.compile(rb'"(date|time|seconds)": ("[^"]*"|[0-9.e-]+|null)')
+TIMES = re.compile(rb'"(date|time|seconds|commit|dirty)": ("[^"]*"|[0-9.e-]+|null|true|false)')
 
 
 def contents(run: Path) -> dict[str, bytes]:
