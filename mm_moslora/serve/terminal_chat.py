@@ -49,13 +49,7 @@ class Chat:
     def __init__(self, assembly: Parts, *, max_new_tokens: int = 128) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
         self.encoder = ConversationEncoder.of(assembly)
-        self.turns: list[Turn] = []
-        self.images: list[Image.Image] = []
-        self.features: dict[int, Tensor] = {}
-        self.names: list[str] = []
-        self.pending: list[int] = []
-        """Pictures shown since the last question: 1 for a picture, the number of frames for a video."""
-        self._asked: list[list[int]] = []
+        self.reset()
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_new_tokens: int = 128) -> Chat:
@@ -78,17 +72,14 @@ class Chat:
         Raises:
             DataError: the path is not a video, or the model has no vision encoder.
         """
-        self._look(Clip(path, str(path), frames).frames(), str(path))
+        self.look(*Clip(path, str(path), frames).frames(), name=str(path))
 
-    def look(self, picture: Image.Image, *, name: str = "picture") -> None:
-        """Attach an RGB picture to the next question.
+    def look(self, *pictures: Image.Image, name: str = "picture") -> None:
+        """Attach RGB pictures, one or the frames of a video, to the next question.
 
         Raises:
             DataError: the model has no vision encoder.
         """
-        self._look([picture], name)
-
-    def _look(self, pictures: list[Image.Image], name: str) -> None:
         if self.assembly.image_processing is None:
             raise DataError("This model has no vision encoder, so it takes no pictures.")
         self.images += pictures
@@ -133,7 +124,13 @@ class Chat:
 
     def reset(self) -> None:
         """Clear the conversation and its pictures."""
-        self.turns, self.images, self.features, self.names, self.pending, self._asked = [], [], {}, [], [], []
+        self.turns: list[Turn] = []
+        self.images: list[Image.Image] = []
+        self.names: list[str] = []
+        self.pending: list[int] = []
+        """Pictures shown since the last question: 1 for a picture, the number of frames for a video."""
+        self._features: list[Tensor] = []
+        self._asked: list[list[int]] = []
 
     def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[ProcessedImage]]:
         """Token ids of a conversation, and its pictures as tensors."""
@@ -153,9 +150,8 @@ class Chat:
         if has_own_forward(model):
             yield from stream_padded_row(model, ids, seen, max_new_tokens=self.max_new_tokens, stop_ids=stops)
             return
-        for number in range(len(self.features), len(seen)):
-            self.features[number] = encode_images(model, seen[number].tensors["pixel_values"])[0]
-        features = torch.cat(list(self.features.values())) if self.features else None
+        self._features += [encode_images(model, one.tensors["pixel_values"])[0] for one in seen[len(self._features) :]]
+        features = torch.cat(self._features) if self._features else None
         prompt = Prompt(input_ids=ids, features=features)
         for (token,) in stream(model, [prompt], max_new_tokens=self.max_new_tokens, stop_ids=stops):
             if token is None:
@@ -203,10 +199,7 @@ def _obey(chat: Chat, line: str) -> None:
         _say("Forgotten.\n")
     elif command == "/retry":
         question = chat.take_back()
-        if question is None:
-            _say("There is no question yet.\n")
-        else:
-            _answer(chat, question)
+        _say("There is no question yet.\n") if question is None else _answer(chat, question)
     elif command == "/help":
         _say(f"{HELP}\n")
     elif line.startswith("/"):
