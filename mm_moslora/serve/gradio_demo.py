@@ -6,7 +6,9 @@ import os
 import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +75,20 @@ class Demo:
             raise DataError("This model has no vision encoder, so it takes no pictures.")
         ids, seen = self.models.prompt(turns_of(messages), opened)
         happened: queue.Queue[tuple[int, Piece]] = queue.Queue()
+        drawn: Future[Image.Image | None] = Future()
+
+        def deliver(number: int, piece: Piece) -> None:
+            happened.put((number, piece))
+            if number == 0 and piece.ending is not None:  # the model belongs to this thread
+                try:
+                    drawn.set_result(self._attention(ids, seen, jobs[0].tokens))
+                except Exception as error:
+                    drawn.set_exception(error)
+
         jobs = [
             Job(
                 model=name, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=self.max_new_tokens),
-                deadline=time.monotonic() + self.limits.request_seconds,
-                deliver=lambda piece, number=number: happened.put((number, piece)),  # type: ignore[misc]
+                deadline=time.monotonic() + self.limits.request_seconds, deliver=partial(deliver, number),
             )
             for number, name in enumerate(list(self.models.variants)[:2])
         ]  # fmt: skip
@@ -89,7 +100,7 @@ class Demo:
                 texts[number] += piece.text
                 open_ones -= piece.ending is not None
                 yield Said(tuned=texts[0], base=texts[1])
-            yield Said(tuned=texts[0], base=texts[1], attention=self._attention(ids, seen, jobs[0].tokens))
+            yield Said(tuned=texts[0], base=texts[1], attention=drawn.result())
         finally:
             for job in jobs:
                 job.cancelled = True
@@ -98,9 +109,7 @@ class Demo:
         models, image = self.models, self.models.assembly.image
         if image is None:  # the visual tokens of a ready-made model form no known grid
             return None
-        maps = self.engine.between_steps(
-            lambda: attention_maps(models, models.default, input_ids=ids, seen=seen, answer=answer)
-        )
+        maps = attention_maps(models, models.default, input_ids=ids, seen=seen, answer=answer)
         if maps is None:
             return None
         return overlay(seen[-1].tensors["pixel_values"][0], maps[-1], mean=image.mean, std=image.std)

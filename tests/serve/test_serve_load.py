@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 from preloaded import Preloaded
 
-from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine, Job
+from mm_moslora.serve.inference.continuous_batching import Engine
 from mm_moslora.serve.inference.token_sampling import Draw, Sampling, choose
 from tests.serve.serve_tools import HEAD, asking, data_url, pixels_of, wait_until
 
@@ -115,39 +114,6 @@ def test_input_18_a_client_that_leaves_frees_its_place(serve_with: Any, slow_eng
                     wait_until(lambda: server.engine.running)
             wait_until(lambda: server.engine.running == 0, 10)
         assert server.post(asking("hello")).status_code == 200
-
-
-def test_functions_waiting_for_the_model_get_an_error_when_the_engine_stops(models: Any) -> None:
-    """A function that arrives in the engine's last step must not wait forever."""
-    engine, stepping, on, told = Engine(models, Limits(context=512)), threading.Event(), threading.Event(), []
-
-    def step(*_: Any) -> None:
-        stepping.set()
-        assert on.wait(60)
-
-    def errand() -> None:
-        try:
-            engine.between_steps(lambda: None)
-        except ApiError as error:
-            told.append(str(error))
-
-    engine._step = step
-    engine.start()
-    job = Job(
-        model="tiny", input_ids=torch.tensor([5, 6]), seen=(), sampling=Sampling(max_tokens=9),
-        deliver=lambda piece: None, deadline=time.monotonic() + 60,
-    )  # fmt: skip
-    engine.submit([job])
-    assert stepping.wait(60)
-    waiting, stopping = (threading.Thread(target=work, daemon=True) for work in (errand, engine.stop))
-    waiting.start()
-    wait_until(lambda: engine._errands)
-    stopping.start()
-    wait_until(lambda: not engine.alive)
-    on.set()
-    waiting.join(20)
-    stopping.join(60)
-    assert told == ["The server is stopping."]
 
 
 def test_input_18_trickling_headers_and_bodies_are_cut(serve_with: Any) -> None:

@@ -15,16 +15,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.prefix_cache import Decoder
-from mm_moslora.serve.api.api_errors import ApiError, busy, stopping
+from mm_moslora.serve.api.api_errors import busy, stopping
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.serve.inference.text_stream import TextStream
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 _ADMITTED_AT_ONCE = 4
 """Prompts that are read between two decoding steps; more would delay the running answers noticeably."""
 
-_Result = TypeVar("_Result")
 Ending = Literal["stop", "length", "failed", "late", "cancelled"]
 
 
@@ -66,7 +64,7 @@ class Job(Draw):
     thinking: bool | None = None
     """The form of the prompt; see `ConversationEncoder.encode_prompt`."""
     deliver: Callable[[Piece], object]
-    """Callback, called from the engine's thread."""
+    """Callback, called from the engine's thread, which may use the model meanwhile."""
     deadline: float
     """Deadline on the monotonic clock, seconds."""
     cancelled: bool = False
@@ -108,7 +106,6 @@ class Engine:
         self.models, self.limits = models, limits
         self._groups: dict[str, list[_Group]] = {name: [] for name in models.variants}
         self._waiting: deque[Job] = deque()
-        self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
@@ -141,14 +138,9 @@ class Engine:
         """Queue the answers of one request, all or none.
 
         Raises:
-            ApiError: the queue is full, or a job can never fit.
+            ApiError: the queue is full.
         """
         for job in jobs:
-            if job.room > self.limits.cached_tokens:
-                raise ApiError(
-                    f"The prompt and the answer take {job.room} tokens, the cache holds {self.limits.cached_tokens}.",
-                    code="context_length_exceeded",
-                )
             job.text = TextStream(self.models.encoder, job.stop, thinking=job.thinking)
         with self._changed:
             if self._stopping:
@@ -158,25 +150,11 @@ class Engine:
             self._waiting.extend(jobs)
             self._changed.notify()
 
-    def between_steps(self, work: Callable[[], _Result]) -> _Result:
-        """Run a function with the model while no answer uses it, and wait for its result.
-
-        Raises:
-            ApiError: the engine has stopped.
-        """
-        future: Future[_Result] = Future()
-        with self._changed:
-            if not self.alive:
-                raise stopping()
-            self._errands.append((future, work))
-            self._changed.notify()
-        return future.result()
-
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    while not (self._stopping or self._waiting or self.running or self._errands):
+                    while not (self._stopping or self._waiting or self.running):
                         self._changed.wait()
                     if self._stopping:
                         break
@@ -186,17 +164,9 @@ class Engine:
                     self._give_up(error)
         for job in [*self._waiting, *self._decoded()]:
             self._deliver(job, ending="cancelled")
-        for future, _ in self._errands:
-            future.set_exception(stopping())
 
     def _turn(self) -> None:
-        """The loop: run functions, remove, admit, decode."""
-        while self._errands:
-            future, work = self._errands.popleft()
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
+        """The loop: remove, admit, decode."""
         self._drop()
         for name, jobs in self._admissible().items():
             for batch in [[job] for job in jobs] if self.models.reads_alone else [jobs]:
@@ -284,8 +254,11 @@ class Engine:
         most = min(self.limits.batch, rows + _ADMITTED_AT_ONCE)
         chosen: dict[str, list[Job]] = {}
         with self._changed:
-            while self._waiting and rows < most and tokens + self._waiting[0].room <= self.limits.cached_tokens:
-                job = self._waiting.popleft()
+            while self._waiting and rows < most:
+                job = self._waiting[0]
+                if rows and tokens + job.room > self.limits.cached_tokens:
+                    break
+                self._waiting.popleft()
                 chosen.setdefault(job.model, []).append(job)
                 rows, tokens = rows + 1, tokens + job.room
         return chosen
