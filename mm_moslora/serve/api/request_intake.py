@@ -169,11 +169,7 @@ class Intake:
             with suppress(RuntimeError):  # the loop has closed
                 loop.call_soon_threadsafe(self.pictures.give, memory)
 
-        try:
-            opening = self._workers.submit(prepare, wanted, files, models, limits, stop=stop)
-        except BaseException:
-            self.pictures.give(memory)
-            raise
+        opening = self._workers.submit(prepare, wanted, files, models, limits, stop=stop)
         opening.add_done_callback(release)  # the thread may still run for a moment after its result is abandoned
         result = await self._in_worker(request, opening, stop, deadline - time.monotonic())
         held.set(result.bytes)
