@@ -45,9 +45,7 @@ def slow_engine(models: Any) -> Any:
     return make
 
 
-def test_input_19_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(
-    serve_with: Any, slow_engine: Any
-) -> None:
+def test_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(serve_with: Any, slow_engine: Any) -> None:
     with serve_with(engine=slow_engine(0.02, queue=16, batch=4), queue=16, batch=4) as server:
         step, refused = server.engine._step, threading.Event()
 
@@ -101,7 +99,7 @@ def test_fifty_concurrent_requests_get_answers_about_their_own_pictures(models: 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_input_18_a_client_that_leaves_frees_its_place(serve_with: Any, slow_engine: Any, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_place(serve_with: Any, slow_engine: Any, stream: bool) -> None:
     body = json.dumps(asking("hello", stream=stream, max_tokens=400, temperature=2, n=2)).encode()
     with serve_with(engine=slow_engine(0.05), max_tokens=400) as server:  # left alone it takes 20 s
         head = HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -116,7 +114,7 @@ def test_input_18_a_client_that_leaves_frees_its_place(serve_with: Any, slow_eng
         assert server.post(asking("hello")).status_code == 200
 
 
-def test_input_18_trickling_headers_and_bodies_are_cut(serve_with: Any) -> None:
+def test_trickling_headers_and_bodies_are_cut(serve_with: Any) -> None:
     with serve_with(header_seconds=1, body_seconds=0.5) as server:  # 10 and 30 s by themselves
         with server.socket() as connection:
             connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
@@ -129,7 +127,7 @@ def test_input_18_trickling_headers_and_bodies_are_cut(serve_with: Any) -> None:
         assert server.get("/health").status_code == 200
 
 
-def test_input_18_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: Any) -> None:
+def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: Any) -> None:
     import socket as sockets
 
     with serve_with(write_seconds=0.5) as server:
@@ -440,7 +438,7 @@ def test_metrics_count_what_happened(serve_with: Any) -> None:
 
 
 @pytest.mark.slow
-def test_input_19_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path, python: Preloaded) -> None:
+def test_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path, python: Preloaded) -> None:
     """SIGTERM during a stream of a real process: the stream is complete, and the process exits with 0."""
     code = (
         "import sys, time; from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
