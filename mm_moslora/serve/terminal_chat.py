@@ -51,6 +51,16 @@ class Chat:
         self.encoder = ConversationEncoder.of(assembly)
         self.reset()
 
+    def reset(self) -> None:
+        """Clear the conversation and its pictures."""
+        self.turns: list[Turn] = []
+        self.images: list[Image.Image] = []
+        self.names: list[str] = []
+        self.pending: list[int] = []
+        """Pictures shown since the last question: 1 for a picture, the number of frames for a video."""
+        self._features: list[Tensor] = []
+        self._asked: list[list[int]] = []
+
     @classmethod
     def from_folder(cls, folder: Path, *, max_new_tokens: int = 128) -> Chat:
         """Load a run, a checkpoint or an export onto this process's accelerator and start a conversation."""
@@ -122,16 +132,6 @@ class Chat:
         self.turns, self.pending = self.turns[:-2], self._asked.pop() + self.pending
         return asked.parts()[-1].removeprefix("\n") if asked.images else asked.text
 
-    def reset(self) -> None:
-        """Clear the conversation and its pictures."""
-        self.turns: list[Turn] = []
-        self.images: list[Image.Image] = []
-        self.names: list[str] = []
-        self.pending: list[int] = []
-        """Pictures shown since the last question: 1 for a picture, the number of frames for a video."""
-        self._features: list[Tensor] = []
-        self._asked: list[list[int]] = []
-
     def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[ProcessedImage]]:
         """Token ids of a conversation, and its pictures as tensors."""
         seen = self.assembly.image_processing.see(self.images) if self.assembly.image_processing else []
@@ -183,7 +183,10 @@ def interactive(chat: Chat) -> None:
 def _obey(chat: Chat, line: str) -> None:
     """Run one line of input."""
     command, _, rest = line.partition(" ")
-    dropped = _dropped_file(line)
+    path = Path(
+        _unquoted(line).removeprefix("file://")
+    ).expanduser()  # terminals write it when a file is dropped on them
+    dropped = path if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file() else None
     if command == "/video" or (dropped is not None and dropped.suffix.lower() in VIDEO_SUFFIXES):
         chat.watch(dropped or Path(_unquoted(rest)).expanduser())
         _say(f"{chat.pending[-1]} frames of the video go with your next question.\n")
@@ -218,12 +221,6 @@ def _answer(chat: Chat, question: str) -> None:
     finally:
         pieces.close()  # type: ignore[attr-defined]
     _say("\n")
-
-
-def _dropped_file(line: str) -> Path | None:
-    """The picture or video path that a line consists of, as terminals write it when a file is dropped on them."""
-    path = Path(_unquoted(line).removeprefix("file://")).expanduser()
-    return path if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file() else None
 
 
 def _unquoted(text: str) -> str:
