@@ -128,11 +128,11 @@ def serve(
             f"characters into {KEY_NAME}, or listen on 127.0.0.1."
         )
     sockets = bound(host, port)
-    from mm_moslora.serve.api.api_routes import create_app  # torch takes seconds to import
+    from mm_moslora.models.precision import dtype_of  # torch takes seconds to import
+    from mm_moslora.serve.api.api_routes import create_app
     from mm_moslora.serve.inference.continuous_batching import Engine
     from mm_moslora.serve.inference.request_images import fetch_from
     from mm_moslora.serve.inference.served_models import load_models
-    from mm_moslora.training.precision import dtype_of
 
     models = load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
     engine = Engine(models, limits)
