@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -11,9 +12,6 @@ from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.run_paths import find_checkpoint
-
-if TYPE_CHECKING:
-    from mm_moslora.serve.inference.served_models import Models
 
 Adapters = Annotated[
     tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
@@ -115,23 +113,31 @@ def serve(
     find_checkpoint(model)
     quiet_libraries()
     needs("starlette", "uvicorn", "prometheus_client", extra="serve")
+    from mm_moslora.serve.api.http_server import bound, is_loopback, run_app
+    from mm_moslora.serve.api.request_guard import KEY_NAME, SHORTEST_KEY, read_key
     from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.api.serve_command import parse_adapters
-    from mm_moslora.serve.api.serve_command import serve as run_server
 
     limits = Limits(
         batch=max_batch, queue=max_queue, max_tokens=max_tokens, body_bytes=max_body_mib * 2**20,
         image_pixels=max_image_megapixels * 1_000_000, request_seconds=request_seconds,
     )  # fmt: skip
-    further = parse_adapters(adapter)
+    further, key, local = parse_adapters(adapter), read_key(), is_loopback(host)
+    if not local and key is None:
+        raise ConfigError(
+            f"{host} can be reached from other machines, and no key is set. Put one of at least {SHORTEST_KEY} "
+            f"characters into {KEY_NAME}, or listen on 127.0.0.1."
+        )
+    sockets = bound(host, port)
+    from mm_moslora.models.precision import dtype_of  # torch takes seconds to import
+    from mm_moslora.serve.api.api_routes import create_app
+    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.request_images import fetch_from
+    from mm_moslora.serve.inference.served_models import load_models
 
-    def load() -> Models:
-        from mm_moslora.models.precision import dtype_of
-        from mm_moslora.serve.inference.served_models import load_models
-
-        return load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
-
-    run_server(load, host=host, port=port, limits=limits, allowed_hosts=allow_image_host)
+    models = load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
+    engine = Engine(models, limits)
+    app = create_app(engine, limits, key=key, local=local, fetch=fetch_from(allow_image_host))
+    run_app(app, sockets, limits=limits, end=engine.stop)
     return 0
 
 
@@ -177,3 +183,18 @@ def needs(*modules: str, extra: str) -> None:
     for module in modules:
         if not is_installed(module):
             raise ConfigError(f"This verb needs {module}, which is not installed. Run: {install_extra(extra)}")
+
+
+def parse_adapters(items: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FOLDER` entries.
+
+    Raises:
+        ConfigError: an entry has another form, or a name is given twice.
+    """
+    found: dict[str, Path] = {}
+    for item in items:
+        name, _, folder = item.partition("=")
+        if not name or not folder or name in found:
+            raise ConfigError(f"{item!r} is not an adapter entry; expected NAME=FOLDER with a unique name.")
+        found[name] = Path(folder)
+    return found

@@ -6,7 +6,9 @@ import os
 import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,24 @@ class Demo:
         if opened and not self.models.sees:
             raise DataError("This model has no vision encoder, so it takes no pictures.")
         ids, seen = self.models.prompt(turns_of(messages), opened)
-        names = list(self.models.variants)[:2]
         happened: queue.Queue[tuple[int, Piece]] = queue.Queue()
-        jobs = [self._job(name, number, ids, seen, happened) for number, name in enumerate(names)]
+        drawn: Future[Image.Image | None] = Future()
+
+        def deliver(number: int, piece: Piece) -> None:
+            happened.put((number, piece))
+            if number == 0 and piece.ending is not None:  # the model belongs to this thread
+                try:
+                    drawn.set_result(self._attention(ids, seen, jobs[0].tokens))
+                except Exception as error:
+                    drawn.set_exception(error)
+
+        jobs = [
+            Job(
+                model=name, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=self.max_new_tokens),
+                deadline=time.monotonic() + self.limits.request_seconds, deliver=partial(deliver, number),
+            )
+            for number, name in enumerate(list(self.models.variants)[:2])
+        ]  # fmt: skip
         self.engine.submit(jobs)
         texts, open_ones = ["", ""], len(jobs)
         try:
@@ -83,50 +100,30 @@ class Demo:
                 texts[number] += piece.text
                 open_ones -= piece.ending is not None
                 yield Said(tuned=texts[0], base=texts[1])
-            yield Said(tuned=texts[0], base=texts[1], attention=self._attention(ids, seen, jobs[0].tokens))
+            yield Said(tuned=texts[0], base=texts[1], attention=drawn.result())
         finally:
             for job in jobs:
                 job.cancelled = True
 
-    def _job(
-        self,
-        name: str,
-        number: int,
-        ids: Tensor,
-        seen: Sequence[ProcessedImage],
-        happened: queue.Queue[tuple[int, Piece]],
-    ) -> Job:
-        return Job(
-            model=name, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=self.max_new_tokens),
-            deadline=time.monotonic() + self.limits.request_seconds,
-            deliver=lambda piece: happened.put((number, piece)),
-        )  # fmt: skip
-
     def _attention(self, ids: Tensor, seen: Sequence[ProcessedImage], answer: Sequence[int]) -> Image.Image | None:
-        image = self.models.assembly.image
+        models, image = self.models, self.models.assembly.image
         if image is None:  # the visual tokens of a ready-made model form no known grid
             return None
-        maps = self.engine.between_steps(
-            lambda: attention_maps(
-                self.models, self.models.default, input_ids=ids, seen=seen, answer=answer
-            )
-        )  # fmt: skip
-        return (
-            None
-            if maps is None
-            else overlay(seen[-1].tensors["pixel_values"][0], maps[-1], mean=image.mean, std=image.std)
-        )
+        maps = attention_maps(models, models.default, input_ids=ids, seen=seen, answer=answer)
+        if maps is None:
+            return None
+        return overlay(seen[-1].tensors["pixel_values"][0], maps[-1], mean=image.mean, std=image.std)
 
 
 def messages_of(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Gradio's history and the new message as messages."""
-    made = []
-    for entry in history:
-        parts = _parts(entry.get("content"))
-        if parts:
-            made.append(Message(role="user" if entry.get("role") == "user" else "assistant", parts=parts, where=""))
+    made = [
+        Message(role="user" if entry.get("role") == "user" else "assistant", parts=parts)
+        for entry in history
+        if (parts := _parts(entry.get("content")))
+    ]
     files = tuple(Picture(url=str(file), where="picture") for file in message.get("files") or [])
-    made.append(Message(role="user", parts=(*files, str(message.get("text") or "")), where=""))
+    made.append(Message(role="user", parts=(*files, str(message.get("text") or ""))))
     return made
 
 
@@ -137,9 +134,7 @@ def _parts(content: Any) -> tuple[str | Picture, ...]:
         file = content.get("file") if isinstance(content.get("file"), Mapping) else content
         path = file.get("path") if isinstance(file, Mapping) else None
         return (Picture(url=str(path), where="picture"),) if path else (str(content.get("text") or ""),)
-    if isinstance(content, Sequence):
-        return tuple(part for item in content for part in _parts(item))
-    return ()
+    return tuple(part for item in content for part in _parts(item)) if isinstance(content, Sequence) else ()
 
 
 def build(demo: Demo) -> Any:

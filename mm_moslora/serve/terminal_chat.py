@@ -49,12 +49,16 @@ class Chat:
     def __init__(self, assembly: Parts, *, max_new_tokens: int = 128) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
         self.encoder = ConversationEncoder.of(assembly)
+        self.reset()
+
+    def reset(self) -> None:
+        """Clear the conversation and its pictures."""
         self.turns: list[Turn] = []
         self.images: list[Image.Image] = []
-        self.features: dict[int, Tensor] = {}
         self.names: list[str] = []
         self.pending: list[int] = []
         """Pictures shown since the last question: 1 for a picture, the number of frames for a video."""
+        self._features: list[Tensor] = []
         self._asked: list[list[int]] = []
 
     @classmethod
@@ -78,17 +82,14 @@ class Chat:
         Raises:
             DataError: the path is not a video, or the model has no vision encoder.
         """
-        self._look(Clip(path, str(path), frames).frames(), str(path))
+        self.look(*Clip(path, str(path), frames).frames(), name=str(path))
 
-    def look(self, picture: Image.Image, *, name: str = "picture") -> None:
-        """Attach an RGB picture to the next question.
+    def look(self, *pictures: Image.Image, name: str = "picture") -> None:
+        """Attach RGB pictures, one or the frames of a video, to the next question.
 
         Raises:
             DataError: the model has no vision encoder.
         """
-        self._look([picture], name)
-
-    def _look(self, pictures: list[Image.Image], name: str) -> None:
         if self.assembly.image_processing is None:
             raise DataError("This model has no vision encoder, so it takes no pictures.")
         self.images += pictures
@@ -131,10 +132,6 @@ class Chat:
         self.turns, self.pending = self.turns[:-2], self._asked.pop() + self.pending
         return asked.parts()[-1].removeprefix("\n") if asked.images else asked.text
 
-    def reset(self) -> None:
-        """Clear the conversation and its pictures."""
-        self.turns, self.images, self.features, self.names, self.pending, self._asked = [], [], {}, [], [], []
-
     def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[ProcessedImage]]:
         """Token ids of a conversation, and its pictures as tensors."""
         seen = self.assembly.image_processing.see(self.images) if self.assembly.image_processing else []
@@ -153,9 +150,8 @@ class Chat:
         if has_own_forward(model):
             yield from stream_padded_row(model, ids, seen, max_new_tokens=self.max_new_tokens, stop_ids=stops)
             return
-        for number in range(len(self.features), len(seen)):
-            self.features[number] = encode_images(model, seen[number].tensors["pixel_values"])[0]
-        features = torch.cat(list(self.features.values())) if self.features else None
+        self._features += [encode_images(model, one.tensors["pixel_values"])[0] for one in seen[len(self._features) :]]
+        features = torch.cat(self._features) if self._features else None
         prompt = Prompt(input_ids=ids, features=features)
         for (token,) in stream(model, [prompt], max_new_tokens=self.max_new_tokens, stop_ids=stops):
             if token is None:
@@ -187,7 +183,10 @@ def interactive(chat: Chat) -> None:
 def _obey(chat: Chat, line: str) -> None:
     """Run one line of input."""
     command, _, rest = line.partition(" ")
-    dropped = _dropped_file(line)
+    path = Path(
+        _unquoted(line).removeprefix("file://")
+    ).expanduser()  # terminals write it when a file is dropped on them
+    dropped = path if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file() else None
     if command == "/video" or (dropped is not None and dropped.suffix.lower() in VIDEO_SUFFIXES):
         chat.watch(dropped or Path(_unquoted(rest)).expanduser())
         _say(f"{chat.pending[-1]} frames of the video go with your next question.\n")
@@ -203,10 +202,7 @@ def _obey(chat: Chat, line: str) -> None:
         _say("Forgotten.\n")
     elif command == "/retry":
         question = chat.take_back()
-        if question is None:
-            _say("There is no question yet.\n")
-        else:
-            _answer(chat, question)
+        _say("There is no question yet.\n") if question is None else _answer(chat, question)
     elif command == "/help":
         _say(f"{HELP}\n")
     elif line.startswith("/"):
@@ -225,12 +221,6 @@ def _answer(chat: Chat, question: str) -> None:
     finally:
         pieces.close()  # type: ignore[attr-defined]
     _say("\n")
-
-
-def _dropped_file(line: str) -> Path | None:
-    """The picture or video path that a line consists of, as terminals write it when a file is dropped on them."""
-    path = Path(_unquoted(line).removeprefix("file://")).expanduser()
-    return path if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file() else None
 
 
 def _unquoted(text: str) -> str:

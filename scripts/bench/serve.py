@@ -37,7 +37,7 @@ def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[Piece]) 
     for index in range(count):
         picture = Image.new("RGB", (64, 64), (index * 37 % 256, index * 91 % 256, index * 53 % 256))
         question = "What is shown " + "here and there " * (index % 5) + f"in picture {index}? Answer at length."
-        message = Message(role="user", parts=(Picture(url="", where=""), question), where="")
+        message = Message(role="user", parts=(Picture(url="", where=""), question))
         ids, seen = models.prompt(turns_of([message]), [picture])
         made.append(
             Job(

@@ -7,6 +7,7 @@ import base64
 import io
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,15 @@ from typing import Any
 from PIL import Image
 
 KEY = "test-key-of-some-length"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+"""The beginning of a request that a test writes by hand."""
+
+
+def wait_until(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def data_url(image: Image.Image, kind: str = "PNG") -> str:
@@ -63,12 +73,12 @@ class Running:
 
 
 @contextmanager
-def listening(app: Any, limits: Any, *, end: Any = None) -> Iterator[int]:
+def listening(app: Any, limits: Any, *, end: Any = lambda: None) -> Iterator[int]:
     """Run an application on a free port; at the end its answers are ended at once, as after a second Ctrl-C."""
-    from mm_moslora.serve.api.http_server import Server, bound, settings
+    from mm_moslora.serve.api.http_server import Server, bound
 
     sockets = bound("127.0.0.1", 0)
-    server = Server(settings(app, limits=limits), drain_seconds=limits.drain_seconds, end=end)
+    server = Server(app, limits, end=end)
     server.capture_signals = _nothing  # type: ignore[method-assign]  (signals belong to the main thread)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)), daemon=True)
     thread.start()

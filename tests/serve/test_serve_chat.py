@@ -13,6 +13,7 @@ from video_files import number_of, write_frames, write_video
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
+from mm_moslora.serve import terminal_chat
 from mm_moslora.serve.terminal_chat import Chat, interactive
 
 
@@ -96,8 +97,6 @@ def test_reset_forgets_everything(chat: Chat, monkeypatch: Any, capsys: Any) -> 
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_its_text(chat: Chat, monkeypatch: Any, capsys: Any) -> None:
-    from mm_moslora.serve import terminal_chat
-
     real = terminal_chat.stream
 
     def interrupted(*arguments: Any, **more: Any) -> Iterator[Any]:

@@ -14,14 +14,15 @@ from browser import CHROMIUM, MISSING, browsing
 from PIL import Image
 
 from mm_moslora.serve.api.chat_request import Picture
-from mm_moslora.serve.gradio_demo import Demo, messages_of
+from mm_moslora.serve.gradio_demo import Demo, launch, messages_of
+from mm_moslora.serve.inference.attention_maps import attention_maps
+from mm_moslora.serve.inference.served_models import Models, Variant
+from mm_moslora.serve.terminal_chat import Chat
 
 
 @pytest.fixture
 def pair(assembly: Any) -> Iterator[Any]:
     """Two variants that see the same picture differently."""
-    from mm_moslora.serve.inference.served_models import Models, Variant
-
     projector = assembly.model.model.multi_modal_projector
     other = copy.deepcopy(projector)
     with torch.no_grad():
@@ -51,8 +52,6 @@ def picture(tmp_path: Path) -> Path:
 def test_both_answers_equal_those_of_chat_and_attention_covers_the_picture(
     demo: Demo, pair: Any, picture: Path
 ) -> None:
-    from mm_moslora.serve.terminal_chat import Chat
-
     expected = []
     for name in ("tiny", "tiny-base"):
         chat = Chat(pair.assembly, max_new_tokens=6)
@@ -72,7 +71,6 @@ def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
     from mm_moslora.data.chat.records import Turn
     from mm_moslora.models.decoding.generation import Prompt, embed_prompt
     from mm_moslora.models.transformers_patches import attention_within
-    from mm_moslora.serve.inference.attention_maps import attention_maps
 
     ids, seen = pair.prompt([Turn.asking("what is the color?", images=1)], [Image.open(picture).convert("RGB")])
     (found,) = attention_maps(pair, "tiny", input_ids=ids, seen=seen, answer=[5, 6]) or []
@@ -107,8 +105,6 @@ def test_history_of_gradio_becomes_turns(picture: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed (make test-extras)")
 def test_in_a_browser(demo: Demo, picture: Path, tmp_path: Path) -> None:
-    from mm_moslora.serve.gradio_demo import launch
-
     expected = list(demo.ask(messages_of({"text": "what is the color?", "files": [str(picture)]}, [])))[-1]
     page, url = launch(demo, port=0, wait=False)
     try:

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from mm_moslora.serve.api.api_routes import create_app
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.inference.continuous_batching import Engine
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "soak" / "fuzz_server.py"
 
 
@@ -25,10 +29,6 @@ def soak() -> Any:
 
 
 def test_a_thousand_broken_requests_get_no_5xx_and_no_text_of_a_library(soak: Any, models: Any) -> None:
-    from mm_moslora.serve.api.api_routes import create_app
-    from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
-
     engine = Engine(models, Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20))
 
     async def run() -> dict[str, Any]:

@@ -20,22 +20,14 @@ from PIL import Image
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_intake import Budget, Held
 from mm_moslora.serve.api.request_limits import Limits
-from tests.serve.serve_tools import asking, data_url
+from tests.serve.serve_tools import HEAD, asking, data_url, wait_until
 
 MIB = 2**20
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def metric(server: Any, name: str) -> float:
     page = server.get("/metrics").text
     return next(float(line.split()[1]) for line in page.splitlines() if line.startswith(f"mm_moslora_{name} "))
-
-
-def wait_until(condition: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def heavy_url(side: int) -> str:
@@ -55,7 +47,7 @@ def test_a_body_is_counted_until_its_answer_ends_and_not_kept_longer_than_needed
         body = json.dumps(asking("what?", url, max_tokens=3))
         with ThreadPoolExecutor(8) as pool:
             replies = [pool.submit(server.post, body) for _ in range(2)]
-            wait_until(lambda: len(engine._waiting) + sum(len(group.jobs) for group in engine._all()) == 2)
+            wait_until(lambda: len(engine._waiting) + len(engine._decoded()) == 2)
             held = metric(server, "bodies_bytes")
             assert 0 < held < 100_000  # two pictures of 28 x 28 pixels and their prompts
             with server.socket() as slow:  # a third body arrives, and is counted while it does
@@ -152,14 +144,14 @@ def test_abandoned_work_stops_and_releases_its_memory(serve_with: Any, monkeypat
     from mm_moslora.serve.inference import request_images as pictures
 
     opened, go = [], threading.Event()
-    real = pictures._open
+    real = pictures.open_image_bytes
 
-    def slow(data: bytes, picture: Any) -> Any:
-        opened.append(picture.where)
+    def slow(data: bytes, *, name: str) -> Any:
+        opened.append(name)
         assert go.wait(60)
-        return real(data, picture)
+        return real(data, name=name)
 
-    monkeypatch.setattr(pictures, "_open", slow)
+    monkeypatch.setattr(pictures, "open_image_bytes", slow)
     body = asking("what?", *[data_url(Image.new("RGB", (30, 30), colour)) for colour in ("red", "blue")])
     with serve_with(prepare_seconds=0.5) as server:
         assert server.post(body).status_code == 429
@@ -174,14 +166,14 @@ def test_a_client_that_leaves_while_its_pictures_are_opened_frees_its_place(serv
     from mm_moslora.serve.inference import request_images as pictures
 
     opened, go = threading.Event(), threading.Event()
-    real = pictures._open
+    real = pictures.open_image_bytes
 
-    def slow(data: bytes, picture: Any) -> Any:
+    def slow(data: bytes, *, name: str) -> Any:
         opened.set()
         assert go.wait(60)
-        return real(data, picture)
+        return real(data, name=name)
 
-    monkeypatch.setattr(pictures, "_open", slow)
+    monkeypatch.setattr(pictures, "open_image_bytes", slow)
     body = json.dumps(asking("what?", data_url(Image.new("RGB", (30, 30))))).encode()
     with serve_with() as server:
         with server.socket() as connection:
@@ -238,15 +230,12 @@ def test_a_budget_serves_the_longest_waiting_request_and_drops_cancelled_ones() 
         assert (budget.used, budget.highest) == (10, 10)
 
     asyncio.run(scenario())
-    held = Held(budget := Budget(10))
-    held.set(10)
-    other = Held(budget)
-    with pytest.raises(ApiError, match="busy"):
-        other.set(1)
-    held.set(4)
-    other.set(6)
-    held.close()
-    other.close()
+    with Held(budget := Budget(10)) as held, Held(budget) as other:
+        held.set(10)
+        with pytest.raises(ApiError, match="busy"):
+            other.set(1)
+        held.set(4)
+        other.set(6)
     assert budget.used == 0
 
 

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.gradio_demo import Demo, messages_of
+from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.served_models import Models, Variant, load_models
+from mm_moslora.serve.terminal_chat import Chat
 from tests.serve.serve_tools import asking, data_url, serving
 
 FAMILIES = ["qwen3_vl", "smolvlm", "paligemma", "llava", "llava_next"]
@@ -49,7 +54,6 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any
 
     from mm_moslora.config import ModelConfig
     from mm_moslora.models.assembly import load_parts
-    from mm_moslora.serve.inference.served_models import Models, Variant
 
     def make(family: str) -> Models:
         assembly = load_parts(ModelConfig(vlm=str(make_vlm(tmp_path_factory.mktemp(family), family))))
@@ -79,9 +83,6 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_at_once_are_those_that_transformers_gives_alone(family: str, open_family: Any) -> None:
-    from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
-
     models = open_family(family)
     asked = [(*QUESTIONS[index % 4], 3 + index % 9) for index in range(16)]
     expected = [alone(models, *item) for item in asked]
@@ -104,9 +105,6 @@ def test_answers_at_once_are_those_that_transformers_gives_alone(family: str, op
 
 @pytest.fixture
 def server(open_family: Any) -> Iterator[Any]:
-    from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
-
     limits = Limits(context=256, max_tokens=64)
     with serving(Engine(open_family("qwen2_5_vl"), limits), limits) as running:
         yield running
@@ -157,11 +155,6 @@ def test_a_failing_prompt_does_not_affect_the_others(server: Any, monkeypatch: p
 def test_a_run_on_a_ready_made_model_is_served_with_its_base(tmp_path: Path) -> None:
     from vlms import make_vlm
 
-    from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.gradio_demo import Demo, messages_of
-    from mm_moslora.serve.inference.continuous_batching import Engine
-    from mm_moslora.serve.inference.served_models import load_models
-    from mm_moslora.serve.terminal_chat import Chat
     from mm_moslora.training.training_loop import train
     from tests.models.test_pretrained_vlm import recipe_for, write_records
 

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.inference import pinned_fetch
-from mm_moslora.serve.inference.pinned_fetch import RemotePictures
+from mm_moslora.serve.inference import request_images
+from mm_moslora.serve.inference.request_images import fetch_from
 from mm_moslora.utils.http_fetch import FetchError, public_address
 from tests.serve.serve_tools import asking
 
@@ -101,7 +101,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Reply]]]:
 )  # fmt: skip
 def test_only_the_allowed_host_over_https_is_connected_to(url: str, hosts: Any) -> None:
     with pytest.raises(ApiError):
-        RemotePictures(["ok.example"])(url)
+        fetch_from(["ok.example"])(url)
     assert hosts["connected"] == []
 
 
@@ -117,7 +117,7 @@ def test_addresses_that_are_not_public_are_refused(addresses: list[str], monkeyp
     with pytest.raises(FetchError, match="not public"):
         public_address("ok.example")
     with pytest.raises(ApiError, match="not public"):
-        RemotePictures(["ok.example"])("https://ok.example/a.png")
+        fetch_from(["ok.example"])("https://ok.example/a.png")
 
 
 def test_a_public_address_is_given_and_an_unknown_name_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_a_public_address_is_given_and_an_unknown_name_is_not(monkeypatch: pytes
 
 
 def test_the_checked_address_is_connected_to_and_redirects_are_checked_anew(hosts: Any) -> None:
-    fetch = RemotePictures(["ok.example", "cdn.example"])
+    fetch = fetch_from(["ok.example", "cdn.example"])
     hosts["ok.example"] = [Reply(302, location="https://cdn.example/b.png")]
     hosts["cdn.example"] = [Reply(200, body=png())]
     assert fetch("https://ok.example/a.png") == png()
@@ -148,29 +148,29 @@ def test_the_checked_address_is_connected_to_and_redirects_are_checked_anew(host
 
 
 def test_endless_replies_and_errors_end_the_fetch(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch = RemotePictures(["ok.example"])
+    fetch = fetch_from(["ok.example"])
     hosts["ok.example"] = [Reply(200, body=b"x" * 2**20, endless=True)]
     with pytest.raises(ApiError, match="more than"):
         fetch("https://ok.example/")
     hosts["ok.example"] = [Reply(404)]
     with pytest.raises(ApiError, match="did not answer"):
         fetch("https://ok.example/")
-    monkeypatch.setattr(pinned_fetch, "SECONDS", 0.3)
+    monkeypatch.setattr(request_images, "FETCH_SECONDS", 0.3)
     hosts["ok.example"] = [Reply(200, body=b"x", endless=True, pause=0.02)]
     with pytest.raises(ApiError, match="takes longer"):
-        RemotePictures(["ok.example"])("https://ok.example/")
+        fetch_from(["ok.example"])("https://ok.example/")
 
 
 def test_a_proxy_of_the_environment_is_not_asked(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     hosts["ok.example"] = [Reply(200, body=png())]
-    assert RemotePictures(["ok.example"])("https://ok.example/a@2x.png?b=c") == png()
+    assert fetch_from(["ok.example"])("https://ok.example/a@2x.png?b=c") == png()
     assert hosts["connected"] == [("ok.example", "93.184.215.14")]
 
 
 def test_the_server_takes_an_allowed_address_like_a_data_url(serve_with: Any, hosts: Any) -> None:
     hosts["ok.example"] = [Reply(200, body=png()), Reply(200, body=b"<html>")]
-    with serve_with(fetch=RemotePictures(["ok.example"])) as server:
+    with serve_with(fetch=fetch_from(["ok.example"])) as server:
         assert server.post(asking("what?", "https://ok.example/a.png")).status_code == 200
         for url in ("https://ok.example/page", "https://evil.example/", "http://ok.example/a.png"):
             reply = server.post(asking("what?", url))

@@ -11,6 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mm_moslora.cli.serve_verbs import parse_adapters
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.gradio_demo import Demo, messages_of
+from mm_moslora.serve.inference.adapter_compatibility import _flat
+from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.served_models import load_models, why_no_base
+from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError
 from tests.serve.serve_tools import asking, data_url
 
@@ -54,11 +61,6 @@ def runs(
 
 
 def test_each_model_answers_as_when_loaded_alone_and_all_at_once(runs: tuple[Path, Path], serve_with: Any) -> None:
-    from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
-    from mm_moslora.serve.inference.served_models import load_models
-    from mm_moslora.serve.terminal_chat import Chat
-
     picture = Image.new("RGB", (24, 24), (200, 60, 30))
     expected = {}
     for name, folder in zip(("tuned", "other"), runs, strict=True):
@@ -87,8 +89,6 @@ def test_each_model_answers_as_when_loaded_alone_and_all_at_once(runs: tuple[Pat
 
 
 def test_a_model_alone_is_merged_and_answers_the_same(runs: tuple[Path, Path]) -> None:
-    from mm_moslora.serve.inference.served_models import load_models
-
     assert load_models(runs[0]).assembly.peft_model is None
     assert load_models(runs[0]).default == "one"
 
@@ -96,8 +96,6 @@ def test_a_model_alone_is_merged_and_answers_the_same(runs: tuple[Path, Path]) -
 def test_an_adapter_folder_without_a_run_is_served_with_a_warning(
     runs: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mm_moslora.serve.inference.served_models import load_models
-
     (adapter,) = runs[1].glob("checkpoint-000006/adapter")
     models = load_models(runs[0], further={"plain": shutil.copytree(adapter, tmp_path / "adapter")})
     assert models.variants["plain"].projector is models.variants["one"].projector
@@ -109,8 +107,6 @@ def test_the_adapter_folder_of_a_run_brings_the_runs_projector(
     runs: tuple[Path, Path], tmp_path: Path, link: bool
 ) -> None:
     from safetensors.torch import load_file
-
-    from mm_moslora.serve.inference.served_models import load_models
 
     (adapter,) = runs[1].glob("checkpoint-000006/adapter")
     named = tmp_path / "linked" if link else adapter
@@ -125,9 +121,6 @@ def test_the_adapter_folder_of_a_run_brings_the_runs_projector(
 
 
 def test_names_and_folders_that_do_not_fit_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    from mm_moslora.serve.api.serve_command import parse_adapters
-    from mm_moslora.serve.inference.served_models import load_models
-
     with pytest.raises(ConfigError, match="same name"):
         load_models(runs[0], name="one", further={"one": runs[1]})
     with pytest.raises(ModelError, match="not a checkpoint"):
@@ -141,7 +134,6 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     from tiny import make_language
 
-    from mm_moslora.serve.inference.served_models import load_models
     from mm_moslora.training.training_loop import train
 
     other = make_language(tmp_path / "language", layers=3)
@@ -199,8 +191,6 @@ def test_adapters_in_the_tower_do_not_share_visual_tokens(
     """Adapters in the tower change the visual tokens, whatever variant was asked first."""
     import torch
 
-    from mm_moslora.serve.inference.served_models import load_models
-
     models = load_models(looking, further={"plain": runs[0]}, with_base=True)
     found = {name: _tokens(models, name) for name in order}
     assert all(torch.equal(found[name], _tokens(models, name)) for name in order)
@@ -215,8 +205,6 @@ def test_adapters_in_the_tower_do_not_share_visual_tokens(
 
 def test_variants_with_the_same_tower_share_visual_tokens(runs: tuple[Path, Path]) -> None:
     """Adapters in the language model alone: the tower runs once for the tuned model and the one before tuning."""
-    from mm_moslora.serve.inference.served_models import load_models
-
     models = load_models(runs[0], with_base=True)
     _tokens(models, "one")
     _tokens(models, "one-base")
@@ -226,9 +214,6 @@ def test_variants_with_the_same_tower_share_visual_tokens(runs: tuple[Path, Path
 def test_the_demo_runs_the_tower_of_the_model_before_tuning(looking: Path, tmp_path: Path) -> None:
     """Its answer is the same when it is asked second."""
     from mm_moslora.models.load_model import load
-    from mm_moslora.serve.gradio_demo import Demo, messages_of
-    from mm_moslora.serve.inference.served_models import load_models
-    from mm_moslora.serve.terminal_chat import Chat
 
     PICTURE.save(tmp_path / "picture.png")
     expected = []
@@ -269,8 +254,6 @@ def test_a_run_with_other_prompt_or_picture_settings_is_refused_with_the_keys(
     """The second run's folder with another recipe: only the recipe is compared."""
     import shutil
 
-    from mm_moslora.serve.inference.served_models import load_models
-
     other = tmp_path / "other"
     shutil.copytree(runs[1], other)
     recipe = _recipe(other, language_folder, vision_folder, records, **change)
@@ -287,8 +270,6 @@ def test_a_run_with_other_prompt_or_picture_settings_is_refused_with_the_keys(
 
 def test_keys_that_change_neither_prompt_nor_picture_are_no_difference(runs: tuple[Path, Path], looking: Path) -> None:
     """`vision.mode` only chooses what trains."""
-    from mm_moslora.serve.inference.served_models import load_models
-
     assert list(load_models(runs[0], further={"eyes": looking}).variants) == ["one", "eyes"]
 
 
@@ -300,7 +281,6 @@ def test_an_export_takes_adapters_of_runs_with_its_settings_only(
 
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.load_model import load
-    from mm_moslora.serve.inference.served_models import load_models
 
     export_model(load(runs[0]), tmp_path / "export")
     other = tmp_path / "other"
@@ -318,7 +298,6 @@ def test_an_export_takes_adapters_of_runs_with_its_settings_only(
 def test_the_model_before_tuning_is_refused_without_its_weights(
     language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path
 ) -> None:
-    from mm_moslora.serve.inference.served_models import load_models, why_no_base
     from mm_moslora.training.training_loop import train
 
     folder = tmp_path / "full"
@@ -335,7 +314,6 @@ def test_every_variant_of_an_anyres_model_has_its_own_newline(
     from tiny import make_vision
 
     from mm_moslora.models.load_model import load
-    from mm_moslora.serve.inference.served_models import load_models
     from mm_moslora.training.training_loop import train
 
     tower = make_vision(tmp_path / "clip", "clip")
@@ -357,7 +335,6 @@ def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
     import torch
 
     from mm_moslora.config import ProjectorConfig
-    from mm_moslora.serve.inference.served_models import load_models
     from mm_moslora.training.training_loop import train
 
     (first,) = runs[0].glob("checkpoint-000006/projector.safetensors")
@@ -379,7 +356,6 @@ def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
 def test_the_start_of_a_projector_is_no_difference_of_settings():
     """Only its weights are compared, not `fit_to_answers` or `weights`."""
     from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-    from mm_moslora.serve.inference.adapter_compatibility import _flat
 
     def settings(**projector):
         tower = VisionConfig(name="tower")

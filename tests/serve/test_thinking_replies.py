@@ -47,12 +47,11 @@ def encoder(name: str, thinking: str = "auto") -> ConversationEncoder:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("text", TEXTS)
 def test_thinking_and_content_are_apart_however_the_text_is_cut(text, size) -> None:
-    reply = Reply(request=request(), prompt_tokens=1)
+    reply = Reply(request=request(stream=True), prompt_tokens=1)
     events = b""
     pieces = [Piece(text=text[start : start + size]) for start in range(0, len(text), size)]
     for piece in [*pieces, Piece(ending="stop")]:
-        reply.add(0, piece)
-        events += reply.event(0, piece)
+        events += reply.add(0, piece)
     message = reply.whole()["choices"][0]["message"]
     assert (message.get("reasoning_content", ""), message["content"]) == TEXTS[text]
     deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in events.decode().split("\n\n") if line]

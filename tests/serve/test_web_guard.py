@@ -123,7 +123,7 @@ def test_every_application_has_the_guard_and_one_module_serves() -> None:
     assert set().union(*(calls(path, MAKERS) for path in modules)) == {
         "mm_moslora/cli/serve_verbs.py:demo",  # calls `launch` of gradio_demo.py
     }
-    assert set().union(*(calls(path, SERVERS) for path in modules)) == {"mm_moslora/serve/api/http_server.py:settings"}
+    assert set().union(*(calls(path, SERVERS) for path in modules)) == {"mm_moslora/serve/api/http_server.py:__init__"}
 
 
 def slow_server(python: Preloaded, folder: Path, *more: str) -> tuple[subprocess.Popen[str], str, list[str]]:

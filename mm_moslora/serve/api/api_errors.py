@@ -65,3 +65,8 @@ def internal(request_id: str) -> ApiError:
         f"The server could not answer this request. Its log has the reason under {request_id}.",
         status=500, code="internal_error",
     )  # fmt: skip
+
+
+def client_left() -> ApiError:
+    """The client has disconnected; only the log shows it."""
+    return ApiError("The client disconnected.", status=499, code="client_left")

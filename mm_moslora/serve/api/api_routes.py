@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -13,15 +15,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
 from mm_moslora.serve.api.api_errors import ApiError, busy, internal, stopping
-from mm_moslora.serve.api.chat_replies import Reply, error_frame
-from mm_moslora.serve.api.chat_request import ChatRequest
+from mm_moslora.serve.api.chat_replies import DONE, Reply, frame
 from mm_moslora.serve.api.http_server import App, Receive, Scope, Send
 from mm_moslora.serve.api.prometheus_metrics import CONTENT_TYPE, Metrics
 from mm_moslora.serve.api.request_guard import Guard
-from mm_moslora.serve.api.request_intake import Held, Intake, client_left, left
+from mm_moslora.serve.api.request_intake import Held, Intake, unless_left
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import Engine, Job, Piece
-from mm_moslora.serve.inference.prompt_preparation import Prepared, jobs_of
+from mm_moslora.serve.inference.prompt_preparation import Prepared
 from mm_moslora.serve.inference.request_images import Fetch
 from mm_moslora.utils.errors import suggestion
 
@@ -38,210 +39,137 @@ def create_app(
         local: see `Guard`.
         fetch: gives the bytes behind a picture's address; None: addresses are refused.
     """
-    metrics = Metrics(engine)
-    service = _Service(engine, limits, metrics, fetch)
+    intake, created = Intake(engine.models, limits, fetch), int(time.time())
+    metrics = Metrics(engine, intake)
 
     @asynccontextmanager
     async def lifespan(_: object) -> AsyncIterator[None]:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop)
-        service.intake.close()
+        intake.close()
+
+    def described(name: str) -> dict[str, Any]:
+        source = engine.models.variants[name].source
+        return {"id": name, "object": "model", "created": created, "owned_by": "mm_moslora", "root": source}
+
+    async def health(_: Request) -> Response:
+        alive = engine.alive
+        body = {"status": "ok" if alive else "stopped", "running": engine.running, "waiting": engine.waiting}
+        return JSONResponse(body, status_code=200 if alive else 503)
+
+    async def metrics_page(_: Request) -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    async def all_models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [described(name) for name in engine.models.variants]})
+
+    async def one_model(request: Request) -> Response:
+        return JSONResponse(described(_known(engine, request.path_params["name"])))
 
     routes = [
-        Route("/v1/chat/completions", service.chat, methods=["POST"]),
-        Route("/v1/models", service.models, methods=["GET"]),
-        Route("/v1/models/{name:path}", service.model, methods=["GET"]),
-        Route("/health", service.health, methods=["GET"]),
-        Route("/metrics", service.metrics_page, methods=["GET"]),
+        Route("/v1/chat/completions", _Chat(engine, limits, metrics, intake), methods=["POST"]),
+        Route("/v1/models", all_models),
+        Route("/v1/models/{name:path}", one_model),
+        Route("/health", health),
+        Route("/metrics", metrics_page),
     ]
     app = Router(routes, lifespan=lifespan, redirect_slashes=False)
     return Guard(app, limits=limits, metrics=metrics, key=key, local=local)
 
 
-class _Service:
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, fetch: Fetch | None) -> None:
-        self._engine, self._limits, self._metrics = engine, limits, metrics
-        self.intake = Intake(engine.models, limits, fetch)
-        metrics.watch(self.intake)
-        self._created = int(time.time())
+def _known(engine: Engine, name: str) -> str:
+    if name not in engine.models.variants:
+        shown = name if len(name) <= 80 else name[:80] + "…"
+        raise ApiError(
+            f"There is no model {shown!r} here.{suggestion(name[:80], engine.models.variants)} GET /v1/models lists "
+            "all.",
+            status=404, code="model_not_found", param="model",
+        )  # fmt: skip
+    return name
+
+
+class _Chat:
+    """The ASGI application of `/v1/chat/completions`; what a request holds is released when its answer is sent."""
+
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, intake: Intake) -> None:
+        self._engine, self._limits, self._metrics, self._intake = engine, limits, metrics, intake
         self._busy = 0
         """Requests with a complete body and an unfinished answer."""
 
-    async def health(self, _: Request) -> Response:
-        alive = self._engine.alive
-        body = {
-            "status": "ok" if alive else "stopped",
-            "running": self._engine.running,
-            "waiting": self._engine.waiting,
-        }
-        return JSONResponse(body, status_code=200 if alive else 503)
-
-    async def metrics_page(self, _: Request) -> Response:
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
-
-    async def models(self, _: Request) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": [self._described(name) for name in self._engine.models.variants]}
-        )
-
-    async def model(self, request: Request) -> Response:
-        return JSONResponse(self._described(self._known(request.path_params["name"])))
-
-    async def chat(self, request: Request) -> Response:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         self._refuse_if_busy()
-        held = Held(self.intake.bodies)
-        answer = None
-        try:
+        with Held(self._intake.bodies) as held:
             # A slow upload does not count towards the requests that wait for an answer.
-            body = await self.intake.body(request, held)
+            body = await self._intake.body(request, held)
             self._refuse_if_busy()
             self._busy += 1
             try:
-                answer = await self._begun(request, body, held)
-                return answer
+                wanted = await self._intake.parsed(request, body)
+                _known(self._engine, wanted.model)
+                self._metrics.images.inc(len(wanted.pictures))
+                prepared = await self._intake.prepared(request, wanted, held)
+                wanted = replace(wanted, messages=())
+                reply = Reply(request=wanted, prompt_tokens=len(prepared.input_ids))
+                last = await unless_left(receive, self._answer(request, prepared, reply, send))
+                if wanted.stream:
+                    await send({"type": "http.response.body", "body": last, "more_body": False})
+                else:
+                    await JSONResponse(reply.whole())(scope, receive, send)
             finally:
-                self._busy -= answer is None
-        finally:
-            if answer is None:
-                held.close()
-
-    async def _begun(self, request: Request, body: bytearray, held: Held) -> _Answer:
-        """The response to a body, returned once its first token exists."""
-        wanted = await self.intake.parsed(request, body)
-        self._known(wanted.model)
-        self._metrics.images.inc(len(wanted.pictures))
-        prepared = await self.intake.prepared(request, wanted, held)
-
-        def done() -> None:
-            self._busy -= 1
-            held.close()
-
-        answer = _Answer(self._engine, self._metrics, wanted.without_content(), prepared, self._limits, done, request)
-        await answer.begin()
-        return answer
+                self._busy -= 1
 
     def _refuse_if_busy(self) -> None:
         if self._busy >= self._limits.queue + self._limits.batch:
             raise busy(f"{self._busy} requests are under way")
 
-    def _described(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name, "object": "model", "created": self._created, "owned_by": "mm_moslora",
-            "root": self._engine.models.variants[name].source,
-        }  # fmt: skip
+    async def _answer(self, request: Request, prepared: Prepared, reply: Reply, send: Send) -> bytes:
+        """Generate an answer and send it but for its end, which is returned; the jobs are cancelled when this is."""
+        happened: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        loop, wanted = asyncio.get_running_loop(), reply.request
 
-    def _known(self, name: str) -> str:
-        variants = self._engine.models.variants
-        if name not in variants:
-            shown = name if len(name) <= 80 else name[:80] + "…"
-            raise ApiError(
-                f"There is no model {shown!r} here.{suggestion(name[:80], variants)} GET /v1/models lists all.",
-                status=404, code="model_not_found", param="model",
-            )  # fmt: skip
-        return name
+        def deliver(choice: int, piece: Piece) -> None:
+            loop.call_soon_threadsafe(happened.put_nowait, (choice, piece))
 
-
-class _Answer(Response):
-    """Sends an answer, whole or as a stream, and cancels the jobs when the client disconnects."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        metrics: Metrics,
-        wanted: ChatRequest,
-        prepared: Prepared,
-        limits: Limits,
-        done: Callable[[], None],
-        request: Request,
-    ) -> None:
-        self._engine, self._metrics, self._wanted, self._limits = engine, metrics, wanted, limits
-        self._done, self._request = done, request
-        self._reply = Reply(request=wanted, prompt_tokens=len(prepared.input_ids))
-        self._happened: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        self._jobs: list[Job] = jobs_of(
-            wanted, prepared, lambda *item: loop.call_soon_threadsafe(self._happened.put_nowait, item),
-            seconds=limits.request_seconds,
-        )  # fmt: skip
-        self.background = None
-        self.status_code = 200
-        self._first: tuple[int, Piece] | None = None
-
-    async def begin(self) -> None:
-        """Queue the jobs and wait for the first piece, so that a failure still gets its own status."""
-        self._engine.submit(self._jobs)
-        leaving = asyncio.ensure_future(left(self._request.receive))
-        first = asyncio.ensure_future(self._next())
+        jobs = [
+            Job(
+                model=wanted.model, input_ids=prepared.input_ids, seen=prepared.seen, sampling=wanted.sampling,
+                stop=wanted.stop, thinking=wanted.thinking, choice=choice, deliver=partial(deliver, choice),
+                deadline=time.monotonic() + self._limits.request_seconds,
+            )
+            for choice in range(wanted.choices)
+        ]  # fmt: skip
+        started = False
+        self._engine.submit(jobs)
         try:
-            await asyncio.wait({leaving, first}, return_when=asyncio.FIRST_COMPLETED)
-            if not first.done():
-                raise client_left()
-            self._first = first.result()
-            self._metrics.first_token.observe(time.monotonic() - self._jobs[0].submitted)
-        except BaseException:
-            self._cancel()
-            raise
-        finally:
-            leaving.cancel()
-            first.cancel()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
-        """See ASGI."""
-        work = asyncio.ensure_future(self._stream(send) if self._wanted.stream else self._whole(send))
-        leaving = asyncio.ensure_future(left(receive))
-        try:
-            await asyncio.wait({leaving, work}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
-        finally:
-            self._cancel()
-            self._done()
-            leaving.cancel()
-            work.cancel()
-            with suppress(BaseException):
-                await work
-
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        assert self._first is not None, "begin() comes first"
-        item = self._first
-        while True:
-            self._reply.add(*item)
-            yield item
-            if self._reply.finished:
-                return
-            item = await self._next()
-
-    async def _next(self) -> tuple[int, Piece]:
-        choice, piece = await self._happened.get()
-        if piece.ending == "failed":
-            raise internal(self._request.scope["mm_moslora_request"])
-        if piece.ending == "late":
-            raise busy("the queue was too long", seconds=5)
-        if piece.ending == "cancelled":
-            raise stopping()
-        return choice, piece
-
-    async def _whole(self, send: Send) -> None:
-        async for _ in self._pieces():
-            pass
-        await JSONResponse(self._reply.whole())(self._request.scope, self._request.receive, send)  # type: ignore[arg-type]
-
-    async def _stream(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        opened: set[int] = set()
-        try:
-            async for choice, piece in self._pieces():
-                opening = b"" if choice in opened else self._reply.opening(choice)
-                opened.add(choice)
-                event = opening + self._reply.event(choice, piece)
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            closing = self._reply.closing()
+            while not reply.finished:
+                events = reply.add(*_checked(await happened.get(), request))
+                if not started:  # until then a failure gets its own status
+                    self._metrics.first_token.observe(time.monotonic() - jobs[0].submitted)
+                if wanted.stream:
+                    if not started:
+                        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+                        await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                started = True
         except ApiError as error:
-            closing = error_frame(error.body())
-        await send({"type": "http.response.body", "body": closing, "more_body": False})
+            if not (started and wanted.stream):
+                raise
+            return frame(error.body()) + DONE
+        finally:
+            for job in jobs:
+                job.cancelled = True
+        return reply.closing()
 
-    def _cancel(self) -> None:
-        for job in self._jobs:
-            job.cancelled = True
+
+def _checked(item: tuple[int, Piece], request: Request) -> tuple[int, Piece]:
+    """An event of an answer, unless it is a failure."""
+    ending = item[1].ending
+    if ending == "failed":
+        raise internal(request.scope["mm_moslora_request"])
+    if ending == "late":
+        raise busy("the queue was too long", seconds=5)
+    if ending == "cancelled":
+        raise stopping()
+    return item

@@ -9,11 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm_moslora.serve.api.chat_request import ChatRequest
-from mm_moslora.serve.inference.continuous_batching import Piece
+from mm_moslora.serve.inference.continuous_batching import Ending, Piece
 from mm_moslora.serve.inference.text_stream import ThinkingSplit
 
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
+
+
+@dataclass(kw_only=True)
+class _Choice:
+    """One answer so far."""
+
+    text: str = ""
+    thoughts: str = ""
+    tokens: int = 0
+    ending: Ending | None = None
+    opened: bool = False
+    split: ThinkingSplit = field(default_factory=ThinkingSplit)
 
 
 @dataclass(kw_only=True)
@@ -26,62 +38,50 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        count = self.request.choices
-        self._texts, self._tokens = [""] * count, [0] * count
-        self._thoughts = [""] * count
-        self._splits = [ThinkingSplit() for _ in range(count)]
-        self._fresh = [("", "")] * count
-        self._endings: list[str | None] = [None] * count
+        self._choices = [_Choice() for _ in range(self.request.choices)]
 
     @property
     def finished(self) -> bool:
         """Whether every answer has ended."""
-        return all(self._endings)
+        return all(choice.ending for choice in self._choices)
 
-    def add(self, choice: int, piece: Piece) -> None:
-        """Record an event of one answer."""
-        thinking, text = self._splits[choice].add(piece.text, last=piece.ending is not None)
-        self._fresh[choice] = thinking, text
-        self._thoughts[choice] += thinking
-        self._texts[choice] += text
-        self._tokens[choice] = piece.tokens
-        self._endings[choice] = piece.ending
+    def add(self, index: int, piece: Piece) -> bytes:
+        """Record an event of one answer; returns its events where the request asks for a stream."""
+        choice = self._choices[index]
+        thinking, text = choice.split.add(piece.text, last=piece.ending is not None)
+        choice.thoughts += thinking
+        choice.text += text
+        choice.tokens, choice.ending = piece.tokens, piece.ending
+        if not self.request.stream:
+            return b""
+        deltas: list[dict[str, str]] = [] if choice.opened else [{"role": "assistant", "content": ""}]
+        choice.opened = True
+        deltas += [{key: new} for key, new in (("reasoning_content", thinking), ("content", text)) if new]
+        events = b"".join(self._event(index, delta) for delta in deltas)
+        return events + (self._event(index, {}, piece.ending) if piece.ending else b"")
 
     def whole(self) -> dict[str, Any]:
         """The reply to a request without streaming."""
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None}
-                | ({"reasoning_content": thinking} if thinking else {}),
-                "finish_reason": ending, "logprobs": None,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None}
+                | ({"reasoning_content": choice.thoughts} if choice.thoughts else {}),
+                "finish_reason": choice.ending, "logprobs": None,
             }
-            for index, (text, thinking, ending) in enumerate(
-                zip(self._texts, self._thoughts, self._endings, strict=True)
-            )
+            for index, choice in enumerate(self._choices)
         ]  # fmt: skip
         return self._object("chat.completion", choices) | {"usage": self._usage()}
-
-    def opening(self, choice: int) -> bytes:
-        """The event before the first piece of an answer."""
-        return self._event(choice, {"role": "assistant", "content": ""}, None)
-
-    def event(self, choice: int, piece: Piece) -> bytes:
-        """The event for the piece that `add` took last."""
-        thinking, text = self._fresh[choice]
-        events = self._event(choice, {"reasoning_content": thinking}, None) if thinking else b""
-        events += self._event(choice, {"content": text}, None) if text else b""
-        return events + (self._event(choice, {}, piece.ending) if piece.ending else b"")
 
     def closing(self) -> bytes:
         """The events after the last piece."""
         if not self.request.include_usage:
             return DONE
-        return _frame(self._object("chat.completion.chunk", []) | {"usage": self._usage()}) + DONE
+        return frame(self._object("chat.completion.chunk", []) | {"usage": self._usage()}) + DONE
 
-    def _event(self, choice: int, delta: dict[str, Any], ending: str | None) -> bytes:
-        one = {"index": choice, "delta": delta, "finish_reason": ending, "logprobs": None}
-        return _frame(self._object("chat.completion.chunk", [one]))
+    def _event(self, index: int, delta: dict[str, str], ending: str | None = None) -> bytes:
+        one = {"index": index, "delta": delta, "finish_reason": ending, "logprobs": None}
+        return frame(self._object("chat.completion.chunk", [one]))
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -89,14 +89,10 @@ class Reply:
         }  # fmt: skip
 
     def _usage(self) -> dict[str, int]:
-        completion, prompt = sum(self._tokens), self.prompt_tokens
+        completion, prompt = sum(choice.tokens for choice in self._choices), self.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _frame(value: dict[str, Any]) -> bytes:
+def frame(value: dict[str, Any]) -> bytes:
+    """One event of a stream."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def error_frame(body: dict[str, Any]) -> bytes:
-    """The events that end a stream after an error in the middle of it."""
-    return _frame(body) + DONE

@@ -38,20 +38,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-def host_name(scope: Scope) -> str:
-    """The Host header in lower case, without its port; empty where the header is missing.
-
-    A server for this machine alone must check it, since a web page can make its own host name resolve to this machine.
-    """
-    header = next((bytes(value) for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
-    return header.rpartition(":")[0] if ":" in header.rpartition("]")[2] else header
-
-
-def names_this_machine(scope: Scope) -> bool:
-    """Whether the Host header is `localhost` or any loopback address, such as 127.0.0.2."""
-    return is_loopback(host_name(scope).removeprefix("[").removesuffix("]"))
-
-
 def is_loopback(host: str) -> bool:
     """Whether an address is reachable from this machine alone."""
     try:
@@ -94,34 +80,29 @@ def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Call
     gc.freeze()
     keep_freed_memory(block=2**22, total=2**26)  # pictures and bodies are large and short-lived
     try:
-        Server(settings(app, limits=limits), drain_seconds=limits.drain_seconds, end=end).run(sockets)
+        Server(app, limits, end=end).run(sockets)
     finally:
         gc.unfreeze()  # libraries report frozen objects as leaks when the process ends
-
-
-def settings(app: App, *, limits: Limits) -> uvicorn.Config:
-    """The uvicorn configuration of an application."""
-    return uvicorn.Config(
-        app, http=_protocol(limits), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-        date_header=False, timeout_graceful_shutdown=math.ceil(limits.drain_seconds + END_SECONDS), loop="asyncio",
-        proxy_headers=False,
-    )  # type: ignore[arg-type]  # fmt: skip
 
 
 class Server(uvicorn.Server):
     """Logs the address once the server listens, and ends answers before it closes their connections.
 
     Args:
-        config: see `settings`.
-        drain_seconds: time that answers get after a stop signal.
+        app: the application.
+        limits: its limits; after a stop signal answers get `drain_seconds`.
         end: ends all answers at once; called in a thread after that time, or after a second Ctrl-C.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, *, drain_seconds: float = 0.0, end: Callable[[], object] | None = None
-    ) -> None:
-        super().__init__(config)
-        self._drain_seconds, self._end = drain_seconds, end
+    def __init__(self, app: App, limits: Limits, *, end: Callable[[], object] = lambda: None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, http=_protocol(limits), ws="none", lifespan="on", log_config=None, access_log=False,
+                server_header=False, date_header=False, proxy_headers=False, loop="asyncio",
+                timeout_graceful_shutdown=math.ceil(limits.drain_seconds + END_SECONDS),
+            )  # type: ignore[arg-type]
+        )  # fmt: skip
+        self._drain_seconds, self._end = limits.drain_seconds, end
         self.hurries = False
         """Whether answers get no more time."""
 
@@ -153,8 +134,7 @@ class Server(uvicorn.Server):
         until = time.monotonic() + self._drain_seconds
         while not self.hurries and time.monotonic() < until:
             await asyncio.sleep(0.05)
-        if self._end is not None:
-            await asyncio.to_thread(self._end)
+        await asyncio.to_thread(self._end)
         await asyncio.sleep(END_SECONDS)
         self.force_exit = self.hurries
 
@@ -192,7 +172,7 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             super().data_received(data)
             if self.cycle is not before:  # a header is complete
                 self._header_deadline.cancel()
-            elif self.cycle is not None and self.cycle.response_complete and not self._has_deadline():
+            elif self.cycle is not None and self.cycle.response_complete and self._header_deadline.cancelled():
                 self._await_header()  # the next request on this connection has started
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -201,9 +181,6 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
 
         def _await_header(self) -> None:
             self._header_deadline = self.loop.call_later(limits.header_seconds, self.transport.close)
-
-        def _has_deadline(self) -> bool:
-            return not self._header_deadline.cancelled() and self._header_deadline.when() > self.loop.time()
 
         def send_400_response(self, msg: str) -> None:
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import os
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
@@ -21,8 +22,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from mm_moslora.serve.api.api_errors import ApiError, internal, stopping
-from mm_moslora.serve.api.http_server import App, Receive, Scope, Send, is_loopback, names_this_machine
+from mm_moslora.serve.api.http_server import App, Receive, Scope, Send, is_loopback
 from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redacted_traceback
 
 if TYPE_CHECKING:
@@ -30,11 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OPEN_ROUTES = frozenset({"/health"})
-"""Routes that need no key, since load balancers send none."""
 LINGER_SECONDS = 2.0
 """Seconds in which the rest of a refused body is read and dropped. Closing a connection with unread bytes resets it,
 and the client may lose the reply."""
+KEY_NAME = "MM_MOSLORA_SERVE_KEY"
+"""Environment variable with the key. No option holds the key, since command lines are logged and listed."""
+SHORTEST_KEY = 16
 KNOWN_ROUTES = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions"})
 
 
@@ -117,14 +120,14 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {bytes(name): bytes(value) for name, value in scope["headers"]}
-        if self._local and not names_this_machine(scope):
+        # A web page can make its own host name resolve to this machine.
+        if self._local and not _is_of_this_machine(b"//" + headers.get(b"host", b"")):
             raise ApiError("The Host header is not a name of this server.", status=403, code="bad_host")
-        origin = headers.get(b"origin")
-        if self._local and origin is not None and not _is_of_this_machine(origin):
+        if self._local and not _is_of_this_machine(headers.get(b"origin", b"//localhost")):
             raise ApiError("A page of another server may not use this one.", status=403, code="bad_origin")
         if int(headers.get(b"content-length", b"0")) > self._limits.body_bytes:
             raise self._too_large()
-        if self._key is None or scope["path"] in OPEN_ROUTES:
+        if self._key is None or scope["path"] == "/health":  # load balancers send no key
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         # Digests are compared, so that the duration reveals nothing about the key, not even its length.
@@ -161,8 +164,21 @@ class Guard:
         logger.info("%s %s %s %s %.3f s", request_id, scope["method"], repr(scope["path"][:80]), status or 499, seconds)
 
 
-def _is_of_this_machine(origin: bytes) -> bool:
+def read_key() -> str | None:
+    """The key from the environment.
+
+    Raises:
+        ConfigError: the key is too short or not plain ASCII.
+    """
+    key = os.environ.get(KEY_NAME) or None
+    if key is not None and (len(key) < SHORTEST_KEY or not key.isascii() or key != key.strip()):
+        raise ConfigError(f"{KEY_NAME} must hold at least {SHORTEST_KEY} ASCII characters without spaces around them.")
+    return key
+
+
+def _is_of_this_machine(address: bytes) -> bool:
+    """Whether the host of an address is `localhost` or any loopback address, such as 127.0.0.2."""
     try:
-        return is_loopback(urlsplit(origin.decode("latin-1")).hostname or "")
+        return b"@" not in address and is_loopback(urlsplit(address.decode("latin-1")).hostname or "")
     except ValueError:
         return False

@@ -10,17 +10,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from mm_moslora.serve.api.api_errors import ApiError, busy
-from mm_moslora.serve.api.chat_request import ChatRequest, Marks, chat_request, read_json
+from mm_moslora.serve.api.api_errors import ApiError, busy, client_left
+from mm_moslora.serve.api.chat_request import ChatRequest, chat_request, read_json
 from mm_moslora.serve.api.http_server import Receive
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.prompt_preparation import Prepared, prepare, refuse_unfit
@@ -38,7 +36,7 @@ class Budget:
 
     def __init__(self, most: int) -> None:
         self.most, self.used, self.highest = most, 0, 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._turn, self._freed = asyncio.Lock(), asyncio.Event()
 
     def take(self, count: int) -> bool:
         """Reserve bytes if they are free."""
@@ -49,37 +47,24 @@ class Budget:
         return True
 
     def give(self, count: int) -> None:
-        """Release bytes; the longest waiting request is served first."""
+        """Release bytes."""
         self.used -= count
-        while self._waiting and self._waiting[0][1].done():
-            self._waiting.popleft()
-        while self._waiting and self.take(self._waiting[0][0]):
-            self._waiting.popleft()[1].set_result(None)
+        self._freed.set()
 
     async def wait(self, count: int, seconds: float) -> None:
-        """Reserve bytes as soon as they are free.
+        """Reserve bytes as soon as they are free; the longest waiting request is served first.
 
         Raises:
             TimeoutError: the bytes were not free within that time.
         """
-        if not self._waiting and self.take(count):
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((count, turn))
-        try:
-            async with asyncio.timeout(seconds):
-                await turn
-        except BaseException:
-            if turn.done() and not turn.cancelled():  # the bytes were granted at the same moment
-                self.give(count)
-            else:
-                turn.cancel()
-                self.give(0)
-            raise
+        async with asyncio.timeout(seconds), self._turn:
+            while not self.take(count):
+                self._freed.clear()
+                await self._freed.wait()
 
 
 class Held:
-    """The share of a budget that one request holds."""
+    """The share of a budget that one request holds, released at the end of a `with` block."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget, self._count = budget, 0
@@ -96,8 +81,10 @@ class Held:
             self._budget.give(self._count - count)
         self._count = count
 
-    def close(self) -> None:
-        """Release all bytes."""
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.set(0)
 
 
@@ -117,21 +104,28 @@ class Intake:
         """Read the body of a request, with limits on its content and time while it arrives; `Guard` limits its size.
 
         Raises:
-            ApiError: the body is compressed, is not declared as JSON, is too slow, or the client left.
+            ApiError: the body is compressed, is not declared as JSON, would be costly to parse, is too slow, or the
+                client left.
         """
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError("Compressed bodies are not accepted.", status=415, code="unsupported_encoding")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # browsers send this type across origins only after a preflight request
             raise ApiError("Content-Type must be application/json.", status=415, code="unsupported_content_type")
-        limits = self._limits
-        body, marks = bytearray(), Marks(limits)
+        limits, body, items, escapes = self._limits, bytearray(), 0, 0
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for chunk in request.stream():
                     held.set(len(body) + len(chunk))
                     body += chunk
-                    marks.add(chunk)
+                    items += chunk.count(b",") + chunk.count(b"[") + chunk.count(b"{")
+                    escapes += chunk.count(b"\\")
+                    if items > limits.json_items or escapes > limits.json_escapes:
+                        raise ApiError(
+                            f"The body holds more than {limits.json_items} commas and opening brackets, or more than "
+                            f"{limits.json_escapes} backslashes; send a shorter conversation.",
+                            code="invalid_json",
+                        )
         except TimeoutError:
             raise ApiError(
                 f"The body did not arrive within {limits.body_seconds:g} s.", status=408, code="body_too_slow"
@@ -141,14 +135,16 @@ class Intake:
         return body
 
     async def parsed(self, request: Request, body: bytearray) -> ChatRequest:
-        """The checked request of a body.
+        """The checked request of a body, which is emptied.
 
         Raises:
             ApiError: see `read_json` and `chat_request`; or it takes too long.
         """
         limits = self._limits
         work = self._workers.submit(lambda: chat_request(read_json(body, limits), limits))
-        return await self._in_worker(request, work, threading.Event(), limits.prepare_seconds)
+        made = await self._in_worker(request, work, threading.Event(), limits.prepare_seconds)
+        body.clear()
+        return made
 
     async def prepared(self, request: Request, wanted: ChatRequest, held: Held) -> Prepared:
         """The tokens and pixels of a request.
@@ -162,20 +158,19 @@ class Intake:
         reading = self._workers.submit(picture_files, wanted.pictures, limits, fetch=self._fetch, stop=stop)
         files = await self._in_worker(request, reading, stop, limits.prepare_seconds)
         memory = memory_of(files, limits, squares=models.pads_to_squares)
-        wanted = wanted.without_addresses()
         held.set(sum(len(file.data) for file in files) + wanted.characters)
         try:
             await self.pictures.wait(memory, deadline - time.monotonic())
         except TimeoutError:
             raise busy("pictures wait to be opened", seconds=2) from None
         loop = asyncio.get_running_loop()
-        try:
-            opening = self._workers.submit(prepare, wanted, files, models, limits, stop=stop)
-        except BaseException:
-            self.pictures.give(memory)
-            raise
-        # The thread may still run for a moment after its result is abandoned.
-        opening.add_done_callback(lambda _: _soon(loop, partial(self.pictures.give, memory)))
+
+        def release(_: object) -> None:
+            with suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(self.pictures.give, memory)
+
+        opening = self._workers.submit(prepare, wanted, files, models, limits, stop=stop)
+        opening.add_done_callback(release)  # the thread may still run for a moment after its result is abandoned
         result = await self._in_worker(request, opening, stop, deadline - time.monotonic())
         held.set(result.bytes)
         return result
@@ -183,34 +178,35 @@ class Intake:
     async def _in_worker(
         self, request: Request, work: Future[_Result], stop: threading.Event, seconds: float
     ) -> _Result:
-        """The result of a task that is cancelled at its deadline or when the client leaves."""
-        future = asyncio.wrap_future(work)
-        leaving = asyncio.ensure_future(left(request.receive))
+        """The result of a task that is stopped at its deadline or when the client leaves."""
         try:
-            both: set[asyncio.Future[Any]] = {future, leaving}
-            await asyncio.wait(both, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
-            if future.done():
-                return future.result()
-            raise client_left() if leaving.done() else busy("requests wait to be read", seconds=2)
+            return await unless_left(request.receive, asyncio.wrap_future(work), seconds=seconds)
+        except TimeoutError:
+            raise busy("requests wait to be read", seconds=2) from None
         finally:
-            leaving.cancel()
-            if not future.done():
+            if not work.done() or work.cancelled():
                 stop.set()
-                future.add_done_callback(lambda done: done.cancelled() or done.exception())
-                work.cancel()
 
 
-def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    with suppress(RuntimeError):  # the loop has closed
-        loop.call_soon_threadsafe(call)
+async def unless_left(receive: Receive, work: Awaitable[_Result], *, seconds: float | None = None) -> _Result:
+    """The result of something that is cancelled when the client leaves.
 
+    Raises:
+        ApiError: the client left.
+        TimeoutError: it took longer than these seconds.
+    """
 
-def client_left() -> ApiError:
-    """The error for a client that has disconnected; only the log shows it."""
-    return ApiError("The client disconnected.", status=499, code="client_left")
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
-
-async def left(receive: Receive) -> None:
-    """Return when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait((task, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise client_left() if leaving.done() else TimeoutError
+    finally:
+        for one in (task, leaving):
+            one.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route, Router
 
 from mm_moslora.reporting.inline_images import thumbnail
-from mm_moslora.serve.api.http_server import App, Server, bound, settings
+from mm_moslora.serve.api.http_server import App, Server, bound
 from mm_moslora.serve.api.request_guard import Guard
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.dashboard.dashboard_runs import Folder
@@ -35,7 +35,7 @@ _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 def serve_board(folder: Path, *, port: int) -> None:
     """Serve the dashboard of a folder until a signal comes; port 0 chooses a free one."""
     app = create_board(folder, stopping=lambda: server.should_exit)
-    server = Server(settings(app, limits=_LIMITS))
+    server = Server(app, _LIMITS)
     server.run(bound("127.0.0.1", port))
 
 

@@ -13,22 +13,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.prefix_cache import Decoder
-from mm_moslora.serve.api.api_errors import ApiError, busy, stopping
+from mm_moslora.serve.api.api_errors import busy, stopping
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.serve.inference.text_stream import TextStream
-from mm_moslora.serve.inference.token_sampling import Draw, Sampling, choose
+from mm_moslora.serve.inference.token_sampling import Draw, choose
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.redaction import redacted_traceback
 
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 _ADMITTED_AT_ONCE = 4
 """Prompts that are read between two decoding steps; more would delay the running answers noticeably."""
 
-_Result = TypeVar("_Result")
 Ending = Literal["stop", "length", "failed", "late", "cancelled"]
 
 
@@ -53,7 +51,7 @@ class Piece:
 
 
 @dataclass(kw_only=True, eq=False)
-class Job:
+class Job(Draw):
     """One answer to generate."""
 
     model: str
@@ -62,22 +60,20 @@ class Job:
     """int64 ``[T]``, placeholders expanded."""
     seen: Sequence[ProcessedImage]
     """Its pictures, in order."""
-    sampling: Sampling
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
     """The form of the prompt; see `ConversationEncoder.encode_prompt`."""
-    choice: int = 0
     deliver: Callable[[Piece], object]
-    """Callback, called from the engine's thread."""
+    """Callback, called from the engine's thread, which may use the model meanwhile."""
     deadline: float
     """Deadline on the monotonic clock, seconds."""
     cancelled: bool = False
     """Set by the owner of the job to cancel it before the next token."""
     submitted: float = field(default_factory=time.monotonic)
-    first_token: float | None = None
-    occurrences: Counter[int] = field(default_factory=Counter)
     tokens: list[int] = field(default_factory=list)
     """The answer so far."""
+    text: TextStream = field(init=False)
+    """Its text, made when it is submitted."""
 
     @property
     def room(self) -> int:
@@ -85,43 +81,18 @@ class Job:
         return len(self.input_ids) + self.sampling.max_tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row(Draw):
-    """One answer with the state that its next token depends on, besides the decoder."""
-
-    job: Job
-    text: TextStream
-
-
+@dataclass(eq=False)
 class _Group:
-    """The answers of one variant: one decoder, and a row per job."""
+    """Answers of one variant that are decoded together: a row of the decoder per job."""
 
-    def __init__(self) -> None:
-        self.decoder: Decoder | None = None
-        self._rows: list[_Row] = []
-
-    @property
-    def jobs(self) -> list[Job]:
-        """The answers, in the order of the decoder's rows."""
-        return [row.job for row in self._rows]
-
-    def rows(self) -> list[_Row]:
-        """In the order of the decoder's rows."""
-        return list(self._rows)
-
-    def admit(self, decoder: Decoder, rows: Sequence[_Row]) -> None:
-        """Add rows of prompts that have been read."""
-        if self.decoder is None:
-            self.decoder = decoder
-        else:
-            self.decoder.join(decoder)
-        self._rows += rows
+    decoder: Decoder | None
+    jobs: list[Job]
 
     def keep(self, numbers: Sequence[int]) -> None:
         """Drop all other rows."""
-        if len(numbers) == len(self._rows):
+        if len(numbers) == len(self.jobs):
             return
-        self._rows = [self._rows[number] for number in numbers]
+        self.jobs = [self.jobs[number] for number in numbers]
         if numbers and self.decoder is not None:
             self.decoder.select(numbers)
         else:
@@ -135,7 +106,6 @@ class Engine:
         self.models, self.limits = models, limits
         self._groups: dict[str, list[_Group]] = {name: [] for name in models.variants}
         self._waiting: deque[Job] = deque()
-        self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
@@ -168,14 +138,10 @@ class Engine:
         """Queue the answers of one request, all or none.
 
         Raises:
-            ApiError: the queue is full, or a job can never fit.
+            ApiError: the queue is full.
         """
         for job in jobs:
-            if job.room > self.limits.cached_tokens:
-                raise ApiError(
-                    f"The prompt and the answer take {job.room} tokens, the cache holds {self.limits.cached_tokens}.",
-                    code="context_length_exceeded",
-                )
+            job.text = TextStream(self.models.encoder, job.stop, thinking=job.thinking)
         with self._changed:
             if self._stopping:
                 raise stopping()
@@ -184,25 +150,11 @@ class Engine:
             self._waiting.extend(jobs)
             self._changed.notify()
 
-    def between_steps(self, work: Callable[[], _Result]) -> _Result:
-        """Run a function with the model while no answer uses it, and wait for its result.
-
-        Raises:
-            ApiError: the engine has stopped.
-        """
-        future: Future[_Result] = Future()
-        with self._changed:
-            if not self.alive:
-                raise stopping()
-            self._errands.append((future, work))
-            self._changed.notify()
-        return future.result()
-
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    while not (self._stopping or self._waiting or self.running or self._errands):
+                    while not (self._stopping or self._waiting or self.running):
                         self._changed.wait()
                     if self._stopping:
                         break
@@ -210,19 +162,11 @@ class Engine:
                     self._turn()
                 except Exception as error:  # the thread must survive, since it alone can answer
                     self._give_up(error)
-        for job in [*self._waiting, *(job for group in self._all() for job in group.jobs)]:
-            self._end(job, "cancelled")
-        for future, _ in self._errands:
-            future.set_exception(stopping())
+        for job in [*self._waiting, *self._decoded()]:
+            self._deliver(job, ending="cancelled")
 
     def _turn(self) -> None:
-        """The loop: run functions, remove, admit, decode."""
-        while self._errands:
-            future, work = self._errands.popleft()
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
+        """The loop: remove, admit, decode."""
         self._drop()
         for name, jobs in self._admissible().items():
             for batch in [[job] for job in jobs] if self.models.reads_alone else [jobs]:
@@ -232,20 +176,20 @@ class Engine:
                 if group.jobs:
                     self._advance(name, group)
             self._groups[name] = [group for group in self._groups[name] if group.jobs]
-        self.running = sum(len(group.jobs) for group in self._all())
+        self.running = len(self._decoded())
 
-    def _admit(self, name: str, jobs: list[Job]) -> None:
+    def _admit(self, name: str, jobs: list[Job], *, again: bool = False) -> None:
         """Read prompts in one batch; after an error, one by one."""
         if len(jobs) == 1 and jobs[0].cancelled:  # cancelled while others were read
-            self._end(jobs[0], "cancelled")
+            self._deliver(jobs[0], ending="cancelled")
             return
         try:
-            self._read(name, jobs)
+            self._read(name, jobs, again)
         except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return
-            self._log("Reading prompts in one batch failed; each is read by itself", error)
+            _log("Reading prompts in one batch failed; each is read by itself", error)
             for job in jobs:
                 self._admit(name, [job])
 
@@ -254,39 +198,24 @@ class Engine:
         try:
             self._step(name, group)
         except Exception as error:
-            rows = group.rows()
+            jobs = group.jobs
             group.keep([])
-            if len(rows) == 1:
-                self._fail(rows[0].job, error)
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
                 return
-            self._log("A decoding step failed; each row is read again by itself", error)
-            for row in rows:
-                self._restart(name, row)
-
-    def _restart(self, name: str, row: _Row) -> None:
-        """Read the prompt and the answer so far of one row; it continues in its own group."""
-        job = row.job
-        try:
-            with self.models.use(name):
-                decoder = self.models.read(name, [(job.input_ids, job.seen)])
-                if job.tokens:
-                    self._run_tokens(decoder, torch.tensor([job.tokens]))
-        except Exception as error:
-            self._fail(job, error)
-            return
-        group = _Group()
-        group.admit(decoder, [row])
-        self._groups[name].insert(0, group)  # new jobs join the last group
+            _log("A decoding step failed; each row is read again by itself", error)
+            for job in jobs:
+                self._admit(name, [job], again=True)
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End one answer after an error."""
         self.failures += 1
-        self._log("An answer failed", error)
-        self._end(job, "failed")
+        _log("An answer failed", error)
+        self._deliver(job, ending="failed")
 
     def _give_up(self, error: Exception) -> None:
         """End all answers after an error outside any answer."""
-        jobs = [job for group in self._all() for job in group.jobs]
+        jobs = self._decoded()
         self._groups = {name: [] for name in self._groups}
         with self._changed:
             jobs += self._waiting
@@ -295,64 +224,60 @@ class Engine:
         for job in jobs:
             self._fail(job, error)
 
-    @staticmethod
-    def _log(what: str, error: Exception) -> None:
-        logger.error("%s: %s", what, redacted_traceback(error))
-
-    def _all(self) -> list[_Group]:
-        return [group for groups in self._groups.values() for group in groups]
+    def _decoded(self) -> list[Job]:
+        return [job for groups in self._groups.values() for group in groups for job in group.jobs]
 
     def _drop(self) -> None:
         """Remove jobs that are cancelled or past their deadline."""
         now = time.monotonic()
         with self._changed:
             gone = [job for job in self._waiting if job.cancelled or now > job.deadline]
-            if gone:
-                self._waiting = deque(job for job in self._waiting if job not in gone)
+            for job in gone:
+                self._waiting.remove(job)
         for job in gone:
-            self._end(job, "cancelled" if job.cancelled else "late")
-        for group in self._all():
+            self._deliver(job, ending="cancelled" if job.cancelled else "late")
+        for group in [group for groups in self._groups.values() for group in groups]:
             kept = []
-            for number, row in enumerate(group.rows()):
-                if not row.job.cancelled and now <= row.job.deadline:
-                    kept.append(number)
-                elif row.job.cancelled:
-                    self._end(row.job, "cancelled")
+            for number, job in enumerate(group.jobs):
+                if job.cancelled:
+                    self._deliver(job, ending="cancelled")
+                elif now > job.deadline:
+                    self._deliver(job, job.text.finish(), "length")
                 else:
-                    self._end(row.job, "length", row.text.finish())
+                    kept.append(number)
             group.keep(kept)
 
     def _admissible(self) -> dict[str, list[Job]]:
         """The next jobs in order of arrival, as many as fit, by variant."""
-        groups = self._all()
-        rows = sum(len(group.jobs) for group in groups)
-        tokens = sum(job.room for group in groups for job in group.jobs)
+        running = self._decoded()
+        rows, tokens = len(running), sum(job.room for job in running)
+        most = min(self.limits.batch, rows + _ADMITTED_AT_ONCE)
         chosen: dict[str, list[Job]] = {}
-        count = 0
         with self._changed:
-            while self._waiting and count < _ADMITTED_AT_ONCE and rows < self.limits.batch:
+            while self._waiting and rows < most:
                 job = self._waiting[0]
-                if tokens + job.room > self.limits.cached_tokens:
+                if rows and tokens + job.room > self.limits.cached_tokens:
                     break
-                chosen.setdefault(job.model, []).append(self._waiting.popleft())
-                count, rows, tokens = count + 1, rows + 1, tokens + job.room
+                self._waiting.popleft()
+                chosen.setdefault(job.model, []).append(job)
+                rows, tokens = rows + 1, tokens + job.room
         return chosen
 
-    def _read(self, name: str, jobs: list[Job]) -> None:
-        """Run prompts and add their rows to the batch."""
-        rows = [
-            _Row(
-                job=job, text=TextStream(self.models.encoder, job.stop, thinking=job.thinking), sampling=job.sampling,
-                occurrences=job.occurrences, generator=job.sampling.generator(job.choice),
-            )
-            for job in jobs
-        ]  # fmt: skip
+    def _read(self, name: str, jobs: list[Job], again: bool) -> None:
+        """Run prompts and add their rows to the batch, or a prompt and its answer so far in a batch of its own."""
         with self.models.use(name):
             decoder = self.models.read(name, [(job.input_ids, job.seen) for job in jobs])
+            if again and jobs[0].tokens:
+                self._run_tokens(decoder, torch.tensor([jobs[0].tokens]))
         groups = self._groups[name]
-        if not (groups and self.models.joins):
-            groups.append(_Group())
-        groups[-1].admit(decoder, rows)
+        if again:
+            groups.insert(0, _Group(decoder, jobs))  # new jobs join the last group
+            return
+        if groups and groups[-1].decoder is not None and self.models.joins:
+            groups[-1].decoder.join(decoder)
+            groups[-1].jobs += jobs
+        else:
+            groups.append(_Group(decoder, jobs))
         self.prompt_tokens += sum(len(job.input_ids) for job in jobs)
 
     def _step(self, name: str, group: _Group) -> None:
@@ -360,14 +285,13 @@ class Engine:
         decoder = group.decoder
         assert decoder is not None
         going, tokens = [], []
-        rows = group.rows()
-        for number, (row, token) in enumerate(zip(rows, choose(decoder.logits, rows), strict=True)):
+        for number, (job, token) in enumerate(zip(group.jobs, choose(decoder.logits, group.jobs), strict=True)):
             try:
                 if isinstance(token, ModelError):
                     raise token
-                goes_on = self._say(row.job, row.text, token)
+                goes_on = self._say(job, token)
             except Exception as error:
-                self._fail(row.job, error)
+                self._fail(job, error)
                 continue
             if goes_on:
                 going.append(number)
@@ -384,33 +308,32 @@ class Engine:
         ids = tokens.to(decoder.logits.device)
         decoder.extend(table(ids), torch.ones_like(ids))
 
-    def _say(self, job: Job, text: TextStream, token: int) -> bool:
+    def _say(self, job: Job, token: int) -> bool:
         """Deliver one token; returns whether the answer continues."""
-        if job.first_token is None:
-            job.first_token = time.monotonic()
         if token in self.models.stops:
-            self._end(job, "stop", text.finish())
+            self._deliver(job, job.text.finish(), "stop")
             return False
         job.tokens.append(token)
         job.occurrences[token] += 1
         self.answer_tokens += 1
-        piece = text.add(token)
-        if text.stopped:
-            self._end(job, "stop", piece)
+        piece = job.text.add(token)
+        if job.text.stopped:
+            self._deliver(job, piece, "stop")
         elif len(job.tokens) >= job.sampling.max_tokens:
-            self._end(job, "length", piece + text.finish())
+            self._deliver(job, piece + job.text.finish(), "length")
         else:
             if piece:
-                self._deliver(job, Piece(text=piece, tokens=len(job.tokens)))
+                self._deliver(job, piece)
             return True
         return False
 
-    def _end(self, job: Job, ending: Ending, text: str = "") -> None:
-        self._deliver(job, Piece(text=text, ending=ending, tokens=len(job.tokens)))
-
     @staticmethod
-    def _deliver(job: Job, piece: Piece) -> None:
+    def _deliver(job: Job, text: str = "", ending: Ending | None = None) -> None:
         try:
-            job.deliver(piece)
+            job.deliver(Piece(text=text, ending=ending, tokens=len(job.tokens)))
         except RuntimeError:  # the client's event loop is closed
             job.cancelled = True
+
+
+def _log(what: str, error: Exception) -> None:
+    logger.error("%s: %s", what, redacted_traceback(error))

@@ -1,4 +1,4 @@
-"""Turn a checked request into jobs for the engine: the conversation as turns and tokens, its pictures as pixels.
+"""Turn a checked request into model inputs: the conversation as turns and tokens, its pictures as pixels.
 
 It runs in a worker thread, since decoding a picture takes time and would block the event loop.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 
 from torch import Tensor
@@ -18,9 +16,8 @@ from torch import Tensor
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.chat.records import IMAGE, Turn
 from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.api.chat_request import ChatRequest, Message, Picture, refuse_too_long
+from mm_moslora.serve.api.chat_request import ChatRequest, Message, Picture
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Job, Piece
 from mm_moslora.serve.inference.request_images import PictureFile, open_pictures, refuse_stopped
 from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.utils.errors import ModelError, MoSLoRAError
@@ -40,11 +37,6 @@ class Prepared:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def longest_of(models: Models, limits: Limits) -> int:
-    """Tokens that a prompt and its answer may take."""
-    return min(limits.context, models.context or limits.context)
-
-
 def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
     """Refuse a request by checks that need no decoded picture and no tokens.
 
@@ -61,7 +53,13 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
             "out.",
             param="chat_template_kwargs", code="unsupported_parameter",
         )  # fmt: skip
-    refuse_too_long(request.characters, longest_of(models, limits), limits)
+    longest = _longest(models, limits)
+    if request.characters > longest * limits.characters_per_token:  # too long under any tokenizer
+        raise ApiError(
+            f"The conversation holds {request.characters} characters, far more than the {longest} tokens that this "
+            "model holds with its answer. Shorten the conversation.",
+            param="messages", code="context_length_exceeded",
+        )  # fmt: skip
 
 
 def prepare(
@@ -72,7 +70,7 @@ def prepare(
     Raises:
         ApiError: a picture cannot be used, or the conversation is too long.
     """
-    longest, tokens = longest_of(models, limits), request.sampling.max_tokens
+    longest, tokens = _longest(models, limits), request.sampling.max_tokens
     visual = models.visual_tokens([file.size for file in files])
     if visual + tokens > longest:
         raise _too_long(f"The {len(files)} pictures take {visual} tokens", tokens, longest)
@@ -92,33 +90,17 @@ def prepare(
     return Prepared(input_ids=ids, seen=seen)
 
 
+def _longest(models: Models, limits: Limits) -> int:
+    """Tokens that a prompt and its answer may take."""
+    return min(limits.context, models.context or limits.context)
+
+
 def _too_long(what: str, tokens: int, longest: int) -> ApiError:
     return ApiError(
         f"{what} and the answer up to {tokens}; the model's context has {longest}. Shorten the conversation, send "
         "fewer pictures or lower max_tokens.",
         param="messages", code="context_length_exceeded",
     )  # fmt: skip
-
-
-def jobs_of(
-    request: ChatRequest, prepared: Prepared, deliver: Callable[[int, Piece], object], *, seconds: float
-) -> list[Job]:
-    """One job per requested answer.
-
-    Args:
-        request: the request.
-        prepared: its tokens and pixels.
-        deliver: called from the engine's thread with the number of the answer and its event.
-        seconds: time until the answer is cut off.
-    """
-    return [
-        Job(
-            model=request.model, input_ids=prepared.input_ids, seen=prepared.seen, sampling=request.sampling,
-            stop=request.stop, thinking=request.thinking, choice=choice, deadline=time.monotonic() + seconds,
-            deliver=partial(deliver, choice),
-        )
-        for choice in range(request.choices)
-    ]  # fmt: skip
 
 
 def turns_of(messages: Sequence[Message]) -> list[Turn]:

@@ -1,4 +1,4 @@
-"""Pictures of a request: base64 data URLs, and http(s) URLs of the hosts that the server's owner allowed."""
+"""Pictures of a request: base64 data URLs, and https addresses of the hosts that the server's owner allowed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import binascii
 import io
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
 from mm_moslora.data.images.record_picture import FORMATS, ImageError, check_size, open_image_bytes
 from mm_moslora.data.record_faults import Code
-from mm_moslora.serve.api.api_errors import ApiError
+from mm_moslora.serve.api.api_errors import ApiError, client_left
 from mm_moslora.serve.api.chat_request import Picture
 from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.utils import http_fetch
 
 _DATA = re.compile(r"data:(?P<kind>image/[a-z0-9.+-]{1,40})(?:;[a-z-]{1,20}=[a-z0-9-]{1,20})*;base64,", re.IGNORECASE)
 _SAID = {
@@ -25,6 +26,10 @@ _SAID = {
     Code.IMAGE_ASPECT: "is too narrow or has no pixels",
     Code.IMAGE_TOO_LARGE: "has too many pixels",
 }
+FETCH_BYTES = 10 * 2**20
+FETCH_SECONDS = 5.0
+"""Seconds for a whole fetch, redirects included."""
+_REDIRECTS = 3
 
 Fetch = Callable[[str], bytes]
 """Returns the bytes at a URL, or raises `ApiError`."""
@@ -35,7 +40,8 @@ class PictureFile:
     """The bytes of a picture and the contents of its header."""
 
     data: bytes
-    picture: Picture
+    where: str
+    """Its place in the request."""
     size: tuple[int, int]
     """Width and height, pixels; 0 x 0 where the header cannot be read, which decoding will report."""
     mode: str
@@ -46,26 +52,16 @@ class PictureFile:
         """Width times height."""
         return self.size[0] * self.size[1]
 
-    def opening(self) -> int:
-        """Largest memory of decoding, bytes: copies in the file's mode, in RGB, and intermediate ones."""
-        wide = self.mode in ("I", "F", "LAB") or self.mode.startswith("I;16")
-        clear = self.mode in ("RGBA", "RGBa", "LA", "La", "PA") or self.mode.endswith(";transparency")
-        return self.pixels * (28 if wide else 16 if clear else 12)
-
-    def looking(self, *, squares: bool) -> int:
-        """Largest memory of the image processor before it scales the picture down, bytes."""
-        return 6 * (max(self.size) ** 2 if squares else self.pixels)
-
 
 def picture_files(
     pictures: Sequence[Picture], limits: Limits, *, fetch: Fetch | None = None, stop: threading.Event
 ) -> list[PictureFile]:
-    """The bytes and headers of the pictures of one request, in order; no pixel is decoded.
+    """The bytes and headers of the pictures of one request, in order; no pixel is decoded, and the URLs are emptied.
 
     Args:
         pictures: from the request.
         limits: the server's.
-        fetch: for http(s) URLs; None: they are refused, and no socket is opened.
+        fetch: for https URLs; None: they are refused, and no socket is opened.
         stop: set when the result is no longer needed.
 
     Raises:
@@ -74,17 +70,20 @@ def picture_files(
     files, left = [], limits.images_pixels
     for picture in pictures:
         refuse_stopped(stop)
-        file = _with_header(_bytes(picture, fetch), picture)
+        file = _with_header(_bytes(picture, fetch), picture.where)
+        picture.url = ""
         try:
             if file.mode:  # without a readable header, decoding decides
                 check_size(file.size, "picture")
         except ImageError as error:
-            raise _wrong(picture, _SAID[error.code]) from None
-        if file.pixels > limits.image_pixels:
-            raise _wrong(picture, f"has {file.pixels} pixels, at most {limits.image_pixels} are allowed; scale it down")
+            raise _wrong(file.where, _SAID[error.code]) from None
         left -= file.pixels
+        if file.pixels > limits.image_pixels:
+            what = f"has {file.pixels} pixels, at most {limits.image_pixels} are allowed; scale it down"
+            raise _wrong(file.where, what)
         if left < 0:
-            raise _wrong(picture, f"takes the request above {limits.images_pixels} pixels in all; scale pictures down")
+            what = f"takes the request above {limits.images_pixels} pixels in all; scale pictures down"
+            raise _wrong(file.where, what)
         files.append(file)
     return files
 
@@ -100,16 +99,20 @@ def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) ->
     Raises:
         ApiError: more than `pictures_bytes`.
     """
-    kept, most = 0, 0
+    kept, most, allowed = 0, 0, limits.pictures_bytes
     for file in files:
+        wide = file.mode in ("I", "F", "LAB") or file.mode.startswith("I;16")
+        clear = file.mode in ("RGBA", "RGBa", "LA", "La", "PA") or file.mode.endswith(";transparency")
         kept += 4 * file.pixels
-        most = max(most, file.opening() - 4 * file.pixels, file.looking(squares=squares))
-        if kept + most > limits.pictures_bytes:
+        # Besides the copy that is kept: copies in the file's mode and intermediate ones, then the image processor's
+        # before it scales the picture down.
+        most = max(most, file.pixels * (24 if wide else 12 if clear else 8))
+        most = max(most, 6 * (max(file.size) ** 2 if squares else file.pixels))
+        if kept + most > allowed:
             raise _wrong(
-                file.picture,
+                file.where,
                 f"takes the request to {(kept + most) // 2**20} MiB of memory when it is opened ({file.size[0]} x "
-                f"{file.size[1]} pixels, {file.mode}), at most {limits.pictures_bytes // 2**20} are allowed; scale "
-                "pictures down",
+                f"{file.size[1]} pixels, {file.mode}), at most {allowed // 2**20} are allowed; scale pictures down",
             )
     return kept + most
 
@@ -123,7 +126,10 @@ def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> lis
     opened = []
     for file in files:
         refuse_stopped(stop)
-        opened.append(_open(file.data, file.picture))
+        try:
+            opened.append(open_image_bytes(file.data, name="picture"))
+        except ImageError as error:
+            raise _wrong(file.where, _SAID.get(error.code, "cannot be used")) from None
     return opened
 
 
@@ -134,7 +140,30 @@ def refuse_stopped(stop: threading.Event) -> None:
         ApiError: it was abandoned.
     """
     if stop.is_set():
-        raise ApiError("The request was abandoned.", status=499, code="client_left")
+        raise client_left()
+
+
+def fetch_from(hosts: Collection[str]) -> Fetch | None:
+    """Fetches pictures over https, only from public addresses of these host names; None without any."""
+    if not hosts:
+        return None
+    names = frozenset(host.lower().rstrip(".") for host in hosts)
+    rules = http_fetch.Rules(
+        hosts=names, most=FETCH_BYTES, seconds=FETCH_SECONDS, redirects=_REDIRECTS, public=True
+    )  # fmt: skip
+
+    def fetch(url: str) -> bytes:
+        try:
+            return http_fetch.fetch(url, rules)
+        except http_fetch.FetchError as error:
+            if error.fault == http_fetch.FetchFault.NOT_ALLOWED:
+                raise ApiError(
+                    "The host of a picture's address is not allowed on this server. Send the picture as a data URL.",
+                    code="remote_host_not_allowed",
+                ) from None
+            raise ApiError(f"A picture's address {error.what}.", code="remote_image_failed") from None
+
+    return fetch
 
 
 def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
@@ -153,36 +182,29 @@ def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
             raise
     head = _DATA.match(url)
     if head is None:
-        raise _wrong(picture, "is not a base64 data URL of a picture; expected data:image/png;base64,...")
+        raise _wrong(picture.where, "is not a base64 data URL of a picture; expected data:image/png;base64,...")
     text = url[head.end() :]
     try:
         if len(text) % 4:  # the decoder accepts excess padding
             raise ValueError
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
-        raise _wrong(picture, "holds characters or padding that are not valid base64") from None
+        raise _wrong(picture.where, "holds characters or padding that are not valid base64") from None
 
 
-def _with_header(data: bytes, picture: Picture) -> PictureFile:
+def _with_header(data: bytes, where: str) -> PictureFile:
     size, mode = (0, 0), ""
     try:
-        # The limit above replaces Pillow's, which would warn or raise at other sizes.
+        # The limits of the server replace Pillow's, which would warn or raise at other sizes.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size = image.size
             mode = image.mode + (";transparency" if "transparency" in image.info else "")
     except Image.DecompressionBombError:
-        raise _wrong(picture, "has too many pixels; scale it down") from None
+        raise _wrong(where, "has too many pixels; scale it down") from None
     except Exception:  # noqa: S110  (decoders raise nearly anything for broken headers; decoding will report the cause)
         pass
-    return PictureFile(data=data, picture=picture, size=size, mode=mode)
+    return PictureFile(data=data, where=where, size=size, mode=mode)
 
 
-def _open(data: bytes, picture: Picture) -> Image.Image:
-    try:
-        return open_image_bytes(data, name="picture")
-    except ImageError as error:
-        raise _wrong(picture, _SAID.get(error.code, "cannot be used")) from None
-
-
-def _wrong(picture: Picture, what: str) -> ApiError:
-    return ApiError(f"{picture.where} {what}.", param=picture.where, code="invalid_image")
+def _wrong(where: str, what: str) -> ApiError:
+    return ApiError(f"{where} {what}.", param=where, code="invalid_image")

@@ -92,11 +92,9 @@ class Models:
     @property
     def pads_to_squares(self) -> bool:
         """Whether the image processor pads a picture to a square before it scales it down."""
-        image_processing, images = (
-            self.assembly.image_processing,
-            getattr(self.assembly.processor, "image_processor", None),
-        )
-        return image_processing is not None and image_processing.fixed and bool(getattr(images, "do_pad", False))
+        processing = self.assembly.image_processing
+        pads = getattr(getattr(self.assembly.processor, "image_processor", None), "do_pad", False)
+        return processing is not None and processing.fixed and bool(pads)
 
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
         """Visual tokens of pictures of these widths and heights, with the placeholders around them. Thread-safe."""
@@ -120,10 +118,9 @@ class Models:
             DataError: the chat template cannot express the conversation.
         """
         with self._alone:
+            processing = self.assembly.image_processing
             try:
-                seen = (
-                    self.assembly.image_processing.see(pictures) if self.assembly.image_processing and pictures else []
-                )
+                seen = processing.see(pictures) if processing and pictures else []
             except Exception as error:  # processors raise nearly anything
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
             placeholders = [item.placeholders for item in seen]
@@ -227,9 +224,8 @@ def load_models(
         raise ModelError(f"The model before tuning cannot be served: {why}. Leave out --with-base.")
     alone = len(names) == 1
     assembly = load(path, merge=alone, dtype=dtype)
-    own = _projector(assembly)
+    own, newline = _projector(assembly)
     active = None if assembly.peft_model is None else str(assembly.peft_model.active_adapter)
-    newline = _newline(assembly)
     variants = {main: Variant(name=main, adapter=active, projector=own, newline=newline, source=path.name)}
     for number, (other, folder) in enumerate(further.items()):
         variants[other] = _add(assembly, other, folder, adapter=f"served{number}", main=path)
@@ -269,23 +265,20 @@ def _trained_weights(checkpoint: Path) -> str | None:
 
 def _add(assembly: Parts, name: str, path: Path, *, adapter: str, main: Path) -> Variant:
     """Load one more adapter, with its projector, into the base."""
-    projector, newline, folder = _projector(assembly), _newline(assembly), path
+    projector, newline = _projector(assembly)
     checkpoint = find_checkpoint(path)
+    # Also where the `adapter/` of a run is given: it was trained with the projector of the run.
     of_run = (checkpoint / MANIFEST).is_file()
-    if of_run:
-        if trained := _trained_weights(checkpoint):
-            raise ModelError(
-                f"{path} trained its {trained} weights, so it is not an adapter of the served model. Serve it on "
-                "its own."
-            )
-        if not (checkpoint / "adapter").is_dir():
-            raise ModelError(f"{path} holds no adapter. Give a run with an adapter, or an adapter folder.")
-        refuse_other_settings(assembly, main, checkpoint)
-    elif not (path / ADAPTER_CONFIG).is_file():
+    if of_run and (trained := _trained_weights(checkpoint)):
+        raise ModelError(
+            f"{path} trained its {trained} weights, so it is not an adapter of the served model. Serve it on its own."
+        )
+    folder = checkpoint / "adapter" if of_run else path
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{path} holds no adapter. Give a run with an adapter, or an adapter folder.")
-    if of_run:  # also where its `adapter/` is given: it was trained with this projector
+    if of_run:
+        refuse_other_settings(assembly, main, checkpoint)
         projector, newline = _read_projector(assembly, checkpoint / "projector.safetensors")
-        folder = checkpoint / "adapter"
     elif projector is not None and not assembly.is_pretrained_vlm:
         logger.warning(
             "%s is not part of a run, so %s gets the projector of %s and its image settings.", path, name, main
@@ -295,26 +288,21 @@ def _add(assembly: Parts, name: str, path: Path, *, adapter: str, main: Path) ->
     return Variant(name=name, adapter=adapter, projector=projector, newline=newline, source=path.name)
 
 
-def _projector(assembly: Parts) -> nn.Module | None:
-    return getattr(getattr(assembly.model, "model", None), "multi_modal_projector", None)
-
-
-def _newline(assembly: Parts) -> nn.Parameter | None:
-    return None if assembly.is_pretrained_vlm or not assembly.image_processing else newline_of(assembly.model)
+def _projector(assembly: Parts) -> tuple[nn.Module | None, nn.Parameter | None]:
+    """The projector and the newline embedding that is trained with it."""
+    has_newline = not assembly.is_pretrained_vlm and assembly.image_processing
+    projector = getattr(getattr(assembly.model, "model", None), "multi_modal_projector", None)
+    return projector, newline_of(assembly.model) if has_newline else None
 
 
 def _untuned_projector(assembly: Parts, path: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
     """The projector that tuning started from, where its file exists; else the tuned one, with a warning."""
-    own = _projector(assembly)
-    if own is None or assembly.is_pretrained_vlm:
-        return own, None
     file = _first_projector(find_checkpoint(path))
-    if file is None:
+    if file is None and _projector(assembly)[0] is not None and not assembly.is_pretrained_vlm:
         logger.warning(
             "The projector that %s started from (model.projector.weights) is missing, so the model before tuning "
             "gets the tuned one.", path,
         )  # fmt: skip
-        return own, _newline(assembly)
     return _read_projector(assembly, file)
 
 
@@ -325,10 +313,10 @@ def _first_projector(checkpoint: Path) -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
-def _read_projector(assembly: Parts, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
+def _read_projector(assembly: Parts, file: Path | None) -> tuple[nn.Module | None, nn.Parameter | None]:
     """Copies of the projector and the newline embedding with the values of a file; the originals without a file."""
-    own, newline = _projector(assembly), _newline(assembly)
-    if own is None or assembly.is_pretrained_vlm or not file.is_file():
+    own, newline = _projector(assembly)
+    if own is None or assembly.is_pretrained_vlm or file is None or not file.is_file():
         return own, newline
     made, line = copy.deepcopy(own), copy.deepcopy(newline)
     load_projector(made, file, newline=line)

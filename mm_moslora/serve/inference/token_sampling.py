@@ -6,8 +6,9 @@ Shapes: ``B`` answers, ``R`` those with a temperature, ``C`` vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,25 +33,23 @@ class Sampling:
     seed: int | None = None
     """The same seed gives the same answer, whatever else is in the batch."""
 
-    def generator(self, choice: int) -> torch.Generator:
-        """The random generator of the answer with this index in its request."""
-        made = torch.Generator()
-        if self.seed is None:
-            made.seed()
-        else:
-            made.manual_seed((self.seed + choice) % 2**63)
-        return made
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Draw:
     """What the next token of one answer depends on, besides its logits."""
 
     sampling: Sampling
-    occurrences: Mapping[int, int]
+    choice: int = 0
+    """Index of the answer in its request; answers to one request have different seeds."""
+    occurrences: Counter[int] = field(default_factory=Counter)
     """Occurrences of each token so far."""
-    generator: torch.Generator
-    """On the CPU; used when the temperature is not zero."""
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator()
+        if self.sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed((self.sampling.seed + self.choice) % 2**63)
 
 
 def choose(logits: Tensor, draws: Sequence[Draw]) -> list[int | ModelError]:
