@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mm_moslora.reporting import summary_text
-from mm_moslora.reporting.comparison_charts import columns, forest, means_of, score_rows
+from mm_moslora.reporting.comparison_charts import columns, draw_png, forest, means_of, score_rows
 from mm_moslora.reporting.comparison_curves import RateChart, cost_charts, rate_charts
-from mm_moslora.reporting.run_page import asset, printable, script_parts
-from mm_moslora.reporting.svg_charts import format_number
+from mm_moslora.reporting.run_page import printable, script_parts
+from mm_moslora.reporting.svg_charts import asset, format_number
 from mm_moslora.reporting.verdicts import AGAINST, difference_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
@@ -57,17 +57,20 @@ def read_results(results: Path) -> dict[str, Any]:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page of the content of `results.json` as text."""
-    return _environment().get_template("comparison.html.j2").render(style=_style(), **script_parts(), **_context(data))
+    style = Markup(asset("report.css") + asset("comparison.css"))  # noqa: S704  (shipped with the package)
+    return _environment().get_template("comparison.html.j2").render(style=style, **script_parts(), **_context(data))
 
 
-def picture(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The forest plot of one or several comparisons as a page of its own, such as for a screenshot.
+def draw(parts: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
+    """Write the forest plot of one or several comparisons as a PNG file; nothing where no arm was compared.
 
     Args:
         parts: the content of each `results.json` with the heading of its rows or "".
+        path: file to write.
     """
     chart = forest([(heading, _readable(data)) for heading, data in parts], title="")
-    return _environment().get_template("comparison_picture.html.j2").render(style=_style(), chart=chart)
+    if chart:
+        draw_png(chart, path)
 
 
 @functools.cache
@@ -80,10 +83,6 @@ def _environment() -> Environment:
         count=summary_text.format_count, seconds=format_seconds, number=format_number, breakable=_breakable
     )
     return environment
-
-
-def _style() -> Markup:
-    return Markup(asset("report.css") + asset("comparison.css"))  # noqa: S704
 
 
 def _breakable(name: str) -> Markup:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,7 +21,7 @@ from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
 from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
-from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
+from mm_moslora.reporting.svg_charts import Series, asset, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
@@ -116,7 +115,7 @@ def _context(data: RunData) -> dict[str, Any]:
         "mixers": [_mixer(mixer) for mixer in data.mixers if mixer.after][:MOST_MIXERS],
         "mixer_rows": data.mixers,
         "measures": [(key, name) for key, name in MEASURES.items() if any(key in item.figures for item in data.mixers)],
-        "lens_maps": [Markup(heat_chart(item)) for item in maps],  # noqa: S704  (escapes its texts)
+        "lens_maps": [heat_chart(item) for item in maps],
         "lens_curves": [chart for stage in data.stages[-1:] for chart in _lens_curves(stage)],
         "data_facts": _flat(summary.get("data")),
         "quarantine": data.quarantine,
@@ -142,11 +141,6 @@ def script_parts() -> dict[str, str]:
     script = asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"script": Markup(script), "script_hash": digest}  # noqa: S704  (shipped with the package)
-
-
-def asset(name: str) -> str:
-    """A style sheet or script of the package."""
-    return resources.files("mm_moslora.reporting").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _facts(data: RunData) -> list[str]:
@@ -259,7 +253,7 @@ def _charts(stage: Stage) -> list[Markup]:
         ),
     ]
     return [
-        Markup(line_chart(series, title=title, zero=zero))  # noqa: S704  (escapes its texts)
+        line_chart(series, title=title, zero=zero)
         for title, series, zero in wanted
         if any(item.points for item in series)
     ]
@@ -267,13 +261,11 @@ def _charts(stage: Stage) -> list[Markup]:
 
 def _lens_curves(stage: Stage) -> list[Markup]:
     """Means over the adapted modules, where they were logged more than once."""
-    found = []
-    for key, title in TITLES.items():
-        points = curve(stage, f"mixer/{key}")
-        if len(points) > 1:
-            series = [Series(name=MEASURES[key], points=points)]
-            found.append(Markup(line_chart(series, title=title, zero=True)))  # noqa: S704
-    return found
+    return [
+        line_chart([Series(name=MEASURES[key], points=points)], title=title, zero=True)
+        for key, title in TITLES.items()
+        if len(points := curve(stage, f"mixer/{key}")) > 1
+    ]
 
 
 def _smoothed(name: str, points: list[tuple[float, float]]) -> list[Series]:
