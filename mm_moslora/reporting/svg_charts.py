@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
-from importlib import resources
 from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
 
 from mm_moslora.reporting.lens_maps import HeatMap
+from mm_moslora.reporting.page_templates import asset
 from mm_moslora.utils.text_format import visible
 
 WIDTH, HEIGHT = 440, 250
@@ -81,11 +81,6 @@ def format_number(value: float) -> str:
         if size >= limit:
             return f"{value / (1e3 if suffix == ' k' else limit):.3g}{suffix}"
     return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
-
-
-def asset(name: str) -> str:
-    """A style sheet or script of the package."""
-    return resources.files("mm_moslora.reporting").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 @functools.cache
