@@ -143,9 +143,8 @@ def to_svg(figure: Any, label: str, *, titles: Sequence[str] = (), more: str = "
     body = re.sub(r"<style.*?</style>", "", text[1], flags=re.DOTALL)  # it would hold for the whole page
     body = re.sub(r"(?<=: )#\w{6}(?=[;\"])", lambda found: variables.get(found[0], found[0]), body)
     body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), body)  # a hundredth of a pixel
-    body = re.sub(r'<g id="(?!title-)\w+">', "<g>", body)
-    for number, title in enumerate(titles):
-        body = body.replace(f'<g id="title-{number}">', f'<g class="told"><title>{_text(title)}</title>')
+    heads = [f'<g class="told"><title>{_text(title)}</title>' for title in titles]
+    body = re.sub(r'<g id="(?:title-(\d+)|\w+)">', lambda mark: heads[int(mark[1])] if mark[1] else "<g>", body)
     size = f"0 0 {figure.get_figwidth() * 72:g} {figure.get_figheight() * 72:g}"
     return Markup(  # noqa: S704  (matplotlib escapes texts)
         f'<svg class="plot" viewBox="{size}" role="img" aria-label="{_text(label)}"{" tabindex=0" if more else ""}>'
