@@ -229,7 +229,7 @@ def heat_chart(item: HeatMap) -> Markup:
                 if cell is not None:
                     box = Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, gid=f"title-{len(titles)}", clip_on=False)
                     box.set(facecolor=(named["c1"], cell / (largest or 1)), edgecolor=named["edge"], linewidth=0.6)
-                    axes.add_patch(box)
+                    axes.add_artist(box)
                     titles.append(f"{name} {item.columns[column]}: {format_number(cell)}")
         axes.set(xlim=(-0.5, len(item.columns) - 0.5), ylim=(len(item.rows) - 0.5, -0.5))
         names = [visible(name if len(name) <= 32 else f"…{name[-31:]}") for name in item.rows]
