@@ -46,18 +46,17 @@ def why_not_called(parent: nn.Module | None, name: str) -> str | None:
 
 @functools.cache
 def _is_only_read(kind: type[nn.Module], name: str) -> bool:
-    """Whether a class's code reads `self.NAME.weight`, and has `self.NAME` nowhere else but where it is made."""
-    code = "".join(map(_code_of, kind.__mro__[: kind.__mro__.index(nn.Module)]))
+    """Whether a class of transformers or torch reads `self.NAME.weight`, and has `self.NAME` nowhere else but where it
+    is made. Other libraries call layers from outside the module that holds them: diffusers has processors for this."""
+    bases = [base for base in kind.__mro__ if base.__module__.startswith(("transformers.models.", "torch.nn.modules."))]
+    code = "".join(map(_code_of, bases[: bases.index(nn.Module)] if nn.Module in bases else bases))
     layer = rf"(?<!isinstance\()(?<!hasattr\()(?<!`)\bself\.{re.escape(name)}\b"
     return bool(re.search(rf"{layer}\.weight\b", code)) and not re.search(rf"{layer}(?!\s*[.:=][^=])", code)
 
 
 @functools.cache
 def _code_of(kind: type) -> str:
-    """The source of a class at the top of its module; empty where there is none, such as in a shell."""
-    try:
-        module = inspect.getsource(sys.modules[kind.__module__])
-    except (KeyError, OSError, TypeError):
-        return ""
+    """The source of a class at the top of its module."""
+    module = inspect.getsource(sys.modules[kind.__module__])
     found = re.search(rf"^class {kind.__name__}\b.*?(?=^[^\s#)]|\Z)", module, re.MULTILINE | re.DOTALL)
     return found[0] if found else ""
