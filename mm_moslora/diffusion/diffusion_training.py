@@ -23,11 +23,11 @@ from mm_moslora.diffusion.diffusion_setup import DiffusionRun, make_accelerator,
 from mm_moslora.diffusion.pipeline_families import need_diffusers
 from mm_moslora.diffusion.subject_pictures import generator
 from mm_moslora.diffusion.subject_scores import log_scores
+from mm_moslora.models.precision import resolve_precision, run_arithmetic
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend, folder_name
 from mm_moslora.training.metrics.mixer_metrics import keep_start
-from mm_moslora.training.precision import resolve_precision, run_arithmetic
 from mm_moslora.training.run_logging import log_adapter, peak_memory_gib, write_summary
 from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
