@@ -5,32 +5,25 @@
     python scripts/results_page.py "Rank 16=runs/arms" "Other ranks=runs/ranks" docs/results/NAME.md
 
 Several comparisons share the table and the picture, each with a heading and its own reference. The picture is the
-forest plot of the comparison's page, as PNG beside this page; it needs Chromium. In an existing page, only the text
-between the markers `results` (table and picture) and `details` (scores by seed, sentences, command, machine, date) is
-replaced. Details without markers follow the results.
+forest plot of the comparison's page, as PNG beside this page. In an existing page, only the text between the markers
+`results` (table and picture) and `details` (scores by seed, sentences, command, machine, date) is replaced. Details
+without markers follow the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageChops
-
 from mm_moslora.reporting.comparison_charts import Measure, columns, differences_of, means_of
-from mm_moslora.reporting.comparison_page import picture, read_results
+from mm_moslora.reporting.comparison_page import draw, read_results
 from mm_moslora.utils.errors import ConfigError
 
 Results = Mapping[str, Any]
-SIZE = (1100, 4000)
-"""Window of the picture in pixels; what is empty below is cut off."""
 
 
 def summary(parts: Sequence[tuple[str, Results]], drawn: str) -> str:
@@ -140,36 +133,6 @@ def _plain(sentence: str) -> str:
 def _without_places(command: str) -> str:
     """The command without folders of the machine."""
     return re.sub(r"/\S*?/(?=runs/|examples/)", "", command.replace(str(Path.home()), "$HOME"))
-
-
-def draw(parts: Sequence[tuple[str, Results]], out: Path) -> None:
-    """The forest plot as PNG, in the light scheme.
-
-    Raises:
-        SystemExit: there is no Chromium.
-    """
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next((path for name in names if (path := shutil.which(name))), None)
-    if browser is None:
-        raise SystemExit(
-            f"The picture needs a browser, none of {', '.join(names)} is installed (apt-get install chromium)."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        page, shot = Path(folder) / "picture.html", Path(folder) / "picture.png"
-        page.write_text(picture(parts), encoding="utf-8")
-        subprocess.run(
-            [
-                browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
-                "--disable-background-networking", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile",
-                "--blink-settings=preferredColorScheme=1", "--force-device-scale-factor=1.5",
-                f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={shot}", page.as_uri(),
-            ],
-            capture_output=True, check=True, timeout=240,
-        )  # fmt: skip
-        whole = Image.open(shot).convert("RGB")
-    empty = Image.new("RGB", whole.size, whole.getpixel((0, whole.height - 1)))
-    box = ImageChops.difference(whole, empty).getbbox() or (0, 0, *whole.size)
-    whole.crop((0, 0, whole.width, box[3] + box[1])).quantize(256).save(out, optimize=True)
 
 
 def replaced(text: str, name: str, body: str) -> str:

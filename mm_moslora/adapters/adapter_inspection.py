@@ -25,8 +25,7 @@ from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import named_adapter_layers
-from mm_moslora.reporting.lens_maps import MEASURES
-from mm_moslora.reporting.lens_picture import draw_lens
+from mm_moslora.reporting.lens_maps import MEASURES, draw_lens
 from mm_moslora.utils.errors import AdapterError
 
 SMALLEST = 1e-7

@@ -17,13 +17,11 @@ from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.diffusion.diffusion_export import write_lora_file
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.diffusion.diffusion_setup import DiffusionRun
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder, read_manifest
-from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, newest_valid, set_aside_newer
-from mm_moslora.training.preflight import refuse_resume
-from mm_moslora.training.resume import changed_keys
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
+from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, set_aside_newer
+from mm_moslora.training.resume import changed_keys, choose_checkpoint
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import AdapterError, CheckpointError
-from mm_moslora.utils.run_paths import resume_folder
 from mm_moslora.utils.untrusted_files import find_below, opened
 
 logger = logging.getLogger(__name__)
@@ -37,42 +35,19 @@ _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups")
 
 
 def find_resume(recipe: DiffusionRecipe, folder: Path, resume: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint to resume from, the same on every rank.
+    """The checkpoint to resume from; see `mm_moslora.training.resume.find_resume`."""
 
-    Args:
-        recipe: resolved.
-        folder: of the run.
-        resume: see `train_diffusion`.
+    def check(found: Path, manifest: Manifest) -> None:
+        changed = [*changed_keys(manifest.recipe, recipe.to_dict()).other_run]
+        if manifest.world_size != distributed.world_size():
+            changed.append(f"processes: {manifest.world_size} -> {distributed.world_size()}")
+        if changed:
+            raise CheckpointError(
+                f"{found} belongs to another run: {'; '.join(changed[:6])}. Restore this, or choose another "
+                f"train.output. To start from its weights: --adapter.weights {found}."
+            )
 
-    Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another run, or `resume` contradicts the folder.
-        DistributedError: the same on another rank.
-    """
-    choice: str | None = None
-    with distributed.failing_together("Looking for a checkpoint"):
-        if distributed.is_main():
-            refuse_resume(folder, resume)
-            named = resume_folder(resume)
-            if named is not None:
-                found: tuple[Path, Manifest] | None = (named, read_manifest(named))
-            else:
-                found = None if resume == "never" else newest_valid(folder)
-            if found is not None:
-                _check_same_run(*found, recipe)
-                choice = str(found[0])
-    choice = distributed.from_main(choice)
-    return None if choice is None else (Path(choice), read_manifest(Path(choice), verify=False))
-
-
-def _check_same_run(folder: Path, manifest: Manifest, recipe: DiffusionRecipe) -> None:
-    changed = [*changed_keys(manifest.recipe, recipe.to_dict()).other_run]
-    if manifest.world_size != distributed.world_size():
-        changed.append(f"processes: {manifest.world_size} -> {distributed.world_size()}")
-    if changed:
-        raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(changed[:6])}. Restore this, or choose another train.output. "
-            f"To start from its weights: --adapter.weights {folder}."
-        )
+    return choose_checkpoint(folder, resume, check)
 
 
 class Checkpoints:

@@ -12,10 +12,10 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mm_moslora.adapters.adapter_inspection import ModuleReport
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
 from mm_moslora.diffusion.diffusion_checkpoint import CLASS_PICTURES, Checkpoints, find_resume
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
@@ -27,13 +27,8 @@ from mm_moslora.models.precision import resolve_precision, run_arithmetic
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend, folder_name
-from mm_moslora.training.metrics.mixer_metrics import (
-    adapter_metrics,
-    adapter_reports,
-    keep_start,
-    write_mixers,
-)
-from mm_moslora.training.run_logging import only_measuring, peak_memory_gib
+from mm_moslora.training.metrics.mixer_metrics import keep_start
+from mm_moslora.training.run_logging import log_adapter, peak_memory_gib, write_summary
 from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_state import record_run_state
@@ -131,7 +126,7 @@ class _Session:
             return self._result()
         if distributed.is_main():
             files.replace_text(run.folder / "config.yaml", self.recipe.to_yaml())
-        self._write_summary()
+        write_summary(run, self.total, self._of_run)
         ending: Ending = "failed"
         self.trackers.start(self.recipe.to_dict(), run.folder, resume_step=None if self.fresh else run.step)
         try:
@@ -142,7 +137,7 @@ class _Session:
                     self._finish()
                 if self.checkpoints.saved_at != run.step:
                     self.checkpoints.save()
-                self._write_summary()
+                write_summary(run, self.total, self._of_run)
                 self.checkpoints.tidier.wait()
             ending = "finished" if run.step >= self.total and not self.stopped_by else "stopped"
         except KeyboardInterrupt:
@@ -172,7 +167,7 @@ class _Session:
                     self.checkpoints.save()
                 every = self.recipe.track.mixers_every
                 if saved or (run.step < self.total and every and run.step % every == 0):
-                    self._measured()
+                    self._log_adapter()
                 (number,) = distributed.max_over_ranks([float(self.stop.received)])
                 self.stopped_by = int(number)
                 if number and distributed.is_main():
@@ -250,16 +245,9 @@ class _Session:
         self.loss.eval()
         return self.run.pictures(self.run.step, self.trackers)
 
-    def _measured(self) -> list[ModuleReport]:
-        """What the adapters learned, logged; nothing on ranks but the first. All ranks take part."""
-        state = self.checkpoints.state()
-        if not distributed.is_main():
-            return []
-        reports: list[ModuleReport] = []
-        with only_measuring("The adapter"):
-            reports = adapter_reports(self.parts, state)
-            self.trackers.log(adapter_metrics(reports), self.run.step)
-        return reports
+    def _log_adapter(self, file: Path | None = None) -> None:
+        """What the adapters learned; all ranks take part."""
+        log_adapter(self.parts, self.checkpoints.state(), self.trackers, self.run.step, file=file)
 
     def _finish(self) -> None:
         """Draw and score the end; the last checkpoint records that this is done."""
@@ -267,36 +255,22 @@ class _Session:
         if self.checkpoints.saved_at != run.step:
             self.checkpoints.save()
         drawn = self._validate()
-        reports = self._measured()
+        self._log_adapter(run.folder / "mixers.json")
         if distributed.is_main():
             log_scores(run.family, run.batches.sets[0], drawn, run.pictures, self.trackers, run.step)
-            self.trackers.log_mixers(write_mixers(run.folder / "mixers.json", reports), run.step)
         run.counters["finished"] = 1.0
         if distributed.is_main():
             amend(run.folder / folder_name(run.step), run.counters)
 
-    def _write_summary(self) -> None:
-        run = self.run
-        run.counters["memory_gib"] = max(run.counters.get("memory_gib", 0.0), peak_memory_gib())
-        if not distributed.is_main():
-            return
-        rows = []
+    def _of_run(self) -> dict[str, Any]:
+        """What the run's `summary.json` has beside the parts of all runs."""
+        run, rows = self.run, []
         for name in run.family.adapted_names():
             parameters = list(getattr(run.family.pipeline, name).named_parameters())
             total = sum(p.numel() for key, p in parameters if "lora_" not in key)
-            rows.append(
-                {"name": name, "total": total, "trainable": sum(p.numel() for _, p in parameters if p.requires_grad)}
-            )
+            trainable = sum(p.numel() for _, p in parameters if p.requires_grad)
+            rows.append({"name": name, "total": total, "trainable": trainable})
         data = {"pictures": len(run.batches.sets[0].pictures), "resolution": run.family.resolution}
         if len(run.batches.sets) > 1:
             data["class_pictures"] = len(run.batches.sets[1].pictures)
-        files.replace_json(
-            run.folder / "summary.json",
-            {
-                "format": 1, "kind": "diffusion",  # see `mm_moslora.reporting.run_data`
-                "name": self.recipe.name, "steps": run.step, "total_steps": self.total,
-                "counters": run.counters, "precision": run.precision, "world_size": distributed.world_size(),
-                "zero": self.recipe.train.zero, "components": rows, "base": {"pipeline": self.recipe.model.base},
-                "memory_gib": run.counters["memory_gib"], "data": data,
-            },
-        )  # fmt: skip
+        return {"kind": "diffusion", "components": rows, "base": {"pipeline": self.recipe.model.base}, "data": data}

@@ -49,6 +49,15 @@ def draw(family: PipelineFamily, prompt: str, seed: int, *, sampling_steps: int,
     return picture
 
 
+def draw_all(family: PipelineFamily, due: Sequence[tuple[str, int, Path]], what: str) -> None:
+    """Draw pictures, each of a prompt with a seed into a file, by the recipe's settings of validation."""
+    steps, guidance = family.recipe.validate.sampling_steps, family.recipe.validate.guidance
+    with Progress(f"draw {what}", len(due), unit="picture") as progress:
+        for number, (prompt, seed, path) in enumerate(due, start=1):
+            save_picture(draw(family, prompt, seed, sampling_steps=steps, guidance=guidance), path)
+            progress.update(number)
+
+
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture as PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +104,7 @@ def complete_class_pictures(family: PipelineFamily, folder: Path, digest: str) -
     Returns:
         The first `data.prior.count` pictures of the folder.
     """
-    prior, validate = family.recipe.data.prior, family.recipe.validate
+    prior = family.recipe.data.prior
     assert prior is not None
     present = {path.name for path in _class_pictures(folder, digest)}
     names = (f"drawn-{digest}-{number:05d}.png" for number in range(prior.count + len(present)))
@@ -104,14 +113,10 @@ def complete_class_pictures(family: PipelineFamily, folder: Path, digest: str) -
     if missing:
         logger.info("%s lacks %d pictures of %r; they are drawn.", folder, len(missing), prior.prompt)
         own = missing[distributed.rank() :: distributed.world_size()]
-        with Progress("draw the class", len(own), unit="picture") as progress:
-            for number, name in enumerate(own, start=1):
-                seed = family.recipe.train.seed + int(name.removesuffix(".png").rpartition("-")[2])
-                picture = draw(
-                    family, prior.prompt, seed, sampling_steps=validate.sampling_steps, guidance=validate.guidance
-                )
-                save_picture(picture, folder / name)
-                progress.update(number)
+        seeds = [family.recipe.train.seed + int(name.removesuffix(".png").rpartition("-")[2]) for name in own]
+        draw_all(
+            family, [(prior.prompt, seed, folder / name) for seed, name in zip(seeds, own, strict=True)], "the class"
+        )
         distributed.barrier()
     return _class_pictures(folder, digest)[: prior.count]
 
@@ -172,12 +177,7 @@ class ValidationPictures:
         if not distributed.is_main() or not due:
             return
         self.family.gather()
-        with Progress(f"draw {what}", len(due), unit="picture") as progress:
-            for number, (item, path) in enumerate(due, start=1):
-                steps, guidance = self.config.sampling_steps, self.config.guidance
-                picture = draw(self.family, item.prompt, item.seed, sampling_steps=steps, guidance=guidance)
-                save_picture(picture, path)
-                progress.update(number)
+        draw_all(self.family, [(item.prompt, item.seed, path) for item, path in due], what)
         self.family.rest()
 
     def _record(self, step: int) -> None:

@@ -53,16 +53,12 @@ class LatentBatches:
             for prompt in prompts:
                 self._told[prompt] = self.family.encode([prompt])
         if self.recipe.data.cache_latents:
-            self._cache_latents()
+            with Progress("encode pictures", sum(map(len, self.sets)), unit="picture") as progress:
+                for pictures in self.sets:
+                    for entry in range(len(pictures)):
+                        self._latents[pictures.name, entry] = self._encoded(pictures, entry, 0)
+                        progress.update(len(self._latents))
         self.family.rest()
-
-    def _cache_latents(self) -> None:
-        total = sum(map(len, self.sets))
-        with Progress("encode pictures", total, unit="picture") as progress:
-            for pictures in self.sets:
-                for entry in range(len(pictures)):
-                    self._latents[pictures.name, entry] = self._encoded(pictures, entry, 0)
-                    progress.update(len(self._latents))
 
     def _encoded(self, pictures: PictureSet, entry: int, epoch: int) -> Encoded:
         vae = self.family.pipeline.vae

@@ -110,7 +110,9 @@ def evaluate_all(
     Returns:
         The rows of `evaluation.json`, tuned first.
     """
-    task = _task(data, name)
+    task = dataclasses.replace(
+        get_task(f"llava:{data.test}@{data.images}"), name=name, decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS)
+    )
     training = read_training_answers(data.train, image_folder=data.images)
     ask = partial(_evaluate, folder, training=training, precision=precision)
     at_length = dataclasses.replace(task, decoding=Decoding(max_new_tokens=UNTUNED_NEW_TOKENS))
@@ -120,11 +122,6 @@ def evaluate_all(
     replace_json(folder / "samples.json", _samples(folder, before, after["own"], data))
     replace_json(folder / "evaluation.json", rows)
     return rows
-
-
-def _task(data: DatasetFiles, name: str) -> Task:
-    task = get_task(f"llava:{data.test}@{data.images}")
-    return dataclasses.replace(task, name=name, decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS))
 
 
 def _evaluate(
@@ -228,13 +225,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [row, *(row["categories"].get(name) for name in names)]
         lines.append(f"{row['label']:<{width}}" + "".join(f"  {_cell(cell):>20}" for cell in cells))
     lines.append(f"{rows[0]['n']} held-out questions; percent right, 95 % interval in brackets.")
-    return "\n".join([*lines, "", *_conclusion(rows)])
-
-
-def _conclusion(rows: list[dict[str, Any]]) -> list[str]:
-    """Whether tuning helped, according to the rows, with the caveats of the score."""
     ahead = {row["name"]: less for row in rows if (less := difference_of(row.get("less"))) is not None}
-    return [*judge_tuning(ahead).sentences[: 1 if ahead else 0], *rows[0].get("remarks", [])]
+    helped = judge_tuning(ahead).sentences[: 1 if ahead else 0]
+    return "\n".join([*lines, "", *helped, *rows[0].get("remarks", [])])
 
 
 def _cell(part: dict[str, Any] | None) -> str:

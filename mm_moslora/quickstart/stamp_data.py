@@ -188,7 +188,8 @@ def same_thing(stamps: Sequence[Stamp], pictures: dict[str, Image.Image]) -> lis
     first: dict[str, int] = {}
     for index, stamp in enumerate(stamps):
         parent[root(index)] = root(first.setdefault(_key(stamp.sentence), index))
-    thumbnails = np.stack([_thumbnail(pictures[stamp.name]) for stamp in stamps])
+    size, box = (THUMBNAIL, THUMBNAIL), Image.Resampling.BOX
+    thumbnails = np.stack([np.asarray(pictures[stamp.name].resize(size, box), dtype=np.float32) for stamp in stamps])
     mirrored = thumbnails[:, :, ::-1]
     for index in range(len(stamps)):
         for others in (thumbnails, mirrored):
@@ -204,11 +205,6 @@ def same_thing(stamps: Sequence[Stamp], pictures: dict[str, Image.Image]) -> lis
 def _key(sentence: str) -> str:
     words = re.findall(r"[a-z]+", sentence.lower())
     return " ".join(word for word in words if word not in {"a", "an", "the", "another", "some"}) or sentence
-
-
-def _thumbnail(picture: Image.Image) -> np.ndarray:
-    small = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32)
 
 
 def _image(stamp: Stamp) -> str:

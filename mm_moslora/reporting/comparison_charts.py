@@ -1,26 +1,29 @@
-"""Charts of a comparison with a row per arm: differences with intervals (a forest plot), and scores with their seeds.
-
-The template lays out names and numbers, this module draws the plots. Shapes: places are percent of a plot, 0 to 100,
-left to right.
-"""
+"""Charts of a comparison with a row per arm: differences with intervals (a forest plot), and scores with seeds."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from markupsafe import Markup
 
-from mm_moslora.reporting.svg_charts import Axis, at, format_number, line_between, upright
+from mm_moslora.reporting.svg_charts import chart_style, colours, format_number, new_axes, number_axis, to_svg
 from mm_moslora.reporting.verdicts import HOLDS_ZERO, UNJUDGED, verdict_of_nats
+from mm_moslora.utils.text_format import visible
 
 ALL = "all tasks"
 BAND = 0.03
 """Half-width of the shaded band without `--resolve`, as a share."""
 FAR = 3.0
 """An axis reaches so many times as far as the median arm; what lies beyond it ends in an arrow."""
+WIDTH, VALUES, BOTTOM = 330, 146, 22
+"""Pixels of a column of a row chart, of the numbers to the right of its marks, and of the scale below."""
+LINE, MARKS = 13, 28
+"""Pixels of a line of an arm's name, and of the marks below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,11 @@ class Measure:
         known = [end for end in (self.low, self.high) if end is not None] or [self.value]
         return min(known), max(known)
 
+    def spoken(self, unit: str) -> str:
+        """The numbers in a sentence."""
+        seeds = f"; seeds {', '.join(format_number(seed) for seed in self.seeds)}" if self.seeds else ""
+        return f"{self.text} {unit}{f', {self.note}' if self.note else ''}{seeds}"
+
     @property
     def reach(self) -> tuple[float, float]:
         """The interval and all seeds."""
@@ -52,51 +60,24 @@ class Measure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plot:
-    """The inside of an SVG, with its text alternatives."""
-
-    marks: Markup
-    spoken: str
-    text: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """An arm, or the heading of a group of arms, which has no plots."""
-
-    name: str
-    reference: bool
-    plots: Sequence[Plot]
-
-
-@dataclass(frozen=True, kw_only=True)
 class RowChart:
-    """Arms as rows, measures as columns with a scale each."""
+    """Arms as rows, measures as columns with a picture each."""
 
     title: str
-    headings: Sequence[str]
-    rows: Sequence[Row]
-    scales: Sequence[Markup]
+    columns: Sequence[Column]
     notes: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """An arm with its measures, or the heading of a group without."""
-
-    name: str
-    reference: bool = False
-    measures: Sequence[Measure] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Column:
-    """How one measure of all arms is drawn."""
+class Column:
+    """One measure of all arms."""
 
     heading: str
     unit: str
-    axis: Axis
+    rows: Sequence[tuple[str, Measure | None]]
+    """Names and measures of the arms in order; a heading of a group of arms has None."""
+    reference: Sequence[str] = ()
+    """Names of the shaded rows."""
     zero: bool = False
     """Mark zero as the reference."""
     band: float = 0.0
@@ -104,49 +85,102 @@ class _Column:
     lines: Sequence[float] = ()
     """Dashed lines, drawn where they lie on the axis."""
 
-    def plot(self, name: str, measure: Measure) -> Plot:
-        """The cell of an arm."""
-        marks = self._ground() + ("" if measure.value is None else self._mark(measure))
-        seeds = f"; seeds {', '.join(format_number(seed) for seed in measure.seeds)}" if measure.seeds else ""
-        spoken = f"{name}: {measure.text} {self.unit}{f', {measure.note}' if measure.note else ''}{seeds}"
-        return Plot(marks=Markup(marks), spoken=spoken, text=measure.text, note=measure.note)  # noqa: S704
+    @property
+    def reaches(self) -> list[tuple[float, float]]:
+        """Of the measures that have a value."""
+        return [measure.reach for _, measure in self.rows if measure and measure.value is not None]
 
-    def scale(self) -> Markup:
-        """The numbers below the rows."""
-        labels = (
-            f'<text x="{self.axis.place(mark):.2f}%" y="14" text-anchor="middle">{format_number(mark)}</text>'
-            for mark in self.axis.few_ticks()
-        )
-        return Markup("".join(labels))  # noqa: S704
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Ends of the axis."""
+        middle = 0.0 if self.zero else median(value for pair in self.reaches for value in pair)
+        far = FAR * median(max(abs(low - middle), abs(high - middle)) for low, high in self.reaches)
+        low, high = min(low for low, _ in self.reaches), max(high for _, high in self.reaches)
+        if far:
+            low, high = max(low, middle - far), min(high, middle + far)
+        if self.zero:
+            low, high = min(low, -self.band), max(high, self.band)
+        air = (high - low) * 0.08 or abs(low) * 0.1 or 1.0
+        return low - air, high + air
 
-    def cuts(self, measure: Measure) -> bool:
-        """Whether a measure goes on beyond the axis."""
-        return measure.value is not None and not all(0 <= self.axis.place(end) <= 100 for end in measure.reach)
+    @property
+    def height(self) -> int:
+        """Pixels of the rows."""
+        return sum(LINE * len(_wrapped(name)) + (MARKS if measure else 8) for name, measure in self.rows)
 
-    def _ground(self) -> str:
-        left, right = self.axis.place(-self.band), self.axis.place(self.band)
-        band = f'<rect class="band" x="{left:.2f}%" width="{right - left:.2f}%" y="0" height="100%"/>'
-        parts = [band] if self.band else []
-        parts += [upright("grid", self.axis.place(mark)) for mark in self.axis.few_ticks()]
-        parts += [upright("floor", x) for line in self.lines if 0 <= (x := self.axis.place(line)) <= 100]
-        return "".join([*parts, *([upright("zero", self.axis.place(0.0))] if self.zero else [])])
+    @property
+    def picture(self) -> Markup:
+        """The column as SVG; a row tells its numbers under the pointer."""
+        with chart_style():
+            axes = new_axes(WIDTH, self.height + BOTTOM, left=4, right=VALUES, top=0, bottom=BOTTOM)
+            spoken = self.draw(axes)
+            return to_svg(axes.figure, f"{self.heading}: {'. '.join(spoken)}", titles=spoken)
 
-    def _mark(self, measure: Measure) -> str:
+    def draw(self, axes: Any) -> list[str]:
+        """Draw on axes of `height` pixels; gives what each row tells."""
+        spoken: list[str] = []
+        top, named = 0, colours()
+        axes.set(xlim=self.limits, ylim=(self.height, 0), yticks=[])
+        number_axis(axes.xaxis, count=4)
+        axes.grid(visible=False)
+        across = {"xmin": -0.02, "xmax": WIDTH / (WIDTH - VALUES - 4), "clip_on": False}
+        for name, measure in self.rows:
+            lines = _wrapped(name)
+            upper = top + LINE * len(lines)
+            lower = upper + (MARKS if measure else 8)
+            axes.axhline(top, color=named["edge"], linewidth=1, **across)
+            if name in self.reference:
+                axes.axhspan(top, lower, facecolor=named["soft"], zorder=0.4, **across)
+            place = {"transform": axes.get_yaxis_transform(), "va": "top"}
+            axes.text(0, top + 3, "\n".join(lines), fontweight="normal" if measure else "bold", **place)
+            if measure:
+                axes.fill_betweenx(
+                    [upper + 2, lower], -self.band, self.band, color=named["accent-soft"], zorder=0.5, lw=0
+                )
+                axes.vlines(axes.get_xticks(), upper + 2, lower, color=named["edge"], linewidth=1, zorder=0.6)
+                axes.vlines(self.lines, upper + 2, lower, color=named["quiet"], linewidth=1, linestyle="--")
+                axes.vlines([0.0] * self.zero, upper + 2, lower, color=named["ink"], linewidth=1.2)
+                axes.axhspan(top, lower, facecolor="none", gid=f"title-{len(spoken)}", **across)
+                spoken.append(f"{name}: {measure.spoken(self.unit)}")
+                middle = lower - MARKS / 2
+                axes.text(1.05, middle - (11 if measure.note else 6), measure.text, fontsize=10, **place)
+                axes.text(1.05, middle + 1, measure.note, fontsize=9, color=named["quiet"], **place)
+                if measure.value is not None:
+                    self._mark(axes, measure, middle)
+            top = lower
+        axes.set_xlim(self.limits)
+        return spoken
+
+    def _mark(self, axes: Any, measure: Measure, y: float) -> None:
         assert measure.value is not None
-        ends = [self.axis.place(end) for end in measure.ends]
-        left, right = (min(100.0, max(0.0, end)) for end in ends)
-        parts = [line_between("interval", (left, 50), (right, 50))] if left < right else []
-        caps = [end for end in ends if 0 <= end <= 100 and measure.low is not None]
-        parts += [at(end, 50, '<line class="interval" y1="-4" y2="4"/>') for end in caps]
-        low, high = (self.axis.place(end) for end in measure.reach)
-        arrows = [*([(0, -1)] if low < 0 else []), *([(100, 1)] if high > 100 else [])]
-        parts += [at(x, 50, f'<path class="arrow" d="M{-7 * way},-5L0,0L{-7 * way},5"/>') for x, way in arrows]
-        middle = self.axis.place(measure.value)
-        if 0 <= middle <= 100:
-            parts.append(at(middle, 50, '<rect class="mean" x="-4" y="-4" width="8" height="8"/>'))
-        seeds = [self.axis.place(seed) for seed in measure.seeds]
-        parts += [at(seed, 50, '<circle class="seed" cy="-10" r="2.8"/>') for seed in seeds if 0 <= seed <= 100]
-        return f'<g class="{measure.mood}">{"".join(parts)}</g>'
+        named = colours()
+        colour = {"good": named["good"], "bad": named["bad"], "open": named["quiet"]}.get(measure.mood, named["accent"])
+        (low, high), (first, last), (start, end) = measure.ends, measure.reach, self.limits
+        axes.errorbar(
+            [measure.value], [y], xerr=[[measure.value - low], [high - measure.value]], fmt="s", color=colour,
+            markersize=7, markeredgewidth=1.5, markerfacecolor=named["card"] if measure.mood == "open" else colour,
+            capsize=4 if measure.low is not None else 0, elinewidth=2, capthick=2,
+        )  # fmt: skip
+        axes.plot(measure.seeds, [y - 9] * len(measure.seeds), "o", color=colour, markersize=5, alpha=0.6)
+        for place, beyond, marker in ((start, first < start, "<"), (end, last > end, ">")):
+            axes.plot([place] * beyond, [y] * beyond, marker, color=colour, markersize=7, clip_on=False)
+
+
+def _wrapped(name: str) -> list[str]:
+    return [line.replace(" @", "@") for line in textwrap.wrap(visible(name).replace("@", " @"), 46)] or [""]
+
+
+def draw_png(chart: RowChart, path: Path) -> None:
+    """The columns of a chart side by side as a PNG file."""
+    wide, tall = 20 + len(chart.columns) * (WIDTH + 20), chart.columns[0].height + BOTTOM + 30
+    with chart_style():
+        axes = new_axes(wide, tall, left=20, right=wide - 20 - WIDTH + VALUES, top=30, bottom=BOTTOM)
+        for number, column in enumerate(chart.columns):
+            x, *box = axes.get_position().bounds
+            place = axes if not number else axes.figure.add_axes((x + number * (WIDTH + 20) / wide, *box))
+            place.set_title(column.heading, loc="left", fontsize=11)
+            column.draw(place)
+        axes.figure.savefig(path, dpi=144, facecolor="white")
 
 
 def columns(results: Mapping[str, Any]) -> list[str]:
@@ -163,27 +197,20 @@ def forest(parts: Sequence[tuple[str, Mapping[str, Any]]], task: str | None = No
         task: name of the column; None: the first one of each comparison.
         title: heading of the chart.
     """
-    entries = []
+    rows: list[tuple[str, Sequence[Measure | None]]] = []
     for heading, results in parts:
         column = task or next(iter(columns(results)), "")
-        entries += [_Entry(name=heading)] * bool(heading)
-        entries += [
-            _Entry(
-                name=arm["name"],
-                reference=arm["name"] == results["settings"]["reference"],
-                measures=differences_of(results, arm, column),
-            )
-            for arm in results["arms"]
-        ]
+        rows += [(heading, (None, None))] * bool(heading)
+        rows += [(arm["name"], differences_of(results, arm, column)) for arm in results["arms"]]
     names = {results["settings"]["reference"] for _, results in parts}
     against = f"against {names.pop() if len(names) == 1 else 'the reference'}"
     band, meaning = band_of([results for _, results in parts])
-    found = [
-        _column(entries, 0, f"Score: points {against}", "points", zero=True, band=band),
-        _column(entries, 1, f"Log-likelihood of the reference answer: nats {against}", "nats", zero=True),
-    ]
     notes = [meaning, "Filled square: the difference is shown. Open: it is not.", HOLDS_ZERO]
-    return _row_chart(title, entries, found, notes)
+    kinds = [
+        {"heading": f"Score: points {against}", "unit": "points", "zero": True, "band": band},
+        {"heading": f"Log-likelihood of the reference answer: nats {against}", "unit": "nats", "zero": True},
+    ]
+    return _row_chart(title, rows, kinds, [results["settings"]["reference"] for _, results in parts], notes)
 
 
 def score_rows(results: Mapping[str, Any], task: str, *, title: str) -> RowChart | None:
@@ -194,24 +221,35 @@ def score_rows(results: Mapping[str, Any], task: str, *, title: str) -> RowChart
         task: name of the column.
         title: heading of the chart.
     """
-    entries = [
-        _Entry(
-            name=arm["name"],
-            reference=arm["name"] == results["settings"]["reference"],
-            measures=means_of(arm, task),
-        )
-        for arm in results["arms"]
-    ]
     floors = {name: 100 * value for name, value in results["floors"].get(task, {}).items() if value is not None}
-    found = [
-        _column(entries, 0, "Score, percent", "percent", lines=sorted(set(floors.values()))),
-        _column(entries, 1, "Log-likelihood of the reference answer, nats", "nats"),
-    ]
     notes = ["Points: reported runs, one seed each. Square: their mean with its 95 % interval."]
     if floors:
         told = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in floors.items())
         notes.append(f"Dashed, where the axis reaches: answers without a model ({told}).")
-    return _row_chart(title, entries, found, notes)
+    kinds: list[dict[str, Any]] = [
+        {"heading": "Score, percent", "unit": "percent", "lines": sorted(set(floors.values()))},
+        {"heading": "Log-likelihood of the reference answer, nats", "unit": "nats"},
+    ]
+    rows = [(arm["name"], means_of(arm, task)) for arm in results["arms"]]
+    return _row_chart(title, rows, kinds, [results["settings"]["reference"]], notes)
+
+
+def _row_chart(
+    title: str, rows: Sequence[tuple[str, Sequence[Measure | None]]], kinds: Sequence[dict[str, Any]],
+    reference: Sequence[str], notes: Sequence[str],
+) -> RowChart | None:  # fmt: skip
+    """The measures that any arm has; None without the first one."""
+    measured = [
+        Column(**kind, rows=[(name, measures[index]) for name, measures in rows], reference=reference)
+        for index, kind in enumerate(kinds)
+        if any((measure := measures[index]) and measure.value is not None for _, measures in rows)
+    ]
+    if not measured or measured[0].unit != kinds[0]["unit"]:
+        return None
+    arrow = ["Arrow: goes on beyond the axis."] * any(
+        low < column.limits[0] or high > column.limits[1] for column in measured for low, high in column.reaches
+    )
+    return RowChart(title=title, columns=measured, notes=[*notes, *arrow])
 
 
 def band_of(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
@@ -262,46 +300,6 @@ def _mean(measure: Mapping[str, Any] | None, *, factor: float = 100.0, digits: i
         seeds=[factor * seed for seed in measure["seeds"] if seed is not None],
         text=f"{value:.{digits}f} ± " + ("unknown" if error is None else f"{factor * error:.{digits}f}"),
     )
-
-
-def _row_chart(
-    title: str, entries: Sequence[_Entry], found: Sequence[_Column | None], notes: Sequence[str]
-) -> RowChart | None:
-    if found[0] is None:
-        return None
-    drawn = [(index, column) for index, column in enumerate(found) if column is not None]
-    rows = [
-        Row(
-            name=entry.name,
-            reference=entry.reference,
-            plots=[column.plot(entry.name, entry.measures[index]) for index, column in drawn if entry.measures],
-        )
-        for entry in entries
-    ]
-    cut = any(column.cuts(entry.measures[index]) for index, column in drawn for entry in entries if entry.measures)
-    return RowChart(
-        title=title, rows=rows,
-        headings=[column.heading for _, column in drawn],
-        scales=[column.scale() for _, column in drawn],
-        notes=[*notes, *(["Arrow: goes on beyond the axis."] if cut else [])],
-    )  # fmt: skip
-
-
-def _column(
-    entries: Sequence[_Entry], index: int, heading: str, unit: str, *, zero: bool = False, band: float = 0.0,
-    lines: Sequence[float] = (),
-) -> _Column | None:  # fmt: skip
-    """A column over the measures that have a value; None without one."""
-    found = [entry.measures[index] for entry in entries if entry.measures]
-    ends = [measure.reach for measure in found if measure.value is not None]
-    if not ends:
-        return None
-    middle = 0.0 if zero else median(value for pair in ends for value in pair)
-    far = FAR * median(max(abs(low - middle), abs(high - middle)) for low, high in ends)
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    shown = [max(low, middle - far), min(high, middle + far)] if far else [low, high]
-    axis = Axis.over([*shown, *([0.0, -band, band] if zero else [])])
-    return _Column(heading=heading, unit=unit, axis=axis, zero=zero, band=band, lines=lines)
 
 
 _MOODS = {"better": "good", "more likely": "good", "worse": "bad", "less likely": "bad"}

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from mm_moslora.reporting import summary_text
-from mm_moslora.reporting.comparison_charts import columns, forest, means_of, score_rows
+from mm_moslora.reporting import page_templates, summary_text
+from mm_moslora.reporting.comparison_charts import columns, draw_png, forest, means_of, score_rows
 from mm_moslora.reporting.comparison_curves import RateChart, cost_charts, rate_charts
-from mm_moslora.reporting.run_page import asset, printable, script_parts
+from mm_moslora.reporting.page_templates import printable, render_page
 from mm_moslora.reporting.svg_charts import format_number
 from mm_moslora.reporting.verdicts import AGAINST, difference_of
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact
 from mm_moslora.utils.text_format import format_seconds
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, without_constants
@@ -33,9 +30,7 @@ def write_page(results: Path, out: Path) -> Path:
         ConfigError: the file is missing, another version wrote it, or `out` is a folder or a file of another program.
     """
     data = read_results(results)
-    output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, render(data))
-    return out
+    return page_templates.write_page(out, lambda: render(data))
 
 
 def read_results(results: Path) -> dict[str, Any]:
@@ -57,33 +52,23 @@ def read_results(results: Path) -> dict[str, Any]:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page of the content of `results.json` as text."""
-    return _environment().get_template("comparison.html.j2").render(style=_style(), **script_parts(), **_context(data))
+    filters = {
+        "count": summary_text.format_count, "seconds": format_seconds, "number": format_number, "breakable": _breakable,
+    }  # fmt: skip
+    styles = ("report.css", "comparison.css")
+    return render_page("comparison.html.j2", _context(data), filters=filters, styles=styles)
 
 
-def picture(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The forest plot of one or several comparisons as a page of its own, such as for a screenshot.
+def draw(parts: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
+    """Write the forest plot of one or several comparisons as a PNG file; nothing where no arm was compared.
 
     Args:
         parts: the content of each `results.json` with the heading of its rows or "".
+        path: file to write.
     """
     chart = forest([(heading, _readable(data)) for heading, data in parts], title="")
-    return _environment().get_template("comparison_picture.html.j2").render(style=_style(), chart=chart)
-
-
-@functools.cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("mm_moslora.reporting"), autoescape=True, undefined=StrictUndefined, finalize=printable,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(
-        count=summary_text.format_count, seconds=format_seconds, number=format_number, breakable=_breakable
-    )
-    return environment
-
-
-def _style() -> Markup:
-    return Markup(asset("report.css") + asset("comparison.css"))  # noqa: S704
+    if chart:
+        draw_png(chart, path)
 
 
 def _breakable(name: str) -> Markup:

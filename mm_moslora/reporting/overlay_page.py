@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-from markupsafe import Markup
-
 from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.inline_images import thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES as MEASURES_OF_MODULES
@@ -79,7 +77,7 @@ def _charts(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any
                 shown = points if key in _RAW else smooth(points)
                 series.append(Series(name=name, points=shown, colour=number))
             if any(item.points for item in series):
-                charts.append(Markup(line_chart(series, title=title, zero=zero)))  # noqa: S704
+                charts.append(line_chart(series, title=title, zero=zero))
         if charts:
             found.append({"name": stage_name, "charts": charts})
     return found

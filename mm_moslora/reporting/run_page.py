@@ -1,19 +1,11 @@
-"""One self-contained HTML file of one or several run folders: `build_report`.
-
-The page loads nothing: style, script and pictures are inline, and its content security policy forbids everything else.
-Text from models and data sets is escaped.
-"""
+"""One self-contained HTML file of one or several run folders: `build_report`."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.reporting import summary_text
@@ -21,12 +13,12 @@ from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
+from mm_moslora.reporting.page_templates import render_page, write_page
 from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
-from mm_moslora.utils.text_format import format_seconds, visible
+from mm_moslora.utils.text_format import format_seconds
 
 MOST_SAMPLES = 24
 """Maximum number of samples, so that a report stays small enough for e-mail."""
@@ -64,10 +56,7 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
     if not 0 < len(folders) <= MOST_RUNS:
         raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
     runs = [load_run(folder) for folder in folders]
-    target = output_file(out, sign=PAGE_SIGN)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(target, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
-    return out
+    return write_page(out, lambda: render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
 
 
 def render(data: RunData) -> str:
@@ -76,21 +65,12 @@ def render(data: RunData) -> str:
 
 
 def _render(template: str, context: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("mm_moslora.reporting"), autoescape=True, undefined=StrictUndefined,
-        finalize=printable, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(
-        score=score_text,
-        scale_of=summary_text.scale_of,
-        top_of=summary_text.top_of,
-        count=summary_text.format_count,
-        seconds=format_seconds,
-        number=format_number,
-        explained=summary_text.explained,
-    )
-    style = Markup(asset("report.css"))  # noqa: S704  (shipped with the package)
-    return environment.get_template(template).render(style=style, **script_parts(), **context)
+    filters = {
+        "score": score_text, "scale_of": summary_text.scale_of, "top_of": summary_text.top_of,
+        "count": summary_text.format_count, "seconds": format_seconds, "number": format_number,
+        "explained": summary_text.explained,
+    }  # fmt: skip
+    return render_page(template, context, filters=filters)
 
 
 def _context(data: RunData) -> dict[str, Any]:
@@ -116,7 +96,7 @@ def _context(data: RunData) -> dict[str, Any]:
         "mixers": [_mixer(mixer) for mixer in data.mixers if mixer.after][:MOST_MIXERS],
         "mixer_rows": data.mixers,
         "measures": [(key, name) for key, name in MEASURES.items() if any(key in item.figures for item in data.mixers)],
-        "lens_maps": [Markup(heat_chart(item)) for item in maps],  # noqa: S704  (escapes its texts)
+        "lens_maps": [heat_chart(item) for item in maps],
         "lens_curves": [chart for stage in data.stages[-1:] for chart in _lens_curves(stage)],
         "data_facts": _flat(summary.get("data")),
         "quarantine": data.quarantine,
@@ -126,27 +106,6 @@ def _context(data: RunData) -> dict[str, Any]:
         "recipes": _recipes(data),
         "notes": data.notes,
     }
-
-
-def printable(value: Any) -> Any:
-    """The text that a template prints: empty for None, and without control characters."""
-    if isinstance(value, Markup):
-        return value
-    if value is None:
-        return ""
-    return visible(value) if isinstance(value, str) else value
-
-
-def script_parts() -> dict[str, str]:
-    """The script of a page, and its hash for the page's content policy."""
-    script = asset("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return {"script": Markup(script), "script_hash": digest}  # noqa: S704  (shipped with the package)
-
-
-def asset(name: str) -> str:
-    """A style sheet or script of the package."""
-    return resources.files("mm_moslora.reporting").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _facts(data: RunData) -> list[str]:
@@ -259,7 +218,7 @@ def _charts(stage: Stage) -> list[Markup]:
         ),
     ]
     return [
-        Markup(line_chart(series, title=title, zero=zero))  # noqa: S704  (escapes its texts)
+        line_chart(series, title=title, zero=zero)
         for title, series, zero in wanted
         if any(item.points for item in series)
     ]
@@ -267,13 +226,11 @@ def _charts(stage: Stage) -> list[Markup]:
 
 def _lens_curves(stage: Stage) -> list[Markup]:
     """Means over the adapted modules, where they were logged more than once."""
-    found = []
-    for key, title in TITLES.items():
-        points = curve(stage, f"mixer/{key}")
-        if len(points) > 1:
-            series = [Series(name=MEASURES[key], points=points)]
-            found.append(Markup(line_chart(series, title=title, zero=True)))  # noqa: S704
-    return found
+    return [
+        line_chart([Series(name=MEASURES[key], points=points)], title=title, zero=True)
+        for key, title in TITLES.items()
+        if len(points := curve(stage, f"mixer/{key}")) > 1
+    ]
 
 
 def _smoothed(name: str, points: list[tuple[float, float]]) -> list[Series]:

@@ -1,28 +1,35 @@
-"""Line charts, heat maps and marks as SVG. The page's style sheet has the colours, so one chart serves both schemes.
+"""Line charts and heat maps by matplotlib, as SVG for a page: its style sheet has the colours of both schemes.
 
-Shapes: a series is ``n`` points ``(x, y)``; a chart is a view box of ``WIDTH x HEIGHT`` units. Marks are placed in
-percent of an SVG without a view box: it has any width, and marks and text keep their size.
+Shapes: a series is ``n`` points ``(x, y)``; sizes are pixels of an SVG that the page scales to its width.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
+from typing import Any
+
+from markupsafe import Markup
 
 from mm_moslora.reporting.lens_maps import HeatMap
+from mm_moslora.reporting.page_templates import asset
+from mm_moslora.utils.text_format import visible
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 34
 MOST_POINTS = 240
 """Maximum points per series; longer series are averaged in buckets."""
-LABELS = 18
-"""Characters of an axis' labels above which it has fewer of them, in charts of any width."""
 LOG_RATIO = 15.0
 """Ratio of the largest to the smallest value above which a positive axis is logarithmic."""
+NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +69,6 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return smoothed
 
 
-def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """About `count` round numbers from `low` to `high`.
-
-    Args:
-        low: smallest value.
-        high: largest value.
-        count: target number of intervals.
-    """
-    if not high > low:
-        return [low]
-    raw = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if raw <= factor * unit * 1.0001)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
 def format_number(value: float) -> str:
     """Three significant digits, `1.2 k` and `3.4 M` for large ones, `2e-4` for small ones."""
     if value == 0:
@@ -93,82 +83,84 @@ def format_number(value: float) -> str:
     return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
 
 
-class Axis:
-    """Maps values to view-box units, or to percent."""
-
-    def __init__(self, low: float, high: float, *, start: float, end: float, log: bool = False) -> None:
-        self.log = log
-        if log:
-            low, high = math.log10(low), math.log10(high)
-        if high == low:
-            pad = abs(low) * 0.1 or 1.0
-            low, high = low - pad, high + pad
-        self.low, self.high, self.start, self.end = low, high, start, end
-
-    def place(self, value: float) -> float:
-        """Where a value stands."""
-        value = math.log10(value) if self.log else value
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    @classmethod
-    def over(cls, values: Sequence[float], *, start: float = 0.0, end: float = 100.0, log: bool = False) -> Axis:
-        """An axis over the values with a margin at both ends."""
-        low, high = min(values), max(values)
-        if log:
-            air = (high / low) ** 0.08
-            return cls(low / air, high * air, start=start, end=end, log=True)
-        air = (high - low) * 0.08
-        return cls(low - air, high + air, start=start, end=end)
-
-    def ticks(self) -> list[float]:
-        """Round numbers on the axis."""
-        if not self.log:
-            return ticks(self.low, self.high)
-        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
-        marks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
-        return [mark for mark in marks if self.low - 1e-9 <= math.log10(mark) <= self.high + 1e-9]
-
-    def few_ticks(self) -> list[float]:
-        """A few round numbers, whose labels fit beside each other in a narrow chart."""
-        marks = self.ticks()
-        if self.log and len(marks) < 2:
-            marks = ticks(10**self.low, 10**self.high)
-        if len("".join(map(format_number, marks))) <= LABELS:
-            return marks
-        return marks[:: math.ceil(len(marks) / 3)] if self.log else ticks(self.low, self.high, count=3)
+@functools.cache
+def colours() -> dict[str, str]:
+    """Colours of the light scheme by their names in the style sheet."""
+    return dict(reversed(re.findall(r"--([\w-]+): (#\w{6})", asset("report.css"))))
 
 
-def at(x: float, y: float, inside: str) -> str:
-    """A mark of fixed size at a place in percent."""
-    return f'<svg x="{x:.2f}%" y="{y:.2f}%" overflow="visible">{inside}</svg>'
+@contextmanager
+def chart_style() -> Iterator[dict[str, str]]:
+    """matplotlib's default style, whatever a `matplotlibrc` says, with changes for pages; gives the colours."""
+    from matplotlib import rc_context, style
+
+    named = colours()
+    changes: dict[str, Any] = {
+        "figure.dpi": 72, "font.size": 11, "grid.color": named["edge"], "axes.axisbelow": True, "axes.grid": True,
+        "xtick.major.size": 0, "ytick.major.size": 0, "axes.facecolor": "none", "text.color": named["ink"],
+        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "mm_moslora",
+        **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), named["quiet"]),
+    }  # fmt: skip
+    with style.context("default"), rc_context(changes):
+        yield named
 
 
-def line_between(style: str, start: tuple[float, float], end: tuple[float, float]) -> str:
-    """A line between two places in percent."""
-    (x1, y1), (x2, y2) = start, end
-    return f'<line class="{style}" x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.2f}%" y2="{y2:.2f}%"/>'
+def new_axes(width: float, height: float, *, left: float, right: float = 14, top: float = 14, bottom: float) -> Any:
+    """Axes in a figure of their own, with margins in pixels."""
+    from matplotlib.figure import Figure
+
+    box = (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
+    return Figure(figsize=(width / 72, height / 72)).add_axes(box)
 
 
-def upright(style: str, x: float) -> str:
-    """A line from top to bottom at a place in percent."""
-    return line_between(style, (x, 0), (x, 100))
+def number_axis(axis: Any, *, count: int = 5, log: bool = False, whole: bool = False) -> None:
+    """About so many round numbers on an axis of matplotlib, the style of all charts."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    even = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else even)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
-def levels(axis: Axis) -> str:
-    """Lines across a plot in percent, with their numbers to the left of it."""
-    parts = []
-    for mark in axis.few_ticks():
-        y = axis.place(mark)
-        parts.append(line_between("grid", (0, y), (100, y)))
-        parts.append(f'<text x="-6" y="{y:.2f}%" dy="4" text-anchor="end">{format_number(mark)}</text>')
-    return "".join(parts)
+def to_svg(figure: Any, label: str, *, titles: Sequence[str] = (), more: str = "") -> Markup:
+    """The figure as an element of a page.
+
+    Args:
+        figure: drawn in `chart_style`; an artist with the gid `title-3` shows `titles[3]` under the pointer.
+        label: for screen readers.
+        titles: texts of marks.
+        more: further elements, for what a page's script does with the pointer and the keys.
+    """
+    stream = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the page has other fonts than matplotlib
+        figure.savefig(stream, format="svg", transparent=True, metadata=NO_METADATA)
+    text = re.search(r"<svg[^>]*>(.*)</svg>", stream.getvalue(), re.DOTALL)
+    assert text is not None
+    variables = {value: f"var(--{name})" for name, value in colours().items()}
+    body = re.sub(r"<style.*?</style>", "", text[1], flags=re.DOTALL)  # it would hold for the whole page
+    body = re.sub(r"(?<=: )#\w{6}(?=[;\"])", lambda found: variables.get(found[0], found[0]), body)
+    body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), body)  # a hundredth of a pixel
+    heads = [f'<g class="told"><title>{_text(title)}</title>' for title in titles]
+    body = re.sub(r'<g id="(?:title-(\d+)|\w+)">', lambda mark: heads[int(mark[1])] if mark[1] else "<g>", body)
+    size = f"0 0 {figure.get_figwidth() * 72:g} {figure.get_figheight() * 72:g}"
+    return Markup(  # noqa: S704  (matplotlib escapes texts)
+        f'<svg class="plot" viewBox="{size}" role="img" aria-label="{_text(label)}"{" tabindex=0" if more else ""}>'
+        f"{body}{more}</svg>"
+    )
+
+
+def _text(text: str) -> str:
+    return escape(visible(text))
 
 
 _X_LABEL = "optimiser step"
 
 
-def line_chart(series: Sequence[Series], *, title: str, zero: bool = False) -> str:
-    """An SVG figure over optimiser steps with axes, lines, and the data for the page's read-out.
+def line_chart(series: Sequence[Series], *, title: str, zero: bool = False) -> Markup:
+    """A figure over optimiser steps with axes, lines, and the data for the page's read-out.
 
     Args:
         series: at least one point in total.
@@ -176,108 +168,80 @@ def line_chart(series: Sequence[Series], *, title: str, zero: bool = False) -> s
         zero: the y axis starts at zero.
     """
     drawn = [replace(item, points=downsample(item.points)) for item in series if item.points]
-    every = [point for item in drawn for point in item.points]
-    x_axis = Axis(min(x for x, _ in every), max(x for x, _ in every), start=LEFT, end=WIDTH - RIGHT)
-    y_axis = _y_axis([y for _, y in every], zero=zero)
-    parts = [_grid(x_axis, y_axis)]
-    legend = []
-    next_colour = 0
-    for item in drawn:
-        colour = next_colour if item.colour is None else item.colour
-        style = "faint" if item.faint else f"line c{colour % 6}"
-        path = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in item.points)
-        if len(item.points) == 1:
-            x, y = item.points[0]
-            parts.append(
-                f'<circle class="dot c{colour % 6}" cx="{x_axis.place(x):.1f}" cy="{y_axis.place(y):.1f}" r="4"/>'
-            )
-        else:
-            parts.append(f'<polyline class="{style}" points="{path}"/>')
-        if not item.faint:
-            legend.append(f'<li><i class="key c{colour % 6}"></i>{escape(item.name)}</li>')
-            next_colour = colour + 1
-    shown = [item for item in drawn if not item.faint]
-    data = [
-        {
-            "name": item.name,
-            "points": [[round(x, 2), float(f"{y:.5g}"), round(x_axis.place(x), 1)] for x, y in item.points],
-        }
-        for item in shown
-    ]
+    data, legend, next_colour = [], [], 0
+    with chart_style() as named:
+        axes = new_axes(WIDTH, HEIGHT, left=52, bottom=34)
+        for item in drawn:
+            number = (next_colour if item.colour is None else item.colour) % 6
+            (line,) = axes.plot(*zip(*item.points, strict=True), marker="o" if len(item.points) == 1 else "")
+            if item.faint:
+                line.set(color=named["c0"], linewidth=1, alpha=0.28)
+            else:
+                line.set(color=named[f"c{number}"], linewidth=2.2, dashes=(3, 2) if number == 1 else ())
+                legend.append(f'<li><i class="key c{number}"></i>{_text(item.name)}</li>')
+                next_colour = number + 1
+        _scale_lines(axes, [y for item in drawn for _, y in item.points], zero=zero)
+        axes.set_xlabel(_X_LABEL, loc="right", labelpad=2)
+        shown = [item for item in drawn if not item.faint]
+        for item in shown:
+            places = zip(item.points, axes.transData.transform(item.points).tolist(), strict=True)
+            points = [[round(x, 2), float(f"{y:.5g}"), round(pixel, 1)] for (x, y), (pixel, _) in places]
+            data.append({"name": item.name, "points": points})
+        last = ", ".join(f"{item.name} {format_number(item.points[-1][1])}" for item in shown)
+        cursor = f'<line class="cursor" y1="14" y2="{HEIGHT - 34}" x1="-9" x2="-9"/>'
+        picture = to_svg(axes.figure, f"{title}. Last: {last}", more=cursor)
     key = f'<ul class="legend">{"".join(legend)}</ul>' if len(legend) > 1 else ""
-    last = ", ".join(f"{item.name} {format_number(item.points[-1][1])}" for item in shown)
-    return (
-        f'<figure class="chart card" data-series="{escape(json.dumps(data))}" data-x="{_X_LABEL}">'
-        f"<figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
-        f'aria-label="{escape(title)}. Last: {escape(last)}">'
-        f"{''.join(parts)}"
-        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
-        f'<p class="readout" aria-live="polite">Last: {escape(last)}</p>{key}</figure>'
+    return Markup(  # noqa: S704  (escaped)
+        f'<figure class="chart card" data-series="{escape(json.dumps(data))}"><figcaption>{_text(title)}</figcaption>'
+        f'{picture}<p class="readout" aria-live="polite">Last: {_text(last)}</p>{key}</figure>'
     )
 
 
-def heat_chart(item: HeatMap) -> str:
-    """An SVG figure of a heat map: pale is zero, full colour the largest value; each cell tells its number.
+def _scale_lines(axes: Any, values: Sequence[float], *, zero: bool) -> None:
+    low, high = min(values), max(values)
+    log = not zero and low / 1.1 > 0 and high / low > LOG_RATIO
+    axes.margins(x=0, y=0 if log else 0.06)
+    if log:
+        axes.set(yscale="log", ylim=(low / 1.1, high * 1.1))
+    elif zero or low >= 0 > low - 0.06 * (high - low):
+        axes.set_ylim(0, (high or 1.0) * 1.06)
+    axes.grid(visible=False, axis="x")
+    number_axis(axes.yaxis, log=log)
+    number_axis(axes.xaxis, whole=True)
+    axes.autoscale_view()  # else only drawing would set the limits, after the places of points are read
+
+
+def heat_chart(item: HeatMap) -> Markup:
+    """A figure of a heat map: pale is zero, full colour the largest value; each cell tells its number.
 
     Args:
         item: at least one known cell; values of at least 0.
     """
+    from matplotlib.patches import Rectangle
+
     largest = max(cell for line in item.cells for cell in line if cell is not None)
     left = min(WIDTH / 2, 14 + 6.2 * max(map(len, item.rows)))
-    width, height = (WIDTH - RIGHT - left) / len(item.columns), 15
-    bottom = TOP + height * len(item.rows)
-    parts = []
-    for row, (name, line) in enumerate(zip(item.rows, item.cells, strict=True)):
-        y, shown = TOP + height * row, name if len(name) <= 32 else f"…{name[-31:]}"
-        parts.append(f'<text x="{left - 6:.0f}" y="{y + 11}" text-anchor="end">{escape(shown)}</text>')
-        for column, cell in enumerate(line):
-            if cell is not None:
-                place = f'x="{left + width * column:.1f}" y="{y}" width="{max(0.6, width - 0.6):.1f}"'
-                told = f"{name} {item.columns[column]}: {format_number(cell)}"
-                parts.append(
-                    f'<rect class="cell" {place} height="{height - 0.6}" fill-opacity="{cell / (largest or 1):.2f}">'
-                    f"<title>{escape(told)}</title></rect>"
-                )
-    step = math.ceil(len(item.columns) * 26 / (WIDTH - left))
-    for column in range(0, len(item.columns), step):
-        x = left + width * (column + 0.5)
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{escape(item.columns[column])}</text>')
-    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{bottom + 30}" text-anchor="end">layer</text>')
-    told = f"0 is pale, {format_number(largest)} is full colour"
-    return (
-        f'<figure class="chart card"><figcaption>{escape(item.title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {bottom + 34}" role="img" aria-label="{escape(item.title)}: {told}">'
-        f'{"".join(parts)}</svg><p class="readout">{told}</p></figure>'
+    titles: list[str] = []
+    with chart_style() as named:
+        axes = new_axes(WIDTH, 48 + 15 * len(item.rows), left=left, bottom=34)
+        for row, (name, line) in enumerate(zip(item.rows, item.cells, strict=True)):
+            for column, cell in enumerate(line):
+                if cell is not None:
+                    box = Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, gid=f"title-{len(titles)}", clip_on=False)
+                    box.set(facecolor=(named["c1"], cell / (largest or 1)), edgecolor=named["edge"], linewidth=0.6)
+                    axes.add_artist(box)
+                    titles.append(f"{name} {item.columns[column]}: {format_number(cell)}")
+        axes.set(xlim=(-0.5, len(item.columns) - 0.5), ylim=(len(item.rows) - 0.5, -0.5))
+        names = [visible(name if len(name) <= 32 else f"…{name[-31:]}") for name in item.rows]
+        axes.set_yticks(range(len(names)), names)
+        kept = range(0, len(item.columns), math.ceil(len(item.columns) * 26 / (WIDTH - left)))
+        axes.set_xticks(kept, [item.columns[column] for column in kept])
+        axes.set_xlabel("layer", loc="right", labelpad=2)
+        axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
+        told = f"0 is pale, {format_number(largest)} is full colour"
+        picture = to_svg(axes.figure, f"{item.title}: {told}", titles=titles)
+    return Markup(  # noqa: S704  (escaped)
+        f'<figure class="chart card"><figcaption>{_text(item.title)}</figcaption>{picture}'
+        f'<p class="readout">{told}</p></figure>'
     )
-
-
-def _y_axis(values: Sequence[float], *, zero: bool) -> Axis:
-    low, high = min(values), max(values)
-    if zero:
-        return Axis(0.0, (high or 1.0) * 1.06, start=HEIGHT - BOTTOM, end=TOP)
-    if low > 0 and high / low > LOG_RATIO:
-        return Axis(low / 1.1, high * 1.1, start=HEIGHT - BOTTOM, end=TOP, log=True)
-    pad = (high - low) * 0.06
-    bottom = 0.0 if low >= 0 > low - pad else low - pad
-    return Axis(bottom, high + pad, start=HEIGHT - BOTTOM, end=TOP)
-
-
-def _grid(x_axis: Axis, y_axis: Axis) -> str:
-    parts = []
-    marks = y_axis.ticks()
-    if len(marks) > 7:
-        marks = [mark for mark in marks if math.log10(mark) % 1 < 1e-6] or marks[:: len(marks) // 6]
-    for mark in marks:
-        y = y_axis.place(mark)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{format_number(mark)}</text>')
-    for mark in (mark for mark in x_axis.ticks() if mark == round(mark)):  # steps are whole numbers
-        x = x_axis.place(mark)
-        parts.append(
-            f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
-        )
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{format_number(mark)}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
-    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{_X_LABEL}</text>')
-    return "".join(parts)

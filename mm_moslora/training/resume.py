@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -98,7 +98,13 @@ def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
         to another run.
         DistributedError: any of these on another rank.
     """
-    run = Path(recipe.train.output)
+    return choose_checkpoint(
+        Path(recipe.train.output), resume, lambda folder, manifest: _check_same_run(folder, manifest, recipe)
+    )
+
+
+def choose_checkpoint(run: Path, resume: str, check: Callable[[Path, Manifest], None]) -> tuple[Path, Manifest] | None:
+    """The checkpoint that rank 0 chooses in a run folder, once `check` takes it; see `find_resume`."""
     choice: str | None = None
     with distributed.failing_together("Looking for a checkpoint"):
         if distributed.is_main():
@@ -107,7 +113,7 @@ def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
             found = (named, read_manifest(named)) if named else None if resume == "never" else newest_valid(run)
             if found is not None:
                 choice = str(found[0])
-                _check_same_run(*found, recipe)
+                check(*found)
     choice = distributed.from_main(choice)
     if choice is None:
         return None

@@ -7,13 +7,13 @@ import logging
 import math
 import resource
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_inspection import ModuleReport
 from mm_moslora.batch import Batch
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.tracking import Trackers
@@ -65,7 +65,7 @@ class RunLog:
             data_seconds: for data.
         """
         self.clock.count(result)
-        self.note_memory()
+        note_memory(self.run.counters)
         spike = self.spikes.update(result.loss)
         self._warn(result, spike, [name for batch in micro_batches for name in batch.ids])
         step, recipe = self.run.step, self.run.recipe
@@ -122,28 +122,17 @@ class RunLog:
         Args:
             state: parameter name to full fp32 value; on rank 0 only.
         """
-        if distributed.is_main() and self._measured_at != self.run.step:
-            with only_measuring("The adapter"):
-                self._log_mixers(adapter_reports(self.run.assembly.model, state))
-
-    def _log_mixers(self, reports: Sequence[ModuleReport]) -> None:
-        if self._measured_at != self.run.step and (metrics := adapter_metrics(reports)):
-            self.trackers.log(metrics, self.run.step)
+        if self._measured_at != self.run.step:
+            log_adapter(self.run.assembly.model, state, self.trackers, self.run.step)
         self._measured_at = self.run.step
 
     def final_mixers(self) -> None:
         """Write and log the adapter's measures at the end."""
         state = self.run.engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
-        if distributed.is_main():
-            with only_measuring("The adapter"):
-                reports = adapter_reports(self.run.assembly.model, state)
-                self._log_mixers(reports)
-                self.trackers.log_mixers(write_mixers(self.run.folder / "mixers.json", reports), self.run.step)
-
-    def note_memory(self) -> None:
-        """Count the peak memory over all sessions of the run."""
-        counters = self.run.counters
-        counters["memory_gib"] = max(counters.get("memory_gib", 0.0), peak_memory_gib())
+        log_adapter(
+            self.run.assembly.model, state, self.trackers, self.run.step, file=self.run.folder / "mixers.json",
+            metrics=self._measured_at != self.run.step,
+        )  # fmt: skip
 
     def metadata(self) -> dict[str, Any]:
         """Metadata of the run for trackers, besides its recipe."""
@@ -159,28 +148,68 @@ class RunLog:
 
     def write_summary(self) -> None:
         """Write `summary.json` into the run folder, for the report."""
-        self.note_memory()
         self.clock.tick()
-        if distributed.is_main():
-            with only_measuring("The summary"):
-                self._write_summary()
+        write_summary(self.run, self.total_steps, self._of_run)
 
-    def _write_summary(self) -> None:
+    def _of_run(self) -> dict[str, Any]:
         run, counters = self.run, self.run.counters
         data: dict[str, Any] = dict(run.training_set.statistics())
         if counters.get("tokens"):
             data["supervised_share"] = counters["supervised_tokens"] / counters["tokens"]
         if run.validation_set is not None:
             data["validation_records"] = len(run.validation_set)
-        summary = {
-            "format": 1,  # of the run folder, see `mm_moslora.reporting.run_data`
-            "name": run.recipe.name, "steps": run.step, "total_steps": self.total_steps, "counters": counters,
-            "precision": run.precision, "world_size": distributed.world_size(), "zero": run.recipe.train.zero,
-            "components": [vars(row) for row in component_table(run.assembly)],
-            "tokens_per_image": run.assembly.tokens_per_image, "base": run.assembly.base,
-            "memory_gib": counters["memory_gib"], "data": data,
-        }  # fmt: skip
-        files.replace_json(run.folder / "summary.json", summary)
+        components = [vars(row) for row in component_table(run.assembly)]
+        image = run.assembly.tokens_per_image
+        return {"components": components, "tokens_per_image": image, "base": run.assembly.base, "data": data}
+
+
+def write_summary(run: Any, total_steps: int, content: Callable[[], dict[str, Any]]) -> None:
+    """Write `summary.json` into the folder of a run, of whatever trainer.
+
+    Args:
+        run: with `recipe`, `folder`, `precision`, `step` and `counters`.
+        total_steps: optimiser steps of the whole run.
+        content: gives what only this kind of run has.
+    """
+    note_memory(run.counters)
+    if distributed.is_main():
+        with only_measuring("The summary"):
+            summary = {
+                "format": 1,  # of the run folder, see `mm_moslora.reporting.run_data`
+                "name": run.recipe.name, "steps": run.step, "total_steps": total_steps, "counters": run.counters,
+                "precision": run.precision, "world_size": distributed.world_size(), "zero": run.recipe.train.zero,
+                "memory_gib": run.counters["memory_gib"], **content(),
+            }  # fmt: skip
+            files.replace_json(run.folder / "summary.json", summary)
+
+
+def log_adapter(
+    model: nn.Module, state: Mapping[str, Tensor], trackers: Trackers, step: int, *, file: Path | None = None,
+    metrics: bool = True,
+) -> None:  # fmt: skip
+    """Log the measures of an adapter, on rank 0; without an adapter there are none.
+
+    Args:
+        model: with the adapter inside.
+        state: parameter name to full fp32 value.
+        trackers: the receivers.
+        step: of the state.
+        file: for the measures at the end of a run, which trackers get whole, too.
+        metrics: log the means, too; False where those of the step are logged already.
+    """
+    if not distributed.is_main():
+        return
+    with only_measuring("The adapter"):
+        reports = adapter_reports(model, state)
+        if metrics and (means := adapter_metrics(reports)):
+            trackers.log(means, step)
+        if file is not None:
+            trackers.log_mixers(write_mixers(file, reports), step)
+
+
+def note_memory(counters: dict[str, float]) -> None:
+    """Count the peak memory over all sessions of a run."""
+    counters["memory_gib"] = max(counters.get("memory_gib", 0.0), peak_memory_gib())
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import continued, find_resume, restore
-from mm_moslora.training.run_logging import RunLog
+from mm_moslora.training.run_logging import RunLog, note_memory
 from mm_moslora.training.snapshot import Snapshot, snapshot
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_state import record_run_state
@@ -104,7 +104,12 @@ def train(
     with watchdog.blaming():
         agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
     with watchdog.blaming(), distributed.failing_together("Checking the recipe"):
-        _check(recipe, resume, measure)
+        check_recipe(recipe, resume=resume)
+        if recipe.validate.tasks and measure is None:
+            raise TrainingError(
+                f"validate.tasks is {recipe.validate.tasks}, but this program has no evaluation harness. Start the run "
+                "with `mm-moslora train`, or pass `measure`."
+            )
     # Each waits for the other ranks, so each may find that one is gone; the inner `blaming` words the recorded end.
     with (
         run_arithmetic(deterministic=recipe.train.deterministic),
@@ -133,15 +138,6 @@ def train(
             return result
         finally:
             run.engine.close()
-
-
-def _check(recipe: Recipe, resume: str, measure: Measure | None) -> None:
-    check_recipe(recipe, resume=resume)
-    if recipe.validate.tasks and measure is None:
-        raise TrainingError(
-            f"validate.tasks is {recipe.validate.tasks}, but this program has no evaluation harness. Start the run "
-            "with `mm-moslora train`, or pass `measure`."
-        )
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
@@ -441,6 +437,6 @@ class _Loop:
             return
         self.log.final_mixers()
         self.run.counters[FINISHED_AT] = self.run.step
-        self.log.note_memory()
+        note_memory(self.run.counters)
         if distributed.is_main():
             amend(last, self.run.counters)

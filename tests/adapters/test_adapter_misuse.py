@@ -250,14 +250,16 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused(kind: str, way: 
     """Its adapter got no gradient, and merging it changed the model."""
     model = mamba(kind)
     names = list(model.state_dict())
-    with pytest.raises(AdapterError, match=r"mixer\.dt_proj' cannot carry MoSLoRA: .*MambaMixer reads .* never calls"):
+    with pytest.raises(
+        AdapterError, match=r"mixer\.dt_proj' cannot carry MoSLoRA: .*MambaMixer .* this layer's weight"
+    ):
         WAYS[way](model, ["in_proj", "dt_proj"])
     assert list(model.state_dict()) == names
     assert not any("dt_proj" in path for path in resolve_targets(model))
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba 2", "falcon mamba"])
-def test_the_layers_that_a_pass_does_not_call_are_those_that_the_list_names(kind: str) -> None:
+def test_the_layers_that_a_pass_does_not_call_are_refused(kind: str) -> None:
     model = mamba(kind)
     linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     called: set[str] = set()
@@ -266,7 +268,19 @@ def test_the_layers_that_a_pass_does_not_call_are_those_that_the_list_names(kind
     model(IDS)
     places = {path: path.rpartition(".") for path in linear}
     reasons = {path: why_not_called(model.get_submodule(parent), name) for path, (parent, _, name) in places.items()}
-    assert {path for path, reason in reasons.items() if reason and "never calls" in reason} == linear.keys() - called
+    uncalled = linear.keys() - called
+    assert uncalled <= {path for path, reason in reasons.items() if reason}
+    assert {path for path, reason in reasons.items() if reason and "never calls" in reason} <= uncalled
+
+
+def test_a_layer_of_any_class_that_is_only_read_is_found() -> None:
+    head = t.MobileBertForMaskedLM(t.MobileBertConfig(vocab_size=32, num_hidden_layers=1)).cls.predictions
+    assert "never calls" in (why_not_called(head, "dense") or "")
+    assert why_not_called(llama().model.layers[0].self_attn, "q_proj") is None
+    assert "never calls" in (why_not_called(nn.MultiheadAttention(4, 1), "out_proj") or "")
+    diffusers = pytest.importorskip("diffusers")
+    attention = diffusers.models.attention_processor.Attention(8, heads=1, dim_head=8)
+    assert why_not_called(attention, "to_q") is None, "a processor calls it"
 
 
 @pytest.mark.parametrize(("kind", "fused"), [("mamba", 3), ("mamba 2", 1), ("falcon mamba", 3)])

@@ -13,65 +13,68 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, MISSING, browsing
 from comparison_results import NAMES, comparison_results
+from matplotlib.figure import Figure
 
+from mm_moslora.reporting.comparison_charts import Column, Measure, band_of
 from mm_moslora.reporting.comparison_curves import apart
-from mm_moslora.reporting.comparison_page import picture, render, write_page
+from mm_moslora.reporting.comparison_page import draw, render, write_page
 from mm_moslora.utils.errors import ConfigError
 
 HOSTILE = '<img src="x" onerror="alert(1)">@rank=</title></svg><script>alert(2)</script>{{ 7*7 }}'
-PLOT = re.compile(r'<svg class="area" role="img"><title>(.*?)</title>(.*?)</svg>(?=</div>|\n)', re.DOTALL)
 
 
 def plots(page: str) -> list[tuple[str, str]]:
-    """Title and marks of every plot."""
-    return [(unescape(title), marks) for title, marks in PLOT.findall(page)]
+    """Description and content of every chart."""
+    found = re.findall(r'<svg class="plot"[^>]* aria-label="([^"]*)"[^>]*>(.*?)</svg>', page, re.DOTALL)
+    return [(unescape(label), marks) for label, marks in found]
 
 
-def places(marks: str, style: str, axis: str = "x1") -> list[float]:
-    """Where lines of a class stand, in percent."""
-    return [float(x) for x in re.findall(rf'<line class="{style}"[^>]*? {axis}="([\d.-]+)%"', marks)]
+def told(marks: str) -> list[str]:
+    """What marks show under the pointer."""
+    return [unescape(title) for title in re.findall(r"<title>(.*?)</title>", marks)]
 
 
-def squares(marks: str) -> list[tuple[float, float]]:
-    found = re.findall(r'<svg x="([\d.-]+)%" y="([\d.-]+)%" overflow="visible"><rect class="mean"', marks)
-    return [(float(x), float(y)) for x, y in found]
-
-
-def test_marks_of_the_forest_plot_stand_where_the_numbers_say() -> None:
-    """The second arm is ahead by 5.0 points [2.0, 8.0], and the band is the planned ±3."""
+def test_rows_tell_their_difference_and_the_band_its_meaning() -> None:
     page = render(comparison_results(points=0.03))
-    (marks,) = [
-        marks for title, marks in plots(page) if title.startswith("moslora:orthogonal: +5.0 [+2.0, +8.0] points")
-    ][:1]
-    (zero,), (left,), (right,) = places(marks, "zero"), places(marks, "interval"), places(marks, "interval", "x2")
-    ((middle, height),) = squares(marks)
-    point = (middle - zero) / 5
-    assert [left, right] == pytest.approx([zero + 2 * point, zero + 8 * point], abs=0.02)
-    assert height == 50
-    start, width = map(float, re.findall(r'class="band" x="([\d.]+)%" width="([\d.]+)%"', marks)[0])
-    assert start == pytest.approx(zero - 3 * point, abs=0.02)
-    assert width == pytest.approx(6 * point, abs=0.02)
-    assert '<g class="good">' in marks, "the difference is shown, so the square is filled"
+    label, marks = plots(page)[0]
+    assert label.startswith("Score: points against lora: lora: reference points. moslora:orthogonal: +5.0 [+2.0, +8.0]")
+    assert told(marks)[:2] == ["lora: reference points", "moslora:orthogonal: +5.0 [+2.0, +8.0] points, better, p 0.02"]
+    assert "var(--good)" in marks, "the difference is shown"
     assert "the difference that --resolve 3 planned to show" in page
     assert "nats against lora" in page
     assert "about what the paper reports" in render(comparison_results())
     parts = [("", comparison_results(points=0.03)), ("", comparison_results(points=0.02))]
-    assert "about what the paper reports" in picture(parts), "two plans have no band in common"
+    assert "about what the paper reports" in band_of([results for _, results in parts])[1], "no band in common"
 
 
-def test_seeds_are_points_beside_their_mean() -> None:
+def test_marks_of_a_row_stand_at_their_numbers() -> None:
+    measure = Measure(value=5.0, low=2.0, high=8.0, seeds=(4.0, 6.5), text="5.0")
+    far = Measure(value=-90.0, low=-91.0, high=-89.0)
+    column = Column(
+        heading="h", unit="points", rows=[("a", measure), *[("b", measure)] * 3, ("c", far)], zero=True, band=3
+    )
+    axes = Figure().subplots()
+    assert len(column.draw(axes)) == 5
+    assert -30 < axes.get_xlim()[0] < -3, "a far arm does not squeeze the others"
+    lines = [(list(map(float, line.get_xdata())), line.get_marker()) for line in axes.lines]
+    assert ([5.0], "s") in lines
+    assert ([4.0, 6.5], "o") in lines
+    assert ([axes.get_xlim()[0]], "<") in lines
+    assert [
+        segment for bar in (axes.containers[0], axes.containers[-1])
+        for segment in [[float(x) for x, _ in bar.lines[2][0].get_segments()[0]]]
+    ] == [[2.0, 8.0], [-91.0, -89.0]]  # fmt: skip
+
+
+def test_seeds_and_floors_are_told() -> None:
     results = comparison_results(("lora",), tasks=("test",), nats=False, tuned=False)
     measure = results["arms"][0]["tasks"]["test"]
     measure |= {"mean": 0.6, "low": 0.5, "high": 0.7, "seeds": [0.48, 0.6, 0.72]}
     results["floors"]["test"]["majority"] = 0.525
-    ((title, marks),) = plots(render(results))
-    assert title == "lora: 60.0 ± 1.2 percent; seeds 48, 60, 72"
-    seeds = [float(x) for x in re.findall(r'x="([\d.]+)%" y="50.00%" overflow="visible"><circle', marks)]
-    (left,), (right,), (floor,) = places(marks, "interval"), places(marks, "interval", "x2"), places(marks, "floor")
-    assert [(seed - left) / (right - left) for seed in seeds] == pytest.approx([-0.1, 0.5, 1.1], abs=0.001), (
-        "also beyond it"
-    )
-    assert (floor - left) / (right - left) == pytest.approx(0.125, abs=0.001)
+    page = render(results)
+    ((_, marks),) = plots(page)
+    assert told(marks) == ["lora: 60.0 ± 1.2 percent; seeds 48, 60, 72"]
+    assert "answers without a model (majority 52.5)" in page
 
 
 def test_rates_have_a_chart_per_arm_with_the_chosen_rate_and_the_edge() -> None:
@@ -84,39 +87,24 @@ def test_rates_have_a_chart_per_arm_with_the_chosen_rate_and_the_edge() -> None:
     broken = [curve[0], curve[1], {"rate": 1e-2, "seed": 0, "value": None, "status": "diverged"}]
     results["arms"][1] |= {"rate": 1e-3, "edge": False, "curve": broken}
     page = render(results)
-    first, second = [marks for title, marks in plots(page) if "by learning rate" in title]
-    found = [places(first, "curve", key) for key in ("x1", "y1", "x2", "y2")]
-    assert found[0][1] == found[2][0], "the lines join"
-    assert found[0][1] - found[0][0] == pytest.approx(found[2][1] - found[2][0], abs=0.02), "decades have one width"
-    assert found[1][1] - found[1][0] == pytest.approx(found[3][1] - found[3][0], abs=0.02)
-    assert found[1][0] < found[3][1], "the larger loss is above"
-    assert ('class="arrow"' in first, 'class="arrow"' in second) == (True, False)
-    assert ('class="failed"' in first, 'class="failed"' in second) == (False, True)
+    first, second = [(label, marks) for label, marks in plots(page) if "chosen" in label]
+    assert first[0] == "lora: chosen 0.01; 0.0001: 3; 0.001: 2; 0.01: 1"
+    assert told(second[1]) == ["0.0001: 3", "0.001: 2", "0.01: failed"]
+    assert ("→" in first[1], "→" in second[1]) == (True, False)
+    assert ("var(--bad)" in first[1], "var(--bad)" in second[1]) == (False, True)
     assert "chosen 0.01, <strong>an edge of the grid</strong>" in page
-    assert "0.0001: 3; 0.001: 2; 0.01: failed" in page
-    assert "chosen 0.01, an edge of the grid; 0.0001: 3; 0.001: 2; 0.01: 1" in page
 
 
-def test_arms_of_equal_cost_stand_side_by_side_and_lead_to_their_cost() -> None:
+def test_arms_of_equal_cost_stand_side_by_side() -> None:
     results = comparison_results(("lora", "tsm", "dora", "lora@rank=64"))
-    marks = next(marks for title, marks in plots(render(results)) if title == "Score, percent, by trained parameters")
-    found = [x for x, _ in squares(marks)]
-    assert [b - a for a, b in pairwise(found)][:2] == pytest.approx([4, 4], abs=0.02)
-    assert found[3] > 60
-    ends = places(marks, "leader", "x2")[1::2]
-    assert len(set(ends[:3])) == 1, "the thin lines of equal costs meet on the axis"
-    assert ends[0] == pytest.approx(sum(found[:3]) / 3, abs=0.02)
-
-
-def test_places_are_moved_as_little_as_possible() -> None:
-    assert apart([10, 50, 90], 5) == [10, 50, 90]
-    assert apart([50, 50, 50], 4) == pytest.approx([46, 50, 54])
-    assert apart([99, 20, 100], 4) == pytest.approx([96, 20, 100])
-    assert apart([0, 0, 100], 4) == pytest.approx([0, 4, 100])
-    crowd = apart([50.0] * 40, 4)
-    assert min(crowd) >= 0
-    assert max(crowd) <= 100
-    assert min(b - a for a, b in pairwise(crowd)) == pytest.approx(2.5)
+    label, marks = next(item for item in plots(render(results)) if item[0].startswith("Score, percent, by trained"))
+    assert len(told(marks)) == 4
+    assert "lora@rank=64: " in label
+    assert apart([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
+    assert apart([0.5, 0.5, 0.5], 0.04) == pytest.approx([0.5, 0.54, 0.58])
+    assert apart([0.99, 0.2, 1.0], 0.04) == pytest.approx([0.94, 0.2, 0.98])
+    crowd = apart([0.5] * 40, 0.04)
+    assert min(b - a for a, b in pairwise(crowd)) == pytest.approx(0.025)
 
 
 def failed_arm(results: dict[str, Any]) -> None:
@@ -189,16 +177,15 @@ def test_every_state_of_a_comparison_has_a_page(state: str, tmp_path: Path) -> N
     assert text in page
     drawn = plots(page)
     assert bool(drawn) == (state != "nothing has run")
-    assert not [marks for _, marks in drawn if re.search(r"nan|inf\b|None", marks, re.IGNORECASE)]
-    assert not [
-        x for _, marks in drawn for x in re.findall(r' [xy][12]?="(-?[\d.]+)%"', marks) if not 0 <= float(x) <= 100
-    ]
+    assert not [marks for _, marks in drawn if re.search(r"\bnan\b|\binf\b|None", marks)]
     assert "<img src=" not in page
     assert "<script>alert" not in page
     assert "7*7" in page or state != "hostile names"
     assert ("no-likelihood" in page, "nats against" in page) == (False, bool(drawn) and state not in (
         "no references", "the reference is missing", "one arm"))  # fmt: skip
-    picture([("", results), ("again", results)])
+    draw([("", results), ("again", results)], tmp_path / "picture.png")
+    compared = state not in ("nothing has run", "the reference is missing", "one arm")
+    assert (tmp_path / "picture.png").is_file() == compared
 
 
 def test_a_page_of_a_stranger_stays(tmp_path: Path) -> None:
@@ -224,16 +211,11 @@ def test_every_width_shows_everything(tmp_path: Path) -> None:
             tab.open(page.as_uri(), width=width)
             assert tab.run("document.documentElement.scrollWidth") <= width
             ends = tab.run(
-                "[...document.querySelectorAll('.row b, .value, .area text, .rate, .legend li')]"
+                "[...document.querySelectorAll('.plot text, .rate, .legend li')]"
                 ".map(part => { const box = part.getBoundingClientRect(); return [box.left, box.right, box.height]; })"
             )
             assert len(ends) > 200
             assert min(left for left, _, _ in ends) >= 0
             assert max(right for _, right, _ in ends) <= width
-            assert tab.run("Math.min(...[...document.querySelectorAll('.cell .area')].map(e => e.clientWidth))") > 100
-            close = tab.run(
-                "[...document.querySelectorAll('.scales .area')].map(area => [...area.querySelectorAll('text')]"
-                ".map(text => { const box = text.getBoundingClientRect(); return [box.left, box.right]; }))"
-            )
-            assert not [row for row in close if any(a[1] > b[0] for a, b in pairwise(row))], "labels of an axis overlap"
+            assert min(height for *_, height in ends) > 9, "too small to read"
         assert not tab.errors

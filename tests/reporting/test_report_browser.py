@@ -2,75 +2,43 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, MISSING, browsing
 from PIL import Image
 
 from mm_moslora.reporting import build_report
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+READ = """(() => {
+  const chart = [...document.querySelectorAll('.chart[data-series]')].at(-1), svg = chart.querySelector('svg');
+  const box = svg.getBoundingClientRect(), readout = chart.querySelector('.readout'), read = [readout.textContent];
+  svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width * (52 + 374 / 2) / 440}));
+  read.push(readout.textContent);
+  for (const key of ['Home', 'ArrowRight']) svg.dispatchEvent(new KeyboardEvent('keydown', {key}));
+  return [...read, readout.textContent, chart.querySelector('.cursor').getAttribute('x1')];
+})()"""
 
 
-def _browse(tmp_path: Path, page: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-dev-shm-usage", "--allow-file-access-from-files", "--enable-logging=stderr",
-            "--virtual-time-budget=3000",
-            f"--user-data-dir={tmp_path / 'profile'}", *arguments, page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=240, check=True,
-    )  # fmt: skip
-
-
-def test_the_script_runs_without_console_messages(tmp_path: Path, run_folder: Path) -> None:
-    page = build_report(run_folder, tmp_path / "report.html")
-    result = _browse(tmp_path, page, "--dump-dom")
-    assert "CONSOLE" not in result.stderr, result.stderr
-    (button,) = re.findall(r"<button[^>]*>(\w+)</button>", result.stdout)
-    assert button in ("Dark", "Light")
-    assert "hidden" not in re.findall(r"<button[^>]*>", result.stdout)[0].replace("aria-hidden", "")
-    assert "<title>Demo run" in result.stdout
-
-
-@pytest.mark.parametrize("width", [1280, 400])
-def test_nothing_is_wider_than_the_window(tmp_path: Path, run_folder: Path, width: int) -> None:
-    build_report(run_folder, tmp_path / "report.html")
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f'<iframe id="f" src="report.html" style="width:{width}px;height:800px;border:0"></iframe><script>'
-        'onload=()=>{const d=document.getElementById("f").contentDocument.documentElement;'
-        "document.title=`wide ${d.scrollWidth} tall ${d.scrollHeight}`}</script>"
-    )
-    result = _browse(tmp_path, frame, "--dump-dom", "--window-size=1400,900")
-    found = re.search(r"wide (\d+) tall (\d+)", result.stdout)
-    assert found is not None, result.stdout[:500]
-    assert int(found[1]) <= width
-    assert int(found[2]) > 2000
-
-
-@pytest.mark.parametrize(("scheme", "dark"), [(1, False), (0, True)])
-def test_both_colour_schemes_are_readable(tmp_path: Path, run_folder: Path, scheme: int, dark: bool) -> None:
-    page = build_report(run_folder, tmp_path / "report.html")
-    shot = tmp_path / "shot.png"
-    _browse(
-        tmp_path,
-        page,
-        f"--blink-settings=preferredColorScheme={scheme}",
-        "--window-size=1280,900",
-        f"--screenshot={shot}",
-    )
-    grey = Image.open(shot).convert("L")
-    background = grey.getpixel((5, 5))
-    assert isinstance(background, int)
-    assert (background < 60) == dark
-    low, high = grey.getextrema()
-    assert high - low > 150  # the text stands out
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_the_page_is_readable_and_its_script_works(tmp_path: Path, run_folder: Path) -> None:
+    page, shot = build_report(run_folder, tmp_path / "report.html"), tmp_path / "shot.png"
+    with browsing(tmp_path / "profile") as tab:
+        for scheme, other in (("light", "Dark"), ("dark", "Light")):
+            tab.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            for width in (400, 1280):
+                tab.open(page.as_uri(), width=width)
+                assert tab.run("document.documentElement.scrollWidth") <= width
+                assert tab.run("document.documentElement.scrollHeight") > 2000
+            assert tab.run("document.getElementById('scheme').textContent") == other
+            tab.screenshot(shot)
+            grey = Image.open(shot).convert("L")
+            assert (grey.getpixel((5, 5)) < 60) == (scheme == "dark")
+            low, high = grey.getextrema()
+            assert high - low > 150, "the text stands out"
+        last, under_pointer, by_key, cursor = tab.run(READ)
+        assert last.startswith("Last: ")
+        assert under_pointer.startswith("Step 20")
+        assert by_key == "Step 4: gradient norm 1"
+        assert float(cursor) < 60
+        assert tab.errors == []

@@ -8,7 +8,7 @@ import pytest
 
 from mm_moslora.reporting.run_data import EvaluationRow, SampleRow, Score
 from mm_moslora.reporting.summary_text import explained, format_count, sample_kind, verdict
-from mm_moslora.reporting.svg_charts import downsample, format_number, smooth, ticks
+from mm_moslora.reporting.svg_charts import downsample, format_number, smooth
 from mm_moslora.reporting.verdicts import Difference
 from mm_moslora.utils.text_format import format_seconds
 
@@ -91,13 +91,6 @@ def test_downsampling_keeps_the_mean_and_the_order() -> None:
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
     assert smooth([(0, 5.0), (1, 1.0)])[0] == (0, 5.0)
     assert [y for _, y in smooth([(x, 3.0) for x in range(50)])] == pytest.approx([3.0] * 50)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.03, 0.19), (17, 12345), (-3, 3), (0, 2e-4)])
-def test_ticks_are_round_and_inside(low: float, high: float) -> None:
-    marks = ticks(low, high)
-    assert 3 <= len(marks) <= 8
-    assert all(low - 1e-9 * high <= mark <= high * (1 + 1e-9) for mark in marks)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,8 @@
-"""Self-contained HTML pages of an evaluation run and of a comparison. No torch, no network.
-
-Texts from a model or a data set are escaped. The page's content security policy allows only its own style and script.
-"""
+"""Self-contained HTML pages of an evaluation run and of a comparison. No torch, no network."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import logging
 import math
@@ -14,16 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mm_moslora.reporting.page_templates import render_page, write_page
 from mm_moslora.reporting.verdicts import SCORE_NAMES, amount_text, between, own_pictures, resting_on, score_text
 from mm_moslora.utils.errors import ConfigError, DataError, EvalError
-from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import build_known
@@ -76,10 +70,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         rows=[_row(result) for result in results],
         tasks=[_task(name, found, run) for name, found in tasks.items()],
     )
-    target = output_file(out or run / "report.html", sign=PAGE_SIGN)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(target, page)
-    return target
+    return write_page(out or run / "report.html", lambda: page)
 
 
 def names_of(results: Sequence[TaskResult]) -> list[str]:
@@ -148,37 +139,18 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
             for item in comparisons
         ],
     )
-    output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, page)
-    return out
+    return write_page(out, lambda: page)
 
 
 def _render(template: str, **context: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("mm_moslora_eval.report"), autoescape=True, undefined=StrictUndefined, finalize=_printable,
-        trim_blocks=True, lstrip_blocks=True,
+    filters = {
+        "score": format_score, "measured": _format_measured, "short": _short, "named": score_text,
+        "amount": amount_text,
+    }  # fmt: skip
+    return render_page(
+        template, context, filters=filters, package="mm_moslora_eval.report",
+        show=lambda text: redact_text(visible(text), keep_hashes=True),
     )  # fmt: skip
-    environment.filters.update(
-        score=format_score, measured=_format_measured, short=_short, named=score_text, amount=amount_text
-    )
-    assets = resources.files("mm_moslora_eval.report") / "templates"
-    script = (assets / "report.js").read_text(encoding="utf-8")
-    return environment.get_template(template).render(
-        style=Markup((assets / "report.css").read_text(encoding="utf-8")),  # noqa: S704  (shipped with the package)
-        script=Markup(script),  # noqa: S704
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **context,
-    )
-
-
-def _printable(value: Any) -> Any:
-    if isinstance(value, Markup):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return redact_text(visible(value), keep_hashes=True)
-    return value
 
 
 def _short(text: str | None) -> str:

@@ -66,9 +66,11 @@ def load_adapter(
         AdapterError: a file that is missing, truncated, changed or stale; an adapter for another base; a factor of the
             wrong shape. The model is untouched then.
     """
-    content = _read_for(model, folder, base or {}, trainable=trainable, component=component)
+    content = read_folder(folder, trainable=trainable, component=component)
     config, source = content.config, str(folder)
+    _check_base(model, content.base, base or {}, source)
     paths = sorted(config.target_modules or ())
+    check_tensors(content.tensors, _planned_shapes(model, config, paths, content.tensors, source), source=source)
     config.inference_mode = not trainable
     known = isinstance(model, peft.PeftModel) and adapter_name in model.peft_config
     if isinstance(model, peft.PeftModel) and known:
@@ -92,18 +94,6 @@ def load_adapter(
     if not trainable:
         wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
     return wrapped
-
-
-def _read_for(
-    model: nn.Module, folder: str | Path, base: Mapping[str, Any], *, trainable: bool, component: str | None
-) -> AdapterFolder:
-    """Read a folder and check it against the model and the identity of its base."""
-    content = read_folder(folder, trainable=trainable, component=component)
-    config, source = content.config, str(folder)
-    _check_base(model, content.base, base, source)
-    shapes = _planned_shapes(model, config, sorted(config.target_modules or ()), content.tensors, source)
-    check_tensors(content.tensors, shapes, source=source)
-    return content
 
 
 def _set_values(

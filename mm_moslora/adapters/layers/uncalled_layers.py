@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 
 from torch import nn
 
-_MASK_DECODER = ("iou_token", "mask_tokens", "obj_score_token")
-
-NEVER_CALLED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), ("dt_proj",)),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    **dict.fromkeys(
-        ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"), ("k_proj",)
-    ),
-    "DabDetrMHAttentionMap": ("k_linear",),
-    "TDNNLayer": ("kernel",),
-    "MobileBertLMPredictionHead": ("dense",),
-    "NeoMMEForMaskedLM": ("unembedding_projection",),
-    "LongcatFlashTopkRouter": ("classifier",),
-    # Embeddings that are tables of queries and positions.
-    **dict.fromkeys(
-        ("AudioFlamingo3Encoder", "MossTranscribeDiarizeAudioModel", "Qwen2AudioEncoder"), ("embed_positions",)
-    ),
-    "VoxtralEncoder": ("embed_positions",),
-    **dict.fromkeys(("DebertaEncoder", "DebertaV2Encoder", "SEWDTransformerEncoder"), ("rel_embeddings",)),
-    **dict.fromkeys(
-        ("Glm4vVisionEmbeddings", "Glm4vMoeVisionEmbeddings", "GlmImageVisionEmbeddings"), ("position_embedding",)
-    ),
-    **dict.fromkeys(("HunYuanVLVisionPatchEmbed", "HYV4VLVisionPatchEmbed"), ("position_embedding",)),
-    **dict.fromkeys(("Emu3VQVAEVectorQuantizer", "GlmImageVQVAEVectorQuantizer"), ("embedding",)),
-    **dict.fromkeys(
-        ("DeformableDetrModel", "GroundingDinoModel", "MMGroundingDinoModel"), ("query_position_embeddings",)
-    ),
-    **dict.fromkeys(("LwDetrModel", "RfDetrModel"), ("reference_point_embed", "query_feat")),
-    **dict.fromkeys(("Mask2FormerTransformerModule", "OneFormerTransformerModule"), ("level_embed",)),
-    **dict.fromkeys(("EomtForUniversalSegmentation", "EomtDinov3ForUniversalSegmentation"), ("query",)),
-    "VideomtForUniversalSegmentation": ("query",),
-    "DabDetrModel": ("patterns",),
-    "DeepseekOcr2VisionModel": ("query_768_resolution", "query_1024_resolution"),
-    "ProphetNetDecoder": ("ngram_embeddings",),
-    "SamMaskDecoder": ("iou_token", "mask_tokens"),
-    "SamHQMaskDecoder": ("iou_token", "mask_tokens", "hq_token"),
-    **dict.fromkeys(("Sam2MaskDecoder", "Sam2VideoMaskDecoder", "EdgeTamMaskDecoder"), _MASK_DECODER),
-    **dict.fromkeys(
-        ("EdgeTamVideoMaskDecoder", "Sam3TrackerMaskDecoder", "Sam3TrackerVideoMaskDecoder"), _MASK_DECODER
-    ),
-    **dict.fromkeys(("SamPromptEncoder", "SamHQPromptEncoder", "Sam2PromptEncoder"), ("not_a_point_embed",)),
-    **dict.fromkeys(("Sam2VideoPromptEncoder", "EdgeTamPromptEncoder"), ("not_a_point_embed",)),
-    **dict.fromkeys(("EdgeTamVideoPromptEncoder", "Sam3TrackerPromptEncoder"), ("not_a_point_embed",)),
-    "Sam3TrackerVideoPromptEncoder": ("not_a_point_embed",),
-}
-"""Children that are not called but read, by the name of the parent's class; torch's MultiheadAttention reads any."""
-
 SOMETIMES_CALLED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("x_proj", "out_proj")),
+    "MambaMixer": ("x_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
     **dict.fromkeys(("Mamba2Mixer", "NemotronHMamba2Mixer", "BambaMixer", "FalconH1Mixer"), ("out_proj",)),
     **dict.fromkeys(("Zamba2MambaMixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
     **dict.fromkeys(("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"), ("lm_head",)),
@@ -70,15 +29,34 @@ def why_not_called(parent: nn.Module | None, name: str) -> str | None:
         parent: the module that holds the layer.
         name: of the layer in it.
     """
-    for kind in type(parent).__mro__:
-        if kind is nn.MultiheadAttention or name in NEVER_CALLED.get(kind.__name__, ()):
-            does = "reads this layer's weight and never calls it"
-        elif name in SOMETIMES_CALLED.get(kind.__name__, ()):
-            does = "hands this layer's weight to a function where it can, and does not call the layer then"
-        else:
-            continue
-        return (
-            f"{kind.__module__}.{kind.__name__} {does}, so an adapter here would do nothing in training and change the "
-            "model when it is merged. Choose other targets, or leave it out (exclude_modules)."
-        )
-    return None
+    if parent is None:
+        return None
+    kind = type(parent)
+    if _is_only_read(kind, name):
+        does = "reads this layer's weight and never calls it"
+    elif any(name in SOMETIMES_CALLED.get(base.__name__, ()) for base in kind.__mro__):
+        does = "hands this layer's weight to a function where it can, and does not call the layer then"
+    else:
+        return None
+    return (
+        f"{kind.__module__}.{kind.__name__} {does}, so an adapter here would do nothing in training and change the "
+        "model when it is merged. Choose other targets, or leave it out (exclude_modules)."
+    )
+
+
+@functools.cache
+def _is_only_read(kind: type[nn.Module], name: str) -> bool:
+    """Whether a class of transformers or torch reads `self.NAME.weight`, and has `self.NAME` nowhere else but where it
+    is made. Other libraries call layers from outside the module that holds them: diffusers has processors for this."""
+    bases = [base for base in kind.__mro__ if base.__module__.startswith(("transformers.models.", "torch.nn.modules."))]
+    code = "".join(map(_code_of, bases[: bases.index(nn.Module)] if nn.Module in bases else bases))
+    layer = rf"(?<!isinstance\()(?<!hasattr\()(?<!`)\bself\.{re.escape(name)}\b"
+    return bool(re.search(rf"{layer}\.weight\b", code)) and not re.search(rf"{layer}(?!\s*[.:=][^=])", code)
+
+
+@functools.cache
+def _code_of(kind: type) -> str:
+    """The source of a class at the top of its module."""
+    module = inspect.getsource(sys.modules[kind.__module__])
+    found = re.search(rf"^class {kind.__name__}\b.*?(?=^[^\s#)]|\Z)", module, re.MULTILINE | re.DOTALL)
+    return found[0] if found else ""

@@ -57,12 +57,15 @@ def _forward(layer: nn.Module, seen: dict[Any, _Kind]) -> Callable[..., Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         arguments = (args, kwargs)
-        key = (_sizes(layer), torch.is_grad_enabled(), repr(tree_map(_sight, arguments)))
-        if key in seen:
-            _multiply(seen[key])
+        named = layer.named_parameters()
+        weights = tuple((name, tuple(item.shape), item.dtype, item.requires_grad) for name, item in named)
+        key = (type(layer), layer.training, weights, torch.is_grad_enabled(), repr(tree_map(_sight, arguments)))
+        if kind := seen.get(key):
+            with torch.no_grad(), torch.device("meta"):
+                torch.mm(torch.empty(1, kind.dense // 2), torch.empty(kind.dense // 2, 1))
+                torch.bmm(torch.empty(1, 1, kind.attention // 2), torch.empty(1, kind.attention // 2, 1))
         else:
-            seen[key] = _measured(layer, lambda: real(*args, **kwargs), arguments)
-        kind = seen[key]
+            kind = seen[key] = _measured(layer, lambda: real(*args, **kwargs), arguments)
         outputs = iter(_Kept.apply(kind, *_tensors(arguments), *layer.parameters()))
         return tree_map(lambda item: next(outputs) if isinstance(item, Tensor) else item, kind.outputs)
 
@@ -71,11 +74,6 @@ def _forward(layer: nn.Module, seen: dict[Any, _Kind]) -> Callable[..., Any]:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [item for item in tree_leaves(tree) if isinstance(item, Tensor)]
-
-
-def _sizes(layer: nn.Module) -> tuple[Any, ...]:
-    weights = ((name, tuple(item.shape), item.dtype, item.requires_grad) for name, item in layer.named_parameters())
-    return type(layer), layer.training, tuple(weights)
 
 
 def _sight(item: Any) -> Any:
@@ -110,12 +108,6 @@ def _measured(layer: nn.Module, run: Callable[[], Any], arguments: Any) -> _Kind
         kept=sum(size for item, size in kept.items() if item not in known),
         dense=dense, attention=sum(flops.values()) - dense,
     )  # fmt: skip
-
-
-def _multiply(kind: _Kind) -> None:
-    with torch.no_grad(), torch.device("meta"):
-        torch.mm(torch.empty(1, kind.dense // 2), torch.empty(kind.dense // 2, 1))
-        torch.bmm(torch.empty(1, 1, kind.attention // 2), torch.empty(1, kind.attention // 2, 1))
 
 
 class _Kept(torch.autograd.Function):

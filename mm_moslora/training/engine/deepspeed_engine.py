@@ -105,8 +105,10 @@ class DeepSpeedEngine(Engine):
 
     def _update(self, lr_factor: float, sums: Tensor) -> Update:
         own_norm = None
-        if self.stage == 0:
-            loss, right, own_norm = torch.cat((sums, self._gradient_norm()[None])).tolist()
+        if self.stage == 0:  # gradients are whole and averaged on every rank, and DeepSpeed computes no norm of them
+            gradients = [p.grad.float() for _, p in self._named_trainable() if p.grad is not None]
+            norm_of_all = nn.utils.get_total_norm(gradients).double().to(self.device)
+            loss, right, own_norm = torch.cat((sums, norm_of_all[None])).tolist()
             own_norm /= self.loss_scale
         else:
             # Read after the step, in which DeepSpeed waits for the device anyway.
@@ -154,11 +156,6 @@ class DeepSpeedEngine(Engine):
         scaler = self._scaler
         dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
         return {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)} if dynamic else {}
-
-    def _gradient_norm(self) -> Tensor:
-        """Stage 0: gradients are whole and averaged on every rank, and DeepSpeed does not compute their norm."""
-        gradients = [p.grad.float() for _, p in self._named_trainable() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients).double().to(self.device)
 
     def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:
         """See `Engine.trainable_state`; gathers the fp32 masters from all ranks, one parameter at a time."""

@@ -135,6 +135,8 @@ class Piece:
     """Adam's `exp_avg` and `exp_avg_sq`."""
     step: Tensor
     """Adam's step count; pieces of one flat group share it."""
+    parameter: Tensor
+    """What the optimiser steps, which `master` is a part of."""
     gradient: Tensor | None = None
     """What the optimiser will read; None between steps."""
 
@@ -172,7 +174,10 @@ class Piece:
 
         moments = {kind: part(state[kind]) for kind in MOMENTS}
         gradient = None if master.grad is None else part(master.grad)
-        return cls(name=name, start=start, master=part(master), moments=moments, step=state["step"], gradient=gradient)
+        return cls(
+            name=name, start=start, master=part(master), moments=moments, step=state["step"], parameter=master,
+            gradient=gradient,
+        )  # fmt: skip
 
 
 class Engine(ABC):
@@ -366,12 +371,11 @@ class Engine(ABC):
 
     def _convert(self, optimizer: torch.optim.Optimizer) -> None:
         # With offloading all groups have gradients while one steps, and each is converted once.
-        read = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        spans = [(grad.data_ptr(), grad.data_ptr() + grad.numel() * grad.element_size()) for grad in read]
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         gradients = [
             (piece.name, piece.start, piece.gradient)
             for piece in self.pieces()
-            if piece.gradient is not None and any(at <= piece.gradient.data_ptr() < end for at, end in spans)
+            if piece.gradient is not None and id(piece.parameter) in stepped
         ]
         self.manifold.convert(self._points, gradients, replicated=self.replicated)
 
