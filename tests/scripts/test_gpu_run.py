@@ -24,6 +24,8 @@ REQUIRES = {
     "one": ['two==2.0; python_version >= "3.12"', 'never>=1; python_version < "3.12"', 'extra>=1; extra == "all"'],
     "two": ["numpy>=2", "torch"],
     "three": ["two<2", "numpy<3"],
+    "numpy": [],
+    "torch": [],
 }
 """What made-up packages require."""
 
@@ -49,6 +51,25 @@ def test_wheels_go_together_and_the_rest_is_named(tmp_path: Path, monkeypatch: p
     ]
     with pytest.raises(SystemExit, match=r"three-2.0-py3-none-any.whl requires two<2, and 2.0 was collected"):
         gpu_wheels.collect(["one", "two", "three"], tmp_path, "3.12", "130")
+
+
+@pytest.mark.parametrize(
+    ("there", "carried"),
+    [
+        ("", {"one", "two", "numpy", "torch"}),
+        ("torch\nTwo==2.0\n# numpy\n-e .\n", {"one", "numpy"}),
+        ("torch==2.11.0+cu130\ntwo @ file:///x\nnumpy==1.9\n", {"one", "numpy"}),
+        ("torch==2.11.0\ntwo==1.0\nnumpy==2.5", {"one", "two"}),
+    ],
+)
+def test_what_the_machine_has_decides_what_is_carried(there, carried, tmp_path: Path, monkeypatch) -> None:
+    """Of an unknown version, as of a package from a path, nothing is carried."""
+    monkeypatch.setattr(gpu_wheels, "fetch", fetch)
+    (tmp_path / "list").write_text(there)
+    (tmp_path / "wheels").mkdir()
+    have = gpu_wheels.installed(tmp_path / "list")
+    gpu_wheels.collect(["one"], tmp_path / "wheels", "3.12", "130", have=have)
+    assert {path.name.split("-")[0] for path in (tmp_path / "wheels").iterdir()} == carried
 
 
 def test_wheels_above_the_limit_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -87,7 +108,10 @@ def test_every_wheel_has_a_declared_version_or_is_required_by_another() -> None:
 
 
 PYTHON = """#!/bin/sh
-case "$*" in *gpu_preflight*) exit "${LACKS:-0}" ;; esac
+case "$*" in
+  *gpu_preflight*/gpu_wheels*) exit "${LACKS:-0}" ;;
+  *gpu_preflight*) exit "${LACKS_AFTER:-0}" ;;
+esac
 echo "$*" >>"$CALLS"
 case "$*" in
   *pip*install*) exit 0 ;;
@@ -166,6 +190,9 @@ def test_a_machine_that_lacks_something_gets_a_list_and_nothing_is_recorded(chec
     code, calls, _ = run(checkout, LACKS="1")
     assert (code, calls) == (1, [])
     assert not (checkout / "build" / "gpu").exists()
+    code, calls, _ = run(checkout, LACKS_AFTER="1")  # a PyTorch from a wheel sees no GPU
+    assert (code, len(calls)) == (1, 1)
+    assert not (checkout / "build" / "gpu" / "tests.ended").exists()
 
 
 def test_the_list_names_versions_tools_and_what_carried_wheels_require(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -187,9 +214,11 @@ def test_the_list_names_versions_tools_and_what_carried_wheels_require(tmp_path:
     monkeypatch.setattr(gpu_preflight.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
     assert gpu_preflight.main() == 1
     said = capsys.readouterr().err.splitlines()
-    assert [line.strip() for line in said[1:-1]] == [
-        "pytest>=8.3 (the project): 1.0 is installed",
+    assert [line.strip() for line in said[:-1]] == [
+        "Tests and contenders that need one of these may fail:",
         "two==2.0 (one): not installed",
+        "This machine lacks:",
+        "pytest>=8.3 (the project): 1.0 is installed",
         "two==2.0 (pytest): not installed",
         f"numpy>=99 (pytest): {importlib.metadata.version('numpy')} is installed",
         "pip, which installs the wheels: this Python has none (PIP names another)",
