@@ -174,7 +174,8 @@ def leave_foreign_step() -> None:
 
     with contextlib.suppress(psutil.Error, LookupError, ValueError):
         daemon = psutil.Process(int(os.environ["SLURM_TASK_PID"])).parent()
-        if daemon is not None and daemon.cmdline()[0].startswith(f"slurmstepd: [{os.environ['SLURM_JOB_ID']}.batch]"):
+        title = " ".join(daemon.cmdline()) if daemon is not None else ""
+        if title.startswith(f"slurmstepd: [{os.environ['SLURM_JOB_ID']}.batch]"):
             for name in [name for name in os.environ if name.startswith("SLURM_STEP")]:
                 del os.environ[name]
 

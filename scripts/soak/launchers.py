@@ -2,7 +2,7 @@
 """Start two ranks in the ways that docs/cluster.md lists, stop them by a signal, start them again, and compare.
 
     python scripts/soak/launchers.py
-    sudo python scripts/soak/launchers.py --only ipv6-launch ipv6-two-agents ipv6-deepspeed
+    sudo python scripts/soak/launchers.py --only ipv6-launch ipv6-two-agents
 
 Of each way: the exit codes after the signal (SIGTERM, or SIGUSR1 to `mpirun`, which kills its processes a moment after
 SIGTERM), what the run folder says then, the exit codes of the same command again, and whether losses and weights are
@@ -96,7 +96,6 @@ WAYS = {
     "ipv6-two-agents": Way(
         words=f"NPROC=1 exec {LAUNCH} --nnodes 2 --rdzv '[::1]:{{port}}' {{recipe}}", needs="ip", agents=2, ipv6=True
     ),
-    "ipv6-deepspeed": Way(words=f"exec {LAUNCH} --deepspeed {{recipe}}", needs="ip", ipv6=True),
 }  # fmt: skip
 
 

@@ -32,7 +32,8 @@ REQUIRES = {
 
 def fetch(name, versions, folder, python, *, size=0):
     """A wheel of the version that is asked for exactly, else of 2.0."""
-    wheel = Path(folder) / f"{name}-{str(versions).removeprefix('==') or '2.0'}-py3-none-any.whl"
+    version = str(versions)[2:] if str(versions).startswith("==") else "2.0"
+    wheel = Path(folder) / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         lines = [f"Requires-Dist: {line}" for line in REQUIRES[name]]
         archive.writestr(
