@@ -295,7 +295,7 @@ def test_a_suspended_job_goes_on_and_saves_when_it_is_cancelled(cluster, batch, 
         wait_for(lambda: steps(run) > 2, lambda: said(log))
         cluster.ask("scontrol", "suspend", job)
         wait_for(lambda: cluster.show(job, "JobState") == "SUSPENDED", "suspension")
-        time.sleep(1)
+        time.sleep(5)  # SLURM sends SIGTSTP, and SIGSTOP two seconds later
         stood = steps(run)
         time.sleep(12)
         assert steps(run) == stood, "the ranks did not stand still"

@@ -58,8 +58,9 @@ def test_wheels_go_together_and_the_rest_is_named(tmp_path: Path, monkeypatch: p
     ("there", "carried"),
     [
         ("", {"one", "two", "numpy", "torch"}),
-        ("torch\nTwo==2.0\n# numpy\n-e .\n", {"one", "numpy"}),
-        ("torch==2.11.0+cu130\ntwo @ file:///x\nnumpy==1.9\n", {"one", "numpy"}),
+        ("torch\nTwo==2.0\n# numpy\n-e .\n", {"one"}),
+        ("torch\ntwo @ file:///x\n", {"one"}),
+        ("torch==2.11.0+cu130\nnumpy==1.9\n", {"one", "two", "numpy"}),
         ("torch==2.11.0\ntwo==1.0\nnumpy==2.5", {"one", "two"}),
     ],
 )
