@@ -311,7 +311,7 @@ def test_a_batch_job_that_a_task_of_a_step_submits_is_in_no_step(cluster, batch,
     monkeypatch.setenv("NPROC", "1")
     made = {name: write(make_recipe(parts, tmp_path / name, "none", steps=2)) for name in ("launch", "train")}
     log, inner = tmp_path / "log", tmp_path / "inner.log"
-    calls = " && ".join(f"$PYTHON -P -m mm_moslora {verb} {recipe}" for verb, recipe in made.items())
+    calls = f"bash {SCRIPT} {made['launch']} && $PYTHON -P -m mm_moslora train {made['train']}"
     submit = f'sbatch --ntasks=1 --cpus-per-task=2 --gpus-per-node=0 --output={inner} --wrap "{calls}"'
     (tmp_path / "task.sh").write_text(f'#!/bin/bash\n[ "$SLURM_PROCID" -gt 0 ] || {submit}\n')
     words = own(batch, "--ntasks=2", "--cpus-per-task=1")
@@ -319,3 +319,21 @@ def test_a_batch_job_that_a_task_of_a_step_submits_is_in_no_step(cluster, batch,
         assert over(cluster, job, log) == "COMPLETED", said(log)
         wait_for(lambda: not cluster.ask("squeue", "-h"), "the end of the other job")
     assert [steps(tmp_path / name) for name in made] == [2, 2], said(log) + said(inner)
+
+
+def test_ranks_that_srun_itself_starts_save_when_their_step_is_signalled(cluster, batch, parts, monkeypatch, tmp_path):
+    """With the variables of a launcher by hand; srun itself would kill its step on SIGTERM."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = write(make_recipe(parts, run, "zero2", steps=FOREVER))
+    (tmp_path / "rank.sh").write_text(
+        "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID\n"
+        f"export MASTER_ADDR=127.0.0.1 MASTER_PORT={slurm.free_ports(1)[0]}\n"
+        f'exec "$PYTHON" -P -m mm_moslora train {recipe}\n'
+    )
+    words = own(batch, "--nodes=2", "--ntasks=2", "--cpus-per-task=1")
+    with cluster.job(log, *words, script(tmp_path, f"srun bash {tmp_path / 'rank.sh'}")) as job:
+        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        cluster.ask("scancel", "--signal=TERM", f"{job}.0")
+        assert over(cluster, job, log) == "FAILED", said(log)
+        assert cluster.show(job, "ExitCode") == "75:0", said(log)
+    assert (state(run), newest(run)) == ("stopped", steps(run)), said(log)
