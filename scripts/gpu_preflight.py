@@ -93,7 +93,8 @@ def lacking_packages(packages: Packages) -> tuple[list[str], list[str]]:
     asked = [(wanted, "the project") for wanted in own if canonical(wanted.name) in NEEDED]
     asked += [(module.Requirement(line), name) for name, (_, lines) in packages.carried.items() for line in lines]
     asked = [(wanted, why) for wanted, why in asked if wanted.marker is None or wanted.marker.evaluate({"extra": ""})]
-    needed, found = {"the project"}, ([], [])
+    needed = {"the project"}
+    found: tuple[list[str], list[str]] = [], []
     while more := {canonical(wanted.name) for wanted, why in asked if why in needed} - needed:
         needed |= more
     for wanted, why in asked:

@@ -179,7 +179,8 @@ def collect(
     Raises:
         SystemExit: a wheel cannot be had, or collected versions do not go together.
     """
-    wanted, wheels = [canonicalize_name(name) for name in names], []
+    wanted: list[str] = [canonicalize_name(name) for name in names]
+    wheels: list[Path] = []
     while wanted:
         for name in dict.fromkeys(wanted):
             versions = declared().get(name, SpecifierSet())
