@@ -34,6 +34,9 @@ METRICS = (
 )
 
 
+FOLLOWED = 30.0
+
+
 def line(step: int) -> str:
     """A record of a step, as long as those of a real run."""
     return json.dumps({"step": step, "time": 1.8e9 + step} | {name: random.random() for name in METRICS}) + "\n"
@@ -65,6 +68,14 @@ def measure(folder: Path, *, runs: int, steps: int) -> dict[str, Any]:
     before = resident_mib()
     board = Folder(folder)
 
+    def follow() -> float:
+        """Share of a core over half a minute, in which each run grows every second and a page looks."""
+        began, spent = time.monotonic(), time.process_time()
+        while time.monotonic() - began < FOLLOWED:
+            grow(made)
+            time.sleep(1.0)
+        return round((time.process_time() - spent) / (time.monotonic() - began), 2)
+
     def grow(some: list[Path]) -> float:
         for run in some:
             with (run / "metrics.jsonl").open("a") as stream:
@@ -73,7 +84,8 @@ def measure(folder: Path, *, runs: int, steps: int) -> dict[str, Any]:
 
     return {
         "runs": runs, "steps": steps, "metrics": len(METRICS), "first_look": seconds(board.rows),
-        "nothing_changed": seconds(board.rows), "one_run_grew": grow(made[:1]), "all_runs_grew": grow(made),
+        "nothing_changed": seconds(board.rows), "one_run_grew": grow(made[:1]),
+        "share_of_a_core_while_all_grow": follow(),
         "rows_kib": len(json.dumps(board.rows())) // 1024,
         "curves_kib": len(json.dumps(board.detail(made[0].name))) // 1024,
         "resident_mib": round(resident_mib() - before, 1),
