@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import ranks
 from packaging.requirements import Requirement
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -253,6 +254,15 @@ def test_what_is_imported_at_the_start_of_the_tests_is_on_the_list() -> None:
     paths = ("", "eval", "tests", "tests/support", "tests/builders", "tests/distributed")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(SCRIPTS.parent / part) for part in paths)}
     subprocess.run([sys.executable, "-c", code, ",".join(hidden)], check=True, env=environment)
+
+
+def test_processes_of_the_gpu_tests_find_what_was_carried(monkeypatch) -> None:
+    """Five tests failed where PyYAML was in a wheel alone."""
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    assert ranks.python_path().endswith(f"{os.pathsep}/carried")
+    for file in (SCRIPTS.parent / "tests" / "gpu").glob("*.py"):
+        settings = [line for line in file.read_text().splitlines() if "PYTHONPATH" in line]
+        assert all('"PYTHONPATH": python_path()' in line for line in settings), file
 
 
 def test_files_of_tests_that_have_ended_are_not_repeated(checkout: Path) -> None:
