@@ -257,7 +257,7 @@ def test_what_is_imported_at_the_start_of_the_tests_is_on_the_list() -> None:
 
 
 def test_processes_of_the_gpu_tests_find_what_was_carried(monkeypatch) -> None:
-    """Five tests failed where PyYAML was in a wheel alone."""
+    """Such as PyYAML, which an image may lack."""
     monkeypatch.setenv("PYTHONPATH", "/carried")
     assert ranks.python_path().endswith(f"{os.pathsep}/carried")
     for file in (SCRIPTS.parent / "tests" / "gpu").glob("*.py"):
