@@ -25,9 +25,9 @@ given = arguments.parse_args()
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-tokenizer = AutoTokenizer.from_pretrained(given.model)
+tokenizer = AutoTokenizer.from_pretrained(given.model, trust_remote_code=False)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).to(device)
+model = AutoModelForCausalLM.from_pretrained(given.model, trust_remote_code=False, dtype=torch.float32).to(device)
 model = add_moslora(model, MoSLoRAConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))  # <- the adapter
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=given.lr, weight_decay=0.0)
 lines = [line + tokenizer.eos_token for line in given.text.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -48,7 +48,7 @@ for epoch in range(given.epochs):
 save_adapter(model, given.output)  # <- read by load_adapter and by stock PEFT
 
 # The adapter on a fresh base, merged for use without this package.
-base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).to(device)
+base = AutoModelForCausalLM.from_pretrained(given.model, trust_remote_code=False, dtype=torch.float32).to(device)
 merged = merge(load_adapter(base, given.output)).eval()
 prompt = tokenizer(lines[0][: len(lines[0]) // 2], return_tensors="pt").to(device)
 answer = merged.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.pad_token_id)
