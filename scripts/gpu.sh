@@ -41,6 +41,8 @@ install_wheels() {
   $PIP install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir --target "$site" \
     "$wheels"/*.whl || fail "the wheels of $wheels cannot be installed"
   export PYTHONPATH="$site:$PYTHONPATH"
+  # Now also what was in the wheels can be asked: without a GPU every test would be skipped, and count as ended.
+  "$PYTHON" scripts/gpu_preflight.py --device "$device" --wheels "$site" || exit 1
 }
 
 # Run the files of tests/gpu that have not ended on these sources. Returns 1 where tests failed, 75 where files are left.

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = (
     "torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "huggingface-hub",
     "fsspec", "pillow", "numpy", "pyyaml", "xxhash", "packaging", "tqdm", "jinja2", "markupsafe", "cyclopts", "rich",
-    "psutil", "zstandard", "pytest", "pytest-xdist",
+    "psutil", "pytest", "pytest-xdist",
 )  # fmt: skip
 """Without these neither tests/gpu nor the benchmark start; tests and contenders that need more are left out."""
 
@@ -71,11 +71,8 @@ class Packages:
         except metadata.PackageNotFoundError:
             return None
 
-    def lacking(self, line: str, parse: Callable[[str], Any], *, why: str) -> str | None:
-        """A requirement that is not fulfilled, in words; None: it is, or is for another platform."""
-        wanted = parse(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            return None
+    def lacking(self, wanted: Any, *, why: str) -> str | None:
+        """A requirement that is not fulfilled, in words; None: it is."""
         found = self.version(wanted.name)
         if found is not None and wanted.specifier.contains(found, prereleases=True):
             return None
@@ -83,22 +80,27 @@ class Packages:
         return f"{wanted.name}{wanted.specifier} ({why}): {there}"
 
 
-def lacking_packages(packages: Packages) -> Iterator[str]:
-    """What is not installed, or in another version than the project or a carried wheel asks for."""
+def lacking_packages(packages: Packages) -> tuple[list[str], list[str]]:
+    """What is not installed, or not in a version that the project or a carried wheel asks for: needed, and the rest."""
     module = requirements()
     if module is None:
-        yield "pip, or the package packaging, which reads versions"
-        yield from (f"{name}: not installed" for name in NEEDED if packages.version(name) is None)
-        return
+        missing = [f"{name}: not installed" for name in NEEDED if packages.version(name) is None]
+        return ["pip, or the package packaging, which reads versions", *missing], []
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    asked = [(line, "the project") for line in lines if canonical(module.Requirement(line).name) in NEEDED]
-    asked += [(line, name) for name, (_, own) in packages.carried.items() for line in own]
-    for line, why in asked:
-        if (told := packages.lacking(line, module.Requirement, why=why)) is not None:
-            yield told
+    own = map(module.Requirement, [*project["dependencies"], *project["optional-dependencies"]["test"]])
+    asked = [(wanted, "the project") for wanted in own if canonical(wanted.name) in NEEDED]
+    asked += [(module.Requirement(line), name) for name, (_, lines) in packages.carried.items() for line in lines]
+    asked = [(wanted, why) for wanted, why in asked if wanted.marker is None or wanted.marker.evaluate({"extra": ""})]
+    needed = {"the project"}
+    found: tuple[list[str], list[str]] = [], []
+    while more := {canonical(wanted.name) for wanted, why in asked if why in needed} - needed:
+        needed |= more
+    for wanted, why in asked:
+        if (told := packages.lacking(wanted, why=why)) is not None:
+            found[why not in needed].append(told)
+    return found
 
 
 def lacking_for_triton() -> Iterator[str]:
@@ -131,7 +133,9 @@ def main() -> int:
         found = [f"Python 3.11 or later: this is {sys.version.split()[0]}"]
     else:
         packages = Packages(options.wheels)
-        found = list(lacking_packages(packages))
+        found, rest = lacking_packages(packages)
+        if rest:
+            print("Tests and contenders that need one of these may fail:", *rest, sep="\n  ", file=sys.stderr)
         if packages.carried and not (options.pip or importlib.util.find_spec("pip")):
             found.append("pip, which installs the wheels: this Python has none (PIP names another)")
         if options.device == "cuda":
@@ -141,7 +145,10 @@ def main() -> int:
                 found += lacking_gpu()
     if found:
         print("This machine lacks:", *dict.fromkeys(found), sep="\n  ", file=sys.stderr)
-        print("Nothing was run or recorded. scripts/gpu_wheels.py PACKAGE ... carries more packages.", file=sys.stderr)
+        print(
+            "Nothing was run or recorded. scripts/gpu_wheels.py --have FILE carries it; `pip freeze` writes FILE here.",
+            file=sys.stderr,
+        )
     return 1 if found else 0
 
 

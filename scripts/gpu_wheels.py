@@ -4,10 +4,14 @@
     python scripts/gpu_wheels.py                       into build/gpu_wheels, for Python 3.12 on Linux x86-64
     python scripts/gpu_wheels.py torchao av            more packages
     python scripts/gpu_wheels.py --without datasets    fewer
+    python scripts/gpu_wheels.py --have there.txt      and whatever else is required; `pip freeze` there wrote the list
+    python scripts/gpu_wheels.py --have /dev/null --limit 5000    everything, with PyTorch and its CUDA libraries
 
 Versions are those that `pyproject.toml` and the collected wheels allow. DeepSpeed, which has no wheel, is built without
 operators, in the environment of this Python, which needs torch and setuptools. `scripts/gpu.sh` installs the folder.
 What the wheels require beyond each other is printed: the machine must have it (`scripts/gpu_preflight.py` checks it).
+Gigabytes are installed once there, not in every call: python3 -m venv env; env/bin/pip install --no-index --no-deps
+build/gpu_wheels/*.whl; PYTHON=env/bin/python WHEELS=none scripts/gpu.sh
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from email.parser import Parser
+from functools import cache
 from pathlib import Path
 
+from gpu_preflight import NEEDED
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
@@ -34,6 +40,7 @@ PACKAGES = (
     "transformers", "huggingface-hub", "hf-xet", "tokenizers", "safetensors", "fsspec", "peft", "liger-kernel",  # newer
     "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",  # train.zero
     "cyclopts", "docstring-parser", "rich-rst",                              # the command line
+    "httpx2", "httpcore2", "truststore", "anyio", "idna", "h11", "click", "attrs", "typing-extensions",  # of the above
     "datasets", "dill", "multiprocess", "open-clip-torch", "ftfy", "wcwidth", "gguf",
     "starlette", "uvicorn",                                                  # mm-moslora serve
     "bitsandbytes",                                                          # 4- and 8-bit bases
@@ -44,7 +51,10 @@ BUILT = ("deepspeed",)
 """Packages without wheels; they are built without compiled parts."""
 LIBRARIES = re.compile(r"lib\w+_(cuda\d+|rocm\d+|xpu\d+)\.so")
 """Libraries of which a wheel holds one for each platform (bitsandbytes); only that of the machine's CUDA is kept."""
-PLATFORMS = ("2_28", "2_34", "2_31", "2_27", "2_24", "2_17", "2_5")
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)] + [
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+]
 
 
 def declared() -> dict[str, SpecifierSet]:
@@ -57,23 +67,41 @@ def declared() -> dict[str, SpecifierSet]:
     return found
 
 
-def required(wheel: Path, python: str) -> list[Requirement]:
-    """What a wheel requires on Linux without extras.
-
-    Args:
-        wheel: the file.
-        python: version, such as 3.12.
-    """
-    environment = {
-        "extra": "", "python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
-        "platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython",
-        "platform_python_implementation": "CPython", "os_name": "posix",
-    }  # fmt: skip
+@cache
+def metadata(wheel: Path) -> list[Requirement]:
+    """What a wheel requires, on any platform and with any extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
         lines = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
-    found = map(Requirement, lines)
-    return [one for one in found if one.marker is None or one.marker.evaluate(environment)]
+    return [Requirement(line) for line in lines]
+
+
+def required(wheels: Sequence[Path], python: str) -> list[tuple[Path, Requirement]]:
+    """What wheels require on Linux, with the extras that others ask of them.
+
+    Args:
+        wheels: the files.
+        python: version, such as 3.12.
+    """
+    environment = {
+        "python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
+        "platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython",
+        "platform_python_implementation": "CPython", "os_name": "posix",
+    }  # fmt: skip
+    extras: dict[str, set[str]] = {}
+    while True:
+        found = [
+            (wheel, one)
+            for wheel in wheels
+            for one in metadata(wheel)
+            for asked in [{"", *extras.get(parse_wheel_filename(wheel.name)[0], ())}]
+            if one.marker is None or any(one.marker.evaluate(environment | {"extra": extra}) for extra in asked)
+        ]
+        before, extras = extras, {}
+        for _, one in found:
+            extras.setdefault(canonicalize_name(one.name), set()).update(one.extras)
+        if extras == before:
+            return found
 
 
 def slim(wheel: Path, cuda: str) -> None:
@@ -110,10 +138,10 @@ def fetch(name: str, versions: SpecifierSet, folder: Path, python: str) -> Path:
     if name in BUILT:
         command = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), wanted]
     else:
-        platforms = [part for tag in PLATFORMS for part in ("--platform", f"manylinux_{tag}_x86_64")]
+        platforms = [part for tag in PLATFORMS for part in ("--platform", tag)]
         command = [
             *pip, "download", "--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
-            *platforms, "--platform", "manylinux2014_x86_64", "--dest", str(folder), wanted,
+            *platforms, "--dest", str(folder), wanted,
         ]  # fmt: skip
     settings = os.environ | {"DS_BUILD_OPS": "0", "DS_BUILD_STRING": "", "DS_ACCELERATOR": "cpu"}
     if subprocess.run(command, env=settings).returncode:
@@ -124,30 +152,58 @@ def fetch(name: str, versions: SpecifierSet, folder: Path, python: str) -> Path:
     return made
 
 
-def collect(names: Iterable[str], folder: Path, python: str, cuda: str) -> list[str]:
+def installed(file: Path) -> dict[str, str]:
+    """Names and versions of the packages in a list; an empty version is not known and fits."""
+    words = [re.split(r"==| @ ", line.strip(), maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {canonicalize_name(name): (rest or [""])[0] for name, *rest in words if name and name[0] not in "#-"}
+
+
+def lacks(have: Mapping[str, str], name: str, versions: SpecifierSet) -> bool:
+    """Whether a machine lacks a package, or a version that will do."""
+    version = have.get(canonicalize_name(name))
+    return version is None or bool(version and not versions.contains(version, prereleases=True))
+
+
+def collect(
+    names: Iterable[str], folder: Path, python: str, cuda: str, *, have: Mapping[str, str] | None = None
+) -> list[str]:
     """Collect wheels into a folder; returns what they require beyond each other, sorted.
+
+    Args:
+        names: of the packages.
+        folder: gets the wheels.
+        python: version, such as 3.12.
+        cuda: version of the machine's CUDA without its dot.
+        have: packages of the machine; whatever else is required is collected, too. None: they are not known.
 
     Raises:
         SystemExit: a wheel cannot be had, or collected versions do not go together.
     """
-    wanted = [canonicalize_name(name) for name in names]
-    versions, wheels = declared(), []
-    for name in dict.fromkeys(wanted):
-        wheels.append(fetch(name, versions.get(name, SpecifierSet()), folder, python))
-        slim(wheels[-1], cuda)
-        for requirement in required(wheels[-1], python):
-            other = canonicalize_name(requirement.name)
-            versions[other] = versions.get(other, SpecifierSet()) & requirement.specifier
+    wanted: list[str] = [canonicalize_name(name) for name in names]
+    wheels: list[Path] = []
+    while wanted:
+        for name in dict.fromkeys(wanted):
+            versions = declared().get(name, SpecifierSet())
+            for _, one in required(wheels, python):
+                versions &= one.specifier if canonicalize_name(one.name) == name else SpecifierSet()
+            wheels.append(fetch(name, versions, folder, python))
+            slim(wheels[-1], cuda)
+        beyond = _beyond(wheels, python)
+        wanted = [name for name, asked in beyond.items() if have is not None and lacks(have, name, asked)]
+    return sorted(f"{name}{specifier}" for name, specifier in beyond.items())
+
+
+def _beyond(wheels: Sequence[Path], python: str) -> dict[str, SpecifierSet]:
+    """What wheels require beyond each other."""
     collected = {name: version for name, version, *_ in (parse_wheel_filename(wheel.name) for wheel in wheels)}
     beyond: dict[str, SpecifierSet] = {}
-    for wheel in wheels:
-        for requirement in required(wheel, python):
-            other = canonicalize_name(requirement.name)
-            if other not in collected:
-                beyond[other] = beyond.get(other, SpecifierSet()) & requirement.specifier
-            elif not requirement.specifier.contains(collected[other], prereleases=True):
-                raise SystemExit(f"{wheel.name} requires {requirement}, and {collected[other]} was collected.")
-    return sorted(f"{name}{specifier}" for name, specifier in beyond.items())
+    for wheel, requirement in required(wheels, python):
+        other = canonicalize_name(requirement.name)
+        if other not in collected:
+            beyond[other] = beyond.get(other, SpecifierSet()) & requirement.specifier
+        elif not requirement.specifier.contains(collected[other], prereleases=True):
+            raise SystemExit(f"{wheel.name} requires {requirement}, and {collected[other]} was collected.")
+    return beyond
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,11 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", default="3.12", help="version of the machine's Python")
     parser.add_argument("--cuda", default="130", help="version of the machine's CUDA without its dot")
     parser.add_argument("--limit", type=float, default=40.0, metavar="MIB", help="of all wheels together")
+    parser.add_argument(
+        "--have", type=Path, metavar="FILE", help="packages of the machine, NAME or NAME==VERSION a line"
+    )
     options = parser.parse_args(arguments)
+    have = None if options.have is None else installed(options.have)
     left_out = {canonicalize_name(name) for name in options.without}
-    names = [name for name in (*PACKAGES, *options.more) if canonicalize_name(name) not in left_out]
+    asked = [] if have is None else [name for name in NEEDED if lacks(have, name, declared().get(name, SpecifierSet()))]
+    names = [name for name in (*PACKAGES, *options.more, *asked) if canonicalize_name(name) not in left_out]
     with tempfile.TemporaryDirectory() as folder:
-        beyond = collect(names, Path(folder), options.python, options.cuda)
+        beyond = collect(names, Path(folder), options.python, options.cuda, have=have)
         wheels = sorted(Path(folder).iterdir(), key=lambda wheel: -wheel.stat().st_size)
         sizes = {wheel.name: wheel.stat().st_size / 2**20 for wheel in wheels}
         for name, size in sizes.items():

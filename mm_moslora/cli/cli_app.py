@@ -24,6 +24,7 @@ from mm_moslora.cli.eval_verbs import eval_app, quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
+from mm_moslora.launch.slurm_job import leave_foreign_step
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
@@ -85,6 +86,10 @@ def run(arguments: list[str]) -> int:
         be continued, 130 on Ctrl-C, 129 and 143 on SIGHUP and SIGTERM, 141 when the reader of the output has closed the
         pipe (`| head`).
     """
+    if arguments and arguments[0].startswith("--local_rank="):  # DeepSpeed's launcher puts LOCAL_RANK there, too
+        arguments = arguments[1:]
+    if "SLURM_STEP_ID" in os.environ:
+        leave_foreign_step()
     arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
     try:
         end_with_parent()

@@ -13,8 +13,9 @@ import shlex
 import signal
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mm_moslora.launch.child_processes import Ended, child_environment, kill_tree, run_and_hand_on, terminate
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
 """Exit code after a signal; the same command continues the run."""
+SILENT_SECONDS = 60.0
 STATE = "state.json"
 STOPPED = "STOPPED"
 """File in a run folder: a signal, which its text names, stopped the run, and nothing is unsaved."""
@@ -103,7 +105,8 @@ def launch(
     discard(mark)
     if requeue is not None:
         requeue.watch(run_folder)
-    ended = _run_ranks(places, words, log_folder)
+    with _told_of_silence(run_folder):
+        ended = _run_ranks(places, words, log_folder)
     # The code alone is not enough: DeepSpeed's runner reports success for a launcher that a signal ended.
     unsaved = bool(ended.signals) and not (ended.code == 0 and _is_finished(run_folder))
     if not mark.exists() and not unsaved:
@@ -113,6 +116,36 @@ def launch(
     return requeue.stopped(ended.signals, EXIT_REQUEUE) if requeue is not None else EXIT_REQUEUE
 
 
+@contextlib.contextmanager
+def _told_of_silence(run_folder: Path) -> Iterator[None]:
+    """Say once, after a minute, that the ranks have not met: then rank 0 writes the run's state."""
+    before = _written(run_folder)
+
+    def tell() -> None:
+        if _written(run_folder) == before:
+            logger.warning(
+                "The ranks have not met within %g s. Either imports are slow, or "
+                "a launcher waits: torchrun for all hosts, with the same --rdzv; srun for CPUs and GPUs on every node.",
+                SILENT_SECONDS,
+            )  # fmt: skip
+
+    timer = threading.Timer(SILENT_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _written(run_folder: Path) -> int:
+    """When the state of a run was written; 0: never."""
+    try:
+        return (run_folder / STATE).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) -> Ended:
     """Run the command of the ranks in their environment."""
     environment = {
@@ -120,6 +153,8 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
         # torchrun keeps one store over restarts, in which ranks would find the addresses of dead ranks.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # By default torchrun ends on SIGUSR1 and leaves its ranks; `--signal=USR1@SECONDS` of sbatch sends it there.
+        "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     } | child_environment()  # fmt: skip
     if log_folder is not None:
         environment[LOG_FOLDER] = str(log_folder.absolute())

@@ -7,6 +7,7 @@ instead.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -46,6 +47,8 @@ class Job:
 
     number: int
     """Its SLURM_JOB_ID."""
+    name: str
+    """Its name for SLURM's commands, which take the number that one element of an array has for the whole array."""
     nodes: int
     """Number of its nodes."""
     node_list: str
@@ -64,9 +67,12 @@ class Job:
         """The job in an environment such as `os.environ`; None outside a job, or where srun is missing."""
         if not environment.get("SLURM_JOB_ID") or not shutil.which("srun"):
             return None
-        gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+        gpus, name = environment.get("SLURM_GPUS_ON_NODE", ""), environment["SLURM_JOB_ID"]
+        if environment.get("SLURM_ARRAY_JOB_ID") == name:
+            name += f"_{environment.get('SLURM_ARRAY_TASK_ID')}"
         return cls(
             number=whole_number(environment, "SLURM_JOB_ID", 0),
+            name=name,
             nodes=whole_number(environment, "SLURM_JOB_NUM_NODES", 1, least=1),
             node_list=environment.get("SLURM_JOB_NODELIST", ""),
             restarts=whole_number(environment, "SLURM_RESTART_COUNT", 0),
@@ -127,13 +133,13 @@ class Job:
         Returns:
             Whether SLURM accepted.
         """
-        return _tried(lambda: _answer("scontrol", "requeue", str(self.number)) is not None)
+        return _tried(lambda: _answer("scontrol", "requeue", self.name) is not None)
 
     def _told(self, srun: int) -> bool:
-        state = _squeue("--jobs", str(self.number), "--format", "%T")
+        state = _squeue("--jobs", self.name, "--format", "%T")
         if state is not None and state.strip() == "COMPLETING":
             return True  # cancelled: SLURM has signalled the step, and torchrun gives up on a second signal
-        steps = _squeue("--steps", "--jobs", str(self.number), "--format", "%i %j")
+        steps = _squeue("--steps", "--jobs", self.name, "--format", "%i %j")
         if state is None or steps is None:
             return False
         named = [line.split(maxsplit=1) for line in steps.splitlines()]
@@ -160,6 +166,18 @@ def step_tasks(environment: Mapping[str, str]) -> int:
     if whole_number(environment, "SLURM_STEP_ID", _NO_STEP, most=2**32 - 1) >= _NO_STEP:
         return 0
     return whole_number(environment, "SLURM_STEP_NUM_TASKS", 1, least=1)
+
+
+def leave_foreign_step() -> None:
+    """Forget a step of another job: sbatch passes on what a shell of srun has of its own to the batch script."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, LookupError, ValueError):
+        daemon = psutil.Process(int(os.environ["SLURM_TASK_PID"])).parent()
+        title = " ".join(daemon.cmdline()) if daemon is not None else ""
+        if title.startswith(f"slurmstepd: [{os.environ['SLURM_JOB_ID']}.batch]"):
+            for name in [name for name in os.environ if name.startswith("SLURM_STEP")]:
+                del os.environ[name]
 
 
 def refuse_options(words: Sequence[str]) -> None:

@@ -148,6 +148,8 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     if dist.is_initialized():
         return
     check_launcher()
+    if "LOCAL_RANK" in os.environ:  # below mpirun, a launcher of ranks has others; DeepSpeed refuses two that differ
+        os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     let_segments_grow()
     chosen, more = backend(), {}
     if device().type == "cuda":

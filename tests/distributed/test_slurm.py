@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -220,3 +222,118 @@ def test_a_launch_in_a_step_of_one_task_runs_and_in_one_of_several_is_refused(
     assert "SLURM_STEP_NUM_TASKS is 2, but RANK is not set, so this process would train alone" in log.read_text()
     assert log.read_text().splitlines().count("code 1") == 2
     assert steps(tmp_path / "run") == 4
+
+
+def own(batch: Callable[..., list[str]], *options: str) -> list[str]:
+    """The words before a script of somebody's own."""
+    return [word for word in batch(*options) if word != str(SCRIPT)]
+
+
+def state(run: Path) -> str:
+    return str(json.loads((run / "state.json").read_text())["state"])
+
+
+def test_an_element_of_an_array_goes_on_alone(cluster, batch, parts, monkeypatch, tmp_path):
+    """The last one has the number of the whole array."""
+    monkeypatch.setenv("NPROC", "1")
+    recipe = write(make_recipe(parts, tmp_path / "run", "zero2", steps=FOREVER))
+    text = f'exec bash {SCRIPT} {recipe} --train.output "{tmp_path}/run-$SLURM_ARRAY_TASK_ID"'
+    words = own(batch, "--array=0-1", "--cpus-per-task=1")
+    runs, log = [tmp_path / "run-0", tmp_path / "run-1"], tmp_path / "log"
+    with cluster.job(log, *words, script(tmp_path, text)) as job:
+        wait_for(lambda: all(steps(run) > 2 for run in runs), lambda: said(log))
+        assert cluster.show(f"{job}_1", "JobId") == job
+        cluster.announce_limit(f"{job}_1")
+        wait_for(lambda: cluster.show(f"{job}_1", "Restarts") == "1", lambda: said(log))
+        first, other = newest(runs[1]), steps(runs[0])
+        assert first > 0, said(log)
+        assert newest(runs[0]) == 0, said(log)
+        wait_for(lambda: steps(runs[1]) > first + 3 and steps(runs[0]) > other, lambda: said(log))
+        assert cluster.show(f"{job}_0", "Restarts") == "0"
+
+
+def test_a_signal_that_slurm_sends_to_the_steps_saves(cluster, batch, parts, monkeypatch, tmp_path):
+    """`--signal=USR1@SECONDS` without `B:`: the batch script does not get it, and each torchrun does."""
+    monkeypatch.setenv("NPROC", "1")
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
+    with cluster.job(log, *batch("--nodes=2", "--cpus-per-task=1", "--no-requeue"), write(recipe)) as job:
+        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        cluster.ask("scancel", "--signal=USR1", job)
+        assert over(cluster, job, log) == "FAILED", said(log)
+        assert cluster.show(job, "ExitCode") == "75:0", said(log)
+    assert (state(run), (run / "STOPPED").exists()) == ("stopped", True), said(log)
+    assert newest(run) == steps(run)
+
+
+def test_a_time_limit_that_nobody_announced_saves_within_killwait(cluster, batch, parts, monkeypatch, tmp_path):
+    """In a step of srun, and in a batch script alone."""
+    monkeypatch.setenv("NPROC", "1")
+    names = ("step", "script")
+    runs, logs = ([tmp_path / f"{name}{more}" for name in names] for more in ("", ".log"))
+    with contextlib.ExitStack() as stack:
+        jobs = []
+        for run, log, nodes in zip(runs, logs, (2, 1), strict=True):
+            recipe = write(make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1))
+            folder = tmp_path / f"{run.name}-script"
+            folder.mkdir()
+            words = own(batch, f"--nodes={nodes}", "--time=1", "--cpus-per-task=1")
+            jobs.append(stack.enter_context(cluster.job(log, *words, script(folder, f"launch {recipe}"))))
+        for job, log in zip(jobs, logs, strict=True):
+            assert over(cluster, job, log) == "TIMEOUT", said(log)
+    for run, log in zip(runs, logs, strict=True):
+        assert (state(run), (run / "STOPPED").exists()) == ("stopped", True), said(log)
+        assert newest(run) == steps(run) > 0, said(log)
+
+
+def test_a_suspended_job_goes_on_and_saves_when_it_is_cancelled(cluster, batch, parts, ranks, monkeypatch, tmp_path):
+    """By processes of its own, not forked ones: SLURM stops what descends from the batch script."""
+    monkeypatch.setenv("PYTHON", sys.executable)
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1, step_timeout_minutes=0.1)
+    with cluster.job(log, *batch("--time=10"), write(recipe)) as job:
+        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        cluster.ask("scontrol", "suspend", job)
+        wait_for(lambda: cluster.show(job, "JobState") == "SUSPENDED", "suspension")
+        time.sleep(5)  # SLURM sends SIGTSTP, and SIGSTOP two seconds later
+        stood = steps(run)
+        time.sleep(12)
+        assert steps(run) == stood, "the ranks did not stand still"
+        cluster.ask("scontrol", "resume", job)
+        wait_for(lambda: steps(run) > stood + 3, lambda: said(log))
+        cluster.ask("scancel", job)
+        wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
+    assert state(run) == "stopped", said(log)
+    assert undisturbed(run, newest(run), parts, ranks)
+
+
+def test_a_batch_job_that_a_task_of_a_step_submits_is_in_no_step(cluster, batch, parts, monkeypatch, tmp_path):
+    monkeypatch.setenv("NPROC", "1")
+    made = {name: write(make_recipe(parts, tmp_path / name, "none", steps=2)) for name in ("launch", "train")}
+    log, inner = tmp_path / "log", tmp_path / "inner.log"
+    calls = f"bash {SCRIPT} {made['launch']} && $PYTHON -P -m mm_moslora train {made['train']}"
+    submit = f'sbatch --ntasks=1 --cpus-per-task=2 --gpus-per-node=0 --output={inner} --wrap "{calls}"'
+    (tmp_path / "task.sh").write_text(f'#!/bin/bash\n[ "$SLURM_PROCID" -gt 0 ] || {submit}\n')
+    words = own(batch, "--ntasks=2", "--cpus-per-task=1")
+    with cluster.job(log, *words, script(tmp_path, f"srun --ntasks=2 bash {tmp_path / 'task.sh'}")) as job:
+        assert over(cluster, job, log) == "COMPLETED", said(log)
+        wait_for(lambda: not cluster.ask("squeue", "-h"), "the end of the other job")
+    assert [steps(tmp_path / name) for name in made] == [2, 2], said(log) + said(inner)
+
+
+def test_ranks_that_srun_itself_starts_save_when_their_step_is_signalled(cluster, batch, parts, monkeypatch, tmp_path):
+    """With the variables of a launcher by hand; srun itself would kill its step on SIGTERM."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = write(make_recipe(parts, run, "zero2", steps=FOREVER))
+    (tmp_path / "rank.sh").write_text(
+        "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID\n"
+        f"export MASTER_ADDR=127.0.0.1 MASTER_PORT={slurm.free_ports(1)[0]}\n"
+        f'exec "$PYTHON" -P -m mm_moslora train {recipe}\n'
+    )
+    words = own(batch, "--nodes=2", "--ntasks=2", "--cpus-per-task=1")
+    with cluster.job(log, *words, script(tmp_path, f"srun bash {tmp_path / 'rank.sh'}")) as job:
+        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        cluster.ask("scancel", "--signal=TERM", f"{job}.0")
+        assert over(cluster, job, log) == "FAILED", said(log)
+        assert cluster.show(job, "ExitCode") == "75:0", said(log)
+    assert (state(run), newest(run)) == ("stopped", steps(run)), said(log)

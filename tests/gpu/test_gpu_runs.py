@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import CHECKOUT, PATH
+from ranks import CHECKOUT, python_path
 from trials import hexed, losses, make_recipe, with_train, write
 
 from mm_moslora.batch import Batch
@@ -32,8 +32,7 @@ WORKER = Path(__file__).with_name("train_recipes.py")
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(str(CHECKOUT / part) for part in PATH)
-    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
+    return os.environ | {"PYTHONPATH": python_path(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
 def train_elsewhere(*words: str, ranks: int = 1, **more: str) -> None:

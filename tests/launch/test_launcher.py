@@ -321,6 +321,24 @@ def test_a_slurm_job_that_is_not_taken_back_says_so(times, code, slurm_tools, mo
     assert ("did not put job 12 back" in caplog.text) == (code == 1)
 
 
+def test_an_element_of_an_array_is_not_the_array(slurm_tools):
+    """SLURM's commands take the number of one of its elements for all of them. sbatch passes on that of another job."""
+    job = job_of(SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
+    assert Requeue(job).stopped({signal.SIGUSR1}, 75) == 75
+    assert (slurm_tools / "calls").read_text() == "scontrol requeue 12_3\n"
+    assert job_of(SLURM_ARRAY_JOB_ID="9", SLURM_ARRAY_TASK_ID="3").name == "12"
+
+
+@pytest.mark.parametrize(("title", "kept"), [("12.batch", False), ("12.0", True), ("9.batch", True)])
+def test_a_batch_script_forgets_the_step_of_the_shell_that_submitted_it(title, kept):
+    code = "from mm_moslora.cli import run; import os; run(['--version']); print('SLURM_STEP_NUM_TASKS' in os.environ)"
+    inner = f'SLURM_TASK_PID=$$ exec "{sys.executable}" -c "{code}"'
+    outer = ["bash", "-c", f"""exec -a "slurmstepd: [{title}]" bash -c 'bash -c "$CODE"; true'"""]
+    step = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "CODE": inner}
+    done = subprocess.run(outer, env=os.environ | step, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == str(kept), done.stderr
+
+
 def test_requeue_outside_slurm_is_refused(monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert cli.run(["launch", "--requeue", "quickstart_tune"]) == 1
@@ -412,6 +430,17 @@ def test_the_exit_code_is_the_launchers(script, code, monkeypatch, tmp_path):
     monkeypatch.setattr(launcher, "command", lambda *_, **__: [sys.executable, "-c", script])
     assert launcher.launch(Topology(), [], run_folder=tmp_path) == code
     assert launcher.launch(Topology(), [], run_folder=tmp_path, dry_run=True) == 0
+
+
+@pytest.mark.parametrize(("script", "told"), [("pass", True), ("open('state.json', 'w').write('{}')", False)])
+def test_ranks_that_do_not_meet_are_told_once(script, told, monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(
+        launcher, "command", lambda *_, **__: [sys.executable, "-c", f"{script}; import time; time.sleep(1)"]
+    )
+    assert launcher.launch(Topology(), [], run_folder=tmp_path) == 0
+    assert caplog.text.count("The ranks have not met within 0.5 s") == told
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):

@@ -99,7 +99,7 @@ def test_one_visible_gpu_may_be_a_ranks_own(gpus, group, monkeypatch):
 
 @pytest.mark.parametrize(("local_rank", "count", "backend"), [(5, 1, None), (5, 4, "gloo"), (2, 4, None)])
 def test_deepspeed_takes_the_gpu_of_this_project(gpus, group, monkeypatch, local_rank, count, backend):
-    """A rank that sees its own GPU alone, one that shares a GPU, and the common one."""
+    """A rank that sees its own GPU alone, one that shares a GPU, and the common one; below one process of mpirun."""
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
     from deepspeed.runtime import engine
 
@@ -111,6 +111,7 @@ def test_deepspeed_takes_the_gpu_of_this_project(gpus, group, monkeypatch, local
 
     cuda, live = CUDA_Accelerator(), SimpleNamespace()
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     if backend:

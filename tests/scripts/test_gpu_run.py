@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import ranks
 from packaging.requirements import Requirement
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -24,13 +25,16 @@ REQUIRES = {
     "one": ['two==2.0; python_version >= "3.12"', 'never>=1; python_version < "3.12"', 'extra>=1; extra == "all"'],
     "two": ["numpy>=2", "torch"],
     "three": ["two<2", "numpy<3"],
+    "numpy": [],
+    "torch": [],
 }
 """What made-up packages require."""
 
 
 def fetch(name, versions, folder, python, *, size=0):
     """A wheel of the version that is asked for exactly, else of 2.0."""
-    wheel = Path(folder) / f"{name}-{str(versions).removeprefix('==') or '2.0'}-py3-none-any.whl"
+    version = str(versions)[2:] if str(versions).startswith("==") else "2.0"
+    wheel = Path(folder) / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         lines = [f"Requires-Dist: {line}" for line in REQUIRES[name]]
         archive.writestr(
@@ -49,6 +53,26 @@ def test_wheels_go_together_and_the_rest_is_named(tmp_path: Path, monkeypatch: p
     ]
     with pytest.raises(SystemExit, match=r"three-2.0-py3-none-any.whl requires two<2, and 2.0 was collected"):
         gpu_wheels.collect(["one", "two", "three"], tmp_path, "3.12", "130")
+
+
+@pytest.mark.parametrize(
+    ("there", "carried"),
+    [
+        ("", {"one", "two", "numpy", "torch"}),
+        ("torch\nTwo==2.0\n# numpy\n-e .\n", {"one"}),
+        ("torch\ntwo @ file:///x\n", {"one"}),
+        ("torch==2.11.0+cu130\nnumpy==1.9\n", {"one", "two", "numpy"}),
+        ("torch==2.11.0\ntwo==1.0\nnumpy==2.5", {"one", "two"}),
+    ],
+)
+def test_what_the_machine_has_decides_what_is_carried(there, carried, tmp_path: Path, monkeypatch) -> None:
+    """Of an unknown version, as of a package from a path, nothing is carried."""
+    monkeypatch.setattr(gpu_wheels, "fetch", fetch)
+    (tmp_path / "list").write_text(there)
+    (tmp_path / "wheels").mkdir()
+    have = gpu_wheels.installed(tmp_path / "list")
+    gpu_wheels.collect(["one"], tmp_path / "wheels", "3.12", "130", have=have)
+    assert {path.name.split("-")[0] for path in (tmp_path / "wheels").iterdir()} == carried
 
 
 def test_wheels_above_the_limit_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -87,7 +111,10 @@ def test_every_wheel_has_a_declared_version_or_is_required_by_another() -> None:
 
 
 PYTHON = """#!/bin/sh
-case "$*" in *gpu_preflight*) exit "${LACKS:-0}" ;; esac
+case "$*" in
+  *gpu_preflight*/gpu_wheels*) exit "${LACKS:-0}" ;;
+  *gpu_preflight*) exit "${LACKS_AFTER:-0}" ;;
+esac
 echo "$*" >>"$CALLS"
 case "$*" in
   *pip*install*) exit 0 ;;
@@ -166,6 +193,9 @@ def test_a_machine_that_lacks_something_gets_a_list_and_nothing_is_recorded(chec
     code, calls, _ = run(checkout, LACKS="1")
     assert (code, calls) == (1, [])
     assert not (checkout / "build" / "gpu").exists()
+    code, calls, _ = run(checkout, LACKS_AFTER="1")  # a PyTorch from a wheel sees no GPU
+    assert (code, len(calls)) == (1, 1)
+    assert not (checkout / "build" / "gpu" / "tests.ended").exists()
 
 
 def test_the_list_names_versions_tools_and_what_carried_wheels_require(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -187,9 +217,11 @@ def test_the_list_names_versions_tools_and_what_carried_wheels_require(tmp_path:
     monkeypatch.setattr(gpu_preflight.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
     assert gpu_preflight.main() == 1
     said = capsys.readouterr().err.splitlines()
-    assert [line.strip() for line in said[1:-1]] == [
-        "pytest>=8.3 (the project): 1.0 is installed",
+    assert [line.strip() for line in said[:-1]] == [
+        "Tests and contenders that need one of these may fail:",
         "two==2.0 (one): not installed",
+        "This machine lacks:",
+        "pytest>=8.3 (the project): 1.0 is installed",
         "two==2.0 (pytest): not installed",
         f"numpy>=99 (pytest): {importlib.metadata.version('numpy')} is installed",
         "pip, which installs the wheels: this Python has none (PIP names another)",
@@ -222,6 +254,15 @@ def test_what_is_imported_at_the_start_of_the_tests_is_on_the_list() -> None:
     paths = ("", "eval", "tests", "tests/support", "tests/builders", "tests/distributed")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(SCRIPTS.parent / part) for part in paths)}
     subprocess.run([sys.executable, "-c", code, ",".join(hidden)], check=True, env=environment)
+
+
+def test_processes_of_the_gpu_tests_find_what_was_carried(monkeypatch) -> None:
+    """Such as PyYAML, which an image may lack."""
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    assert ranks.python_path().endswith(f"{os.pathsep}/carried")
+    for file in (SCRIPTS.parent / "tests" / "gpu").glob("*.py"):
+        settings = [line for line in file.read_text().splitlines() if "PYTHONPATH" in line]
+        assert all('"PYTHONPATH": python_path()' in line for line in settings), file
 
 
 def test_files_of_tests_that_have_ended_are_not_repeated(checkout: Path) -> None:

@@ -23,6 +23,12 @@ CHECKOUT = Path(__file__).parents[2]
 PATH = ("", "eval", "tests", "tests/support", "tests/builders", "tests/distributed")
 
 
+def python_path() -> str:
+    """Where processes of the tests import from; packages that were carried to a machine lie behind it."""
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join([*(str(CHECKOUT / part) for part in PATH), *given])
+
+
 @dataclass
 class Group:
     """The processes of one run."""
@@ -56,7 +62,7 @@ class Ranks:
     def __enter__(self) -> Ranks:
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": os.pathsep.join(str(CHECKOUT / part) for part in PATH),
+            "PYTHONPATH": python_path(),
         }  # fmt: skip
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)

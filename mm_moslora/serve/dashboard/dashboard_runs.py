@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ MOST_RUNS = 500
 POINTS = 400
 """Points per curve; longer curves are averaged in buckets."""
 MOST_SAMPLES = 200
+_REST, _AT_ONCE = 3.0, 0.3
+"""Runs that have grown are read again for a quarter of the time, since a page looks every second: the multiple of the
+time of a reading in which none is read, and seconds of it that may come later."""
 _PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", "heartbeat", "stacks", ".")
 
 
@@ -35,6 +39,8 @@ class Shown:
 
     stamp: tuple[tuple[str, int, int], ...]
     """Names, times and sizes of the files that were read."""
+    read: float
+    """When, on `time.monotonic`."""
     row: dict[str, Any]
     """Data for the table of runs."""
     detail: dict[str, Any]
@@ -53,6 +59,7 @@ class Folder:
     _read: dict[str, Shown] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Several browsers may ask at once, each in its own thread."""
+    _rest_until: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
@@ -64,7 +71,9 @@ class Folder:
         found = self._find()
         with self._lock:
             self._read = {name: shown for name, shown in self._read.items() if name in found}
-            rows = [_state(path) | self._shown(name, path).row for name, path in found.items()]
+            # The one that was read longest ago comes first: it may be the only one that is read now.
+            order = sorted(found, key=lambda name: self._read[name].read if name in self._read else 0.0)
+            rows = [_state(found[name]) | self._shown(name, found[name]).row for name in order]
         return sorted(rows, key=lambda row: -row["changed"])
 
     def detail(self, name: str) -> dict[str, Any] | None:
@@ -93,8 +102,12 @@ class Folder:
         stamp = _stamp(path)
         with self._lock:
             known = self._read.get(name)
-            if known is None or known.stamp != stamp:
+            began = time.monotonic()
+            again = known is not None and known.stamp != stamp and began > self._rest_until - _AT_ONCE
+            if known is None or again:
                 known = self._read[name] = _read(name, path, stamp)
+            if again:
+                self._rest_until = max(began, self._rest_until) + _REST * (known.read - began)
         return known
 
 
@@ -139,7 +152,7 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
         reason = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}: {error}"
         row |= {"state": "unreadable", "fault": redact_text(reason)}
         detail = {"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "lens": [], "notes": []}
-    return Shown(stamp=stamp, row=without_constants(row), detail=without_constants(detail))
+    return Shown(stamp=stamp, read=time.monotonic(), row=without_constants(row), detail=without_constants(detail))
 
 
 def _row(data: RunData, name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.dashboard import dashboard_runs
 from mm_moslora.serve.dashboard.dashboard_app import create_board
 from mm_moslora.serve.dashboard.dashboard_runs import Folder
 from mm_moslora.utils.errors import ConfigError
@@ -293,3 +294,27 @@ def test_ctrl_c_ends_it_without_errors_while_a_client_is_connected(runs: Path, t
         assert process.wait(120) == 0
         assert process.stderr.read().strip() == ""
         page.wait("document.getElementById('live').dataset.state === 'lost'")
+
+
+def test_runs_that_grow_do_not_keep_a_core_busy(tmp_path: Path, monkeypatch) -> None:
+    """Long runs take half a second to read, and a page looks every second."""
+    names = [make_run(tmp_path / name, steps=3, total=9, rank=4, mean=None).name for name in ("a", "b", "c")]
+    folder, read = Folder(tmp_path), []
+    folder.rows()
+    really = dashboard_runs._read
+
+    def slowly(name, *given):
+        read.append(name)
+        time.sleep(0.2)
+        return really(name, *given)
+
+    monkeypatch.setattr(dashboard_runs, "_read", slowly)
+    for name in names:
+        with (tmp_path / name / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 4, "loss": 0.25}\n')
+    began = time.monotonic()
+    while {row["step"] for row in folder.rows()} != {4}:
+        assert time.monotonic() < began + 30
+        time.sleep(0.01)
+    assert sorted(read) == names, "each is read once, in turn"
+    assert time.monotonic() - began > 0.9, "half as long would do for three readings"

@@ -1,0 +1,271 @@
+#!/usr/bin/env python
+"""Start two ranks in the ways that docs/cluster.md lists, stop them by a signal, start them again, and compare.
+
+    python scripts/soak/launchers.py
+    sudo python scripts/soak/launchers.py --only ipv6-launch ipv6-two-agents
+
+Of each way: the exit codes after the signal (SIGTERM, or SIGUSR1 to `mpirun`, which kills its processes a moment after
+SIGTERM), what the run folder says then, the exit codes of the same command again, and whether losses and weights are
+those of an undisturbed run, bit for bit. Of a way that is refused: the line that says so. The ways `ipv6-...` run in a
+network namespace that has no address but ::1, which needs root and iproute2; those of `mpirun` need Open MPI. SLURM:
+`tests/distributed/test_slurm.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from parts import Ranks, hexed, make_parts, make_recipe, metrics, weights, write
+
+ROOT = Path(__file__).resolve().parents[2]
+FOREVER, MORE = 100_000, 3
+MPIRUN = "exec mpirun --allow-run-as-root --oversubscribe -n"
+LAUNCH, TRAIN = "{python} -P -m mm_moslora launch", "{python} -P -m mm_moslora train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to start ranks on this machine; the words are for bash, with fields of `Trial.fields`."""
+
+    words: str
+    agents: int = 1
+    """How often the command is started at once, as on so many hosts."""
+    refused: str = ""
+    """What it says instead of training."""
+    number: signal.Signals = signal.SIGTERM
+    """The signal."""
+    needs: str = ""
+    """A program that it needs."""
+    ipv6: bool = False
+    """In a namespace that has no address but ::1."""
+
+
+_BY_HAND = (
+    "export RANK=$OMPI_COMM_WORLD_RANK LOCAL_RANK=$OMPI_COMM_WORLD_LOCAL_RANK WORLD_SIZE=$OMPI_COMM_WORLD_SIZE "
+    "MASTER_ADDR=localhost MASTER_PORT={port}; exec "
+)
+WAYS = {
+    "launch": Way(words=f"exec {LAUNCH} {{recipe}}"),
+    "train.sh": Way(words="exec bash {scripts}/train.sh {recipe}"),
+    "two-agents": Way(words=f"NPROC=1 exec {LAUNCH} --nnodes 2 --rdzv 127.0.0.1:{{port}} {{recipe}}", agents=2),
+    "torchrun": Way(
+        words="exec {python} -m torch.distributed.run --standalone --nproc_per_node 2 -m mm_moslora train {recipe}"
+    ),
+    "train_deepspeed.sh": Way(words="exec bash {scripts}/train_deepspeed.sh {recipe}"),
+    "deepspeed": Way(
+        words="exec {python} -m deepspeed.launcher.runner --master_port {port} --num_gpus 2 "
+        "--module mm_moslora train {recipe}"
+    ),
+    "deepspeed-no-local-rank": Way(
+        words="exec {python} -m deepspeed.launcher.runner --master_port {port} --no_local_rank --num_gpus 2 "
+        "--module mm_moslora train {recipe}"
+    ),
+    "mpirun": Way(
+        words=f"{MPIRUN} 2 {TRAIN} {{recipe}}", needs="mpirun",
+        refused="OMPI_COMM_WORLD_SIZE is 2, but RANK is not set, so this process would train alone",
+    ),
+    "mpirun-variables": Way(
+        words=f"{MPIRUN} 2 bash -c '{_BY_HAND}{TRAIN} {{recipe}}'", needs="mpirun", number=signal.SIGUSR1
+    ),
+    "mpirun-launch": Way(words=f"{MPIRUN} 1 {LAUNCH} {{recipe}}", needs="mpirun", number=signal.SIGUSR1),
+    "mpirun-launch-on-each-host": Way(
+        words=f"NPROC=1 {MPIRUN} 2 {LAUNCH} --nnodes 2 --rdzv localhost:{{port}} {{recipe}}", needs="mpirun",
+        number=signal.SIGUSR1,
+    ),
+    "accelerate-cpu": Way(
+        words="exec {python} -m accelerate.commands.accelerate_cli launch --cpu --num_processes 2 --num_machines 1 "
+        "--mixed_precision no --dynamo_backend no -m mm_moslora train {recipe}",
+        refused="accelerate launch was asked for several processes, but RANK is not set",
+    ),
+    "ipv6-launch": Way(words=f"exec {LAUNCH} {{recipe}}", needs="ip", ipv6=True),
+    "ipv6-two-agents": Way(
+        words=f"NPROC=1 exec {LAUNCH} --nnodes 2 --rdzv '[::1]:{{port}}' {{recipe}}", needs="ip", agents=2, ipv6=True
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def only_ipv6() -> Iterator[str]:
+    """A network namespace with ::1 alone; gives the words that run a line of bash in it."""
+    name = f"mm-v6-{os.getpid()}"
+    etc = Path("/etc/netns", name)
+    try:
+        for words in (
+            ["netns", "add", name],
+            ["-n", name, "link", "set", "lo", "up"],
+            ["-n", name, "-4", "address", "flush", "dev", "lo"],
+        ):
+            subprocess.run(["ip", *words], check=True, capture_output=True)
+        etc.mkdir(parents=True)
+        (etc / "hosts").write_text(f"::1 localhost {name}\n")
+        yield f"exec ip netns exec {name} unshare --uts bash -c 'hostname {name}; '"
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        shutil.rmtree(etc, ignore_errors=True)
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """The ways on this machine, with tiny parts."""
+
+    place: Path
+    parts: dict[str, Path]
+    ranks: Ranks
+    python: str = sys.executable
+    seconds: float = 300.0
+    """For a start, or an end."""
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Try a way; returns what came of it, with `good`."""
+        way, run = WAYS[name], self.place / name
+        recipe = write(make_recipe(self.parts, run, "zero2", steps=FOREVER, dropout=0.1))
+        log = self.place / f"{name}.log"
+        with self._started(way, recipe, log) as processes:
+            if way.refused:
+                codes = self._codes(processes, log)
+                return {"way": name, "codes": codes, "good": all(codes) and way.refused in log.read_text()}
+            self._wait(lambda: steps(run) > 1, processes, log)
+            for process in processes:
+                process.send_signal(way.number)
+            stopped = self._codes(processes, log)
+        told = {"state": json.loads((run / "state.json").read_text())["state"], "mark": (run / "STOPPED").is_file()}
+        first, last = newest(run), newest(run) + MORE
+        with self._started(way, f"{recipe} --stop-at {last}", log) as processes:
+            again = self._codes(processes, log)
+        straight = make_recipe(self.parts, self.place / f"{name}-straight", "zero2", steps=FOREVER, dropout=0.1)
+        self.ranks.run([f"{write(straight)}@{last}"])
+        whole = Path(straight.train.output)
+        equal = newest(run) == last and hexed(run)[:last] == hexed(whole) and weights(run, last) == weights(whole, last)
+        summary = json.loads((run / "summary.json").read_text())
+        return {
+            "way": name, "codes": stopped, **told, "saved": first, "again": again, "equal": equal,
+            "good": equal and summary["world_size"] == 2,
+        }  # fmt: skip
+
+    @contextmanager
+    def _started(self, way: Way, recipe: str, log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """The processes of a way; nothing of them is left afterwards."""
+        line = way.words.format(python=self.python, scripts=ROOT / "scripts", recipe=recipe, port=_free_port())
+        environment = os.environ | {
+            "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHON": self.python,
+            "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}",
+        }  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            if way.ipv6:
+                words = stack.enter_context(only_ipv6())
+                line = f"{words}{_quoted(line)}"
+            processes = [
+                subprocess.Popen(
+                    ["bash", "-c", line], env=environment, cwd=self.place, stdout=log.open("ab"),
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                ) for _ in range(way.agents)
+            ]  # fmt: skip
+            try:
+                yield processes
+            finally:
+                sessions = {process.pid for process in processes}
+                for other in psutil.process_iter():  # launchers put what they start into groups of their own
+                    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                        if os.getsid(other.pid) in sessions or _reads(other, recipe.split()[0]):
+                            other.kill()
+                for process in processes:
+                    process.wait()
+
+    def _codes(self, processes: list[subprocess.Popen[bytes]], log: Path) -> list[int]:
+        deadline = time.monotonic() + self.seconds
+        try:
+            return [process.wait(timeout=max(1.0, deadline - time.monotonic())) for process in processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"Not over within {self.seconds:.0f} s.\n{log.read_text()[-3000:]}") from None
+
+    def _wait(self, there: Callable[[], bool], processes: list[subprocess.Popen[bytes]], log: Path) -> None:
+        deadline = time.monotonic() + self.seconds
+        while not there():
+            assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+            assert all(process.poll() is None for process in processes), log.read_text(errors="replace")[-3000:]
+            time.sleep(0.02)
+
+
+def _quoted(line: str) -> str:
+    """A line as one more word of a line in single quotes."""
+    return "'" + line.replace("'", "'\\''") + "'"
+
+
+def _reads(process: psutil.Process, recipe: str) -> bool:
+    return recipe in process.cmdline()
+
+
+def _free_port() -> int:
+    import random
+    import socket
+
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+def steps(run: Path) -> int:
+    """Steps whose metrics are on the disk."""
+    return len(metrics(run)) if (run / "metrics.jsonl").is_file() else 0
+
+
+def newest(run: Path) -> int:
+    """Step of the newest checkpoint."""
+    return max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")), default=0)
+
+
+def impossible(name: str) -> str | None:
+    """Why a way cannot be tried here; None where it can."""
+    way = WAYS[name]
+    if way.needs and shutil.which(way.needs) is None:
+        return f"{way.needs} is not installed"
+    if way.ipv6 and os.geteuid() != 0:
+        return "making network namespaces needs root"
+    return None
+
+
+def main() -> int:
+    """Try them and print what came of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument("--json", action="store_true", help="print JSON objects, one a line")
+    parser.add_argument("--keep", type=Path, help="folder for runs and logs")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are deleted
+    good = True
+    with tempfile.TemporaryDirectory() as folder, Ranks(Path(folder, "ranks")) as ranks:
+        place = options.keep or Path(folder)
+        trial = Trial(place=place, parts=make_parts(place), ranks=ranks)
+        for name in options.only:
+            if reason := impossible(name):
+                result: dict[str, Any] = {"way": name, "left out": reason}
+            else:
+                try:
+                    result = trial.run(name)
+                except AssertionError as error:
+                    result = {"way": name, "good": False, "said": str(error)}
+            good = good and result.get("good", True)
+            told = "; ".join(f"{key} {value}" for key, value in result.items())
+            print(json.dumps(result) if options.json else told, flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

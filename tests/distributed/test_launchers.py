@@ -1,0 +1,28 @@
+"""Two ranks by the launchers that docs/cluster.md lists, stopped by a signal, started again. SLURM: `test_slurm.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "soak"))
+import launchers
+
+pytestmark = pytest.mark.slow
+STOPS = {name for name, way in launchers.WAYS.items() if not way.refused and not name.startswith("deepspeed")}
+"""Ways that save on the signal; DeepSpeed's runner hands none on."""
+
+
+@pytest.mark.parametrize("name", launchers.WAYS)
+def test_a_launcher_trains_two_ranks_stops_and_goes_on(name, parts, ranks, python, tmp_path):
+    if reason := launchers.impossible(name):
+        pytest.skip(reason)
+    # Where parents and children are the point: what is forked from a process outside of a namespace is outside, too.
+    own = sys.executable if name.startswith("ipv6") or "deepspeed" in name else str(python.ours)
+    came = launchers.Trial(place=tmp_path, parts=parts, ranks=ranks, python=own).run(name)
+    assert came["good"], came
+    if name in STOPS:
+        assert (came["state"], came["mark"]) == ("stopped", True), came
+        assert came["saved"] > 0, came
