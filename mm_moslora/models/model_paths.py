@@ -94,13 +94,16 @@ class Part:
     def snapshot(self, revision: str | None) -> Path | None:
         """Its folder in the hub's cache, if all weights are there."""
         repository = _repository(self)
-        if repository is None:
-            return None
-        try:
-            folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        except (OSError, ValueError):  # not there, or no name of the hub
-            return None
-        return folder if _weights(folder, self.library) else None
+        folder = cached_snapshot(repository, revision) if repository is not None else None
+        return folder if folder is not None and _weights(folder, self.library) else None
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of a model in the hub's cache, if it is there; it is called as the commit."""
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # not there, or no name of the hub
+        return None
 
 
 def _repository(part: Part) -> str | None:
@@ -184,10 +187,14 @@ def stored_fingerprints(checkpoint: Path) -> Mapping[str, str]:
 def _base(checkpoint: Path) -> dict[str, dict[str, str]]:
     """What a checkpoint's manifest keeps of the parts; runs of earlier versions lack `COMMITS`, or both."""
     try:
-        base = read_json(checkpoint / MANIFEST)["base"]
-        kept = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if key in base}
+        return known_marks(read_json(checkpoint / MANIFEST)["base"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def known_marks(base: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """`CONTENTS` and `COMMITS` of a manifest's `base`, those that are there, as far as they can be read."""
+    kept = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if isinstance(base.get(key), Mapping)}
     forms = {CONTENTS: _FINGERPRINT, COMMITS: _COMMIT}  # the folder may be a stranger's
     return {
         key: {name: value for name, value in items.items() if isinstance(value, str) and forms[key].fullmatch(value)}
@@ -395,7 +402,7 @@ def _weights(folder: Path, library: str = "") -> list[Path]:
     if first.suffix != ".json":
         return [first]
     try:
-        names = sorted({str(item) for item in read_json(first)["weight_map"].values()})
+        names = sorted({str(item) for item in read_json(first, linked=True)["weight_map"].values()})
         shards = [folder / name for name in names]  # as loaders do, wherever that leads
         return shards if all(shard.is_file() for shard in shards) else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup, escape
 
 from mm_moslora.reporting import summary_text
@@ -30,11 +30,18 @@ def write_page(results: Path, out: Path) -> Path:
     """Write the page of a comparison's `results.json`, atomically.
 
     Raises:
-        ConfigError: the file is missing, another version wrote it, or `out` is a folder or a file of another program.
+        ConfigError: the file is missing or damaged, another version wrote it, or `out` is a folder or a file of another
+            program.
     """
     data = read_results(results)
+    try:
+        page = render(data)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, UndefinedError) as error:
+        raise ConfigError(
+            f"{results} is damaged ({error}). `mm-moslora compare ... --only-report` writes it again."
+        ) from error
     output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, render(data))
+    replace_text(out, page)
     return out
 
 

@@ -21,7 +21,7 @@ from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
-from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
+from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_runs, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
 from mm_moslora.utils.errors import ConfigError
@@ -47,15 +47,16 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
     """Write the report of a run, or of several runs overlaid.
 
     Args:
-        run_folders: see `mm_moslora.reporting.run_data` for their files; the report names missing ones.
+        run_folders: see `mm_moslora.reporting.run_data` for their files; the report names missing ones, and runs that
+            cannot be read.
         out: the HTML file; replaced atomically.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: a folder is not a run or was written by a newer release, there are too many, or `out` is a folder
-            or a file of another program.
+        ConfigError: a folder does not exist, none is a run that this release reads, there are too many, or `out` is a
+            folder or a file of another program.
     """
     if isinstance(run_folders, Path):
         folders = [run_folders]
@@ -63,10 +64,12 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
         folders = list({path.resolve(): path for path in run_folders}.values())
     if not 0 < len(folders) <= MOST_RUNS:
         raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
-    runs = [load_run(folder) for folder in folders]
+    runs, refused = load_runs(folders)
+    if len(runs) == 1:
+        runs[0].notes.extend(refused)
     target = output_file(out, sign=PAGE_SIGN)
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(target, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
+    replace_text(target, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs, refused)))
     return out
 
 

@@ -66,7 +66,7 @@ from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import writing_in_place
+from mm_moslora.utils.files import write_owner
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -113,9 +113,8 @@ def _lock(folder: Path) -> Iterator[None]:
             f"The run folder {folder} cannot be written ({error.strerror}). Choose another with train.output, or with "
             "--output of the quickstart."
         ) from error
-    with lock:
-        with writing_in_place(folder / RUN_LOCK) as stream:
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    with lock as descriptor:
+        write_owner(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
 
 

@@ -59,6 +59,18 @@ def test_marks_of_the_forest_plot_stand_where_the_numbers_say() -> None:
     assert "about what the paper reports" in picture(parts), "two plans have no band in common"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"arms": None}, {"arms": [5]}, {"settings": {}}, {"runs": "x"}, {"comparisons": [{}]}, {"runs": {"planned": "x"}}],
+    ids=str,
+)
+def test_a_damaged_file_is_one_clear_error(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(comparison_results() | change))
+    with pytest.raises(ConfigError, match=r"results\.json is damaged \(.*--only-report. writes it again"):
+        write_page(tmp_path / "results.json", tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_seeds_are_points_beside_their_mean() -> None:
     results = comparison_results(("lora",), tasks=("test",), nats=False, tuned=False)
     measure = results["arms"][0]["tasks"]["test"]
