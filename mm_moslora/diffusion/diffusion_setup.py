@@ -120,12 +120,8 @@ def _same_pipeline(source: dict[str, dict[str, str]], before: dict[str, dict[str
         ModelError: the files are others. In the hub's cache, files come and go.
     """
     new, old = source[CONTENTS], before.get(CONTENTS, source[CONTENTS])
-    changed = [
-        key
-        for key in sorted(new.keys() | old.keys())
-        if new.get(key) != old.get(key)
-        and ((key in new and key in old) or key.partition("/")[0] not in source[COMMITS])
-    ]
+    either = {key for key in new.keys() | old.keys() if key.partition("/")[0] not in source[COMMITS]}
+    changed = sorted(key for key in either | (new.keys() & old.keys()) if new.get(key) != old.get(key))
     if changed:
         raise ModelError(
             f"{', '.join(changed[:3])}: the files of the pipeline are not those of the checkpoint. Put "

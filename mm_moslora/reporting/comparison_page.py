@@ -17,11 +17,10 @@ from mm_moslora.reporting.run_page import asset, printable, script_parts
 from mm_moslora.reporting.svg_charts import format_number
 from mm_moslora.reporting.verdicts import AGAINST, difference_of
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
+from mm_moslora.utils.files import PAGE_SIGN, output_file, read_json, replace_text
 from mm_moslora.utils.redaction import redact
 from mm_moslora.utils.text_format import format_seconds
-from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, without_constants
-from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora.utils.untrusted_data import without_constants
 
 FORMAT = 2
 
@@ -49,14 +48,12 @@ def read_results(results: Path) -> dict[str, Any]:
     """The content of a comparison's `results.json`.
 
     Raises:
-        ConfigError: the file is missing, or another version wrote it.
+        ValueError: the file is missing or damaged, or another version wrote it.
     """
-    if not results.is_file():
-        raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.")
     try:
-        data = parse_object(read_text(results), constants=True)
-    except StrictJsonError as error:
-        raise ConfigError(f"{results} {error}.") from error
+        data: dict[str, Any] = read_json(results)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.") from error
     if data.get("format") != FORMAT:
         raise ConfigError(f"{results} has format {data.get('format')!r}, this version reads {FORMAT}.")
     return data

@@ -38,9 +38,8 @@ summary.json, every key optional: `format` (version of this layout; missing befo
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +54,6 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact, redact_text
 from mm_moslora.utils.untrusted_data import LARGEST, build_known, parse_json, parse_lines, parse_yaml_value, read_value
 from mm_moslora.utils.untrusted_files import FileError, read_text_below
-
-logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, Any] = {
     "steps": int, "total_steps": int, "counters": dict[str, float], "world_size": int, "memory_gib": float,
@@ -220,24 +217,6 @@ def load_run(folder: Path) -> RunData:
             f"{_which(folder)}"
         )
     return data
-
-
-def load_runs(folders: Sequence[Path]) -> tuple[list[RunData], list[str]]:
-    """The runs of folders, and why others cannot be read, beside at least one that can.
-
-    Raises:
-        ConfigError: a folder does not exist, or none of them can be read.
-    """
-    runs, refused = [], []
-    for folder in folders:
-        try:
-            runs.append(load_run(folder))
-        except ConfigError as error:
-            if not folder.is_dir() or (folder == folders[-1] and not runs):
-                raise
-            refused.append(f"{folder} is left out: {error}")
-            logger.warning("%s", refused[-1])
-    return runs, refused
 
 
 def is_run(folder: Path) -> bool:

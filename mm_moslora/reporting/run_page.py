@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
@@ -21,12 +22,14 @@ from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
-from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_runs, recipe_text
+from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.text_format import format_seconds, visible
+
+logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 24
 """Maximum number of samples, so that a report stays small enough for e-mail."""
@@ -64,7 +67,15 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
         folders = list({path.resolve(): path for path in run_folders}.values())
     if not 0 < len(folders) <= MOST_RUNS:
         raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
-    runs, refused = load_runs(folders)
+    runs, refused = [], []
+    for folder in folders:
+        try:
+            runs.append(load_run(folder))
+        except ConfigError as error:  # beside a run that can be read, it is named
+            if not folder.is_dir() or (folder == folders[-1] and not runs):
+                raise
+            refused.append(f"{folder} is left out: {error}")
+            logger.warning("%s", refused[-1])
     if len(runs) == 1:
         runs[0].notes.extend(refused)
     target = output_file(out, sign=PAGE_SIGN)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -254,17 +255,10 @@ def discard(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def unused(path: Path) -> Path:
-    """The path, with a number appended to its name if that name exists."""
-    number = 0
-    while os.path.lexists(candidate := path.with_name(f"{path.name}{number or ''}")):
-        number += 1
-    return candidate
-
-
 def set_aside(path: Path, suffix: str) -> Path:
     """Rename a file or folder to `NAME.SUFFIX`, or to `NAME.SUFFIX1` if that exists; returns the new path."""
-    aside = unused(path.with_name(f"{path.name}.{suffix}"))
+    names = (path.with_name(f"{path.name}.{suffix}{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
     rename(path, aside)
     return aside
 

@@ -99,7 +99,7 @@ def test_a_judge_that_cannot_be_read_leaves_the_task_unscored_until_it_is_mended
         assert math.isnan(result.score)
         assert eval_commands.exit_code([result]) == 3
         assert f"replies to 2 of {COUNT} answers cannot be read, so nothing more is asked" in result.about["unscored"]
-        assert 2 * 5 <= result.about["judge"]["unreadable"] <= len(server.payloads) <= (2 + 4) * 5  # four at once
+        assert 2 * 5 <= result.about["judge"]["unreadable"] <= len(server.payloads) < 5 * COUNT / 2
         assert result.counts.failed == result.counts.not_inferable == 0
         assert not any(SAID in remark for remark in result.remarks)
         assert not list((tmp_path / "judge").glob("*.json"))
