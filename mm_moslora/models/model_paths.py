@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from huggingface_hub import is_offline_mode, snapshot_download
@@ -144,14 +145,17 @@ def parts_of(config: ModelConfig) -> Iterator[Part]:
     return (part for part in given if part.name)
 
 
-def trained_on(config: ModelConfig, *, before: Path | None = None) -> dict[str, dict[str, str]]:
+def trained_on(
+    config: ModelConfig, data: Mapping[str, str] = MappingProxyType({}), *, before: Path | None = None
+) -> dict[str, dict[str, str]]:
     """What a manifest keeps of the parts of a model: `CONTENTS` and `COMMITS`.
 
     Args:
         config: the recipe's `model`, loaded by now.
+        data: commits of data sets, by recipe key.
         before: a checkpoint of the same run, whose entries stay.
     """
-    contents, commits = {}, {}
+    contents, commits = {}, dict(data)
     for part in parts_of(config):
         place = part.place
         if place.exists():
@@ -182,6 +186,11 @@ def same_parts(config: ModelConfig, expected: Mapping[str, str]) -> dict[str, st
 def stored_fingerprints(checkpoint: Path) -> Mapping[str, str]:
     """Fingerprints of the parts that a checkpoint was trained on, by recipe key; none where it names none."""
     return _base(checkpoint).get(CONTENTS, {})
+
+
+def stored_commits(checkpoint: Path) -> Mapping[str, str]:
+    """Commits of models and data sets of the hub, by recipe key."""
+    return _base(checkpoint).get(COMMITS, {})
 
 
 def _base(checkpoint: Path) -> dict[str, dict[str, str]]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from mm_moslora.adapters import Samples
 from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.batch import Example, join_images
-from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
+from mm_moslora.config import AdapterConfig, DataConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
@@ -33,7 +33,7 @@ from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import attention_words, choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
-from mm_moslora.models.model_paths import resolve_model_paths, trained_on
+from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
 from mm_moslora.models.processing.image_processing import dummy_image_example
@@ -174,10 +174,11 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         if not (late := reads_data(adapter_start)):
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
-    training_set = _data_set(recipe, assembly, validation=False, settle=checkpoint is None)
+    data = _pinned(recipe.data, checkpoint)
+    training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
     recipe = _as_asked(recipe, assembly, training_set)
-    validation_set = _data_set(recipe, assembly, validation=True)
+    validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
     if checkpoint is None or late:
         _start_projector(model_start.projector, assembly, training_set)
     if late:
@@ -231,7 +232,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         limit=MicroBatchLimit(
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
-        trained_on=trained_on(parts, before=checkpoint),
+        trained_on=trained_on(parts, training_set.commits, before=checkpoint),
     )  # fmt: skip
 
 
@@ -314,6 +315,13 @@ def _as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
             logger.info("%s.", form.words)
     assembly.ask(data.encoder.thinking)
     return replace(recipe, model=replace(recipe.model, thinking=data.encoder.thinking))
+
+
+def _pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
+    """The data with the commits of a checkpoint, for data sets of the hub."""
+    commits = {} if checkpoint is None else stored_commits(checkpoint)
+    named = [(source, commits.get(f"data.train.{index}")) for index, source in enumerate(data.train)]
+    return replace(data, train=[replace(source, revision=commit) if commit else source for source, commit in named])
 
 
 def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool, settle: bool = False) -> TrainingSet | None:

@@ -327,7 +327,7 @@ def test_a_run_goes_on_with_the_weights_of_its_beginning(
 ) -> None:
     """In the hub's cache lies a newer commit now, and then a file of the old one is another."""
     repository, base = tmp_path / "hub" / "models--acme--tiny", tmp_path / "base"
-    commits = [repository / "snapshots" / letter * 40 for letter in "ab"] if on_hub else [base]
+    commits = [repository / "snapshots" / (letter * 40) for letter in "ab"] if on_hub else [base]
     for number, folder in enumerate(commits):
         torch.manual_seed(number)
         tiny_pipeline("tiny-sd").save_pretrained(folder)

@@ -82,14 +82,10 @@ def _answers(value: Any) -> tuple[tuple[str, ...], str | None]:
     """The reference answers, and the problem with one if there is one."""
     if value is None:
         return (), None
-    # VQA annotations hold one object per person.
-    values = [item.get("answer") if isinstance(item, dict) else item for item in _listed(value)]
+    listed = value if isinstance(value, list) else [value]
+    values = [item.get("answer") if isinstance(item, dict) else item for item in listed]  # VQA: an object per person
     odd = [item for item in values if not _is_plain(item)]
     return tuple(map(str, values)), f"an answer is {odd[0]!r}, expected text" if odd else None
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _is_plain(value: Any) -> bool:

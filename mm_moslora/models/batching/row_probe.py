@@ -84,7 +84,7 @@ def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
                 set_attention(made, choose_attention(made, attention, device=torch.device("cpu")).name)
                 return RowFinding(moved=_moved(made))
         except Exception as error:  # configurations fit together in ways that only their classes know
-            fault = f"{type(error).__name__}: {reason_of(error)}"
+            fault = fault or f"{type(error).__name__}: {reason_of(error)}"
     return RowFinding(moved=None, fault=fault)
 
 
