@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -99,6 +100,7 @@ def test_the_small_model_shows_what_the_model_itself_does(kind: str) -> None:
     assert (moved == 0) == rows_of(model, "auto").apart
 
 
+@pytest.mark.skipif(find_spec("fla") is not None, reason="flash-linear-attention keeps the conversations apart")
 def test_the_first_fault_is_the_reason() -> None:
     """Later attempts have larger widths, and fail for being large."""
     with torch.device("meta"):
