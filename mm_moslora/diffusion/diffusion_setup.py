@@ -117,11 +117,11 @@ def _same_pipeline(source: dict[str, dict[str, str]], before: dict[str, dict[str
     """The marks of a pipeline, if they agree with those of a checkpoint; those of earlier versions have none.
 
     Raises:
-        ModelError: the files are others. In the hub's cache, files come and go.
+        ModelError: the files are others. Files may come and go, but for an index, which decides what is read.
     """
-    new, old = source[CONTENTS], before.get(CONTENTS, source[CONTENTS])
-    either = {key for key in new.keys() | old.keys() if key.partition("/")[0] not in source[COMMITS]}
-    changed = sorted(key for key in either | (new.keys() & old.keys()) if new.get(key) != old.get(key))
+    new = source[CONTENTS]
+    old = before.get(CONTENTS, new)
+    changed = [key for key in new if new[key] != old.get(key, "" if key.endswith(".index.json") else new[key])]
     if changed:
         raise ModelError(
             f"{', '.join(changed[:3])}: the files of the pipeline are not those of the checkpoint. Put "

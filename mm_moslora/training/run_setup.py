@@ -288,8 +288,11 @@ def _as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
 def _pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
     """The data with the commits of a checkpoint, for data sets of the hub."""
     commits = {} if checkpoint is None else stored_commits(checkpoint)
-    named = [(source, commits.get(f"data.train.{index}")) for index, source in enumerate(data.train)]
-    return replace(data, train=[replace(source, revision=commit) if commit else source for source, commit in named])
+    train = [
+        replace(source, revision=commits[key]) if source.path.startswith("hf:") and key in commits else source
+        for key, source in ((f"data.train.{index}", source) for index, source in enumerate(data.train))
+    ]
+    return replace(data, train=train)
 
 
 def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool, settle: bool = False) -> TrainingSet | None:

@@ -122,7 +122,7 @@ def open_in_place(path: Path | str, flags: int) -> int:
         os.close(descriptor)
         with replacing(path) as own:
             shutil.copyfile(path, own)
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, flags, 0o666)
     return descriptor
 
 

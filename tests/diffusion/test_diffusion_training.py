@@ -351,6 +351,14 @@ def test_a_run_goes_on_with_the_weights_of_its_beginning(
     with pytest.raises(ModelError, match=f"^{re.escape(stored)}: the files of the pipeline are not those of the"):
         train_diffusion(recipe(*changes))
     save_file(tensors, weights, {"format": "pt"})
+    index = weights.with_name(f"{weights.name}.index.json")
+    size = sum(value.numel() * 4 for value in tensors.values())
+    places = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, weights.name)}
+    index.write_text(json.dumps(places))
+    (weights.parent / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"safetensors\.index\.json: the files of the pipeline"):
+        train_diffusion(recipe(*changes))
+    index.unlink()
     amend_without_marks(last)  # as an earlier version wrote it
     newest.write_text("a" * 40)
     ended = train_diffusion(recipe(*changes)).checkpoint
