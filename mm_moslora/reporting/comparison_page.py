@@ -48,12 +48,14 @@ def read_results(results: Path) -> dict[str, Any]:
     """The content of a comparison's `results.json`.
 
     Raises:
-        ValueError: the file is missing or damaged, or another version wrote it.
+        ConfigError: the file is missing or damaged, or another version wrote it.
     """
     try:
         data: dict[str, Any] = read_json(results)
     except FileNotFoundError as error:
         raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.") from error
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
     if data.get("format") != FORMAT:
         raise ConfigError(f"{results} has format {data.get('format')!r}, this version reads {FORMAT}.")
     return data

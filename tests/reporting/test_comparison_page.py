@@ -68,6 +68,10 @@ def test_a_damaged_file_is_one_clear_error(change: dict[str, Any], tmp_path: Pat
     (tmp_path / "results.json").write_text(json.dumps(comparison_results() | change))
     with pytest.raises(ConfigError, match=r"results\.json is damaged \(.*--only-report. writes it again"):
         write_page(tmp_path / "results.json", tmp_path / "report.html")
+    for text in ('{"format"', "[]"):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"results\.json (is not valid JSON|holds a list)"):
+            write_page(tmp_path / "results.json", tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
