@@ -26,9 +26,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mm_moslora.utils import files
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.untrusted_data import parse_object
-from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, read_bytes
 
 FORMAT = "mm_moslora.adapter"
 FORMAT_VERSION = 1
@@ -162,8 +161,8 @@ def names_mixers(names: Iterable[str]) -> str | None:
 
 def _declares_mixers(path: Path) -> bool:
     try:
-        return declares_mixers(parse_object(read_bytes(path, most=MOST_TEXT_BYTES)))
-    except (OSError, ValueError):  # the reader of the configuration says so
+        return declares_mixers(read_json(path))
+    except AdapterError:  # the reader of the configuration says so
         return False
 
 
@@ -189,14 +188,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object of an adapter folder; see `files.read_json`.
 
     Raises:
-        AdapterError: damaged, or not an object.
+        AdapterError: missing, damaged, not an object, or a link out of its folder.
     """
     try:
-        return parse_object(read_bytes(path, most=MOST_TEXT_BYTES), constants=True)
-    except FileError as error:
-        raise AdapterError(str(error)) from error
-    except ValueError as error:
-        raise AdapterError(f"{path} {error}. Copy the folder again.") from error
+        return dict(files.read_json(path))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{error}. Copy the folder again.") from error

@@ -116,7 +116,7 @@ def read_outcome(place: Path) -> Outcome | None:
     """
     file = place / OUTCOME
     try:
-        return build_strictly(Outcome, _finite(read_json(file, below=place)), source="it")
+        return build_strictly(Outcome, _finite(read_json(file)), source="it")
     except FileNotFoundError:
         return None
     except (ConfigError, ValueError) as error:
@@ -272,14 +272,14 @@ def _train_on_several(job: CellRun, stop_at: int | None) -> bool:
     ]  # fmt: skip
     ended = run_and_hand_on(command, signals=[signal.SIGTERM])
     if ended.code == 0:
-        return bool(read_json(job.place / STATE, below=job.place)["state"] == "finished")
+        return bool(read_json(job.place / STATE)["state"] == "finished")
     if ended.signals:
         return False
     raise MoSLoRAError(f"Training on {job.cards} devices ended with code {ended.code}; see {job.place / LOG}.")
 
 
 def _measured(job: CellRun) -> Outcome:
-    summary = read_json(job.place / "summary.json", below=job.place)
+    summary = read_json(job.place / "summary.json")
     rows = metrics(job.place)
     losses = [row["loss"] for row in rows if "loss" in row]
     tenth = max(1, len(losses) // 10)

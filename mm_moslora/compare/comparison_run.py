@@ -43,6 +43,7 @@ from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import discard, mark, read_json, refuse_strangers, remove, replace_json
 from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.text_format import format_seconds
+from mm_moslora.utils.untrusted_data import read_value
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Comparison:
         own = describe(self.settings) | {"hold_out": self._hold_out, "data": dict(checksums)}
         if file.is_file():
             try:
-                found = read_json(file, below=self.folder)
+                found = read_json(file)
             except ValueError as error:
                 raise ConfigError(f"{file} is damaged ({error}). Restore it, or choose another --output.") from error
             if found.get("format") != own["format"]:
@@ -160,7 +161,8 @@ class Comparison:
                     f"{self.folder} has format {found.get('format')!r}, this version reads {own['format']}. "
                     "Choose another --output."
                 )
-            before = found.get("data") or {}  # which may have the fingerprints of an earlier version
+            # It may have the fingerprints of an earlier version.
+            before = read_value(dict[str, str], found.get("data") or {}, source=str(file), where="data")
             self._refuse_changed_data(before, dict(checksums) | same_parts(self._given.model, before))
             changed = [key for key, value in own.items() if key != "data" and found.get(key) != value]
             if changed:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from mm_moslora.compare.comparison_cell import CellRun, metrics
 from mm_moslora.compare.comparison_plan import Outcome
+from mm_moslora.reporting.run_data import Component
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.text_format import format_seconds
+from mm_moslora.utils.untrusted_data import build_known
 
 PROBE_STEPS = 3
 """Steps of a run that estimate its speed."""
@@ -58,16 +60,22 @@ def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: CellRun | N
             run_seconds=fmean(outcome.total_seconds for outcome in done),
             memory_gib=max(outcome.memory_gib for outcome in done),
         )  # fmt: skip
-    rows = [] if probe is None else [row for row in metrics(probe.place) if "step_seconds" in row]
-    if probe is None or len(rows) < PROBE_STEPS:
-        return ArmCost(arm=arm, runs=runs)
-    steps = probe.recipe.train.total_steps(rows[-1]["step"] / rows[-1]["epoch"])
-    each = median(row["step_seconds"] for row in rows)
-    parts = read_json(probe.place / "summary.json", below=probe.place)["components"]
-    return ArmCost(
-        arm=arm, runs=runs, trainable=sum(part["trainable"] for part in parts), step_seconds=each, steps=steps,
-        run_seconds=each * steps, memory_gib=rows[-1]["memory_gib"],
-    )  # fmt: skip
+    unknown = ArmCost(arm=arm, runs=runs)
+    if probe is None:
+        return unknown
+    try:
+        rows = [row for row in metrics(probe.place) if "step_seconds" in row]
+        if len(rows) < PROBE_STEPS:
+            return unknown
+        last, each = rows[-1], median(row["step_seconds"] for row in rows)
+        steps = probe.recipe.train.total_steps(last["step"] / last["epoch"])
+        parts = read_json(probe.place / "summary.json")["components"]
+        return replace(
+            unknown, trainable=sum(build_known(Component, part, source="it").trainable for part in parts), steps=steps,
+            step_seconds=each, run_seconds=each * steps, memory_gib=float(last["memory_gib"]),
+        )  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        return replace(unknown, problem=f"{probe.place} is damaged ({error})")
 
 
 def cost_table(costs: Sequence[ArmCost]) -> list[str]:

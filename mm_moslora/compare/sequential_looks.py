@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from mm_moslora.compare.seed_statistics import Estimate, TaskScores, differences, holm
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import read_json, replace_json
+from mm_moslora.utils.untrusted_data import build_strictly
 
 Array = NDArray[np.float64]
 OVERALL = 0.05
@@ -47,6 +49,11 @@ class Looks:
     """Number of seeds of each look; the last is the plan's."""
     fractions: tuple[float, ...]
     """Share of the planned information at each look, 1 at the last."""
+
+    def __post_init__(self) -> None:
+        rising = all(one < other for row in (self.seeds, self.fractions) for one, other in pairwise((0, *row)))
+        if not rising or len(self.seeds) != len(self.fractions) or self.fractions[-1:] != (1.0,):
+            raise ValueError(f"looks after {self.seeds} seeds with {self.fractions} of the information do not rise")
 
     def level(self, seeds: int) -> float:
         """The nominal two-sided level of the look at so many seeds, for an error rate of 5 % over all looks."""
@@ -234,12 +241,10 @@ def read_state(folder: Path) -> LookState | None:
     """
     file = folder / FILE
     try:
-        found = read_json(file, below=folder)
-        looks = Looks(tuple(found["looks"]["seeds"]), tuple(found["looks"]["fractions"]))
-        return LookState(**{**found, "looks": looks})
+        return build_strictly(LookState, read_json(file), source="it")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}). Restore it, or choose another --output.") from error
 
 

@@ -26,7 +26,7 @@ from mm_moslora.config.value_checks import require
 from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import checkpoints
 from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
-from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora.utils.untrusted_files import opened, read_text
 
 RECIPES_FOLDER = Path(__file__).with_name("recipes")
 R = TypeVar("R", bound="YamlRecipe")
@@ -213,7 +213,7 @@ def _guilty(
 def _holds_records(path: Path) -> bool:
     """Whether a file is training data by its name, or is a JSON list."""
     if path.suffix == ".json":
-        with path.open("rb") as stream:
+        with opened(path, most=None) as stream:
             return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     return path.name.lower().endswith((".jsonl", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tsv"))
 

@@ -242,6 +242,11 @@ class TrainingSet:
         parts = (self.lengths, self.has_image, self.words, usable, weights)
         return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
 
+    @property
+    def commits(self) -> dict[str, str]:
+        """Commits of sources of the hub, by recipe key."""
+        return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
+
     def identity(self, key: str) -> dict[str, object]:
         """What must be the same on every rank, by name, wherever the files lie.
 

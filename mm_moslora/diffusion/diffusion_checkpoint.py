@@ -16,7 +16,7 @@ from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.diffusion.diffusion_export import write_lora_file
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
-from mm_moslora.diffusion.diffusion_setup import DiffusionRun
+from mm_moslora.diffusion.diffusion_setup import CLASS_PICTURES, DiffusionRun
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, set_aside_newer
 from mm_moslora.training.resume import changed_keys, choose_checkpoint
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
 """File of a rank's trainer state in a checkpoint: parameters in fp32, optimiser, schedule, loss scale."""
-CLASS_PICTURES = "class_pictures"
-"""Of a manifest's `base`: digest in the names of the drawn pictures of the class."""
 _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups")
 """What a checkpoint keeps of DeepSpeed's state of ZeRO-1 and 2: tensors and numbers; the rest follows from the run."""
 
@@ -75,13 +73,12 @@ class Checkpoints:
         """Write the checkpoint of this step, and apply the retention policy."""
         run = self.run
         state = self.state()
-        taken = {}
+        taken, base = {}, {"id": self.recipe.model.base, "revision": self.recipe.model.revision}
         for name in run.family.adapted_names():
             own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
             own_frozen = dict(getattr(run.family.pipeline, name).named_parameters())
             full = {key: own.get(key, value.detach()) for key, value in own_frozen.items() if "lora_" in key}
-            base = {"id": self.recipe.model.base, "revision": self.recipe.model.revision, "component": name}
-            taken[name] = take_adapter(getattr(run.family.pipeline, name), state=full, base=base)
+            taken[name] = take_adapter(getattr(run.family.pipeline, name), state=full, base=base | {"component": name})
         trainer: dict[str, Any] = {"optimizer": self._optimizer_state(), "schedule": self.schedule.state_dict()}
         if self.accelerator.scaler is not None:
             trainer["scaler"] = self.accelerator.scaler.state_dict()
@@ -102,8 +99,7 @@ class Checkpoints:
 
         manifest = Manifest(
             step=run.step, world_size=distributed.world_size(), recipe=self.recipe.to_dict(),
-            base={"id": self.recipe.model.base, "revision": self.recipe.model.revision}
-            | ({} if run.class_digest is None else {CLASS_PICTURES: run.class_digest}),
+            base=base | run.source | ({} if run.class_digest is None else {CLASS_PICTURES: run.class_digest}),
             counters=dict(run.counters), trainable={name: list(value.shape) for name, value in state.items()}, files={},
             data=run.data, precision=run.precision,
         )  # fmt: skip

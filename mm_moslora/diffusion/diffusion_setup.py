@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,15 +24,19 @@ from mm_moslora.diffusion.drawing import (
     untuned_digests,
 )
 from mm_moslora.diffusion.latent_batches import LatentBatches
-from mm_moslora.diffusion.pipeline_families import PipelineFamily, load_family
+from mm_moslora.diffusion.pipeline_families import PipelineFamily, load_family, pipeline_source
 from mm_moslora.diffusion.subject_pictures import PictureSet, PromptedPicture, subject_pictures
 from mm_moslora.diffusion.tiny_pipelines import drawn_pictures
+from mm_moslora.models.model_paths import COMMITS, CONTENTS, known_marks
 from mm_moslora.models.precision import dtype_of
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import MIXERS
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.errors import ConfigError, DataError, ModelError
+
+CLASS_PICTURES = "class_pictures"
+"""Of a manifest's `base`: digest in the names of the drawn pictures of the class."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +53,8 @@ class DiffusionRun:
     """Fingerprint of the pictures."""
     class_digest: str | None
     """Of the drawn pictures of the class; None without prior preservation."""
+    source: dict[str, dict[str, str]]
+    """What the manifest keeps of the pipeline; see `pipeline_source`."""
     step: int = 0
     counters: dict[str, float] = field(default_factory=dict)
 
@@ -58,19 +66,22 @@ class DiffusionRun:
         return max(1, round(wanted)) if wanted else 0
 
 
-def prepare(recipe: DiffusionRecipe, folder: Path, precision: str, *, class_digest: str | None = None) -> DiffusionRun:
+def prepare(
+    recipe: DiffusionRecipe, folder: Path, precision: str, *, base: Mapping[str, Any] = MappingProxyType({})
+) -> DiffusionRun:
     """Load the pipeline, read and encode the pictures, draw what the untuned pipeline has to draw, add the adapters.
 
     Args:
         recipe: resolved.
         folder: of the run.
         precision: resolved.
-        class_digest: of the checkpoint that the run continues from: its pictures of the class stay, also where
-            `validate`, which draws them, has changed.
+        base: of the manifest of the checkpoint that the run continues from. Its commits are loaded, and its pictures
+            of the class stay, also where `validate`, which draws them, has changed.
 
     Raises:
-        MoSLoRAError: the recipe, the pictures or the pipeline is not acceptable.
+        MoSLoRAError: the recipe, the pictures or the pipeline is not acceptable, or has other weights now.
     """
+    marks, class_digest = known_marks(base), base.get(CLASS_PICTURES)
     subject_folder = Path(recipe.data.pictures)
     if recipe.data.pictures == "drawn":
         subject_folder = drawn_set(folder / PICTURES / "subject", drawn_pictures())
@@ -79,7 +90,8 @@ def prepare(recipe: DiffusionRecipe, folder: Path, precision: str, *, class_dige
     class_folder = Path((prior and prior.pictures) or folder / PICTURES / "class")
     if class_folder.exists() and not class_folder.is_dir():
         raise DataError(f"data.prior.pictures {class_folder} is no folder. Name a folder, or leave the key out.")
-    family = load_family(recipe, dtype=dtype_of(precision))
+    family = load_family(recipe, dtype=dtype_of(precision), commits=marks.get(COMMITS, {}))
+    source = _same_pipeline(pipeline_source(recipe.model, marks.get(COMMITS, {})), marks)
     prompts = [*(item.prompt for item in subjects), *recipe.validate.prompts, *([prior.prompt] if prior else [])]
     family.check_prompts(prompts)
     family.gather()
@@ -97,8 +109,25 @@ def prepare(recipe: DiffusionRecipe, folder: Path, precision: str, *, class_dige
     _adapt(family)
     return DiffusionRun(
         recipe=recipe, folder=folder, precision=precision, family=family, batches=batches, pictures=pictures,
-        data=batches.fingerprint(), class_digest=class_digest,
+        data=batches.fingerprint(), class_digest=class_digest, source=source,
     )  # fmt: skip
+
+
+def _same_pipeline(source: dict[str, dict[str, str]], before: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """The marks of a pipeline, if they agree with those of a checkpoint; those of earlier versions have none.
+
+    Raises:
+        ModelError: the files are others. Files may come and go, but for an index, which decides what is read.
+    """
+    new = source[CONTENTS]
+    old = before.get(CONTENTS, new)
+    changed = [key for key in new if new[key] != old.get(key, "" if key.endswith(".index.json") else new[key])]
+    if changed:
+        raise ModelError(
+            f"{', '.join(changed[:3])}: the files of the pipeline are not those of the checkpoint. Put "
+            "the old files there, or choose another train.output."
+        )
+    return source
 
 
 def _picture_set(family: PipelineFamily, name: str, pictures: list[PromptedPicture]) -> PictureSet:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
-from mm_moslora.diffusion.diffusion_checkpoint import CLASS_PICTURES, Checkpoints, find_resume
+from mm_moslora.diffusion.diffusion_checkpoint import Checkpoints, find_resume
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.diffusion.diffusion_setup import DiffusionRun, make_accelerator, make_optimizer, prepare
 from mm_moslora.diffusion.pipeline_families import need_diffusers
@@ -81,7 +81,7 @@ def train_diffusion(
         record_run_state(folder) as ending,
     ):
         found = find_resume(recipe, folder, resume)
-        run = prepare(recipe, folder, precision, class_digest=found[1].base.get(CLASS_PICTURES) if found else None)
+        run = prepare(recipe, folder, precision, base=found[1].base if found else {})
         agree_on_data({"the fingerprint of data.pictures": run.data[:12]})
         session = _Session(run, build_trackers(recipe.track), found, stop or StopRequest())
         ending.begun = True

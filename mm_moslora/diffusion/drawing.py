@@ -21,7 +21,8 @@ from PIL import Image
 
 from mm_moslora.diffusion.pipeline_families import PipelineFamily
 from mm_moslora.diffusion.subject_pictures import picture_files
-from mm_moslora.models.model_paths import fingerprint
+from mm_moslora.diffusion.tiny_pipelines import TINY_PIPELINES
+from mm_moslora.models.model_paths import cached_snapshot, fingerprint
 from mm_moslora.reporting.drawing_grid import DRAWINGS
 from mm_moslora.tracking import Trackers
 from mm_moslora.tracking.tracker import Sample
@@ -69,17 +70,18 @@ def untuned_digests(family: PipelineFamily, pictures: Sequence[tuple[str, int]])
     """Digests of all that pictures of the untuned pipeline (a family without adapters) follow from."""
     model, validate = family.recipe.model, family.recipe.validate
     shared = [
-        _source(model.base), model.revision, model.variant, _source(model.vae), str(family.denoiser.dtype),
-        family.resolution, validate.sampling_steps, validate.guidance,
+        _source(model.base, model.revision), model.revision, model.variant, _source(model.vae, None),
+        str(family.denoiser.dtype), family.resolution, validate.sampling_steps, validate.guidance,
     ]  # fmt: skip
     return [hashlib.sha256(json.dumps([*shared, *item]).encode()).hexdigest()[:12] for item in pictures]
 
 
-def _source(name: str | None) -> Any:
-    """The name of a model on the hub, or the contents of a folder."""
+def _source(name: str | None, revision: str | None) -> Any:
+    """The contents of a folder, or the name and the commit of a model on the hub."""
     folder = Path(name or "")
     if name is None or not folder.is_dir():
-        return name
+        snapshot = None if name is None or name in TINY_PIPELINES else cached_snapshot(name, revision)
+        return name if snapshot is None else [name, snapshot.name]
     return [
         (str(path.relative_to(folder)), fingerprint(path, by_tensor=False))
         for path in sorted(folder.rglob("*"))
@@ -184,7 +186,7 @@ class ValidationPictures:
         """Replace the rows of this step and of later ones, which a resumed run draws again."""
         path = self.run / DRAWINGS
         try:
-            rows = [row for row in files.read_json(path, list, below=self.run) if row["step"] < step]
+            rows = [row for row in files.read_json(path, list) if row["step"] < step]
         except (OSError, ValueError, LookupError, TypeError):
             rows = []
         for item in self.wanted:

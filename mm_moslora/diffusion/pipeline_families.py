@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe, PipelineConfig
 from mm_moslora.diffusion.tiny_pipelines import TINY_PIPELINES, tiny_pipeline
+from mm_moslora.models.model_paths import COMMITS, CONTENTS, cached_snapshot, fingerprint
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError, reason_of, suggestion
 from mm_moslora.utils.package_requirements import install_extra, is_installed
@@ -293,12 +297,40 @@ class FluxFamily(PipelineFamily):
 FAMILIES: tuple[type[PipelineFamily], ...] = (StableDiffusionFamily, SdxlFamily, Sd3Family, FluxFamily)
 
 
-def load_family(recipe: DiffusionRecipe, *, dtype: torch.dtype) -> PipelineFamily:
+def pipeline_source(config: PipelineConfig, commits: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What a manifest keeps of a pipeline: fingerprints of its files, and commits of what is the hub's.
+
+    Args:
+        config: a recipe's `model`.
+        commits: by recipe key, of the checkpoint that a run continues from.
+    """
+    contents, found = dict[str, str](), dict[str, str]()
+    for key, name, revision in (("model.base", config.base, config.revision), ("model.vae", config.vae, None)):
+        folder: Path | None = Path(name or "")
+        if name is None or name in TINY_PIPELINES:
+            continue
+        if not Path(name).is_dir():
+            folder = cached_snapshot(name, commits.get(key, revision))
+            if folder is None:
+                continue
+            found[key] = folder.name
+        contents |= {
+            f"{key}/{path.relative_to(folder)}": fingerprint(path)
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in (".json", ".txt", ".model", ".safetensors") and path.is_file()
+        }
+    return {CONTENTS: contents, COMMITS: found}
+
+
+def load_family(
+    recipe: DiffusionRecipe, *, dtype: torch.dtype, commits: Mapping[str, str] = MappingProxyType({})
+) -> PipelineFamily:
     """Load the pipeline of a recipe, all of it frozen.
 
     Args:
         recipe: resolved.
         dtype: of the weights; the VAE's is float32 unless the recipe names another VAE.
+        commits: see `pipeline_source`.
 
     Raises:
         ConfigError: diffusers is not installed, `model.prediction` contradicts the scheduler, or the pipeline does not
@@ -310,7 +342,7 @@ def load_family(recipe: DiffusionRecipe, *, dtype: torch.dtype) -> PipelineFamil
 
     diffusers.utils.logging.set_verbosity_error()  # its notices are of its own options
     diffusers.utils.logging.disable_progress_bar()
-    pipeline = _loaded(recipe.model, dtype)
+    pipeline = _loaded(recipe.model, dtype, commits)
     name = type(pipeline).__name__
     kind = next((kind for kind in FAMILIES if name in kind.classes), None)
     assert kind is not None, "_loaded refuses others"
@@ -323,7 +355,7 @@ def load_family(recipe: DiffusionRecipe, *, dtype: torch.dtype) -> PipelineFamil
     return family
 
 
-def _loaded(config: PipelineConfig, dtype: torch.dtype) -> Any:
+def _loaded(config: PipelineConfig, dtype: torch.dtype, commits: Mapping[str, str]) -> Any:
     import diffusers
 
     if config.base in TINY_PIPELINES:
@@ -333,7 +365,7 @@ def _loaded(config: PipelineConfig, dtype: torch.dtype) -> Any:
                 part.to(dtype)
         return pipeline
     known = [name for kind in FAMILIES for name in kind.classes]
-    base, more = config.base, dict[str, Any](revision=config.revision)
+    base, more = config.base, dict[str, Any](revision=commits.get("model.base", config.revision))
     try:
         index = diffusers.DiffusionPipeline.load_config(base, **more)
         name = str(dict(index).get("_class_name"))
@@ -341,8 +373,9 @@ def _loaded(config: PipelineConfig, dtype: torch.dtype) -> Any:
             raise ModelError(f"{base} is a {name}, expected one of {', '.join(known)}.{suggestion(name, known)}")
         if config.vae is not None:
             more["vae"] = diffusers.AutoencoderKL.from_pretrained(
-                config.vae, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
+                config.vae, revision=commits.get("model.vae"), torch_dtype=dtype, use_safetensors=True,
+                trust_remote_code=False,
+            )  # fmt: skip
         if "safety_checker" in index:
             more |= {"safety_checker": None, "requires_safety_checker": False}
         dtypes = {"default": dtype, "vae": dtype if config.vae else torch.float32}

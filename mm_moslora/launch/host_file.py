@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mm_moslora.utils.redaction import is_secret_name
+from mm_moslora.utils.untrusted_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def exported_lines(environment: Mapping[str, str]) -> str:
         logger.warning(".deepspeed_env of this folder is not read. Name it: DS_ENV_FILE=.deepspeed_env")
     for file in dict.fromkeys(files):
         if file.is_file():  # later lines win; DeepSpeed fails on lines without a value
-            lines += [line for line in file.read_text(encoding="utf-8").splitlines() if "=" in line]
+            lines += [line for line in read_text(file).splitlines() if "=" in line]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -24,7 +24,7 @@ from mm_moslora.launch.rank_logs import LOG_FOLDER
 from mm_moslora.launch.slurm_job import Requeue, step_environment
 from mm_moslora.launch.topology import Topology, command
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import discard, read_json, refuse_strangers, replace_json, replace_text, writing_in_place
+from mm_moslora.utils.files import discard, open_in_place, read_json, refuse_strangers, replace_json, replace_text
 from mm_moslora.utils.heartbeat import is_running
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
 
@@ -61,10 +61,10 @@ def leave_mark(run_folder: Path, number: int) -> None:
     try:
         refuse_strangers(run_folder, RUN_FILES, kind="run", also=RUN_SIGNS)
         run_folder.mkdir(parents=True, exist_ok=True)
-        writing_in_place(run_folder / RUN_LOCK, append=True).close()  # marks the folder as a run's for the next start
+        os.close(open_in_place(run_folder / RUN_LOCK, os.O_WRONLY))  # marks the folder as a run's for the next start
         replace_text(run_folder / STOPPED, stopped_text(number))
         with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, FileNotFoundError):
-            told = read_json(run_folder / STATE, below=run_folder)
+            told = read_json(run_folder / STATE)
             here = told["state"] == "running" and told["host"] == socket.gethostname()
             if here and not is_running(int(told["process"]), before=float(told["since"])):
                 replace_json(run_folder / STATE, told | {"state": "stopped", "ended": time.time()})
@@ -178,7 +178,7 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
 
 def _is_finished(run_folder: Path) -> bool:
     try:
-        return bool(read_json(run_folder / STATE, below=run_folder)["state"] == "finished")
+        return bool(read_json(run_folder / STATE)["state"] == "finished")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

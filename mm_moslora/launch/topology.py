@@ -15,6 +15,7 @@ from mm_moslora.launch.child_processes import python_words
 from mm_moslora.launch.slurm_job import Job, refuse_options
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
+from mm_moslora.utils.untrusted_files import read_text
 
 HOST = r"[^\s-]\S*"
 """Pattern of a host's name. ssh and launchers would take a name that begins with `-` for an option."""
@@ -90,7 +91,7 @@ class Topology:
 
 
 def _check_hosts(hostfile: Path) -> None:
-    lines = [line.partition("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines()]
+    lines = [line.partition("#")[0].strip() for line in read_text(hostfile, errors="replace").splitlines()]
     wrong = [line for line in lines if line and not re.fullmatch(rf"{HOST}\s+slots=[1-9]\d*", line)]
     if wrong or not any(lines):
         found = f"holds {wrong[0]!r}" if wrong else "names no host"

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from huggingface_hub import is_offline_mode, snapshot_download
@@ -94,13 +95,16 @@ class Part:
     def snapshot(self, revision: str | None) -> Path | None:
         """Its folder in the hub's cache, if all weights are there."""
         repository = _repository(self)
-        if repository is None:
-            return None
-        try:
-            folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        except (OSError, ValueError):  # not there, or no name of the hub
-            return None
-        return folder if _weights(folder, self.library) else None
+        folder = cached_snapshot(repository, revision) if repository is not None else None
+        return folder if folder is not None and _weights(folder, self.library) else None
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of a model in the hub's cache, if it is there; it is called as the commit."""
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # not there, or no name of the hub
+        return None
 
 
 def _repository(part: Part) -> str | None:
@@ -141,14 +145,17 @@ def parts_of(config: ModelConfig) -> Iterator[Part]:
     return (part for part in given if part.name)
 
 
-def trained_on(config: ModelConfig, *, before: Path | None = None) -> dict[str, dict[str, str]]:
+def trained_on(
+    config: ModelConfig, data: Mapping[str, str] = MappingProxyType({}), *, before: Path | None = None
+) -> dict[str, dict[str, str]]:
     """What a manifest keeps of the parts of a model: `CONTENTS` and `COMMITS`.
 
     Args:
         config: the recipe's `model`, loaded by now.
+        data: commits of data sets, by recipe key.
         before: a checkpoint of the same run, whose entries stay.
     """
-    contents, commits = {}, {}
+    contents, commits = {}, dict(data)
     for part in parts_of(config):
         place = part.place
         if place.exists():
@@ -181,13 +188,22 @@ def stored_fingerprints(checkpoint: Path) -> Mapping[str, str]:
     return _base(checkpoint).get(CONTENTS, {})
 
 
+def stored_commits(checkpoint: Path) -> Mapping[str, str]:
+    """Commits of models and data sets of the hub, by recipe key."""
+    return _base(checkpoint).get(COMMITS, {})
+
+
 def _base(checkpoint: Path) -> dict[str, dict[str, str]]:
     """What a checkpoint's manifest keeps of the parts; runs of earlier versions lack `COMMITS`, or both."""
     try:
-        base = read_json(checkpoint / MANIFEST)["base"]
-        kept = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if key in base}
+        return known_marks(read_json(checkpoint / MANIFEST)["base"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def known_marks(base: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """`CONTENTS` and `COMMITS` of a manifest's `base`, those that are there, as far as they can be read."""
+    kept = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if isinstance(base.get(key), Mapping)}
     forms = {CONTENTS: _FINGERPRINT, COMMITS: _COMMIT}  # the folder may be a stranger's
     return {
         key: {name: value for name, value in items.items() if isinstance(value, str) and forms[key].fullmatch(value)}
@@ -395,7 +411,7 @@ def _weights(folder: Path, library: str = "") -> list[Path]:
     if first.suffix != ".json":
         return [first]
     try:
-        names = sorted({str(item) for item in read_json(first)["weight_map"].values()})
+        names = sorted({str(item) for item in read_json(first, linked=True)["weight_map"].values()})
         shards = [folder / name for name in names]  # as loaders do, wherever that leads
         return shards if all(shard.is_file() for shard in shards) else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -25,7 +25,7 @@ LAYERS = 2
 @cache
 def known_shapes() -> dict[str, dict[str, Any]]:
     """The models of the shipped recipes, and their sizes."""
-    found: dict[str, dict[str, Any]] = read_json(RECIPES_FOLDER / "shapes.json")
+    found: dict[str, dict[str, Any]] = read_json(RECIPES_FOLDER / "shapes.json", linked=True)
     return found
 
 

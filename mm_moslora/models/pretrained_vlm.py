@@ -80,7 +80,7 @@ def load_pretrained_processor(name: str, revision: str | None) -> Any:
 def _lacks_processor(folder: Path) -> str:
     """Which parts of a processor the folder of a model that sees lacks, for people; empty where it lacks none."""
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder / "config.json", linked=True)
     except (OSError, ValueError):
         return ""
     if "vision_config" not in config:

@@ -173,7 +173,7 @@ def _questions_of(
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
     for number, ((image, text), given) in enumerate(answers.items()):
         row = question_record(str(number), Question(image=image, text=text, answer=given[0]), "open")
-        row["category"] = "yes_no" if {answer.lower() for answer in given} <= set(YES_NO) else "open"
+        row["category"] = "yes_no" if {relaxed(answer) for answer in given} <= set(YES_NO) else "open"
         rows[_is_caption(counts[text])].append(row | ({"answers": given} if len(given) > 1 else {}))
     return rows
 

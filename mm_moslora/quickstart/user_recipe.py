@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mm_moslora_eval.metrics.exact_match import relaxed
+
 from mm_moslora.config import Recipe
 from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.asset_cache import Say, silent
@@ -266,7 +268,7 @@ def _closing_text(output: Path, data: OwnData, size: Size) -> str:
             "blind and over the best answer per question:",
             first_of(data.lopsided),
         ]
-    if len({row["answer"].lower() for row in data.test}) == 1:
+    if len({relaxed(row["answer"]) for row in data.test}) == 1:
         only = data.test[0]["answer"]
         lines.append(f'All held-out questions have the answer "{only}", so no score tells what was learned.')
     if 0 < len(data.test) < 200:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
 from markupsafe import Markup, escape
 
 from mm_moslora.reporting import page_templates, summary_text
@@ -15,10 +16,10 @@ from mm_moslora.reporting.page_templates import printable, render_page
 from mm_moslora.reporting.svg_charts import format_number
 from mm_moslora.reporting.verdicts import AGAINST, difference_of
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import read_json
 from mm_moslora.utils.redaction import redact
 from mm_moslora.utils.text_format import format_seconds
-from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, without_constants
-from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora.utils.untrusted_data import without_constants
 
 FORMAT = 2
 
@@ -27,24 +28,34 @@ def write_page(results: Path, out: Path) -> Path:
     """Write the page of a comparison's `results.json`, atomically.
 
     Raises:
-        ConfigError: the file is missing, another version wrote it, or `out` is a folder or a file of another program.
+        ConfigError: the file is missing or damaged, another version wrote it, or `out` is a folder or a file of another
+            program.
     """
     data = read_results(results)
-    return page_templates.write_page(out, lambda: render(data))
+
+    def page() -> str:
+        try:
+            return render(data)
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, UndefinedError) as error:
+            raise ConfigError(
+                f"{results} is damaged ({error}). `mm-moslora compare ... --only-report` writes it again."
+            ) from error
+
+    return page_templates.write_page(out, page)
 
 
 def read_results(results: Path) -> dict[str, Any]:
     """The content of a comparison's `results.json`.
 
     Raises:
-        ConfigError: the file is missing, or another version wrote it.
+        ConfigError: the file is missing or damaged, or another version wrote it.
     """
-    if not results.is_file():
-        raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.")
     try:
-        data = parse_object(read_text(results), constants=True)
-    except StrictJsonError as error:
-        raise ConfigError(f"{results} {error}.") from error
+        data: dict[str, Any] = read_json(results)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.") from error
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
     if data.get("format") != FORMAT:
         raise ConfigError(f"{results} has format {data.get('format')!r}, this version reads {FORMAT}.")
     return data

@@ -34,7 +34,8 @@ TITLES = {
     "effective_rank": "Effective rank of the update",
 }
 """Measures that are drawn."""
-_SIGN = b"mm_moslora"
+_SOFTWARE = "mm_moslora"
+_SIGN = re.compile(rb"\x89PNG\r\n\x1a\n.{25}.{4}tEXtSoftware\0%b" % _SOFTWARE.encode(), re.DOTALL)
 """Software that a picture names, which marks it as replaceable."""
 MOST_NAMES = 24
 """Layers above which not every one is named."""
@@ -142,7 +143,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) -> Pat
     output_file(picture, sign=_SIGN if ending == "png" else None)
     with writing(picture):
         picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, dpi=120, metadata={"Software": _SIGN.decode()} if ending == "png" else None)
+        figure.savefig(picture, dpi=120, metadata={"Software": _SOFTWARE} if ending == "png" else None)
     return picture
 
 

@@ -39,15 +39,15 @@ def names_of(runs: Sequence[RunData]) -> list[str]:
     return [visible(str(path)) for path in paths]
 
 
-def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
-    """The content of the page, of 2 to `MOST_RUNS` runs."""
+def overlay(runs: Sequence[RunData], refused: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of the page, of 2 to `MOST_RUNS` runs, and why others are not on it."""
     names = names_of(runs)
     return {
         "names": names,
         "runs": [
             {
                 "name": name, "title": run.summary.get("title") or run.summary.get("name") or name,
-                "tiles": summary_text.tiles(run), "notes": run.notes, "standing": summary_text.standing(run),
+                "tiles": summary_text.tiles(run), "standing": summary_text.standing(run),
             }
             for name, run in zip(names, runs, strict=True)
         ],
@@ -61,6 +61,7 @@ def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
             {"name": name, **_mixer_means(run.mixers)} for name, run in zip(names, runs, strict=True) if run.mixers
         ],
         "samples": _samples(names, runs),
+        "notes": [*refused, *(f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes)],
     }  # fmt: skip
 
 

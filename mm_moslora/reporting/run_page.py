@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,6 +20,8 @@ from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, l
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import format_seconds
+
+logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 24
 """Maximum number of samples, so that a report stays small enough for e-mail."""
@@ -39,15 +42,16 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
     """Write the report of a run, or of several runs overlaid.
 
     Args:
-        run_folders: see `mm_moslora.reporting.run_data` for their files; the report names missing ones.
+        run_folders: see `mm_moslora.reporting.run_data` for their files; the report names missing ones, and runs that
+            cannot be read.
         out: the HTML file; replaced atomically.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: a folder is not a run or was written by a newer release, there are too many, or `out` is a folder
-            or a file of another program.
+        ConfigError: a folder does not exist, none is a run that this release reads, there are too many, or `out` is a
+            folder or a file of another program.
     """
     if isinstance(run_folders, Path):
         folders = [run_folders]
@@ -55,8 +59,20 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
         folders = list({path.resolve(): path for path in run_folders}.values())
     if not 0 < len(folders) <= MOST_RUNS:
         raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
-    runs = [load_run(folder) for folder in folders]
-    return write_page(out, lambda: render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
+    runs, refused = [], []
+    for folder in folders:
+        try:
+            runs.append(load_run(folder))
+        except ConfigError as error:  # beside a run that can be read, it is named
+            if not folder.is_dir() or (folder == folders[-1] and not runs):
+                raise
+            refused.append(f"{folder} is left out: {error}")
+            logger.warning("%s", refused[-1])
+    if len(runs) == 1:
+        runs[0].notes.extend(refused)
+    return write_page(
+        out, lambda: render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs, refused))
+    )
 
 
 def render(data: RunData) -> str:

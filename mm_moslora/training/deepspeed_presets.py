@@ -33,7 +33,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     path = _file(name)
     try:
-        settings: dict[str, Any] = read_json(path)
+        settings: dict[str, Any] = read_json(path, linked=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"train.zero is {name!r}, which is no JSON object of DeepSpeed's settings ({error})."

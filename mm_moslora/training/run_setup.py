@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.config import DataConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
@@ -26,7 +26,7 @@ from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import Kernels, attention_words, choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
-from mm_moslora.models.model_paths import resolve_model_paths, trained_on
+from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
@@ -51,7 +51,7 @@ from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import writing_in_place
+from mm_moslora.utils.files import write_owner
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import RUN_LOCK
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -92,9 +92,8 @@ def _lock(folder: Path) -> Iterator[None]:
             f"The run folder {folder} cannot be written ({error.strerror}). Choose another with train.output, or with "
             "--output of the quickstart."
         ) from error
-    with lock:
-        with writing_in_place(folder / RUN_LOCK) as stream:
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    with lock as descriptor:
+        write_owner(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
 
 
@@ -147,10 +146,11 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         if not (late := reads_data(adapter_start)):
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
-    training_set = _data_set(recipe, assembly, validation=False, settle=checkpoint is None)
+    data = _pinned(recipe.data, checkpoint)
+    training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
     recipe = _as_asked(recipe, assembly, training_set)
-    validation_set = _data_set(recipe, assembly, validation=True)
+    validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
     if checkpoint is None or late:
         start_projector(model_start.projector, assembly, training_set)
     if late:
@@ -174,7 +174,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         limit=MicroBatchLimit(
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
-        trained_on=trained_on(parts, before=checkpoint),
+        trained_on=trained_on(parts, training_set.commits, before=checkpoint),
     )  # fmt: skip
 
 
@@ -283,6 +283,16 @@ def _as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
             logger.info("%s.", form.words)
     assembly.ask(data.encoder.thinking)
     return replace(recipe, model=replace(recipe.model, thinking=data.encoder.thinking))
+
+
+def _pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
+    """The data with the commits of a checkpoint, for data sets of the hub."""
+    commits = {} if checkpoint is None else stored_commits(checkpoint)
+    train = [
+        replace(source, revision=commits[key]) if source.path.startswith("hf:") and key in commits else source
+        for key, source in ((f"data.train.{index}", source) for index, source in enumerate(data.train))
+    ]
+    return replace(data, train=train)
 
 
 def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool, settle: bool = False) -> TrainingSet | None:

@@ -235,7 +235,7 @@ class StoredOptimizer:
             raise CheckpointError("The checkpoint holds no trainer state, expected one folder per rank.")
         for folder in self.folders:
             try:
-                details = read_json(folder / OPTIMIZER_DETAILS, below=folder)
+                details = read_json(folder / OPTIMIZER_DETAILS)
                 file = safe_open(folder / OPTIMIZER, framework="pt")
             except OSError as error:
                 raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error

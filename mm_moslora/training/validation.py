@@ -256,7 +256,7 @@ class Best:
         """Earlier values of this metric, up to the step that the run resumes from."""
         best = cls(config=config)
         try:
-            found = files.read_json(folder / BEST, below=folder)
+            found = files.read_json(folder / BEST)
             history = [(int(entry["step"]), float(entry["value"])) for entry in found["history"]]
         except FileNotFoundError:
             return best

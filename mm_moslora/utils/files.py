@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,20 +30,20 @@ from mm_moslora.utils.untrusted_files import (
     MOST_BYTES,
     MOST_TEXT_BYTES,
     FileError,
-    FileFault,
-    find_below,
     find_in_model,
     opened,
     read_bytes,
-    read_text,
+    read_text_below,
 )
 
 logger = logging.getLogger(__name__)
 
 MARK = ".mm_moslora"
 """Mark file in a folder of this project, with one kind per line (`quickstart`, `comparison`, `temporary`, ...)."""
-PAGE_SIGN = b'name="generator" content="mm_moslora"'
-"""Text in the head of every HTML page of this project."""
+PAGE_SIGN = re.compile(
+    rb'<!doctype html>\s*<html lang="en">\s*<head>\s*(<meta [^<>]*>\s*)*<meta name="generator" content="mm_moslora">'
+)
+"""Beginning of every HTML page of this project."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEPT_BYTES = 2**20
 """Maximum bytes that an `Appender` keeps in memory while the disk is full."""
@@ -64,8 +66,10 @@ def free_bytes(folder: Path) -> int:
 
 def sha256_of(file: Path | BufferedReader) -> str:
     """Hex digest of a file, or of the rest of a stream."""
-    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    if isinstance(file, Path):
+        with opened(file, most=None) as stream:
+            return sha256_of(stream)
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_full(error: BaseException) -> bool:
@@ -99,51 +103,60 @@ def copy_of_model(source: Path, names: Iterable[str], folder: Path) -> None:
 
 
 def open_in_place(path: Path | str, flags: int) -> int:
-    """Open a file for writing where it stands, creating it if missing; returns the descriptor.
+    """Open a file where it stands, creating it if missing, to append to it or to lock it; returns the descriptor.
 
     Args:
-        path: anybody may have made what is there: a link would lead to a file of the user.
+        path: anybody may have made what is there: a link would lead to a file of the user, and what is appended to a
+            hard link to one. The former is refused, the latter becomes a copy.
         flags: as for `os.open`.
 
     Raises:
         ConfigError: it is a link or no regular file.
         OSError: the system refuses.
     """
+    path = Path(path)
+    _refuse_irregular(path)
     flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # opening a pipe would block
-    try:
-        descriptor = os.open(path, flags & ~os.O_TRUNC, 0o666)
-    except OSError as error:
-        if not os.path.lexists(path) or _is_regular(os.lstat(path)):
-            raise
-        raise _not_written(Path(path)) from error
-    if not _is_regular(os.fstat(descriptor)):
+    descriptor = os.open(path, flags, 0o666)
+    if flags & os.O_APPEND and os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
-        raise _not_written(Path(path))
-    if flags & os.O_TRUNC:
-        os.ftruncate(descriptor, 0)
+        with replacing(path) as own:
+            shutil.copyfile(path, own)
+        descriptor = os.open(path, flags, 0o666)
     return descriptor
 
 
-def _is_regular(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode)
+def _is_regular(path: Path) -> bool:
+    return stat.S_ISREG(os.lstat(path).st_mode)
 
 
-def _not_written(path: Path) -> ConfigError:
+def _refuse_irregular(path: Path) -> None:
+    if not os.path.lexists(path) or _is_regular(path):
+        return
     what = f"a link to {os.readlink(path)}" if path.is_symlink() else "a folder, a pipe or a device"
-    return ConfigError(
+    raise ConfigError(
         f"{path} is {what}, and would be written; expected a file of this project, or none. Nothing is written through "
         "it. Delete it, or choose another folder."
     )
 
 
 def writing_in_place(path: Path, *, append: bool = False) -> TextIO:
-    """Open a text file for writing where it stands; see `open_in_place`.
+    """Open a text file for writing at its final place; see `open_in_place`.
 
     Args:
         path: the file.
-        append: whether its content is kept.
+        append: whether its content is kept. If not, a new file takes its name, and hard links keep what they had.
     """
-    return open(path, "a" if append else "w", encoding="utf-8", newline="\n", opener=open_in_place)
+    if not append and os.path.lexists(path) and _is_regular(path):
+        path.unlink()
+    return open(path, "a" if append else "x", encoding="utf-8", newline="\n", opener=open_in_place)
+
+
+def write_owner(lock: int, text: str) -> None:
+    """Say in a locked file who holds it, unless the file has other names, hard links, which may be the user's."""
+    if os.fstat(lock).st_nlink == 1:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, text.encode(), 0)
 
 
 def make_subfolder(path: Path) -> None:
@@ -153,7 +166,7 @@ def make_subfolder(path: Path) -> None:
         ConfigError: a link is at its place.
     """
     if path.is_symlink():
-        raise _not_written(path)
+        _refuse_irregular(path)
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -242,45 +255,39 @@ def discard(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def unused(path: Path) -> Path:
-    """The path, with a number appended to its name if that name exists."""
-    number = 0
-    while os.path.lexists(candidate := path.with_name(f"{path.name}{number or ''}")):
-        number += 1
-    return candidate
-
-
 def set_aside(path: Path, suffix: str) -> Path:
     """Rename a file or folder to `NAME.SUFFIX`, or to `NAME.SUFFIX1` if that exists; returns the new path."""
-    aside = unused(path.with_name(f"{path.name}.{suffix}"))
+    names = (path.with_name(f"{path.name}.{suffix}{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
     rename(path, aside)
     return aside
 
 
-def read_json(path: Path, kind: type = dict, *, below: Path | None = None) -> Any:
-    """The content of a JSON file of this project.
+def read_json(path: Path, kind: type = dict, *, below: Path | None = None, linked: bool = False) -> Any:
+    """The content of a JSON file.
 
     Args:
         path: the file.
         kind: expected type of the content.
-        below: a folder that no link may leave, such as a run or a checkpoint of anybody; None: links are followed.
+        below: the folder that no link may leave, such as a run or a checkpoint of anybody; None: the file's own. In the
+            hub's cache, links lead to its blobs.
+        linked: links are followed, for a file that a user names, a model, or a part of the installed package.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged, no regular one, or outside of `below`; the text describes how.
     """
-    if below is not None:
-        path = find_below(Path(os.path.realpath(below)), str(path.relative_to(below)))
+    if not linked:
+        below = below or path.parent
+        path = find_in_model(below, str(path.relative_to(below))) or path
+    if not os.path.lexists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     try:
         data = parse_json(read_bytes(path, most=MOST_TEXT_BYTES), constants=True)
-    except FileError as error:
-        if error.fault is FileFault.MISSING and not os.path.lexists(path):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-        raise
     except StrictJsonError as error:
         raise StrictJsonError(f"{path} {error}") from error
     if not isinstance(data, kind):
-        raise ValueError(f"it holds a {type(data).__name__}, expected a {kind.__name__}")
+        raise ValueError(f"{path} holds a {type(data).__name__}, expected {'an object' if kind is dict else 'a list'}")
     return data
 
 
@@ -297,7 +304,7 @@ def mark(folder: Path, kind: str) -> None:
 
 def _kinds(folder: Path) -> list[str]:
     try:
-        return read_text(folder / MARK, errors="replace").splitlines()
+        return (read_text_below(folder, MARK, errors="replace") or "").splitlines()
     except FileError:
         return []
 
@@ -340,27 +347,25 @@ def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Seq
     )
 
 
-def output_file(path: Path, *, sign: bytes | None = None) -> Path:
+def output_file(path: Path, *, sign: re.Pattern[bytes] | None = None) -> Path:
     """Check an output file that a user named.
 
     Args:
         path: the file.
-        sign: bytes near the beginning of files that this project writes there; such files are replaced. None: no file
-            is replaced.
+        sign: how files begin that this project writes there; such files are replaced. None: no file is replaced.
 
     Raises:
-        ConfigError: the path is a folder, a link, a pipe or a device, or a file without these bytes.
+        ConfigError: the path is a folder, a link, a pipe or a device, or a file that begins otherwise.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected the file to write. Add a name to it.")
-    refusal = ConfigError(f"{path} exists and is not replaced. Choose another name, or delete it first.")
-    if os.path.lexists(path) and not _is_regular(os.lstat(path)):
-        raise refusal
-    if path.is_file() and path.stat().st_size:
-        with path.open("rb") as stream:
-            head = stream.read(_HEAD_BYTES)
-        if sign is None or sign not in head:
-            raise refusal
+    if os.path.lexists(path):
+        head = b""
+        if sign is not None and _is_regular(path):
+            with opened(path, most=None) as stream:
+                head = stream.read(_HEAD_BYTES)
+        if sign is None or not sign.match(head):
+            raise ConfigError(f"{path} exists and is not replaced. Choose another name, or delete it first.")
     return path
 
 

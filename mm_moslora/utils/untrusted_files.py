@@ -102,15 +102,17 @@ def find_in_model(folder: Path, name: str) -> Path | None:
     """The path of a file in the folder of a model; None where it is missing.
 
     Args:
-        folder: the folder. In the hub's cache its files are links into the folder of the repository.
+        folder: the folder. In the hub's cache its files are links to blobs of the repository.
         name: path below it.
 
     Raises:
         FileError: see `find_below`.
     """
     root = Path(os.path.realpath(folder))
-    above = root.parents[1] if root.parent.name == "snapshots" else root
-    path = find_below(above, str(root.relative_to(above) / name))
+    blobs = next((place.with_name("blobs") for place in root.parents if place.name == "snapshots"), root)
+    path = Path(os.path.realpath(find_below(root, name, follow_links=True)))
+    if not path.is_relative_to(root) and not path.is_relative_to(blobs):
+        raise FileError(FileFault.ESCAPES, ascii(name)[:100], f"links out of {root}", f"copy the file below {root}")
     return path if os.path.lexists(path) else None
 
 

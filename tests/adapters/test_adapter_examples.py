@@ -48,6 +48,28 @@ def test_help_of_the_trainer_example_trains_nothing(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plain_loop_of_diffusers_trains_what_a_pipeline_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from mm_moslora.diffusion.tiny_pipelines import SIDE, tiny_pipeline
+
+    monkeypatch.setattr(sys, "argv", ["dreambooth.py", "--out", str(tmp_path / "cat"), "--steps", "40"])
+    found = runpy.run_path(str(EXAMPLES / "dreambooth.py"), run_name="__main__")
+    assert sum(found["losses"][-10:]) < 0.98 * sum(found["losses"][:10])
+    assert "loss " in capsys.readouterr().out
+    assert (tmp_path / "cat" / "adapter" / "moslora.json").is_file()
+    pictures = []
+    for folder in (None, tmp_path / "cat"):
+        pipeline = tiny_pipeline("tiny-sd")
+        if folder is not None:
+            pipeline.load_lora_weights(folder)
+        noise = torch.Generator().manual_seed(0)
+        size = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "pt", "generator": noise}
+        pictures.append(torch.as_tensor(pipeline("a photo of an ikat cat", **size).images))
+    assert not torch.equal(*pictures)
+
+
 def test_one_folder_goes_through_trainer_sft_trainer_and_our_loop(language_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="trl is not installed")
     spec = importlib.util.spec_from_file_location("three_trainers", EXAMPLES / "three_trainers.py")

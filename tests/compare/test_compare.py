@@ -652,6 +652,12 @@ def test_what_the_error_rates_of_looks_count_on_stays_the_same(tmp_path: Path, c
     )  # fmt: skip
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state
+    stored = json.loads((tmp_path / "resolve.json").read_text())
+    for change in ({"seeds": "x"}, {"points": math.nan}, {"looks": {"seeds": [5, 7], "fractions": [0.7]}}, {"looks": 5},
+                   {"looks": {"seeds": [7, 5], "fractions": [0.7, 1.0]}}, {"components": {"a": "b"}}):  # fmt: skip
+        (tmp_path / "resolve.json").write_text(json.dumps(stored | change))
+        with pytest.raises(ConfigError, match=r"resolve\.json is damaged"):
+            read_state(tmp_path)
     comparison = Comparison(RECIPE, dataclasses.replace(planned, **changes), tmp_path, hold_out=0.1)
     if not message:
         comparison._refuse_other_looks(state)

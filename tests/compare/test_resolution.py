@@ -18,6 +18,7 @@ from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse
 from mm_moslora.compare.comparison_plan import Settings, choose_rates, reported_cells, run_count
 from mm_moslora.compare.resolution_plan import ASSUMED, Planner, Resolution, after_look, is_decided, plan_resolution
+from mm_moslora.compare.run_cost import cost_of
 from mm_moslora.compare.seed_statistics import Components, TaskScores, difference
 from mm_moslora.compare.sequential_looks import (
     FILE,
@@ -281,3 +282,29 @@ def test_bad_resolutions_are_refused(tmp_path: Path):
     for points in (0.0, -1.0, 1.0, math.nan):
         with pytest.raises(ConfigError, match="expected points between 0 and 100"):
             Resolution(comparison, points)
+
+
+@pytest.mark.parametrize(
+    ("row", "summary", "fault"),
+    [
+        ({}, {"components": [{"trainable": 7}, {"trainable": 3.0}]}, ""), ({"epoch": 0.0}, {"components": []}, "zero"),
+        ({"step": "x"}, {"components": []}, "unsupported"), ({}, {"components": [{"trainable": "x"}]}, "expected int"),
+        ({"step_seconds": "x"}, {"components": []}, "'<' not supported"), ({}, {"components": 5}, "not iterable"),
+        ({}, {}, "components"),
+    ],
+)  # fmt: skip
+def test_the_cost_of_a_damaged_run_is_named_as_unknown(
+    row: dict[str, object], summary: dict[str, object], fault: str, tmp_path: Path
+) -> None:
+    rows = [{"step": 1, "epoch": 0.5, "step_seconds": 2.0, "memory_gib": 1.0} | row for row in ({}, {}, {}, row)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    train = SimpleNamespace(total_steps=lambda per_epoch: round(per_epoch * 3))
+    job: Any = SimpleNamespace(place=tmp_path, recipe=SimpleNamespace(train=train))
+    cost = cost_of("lora", 4, (), job)
+    if fault:
+        assert cost.problem.startswith(f"{tmp_path} is damaged (")
+        assert fault in cost.problem
+        assert math.isnan(cost.run_seconds)
+    else:
+        assert (cost.trainable, cost.steps, cost.run_seconds) == (10, 6, 12.0)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from preloaded import Preloaded
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -28,6 +31,8 @@ from mm_moslora.diffusion.diffusion_training import train_diffusion
 from mm_moslora.diffusion.latent_batches import LatentBatches
 from mm_moslora.diffusion.tiny_pipelines import SIDE, tiny_pipeline
 from mm_moslora.tracking import read_metrics
+from mm_moslora.training.checkpointing import checkpoint_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
 from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, DataError, DivergedError, ModelError
 
 Make = Callable[..., DiffusionRecipe]
@@ -314,6 +319,60 @@ def test_a_pipeline_in_a_folder_with_another_vae_trains(recipe: Make, tmp_path: 
     (tmp_path / "base" / "model_index.json").write_text(json.dumps(named))
     with pytest.raises(ModelError, match="is a KandinskyPipeline, expected one of StableDiffusionPipeline"):
         train_diffusion(recipe(f"model.base={tmp_path / 'base'}", run="other"))
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_a_run_goes_on_with_the_weights_of_its_beginning(
+    on_hub: bool, recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the hub's cache lies a newer commit now, and then a file of the old one is another."""
+    repository, base = tmp_path / "hub" / "models--acme--tiny", tmp_path / "base"
+    commits = [repository / "snapshots" / (letter * 40) for letter in "ab"] if on_hub else [base]
+    for number, folder in enumerate(commits):
+        torch.manual_seed(number)
+        tiny_pipeline("tiny-sd").save_pretrained(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    name, newest = ("acme/tiny" if on_hub else str(base)), repository / "refs" / "main"
+    newest.parent.mkdir(parents=True)
+    newest.write_text("a" * 40)
+    changes = [f"model.base={name}", "model.vae=null"]
+    whole = train_diffusion(recipe(*changes, run="whole")).checkpoint
+    first = train_diffusion(recipe(*changes), stop_at=2).checkpoint
+    kept = read_manifest(first).base
+    assert kept["commits"] == ({"model.base": "a" * 40} if on_hub else {})
+    stored = "model.base/unet/diffusion_pytorch_model.safetensors"
+    assert {stored, "model.base/model_index.json"} <= kept["contents"].keys()
+    newest.write_text("b" * 40)
+    last = train_diffusion(recipe(*changes), stop_at=3).checkpoint
+    assert read_manifest(last).base == kept
+    weights = commits[0] / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: value + 0.001 * (key == min(tensors)) for key, value in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"^{re.escape(stored)}: the files of the pipeline are not those of the"):
+        train_diffusion(recipe(*changes))
+    save_file(tensors, weights, {"format": "pt"})
+    index = weights.with_name(f"{weights.name}.index.json")
+    size = sum(value.numel() * 4 for value in tensors.values())
+    places = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, weights.name)}
+    index.write_text(json.dumps(places))
+    (weights.parent / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"safetensors\.index\.json: the files of the pipeline"):
+        train_diffusion(recipe(*changes))
+    index.unlink()
+    amend_without_marks(last)  # as an earlier version wrote it
+    newest.write_text("a" * 40)
+    ended = train_diffusion(recipe(*changes)).checkpoint
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert read_manifest(ended).base == read_manifest(whole).base
+
+
+def amend_without_marks(checkpoint: Path) -> None:
+    """Leave out of a manifest what versions before this one did not write."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for key in ("contents", "commits"):
+        del manifest["base"][key]
+    checksum = checkpoint_folder._checksum(manifest)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum}))
 
 
 def encoders(folder: Path) -> tuple[Path, Path]:

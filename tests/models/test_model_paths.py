@@ -476,3 +476,35 @@ def test_an_adapter_says_which_base_it_names(
         with pytest.raises(ModelError, match="--base"):
             load(tmp_path / "a")
     assert "its base is no/such-model (the hub, newest commit)" in caplog.text
+
+
+def test_a_run_goes_on_with_the_commit_of_its_data(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked = []
+    rows = [{"question": f"What is {number}?", "answer": f"Number {number}."} for number in range(8)]
+
+    def loaded(path: str, **options: Any) -> Any:
+        asked.append((path, options["revision"]))
+        table = datasets.Dataset.from_list(rows)
+        table.info.download_checksums = {f"hf://datasets/{path}@{options['revision'] or newest}/a.parquet": {}}
+        return table
+
+    monkeypatch.setattr("mm_moslora.data.sources.hf_tables.load_checked", loaded)
+    newest, source = OLD, replace(recipe.data.train[0], path="hf:acme/rows", image_folder=None)
+    data = replace(recipe.data, train=[source, replace(source, split="other", limit=4)])
+    run = with_train(replace(recipe, data=data), output=str(tmp_path / "run"), steps=4, save_every=2)
+    train(run, stop_at=2)
+    kept = json.loads((tmp_path / "run" / "checkpoint-000002" / "manifest.json").read_text())["base"]["commits"]
+    assert {key: commit for key, commit in kept.items() if key.startswith("data.")} == {
+        "data.train.0": OLD, "data.train.1": OLD
+    }  # fmt: skip
+    newest = NEW
+    asked.clear()
+    train(run)
+    assert asked == [("acme/rows", OLD)] * 2
+    last = json.loads((tmp_path / "run" / "checkpoint-000004" / "manifest.json").read_text())
+    assert last["base"]["commits"] == kept
+    assert last["recipe"]["data"]["train"][0]["revision"] is None

@@ -47,6 +47,22 @@ def test_rows_tell_their_difference_and_the_band_its_meaning() -> None:
     assert "about what the paper reports" in band_of([results for _, results in parts])[1], "no band in common"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"arms": None}, {"arms": [5]}, {"settings": {}}, {"runs": "x"}, {"comparisons": [{}]}, {"runs": {"planned": "x"}}],
+    ids=str,
+)
+def test_a_damaged_file_is_one_clear_error(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(comparison_results() | change))
+    with pytest.raises(ConfigError, match=r"results\.json is damaged \(.*--only-report. writes it again"):
+        write_page(tmp_path / "results.json", tmp_path / "report.html")
+    for text in ('{"format"', "[]"):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"results\.json (is not valid JSON|holds a list)"):
+            write_page(tmp_path / "results.json", tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_marks_of_a_row_stand_at_their_numbers() -> None:
     measure = Measure(value=5.0, low=2.0, high=8.0, seeds=(4.0, 6.5), text="5.0")
     far = Measure(value=-90.0, low=-91.0, high=-89.0)

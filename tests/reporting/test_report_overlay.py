@@ -111,6 +111,20 @@ def test_a_run_of_a_newer_release_is_refused_and_an_older_one_is_read(run_folder
         build_report(run_folder, tmp_path / "new.html")
 
 
+@pytest.mark.parametrize("good", [1, 2])
+def test_a_run_that_cannot_be_read_is_named_beside_the_others(good: int, two: list[Path], tmp_path: Path) -> None:
+    newer, empty = tmp_path / "newer", tmp_path / "empty"
+    for folder in (newer, empty):
+        folder.mkdir()
+    (newer / "summary.json").write_text('{"format": 99}')
+    page = build_report([newer, *two[:good], empty], tmp_path / "page.html").read_text()
+    assert f"{newer} is left out: {newer / 'summary.json'} has run format 99" in page
+    assert f"{empty} is left out: {empty} holds none of summary.json" in page
+    for folders in ([newer, empty], [*two, tmp_path / "absent"]):
+        with pytest.raises(ConfigError, match=r"holds none of|is not a folder"):
+            build_report(folders, tmp_path / "page.html")
+
+
 def test_the_environment_of_a_run_without_a_full_summary_is_shown(run_folder: Path, tmp_path: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     del summary["environment"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -34,11 +35,27 @@ KINDS = {
     "qwen3_next": lambda: transformers.Qwen3NextConfig(**SIZES, **HEADS, **HYBRID, num_experts=4),
     "qwen3_5_text": lambda: transformers.Qwen3_5TextConfig(**SIZES, **HEADS, **HYBRID),
     "lfm2": lambda: transformers.Lfm2Config(**SIZES, num_key_value_heads=1, layer_types=["conv", "full_attention"]),
+    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
+        **SIZES,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        num_dense_layers=1,
+        layer_types=["conv", "full_attention"],
+    ),
     "mamba": lambda: transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
     "bamba": transformers.BambaConfig,
     "falcon_h1": transformers.FalconH1Config,
     "granitemoehybrid": transformers.GraniteMoeHybridConfig,
     "jamba": transformers.JambaConfig,
+    "bailing_hybrid": transformers.BailingHybridConfig,
+    "kimi_linear": transformers.KimiLinearConfig,
+    "lfm3": transformers.Lfm3Config,
+    "minimax": transformers.MiniMaxConfig,
+    "minimax_m2": transformers.MiniMaxM2Config,
+    "olmo_hybrid": transformers.OlmoHybridConfig,
     "mpt": transformers.MptConfig,
     "nemotron_h": transformers.NemotronHConfig,
     "recurrent_gemma": transformers.RecurrentGemmaConfig,
@@ -47,7 +64,7 @@ KINDS = {
     "phi3": transformers.Phi3Config,
 }
 """Small configurations, and default ones, which are those of large models: the probe makes them small."""
-APART = {"gemma2", "llama", "falcon", "opt", "qwen3", "mistral", "phi3"}
+APART = {"gemma2", "llama", "falcon", "opt", "qwen3", "mistral", "phi3", "minimax_m2"}
 
 
 def made(kind: str) -> transformers.PreTrainedModel:
@@ -81,6 +98,14 @@ def test_the_small_model_shows_what_the_model_itself_does(kind: str) -> None:
 
     moved = float((hidden(first) - hidden(first.flip(0))).abs().max())
     assert (moved == 0) == rows_of(model, "auto").apart
+
+
+@pytest.mark.skipif(find_spec("fla") is not None, reason="flash-linear-attention keeps the conversations apart")
+def test_the_first_fault_is_the_reason() -> None:
+    """Later attempts have larger widths, and fail for being large."""
+    with torch.device("meta"):
+        model = made("olmo_hybrid")
+    assert "keep packed sequences apart" in rows_of(model, "auto").fault
 
 
 def test_a_class_is_probed_once(monkeypatch) -> None:

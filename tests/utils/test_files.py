@@ -210,6 +210,29 @@ def test_nothing_is_written_through_a_link_or_into_a_pipe(kind, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_hard_link_keeps_what_it_had(tmp_path):
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    run.mkdir()
+    mine.write_text("years\n")
+    for name in (files.MARK, "metrics.jsonl", "log.txt", "stacks.txt", "run.lock", "state.json"):
+        (run / name).hardlink_to(mine)
+    files.mark(run, "run")
+    files.Appender(run / "metrics.jsonl").add("a line")
+    files.writing_in_place(run / "log.txt", append=True).close()
+    files.writing_in_place(run / "stacks.txt").close()
+    files.replace_text(run / "state.json", "{}")
+    with held(run / "run.lock", wait=False) as lock:
+        files.write_owner(lock, "process 1")
+    assert mine.read_text() == "years\n"
+    assert (run / "metrics.jsonl").read_text() == "years\na line\n"
+    assert (run / files.MARK).read_text() == "years\nrun\n"
+    assert (run / "stacks.txt").read_text() == ""
+    with held(tmp_path / "run.lock", wait=False) as lock:
+        files.write_owner(lock, "a long owner")
+        files.write_owner(lock, "process 1")
+    assert (tmp_path / "run.lock").read_text() == "process 1"
+
+
 def test_a_mark_is_not_written_through_a_link(tmp_path):
     paths = strangers(tmp_path)
     (paths["folder"] / files.MARK).symlink_to(tmp_path / "mine")
@@ -248,16 +271,18 @@ def test_a_file_of_a_run_is_a_regular_one_inside_it(tmp_path):
     (run / "own.json").write_text('{"a": 1}')
     (run / "near.json").symlink_to("own.json")
     for name in ("own.json", "near.json"):
-        assert files.read_json(run / name, below=run) == {"a": 1}
-    assert files.read_json(run / "out.json") == {"key": 1}  # a path from a user leads anywhere
-    with pytest.raises(MoSLoRAError, match="links out of"):
-        files.read_json(run / "out.json", below=run)
-    for below in (None, run):
+        assert files.read_json(run / name) == {"a": 1}
+    assert files.read_json(run / "out.json", linked=True) == {"key": 1}  # a path from a user leads anywhere
+    (run / "stage").symlink_to(tmp_path)
+    for path, below in ((run / "out.json", None), (run / "out.json", run), (run / "stage" / "secret.json", run)):
+        with pytest.raises(MoSLoRAError, match="links out of"):
+            files.read_json(path, below=below)
+    for linked in (False, True):
         for kind in ("pipe", "folder"):
             with pytest.raises(MoSLoRAError, match="is a folder, a pipe or a device"):
-                files.read_json(paths[kind], below=below)
+                files.read_json(paths[kind], linked=linked)
         with pytest.raises(FileNotFoundError):
-            files.read_json(run / "absent", below=below)
+            files.read_json(run / "absent", linked=linked)
     os.truncate(run / "own.json", 2**40)
     with pytest.raises(MoSLoRAError, match="stay below"):
         files.read_json(run / "own.json")
@@ -369,13 +394,19 @@ def test_names_of_a_run_in_a_folder_of_the_user_are_refused_with_the_way_out(tmp
     files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
 
 
+SIGN = '<meta name="generator" content="mm_moslora">'
+
+
 def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
     page = tmp_path / "report.html"
     assert files.output_file(page) == page
-    page.write_text("<!doctype html><p>my own page</p>")
-    with pytest.raises(ConfigError, match=r"report\.html exists and is not replaced"):
-        files.output_file(page, sign=files.PAGE_SIGN)
-    page.write_bytes(b"<head><meta " + files.PAGE_SIGN + b"></head>")
+    own = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n' + SIGN
+    quotes = (f"Notes: {own}", own.replace("<meta charset", "<p>x</p><meta"))
+    for text in ("", "<!doctype html><p>my own page</p>", *quotes):
+        page.write_text(text)
+        with pytest.raises(ConfigError, match=r"report\.html exists and is not replaced"):
+            files.output_file(page, sign=files.PAGE_SIGN)
+    page.write_text(f"{own}\n</head>")
     assert files.output_file(page, sign=files.PAGE_SIGN) == page
     with pytest.raises(ConfigError, match="is not replaced"):
         files.output_file(page)
@@ -386,7 +417,6 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
 def test_a_page_replaces_no_link_and_no_pipe(kind, tmp_path):
     path = strangers(tmp_path)[kind]
-    (tmp_path / "mine").write_bytes(files.PAGE_SIGN)
     with pytest.raises(ConfigError, match="exists and is not replaced"):
         files.output_file(path, sign=files.PAGE_SIGN)
 

@@ -69,7 +69,7 @@ def _names(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         column: str(value)
         for column, value in given.items()
-        if isinstance(value, str | int | float) and not isinstance(value, bool)
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
     }
 
 
@@ -106,7 +106,7 @@ def _rows(path: Path, data: bytes) -> Iterator[Mapping[str, Any]]:
     if path.suffix == ".xlsx":
         try:
             yield from _workbook(data)
-        except (zipfile.BadZipFile, KeyError, ValueError, IndexError, ElementTree.ParseError) as error:
+        except Exception as error:  # archives and sheets are damaged in many ways
             raise EvalError(f"{path} is no workbook that can be read ({type(error).__name__}: {error}).") from error
         return
     try:
@@ -148,8 +148,8 @@ def _workbook(data: bytes) -> Iterator[dict[str, str]]:
 def _parsed(book: zipfile.ZipFile, name: str) -> ElementTree.Element:
     if book.getinfo(name).file_size > _MOST_CELLS:
         raise ValueError(f"{name} has more than {_MOST_CELLS} bytes")
-    text = book.read(name)
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:  # entities may expand without limit
+    text = book.read(name).decode("utf-8-sig")  # whatever encoding it declares
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities may expand without limit
         raise ValueError(f"{name} has a document type")
     return ElementTree.fromstring(text)  # noqa: S314  (size and entities are checked)
 

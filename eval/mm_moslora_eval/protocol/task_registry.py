@@ -39,11 +39,12 @@ def load_file(path: Path) -> list[Task]:
     protocols = data.pop("protocols", None)
     if protocols is None:
         return [_build(data, path, "")]
-    if not isinstance(protocols, dict) or not protocols:
+    named = protocols if isinstance(protocols, dict) else {}
+    if not named or not all(isinstance(changes, dict | None) for changes in named.values()):
         raise EvalError(f"{path}: `protocols` must map names to the keys in which they differ.")
     return [
         _build(_merged(data, {"protocol": name, **(changes or {})}), path, f", protocol {name}")
-        for name, changes in protocols.items()
+        for name, changes in named.items()
     ]
 
 

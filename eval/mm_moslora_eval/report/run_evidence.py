@@ -234,7 +234,7 @@ def _known(path: Path) -> list[dict[str, Any]]:
     from mm_moslora.utils.files import read_json, set_aside
 
     try:
-        rows = read_json(path, list, below=path.parent)
+        rows = read_json(path, list)
     except FileNotFoundError:
         return []
     except ValueError as error:

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.utils import files
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import replace_text
-from mm_moslora.utils.untrusted_data import StrictJsonError, build_strictly, parse_lines, parse_object
-from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, find_below, read_bytes, read_text
+from mm_moslora.utils.untrusted_data import StrictJsonError, build_strictly, parse_lines
+from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, find_below, read_bytes, read_text
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
@@ -221,13 +222,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run; see `_inside`."""
+    """A JSON file of a run; see `files.read_json`."""
     try:
-        return parse_object(read_text(_inside(path)), constants=True)
-    except FileError as error:
+        return dict(files.read_json(path))
+    except (OSError, ValueError) as error:
         raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
-    except StrictJsonError as error:
-        raise EvalError(f"{path} {error}.") from error
 
 
 def _inside(path: Path) -> Path:

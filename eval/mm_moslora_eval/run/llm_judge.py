@@ -306,6 +306,12 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
             fatal=Exception,
         ):  # fmt: skip
             ungraded += grade is None
+            if ungraded > MOST_UNREADABLE * len(asked):
+                raise EvalError(
+                    f"The judge's replies to {ungraded} of {len(asked)} answers cannot be read, so nothing more is "
+                    f"asked; the last one is {judge.last_unreadable[:_SHOWN]!r}. Replies that can be read are kept: "
+                    "mend the judge (more room for its thinking: --judge-thinking-tokens), then score again."
+                )
             found = grade or Grade(score=math.nan, parsed="")
             result[asked[number]] = replace(
                 result[asked[number]], score=found.score, parsed=found.parsed, numbers=found.numbers
@@ -314,12 +320,6 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
         raise
     except Exception as error:  # any error: the stored answers must stay usable
         raise EvalError(f"The judge failed: {error}. Its replies so far are kept; score again.") from error
-    if ungraded > MOST_UNREADABLE * len(asked):
-        raise EvalError(
-            f"The judge's replies to {ungraded} of {len(asked)} answers cannot be read; the last one is "
-            f"{judge.last_unreadable[:_SHOWN]!r}. Replies that can be read are kept: mend the judge (more room for its "
-            "thinking: --judge-thinking-tokens), then score again."
-        )
     return result
 
 

@@ -162,7 +162,7 @@ def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
 def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
     """Write the owner of a folder, or refuse a folder with another owner."""
     try:
-        found = read_json(path, below=path.parent)
+        found = read_json(path)
     except FileNotFoundError:
         replace_text(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return

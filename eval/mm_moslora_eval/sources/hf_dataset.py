@@ -10,7 +10,7 @@ from mm_moslora.utils.errors import EvalError, MoSLoRAError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
-from mm_moslora_eval.sources.dataset_identity import folder_checksum, hub_revision
+from mm_moslora_eval.sources.dataset_identity import folder_checksum
 from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
@@ -40,7 +40,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
         raise EvalError(
             f"source.columns: {name!r} is not a document field.{suggestion(name, _KEYS)} Fields: {', '.join(_KEYS)}."
         )
-    from mm_moslora.data.sources.hf_tables import hub_store
+    from mm_moslora.data.sources.hf_tables import hub_revision, hub_store
 
     place = find_data(source.path, beside=beside)
     table, sha256 = _open(source, place)

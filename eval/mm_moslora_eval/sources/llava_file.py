@@ -6,6 +6,7 @@ Conversation files (the training format): each human/gpt pair is a separate docu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -77,12 +78,19 @@ def _parse(text: str, where: str) -> Any:
         raise EvalError(f"{where} {error}; repair or remove it.") from error
 
 
-def _strings(value: Any) -> tuple[str, ...]:
+def _answers(value: Any) -> tuple[tuple[str, ...], str | None]:
+    """The reference answers, and the problem with one if there is one."""
     if value is None:
-        return ()
-    values = value if isinstance(value, list) else [value]
-    # VQA annotations hold one object per person.
-    return tuple(str(item["answer"] if isinstance(item, dict) and "answer" in item else item) for item in values)
+        return (), None
+    listed = value if isinstance(value, list) else [value]
+    values = [item.get("answer") if isinstance(item, dict) else item for item in listed]  # VQA: an object per person
+    odd = [item for item in values if not _is_plain(item)]
+    return tuple(map(str, values)), f"an answer is {odd[0]!r}, expected text" if odd else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is text, or a number or a boolean that stands for text."""
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _text(value: Any) -> str | None:
@@ -95,10 +103,10 @@ _KNOWN = {"question_id", "id", "image", "text", "question", "category", "answer"
 def _question(record: Record, shown: Found, where: str) -> Document:
     question = record.get("text", record.get("question"))
     name = record.get("question_id", record.get("id"))
-    if not isinstance(question, str) or name is None:
+    if not isinstance(question, str) or not _is_plain(name):
         raise EvalError(f"{where} needs `question_id` and `text`; found {', '.join(record) or 'nothing'}.")
     given = record["answers"] if record.get("answers") is not None else record.get("answer")
-    answers = tuple(map(reference_of, _strings(given)))
+    answers, odd = _answers(given)
     given = record.get("options") or {}
     options = given if isinstance(given, dict) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False))
     images, problem = shown
@@ -107,11 +115,11 @@ def _question(record: Record, shown: Found, where: str) -> Document:
         images=images,
         question=question,
         options={str(key): str(value) for key, value in options.items()},
-        answers=answers,
+        answers=tuple(map(reference_of, answers)),
         category=_text(record.get("category")),
         hint=_text(record.get("hint")),
         extra={key: str(value) for key, value in record.items() if key not in _KNOWN},
-        problem=problem,
+        problem=problem or odd,
     )
 
 

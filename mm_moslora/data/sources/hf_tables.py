@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,24 @@ class TableSource(RecordSource):
     def fingerprint(self) -> str:
         """The fingerprint that `datasets` computes."""
         return self._identity
+
+    def content(self) -> str:
+        """The commit."""
+        return self.commit() or ""
+
+    def commit(self) -> str | None:
+        """The commit of a data set of the hub."""
+        return hub_revision(self._table) if self._store else None
+
+
+def hub_revision(table: Any) -> str | None:
+    """The commit at which a data set from the hub was read; None for local data or if `datasets` does not record it."""
+    named = [str(name) for name in (getattr(table.info, "download_checksums", None) or {})]
+    found = [match for name in named if name.startswith("hf://") and (match := re.search(r"@([0-9a-f]{40})/", name))]
+    if found:
+        return found[0][1]
+    folders = (Path(file["filename"]).parent.name for file in table.cache_files)  # .../CONFIG/VERSION/COMMIT/...
+    return next((folder for folder in folders if re.fullmatch(r"[0-9a-f]{40}", folder)), None)
 
 
 def hub_store(name: str) -> tuple[Path, ...]:

@@ -55,6 +55,10 @@ class RecordSource(ABC):
         """A hash that copies in other places share; empty where none is known."""
         return ""
 
+    def commit(self) -> str | None:
+        """The commit of a data set of the hub."""
+        return None
+
     def where(self, row: int) -> Where:
         """The place of a record, for messages."""
         return Where(file=self.path, line=None, row=row)
@@ -156,6 +160,10 @@ class Selection(RecordSource):
     def content(self) -> str:
         """See `RecordSource.content`."""
         return self.source.content()
+
+    def commit(self) -> str | None:
+        """See `RecordSource.commit`."""
+        return self.source.commit()
 
 
 def require_file(path: Path) -> None:

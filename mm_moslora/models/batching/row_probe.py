@@ -33,7 +33,8 @@ _LAYERS = 8
 """Most layers, where no list in the configuration shows when all kinds have occurred."""
 _FEWER = {
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2,
-    "moe_k": 2, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, "vocab_size_per_layer_input": _WORDS,
+    "num_experts_per_token": 2, "moe_k": 2, "n_group": 1, "num_expert_group": 1, "topk_group": 1,
+    "num_nextn_predict_layers": 0, "vocab_size_per_layer_input": _WORDS,
 }  # fmt: skip
 _NARROW = {"hidden_size": 64, "d_model": 64, "n_embd": 64, "word_embed_proj_dim": 64, "lru_width": 64}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "n_head": 4, "n_heads": 4}
@@ -83,7 +84,7 @@ def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
                 set_attention(made, choose_attention(made, attention, device=torch.device("cpu")).name)
                 return RowFinding(moved=_moved(made))
         except Exception as error:  # configurations fit together in ways that only their classes know
-            fault = f"{type(error).__name__}: {reason_of(error)}"
+            fault = fault or f"{type(error).__name__}: {reason_of(error)}"
     return RowFinding(moved=None, fault=fault)
 
 

@@ -102,7 +102,7 @@ def _of_an_adapter(model: str, base: str) -> str:
 
 
 def _training(checkpoint: Path, recipe: Recipe) -> str:
-    manifest = read_json(checkpoint / MANIFEST, below=checkpoint)
+    manifest = read_json(checkpoint / MANIFEST)
     counters = manifest["counters"]
     trained = sum(math.prod(shape) for shape in manifest["trainable"].values())
     adapter = recipe.adapter

@@ -196,7 +196,7 @@ def is_timm_folder(folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         return False
-    content = read_json(file)
+    content = read_json(file, linked=True)
     return "architecture" in content and content.get("model_type", "timm_wrapper") == "timm_wrapper"
 
 
@@ -210,7 +210,7 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
 
     folder = Path(name)
     if folder.is_dir():
-        content = read_json(folder / "config.json")
+        content = read_json(folder / "config.json", linked=True)
         architecture, pretrained_cfg = content["architecture"], content.get("pretrained_cfg", {})
         tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=architecture))
         if weights:
@@ -272,7 +272,7 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
 
     folder = Path(name)
     if folder.is_dir():
-        content = read_json(folder / "open_clip_config.json")
+        content = read_json(folder / "open_clip_config.json", linked=True)
         architecture, preprocess = content["model_cfg"], content.get("preprocess_cfg", {})
     else:
         architecture, preprocess = get_model_config(name), {}

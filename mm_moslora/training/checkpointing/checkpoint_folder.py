@@ -290,7 +290,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
 def parse_manifest(path: Path) -> Manifest:
     """Read `manifest.json` without checking the files that it names; see `read_manifest`."""
     try:
-        data = files.read_json(path, below=path.parent)
+        data = files.read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent} has no {MANIFEST}, so it is not a complete checkpoint. Choose another checkpoint folder."

@@ -48,7 +48,7 @@ def settings_of(recipe: YamlRecipe) -> dict[str, Any]:
     found = {key: value for key, value in leaves(recipe.to_dict()).items() if not may_differ_by_host(key, value)}
     if str(zero := found.get("train.zero", "")).endswith(".json"):
         try:
-            found |= leaves(read_json(Path(zero).expanduser()), "train.zero.") | {"train.zero": "a file"}
+            found |= leaves(read_json(Path(zero).expanduser(), linked=True), "train.zero.") | {"train.zero": "a file"}
         except (OSError, ValueError) as error:
             found["train.zero"] = f"a file that cannot be read ({error})"
     return found

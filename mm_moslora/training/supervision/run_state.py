@@ -88,7 +88,7 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
 def _read_state(folder: Path) -> dict[str, Any] | None:
     """The current content of the file; None where it is missing or damaged."""
     try:
-        return dict(read_json(folder / STATE, below=folder))
+        return dict(read_json(folder / STATE))
     except (OSError, ValueError, TypeError):
         return None
 

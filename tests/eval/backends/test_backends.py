@@ -505,6 +505,26 @@ def test_a_workbook_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytes
         ReplayModel(bomb)
 
 
+@pytest.mark.parametrize("kind", ["UTF-16", "encrypted", "an unknown compression", "damaged"])
+def test_a_workbook_of_an_odd_kind_is_one_error(kind: str, tmp_path: Path) -> None:
+    sheet = '<!DOCTYPE x [<!ENTITY a "aaaa">]><worksheet>&a;</worksheet>'.encode("utf-16")
+    path = tmp_path / "a.xlsx"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as book:
+        book.writestr("xl/worksheets/sheet1.xml", sheet)
+    data = bytearray(path.read_bytes())
+    entry, start = data.index(b"PK\1\2"), data.index(b"sheet1.xml") + len("sheet1.xml")
+    if kind == "encrypted":
+        data[6] |= 1
+        data[entry + 8] |= 1
+    elif kind == "an unknown compression":
+        data[8] = data[entry + 10] = 99
+    elif kind == "damaged":
+        data[start : start + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    with pytest.raises(EvalError, match=r"a\.xlsx is no workbook that can be read"):
+        ReplayModel(path)
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [("a.xlsx", b"no zip"), ("b.xlsx", None), ("c.jsonl", b'{"doc_id": 1, "resps": []}\n'), ("d.jsonl", b"[" * 99999)],

@@ -98,8 +98,8 @@ def test_a_judge_that_cannot_be_read_leaves_the_task_unscored_until_it_is_mended
         result = score_folder(view, judge=judge_at(server.url, tmp_path))
         assert math.isnan(result.score)
         assert eval_commands.exit_code([result]) == 3
-        assert f"replies to {COUNT} of {COUNT} answers cannot be read" in result.about["unscored"]
-        assert result.about["judge"]["unreadable"] == len(server.payloads) == 5 * COUNT
+        assert f"replies to 2 of {COUNT} answers cannot be read, so nothing more is asked" in result.about["unscored"]
+        assert 2 * 5 <= result.about["judge"]["unreadable"] <= len(server.payloads) < 5 * COUNT / 2
         assert result.counts.failed == result.counts.not_inferable == 0
         assert not any(SAID in remark for remark in result.remarks)
         assert not list((tmp_path / "judge").glob("*.json"))
@@ -233,7 +233,7 @@ def test_ratings_off_the_scale_are_no_score(reply: str, tmp_path: Path) -> None:
     with serve(lambda _: reply) as server:
         result = score_folder(view, judge=judge_at(server.url, tmp_path))
     assert math.isnan(result.score)
-    assert f"replies to {COUNT} of {COUNT} answers cannot be read" in result.about["unscored"]
+    assert f"replies to 2 of {COUNT} answers cannot be read" in result.about["unscored"]
 
 
 def test_a_reply_with_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:

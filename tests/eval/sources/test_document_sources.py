@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,8 @@ def test_llava_conversations_give_one_document_per_pair(tmp_path: Path) -> None:
         ("{broken", "line 1 is not valid JSON"),
         ("[1, 2]", "record 1 is a int"),
         ('{"question_id": 1, "answer": "a"}', "needs `question_id` and `text`"),
+        ('{"question_id": NaN, "text": "q", "answer": "a"}', "needs `question_id` and `text`"),
+        ('{"question_id": [1], "text": "q", "answer": "a"}', "needs `question_id` and `text`"),
         ('{"id": "x", "conversations": [{"from": "human", "value": "q"}]}', "human/gpt pairs"),
         ('{"id": "x", "conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]}', "are from"),
     ],
@@ -176,6 +179,26 @@ def test_an_invalid_llava_file_is_refused(tmp_path: Path, line: str, message: st
     path.write_text(line + "\n")
     with pytest.raises(EvalError, match=message):
         get_task(f"llava:{path}").load()
+
+
+def test_an_answer_that_is_no_text_is_a_fault_of_its_question(tmp_path: Path) -> None:
+    rows = [{"question_id": number, "text": "q", "answer": "a"} for number in range(7)]
+    for row, odd in zip(rows[:4], ({"x": 1}, math.nan, [["a"]], [{"text": "a"}]), strict=True):
+        row["answer"] = odd
+    rows[4:] = [rows[4] | {"answers": [{"answer": "a"}, {"answer": "b"}]}, rows[5] | {"answer": 3}, rows[6]]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = get_task(f"llava:{path}").load().documents
+    assert ["expected text" in (document.problem or "") for document in documents] == 4 * [True] + 3 * [False]
+    assert [document.answers for document in documents[4:]] == [("a", "b"), ("3",), ("a",)]
+
+
+@pytest.mark.parametrize("protocols", ["{a: [1]}", "{a: x}", "[a]", "x", "{}"])
+def test_protocols_of_another_form_are_refused(tmp_path: Path, protocols: str) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(f"name: t\nprotocols: {protocols}\n")
+    with pytest.raises(EvalError, match="`protocols` must map names"):
+        load_file(path)
 
 
 def test_llava_image_tags_that_differ_from_the_images_are_a_counted_failure(tmp_path: Path) -> None:
