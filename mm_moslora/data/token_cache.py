@@ -2,14 +2,17 @@
 
 A cache is named by a hash of its inputs: the source's content, tokenizer, template, length limit. The first process
 builds it while the others wait; it appears complete or not at all. An image is stored as one id, however many tokens it
-expands to.
+expands to. Checksums find damage: a record is then tokenised again, and a cache with a damaged table is built again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +28,16 @@ from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import building, is_built, read_json, sync
+from mm_moslora.utils.files import building, is_built, read_json, set_aside, sha256_of, sync
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Version of the format, part of a cache's name."""
 _ROWS = 512
 """Records that a process tokenises at a time."""
+_SUMMED, _SUMS = ("table.npy", "faults.json"), "sums.json"
+"""Files that are read as a whole, and the file with their sha256, which caches of earlier versions lack."""
 
 Encode = Callable[[Record], Encoded]
 
@@ -54,7 +61,8 @@ class _Rows:
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     table: NDArray[np.int32]
-    """One row per record: stored ids, expanded length, images, images named, turns dropped."""
+    """One row per record: stored ids, expanded length, images, images named, turns dropped, checksum of the stored ids
+    and their flags. Tables of earlier versions lack the last one."""
     faults: list[_Fault]
 
 
@@ -64,14 +72,21 @@ class TokenCache:
     Args:
         folder: a finished cache.
         source: the source of its records.
+        encode: tokenises a record whose tokens are damaged.
         image_token_id: the id of the image placeholder.
         tokens_per_image: tokens that an image expands to; 1 where the cache holds every picture's tokens.
+
+    Raises:
+        OSError, ValueError: it is damaged.
     """
 
     def __init__(
-        self, folder: Path, source: RecordSource, *, image_token_id: int | None, tokens_per_image: int
+        self, folder: Path, source: RecordSource, *, encode: Encode, image_token_id: int | None, tokens_per_image: int
     ) -> None:
-        self.source, self.image_token_id, self.tokens_per_image = source, image_token_id, tokens_per_image
+        self.folder, self.source, self.encode = folder, source, encode
+        self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
+        if (folder / _SUMS).exists() and read_json(folder / _SUMS) != _sums(folder):
+            raise ValueError("the checksum of its table differs")
         self._ids = np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")
         self._supervised = np.memmap(folder / "supervised.bin", dtype=np.bool_, mode="r")
         table = np.load(folder / "table.npy")
@@ -81,6 +96,7 @@ class TokenCache:
         self.dropped: NDArray[np.int32] = table[:, 4]
         """Turns that did not fit."""
         self._images = table[:, 2]
+        self._checksums = table[:, 5] if table.shape[1] > 5 else None
         self._starts = np.concatenate([[0], np.cumsum(table[:, 0], dtype=np.int64)])
         faults = read_json(folder / "faults.json", list)
         self.faults = {fault.row: fault for fault in (_Fault(*item) for item in faults)}
@@ -101,7 +117,11 @@ class TokenCache:
         if row in self.faults:
             raise self.fault(row)
         part = slice(self._starts[row], self._starts[row + 1])
-        ids, supervised = np.array(self._ids[part], dtype=np.int64), np.array(self._supervised[part])
+        stored, supervised = np.array(self._ids[part]), np.array(self._supervised[part])
+        if self._checksums is not None and _checksum(stored, supervised) != self._checksums[row]:
+            logger.warning("Record %d in the cache %s is damaged; it is tokenised again.", row, self.folder)
+            return self.encode(self.source[row])
+        ids = stored.astype(np.int64)
         if self._images[row] and self.tokens_per_image > 1:
             times = np.where(ids == self.image_token_id, self.tokens_per_image, 1)
             ids, supervised = np.repeat(ids, times), np.repeat(supervised, times)
@@ -134,15 +154,21 @@ def open_cache(
     """
     name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
     folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
-    if not is_built(folder):
-        root.mkdir(parents=True, exist_ok=True)
-        with held(root / f"{folder.name}.lock", wait=True):
-            if not is_built(folder):
-                fold = functools.partial(
-                    _first_of_images, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image
-                )
-                _build(folder, source, encode, fold, on_progress)
-    return TokenCache(folder, source, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image)
+    images = {"image_token_id": encoder.image_token_id, "tokens_per_image": tokens_per_image}
+    opened = functools.partial(TokenCache, folder, source, encode=encode, **images)
+    if is_built(folder):
+        with contextlib.suppress(OSError, ValueError):
+            return opened()
+    root.mkdir(parents=True, exist_ok=True)
+    with held(root / f"{folder.name}.lock", wait=True):
+        if is_built(folder):
+            try:
+                return opened()
+            except (OSError, ValueError) as error:
+                aside = set_aside(folder, "corrupt")
+                logger.warning("%s is damaged (%s), now %s; it is built again.", folder, error, aside.name)
+        _build(folder, source, encode, functools.partial(_first_of_images, **images), on_progress)
+    return opened()
 
 
 def _build(
@@ -187,6 +213,16 @@ def _fill(
             supervised.write(bytes(1))
     np.save(part / "table.npy", np.concatenate(tables))
     (part / "faults.json").write_text(json.dumps(faults), encoding="utf-8")
+    (part / _SUMS).write_text(json.dumps(_sums(part)), encoding="utf-8")
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in _SUMMED}
+
+
+def _checksum(ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> int:
+    """A checksum that an `int32` holds."""
+    return zlib.crc32(supervised.tobytes(), zlib.crc32(ids.tobytes())) & 0x7FFFFFFF
 
 
 def _tokenise(
@@ -194,7 +230,7 @@ def _tokenise(
 ) -> _Rows:
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-    table = np.zeros((len(rows), 5), dtype=np.int32)
+    table = np.zeros((len(rows), 6), dtype=np.int32)
     faults: list[_Fault] = []
     for place, row in enumerate(rows):
         try:
@@ -209,7 +245,10 @@ def _tokenise(
         keep = fold(tokens)
         ids.append(tokens[keep])
         supervised.append(encoded.supervised.numpy()[keep])
-        table[place] = (keep.sum(), len(tokens), encoded.images, len(record.images), encoded.dropped_turns)
+        table[place] = (
+            len(ids[-1]), len(tokens), encoded.images, len(record.images), encoded.dropped_turns,
+            _checksum(ids[-1], supervised[-1]),
+        )  # fmt: skip
     return _Rows(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
 
 

@@ -297,11 +297,18 @@ class TrainingSet:
         """One example, or None for a bad record, which is then in quarantine.
 
         Raises:
-            DataError: `on_bad` is error, or the share of bad records is too large.
+            DataError: `on_bad` is error, the share of bad records is too large, or a picture that was there when the
+                set was built is not there any more.
         """
         try:
             return self.load(index)
         except RecordError as error:
+            fetched = "://" in (error.path or "")  # not looked at before
+            if self._look and error.code is Code.IMAGE_MISSING and not fetched and index not in self.quarantine:
+                raise DataError(
+                    f"{error}. The picture was there when the run started; the record is not left out, since the run "
+                    "could not be resumed without it. Bring it back; the same command goes on from the last checkpoint."
+                ) from error
             self.quarantine.add(index, error)
             return None
 

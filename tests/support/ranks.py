@@ -20,7 +20,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 
-PATH = ("", "eval", "tests", "tests/support", "tests/builders", "tests/distributed")
+PATH = ("", "eval", "tests", "tests/support", "tests/builders", "tests/distributed", "scripts/soak")
 
 
 @dataclass
