@@ -99,14 +99,16 @@ class Chain:
         notes = self.place / f"notes-{self.number}-{self.launches}"
         return Forked(self.ranks, moved, self.run, notes=notes, world=self.world, fault=fault)
 
-    def torment(self, kinds: list[str], most: int) -> list[dict[str, Any]]:
-        """Hit the run with faults until it has had enough, or is over."""
+    def torment(self, kinds: list[str], most: int, losses: dict[int, str]) -> list[dict[str, Any]]:
+        """Hit the run with faults until it has had enough, or is over; `losses` are those of an undisturbed run."""
         told = []
         for kind in kinds[:most]:
             trial = Trial(self, kind, aim=len(told) * (STEPS - 6) // most)
             found = trial.hit()
             if found is None:
                 break
+            if KINDS[kind] != "nan" and (odd := self.odd_losses(losses, so_far=True)):
+                found["wrong"] = found["wrong"] or odd  # the first fault after which losses differ has changed them
             told.append({"kind": kind} | found)
         return told
 
@@ -121,22 +123,37 @@ class Chain:
     def compare(self, expected: tuple[dict[int, str], dict[str, str]]) -> str:
         """Differences from an undisturbed run; empty if there is none."""
         losses, trained = expected
-        found = losses_of(self.run)
-        odd = [step for step in losses if found.get(step) != losses[step] and step not in self.excused]
-        told = [f"losses of steps {odd}"] if odd else []
+        told = [odd] if (odd := self.odd_losses(losses)) else []
         if (other := weights(self.run, STEPS)) != trained:
             told.append(f"weights: {sorted(name for name in trained if other.get(name) != trained[name])}")
         return "; ".join(told)
+
+    def odd_losses(self, losses: dict[int, str], *, so_far: bool = False) -> str:
+        """Steps with another loss than in an undisturbed run, and the greatest difference; empty if there is none."""
+        found = losses_of(self.run)
+        wanted = {
+            step: loss for step, loss in losses.items() if step not in self.excused and (step in found or not so_far)
+        }
+        odd = [step for step in wanted if found.get(step) != losses[step]]
+        if not odd:
+            return ""
+        off = [
+            abs(float.fromhex(found[step]) / float.fromhex(losses[step]) - 1)
+            for step in odd
+            if found.get(step, "twice") != "twice"
+        ]
+        return f"losses of steps {odd}, by up to {max(off, default=0):.1e}"
 
 
 def losses_of(run: Path) -> dict[int, str]:
     """Losses in hex by step; a line that cannot be read is none."""
     found: dict[int, str] = {}
-    for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
+    path = run / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
             record = json.loads(line)
-            assert record["step"] not in found or "loss" not in record, f"step {record['step']} is there twice"
-            found[record["step"]] = float(record["loss"]).hex()
+            loss = float(record["loss"]).hex()
+            found[record["step"]] = "twice" if record["step"] in found else loss
     return found
 
 
@@ -175,7 +192,7 @@ def run(faults: int, place: Path, *, seed: int, disk: Path, ledger: Ledger, chai
             began = time.monotonic()
             kinds = kinds_of(chain)
             chain.rng.shuffle(kinds)
-            told = chain.torment(kinds, min(len(kinds), faults - done))
+            told = chain.torment(kinds, min(len(kinds), faults - done), expected[chain.stage, chain.world][0])
             odd = chain.finish() or chain.compare(expected[chain.stage, chain.world])
             ledger.add({
                 "chain": number, "stage": chain.stage, "ranks": chain.world, "launched": chain.launched,

@@ -62,7 +62,7 @@ def test_a_picture_that_vanishes_after_the_start_is_an_error_and_no_record_is_le
     data = make_set(path, max_bad_share=0.5)
     picture = path.parent / "images" / "5.png"
     picture.rename(picture.with_suffix(".away"))
-    with pytest.raises(DataError, match=r"5\.png.*was there when the run started.*Bring it back"):
+    with pytest.raises(DataError, match=r"5\.png.*was there when the run started, so its record is not left out"):
         data[5]
     assert data[6] is not None
     picture.with_suffix(".away").rename(picture)
