@@ -88,16 +88,15 @@ class Chain:
     def start(self, fault: dict[str, Any] | None = None, **train: Any) -> Started:
         """Give the same command again."""
         self.launches += 1
-        path = write(self.recipe(self.run, **(self.keys | train)), name=f"chain-{self.number}-{self.launches}")
-        moved = self.place / Path(path).name
-        shutil.move(path, moved)
+        path = self.place / f"chain-{self.number}-{self.launches}.yaml"
+        path.write_text(self.recipe(self.run, **(self.keys | train)).to_yaml())
         if self.launched:
             assert self.python is not None
             log = self.place / f"log-{self.number}-{self.launches}"
-            return Launched(self.python, moved, self.run, log=log, world=self.world)
+            return Launched(self.python, path, self.run, log=log, world=self.world)
         assert self.ranks is not None
         notes = self.place / f"notes-{self.number}-{self.launches}"
-        return Forked(self.ranks, moved, self.run, notes=notes, world=self.world, fault=fault)
+        return Forked(self.ranks, path, self.run, notes=notes, world=self.world, fault=fault)
 
     def torment(self, kinds: list[str], most: int, losses: dict[int, str]) -> list[dict[str, Any]]:
         """Hit the run with faults until it has had enough, or is over; `losses` are those of an undisturbed run."""
