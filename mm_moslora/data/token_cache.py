@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ def open_cache(
     """
     name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
     folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
-    images = {"image_token_id": encoder.image_token_id, "tokens_per_image": tokens_per_image}
+    images: dict[str, Any] = {"image_token_id": encoder.image_token_id, "tokens_per_image": tokens_per_image}
     opened = functools.partial(TokenCache, folder, source, encode=encode, **images)
     if is_built(folder):
         with contextlib.suppress(OSError, ValueError):

@@ -146,7 +146,11 @@ class Trial:
         if not self._await_moment(started):
             return None
         started.wait_for(lambda: bool(started.pids), LIMIT)
+        met = started.met()
         started.tell(signal.SIGKILL, ranks)
+        if not met and not wait_until(lambda: not started.alive(), 20):
+            # A rank that looks for one that is gone cannot know it; its launcher ends it.
+            started.tell(signal.SIGKILL, self.all)
         return self._must_end(started)
 
     def _stop(self) -> str | None:
@@ -228,11 +232,8 @@ class Trial:
             self._spoil(flip=flip, roots=[self.chain.run, self.chain.cache])
         spoiled, self.detail = self.spoiled, f"{'live ' if live else ''}{self.detail}"
         started = self._start()
-        if started.wait_for(lambda: started.step() >= 0, LIMIT) and self._goes_on(started):
-            if started.alive():
-                self._end(started)
-            else:
-                started.wait(LIMIT)
+        if started.wait_for(lambda: started.step() >= 0, LIMIT) and self._goes_on(started) and started.alive():
+            self._end(started)
             return WENT_ON
         codes = started.wait(LIMIT)
         if codes is not None and not any(codes):

@@ -22,7 +22,7 @@ class Started:
 
     def __init__(self, run: Path, world: int) -> None:
         self.run, self.world = run, world
-        self.began = time.monotonic()
+        self.since = time.time()
 
     @property
     def pids(self) -> list[int]:
@@ -36,6 +36,20 @@ class Started:
     def phase(self) -> str:
         """What rank 0 is doing."""
         raise NotImplementedError
+
+    def _beats(self) -> list[dict[str, Any]]:
+        """What all ranks of this start said last; empty until each has said something."""
+        found = []
+        for rank in range(self.world):
+            path = self.run / "heartbeat" / f"rank-{rank:05d}.json"
+            with contextlib.suppress(OSError, ValueError):
+                if path.stat().st_mtime >= self.since:
+                    found.append(json.loads(path.read_text()))
+        return found if len(found) == self.world else []
+
+    def met(self) -> bool:
+        """Whether all ranks have found each other."""
+        return bool(self._beats())
 
     def alive(self) -> bool:
         """Whether any of its processes runs."""
@@ -124,22 +138,12 @@ class Launched(Started):
     def __init__(self, python: Path, recipe: Path, run: Path, *, log: Path, world: int) -> None:
         super().__init__(run, world)
         self.log = log
-        self.since = time.time()
         environment = os.environ | {"NPROC": str(world), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
         words = [str(python), "-m", "mm_moslora", "launch", str(recipe)]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 words, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-
-    def _beats(self) -> list[dict[str, Any]]:
-        found = []
-        for rank in range(self.world):
-            path = self.run / "heartbeat" / f"rank-{rank:05d}.json"
-            with contextlib.suppress(OSError, ValueError):
-                if path.stat().st_mtime >= self.since:
-                    found.append(json.loads(path.read_text()))
-        return found if len(found) == self.world else []
 
     @property
     def pids(self) -> list[int]:
@@ -153,12 +157,12 @@ class Launched(Started):
     def step(self) -> int:
         """See `Started`."""
         beats = self._beats()
-        return int(beats[0]["step"]) if beats and beats[0]["phase"] != "start" else -1
+        return int(beats[0]["step"]) if beats and not beats[0]["phase"].startswith(("start", "fail")) else -1
 
     def phase(self) -> str:
         """See `Started`."""
         beats = self._beats()
-        return str(beats[0]["phase"]) if beats else "start"
+        return str(beats[0]["phase"]).partition(":")[0] if beats else "start"
 
     def ask(self, number: int, ranks: Sequence[int]) -> None:
         """To the launcher."""
@@ -190,3 +194,7 @@ def send(pid: int, number: int) -> None:
 def running(pid: int) -> bool:
     """Whether a process has not ended."""
     return Path(f"/proc/{pid}/exe").exists()
+
+
+if __name__ == "__main__":
+    print(f"{__doc__}\nA part of chaos.py; there is nothing to run.")

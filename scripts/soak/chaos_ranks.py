@@ -118,3 +118,7 @@ def _poison(fault: dict[str, Any]) -> None:
         return loss
 
     LossModule.forward = poisoned  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    print(f"{__doc__}\nA part of chaos.py; there is nothing to run.")

@@ -67,6 +67,8 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.unfinished is not None:
+            self._abandon(self.unfinished)
         self.process.stdin.close()
         self.process.wait(timeout=120)
 
