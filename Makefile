@@ -1,4 +1,4 @@
-# make quickstart | test | test-extras | test-versions | newest | extras | check | smoke | gpu | gpu-wheels | clean. Each sets up .venv on first use and is fast the second time.
+# make quickstart | test | test-extras | test-versions | newest | extras | check | docs | smoke | gpu | gpu-wheels | clean. Each sets up .venv on first use and is fast the second time.
 # PYTHON chooses the interpreter (3.11 or later): make test PYTHON=python3.12
 
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do command -v $$name && break; done)
@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image newest extras check gpu gpu-wheels clean
+.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image newest extras check docs gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
@@ -31,6 +31,7 @@ help:
 	@echo "make newest      the same part on Python 3.13 and the index's newest torch, a CUDA build of 6 GB"
 	@echo "make extras      whether every extra of pyproject.toml can be installed"
 	@echo "make check       format, lint, types, import layers and circles, shell scripts"
+	@echo "make docs        the documents as a site with an API reference, into build/site; links are checked"
 	@echo "make gpu         tests/gpu and the benchmark on a GPU, with the Python that is there (PYTHON=...); again until done"
 	@echo "make gpu-wheels  what a bare GPU machine lacks, into build/gpu_wheels"
 	@echo "make clean       remove the environment, caches and build products; runs/ stays"
@@ -88,6 +89,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check_imports.py
 	$(BIN)/shellcheck -x .ci/run $$(find scripts -name '*.sh' -o -name '*.sbatch')
 
+docs: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet --strict
+
 # TORCH=cpu: a torch without CUDA, 0.2 GB instead of 3, from PyTorch's own index.
 TORCH ?=
 $(BIN)/python:
@@ -115,6 +119,14 @@ $(EXTRAS)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  $$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	$(EXTRAS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,trackio,mlflow,liger]'
+	@touch $@
+
+# The site's generator reads the sources without importing them, so it needs nothing of the project.
+$(VENV)/docs/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)/docs/packages.txt
+	$(VENV)/docs/bin/python -m pip install --disable-pip-version-check --quiet --requirement $(VENV)/docs/packages.txt
 	@touch $@
 
 # Both on CUDA builds of torch 2.11, the only ones on the index, which run on CPUs, too. Files that are the same are hard

@@ -9,6 +9,7 @@ Imports inside functions and under TYPE_CHECKING count. `tests/packaging/test_im
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ import grimp
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = {"mm_moslora": CHECKOUT / "mm_moslora", "mm_moslora_eval": CHECKOUT / "eval" / "mm_moslora_eval"}
+SCRIPTS = CHECKOUT / "scripts"
 PICTURE = CHECKOUT / "docs" / "architecture.md"
 BEGIN, END = "<!-- imports:begin -->", "<!-- imports:end -->"
 LIMIT = 14
@@ -33,6 +35,19 @@ def file_graph(packages: Iterable[str] = PACKAGES) -> dict[str, set[str]]:
     """Modules that each module imports."""
     graph = grimp.build_graph(*packages, cache_dir=None)
     return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+
+
+def script_graph(folder: Path) -> dict[str, set[str]]:
+    """Scripts of a folder, by the names of their files, that each script imports."""
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.py"))}
+    graph: dict[str, set[str]] = {name: set() for name in trees}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & trees.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module in trees:
+                graph[name].add(node.module)
+    return graph
 
 
 def circle(graph: Graph) -> list[str]:
@@ -70,16 +85,19 @@ def names_used_twice(folders: Iterable[Path]) -> Iterator[str]:
             yield f"{name} occurs {len(found)} times ({folders_of}). Rename all but one."
 
 
-def faults(packages: Mapping[str, Path] = PACKAGES) -> list[str]:
+def faults(packages: Mapping[str, Path] = PACKAGES, scripts: Path = SCRIPTS) -> list[str]:
     """One line per fault.
 
     Args:
         packages: name, importable, to folder.
+        scripts: folder of programs that import each other by the names of their files.
     """
-    found = [*full_folders(packages.values()), *names_used_twice(packages.values())]
-    if ring := circle(file_graph(packages)):
-        found.append(f"Circle of imports: {' -> '.join(ring)}. Move what both need into a module below.")
-    return found
+    rings = filter(None, (circle(file_graph(packages)), circle(script_graph(scripts))))
+    return [
+        *full_folders(packages.values()),
+        *names_used_twice(packages.values()),
+        *(f"Circle of imports: {' -> '.join(ring)}. Move what both need into a module below." for ring in rings),
+    ]
 
 
 def package_of(module: str) -> str:

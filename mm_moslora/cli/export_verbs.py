@@ -120,7 +120,7 @@ def _hand_on(
     from mm_moslora.models.export.export_huggingface import export_lora, export_model, merge_adapter
     from mm_moslora.models.export.model_card import write_card
     from mm_moslora.models.load_model import load
-    from mm_moslora.training.precision import dtype_of
+    from mm_moslora.models.precision import dtype_of
 
     refuse_full_folder(output)  # before minutes of loading
     if to == "lora":

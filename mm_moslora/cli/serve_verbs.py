@@ -126,8 +126,8 @@ def serve(
     further = parse_adapters(adapter)
 
     def load() -> Models:
+        from mm_moslora.models.precision import dtype_of
         from mm_moslora.serve.inference.served_models import load_models
-        from mm_moslora.training.precision import dtype_of
 
         return load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
 

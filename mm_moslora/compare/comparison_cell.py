@@ -283,7 +283,7 @@ def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str
     from mm_moslora_eval.run.evaluate_suite import evaluate
     from mm_moslora_eval.run.task_runner import Settings as EvalSettings
 
-    from mm_moslora.training.run_setup import seed_everything
+    from mm_moslora.utils.distributed import seed_everything
 
     seed_everything(job.recipe.train.seed)  # a new projector is drawn, and replaced by the trained one
     model = open_model(str(job.place), precision=job.recipe.train.precision, features=job.feature_cache)

@@ -25,10 +25,10 @@ from mm_moslora.diffusion.latent_batches import LatentBatches
 from mm_moslora.diffusion.pipeline_families import PipelineFamily, load_family
 from mm_moslora.diffusion.subject_pictures import PictureSet, PromptedPicture, subject_pictures
 from mm_moslora.diffusion.tiny_pipelines import drawn_pictures
+from mm_moslora.models.precision import dtype_of
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import MIXERS
-from mm_moslora.training.precision import dtype_of
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError
 

@@ -23,6 +23,7 @@ from mm_moslora.diffusion.diffusion_setup import DiffusionRun, make_accelerator,
 from mm_moslora.diffusion.pipeline_families import need_diffusers
 from mm_moslora.diffusion.subject_pictures import generator
 from mm_moslora.diffusion.subject_scores import log_scores
+from mm_moslora.models.precision import resolve_precision, run_arithmetic
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend, folder_name
@@ -32,7 +33,6 @@ from mm_moslora.training.metrics.mixer_metrics import (
     keep_start,
     write_mixers,
 )
-from mm_moslora.training.precision import resolve_precision, run_arithmetic
 from mm_moslora.training.run_logging import only_measuring, peak_memory_gib
 from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe

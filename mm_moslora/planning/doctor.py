@@ -256,7 +256,7 @@ def _precision() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-    from mm_moslora.training.precision import dtype_of, resolve_precision
+    from mm_moslora.models.precision import dtype_of, resolve_precision
 
     torch = importlib.import_module("torch")
     on_gpu = torch.cuda.is_available()

@@ -24,10 +24,10 @@ from mm_moslora_eval.sources.image_controls import MODES, ImageMode
 
 from mm_moslora.config import Precision
 from mm_moslora.models.load_model import load
+from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.quickstart.instruction_data import DatasetFiles
 from mm_moslora.quickstart.quickstart_notes import kept
 from mm_moslora.reporting.verdicts import difference_of, judge_tuning
-from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_aside, sha256_of

@@ -322,10 +322,10 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     """
     from mm_moslora.kernels.attention.attention_choice import require_attention
     from mm_moslora.models.memory_efficient.compiled_layers import require_backend
+    from mm_moslora.models.precision import resolve_precision
     from mm_moslora.models.trainable_parts import adapter_config, start_folder
     from mm_moslora.models.vision.timm_open_clip_tower import require_named
     from mm_moslora.training.engine import check_engine
-    from mm_moslora.training.precision import resolve_precision
 
     model, train = recipe.model, recipe.train
     check_zero(train, recipe.adapter)  # again: a resumed run may have another engine than its recipe names

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import OptimConfig, TrainConfig
 from mm_moslora.data.batch_loader import largest_batch
+from mm_moslora.models.precision import dtype_of
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver, rank_folder
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.parameter_groups import parameter_groups
-from mm_moslora.training.precision import dtype_of
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import RandomState, Snapshot, load_optimizer, moving_statistics, snapshot
 from mm_moslora.utils import distributed, files

@@ -18,13 +18,14 @@ from mm_moslora.adapters.methods.peft_methods import restore_method
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.models.model_paths import CONTENTS, same_parts
+from mm_moslora.models.precision import resolve_precision
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, rank_folder, read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
-from mm_moslora.training.precision import resolve_precision
 from mm_moslora.training.preflight import refuse_resume
-from mm_moslora.training.run_setup import Run, seed_everything
+from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import RandomState, load_optimizer, moving_statistics
 from mm_moslora.utils import distributed
+from mm_moslora.utils.distributed import seed_everything
 from mm_moslora.utils.errors import CheckpointError, ConfigError
 from mm_moslora.utils.run_paths import checkpoints, is_adapter, projector_file, resume_folder
 

@@ -4,51 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters import Samples
-from mm_moslora.adapters.tree import adapted_layers
-from mm_moslora.batch import Example, join_images
-from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe, TrainConfig
+from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
-from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.kernel_selection import attention_words, choose_kernels, use_kernels
+from mm_moslora.models.memory_efficient.kernel_selection import Kernels, attention_words, choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
 from mm_moslora.models.model_paths import resolve_model_paths, trained_on
+from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
 from mm_moslora.models.processing.image_processing import dummy_image_example
-from mm_moslora.models.projectors.projector_start import (
-    embedding_scale,
-    embedding_size,
-    fit_to_words,
-    fold_into,
-    inputs_of,
-    last_layer,
-    linear_layers,
-)
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table, reads_data
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
-from mm_moslora.models.vlm import image_features, is_multimodal, needs_padding
+from mm_moslora.models.vlm import is_multimodal, needs_padding
 from mm_moslora.training.engine import (
     Engine,
     LossModule,
@@ -59,8 +44,8 @@ from mm_moslora.training.engine import (
 )
 from mm_moslora.training.engine.ulysses import row_share, share_rows
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
+from mm_moslora.training.model_start import resumed_start, start_adapter, start_projector
 from mm_moslora.training.parameter_groups import parameter_groups
-from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.preflight import check_model, refuse_folder
 from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
@@ -68,16 +53,10 @@ from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.progress_bar import Progress
-from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
+from mm_moslora.utils.run_paths import RUN_LOCK
 from mm_moslora.utils.untrusted_files import read_text_below
 
 logger = logging.getLogger(__name__)
-
-
-PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
-"""Numbers of pictures: few for the scale, more for the spread of every dimension, most for the fit to answers."""
-SAMPLES_TO_START = 256
-"""Samples for an adapter whose start reads data."""
 
 
 @contextmanager
@@ -119,12 +98,6 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's and torch's generators, differently on every rank, so that dropout masks differ."""
-    random.seed(seed)
-    torch.manual_seed(seed * 10_007 + distributed.rank())
-
-
 @dataclass(kw_only=True)
 class Run:
     """The parts of a training run."""
@@ -159,7 +132,6 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     """Assemble model, data and engine, in this order, and log the trainable parameters. A checkpoint helps to find
     models that were moved."""
     recipe = recipe.for_ranks(distributed.world_size())
-    folder = Path(recipe.train.output)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     lean = recipe.model.lean_layers and recipe.train.compile is None
     kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean, dtype=dtype_of(precision))
@@ -168,7 +140,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     micro_tokens = token_budget(recipe, parts, precision=precision)
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
-        model_start, adapter_start = _start_of(recipe.model, parts, recipe.adapter, checkpoint)
+        model_start, adapter_start = resumed_start(recipe.model, parts, recipe.adapter, checkpoint)
     with distributed.failing_together("Loading the model"):  # under ZeRO-3 rank 0 alone reads its weights
         place = weights_place(recipe.train, quantised=is_quantised(model_start))
         assembly = load_parts(model_start, dtype=dtype_of(precision), device=place)
@@ -180,55 +152,25 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     recipe = _as_asked(recipe, assembly, training_set)
     validation_set = _data_set(recipe, assembly, validation=True)
     if checkpoint is None or late:
-        _start_projector(model_start.projector, assembly, training_set)
+        start_projector(model_start.projector, assembly, training_set)
     if late:
-        _start_from_data(assembly, recipe, adapter_start, training_set)
+        start_adapter(assembly, recipe, adapter_start, training_set)
     if distributed.is_main():
         for line in trainable_table(assembly):
             logger.info("%s", line)
     model = assembly.model.train()
-    attention = AttentionChoice(name="")
-    if not needs_padding(model):
-        with distributed.failing_together("Choosing the attention"):
-            attention = choose_attention(model, recipe.model.attention, device=distributed.device())
-        set_attention(model, attention.name, native=kernels.native)
-    attention = replace(attention, words=attention.words or attention_words(model, kernels))
-    _say_what_runs(attention, precision)
-    if (together := recipe.train.sequence_parallel) > 1:
-        prepare_deepspeed(recipe.train.zero)
-        share_rows(model, together)
-    use_loss_head(model)
-    if recipe.model.lean_layers:
-        use_lean_layers(model)
-    _checkpoint(model, recipe.train)
-    if recipe.train.compile is not None:
-        compile_layers(model, recipe.train.compile)
+    _choose_attention(model, recipe, kernels, precision)
+    _save_memory(model, recipe)
     if (note := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
         logger.info("%s", note)
-    settings = OptimizerSettings(
-        betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
-    )
-    dummy = dummy_image_example(assembly.image_processing) if assembly.image_processing else None
-    module = LossModule(
-        model, dummy, memory=StepFeatureCache(_feature_store(recipe.model, model)), share=row_share(together)
-    )
-    assembled = is_multimodal(model) and not assembly.is_pretrained_vlm
-    projector = dict(model.model.multi_modal_projector.state_dict()) if assembled else {}
-    newline = newline_of(model) if assembled else None
-    projector |= {} if newline is None else {NEWLINE: newline}
-    frozen_projector = {
-        name: value.detach().float().cpu().clone()
-        for name, value in projector.items()
-        if distributed.is_main() and recipe.model.projector.mode == "frozen"
-    }
-    groups = parameter_groups(module, recipe.optim)
-    engine = build_engine(module, groups, recipe.train, precision=precision, optimizer=settings)
+    frozen_projector = _frozen_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
+    engine = _engine(assembly, recipe, precision)
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
     if distributed.is_main():
         keep_start(model, state)
     return Run(
-        recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
-        validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
+        recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly,
+        training_set=training_set, validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
         limit=MicroBatchLimit(
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
@@ -236,14 +178,58 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     )  # fmt: skip
 
 
-def _checkpoint(model: PreTrainedModel, train: TrainConfig) -> None:
-    """Recompute layers in the backward pass as the recipe says, with their inputs in main memory if it says so."""
-    if again := train.gradient_checkpointing:
+def _choose_attention(model: PreTrainedModel, recipe: Recipe, kernels: Kernels, precision: str) -> None:
+    """Set the attention kernel, and the part of every row that this rank computes; log what runs."""
+    attention = AttentionChoice(name="")
+    if not needs_padding(model):
+        with distributed.failing_together("Choosing the attention"):
+            attention = choose_attention(model, recipe.model.attention, device=distributed.device())
+        set_attention(model, attention.name, native=kernels.native)
+    _say_what_runs(replace(attention, words=attention.words or attention_words(model, kernels)), precision)
+    if recipe.train.sequence_parallel > 1:
+        prepare_deepspeed(recipe.train.zero)
+        share_rows(model, recipe.train.sequence_parallel)
+
+
+def _save_memory(model: PreTrainedModel, recipe: Recipe) -> None:
+    """The head over supervised positions only; lean, recomputed, offloaded and compiled layers, as the recipe asks."""
+    use_loss_head(model)
+    if recipe.model.lean_layers:
+        use_lean_layers(model)
+    if again := recipe.train.gradient_checkpointing:
         checkpoint_layers(model.get_decoder(), None if again is True else again)
-    if train.vision_gradient_checkpointing and is_multimodal(model):
+    if recipe.train.vision_gradient_checkpointing and is_multimodal(model):
         checkpoint_layers(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
-    if train.activation_offload:
+    if recipe.train.activation_offload:
         offload_inputs(model)
+    if recipe.train.compile is not None:
+        compile_layers(model, recipe.train.compile)
+
+
+def _frozen_projector(assembly: Parts) -> dict[str, Tensor]:
+    """Full weights of the projector on rank 0, before ZeRO-3 shards them; empty on others and without a projector."""
+    model = assembly.model
+    if not distributed.is_main() or not is_multimodal(model) or assembly.is_pretrained_vlm:
+        return {}
+    weights: dict[str, Tensor] = dict(model.model.multi_modal_projector.state_dict())
+    if (newline := newline_of(model)) is not None:
+        weights[NEWLINE] = newline
+    return {name: value.detach().float().cpu().clone() for name, value in weights.items()}
+
+
+def _engine(assembly: Parts, recipe: Recipe, precision: str) -> Engine:
+    """The model with its loss, on the engine that the recipe names."""
+    model, optim = assembly.model, recipe.optim
+    dummy = dummy_image_example(assembly.image_processing) if assembly.image_processing else None
+    module = LossModule(
+        model,
+        dummy,
+        memory=StepFeatureCache(_feature_store(recipe.model, model)),
+        share=row_share(recipe.train.sequence_parallel),
+    )
+    optimizer = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
+    groups = parameter_groups(module, optim)
+    return build_engine(module, groups, recipe.train, precision=precision, optimizer=optimizer)
 
 
 def _say_what_runs(attention: AttentionChoice, precision: str) -> None:
@@ -269,24 +255,6 @@ def _say_what_runs(attention: AttentionChoice, precision: str) -> None:
             "micro-batches must fit the smallest GPU.",
             listed,
         )
-
-
-def _start_of(
-    given: ModelConfig, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path
-) -> tuple[ModelConfig, AdapterConfig]:
-    """The source of a resumed run's initial weights: its checkpoint, where the original ones are gone.
-
-    `model` is `given`, the recipe's, as `resolve_model_paths` found it.
-
-    Trained weights are loaded from the checkpoint's state later, so only frozen parts and shapes depend on this.
-    """
-    weights, kept = given.projector.weights, checkpoint / "projector.safetensors"
-    fresh = weights is None and model.vlm is None and not model.projector_trains and kept.is_file()
-    if fresh or (weights and not projector_file(model.projector.weights or "").is_file()):
-        model = replace(model, projector=replace(model.projector, weights=str(kept)))
-    if adapter.weights and not is_adapter(adapter.weights):
-        adapter = replace(adapter, weights=str(checkpoint / "adapter"))
-    return model, adapter
 
 
 def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:
@@ -336,155 +304,6 @@ def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool, settle: bool
         quarantine_path=Path(recipe.train.output) / name,
         on_progress=progress.of,
     )
-
-
-def _start_from_data(assembly: Parts, recipe: Recipe, adapter: AdapterConfig, data: TrainingSet) -> None:
-    """Add an adapter whose start reads samples of the training data; a resumed run reads the same again.
-
-    Every rank reads the same samples and then takes the values of rank 0.
-    """
-    model = assembly.model
-    if model.device.type != distributed.device().type:
-        cast(nn.Module, model).to(distributed.device())
-    if is_multimodal(model) and not assembly.is_pretrained_vlm:  # a new projector starts otherwise on every rank
-        for value in model.model.multi_modal_projector.parameters():
-            distributed.take_from_main(value.data)
-    with distributed.failing_together("Starting the adapter from data"):
-        samples = Samples(
-            batches=partial(_batches, model, data), progress=lambda what, total: Progress(what, total).update
-        )
-        wrapped = attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed, samples=samples)
-    layers = [] if wrapped is None else [layer for _, layer in adapted_layers(wrapped)]
-    tensors = [value.data for layer in layers for value in cast(nn.Module, layer).parameters()]
-    shapes = distributed.gather_objects([tuple(value.shape) for value in tensors])
-    if any(other != shapes[0] for other in shapes):
-        raise TrainingError(
-            "The ranks start the adapter with other ranks of its layers, since their devices round otherwise. Set "
-            "adapter.peft.eva_config to {rho: 1.0}, which gives every layer the same rank."
-        )
-    for value in tensors:
-        distributed.take_from_main(value)
-    assembly.adapter_start = distributed.from_main(assembly.adapter_start)
-
-
-def _batches(model: PreTrainedModel, data: TrainingSet, size: int) -> list[dict[str, Any]]:
-    """Samples that are spread over the training data, as keyword arguments of the model with labels."""
-    count = min(len(data), SAMPLES_TO_START)
-    progress = Progress("read samples for the adapter", count)
-    examples = []
-    for place in range(count):
-        if (example := data[len(data) * place // count]) is not None:
-            examples.append(example)
-        progress.update(place + 1)
-    if not examples:
-        raise TrainingError("The adapter's start reads samples of the training data, and none of them can be used.")
-    collate = PaddedCollator(model=model)
-    batches = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
-    return [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
-
-
-@torch.no_grad()
-def _start_projector(wanted: ProjectorConfig, assembly: Parts, data: TrainingSet) -> None:
-    """Fit a new projector to pictures of the training data and their answers, as its configuration asks.
-
-    Rank 0 computes on the device that it trains on; the other ranks get its weights.
-    """
-    model = assembly.model
-    if not is_multimodal(model) or assembly.is_pretrained_vlm or wanted.weights:
-        return
-    if not (wanted.fit_to_answers or wanted.scale_to_embeddings):
-        return
-    projector = model.model.multi_modal_projector
-    with distributed.failing_together("Fitting the projector"):
-        if distributed.is_main():
-            with _vision_on_training_device(model):
-                _fit(assembly, data, to_answers=wanted.fit_to_answers)
-    weights = {name: value.cpu() for name, value in projector.state_dict().items()}
-    projector.load_state_dict(distributed.from_main(weights))
-
-
-def _fit(assembly: Parts, data: TrainingSet, *, to_answers: bool) -> None:
-    model = assembly.model
-    projector, words = model.model.multi_modal_projector, cast(Tensor, model.get_input_embeddings().weight)
-    pictures = [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE if to_answers else PICTURES_TO_SCALE)]
-    if not pictures:
-        logger.warning("The projector starts from random weights: no record of the training data has a picture.")
-        return
-    if to_answers:
-        fold_into(projector, *_feature_spread(model, pictures))
-        share = fit_to_words(projector, _features_and_words(assembly, data), size=embedding_size(words))
-        if share is not None:
-            logger.info("Projector fitted: visual tokens explain %.0f %% of the variance of the answers.", 100 * share)
-            return
-        logger.warning("The projector is not fitted to the answers: the answers, or the pictures, are all equal.")
-    factor = embedding_scale(image_features(model, torch.cat(pictures[:PICTURES_TO_SCALE])), words)
-    for parameter in last_layer(projector).parameters():
-        parameter.mul_(factor)
-    logger.info("Projector output scaled by %.3g to the norm of word embeddings.", factor)
-
-
-def _spread_out(
-    data: TrainingSet, count: int, *, on_progress: Callable[[int, int], None] | None = None
-) -> Iterator[tuple[Example, Tensor]]:
-    """Records with pictures, and their pictures or tiles ``[n, 3, H, W]``.
-
-    At most `count`, evenly spaced, since files are often sorted by content.
-    """
-    shown = [index for index in range(len(data)) if data.has_image[index]]
-    chosen = [shown[len(shown) * place // count] for place in range(count)] if len(shown) > count else shown
-    for done, index in enumerate(chosen, start=1):
-        example = data[index]
-        if example is not None and example.pictures:
-            yield example, join_images([picture.tensors for picture in example.pictures])["pixel_values"].flatten(0, -4)
-        if on_progress is not None:
-            on_progress(done, len(chosen))
-
-
-def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the input of a projector's first linear layer, ``[V]`` each, fp32.
-
-    Args:
-        model: an assembly with tower and projector on the device that it trains on.
-        pictures: real pictures, ``[n, 3, H, W]`` each.
-    """
-    with inputs_of(linear_layers(model.model.multi_modal_projector)[0]) as taken:
-        for pixels in pictures:
-            image_features(model, pixels)
-        spread, mean = torch.std_mean(taken().flatten(0, -2), dim=0, correction=0)
-    return mean, spread
-
-
-def _features_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per picture, the first layer's input ``[n, Q, V]`` and the mean word embedding of the answers ``[n, D]``."""
-    model, marks = assembly.model, torch.tensor(assembly.tokenizer.all_special_ids)
-    words = cast(Tensor, model.get_input_embeddings().weight)
-    progress = Progress("fit projector", 0, unit="picture")
-    with inputs_of(linear_layers(model.model.multi_modal_projector)[0]) as taken:
-        records = _spread_out(data, PICTURES_TO_FIT, on_progress=progress.of)
-        while some := list(islice(records, PICTURES_TO_SCALE)):
-            pixels, targets = [], []
-            for example, shown in some:
-                answers = example.input_ids[example.supervised]
-                if len(answers := answers[~torch.isin(answers, marks)]):
-                    pixels.append(shown)
-                    targets.append(words[answers].float().mean(0).expand(len(shown), -1))
-            if pixels:
-                image_features(model, torch.cat(pixels))
-                yield taken(), torch.cat(targets)
-
-
-@contextmanager
-def _vision_on_training_device(model: PreTrainedModel) -> Iterator[None]:
-    """Tower and projector on this rank's device inside the block, and then where they were."""
-    parts: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
-    before = next(parts[0].parameters()).device
-    for part in parts:
-        part.to(distributed.device())
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.to(before)
 
 
 def trainable_table(assembly: Parts) -> list[str]:

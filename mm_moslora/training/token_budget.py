@@ -8,10 +8,10 @@ from dataclasses import fields
 import torch
 
 from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.models.precision import dtype_of
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, GIB, StepMemory
-from mm_moslora.training.precision import dtype_of
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError, reason_of
 

@@ -15,6 +15,7 @@ import torch
 from mm_moslora.batch import Batch
 from mm_moslora.config import OptimConfig, Recipe
 from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.alerts import Alert
 from mm_moslora.tracking.tracker import Ending
@@ -23,7 +24,6 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Saver, amend, fo
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, set_aside_newer
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.image_dependence import ImageCheck
-from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import continued, find_resume, restore
@@ -35,6 +35,7 @@ from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.validation import Best, Measure, Validator
 from mm_moslora.utils import distributed, files, heartbeat
+from mm_moslora.utils.distributed import seed_everything
 from mm_moslora.utils.errors import CheckpointError, DivergedError, TrainingError
 from mm_moslora.utils.hardware import keep_freed_memory, spare_cores
 from mm_moslora.utils.progress_bar import Progress
@@ -113,7 +114,7 @@ def train(
         watchdog.blaming(),
         watchdog,
     ):
-        run_setup.seed_everything(recipe.train.seed)
+        seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
         recipe = recipe.for_ranks(distributed.world_size()) if found is None else continued(recipe, found[1])
         with distributed.failing_together("Checking the recipe"):
@@ -198,6 +199,7 @@ class _Loop:
         self.image_check = ImageCheck(run)
         self.log = RunLog(run, self.trackers, total_steps=self.total, steps_per_epoch=self.loader.steps_per_epoch)
         self.skipped_in_a_row = self.failed_saves = 0
+        self.last_loss = math.nan
         here = resumed_from is not None and resumed_from.resolve().parent == run.folder.resolve()
         if here and distributed.is_main():
             set_aside_newer(run.folder, run.step)

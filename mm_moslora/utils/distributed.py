@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import logging
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -59,6 +60,12 @@ def ranks_of_host() -> int:
 def is_main() -> bool:
     """Whether this is rank 0."""
     return rank() == 0
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's generators, differently on every rank, so that dropout masks differ."""
+    random.seed(seed)
+    torch.manual_seed(seed * 10_007 + rank())
 
 
 def device() -> torch.device:

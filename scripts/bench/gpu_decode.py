@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from gpu_batches import Shape, examples, padded
+from gpu_clock import Clock
 from gpu_contenders import Contender
 from gpu_models import base
 from torch import Tensor
 
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate
-
-if TYPE_CHECKING:
-    from gpu_measure import Clock
 
 BATCHES = (1, 8, 32)
 WORDS = 64

@@ -13,12 +13,11 @@ import os
 import resource
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,7 +26,9 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import torch
 import transformers
 from gpu_batches import SHAPES, Shape, batches_of, split
+from gpu_clock import STEPS, WARM_UP, Clock
 from gpu_contenders import BY_NAME, Contender
+from gpu_decode import decoding_row
 from gpu_models import LeftOutError, Runner, build, gradient_errors, needed_flops, reference
 from parent import end_with_parent
 from torch.autograd import DeviceType
@@ -35,44 +36,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mm_moslora.batch import Example
 
-T = TypeVar("T")
-WARM_UP, STEPS, FEWEST = 3, 10, 3
-"""Steps before the measured ones, measured steps, and those that are measured although the time is over."""
+FEWEST = 3
+"""Steps that are measured although the time is over."""
 MOST_PARTS = 8
 """Micro-batches that a batch is split into at most, where memory does not suffice for fewer."""
-
-
-class Clock:
-    """Times work on a device, and knows when this process should end."""
-
-    def __init__(self, device: torch.device, deadline: float) -> None:
-        self.device = device
-        self.deadline = deadline
-        """On `time.monotonic`, which all processes of a machine share."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the time of this process is over."""
-        return time.monotonic() > self.deadline
-
-    def timed(self, work: Callable[[], T]) -> tuple[float, T]:
-        """Seconds on the device, the host's waits included, and the result."""
-        if self.device.type == "cpu":
-            start = time.perf_counter()
-            result = work()
-            return time.perf_counter() - start, result
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        begin.record()
-        result = work()
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return begin.elapsed_time(end) / 1e3, result
-
-    def median(self, work: Callable[[], Any], *, warm_up: int = WARM_UP, steps: int = STEPS) -> float:
-        """Median seconds of repeated work."""
-        times = [self.timed(work)[0] for _ in range(warm_up + steps)]
-        return statistics.median(times[warm_up:])
 
 
 def ceilings(clock: Clock) -> dict[str, float]:
@@ -238,8 +205,6 @@ def row_of(contender: Contender, shape: Shape, clock: Clock) -> dict[str, Any]:
     """The figures of a contender, or why it has none."""
     try:
         if contender.kind.startswith("decode"):
-            from gpu_decode import decoding_row
-
             return decoding_row(contender, shape, clock)
         return training_row(contender, shape, clock)
     except LeftOutError as reason:

@@ -34,12 +34,12 @@ from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import Kernels, choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
 from mm_moslora.training.parameter_groups import parameter_groups
-from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 

@@ -19,6 +19,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.training import run_setup
 from mm_moslora.utils import distributed
+from mm_moslora.utils.distributed import seed_everything
 
 
 def taken(jobs: list[Job]) -> list[Outcome]:
@@ -106,7 +107,7 @@ def test_arms_with_one_seed_see_the_same_batches(tmp_path: Path, language_folder
     for arm in parse_arms("lora,tsm,moslora:orthogonal,dora", shared):
         recipe = arm.apply(shared, train__output=str(tmp_path / arm.slug), train__seed=5)
         Path(recipe.train.output).mkdir()
-        run_setup.seed_everything(5)
+        seed_everything(5)
         run = run_setup.prepare(recipe)
         start = torch.get_rng_state().tolist()
         loader = BatchLoader(

@@ -16,7 +16,7 @@ from ranks import train_recipes
 
 from mm_moslora.config import load_recipe
 from mm_moslora.tracking import Trackers
-from mm_moslora.training import run_logging, run_setup, snapshot, training_loop
+from mm_moslora.training import model_start, run_logging, snapshot, training_loop
 from mm_moslora.training.engine import Engine
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.supervision import rank_agreement
@@ -66,7 +66,7 @@ def other_version(*recipes: str) -> int:
 
 def fit_on_main_alone(outcome: str, *recipes: str) -> int:
     """What the projector is fitted to is measured on rank 0 alone; there it may fail."""
-    real = run_setup._fit
+    real = model_start._fit
 
     def fit(*arguments, **keywords):
         assert distributed.is_main(), "measured twice"
@@ -74,7 +74,7 @@ def fit_on_main_alone(outcome: str, *recipes: str) -> int:
             raise RuntimeError("no room for the tower")
         real(*arguments, **keywords)
 
-    run_setup._fit = fit
+    model_start._fit = fit
     return train_recipes(list(recipes))
 
 

@@ -1,10 +1,12 @@
-"""The notebook runs from top to bottom on a CPU, and the API reference covers every public module."""
+"""The notebook runs from top to bottom on a CPU, and the site has every page."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -26,19 +28,35 @@ def test_the_notebook_runs_and_its_model_learns(notebook: Path, tmp_path: Path, 
     assert names["difference"] < 1e-4
 
 
-def test_the_reference_has_a_page_with_every_public_name(tmp_path: Path):
-    spec = importlib.util.spec_from_file_location("api_reference", ROOT / "scripts" / "api_reference.py")
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
-    written = {path.stem: path.read_text() for path in reference.write(tmp_path / "api")}
-    index = (tmp_path / "api" / "README.md").read_text()
-    assert {
-        "mm_moslora.config",
-        "mm_moslora.adapters.moslora_config",
-        "mm_moslora_eval.run.evaluate_suite",
-    } <= written.keys()
-    assert all(f"({name}.md)" in index for name in written)
-    assert "- `rank: int = 64` r, the size of the mixer." in written["mm_moslora.config.model_config"]
-    assert "**Raises**" in written["mm_moslora.config.recipe"]
-    assert "## `PROJECTORS`" not in written["mm_moslora.models.projectors.projector"], "it has no docstring"
-    assert "_build" not in written["mm_moslora.config.strict_reading"]
+@pytest.fixture(scope="module")
+def site() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "scripts" / "docs_site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_has_every_page_and_every_module_of_the_reference(site: ModuleType):
+    nav = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    pages = {page.replace("README.md", "index.md") if page == "README.md" else page for page in pages}
+    assert sorted(nav) == sorted(pages | set(site.OUTSIDE.values()) | {f"api/{name}.md" for name in site.API})
+    for module in (module for modules in site.API.values() for module in modules):
+        assert importlib.util.find_spec(module) is not None, module
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "page", "expected"),
+    [
+        ("[a](docs/models.md#import)", "README.md", "index.md", "[a](models.md#import)"),
+        ("[a](../eval/README.md)", "docs/data.md", "data.md", "[a](evaluation.md)"),
+        ("[a](../../README.md)", "docs/tutorials/x.md", "tutorials/x.md", "[a](../index.md)"),
+        ("[a](../docs/x.png)", "eval/README.md", "evaluation.md", "[a](x.png)"),
+        ("[`a`](../mm_moslora/batch.py)", "docs/data.md", "data.md", "`a`"),
+        ("[a](https://x.org/y.md) [b](#c)", "README.md", "index.md", "[a](https://x.org/y.md) [b](#c)"),
+    ],
+)
+def test_links_of_a_checkout_lead_to_pages_of_the_site(site, text, source, page, expected):
+    assert site.linked(text, source, page) == expected

@@ -17,8 +17,8 @@ from mm_moslora.kernels.lora.lora_linear import fused_linear
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
+from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.vlm import supervised_hidden
-from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.utils.errors import ConfigError
 
 KERNELS = [name for name in get_args(get_type_hints(ModelConfig)["kernels"]) if name != "native"]

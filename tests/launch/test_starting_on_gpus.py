@@ -16,9 +16,9 @@ from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention import attention_choice, gpu_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts
+from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training import run_setup
-from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DistributedError

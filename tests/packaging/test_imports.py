@@ -33,6 +33,14 @@ def test_the_picture_of_packages_is_that_of_the_imports(check_imports: ModuleTyp
     assert check_imports.drawn(text) == text
 
 
+def test_a_circle_of_scripts_is_found(check_imports: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "one.py").write_text("def call():\n    from two import name\n")
+    (tmp_path / "two.py").write_text("import one, json\n")
+    (found,) = check_imports.faults(scripts=tmp_path)
+    assert "one -> two -> one" in found or "two -> one -> two" in found
+
+
 @pytest.mark.parametrize(
     ("closing", "fault"),
     [

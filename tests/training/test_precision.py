@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from trials import hexed, with_train
 
+from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.training import run_setup
-from mm_moslora.training.precision import run_arithmetic
 from mm_moslora.training.training_loop import train
 
 PRODUCTS = torch.backends.cuda.matmul

@@ -168,7 +168,7 @@ ALLOWED = {
     "mm_moslora/quickstart/model_assets.py:_convert_efficientnet": "a download, whose checksum was checked",
     "mm_moslora/quickstart/stamp_data.py:square": "a picture of a download, whose checksum was checked",
     "mm_moslora/serve/inference/request_images.py:_with_header": "bytes in memory",
-    "mm_moslora/training/precision.py:resolve_precision": "a file of the system",
+    "mm_moslora/models/precision.py:resolve_precision": "a file of the system",
     "mm_moslora/training/supervision/rank_agreement.py:software": "files of the package",
     "mm_moslora/training/supervision/watchdog.py:_is_sibling": "a file of the system",
     "mm_moslora/data/images/pyav_decode.py:_container": "a stream; FFmpeg opens nothing by itself",

@@ -27,7 +27,7 @@ def lm_eval_model(folder: Path, *, batch_size: int = 8, dtype: str = "auto") -> 
     except ImportError as error:
         raise EvalError(f"lm-eval is not installed ({error}); run: {install_command('lm-eval')}") from error
     from mm_moslora.models.load_model import load
-    from mm_moslora.training.precision import dtype_of, resolve_precision
+    from mm_moslora.models.precision import dtype_of, resolve_precision
     from mm_moslora.utils import distributed
 
     assembly = load(folder, dtype=dtype_of(resolve_precision(dtype)))  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ def open_model(
         from mm_moslora_eval.backends.replay_model import ReplayModel
 
         return ReplayModel(Path(rest))
-    from mm_moslora.training.precision import dtype_of, resolve_precision
+    from mm_moslora.models.precision import dtype_of, resolve_precision
     from mm_moslora.utils import distributed
 
     if distributed.device().type == "cpu":
@@ -88,7 +88,7 @@ def open_model(
     from mm_moslora.models.load_model import load, model_of, recipe_of
     from mm_moslora.models.vision.feature_cache import FeatureStore
     from mm_moslora.models.vlm import has_own_forward
-    from mm_moslora.training.run_setup import seed_everything
+    from mm_moslora.utils.distributed import seed_everything
 
     folder = find_checkpoint(Path(name))
     if untuned and not (folder / MANIFEST).is_file():

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 
-from mm_moslora.config import Precision
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 """Environment variable of transformers, for the packages of flash-attention."""
 
 
-def resolve_precision(precision: Precision) -> str:
-    """Resolve `auto` to bf16 where the hardware multiplies it fast, else to fp32."""
+def resolve_precision(precision: str) -> str:
+    """Resolve `auto` of `train.precision`: bf16 where the hardware multiplies it fast, else fp32."""
     if precision != "auto":
         return precision
     if torch.cuda.is_available():

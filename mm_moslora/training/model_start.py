@@ -1,0 +1,216 @@
+"""How new parts of a model start: an adapter from samples of the data, a projector from pictures and their answers.
+
+A resumed run takes the weights of its checkpoint instead, so `resumed_start` only has to find parts of equal shapes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mm_moslora.adapters import Samples
+from mm_moslora.adapters.tree import adapted_layers
+from mm_moslora.batch import Example, join_images
+from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe
+from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.models.assembly import Parts
+from mm_moslora.models.batching.padded_batch import PaddedCollator
+from mm_moslora.models.projectors.projector_start import (
+    embedding_scale,
+    embedding_size,
+    fit_to_words,
+    fold_into,
+    inputs_of,
+    last_layer,
+    linear_layers,
+)
+from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.models.vlm import image_features, is_multimodal
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import TrainingError
+from mm_moslora.utils.progress_bar import Progress
+from mm_moslora.utils.run_paths import is_adapter, projector_file
+
+logger = logging.getLogger(__name__)
+
+PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
+"""Numbers of pictures: few for the scale, more for the spread of every dimension, most for the fit to answers."""
+SAMPLES_TO_START = 256
+"""Samples for an adapter whose start reads data."""
+
+
+def resumed_start(
+    given: ModelConfig, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path
+) -> tuple[ModelConfig, AdapterConfig]:
+    """The source of a resumed run's initial weights: its checkpoint, where the original ones are gone.
+
+    `model` is `given`, the recipe's, as `resolve_model_paths` found it.
+
+    Trained weights are loaded from the checkpoint's state later, so only frozen parts and shapes depend on this.
+    """
+    weights, kept = given.projector.weights, checkpoint / "projector.safetensors"
+    fresh = weights is None and model.vlm is None and not model.projector_trains and kept.is_file()
+    if fresh or (weights and not projector_file(model.projector.weights or "").is_file()):
+        model = replace(model, projector=replace(model.projector, weights=str(kept)))
+    if adapter.weights and not is_adapter(adapter.weights):
+        adapter = replace(adapter, weights=str(checkpoint / "adapter"))
+    return model, adapter
+
+
+def start_adapter(assembly: Parts, recipe: Recipe, adapter: AdapterConfig, data: TrainingSet) -> None:
+    """Add an adapter whose start reads samples of the training data; a resumed run reads the same again.
+
+    Every rank reads the same samples and then takes the values of rank 0.
+    """
+    model = assembly.model
+    if model.device.type != distributed.device().type:
+        cast(nn.Module, model).to(distributed.device())
+    if is_multimodal(model) and not assembly.is_pretrained_vlm:  # a new projector starts otherwise on every rank
+        for value in model.model.multi_modal_projector.parameters():
+            distributed.take_from_main(value.data)
+    with distributed.failing_together("Starting the adapter from data"):
+        samples = Samples(
+            batches=partial(_batches, model, data), progress=lambda what, total: Progress(what, total).update
+        )
+        wrapped = attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed, samples=samples)
+    layers = [] if wrapped is None else [layer for _, layer in adapted_layers(wrapped)]
+    tensors = [value.data for layer in layers for value in cast(nn.Module, layer).parameters()]
+    shapes = distributed.gather_objects([tuple(value.shape) for value in tensors])
+    if any(other != shapes[0] for other in shapes):
+        raise TrainingError(
+            "The ranks start the adapter with other ranks of its layers, since their devices round otherwise. Set "
+            "adapter.peft.eva_config to {rho: 1.0}, which gives every layer the same rank."
+        )
+    for value in tensors:
+        distributed.take_from_main(value)
+    assembly.adapter_start = distributed.from_main(assembly.adapter_start)
+
+
+def _batches(model: PreTrainedModel, data: TrainingSet, size: int) -> list[dict[str, Any]]:
+    """Samples that are spread over the training data, as keyword arguments of the model with labels."""
+    count = min(len(data), SAMPLES_TO_START)
+    progress = Progress("read samples for the adapter", count)
+    examples = []
+    for place in range(count):
+        if (example := data[len(data) * place // count]) is not None:
+            examples.append(example)
+        progress.update(place + 1)
+    if not examples:
+        raise TrainingError("The adapter's start reads samples of the training data, and none of them can be used.")
+    collate = PaddedCollator(model=model)
+    batches = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+    return [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
+
+
+@torch.no_grad()
+def start_projector(wanted: ProjectorConfig, assembly: Parts, data: TrainingSet) -> None:
+    """Fit a new projector to pictures of the training data and their answers, as its configuration asks.
+
+    Rank 0 computes on the device that it trains on; the other ranks get its weights.
+    """
+    model = assembly.model
+    if not is_multimodal(model) or assembly.is_pretrained_vlm or wanted.weights:
+        return
+    if not (wanted.fit_to_answers or wanted.scale_to_embeddings):
+        return
+    projector = model.model.multi_modal_projector
+    with distributed.failing_together("Fitting the projector"):
+        if distributed.is_main():
+            with _vision_on_training_device(model):
+                _fit(assembly, data, to_answers=wanted.fit_to_answers)
+    weights = {name: value.cpu() for name, value in projector.state_dict().items()}
+    projector.load_state_dict(distributed.from_main(weights))
+
+
+def _fit(assembly: Parts, data: TrainingSet, *, to_answers: bool) -> None:
+    model = assembly.model
+    projector, words = model.model.multi_modal_projector, cast(Tensor, model.get_input_embeddings().weight)
+    pictures = [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE if to_answers else PICTURES_TO_SCALE)]
+    if not pictures:
+        logger.warning("The projector starts from random weights: no record of the training data has a picture.")
+        return
+    if to_answers:
+        fold_into(projector, *_feature_spread(model, pictures))
+        share = fit_to_words(projector, _features_and_words(assembly, data), size=embedding_size(words))
+        if share is not None:
+            logger.info("Projector fitted: visual tokens explain %.0f %% of the variance of the answers.", 100 * share)
+            return
+        logger.warning("The projector is not fitted to the answers: the answers, or the pictures, are all equal.")
+    factor = embedding_scale(image_features(model, torch.cat(pictures[:PICTURES_TO_SCALE])), words)
+    for parameter in last_layer(projector).parameters():
+        parameter.mul_(factor)
+    logger.info("Projector output scaled by %.3g to the norm of word embeddings.", factor)
+
+
+def _spread_out(
+    data: TrainingSet, count: int, *, on_progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[Example, Tensor]]:
+    """Records with pictures, and their pictures or tiles ``[n, 3, H, W]``.
+
+    At most `count`, evenly spaced, since files are often sorted by content.
+    """
+    shown = [index for index in range(len(data)) if data.has_image[index]]
+    chosen = [shown[len(shown) * place // count] for place in range(count)] if len(shown) > count else shown
+    for done, index in enumerate(chosen, start=1):
+        example = data[index]
+        if example is not None and example.pictures:
+            yield example, join_images([picture.tensors for picture in example.pictures])["pixel_values"].flatten(0, -4)
+        if on_progress is not None:
+            on_progress(done, len(chosen))
+
+
+def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the input of a projector's first linear layer, ``[V]`` each, fp32.
+
+    Args:
+        model: an assembly with tower and projector on the device that it trains on.
+        pictures: real pictures, ``[n, 3, H, W]`` each.
+    """
+    with inputs_of(linear_layers(model.model.multi_modal_projector)[0]) as taken:
+        for pixels in pictures:
+            image_features(model, pixels)
+        spread, mean = torch.std_mean(taken().flatten(0, -2), dim=0, correction=0)
+    return mean, spread
+
+
+def _features_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per picture, the first layer's input ``[n, Q, V]`` and the mean word embedding of the answers ``[n, D]``."""
+    model, marks = assembly.model, torch.tensor(assembly.tokenizer.all_special_ids)
+    words = cast(Tensor, model.get_input_embeddings().weight)
+    progress = Progress("fit projector", 0, unit="picture")
+    with inputs_of(linear_layers(model.model.multi_modal_projector)[0]) as taken:
+        records = _spread_out(data, PICTURES_TO_FIT, on_progress=progress.of)
+        while some := list(islice(records, PICTURES_TO_SCALE)):
+            pixels, targets = [], []
+            for example, shown in some:
+                answers = example.input_ids[example.supervised]
+                if len(answers := answers[~torch.isin(answers, marks)]):
+                    pixels.append(shown)
+                    targets.append(words[answers].float().mean(0).expand(len(shown), -1))
+            if pixels:
+                image_features(model, torch.cat(pixels))
+                yield taken(), torch.cat(targets)
+
+
+@contextmanager
+def _vision_on_training_device(model: PreTrainedModel) -> Iterator[None]:
+    """Tower and projector on this rank's device inside the block, and then where they were."""
+    parts: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
+    before = next(parts[0].parameters()).device
+    for part in parts:
+        part.to(distributed.device())
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.to(before)
