@@ -38,8 +38,6 @@ from mm_moslora.utils.progress_bar import Progress
 
 STEPS, FAULTS_PER_CHAIN, LAUNCHED_EVERY = 30, 8, 6
 STAGES, WORLDS = ("zero0", "zero1", "zero2", "zero3"), (2, 3, 4)
-IMPATIENT = {"step_timeout_minutes": 0.1, "timeout_minutes": 0.4}
-"""Limits for faults that a watchdog has to end."""
 
 
 class Chain:

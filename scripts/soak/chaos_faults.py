@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from chaos_launch import Forked, Started
 
-if TYPE_CHECKING:
-    from chaos import Chain
-
 LIMIT = 90.0
 """Seconds within which something must happen: a step, or the end of all ranks that nobody holds up."""
+IMPATIENT = {"step_timeout_minutes": 0.1, "timeout_minutes": 0.4}
+"""Limits for faults that a watchdog has to end."""
 WENT_ON, SAVED, ENDED, REFUSED = "went on", "saved and stopped", "ended", "refused until a checkpoint was restored"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -40,6 +40,26 @@ KINDS: dict[str, str] = {
 }
 OUTSIDE_ONLY = tuple(list(KINDS)[:10])
 """Those that need nothing inside of a rank."""
+
+
+class Chain(Protocol):
+    """The run that is hit."""
+
+    rng: random.Random
+    world: int
+    """Number of ranks."""
+    run: Path
+    cache: Path
+    disk: Path
+    """The folder around the run."""
+    parts: dict[str, Path]
+    launched: bool
+    """Whether `mm-moslora launch` starts it."""
+    excused: set[int]
+    """Steps whose line of metrics.jsonl was damaged."""
+
+    def start(self, fault: dict[str, Any] | None = None, **train: Any) -> Started:
+        """Give the same command again."""
 
 
 class Trial:
@@ -155,8 +175,6 @@ class Trial:
 
     def _stop(self) -> str | None:
         """The others end by their watchdog, name the rank, and it is killed, or woken and ends by itself."""
-        from chaos import IMPATIENT
-
         started = self._start(**IMPATIENT)
         if not self._await_moment(started):
             return None
