@@ -5,7 +5,6 @@ The batches depend only on the step's number, not on the number of workers or on
 
 from __future__ import annotations
 
-import logging
 import queue
 import random
 import threading
@@ -31,8 +30,6 @@ from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.launch.child_processes import fork_context
 from mm_moslora.utils import distributed
-
-logger = logging.getLogger(__name__)
 
 AHEAD = 3
 """Optimiser steps that the thread prepares ahead, or micro-batches that each worker process prepares ahead."""
@@ -194,9 +191,7 @@ class BatchLoader:
 
     def _received(self, prepared: _Prepared) -> list[Batch]:
         for number, fault in prepared.faults:
-            if number not in self.data.quarantine:
-                logger.warning("Left out: %s", fault)
-            self.data.quarantine.add(number, fault)
+            self.data.leave_out(number, fault)
         return prepared.batches or [Batch.from_examples([_empty(self.data)])]
 
     def _start_workers(self) -> Iterator[_Prepared]:

@@ -2,7 +2,8 @@
 
 A cache is named by a hash of its inputs: the source's content, tokenizer, template, length limit. The first process
 builds it while the others wait; it appears complete or not at all. Shards may tokenise a stretch each; once all are
-there, the cache is built of them. An image is stored as one id, however many tokens it expands to.
+there, the cache is built of them. An image is stored as one id, however many tokens it expands to. Checksums find
+damage: a record is then tokenised again, and a cache with a damaged table is built again.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +31,7 @@ from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard, finished
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import building, is_built, mark, read_json, remove, sync
+from mm_moslora.utils.files import building, is_built, mark, read_json, remove, set_aside, sha256_of, sync
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,9 @@ VERSION = 1
 """Version of the format, part of a cache's name."""
 _ROWS = 512
 """Records that a process tokenises at a time."""
-_LAST = "faults.json"
+_LAST, _SUMS = "faults.json", "sums.json"
+_SUMMED = ("table.npy", _LAST)
+"""Files that are read as a whole; `_SUMS` holds their sha256, which caches of earlier versions lack."""
 
 Encode = Callable[[Record], Encoded]
 
@@ -61,7 +65,8 @@ class _Rows:
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     table: NDArray[np.int32]
-    """One row per record: stored ids, expanded length, images, images named, turns dropped."""
+    """One row per record: stored ids, expanded length, images, images named, turns dropped, checksum of the stored ids
+    and their flags. Tables of earlier versions lack the last one."""
     faults: list[_Fault]
 
 
@@ -71,14 +76,21 @@ class TokenCache:
     Args:
         folder: a finished cache.
         source: the source of its records.
+        encode: tokenises a record whose tokens are damaged.
         image_token_id: the id of the image placeholder.
         tokens_per_image: tokens that an image expands to; 1 where the cache holds every picture's tokens.
+
+    Raises:
+        OSError, ValueError: it is damaged.
     """
 
     def __init__(
-        self, folder: Path, source: RecordSource, *, image_token_id: int | None, tokens_per_image: int
+        self, folder: Path, source: RecordSource, *, encode: Encode, image_token_id: int | None, tokens_per_image: int
     ) -> None:
-        self.source, self.image_token_id, self.tokens_per_image = source, image_token_id, tokens_per_image
+        self.folder, self.source, self.encode = folder, source, encode
+        self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
+        if (folder / _SUMS).exists() and read_json(folder / _SUMS) != _sums(folder):
+            raise ValueError("the checksum of its table differs")
         self._ids = np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")
         self._supervised = np.memmap(folder / "supervised.bin", dtype=np.bool_, mode="r")
         table = np.load(folder / "table.npy")
@@ -88,6 +100,7 @@ class TokenCache:
         self.dropped: NDArray[np.int32] = table[:, 4]
         """Turns that did not fit."""
         self._images = table[:, 2]
+        self._checksums = table[:, 5] if table.shape[1] > 5 else None
         self._starts = np.concatenate([[0], np.cumsum(table[:, 0], dtype=np.int64)])
         faults = read_json(folder / _LAST, list)
         self.faults = {fault.row: fault for fault in (_Fault(*item) for item in faults)}
@@ -108,7 +121,11 @@ class TokenCache:
         if row in self.faults:
             raise self.fault(row)
         part = slice(self._starts[row], self._starts[row + 1])
-        ids, supervised = np.array(self._ids[part], dtype=np.int64), np.array(self._supervised[part])
+        stored, supervised = np.array(self._ids[part]), np.array(self._supervised[part])
+        if self._checksums is not None and _checksum(stored, supervised) != self._checksums[row]:
+            logger.warning("Record %d in the cache %s is damaged; it is tokenised again.", row, self.folder)
+            return self.encode(self.source[row])
+        ids = stored.astype(np.int64)
         if self._images[row] and self.tokens_per_image > 1:
             times = np.where(ids == self.image_token_id, self.tokens_per_image, 1)
             ids, supervised = np.repeat(ids, times), np.repeat(supervised, times)
@@ -149,25 +166,37 @@ class CachePlace:
         self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
 
     def cache(self) -> TokenCache:
-        """Open the cache; build it first if it does not exist, of all its shards if they are there."""
-        with self._unless_built(self.folder) as missing:
-            parts = self._finished_shards() if missing else []
-            if missing:
-                _write(self.folder, map(_read, parts) if parts else self._tokenised(range(len(self.source))))
+        """Open the cache; build it first if it does not exist or is damaged, of all its shards if they are there."""
+        if is_built(self.folder):
+            with suppress(OSError, ValueError):
+                return self._open()
+        with self._locked(self.folder):
+            if is_built(self.folder):
+                try:
+                    return self._open()
+                except (OSError, ValueError) as error:
+                    aside = set_aside(self.folder, "corrupt")
+                    logger.warning("%s is damaged (%s), now %s; it is built again.", self.folder, error, aside.name)
+            parts = self._finished_shards()
+            _write(self.folder, map(_read, parts) if parts else self._tokenised(range(len(self.source))))
             if parts:
                 mark(self.shards, "temporary")
                 remove(self.shards)
+        return self._open()
+
+    def _open(self) -> TokenCache:
         return TokenCache(
-            self.folder, self.source, image_token_id=self._image_token_id, tokens_per_image=self._tokens_per_image
-        )
+            self.folder, self.source, encode=self._encode, image_token_id=self._image_token_id,
+            tokens_per_image=self._tokens_per_image,
+        )  # fmt: skip
 
     def fill(self, shard: Shard) -> int:
         """Tokenise the records of a shard, unless they or the whole cache are there; returns their number."""
-        numbers = shard.stretch(range(len(self.source)))
-        if not is_built(self.folder):
-            with self._unless_built(self.shards / shard.name) as missing:
-                if missing:
-                    _write(self.shards / shard.name, self._tokenised(numbers))
+        numbers, folder = shard.stretch(range(len(self.source))), self.shards / shard.name
+        if not is_built(self.folder) and not is_built(folder):
+            with self._locked(folder):
+                if not is_built(folder):
+                    _write(folder, self._tokenised(numbers))
         return len(numbers)
 
     def _finished_shards(self) -> list[Path]:
@@ -179,15 +208,10 @@ class CachePlace:
             logger.warning("%s All records of %s are tokenised here instead.", error, self.source.path)
             return []
 
-    @contextmanager
-    def _unless_built(self, folder: Path) -> Iterator[bool]:
-        """Whether a folder is missing; it is then locked."""
-        if is_built(folder):
-            yield False
-            return
+    @staticmethod
+    def _locked(folder: Path) -> AbstractContextManager[int]:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with held(folder.with_name(f"{folder.name}.lock"), wait=True):
-            yield not is_built(folder)
+        return held(folder.with_name(f"{folder.name}.lock"), wait=True)
 
     def _tokenised(self, numbers: Sequence[int]) -> Iterator[_Rows]:
         parts = [numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS)]
@@ -205,7 +229,7 @@ class CachePlace:
 
 def _write(folder: Path, found: Iterable[_Rows]) -> None:
     """Write a cache, or a shard of one; the caller holds the lock."""
-    tables: list[NDArray[np.int32]] = [np.zeros((0, 5), np.int32)]
+    tables: list[NDArray[np.int32]] = [np.zeros((0, 6), np.int32)]
     faults: list[_Fault] = []
     with building(folder) as part:
         with (part / "ids.bin").open("wb") as ids, (part / "supervised.bin").open("wb") as supervised:
@@ -219,6 +243,7 @@ def _write(folder: Path, found: Iterable[_Rows]) -> None:
                 supervised.write(bytes(1))
         np.save(part / "table.npy", np.concatenate(tables))
         (part / _LAST).write_text(json.dumps(faults), encoding="utf-8")
+        (part / _SUMS).write_text(json.dumps(_sums(part)), encoding="utf-8")
         for path in part.iterdir():
             sync(path)
 
@@ -231,6 +256,8 @@ def _read(path: Path) -> _Rows:
     """
     part = path.parent
     try:
+        if read_json(part / _SUMS) != _sums(part):
+            raise ValueError("the checksum of its table differs")
         table = np.load(part / "table.npy")
         count = int(table[:, 0].sum())
         ids = np.fromfile(part / "ids.bin", dtype=np.int32, count=count)
@@ -243,12 +270,21 @@ def _read(path: Path) -> _Rows:
     return _Rows(ids=ids, supervised=supervised, table=table, faults=faults)
 
 
+def _sums(folder: Path) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in _SUMMED}
+
+
+def _checksum(ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> int:
+    """A checksum that an `int32` holds."""
+    return zlib.crc32(supervised.tobytes(), zlib.crc32(ids.tobytes())) & 0x7FFFFFFF
+
+
 def _tokenise(
     source: RecordSource, rows: Sequence[int], encode: Encode, fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
 ) -> _Rows:
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-    table = np.zeros((len(rows), 5), dtype=np.int32)
+    table = np.zeros((len(rows), 6), dtype=np.int32)
     faults: list[_Fault] = []
     for place, row in enumerate(rows):
         try:
@@ -263,7 +299,10 @@ def _tokenise(
         keep = fold(tokens)
         ids.append(tokens[keep])
         supervised.append(encoded.supervised.numpy()[keep])
-        table[place] = (keep.sum(), len(tokens), encoded.images, len(record.images), encoded.dropped_turns)
+        table[place] = (
+            len(ids[-1]), len(tokens), encoded.images, len(record.images), encoded.dropped_turns,
+            _checksum(ids[-1], supervised[-1]),
+        )  # fmt: skip
     return _Rows(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
 
 

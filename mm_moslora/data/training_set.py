@@ -337,16 +337,29 @@ class TrainingSet:
         return self.image_processing.see(images)
 
     def __getitem__(self, index: int) -> Example | None:
-        """One example, or None for a bad record, which is then in quarantine.
-
-        Raises:
-            DataError: `on_bad` is error, or the share of bad records is too large.
-        """
+        """One example, or None for a record that is left out, see `leave_out`."""
         try:
             return self.load(index)
         except RecordError as error:
-            self.quarantine.add(index, error)
+            self.leave_out(index, error)
             return None
+
+    def leave_out(self, index: int, error: RecordError) -> None:
+        """Put a record in quarantine whose fault showed up after the set was built.
+
+        Raises:
+            DataError: `on_bad` is error, the share of bad records is too large, or a picture that was there when the
+                set was built is there no more: a run without its record could not be resumed.
+        """
+        fetched = "://" in (error.path or "")  # not looked at before
+        if self._look and error.code is Code.IMAGE_MISSING and not fetched and index not in self.quarantine:
+            raise DataError(
+                f"{error}. It was there when the run started, so its record is not left out. Bring it back; the same "
+                "command goes on from the last checkpoint."
+            ) from error
+        if index not in self.quarantine:
+            logger.warning("Left out: %s", error)
+        self.quarantine.add(index, error)
 
     def _build(self, on_progress: Callable[[int, int], None] | None) -> None:
         for source, cache in enumerate(self.caches):

@@ -66,7 +66,7 @@ def leave_mark(run_folder: Path, number: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, FileNotFoundError):
             told = read_json(run_folder / STATE)
             here = told["state"] == "running" and told["host"] == socket.gethostname()
-            if here and not is_running(int(told["process"]), before=float(told["since"])):
+            if here and not is_running(int(told["process"]), started=told.get("started")):
                 replace_json(run_folder / STATE, told | {"state": "stopped", "ended": time.time()})
     except (ConfigError, OSError) as error:
         logger.info("%s is not written: %s", run_folder / STOPPED, error)

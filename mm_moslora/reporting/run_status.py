@@ -148,7 +148,7 @@ def _without_beats(place: Path, recorded: Mapping[str, Any]) -> RunState:
     """The state by the recorded process, or where it cannot be checked, by the ages of the run's files."""
     process, age = recorded.get("process"), _age(place)
     if recorded.get("host") == socket.gethostname() and isinstance(process, int):
-        return RunState(name="running" if is_running(process) else "killed")
+        return RunState(name="running" if is_running(process, started=recorded.get("started")) else "killed")
     if age < STALE_SECONDS:
         return RunState(name="running")
     return RunState(name="killed", reason=f"Nothing was written for {format_seconds(age)}.")

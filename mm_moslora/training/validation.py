@@ -316,7 +316,10 @@ class Best:
             "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
             "history": self.history,
         }  # fmt: skip
-        files.replace_json(folder / BEST, content)
+        try:
+            files.replace_json(folder / BEST, content)
+        except OSError as error:  # a full disk must not end the run; the next validation writes it again
+            logger.warning("%s is not written: %s", folder / BEST, error)
         if checkpoint is not None:
             try:
                 files.replace_link(folder / "best", checkpoint)

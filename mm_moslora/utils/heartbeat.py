@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from dataclasses import dataclass
@@ -39,6 +38,8 @@ class Heartbeat:
     """Seconds since the heartbeat."""
     written: float = 0.0
     """Time of the heartbeat by the file system's clock."""
+    started: int | None = None
+    """Start of its process, see `process_start`; None where an earlier version wrote the heartbeat."""
     place: str = ""
     """Position of its main thread after it gave up; empty when it waits for other ranks there."""
     gave_up: bool = False
@@ -68,25 +69,34 @@ class Heartbeat:
 
     def is_dead(self) -> bool:
         """Whether its process is known to have ended; only processes of this machine can be checked."""
-        return self.is_here() and not is_running(self.pid, before=self.written or None)
+        return self.is_here() and not is_running(self.pid, started=self.started)
 
 
-def is_running(pid: int, *, before: float | None = None) -> bool:
+def process_start(pid: int) -> int | None:
+    """Start of a process of this machine, in ticks since the boot, which no clock that is set changes.
+
+    Args:
+        pid: its process id.
+
+    Returns:
+        None where it does not run.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def is_running(pid: int, *, started: int | None = None) -> bool:
     """Whether a process runs on this machine.
 
     Args:
         pid: its process id, which the system reuses after a while.
-        before: latest start of the process, seconds since the epoch; None: any process with this id counts.
+        started: its `process_start`; None: any process with this id counts.
     """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        if fields[0] in "ZX":
-            return False
-        boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        started = boot + float(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError, ValueError):
-        return False
-    return before is None or started < before + 60  # the file system's clock may differ
+    found = process_start(pid)
+    return found is not None and started in (None, found)
 
 
 def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank-*.json") -> list[Heartbeat]:
@@ -108,6 +118,7 @@ def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank
                     rank=int(content["rank"]), host=str(content["host"]), pid=int(content["pid"]),
                     step=int(content["step"]), phase=str(content["phase"]), place=str(content.get("place", "")),
                     gave_up=bool(content.get("gave_up")), stood_still=float(content.get("stood_still", 0.0)),
+                    started=None if (started := content.get("started")) is None else int(started),
                     written=written, age=max(0.0, now - written),
                 )
             )  # fmt: skip

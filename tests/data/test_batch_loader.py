@@ -170,6 +170,15 @@ def test_damaged_pictures_are_left_out_and_ranks_keep_step(tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_vanishes_ends_the_iteration_before_its_step(tmp_path, workers):
+    """A step without its record would be saved, and no start could repeat it."""
+    loader = loader_for(make_set(make_records(tmp_path, 16, text_only_every=0)), workers=workers, max_bad_share=0.5)
+    (tmp_path / "images" / "9.png").rename(tmp_path / "away.png")
+    with pytest.raises(DataError, match=r"9\.png.*was there when the run started"):
+        ids_of(loader, loader.steps_per_epoch)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_damaged_pictures_stop_the_iteration(tmp_path, workers):
     path = make_records(tmp_path, 12, text_only_every=0)
     for number in range(12):

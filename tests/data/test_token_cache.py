@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_records
@@ -109,6 +110,38 @@ class TestTokenCache:
             item.unlink()
         files.mark(folder, "temporary")
         assert list(make_set(path, cache=str(cache)).lengths) == list(first.lengths)
+
+    @pytest.mark.parametrize("cut", [False, True])
+    @pytest.mark.parametrize("name", ["ids.bin", "supervised.bin", "table.npy", "faults.json", "sums.json"])
+    def test_damage_is_found_and_changes_no_token(self, name: str, cut: bool, tmp_path: Path) -> None:
+        """A flipped bit leaves the lengths as they were, so nothing else would find it."""
+        path, cache = make_records(tmp_path, 12), tmp_path / "cache"
+        with path.open("a") as stream:
+            stream.write('{"id": "bad"}\n')
+        plain, first = self.sets(path, cache, max_bad_share=0.5)
+        (folder,) = [item for item in cache.iterdir() if item.is_dir()]
+        content = (folder / name).read_bytes()
+        for place in range(0, len(content), max(1, len(content) // 7)):
+            spoiled = content[:place] if cut else bytes([*content[:place], content[place] ^ 1, *content[place + 1 :]])
+            (folder / name).write_bytes(spoiled)
+            again = make_set(path, cache=str(cache), max_bad_share=0.5)
+            assert again.fingerprint == first.fingerprint
+            assert again.quarantine.codes == plain.quarantine.codes
+            for number in plain.usable:
+                one, other = plain.load(number), again.load(number)
+                assert torch.equal(one.input_ids, other.input_ids)
+                assert torch.equal(one.supervised, other.supervised)
+
+    def test_a_cache_of_an_earlier_version_has_no_checksums_and_is_read(self, tmp_path: Path, monkeypatch) -> None:
+        path, cache = make_records(tmp_path, 12), tmp_path / "cache"
+        first = make_set(path, cache=str(cache))
+        (folder,) = [item for item in cache.iterdir() if item.is_dir()]
+        np.save(folder / "table.npy", np.load(folder / "table.npy")[:, :5])
+        (folder / "sums.json").unlink()
+        monkeypatch.setattr(type(first.encoder), "encode", None)
+        again = make_set(path, cache=str(cache))
+        assert again.fingerprint == first.fingerprint
+        assert torch.equal(again.load(3).input_ids, first.load(3).input_ids)
 
     @pytest.mark.parametrize("hidden", [2, 3])
     def test_a_host_that_does_not_see_yet_that_another_was_first_uses_what_is_there(

@@ -57,6 +57,19 @@ def test_statistics_for_a_report_are_counts_of_what_is_used(path):
     assert (facts["tokens_per_record_median"], facts["tokens_per_record_longest"]) == (lengths[9], lengths[-1])
 
 
+def test_a_picture_that_vanishes_after_the_start_is_an_error_and_no_record_is_left_out(path):
+    """Its record belongs to the order of the run, which could not be resumed without it."""
+    data = make_set(path, max_bad_share=0.5)
+    picture = path.parent / "images" / "5.png"
+    picture.rename(picture.with_suffix(".away"))
+    with pytest.raises(DataError, match=r"5\.png.*was there when the run started, so its record is not left out"):
+        data[5]
+    assert data[6] is not None
+    picture.with_suffix(".away").rename(picture)
+    assert data[5] is not None
+    assert not data.quarantine.codes
+
+
 def test_progress_is_told(path):
     told = []
     make_set(path, on_progress=lambda done, total: told.append((done, total)))

@@ -49,12 +49,13 @@ def test_a_resumed_run_continues_exactly(name, halves):
 
 
 def test_ranks_stages_and_budgets_may_change_on_the_way(parts, ranks, tmp_path):
-    """2 -> 1 -> 2 -> 4 ranks, another ZeRO stage and token budget each time: the samples and numbers of a quiet run.
+    """2 -> 1 -> 2 -> 3 -> 4 ranks, another stage and token budget each time: the samples and numbers of a quiet run.
 
     The lengths are estimates that are far too low, so that every rank cuts its micro-batches as it finds them.
     """
     way = [
-        (2, "zero2", 100), (1, "zero3", 128), (2, "zero0", 100), (4, "zero1", 64), (1, "none", None), (2, "auto", 64)
+        (2, "zero2", 100), (1, "zero3", 128), (2, "zero0", 100), (3, "zero3", 64), (4, "zero1", 64), (1, "none", None),
+        (2, "auto", 64),
     ]  # fmt: skip
 
     def recipe(name: str, zero: str, tokens: int | None) -> Recipe:

@@ -79,6 +79,28 @@ def test_all_ranks_end_where_images_are_ignored(stage, parts, ranks, tmp_path):
     assert all("does not depend on the images" in group.output(rank) for rank in range(2)), group.outputs
 
 
+def test_packed_rows_give_the_numbers_of_one_rank(parts, ranks, tmp_path):
+    """Five rows per step on two and three ranks, and on four of which two compute a row together; and after a stop."""
+    way = {2: ("zero0", "zero1", "zero2"), 3: ("zero2", "zero3"), 4: ("zero1", "zero3")}
+
+    def recipe(name: str, zero: str, **train) -> Recipe:
+        made = make_recipe(parts, tmp_path / name, zero, micro_batch=1, global_batch=5, **train)
+        return replace(made, data=replace(made.data, max_length=64, pack_tokens=150))
+
+    ranks.run([write(recipe("none", "none"))], ranks=1)
+    expected = metrics(tmp_path / "none")
+    assert all(line["tokens"] > 5 * 64 for line in expected), "no row holds several records"
+    for world, stages in way.items():
+        together = {"sequence_parallel": 2} if world == 4 else {}
+        paths = [write(recipe(f"{stage}-{world}", stage, **together)) for stage in stages]
+        ranks.run([*paths[1:], f"{paths[0]}@2"], ranks=world)
+        ranks.run(paths[:1], ranks=world)
+        for stage in stages:
+            found = metrics(tmp_path / f"{stage}-{world}")
+            for key in ("loss", "grad_norm", "tokens", "samples_seen", "weight_norm/adapter"):
+                assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+
+
 def test_one_record_five_and_text_alone_give_the_numbers_of_one_rank(parts, ranks, tmp_path):
     """On three ranks, some or two of which have no record in a step, or none of which ever has a picture."""
     records = {

@@ -16,6 +16,7 @@ from mm_moslora.reporting import build_report, load_run
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.reporting.summary_text import standing
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.heartbeat import process_start, read_heartbeats
 
 ELSEWHERE = "node2"
 
@@ -90,10 +91,26 @@ def test_heartbeats_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
 
 
 def test_a_reused_process_id_is_not_the_run(tmp_path: Path) -> None:
-    """This process has the id of a process that ended long before it was started."""
-    write_state(tmp_path, host=socket.gethostname(), process=os.getpid())
-    beat(tmp_path, 0, age=9000, host=socket.gethostname(), pid=os.getpid())
-    assert read_state(tmp_path).name == "killed"
+    """This process has the id of a process that was started earlier."""
+    own = process_start(os.getpid())
+    assert own is not None
+    for started, expected in ((own - 1, "killed"), (own, "running")):
+        write_state(tmp_path, host=socket.gethostname(), process=os.getpid(), started=started)
+        assert read_state(tmp_path).name == expected
+        beat(tmp_path, 0, age=9000, host=socket.gethostname(), pid=os.getpid(), started=started)
+        assert read_state(tmp_path).name == expected
+        (tmp_path / "heartbeat" / "rank-00000.json").unlink()
+
+
+def test_a_clock_that_is_set_makes_no_process_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks of this machine and of its file system may differ by any time."""
+    write_state(tmp_path, age=0)
+    beat(tmp_path, 0, age=0, host=socket.gethostname(), pid=os.getpid(), started=process_start(os.getpid()))
+    real = time.time
+    for jump in (-3600, 3600):
+        monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+        (found,) = read_heartbeats(tmp_path / "heartbeat")
+        assert not found.is_dead()
 
 
 def test_an_ended_process_of_this_machine_is_noticed_within_seconds(tmp_path: Path) -> None:

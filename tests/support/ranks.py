@@ -20,7 +20,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 
-PATH = ("", "eval", "tests", "tests/support", "tests/builders", "tests/distributed")
+PATH = ("", "eval", "tests", "tests/support", "tests/builders", "tests/distributed", "scripts/soak")
 
 
 def python_path() -> str:
@@ -73,6 +73,8 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.unfinished is not None:
+            self._abandon(self.unfinished)
         self.process.stdin.close()
         self.process.wait(timeout=120)
 

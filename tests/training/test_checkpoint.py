@@ -121,6 +121,28 @@ def test_checkpoints_of_another_version_are_never_renamed(tmp_path, older_is_goo
     assert [folder for _, folder in checkpoints(tmp_path)] == folders
 
 
+def test_a_flipped_bit_in_the_number_of_the_format_is_damage_and_no_other_version(tmp_path):
+    """This version writes one format only, so the one before is used."""
+    make(tmp_path, 1)
+    manifest = make(tmp_path, 2) / "manifest.json"
+    content = manifest.read_bytes()
+    place = content.index(b'"format": 2') + len(b'"format": ')
+    manifest.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert newest_valid(tmp_path)[1].step == 1
+
+
+def test_a_disk_that_fills_up_after_the_rename_costs_the_hint_and_not_the_checkpoint(tmp_path, monkeypatch):
+    real = files.replace_text
+
+    def replace(path, text):
+        if path.name == "latest":
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    monkeypatch.setattr(files, "replace_text", replace)
+    assert make(tmp_path, 1) == newest_valid(tmp_path)[0]
+
+
 @pytest.mark.parametrize("name", ["checkpoint-000001.corrupt", "checkpoint-000001.corrupt1", "checkpoint-500"])
 def test_a_run_whose_checkpoints_were_put_aside_is_not_fresh(tmp_path, name):
     (tmp_path / name).mkdir()
@@ -178,7 +200,7 @@ def test_an_adapter_beside_named_ones_is_used_and_the_others_are_told(tmp_path, 
 def test_another_format_is_refused_by_name(tmp_path):
     folder = make(tmp_path, 1)
     content = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**content, "format": 99}))
+    (folder / "manifest.json").write_text(json.dumps({**content, "format": 99, "version": "9.0"}))
     with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         read_manifest(folder)
 

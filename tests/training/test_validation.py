@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import random
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -266,6 +268,17 @@ def test_a_best_checkpoint_that_is_not_there_is_not_named():
     assert best.among([2]) == 2
     assert best.among([1, 2]) == 1
     assert best.among([1, 2, 3, 4]) == 3
+
+
+def test_a_full_disk_does_not_end_a_run_for_the_sake_of_best_json(tmp_path, monkeypatch, caplog):
+    best = Best(config=ValidateConfig(best="validation_loss"))
+    best.update({"validation_loss": 1.0}, 4)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        best.write(tmp_path, "checkpoint-000004")
+    assert "best.json is not written: [Errno 28]" in caplog.text
+    best.write(tmp_path, "checkpoint-000004")
+    assert Best.of(tmp_path, best.config, resume_step=4).value == 1.0
 
 
 def test_a_spike_stands_out_and_a_slow_fall_does_not():

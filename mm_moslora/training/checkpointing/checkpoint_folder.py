@@ -258,7 +258,10 @@ def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
     files.discard(temporary / files.MARK)
     files.rename(temporary, final)
     files.sync(final.parent)
-    files.replace_text(final.parent / "latest", final.name)
+    try:
+        files.replace_text(final.parent / "latest", final.name)
+    except OSError as error:  # a hint for people; the checkpoint is committed
+        logger.warning("%s is not written: %s", final.parent / "latest", error)
 
 
 def amend(checkpoint: Path, counters: Mapping[str, float]) -> None:
@@ -298,7 +301,7 @@ def parse_manifest(path: Path) -> Manifest:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Choose an earlier checkpoint.") from error
     found = data.get("format")
-    if isinstance(found, int) and found != FORMAT:
+    if isinstance(found, int) and found != FORMAT and data.get("version") != __version__:  # else a damaged number
         raise OtherFormatError(
             f"{path} has format {found}, this version reads {FORMAT}. It was written by mm_moslora "
             f"{data.get('version')}; use that version, or choose another train.output."

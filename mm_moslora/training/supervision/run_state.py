@@ -16,6 +16,7 @@ from mm_moslora.launch.launcher import STATE
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError
 from mm_moslora.utils.files import read_json, replace_json
+from mm_moslora.utils.heartbeat import process_start
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[En
         folder: the run folder.
         stages: names of its subfolders that are stages, in order.
     """
-    began: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
+    own = os.getpid()
+    began: dict[str, Any] = {
+        "process": own, "started": process_start(own), "host": socket.gethostname(), "since": round(time.time(), 3),
+    }  # fmt: skip
     if stages:
         began["stages"] = list(stages)
     before = _read_state(folder)

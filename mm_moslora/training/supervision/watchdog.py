@@ -189,8 +189,9 @@ class Watchdog:
     def _write(self) -> None:
         path = self.beats / f"rank-{distributed.rank():05d}.json"
         content = {
-            "rank": distributed.rank(), "host": socket.gethostname(), "pid": os.getpid(), "step": self._step,
-            "phase": self._phase, "seconds_in_phase": round(time.monotonic() - self._since, 1),
+            "rank": distributed.rank(), "host": socket.gethostname(), "pid": os.getpid(),
+            "started": heartbeat.process_start(os.getpid()), "step": self._step, "phase": self._phase,
+            "seconds_in_phase": round(time.monotonic() - self._since, 1),
             "place": self._place, "gave_up": self._gave_up, "stood_still": round(self._stood_still, 1),
         }  # fmt: skip
         with replacing(path) as temporary:  # under a unique name: `verdict` may write at the same time as the thread
