@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -132,7 +133,8 @@ def check_shard(recipe: Recipe, shard: Shard, folder: Path, *, processes: int | 
         processes: see `check_recipe`.
     """
     check_data(recipe.data)
-    path = output_file(folder / f"{shard.name}.json", sign=_SIGN.encode())
+    head = re.compile(rb'\{"kind": "%b"' % _SIGN.encode())
+    path = output_file(folder / f"{shard.name}.json", sign=head)
     parts = parts_of(recipe)
     work = _work(recipe, parts)
     with suppress(FileNotFoundError, ValueError):
