@@ -34,7 +34,7 @@ def printable(value: Any, show: Callable[[str], str] = visible) -> Any:
 
 
 def render_page(
-    template: str, context: Mapping[str, Any], *, filters: Mapping[str, Callable[..., Any]], package: str = OWN,
+    template: str, context: Mapping[str, Any], *, filters: Mapping[str, Any], package: str = OWN,
     styles: Sequence[str] = ("report.css",), show: Callable[[str], str] = visible,
 ) -> str:  # fmt: skip
     """A page as text; what templates print is escaped.

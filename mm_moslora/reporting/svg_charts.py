@@ -95,7 +95,7 @@ def chart_style() -> Iterator[dict[str, str]]:
     from matplotlib import rc_context, style
 
     named = colours()
-    changes: dict[str, Any] = {
+    changes: Any = {
         "figure.dpi": 72, "font.size": 11, "grid.color": named["edge"], "axes.axisbelow": True, "axes.grid": True,
         "xtick.major.size": 0, "ytick.major.size": 0, "axes.facecolor": "none", "text.color": named["ink"],
         "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "mm_moslora",

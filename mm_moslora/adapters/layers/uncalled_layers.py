@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -31,7 +32,7 @@ def why_not_called(parent: nn.Module | None, name: str) -> str | None:
     """
     if parent is None:
         return None
-    kind = type(parent)
+    kind: Any = type(parent)
     if _is_only_read(kind, name):
         does = "reads this layer's weight and never calls it"
     elif any(name in SOMETIMES_CALLED.get(base.__name__, ()) for base in kind.__mro__):
