@@ -168,10 +168,13 @@ class Trial:
         started.wait_for(lambda: bool(started.pids), LIMIT)
         met = started.met()
         started.tell(signal.SIGKILL, ranks)
-        if not met and not wait_until(lambda: not started.alive(), 20):
-            # A rank that looks for one that is gone cannot know it; its launcher ends it.
-            started.tell(signal.SIGKILL, self.all)
+        self._end_lone_ranks(started, met=met)
         return self._must_end(started)
+
+    def _end_lone_ranks(self, started: Started, *, met: bool) -> None:
+        """End ranks that look for one that is gone before they met, as a launcher does; they cannot know it."""
+        if not met and not wait_until(lambda: not started.alive(), 20):
+            started.tell(signal.SIGKILL, self.all)
 
     def _stop(self) -> str | None:
         """The others end by their watchdog, name the rank, and it is killed, or woken and ends by itself."""
@@ -220,10 +223,11 @@ class Trial:
         if not self._await_moment(started):
             return None
         started.wait_for(lambda: bool(started.pids), LIMIT)
-        trains = started.step() >= 0
+        trains, met = started.step() >= 0, started.met()
         ranks = self.rng.choice(([self.victim], list(self.all)))
         self.detail = f"{number.name} to {ranks}"
         started.ask(number, ranks)
+        self._end_lone_ranks(started, met=met)
         codes = started.wait(LIMIT)
         saved = codes == [75] if self.chain.launched else codes == [0] * self.chain.world
         if codes is None or (trains and not saved):
