@@ -306,14 +306,13 @@ def pipeline_source(config: PipelineConfig, commits: Mapping[str, str]) -> dict[
     """
     contents, found = dict[str, str](), dict[str, str]()
     for key, name, revision in (("model.base", config.base, config.revision), ("model.vae", config.vae, None)):
-        folder: Path | None = Path(name or "")
         if name is None or name in TINY_PIPELINES:
             continue
-        if not Path(name).is_dir():
-            folder = cached_snapshot(name, commits.get(key, revision))
-            if folder is None:
+        folder = Path(name)
+        if not folder.is_dir():
+            if (snapshot := cached_snapshot(name, commits.get(key, revision))) is None:
                 continue
-            found[key] = folder.name
+            folder, found[key] = snapshot, snapshot.name
         contents |= {
             f"{key}/{path.relative_to(folder)}": fingerprint(path)
             for path in sorted(folder.rglob("*"))
