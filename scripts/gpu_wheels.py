@@ -154,8 +154,9 @@ def fetch(name: str, versions: SpecifierSet, folder: Path, python: str) -> Path:
 
 def installed(file: Path) -> dict[str, str]:
     """Names and versions of the packages in a list; an empty version is not known and fits."""
-    words = [re.split(r"==| @ ", line.strip(), maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {canonicalize_name(name): (rest or [""])[0] for name, *rest in words if name and name[0] not in "#-"}
+    words = [line.strip().partition("==") for line in file.read_text(encoding="utf-8").splitlines()]
+    named = [(name.partition(" @ ")[0], version) for name, _, version in words]
+    return {canonicalize_name(name): version for name, version in named if name and name[0] not in "#-"}
 
 
 def lacks(have: Mapping[str, str], name: str, versions: SpecifierSet) -> bool:
