@@ -35,6 +35,7 @@ from parts import Ledger, Preloaded, Ranks, make_parts, make_recipe, weights, wr
 
 from mm_moslora.config import Recipe, SourceConfig, ValidateConfig
 from mm_moslora.utils.progress_bar import Progress
+from mm_moslora.utils.run_paths import checkpoints
 
 STEPS, FAULTS_PER_CHAIN, LAUNCHED_EVERY = 30, 8, 6
 STAGES, WORLDS = ("zero0", "zero1", "zero2", "zero3"), (2, 3, 4)
@@ -126,10 +127,18 @@ class Chain:
         return "; ".join(told)
 
     def odd_losses(self, losses: dict[int, str], *, so_far: bool = False) -> str:
-        """Steps with another loss than in an undisturbed run, and the greatest difference; empty if there is none."""
+        """Steps with another loss than in an undisturbed run, and the greatest difference; empty if there is none.
+
+        Args:
+            losses: of the undisturbed run.
+            so_far: of the steps up to the newest checkpoint; a step that was skipped after it is done again.
+        """
         found = losses_of(self.run)
+        last = max((step for step, _ in checkpoints(self.run)), default=0) if so_far else STEPS
         wanted = {
-            step: loss for step, loss in losses.items() if step not in self.excused and (step in found or not so_far)
+            step: loss
+            for step, loss in losses.items()
+            if step not in self.excused and (not so_far or (step in found and step <= last))
         }
         odd = [step for step in wanted if found.get(step) != losses[step]]
         if not odd:
