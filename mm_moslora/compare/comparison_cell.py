@@ -69,26 +69,21 @@ class CellRun:
         Raises:
             ConfigError: it has none, or a damaged one, or one of another folder.
         """
+        folder = folder.resolve()
         known = sorted(path.parent.name for path in folder.glob(f"runs/*/{ORDER}"))
         if name not in known:
             raise ConfigError(
                 f"{folder} has no run {name!r}. `mm-moslora compare RECIPE ... --output {folder}` plans runs; there "
                 f"are {', '.join(known) or 'none yet'}."
             )
-        place = folder.resolve() / "runs" / name
+        place = folder / "runs" / name
         try:
             told = read_json(place / ORDER, below=folder)
-            settings, cell = told["settings"], told["cell"]
-            run = cls(
-                **told | {
-                    "cell": Cell(**cell | {"arm": Arm(**cell["arm"])}), "recipe": Recipe.from_dict(told["recipe"]),
-                    "settings": Settings(**settings | {"arms": [Arm(**arm) for arm in settings["arms"]]}),
-                    "folder": Path(told["folder"]),
-                }
-            )  # fmt: skip
-        except (ValueError, TypeError, KeyError) as error:
+            parts = {"recipe": Recipe.from_dict(told["recipe"]), "folder": Path(told["folder"])}
+            run = build_strictly(cls, told | parts, source="it")
+        except (ConfigError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{place / ORDER} is damaged ({error}). Repeat the comparison's command.") from error
-        if run.place != place:
+        if (run.place, run.folder) != (place, folder):
             raise ConfigError(f"{place / ORDER} is of {run.place}. Repeat the comparison's command in this place.")
         return run
 

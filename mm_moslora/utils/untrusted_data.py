@@ -24,7 +24,7 @@ import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
@@ -340,9 +340,9 @@ def _build(kind: Any, data: Any, source: str, where: str) -> Any:
             hint = suggestion(str(data), [str(item) for item in arguments])
             raise ConfigError(f"{source}: {where} is {data!r}, expected one of {', '.join(map(str, arguments))}.{hint}")
         return data
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         return _build_sequence(origin, arguments, data, source, where)
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(data, Mapping):
             raise ConfigError(f"{source}: {where} is {data!r}, expected a mapping.")
         return {key: _build(arguments[1], item, source, f"{where}.{key}") for key, item in data.items()}

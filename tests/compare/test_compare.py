@@ -413,6 +413,41 @@ def test_a_run_by_hand_that_does_not_exist_or_is_damaged_is_one_line(tmp_path: P
         assert "cell.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("way", ["relative", "linked"])
+def test_a_run_by_hand_is_found_from_every_path_of_its_folder(tmp_path: Path, monkeypatch, way: str):
+    folder = tmp_path / "runs of mine"
+    name = ordered(folder).cell.name
+    (tmp_path / "linked").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    asked: list[CellRun] = []
+    monkeypatch.setattr(comparison_cell, "_run", lambda run, *_: asked.append(run) or Outcome(status="ok"))
+    assert cli.run(["compare", folder.name if way == "relative" else "linked", "--cell", name]) == 0
+    assert [run.place for run in asked] == [folder / "runs" / name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"folder": "ELSEWHERE"}, {"cards": "2"}, {"keep_all": "no"}, {"cell.tuning": "no"}, {"cell.arm.changes": "x"},
+     {"cell.arm.about": 1}, {"settings.batch_size": "8"}, {"settings.tasks": "t"}, {"settings.decided": ["lora"]},
+     {"settings.rates": [None]}],
+)  # fmt: skip
+def test_an_order_of_other_types_or_of_another_folder_is_refused(tmp_path: Path, monkeypatch, capsys, changes):
+    run, elsewhere = ordered(tmp_path / "own"), tmp_path / "elsewhere"
+    told = json.loads((run.place / "cell.json").read_text())
+    for key, value in changes.items():
+        *groups, last = key.split(".")
+        group = told
+        for part in groups:
+            group = group[part]
+        group[last] = str(elsewhere) if value == "ELSEWHERE" else value
+    (run.place / "cell.json").write_text(json.dumps(told))
+    monkeypatch.setattr(comparison_cell, "_run", lambda *_: pytest.fail("it was run"))
+    assert cli.run(["compare", str(tmp_path / "own"), "--cell", run.cell.name]) == 1
+    assert "Repeat the comparison's command" in capsys.readouterr().err
+    assert not elsewhere.exists()
+    assert [path.name for path in run.place.iterdir()] == ["cell.json"]
+
+
 def other_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let the processes of runs do this function of `other_runs.py`."""
     monkeypatch.setattr(comparison_run, "PROGRAM", "tests.compare.other_runs")
