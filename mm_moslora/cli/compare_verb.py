@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -171,7 +172,8 @@ def compare(
             finished = only_report or comparison.run(room, engine, after=after)
         code = _show(comparison, output, finished=finished)
         if slurm and not finished:
-            print(f"Next: sbatch {comparison.folder / ARRAY}\nAfter its end, this command again collects the runs.")
+            script = shlex.quote(str(comparison.folder / ARRAY))
+            print(f"Next: sbatch {script}\nAfter its end, this command again collects the runs.")
         return code
 
 

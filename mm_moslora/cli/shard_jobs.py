@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,10 @@ class ShardJobs:
             if missing:
                 script.parent.mkdir(parents=True, exist_ok=True)
                 write_array(script, [job for job in jobs if job.name in missing])
-                print(f"Next: sbatch {script}" + "\nAfter its end, this command again merges the shards." * bool(done))
+                print(
+                    f"Next: sbatch {shlex.quote(str(script))}"
+                    + "\nAfter its end, this command again merges the shards." * bool(done)
+                )
         else:
             ended = itertools.count(1)
 

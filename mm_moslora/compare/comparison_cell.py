@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.compare.arms import Arm
 from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, numbers_of, recipe_hash
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves

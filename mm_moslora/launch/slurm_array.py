@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from mm_moslora.launch.jobs import Job
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.files import output_file, replace_text
 
 _HEAD = """\
 #!/bin/bash
@@ -23,6 +24,8 @@ _HEAD = """\
 export PYTHONSAFEPATH=1
 case "$SLURM_ARRAY_TASK_ID" in
 """
+_SIGN = re.compile(re.sub(r"\\\{\w+\\\}", r"(\\d+|#SBATCH --gpus-per-node=\\d+\n)?", re.escape(_HEAD)).encode())
+"""The whole head: a script with lines of a user in it is not replaced."""
 
 
 def write_array(file: Path, jobs: Sequence[Job]) -> None:
@@ -33,7 +36,7 @@ def write_array(file: Path, jobs: Sequence[Job]) -> None:
         jobs: in the order of the elements; cards and cores are those of the greatest.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or another file is there, or one that somebody has changed.
     """
     if not jobs:
         raise ConfigError("No job is left for a SLURM array.")
@@ -42,10 +45,12 @@ def write_array(file: Path, jobs: Sequence[Job]) -> None:
         count=len(jobs), last=len(jobs) - 1, cores=max(job.cores for job in jobs),
         cards=f"#SBATCH --gpus-per-node={cards}\n" if cards else "",
     )  # fmt: skip
+    output_file(file, sign=_SIGN)
     replace_text(file, head + "".join(f"{index}) {_element(job)};;\n" for index, job in enumerate(jobs)) + "esac\n")
 
 
 def _element(job: Job) -> str:
     """The commands of an element: output into the log, and the job in place of the shell, so that it gets signals."""
-    folder, log, words = shlex.quote(str(job.folder)), shlex.quote(str(job.log)), shlex.join(job.words)
-    return f"mkdir -p {shlex.quote(str(job.log.parent))} && cd {folder} && exec {words} >>{log} 2>&1 </dev/null"
+    log = job.folder / job.log  # the array may be submitted from any folder
+    place, folder, logged = (shlex.quote(str(path)) for path in (log.parent, job.folder, log))
+    return f"mkdir -p {place} && {{ cd {folder} && exec {shlex.join(job.words)}; }} >>{logged} 2>&1 </dev/null"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -30,6 +31,41 @@ def test_an_element_runs_its_job_in_place_of_the_shell(tmp_path: Path) -> None:
             assert starts(place, "a") == [[str(process.pid), os.environ.get("CUDA_VISIBLE_DEVICES", ""), str(tmp_path)]]
     assert (place / "a" / "output").exists()
     assert (place / "b" / "log.txt").read_text() == "this went wrong\n" * 2
+
+
+@pytest.mark.parametrize("cards", [0, 2])
+def test_a_script_is_replaced_only_as_it_was_written(tmp_path: Path, cards: int) -> None:
+    file, jobs = tmp_path / "array.sbatch", [job(tmp_path, "works", name, cards=cards) for name in "ab"]
+    write_array(file, jobs)
+    write_array(file, jobs[:1])
+    own = file.read_text()
+    assert "--array=0-0\n" in own
+    (tmp_path / "mine").write_text("mine")
+    for text in ("mine", "", own.replace("#SBATCH --requeue", "#SBATCH --partition=gpu\n#SBATCH --requeue"),
+                 own.replace("export", "module load cuda\nexport")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"array\.sbatch exists and is not replaced"):
+            write_array(file, jobs)
+        assert file.read_text() == text
+    file.unlink()
+    file.symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="not replaced"):
+        write_array(file, jobs)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_an_array_is_submitted_from_any_folder(tmp_path: Path) -> None:
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_array(
+        tmp_path / "array.sbatch", [dataclasses.replace(job(place, "fails", "b", folder=tmp_path), log=Path("b/log"))]
+    )
+    subprocess.run(
+        ["bash", tmp_path / "array.sbatch"], check=False, cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}", "SLURM_ARRAY_TASK_ID": "0"},
+    )  # fmt: skip
+    assert (tmp_path / "b" / "log").read_text() == "this went wrong\n"
+    assert not list(elsewhere.iterdir())
 
 
 def test_an_array_without_jobs_is_refused(tmp_path: Path) -> None:
