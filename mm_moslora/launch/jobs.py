@@ -27,6 +27,8 @@ from mm_moslora.utils.files import writing_in_place
 logger = logging.getLogger(__name__)
 
 TRIES = 3
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Sums depend on the number of threads, so jobs get what this process has."""
 GRACE = 120.0
 """Seconds in which a job that is asked to end may save."""
 _SAVED = (0, EXIT_REQUEUE, 143, -signal.SIGTERM)

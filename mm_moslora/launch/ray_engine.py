@@ -17,7 +17,7 @@ from contextlib import chdir
 from typing import Any
 
 from mm_moslora.launch.child_processes import kill_tree, terminate
-from mm_moslora.launch.jobs import GRACE, TRIES, End, Engine, Job, ProcessEngine, close, start_process
+from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Engine, Job, ProcessEngine, close, start_process
 from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import writing_in_place
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 _PAUSE, _SECONDS, _SEEN_LATE = 0.2, 10.0, 90.0
 """Seconds between two looks at a process, to reach the cluster, and until a network file system shows an output."""
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Ray sets the first on its nodes; sums depend on the number of threads, so jobs get what this process has."""
 _OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 """Ray kills its workers when this process is gone, but not their jobs then, which see it and save (`start_tied`)."""
 
@@ -108,7 +106,8 @@ class RayEngine:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with writing_in_place(job.log, append=True) as log:
             log.write(f"{sign}\n")
-        threads = {name: os.environ.get(name) for name in _THREADS}
+        # Ray sets the first of them on its nodes.
+        threads = {name: os.environ.get(name) for name in THREADS}
         task = self._task.options(num_cpus=job.cores, num_gpus=job.cards, max_retries=TRIES - 1, name=job.name)
         self._running[task.remote(job, sign, threads)] = job
 

@@ -104,7 +104,7 @@ def test_a_node_that_does_not_see_the_folder_is_named(cluster, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_what_a_stop_does_not_save_is_named_and_a_killed_parent_lets_jobs_save(cluster, tmp_path, monkeypatch, caplog):
+def test_what_a_stop_does_not_save_is_named_and_a_killed_parent_lets_jobs_save(cluster, tmp_path, caplog):
     engine = RayEngine(cluster.address)
     run = ray_engine._run_on_node
 
@@ -119,7 +119,8 @@ def test_what_a_stop_does_not_save_is_named_and_a_killed_parent_lets_jobs_save(c
     assert caplog.messages[0].startswith("ignores did not save when it was asked to (killed")
 
     program = (
-        "import sys; from pathlib import Path; from tests.launch.test_ray_engine import RayEngine, job, ends;"
+        "import sys; from pathlib import Path; from tests.launch.test_jobs import job, ends;"
+        "from mm_moslora.launch.ray_engine import RayEngine;"
         "ends([job(Path(sys.argv[1]), 'saves')], RayEngine(sys.argv[2]))"
     )
     parent = subprocess.Popen([sys.executable, "-P", "-c", program, str(tmp_path), cluster.address])
