@@ -229,9 +229,9 @@ class Comparison:
         if not self._ready():
             return True
         if stop.received:
-            logger.info("Stopped by signal %d; saved. The same command continues.", stop.received)
+            logger.info("Stopped by signal %d. The same command continues.", stop.received)
         elif time.monotonic() > deadline:
-            logger.info("%g minutes are over; saved. The same command continues.", room.max_minutes)
+            logger.info("%g minutes are over. The same command continues.", room.max_minutes)
         return False
 
     def write_array(self, room: RunBudget, *, after: Callable[[], Settings] | None = None) -> bool:
