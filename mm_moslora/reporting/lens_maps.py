@@ -126,7 +126,7 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
 
 
 @contextmanager
-def default_style(changes: Mapping[str, Any]) -> Iterator[None]:
+def default_style(changes: Any) -> Iterator[None]:
     """matplotlib's default style with changes: everything that is drawn is drawn in it.
 
     On import, matplotlib reads a `matplotlibrc` of the working folder before all others, whatever the environment says.
@@ -135,7 +135,7 @@ def default_style(changes: Mapping[str, Any]) -> Iterator[None]:
     strange = "matplotlib" not in sys.modules and os.path.lexists("matplotlibrc")
     with chdir(Path(__file__).parent) if strange else nullcontext():
         from matplotlib import rc_context, style
-    with style.context("default"), rc_context(dict(changes)):
+    with style.context("default"), rc_context(changes):
         yield
 
 

@@ -125,9 +125,7 @@ class Guard:
         # A web page can make its own host name resolve to this machine.
         if self._local and not _is_of_this_machine(_HOST.fullmatch(headers.get(b"host", b""))):
             raise ApiError("The Host header is not a name of this server.", status=403, code="bad_host")
-        if self._local and not _is_of_this_machine(
-            _ORIGIN.fullmatch(headers.get(b"origin", b"http://localhost"))
-        ):
+        if self._local and not _is_of_this_machine(_ORIGIN.fullmatch(headers.get(b"origin", b"http://localhost"))):
             raise ApiError("A page of another server may not use this one.", status=403, code="bad_origin")
         if int(headers.get(b"content-length", b"0")) > self._limits.body_bytes:
             raise self._too_large()
