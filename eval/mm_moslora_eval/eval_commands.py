@@ -75,7 +75,7 @@ def run(
     chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
     work = work_of([*zip(found, checksums, strict=True)], modes, chosen, model=named)
     folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
-    with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None):
+    with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None, below=output):
         if chosen.shard is not None and is_finished(folder, work):
             return []
         opened = partial(gather, output, work) if merge else model

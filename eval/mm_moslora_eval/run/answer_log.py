@@ -79,7 +79,6 @@ class AnswerLog:
     """
 
     def __init__(self, folder: Path, *, rank: int, batch_size: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"answers-{rank:04d}-{time.time_ns()}-{os.getpid()}.jsonl"
         self._stream: TextIO | None = None
         self._open = ExitStack()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mm_moslora.utils.errors import ConfigError, EvalError
-from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.files import make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_known, build_strictly
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Task
@@ -242,7 +242,7 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
     if rules.protocol != task.protocol:
         described |= {"asked_as": described.get("asked_as", task.protocol)}
         source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
-        view.mkdir(exist_ok=True)
+        make_subfolder(view)
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     return view, kept
