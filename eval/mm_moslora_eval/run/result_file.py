@@ -28,6 +28,7 @@ from mm_moslora_eval.run.answer_views import (
     has_scores,
     last_line,
     read_json,
+    read_view,
     write_samples,
 )
 from mm_moslora_eval.run.provenance import environment
@@ -178,12 +179,12 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
         EvalError: files are missing or of another format, or documents have no answer yet.
     """
     view = find_view(place)
-    described = read_json(view / TASK)
-    if described.get("format") != FORMAT:
+    found = read_json(view / TASK).get("format")
+    if found != FORMAT:
         raise EvalError(
-            f"{view} has format {described.get('format')!r}, this version reads {FORMAT}; "
-            "score it with the version that wrote it."
+            f"{view} has format {found!r}, this version reads {FORMAT}; score it with the version that wrote it."
         )
+    described = read_view(view)
     task = build_strictly(Task, described["task"], source=str(view / TASK))
     rows = documents_of(view)
     answers = read_folder(answers_folder(view))

@@ -39,7 +39,7 @@ from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
-from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, Selection, selection_of
+from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, Selection, read_view, selection_of
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
@@ -284,8 +284,8 @@ def _describe(
 def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:
     """All environments in which answers of a view were computed."""
     try:
-        known = list(read_json(view / TASK)["computed_by"])
-    except (OSError, ValueError, KeyError, TypeError):
+        known = list(read_view(view)["computed_by"])
+    except (EvalError, KeyError):
         known = []
     now = getattr(model, "computed_by", None) or [provenance.circumstances(model)]
     return known + [item for item in now if item not in known] if asks or not known else known
