@@ -279,7 +279,7 @@ class Comparison:
     def _over(self, run: CellRun, problem: str) -> None:
         """Take the outcome of a run."""
         outcome = comparison_cell.read_outcome(run.place)
-        if outcome is None or (problem and outcome.status == "failed"):  # of an earlier start
+        if outcome is None:
             outcome = Outcome(status="failed", reason=problem)
             comparison_cell.write_outcome(run.place, outcome)
         self.outcomes[run.cell.name] = outcome
