@@ -28,6 +28,7 @@ from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import discard, mark, read_json, remove, replace_json, replace_text
 from mm_moslora.utils.run_paths import MANIFEST, checkpoints
+from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import build_strictly, parse_lines
 from mm_moslora.utils.untrusted_files import read_text_below
 
@@ -114,7 +115,8 @@ def read_outcome(place: Path) -> Outcome | None:
     """
     file = place / OUTCOME
     try:
-        return build_strictly(Outcome, _finite(read_json(file)), source="it")
+        outcome = build_strictly(Outcome, _finite(read_json(file)), source="it")
+        return dataclasses.replace(outcome, reason=visible(outcome.reason))
     except FileNotFoundError:
         return None
     except (ConfigError, ValueError) as error:
