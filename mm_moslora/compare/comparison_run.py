@@ -280,8 +280,7 @@ class Comparison:
     def _over(self, run: CellRun, problem: str) -> None:
         """Take the outcome of a run."""
         outcome = comparison_cell.known_outcome(run.place)
-        earlier = problem and outcome is not None and type(outcome) is Outcome and outcome.status == "failed"
-        if outcome is None or earlier:
+        if outcome is None:
             outcome = Outcome(status="failed", reason=problem)
             comparison_cell.write_outcome(run.place, outcome)
         self.outcomes[run.cell.name] = outcome

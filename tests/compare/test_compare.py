@@ -100,7 +100,7 @@ def command(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, recipe: Path, records: Path) -> Path:
     out = tmp_path_factory.mktemp("compare") / "out"
-    assert cli.run(command(recipe, records, out)) == 0
+    assert cli.run(command(recipe, records, out)) == 1, "runs of an arm fail"
     return out
 
 
@@ -439,6 +439,31 @@ def test_a_run_by_hand_is_found_from_every_path_of_its_folder(tmp_path: Path, mo
     monkeypatch.setattr(comparison_cell, "_run", lambda run, *_: asked.append(run) or Outcome(status="ok"))
     assert cli.run(["compare", folder.name if way == "relative" else "linked", "--cell", name]) == 0
     assert [run.place for run in asked] == [folder / "runs" / name]
+
+
+def test_a_run_by_hand_starts_where_its_tasks_are_named(tmp_path: Path, monkeypatch):
+    run, places = ordered(tmp_path / "own"), []
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(comparison_cell, "_run", lambda *_: places.append(Path.cwd()) or Outcome(status="ok"))
+    assert cli.run(["compare", str(tmp_path / "own"), "--cell", run.cell.name]) == 0
+    assert [places, Path.cwd()] == [[run.start], Path("/")]
+
+
+def test_a_run_by_hand_that_fails_says_so(tmp_path: Path, monkeypatch, capsys):
+    run = ordered(tmp_path)
+    line = ["compare", str(tmp_path), "--cell", run.cell.name]
+
+    def fail(*_):
+        assert read_outcome(run.place) is None, "a killed run would have the reason of an earlier one"
+        raise OSError("no picture")
+
+    for _ in range(2):
+        monkeypatch.setattr(comparison_cell, "_run", fail)
+        assert cli.run(line) == 1
+        assert capsys.readouterr().err.splitlines()[-1].endswith("OSError: no picture")
+        assert read_outcome(run.place).status == "failed"
+    monkeypatch.setattr(comparison_cell, "_run", lambda *_: Outcome(status="ok"))
+    assert cli.run(line) == 0
 
 
 @pytest.mark.parametrize(
@@ -781,7 +806,7 @@ def test_the_plan_of_one_seed_names_its_limit(finished: Path, recipe: Path, reco
     line[line.index("--seeds") + 1] = "1"
     assert cli.run([*line, "--plan"]) == 0
     assert "one seed cannot show the variation between seeds" in capsys.readouterr().out
-    assert cli.run(line) == 0
+    assert cli.run(line) == 1, "runs of an arm fail"
     results = json.loads((finished / "results.json").read_text())
     assert [row["verdict"] for row in results["comparisons"]] == ["nothing follows"]
     assert [row["seeds"] for row in results["comparisons"]] == [1]

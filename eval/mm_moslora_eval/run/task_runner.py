@@ -56,7 +56,7 @@ _POLL_SECONDS = 0.2
 _LOCK_ATTEMPTS = 10
 RUN = "run.json"
 """File in a run folder that identifies the model of its answers."""
-_FILES = ("results.json", "report.html")
+_FILES = ("results.json", "report.html", provenance.FILE)
 
 
 @dataclass(frozen=True, kw_only=True)

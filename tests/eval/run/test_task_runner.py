@@ -444,11 +444,12 @@ def test_equal_process_ids_on_two_hosts_write_one_file(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_with_other_files_is_refused_for_an_evaluation(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("mine")
-    with pytest.raises(ConfigError, match=r"already holds results\.json"), open_run(tmp_path, FakeModel()):
+@pytest.mark.parametrize("name", ["results.json", "report.html", "invocations.jsonl"])
+def test_a_folder_with_other_files_is_refused_for_an_evaluation(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"already holds {name}"), open_run(tmp_path, FakeModel()):
         pytest.fail("it would be overwritten")
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
     for text in ("[]", "{", "1"):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(EvalError, match=r"run\.json is damaged"), open_run(tmp_path, FakeModel()):
