@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
@@ -13,6 +13,9 @@ from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redacted_command
+
+if TYPE_CHECKING:
+    from mm_moslora.compare.comparison_run import Comparison
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.warmup 0.1")]
 
@@ -193,13 +196,14 @@ def _rates(text: str) -> list[float]:
         raise ConfigError(f"--lr is {text!r}, expected numbers separated by commas, such as 5e-5,1e-4,2e-4.") from error
 
 
-def _show(comparison: object, output: Path, *, finished: bool) -> int:
+def _show(comparison: Comparison, output: Path, *, finished: bool) -> int:
     from mm_moslora.compare.comparison_analysis import analyse
     from mm_moslora.compare.comparison_text import table
     from mm_moslora.launch.launcher import EXIT_REQUEUE
     from mm_moslora.reporting.comparison_page import write_page
 
-    results = analyse(comparison, command=redacted_command(["mm-moslora", *sys.argv[1:]]))  # type: ignore[arg-type]
+    results = analyse(comparison, command=redacted_command(["mm-moslora", *sys.argv[1:]]))
     print(table(results))
     print(f"Page: {write_page(output / 'results.json', output / 'report.html')}")
-    return 0 if finished else EXIT_REQUEUE
+    failed = any(outcome.status == "failed" for outcome in comparison.outcomes.values())
+    return int(failed) if finished else EXIT_REQUEUE

@@ -179,7 +179,12 @@ def _eval_several(tasks: tuple[str, ...], given: dict[str, Any], where: ShardJob
     models: tuple[str, ...] = given["model"] or ("",)
     whole: dict[Path, dict[str, Any]] = {}
     for name in models:
-        output = given["output"] / (re.sub(r"[^\w.-]+", "-", name.strip("/")) if len(models) > 1 else "")
+        own = re.sub(r"[^\w.-]+", "-", name.strip("/")) if len(models) > 1 else ""
+        output = given["output"] / own
+        if output / SHARDS in whole or own in (".", ".."):
+            raise ConfigError(
+                f"--model {name} has no folder of its own: {output} is another's. Evaluate it with another --output."
+            )
         whole[output / SHARDS] = given | {"model": (name,), "output": output, "where": HERE, "merge": True}
     # A shard leaves to the merge what needs all answers.
     apart: dict[str, Any] = {

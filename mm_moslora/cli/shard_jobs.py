@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mm_moslora.launch.shard import Shard
+from mm_moslora.launch.shard import Shard, refuse_other_divisions
 from mm_moslora.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class ShardJobs:
     ray: str = ""
     """Run the jobs on a Ray cluster: HOST:PORT of its head, or auto. Its nodes share the file system of the files."""
     slurm: Annotated[bool, Parameter(negative="")] = False
-    """Write a SLURM array of the jobs that are not done, and exit with code 75; afterwards the same command merges."""
+    """Write a SLURM array of the jobs that are not done, and exit with code 75; afterwards the same command merges
+    (caches: the command without --shards, or the training)."""
 
     def check(self, **others: object) -> bool:
         """Whether the work is to be divided; `others` are options that exclude it.
@@ -76,6 +77,9 @@ class ShardJobs:
         from mm_moslora.launch.slurm_array import write_array
         from mm_moslora.training.supervision.stop_signals import StopRequest
 
+        of = self.shards or 0
+        for folder in commands if done is not None else ():
+            refuse_other_divisions(folder, done or "", of=of)
         engine = None if self.slurm else open_engine(self.ray, parallel=self.parallel)
         cards = cards_per_job(None, engine, option="--shards") if engine is not None and on_cards else 0
         jobs = [
@@ -84,7 +88,7 @@ class ShardJobs:
                 log=folder / f"{shard.name}.log", output=None if done is None else folder / f"{shard.name}{done}",
             )
             for folder, words in commands.items()
-            for shard in (Shard.parse(f"{number}/{self.shards}") for number in range(1, (self.shards or 0) + 1))
+            for shard in (Shard.parse(f"{number}/{of}") for number in range(1, of + 1))
         ]  # fmt: skip
         stop = StopRequest()
         if engine is None:
@@ -92,10 +96,8 @@ class ShardJobs:
             if missing:
                 script.parent.mkdir(parents=True, exist_ok=True)
                 write_array(script, [job for job in jobs if job.name in missing])
-                print(
-                    f"Next: sbatch {shlex.quote(str(script))}"
-                    + "\nAfter its end, this command again merges the shards." * bool(done)
-                )
+                again = "this command again merges" if done else "it without --shards, or the training, puts together"
+                print(f"Next: sbatch {shlex.quote(str(script))}\nAfter its end, {again} the shards.")
         else:
             ended = itertools.count(1)
 

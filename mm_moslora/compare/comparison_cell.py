@@ -13,7 +13,8 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import chdir
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,8 +26,9 @@ from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import mark, read_json, remove, replace_json, replace_text
+from mm_moslora.utils.files import discard, mark, read_json, remove, replace_json, replace_text
 from mm_moslora.utils.run_paths import MANIFEST, checkpoints
+from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import build_strictly, parse_lines
 from mm_moslora.utils.untrusted_files import read_text_below
 
@@ -54,6 +56,8 @@ class CellRun:
     """Its accelerators; 0: one, where the process sees any."""
     keep_all: bool = False
     """Keep the checkpoints of a run that only chooses a rate."""
+    start: Path = field(default_factory=Path.cwd)
+    """Where the comparison was started; files of tasks are named from there."""
 
     def order(self) -> None:
         """Write the file that `read` reads."""
@@ -79,6 +83,7 @@ class CellRun:
         try:
             told = read_json(place / ORDER, below=folder)
             parts = {"recipe": Recipe.from_dict(told["recipe"]), "folder": Path(told["folder"])}
+            parts |= {"start": Path(told.get("start", "."))}
             run = build_strictly(cls, told | parts, source="it")
         except (ConfigError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{place / ORDER} is damaged ({error}). Repeat the comparison's command.") from error
@@ -110,11 +115,25 @@ def read_outcome(place: Path) -> Outcome | None:
     """
     file = place / OUTCOME
     try:
-        return build_strictly(Outcome, _finite(read_json(file)), source="it")
+        outcome = build_strictly(Outcome, _finite(read_json(file)), source="it")
+        return dataclasses.replace(outcome, reason=visible(outcome.reason))
     except FileNotFoundError:
         return None
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"{file} is damaged ({error}). Delete it to measure the run again, or restore it.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damaged(Outcome):
+    """Stands for an outcome that cannot be read: the run counts as failed, and its file is left alone."""
+
+
+def known_outcome(place: Path) -> Outcome | None:
+    """As `read_outcome`, where a damaged file must not stop other runs."""
+    try:
+        return read_outcome(place)
+    except ConfigError as error:
+        return Damaged(status="failed", reason=str(error))
 
 
 def _finite(value: Any) -> Any:
@@ -170,6 +189,9 @@ def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
         folder: the comparison's.
         name: the run's.
         stop_at: number of steps of a probe that measures the speed; None: the whole run.
+
+    Raises:
+        MoSLoRAError: the run failed; its outcome says so, too.
     """
     run = CellRun.read(folder, name)
     try:
@@ -177,12 +199,13 @@ def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
     except BlockingIOError:
         logger.info("Another process runs %s; waiting for its end.", name)
         lock = held(run.place / ".cell.lock", wait=True)
-    with lock:
+    with lock, chdir(run.start):
         found = read_outcome(run.place)
         if found is not None and found.status != "failed":
             require_same_recipe(run.place, found, run.recipe)
             logger.info("%s has ended: %s.", name, found.status)
             return True
+        discard(run.place / OUTCOME)  # of a failure; if this start is killed, that is the reason
         outcome = _outcome(run, stop_at)
         if outcome is None:
             return stop_at is not None
@@ -190,7 +213,9 @@ def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
         for _, checkpoint in checkpoints(run.place) if run.cell.tuning and not run.keep_all else ():
             if (checkpoint / MANIFEST).is_file():
                 remove(checkpoint, mark=MANIFEST)
-        return True
+    if outcome.status == "failed":
+        raise MoSLoRAError(outcome.reason)
+    return True
 
 
 def _outcome(run: CellRun, stop_at: int | None) -> Outcome | None:
@@ -251,7 +276,7 @@ def _as_trained(job: CellRun) -> Recipe:
 
 
 def _is_ok(file: Path) -> bool:
-    outcome = read_outcome(file.parent)
+    outcome = known_outcome(file.parent)
     return outcome is not None and outcome.status == "ok"
 
 

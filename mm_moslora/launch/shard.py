@@ -16,7 +16,7 @@ MOST = 100_000
 _NAME = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Shard:
     """One of `of` shards, counted from 1."""
 
@@ -66,26 +66,41 @@ def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
     Raises:
         ConfigError: shards are missing, or of two divisions.
     """
-    found: dict[Shard, Path] = {}
+    found = _found(folder, suffix)
+    if not found:
+        raise ConfigError(f"{folder} holds no finished shard. Run the command with --shard 1/N to N/N first.")
+    of = max(shard.of for shard in found)
+    refuse_other_divisions(folder, suffix, of=of)
+    everything = [Shard(number, of) for number in range(1, of + 1)]
+    if missing := [str(shard) for shard in everything if shard not in found]:
+        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        raise ConfigError(
+            f"{folder}: {len(missing)} of {of} shards are missing or not finished: {shown}. Run the command "
+            "with --shard for each of them, then merge again."
+        )
+    return {shard: found[shard] for shard in everything}
+
+
+def refuse_other_divisions(folder: Path, suffix: str, *, of: int) -> None:
+    """Refuse a folder with finished shards of another division, before there are more.
+
+    Raises:
+        ConfigError: it names some of them.
+    """
+    if others := sorted(shard for shard in _found(folder, suffix) if shard.of != of):
+        raise ConfigError(
+            f"{folder} holds shards of a division by {others[0].of}, expected those of one by {of}. Give "
+            f"--shards {others[0].of}, or move them away: {', '.join(shard.name for shard in others[:5])}."
+        )
+
+
+def _found(folder: Path, suffix: str) -> dict[Shard, Path]:
+    found = {}
     for path in folder.glob(f"*-of-*{suffix}"):
         name = _NAME.fullmatch(str(path.relative_to(folder)).removesuffix(suffix))
         if name is not None and int(name[1]) <= int(name[2]):
             found[Shard(int(name[1]), int(name[2]))] = path
-    counts = sorted({shard.of for shard in found})
-    if len(counts) != 1:
-        what = f"shards of divisions by {' and by '.join(map(str, counts))}" if counts else "no finished shard"
-        raise ConfigError(
-            f"{folder} holds {what}; expected all shards of one division. "
-            f"{'Move the others away' if counts else 'Run the command with --shard 1/N to N/N first'}."
-        )
-    everything = [Shard(number, counts[0]) for number in range(1, counts[0] + 1)]
-    if missing := [str(shard) for shard in everything if shard not in found]:
-        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        raise ConfigError(
-            f"{folder}: {len(missing)} of {counts[0]} shards are missing or not finished: {shown}. Run the command "
-            "with --shard for each of them, then merge again."
-        )
-    return {shard: found[shard] for shard in everything}
+    return found
 
 
 def refuse_others(stored: Any, asked: Any, *, what: str) -> None:
@@ -104,8 +119,8 @@ def refuse_others(stored: Any, asked: Any, *, what: str) -> None:
         if one.get(name) != other.get(name):
             values = [repr(side[name])[:200] if name in side else "missing" for side in (one, other)]
             raise ConfigError(
-                f"{what} belongs to other work: its {name} is {values[0]}, expected {values[1]}. Repeat it with the "
-                "options of this command, or give this command the shard's."
+                f"{what} belongs to other work: its {name} is {values[0]}, expected {values[1]}. Give this command the "
+                "shard's options, or delete the shard and run it with this command's."
             )
 
 

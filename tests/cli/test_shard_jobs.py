@@ -77,11 +77,35 @@ def test_an_array_is_written_and_its_shards_are_merged(
     subprocess.run(["bash", "-c", script], env=os.environ | {"SLURM_ARRAY_TASK_ID": "0"}, check=True)
     assert cli.run(divided) == 0
     assert all((tmp_path / "run" / name / "results.json").exists() for name in FOLDERS)
+    done = tmp_path / "run" / FOLDERS[0] / "shards" / "2-of-2" / "shard.json"
+    whole = done.read_text()
+    done.write_text(whole[:-30])
+    assert cli.run(divided) == 1
+    assert "Shard 2/2" in capsys.readouterr().err
+    assert cli.run(divided) == 75  # it is repeated
+    script = (tmp_path / "run" / "shards.sbatch").read_text()
+    subprocess.run(["bash", "-c", script], env=os.environ | {"SLURM_ARRAY_TASK_ID": "0"}, check=True)
+    assert json.loads(done.read_text()) == json.loads(whole)
+    divided[-2] = "3"
+    assert cli.run(divided) == 1
+    assert "shards of a division by 2, expected those of one by 3. Give --shards 2, or move" in capsys.readouterr().err
+    assert not list(done.parents[1].glob("*-of-3*"))
+    divided[-2] = "2"
     answers.write_text(answers.read_text().replace("blue", "green"))  # another model under the same name
     capsys.readouterr()
     assert cli.run(divided) == 1
     message = capsys.readouterr().err
     assert re.search(r"its --model is 'replay:a\.jsonl, files \w+', expected 'replay:a\.jsonl, files \w+'", message)
+
+
+@pytest.mark.parametrize("other", ["replay:a.jsonl", "replay-a.jsonl", "replay:/a.jsonl", ".."])
+def test_models_of_one_folder_are_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    command[command.index("replay:b.jsonl")] = other
+    assert cli.run([*command, "--output", "out/run"]) == 1
+    assert f"--model {other} has no folder of its own" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_are_checked_and_cached_by_jobs(

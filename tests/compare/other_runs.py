@@ -14,9 +14,11 @@ from mm_moslora.compare.comparison_plan import Outcome
 
 
 def meet(run: CellRun, started: float, stop_at: int | None) -> Outcome:
-    """Wait for the run on the other device; the first run of the second arm then fails."""
+    """Wait for the run on the other device; the first run of the second arm then fails, each time."""
     device = os.environ["CUDA_VISIBLE_DEVICES"]
     assert run.cards == 1
+    before = [place.read_text() for place in run.folder.glob("here-*")]
+    assert run.cell.name not in before, "boom"
     rounds = len(list(run.folder.glob(f"here-{device}-*")))
     (run.folder / f"here-{device}-{rounds}").write_text(run.cell.name)
     deadline = time.monotonic() + 60

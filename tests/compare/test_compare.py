@@ -100,7 +100,7 @@ def command(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, recipe: Path, records: Path) -> Path:
     out = tmp_path_factory.mktemp("compare") / "out"
-    assert cli.run(command(recipe, records, out)) == 0
+    assert cli.run(command(recipe, records, out)) == 1, "runs of an arm fail"
     return out
 
 
@@ -326,6 +326,22 @@ def test_a_score_that_is_no_number_was_not_measured(tmp_path: Path):
     assert read_outcome(tmp_path) == Outcome(status="ok", test={"b": 0.5})
 
 
+def test_a_damaged_outcome_counts_as_failed_and_hides_no_other(tmp_path: Path, monkeypatch):
+    other_runs(monkeypatch, "die")  # a run that starts is killed
+    comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
+    for cell in reported_cells(comparison.settings, {"lora": 1e-4, "moslora:kaiming": 1e-4}):
+        recipe = cell.recipe(RECIPE, tmp_path)
+        write_outcome(Path(recipe.train.output), Outcome(status="ok", recipe=recipe_hash(recipe)))
+    file = tmp_path / "runs" / "lora_lr0.0001_seed0" / "outcome.json"
+    file.write_text('{"status": "ok"')
+    comparison._read_outcomes()
+    assert Counter(outcome.status for outcome in comparison.outcomes.values()) == {"ok": 3, "failed": 1}
+    assert "outcome.json is damaged" in comparison.outcomes["lora_lr0.0001_seed0"].reason
+    assert comparison.run(RunBudget(), ProcessEngine(parallel=1)), "a damaged outcome stops no others"
+    assert "outcome.json is damaged" in comparison.outcomes["lora_lr0.0001_seed0"].reason
+    assert file.read_text() == '{"status": "ok"', "the user may restore it"
+
+
 def test_a_finished_run_stays_finished_when_recipes_get_new_keys(tmp_path: Path):
     """Its hash is of fewer keys then; its recipe decides."""
     asked = settings(rates=[1e-4])
@@ -423,6 +439,31 @@ def test_a_run_by_hand_is_found_from_every_path_of_its_folder(tmp_path: Path, mo
     monkeypatch.setattr(comparison_cell, "_run", lambda run, *_: asked.append(run) or Outcome(status="ok"))
     assert cli.run(["compare", folder.name if way == "relative" else "linked", "--cell", name]) == 0
     assert [run.place for run in asked] == [folder / "runs" / name]
+
+
+def test_a_run_by_hand_starts_where_its_tasks_are_named(tmp_path: Path, monkeypatch):
+    run, places = ordered(tmp_path / "own"), []
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(comparison_cell, "_run", lambda *_: places.append(Path.cwd()) or Outcome(status="ok"))
+    assert cli.run(["compare", str(tmp_path / "own"), "--cell", run.cell.name]) == 0
+    assert [places, Path.cwd()] == [[run.start], Path("/")]
+
+
+def test_a_run_by_hand_that_fails_says_so(tmp_path: Path, monkeypatch, capsys):
+    run = ordered(tmp_path)
+    line = ["compare", str(tmp_path), "--cell", run.cell.name]
+
+    def fail(*_):
+        assert read_outcome(run.place) is None, "a killed run would have the reason of an earlier one"
+        raise OSError("no picture")
+
+    for _ in range(2):
+        monkeypatch.setattr(comparison_cell, "_run", fail)
+        assert cli.run(line) == 1
+        assert capsys.readouterr().err.splitlines()[-1].endswith("OSError: no picture")
+        assert read_outcome(run.place).status == "failed"
+    monkeypatch.setattr(comparison_cell, "_run", lambda *_: Outcome(status="ok"))
+    assert cli.run(line) == 0
 
 
 @pytest.mark.parametrize(
@@ -765,7 +806,7 @@ def test_the_plan_of_one_seed_names_its_limit(finished: Path, recipe: Path, reco
     line[line.index("--seeds") + 1] = "1"
     assert cli.run([*line, "--plan"]) == 0
     assert "one seed cannot show the variation between seeds" in capsys.readouterr().out
-    assert cli.run(line) == 0
+    assert cli.run(line) == 1, "runs of an arm fail"
     results = json.loads((finished / "results.json").read_text())
     assert [row["verdict"] for row in results["comparisons"]] == ["nothing follows"]
     assert [row["seeds"] for row in results["comparisons"]] == [1]

@@ -16,7 +16,7 @@ from typing import Any
 
 from mm_moslora.launch.shard import Shard, finished, refuse_others
 from mm_moslora.utils.errors import ConfigError, EvalError
-from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.files import discard, make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_strictly, parse_object
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
@@ -133,7 +133,11 @@ def gather(output: Path, work: dict[str, Any]) -> StoredModel:
     model: StoredModel | None = None
     for shard, path in finished(output / SHARDS, f"/{DONE}").items():
         what = f"Shard {shard} ({path.parent})"
-        done = build_strictly(_Done, read_json(path), source=str(path))
+        try:
+            done = build_strictly(_Done, read_json(path), source=str(path))
+        except (ConfigError, EvalError) as error:
+            discard(path)  # it counts as missing, here and for the jobs of --shards
+            raise EvalError(f"{what} is damaged ({error}). Run it again with --shard {shard}; then merge.") from error
         refuse_others(done.work, work, what=what)
         model = model or done.model
         own, others = ({"model": {**asdict(one), "computed_by": 0}} for one in (done.model, model))
@@ -142,6 +146,7 @@ def gather(output: Path, work: dict[str, Any]) -> StoredModel:
         for place in lines:
             rows = read_folder(path.parent / place)
             if len(rows) < (count := done.answers.get(place, 0)):
+                discard(path)
                 raise EvalError(
                     f"{what} is damaged: {len(rows)} of {count} answers of {place} can be read. Run it again with "
                     f"--shard {shard}, which asks only what is missing; then merge."
@@ -149,6 +154,6 @@ def gather(output: Path, work: dict[str, Any]) -> StoredModel:
             lines[place] += map(line, rows.values())
     assert model is not None, "there is a shard, or `finished` raises"
     for place, texts in lines.items():
-        (output / place).mkdir(parents=True, exist_ok=True)
+        make_subfolder(output / place, below=output)
         replace_text(output / place / "answers-shards.jsonl", "".join(texts))
     return model
