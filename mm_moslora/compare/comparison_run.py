@@ -280,7 +280,7 @@ class Comparison:
     def _over(self, run: CellRun, problem: str) -> None:
         """Take the outcome of a run."""
         outcome = comparison_cell.known_outcome(run.place)
-        earlier = problem and outcome is not None and type(outcome) is Outcome and outcome.status == "failed"
+        earlier = problem and type(outcome) is Outcome and outcome.status == "failed"  # a damaged one is left alone
         if outcome is None or earlier:
             outcome = Outcome(status="failed", reason=problem)
             comparison_cell.write_outcome(run.place, outcome)
