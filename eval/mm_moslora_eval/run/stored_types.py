@@ -234,10 +234,9 @@ def check_row(kind: type[T], row: Mapping[str, Any], *, source: str) -> T:
     Raises:
         EvalError: a key is missing, or a value has another type.
     """
+    names = [part.name for part in fields(kind)]  # type: ignore[arg-type]
     try:
-        return build_strictly(
-            kind, {part.name: row[part.name] for part in fields(kind) if part.name in row}, source=source
-        )  # type: ignore[arg-type]
+        return build_strictly(kind, {name: row[name] for name in names if name in row}, source=source)
     except ConfigError as error:
         raise EvalError(f"{error} The file is damaged.") from error
 
