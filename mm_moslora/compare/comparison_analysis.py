@@ -44,10 +44,17 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
     """Analyse finished runs, write `results.json` with the command that repeats it, return it."""
     settings, outcomes, folder = comparison.settings, comparison.outcomes, comparison.folder
     names = short_names([*settings.tasks, *settings.validation])
-    failures = [(c, o) for c, o in _every(settings, outcomes) if o.status != "ok"]
     chosen = choose_rates(settings, outcomes)
     measured = Answers(settings, outcomes, folder, chosen, names)
-    scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
+    try:
+        scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
+    except Exception:
+        if not (damaged := measured.damaged()):
+            raise
+        outcomes = {**outcomes, **damaged}
+        measured = Answers(settings, outcomes, folder, chosen, names)
+        scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
+    failures = [(c, o) for c, o in _every(settings, outcomes) if o.status != "ok"]
     arms = [_arm(settings, outcomes, arm, chosen, scores[arm.name]) for arm in settings.arms]
     add_controls(arms, scores)
     state = read_state(folder)

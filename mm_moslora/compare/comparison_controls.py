@@ -18,6 +18,7 @@ from mm_moslora.compare.comparison_plan import ALL, Outcome, Settings, reported_
 from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, holm
 from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, SCORE_NAMES, SIGNIFICANT, Difference
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.text_format import visible
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.task import Task
@@ -88,6 +89,20 @@ class Answers:
             if cell.arm.name == arm and (found := self._outcomes.get(cell.name)) is not None and found.status == "ok"
         ]
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
+
+    def damaged(self) -> dict[str, Outcome]:
+        """Runs whose answers cannot be read, each as one that failed."""
+        found = {}
+        for cell in self._cells:
+            if (outcome := self._outcomes.get(cell.name)) is None or outcome.status != "ok":
+                continue
+            try:
+                for task in self._settings.tasks:
+                    self._task(task, [(cell.seed, outcome)])
+            except Exception as error:  # the files are anybody's
+                reason = f"its answers cannot be read ({visible(f'{type(error).__name__}: {error}')})"
+                found[cell.name] = replace(outcome, status="failed", reason=reason)
+        return found
 
     def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
         from mm_moslora_eval.run.answer_views import SAMPLES, task_of, view_below

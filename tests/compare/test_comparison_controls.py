@@ -197,9 +197,33 @@ def test_arms_without_a_common_seed_are_named(tmp_path: Path) -> None:
 def test_runs_on_different_documents_are_refused(tmp_path: Path) -> None:
     _, comparison = analysed(tmp_path, (sees, sees_badly))
     file = next(tmp_path.glob("runs/lora_*_seed1/eval/*/own/*/samples.jsonl"))
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    file.write_text(file.read_text().replace('"id": "q0"', '"id": "another"'))
     with pytest.raises(DataError, match="hold different documents"):
         analyse(comparison)
+
+
+@pytest.mark.parametrize("damage", ["no places", "no samples", "torn samples", "a sample without id", "other rules"])
+def test_a_damaged_run_counts_as_failed_and_hides_no_other(tmp_path: Path, damage: str) -> None:
+    _, comparison = analysed(tmp_path, (sees, sees))
+    name, outcome = next(iter(comparison.outcomes.items()))
+    ((_, places),) = outcome.places.items()
+    samples = tmp_path / places["own"] / "samples.jsonl"
+    if damage == "no places":
+        comparison.outcomes[name] = dataclasses.replace(outcome, places={})
+    elif damage == "other rules":
+        (samples.parent / "task.json").write_text("{}")
+    elif damage == "no samples":
+        samples.unlink()
+    else:
+        text = samples.read_text()
+        samples.write_text(text[:-30] if damage == "torn samples" else text.replace('"id":', '"ID":', 1))
+    results = analyse(comparison)
+    (failure,) = results["failures"]
+    assert (failure["arm"], failure["status"]) == ("lora", "failed")
+    assert failure["reason"].startswith("its answers cannot be read (")
+    assert [sum(run["status"] == "ok" for run in arm["seeds"]) for arm in results["arms"]] == [1, 2]
+    assert results["comparisons"][0]["seeds"] == 1
+    assert comparison.outcomes[name].status == "ok", "the run is not done again"
 
 
 def test_arms_are_compared_by_the_score_of_the_task(tmp_path: Path) -> None:
