@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.reporting.verdicts import amount_text, between, resting_on, score_text
-from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora.utils.errors import DataError, EvalError, MoSLoRAError
 from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.text_format import aligned
 
@@ -75,7 +76,7 @@ def run(
     chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
     work = work_of([*zip(found, checksums, strict=True)], modes, chosen, model=named)
     folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
-    with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None):
+    with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None, below=output):
         if chosen.shard is not None and is_finished(folder, work):
             return []
         opened = partial(gather, output, work) if merge else model
@@ -182,6 +183,7 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
 
     Raises:
         EvalError: there is nothing to score, or documents have no answer.
+        MoSLoRAError: a file of a view is damaged.
     """
     from mm_moslora_eval.protocol.task_registry import get_task
     from mm_moslora_eval.run.answer_views import run_of, views_below
@@ -195,15 +197,14 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
     if rules is not None:
         views = _views_of(rules.name, views, path)
     results: list[TaskResult] = []
-    failure: EvalError | None = None
+    failure: Exception | None = None
     for view in views:
         try:
             result = score_folder(view, rules=rules, judge=judge)
-        except EvalError as error:
+            write_results(run_of(view), [result])
+            results.append(result)
+        except Exception as error:  # of any kind: raised once the others are scored
             failure = failure or error
-            continue
-        write_results(run_of(view), [result])
-        results.append(result)
     if failure is not None:
         raise failure
     return results
@@ -211,10 +212,13 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
 
 def _views_of(name: str, views: Sequence[Path], path: Path) -> list[Path]:
     """The views of a task as it was asked, without views by another protocol's rules."""
-    from mm_moslora_eval.run.answer_views import RESCORED, TASK, read_json
+    from mm_moslora_eval.run.answer_views import RESCORED, read_view
 
-    tasks = {view: read_json(view / TASK)["task"]["name"] for view in views}
-    chosen = [view for view in views if tasks[view] == name and RESCORED not in view.name]
+    tasks = {}
+    for view in views:
+        with suppress(MoSLoRAError):  # its own task cannot be read
+            tasks[view] = read_view(view)["task"]["name"]
+    chosen = [view for view, task in tasks.items() if task == name and RESCORED not in view.name]
     if not chosen:
         raise EvalError(
             f"{path} holds no answers to {name}, but to {', '.join(sorted(set(tasks.values())))}. "

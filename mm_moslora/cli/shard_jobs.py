@@ -108,7 +108,7 @@ class ShardJobs:
             with stop:
                 missing = [*run_jobs(lambda: jobs, engine, over=over, stop=lambda: bool(stop.received))]
         if stop.received:
-            logger.info("Stopped by signal %d; saved. The same command continues.", stop.received)
+            logger.info("Stopped by signal %d. The same command continues.", stop.received)
             return [], EXIT_REQUEUE
         ready = [folder for folder in commands if all(Path(name).parent != folder for name in missing)]
         return ready, 0 if not missing else EXIT_REQUEUE if engine is None else 1

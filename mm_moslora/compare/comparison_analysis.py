@@ -17,6 +17,7 @@ from mm_moslora.compare.comparison_controls import (
     as_difference,
     columns_of,
     pictures_controlled,
+    with_readable,
 )
 from mm_moslora.compare.comparison_plan import (
     FORMAT,
@@ -42,19 +43,13 @@ from mm_moslora.utils.hardware import hardware
 
 def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
     """Analyse finished runs, write `results.json` with the command that repeats it, return it."""
-    settings, outcomes, folder = comparison.settings, comparison.outcomes, comparison.folder
+    settings, folder = comparison.settings, comparison.folder
     names = short_names([*settings.tasks, *settings.validation])
-    chosen = choose_rates(settings, outcomes)
-    measured = Answers(settings, outcomes, folder, chosen, names)
-    try:
-        scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
-    except Exception:
-        if not (damaged := measured.damaged()):
-            raise
-        outcomes = {**outcomes, **damaged}
-        measured = Answers(settings, outcomes, folder, chosen, names)
-        scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
+    chosen = choose_rates(settings, comparison.outcomes)
+    outcomes = with_readable(reported_cells(settings, chosen), comparison.outcomes, folder, settings.tasks)
     failures = [(c, o) for c, o in _every(settings, outcomes) if o.status != "ok"]
+    measured = Answers(settings, outcomes, folder, chosen, names)
+    scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
     arms = [_arm(settings, outcomes, arm, chosen, scores[arm.name]) for arm in settings.arms]
     add_controls(arms, scores)
     state = read_state(folder)

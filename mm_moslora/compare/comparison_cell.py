@@ -123,6 +123,19 @@ def read_outcome(place: Path) -> Outcome | None:
         raise ConfigError(f"{file} is damaged ({error}). Delete it to measure the run again, or restore it.") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Damaged(Outcome):
+    """Stands for an outcome that cannot be read: the run counts as failed, and its file is left alone."""
+
+
+def known_outcome(place: Path) -> Outcome | None:
+    """As `read_outcome`, where a damaged file must not stop other runs."""
+    try:
+        return read_outcome(place)
+    except ConfigError as error:
+        return Damaged(status="failed", reason=str(error))
+
+
 def _finite(value: Any) -> Any:
     """Plain data without NaN and infinity; a score that is no number counts as not measured."""
     if not isinstance(value, dict):
@@ -263,7 +276,7 @@ def _as_trained(job: CellRun) -> Recipe:
 
 
 def _is_ok(file: Path) -> bool:
-    outcome = read_outcome(file.parent)
+    outcome = known_outcome(file.parent)
     return outcome is not None and outcome.status == "ok"
 
 

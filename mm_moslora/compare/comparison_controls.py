@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora_eval.scoring.reference_likelihood import nats_of, reason_without
 
-from mm_moslora.compare.comparison_plan import ALL, Outcome, Settings, reported_cells
+from mm_moslora.compare.comparison_plan import ALL, Cell, Outcome, Settings, reported_cells
 from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, holm
 from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, SCORE_NAMES, SIGNIFICANT, Difference
-from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.text_format import visible
+from mm_moslora.utils.errors import DataError, MoSLoRAError
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.task import Task
@@ -49,6 +48,43 @@ class TaskAnswers:
     """The reason for none."""
     remarks: tuple[str, ...]
     """Remarks on the scores, such as that all answers are equal."""
+
+
+def with_readable(
+    cells: Sequence[Cell], outcomes: Mapping[str, Outcome], folder: Path, tasks: Sequence[str]
+) -> dict[str, Outcome]:
+    """The outcomes, in which runs with samples that cannot be read have failed, as the reason says.
+
+    Args:
+        cells: the reported runs.
+        outcomes: by the run's name.
+        folder: the comparison's.
+        tasks: test tasks, of which every run has samples.
+    """
+    found = dict(outcomes)
+    for cell in cells:
+        outcome = outcomes.get(cell.name)
+        for task in tasks if outcome is not None and outcome.status == "ok" else ():
+            try:
+                _check(folder, outcome.places.get(task, {}), task)
+            except MoSLoRAError as error:
+                found[cell.name] = Outcome(status="failed", reason=str(error), total_seconds=outcome.total_seconds)
+    return found
+
+
+def _check(folder: Path, places: Mapping[str, str], task: str) -> None:
+    from mm_moslora_eval.run.answer_views import SAMPLES, task_of, view_below
+    from mm_moslora_eval.run.evaluate_suite import read_samples
+
+    if OWN not in places:
+        raise DataError(f"The outcome names no samples of {task}. Delete the run's outcome.json to measure it again.")
+    sizes = set()
+    for place in (view_below(folder, name) for name in places.values()):
+        sizes.add(len(read_samples(place / SAMPLES)))
+        if task_of(place) is not None:
+            _scores(place)
+    if len(sizes) > 1 or 0 in sizes:
+        raise DataError(f"The samples of {task} are of {sorted(sizes)} documents by image mode, expected one number.")
 
 
 class Answers:
@@ -89,20 +125,6 @@ class Answers:
             if cell.arm.name == arm and (found := self._outcomes.get(cell.name)) is not None and found.status == "ok"
         ]
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
-
-    def damaged(self) -> dict[str, Outcome]:
-        """Runs whose answers cannot be read, each as one that failed."""
-        found = {}
-        for cell in self._cells:
-            if (outcome := self._outcomes.get(cell.name)) is None or outcome.status != "ok":
-                continue
-            try:
-                for task in self._settings.tasks:
-                    self._task(task, [(cell.seed, outcome)])
-            except Exception as error:  # the files are anybody's
-                reason = f"its answers cannot be read ({visible(f'{type(error).__name__}: {error}')})"
-                found[cell.name] = replace(outcome, status="failed", reason=reason)
-        return found
 
     def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
         from mm_moslora_eval.run.answer_views import SAMPLES, task_of, view_below

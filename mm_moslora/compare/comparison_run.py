@@ -197,9 +197,10 @@ class Comparison:
         for item in cells:
             recipe = item.recipe(self.recipe, self.folder)
             place = Path(recipe.train.output)
-            outcome = comparison_cell.read_outcome(place)
+            outcome = comparison_cell.known_outcome(place)
             if outcome is not None:
-                comparison_cell.require_same_recipe(place, outcome, recipe)
+                if not isinstance(outcome, comparison_cell.Damaged):
+                    comparison_cell.require_same_recipe(place, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
     def run(self, room: RunBudget, engine: Engine, *, after: Callable[[], Settings] | None = None) -> bool:
@@ -229,9 +230,9 @@ class Comparison:
         if not self._ready():
             return True
         if stop.received:
-            logger.info("Stopped by signal %d; saved. The same command continues.", stop.received)
+            logger.info("Stopped by signal %d. The same command continues.", stop.received)
         elif time.monotonic() > deadline:
-            logger.info("%g minutes are over; saved. The same command continues.", room.max_minutes)
+            logger.info("%g minutes are over. The same command continues.", room.max_minutes)
         return False
 
     def write_array(self, room: RunBudget, *, after: Callable[[], Settings] | None = None) -> bool:
@@ -278,7 +279,7 @@ class Comparison:
 
     def _over(self, run: CellRun, problem: str) -> None:
         """Take the outcome of a run."""
-        outcome = comparison_cell.read_outcome(run.place)
+        outcome = comparison_cell.known_outcome(run.place)
         if outcome is None:
             outcome = Outcome(status="failed", reason=problem)
             comparison_cell.write_outcome(run.place, outcome)
@@ -360,7 +361,7 @@ def _job(run: CellRun, *, stop_at: int | None = None) -> Job:
 
 def _problem(run: CellRun, problem: str) -> str:
     """What ended the first steps of an arm's run."""
-    outcome = comparison_cell.read_outcome(run.place)
+    outcome = comparison_cell.known_outcome(run.place)
     return problem if outcome is None or outcome.status == "ok" else f"{outcome.status}: {outcome.reason}"
 
 

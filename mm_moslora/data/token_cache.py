@@ -32,6 +32,7 @@ from mm_moslora.launch.shard import Shard, finished
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import building, is_built, mark, read_json, remove, set_aside, sha256_of, sync
+from mm_moslora.utils.untrusted_data import read_value
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class _Fault(NamedTuple):
     what: str
     remedy: str
     path: str | None
+
+
+_FAULTS = list[tuple[int, str | None, str, str, str, str, str | None]]
 
 
 @dataclass(kw_only=True)
@@ -89,11 +93,9 @@ class TokenCache:
     ) -> None:
         self.folder, self.source, self.encode = folder, source, encode
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
-        if (folder / _SUMS).exists() and read_json(folder / _SUMS) != _sums(folder):
-            raise ValueError("the checksum of its table differs")
+        table, faults = _load(folder, range(len(source)))
         self._ids = np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")
         self._supervised = np.memmap(folder / "supervised.bin", dtype=np.bool_, mode="r")
-        table = np.load(folder / "table.npy")
         self.lengths: NDArray[np.int32] = table[:, 1]
         """Tokens of every record, visual tokens included; 0 for a bad one."""
         self.has_image: NDArray[np.bool_] = table[:, 3] > 0
@@ -102,8 +104,7 @@ class TokenCache:
         self._images = table[:, 2]
         self._checksums = table[:, 5] if table.shape[1] > 5 else None
         self._starts = np.concatenate([[0], np.cumsum(table[:, 0], dtype=np.int64)])
-        faults = read_json(folder / _LAST, list)
-        self.faults = {fault.row: fault for fault in (_Fault(*item) for item in faults)}
+        self.faults = {fault.row: fault for fault in faults}
 
     def fault(self, row: int) -> RecordError:
         """The error of a row in `faults`."""
@@ -178,7 +179,9 @@ class CachePlace:
                     aside = set_aside(self.folder, "corrupt")
                     logger.warning("%s is damaged (%s), now %s; it is built again.", self.folder, error, aside.name)
             parts = self._finished_shards()
-            _write(self.folder, map(_read, parts) if parts else self._tokenised(range(len(self.source))))
+            numbers = range(len(self.source))
+            read = (_read(path.parent, shard.stretch(numbers)) for shard, path in parts.items())
+            _write(self.folder, read if parts else self._tokenised(numbers))
             if parts:
                 mark(self.shards, "temporary")
                 remove(self.shards)
@@ -199,14 +202,14 @@ class CachePlace:
                     _write(folder, self._tokenised(numbers))
         return len(numbers)
 
-    def _finished_shards(self) -> list[Path]:
+    def _finished_shards(self) -> dict[Shard, Path]:
         if not any(self.shards.glob(f"*/{_LAST}")):
-            return []
+            return {}
         try:
-            return [*finished(self.shards, f"/{_LAST}").values()]
+            return finished(self.shards, f"/{_LAST}")
         except ConfigError as error:
             logger.warning("%s All records of %s are tokenised here instead.", error, self.source.path)
-            return []
+            return {}
 
     @staticmethod
     def _locked(folder: Path) -> AbstractContextManager[int]:
@@ -248,24 +251,45 @@ def _write(folder: Path, found: Iterable[_Rows]) -> None:
             sync(path)
 
 
-def _read(path: Path) -> _Rows:
+def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list[_Fault]]:
+    """Table and faults of a cache, or a shard of one, with these records.
+
+    Raises:
+        OSError, ValueError: it is damaged.
+    """
+    if (folder / _SUMS).exists() and read_json(folder / _SUMS) != _sums(folder):
+        raise ValueError("the checksum of its table differs")
+    try:
+        table = np.lib.format.open_memmap(folder / "table.npy", mode="r")
+        faults = [
+            _Fault(*item) for item in read_value(_FAULTS, read_json(folder / _LAST, list), source=_LAST, where="")
+        ]
+    except Exception as error:  # what numpy raises for a damaged header depends on the damage
+        raise ValueError(str(error)) from error
+    if table.dtype != np.int32 or table.shape not in ((len(numbers), 5), (len(numbers), 6)) or (table < 0).any():
+        raise ValueError(f"table.npy has {table.dtype} {table.shape}, expected rows of {len(numbers)} records")
+    tokens = max(1, int(table[:, 0].sum(dtype=np.int64)))
+    for name, size in (("ids.bin", 4 * tokens), ("supervised.bin", tokens)):
+        if (found := (folder / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found} bytes, expected {size}")
+    codes = {code.value for code in Code}
+    if any(item.code not in codes or item.row not in numbers or table[item.row - numbers[0], 1] for item in faults):
+        raise ValueError(f"{_LAST} has an unknown fault, or one of a record without faults")
+    return np.array(table), faults
+
+
+def _read(part: Path, numbers: Sequence[int]) -> _Rows:
     """A shard of a cache.
 
     Raises:
         DataError: it is damaged.
     """
-    part = path.parent
     try:
-        if read_json(part / _SUMS) != _sums(part):
-            raise ValueError("the checksum of its table differs")
-        table = np.load(part / "table.npy")
+        table, faults = _load(part, numbers)
         count = int(table[:, 0].sum())
         ids = np.fromfile(part / "ids.bin", dtype=np.int32, count=count)
         supervised = np.fromfile(part / "supervised.bin", dtype=np.bool_, count=count)
-        faults = [_Fault(*item) for item in read_json(path, list)]
-        if len(ids) != count or len(supervised) != count:
-            raise ValueError(f"{len(ids)} of {count} tokens")
-    except (OSError, EOFError, ValueError, TypeError, IndexError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{part} is damaged ({error}). Delete this folder, and run its shard again.") from error
     return _Rows(ids=ids, supervised=supervised, table=table, faults=faults)
 

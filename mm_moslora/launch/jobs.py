@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mm_moslora.launch.child_processes import Child, kill_tree, python_words, start_tied, terminate
+from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.launch.topology import accelerators
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import writing_in_place
@@ -25,8 +27,12 @@ from mm_moslora.utils.files import writing_in_place
 logger = logging.getLogger(__name__)
 
 TRIES = 3
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Sums depend on the number of threads, so jobs get what this process has."""
 GRACE = 120.0
 """Seconds in which a job that is asked to end may save."""
+_SAVED = (0, EXIT_REQUEUE, 143, -signal.SIGTERM)
+"""Exit codes of a job that was asked to end and has lost nothing: done, saved, or ended where it keeps all it did."""
 _LOOK, _PAUSE = 1.0, 0.1
 """Seconds between two questions for further jobs or a stop, and between two looks at processes."""
 
@@ -102,8 +108,8 @@ class Engine(Protocol):
     def wait(self, seconds: float) -> list[End]:
         """Wait until jobs end, up to a time limit; returns those that did."""
 
-    def stop(self) -> None:
-        """Ask the running jobs to save, wait for them, and drop the others."""
+    def stop(self) -> list[End]:
+        """Ask the running jobs to save, wait for them, and drop the others; returns the ends of the former."""
 
 
 def run_jobs(
@@ -127,15 +133,21 @@ def run_jobs(
             new = [job for job in jobs() if job.name not in tries]
             tries |= {job.name: 0 for job in new}
             waiting += new
+            unstarted: list[End] = []
             while waiting and engine.takes(waiting[0]):
-                engine.start(waiting.pop(0))
+                job = waiting.pop(0)
                 running += 1
+                try:
+                    engine.start(job)
+                except (OSError, ConfigError) as error:  # its log or its folder
+                    unstarted.append(End(job, 1, f"it did not start: {error}"))
             if not running:
                 break
-            for end in engine.wait(_LOOK):
+            for end in unstarted or engine.wait(_LOOK):
                 running -= 1
                 problem, name = end.problem, end.job.name
                 if problem and stop():  # the signal may have ended the job, too
+                    _tell_if_unsaved(end)
                     continue
                 tries[name] += 1
                 if problem and tries[name] < TRIES:
@@ -145,8 +157,18 @@ def run_jobs(
                 failed |= {name: problem} if problem else {}
                 over(end.job, problem)
     finally:
-        engine.stop()
+        for end in engine.stop():
+            _tell_if_unsaved(end)
     return failed
+
+
+def _tell_if_unsaved(end: End) -> None:
+    if end.code not in _SAVED:
+        why = f"killed, as after {GRACE:g} s" if end.code == -signal.SIGKILL else f"exit code {end.code}"
+        logger.warning(
+            "%s did not save when it was asked to (%s); see %s. The same command continues it from what it had saved "
+            "before.", end.job.name, end.reason or why, end.job.log,
+        )  # fmt: skip
 
 
 def cards_per_job(asked: int | None, engine: Engine, *, option: str) -> int:
@@ -196,8 +218,9 @@ class ProcessEngine:
 
     def start(self, job: Job) -> None:
         """Start a job's process; it has its accelerators before it imports anything."""
-        cards, self._free = self._free[: job.cards], self._free[job.cards :]
+        cards = self._free[: job.cards]
         self._busy.append((job, cards, start_process(job, {"CUDA_VISIBLE_DEVICES": ",".join(cards)} if cards else {})))
+        self._free = self._free[job.cards :]
 
     def wait(self, seconds: float) -> list[End]:
         """Wait until processes end, up to a time limit; returns those that did."""
@@ -208,17 +231,19 @@ class ProcessEngine:
         self._free += [card for _, cards, _ in over for card in cards]
         return [End(job, close(child)) for job, _, child in over]
 
-    def stop(self) -> None:
+    def stop(self) -> list[End]:
         """Ask every job to save and exit; after `GRACE` seconds it is killed."""
         for _, _, child in self._busy:
             terminate(child.pid)
         deadline = time.monotonic() + GRACE
+        ends: list[End] = []
         while self._busy and time.monotonic() < deadline:
-            self.wait(_PAUSE)
+            ends += self.wait(_PAUSE)
         for _, _, child in self._busy:
             kill_tree(child.pid)
         while self._busy:
-            self.wait(_PAUSE)
+            ends += self.wait(_PAUSE)
+        return ends
 
 
 def start_process(job: Job, changes: dict[str, str]) -> Child:

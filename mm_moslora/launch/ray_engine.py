@@ -7,15 +7,18 @@ file system that all nodes share, at the same path. Ray repeats the tasks of a n
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
+import signal
 import socket
 import time
 from contextlib import chdir
 from typing import Any
 
 from mm_moslora.launch.child_processes import kill_tree, terminate
-from mm_moslora.launch.jobs import GRACE, TRIES, End, Engine, Job, ProcessEngine, close, start_process
+from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Engine, Job, ProcessEngine, close, start_process
+from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import install_extra
@@ -24,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _PAUSE, _SECONDS, _SEEN_LATE = 0.2, 10.0, 90.0
 """Seconds between two looks at a process, to reach the cluster, and until a network file system shows an output."""
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Ray sets the first on its nodes; sums depend on the number of threads, so jobs get what this process has."""
+_OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
+"""Ray kills its workers when this process is gone, but not their jobs then, which see it and save (`start_tied`)."""
 
 
 def open_engine(ray: str, *, parallel: int | None) -> Engine:
@@ -59,10 +62,10 @@ class RayEngine:
         _require_listener(address)
         try:
             with chdir("/"):  # Ray puts the working folder first on its workers' module path
-                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _OUTLIVES})
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
-                f"--ray {address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Start one with `ray "
+                f"--ray {address}: no Ray cluster answers there ({_first_line(error)}). Start one with `ray "
                 "start --head`, and this command on one of its nodes."
             ) from error
         self._ray = ray
@@ -103,7 +106,8 @@ class RayEngine:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with writing_in_place(job.log, append=True) as log:
             log.write(f"{sign}\n")
-        threads = {name: os.environ.get(name) for name in _THREADS}
+        # Ray sets the first of them on its nodes.
+        threads = {name: os.environ.get(name) for name in THREADS}
         task = self._task.options(num_cpus=job.cores, num_gpus=job.cards, max_retries=TRIES - 1, name=job.name)
         self._running[task.remote(job, sign, threads)] = job
 
@@ -116,22 +120,31 @@ class RayEngine:
         job = self._running.pop(one)
         try:
             code = self._ray.get(one)
+        except self._ray.exceptions.TaskCancelledError:
+            return End(job, EXIT_REQUEUE)  # before it began
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            return End(job, 1, str(cause).strip().splitlines()[0])
+            return End(job, 1, _first_line(cause))
         deadline = time.monotonic() + _SEEN_LATE
         while code == 0 and job.output is not None and not job.output.exists() and time.monotonic() < deadline:
             time.sleep(_PAUSE)
         return End(job, code)
 
-    def stop(self) -> None:
+    def stop(self) -> list[End]:
         """Ask the running jobs to save, wait for them, and leave the cluster."""
         for one in self._running:
             self._ray.cancel(one)
-        if self._running:
-            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=GRACE + _SECONDS)
+        deadline, ends = time.monotonic() + GRACE + _SECONDS, list[End]()
+        while self._running and (left := deadline - time.monotonic()) > 0:
+            ends += self.wait(left)
+        ends += [End(job, 1, "its node does not answer") for job in self._running.values()]
         self._running.clear()
         self._ray.shutdown()
+        return ends
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _require_listener(address: str) -> None:
@@ -140,11 +153,12 @@ def _require_listener(address: str) -> None:
     if "/" in address or not port.isdecimal():  # auto, ray://HOST:PORT
         return
     try:
-        socket.create_connection((host, int(port)), timeout=_SECONDS).close()
-    except OSError as error:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:  # the port, a long name
+        why = getattr(error, "strerror", "") or error
         raise ConfigError(
-            f"--ray {address}: nothing answers there ({error.strerror or error}). Give the address that `ray start "
-            "--head` printed, or auto on a node of the cluster."
+            f"--ray {address}: nothing answers there ({why}). Give the address that `ray start --head` printed, or "
+            "auto on a node of the cluster."
         ) from error
 
 
@@ -157,15 +171,15 @@ def _run_on_node(job: Job, sign: str, threads: dict[str, str | None]) -> int:
     for name, value in threads.items():
         os.environ.pop(name, None)
         os.environ |= {} if value is None else {name: value}
-    child = start_process(job, {})
-    try:
-        while child.poll() is None:
-            time.sleep(_PAUSE)
-    except KeyboardInterrupt:  # Ray's way to cancel a task
-        terminate(child.pid)
-        deadline = time.monotonic() + GRACE
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(_PAUSE)
-        if child.poll() is None:
+    asked: list[int] = []
+    # Ray cancels a task by SIGINT, which does nothing where `ray start` inherited that it is ignored, as behind `&`.
+    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    child, deadline = start_process(job, {}), math.inf
+    while child.poll() is None:
+        if asked and deadline == math.inf:
+            terminate(child.pid)
+            deadline = time.monotonic() + GRACE
+        if time.monotonic() > deadline:
             kill_tree(child.pid)
+        time.sleep(_PAUSE)
     return close(child)

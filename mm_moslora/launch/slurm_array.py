@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_moslora.launch.jobs import Job
+from mm_moslora.launch.jobs import THREADS, Job
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import output_file, replace_text
 
@@ -53,4 +54,5 @@ def _element(job: Job) -> str:
     """The commands of an element: output into the log, and the job in place of the shell, so that it gets signals."""
     log = job.folder / job.log  # the array may be submitted from any folder
     place, folder, logged = (shlex.quote(str(path)) for path in (log.parent, job.folder, log))
-    return f"mkdir -p {place} && {{ cd {folder} && exec {shlex.join(job.words)}; }} >>{logged} 2>&1 </dev/null"
+    words = shlex.join(["env", *(f"{name}={os.environ[name]}" for name in THREADS if name in os.environ), *job.words])
+    return f"mkdir -p {place} && {{ cd {folder} && exec {words}; }} >>{logged} 2>&1 </dev/null"

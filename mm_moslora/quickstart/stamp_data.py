@@ -26,6 +26,7 @@ from mm_moslora.quickstart.instruction_data import (
     write_files,
 )
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.files import replacing
 from mm_moslora.utils.untrusted_files import read_text
 
 IMAGES = "images"
@@ -117,7 +118,8 @@ def build_stamps(
     for name, picture in pictures.items():
         target = images / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(target)
+        with replacing(target) as part:
+            picture.save(part, "PNG")
     return files
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from mm_moslora.reporting.svg_charts import chart_style, colours, format_number, new_axes, number_axis, to_svg
 from mm_moslora.reporting.verdicts import HOLDS_ZERO, UNJUDGED, verdict_of_nats
+from mm_moslora.utils.files import replacing
 from mm_moslora.utils.text_format import visible
 
 ALL = "all tasks"
@@ -180,7 +181,8 @@ def draw_png(chart: RowChart, path: Path) -> None:
             place = axes if not number else axes.figure.add_axes((x + number * (WIDTH + 20) / wide, *box))
             place.set_title(column.heading, loc="left", fontsize=11)
             column.draw(place)
-        axes.figure.savefig(path, dpi=144, facecolor="white")
+        with replacing(path) as part:
+            axes.figure.savefig(part, format="png", dpi=144, facecolor="white")
 
 
 def columns(results: Mapping[str, Any]) -> list[str]:

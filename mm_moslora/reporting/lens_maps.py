@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import output_file
+from mm_moslora.utils.files import output_file, replacing
 from mm_moslora.utils.run_paths import writing
 
 MEASURES = {
@@ -118,10 +121,22 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
         AdapterError: an ending that is no format.
         OSError: the file cannot be written.
     """
-    from matplotlib import style
-
-    with style.context("default"):  # a `matplotlibrc` of the working folder could have TeX read other files
+    with default_style({}):
         return _draw(rows, picture, most=most)
+
+
+@contextmanager
+def default_style(changes: Any) -> Iterator[None]:
+    """matplotlib's default style with changes: everything that is drawn is drawn in it.
+
+    On import, matplotlib reads a `matplotlibrc` of the working folder before all others, whatever the environment says.
+    It may be a pipe, and have TeX read other files.
+    """
+    strange = "matplotlib" not in sys.modules and os.path.lexists("matplotlibrc")
+    with chdir(Path(__file__).parent) if strange else nullcontext():
+        from matplotlib import rc_context, style
+    with style.context("default"), rc_context(changes):
+        yield
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) -> Path:
@@ -143,7 +158,8 @@ def _draw(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) -> Pat
     output_file(picture, sign=_SIGN if ending == "png" else None)
     with writing(picture):
         picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, dpi=120, metadata={"Software": _SOFTWARE} if ending == "png" else None)
+        with replacing(picture) as part:
+            figure.savefig(part, format=ending, dpi=120, metadata={"Software": _SOFTWARE} if ending == "png" else None)
     return picture
 
 

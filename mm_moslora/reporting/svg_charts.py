@@ -20,7 +20,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mm_moslora.reporting.lens_maps import HeatMap
+from mm_moslora.reporting.lens_maps import HeatMap, default_style
 from mm_moslora.reporting.page_templates import asset
 from mm_moslora.utils.text_format import visible
 
@@ -91,9 +91,7 @@ def colours() -> dict[str, str]:
 
 @contextmanager
 def chart_style() -> Iterator[dict[str, str]]:
-    """matplotlib's default style, whatever a `matplotlibrc` says, with changes for pages; gives the colours."""
-    from matplotlib import rc_context, style
-
+    """matplotlib's default style with changes for pages; gives the colours."""
     named = colours()
     changes: Any = {
         "figure.dpi": 72, "font.size": 11, "grid.color": named["edge"], "axes.axisbelow": True, "axes.grid": True,
@@ -102,7 +100,7 @@ def chart_style() -> Iterator[dict[str, str]]:
         **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
         **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), named["quiet"]),
     }  # fmt: skip
-    with style.context("default"), rc_context(changes):
+    with default_style(changes):
         yield named
 
 

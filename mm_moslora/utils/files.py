@@ -159,14 +159,21 @@ def write_owner(lock: int, text: str) -> None:
         os.pwrite(lock, text.encode(), 0)
 
 
-def make_subfolder(path: Path) -> None:
+def make_subfolder(path: Path, *, below: Path | None = None) -> None:
     """Make a folder inside one of this project, if it is missing.
 
+    Args:
+        path: the folder.
+        below: the folder that no link may leave; None: its parent.
+
     Raises:
-        ConfigError: a link is at its place.
+        ConfigError: a link is at its place, or between `below` and it.
     """
-    if path.is_symlink():
-        _refuse_irregular(path)
+    place = below or path.parent
+    for part in path.relative_to(place).parts:
+        place /= part
+        if place.is_symlink():
+            _refuse_irregular(place)
     path.mkdir(parents=True, exist_ok=True)
 
 

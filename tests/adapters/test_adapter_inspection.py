@@ -315,6 +315,11 @@ def test_table_summary_and_picture(tmp_path: Path) -> None:
     assert 1 < figures["mixer/effective_pairs"] < 16
     picture = draw(reports, tmp_path / "deep" / "mixers.png", most=5)
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    (mine := tmp_path / "mine").hardlink_to(picture)
+    before = mine.read_bytes()
+    draw(reports[:1], picture, most=5)
+    assert mine.read_bytes() == before != picture.read_bytes()
+    assert [path.name for path in picture.parent.iterdir()] == ["mixers.png"]
 
 
 def test_a_live_model_gives_the_figures_of_its_folder(tmp_path: Path) -> None:

@@ -326,6 +326,22 @@ def test_a_score_that_is_no_number_was_not_measured(tmp_path: Path):
     assert read_outcome(tmp_path) == Outcome(status="ok", test={"b": 0.5})
 
 
+def test_a_damaged_outcome_counts_as_failed_and_hides_no_other(tmp_path: Path, monkeypatch):
+    other_runs(monkeypatch, "die")  # a run that starts is killed
+    comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
+    for cell in reported_cells(comparison.settings, {"lora": 1e-4, "moslora:kaiming": 1e-4}):
+        recipe = cell.recipe(RECIPE, tmp_path)
+        write_outcome(Path(recipe.train.output), Outcome(status="ok", recipe=recipe_hash(recipe)))
+    file = tmp_path / "runs" / "lora_lr0.0001_seed0" / "outcome.json"
+    file.write_text('{"status": "ok"')
+    comparison._read_outcomes()
+    assert Counter(outcome.status for outcome in comparison.outcomes.values()) == {"ok": 3, "failed": 1}
+    assert "outcome.json is damaged" in comparison.outcomes["lora_lr0.0001_seed0"].reason
+    assert comparison.run(RunBudget(), ProcessEngine(parallel=1)), "a damaged outcome stops no others"
+    assert "outcome.json is damaged" in comparison.outcomes["lora_lr0.0001_seed0"].reason
+    assert file.read_text() == '{"status": "ok"', "the user may restore it"
+
+
 def test_a_finished_run_stays_finished_when_recipes_get_new_keys(tmp_path: Path):
     """Its hash is of fewer keys then; its recipe decides."""
     asked = settings(rates=[1e-4])

@@ -196,34 +196,59 @@ def test_arms_without_a_common_seed_are_named(tmp_path: Path) -> None:
 
 def test_runs_on_different_documents_are_refused(tmp_path: Path) -> None:
     _, comparison = analysed(tmp_path, (sees, sees_badly))
-    file = next(tmp_path.glob("runs/lora_*_seed1/eval/*/own/*/samples.jsonl"))
-    file.write_text(file.read_text().replace('"id": "q0"', '"id": "another"'))
+    for file in tmp_path.glob("runs/lora_*_seed1/eval/*/*/*/*.jsonl"):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(DataError, match="hold different documents"):
         analyse(comparison)
 
 
-@pytest.mark.parametrize("damage", ["no places", "no samples", "torn samples", "a sample without id", "other rules"])
-def test_a_damaged_run_counts_as_failed_and_hides_no_other(tmp_path: Path, damage: str) -> None:
-    _, comparison = analysed(tmp_path, (sees, sees))
-    name, outcome = next(iter(comparison.outcomes.items()))
-    ((_, places),) = outcome.places.items()
-    samples = tmp_path / places["own"] / "samples.jsonl"
-    if damage == "no places":
-        comparison.outcomes[name] = dataclasses.replace(outcome, places={})
-    elif damage == "other rules":
-        (samples.parent / "task.json").write_text("{}")
-    elif damage == "no samples":
-        samples.unlink()
-    else:
-        text = samples.read_text()
-        samples.write_text(text[:-30] if damage == "torn samples" else text.replace('"id":', '"ID":', 1))
-    results = analyse(comparison)
-    (failure,) = results["failures"]
-    assert (failure["arm"], failure["status"]) == ("lora", "failed")
-    assert failure["reason"].startswith("its answers cannot be read (")
-    assert [sum(run["status"] == "ok" for run in arm["seeds"]) for arm in results["arms"]] == [1, 2]
-    assert results["comparisons"][0]["seeds"] == 1
-    assert comparison.outcomes[name].status == "ok", "the run is not done again"
+def _row(**changes: Any) -> Callable[[str], str]:
+    """Changes the first row of a file; None removes a key."""
+
+    def change(text: str) -> str:
+        first, *others = text.splitlines()
+        row = {key: value for key, value in (json.loads(first) | changes).items() if changes.get(key, 0) is not None}
+        return "\n".join([json.dumps(row), *others, ""])
+
+    return change
+
+
+DAMAGE: tuple[tuple[str, Any], ...] = (
+    ("places", {}), ("places", {"blind": "runs"}), ("places", {"own": "../../etc"}), ("samples.jsonl", _row(id=None)),
+    ("samples.jsonl", _row(cluster=None)), ("samples.jsonl", _row(reference="x")), ("samples.jsonl", _row(score=1e300)),
+    ("samples.jsonl", _row(score=-1e10)), ("samples.jsonl", _row(text=7)), ("samples.jsonl", lambda text: text[:-30]),
+    ("samples.jsonl", lambda text: text[: text.rindex("{")]), ("samples.jsonl", lambda _: ""),
+    ("samples.jsonl", None), ("task.json", lambda _: "{}"), ("task.json", lambda _: "{"),
+    ("task.json", lambda text: text.replace('"mean"', '"x"')), ("documents.jsonl", _row(extra=7)),
+    ("documents.jsonl", None),
+)  # fmt: skip
+
+
+def test_a_damaged_run_counts_as_failed_and_hides_no_other(tmp_path: Path) -> None:
+    whole, comparison = analysed(tmp_path, (sees, sees_badly))
+    name = next(name for name in comparison.outcomes if name.startswith("lora_") and name.endswith("_seed1"))
+    good = comparison.outcomes[name]
+    ((task, places),) = good.places.items()
+    for file, change in DAMAGE:
+        path = tmp_path / places["own"] / file
+        text = "" if file == "places" else path.read_text()
+        if file == "places":
+            comparison.outcomes[name] = dataclasses.replace(good, places={task: change} if change else {})
+        elif change is None:
+            path.unlink()
+        else:
+            path.write_text(change(text))
+        results = analyse(comparison)
+        ((failed),) = results["failures"]
+        assert (failed["arm"], failed["seed"], failed["status"]) == ("lora", 1, "failed"), (file, text)
+        assert failed["reason"]
+        assert [len(arm["tasks"]["test"]["seeds"]) for arm in results["arms"]] == [1, 2]
+        assert results["arms"][1] == whole["arms"][1]
+        write_page(tmp_path / "results.json", tmp_path / "report.html")
+        comparison.outcomes[name] = good
+        if file != "places":
+            path.write_text(text)
+    assert analyse(comparison)["arms"] == whole["arms"]
 
 
 def test_arms_are_compared_by_the_score_of_the_task(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import time
@@ -142,6 +143,56 @@ class TestTokenCache:
         again = make_set(path, cache=str(cache))
         assert again.fingerprint == first.fingerprint
         assert torch.equal(again.load(3).input_ids, first.load(3).input_ids)
+
+    @pytest.mark.parametrize("summed", [True, False])
+    def test_a_cache_of_other_types_shapes_or_sizes_is_set_aside_and_built_again(
+        self, summed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Also where the checksums agree with it, and where an earlier version wrote none."""
+        path, cache = make_records(tmp_path, 12), tmp_path / "cache"
+        with path.open("a") as stream:
+            stream.write('{"id": "bad"}\n')
+        first = make_set(path, cache=str(cache), max_bad_share=0.5)
+        (folder,) = [item for item in cache.iterdir() if item.is_dir()]
+        table, tokens = np.load(folder / "table.npy"), (folder / "ids.bin").read_bytes()
+        (fault,) = json.loads((folder / "faults.json").read_text())
+        spoiled: list[tuple[str, Any]] = [("ids.bin", tokens[:-4]), ("ids.bin", tokens + b"more"), ("ids.bin", b"")]
+        spoiled += [("supervised.bin", b"\1")]
+        spoiled += [
+            ("faults.json", item)
+            for item in (
+                [1], [["x"]], {}, None, [None], [["x", *fault[1:]]], [[99, *fault[1:]]], [[-1, *fault[1:]]],
+                [[0, *fault[1:]]], [[*fault[:2], "NO_CODE", *fault[3:]]], [[[], *fault[1:]]], [[*fault[:6], 1]],
+            )
+        ]  # fmt: skip
+        spoiled += [
+            ("table.npy", item)
+            for item in (
+                table[0], table[:3], table[:, :3], table[None], table.astype(float), table.astype(np.int64), -table,
+                table[:0], np.concatenate([table, table]), np.array(5), table.astype("U3"), {"a": table}, b"\x93NUMPY",
+                (folder / "table.npy").read_bytes().replace(b"(13, 6)", b"(13, 6(").replace(b"False", b"'alse"),
+                (folder / "table.npy").read_bytes().replace(b"(13, 6), }   ", b"(9999999, 6)}"), b"PK\3\4", b"",
+            )
+        ]  # fmt: skip
+        for number, (name, content) in enumerate(spoiled):
+            if isinstance(content, bytes):
+                (folder / name).write_bytes(content)
+            elif name == "table.npy":
+                with (folder / name).open("wb") as stream:
+                    np.savez(stream, **content) if isinstance(content, dict) else np.save(stream, content)
+            else:
+                (folder / name).write_text(json.dumps(content))
+            if summed:
+                (folder / "sums.json").write_text(json.dumps(token_cache._sums(folder)))
+            else:
+                (folder / "sums.json").unlink()
+            caplog.clear()
+            again = make_set(path, cache=str(cache), max_bad_share=0.5)
+            assert "it is built again" in caplog.text, (name, content)
+            assert len(list(cache.glob("*.corrupt*"))) == number + 1
+            assert again.fingerprint == first.fingerprint
+            assert again.quarantine.codes == first.quarantine.codes
+            assert len(again.usable) == 12
 
     @pytest.mark.parametrize("hidden", [2, 3])
     def test_a_host_that_does_not_see_yet_that_another_was_first_uses_what_is_there(

@@ -90,7 +90,7 @@ def test_each_job_has_accelerators_of_its_own_and_its_folder(tmp_path: Path, mon
     assert (ProcessEngine(parallel=3).width(0), ProcessEngine().width(0), ProcessEngine().cards) == (3, 1, 0)
 
 
-def test_a_stop_lets_running_jobs_save_and_the_same_call_continues(tmp_path: Path) -> None:
+def test_a_stop_lets_running_jobs_save_and_the_same_call_continues(tmp_path: Path, caplog) -> None:
     jobs = [job(tmp_path, "saves"), job(tmp_path, "works", "next")]
     told: list[str] = []
     run = {"over": lambda one, _: told.append(one.name), "stop": (tmp_path / "saves" / "ready").exists}
@@ -99,16 +99,28 @@ def test_a_stop_lets_running_jobs_save_and_the_same_call_continues(tmp_path: Pat
     assert not (tmp_path / "next").exists()
     (tmp_path / "saves" / "done").touch()
     assert told == []
+    assert caplog.messages == []
     assert ends(jobs) == ({}, {"saves": "", "next": ""})
 
 
-def test_what_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch) -> None:
+def test_a_job_that_cannot_start_fails_and_the_others_go_on(tmp_path: Path, monkeypatch) -> None:
+    fake_devices(monkeypatch, 1)
+    log, gone = job(tmp_path, "works", "log", cards=1), job(tmp_path, "works", "gone", folder=tmp_path / "no", cards=1)
+    log.log.mkdir(parents=True)
+    failed, told = ends([log, gone, job(tmp_path, "works", cards=1)], ProcessEngine())
+    assert told == failed | {"works": ""}
+    assert failed["log"].startswith("it did not start: ")
+    assert "no'" in failed["gone"]
+
+
+def test_what_does_not_end_when_asked_is_killed_and_named(tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(module, "GRACE", 1.0)
     began = time.monotonic()
     run_jobs(lambda: [job(tmp_path, "ignores")], ProcessEngine(), over=lambda *_: None,
              stop=(tmp_path / "ignores" / "ready").exists)  # fmt: skip
     assert time.monotonic() - began < 60
     assert not Path(f"/proc/{starts(tmp_path, 'ignores')[0][0]}").exists()
+    assert "ignores did not save when it was asked to (killed, as after 1 s)" in caplog.text
 
 
 def test_a_killed_parent_leaves_no_process_behind(tmp_path: Path) -> None:

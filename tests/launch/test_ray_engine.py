@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +32,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", f"{CHECKOUT}:{CHECKOUT / 'eval'}:{CHECKOUT / 'tests' / 'distributed'}")
     head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind a shell's `&`
     started = Cluster(initialize_head=True, head_node_args=head)
+    signal.signal(signal.SIGINT, before)
     try:
         yield started
     finally:
@@ -96,6 +101,47 @@ def test_a_node_that_does_not_see_the_folder_is_named(cluster, tmp_path: Path) -
     failed, _ = ends([one], engine)
     assert f" does not see {tmp_path / 'works'}, which must be on a shared file system" in failed["works"]
     assert not (tmp_path / "works" / "starts").exists()
+
+
+@pytest.mark.slow
+def test_what_a_stop_does_not_save_is_named_and_a_killed_parent_lets_jobs_save(cluster, tmp_path, caplog):
+    engine = RayEngine(cluster.address)
+    run = ray_engine._run_on_node
+
+    def soon(*arguments) -> int:
+        ray_engine.GRACE = 1.0
+        return run(*arguments)
+
+    engine._task = ray.remote(soon)
+    jobs = [job(tmp_path, "ignores"), job(tmp_path, "works", "queued")]
+    assert ends(jobs, engine, stop=(tmp_path / "ignores" / "ready").exists) == ({}, {})
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("ignores did not save when it was asked to (killed")
+
+    program = (
+        "import sys; from pathlib import Path; from tests.launch.test_jobs import job, ends;"
+        "from mm_moslora.launch.ray_engine import RayEngine;"
+        "ends([job(Path(sys.argv[1]), 'saves')], RayEngine(sys.argv[2]))"
+    )
+    parent = subprocess.Popen([sys.executable, "-P", "-c", program, str(tmp_path), cluster.address])
+    for name in ("ready", "saved"):
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "saves" / name).exists():
+            assert time.monotonic() < deadline, f"not {name}"
+            time.sleep(0.05)
+        parent.kill()
+    parent.wait()
+
+
+def test_odd_addresses_and_errors_are_one_line() -> None:
+    for address in (f"{'a' * 70}:6379", "localhost:99999999"):
+        with pytest.raises(ConfigError, match="nothing answers there"):
+            RayEngine(address)
+    assert ray_engine._first_line(ValueError("")) == "ValueError"
+    assert ray_engine._first_line(ValueError("\n a\nb")) == "a"
+    if socket.has_dualstack_ipv6():
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+            ray_engine._require_listener(f"[::1]:{server.getsockname()[1]}")
 
 
 def test_an_address_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,18 @@ def test_a_script_is_replaced_only_as_it_was_written(tmp_path: Path, cards: int)
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+def test_the_jobs_have_the_threads_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    tells = "import os; print(*map(os.environ.get, ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')))"
+    (tmp_path / "tells.py").write_text(tells)
+    one = dataclasses.replace(job(tmp_path, "works"), command=("tells",))
+    write_array(tmp_path / "array.sbatch", [one])
+    elsewhere = {**os.environ, "OMP_NUM_THREADS": "7", "PYTHONPATH": str(tmp_path), "SLURM_ARRAY_TASK_ID": "0"}
+    subprocess.run(["bash", tmp_path / "array.sbatch"], check=True, env=elsewhere)
+    assert one.log.read_text() == "3 None\n"
+
+
 def test_an_array_is_submitted_from_any_folder(tmp_path: Path) -> None:
     place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from tiny import make_records
@@ -174,6 +175,14 @@ def test_a_damaged_shard_of_a_cache_is_named(recipe: str, tmp_path: Path, capsys
         assert run(["data", "cache", recipe]) == 1
         assert f"{path.parent} is damaged" in capsys.readouterr().err
         path.write_bytes(content)
+    table, sums = np.load(path.with_name("table.npy")), path.with_name("sums.json")
+    for spoiled in (table[:3], table[0], table[:, :3]):
+        np.save(path.with_name("table.npy"), spoiled)
+        sums.write_text(json.dumps(token_cache._sums(path.parent)))
+        assert run(["data", "cache", recipe]) == 1
+        assert f"{path.parent} is damaged" in capsys.readouterr().err
+    np.save(path.with_name("table.npy"), table)
+    sums.write_text(json.dumps(token_cache._sums(path.parent)))
     assert run(["data", "cache", recipe]) == 0
 
 

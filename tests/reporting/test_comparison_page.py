@@ -199,9 +199,12 @@ def test_every_state_of_a_comparison_has_a_page(state: str, tmp_path: Path) -> N
     assert "7*7" in page or state != "hostile names"
     assert ("no-likelihood" in page, "nats against" in page) == (False, bool(drawn) and state not in (
         "no references", "the reference is missing", "one arm"))  # fmt: skip
+    (mine := tmp_path / "mine").write_text("years")
+    (tmp_path / "picture.png").hardlink_to(mine)
     draw([("", results), ("again", results)], tmp_path / "picture.png")
+    assert mine.read_text() == "years"
     compared = state not in ("nothing has run", "the reference is missing", "one arm")
-    assert (tmp_path / "picture.png").is_file() == compared
+    assert (tmp_path / "picture.png").samefile(mine) != compared
 
 
 def test_a_page_of_a_stranger_stays(tmp_path: Path) -> None:

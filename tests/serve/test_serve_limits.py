@@ -203,11 +203,15 @@ def test_slow_uploads_do_not_count_as_waiting_requests(serve_with: Any) -> None:
     ("host", "status"),
     [
         ("127.0.0.2", 200), ("127.0.0.2:8000", 200), ("[::1]:80", 200), ("LOCALHOST", 200), ("127.0.0.1.evil.net", 403),
-        ("127.1", 403), ("10.0.0.1", 403), ("[::2]", 403), ("evil.net", 403),
+        ("127.1", 403), ("10.0.0.1", 403), ("[::2]", 403), ("evil.net", 403), ("localhost/.evil.net", 403),
+        ("localhost#.evil.net", 403), ("localhost?evil.net", 403), ("127.0.0.1:x", 403), ("127.0.0.1:", 403),
+        ("user@localhost", 403), ("[127.0.0.1]", 403), ("[::1].evil.net", 403), ("localhost:80:80", 403), ("", 403),
     ],
 )  # fmt: skip
 def test_any_loopback_address_is_a_name_of_this_machine(server: Any, host: str, status: int) -> None:
     assert server.get("/health", headers={"Host": host}).status_code == status
+    assert server.get("/health", headers={"Origin": f"http://{host}"}).status_code == status
+    assert server.get("/health", headers={"Origin": f"chrome-extension://{host}"}).status_code == 403
 
 
 def test_a_budget_serves_the_longest_waiting_request_and_drops_cancelled_ones() -> None:

@@ -82,7 +82,12 @@ def test_the_search_leaves_texts_and_dataclasses_alone(line):
     assert not destructive(line)
 
 
-WRITERS = {"write_text", "write_bytes", "touch", "save_file"}
+WRITERS = {
+    "write_text", "write_bytes", "touch", "save_file", "save_pretrained", "savefig", "imsave", "tofile", "savez",
+    "savez_compressed", "savetxt",
+}  # fmt: skip
+STREAMS = {"stream", "buffer"}
+"""Names of streams in memory, to which pictures are saved."""
 NEW = "in a folder that this process has just made"
 ASIDE = "a temporary file, which `replacing` names"
 WRITES = {
@@ -98,22 +103,32 @@ WRITES = {
     "mm_moslora/data/images/remote_files.py:read": ASIDE,
     "mm_moslora/data/token_cache.py:_write": NEW,
     "mm_moslora/diffusion/diffusion_checkpoint.py:write": NEW,
+    "mm_moslora/diffusion/drawing.py:save_picture": ASIDE,
     "mm_moslora/kernels/native/__init__.py:_compile": ASIDE,
     "mm_moslora/models/export/export_huggingface.py:_rename_tensors": NEW,
+    "mm_moslora/models/export/export_huggingface.py:export_lora": NEW,
+    "mm_moslora/models/export/export_huggingface.py:export_model": NEW,
     "mm_moslora/models/export/export_llava_checkpoint.py:export_original": NEW,
     "mm_moslora/models/export/model_card.py:write_card": NEW,
+    "mm_moslora/models/import_checkpoint.py:_save_language": NEW,
+    "mm_moslora/models/import_checkpoint.py:_save_vision": NEW,
     "mm_moslora/models/import_checkpoint.py:_write_language": NEW,
     "mm_moslora/models/import_checkpoint.py:_write_projector": NEW,
     "mm_moslora/models/import_xtuner.py:write_factors": NEW,
+    "mm_moslora/models/processing/llava_processor.py:save_processor": NEW,
     "mm_moslora/models/vision/feature_cache.py:write": ASIDE,
     "mm_moslora/planning/distributed_doctor.py:_run_folder": "a random name that no other program knows",
     "mm_moslora/quickstart/asset_cache.py:unpack": NEW,
     "mm_moslora/quickstart/debian_packages.py:unpack_deb_in_python": NEW,
     "mm_moslora/quickstart/model_assets.py:_convert_dinov2": NEW,
     "mm_moslora/quickstart/model_assets.py:_convert_efficientnet": NEW,
+    "mm_moslora/quickstart/model_assets.py:_convert_language_model": NEW,
     "mm_moslora/quickstart/model_assets.py:_convert_open_clip": NEW,
     "mm_moslora/quickstart/quickstart_evaluation.py:_samples": ASIDE,
+    "mm_moslora/quickstart/stamp_data.py:build_stamps": ASIDE,
     "mm_moslora/quickstart/user_recipe.py:initialise": NEW,
+    "mm_moslora/reporting/comparison_charts.py:draw_png": ASIDE,
+    "mm_moslora/reporting/lens_maps.py:_draw": ASIDE,
     "mm_moslora/training/snapshot.py:write": NEW,
     "mm_moslora/training/snapshot.py:write_model": NEW,
     "mm_moslora/training/supervision/watchdog.py:_write": ASIDE,
@@ -140,9 +155,9 @@ def writers(source: str) -> list[str]:
 def _writes(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name in WRITERS:
-        return True
-    if name == "save":
-        return ast.unparse(call.func) in ("torch.save", "np.save", "numpy.save")
+        return not call.args or ast.unparse(call.args[0]) not in STREAMS
+    if name == "save":  # of an array or a picture; that of a checkpoint's keeper takes no path
+        return bool(call.args) and ast.unparse(call.args[0]) not in STREAMS
     if name not in ("open", "fdopen"):
         return False
     words = [
@@ -173,7 +188,9 @@ def test_one_module_alone_writes_in_place():
         ("open(p, 'r+b')", True), ("p.write_text(a)", True), ("p.write_bytes(a)", True), ("p.touch()", True),
         ("os.open(p, os.O_WRONLY | os.O_CREAT)", True), ("os.open(p, os.O_RDWR)", True), ("save_file(a, p)", True),
         ("torch.save(a, p)", True), ("np.save(p, a)", True), ("open(p)", False), ("p.open('rb')", False),
-        ("p.open('x')", False), ("model.save(a)", False), ("os.open(p, os.O_RDONLY)", False),
+        ("p.open('x')", False), ("model.save()", False), ("picture.save(a)", True),
+        ("picture.save(stream, 'PNG')", False), ("figure.savefig(p)", True), ("figure.savefig(stream)", False),
+        ("model.save_pretrained(p)", True), ("os.open(p, os.O_RDONLY)", False),
         ("writing_in_place(p)", False), ("replace_text(p, a)", False),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import make_subfolder, replacing
 from mm_moslora.utils.untrusted_data import build_known
-from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, read_json, read_scored, task_of
+from mm_moslora_eval.run.answer_views import SAMPLES, find_view, read_json, read_scored, read_view, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, kept, spread
@@ -148,7 +148,7 @@ def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
     task = task_of(view)
     if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
         return None
-    described = read_json(view / TASK)
+    described = read_view(view)
     samples = score_leniently(with_scores(read_scored(view)))
     about = {key: described[key] for key in ABOUT if key in described}
     return summarise(task, samples, mode=LENIENT, about=about), samples

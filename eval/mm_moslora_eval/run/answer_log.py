@@ -12,10 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 from mm_moslora.utils.untrusted_files import MOST_BYTES, FileError, FileFault, read_bytes
+from mm_moslora_eval.run.stored_types import StoredAnswer, check_row
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,11 @@ def read_rows(path: Path) -> list[Row]:
             continue
         try:
             row = parse_object(line, constants=True)
+            check_row(StoredAnswer, row, source="it")
             torn = number == len(lines)  # without a newline: the process died while writing
-        except StrictJsonError:
-            row, torn = None, True
-        if torn or row is None or "key" not in row:
+        except (StrictJsonError, EvalError):
+            torn = True
+        if torn:
             logger.warning("%s, line %d is torn or damaged and was dropped; its sample is asked again", path, number)
             continue
         rows.append(row)
@@ -79,7 +82,6 @@ class AnswerLog:
     """
 
     def __init__(self, folder: Path, *, rank: int, batch_size: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"answers-{rank:04d}-{time.time_ns()}-{os.getpid()}.jsonl"
         self._stream: TextIO | None = None
         self._open = ExitStack()

@@ -16,7 +16,7 @@ from typing import Any
 
 from mm_moslora.launch.shard import Shard, finished, refuse_others
 from mm_moslora.utils.errors import ConfigError, EvalError
-from mm_moslora.utils.files import discard, replace_text
+from mm_moslora.utils.files import discard, make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_strictly, parse_object
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
@@ -154,6 +154,6 @@ def gather(output: Path, work: dict[str, Any]) -> StoredModel:
             lines[place] += map(line, rows.values())
     assert model is not None, "there is a shard, or `finished` raises"
     for place, texts in lines.items():
-        (output / place).mkdir(parents=True, exist_ok=True)
+        make_subfolder(output / place, below=output)
         replace_text(output / place / "answers-shards.jsonl", "".join(texts))
     return model

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils import files
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora.utils.files import replace_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, build_strictly, parse_lines
 from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, find_below, read_bytes, read_text
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
+from mm_moslora_eval.run.stored_types import StoredDocument, TaskSample, check_row, check_view
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import DataSet, Document, digest
 
@@ -133,15 +134,32 @@ def folder_of(view: Path) -> str:
 def task_of(place: Path) -> Task | None:
     """The rules by which a view was scored; None if the samples are no answers to a task."""
     path = place / TASK
-    return build_strictly(Task, read_json(path)["task"], source=str(path)) if path.is_file() else None
+    return build_strictly(Task, read_view(place)["task"], source=str(path)) if path.is_file() else None
+
+
+def read_view(view: Path) -> dict[str, Any]:
+    """The `task.json` of a view.
+
+    Raises:
+        EvalError: it is missing or damaged.
+    """
+    return check_view(read_json(view / TASK), source=str(view / TASK))
 
 
 def documents_of(view: Path) -> list[dict[str, Any]]:
-    """The documents of a view with their prompts and keys, as rows."""
+    """The documents of a view with their prompts and keys, as rows.
+
+    Raises:
+        EvalError: the file is missing or damaged.
+    """
     path = view / DOCUMENTS
     if not path.is_file():
         raise EvalError(f"{path} is missing: {view} is not a task folder of a run.")
-    return read_lines(path)
+    rows = read_lines(path)
+    ids = {check_row(StoredDocument, row, source=f"{path}, line {n}").id for n, row in enumerate(rows, start=1)}
+    if len(ids) < max(1, len(rows)):
+        raise EvalError(f"{path} is damaged: it holds {len(rows)} documents with {len(ids)} ids.")
+    return rows
 
 
 def write_samples(
@@ -192,16 +210,18 @@ def read_scored(place: Path) -> list[Scored]:
     if not path.is_file():
         raise EvalError(f"{path} is missing; score the folder first.")
     rows = read_lines(path)
-    documents = map(Document.from_dict, documents_of(view))
+    documents = list(map(Document.from_dict, documents_of(view)))
+    if [row.get("id") for row in rows] != [document.id for document in documents]:
+        raise EvalError(f"{path} is damaged: its samples are not those of {DOCUMENTS}. Score the folder again.")
     return [scored_row(row, document) for document, row in zip(documents, rows, strict=True)]
 
 
 def scored_row(row: dict[str, Any], document: Document) -> Scored:
     """A row of `samples.jsonl` as input of an aggregation."""
+    one = check_row(TaskSample, row, source=f"sample {document.id!r}")
     return Scored(
-        document=document, text=row["text"] or "", parsed=row["parsed"],
-        score=math.nan if row["score"] is None else row["score"], failed=row["failed"], cluster=row["cluster"],
-        numbers=tuple(row.get("numbers", ())), judged=row.get("judged", False),
+        document=document, text=one.text or "", parsed=one.parsed, score=math.nan if one.score is None else one.score,
+        failed=one.failed, cluster=one.cluster, numbers=one.numbers, judged=one.judged,
     )  # fmt: skip
 
 
@@ -209,7 +229,7 @@ def has_scores(view: Path) -> bool:
     """Whether samples of a view have a score."""
     try:
         return bool(with_scores(read_scored(view)))
-    except EvalError:
+    except MoSLoRAError:
         return False
 
 

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.utils.errors import ConfigError, EvalError
-from mm_moslora.utils.untrusted_data import build_known
+from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
@@ -23,15 +22,15 @@ from mm_moslora_eval.run.answer_views import (
     documents_of,
     find_view,
     folder_of,
-    read_json,
     read_lines,
     read_scored,
+    read_view,
     scored_row,
 )
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import keep
-from mm_moslora_eval.run.stored_types import Sample
+from mm_moslora_eval.run.stored_types import Sample, check_row
 from mm_moslora_eval.run.task_runner import Settings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
@@ -174,11 +173,8 @@ def read_samples(place: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
     rows = read_lines(path)
-    try:
-        for row in rows:
-            build_known(Sample, row, source=f"{path}: sample {row.get('id')!r}")
-    except ConfigError as error:
-        raise EvalError(f"{error} Score the folder again with mm-moslora eval score.") from error
+    for row in rows:
+        check_row(Sample, row, source=f"{path}: sample {row.get('id')!r}")
     return rows
 
 
@@ -278,8 +274,8 @@ def _worst_rotations(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
 
 
 def _described(place: Path) -> dict[str, Any]:
-    path = (place if place.is_dir() else place.parent) / TASK
-    return read_json(path) if path.is_file() else {}
+    view = place if place.is_dir() else place.parent
+    return read_view(view) if (view / TASK).is_file() else {}
 
 
 def _named(place: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_moslora.utils import distributed
-from mm_moslora.utils.files import MARK, mark, remove
+from mm_moslora.utils.files import MARK, make_subfolder, mark, remove
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_registry import tasks_of
 from mm_moslora_eval.run.evaluate_suite import evaluate
@@ -68,7 +68,8 @@ def _start_over(folder: Path) -> None:
     """Delete the folder of a step, because a resumed run measures it again with weights that may differ slightly."""
     with distributed.failing_together("Making room for the measurement"):
         if distributed.is_main():
+            make_subfolder(folder.parent)
             remove(folder, mark=MARK if (folder / MARK).exists() else RUN)  # folders of earlier releases have no marker
-            folder.mkdir(parents=True)
+            folder.mkdir()
             mark(folder, "temporary")
     distributed.barrier()

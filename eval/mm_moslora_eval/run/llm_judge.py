@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.files import read_json, replace_text
+from mm_moslora.utils.files import make_subfolder, read_json, replace_text
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, in_parallel, is_cut_off, reply_text
 from mm_moslora_eval.metrics import judge_scores
@@ -67,7 +67,7 @@ class Judge:
         self.cached = self.unreadable = 0
         self.last_unreadable = ""
         self._counting = threading.Lock()
-        cache.mkdir(parents=True, exist_ok=True)
+        make_subfolder(cache)
 
     def ask(self, prompt: str, read: Callable[[str], _T | None], *, max_tokens: int) -> tuple[_T, str] | None:
         """The first of up to five replies that can be read, from the cache if it is there.

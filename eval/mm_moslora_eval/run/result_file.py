@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mm_moslora.utils.errors import ConfigError, EvalError
-from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.files import make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_known, build_strictly
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Task
@@ -28,6 +28,7 @@ from mm_moslora_eval.run.answer_views import (
     has_scores,
     last_line,
     read_json,
+    read_view,
     write_samples,
 )
 from mm_moslora_eval.run.provenance import environment
@@ -178,12 +179,12 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
         EvalError: files are missing or of another format, or documents have no answer yet.
     """
     view = find_view(place)
-    described = read_json(view / TASK)
-    if described.get("format") != FORMAT:
+    found = read_json(view / TASK).get("format")
+    if found != FORMAT:
         raise EvalError(
-            f"{view} has format {described.get('format')!r}, this version reads {FORMAT}; "
-            "score it with the version that wrote it."
+            f"{view} has format {found!r}, this version reads {FORMAT}; score it with the version that wrote it."
         )
+    described = read_view(view)
     task = build_strictly(Task, described["task"], source=str(view / TASK))
     rows = documents_of(view)
     answers = read_folder(answers_folder(view))
@@ -242,7 +243,7 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
     if rules.protocol != task.protocol:
         described |= {"asked_as": described.get("asked_as", task.protocol)}
         source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
-        view.mkdir(exist_ok=True)
+        make_subfolder(view)
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     return view, kept

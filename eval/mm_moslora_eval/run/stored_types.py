@@ -1,20 +1,24 @@
-"""Types of the stored descriptions that reports read. A folder of results may come from a stranger.
+"""Types of the stored files that scores and reports are made of. A folder of results may come from a stranger.
 
-Keys without a type here are only printed. `build_known` refuses a value of another type with its place.
+Keys without a type here are only printed. `check_row` and `build_known` refuse a value of another type with its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
-from mm_moslora.utils.untrusted_data import build_known, read_value
+from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.untrusted_data import build_known, build_strictly, read_value
 
 MAY_BE_NULL = ("expected_count", "date")
 """Keys of `TaskResult.about` that are written without a value."""
 Number = float | None
 """A stored number; None for nan."""
+LARGEST = 1e9
+"""Largest score or log-likelihood: sums of squares of such numbers are finite."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +115,84 @@ class _Likelihood:
 class Sample:
     """A row of `samples.jsonl`."""
 
+    id: str
+    cluster: str
+    score: Number
     index: int = 0
-    id: str = ""
-    category: str = ""
+    category: str | None = None
     question: str = ""
     options: dict[str, str] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
     prompt: str = ""
     images: tuple[Any, ...] = ()
-    cluster: str = ""
-    text: str = ""
+    text: str | None = None
     parsed: str = ""
+    failed: bool = False
     numbers: tuple[float, ...] = ()
     inferable: bool = True
-    score: Number = None
-    failed: bool = False
-    error: str = ""
+    judged: bool = False
+    error: str | None = None
+    reference: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if any(abs(number) > LARGEST for number in (self.score or 0.0, *self.numbers)):
+            raise ConfigError(f"a score of {self.id!r} is {self.score} {self.numbers}, expected at most {LARGEST:g}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSample(Sample):
+    """A sample that answers a task."""
+
+    text: str | None = field()
+    parsed: str = field()
+    failed: bool = field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAnswer:
+    """A line of `answers.jsonl`."""
+
+    key: str
+    text: str | None
+    tokens: int | None
+    finish_reason: str | None
+    options: dict[str, Any] | None
+    error: str | None
+    reference: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredDocument:
+    """A line of `documents.jsonl`."""
+
+    id: str
+    question: str
+    options: dict[str, str]
+    answers: tuple[str, ...]
+    category: str | None
+    hint: str | None
+    extra: dict[str, Any]
+    problem: str | None
+    key: str
+    prompt: str
+    images: tuple[Any, ...]
+    paths: tuple[str | None, ...]
+    cluster: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rules:
+    name: str
+    protocol: str
+    aggregation: str = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View(_About):
+    """A `task.json`."""
+
+    task: _Rules
+    mode: str
 
 
 SHOWN = frozenset(
@@ -160,6 +226,33 @@ class Call:
     settings: _Settings
     model: dict[str, Any]
     code: _Code | None = None
+
+
+def check_row(kind: type[T], row: Mapping[str, Any], *, source: str) -> T:
+    """A stored row in its type; other keys are passed over, and null is a value.
+
+    Raises:
+        EvalError: a key is missing, or a value has another type.
+    """
+    try:
+        return build_strictly(
+            kind, {part.name: row[part.name] for part in fields(kind) if part.name in row}, source=source
+        )  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise EvalError(f"{error} The file is damaged.") from error
+
+
+def check_view(described: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """The content of a `task.json` without nulls.
+
+    Raises:
+        EvalError: a key is missing, or a value has another type.
+    """
+    try:
+        build_known(View, described, source=source)
+    except ConfigError as error:
+        raise EvalError(f"{error} The file is damaged.") from error
+    return {key: item for key, item in described.items() if item is not None}
 
 
 def check_result(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:

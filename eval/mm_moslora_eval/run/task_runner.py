@@ -32,14 +32,14 @@ from typing import Any
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import read_json, refuse_strangers, replace_text
+from mm_moslora.utils.files import make_subfolder, read_json, refuse_strangers, replace_text
 from mm_moslora.utils.text_format import whole_number
 from mm_moslora_eval.metrics.question_groups import loglikelihood_choice
 from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
-from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, Selection, selection_of
+from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, Selection, read_view, selection_of
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
@@ -110,16 +110,16 @@ def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
 
 
 @contextmanager
-def hold_run(folder: Path, *, rank: int = 0, wait: bool = False) -> Iterator[None]:
-    """Lock a run folder for this rank; `wait` until another process leaves it.
+def hold_run(folder: Path, *, rank: int = 0, wait: bool = False, below: Path | None = None) -> Iterator[None]:
+    """Lock a run folder for this rank; `wait` until another process leaves it; `below` as for `make_subfolder`.
 
     Raises:
         EvalError: another process works in it, or it cannot be created.
-        ConfigError: other files have the names of an evaluation's files.
+        ConfigError: other files have the names of an evaluation's files, or a link leads out of `below`.
     """
     refuse_strangers(folder, _FILES, kind="evaluation", also=(RUN,))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_subfolder(folder, below=below or folder)  # a user's folder may be a link
     except OSError as error:
         raise EvalError(f"The run folder {folder} cannot be made ({error.strerror}). Choose another one.") from error
     for attempt in range(_LOCK_ATTEMPTS):
@@ -212,6 +212,7 @@ def run_task(
 
     Raises:
         EvalError: the folder belongs to another protocol, or every sample fails.
+        ConfigError: a link is at the place of a folder of the run.
     """
     settings = settings or Settings()
     task = task.within(settings.max_new_tokens, thinking_tokens=_thinking_tokens(model))
@@ -222,7 +223,7 @@ def run_task(
         pool=data.documents,
     )  # fmt: skip
     place = folder / task.id / mode
-    place.mkdir(parents=True, exist_ok=True)
+    make_subfolder(place, below=folder)
     _claim(place / "asked.json", {"format": FORMAT, "task": task.id, "asked": task.asked}, what=str(place))
     share = partial(settings.share, work.items, name=f"{task.id}/{mode}")
     items = work.items
@@ -232,7 +233,7 @@ def run_task(
     selection = selection_of(work.items, data)
     view = place / selection.folder
     if settings.rank == 0:
-        view.mkdir(exist_ok=True)
+        make_subfolder(view)
         more = bool(job.missing(items, retry=settings.retry_failed))
         _describe(view, model, task, data, work, selection, mode, settings, asks=more)
     job.answer(share(settings.rank), retry=settings.retry_failed)
@@ -283,8 +284,8 @@ def _describe(
 def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:
     """All environments in which answers of a view were computed."""
     try:
-        known = list(read_json(view / TASK)["computed_by"])
-    except (OSError, ValueError, KeyError, TypeError):
+        known = list(read_view(view)["computed_by"])
+    except (EvalError, KeyError):
         known = []
     now = getattr(model, "computed_by", None) or [provenance.circumstances(model)]
     return known + [item for item in now if item not in known] if asks or not known else known

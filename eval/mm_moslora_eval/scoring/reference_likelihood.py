@@ -14,6 +14,8 @@ from typing import Any
 
 from mm_moslora_eval.scoring.estimates import Estimate, Ratio, estimate, mean_of, minus, value_of
 
+_LARGEST = 1e9
+"""Sums of squares of such numbers are finite."""
 _NO_REFERENCES = "the task has no references"
 _JUDGED = "a judge compares the answers with the references"
 _NOT_GIVEN = "the backend gives no log-likelihoods of given texts"
@@ -44,9 +46,9 @@ class Likelihood:
 
 
 def nats_of(row: Mapping[str, Any]) -> float:
-    """The log-likelihood of a stored answer or sample; NaN without a finite one."""
+    """The log-likelihood of a stored answer or sample; NaN without one, or with one that no model computes."""
     value = (row.get("reference") or {}).get("logprob")
-    return value if isinstance(value, int | float) and math.isfinite(value) else math.nan
+    return value if isinstance(value, int | float) and abs(value) < _LARGEST else math.nan
 
 
 def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> Likelihood | None:
@@ -56,7 +58,9 @@ def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashab
     if not known:
         return None
     values, by = [value for value, _, _ in known], [cluster for _, _, cluster in known]
-    spread = [(v / n, cluster) for v, row, cluster in known if (n := row["reference"].get("tokens") or 0) > 0]
+    spread = [
+        (v / n, cluster) for v, row, cluster in known if isinstance(n := row["reference"].get("tokens"), int) and n > 0
+    ]
     found = estimate([_mean(values)], by)
     tokens = estimate([_mean([value for value, _ in spread])], [cluster for _, cluster in spread]) if spread else None
     return Likelihood(

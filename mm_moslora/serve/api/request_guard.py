@@ -11,12 +11,12 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -38,6 +38,8 @@ and the client may lose the reply."""
 KEY_NAME = "MM_MOSLORA_SERVE_KEY"
 """Environment variable with the key. No option holds the key, since command lines are logged and listed."""
 SHORTEST_KEY = 16
+_HOST = re.compile(rb"(?:([A-Za-z0-9.-]+)|\[([0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\])(?::[0-9]{1,5})?")
+_ORIGIN = re.compile(rb"https?://" + _HOST.pattern)
 KNOWN_ROUTES = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions"})
 
 
@@ -121,9 +123,9 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers = {bytes(name): bytes(value) for name, value in scope["headers"]}
         # A web page can make its own host name resolve to this machine.
-        if self._local and not _is_of_this_machine(b"//" + headers.get(b"host", b"")):
+        if self._local and not _is_of_this_machine(_HOST.fullmatch(headers.get(b"host", b""))):
             raise ApiError("The Host header is not a name of this server.", status=403, code="bad_host")
-        if self._local and not _is_of_this_machine(headers.get(b"origin", b"//localhost")):
+        if self._local and not _is_of_this_machine(_ORIGIN.fullmatch(headers.get(b"origin", b"http://localhost"))):
             raise ApiError("A page of another server may not use this one.", status=403, code="bad_origin")
         if int(headers.get(b"content-length", b"0")) > self._limits.body_bytes:
             raise self._too_large()
@@ -176,9 +178,6 @@ def read_key() -> str | None:
     return key
 
 
-def _is_of_this_machine(address: bytes) -> bool:
-    """Whether the host of an address is `localhost` or any loopback address, such as 127.0.0.2."""
-    try:
-        return b"@" not in address and is_loopback(urlsplit(address.decode("latin-1")).hostname or "")
-    except ValueError:
-        return False
+def _is_of_this_machine(found: re.Match[bytes] | None) -> bool:
+    """Whether the host of a matched address is `localhost` or any loopback address, such as 127.0.0.2."""
+    return found is not None and is_loopback((found[1] or found[2]).decode("ascii").lower())

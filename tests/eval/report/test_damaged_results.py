@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.report import run_evidence
 from mm_moslora_eval.report.evaluation_page import write_report
+from mm_moslora_eval.run.evaluate_suite import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, write_results
 from mm_moslora_eval.run.task_runner import Settings
 
+from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import write_questions
 from tests.eval.eval_fake import FakeModel
 from tests.odd_values import ODD, damaged, places
@@ -26,15 +29,21 @@ MORE = {
 NATS = {"n": 4, "missing": 0, "nats": -1.0, "stderr": 0.1, "low": -2.0, "high": 0.0}
 
 
+def evaluated_again(run: Path, *, data: Path | None = None) -> list[TaskResult]:
+    settings = Settings(batch_size=4, rank=0, world_size=1)
+    task = f"llava:{data or run.parent / 'data' / 'questions.jsonl'}"
+    return eval_commands.run(
+        FakeModel(), [task], run, settings=settings, modes=("own", "wrong"), baselines=("majority",)
+    )
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TaskResult]]:
     """A run with two image modes and a baseline; its first entry has every part that an entry may have."""
     folder = tmp_path_factory.mktemp("evaluated")
-    data, run = write_questions(folder / "data", count=4), folder / "run"
-    settings = Settings(batch_size=4, rank=0, world_size=1)
-    results = eval_commands.run(
-        FakeModel(), [f"llava:{data}"], run, settings=settings, modes=("own", "wrong"), baselines=("majority",)
-    )
+    write_questions(folder / "data", count=4)
+    run = folder / "run"
+    results = evaluated_again(run)
     stored = json.loads((run / "results.json").read_text())
     stored["results"][0]["about"] |= MORE
     stored["results"][0] |= {"metrics": {"f1": 0.5}, "likelihood": NATS}
@@ -89,6 +98,44 @@ def test_an_odd_value_beside_the_answers_hides_no_score(run: Path, number: int, 
         path.write_text("\n".join([json.dumps(odd), *lines[1:]]))
         page = write_report(run).read_text(encoding="utf-8")
         assert page.count("<strong>") == 3
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+@pytest.mark.parametrize("file", ["answers.jsonl", "*/documents.jsonl", "*/task.json", "*/samples.jsonl"])
+def test_an_odd_value_in_a_view_stops_neither_the_scores_of_others_nor_a_resumed_run(
+    run: Path, evaluated: tuple[Path, list[TaskResult]], number: int, file: str
+) -> None:
+    (path,) = run.glob(f"questions@own/own/{file}")
+    text = path.read_text()
+    lines = text.splitlines() if file.endswith(".jsonl") else [text]
+    views = [evaluated[0] / evaluated[1][0].folder, run / evaluated[1][0].folder]
+    for odd in [*list(_each(json.loads(lines[0]), number))[:: 1 + number % 3], ODD[number]]:
+        path.write_text("\n".join([json.dumps(odd), *lines[1:], ""]))
+        (run / "results.json").unlink()
+        with suppress(MoSLoRAError):
+            compare(*views)
+        with suppress(MoSLoRAError):
+            eval_commands.score(run)
+        assert "wrong" in {result.mode for result in read_results(run)}
+        with suppress(MoSLoRAError):
+            compare(*views)
+        if file != "*/samples.jsonl":  # which scoring writes
+            path.write_text("\n".join([json.dumps(odd), *lines[1:], ""]))
+        again = evaluated_again(run, data=evaluated[0].parent / "data" / "questions.jsonl")
+        assert [(result.mode, result.n) for result in again] == [("own", 4), ("wrong", 4), ("majority", 4)]
+
+
+@pytest.mark.parametrize("key", ["key", "text", "tokens", "finish_reason", "options", "error"])
+def test_an_answer_without_a_part_is_asked_again(run: Path, evaluated: tuple[Path, list[TaskResult]], key: str) -> None:
+    path = run / "questions@own" / "own" / "answers.jsonl"
+    first, *others = path.read_text().splitlines()
+    less = json.loads(first)
+    del less[key]
+    path.write_text("\n".join([json.dumps(less), *others, ""]))
+    with pytest.raises(EvalError, match="1 of 4 documents have no answer yet"):
+        eval_commands.score(run)
+    again = evaluated_again(run, data=evaluated[0].parent / "data" / "questions.jsonl")
+    assert [result.score for result in again] == [result.score for result in evaluated[1]]
 
 
 @pytest.mark.parametrize("value", ODD)

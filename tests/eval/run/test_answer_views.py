@@ -31,6 +31,7 @@ from mm_moslora.utils.errors import ConfigError, EvalError, MoSLoRAError
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
+ROW = {"tokens": 1, "finish_reason": "stop", "options": None, "error": None}
 ONE = Settings(batch_size=4, rank=0, world_size=1)
 
 
@@ -149,12 +150,12 @@ def test_a_changed_picture_is_another_view_and_the_old_one_stays(tmp_path: Path)
 
 def test_answers_that_another_process_writes_are_not_merged(tmp_path: Path) -> None:
     with AnswerLog(tmp_path, rank=1, batch_size=1) as writing:
-        writing.add({"key": "b", "text": "1"})
+        writing.add(ROW | {"key": "b", "text": "1"})
         with AnswerLog(tmp_path, rank=0, batch_size=1) as log:
-            log.add({"key": "a", "text": "0"})
+            log.add(ROW | {"key": "a", "text": "0"})
         merge(tmp_path, ["a"])
         assert [path.name for path in tmp_path.glob("answers-*")] == [writing.path.name]
-        writing.add({"key": "c", "text": "2"})
+        writing.add(ROW | {"key": "c", "text": "2"})
     merge(tmp_path, ["c"])
     assert list(read_folder(tmp_path)) == ["c", "a", "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]

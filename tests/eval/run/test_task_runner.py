@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.task_runner import Settings, open_run
 from mm_moslora_eval.sources.image_controls import MODES
 
+from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.files import replace_text
 from tests.eval.eval_data import picture, write_questions
@@ -52,6 +55,43 @@ def stripped(path: Path) -> object:
 
     lines = path.read_text().split("\n") if path.suffix == ".jsonl" else [path.read_text()]
     return [clean(json.loads(text)) for text in lines if text]
+
+
+@pytest.mark.parametrize("place", ["{task}", "{task}/{mode}", "{task}/{mode}/{view}", "shards", "shards/1-of-2"])
+def test_nothing_is_written_through_a_linked_folder_of_a_run(place: str, tmp_path: Path) -> None:
+    data, run, mine = write_questions(tmp_path / "data", count=4), tmp_path / "run", tmp_path / "mine"
+    (result,) = eval_commands.run(FakeModel(), [f"llava:{data}"], run, settings=ONE, modes=("own",), baselines=())
+    (run / "shards/1-of-2").mkdir(parents=True)
+    task, mode, view = Path(result.folder).parts
+    linked = run / place.format(task=task, mode=mode, view=view)
+    linked.rename(mine)
+    linked.symlink_to(mine)
+    for path in mine.rglob("*.json*"):
+        path.write_text("MINE")
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    shard = Shard.parse("1/2") if "shards" in place else None
+    with pytest.raises(ConfigError, match=r"is a link to .* Nothing is written through it"):
+        eval_commands.run(FakeModel(), [f"llava:{data}"], run, settings=replace(ONE, shard=shard), modes=("own",))
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+
+
+def test_the_folder_of_a_run_itself_may_be_a_link(tmp_path: Path) -> None:
+    data, scratch = write_questions(tmp_path / "data", count=4), tmp_path / "scratch"
+    scratch.mkdir()
+    (tmp_path / "run").symlink_to(scratch)
+    eval_commands.run(FakeModel(), [f"llava:{data}"], tmp_path / "run", settings=ONE, modes=("own",), baselines=())
+    assert answers_of(scratch).is_file()
+
+
+def test_folders_of_a_run_are_made_where_links_are_refused() -> None:
+    """`submissions` writes where a user says; a training run makes the folder of a step after its parent."""
+    found = {
+        path.name
+        for path in (ROOT / "eval" / "mm_moslora_eval" / "run").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("mkdir", "makedirs")
+    }
+    assert found == {"submissions.py", "in_training.py"}, "make it with mm_moslora.utils.files.make_subfolder"
 
 
 def test_progress_counts_answers_without_looking_through_all_items(
