@@ -205,5 +205,5 @@ def _show(comparison: Comparison, output: Path, *, finished: bool) -> int:
     results = analyse(comparison, command=redacted_command(["mm-moslora", *sys.argv[1:]]))
     print(table(results))
     print(f"Page: {write_page(output / 'results.json', output / 'report.html')}")
-    failed = any(outcome.status == "failed" for outcome in comparison.outcomes.values())
+    failed = any(run["status"] == "failed" for run in results["failures"])
     return int(failed) if finished else EXIT_REQUEUE
