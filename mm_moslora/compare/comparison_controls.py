@@ -63,8 +63,9 @@ def with_readable(
     """
     found = dict(outcomes)
     for cell in cells:
-        outcome = outcomes.get(cell.name)
-        for task in tasks if outcome is not None and outcome.status == "ok" else ():
+        if (outcome := outcomes.get(cell.name)) is None or outcome.status != "ok":
+            continue
+        for task in tasks:
             try:
                 _check(folder, outcome.places.get(task, {}), task)
             except MoSLoRAError as error:
