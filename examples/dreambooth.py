@@ -73,9 +73,10 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=1e-2)
     given = parser.parse_args()
     subject = [Image.open(path).convert("RGB") for path in sorted(given.pictures.iterdir())] if given.pictures else []
-    options = {"use_safetensors": True, "trust_remote_code": False}
+    pipeline = tiny_pipeline("tiny-sd")
+    if given.base:
+        pipeline = StableDiffusionPipeline.from_pretrained(given.base, use_safetensors=True, trust_remote_code=False)
     losses = train(
-        StableDiffusionPipeline.from_pretrained(given.base, **options) if given.base else tiny_pipeline("tiny-sd"),
-        subject or drawn_pictures(), given.prompt, given.out, steps=given.steps, side=given.side, lr=given.lr,
+        pipeline, subject or drawn_pictures(), given.prompt, given.out, steps=given.steps, side=given.side, lr=given.lr,
     )  # fmt: skip
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; {given.out}")

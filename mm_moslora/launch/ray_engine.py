@@ -22,6 +22,7 @@ from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import install_extra
+from mm_moslora.utils.untrusted_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def _require_listener(address: str) -> None:
 
 def _run_on_node(job: Job, sign: str, threads: dict[str, str | None]) -> int:
     """Run a job's command on this node; returns its exit code."""
-    if not job.log.is_file() or sign not in job.log.read_text(encoding="utf-8", errors="replace"):
+    if not job.log.is_file() or sign not in read_text(job.log, errors="replace"):
         raise ConfigError(
             f"node {socket.gethostname()} does not see {job.log.parent}, which must be on a shared file system"
         )
