@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import sys
 from collections.abc import Iterator
@@ -36,9 +35,9 @@ def coarse_tower(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _start_at_once(python: Preloaded) -> Iterator[None]:
     """The processes of `compare` have imported everything."""
-    multiprocessing.set_executable(str(python.ours))
+    before, sys.executable = sys.executable, str(python.ours)
     yield
-    multiprocessing.set_executable(sys.executable)
+    sys.executable = before
 
 
 @pytest.fixture(autouse=True)
