@@ -195,8 +195,8 @@ data:
   max_length: {size.max_length}
   order: random
 # {size.steps} steps are few, so the rates are high and the optimiser's memory short.
-# Beyond 1,000 steps take lr: 2.0e-4 and leave betas out.
-optim: {{lr: 1.0e-3, projector_lr: 2.0e-4, warmup: 0.05, betas: [0.9, 0.98]}}
+# Beyond 1,000 steps take lr: 2.0e-4 and leave betas out. The projector's rate is low: it keeps what the fit gave it.
+optim: {{lr: 1.0e-3, projector_lr: 2.0e-5, warmup: 0.05, betas: [0.9, 0.98]}}
 train:
   output: {_quoted(str(folder / "run"))}
   # {size.batch} conversations of {data.turns:.3g} questions a step, about {size.tokens:,} tokens.
