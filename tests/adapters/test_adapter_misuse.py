@@ -278,8 +278,8 @@ def test_a_layer_of_any_class_that_is_only_read_is_found() -> None:
     assert "never calls" in (why_not_called(head, "dense") or "")
     assert why_not_called(llama().model.layers[0].self_attn, "q_proj") is None
     assert "never calls" in (why_not_called(nn.MultiheadAttention(4, 1), "out_proj") or "")
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    attention = diffusers.models.attention_processor.Attention(8, heads=1, dim_head=8)
+    processors = pytest.importorskip("diffusers.models.attention_processor", reason="diffusers is not installed")
+    attention = processors.Attention(8, heads=1, dim_head=8)
     assert why_not_called(attention, "to_q") is None, "a processor calls it"
 
 
