@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def test_as_a_slurm_array(cluster, environment, local: Path, recipe, records, tm
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 75, done.stderr
-        (file,) = re.findall(r"Next: sbatch (.*)\n", done.stdout)
+        (file,) = shlex.split(re.findall(r"Next: sbatch (.*)\n", done.stdout)[0])
         text = Path(file).read_text()
         counts.append(int(re.findall(r"--array=0-(\d+)", text)[0]) + 1)
         Path(file).write_text(text.replace(sys.executable, str(python.ours)))
