@@ -122,8 +122,8 @@ def _run_held(
         record(output, model, asdict(settings))
     results: list[TaskResult] = []
     for task in tasks:
-        told = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
-        results += evaluate_held(model, task, output, settings=settings, progress=told, **rest)
+        bar = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
+        results += evaluate_held(model, task, output, settings=settings, progress=bar, **rest)
     return results
 
 

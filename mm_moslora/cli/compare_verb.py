@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.shard_jobs import refuse_two_engines
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redacted_command
@@ -132,8 +133,7 @@ def compare(
         if overrides or not cell:
             raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME [--stop-at STEP].")
         return _one_run(Path(recipe), cell, stop_at)
-    if slurm and (ray or parallel is not None):
-        raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
+    refuse_two_engines(slurm=slurm, ray=ray, parallel=parallel)
     shared = load_recipe(recipe, override_items(overrides))
     from mm_moslora.compare.arms import parse_arms, size_lines, split
     from mm_moslora.compare.comparison_plan import LOSS, Settings

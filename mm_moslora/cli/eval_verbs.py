@@ -10,11 +10,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli.shard_jobs import ARRAY, ShardJobs, words_of
+from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError
-
-HERE = ShardJobs()
 
 eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
 

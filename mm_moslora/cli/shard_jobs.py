@@ -53,8 +53,7 @@ class ShardJobs:
             raise ConfigError(f"--shards is {self.shards}, expected 1 or more.")
         if given := [f"--{name}" for name, value in others.items() if value]:
             raise ConfigError(f"{' and '.join(given)} is for one command by hand, not for jobs: leave it out.")
-        if self.slurm and (self.ray or self.parallel is not None):
-            raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
+        refuse_two_engines(slurm=self.slurm, ray=self.ray, parallel=self.parallel)
         return True
 
     def run(
@@ -112,6 +111,19 @@ class ShardJobs:
             return [], EXIT_REQUEUE
         ready = [folder for folder in commands if all(Path(name).parent != folder for name in missing)]
         return ready, 0 if not missing else EXIT_REQUEUE if engine is None else 1
+
+
+HERE = ShardJobs()
+
+
+def refuse_two_engines(*, slurm: bool, ray: str, parallel: int | None) -> None:
+    """Refuse options of two engines.
+
+    Raises:
+        ConfigError: a batch script is asked for, and jobs that run now.
+    """
+    if slurm and (ray or parallel is not None):
+        raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
 
 
 def words_of(verb: Callable[..., Any], given: Mapping[str, Any], **changed: Any) -> list[str]:

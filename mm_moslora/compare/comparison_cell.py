@@ -81,10 +81,10 @@ class CellRun:
             )
         place = folder / "runs" / name
         try:
-            told = read_json(place / ORDER, below=folder)
-            parts = {"recipe": Recipe.from_dict(told["recipe"]), "folder": Path(told["folder"])}
-            parts |= {"start": Path(told.get("start", "."))}
-            run = build_strictly(cls, told | parts, source="it")
+            stored = read_json(place / ORDER, below=folder)
+            parts = {"recipe": Recipe.from_dict(stored["recipe"]), "folder": Path(stored["folder"])}
+            parts |= {"start": Path(stored.get("start", "."))}
+            run = build_strictly(cls, stored | parts, source="it")
         except (ConfigError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{place / ORDER} is damaged ({error}). Repeat the comparison's command.") from error
         if (run.place, run.folder) != (place, folder):
@@ -346,8 +346,8 @@ def _evaluate(job: CellRun, names: list[str]) -> Iterator[tuple[str, float, dict
         for name in names:
             task = open_task(name, job.settings)
             modes = _modes(task) if job.settings.controls and not job.cell.tuning else ("own",)
-            told = partial(Bars(len(modes)), name)
-            results = evaluate(model, task, place, modes=modes, settings=settings, progress=told, baselines=())
+            bars = partial(Bars(len(modes)), name)
+            results = evaluate(model, task, place, modes=modes, settings=settings, progress=bars, baselines=())
             scores = {result.mode: result.score for result in results}
             yield name, scores["own"], {result.mode: place / result.folder for result in results}
     finally:

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.untrusted_data import build_known, build_strictly, read_value
+from mm_moslora_eval.scoring.reference_likelihood import LARGEST
 
 MAY_BE_NULL = ("expected_count", "date")
 """Keys of `TaskResult.about` that are written without a value."""
 Number = float | None
 """A stored number; None for nan."""
-LARGEST = 1e9
-"""Largest score or log-likelihood: sums of squares of such numbers are finite."""
 T = TypeVar("T")
 
 

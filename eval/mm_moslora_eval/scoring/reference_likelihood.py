@@ -14,8 +14,8 @@ from typing import Any
 
 from mm_moslora_eval.scoring.estimates import Estimate, Ratio, estimate, mean_of, minus, value_of
 
-_LARGEST = 1e9
-"""Sums of squares of such numbers are finite."""
+LARGEST = 1e9
+"""Largest score or log-likelihood: sums of squares of such numbers are finite."""
 _NO_REFERENCES = "the task has no references"
 _JUDGED = "a judge compares the answers with the references"
 _NOT_GIVEN = "the backend gives no log-likelihoods of given texts"
@@ -48,7 +48,7 @@ class Likelihood:
 def nats_of(row: Mapping[str, Any]) -> float:
     """The log-likelihood of a stored answer or sample; NaN without one, or with one that no model computes."""
     value = (row.get("reference") or {}).get("logprob")
-    return value if isinstance(value, int | float) and abs(value) < _LARGEST else math.nan
+    return value if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
 
 
 def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> Likelihood | None:
