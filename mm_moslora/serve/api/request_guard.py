@@ -88,7 +88,8 @@ class Guard:
                 own = (b"x-request-id", request_id.encode())
                 message["headers"] = [*message.get("headers", ()), own, *self._headers]
             try:
-                await asyncio.wait_for(send(message), self._limits.write_seconds)
+                async with asyncio.timeout(self._limits.write_seconds):
+                    await send(message)
             except TimeoutError:
                 raise SlowReaderError from None
 
