@@ -209,7 +209,8 @@ async def fuzz(
 
     async def one() -> None:
         method, path, headers, body = fuzzer.request()
-        status, reply = await asyncio.wait_for(ask(app, method, path, headers, body), 120)
+        async with asyncio.timeout(120):
+            status, reply = await ask(app, method, path, headers, body)
         statuses[status] += 1
         if status >= 400 and method != "HEAD" and (match := re.search(rb'"code":"(\w+)"', reply)):
             codes[match[1].decode()] += 1
