@@ -376,10 +376,10 @@ def quickstart(
         Run a miniature of every step in about three minutes, at lower quality.
     """
     quiet_libraries()
-    from mm_moslora.quickstart.quickstart_run import Choice
+    from mm_moslora.quickstart.quickstart_run import QuickstartOptions
     from mm_moslora.quickstart.quickstart_run import quickstart as run_quickstart
 
-    choice = Choice(images=images, encoder=encoder, precision=precision, seed=seed, smoke=smoke)
+    choice = QuickstartOptions(images=images, encoder=encoder, precision=precision, seed=seed, smoke=smoke)
     return run_quickstart(choice, output=output, stamps_deb=stamps_deb)
 
 

@@ -130,12 +130,12 @@ def serve(
     sockets = bound(host, port)
     from mm_moslora.models.precision import dtype_of  # torch takes seconds to import
     from mm_moslora.serve.api.api_routes import create_app
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
     from mm_moslora.serve.inference.request_images import fetch_from
     from mm_moslora.serve.inference.served_models import load_models
 
     models = load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
-    engine = Engine(models, limits)
+    engine = GenerationEngine(models, limits)
     app = create_app(engine, limits, key=key, local=local, fetch=fetch_from(allow_image_host))
     run_app(app, sockets, limits=limits, end=engine.stop)
     return 0

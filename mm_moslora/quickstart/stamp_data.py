@@ -18,7 +18,7 @@ from PIL import Image
 
 from mm_moslora.quickstart.instruction_data import (
     DatasetFiles,
-    Question,
+    ImageQuestion,
     Record,
     claim,
     conversation,
@@ -213,7 +213,7 @@ def _image(stamp: Stamp) -> str:
     return f"{stamp.name}.png"
 
 
-def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Question]:
+def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[ImageQuestion]:
     """As many pictures outside a category as inside it, so that the question does not reveal the answer."""
     questions = []
     for folder in sorted(usable):
@@ -223,7 +223,7 @@ def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Rand
         question = f"Is this {CATEGORIES[folder][1]}?"
         for answer, pool in (("yes", inside), ("no", outside)):
             chosen = rng.sample(pool, count)
-            questions += [Question(image=_image(s), text=question, answer=answer) for s in chosen]
+            questions += [ImageQuestion(image=_image(s), text=question, answer=answer) for s in chosen]
     return questions
 
 
@@ -250,7 +250,7 @@ def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random
     """
     records = []
     for variant in range(VARIANTS):
-        asked: dict[str, list[Question]] = defaultdict(list)
+        asked: dict[str, list[ImageQuestion]] = defaultdict(list)
         for question in yes_no_questions(stamps, usable, rng):
             asked[question.image].append(question)
         for stamp in stamps:
@@ -268,10 +268,10 @@ def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random
 def _test_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Record]:
     records = []
     for stamp in stamps:
-        sentence = Question(image=_image(stamp), text=SENTENCE, answer=stamp.sentence)
+        sentence = ImageQuestion(image=_image(stamp), text=SENTENCE, answer=stamp.sentence)
         records.append(question_record(f"{stamp.name}#sentence", sentence, "sentence"))
         if stamp.folder in usable:
-            kind = Question(image=_image(stamp), text=CATEGORY, answer=CATEGORIES[stamp.folder][0])
+            kind = ImageQuestion(image=_image(stamp), text=CATEGORY, answer=CATEGORIES[stamp.folder][0])
             records.append(question_record(f"{stamp.name}#category", kind, "category"))
     for index, question in enumerate(yes_no_questions(stamps, usable, rng)):
         records.append(question_record(f"yes_no#{index}", question, "yes_no"))

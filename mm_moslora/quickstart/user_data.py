@@ -22,7 +22,7 @@ from mm_moslora_eval.metrics.exact_match import relaxed
 
 from mm_moslora.data.chat.records import IMAGE, VIDEO
 from mm_moslora.data.images.record_picture import ImageError, check_image, read_picture
-from mm_moslora.quickstart.instruction_data import YES_NO, Question, conversation, question_record
+from mm_moslora.quickstart.instruction_data import YES_NO, ImageQuestion, conversation, question_record
 from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, decodes, first_of, test_size
 from mm_moslora.quickstart.user_file import from_file
 from mm_moslora.utils.errors import DataError
@@ -266,14 +266,14 @@ def _orders(picture: _Picture, other: str, rng: random.Random) -> list[list[tupl
 
 def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[str, Any]]:
     """An open question about every picture, and as many yes as no answers of every yes/no question."""
-    questions = [Question(image=picture.name, text=OPEN, answer=picture.label) for picture in test]
+    questions = [ImageQuestion(image=picture.name, text=OPEN, answer=picture.label) for picture in test]
     for label in sorted({picture.label for picture in test}):
         inside = [picture for picture in test if picture.label == label]
         outside = [picture for picture in test if picture.label != label]
         count = min(len(inside), len(outside))
         for answer, pool in zip(YES_NO, (inside, outside), strict=True):
             text = IS_IT.format(label)
-            questions += [Question(image=item.name, text=text, answer=answer) for item in rng.sample(pool, count)]
+            questions += [ImageQuestion(image=item.name, text=text, answer=answer) for item in rng.sample(pool, count)]
     return [question_record(str(number), item, item.category) for number, item in enumerate(questions)]
 
 

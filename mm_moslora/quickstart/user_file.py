@@ -18,7 +18,7 @@ from mm_moslora.data.images.record_picture import ImageError, LocalPicture, Pict
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.data.sources.record_source import RecordSource
-from mm_moslora.quickstart.instruction_data import YES_NO, Question, question_record
+from mm_moslora.quickstart.instruction_data import YES_NO, ImageQuestion, question_record
 from mm_moslora.quickstart.own_data import OwnData, decodes, draw, lopsided
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_files import FileError
@@ -27,7 +27,7 @@ CAPTION_WORDS = 5
 """Median words of a question's answers above which they are scored as captions, since no two people word them alike."""
 
 
-class _Rows(Sequence[Any]):
+class _SourceRows(Sequence[Any]):
     """A selection of a file's records, read on access."""
 
     def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
@@ -107,7 +107,7 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
         images=folder,
         follow_links=follow_links,
         source=f"{len(source)} records of {path}",
-        train=_Rows(source, rows),
+        train=_SourceRows(source, rows),
         test=test,
         captions=captions,
         train_pictures=len(asked) - len(held_out | broken),
@@ -172,7 +172,7 @@ def _questions_of(
             answers[path.relative_to(folder).as_posix(), question].append(answer)
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
     for number, ((image, text), given) in enumerate(answers.items()):
-        row = question_record(str(number), Question(image=image, text=text, answer=given[0]), "open")
+        row = question_record(str(number), ImageQuestion(image=image, text=text, answer=given[0]), "open")
         row["category"] = "yes_no" if {relaxed(answer) for answer in given} <= set(YES_NO) else "open"
         rows[_is_caption(counts[text])].append(row | ({"answers": given} if len(given) > 1 else {}))
     return rows

@@ -132,7 +132,7 @@ class SampleRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixer:
+class MixerRecord:
     """Measures of one adapted module, and its matrices where they were stored."""
 
     path: str
@@ -163,7 +163,7 @@ class RunData:
     stages: list[Stage]
     evaluation: list[EvaluationRow]
     samples: list[SampleRow]
-    mixers: list[Mixer]
+    mixers: list[MixerRecord]
     quarantine: dict[str, int]
     """Number of unusable records by reason."""
     state: RunState
@@ -363,7 +363,7 @@ def _sample_row(item: dict[str, Any], notes: list[str]) -> SampleRow | None:
         return None
 
 
-def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
+def _mixer(item: dict[str, Any], notes: list[str]) -> MixerRecord | None:
     path = str(item.get("path", "?"))
     try:
         before, after, pairs = (_matrix(item.get(name)) for name in ("before", "after", "pairs"))
@@ -376,7 +376,7 @@ def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
     rank = item.get("rank")
     if not isinstance(rank, int):
         rank = len(after) if after else None
-    return Mixer(path=path, rank=rank, before=before, after=after, pairs=pairs, figures=figures)
+    return MixerRecord(path=path, rank=rank, before=before, after=after, pairs=pairs, figures=figures)
 
 
 def _is_finite(value: Any) -> bool:

@@ -15,7 +15,7 @@ from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
 from mm_moslora.reporting.page_templates import render_page, write_page
-from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
+from mm_moslora.reporting.run_data import EvaluationRow, MixerRecord, RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
 from mm_moslora.utils.errors import ConfigError
@@ -253,7 +253,7 @@ def _smoothed(name: str, points: list[tuple[float, float]]) -> list[Series]:
     return [Series(name=name, points=points, faint=True), Series(name=name, points=smooth(points))]
 
 
-def _mixer(mixer: Mixer) -> dict[str, Any]:
+def _mixer(mixer: MixerRecord) -> dict[str, Any]:
     """Before and after on one colour scale, the change and the energies by pairs on scales of their own."""
     assert mixer.after is not None
     scale = max(abs(value) for matrix in (mixer.before or [], mixer.after) for row in matrix for value in row)

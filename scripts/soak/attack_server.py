@@ -267,13 +267,13 @@ def serve(folder: Path) -> None:
     from mm_moslora.serve.api.api_routes import create_app
     from mm_moslora.serve.api.http_server import bound, run_app
     from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     limits = Limits()
     sockets = bound("127.0.0.1", 0)
-    engine = Engine(tiny_models(folder, longest=8192), limits)
+    engine = GenerationEngine(tiny_models(folder, longest=8192), limits)
     app = create_app(engine, limits)
     print(sockets[0].getsockname()[1], flush=True)
     run_app(app, sockets, limits=limits, end=engine.stop)

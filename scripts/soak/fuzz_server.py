@@ -264,9 +264,11 @@ def tiny_models(folder: Path, *, longest: int = 512) -> Any:
 def tiny_engine(folder: Path) -> Any:
     """An engine around it with limits that suit small requests."""
     from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
-    return Engine(tiny_models(folder), Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20))
+    return GenerationEngine(
+        tiny_models(folder), Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20)
+    )
 
 
 async def soak(bodies: int, seed: int) -> dict[str, Any]:

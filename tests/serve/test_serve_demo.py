@@ -13,7 +13,7 @@ import torch
 from browser import CHROMIUM, MISSING, browsing
 from PIL import Image
 
-from mm_moslora.serve.api.chat_request import Picture
+from mm_moslora.serve.api.chat_request import MessagePicture
 from mm_moslora.serve.gradio_demo import Demo, launch, messages_of
 from mm_moslora.serve.inference.attention_maps import attention_maps
 from mm_moslora.serve.inference.served_models import Models, Variant
@@ -98,7 +98,7 @@ def test_history_of_gradio_becomes_turns(picture: Path) -> None:
     ]
     messages = messages_of({"text": "sure?", "files": []}, history)
     assert [message.role for message in messages] == ["user", "assistant", "user"]
-    assert isinstance(messages[0].parts[0], Picture)
+    assert isinstance(messages[0].parts[0], MessagePicture)
     assert messages[0].parts[1] == "what?"
 
 

@@ -21,14 +21,14 @@ from mm_moslora.serve.api.prometheus_metrics import CONTENT_TYPE, Metrics
 from mm_moslora.serve.api.request_guard import Guard
 from mm_moslora.serve.api.request_intake import Held, Intake, unless_left
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine, Job, Piece
+from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
 from mm_moslora.serve.inference.prompt_preparation import Prepared
 from mm_moslora.serve.inference.request_images import Fetch
 from mm_moslora.utils.errors import suggestion
 
 
 def create_app(
-    engine: Engine, limits: Limits, *, key: str | None = None, local: bool = True, fetch: Fetch | None = None
+    engine: GenerationEngine, limits: Limits, *, key: str | None = None, local: bool = True, fetch: Fetch | None = None
 ) -> App:
     """The ASGI application around an engine, which it starts and stops.
 
@@ -78,7 +78,7 @@ def create_app(
     return Guard(app, limits=limits, metrics=metrics, key=key, local=local)
 
 
-def _known(engine: Engine, name: str) -> str:
+def _known(engine: GenerationEngine, name: str) -> str:
     if name not in engine.models.variants:
         shown = name if len(name) <= 80 else name[:80] + "…"
         raise ApiError(
@@ -92,7 +92,7 @@ def _known(engine: Engine, name: str) -> str:
 class _Chat:
     """The ASGI application of `/v1/chat/completions`; what a request holds is released when its answer is sent."""
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, intake: Intake) -> None:
+    def __init__(self, engine: GenerationEngine, limits: Limits, metrics: Metrics, intake: Intake) -> None:
         self._engine, self._limits, self._metrics, self._intake = engine, limits, metrics, intake
         self._busy = 0
         """Requests with a complete body and an unfinished answer."""
@@ -126,14 +126,14 @@ class _Chat:
 
     async def _answer(self, request: Request, prepared: Prepared, reply: Reply, send: Send) -> bytes:
         """Generate an answer and send it but for its end, which is returned; the jobs are cancelled when this is."""
-        happened: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        happened: asyncio.Queue[tuple[int, AnswerPart]] = asyncio.Queue()
         loop, wanted = asyncio.get_running_loop(), reply.request
 
-        def deliver(choice: int, piece: Piece) -> None:
+        def deliver(choice: int, piece: AnswerPart) -> None:
             loop.call_soon_threadsafe(happened.put_nowait, (choice, piece))
 
         jobs = [
-            Job(
+            GenerationJob(
                 model=wanted.model, input_ids=prepared.input_ids, seen=prepared.seen, sampling=wanted.sampling,
                 stop=wanted.stop, thinking=wanted.thinking, choice=choice, deliver=partial(deliver, choice),
                 deadline=time.monotonic() + self._limits.request_seconds,
@@ -163,7 +163,7 @@ class _Chat:
         return reply.closing()
 
 
-def _checked(item: tuple[int, Piece], request: Request) -> tuple[int, Piece]:
+def _checked(item: tuple[int, AnswerPart], request: Request) -> tuple[int, AnswerPart]:
     """An event of an answer, unless it is a failure."""
     ending = item[1].ending
     if ending == "failed":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm_moslora.serve.api.chat_request import ChatRequest
-from mm_moslora.serve.inference.continuous_batching import Ending, Piece
+from mm_moslora.serve.inference.continuous_batching import AnswerPart, Ending
 from mm_moslora.serve.inference.text_stream import ThinkingSplit
 
 DONE = b"data: [DONE]\n\n"
@@ -45,7 +45,7 @@ class Reply:
         """Whether every answer has ended."""
         return all(choice.ending for choice in self._choices)
 
-    def add(self, index: int, piece: Piece) -> bytes:
+    def add(self, index: int, piece: AnswerPart) -> bytes:
         """Record an event of one answer; returns its events where the request asks for a stream."""
         choice = self._choices[index]
         thinking, text = choice.split.add(piece.text, last=piece.ending is not None)

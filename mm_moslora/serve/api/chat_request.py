@@ -25,7 +25,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(kw_only=True)
-class Picture:
+class MessagePicture:
     """A picture of a message, not yet decoded."""
 
     url: str
@@ -35,12 +35,12 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Message:
+class ChatMessage:
     """One message."""
 
     role: str
     """system, user or assistant."""
-    parts: tuple[str | Picture, ...]
+    parts: tuple[str | MessagePicture, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ChatRequest:
     """A checked request for a chat completion."""
 
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     sampling: Sampling
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
@@ -58,9 +58,9 @@ class ChatRequest:
     choices: int = 1
 
     @property
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[MessagePicture]:
         """The pictures of all messages."""
-        return [part for message in self.messages for part in message.parts if isinstance(part, Picture)]
+        return [part for message in self.messages for part in message.parts if isinstance(part, MessagePicture)]
 
     @property
     def characters(self) -> int:
@@ -123,7 +123,7 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
     return made
 
 
-def _messages(value: Any, limits: Limits) -> tuple[Message, ...]:
+def _messages(value: Any, limits: Limits) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not value:
         raise _wrong("messages", "a list of at least one message")
     if len(value) > limits.messages:
@@ -145,7 +145,7 @@ def _messages(value: Any, limits: Limits) -> tuple[Message, ...]:
     return messages
 
 
-def _message(value: Any, where: str, limits: Limits) -> Message:
+def _message(value: Any, where: str, limits: Limits) -> ChatMessage:
     if not isinstance(value, dict):
         raise _wrong(where, "an object with role and content")
     role, content = value.get("role"), value.get("content")
@@ -154,15 +154,17 @@ def _message(value: Any, where: str, limits: Limits) -> Message:
     role = "system" if role == "developer" else role
     where += ".content"
     if isinstance(content, str):
-        return Message(role=role, parts=(_text(content, where, empty=True),))
+        return ChatMessage(role=role, parts=(_text(content, where, empty=True),))
     if not isinstance(content, list) or not content:
         raise _wrong(where, "a text, or a list of parts")
     if len(content) > limits.parts:
         raise _wrong(where, f"at most {limits.parts} parts")
-    return Message(role=role, parts=tuple(_part(item, f"{where}[{index}]", role) for index, item in enumerate(content)))
+    return ChatMessage(
+        role=role, parts=tuple(_part(item, f"{where}[{index}]", role) for index, item in enumerate(content))
+    )
 
 
-def _part(value: Any, where: str, role: str) -> str | Picture:
+def _part(value: Any, where: str, role: str) -> str | MessagePicture:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
         return _text(value.get("text"), f"{where}.text", empty=True)
@@ -172,7 +174,7 @@ def _part(value: Any, where: str, role: str) -> str | Picture:
         raise ApiError(f"{where} is a picture of the {role}; only user messages hold pictures.", param=where)
     image = value.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
-    return Picture(url=_text(url, f"{where}.image_url.url"), where=f"{where}.image_url")
+    return MessagePicture(url=_text(url, f"{where}.image_url.url"), where=f"{where}.image_url")
 
 
 def _thinking(body: Mapping[str, Any]) -> bool | None:

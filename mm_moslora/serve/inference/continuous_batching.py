@@ -40,7 +40,7 @@ Ending = Literal["stop", "length", "failed", "late", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class AnswerPart:
     """An event of an answer."""
 
     text: str = ""
@@ -51,7 +51,7 @@ class Piece:
 
 
 @dataclass(kw_only=True, eq=False)
-class Job(Draw):
+class GenerationJob(Draw):
     """One answer to generate."""
 
     model: str
@@ -63,7 +63,7 @@ class Job(Draw):
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
     """The form of the prompt; see `ConversationEncoder.encode_prompt`."""
-    deliver: Callable[[Piece], object]
+    deliver: Callable[[AnswerPart], object]
     """Callback, called from the engine's thread, which may use the model meanwhile."""
     deadline: float
     """Deadline on the monotonic clock, seconds."""
@@ -86,7 +86,7 @@ class _Group:
     """Answers of one variant that are decoded together: a row of the decoder per job."""
 
     decoder: Decoder | None
-    jobs: list[Job]
+    jobs: list[GenerationJob]
 
     def keep(self, numbers: Sequence[int]) -> None:
         """Drop all other rows."""
@@ -99,13 +99,13 @@ class _Group:
             self.decoder = None
 
 
-class Engine:
+class GenerationEngine:
     """Generates answers in its own thread; no other thread may use the models while it runs."""
 
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits = models, limits
         self._groups: dict[str, list[_Group]] = {name: [] for name in models.variants}
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[GenerationJob] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
@@ -134,7 +134,7 @@ class Engine:
         """Answers in the queue."""
         return len(self._waiting)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[GenerationJob]) -> None:
         """Queue the answers of one request, all or none.
 
         Raises:
@@ -178,7 +178,7 @@ class Engine:
             self._groups[name] = [group for group in self._groups[name] if group.jobs]
         self.running = len(self._decoded())
 
-    def _admit(self, name: str, jobs: list[Job], *, again: bool = False) -> None:
+    def _admit(self, name: str, jobs: list[GenerationJob], *, again: bool = False) -> None:
         """Read prompts in one batch; after an error, one by one."""
         if len(jobs) == 1 and jobs[0].cancelled:  # cancelled while others were read
             self._deliver(jobs[0], ending="cancelled")
@@ -207,7 +207,7 @@ class Engine:
             for job in jobs:
                 self._admit(name, [job], again=True)
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, job: GenerationJob, error: Exception) -> None:
         """End one answer after an error."""
         self.failures += 1
         _log("An answer failed", error)
@@ -224,7 +224,7 @@ class Engine:
         for job in jobs:
             self._fail(job, error)
 
-    def _decoded(self) -> list[Job]:
+    def _decoded(self) -> list[GenerationJob]:
         return [job for groups in self._groups.values() for group in groups for job in group.jobs]
 
     def _drop(self) -> None:
@@ -247,12 +247,12 @@ class Engine:
                     kept.append(number)
             group.keep(kept)
 
-    def _admissible(self) -> dict[str, list[Job]]:
+    def _admissible(self) -> dict[str, list[GenerationJob]]:
         """The next jobs in order of arrival, as many as fit, by variant."""
         running = self._decoded()
         rows, tokens = len(running), sum(job.room for job in running)
         most = min(self.limits.batch, rows + _ADMITTED_AT_ONCE)
-        chosen: dict[str, list[Job]] = {}
+        chosen: dict[str, list[GenerationJob]] = {}
         with self._changed:
             while self._waiting and rows < most:
                 job = self._waiting[0]
@@ -263,7 +263,7 @@ class Engine:
                 rows, tokens = rows + 1, tokens + job.room
         return chosen
 
-    def _read(self, name: str, jobs: list[Job], again: bool) -> None:
+    def _read(self, name: str, jobs: list[GenerationJob], again: bool) -> None:
         """Run prompts and add their rows to the batch, or a prompt and its answer so far in a batch of its own."""
         with self.models.use(name):
             decoder = self.models.read(name, [(job.input_ids, job.seen) for job in jobs])
@@ -308,7 +308,7 @@ class Engine:
         ids = tokens.to(decoder.logits.device)
         decoder.extend(table(ids), torch.ones_like(ids))
 
-    def _say(self, job: Job, token: int) -> bool:
+    def _say(self, job: GenerationJob, token: int) -> bool:
         """Deliver one token; returns whether the answer continues."""
         if token in self.models.stops:
             self._deliver(job, job.text.finish(), "stop")
@@ -328,9 +328,9 @@ class Engine:
         return False
 
     @staticmethod
-    def _deliver(job: Job, text: str = "", ending: Ending | None = None) -> None:
+    def _deliver(job: GenerationJob, text: str = "", ending: Ending | None = None) -> None:
         try:
-            job.deliver(Piece(text=text, ending=ending, tokens=len(job.tokens)))
+            job.deliver(AnswerPart(text=text, ending=ending, tokens=len(job.tokens)))
         except RuntimeError:  # the client's event loop is closed
             job.cancelled = True
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.chat.records import IMAGE, Turn
 from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.api.chat_request import ChatRequest, Message, Picture
+from mm_moslora.serve.api.chat_request import ChatMessage, ChatRequest, MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.request_images import PictureFile, open_pictures, refuse_stopped
 from mm_moslora.serve.inference.served_models import Models
@@ -103,7 +103,7 @@ def _too_long(what: str, tokens: int, longest: int) -> ApiError:
     )  # fmt: skip
 
 
-def turns_of(messages: Sequence[Message]) -> list[Turn]:
+def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
     """Messages as turns: consecutive messages of one role become one turn, and so do all system messages."""
     turns: list[Turn] = []
     for role, same in itertools.groupby(messages, key=attrgetter("role")):
@@ -116,19 +116,19 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
     return turns
 
 
-def _question(parts: Sequence[str | Picture]) -> Turn:
+def _question(parts: Sequence[str | MessagePicture]) -> Turn:
     """A user turn. Pictures keep their places in the message, each on its own line.
 
     Most clients send the text first and the pictures after it, while models are trained with the pictures first.
     Pictures at the end of a message are therefore moved to its beginning.
     """
     last_text = max((index for index, part in enumerate(parts) if isinstance(part, str)), default=-1)
-    first_picture = next((index for index, part in enumerate(parts) if isinstance(part, Picture)), len(parts))
+    first_picture = next((index for index, part in enumerate(parts) if isinstance(part, MessagePicture)), len(parts))
     if first_picture > last_text:
         parts = [*parts[first_picture:], *parts[:first_picture]]
     text, places = "", []
     for index, part in enumerate(parts):
-        if isinstance(part, Picture):
+        if isinstance(part, MessagePicture):
             places.append(len(text))
             text += f"{IMAGE}\n"
         else:

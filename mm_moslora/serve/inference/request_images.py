@@ -14,7 +14,7 @@ from PIL import Image
 from mm_moslora.data.images.record_picture import FORMATS, ImageError, check_size, open_image_bytes
 from mm_moslora.data.record_faults import Code
 from mm_moslora.serve.api.api_errors import ApiError, client_left
-from mm_moslora.serve.api.chat_request import Picture
+from mm_moslora.serve.api.chat_request import MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils import http_fetch
 
@@ -54,7 +54,7 @@ class PictureFile:
 
 
 def picture_files(
-    pictures: Sequence[Picture], limits: Limits, *, fetch: Fetch | None = None, stop: threading.Event
+    pictures: Sequence[MessagePicture], limits: Limits, *, fetch: Fetch | None = None, stop: threading.Event
 ) -> list[PictureFile]:
     """The bytes and headers of the pictures of one request, in order; no pixel is decoded, and the URLs are emptied.
 
@@ -166,7 +166,7 @@ def fetch_from(hosts: Collection[str]) -> Fetch | None:
     return fetch
 
 
-def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
+def _bytes(picture: MessagePicture, fetch: Fetch | None) -> bytes:
     url = picture.url
     if not url[:5].lower().startswith("data:"):
         if fetch is None or not url[:8].lower().startswith("https://"):
