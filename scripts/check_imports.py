@@ -1,4 +1,4 @@
-"""Check what import-linter does not: import circles between files, full folders, duplicate names of modules and classes.
+"""Check what import-linter does not: import circles between files, full folders, duplicate names.
 
     python scripts/check_imports.py           # exit code 1 and one line per fault
     python scripts/check_imports.py --draw    # also update the package graph in docs/architecture.md

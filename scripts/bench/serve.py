@@ -33,19 +33,19 @@ def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[AnswerPa
     """Questions of different lengths, each about its own picture."""
     from mm_moslora.serve.inference.prompt_preparation import turns_of
 
-    made = []
+    jobs = []
     for index in range(count):
         picture = Image.new("RGB", (64, 64), (index * 37 % 256, index * 91 % 256, index * 53 % 256))
         question = "What is shown " + "here and there " * (index % 5) + f"in picture {index}? Answer at length."
         message = ChatMessage(role="user", parts=(MessagePicture(url="", where=""), question))
-        ids, seen = models.prompt(turns_of([message]), [picture])
-        made.append(
+        ids, images = models.prompt(turns_of([message]), [picture])
+        jobs.append(
             GenerationJob(
-                model=models.default, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=tokens), deliver=done.put,
-                deadline=time.monotonic() + 3600,
+                model=models.default, input_ids=ids, images=images, sampling=Sampling(max_tokens=tokens),
+                deliver=done.put, deadline=time.monotonic() + 3600,
             )
         )  # fmt: skip
-    return made
+    return jobs
 
 
 def answer(

@@ -85,7 +85,7 @@ def test_fifty_concurrent_requests_get_answers_about_their_own_pictures(models: 
         def _step(self, name: str, group: Any) -> None:
             for job in group.jobs:
                 colour = [
-                    int(pixel.float().mean() * 1000) for one in job.seen for pixel in one.tensors["pixel_values"][0]
+                    int(pixel.float().mean() * 1000) for one in job.images for pixel in one.tensors["pixel_values"][0]
                 ]
                 self._deliver(job, json.dumps(colour), "stop")
             group.keep([])

@@ -71,8 +71,8 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
     from mm_moslora.data.chat.records import Turn
     from mm_moslora.models.batching.padded_batch import padded_inputs
 
-    ids, seen = models.prompt([Turn.asking(text, images=len(pictures))], pictures)
-    tensors = join_images([picture.tensors for picture in seen])
+    ids, images = models.prompt([Turn.asking(text, images=len(pictures))], pictures)
+    tensors = join_images([picture.tensors for picture in images])
     pixels = tensors.pop("pixel_values", None)
     inputs = padded_inputs(models.assembly.model, [ids], pixels, tensors, answers=[len(ids)])
     said = models.assembly.model.generate(

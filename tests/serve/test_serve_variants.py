@@ -163,9 +163,9 @@ def looking(
 
 def _tokens(models: Any, name: str) -> Any:
     """Visual tokens of the picture in the server, possibly from its cache."""
-    seen = models.assembly.image_processing.see([PICTURE])
+    images = models.assembly.image_processing.see([PICTURE])
     with models.use(name):
-        return models.image_tokens(name, seen)
+        return models.image_tokens(name, images)
 
 
 def _tokens_alone(folder: Path, *, tuned: bool) -> Any:

@@ -77,7 +77,7 @@ def test_other_values_are_refused(value) -> None:
 def test_a_template_without_a_switch_refuses_it() -> None:
     asked = request(chat_template_kwargs={"enable_thinking": False})
     for name, refused in (("qwen3", False), ("lfm2_2_5", True), ("qwen2_5", True)):
-        models = SimpleNamespace(encoder=encoder(name), sees=False, context=None)
+        models = SimpleNamespace(encoder=encoder(name), takes_pictures=False, context=None)
         if refused:
             with pytest.raises(ApiError, match="one form of prompts"):
                 refuse_unfit(asked, models, Limits())

@@ -88,8 +88,8 @@ class _Board:
 
     async def picture(self, request: Request) -> Response:
         """`?id=NAME&number=N`: the thumbnail of a sample's picture. The client never sends a path."""
-        found = await asyncio.to_thread(self._thumbnail, request.query_params)
-        return PlainTextResponse("no picture", status_code=404) if found is None else found
+        image = await asyncio.to_thread(self._thumbnail, request.query_params)
+        return PlainTextResponse("no picture", status_code=404) if image is None else image
 
     def _thumbnail(self, query: Any) -> Response | None:
         name, number = query.get("id", ""), query.get("number", "")

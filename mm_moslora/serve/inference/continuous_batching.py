@@ -58,7 +58,7 @@ class GenerationJob(Draw):
     """Name of a variant."""
     input_ids: Tensor
     """int64 ``[T]``, placeholders expanded."""
-    seen: Sequence[ProcessedImage]
+    images: Sequence[ProcessedImage]
     """Its pictures, in order."""
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
@@ -178,13 +178,13 @@ class GenerationEngine:
             self._groups[name] = [group for group in self._groups[name] if group.jobs]
         self.running = len(self._decoded())
 
-    def _admit(self, name: str, jobs: list[GenerationJob], *, again: bool = False) -> None:
+    def _admit(self, name: str, jobs: list[GenerationJob], *, resumed: bool = False) -> None:
         """Read prompts in one batch; after an error, one by one."""
         if len(jobs) == 1 and jobs[0].cancelled:  # cancelled while others were read
             self._deliver(jobs[0], ending="cancelled")
             return
         try:
-            self._read(name, jobs, again)
+            self._read(name, jobs, resumed)
         except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
@@ -205,7 +205,7 @@ class GenerationEngine:
                 return
             _log("A decoding step failed; each row is read again by itself", error)
             for job in jobs:
-                self._admit(name, [job], again=True)
+                self._admit(name, [job], resumed=True)
 
     def _fail(self, job: GenerationJob, error: Exception) -> None:
         """End one answer after an error."""
@@ -237,15 +237,15 @@ class GenerationEngine:
         for job in gone:
             self._deliver(job, ending="cancelled" if job.cancelled else "late")
         for group in [group for groups in self._groups.values() for group in groups]:
-            kept = []
+            rows = []
             for number, job in enumerate(group.jobs):
                 if job.cancelled:
                     self._deliver(job, ending="cancelled")
                 elif now > job.deadline:
                     self._deliver(job, job.text.finish(), "length")
                 else:
-                    kept.append(number)
-            group.keep(kept)
+                    rows.append(number)
+            group.keep(rows)
 
     def _admissible(self) -> dict[str, list[GenerationJob]]:
         """The next jobs in order of arrival, as many as fit, by variant."""
@@ -263,14 +263,14 @@ class GenerationEngine:
                 rows, tokens = rows + 1, tokens + job.room
         return chosen
 
-    def _read(self, name: str, jobs: list[GenerationJob], again: bool) -> None:
+    def _read(self, name: str, jobs: list[GenerationJob], resumed: bool) -> None:
         """Run prompts and add their rows to the batch, or a prompt and its answer so far in a batch of its own."""
         with self.models.use(name):
-            decoder = self.models.read(name, [(job.input_ids, job.seen) for job in jobs])
-            if again and jobs[0].tokens:
+            decoder = self.models.read(name, [(job.input_ids, job.images) for job in jobs])
+            if resumed and jobs[0].tokens:
                 self._run_tokens(decoder, torch.tensor([jobs[0].tokens]))
         groups = self._groups[name]
-        if again:
+        if resumed:
             groups.insert(0, _Group(decoder, jobs))  # new jobs join the last group
             return
         if groups and groups[-1].decoder is not None and self.models.joins:
@@ -316,14 +316,14 @@ class GenerationEngine:
         job.tokens.append(token)
         job.occurrences[token] += 1
         self.answer_tokens += 1
-        piece = job.text.add(token)
+        text = job.text.add(token)
         if job.text.stopped:
-            self._deliver(job, piece, "stop")
+            self._deliver(job, text, "stop")
         elif len(job.tokens) >= job.sampling.max_tokens:
-            self._deliver(job, piece + job.text.finish(), "length")
+            self._deliver(job, text + job.text.finish(), "length")
         else:
-            if piece:
-                self._deliver(job, piece)
+            if text:
+                self._deliver(job, text)
             return True
         return False
 

@@ -28,12 +28,12 @@ class Prepared:
     """A request as model inputs."""
 
     input_ids: Tensor
-    seen: list[ProcessedImage]
+    images: list[ProcessedImage]
 
     @property
     def bytes(self) -> int:
         """Bytes of memory of the tensors."""
-        tensors = [self.input_ids, *(tensor for item in self.seen for tensor in item.tensors.values())]
+        tensors = [self.input_ids, *(tensor for item in self.images for tensor in item.tensors.values())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -43,7 +43,7 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
     Raises:
         ApiError: the model has no vision encoder, or the texts are too long for it.
     """
-    if request.pictures and not models.sees:
+    if request.pictures and not models.takes_pictures:
         raise ApiError(
             f"{request.model} has no vision encoder; send text only.", param="messages", code="images_not_supported"
         )
@@ -77,7 +77,7 @@ def prepare(
     pictures = open_pictures(files, stop=stop)
     refuse_stopped(stop)
     try:
-        ids, seen = models.prompt(turns_of(request.messages), pictures, thinking=request.thinking)
+        ids, images = models.prompt(turns_of(request.messages), pictures, thinking=request.thinking)
     except ModelError as error:
         raise ApiError(str(error), param="messages", code="invalid_image") from None
     except MoSLoRAError:
@@ -87,7 +87,7 @@ def prepare(
         ) from None  # fmt: skip
     if len(ids) + tokens > longest:
         raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
-    return Prepared(input_ids=ids, seen=seen)
+    return Prepared(input_ids=ids, images=images)
 
 
 def _longest(models: Models, limits: Limits) -> int:
@@ -126,12 +126,12 @@ def _question(parts: Sequence[str | MessagePicture]) -> Turn:
     first_picture = next((index for index, part in enumerate(parts) if isinstance(part, MessagePicture)), len(parts))
     if first_picture > last_text:
         parts = [*parts[first_picture:], *parts[:first_picture]]
-    text, places = "", []
+    text, positions = "", []
     for index, part in enumerate(parts):
         if isinstance(part, MessagePicture):
-            places.append(len(text))
+            positions.append(len(text))
             text += f"{IMAGE}\n"
         else:
             behind_text = index > 0 and isinstance(parts[index - 1], str)
             text += f"\n{part}" if behind_text else part
-    return Turn(role="user", text=text, places=tuple(places))
+    return Turn(role="user", text=text, places=tuple(positions))

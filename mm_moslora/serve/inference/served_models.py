@@ -79,7 +79,7 @@ class Models:
         return next(iter(self.variants))
 
     @property
-    def sees(self) -> bool:
+    def takes_pictures(self) -> bool:
         """Whether the model has a vision encoder."""
         return self.assembly.image_processing is not None
 
@@ -120,11 +120,11 @@ class Models:
         with self._alone:
             processing = self.assembly.image_processing
             try:
-                seen = processing.see(pictures) if processing and pictures else []
+                images = processing.see(pictures) if processing and pictures else []
             except Exception as error:  # processors raise nearly anything
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
-            placeholders = [item.placeholders for item in seen]
-            return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), seen
+            placeholders = [item.placeholders for item in images]
+            return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), images
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.
@@ -135,11 +135,11 @@ class Models:
         """
         model = self.assembly.model
         if has_own_forward(model):
-            ((ids, seen),) = prompts
-            return prefill_row(model, ids, seen)
+            ((ids, images),) = prompts
+            return prefill_row(model, ids, images)
         decoder = Decoder(model)
-        made = [Prompt(input_ids=ids, features=self.image_tokens(name, seen)) for ids, seen in prompts]
-        decoder.append([embed_prompt(model, prompt) for prompt in made])
+        with_features = [Prompt(input_ids=ids, features=self.image_tokens(name, images)) for ids, images in prompts]
+        decoder.append([embed_prompt(model, prompt) for prompt in with_features])
         return decoder
 
     @contextmanager
@@ -160,18 +160,18 @@ class Models:
                 peft_model.set_adapter(variant.adapter, inference_mode=True)
             yield
 
-    def image_tokens(self, name: str, seen: Sequence[ProcessedImage]) -> Tensor | None:
+    def image_tokens(self, name: str, images: Sequence[ProcessedImage]) -> Tensor | None:
         """Visual tokens of pictures, ``[N * Q, D]``; None without pictures. The variant must be active."""
-        if not seen:
+        if not images:
             return None
-        pixels = [item.tensors["pixel_values"][0] for item in seen]
+        pixels = [item.tensors["pixel_values"][0] for item in images]
         keys = [f"{self._vision_keys[name]} {hashlib.sha256(item.numpy().tobytes()).hexdigest()}" for item in pixels]
 
         def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
             if not numbers:
                 return []
-            made = encode_images(self.assembly.model, torch.stack([pixels[number] for number in numbers]))
-            return [row.clone() for row in made]  # a row without its own storage would keep the others in memory
+            encoded = encode_images(self.assembly.model, torch.stack([pixels[number] for number in numbers]))
+            return [row.clone() for row in encoded]  # a row without its own storage would keep the others in memory
 
         return torch.cat(self.features.get_many(keys, encode))
 
@@ -318,6 +318,6 @@ def _read_projector(assembly: Parts, file: Path | None) -> tuple[nn.Module | Non
     own, newline = _projector(assembly)
     if own is None or assembly.is_pretrained_vlm or file is None or not file.is_file():
         return own, newline
-    made, line = copy.deepcopy(own), copy.deepcopy(newline)
-    load_projector(made, file, newline=line)
-    return made.requires_grad_(False).eval(), line
+    projector, newline = copy.deepcopy(own), copy.deepcopy(newline)
+    load_projector(projector, file, newline=newline)
+    return projector.requires_grad_(False).eval(), newline

@@ -25,8 +25,8 @@ class TextStream:
         self._start = 0
         """Start of decoding: a tokenizer decodes a token differently at the start of a text and after another token."""
         self._end = 0
-        """Tokens with text in `_held` or already returned."""
-        self._held = encoder.opened(thinking)
+        """Tokens with text in `_pending` or already returned."""
+        self._pending = encoder.opened(thinking)
         self.stopped = False
         """Whether a stop string was found."""
 
@@ -43,8 +43,8 @@ class TextStream:
         """End the answer; returns the text that was held back."""
         if self.stopped:
             return ""
-        rest = self._held + self._fresh()
-        self._held, self._end = "", len(self._tokens)
+        rest = self._pending + self._fresh()
+        self._pending, self._end = "", len(self._tokens)
         return rest
 
     def _fresh(self) -> str:
@@ -58,13 +58,13 @@ class TextStream:
         return str(self._encoder.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _release(self, fresh: str) -> str:
-        text = self._held + fresh
-        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        if places:
-            self.stopped, self._held = True, ""
-            return text[: min(places)]
+        text = self._pending + fresh
+        starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
+        if starts:
+            self.stopped, self._pending = True, ""
+            return text[: min(starts)]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
+        self._pending = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
@@ -72,32 +72,34 @@ class ThinkingSplit:
     """Separates the thinking at the start of an answer from the answer, piece by piece."""
 
     def __init__(self) -> None:
-        self._held, self._state = "", "start"
+        self._pending, self._state = "", "start"
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, str]:
         """Take the next piece; returns the thinking and the content that are final now."""
-        held, thinking, self._held = self._held + text, "", ""
+        text_left, thinking, self._pending = self._pending + text, "", ""
         if self._state == "start":
-            begun = held.lstrip()
+            begun = text_left.lstrip()
             if not last and len(begun) < len(THINK) and THINK.startswith(begun):
-                self._held = held
+                self._pending = text_left
                 return "", ""
             self._state = "opening" if begun.startswith(THINK) else "answer"
-            held = begun.removeprefix(THINK) if self._state == "opening" else held
+            text_left = begun.removeprefix(THINK) if self._state == "opening" else text_left
         if self._state == "opening":
-            held = held.lstrip("\n")
-            self._state = "thinking" if held else "opening"
+            text_left = text_left.lstrip("\n")
+            self._state = "thinking" if text_left else "opening"
         if self._state == "thinking":
-            thinking, end, rest = held.partition(THINK_END)
+            thinking, end, rest = text_left.partition(THINK_END)
             if not end:
-                certain = held if last else held[: len(held) - _overlap(held, THINK_END)].rstrip("\n")
-                self._held = held[len(certain) :]
+                certain = (
+                    text_left if last else text_left[: len(text_left) - _overlap(text_left, THINK_END)].rstrip("\n")
+                )
+                self._pending = text_left[len(certain) :]
                 return certain, ""
-            thinking, held, self._state = thinking.rstrip("\n"), rest, "closing"
+            thinking, text_left, self._state = thinking.rstrip("\n"), rest, "closing"
         if self._state == "closing":
-            held = held.lstrip("\n")
-            self._state = "answer" if held else "closing"
-        return thinking, held
+            text_left = text_left.lstrip("\n")
+            self._state = "answer" if text_left else "closing"
+        return thinking, text_left
 
 
 def _overlap(text: str, stop: str) -> int:
