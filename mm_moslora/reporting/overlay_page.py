@@ -67,7 +67,7 @@ def overlay(runs: Sequence[RunData], refused: Sequence[str] = ()) -> dict[str, A
 
 def _charts(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
     stages = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
-    found = []
+    sections = []
     for stage_name in stages:
         charts = []
         for key, title, zero in MEASURES:
@@ -80,8 +80,8 @@ def _charts(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any
             if any(item.points for item in series):
                 charts.append(line_chart(series, title=title, zero=zero))
         if charts:
-            found.append({"name": stage_name, "charts": charts})
-    return found
+            sections.append({"name": stage_name, "charts": charts})
+    return sections
 
 
 def curve(stage: Stage, key: str) -> list[tuple[float, float]]:
@@ -105,7 +105,7 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
         for row in run.evaluation:
             groups.setdefault(row.measured_on, []).append((name, row))
     headings = summary_text.headings([rows[0][1] for rows in groups.values()])
-    found = []
+    tables = []
     for key, rows in groups.items():
         # The tuned systems first, since the runs differ in them.
         ordered = sorted(rows, key=lambda item: item[1].name != "tuned")
@@ -116,9 +116,9 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
             unlike = f"Not compared with {', '.join(absent)}: measured on other questions, or by other rules."
             verdict = f"{verdict} {unlike}" if verdict else unlike
         systems = [row for _, row in ordered]
-        found.append({"name": headings[key], "rows": ordered, "systems": systems, "verdict": verdict,
+        tables.append({"name": headings[key], "rows": ordered, "systems": systems, "verdict": verdict,
                       "top": summary_text.top_of(systems)})  # fmt: skip
-    return found
+    return tables
 
 
 def _verdict(groups: Sequence[tuple[str, EvaluationRow]]) -> str | None:
@@ -130,7 +130,7 @@ def _verdict(groups: Sequence[tuple[str, EvaluationRow]]) -> str | None:
     best = ranked[0][1].score
     level = [name for name, row in ranked if row.score.high >= best.low]
     rows = {name: [row for other, row in groups if other == name] for name, row in ranked if row.pictures}
-    idle = [name for name, its in rows.items() if not judge_tuning(summary_text.differences(its)).looks]
+    idle = [name for name, its in rows.items() if not judge_tuning(summary_text.differences(its)).uses_pictures]
     return " ".join(
         [best_of(level, idle=idle), *(f"{name}: {remark}" for name, row in ranked for remark in row.remarks)]
     )

@@ -190,7 +190,7 @@ def _samples(data: RunData) -> list[dict[str, Any]]:
                 )
                 if text is not None
             ],
-            "wanted": sample.image is not None,
+            "has_picture": sample.image is not None,
             "kind": summary_text.sample_kind(sample),
             "picture": thumbnail(data.folder, sample.image) if sample.image else None,
         }
@@ -205,7 +205,7 @@ def _shorten(text: str) -> str:
 def _charts(stage: Stage) -> list[Markup]:
     loss, validation = curve(stage, "loss"), curve(stage, "validation_loss")
     rates = sorted({key for record in stage.metrics for key in record if key.startswith("lr/")})
-    wanted = [
+    charts = [
         (
             "Loss per supervised token" if any("supervised_tokens" in row for row in stage.metrics) else "Loss",
             [
@@ -235,7 +235,7 @@ def _charts(stage: Stage) -> list[Markup]:
     ]
     return [
         line_chart(series, title=title, zero=zero)
-        for title, series, zero in wanted
+        for title, series, zero in charts
         if any(item.points for item in series)
     ]
 
@@ -291,11 +291,11 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _commands(data: RunData) -> list[dict[str, str]]:
-    given = data.summary.get("commands")
-    if isinstance(given, list):
+    commands = data.summary.get("commands")
+    if isinstance(commands, list):
         return [
             {"what": str(item.get("what", "")), "command": str(item["command"])}
-            for item in given
+            for item in commands
             if isinstance(item, dict) and "command" in item
         ]
     recipes = [stage.name for stage in data.stages if stage.config]
@@ -312,9 +312,9 @@ def _commands(data: RunData) -> list[dict[str, str]]:
 
 
 def _recipes(data: RunData) -> list[tuple[str, str]]:
-    found = [(stage.name, stage.config) for stage in data.stages if stage.config]
+    recipes = [(stage.name, stage.config) for stage in data.stages if stage.config]
     if not any(stage.name == "train" for stage in data.stages) and (
         own := recipe_text(data.folder / "config.yaml", data.notes)
     ):
-        found.insert(0, ("run", own))
-    return found
+        recipes.insert(0, ("run", own))
+    return recipes
