@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> int:
         arguments = arguments[1:]
     if "SLURM_STEP_ID" in os.environ:
         leave_foreign_step()
-    arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
+    arguments = [_AT_HOME.sub(lambda match: f"{match[1]}{Path.home()}/", word) for word in arguments]
     try:
         end_with_parent()
         _set_up_logging()
@@ -102,12 +102,12 @@ def run(arguments: list[str]) -> int:
     except MoSLoRAError as error:
         return _fail(str(error), EXIT_ERROR)
     except OSError as error:
-        left = isinstance(error, BrokenPipeError) and _nobody_reads()
+        reader_left = isinstance(error, BrokenPipeError) and _nobody_reads()
         try:  # otherwise the buffered output is written again when the process ends
             print(end="", flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
-        if left:
+        if reader_left:
             return EXIT_NO_READER
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # without a path the one-line error would not help

@@ -211,12 +211,12 @@ def import_model(
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.import_checkpoint import import_parts, whole_config
 
-    found = import_parts(source, output, language=language, vision=vision, xtuner_config=xtuner_config)
-    taken = f"{found.kind}, {found.projector} projector, {found.tensors} tensors"
-    print(f"{output}: {taken}, largest difference {found.largest_difference:.2e}")
+    imported = import_parts(source, output, language=language, vision=vision, xtuner_config=xtuner_config)
+    summary = f"{imported.kind}, {imported.projector} projector, {imported.tensors} tensors"
+    print(f"{output}: {summary}, largest difference {imported.largest_difference:.2e}")
     if parts:
         return 0
-    whole = load_parts(whole_config(found, vision=vision, language=None if found.language else language))
+    whole = load_parts(whole_config(imported, vision=vision, language=None if imported.language else language))
     result = export_model(whole, output / "model")
     print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
     return 0

@@ -117,13 +117,13 @@ def launch(
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
     job = Job.current(os.environ)
-    again = Requeue(job) if requeue else None
+    requeuing = Requeue(job) if requeue else None
     stop = StopRequest()
     try:
         with stop.at_once():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks the signal until now
             spread = job is not None and (requeue or srun or job.nodes > 1) and nnodes == 1 and hostfile is None
-            places = Topology(
+            topology = Topology(
                 nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
                 deepspeed=deepspeed, hostfile=hostfile, max_restarts=max_restarts, through=_words("through", through),
                 python=python or sys.executable, srun=_words("srun", srun), job=job if spread else None,
@@ -139,13 +139,13 @@ def launch(
             train = ["diffusion", "train"] if diffusion else ["train"]
             verb = ["doctor", "--distributed", recipe, *keys] if doctor else [*train, recipe, *overrides]
             run_folder = None if doctor else Path(resolved.train.output)
-            code = start(places, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=again)
+            code = start(topology, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=requeuing)
             if doctor and code:
                 print("Above: rank 0's findings or error, then the launcher's report of exit code 1.", file=sys.stderr)
             return code
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
-        return again.stopped({stop.received}, EXIT_REQUEUE) if again else EXIT_REQUEUE
+        return requeuing.stopped({stop.received}, EXIT_REQUEUE) if requeuing else EXIT_REQUEUE
 
 
 def _resolved(recipe: str, overrides: list[str], *, diffusion: bool) -> Recipe | DiffusionRecipe:
@@ -178,10 +178,10 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
         check_adapter_names(recipe.adapter)
         return
     every = recipe.validate.tasks
-    known = [name for name in every if resume is not None or not is_task_file(name)]
-    tasks = [task.name for task in tasks_of(known)]
+    checked = [name for name in every if resume is not None or not is_task_file(name)]
+    tasks = [task.name for task in tasks_of(checked)]
     if resume is None:
-        check_settings(recipe, tasks=tasks if known == every else None)
+        check_settings(recipe, tasks=tasks if checked == every else None)
     elif whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1:  # several ranks check together after the rendezvous
         check_recipe(recipe, resume=resume, tasks=tasks)
 

@@ -191,10 +191,10 @@ def parse_adapters(items: Sequence[str]) -> dict[str, Path]:
     Raises:
         ConfigError: an entry has another form, or a name is given twice.
     """
-    found: dict[str, Path] = {}
+    adapters: dict[str, Path] = {}
     for item in items:
         name, _, folder = item.partition("=")
-        if not name or not folder or name in found:
+        if not name or not folder or name in adapters:
             raise ConfigError(f"{item!r} is not an adapter entry; expected NAME=FOLDER with a unique name.")
-        found[name] = Path(folder)
-    return found
+        adapters[name] = Path(folder)
+    return adapters

@@ -131,19 +131,19 @@ def _easy_questions(source: Path, half: str) -> dict[str, list[ImageQuestion]]:
 
 def balanced_yes_no(questions: Sequence[ImageQuestion], rng: random.Random) -> dict[str, list[ImageQuestion]]:
     """Keep every open question, and per yes/no text as many yes as no answers; return them by picture."""
-    kept: dict[str, list[ImageQuestion]] = defaultdict(list)
+    balanced: dict[str, list[ImageQuestion]] = defaultdict(list)
     pools: dict[str, dict[str, list[ImageQuestion]]] = defaultdict(lambda: {answer: [] for answer in YES_NO})
     for question in questions:
         if question.category == "open":
-            kept[question.image].append(question)
+            balanced[question.image].append(question)
         else:
             pools[question.text][question.answer].append(question)
     for text in sorted(pools):
         yes, no = pools[text]["yes"], pools[text]["no"]
         count = min(len(yes), len(no))
         for question in rng.sample(yes, count) + rng.sample(no, count):
-            kept[question.image].append(question)
-    return dict(kept)
+            balanced[question.image].append(question)
+    return dict(balanced)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Wording:
 
 def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
     """The package's wordings of yes/no questions, without duplicates, sorted by text."""
-    found = set()
+    wordings = set()
     for text in texts:
         words = text.rstrip("?").split()
         if words[0] in ("what", "which"):
@@ -165,8 +165,8 @@ def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
         for word in (*COLORS, *SHAPES):
             if word in words:
                 gap = text.replace(word, "{}")
-                found.add(Wording(gap, word in COLORS, bool({"no", "not"} & set(words))))
-    return sorted(found, key=lambda wording: wording.text)
+                wordings.add(Wording(gap, word in COLORS, bool({"no", "not"} & set(words))))
+    return sorted(wordings, key=lambda wording: wording.text)
 
 
 def asked_yes_no(
@@ -234,7 +234,9 @@ def easy_caption(questions: Iterable[ImageQuestion]) -> str | None:
 def _easy_test(by_image: dict[str, list[ImageQuestion]], count: int, rng: random.Random) -> list[Record]:
     """Half open questions, half yes/no in pairs of the same text, one with the answer yes and one with no."""
     everything = [question for image in sorted(by_image) for question in by_image[image]]
-    balanced = [question for image, kept in sorted(balanced_yes_no(everything, rng).items()) for question in kept]
+    balanced = [
+        question for image, questions in sorted(balanced_yes_no(everything, rng).items()) for question in questions
+    ]
     open_questions = [question for question in balanced if question.category == "open"]
     pairs = _pairs([question for question in balanced if question.category == "yes_no"], rng)
     chosen = rng.sample(open_questions, min(count // 2, len(open_questions)))
@@ -311,8 +313,8 @@ def write_files(
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:
         raise DataError(f"No records for {', '.join(empty)} from {images}; is the folder complete?")
-    seen = {record["image"] for record in (*align, *train)}
-    assert not seen & {record["image"] for record in test}, "a picture is on both sides of the split"
+    training_images = {record["image"] for record in (*align, *train)}
+    assert not training_images & {record["image"] for record in test}, "a picture is on both sides of the split"
     texts = {
         out / f"{name}.jsonl": "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         for name, records in files.items()

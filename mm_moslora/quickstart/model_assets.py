@@ -345,17 +345,17 @@ def _convert_efficientnet(weights: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModel
 
-    given = _without_counters(torch.load(weights, map_location="cpu", weights_only=True))
+    tensors = _without_counters(torch.load(weights, map_location="cpu", weights_only=True))
     model = timm.create_model(TIMM_ARCHITECTURE, pretrained=False)
     names = list(_without_counters(model.state_dict()))
     shapes = [tuple(model.state_dict()[name].shape) for name in names]
-    if [tuple(value.shape) for value in given.values()] != shapes:
+    if [tuple(value.shape) for value in tensors.values()] != shapes:
         raise AssetError(
-            f"{weights.name} holds {len(given)} tensors that do not match timm's {TIMM_ARCHITECTURE} "
+            f"{weights.name} holds {len(tensors)} tensors that do not match timm's {TIMM_ARCHITECTURE} "
             f"({len(names)} tensors). Install a timm of the supported range: {install_command('timm')}"
         )
     state = dict(model.state_dict())
-    state.update(zip(names, given.values(), strict=True))
+    state.update(zip(names, tensors.values(), strict=True))
     save_file(
         {name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"}
     )
@@ -421,11 +421,11 @@ def _check_open_clip(folder: Path, model_cfg: dict[str, Any], trunk: dict[str, t
     from open_clip.model import CLIP
 
     model = CLIP(**model_cfg)
-    wanted = {name for name in model.state_dict() if name.startswith("visual.trunk.")}
-    if wanted != set(trunk):
+    expected = {name for name in model.state_dict() if name.startswith("visual.trunk.")}
+    if expected != set(trunk):
         raise AssetError(
-            f"{folder.name}: {len(wanted ^ set(trunk))} weights of open_clip's image trunk and of EfficientNet-Lite0 "
-            f"differ in name ({sorted(wanted ^ set(trunk))[:5]}). Check the versions of timm and open_clip."
+            f"{folder.name}: {len(expected ^ set(trunk))} weights of open_clip's image trunk and of EfficientNet-Lite0 "
+            f"differ in name ({sorted(expected ^ set(trunk))[:5]}). Check the versions of timm and open_clip."
         )
     model.load_state_dict(trunk, strict=False)
     _check_finite("open_clip model", model)

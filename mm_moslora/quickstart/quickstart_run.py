@@ -27,7 +27,7 @@ from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.instruction_data import DATA_SET, DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.quickstart_evaluation import evaluate_all, measured, subject_of, table
-from mm_moslora.quickstart.quickstart_notes import QUICKSTART, kept, refuse_other, refuse_other_recipe
+from mm_moslora.quickstart.quickstart_notes import QUICKSTART, read_earlier, refuse_other, refuse_other_recipe
 from mm_moslora.quickstart.stamp_data import IMAGES, build_stamps
 from mm_moslora.utils.files import MARK, building, is_built, mark, refuse_strangers, replace_json
 from mm_moslora.utils.hardware import hardware
@@ -223,7 +223,7 @@ class _Clock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.json"
         self.seconds: dict[str, float] = (
-            kept(self.path, dict, fits=lambda content: format_seconds(math.fsum(content.values()))) or {}
+            read_earlier(self.path, dict, fits=lambda content: format_seconds(math.fsum(content.values()))) or {}
         )
 
     @contextmanager
@@ -337,9 +337,9 @@ def _export(folder: Path, *, model: str) -> dict[str, Any]:
     from mm_moslora.models.load_model import load
 
     target, note = folder / "export", folder / "export.json"
-    known = kept(note, dict, fits=itemgetter(*_EXPORTED))
-    if is_built(target) and known is not None and known.get("model") == model:
-        return dict(known)
+    exported = read_earlier(note, dict, fits=itemgetter(*_EXPORTED))
+    if is_built(target) and exported is not None and exported.get("model") == model:
+        return dict(exported)
     with building(target, replaces=MARK) as part:
         result = export_model(load(folder / "tune"), part)
     facts = {name: getattr(result, name) for name in _EXPORTED} | {"model": model}
@@ -383,11 +383,11 @@ def _summarise(
 
 def _tuned(folder: Path) -> dict[str, Any]:
     """The summary of the tuned stage; where it is damaged, an earlier call's copy, or an empty one."""
-    for place in (folder / "tune", folder):
-        if found := kept(
-            place / "summary.json", dict, fits=lambda content: content["tokens_per_image"] + content["memory_gib"]
+    for source in (folder / "tune", folder):
+        if summary := read_earlier(
+            source / "summary.json", dict, fits=lambda content: content["tokens_per_image"] + content["memory_gib"]
         ):
-            return dict(found)
+            return dict(summary)
     return {}
 
 

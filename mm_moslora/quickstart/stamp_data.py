@@ -104,14 +104,14 @@ def build_stamps(
     if not 0 < test_share < 1:
         raise DataError(f"test_share is {test_share}, expected a share between 0 and 1.")
     rng = random.Random(f"stamps {seed}")
-    found = find_stamps(source)
-    if limit is not None and limit < len(found):
-        found = sorted(rng.sample(found, limit), key=lambda stamp: stamp.name)
-    pictures = {stamp.name: square(stamp.path) for stamp in found}
-    train, test = split(found, pictures, test_share, rng)
+    stamps = find_stamps(source)
+    if limit is not None and limit < len(stamps):
+        stamps = sorted(rng.sample(stamps, limit), key=lambda stamp: stamp.name)
+    pictures = {stamp.name: square(stamp.path) for stamp in stamps}
+    train, test = split(stamps, pictures, test_share, rng)
     claim(out, [IMAGES])
     images = out / IMAGES
-    counts = Counter(stamp.folder for stamp in found)
+    counts = Counter(stamp.folder for stamp in stamps)
     usable = {folder for folder in counts if counts[folder] >= MIN_CATEGORY or limit is not None}
     align, records = _align_records(train, usable), _train_records(train, usable, rng)
     files = write_files(out, images, align, records, _test_records(test, usable, rng), replace=replace)
@@ -168,9 +168,9 @@ def split(
     rng.shuffle(groups)
     train, test = [], []
     for group in groups:
-        wanted = Counter(stamp.folder for stamp in group)
-        if all(wanted[folder] <= quota[folder] for folder in wanted):
-            quota = {folder: count - wanted[folder] for folder, count in quota.items()}
+        counts = Counter(stamp.folder for stamp in group)
+        if all(counts[folder] <= quota[folder] for folder in counts):
+            quota = {folder: count - counts[folder] for folder, count in quota.items()}
             test += group
         else:
             train += group
@@ -250,12 +250,12 @@ def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random
     """
     records = []
     for variant in range(VARIANTS):
-        asked: dict[str, list[ImageQuestion]] = defaultdict(list)
+        by_image: dict[str, list[ImageQuestion]] = defaultdict(list)
         for question in yes_no_questions(stamps, usable, rng):
-            asked[question.image].append(question)
+            by_image[question.image].append(question)
         for stamp in stamps:
             image = _image(stamp)
-            turns = [(question.text, question.answer) for question in asked[image][:1]]
+            turns = [(question.text, question.answer) for question in by_image[image][:1]]
             if stamp.folder in usable:
                 turns.append((CATEGORY, CATEGORIES[stamp.folder][0]))
             if variant < SENTENCES:

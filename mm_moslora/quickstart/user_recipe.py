@@ -276,8 +276,8 @@ def _closing_text(output: Path, data: OwnData, schedule: StepSchedule) -> str:
         from mm_moslora_eval.scoring.measured_scores import smallest_shown
 
         shown = smallest_shown(len(data.test))  # NaN for one
-        found = f"differences of about {100 * shown:.0f} points or more" if shown < 1 else "nothing"
-        lines.append(f"Held-out questions: {len(data.test)}; so many show {found}. More pictures show smaller ones.")
+        effect = f"differences of about {100 * shown:.0f} points or more" if shown < 1 else "nothing"
+        lines.append(f"Held-out questions: {len(data.test)}; so many show {effect}. More pictures show smaller ones.")
     if "wrong" not in modes:
         lines.append(
             f"Only {data.test_pictures} picture is held out, so the evaluation goes without `--modes wrong`, which "

@@ -50,7 +50,7 @@ from mm_moslora.training.preflight import check_model, refuse_folder
 from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import write_owner
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import RUN_LOCK
@@ -80,7 +80,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = held(folder / RUN_LOCK, wait=False)
+        lock = lock_file(folder / RUN_LOCK, wait=False)
     except BlockingIOError as error:
         owner = (read_text_below(folder, RUN_LOCK, errors="replace") or "").strip()
         raise TrainingError(
