@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.shard_jobs import refuse_two_engines
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from mm_moslora.compare.comparison_run import Comparison
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.warmup 0.1")]
-
-
-def register(app: App) -> None:
-    """Add the verb to the command line."""
-    app.command(compare)
 
 
 def compare(

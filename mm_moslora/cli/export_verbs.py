@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
@@ -11,19 +11,9 @@ from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.files import refuse_full_folder
 from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
 
-if TYPE_CHECKING:
-    from cyclopts import App
-
 Dtype = Literal["fp32", "bf16", "fp16"]
 Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "llava-original", "gguf"]
 Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
-
-
-def register(app: App) -> None:
-    """Add the verbs to the command line."""
-    app.command(export)
-    app.command(merge)
-    app.command(import_model, name="import")
 
 
 def merge(

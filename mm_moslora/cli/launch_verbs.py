@@ -6,26 +6,24 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.run_paths import SHIPPED, shipped_folder
 from mm_moslora.utils.text_format import whole_number
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
+    from mm_moslora.diffusion.diffusion_training import DiffusionResult
+    from mm_moslora.training.training_loop import TrainResult
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys, and options of `train`")]
-
-
-def register(app: App) -> None:
-    """Add the verbs to the command line."""
-    app.command(launch)
-    app.command(files)
 
 
 def files(name: str | None = None) -> int:
@@ -184,6 +182,61 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
         check_settings(recipe, tasks=tasks if checked == every else None)
     elif whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1:  # several ranks check together after the rendezvous
         check_recipe(recipe, resume=resume, tasks=tasks)
+
+
+def show_recipe(
+    recipe: str | None, overrides: Sequence[str], *, load: Callable[[str, list[str]], Recipe | DiffusionRecipe],
+    presets: Path, paper: bool,
+) -> int:  # fmt: skip
+    """Print a resolved recipe, or beside the configuration of the paper; without a recipe, the names of the presets."""
+    from mm_moslora.config import override_items, recipe_names
+    from mm_moslora.config.paper_comparison import comparison_text
+
+    if recipe is None:
+        print("\n".join(recipe_names(presets)))
+        return 0
+    resolved = load(recipe, override_items(overrides))
+    refuse_early(resolved)
+    print(comparison_text(recipe, resolved, presets=presets) + "\n" if paper else resolved.to_yaml(), end="")
+    return 0
+
+
+def run_training(
+    folder: Path, train: Callable[..., TrainResult | DiffusionResult], *, advice: Callable[[Path], str] | None = None
+) -> int:
+    """Train in this process, print the checkpoint or what stopped the run, and return the exit code.
+
+    Args:
+        folder: the run folder; a stopped run leaves its mark there.
+        train: called with `stop`, which collects the signals.
+        advice: what to print about the checkpoint of a finished run.
+    """
+    from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, leave_mark, stopped_text
+    from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
+
+    stop = StopRequest()
+    try:
+        with stop.at_once():
+            result = train(stop=stop)
+            from mm_moslora.utils import distributed
+
+            if distributed.is_main():
+                print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
+                if result.stopped_by:
+                    replace_text(folder / STOPPED, stopped_text(result.stopped_by))
+                    print(stopped_text(result.stopped_by), end="")
+                else:
+                    discard(folder / STOPPED)
+                if advice is not None and result.step >= result.total_steps:
+                    print(advice(result.checkpoint))
+            if not result.stopped_by:
+                return 0
+            # torchrun ends all ranks as soon as one leaves with a code, and rank 0 may still be closing a tracker.
+            distributed.barrier()
+    except Stopped:
+        leave_mark(folder, stop.received)
+        print(stopped_text(stop.received), end="")
+    return EXIT_REQUEUE
 
 
 def _processes(nproc: int | None) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
@@ -16,12 +16,6 @@ from mm_moslora.utils.run_paths import find_checkpoint
 Adapters = Annotated[
     tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
 ]
-
-
-def register(app: App) -> None:
-    """Add the verbs to the command line."""
-    for verb in (chat, serve, demo):
-        app.command(verb)
 
 
 def chat(

@@ -124,8 +124,8 @@ def _refuse_lone_tasks() -> None:
     if evidence:
         raise DistributedError(
             f"{evidence}, but RANK is not set, so this process would train alone. Start the ranks by `mm-moslora "
-            "launch RECIPE`, in SLURM by one call in the batch script without srun. For processes that have nothing to do "
-            "with each other, set WORLD_SIZE=1."
+            "launch RECIPE`, in SLURM by one call in the batch script without srun. For processes that have nothing "
+            "to do with each other, set WORLD_SIZE=1."
         )
 
 

@@ -1,47 +1,64 @@
-"""`mm-moslora plan`: printing only; the arithmetic is in `mm_moslora.planning.run_plan`."""
+"""The verb `plan`. Parsing and printing only; the arithmetic is in `mm_moslora.planning.run_plan`."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.launch_verbs import refuse_early
+from mm_moslora.config import load_recipe, override_items
+from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from mm_moslora.config import Recipe
     from mm_moslora.planning.run_plan import Option, Plan
     from mm_moslora.training.metrics.gpu_memory import Memory
 
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 SHOWN = 12
 
 
-def show_plan(
-    recipe: Recipe,
+def plan(
+    recipe: str,
+    *overrides: Overrides,
     gpus: str,
-    *,
-    samples: int | None,
-    tokens_per_sample: float | None,
-    supervised: float,
-    picture: str | None,
-    price: float | None,
-    network: float | None,
+    samples: int | None = None,
+    tokens_per_sample: float | None = None,
+    supervised: float = 0.15,
+    picture: str | None = None,
+    price: float | None = None,
+    network: float | None = None,
 ) -> int:
-    """Print a plan; returns 1 when no setting fits.
+    """Memory per GPU, tokens per second, hours and cost of a recipe, before anything is loaded.
 
-    Args:
-        recipe: resolved.
-        gpus: such as `8xA100-80G`.
-        samples: samples of an epoch; None: looked up by the data file's name, or counted in the recipe's data.
-        tokens_per_sample: mean, visual tokens included; None: looked up like `samples`.
-        supervised: supervised share of the tokens.
-        picture: such as `640x480`; None: the model's fixed input size, or 640x480.
-        price: price per GPU and hour, in any currency.
-        network: GB/s between hosts, all adapters of a host together; None: assumed by the card.
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset.
+    gpus
+        Count, card and memory: 8xA100-80G, 1xRTX4090.
+    samples
+        Records of an epoch; known for LLaVA's and the commonsense data sets, else counted in the recipe's data.
+    tokens_per_sample
+        Mean tokens of a record, visual tokens included.
+    supervised
+        Share of the tokens that is supervised, with --samples.
+    picture
+        Typical width and height of a picture in pixels, for models that cut pictures into tiles or take them in any
+        size; default: 640x480.
+    price
+        Price per GPU and hour, in any currency.
+    network
+        Bandwidth between hosts of eight GPUs in GB/s, all network adapters of a host together; default: 200 for A100
+        and later, 12.5 (100 Gb/s) for cards with slower links.
     """
+    resolved = load_recipe(recipe, override_items(overrides))
+    refuse_early(resolved)
     from mm_moslora.training.metrics.gpu_specs import parse_gpus
-    from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
     cards = parse_gpus(gpus)
     if samples is not None and samples < 1:
@@ -63,20 +80,21 @@ def show_plan(
     from rich.console import Console
 
     from mm_moslora.planning.recipe_data import size_of
-    from mm_moslora.planning.run_plan import LLAVA_VISUAL, DataSize, known_data, plan
+    from mm_moslora.planning.run_plan import LLAVA_VISUAL, DataSize, known_data
+    from mm_moslora.planning.run_plan import plan as compute
 
     data, found_by = None, ""
     if samples is not None and tokens_per_sample is not None:
-        pictures = 0.0 if recipe.model.vision is None and recipe.model.vlm is None else 1.0
+        pictures = 0.0 if resolved.model.vision is None and resolved.model.vlm is None else 1.0
         data = DataSize(samples=samples, tokens=tokens_per_sample, supervised=supervised, pictures=pictures)
-    elif known_data(recipe.data.train, LLAVA_VISUAL) is None:
+    elif known_data(resolved.data.train, LLAVA_VISUAL) is None:
         try:
-            data, found_by = size_of(recipe)
+            data, found_by = size_of(resolved)
         except (DataError, ModelError) as error:
             raise ConfigError(
                 f"The size of the data is not known: {error} Give --samples and --tokens-per-sample."
             ) from error
-    computed = plan(recipe, cards, data, picture=size)
+    computed = compute(resolved, cards, data, picture=size)
     console = Console()
     if found_by:
         console.print(found_by)
@@ -89,8 +107,6 @@ def show_plan(
 
 def _size(picture: str) -> tuple[int, int]:
     """Width and height of `640x480`."""
-    from mm_moslora.utils.errors import ConfigError
-
     match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", picture)
     if match is None:
         raise ConfigError(f"--picture is {picture!r}, expected width and height in pixels: 640x480.")
