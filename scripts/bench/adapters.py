@@ -23,7 +23,6 @@ import itertools
 import json
 import logging
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -39,13 +38,12 @@ import peft
 import torch
 import transformers
 from json_output import results_alone
-from measuring import PRODUCTS, Rows, interleaved, kernel_seconds, ratio
+from measuring import PRODUCTS, Rows, head, interleaved, kernel_seconds, ratio, settings_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-import mm_moslora
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
-from mm_moslora.utils.hardware import hardware, keep_freed_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.progress_bar import Progress
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
@@ -329,15 +327,12 @@ def main() -> int:
     torch.set_num_threads(1)
     keep_freed_memory()
     rounds = options.rounds or (3 if options.quick else 5)
-    versions = {"torch": torch.__version__, "peft": peft.__version__, "mm_moslora": mm_moslora.__version__}
-    header = {
-        "benchmark": "adapters", "hardware": f"{hardware()}; one thread",
-        "versions": versions | {"python": platform.python_version()},
-    }  # fmt: skip
-    rows = run(cases((512,) if options.quick else (512, 2048)), rounds, Rows(options.rows, header | {"rounds": rounds}))
+    opening = head("adapters", "peft")
+    stored = Rows(options.rows, settings_of(opening, rounds=rounds))
+    rows = run(cases((512,) if options.quick else (512, 2048)), rounds, stored)
     summary = summarise(rows)
     if options.json:
-        print(json.dumps(header | {"rows": rows, "summary": summary}), file=output)
+        print(json.dumps(opening | {"rows": rows, "summary": summary}), file=output)
     else:
         show(rows, summary)
     return 0

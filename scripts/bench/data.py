@@ -18,7 +18,6 @@ import functools
 import importlib.resources
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 from json_output import results_alone
+from measuring import head
 from PIL import Image
 
 from mm_moslora.config import DataConfig, SourceConfig
@@ -391,11 +390,6 @@ def padded_share(lengths: list[int], image: list[bool], *, ranks: int = 8, batch
     return sum(lengths) / held
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -414,15 +408,9 @@ def main() -> int:
     ):
         more, keys = part()
         rows, summary = rows + more, summary | keys
-    result = {
-        "benchmark": "data",
-        "hardware": {"processor": _processor(), "threads": 1, "cores": os.cpu_count()},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "pillow", "numpy")},
-        "rows": rows,
-        "summary": summary,
-    }
     if options.json:
-        print(json.dumps(result), file=output)
+        opening = head("data", "transformers", "pillow", "numpy")
+        print(json.dumps(opening | {"rows": rows, "summary": summary}), file=output)
         return 0
     for row in rows:
         shown = [f"{row['seconds']:.4f} s"] if "seconds" in row else []

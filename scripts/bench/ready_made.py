@@ -44,7 +44,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
-from yardstick import ALPHA, LANGUAGE, RANK, Contender, saved_bytes
+from yardstick import ALPHA, LANGUAGE, RANK, Contender, check_equal, saved_bytes
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
@@ -140,33 +140,10 @@ def _contender(kind: str, family: str, samples: str, dtype: torch.dtype, *, laye
     return Contender(model=model, forward=loss)
 
 
-def check_equal(found: dict[str, Contender], name: str) -> dict[str, float]:
-    """Largest relative differences from `padded`: of the loss, and in fp32 of any gradient.
-
-    Raises:
-        SystemExit: a difference is too large.
-    """
-    losses = {kind: float(contender.forward().detach()) for kind, contender in found.items()}
-    known = losses["padded"]
-    differences = {"loss_difference": max(abs(loss - known) / known for loss in losses.values())}
-    if name == "fp32":
-        stock = found["padded"].gradients()
-        each = [contender.gradients() for contender in found.values()]
-        if any(gradients.keys() != stock.keys() for gradients in each):
-            raise SystemExit("The contenders have gradients of different parameters.")
-        differences["gradient_difference"] = max(
-            float((gradients[key] - one).norm() / one.norm()) for gradients in each for key, one in stock.items()
-        )
-    limit = 1e-5 if name == "fp32" else 5e-3
-    if max(differences.values()) > limit:
-        raise SystemExit(f"Differs from the padded step ({name}): {differences}, expected at most {limit}.")
-    return differences
-
-
 def measure(family: str, samples: str, name: str, *, rounds: int, layers: int = 6, width: int = 512) -> dict[str, Any]:
     """One row: a family on one set of lengths in one dtype."""
     found = contenders(family, samples, DTYPES[name], layers=layers, width=width)
-    equal = check_equal(found, name)
+    equal = check_equal(found, "padded", name)
     saved = {kind: saved_bytes(contender) / 2**20 for kind, contender in found.items()}
     times = interleaved({kind: contender.step for kind, contender in found.items()}, rounds)
     lengths = [length for length, _ in SAMPLES[samples]]

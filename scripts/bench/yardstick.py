@@ -9,7 +9,7 @@ Every contender gets the same weights and samples. The adapters' B is not zero, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,28 @@ class Contender:
         found = {_plain(name): p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         return found
+
+
+def check_equal(contenders: Mapping[str, Contender], against: str, dtype: str) -> dict[str, float]:
+    """Largest relative differences from one of the contenders: of the loss, and in fp32 of any gradient.
+
+    Raises:
+        SystemExit: a difference is too large, or gradients are of other parameters.
+    """
+    losses = {name: float(contender.forward().detach()) for name, contender in contenders.items()}
+    differences = {"loss_difference": max(abs(loss / losses[against] - 1) for loss in losses.values())}
+    if dtype == "fp32":
+        expected, differences["gradient_difference"] = contenders[against].gradients(), 0.0
+        for name in contenders.keys() - {against}:
+            gradients = contenders[name].gradients()
+            if odd := sorted(expected.keys() ^ gradients.keys()):
+                raise SystemExit(f"{name}: gradients of other parameters than {against}: {odd[:4]}")
+            worst = max(float((gradients[key] - grad).norm() / grad.norm()) for key, grad in expected.items())
+            differences["gradient_difference"] = max(differences["gradient_difference"], worst)
+    limit = 1e-5 if dtype == "fp32" else 5e-3
+    if max(differences.values()) > limit:
+        raise SystemExit(f"Differs from {against} ({dtype}): {differences}, expected at most {limit}")
+    return differences
 
 
 def _plain(name: str) -> str:
@@ -250,21 +272,6 @@ def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Co
     return Contender(model=model, forward=lambda: trainer.compute_loss(wrapped, dict(given), num_items_in_batch=count))
 
 
-def in_four_bits(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Put the language model's linear layers into nf4 with double quantisation, as `model.quantisation: nf4` does."""
-    import bitsandbytes as bnb
-
-    language = model.get_submodule(LANGUAGE)
-    for path, module in list(language.named_modules()):
-        if isinstance(module, nn.Linear):
-            packed = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
-            )
-            packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=packed)
-            parent, _, name = path.rpartition(".")
-            setattr(language.get_submodule(parent), name, packed.to("cpu"))
-
-
 def ours(
     vocabulary: int,
     dtype: torch.dtype,
@@ -273,12 +280,9 @@ def ours(
     lean: bool = True,
     dropout: float = 0.0,
     compiler: str | None = None,
-    four_bits: bool = False,
 ) -> Contender:
     """The step of `mm-moslora train`; with a backend of torch.compile, that of `train.compile`."""
     model = base(vocabulary, dtype, setting)
-    if four_bits:
-        in_four_bits(model, dtype)
     known = factors(model)
     config = adapters.MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM")
     adapters.add_moslora(model, config, component=LANGUAGE, autocast_adapter_dtype=False)
