@@ -181,15 +181,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per case (default 7)")
     parser.add_argument("--family", choices=FAMILIES, help="one family; both without it")
-    parser.add_argument("--layers", type=int, default=6, help="decoder layers (default 6)")
-    parser.add_argument("--width", type=int, default=512, help="of the decoder, a multiple of 64 (default 512)")
     options = parser.parse_args()
     output = results_alone() if options.json else sys.stdout
     torch.set_num_threads(1)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     rows = [
-        measure(family, samples, name, rounds=options.rounds, layers=options.layers, width=options.width)
+        measure(family, samples, name, rounds=options.rounds)
         for family in ([options.family] if options.family else FAMILIES)
         for samples in SAMPLES
         for name in DTYPES

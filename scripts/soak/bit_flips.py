@@ -6,7 +6,6 @@ python scripts/soak/bit_flips.py --flips 1000
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -54,7 +53,6 @@ def main() -> int:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flips", type=int, default=1000)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         from mm_moslora.training.training_loop import train
@@ -64,10 +62,7 @@ def main() -> int:
         outcomes = run(options.flips, result.checkpoint)
         files = len([path for path in result.checkpoint.rglob("*") if path.is_file()])
     missed = options.flips - outcomes["found"]
-    if options.json:
-        print(json.dumps({"soak": "bit_flips", "flips": options.flips, "files": files, "missed": missed}))
-    else:
-        print(f"{options.flips} flips in {files} files, {missed} missed", *sorted(outcomes.items()), sep="\n")
+    print(f"{options.flips} flips in {files} files, {missed} missed", *sorted(outcomes.items()), sep="\n")
     return 1 if missed else 0
 
 

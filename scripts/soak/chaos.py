@@ -230,10 +230,10 @@ def table(ledger: Ledger) -> str:
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
-    """Counts for `--json`."""
+    """Counts of runs and faults."""
     faults = [fault for entry in ledger.entries for fault in entry["faults"]]
     return {
-        "soak": "chaos", "faults": len(faults), "runs": len(ledger.entries),
+        "faults": len(faults), "runs": len(ledger.entries),
         "unequal": sum(not entry["equal"] for entry in ledger.entries),
         "wrong": sum(bool(fault["wrong"]) for fault in faults),
         "launched": sum(len(entry["faults"]) for entry in ledger.entries if entry["launched"]),
@@ -263,7 +263,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ledger", type=Path, help="JSON lines of finished runs; a restart skips them")
     parser.add_argument("--chain", type=int, help="run this one only, to look at a failure again")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if os.geteuid() == 0 and "CHAOS_MOUNTS" not in os.environ and shutil.which("unshare"):
         os.environ["CHAOS_MOUNTS"] = "own"
@@ -275,9 +274,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place, small_disk(Path(place)) as disk:
         run(options.faults, Path(place), seed=options.seed, disk=disk, ledger=ledger, chains=chains)
     result = summary(ledger)
-    print(json.dumps(result) if options.json else table(ledger))
-    if not options.json:
-        print("\n".join(f"{key}: {value}" for key, value in result.items()))
+    print(table(ledger), *(f"{key}: {value}" for key, value in result.items()), sep="\n")
     for entry in ledger.entries:
         for what in [
             entry["odd"],

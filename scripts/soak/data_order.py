@@ -7,7 +7,6 @@ contains every sample as often as its weight requires, and the same steps follow
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import sys
@@ -125,15 +124,11 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=5000, help="cases with batches prepared in a thread")
     parser.add_argument("--first", type=int, default=0, help="seed of the first case, to continue or to share the work")
     parser.add_argument("--with-workers", type=int, default=10, help="more cases, with worker processes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     outcomes = run(range(options.first, options.first + options.cases), with_workers=options.with_workers)
     bad = sum(outcomes.values()) - outcomes[GOOD]
-    if options.json:
-        print(json.dumps({"soak": "data_order", "cases": sum(outcomes.values()), "wrong": bad}))
-    else:
-        print(f"{sum(outcomes.values())} cases, {bad} wrong", *outcomes.items(), sep="\n")
+    print(f"{sum(outcomes.values())} cases, {bad} wrong", *outcomes.items(), sep="\n")
     return 1 if bad else 0
 
 

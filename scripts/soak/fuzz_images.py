@@ -1,6 +1,6 @@
 """Fuzz the image decoder with broken files: each must give RGB or one named error, in little time and memory.
 
-    python scripts/soak/fuzz_images.py --count 200000 --seed 0 [--json]
+    python scripts/soak/fuzz_images.py --count 200000 --seed 0
 
 Files are small JPEG, PNG, GIF, TIFF and WebP pictures of every mode, with bytes flipped, cut, inserted or repeated, and
 header fields set to extreme values. Decoders are C libraries, so they run in child processes, and a child that dies

@@ -1,6 +1,6 @@
 """Fuzz the record reader with broken training records: each must give a record or one named error, fast.
 
-    python scripts/soak/fuzz_records.py --count 1000000 --seed 0 [--json]
+    python scripts/soak/fuzz_records.py --count 1000000 --seed 0
 
 Records are valid ones of every form with one to three faults: values replaced, removed or repeated, text with special
 tokens and unusual characters, bytes flipped, cut or inserted. Every tenth valid one is tokenised, too, and its labels

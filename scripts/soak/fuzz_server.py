@@ -1,6 +1,6 @@
 """Fuzz the server with broken requests: no 5xx, OpenAI's error format, no text of a library.
 
-    python scripts/soak/fuzz_server.py --bodies 100000 --seed 0 [--json]
+    python scripts/soak/fuzz_server.py --bodies 100000 --seed 0
 
 Bodies are valid requests with one to three faults: nodes of the JSON replaced, removed or repeated, bytes flipped, cut
 or inserted, headers changed, pictures damaged inside their base64. A tiny random model answers valid ones. The exit
@@ -296,7 +296,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bodies", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one object on stdout")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     import logging
@@ -307,11 +306,8 @@ def main() -> int:
 
     torch.set_num_threads(1)
     result = asyncio.run(soak(options.bodies, options.seed))
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name}: {value}")
+    for name, value in result.items():
+        print(f"{name}: {value}")
     good = result["faults"] == 0 and result["answers_after"] and result["memory_growth_mib"] < 512
     return 0 if good else 1
 

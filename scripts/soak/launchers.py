@@ -245,7 +245,6 @@ def main() -> int:
     """Try them and print what came of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--json", action="store_true", help="print JSON objects, one a line")
     parser.add_argument("--keep", type=Path, help="folder for runs and logs")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are deleted
@@ -262,8 +261,7 @@ def main() -> int:
                 except AssertionError as error:
                     result = {"way": name, "good": False, "said": str(error)}
             good = good and result.get("good", True)
-            told = "; ".join(f"{key} {value}" for key, value in result.items())
-            print(json.dumps(result) if options.json else told, flush=True)
+            print("; ".join(f"{key} {value}" for key, value in result.items()), flush=True)
     return 0 if good else 1
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import random
@@ -126,21 +125,19 @@ def main() -> int:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--stages", default=",".join(STAGES), help="ZeRO presets, taken in turn")
     parser.add_argument("--ledger", type=Path, help="JSON lines of finished runs; a restart skips them")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     ledger = Ledger(options.ledger)
     with tempfile.TemporaryDirectory() as place:
-        run(options.kills, Path(place), stages=tuple(options.stages.split(",")), ledger=ledger)
+        run(options.kills, Path(place), ledger=ledger)
     moments = Counter(moment for entry in ledger.entries for moment in entry["moments"])
     unequal = sum(not entry["equal"] for entry in ledger.entries)
     result = {
-        "soak": "sigkill", "kills": sum(moments.values()), "runs": len(ledger.entries), "unequal": unequal,
+        "kills": sum(moments.values()), "runs": len(ledger.entries), "unequal": unequal,
         "stages": Counter(entry["stage"] for entry in ledger.entries), "moments": moments,
     }  # fmt: skip
-    print(json.dumps(result) if options.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+    print("\n".join(f"{key}: {value}" for key, value in result.items()))
     return 1 if unequal else 0
 
 

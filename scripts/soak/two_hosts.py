@@ -9,7 +9,6 @@ it, restarts, and compares the losses, bit for bit, with an undisturbed run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -132,7 +131,7 @@ def run(place: Path) -> dict[str, object]:
                 raise SystemExit(f"{name}: exit codes {codes[name]}\n" + logs[0].read_text(errors="replace")[-3000:])
     steps_before = len(list((place / "cut").glob("checkpoint-*")))
     return {
-        "soak": "two_hosts", "codes": codes, "said": named[:2], "checkpoints": steps_before,
+        "codes": codes, "said": named[:2], "checkpoints": steps_before,
         "equal": hexed(place / "cut") == hexed(place / "whole")
         and weights(place / "cut", STEPS) == weights(place / "whole", STEPS),
     }  # fmt: skip
@@ -150,8 +149,7 @@ def _wait_for_step(folder: Path, step: int, running: list[subprocess.Popen[bytes
 def main() -> int:
     """Run and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
+    parser.parse_args()
     reason = impossible()
     if reason is not None:
         print(f"two_hosts: {reason}", file=sys.stderr)
@@ -160,7 +158,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         result = run(Path(place))
     good = bool(result["equal"]) and all(result["codes"]["cut"])  # type: ignore[index]
-    print(json.dumps(result) if options.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+    print("\n".join(f"{key}: {value}" for key, value in result.items()))
     return 0 if good else 1
 
 
