@@ -81,9 +81,11 @@ def _reached(function: Any) -> Iterator[Callable[..., Any]]:
         modules = [value for name in called if isinstance(value := function.__globals__.get(name), types.ModuleType)]
         for name in reversed(called):
             for names in (*map(vars, modules), function.__globals__):
-                found = names.get(name)
-                if isinstance(found, types.FunctionType) and found.__module__.startswith("mm_moslora_eval.metrics"):
-                    yield found
+                function_of_name = names.get(name)
+                if isinstance(function_of_name, types.FunctionType) and function_of_name.__module__.startswith(
+                    "mm_moslora_eval.metrics"
+                ):
+                    yield function_of_name
 
 
 def tables() -> str:

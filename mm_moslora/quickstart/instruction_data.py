@@ -256,6 +256,18 @@ def _pairs(questions: Sequence[ImageQuestion], rng: random.Random) -> list[tuple
     return pairs
 
 
+def yes_no_questions(
+    text: str, inside: Sequence[str], outside: Sequence[str], rng: random.Random
+) -> list[ImageQuestion]:
+    """As many pictures with the answer yes as with the answer no, so that the question does not reveal the answer."""
+    count = min(len(inside), len(outside))
+    return [
+        ImageQuestion(image=image, text=text, answer=answer)
+        for answer, images in zip(YES_NO, (inside, outside), strict=True)
+        for image in rng.sample(images, count)
+    ]
+
+
 def conversation(record_id: str, image: str, turns: Sequence[tuple[str, str]]) -> Record:
     """Return a LLaVA training record; the image comes first, in the first question."""
     messages = []

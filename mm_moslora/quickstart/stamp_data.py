@@ -24,6 +24,7 @@ from mm_moslora.quickstart.instruction_data import (
     conversation,
     question_record,
     write_files,
+    yes_no_questions,
 )
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import replacing
@@ -213,17 +214,13 @@ def _image(stamp: Stamp) -> str:
     return f"{stamp.name}.png"
 
 
-def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[ImageQuestion]:
-    """As many pictures outside a category as inside it, so that the question does not reveal the answer."""
+def category_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[ImageQuestion]:
+    """Whether pictures show something of a category, with as many yes as no answers."""
     questions = []
     for folder in sorted(usable):
-        inside = [stamp for stamp in stamps if stamp.folder == folder]
-        outside = [stamp for stamp in stamps if stamp.folder != folder]
-        count = min(len(inside), len(outside))
-        question = f"Is this {CATEGORIES[folder][1]}?"
-        for answer, pool in (("yes", inside), ("no", outside)):
-            chosen = rng.sample(pool, count)
-            questions += [ImageQuestion(image=_image(s), text=question, answer=answer) for s in chosen]
+        inside = [_image(stamp) for stamp in stamps if stamp.folder == folder]
+        outside = [_image(stamp) for stamp in stamps if stamp.folder != folder]
+        questions += yes_no_questions(f"Is this {CATEGORIES[folder][1]}?", inside, outside, rng)
     return questions
 
 
@@ -251,7 +248,7 @@ def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random
     records = []
     for variant in range(VARIANTS):
         by_image: dict[str, list[ImageQuestion]] = defaultdict(list)
-        for question in yes_no_questions(stamps, usable, rng):
+        for question in category_questions(stamps, usable, rng):
             by_image[question.image].append(question)
         for stamp in stamps:
             image = _image(stamp)
@@ -273,6 +270,6 @@ def _test_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random)
         if stamp.folder in usable:
             kind = ImageQuestion(image=_image(stamp), text=CATEGORY, answer=CATEGORIES[stamp.folder][0])
             records.append(question_record(f"{stamp.name}#category", kind, "category"))
-    for index, question in enumerate(yes_no_questions(stamps, usable, rng)):
+    for index, question in enumerate(category_questions(stamps, usable, rng)):
         records.append(question_record(f"yes_no#{index}", question, "yes_no"))
     return records

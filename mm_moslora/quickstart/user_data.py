@@ -22,7 +22,7 @@ from mm_moslora_eval.metrics.exact_match import relaxed
 
 from mm_moslora.data.chat.records import IMAGE, VIDEO
 from mm_moslora.data.images.record_picture import ImageError, check_image, read_picture
-from mm_moslora.quickstart.instruction_data import YES_NO, ImageQuestion, conversation, question_record
+from mm_moslora.quickstart.instruction_data import ImageQuestion, conversation, question_record, yes_no_questions
 from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, decodes, first_of, test_size
 from mm_moslora.quickstart.user_file import from_file
 from mm_moslora.utils.errors import DataError
@@ -101,7 +101,7 @@ def _pictures(folder: Path, faults: list[str], *, follow_links: bool) -> Iterato
     """The readable pictures in the class folders, without duplicates."""
     names: dict[bytes, str] = {}
     others: Counter[str] = Counter()
-    classes = _Classes()
+    classes: dict[str, tuple[str, str]] = {}
     for path in sorted(_files(folder, faults, follow_links=follow_links)):
         parts = path.relative_to(folder).parts
         if len(parts) < 2 or any(part.startswith((".", "__MACOSX")) for part in parts):
@@ -109,7 +109,7 @@ def _pictures(folder: Path, faults: list[str], *, follow_links: bool) -> Iterato
         if path.suffix and path.suffix.lower() not in _SUFFIXES:
             others[path.suffix.lower()] += 1
             continue
-        name, label = "/".join(parts), classes.label(parts[0])
+        name, label = "/".join(parts), _class_name(parts[0], classes)
         try:
             find_below(folder, name, follow_links=follow_links)
             check_image(path)
@@ -147,30 +147,28 @@ def _files(folder: Path, faults: list[str], *, follow_links: bool) -> Iterator[P
         yield from (Path(parent, name) for name in names)
 
 
-class _Classes:
-    """Class names from folder names, in readable form; exact match tells all of them apart."""
+def _class_name(folder: str, names: dict[str, tuple[str, str]]) -> str:
+    """The readable class name of a folder; several folders may have the same one, such as `tea_pot` and `tea pot`.
 
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[str, str]] = {}
+    Args:
+        folder: the folder's name.
+        names: folder and class name by the answer that exact match compares; gets this one.
 
-    def label(self, folder: str) -> str:
-        """The class name of a folder; several folders may have the same one, such as `tea_pot` and `tea pot`.
-
-        Raises:
-            DataError: a question cannot hold the name, or exact match would not tell it from another name.
-        """
-        label = " ".join(folder.replace("_", " ").split())
-        answer = relaxed(unicodedata.normalize("NFC", label))
-        controls = any(unicodedata.category(mark) == "Cc" for mark in folder)
-        if not answer or controls or any(mark in label for mark in (IMAGE, VIDEO, "<|")):
-            raise DataError(f"The folder {folder!a} is not a class name that a question can hold. Rename it.")
-        other, known = self._known.setdefault(answer, (folder, label))
-        if known != label:
-            raise DataError(
-                f"The folders {other!a} and {folder!a} are one answer: they differ only in case, closing periods or "
-                "encoding. Put their pictures into one folder, or rename one."
-            )
-        return label
+    Raises:
+        DataError: a question cannot hold the name, or exact match would not tell it from another name.
+    """
+    label = " ".join(folder.replace("_", " ").split())
+    answer = relaxed(unicodedata.normalize("NFC", label))
+    controls = any(unicodedata.category(mark) == "Cc" for mark in folder)
+    if not answer or controls or any(mark in label for mark in (IMAGE, VIDEO, "<|")):
+        raise DataError(f"The folder {folder!a} is not a class name that a question can hold. Rename it.")
+    other, first = names.setdefault(answer, (folder, label))
+    if first != label:
+        raise DataError(
+            f"The folders {other!a} and {folder!a} are one answer: they differ only in case, closing periods or "
+            "encoding. Put their pictures into one folder, or rename one."
+        )
+    return label
 
 
 def _too_little(folder: Path, counts: Counter[str], faults: list[str]) -> str:
@@ -268,12 +266,9 @@ def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[s
     """An open question about every picture, and as many yes as no answers of every yes/no question."""
     questions = [ImageQuestion(image=picture.name, text=OPEN, answer=picture.label) for picture in test]
     for label in sorted({picture.label for picture in test}):
-        inside = [picture for picture in test if picture.label == label]
-        outside = [picture for picture in test if picture.label != label]
-        count = min(len(inside), len(outside))
-        for answer, pool in zip(YES_NO, (inside, outside), strict=True):
-            text = IS_IT.format(label)
-            questions += [ImageQuestion(image=item.name, text=text, answer=answer) for item in rng.sample(pool, count)]
+        inside = [picture.name for picture in test if picture.label == label]
+        outside = [picture.name for picture in test if picture.label != label]
+        questions += yes_no_questions(IS_IT.format(label), inside, outside, rng)
     return [question_record(str(number), item, item.category) for number, item in enumerate(questions)]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,13 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
     """The answers to the questions about every picture."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     """How often every question has every answer."""
-    contents = _Contents()
+    hash_of = functools.cache(lambda path: hashlib.sha256(read_picture(path)).hexdigest())  # each file is read once
     for row in range(len(source)):
         try:
             record = source[row]
             for picture in record.images:
                 picture.size()
-            shown = [contents(picture) for picture in record.images]
+            shown = [_identity(picture, hash_of) for picture in record.images]
         except (RecordError, ImageError, FileError) as fault:
             faults.append(str(fault))
             continue
@@ -118,25 +119,15 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
     )
 
 
-class _Contents:
-    """Identity of pictures: the hash of the file, which is read once. Frames are identified by video and number."""
+def _identity(picture: Picture, hash_of: Callable[[Path], str]) -> str:
+    """A text that equal files share. Frames are identified by video and number.
 
-    def __init__(self) -> None:
-        self._known: dict[Path, str] = {}
-
-    def __call__(self, picture: Picture) -> str:
-        """A text that equal files share.
-
-        Raises:
-            ImageError: the file cannot be read.
-        """
-        if isinstance(picture, StoredPicture):
-            return hashlib.sha256(picture.read()).hexdigest()
-        if not isinstance(picture, LocalPicture):
-            return picture.name
-        if picture.path not in self._known:
-            self._known[picture.path] = hashlib.sha256(read_picture(picture.path)).hexdigest()
-        return self._known[picture.path]
+    Raises:
+        ImageError: the file cannot be read.
+    """
+    if isinstance(picture, StoredPicture):
+        return hashlib.sha256(picture.read()).hexdigest()
+    return hash_of(picture.path) if isinstance(picture, LocalPicture) else picture.name
 
 
 def _sizes(records: Iterable[Record]) -> dict[str, Any]:

@@ -185,22 +185,22 @@ def _recipe_facts(run: RunData) -> dict[str, str]:
 def flat_recipe(text: str) -> dict[str, str]:
     """A recipe's YAML as dotted keys; empty where it cannot be read."""
     try:
-        return _facts(parse_yaml_value(text), separator=".")
+        return _facts(parse_yaml_value(text), ".")
     except ConfigError:
         return {}
 
 
-def _facts(value: Any, *, separator: str = ", ", prefix: str = "") -> dict[str, str]:
-    if not isinstance(value, dict):
-        return {}
-    facts: dict[str, str] = {}
-    for key, item in value.items():
+def flatten(value: Any, separator: str = ", ", prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with the keys of each level joined; empty for anything else."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items() if isinstance(value, dict) else ():
         name = f"{prefix}{key}"
-        if isinstance(item, dict):
-            facts |= _facts(item, separator=separator, prefix=f"{name}{separator}")
-        else:
-            facts[name] = str(item)
-    return facts
+        flat |= flatten(item, separator, f"{name}{separator}") if isinstance(item, dict) else {name: item}
+    return flat
+
+
+def _facts(value: Any, separator: str = ", ") -> dict[str, str]:
+    return {name: str(item) for name, item in flatten(value, separator).items()}
 
 
 def _table(columns: Sequence[dict[str, str]], *, only_different: bool = False) -> list[tuple[str, list[str | None]]]:

@@ -13,7 +13,7 @@ from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
-from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
+from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, flatten, overlay
 from mm_moslora.reporting.page_templates import render_page, write_page
 from mm_moslora.reporting.run_data import EvaluationRow, MixerRecord, RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
@@ -272,22 +272,17 @@ def _drawn(label: str, matrix: list[list[float]], scale: float) -> dict[str, Any
     return {"label": label, "url": data_url(heat_map(matrix, scale)), "scale": scale}
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def _flat(value: Any) -> list[tuple[str, str]]:
     """Nested facts as pairs of name and text, in order."""
-    if not isinstance(value, Mapping):
-        return []
-    pairs = []
-    for key, item in value.items():
-        name = f"{prefix}{str(key).replace('_', ' ')}"
-        if isinstance(item, Mapping):
-            pairs += _flat(item, f"{name}, ")
-        elif isinstance(item, list | tuple):
-            pairs.append((name, ", ".join(str(part) for part in item)))
-        elif isinstance(item, int) and not isinstance(item, bool):
-            pairs.append((name, f"{item:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")))
-        else:
-            pairs.append((name, f"{item:.4g}" if isinstance(item, float) else str(item)))
-    return pairs
+    return [(name.replace("_", " "), _fact(item)) for name, item in flatten(value).items()]
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(str(part) for part in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _commands(data: RunData) -> list[dict[str, str]]:

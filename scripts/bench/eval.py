@@ -132,8 +132,8 @@ def peer_options(model: LlavaForConditionalGeneration, questions: Sequence[Quest
 
 def our_options(model: LlavaForConditionalGeneration, questions: Sequence[Question], options: Options) -> list[int]:
     """Every prompt once, followed by all its options."""
-    found = score_options(model, _prompts(model, questions), [options] * len(questions))
-    return [max(range(len(scores)), key=lambda index: scores[index].logprob) for scores in found]
+    scored = score_options(model, _prompts(model, questions), [options] * len(questions))
+    return [max(range(len(scores)), key=lambda index: scores[index].logprob) for scores in scored]
 
 
 @dataclass(frozen=True)

@@ -142,15 +142,15 @@ def _contender(kind: str, family: str, samples: str, dtype: torch.dtype, *, laye
 
 def measure(family: str, samples: str, name: str, *, rounds: int, layers: int = 6, width: int = 512) -> dict[str, Any]:
     """One row: a family on one set of lengths in one dtype."""
-    found = contenders(family, samples, DTYPES[name], layers=layers, width=width)
-    equal = check_equal(found, "padded", name)
-    saved = {kind: saved_bytes(contender) / 2**20 for kind, contender in found.items()}
-    times = interleaved({kind: contender.step for kind, contender in found.items()}, rounds)
+    by_kind = contenders(family, samples, DTYPES[name], layers=layers, width=width)
+    equal = check_equal(by_kind, "padded", name)
+    saved = {kind: saved_bytes(contender) / 2**20 for kind, contender in by_kind.items()}
+    times = interleaved({kind: contender.step for kind, contender in by_kind.items()}, rounds)
     lengths = [length for length, _ in SAMPLES[samples]]
     return {
         "family": family, "samples": samples, "dtype": name, "lengths": lengths,
         "padded_tokens": len(lengths) * max(lengths), **equal,
-        "speedup_vs": {kind: ratio(times, kind, "packed") for kind in found if kind != "packed"},
+        "speedup_vs": {kind: ratio(times, kind, "packed") for kind in by_kind if kind != "packed"},
         "cpu_seconds": {kind: statistics.median(spent) for kind, spent in times.items()},
         "saved_mib": saved, "saved_ratio": saved["packed"] / saved["padded"],
     }  # fmt: skip
@@ -158,11 +158,11 @@ def measure(family: str, samples: str, name: str, *, rounds: int, layers: int = 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The summary under stable keys."""
-    found = {}
+    figures = {}
     for row in rows:
         case = f"{row['family']}_{row['samples']}_{row['dtype']}"
-        found |= {f"speedup_{case}": row["speedup_vs"]["padded"], f"saved_ratio_{case}": row["saved_ratio"]}
-    return found
+        figures |= {f"speedup_{case}": row["speedup_vs"]["padded"], f"saved_ratio_{case}": row["saved_ratio"]}
+    return figures
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -64,16 +64,16 @@ def measure(engine: GenerationEngine, answers: int, tokens: int, rounds: int) ->
     """CPU seconds of both ways in every round, and whether their answers are equal. Prompts are prepared beforehand."""
     done: queue.Queue[AnswerPart] = queue.Queue()
     ready = [jobs_for(engine.models, answers, tokens, done) for _ in range(2 * (rounds + 1))]
-    given: dict[str, list[Any]] = {}
+    answers_of: dict[str, list[Any]] = {}
     times = interleaved(
         {
             "alone": lambda: answer(engine, ready.pop(), done, together=False),
             "together": lambda: answer(engine, ready.pop(), done, together=True),
         },
         rounds,
-        results=given,
+        results=answers_of,
     )
-    return times, given["alone"] == given["together"]
+    return times, answers_of["alone"] == answers_of["together"]
 
 
 def main() -> int:

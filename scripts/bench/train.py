@@ -138,16 +138,16 @@ def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], *, ext
 
 def shown_beside(vocabulary: int, dtype: torch.dtype) -> dict[str, Contender]:
     """Contenders without targets, as far as their requirements are installed."""
-    found = {"stock layers": yardstick.ours(vocabulary, dtype, lean=False)}
+    contenders = {"stock layers": yardstick.ours(vocabulary, dtype, lean=False)}
     if any(map(shutil.which, ("c++", "g++", "clang++"))):
-        found["compiled"] = yardstick.ours(vocabulary, dtype, compiler="inductor")
+        contenders["compiled"] = yardstick.ours(vocabulary, dtype, compiler="inductor")
     else:
         logger.warning("No C++ compiler here: the compiled step is left out.")
     if importlib.util.find_spec("trl") is not None:
-        found["trl"] = yardstick.trl(vocabulary, dtype)
+        contenders["trl"] = yardstick.trl(vocabulary, dtype)
     else:
         logger.warning("TRL is not installed and left out.")
-    return found
+    return contenders
 
 
 def step_row(

@@ -78,9 +78,9 @@ class Contender:
         """Gradients of A, M, B and of the projector, under the same names for all contenders, fp32."""
         self.model.zero_grad(set_to_none=True)
         self.forward().backward()
-        found = {_plain(name): p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {_plain(name): p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
-        return found
+        return gradients
 
 
 def check_equal(contenders: Mapping[str, Contender], against: str, dtype: str) -> dict[str, float]:
@@ -136,14 +136,14 @@ def base(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> L
 def examples(vocabulary: int) -> list[Example]:
     """One picture and one answer each."""
     torch.manual_seed(1)
-    found = []
+    made = []
     for number, (length, count) in enumerate(zip(LENGTHS, SUPERVISED, strict=True)):
         ids = torch.randint(3, vocabulary - 1, (length,))
         ids[4 : 4 + IMAGE_TOKENS] = vocabulary - 1
         supervised = torch.zeros(length, dtype=torch.bool)
         supervised[-count:] = True
         pixels = torch.randn(1, 3, 224, 224)
-        found.append(
+        made.append(
             Example(
                 id=str(number),
                 input_ids=ids,
@@ -151,20 +151,20 @@ def examples(vocabulary: int) -> list[Example]:
                 pictures=[ProcessedImage(tensors={"pixel_values": pixels})],
             )
         )
-    return found
+    return made
 
 
 def factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """A, M and B of every adapted layer by path, fp32; equal at every call."""
     generator = torch.Generator().manual_seed(2)
-    found = {}
+    by_path = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and path.startswith(LANGUAGE):
             A = torch.randn(RANK, module.in_features, generator=generator) / module.in_features**0.5
             M = torch.linalg.qr(torch.randn(RANK, RANK, generator=generator)).Q
             B = torch.randn(module.out_features, RANK, generator=generator) * 0.02
-            found[path] = (A, M, B)
-    return found
+            by_path[path] = (A, M, B)
+    return by_path
 
 
 def padded(items: list[Example]) -> dict[str, Tensor]:
@@ -185,14 +185,14 @@ def _adapted_by_peft(
 ) -> tuple[LlavaForConditionalGeneration, peft.PeftModel]:
     """The base with PEFT's LoRA and the authors' mixer ``B(M(A x))`` in it, and PEFT's wrapper around it."""
     model = base(vocabulary, dtype, setting)
-    known = factors(model)
+    by_path = factors(model)
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(known), init_lora_weights=True
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(by_path), init_lora_weights=True
     )
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=wide_adapters)
     model.model.multi_modal_projector.requires_grad_(True)
     with torch.no_grad():
-        for path, (A, M, B) in known.items():
+        for path, (A, M, B) in by_path.items():
             layer: Any = model.get_submodule(path)
             assert isinstance(layer, lora.Linear)
             mixer = nn.Linear(RANK, RANK, bias=False).to(layer.lora_A["default"].weight.dtype)
@@ -204,8 +204,8 @@ def _adapted_by_peft(
 
 
 def _padded_inputs(vocabulary: int, dtype: torch.dtype, setting: Setting) -> dict[str, Tensor]:
-    given = padded(examples(vocabulary))
-    return given | {"pixel_values": given["pixel_values"].to(dtype)}
+    inputs = padded(examples(vocabulary))
+    return inputs | {"pixel_values": inputs["pixel_values"].to(dtype)}
 
 
 def peer(
@@ -228,15 +228,15 @@ def peer(
         dropout: dropout of the adapters.
     """
     model, wrapped = _adapted_by_peft(vocabulary, dtype, setting, wide_adapters=wide_adapters, dropout=dropout)
-    given = _padded_inputs(vocabulary, dtype, setting)
+    batch = _padded_inputs(vocabulary, dtype, setting)
 
     def all_positions() -> Tensor:
-        return wrapped(**given, use_cache=False).loss
+        return wrapped(**batch, use_cache=False).loss
 
     def supervised() -> Tensor:
-        inputs = {name: value for name, value in given.items() if name != "labels"}
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
-        labels = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+        labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
         chosen = labels != -100
         return F.cross_entropy(model.lm_head(hidden[chosen]).float(), labels[chosen])
 
@@ -255,7 +255,7 @@ def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Co
     from trl import SFTConfig, SFTTrainer
 
     model, wrapped = _adapted_by_peft(vocabulary, dtype, setting, wide_adapters=False)
-    given = _padded_inputs(vocabulary, dtype, setting)
+    batch = _padded_inputs(vocabulary, dtype, setting)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
@@ -269,7 +269,7 @@ def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Co
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
         )  # fmt: skip
     count = sum(SUPERVISED)
-    return Contender(model=model, forward=lambda: trainer.compute_loss(wrapped, dict(given), num_items_in_batch=count))
+    return Contender(model=model, forward=lambda: trainer.compute_loss(wrapped, dict(batch), num_items_in_batch=count))
 
 
 def ours(
@@ -283,14 +283,14 @@ def ours(
 ) -> Contender:
     """The step of `mm-moslora train`; with a backend of torch.compile, that of `train.compile`."""
     model = base(vocabulary, dtype, setting)
-    known = factors(model)
+    by_path = factors(model)
     config = adapters.MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM")
     adapters.add_moslora(model, config, component=LANGUAGE, autocast_adapter_dtype=False)
     model.model.multi_modal_projector.requires_grad_(True)
     with torch.no_grad():
-        for path, given in known.items():
+        for path, values in by_path.items():
             layer: Any = model.get_submodule(path)
-            for part, value in zip((layer.lora_A, layer.lora_mixer, layer.lora_B), given, strict=True):
+            for part, value in zip((layer.lora_A, layer.lora_mixer, layer.lora_B), values, strict=True):
                 part["default"].weight.copy_(value)
     kernels_too = lean and compiler is None
     kernels = choose_kernels("auto", model.device, lean=kernels_too)
@@ -309,15 +309,15 @@ def ours(
 def saved_bytes(contender: Contender) -> int:
     """Bytes saved for the backward pass, each storage once, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in contender.model.parameters()}
-    seen: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = contender.forward()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     del loss
     return total

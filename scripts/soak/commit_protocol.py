@@ -98,20 +98,20 @@ def history(seed: int, work: Path) -> list[Operation]:
     return operations
 
 
-def crash_point(operations: list[Operation], stop: int, seed: int, place: Path) -> str:
+def crash_point(operations: list[Operation], stop: int, seed: int, disk: Path) -> str:
     """Crash after `stop` operations, recover, and return the outcome."""
     simulated = SimulatedDisk()
     for name, arguments in operations[:stop]:
         getattr(simulated, name)(*arguments)
-    shutil.rmtree(place, ignore_errors=True)
-    simulated.crash(place, random.Random(seed))
+    shutil.rmtree(disk, ignore_errors=True)
+    simulated.crash(disk, random.Random(seed))
     try:
-        found = newest_valid(place)
+        newest = newest_valid(disk)
     except CheckpointError as error:
         return f"unrecoverable: {error}"
-    if found is None:
+    if newest is None:
         return "nothing yet" if simulated.reported == 0 else f"lost: step {simulated.reported} was reported"
-    folder, written = found
+    folder, written = newest
     if written.step < simulated.reported:
         return f"lost: step {simulated.reported} was reported, step {written.step} came back"
     for name in written.files:

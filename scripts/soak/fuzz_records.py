@@ -111,18 +111,18 @@ class Fuzzer:
         draw = self.random
         data = bytearray(raw)
         for _ in range(draw.randint(1, 3)):
-            place = draw.randrange(len(data) + 1)
+            offset = draw.randrange(len(data) + 1)
             kind = draw.random()
-            if kind < 0.4 and place < len(data):
-                data[place] = draw.randrange(256)
+            if kind < 0.4 and offset < len(data):
+                data[offset] = draw.randrange(256)
             elif kind < 0.6:
-                del data[place : place + draw.randint(1, 20)]
+                del data[offset : offset + draw.randint(1, 20)]
             elif kind < 0.9:
-                data[place:place] = draw.choice(
+                data[offset:offset] = draw.choice(
                     (b"NaN", b"\xff", b"\\u0000", b"\\ud83d", b'"', b"{", b"]", b"[" * 200, b",")
                 )
             else:
-                data = data[:place]
+                data = data[:offset]
         return bytes(data)
 
 

@@ -26,17 +26,17 @@ VISION = ("frozen", "full")
 """A frozen vision tower's weights are not in the checkpoint; those of a trained one are."""
 
 
-def run(place: Path, *, ledger: Ledger) -> None:
+def run(folder: Path, *, ledger: Ledger) -> None:
     """Whether each combination resumes exactly, one entry each."""
-    parts = make_parts(place)
+    parts = make_parts(folder)
     cases = list(itertools.product(STAGES, PRECISIONS, TRAINS, VISION))
-    known = {entry["name"] for entry in ledger.entries}
-    with Ranks(place / "logs") as ranks, Progress("resume matrix", len(cases), unit="combination") as progress:
+    finished = {entry["name"] for entry in ledger.entries}
+    with Ranks(folder / "logs") as ranks, Progress("resume matrix", len(cases), unit="combination") as progress:
         for number, (zero, precision, trains, vision) in enumerate(cases):
             name = f"{zero} {precision} {trains} vision-{vision}"
-            if name not in known:
+            if name not in finished:
                 recipe = make_recipe(
-                    parts, place / name.replace(" ", "-"), zero, precision=precision, steps=STEPS, dropout=0.1
+                    parts, folder / name.replace(" ", "-"), zero, precision=precision, steps=STEPS, dropout=0.1
                 )
                 recipe = full(recipe) if trains == "full" else recipe
                 recipe = replace(recipe, model=replace(recipe.model, vision=replace(recipe.model.vision, mode=vision)))
@@ -60,8 +60,8 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     ledger = Ledger(options.ledger)
-    with tempfile.TemporaryDirectory() as place:
-        run(Path(place), ledger=ledger)
+    with tempfile.TemporaryDirectory() as scratch:
+        run(Path(scratch), ledger=ledger)
     equal = {entry["name"]: entry["equal"] for entry in ledger.entries}
     print("\n".join(f"{'equal' if value else 'NOT EQUAL':<10}{name}" for name, value in equal.items()))
     return int(not all(equal.values()))

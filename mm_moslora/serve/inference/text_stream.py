@@ -72,34 +72,29 @@ class ThinkingSplit:
     """Separates the thinking at the start of an answer from the answer, piece by piece."""
 
     def __init__(self) -> None:
-        self._pending, self._state = "", "start"
+        self._text, self._thinking, self._content = "", 0, 0
+        """The text so far, and the characters of its two parts that were returned."""
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, str]:
         """Take the next piece; returns the thinking and the content that are final now."""
-        text_left, thinking, self._pending = self._pending + text, "", ""
-        if self._state == "start":
-            begun = text_left.lstrip()
-            if not last and len(begun) < len(THINK) and THINK.startswith(begun):
-                self._pending = text_left
-                return "", ""
-            self._state = "opening" if begun.startswith(THINK) else "answer"
-            text_left = begun.removeprefix(THINK) if self._state == "opening" else text_left
-        if self._state == "opening":
-            text_left = text_left.lstrip("\n")
-            self._state = "thinking" if text_left else "opening"
-        if self._state == "thinking":
-            thinking, end, rest = text_left.partition(THINK_END)
-            if not end:
-                certain = (
-                    text_left if last else text_left[: len(text_left) - _overlap(text_left, THINK_END)].rstrip("\n")
-                )
-                self._pending = text_left[len(certain) :]
-                return certain, ""
-            thinking, text_left, self._state = thinking.rstrip("\n"), rest, "closing"
-        if self._state == "closing":
-            text_left = text_left.lstrip("\n")
-            self._state = "answer" if text_left else "closing"
-        return thinking, text_left
+        self._text += text
+        thinking, content = _split(self._text, last=last)
+        new = thinking[self._thinking :], content[self._content :]
+        self._thinking, self._content = len(thinking), len(content)
+        return new
+
+
+def _split(text: str, *, last: bool) -> tuple[str, str]:
+    """The thinking and the content of the beginning of an answer, as far as more text cannot change them."""
+    begun = text.lstrip()
+    if not last and len(begun) < len(THINK) and THINK.startswith(begun):
+        return "", ""
+    if not begun.startswith(THINK):
+        return "", text
+    thinking, end, content = begun.removeprefix(THINK).lstrip("\n").partition(THINK_END)
+    if end:
+        return thinking.rstrip("\n"), content.lstrip("\n")
+    return thinking if last else thinking[: len(thinking) - _overlap(thinking, THINK_END)].rstrip("\n"), ""
 
 
 def _overlap(text: str, stop: str) -> int:
