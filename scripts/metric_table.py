@@ -57,14 +57,11 @@ def meaning(name: str, function: Callable[..., Any]) -> str:
     """What a name stands for, in one sentence."""
     if name in MEANINGS:
         return MEANINGS[name]
-    documented = next((text for text in map(_docstring, _reached(function)) if text), None)
+    reached = (each for each in _reached(function) if not isinstance(each, partial))
+    documented = next((each.__doc__ for each in reached if each.__doc__), None)
     if documented is None:
         raise SystemExit(f"{name} has no docstring and no entry in MEANINGS.")
     return " ".join(documented.split("\n\n")[0].split()).replace("|", "\\|")
-
-
-def _docstring(function: Callable[..., Any]) -> str:
-    return "" if isinstance(function, partial) else function.__doc__ or ""
 
 
 def _reached(function: Any) -> Iterator[Callable[..., Any]]:

@@ -122,7 +122,8 @@ def launch(
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks the signal until now
             spread = job is not None and (requeue or srun or job.nodes > 1) and nnodes == 1 and hostfile is None
             topology = Topology(
-                nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
+                nproc=nproc if nproc is not None else whole_number(os.environ, "NPROC", 0, least=1) or None,
+                nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
                 deepspeed=deepspeed, hostfile=hostfile, max_restarts=max_restarts, through=_words("through", through),
                 python=python or sys.executable, srun=_words("srun", srun), job=job if spread else None,
             )  # fmt: skip
@@ -237,11 +238,6 @@ def run_training(
         leave_mark(folder, stop.received)
         print(stopped_text(stop.received), end="")
     return EXIT_REQUEUE
-
-
-def _processes(nproc: int | None) -> int | None:
-    """The option, else $NPROC."""
-    return nproc if nproc is not None else whole_number(os.environ, "NPROC", 0, least=1) or None
 
 
 def _words(option: str, text: str) -> tuple[str, ...]:

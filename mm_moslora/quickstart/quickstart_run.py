@@ -174,7 +174,11 @@ def _quickstart(folder: Path, options: QuickstartOptions, stamps_deb: Path | Non
     with clock.stage("export"):
         exported = _export(folder, model=subject["model"])
     _summarise(folder, data, options, clock=clock, exported=exported)
-    return f"{table(results)}\n{_closing(folder, clock, data, stock=exported['stock'])}"
+    commands = _commands(folder, data.images, stock=exported["stock"])
+    return "\n".join(
+        [table(results), f"Took {format_seconds(clock.total)}. Report: {folder / 'report.html'}", "",
+         *(f"{what + ':':<24}{command}" for what, command in commands)]
+    )  # fmt: skip
 
 
 def _begin(
@@ -413,9 +417,3 @@ def _program() -> str:
     name = "mm-moslora"
     beside = Path(sys.executable).parent / name
     return str(_shown(beside)) if shutil.which(name) is None and beside.is_file() else name
-
-
-def _closing(folder: Path, clock: _Clock, data: DatasetFiles, *, stock: bool) -> str:
-    lines = [f"Took {format_seconds(clock.total)}. Report: {folder / 'report.html'}", ""]
-    lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder, data.images, stock=stock)]
-    return "\n".join(lines)

@@ -41,6 +41,7 @@ from json_output import results_alone
 from measuring import PRODUCTS, Rows, head, interleaved, kernel_seconds, ratio, settings_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
+from yardstick import saved_by
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
 from mm_moslora.utils.hardware import keep_freed_memory
@@ -227,14 +228,6 @@ def saved_row(case: Case, rounds: int) -> dict[str, Any]:
 
 def _saved_bytes(kind: str, tokens: int) -> int:
     model = adapt(llama(torch.bfloat16), kind, rank=16)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     block = model.base_model.model.layers[0]
     hidden, inner = (torch.randn(1, tokens, width).bfloat16().requires_grad_() for width in (576, 1536))
     attended = torch.randn_like(hidden).requires_grad_()
@@ -242,10 +235,7 @@ def _saved_bytes(kind: str, tokens: int) -> int:
     attention, mlp = block.self_attn, block.mlp
     uses = [(attention.q_proj, hidden), (attention.k_proj, hidden), (attention.v_proj, hidden)]
     uses += [(attention.o_proj, attended), (mlp.gate_proj, normed), (mlp.up_proj, normed), (mlp.down_proj, inner)]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        results = [layer(x) for layer, x in uses]
-    del results
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return saved_by(model, lambda: [layer(x) for layer, x in uses])
 
 
 def cases(tokens: tuple[int, ...]) -> list[Case]:

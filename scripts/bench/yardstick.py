@@ -308,7 +308,12 @@ def ours(
 
 def saved_bytes(contender: Contender) -> int:
     """Bytes saved for the backward pass, each storage once, without weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in contender.model.parameters()}
+    return saved_by(contender.model, contender.forward)
+
+
+def saved_by(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward pass saves for the backward pass; see `saved_bytes`."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -317,7 +322,7 @@ def saved_bytes(contender: Contender) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = contender.forward()
+        result = forward()
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    del loss
+    del result
     return total

@@ -99,7 +99,11 @@ class Fuzzer:
         draw = self.random
         holders: list[Any] = [body]
         for holder in holders:
-            holders += [value for value in _values(holder) if isinstance(value, dict | list)]
+            holders += [
+                value
+                for value in (holder.values() if isinstance(holder, dict) else holder)
+                if isinstance(value, dict | list)
+            ]
         holder = draw.choice(holders)
         keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
         if not keys:
@@ -129,10 +133,6 @@ class Fuzzer:
             else:
                 del broken[place : place + draw.randrange(1, 40)]
         return bytes(broken)
-
-
-def _values(holder: Any) -> list[Any]:
-    return list(holder.values()) if isinstance(holder, dict) else list(holder)
 
 
 def _pictures() -> dict[str, bytes]:

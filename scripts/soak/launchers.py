@@ -181,7 +181,7 @@ class Trial:
                 sessions = {process.pid for process in processes}
                 for other in psutil.process_iter():  # launchers put what they start into groups of their own
                     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                        if os.getsid(other.pid) in sessions or _reads(other, recipe.split()[0]):
+                        if os.getsid(other.pid) in sessions or recipe.split()[0] in other.cmdline():
                             other.kill()
                 for process in processes:
                     process.wait()
@@ -204,10 +204,6 @@ class Trial:
 def _quoted(line: str) -> str:
     """A line as one more word of a line in single quotes."""
     return "'" + line.replace("'", "'\\''") + "'"
-
-
-def _reads(process: psutil.Process, recipe: str) -> bool:
-    return recipe in process.cmdline()
 
 
 def _free_port() -> int:
