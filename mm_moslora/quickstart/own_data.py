@@ -17,7 +17,8 @@ LOPSIDED, LOPSIDED_OF_TWO, LEAST_ASKED = 0.5, 0.6, 10
 """Share of a question's most frequent answer above which a warning is due, for a question with two answers, and the
 number of times that the question is asked at least."""
 CANDIDATES = 1000
-"""Pictures among which the next held-out one is chosen."""
+"""Pictures among which the next held-out one is chosen, so that the time does not grow with the data. An answer that
+only later pictures of the random order have may not be held out."""
 _SHOWN = 3
 
 

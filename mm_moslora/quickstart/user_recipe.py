@@ -32,6 +32,7 @@ STEPS, MOST_EPOCHS = 100, 20
 _PER_TURN = 12
 """Tokens of the chat template around a question and its answer."""
 _BYTES_PER_TOKEN = 4.0
+"""Of English text. Other scripts have fewer, and their steps are larger than `STEP_TOKENS`."""
 _LONG_BYTES_PER_TOKEN = 1.5
 """Bytes per token of text that the tokenizer splits badly; for limits that must hold."""
 

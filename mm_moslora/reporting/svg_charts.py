@@ -26,7 +26,8 @@ from mm_moslora.utils.text_format import visible
 
 WIDTH, HEIGHT = 440, 250
 MOST_POINTS = 240
-"""Maximum points per series; longer series are averaged in buckets."""
+"""Maximum points per series; longer series are averaged in buckets, so a spike of one step among 10,000 is drawn at a
+fortieth of its height."""
 LOG_RATIO = 15.0
 """Ratio of the largest to the smallest value above which a positive axis is logarithmic."""
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
@@ -60,6 +61,7 @@ def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Exponential moving average over 2 % of the curve, without the start-up bias; points in order of x."""
+    # The line lags behind by these 2 %, and its last point is not the last loss; the faint line shows that.
     decay = 1 - 1 / max(1.0, 0.02 * len(points))
     total = weight = 0.0
     smoothed = []

@@ -24,6 +24,7 @@ from mm_moslora.utils.untrusted_data import encodable, without_constants
 DEEPEST = 4
 """Depth of the search for runs below the folder."""
 MOST_RUNS = 500
+"""Runs that are listed. The search goes level by level, so the deepest ones are left out."""
 POINTS = 400
 """Points per curve; longer curves are averaged in buckets."""
 MOST_SAMPLES = 200
