@@ -127,7 +127,7 @@ def launch(
                 deepspeed=deepspeed, hostfile=hostfile, max_restarts=max_restarts, through=_words("through", through),
                 python=python or sys.executable, srun=_words("srun", srun), job=job if spread else None,
             )  # fmt: skip
-            options, keys = _sorted(overrides)
+            options, keys = _split_options(overrides)
             resolved = _resolved(recipe, override_items(keys), diffusion=diffusion)
             if doctor and not isinstance(resolved, Recipe):
                 raise ConfigError("--doctor checks recipes of `train`, not of `diffusion train`. Leave it out.")
@@ -248,7 +248,7 @@ def _words(option: str, text: str) -> tuple[str, ...]:
         raise ConfigError(f"--{option} is {text!r}, which has an open quote ({error}).") from error
 
 
-def _sorted(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+def _split_options(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Split the options of `train` from the keys of the recipe."""
     options: dict[str, str] = {}
     keys: list[str] = []

@@ -30,7 +30,7 @@ class ShardJobs:
     """Where the shards of a verb run."""
 
     shards: int | None = None
-    """Divide the work by so many jobs, each this command with --shard; then put them together."""
+    """Number of jobs that share the work, each this command with --shard; their results are merged at the end."""
     parallel: int | None = None
     """Jobs at the same time on this machine; default: one per accelerator, one on a CPU."""
     ray: str = ""

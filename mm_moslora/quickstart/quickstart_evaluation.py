@@ -142,7 +142,7 @@ def _evaluate(
     results = []
     for mode in modes:
         label, answers = f"{system}, {mode}", folder / "eval" / system / mode
-        _make_way(answers, model)
+        _set_aside_other(answers, model)
         with Progress(label, count, unit="question") as progress:
             results += evaluate(
                 model,
@@ -158,7 +158,7 @@ def _evaluate(
     return results
 
 
-def _make_way(answers: Path, model: Model) -> None:
+def _set_aside_other(answers: Path, model: Model) -> None:
     """Rename a folder with the answers of another model."""
     if not (answers / RUN).is_file():
         return

@@ -20,7 +20,7 @@ ALL = "all tasks"
 BAND = 0.03
 """Half-width of the shaded band without `--resolve`, as a share."""
 FAR = 3.0
-"""An axis reaches so many times as far as the median arm; what lies beyond it ends in an arrow."""
+"""An axis reaches at most this multiple of the median arm's distance; an arrow marks what lies beyond."""
 WIDTH, VALUES, BOTTOM = 330, 146, 22
 """Pixels of a column of a row chart, of the numbers to the right of its marks, and of the scale below."""
 LINE, MARKS = 13, 28
@@ -111,14 +111,14 @@ class Column:
 
     @property
     def picture(self) -> Markup:
-        """The column as SVG; a row tells its numbers under the pointer."""
+        """The column as SVG; a row shows its numbers under the pointer."""
         with chart_style():
             axes = new_axes(WIDTH, self.height + BOTTOM, left=4, right=VALUES, top=0, bottom=BOTTOM)
             spoken = self.draw(axes)
             return to_svg(axes.figure, f"{self.heading}: {'. '.join(spoken)}", titles=spoken)
 
     def draw(self, axes: Any) -> list[str]:
-        """Draw on axes of `height` pixels; gives what each row tells."""
+        """Draw on axes of `height` pixels; returns the text of each row."""
         spoken: list[str] = []
         top, named = 0, colours()
         axes.set(xlim=self.limits, ylim=(self.height, 0), yticks=[])

@@ -115,7 +115,7 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
     Args:
         rows: modules by depth, each with `path`, known measures, `pair_energy` and `singular_values`.
         picture: file to write.
-        most: draw the energies of so many modules, those of the largest updates.
+        most: number of modules whose energies are drawn, those with the largest updates.
 
     Raises:
         AdapterError: an ending that is no format.

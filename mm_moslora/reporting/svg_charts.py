@@ -115,7 +115,7 @@ def new_axes(width: float, height: float, *, left: float, right: float = 14, top
 
 
 def number_axis(axis: Any, *, count: int = 5, log: bool = False, whole: bool = False) -> None:
-    """About so many round numbers on an axis of matplotlib, the style of all charts."""
+    """About `count` round numbers on an axis of matplotlib, in the style of all charts."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     even = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole)
@@ -212,7 +212,7 @@ def _scale_lines(axes: Any, values: Sequence[float], *, zero: bool) -> None:
 
 
 def heat_chart(item: HeatMap) -> Markup:
-    """A figure of a heat map: pale is zero, full colour the largest value; each cell tells its number.
+    """A figure of a heat map: pale is zero, full colour the largest value; a cell shows its number under the pointer.
 
     Args:
         item: at least one known cell; values of at least 0.

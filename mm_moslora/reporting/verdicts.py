@@ -150,7 +150,7 @@ def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True
     if before == "less":
         mood, conclusion = "bad", "Tuning made the model worse."
     elif beaten and missing:
-        conclusion = _unasked(missing)
+        conclusion = _missing_controls(missing)
     elif pictures and not uses_pictures:
         conclusion = "It is not shown that the model looks at the picture, so it is not known whether tuning helped."
         if before == "more":
@@ -175,7 +175,7 @@ def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True
 _SEEN = {True: "The model looks at the picture, but it", False: "The model"}
 
 
-def _unasked(controls: Sequence[str]) -> str:
+def _missing_controls(controls: Sequence[str]) -> str:
     words = {"wrong_image": "a wrong picture", "blind": "a plain picture"}
     return (
         f"The model was not measured with {' and '.join(words[name] for name in controls)} (`--modes blind --modes "

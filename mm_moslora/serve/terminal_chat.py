@@ -177,12 +177,12 @@ def interactive(chat: Chat) -> None:
         try:
             if line in ("/quit", "/exit"):
                 return
-            _obey(chat, line)
+            _run_line(chat, line)
         except MoSLoRAError as error:
             _say(f"{error}\n")
 
 
-def _obey(chat: Chat, line: str) -> None:
+def _run_line(chat: Chat, line: str) -> None:
     """Run one line of input."""
     command, _, rest = line.partition(" ")
     path = Path(

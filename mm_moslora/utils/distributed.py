@@ -177,8 +177,8 @@ def join(*, timeout_minutes: float = 30.0) -> None:
 def _on_own_gpu(*, one_rank_each: bool) -> dict[str, Any]:
     """Make this rank's GPU the current device, also of libraries; returns arguments for `init_process_group`.
 
-    DeepSpeed takes LOCAL_RANK for the index of the GPU, which it is not where ranks share GPUs or where each sees its
-    own alone. From here on it is the index, for which `device` gives the same GPU.
+    DeepSpeed uses LOCAL_RANK as the index of the GPU. That is wrong where ranks share GPUs, or where each sees its own
+    alone. From here on LOCAL_RANK is that index, for which `device` gives the same GPU.
 
     Args:
         one_rank_each: ranks cannot share a GPU.

@@ -103,7 +103,7 @@ def copy_of_model(source: Path, names: Iterable[str], folder: Path) -> None:
 
 
 def open_in_place(path: Path | str, flags: int) -> int:
-    """Open a file where it stands, creating it if missing, to append to it or to lock it; returns the descriptor.
+    """Open a file at its path to append to it or to lock it, creating it if missing; returns the descriptor.
 
     Args:
         path: anybody may have made what is there: a link would lead to a file of the user, and what is appended to a

@@ -190,7 +190,7 @@ def test_answers_of_another_model_are_kept_aside(tmp_path: Path) -> None:
     place = tmp_path / "own"
     for name, aside in (("first", False), ("first", False), ("second", True)):
         model = FakeModel(fingerprint=name)
-        quickstart_evaluation._make_way(place, model)
+        quickstart_evaluation._set_aside_other(place, model)
         with open_run(place, model):
             pass
         assert (tmp_path / "own.other").is_dir() == aside

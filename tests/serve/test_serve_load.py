@@ -134,7 +134,7 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
 
     with serve_with(write_seconds=0.5) as server:
         engine = server.engine
-        original = engine._say
+        original = engine._deliver_token
 
         def flood(job: Any, token: int) -> bool:
             original_add = job.text.add
@@ -311,14 +311,14 @@ def test_an_error_in_sampling_or_text_ends_one_row_only(
 ) -> None:
     with serve_with() as server:
         engine = server.engine
-        say = engine._say
+        say = engine._deliver_token
 
         def faulty(job: Any, token: int) -> bool:
             if QUESTIONS[5] in engine.models.assembly.tokenizer.decode(job.input_ids) and len(job.tokens) == 2:
                 raise RuntimeError("half a character")
             return bool(say(job, token))
 
-        engine._say = faulty
+        engine._deliver_token = faulty
         check_one_failed(ask_together(server), QUESTIONS[5], alone)
 
 

@@ -125,7 +125,7 @@ class _Chat:
             raise busy(f"{self._busy} requests are under way")
 
     async def _answer(self, request: Request, prepared: Prepared, reply: Reply, send: Send) -> bytes:
-        """Generate an answer and send it but for its end, which is returned; the jobs are cancelled when this is."""
+        """Generate an answer and send all but its end, which is returned; a cancelled call cancels its jobs."""
         events: asyncio.Queue[tuple[int, AnswerPart]] = asyncio.Queue()
         loop, chat = asyncio.get_running_loop(), reply.request
 

@@ -47,7 +47,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bound(host: str, port: int) -> list[socket.socket]:
-    """A socket on an address (rather IPv4; port 0: a free one), taken before costly work; it does not listen yet.
+    """A bound socket (IPv4 if possible; port 0: a free port), taken before costly work; it does not listen yet.
 
     Raises:
         ConfigError: the address is not of this machine, or the port is taken or not allowed.

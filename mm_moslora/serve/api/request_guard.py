@@ -104,7 +104,7 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, counted, watched)
-        except asyncio.CancelledError:  # the server has waited for as long as it does
+        except asyncio.CancelledError:  # the time in which answers may end is over
             await self._refuse(stopping(), scope, receive, watched, started=status != 0)
         except SlowReaderError:
             logger.warning("%s: the client stopped reading; dropped.", request_id)

@@ -189,11 +189,11 @@ class Intake:
 
 
 async def unless_left(receive: Receive, work: Awaitable[_Result], *, seconds: float | None = None) -> _Result:
-    """The result of something that is cancelled when the client leaves.
+    """The result of `work`, which is cancelled when the client leaves.
 
     Raises:
         ApiError: the client left.
-        TimeoutError: it took longer than these seconds.
+        TimeoutError: it took longer than `seconds`.
     """
 
     async def client_leaves() -> None:

@@ -29,9 +29,9 @@ POINTS = 400
 """Points per curve; longer curves are averaged in buckets."""
 MOST_SAMPLES = 200
 _REST, _AT_ONCE = 3.0, 0.3
-"""Runs that have grown are read again for a quarter of the time, since a page looks every second: the multiple of the
-time of a reading in which none is read, and seconds of it that may come later."""
-_PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", "heartbeat", "stacks", ".")
+"""A page asks every second, and reading grown runs again takes at most a quarter of the time: after a reading there is
+a pause of `_REST` times its duration, which ends `_AT_ONCE` seconds early."""
+_IGNORED = ("checkpoint-", "tensorboard", "wandb", "heartbeat", "stacks", ".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _children(folder: Path) -> list[Path]:
     try:
         return sorted(
             item for item in folder.iterdir()
-            if item.is_dir() and not item.is_symlink() and not item.name.startswith(_PASSED_OVER)
+            if item.is_dir() and not item.is_symlink() and not item.name.startswith(_IGNORED)
         )  # fmt: skip
     except OSError:
         return []

@@ -289,7 +289,7 @@ class GenerationEngine:
             try:
                 if isinstance(token, ModelError):
                     raise token
-                goes_on = self._say(job, token)
+                goes_on = self._deliver_token(job, token)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -308,7 +308,7 @@ class GenerationEngine:
         ids = tokens.to(decoder.logits.device)
         decoder.extend(table(ids), torch.ones_like(ids))
 
-    def _say(self, job: GenerationJob, token: int) -> bool:
+    def _deliver_token(self, job: GenerationJob, token: int) -> bool:
         """Deliver one token; returns whether the answer continues."""
         if token in self.models.stops:
             self._deliver(job, job.text.finish(), "stop")
