@@ -141,7 +141,7 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
             job.text.add = lambda token: original_add(token) + "x" * 200_000
             return bool(original(job, token))
 
-        monkeypatch.setattr(engine, "_say", flood)
+        monkeypatch.setattr(engine, "_deliver_token", flood)
         body = json.dumps(asking("hello", stream=True, max_tokens=60)).encode()
         with sockets.socket() as connection:
             connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
