@@ -258,7 +258,7 @@ def tiny_models(folder: Path, *, longest: int = 512) -> Any:
     assembly = load_parts(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
     projector = assembly.model.model.multi_modal_projector
     assembly.model.config.get_text_config().max_position_embeddings = longest
-    return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=projector, source="tiny")})
+    return Models(assembly, {"tiny": Variant(adapter=None, projector=projector, source="tiny")})
 
 
 def tiny_engine(folder: Path) -> Any:

@@ -38,7 +38,7 @@ def models(assembly: Any) -> Any:
     from mm_moslora.serve.inference.served_models import Models, Variant
 
     projector = assembly.model.model.multi_modal_projector
-    return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=projector, source="tiny")})
+    return Models(assembly, {"tiny": Variant(adapter=None, projector=projector, source="tiny")})
 
 
 @pytest.fixture(scope="session")

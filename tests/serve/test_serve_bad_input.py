@@ -256,7 +256,7 @@ def test_a_text_model_refuses_pictures(assembly: Any, serve_with: Any) -> None:
 
     blind = Models(
         dataclasses.replace(assembly, processor=None),
-        {"tiny": Variant(name="tiny", adapter=None, projector=None, source="tiny")},
+        {"tiny": Variant(adapter=None, projector=None, source="tiny")},
     )
     limits = Limits(context=512, max_tokens=64)
     with serve_with(engine=GenerationEngine(blind, limits)) as server:

@@ -29,7 +29,7 @@ def pair(assembly: Any) -> Iterator[Any]:
         for weight in other.parameters():
             weight.neg_()
     variants = {
-        name: Variant(name=name, adapter=None, projector=part, source="t")
+        name: Variant(adapter=None, projector=part, source="t")
         for name, part in (("tiny", projector), ("tiny-base", other))
     }
     yield Models(assembly, variants)

@@ -59,7 +59,7 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any
         assembly = load_parts(ModelConfig(vlm=str(make_vlm(tmp_path_factory.mktemp(family), family))))
         assembly.model.requires_grad_(False).eval()
         told_apart(assembly.model)
-        return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=None, source="tiny")})
+        return Models(assembly, {"tiny": Variant(adapter=None, projector=None, source="tiny")})
 
     return make
 

@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 class Variant:
     """One model that clients can name."""
 
-    name: str
     adapter: str | None
     """The adapter's name in PEFT; None: no adapter is active."""
     projector: nn.Module | None
@@ -226,14 +225,12 @@ def load_models(
     assembly = load(path, merge=alone, dtype=dtype)
     own, newline = _projector(assembly)
     active = None if assembly.peft_model is None else str(assembly.peft_model.active_adapter)
-    variants = {main: Variant(name=main, adapter=active, projector=own, newline=newline, source=path.name)}
+    variants = {main: Variant(adapter=active, projector=own, newline=newline, source=path.name)}
     for number, (other, folder) in enumerate(further.items()):
         variants[other] = _add(assembly, other, folder, adapter=f"served{number}", main=path)
     if with_base:
         projector, newline = _untuned_projector(assembly, path)
-        variants[f"{main}-base"] = Variant(
-            name=f"{main}-base", adapter=None, projector=projector, newline=newline, source=path.name
-        )
+        variants[f"{main}-base"] = Variant(adapter=None, projector=projector, newline=newline, source=path.name)
     assembly.model.requires_grad_(False).eval()
     device = distributed.device()
     for part in (assembly.model, *(part for item in variants.values() for part in (item.projector, item.newline))):
@@ -285,7 +282,7 @@ def _add(assembly: Parts, name: str, path: Path, *, adapter: str, main: Path) ->
         )
     model: Any = assembly.model if assembly.peft_model is None else assembly.peft_model
     assembly.peft_model = adapters.load_adapter(model, folder, adapter_name=adapter)
-    return Variant(name=name, adapter=adapter, projector=projector, newline=newline, source=path.name)
+    return Variant(adapter=adapter, projector=projector, newline=newline, source=path.name)
 
 
 def _projector(assembly: Parts) -> tuple[nn.Module | None, nn.Parameter | None]:
