@@ -1,4 +1,4 @@
-"""The verbs `launch`, which trains on several processes or hosts, and `files`."""
+"""The verbs `launch` (several processes or hosts) and `files`, and what both train and config verbs share."""
 
 from __future__ import annotations
 
