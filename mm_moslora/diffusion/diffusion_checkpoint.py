@@ -18,8 +18,8 @@ from mm_moslora.diffusion.diffusion_export import write_lora_file
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.diffusion.diffusion_setup import CLASS_PICTURES, DiffusionRun
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
+from mm_moslora.training.checkpointing.resume_choice import changed_keys, choose_checkpoint
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, set_aside_newer
-from mm_moslora.training.resume import changed_keys, choose_checkpoint
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import AdapterError, CheckpointError
 from mm_moslora.utils.untrusted_files import find_below, opened
@@ -33,7 +33,7 @@ _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups")
 
 
 def find_resume(recipe: DiffusionRecipe, folder: Path, resume: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint to resume from; see `mm_moslora.training.resume.find_resume`."""
+    """The checkpoint to resume from; see `mm_moslora.training.checkpointing.resume_choice.find_resume`."""
 
     def check(found: Path, manifest: Manifest) -> None:
         changed = [*changed_keys(manifest.recipe, recipe.to_dict()).other_run]

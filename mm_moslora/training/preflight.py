@@ -27,11 +27,9 @@ from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.data.chat.record_keys import READ
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
-from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, TrainingError, suggestion
-from mm_moslora.utils.files import refuse_strangers
+from mm_moslora.training.supervision.run_folder import refuse_folder, refuse_resume
+from mm_moslora.utils.errors import AdapterError, ConfigError, TrainingError, suggestion
 from mm_moslora.utils.run_paths import (
-    RUN_FILES,
-    RUN_SIGNS,
     adapter_folder,
     checkpoints,
     is_adapter,
@@ -150,25 +148,6 @@ def _require_library(key: str, name: str) -> None:
         )
 
 
-def refuse_resume(run: Path, resume: str) -> None:
-    """Refuse a value of `--resume` that contradicts the contents of the run folder.
-
-    Args:
-        run: the run folder.
-        resume: `auto`, `required`, `never`, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, or a folder that does not exist.
-    """
-    resume_folder(resume)
-    if resume == "never" and checkpoints(run):
-        raise CheckpointError(
-            f"{run} already holds checkpoints, but resume is never. Choose another train.output, or resume: auto."
-        )
-    if resume == "required" and not any(run.glob("checkpoint-*")):  # `newest_valid` reports damaged checkpoints
-        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
-
-
 def check_data(config: DataConfig) -> None:
     """Refuse data sources with missing files.
 
@@ -178,19 +157,6 @@ def check_data(config: DataConfig) -> None:
     require_sources(config.train)
     if config.validation:
         require_sources(config.validation)
-
-
-def refuse_folder(run: Path) -> None:
-    """Refuse a run folder that is a file, or that holds files of another program.
-
-    Raises:
-        TrainingError: a file is at the path of the folder.
-        ConfigError: files of another program have names that a run writes.
-    """
-    there = next(place for place in (run, *run.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise TrainingError(f"The run folder {run} cannot be made: {there} is a file. Choose another train.output.")
-    refuse_strangers(run, RUN_FILES, kind="run", also=RUN_SIGNS)
 
 
 def check_zero(train: TrainConfig, adapter: AdapterConfig) -> None:

@@ -23,8 +23,9 @@ from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver, rank_folder
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.parameter_groups import parameter_groups
+from mm_moslora.training.resume import load_optimizer
 from mm_moslora.training.run_setup import Run
-from mm_moslora.training.snapshot import RandomState, Snapshot, load_optimizer, moving_statistics, snapshot
+from mm_moslora.training.snapshot import RandomState, Snapshot, moving_statistics, snapshot
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import CheckpointError, TrainingError
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -34,67 +30,24 @@ from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table, reads_data
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import is_multimodal, needs_padding
+from mm_moslora.training.deepspeed_start import prepare_deepspeed
 from mm_moslora.training.engine import (
     Engine,
     LossModule,
     OptimizerSettings,
     build_engine,
-    prepare_deepspeed,
     weights_place,
 )
 from mm_moslora.training.engine.ulysses import row_share, share_rows
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
 from mm_moslora.training.model_start import resumed_start, start_adapter, start_projector
 from mm_moslora.training.parameter_groups import parameter_groups
-from mm_moslora.training.preflight import check_model, refuse_folder
+from mm_moslora.training.preflight import check_model
 from mm_moslora.training.token_budget import token_budget
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import TrainingError
-from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import write_owner
 from mm_moslora.utils.progress_bar import Progress
-from mm_moslora.utils.run_paths import RUN_LOCK
-from mm_moslora.utils.untrusted_files import read_text_below
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Lock a run folder for this run; the kernel frees the lock when the process ends.
-
-    Raises:
-        ConfigError: files of another program have names that a run writes.
-        TrainingError: another process holds the lock, or the folder is not writable.
-        DistributedError: the same on another rank.
-    """
-    with ExitStack() as stack:
-        with distributed.failing_together("Taking the run folder"):
-            if distributed.is_main():
-                refuse_folder(folder)
-                stack.enter_context(_lock(folder))
-        yield
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = held(folder / RUN_LOCK, wait=False)
-    except BlockingIOError as error:
-        owner = (read_text_below(folder, RUN_LOCK, errors="replace") or "").strip()
-        raise TrainingError(
-            f"{folder} is in use by another run ({owner or 'owner unknown'}). "
-            "Wait for it, stop it, or choose another train.output."
-        ) from error
-    except OSError as error:
-        raise TrainingError(
-            f"The run folder {folder} cannot be written ({error.strerror}). Choose another with train.output, or with "
-            "--output of the quickstart."
-        ) from error
-    with lock as descriptor:
-        write_owner(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield
 
 
 @dataclass(kw_only=True)

@@ -21,16 +21,19 @@ from mm_moslora.tracking.alerts import Alert
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training import run_setup
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver, amend, folder_name
+from mm_moslora.training.checkpointing.resume_choice import continued, find_resume
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, set_aside_newer
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
-from mm_moslora.training.resume import continued, find_resume, restore
-from mm_moslora.training.run_logging import RunLog, note_memory
+from mm_moslora.training.resume import restore
+from mm_moslora.training.run_logging import RunLog
 from mm_moslora.training.snapshot import Snapshot, snapshot
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
+from mm_moslora.training.supervision.run_summary import note_memory
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.validation import Best, Measure, Validator
@@ -114,7 +117,7 @@ def train(
     with (
         run_arithmetic(deterministic=recipe.train.deterministic),
         watchdog.blaming(),
-        run_setup.exclusive(folder),
+        exclusive(folder),
         record_run_state(folder) as ending,
         watchdog.blaming(),
         watchdog,

@@ -23,7 +23,7 @@ from mm_moslora.launch.host_file import exported_lines
 from mm_moslora.launch.rank_logs import keep_rank_log
 from mm_moslora.launch.slurm_job import Job, Requeue
 from mm_moslora.launch.topology import Topology, command
-from mm_moslora.training.run_setup import exclusive
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.stop_signals import Stopped
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DistributedError

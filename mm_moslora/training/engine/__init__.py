@@ -13,15 +13,14 @@ import torch
 
 from mm_moslora.config import TrainConfig
 from mm_moslora.training.deepspeed_presets import stage_of
+from mm_moslora.training.deepspeed_start import import_deepspeed, prepare_deepspeed
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_settings import (
     check_operators,
     check_settings,
     deepspeed_config,
     deepspeed_refuses,
-    import_deepspeed,
     largest_adapter,
-    prepare_deepspeed,
 )
 from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
@@ -42,7 +41,6 @@ __all__ = [
     "check_file",
     "deepspeed_config",
     "largest_adapter",
-    "prepare_deepspeed",
     "refuse_ranks",
     "weights_place",
 ]

@@ -18,13 +18,6 @@ from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.utils import distributed
 
 
-def skip_shared_memory_operator() -> None:
-    """On CPUs: leave out an operator that only inference uses. It takes minutes to build, and needs ninja."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def restore_linear() -> None:
     """Put back `torch.nn.functional.linear`, which ZeRO-3 replaces for the rest of the process.
 

@@ -18,6 +18,9 @@ from mm_moslora.adapters.folders.kept_start import ModuleStart
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_adapter_layers
+from mm_moslora.tracking import Trackers
+from mm_moslora.training.supervision.run_summary import only_measuring
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import replace_json
 
@@ -130,3 +133,27 @@ def _picture(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
     if max(cells.shape) > LARGEST:
         cells = torch.nn.functional.adaptive_avg_pool2d(cells[None], LARGEST)[0]
     return [[float(f"{value:.4g}") for value in row] for row in cells.tolist()]
+
+
+def log_adapter(
+    model: nn.Module, state: Mapping[str, Tensor], trackers: Trackers, step: int, *, file: Path | None = None,
+    metrics: bool = True,
+) -> None:  # fmt: skip
+    """Log the measures of an adapter, on rank 0; without an adapter there are none.
+
+    Args:
+        model: with the adapter inside.
+        state: parameter name to full fp32 value.
+        trackers: the receivers.
+        step: of the state.
+        file: for the measures at the end of a run, which trackers get whole, too.
+        metrics: log the means, too; False where those of the step are logged already.
+    """
+    if not distributed.is_main():
+        return
+    with only_measuring("The adapter"):
+        reports = adapter_reports(model, state)
+        if metrics and (means := adapter_metrics(reports)):
+            trackers.log(means, step)
+        if file is not None:
+            trackers.log_mixers(write_mixers(file, reports), step)
