@@ -25,7 +25,7 @@ from mm_moslora.diffusion.tiny_pipelines import TINY_PIPELINES
 from mm_moslora.models.model_paths import cached_snapshot, fingerprint
 from mm_moslora.reporting.drawing_grid import DRAWINGS
 from mm_moslora.tracking import Trackers
-from mm_moslora.tracking.tracker import Sample
+from mm_moslora.tracking.tracker import SampleAnswer
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.progress_bar import Progress
 
@@ -168,7 +168,7 @@ class ValidationPictures:
         if distributed.is_main() and drawn:
             self._record(step)
             samples = [
-                Sample(question=f"{item.prompt} (seed {item.seed})", expected="", prediction="", image=path)
+                SampleAnswer(question=f"{item.prompt} (seed {item.seed})", expected="", prediction="", image=path)
                 for item, path in zip(self.wanted, drawn, strict=True)
             ]
             trackers.log_samples("drawings", samples, step)

@@ -85,7 +85,7 @@ class End(NamedTuple):
         return f"the process ended without {self.job.output}; see {log}" if missing else ""
 
 
-class Engine(Protocol):
+class JobEngine(Protocol):
     """Where jobs run."""
 
     @property
@@ -113,7 +113,7 @@ class Engine(Protocol):
 
 
 def run_jobs(
-    jobs: Callable[[], Iterable[Job]], engine: Engine, *, over: Callable[[Job, str], None],
+    jobs: Callable[[], Iterable[Job]], engine: JobEngine, *, over: Callable[[Job, str], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:  # fmt: skip
     """Run jobs to their end; returns, by name, why some of them failed `TRIES` times. The others go on.
@@ -171,7 +171,7 @@ def _tell_if_unsaved(end: End) -> None:
         )  # fmt: skip
 
 
-def cards_per_job(asked: int | None, engine: Engine, *, option: str) -> int:
+def cards_per_job(asked: int | None, engine: JobEngine, *, option: str) -> int:
     """Accelerators of each job: those asked for, else one where the engine has any.
 
     Raises:

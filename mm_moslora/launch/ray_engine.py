@@ -17,7 +17,7 @@ from contextlib import chdir
 from typing import Any
 
 from mm_moslora.launch.child_processes import kill_tree, terminate
-from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Engine, Job, ProcessEngine, close, start_process
+from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Job, JobEngine, ProcessEngine, close, start_process
 from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import writing_in_place
@@ -32,7 +32,7 @@ _OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 """Ray kills its workers when this process is gone, but not their jobs then, which see it and save (`start_tied`)."""
 
 
-def open_engine(ray: str, *, parallel: int | None) -> Engine:
+def open_engine(ray: str, *, parallel: int | None) -> JobEngine:
     """The engine that a verb's options ask for.
 
     Args:

@@ -42,7 +42,7 @@ _CHANGES_NODES = re.compile(r"-[NnwxrF]\S*|--(nodes|ntasks|ntasks-per-\w+|nodeli
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SlurmJob:
     """The job of this process."""
 
     number: int
@@ -63,7 +63,7 @@ class Job:
     """Tasks of the step that this process is one of; 0: it is in no step, as a batch script is."""
 
     @classmethod
-    def current(cls, environment: Mapping[str, str]) -> Job | None:
+    def current(cls, environment: Mapping[str, str]) -> SlurmJob | None:
         """The job in an environment such as `os.environ`; None outside a job, or where srun is missing."""
         if not environment.get("SLURM_JOB_ID") or not shutil.which("srun"):
             return None
@@ -228,7 +228,7 @@ def _tried(attempt: Callable[[], bool]) -> bool:
 class Requeue:
     """Requeues a job that was stopped before its time limit, as long as the run makes progress."""
 
-    def __init__(self, job: Job | None) -> None:
+    def __init__(self, job: SlurmJob | None) -> None:
         if job is None:
             raise ConfigError("--requeue is for SLURM jobs, but SLURM_JOB_ID or srun is missing here. Leave it out.")
         self.job = job

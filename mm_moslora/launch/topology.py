@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_moslora.launch.child_processes import python_words
-from mm_moslora.launch.slurm_job import Job, refuse_options
+from mm_moslora.launch.slurm_job import SlurmJob, refuse_options
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
 from mm_moslora.utils.untrusted_files import read_text
@@ -47,7 +47,7 @@ class Topology:
     """Python of the ranks; in a container it has another path."""
     srun: tuple[str, ...] = ()
     """Further options of srun."""
-    job: Job | None = None
+    job: SlurmJob | None = None
     """The SLURM job that runs the ranks on its nodes; None: this machine, or the hosts in the other fields."""
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, cache_folder, checkp
 from mm_moslora.utils.text_format import format_seconds
 
 if TYPE_CHECKING:
-    from mm_moslora.training.supervision.run_state import Ending
+    from mm_moslora.training.supervision.run_state import RunEnding
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
     return 0
 
 
-def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: Ending) -> str | None:
+def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: RunEnding) -> str | None:
     """Run all stages; returns the closing text, None after a signal."""
     from mm_moslora.training.training_loop import train
 

@@ -46,7 +46,7 @@ class Watch:
         """Consecutive finite records."""
         self._timer: threading.Timer | None = None
 
-    def see(self, metrics: Mapping[str, float], step: int) -> None:
+    def process(self, metrics: Mapping[str, float], step: int) -> None:
         """Check a record. Each kind of alert is raised once until the run has been healthy again for a while."""
         now = self._clock()
         if self._last is not None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.tracker import Ending, Sample
+from mm_moslora.tracking.tracker import Ending, SampleAnswer
 from mm_moslora.utils.files import Appender, rename, replace_json, replace_text, sync
 from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -81,7 +81,7 @@ class JsonlTracker:
         numbers = {name: _number(value) for name, value in metrics.items()}
         self._write(METRICS, {"step": step, "time": round(time.time(), 3), **numbers})
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         for sample in samples:
             self._write(

@@ -14,7 +14,7 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     PROJECT,
     Ending,
     Labels,
-    Sample,
+    SampleAnswer,
     adapter_digest,
     chosen,
     default_name,
@@ -107,7 +107,7 @@ class MlflowTracker:
             self._there[name] = {metric.step for metric in self._client.get_metric_history(self._run, name)}
         return self._there[name]
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         rows = []
         for index, sample in enumerate(samples):

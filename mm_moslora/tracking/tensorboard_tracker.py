@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.tracking.mixer_images import mixer_views
-from mm_moslora.tracking.tracker import Ending, Sample, headline, namespaced
+from mm_moslora.tracking.tracker import Ending, SampleAnswer, headline, namespaced
 
 FOLDER = "tensorboard"
 
@@ -43,7 +43,7 @@ class TensorBoardTracker:
         for name, value in metrics.items():
             self._writer.add_scalar(namespaced(name), float(value), step)
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         import numpy as np
 

@@ -47,7 +47,7 @@ class Labels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class SampleAnswer:
     """One question with its picture and the model's answer."""
 
     question: str
@@ -86,7 +86,7 @@ class Tracker(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers at a step."""
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """Record questions and answers for a step."""
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -149,7 +149,7 @@ class Trackers:
         """Record numbers everywhere; see `Tracker.log`."""
         self._each("log", lambda tracker: tracker.log(metrics, step))
         if self._trackers:
-            self._watch.see(metrics, step)
+            self._watch.process(metrics, step)
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Record mixers everywhere; see `Tracker.log_mixers`."""
@@ -165,7 +165,7 @@ class Trackers:
         text = redact_text(alert.text)
         self._each("raise an alert", lambda tracker: tracker.alert(alert.title, text))
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """Record samples everywhere; see `Tracker.log_samples`. Secrets in the texts are removed here."""
         clean = [_without_secrets(sample) for sample in samples]
         self._each("log samples", lambda tracker: tracker.log_samples(title, clean, step))
@@ -230,7 +230,7 @@ def default_name(run_folder: Path) -> str:
     return "/".join(run_folder.resolve().parts[-2:])
 
 
-def _without_secrets(sample: Sample) -> Sample:
+def _without_secrets(sample: SampleAnswer) -> SampleAnswer:
     return dataclasses.replace(
         sample,
         question=redact_text(sample.question),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.tracking.mixer_images import mixer_views
-from mm_moslora.tracking.tracker import PROJECT, Ending, Labels, Sample, default_name, flat, headline, namespaced
+from mm_moslora.tracking.tracker import PROJECT, Ending, Labels, SampleAnswer, default_name, flat, headline, namespaced
 
 
 class TrackioTracker:
@@ -41,7 +41,7 @@ class TrackioTracker:
         """See `Tracker.log`."""
         self._run.log({namespaced(name): float(value) for name, value in metrics.items()}, step=step)
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         import pandas
         import trackio

@@ -20,7 +20,7 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     PROJECT,
     Ending,
     Labels,
-    Sample,
+    SampleAnswer,
     adapter_digest,
     chosen,
     default_name,
@@ -160,7 +160,7 @@ class WandbTracker:
         """See `Tracker.log`."""
         self._run.log({STEP: step, **{namespaced(name): float(value) for name, value in metrics.items()}})
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         import wandb
 

@@ -18,7 +18,7 @@ from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.adapters.methods.peft_methods import restore_method
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import filled_recipe
-from mm_moslora.training.engine import Engine, Piece
+from mm_moslora.training.engine import ParameterShard, TrainingEngine
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import MASTER, OPTIMIZER, OPTIMIZER_DETAILS, RandomState, moving_statistics
 from mm_moslora.utils import distributed
@@ -82,7 +82,7 @@ def _restore_statistics(run: Run, folder: Path) -> None:
 
 
 @torch.no_grad()
-def load_optimizer(engine: Engine, folders: Sequence[Path]) -> None:
+def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
     """Read the optimiser state that any number of ranks on any ZeRO stage wrote into an engine.
 
     Args:
@@ -93,20 +93,20 @@ def load_optimizer(engine: Engine, folders: Sequence[Path]) -> None:
         CheckpointError: a folder or a part of a parameter is missing, or a parameter has another size.
     """
     stored = StoredOptimizer(folders)
-    groups: dict[int, list[Piece]] = defaultdict(list)
-    for piece in engine.pieces():
-        for kind, target in {MASTER: piece.master, **piece.moments}.items():
-            value = stored.whole(kind, piece.name)
-            if piece.start + target.numel() > value.numel():
+    groups: dict[int, list[ParameterShard]] = defaultdict(list)
+    for shard in engine.shards():
+        for kind, target in {MASTER: shard.master, **shard.moments}.items():
+            value = stored.whole(kind, shard.name)
+            if shard.start + target.numel() > value.numel():
                 raise CheckpointError(
-                    f"{folders[0].parent}: {piece.name} has {value.numel()} elements, expected at least "
-                    f"{piece.start + target.numel()}."
+                    f"{folders[0].parent}: {shard.name} has {value.numel()} elements, expected at least "
+                    f"{shard.start + target.numel()}."
                 )
-            target.copy_(value.narrow(0, piece.start, target.numel()))
-        groups[id(piece.step)].append(piece)
+            target.copy_(value.narrow(0, shard.start, target.numel()))
+        groups[id(shard.step)].append(shard)
     for members in groups.values():
         # A flat group has one count. Parameters that were stepped alone may differ; the largest count is taken.
-        members[0].step.fill_(max(stored.steps.get(piece.name, 0.0) for piece in members))
+        members[0].step.fill_(max(stored.steps.get(shard.name, 0.0) for shard in members))
     engine.refresh(lambda name: stored.whole(MASTER, name), stored.scaler)
 
 

@@ -1,6 +1,6 @@
 """The contents of a checkpoint: copied, so that they can be written while training continues.
 
-The optimiser state does not know how it was split. Each rank writes its pieces of flat parameters as safetensors, and
+The optimiser state does not know how it was split. Each rank writes its shards of flat parameters as safetensors, and
 any number of ranks on any ZeRO stage reads what it needs from all files: the state of two ranks on ZeRO-2 continues on
 four ranks on ZeRO-3, or in plain torch. Nothing here needs pickle.
 """
@@ -24,7 +24,7 @@ from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.trainable_parts import component_of
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
-from mm_moslora.training.engine import Engine
+from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.run_setup import Run
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
@@ -159,15 +159,15 @@ class OptimizerState:
     """Dynamic loss scale (fp16)."""
 
     @classmethod
-    def copy_of(cls, engine: Engine) -> OptimizerState:
+    def copy_of(cls, engine: TrainingEngine) -> OptimizerState:
         """Copy; where every rank holds the whole state, each takes every n-th parameter."""
-        pieces, tensors = engine.pieces(), {}
+        shards, tensors = engine.shards(), {}
         if engine.replicated:
-            pieces = pieces[distributed.rank() :: distributed.world_size()]
-        for piece in pieces:
-            for kind, value in {MASTER: piece.master, **piece.moments}.items():
-                tensors[f"{kind}.{piece.start}.{piece.name}"] = value.detach().to("cpu", copy=True).contiguous()
-        steps = {piece.name: float(piece.step) for piece in pieces}
+            shards = shards[distributed.rank() :: distributed.world_size()]
+        for shard in shards:
+            for kind, value in {MASTER: shard.master, **shard.moments}.items():
+                tensors[f"{kind}.{shard.start}.{shard.name}"] = value.detach().to("cpu", copy=True).contiguous()
+        steps = {shard.name: float(shard.step) for shard in shards}
         return cls(tensors=tensors, steps=steps, scaler=engine.scaler_state())
 
     @property

@@ -31,8 +31,8 @@ from mm_moslora.models.decoding.generation import Prompt, encode_images, generat
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.vlm import has_own_forward, needs_padding
 from mm_moslora.tracking import Trackers
-from mm_moslora.tracking.tracker import Sample
-from mm_moslora.training.engine import Engine
+from mm_moslora.tracking.tracker import SampleAnswer
+from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.preflight import ACCURACY, LOSS
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import RandomState
@@ -118,11 +118,11 @@ class Validator:
         """Whether a signal interrupted the validation of this step, also in an earlier session."""
         return self.run.counters.get(CUT_SHORT_AT) == self.run.step
 
-    def _metrics(self) -> tuple[dict[str, float], list[Sample]]:
+    def _metrics(self) -> tuple[dict[str, float], list[SampleAnswer]]:
         """Metrics by name, the same on all ranks, and sample answers (on rank 0)."""
         run = self.run
         metrics: dict[str, float] = {}
-        samples: list[Sample] = []
+        samples: list[SampleAnswer] = []
         with undisturbed(run.engine):
             if run.validation_set is not None:
                 metrics |= self._loss(run.validation_set)
@@ -167,9 +167,9 @@ class Validator:
                 loss, right, count = loss + part.loss, right + part.right, count + part.tokens
         return {LOSS: loss / max(1.0, count), ACCURACY: right / max(1.0, count)}
 
-    def _answers(self, held_out: TrainingSet) -> list[Sample]:
+    def _answers(self, held_out: TrainingSet) -> list[SampleAnswer]:
         """Answers to the same first records every time; on rank 0."""
-        samples: list[Sample] = []
+        samples: list[SampleAnswer] = []
         usable = held_out.usable if distributed.is_main() else []
         count = min(self.run.recipe.validate.samples, len(usable))
         numbers = [usable[index * len(usable) // count] for index in range(count)]
@@ -184,13 +184,13 @@ class Validator:
         self._give_way(heard)
         return samples
 
-    def _answer(self, held_out: TrainingSet, record: Record) -> Sample:
+    def _answer(self, held_out: TrainingSet, record: Record) -> SampleAnswer:
         first = next(index for index, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = record.turns[:first]
         seen = held_out.see(record, sum(turn.images for turn in turns))
         ids = held_out.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
         picture = record.images[0] if record.images else None
-        return Sample(
+        return SampleAnswer(
             question=turns[-1].text, expected=record.turns[first].text,
             prediction=held_out.encoder.decode_answer(self._decode(ids, seen)), correct=None,
             image=picture.path if isinstance(picture, LocalPicture) else None,
@@ -209,7 +209,7 @@ class Validator:
 
 
 @contextmanager
-def undisturbed(engine: Engine) -> Iterator[None]:
+def undisturbed(engine: TrainingEngine) -> Iterator[None]:
     """Evaluation mode inside the block; generators and training mode are restored after it."""
     before = RandomState.now()
     engine.module.eval()
@@ -221,7 +221,7 @@ def undisturbed(engine: Engine) -> Iterator[None]:
 
 
 @contextmanager
-def whole_model(engine: Engine, model: PreTrainedModel) -> Iterator[None]:
+def whole_model(engine: TrainingEngine, model: PreTrainedModel) -> Iterator[None]:
     """The model of an engine prepared for generation: full weights, standard attention, a cache."""
     with ExitStack() as stack:
         stack.enter_context(engine.gathered())

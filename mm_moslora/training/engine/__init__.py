@@ -22,7 +22,9 @@ from mm_moslora.training.engine.deepspeed_settings import (
     deepspeed_refuses,
     largest_adapter,
 )
-from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, StepResult
+from mm_moslora.training.engine.engine_base import LossModule, TrainingEngine
+from mm_moslora.training.engine.parameter_shards import ParameterShard
+from mm_moslora.training.engine.step_result import StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils import distributed
@@ -30,19 +32,19 @@ from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 
 __all__ = [
     "DeepSpeedEngine",
-    "Engine",
     "LossModule",
     "OptimizerSettings",
-    "Piece",
+    "ParameterShard",
     "StepResult",
     "TorchEngine",
+    "TrainingEngine",
     "build_engine",
     "check_engine",
     "check_file",
     "deepspeed_config",
     "largest_adapter",
     "refuse_ranks",
-    "weights_place",
+    "weights_device",
 ]
 
 
@@ -118,7 +120,7 @@ def refuse_ranks(train: TrainConfig, world: int) -> None:
         )
 
 
-def weights_place(train: TrainConfig, *, quantised: bool) -> torch.device | None:
+def weights_device(train: TrainConfig, *, quantised: bool) -> torch.device | None:
     """Where this rank reads frozen and initial weights to; None: main memory.
 
     Below ZeRO-3 that is the device that trains. Under ZeRO-3 rank 0 reads them into main memory, and the engine sends
@@ -141,11 +143,11 @@ def build_engine(
     *,
     precision: str,
     optimizer: OptimizerSettings,
-) -> Engine:
+) -> TrainingEngine:
     """The engine that `train.zero` names.
 
     Args:
-        module: on the CPU or on the device that trains; under ZeRO-3 see `weights_place`.
+        module: on the CPU or on the device that trains; under ZeRO-3 see `weights_device`.
         groups: from `parameter_groups`.
         train: the recipe's `train`.
         precision: resolved.

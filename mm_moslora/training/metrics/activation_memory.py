@@ -233,7 +233,7 @@ def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[]
 
 
 @dataclass(kw_only=True)
-class _Pass:
+class _MeasuredPass:
     """One pass through a tower."""
 
     counter: FlopCounterMode
@@ -241,7 +241,7 @@ class _Pass:
     output: Any = None
 
 
-def _tiles(spec: ImageSpec | None, tower: Any, seen: _Pass) -> tuple[int, int, int]:
+def _tiles(spec: ImageSpec | None, tower: Any, seen: _MeasuredPass) -> tuple[int, int, int]:
     """Tiles of a picture, patches of all tiles (prefix tokens included), and the width of one patch."""
     tiles = seen.pixels.shape[0]
     if spec is not None:
@@ -253,9 +253,9 @@ def _tiles(spec: ImageSpec | None, tower: Any, seen: _Pass) -> tuple[int, int, i
 
 
 @contextmanager
-def _watched(tower: nn.Module) -> Iterator[_Pass]:
+def _watched(tower: nn.Module) -> Iterator[_MeasuredPass]:
     """Input, output and FLOPs of a tower."""
-    found, stack = _Pass(counter=FlopCounterMode(display=False)), ExitStack()
+    found, stack = _MeasuredPass(counter=FlopCounterMode(display=False)), ExitStack()
 
     def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         found.pixels = next(item for item in (*args, *named.values()) if isinstance(item, Tensor))

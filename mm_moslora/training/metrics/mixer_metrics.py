@@ -42,7 +42,7 @@ def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Args:
         model: the model with its adapters; it supplies the parameters that do not train.
-        state: parameter name to full fp32 value, from `Engine.trainable_state`; its tensors are kept.
+        state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`; its tensors are kept.
     """
     for _, layer, name, (A, mixer, B) in _factors(model, state):
         layer.starts[name] = Start(mixer=mixer, A=A if A.any() else None, B=B if B.any() else None)
@@ -82,7 +82,7 @@ def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[Modul
 
     Args:
         model: see `keep_start`.
-        state: parameter name to full fp32 value, from `Engine.trainable_state`, since live weights may be shards.
+        state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`: live weights may be shards.
     """
     reports = []
     for path, layer, name, (A, mixer, B) in _factors(model, state):

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Ending:
+class RunEnding:
     """The run's own record of its end; an exception adds its message."""
 
     finished: bool = False
@@ -33,7 +33,7 @@ class Ending:
 
 
 @contextmanager
-def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
+def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[RunEnding]:
     """Keep `state.json` of a run folder up to date while a run is active; see `mm_moslora.reporting.run_data`.
 
     A process that is killed leaves "running"; readers check its process id and the heartbeats. Where rank 0 is gone, a
@@ -52,7 +52,7 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[En
     before = _read_state(folder)
     if distributed.is_main():
         _write(folder, {"state": "running", **began})
-    ending = Ending()
+    ending = RunEnding()
     try:
         yield ending
     except BaseException as error:
