@@ -92,7 +92,7 @@ def _source(name: str | None, revision: str | None) -> Any:
 def _class_pictures(folder: Path, digest: str) -> list[Path]:
     """Pictures of the class: those with the digest, and all that have another name."""
     drawn = ((path, _DRAWN.fullmatch(path.name)) for path in picture_files(folder))
-    return [path for path, found in drawn if found is None or found[1] == digest]
+    return [path for path, parts in drawn if parts is None or parts[1] == digest]
 
 
 def complete_class_pictures(family: PipelineFamily, folder: Path, digest: str) -> list[Path]:

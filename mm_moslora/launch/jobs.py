@@ -171,17 +171,17 @@ def _tell_if_unsaved(end: End) -> None:
         )  # fmt: skip
 
 
-def cards_per_job(asked: int | None, engine: JobEngine, *, option: str) -> int:
+def cards_per_job(wanted: int | None, engine: JobEngine, *, option: str) -> int:
     """Accelerators of each job: those asked for, else one where the engine has any.
 
     Raises:
         ConfigError: several are asked for, and there are none, or too few of them in all.
     """
-    if asked is not None and asked < 1:
-        raise ConfigError(f"{option} is {asked}, expected 1 or more.")
-    if (asked or 1) > max(1, engine.cards):
-        raise ConfigError(f"{option} is {asked}, but there are {engine.cards} accelerators. Give at most that many.")
-    return (asked or 1) if engine.cards else 0
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"{option} is {wanted}, expected 1 or more.")
+    if (wanted or 1) > max(1, engine.cards):
+        raise ConfigError(f"{option} is {wanted}, but there are {engine.cards} accelerators. Give at most that many.")
+    return (wanted or 1) if engine.cards else 0
 
 
 class ProcessEngine:

@@ -172,12 +172,12 @@ def _run_on_node(job: Job, sign: str, threads: dict[str, str | None]) -> int:
     for name, value in threads.items():
         os.environ.pop(name, None)
         os.environ |= {} if value is None else {name: value}
-    asked: list[int] = []
+    requests: list[int] = []
     # Ray cancels a task by SIGINT, which does nothing where `ray start` inherited that it is ignored, as behind `&`.
-    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: requests.append(number))
     child, deadline = start_process(job, {}), math.inf
     while child.poll() is None:
-        if asked and deadline == math.inf:
+        if requests and deadline == math.inf:
             terminate(child.pid)
             deadline = time.monotonic() + GRACE
         if time.monotonic() > deadline:

@@ -59,8 +59,8 @@ class SlurmJob:
     """CPUs of the job's tasks on each node; older versions of srun do not inherit them from the job."""
     gpus_on_node: int | None = None
     """GPUs of the job on this node."""
-    tasks_here: int = 0
-    """Tasks of the step that this process is one of; 0: it is in no step, as a batch script is."""
+    tasks_of_step: int = 0
+    """Tasks of the step that this process belongs to; 0: it is in no step, as a batch script is."""
 
     @classmethod
     def current(cls, environment: Mapping[str, str]) -> SlurmJob | None:
@@ -78,7 +78,7 @@ class SlurmJob:
             restarts=whole_number(environment, "SLURM_RESTART_COUNT", 0),
             cpus_per_node=_cpus(environment),
             gpus_on_node=int(gpus) if gpus.isdecimal() and int(gpus) else None,
-            tasks_here=step_tasks(environment),
+            tasks_of_step=step_tasks(environment),
         )
 
     @property
@@ -92,14 +92,14 @@ class SlurmJob:
         Raises:
             ConfigError: each of several tasks would start it.
         """
-        if self.tasks_here > 1:
+        if self.tasks_of_step > 1:
             raise ConfigError(
-                f"mm-moslora launch runs in a step of {self.tasks_here} tasks, and each would start all ranks. Call it "
-                "once: in the batch script without srun, or in a step of one task (srun --ntasks=1 --pty bash)."
+                f"mm-moslora launch runs in a step of {self.tasks_of_step} tasks, and each would start all ranks. "
+                "Call it once: in the batch script without srun, or in a step of one task (srun --ntasks=1 --pty bash)."
             )
         words = ["srun", f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1"]
         words += ["--kill-on-bad-exit=1", f"--job-name={self.step_name}"]
-        words += ["--overlap"] if self.tasks_here else []  # else it would wait for the CPUs of its own step
+        words += ["--overlap"] if self.tasks_of_step else []  # else it would wait for the CPUs of its own step
         return words + ([f"--cpus-per-task={self.cpus_per_node}"] if self.cpus_per_node else [])
 
     def rendezvous(self) -> list[str]:
@@ -121,7 +121,7 @@ class SlurmJob:
         Args:
             srun: process id of the `srun` that started the step.
         """
-        if not _tried(lambda: self._told(srun)):
+        if not _tried(lambda: self._signal_step(srun)):
             logger.error(
                 "SLURM does not answer, so the step of job %d was not asked to save. SLURM signals it at the time "
                 "limit.", self.number,
@@ -135,7 +135,7 @@ class SlurmJob:
         """
         return _tried(lambda: _answer("scontrol", "requeue", self.name) is not None)
 
-    def _told(self, srun: int) -> bool:
+    def _signal_step(self, srun: int) -> bool:
         state = _squeue("--jobs", self.name, "--format", "%T")
         if state is not None and state.strip() == "COMPLETING":
             return True  # cancelled: SLURM has signalled the step, and torchrun gives up on a second signal

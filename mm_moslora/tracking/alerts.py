@@ -41,7 +41,7 @@ class Watch:
         self._gaps: deque[float] = deque(maxlen=50)
         self._last: float | None = None
         self._step = 0
-        self._stalled_told = False
+        self._stall_reported = False
         self._well_since = WELL_RECORDS
         """Consecutive finite records."""
         self._timer: threading.Timer | None = None
@@ -52,7 +52,7 @@ class Watch:
         if self._last is not None:
             self._gaps.append(now - self._last)
         self._last, self._step = now, step
-        self._stalled_told = False
+        self._stall_reported = False
         bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
         if bad and self._well_since >= WELL_RECORDS:
             self._raise(Alert(title="Not a number", text=f"Step {step}: {', '.join(bad)} not finite."))
@@ -78,6 +78,6 @@ class Watch:
 
     def _stalled(self, seconds: float) -> None:
         text = f"No metrics since step {self._step}, for {seconds:.0f} s."
-        if not self._stalled_told:
-            self._stalled_told = True
+        if not self._stall_reported:
+            self._stall_reported = True
             self._raise(Alert(title="Stalled", text=text))

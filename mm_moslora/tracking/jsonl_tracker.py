@@ -119,7 +119,7 @@ class JsonlTracker:
 def _previous(path: Path) -> Path:
     """An unused name for the file of an earlier run."""
     names = (f"{path.stem}.previous{number or ''}{path.suffix}" for number in itertools.count())
-    return next(place for name in names if not (place := path.with_name(name)).exists())
+    return next(free for name in names if not (free := path.with_name(name)).exists())
 
 
 def _number(value: float) -> float | None:
@@ -140,10 +140,13 @@ def _parse(line: str) -> dict[str, Any] | None:
 def _cut_after(path: Path, step: int) -> None:
     """Keep the complete lines up to `step`; the file is replaced atomically."""
     lines = (read_text_below(path.parent, path.name, errors="replace") or "").splitlines()
-    kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
-    if len(kept) == len(lines):
+    remaining = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
+    if len(remaining) == len(lines):
         return
-    replace_text(path, "".join(line + "\n" for line in kept))
+    replace_text(path, "".join(line + "\n" for line in remaining))
     logger.info(
-        "%s: %d records after step %d are cut off and will be written again.", path.name, len(lines) - len(kept), step
+        "%s: %d records after step %d are cut off and will be written again.",
+        path.name,
+        len(lines) - len(remaining),
+        step,
     )

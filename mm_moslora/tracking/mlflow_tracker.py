@@ -61,16 +61,16 @@ class MlflowTracker:
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve() / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
-        known = None if resume_step is None else read_text_below(run_folder, ID_FILE)
-        if known is not None:
-            self._run = known.strip()
+        run_id = None if resume_step is None else read_text_below(run_folder, ID_FILE)
+        if run_id is not None:
+            self._run = run_id.strip()
             self._client.update_run(self._run, status="RUNNING")
             self._until = max(self._steps_of(namespaced("loss")), default=-1)
             return
         project = chosen(self._labels.project, "MLFLOW_EXPERIMENT_NAME", "track.project") or PROJECT
-        found = self._client.get_experiment_by_name(project)
-        place = None if os.environ.get("MLFLOW_TRACKING_URI") else (run_folder / "mlflow").resolve().as_uri()
-        experiment = found.experiment_id if found else self._client.create_experiment(project, place)
+        existing = self._client.get_experiment_by_name(project)
+        artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else (run_folder / "mlflow").resolve().as_uri()
+        experiment = existing.experiment_id if existing else self._client.create_experiment(project, artifacts)
         name = self._labels.name or default_name(run_folder)
         self._run = self._client.create_run(experiment, run_name=name).info.run_id
         for key, value in self._tags().items():
@@ -82,8 +82,8 @@ class MlflowTracker:
 
     def _tags(self) -> dict[str, str]:
         labels = self._labels
-        named = {"mlflow.note.content": labels.notes, "group": labels.group, "job_type": labels.job_type}
-        return {key: value for key, value in named.items() if value} | {f"tag.{tag}": "yes" for tag in labels.tags}
+        tags = {"mlflow.note.content": labels.notes, "group": labels.group, "job_type": labels.job_type}
+        return {key: value for key, value in tags.items() if value} | {f"tag.{tag}": "yes" for tag in labels.tags}
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """See `Tracker.reopen`."""

@@ -69,8 +69,8 @@ class TensorBoardTracker:
         """See `Tracker.log_evaluation`."""
         cells = ["| task | system | n | mean | low | high |", "|---|---|---|---|---|---|"]
         for row in rows:
-            named = [str(row.get(key, "")) for key in ("task", "label", "n", "mean", "low", "high")]
-            cells.append("| " + " | ".join(_cell(text) for text in named) + " |")
+            texts = [str(row.get(key, "")) for key in ("task", "label", "n", "mean", "low", "high")]
+            cells.append("| " + " | ".join(_cell(text) for text in texts) + " |")
         self._writer.add_text("evaluation", "\n".join([*cells, "", f"adapter sha256 {adapter}"]), step)
         for name, score in headline(rows).items():
             self._writer.add_scalar(name, score, step)

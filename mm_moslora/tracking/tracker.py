@@ -126,7 +126,7 @@ class Trackers:
             active = distributed.is_main()
         self._trackers: list[Tracker] = list(trackers) if active else []
         self._failures: dict[str, int] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
         self._lock = threading.RLock()  # a timer's thread reports stalls
         self._watch = Watch(self.alert, clock=time.monotonic)
 
@@ -202,27 +202,27 @@ class Trackers:
         over = not is_full(error) and (needed or count >= MOST_FAILURES)
         if over:
             self._trackers.remove(tracker)
-        elif (tracker.name, what) in self._told:
+        elif (tracker.name, what) in self._reported:
             return
-        self._told.add((tracker.name, what))
+        self._reported.add((tracker.name, what))
         logger.warning(
             "Tracker %s could not %s (%s: %s); %s.", tracker.name, what, type(error).__name__, redact_text(str(error)),
             "the run continues without it" if over else "it is tried again",
         )  # fmt: skip
 
 
-def chosen(given: str | None, variable: str, key: str) -> str | None:
+def chosen(of_recipe: str | None, variable: str, key: str) -> str | None:
     """The recipe's value, else the tracker's environment variable; a warning names a variable that is overridden.
 
     Args:
-        given: the recipe's value.
+        of_recipe: the recipe's value.
         variable: name of the tracker's environment variable.
         key: the recipe's key, for the message.
     """
-    told = os.environ.get(variable)
-    if given and told and told != given:
-        logger.warning("%s is %r in the recipe, so %s=%r is ignored.", key, given, variable, told)
-    return given or told
+    of_environment = os.environ.get(variable)
+    if of_recipe and of_environment and of_environment != of_recipe:
+        logger.warning("%s is %r in the recipe, so %s=%r is ignored.", key, of_recipe, variable, of_environment)
+    return of_recipe or of_environment
 
 
 def default_name(run_folder: Path) -> str:
@@ -255,13 +255,13 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted names."""
-    found: dict[str, Any] = {}
+    items: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            items |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
-    return found
+            items[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return items
 
 
 def namespaced(name: str) -> str:

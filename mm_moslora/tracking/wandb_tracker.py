@@ -98,11 +98,11 @@ class WandbTracker:
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
-        known = "" if resume_step is None else (read_text_below(run_folder, ID_FILE) or "").strip()
-        given = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent sets the id of the trial
-        run_id = known or given or uuid.uuid4().hex[:12]
+        earlier = "" if resume_step is None else (read_text_below(run_folder, ID_FILE) or "").strip()
+        of_sweep = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent sets the id of the trial
+        run_id = earlier or of_sweep or uuid.uuid4().hex[:12]
         try:
-            self._run = self._init(mode, run_id, run_folder, config, resumed=bool(known or given))
+            self._run = self._init(mode, run_id, run_folder, config, resumed=bool(earlier or of_sweep))
         except Exception as error:
             if mode in ("offline", "disabled"):
                 raise
@@ -111,7 +111,7 @@ class WandbTracker:
                 redact_text(str(error)).splitlines()[0][:200], run_folder,
             )  # fmt: skip
             wandb.teardown()  # the failed attempt still holds the id
-            self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known or given))
+            self._run = self._init("offline", run_id, run_folder, config, resumed=bool(earlier or of_sweep))
         replace_text(run_folder / ID_FILE, run_id + "\n")
         self._online = not self._run.offline
         # The step is a metric of the run: wandb drops records with a decreasing built-in step, as after a resume.
@@ -142,7 +142,7 @@ class WandbTracker:
         """The recipe's value, else wandb's environment variables, else a default from the folder."""
         labels = self._labels
         defaults = {"project": PROJECT, "name": default_name(folder)}
-        found: dict[str, Any] = {
+        names: dict[str, Any] = {
             name: chosen(getattr(labels, name), f"WANDB_{variable}", f"track.{name}") or defaults.get(name)
             for name, variable in (
                 ("project", "PROJECT"), ("entity", "ENTITY"), ("name", "NAME"), ("group", "RUN_GROUP"),
@@ -150,7 +150,7 @@ class WandbTracker:
             )
         }  # fmt: skip
         tags = chosen(",".join(labels.tags), "WANDB_TAGS", "track.tags") or ""
-        return found | {"tags": [tag.strip() for tag in tags.split(",") if tag.strip()]}
+        return names | {"tags": [tag.strip() for tag in tags.split(",") if tag.strip()]}
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """See `Tracker.reopen`."""
@@ -251,5 +251,5 @@ def _settings() -> Any:
         "silent": True,
         "disable_git": True,  # a remote's URL may hold a password; the commit is in the configuration
     }
-    known = wandb.Settings.model_fields  # older versions lack `finish_timeout` and refuse unknown settings
-    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
+    fields = wandb.Settings.model_fields  # older versions lack `finish_timeout` and refuse unknown settings
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in fields})

@@ -75,8 +75,8 @@ def self_test(train: TrainConfig, precision: str) -> None:
     count = sum(batch.supervised_tokens for batch in everything)
     gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in reference.parameters()]
     for batch in everything:
-        found = torch.autograd.grad(reference(batch) / count, list(reference.parameters()))
-        gradients = [total + part.float() for total, part in zip(gradients, found, strict=True)]
+        parts = torch.autograd.grad(reference(batch) / count, list(reference.parameters()))
+        gradients = [total + part.float() for total, part in zip(gradients, parts, strict=True)]
     expected = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients))
 
     module = _Tiny().to(dtype_of(precision))

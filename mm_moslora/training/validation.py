@@ -132,9 +132,9 @@ class Validator:
                         samples = self._answers(run.validation_set)
                     if self.measure is not None:
                         self._give_way(self.stop.received)
-                        found = self.measure(self._moment())
-                        self._give_way(self.stop.received if found is None else 0)
-                        metrics |= found or {}
+                        scores = self.measure(self._moment())
+                        self._give_way(self.stop.received if scores is None else 0)
+                        metrics |= scores or {}
         return distributed.from_main(metrics), samples
 
     def _give_way(self, number: int) -> None:
@@ -196,14 +196,14 @@ class Validator:
             image=picture.path if isinstance(picture, LocalPicture) else None,
         )  # fmt: skip
 
-    def _decode(self, ids: Tensor, seen: list[ProcessedImage]) -> list[int]:
+    def _decode(self, ids: Tensor, images: list[ProcessedImage]) -> list[int]:
         model, limit = self.run.assembly.model, self.run.recipe.validate.sample_tokens
         stops = stop_token_ids(model, self.run.assembly.tokenizer.eos_token_id)
         if has_own_forward(model):
-            return list(stream_padded_row(model, ids, seen, max_new_tokens=limit, stop_ids=stops))
+            return list(stream_padded_row(model, ids, images, max_new_tokens=limit, stop_ids=stops))
         features = None
-        if seen:
-            pixels = torch.cat([picture.tensors["pixel_values"] for picture in seen])
+        if images:
+            pixels = torch.cat([picture.tensors["pixel_values"] for picture in images])
             features = encode_images(model, pixels.to(self.run.engine.device)).flatten(0, 1)
         return generate(model, [Prompt(input_ids=ids, features=features)], max_new_tokens=limit, stop_ids=stops)[0]
 
@@ -256,14 +256,14 @@ class Best:
         """Earlier values of this metric, up to the step that the run resumes from."""
         best = cls(config=config)
         try:
-            found = files.read_json(folder / BEST)
-            history = [(int(entry["step"]), float(entry["value"])) for entry in found["history"]]
+            stored = files.read_json(folder / BEST)
+            history = [(int(entry["step"]), float(entry["value"])) for entry in stored["history"]]
         except FileNotFoundError:
             return best
         except (OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is damaged (%s); earlier validations are forgotten.", folder / BEST, error)
             return best
-        if config.best is not None and found.get("metric") == config.best:
+        if config.best is not None and stored.get("metric") == config.best:
             for step, value in history:
                 if step <= resume_step:
                     best.update({config.best: value}, step)

@@ -100,11 +100,14 @@ def choose_checkpoint(run: Path, resume: str, check: Callable[[Path, Manifest], 
     with distributed.failing_together("Looking for a checkpoint"):
         if distributed.is_main():
             refuse_resume(run, resume)
-            named = resume_folder(resume)
-            found = (named, read_manifest(named)) if named else None if resume == "never" else newest_valid(run)
-            if found is not None:
-                choice = str(found[0])
-                check(*found)
+            chosen: tuple[Path, Manifest] | None = None
+            if folder := resume_folder(resume):
+                chosen = folder, read_manifest(folder)
+            elif resume != "never":
+                chosen = newest_valid(run)
+            if chosen is not None:
+                choice = str(chosen[0])
+                check(*chosen)
     choice = distributed.from_main(choice)
     if choice is None:
         return None

@@ -48,9 +48,9 @@ def deepspeed_config(
         "steps_per_print": 10**9,
     }
     for key, value in filled.items():
-        given = config.get(key, "auto")
+        of_file = config.get(key, "auto")
         if isinstance(value, dict):
-            merged = dict(given) if isinstance(given, dict) else {}
+            merged = dict(of_file) if isinstance(of_file, dict) else {}
             merged.update({name: item for name, item in value.items() if merged.get(name, "auto") == "auto"})
             if merged["enabled"] != value["enabled"]:
                 raise ConfigError(
@@ -58,7 +58,7 @@ def deepspeed_config(
                     'Write "auto" in the DeepSpeed file or change train.precision.'
                 )
             config[key] = merged
-        elif given == "auto" or key == "train_micro_batch_size_per_gpu":
+        elif of_file == "auto" or key == "train_micro_batch_size_per_gpu":
             config[key] = value
     zero = config.get("zero_optimization", {})
     swapped = zero.get("offload_param")
@@ -80,11 +80,11 @@ def nvme_folder() -> str:
     Raises:
         ConfigError: the variable is not set, or it names no folder.
     """
-    given = os.environ.get(NVME_FOLDER, "")
-    if not given or not os.path.isdir(given):
-        found = f"is {given!r}, which is no folder" if given else "is not set"
-        raise ConfigError(f"{NVME_FOLDER} {found}. Set it to a folder on a fast local disk of every host.")
-    return given
+    folder = os.environ.get(NVME_FOLDER, "")
+    if not folder or not os.path.isdir(folder):
+        fault = f"is {folder!r}, which is no folder" if folder else "is not set"
+        raise ConfigError(f"{NVME_FOLDER} {fault}. Set it to a folder on a fast local disk of every host.")
+    return folder
 
 
 def check_operators(config: Mapping[str, Any], zero: str) -> None:
@@ -134,13 +134,13 @@ def check_settings(config: dict[str, Any], zero: str) -> None:
     """
     import deepspeed
 
-    given = _Noted(config)
+    settings = _ReadKeys(config)
     try:
-        deepspeed.DeepSpeedConfig(given)
+        deepspeed.DeepSpeedConfig(settings)
     except Exception as error:
         raise deepspeed_refuses(zero, error) from error
-    for key in [key for key in config if key not in given.asked]:
-        if close := difflib.get_close_matches(key, given.asked, n=1, cutoff=0.8):
+    for key in [key for key in config if key not in settings.read_keys]:
+        if close := difflib.get_close_matches(key, settings.read_keys, n=1, cutoff=0.8):
             raise ConfigError(f"train.zero {zero}: DeepSpeed knows no key {key!r}. Did you mean {close[0]!r}?")
         if distributed.is_main():
             logger.warning("train.zero %s: DeepSpeed knows no key %r and ignores it.", zero, key)
@@ -160,23 +160,23 @@ def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:
     )
 
 
-class _Noted(dict[str, Any]):
+class _ReadKeys(dict[str, Any]):
     """Settings that record the keys that are read, also in copies of them."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__(content)
-        self.asked: set[str] = set()
+        self.read_keys: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().get(key, default)
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self.asked.add(str(key))
+        self.read_keys.add(str(key))
         return super().__contains__(key)
 
     def keys(self) -> Any:

@@ -43,10 +43,10 @@ class TorchEngine(TrainingEngine):
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
-        given = [pair for pair in self.pairs if pair[1].grad is not None]
-        gradients = _in_fp32([cast(Tensor, parameter.grad) for _, parameter in given])
+        with_gradient = [pair for pair in self.pairs if pair[1].grad is not None]
+        gradients = _in_fp32([cast(Tensor, parameter.grad) for _, parameter in with_gradient])
         sums: list[tuple[Tensor, Tensor]] = []
-        for (master, parameter), gradient in zip(given, gradients, strict=True):
+        for (master, parameter), gradient in zip(with_gradient, gradients, strict=True):
             parameter.grad = None
             if master.grad is None:
                 master.grad = gradient

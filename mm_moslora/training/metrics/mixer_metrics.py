@@ -68,12 +68,12 @@ def _factors(
             yield path, layer, name, (A.cpu(), {part: value.cpu().float() for part, value in mixer.items()}, B.cpu())
 
 
-def _whole(state: Mapping[str, Tensor], held: Tensor, *names: str) -> Tensor:
+def _whole(state: Mapping[str, Tensor], own: Tensor, *names: str) -> Tensor:
     """A tensor of the state under one of its names; one that a layer holds and does not train, as it is."""
-    found = next((state[name] for name in names if name in state), None)
-    if found is None and held.requires_grad:
+    full = next((state[name] for name in names if name in state), None)
+    if full is None and own.requires_grad:
         raise AdapterError(f"The state to measure lacks {' and '.join(names)}, which trains.")
-    return held if found is None else found
+    return own if full is None else full
 
 
 @torch.no_grad()
@@ -103,8 +103,8 @@ def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
     Returns:
         Finite numbers only (a rank-deficient mixer has no condition number); empty without adapters.
     """
-    found = summary(reports) if reports else {}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    means = summary(reports) if reports else {}
+    return {name: value for name, value in means.items() if math.isfinite(value)}
 
 
 def write_mixers(path: Path, reports: Sequence[ModuleReport]) -> list[dict[str, object]]:

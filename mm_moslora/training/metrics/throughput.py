@@ -117,8 +117,8 @@ class Speedometer:
         peaks = [peak for (peak,) in distributed.table_over_ranks([device_peak(device_name) or 0.0])]
         self.peak = sum(peaks) if all(peaks) else None
         """Of all ranks together."""
-        known = self.peak is not None and hasattr(model.get_decoder(), "layers")
-        self.counter = FlopCounter(model) if known else None
+        counts = self.peak is not None and hasattr(model.get_decoder(), "layers")
+        self.counter = FlopCounter(model) if counts else None
 
     def of(self, result: StepResult, micro_batches: Sequence[Batch], own: RankFigures) -> dict[str, float]:
         """Metrics of one step; every rank calls it.
@@ -135,8 +135,8 @@ class Speedometer:
         figures = dict(zip(names, columns[: len(names)], strict=True))
         world = len(table)
         metrics = {"padding_share": 1.0 - result.tokens / max(1.0, world * max(loads))} | _spread(figures)
-        seen = [sum(column) / self.copies for column in columns[len(names) :]]
-        needed = self._needed(result, seen, micro_batches=world * len(micro_batches) // self.copies)
+        work = [sum(column) / self.copies for column in columns[len(names) :]]
+        needed = self._needed(result, work, micro_batches=world * len(micro_batches) // self.copies)
         if needed is not None and self.peak is not None:
             metrics["mfu"] = needed.total / (max(1e-9, *figures["step_seconds"]) * self.peak)
         return metrics
@@ -155,14 +155,14 @@ class Speedometer:
             return [0.0, *asdict(VisionWork()).values()]
         pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
         shape = self.counter.shape
-        seen = VisionWork() if shape is None else sum((shape.of_batch(batch) for batch in micro_batches), VisionWork())
-        return [pairs, *asdict(seen).values()]
+        vision = VisionWork() if shape is None else sum(map(shape.of_batch, micro_batches), VisionWork())
+        return [pairs, *asdict(vision).values()]
 
-    def _needed(self, result: StepResult, seen: Sequence[float], *, micro_batches: int) -> Flops | None:
+    def _needed(self, result: StepResult, work: Sequence[float], *, micro_batches: int) -> Flops | None:
         if self.counter is None:
             return None
-        pairs, *looked_at = seen
-        vision_work = VisionWork(**dict(zip(asdict(VisionWork()), looked_at, strict=True)))
+        pairs, *vision = work
+        vision_work = VisionWork(**dict(zip(asdict(VisionWork()), vision, strict=True)))
         return self.counter.count(
             StepShape(
                 tokens=result.tokens, supervised=result.supervised_tokens, images=result.images, pairs=pairs,

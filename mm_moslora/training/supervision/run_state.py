@@ -83,10 +83,10 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
         reason: why it fails.
         ranks: the ranks to blame.
     """
-    told = _read_state(folder)
-    if told is not None and told.get("state") == "running":
+    state = _read_state(folder)
+    if state is not None and state.get("state") == "running":
         over = {"state": "failed", "reason": redact_text(reason), "ranks": list(ranks), "ended": time.time()}
-        _write(folder, told | over)
+        _write(folder, state | over)
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
