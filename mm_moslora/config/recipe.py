@@ -96,7 +96,7 @@ class Recipe(YamlRecipe):
         )
 
     def for_ranks(self, world: int, *, before: str | None = None) -> Recipe:
-        """The same with a preset in the place of `train.zero: auto`.
+        """The recipe with the preset that `train.zero: auto` chooses.
 
         Args:
             world: number of ranks.

@@ -49,6 +49,7 @@ class DenoisingLoss(nn.Module):
         conditioning = {name: value.to(dtype) for name, value in conditioning.items()}
         predicted = self.family.predict(noisy.to(dtype), timesteps, conditioning, batch.sizes)
         errors = (predicted.float() - target.float()).square().flatten(1).mean(1)
+        # As in DreamBooth's scripts, prior preservation adds to the loss: it does not dilute that of the subject.
         return (errors * weights * batch.weights).sum() / batch.subjects
 
     def _noise(self, batch: LatentBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,4 +100,4 @@ def draw_timesteps(family: PipelineFamily, count: int, draws: torch.Generator) -
     timesteps: Tensor = compute_density_for_timestep_sampling(
         loss.flow_weighting, count, loss.logit_mean, loss.logit_std, loss.mode_scale, generator=draws
     )
-    return timesteps.clamp(0, 1 - 1e-6)
+    return timesteps.clamp(0, 1 - 1e-6)  # 1 would be the index behind the last timestep

@@ -32,9 +32,9 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 GRACE = 120.0
 """Seconds in which a job that is asked to end may save."""
 _SAVED = (0, EXIT_REQUEUE, 143, -signal.SIGTERM)
-"""Exit codes of a job that was asked to end and has lost nothing: done, saved, or ended where it keeps all it did."""
-_LOOK, _PAUSE = 1.0, 0.1
-"""Seconds between two questions for further jobs or a stop, and between two looks at processes."""
+"""Exit codes of a job that was asked to end and has lost nothing: done, saved, or ended with all its work stored."""
+_ASK_AGAIN, _PAUSE = 1.0, 0.1
+"""Seconds between two calls of `jobs` and `stop`, and between two polls of processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +143,11 @@ def run_jobs(
                     unstarted.append(End(job, 1, f"it did not start: {error}"))
             if not running:
                 break
-            for end in unstarted or engine.wait(_LOOK):
+            for end in unstarted or engine.wait(_ASK_AGAIN):
                 running -= 1
                 problem, name = end.problem, end.job.name
                 if problem and stop():  # the signal may have ended the job, too
-                    _tell_if_unsaved(end)
+                    _warn_if_unsaved(end)
                     continue
                 tries[name] += 1
                 if problem and tries[name] < TRIES:
@@ -158,11 +158,11 @@ def run_jobs(
                 over(end.job, problem)
     finally:
         for end in engine.stop():
-            _tell_if_unsaved(end)
+            _warn_if_unsaved(end)
     return failed
 
 
-def _tell_if_unsaved(end: End) -> None:
+def _warn_if_unsaved(end: End) -> None:
     if end.code not in _SAVED:
         why = f"killed, as after {GRACE:g} s" if end.code == -signal.SIGKILL else f"exit code {end.code}"
         logger.warning(
@@ -194,7 +194,8 @@ class ProcessEngine:
     def __init__(self, *, parallel: int | None = None) -> None:
         if parallel is not None and parallel < 1:
             raise ConfigError(f"--parallel is {parallel}, expected 1 or more.")
-        self._cards = _card_names()
+        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), accelerators()
+        self._cards = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
         self._parallel = parallel or max(1, len(self._cards))
         self._free = list(self._cards)
         self._busy: list[tuple[Job, Sequence[str], Child]] = []
@@ -264,8 +265,3 @@ def close(child: Child) -> int:
         with suppress(BrokenPipeError):
             child.stdin.close()
     return child.wait()
-
-
-def _card_names() -> list[str]:
-    named, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), accelerators()
-    return named.split(",")[:count] if named else [str(index) for index in range(count)]

@@ -121,7 +121,7 @@ def _warning_of_silence(run_folder: Path) -> Iterator[None]:
     """Say once, after a minute, that the ranks have not met: then rank 0 writes the run's state."""
     before = _written(run_folder)
 
-    def tell() -> None:
+    def warn() -> None:
         if _written(run_folder) == before:
             logger.warning(
                 "The ranks have not met within %g s. Either imports are slow, or "
@@ -129,7 +129,7 @@ def _warning_of_silence(run_folder: Path) -> Iterator[None]:
                 SILENT_SECONDS,
             )  # fmt: skip
 
-    timer = threading.Timer(SILENT_SECONDS, tell)
+    timer = threading.Timer(SILENT_SECONDS, warn)
     timer.daemon = True
     timer.start()
     try:
@@ -158,14 +158,14 @@ def _run_ranks(topology: Topology, words: Sequence[str], log_folder: Path | None
     } | child_environment()  # fmt: skip
     if log_folder is not None:
         environment[LOG_FOLDER] = str(log_folder.absolute())
-    tell: Callable[[int], None] = terminate
+    request_stop: Callable[[int], None] = terminate
     kill: Callable[[int], None] = kill_tree
     if topology.uses_deepspeed:
-        tell = end_deepspeed
+        request_stop = end_deepspeed
         environment = {"OMP_NUM_THREADS": "1"} | environment  # torchrun sets it, too
     elif topology.job is not None:
         environment = step_environment(environment)
-        tell, kill = topology.job.terminate_step, terminate  # srun kills its step on SIGTERM
+        request_stop, kill = topology.job.terminate_step, terminate  # srun kills its step on SIGTERM
     with contextlib.ExitStack() as stack:
         if topology.hostfile is not None:
             file = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="deepspeed_env-", encoding="utf-8"))
@@ -173,7 +173,7 @@ def _run_ranks(topology: Topology, words: Sequence[str], log_folder: Path | None
             file.flush()
             environment[DEEPSPEED_ENV_FILE] = file.name
         # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
-        return run_and_hand_on(words, tell=tell, kill=kill, env=environment, process_group=0)
+        return run_and_hand_on(words, request_stop=request_stop, kill=kill, env=environment, process_group=0)
 
 
 def _is_finished(run_folder: Path) -> bool:

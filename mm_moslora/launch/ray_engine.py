@@ -27,7 +27,7 @@ from mm_moslora.utils.untrusted_files import read_text
 logger = logging.getLogger(__name__)
 
 _PAUSE, _SECONDS, _SEEN_LATE = 0.2, 10.0, 90.0
-"""Seconds between two looks at a process, to reach the cluster, and until a network file system shows an output."""
+"""Seconds between two polls of a process, to reach the cluster, and until a network file system shows an output."""
 _OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 """Ray kills its workers when this process is gone, but not their jobs then, which see it and save (`start_tied`)."""
 

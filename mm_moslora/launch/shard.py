@@ -82,7 +82,7 @@ def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
 
 
 def refuse_other_divisions(folder: Path, suffix: str, *, of: int) -> None:
-    """Refuse a folder with finished shards of another division, before there are more.
+    """Refuse a folder that holds finished shards of another division, before this command adds its own.
 
     Raises:
         ConfigError: it names some of them.

@@ -34,7 +34,7 @@ _PAUSE = 10.0
 _PATIENCE = 30.0
 """Timeout of one SLURM command, seconds."""
 _NO_STEP = 0xFFFF_0000
-"""Least number of the steps that are none of srun's own: that of the batch script, and the shell of salloc."""
+"""From this number on, a step is not one of srun: it is the batch script, or the shell of salloc."""
 _TASKS = re.compile(r"SLURM_(NTASKS\w*|NPROCS|TASKS_PER_NODE|CPUS_PER_TASK|TRES_PER_TASK)")
 """Variables of a job's tasks, which srun would take for those of a step."""
 _CHANGES_NODES = re.compile(r"-[NnwxrF]\S*|--(nodes|ntasks|ntasks-per-\w+|nodelist|nodefile|exclude|relative)(=.*)?")
@@ -151,7 +151,7 @@ class SlurmJob:
 
 
 def _cpus(environment: Mapping[str, str]) -> int | None:
-    """CPUs of a node's tasks together: the one task of a step has those of all tasks that the job asked for."""
+    """CPUs of all tasks of a node: the one task of a step gets them all."""
     each = whole_number(environment, "SLURM_CPUS_PER_TASK", 0)
     tasks = re.match(r"\d+", environment.get("SLURM_TASKS_PER_NODE", ""))
     return each * max(1, int(tasks[0]) if tasks else 1) or None
@@ -169,7 +169,7 @@ def step_tasks(environment: Mapping[str, str]) -> int:
 
 
 def leave_foreign_step() -> None:
-    """Forget a step of another job: sbatch passes on what a shell of srun has of its own to the batch script."""
+    """Remove the variables of another job's step: sbatch called from a shell of srun passes them on."""
     import psutil
 
     with contextlib.suppress(psutil.Error, LookupError, ValueError):

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.tracker import Ending, SampleAnswer
+from mm_moslora.tracking.tracker import Ending, SampleAnswer, Tracker
 from mm_moslora.utils.files import Appender, rename, replace_json, replace_text, sync
 from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class JsonlTracker:
+class JsonlTracker(Tracker):
     """Writes `metrics.jsonl` (numbers; null where one is not finite) and `tracked_samples.jsonl`."""
 
     name = "jsonl"
@@ -93,9 +93,6 @@ class JsonlTracker:
                 },
             )  # fmt: skip
 
-    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Does nothing: the mixers are in `mixers.json`."""
-
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`; one line of `evaluations.jsonl`."""
         time_now = round(time.time(), 3)
@@ -104,9 +101,6 @@ class JsonlTracker:
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`; one line of `alerts.jsonl`."""
         self._write(ALERTS, {"time": round(time.time(), 3), "title": title, "text": text})
-
-    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Does nothing: the folder is already on this disk."""
 
     def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.tracking.mixer_images import mixer_views
-from mm_moslora.tracking.tracker import Ending, SampleAnswer, headline, namespaced
+from mm_moslora.tracking.tracker import Ending, SampleAnswer, Tracker, headline, namespaced
 
 FOLDER = "tensorboard"
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """Writes scalars, sample tables and pictures as TensorBoard events."""
 
     name = "tensorboard"
@@ -77,10 +77,7 @@ class TensorBoardTracker:
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`."""
-        self._writer.add_text("alerts", f"**{_cell(title)}** {_cell(text)}", 0)
-
-    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Does nothing: TensorBoard stores no files."""
+        self._writer.add_text("alerts", f"**{_cell(title)}** {_cell(text)}", 0)  # an alert has no step
 
     def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
 
-from mm_moslora.tracking.alerts import Alert, Watch
+from mm_moslora.tracking.alerts import Watch
 from mm_moslora.tracking.run_environment import environment
 from mm_moslora.utils.files import is_full, sha256_of
 from mm_moslora.utils.redaction import redact, redact_text
@@ -31,19 +31,6 @@ PROJECT = "mm_moslora"
 """The default project."""
 MOST_FAILURES = 3
 """Consecutive failed calls after which a tracker is dropped."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labels:
-    """Name, project and tags of a run; see `TrackConfig` for the meaning of None."""
-
-    project: str | None = None
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
-    job_type: str | None = None
-    notes: str | None = None
-    tags: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +53,10 @@ class SampleAnswer:
 
 
 class Tracker(Protocol):
-    """A destination of metrics. Steps are optimiser steps and count from 1."""
+    """A destination of metrics. Steps are optimiser steps and count from 1.
+
+    A class that derives from it leaves out the records that its destination cannot hold.
+    """
 
     name: str
     """For messages."""
@@ -82,6 +72,7 @@ class Tracker(Protocol):
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """Open a finished run to add to it; no record is removed."""
+        self.start(config, run_folder, resume_step=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers at a step."""
@@ -160,10 +151,10 @@ class Trackers:
         """Record scores everywhere; see `Tracker.log_evaluation`."""
         self._each("log an evaluation", lambda tracker: tracker.log_evaluation(rows, adapter=adapter, step=step))
 
-    def alert(self, alert: Alert) -> None:
+    def alert(self, title: str, text: str) -> None:
         """Send an alert everywhere; see `Tracker.alert`."""
-        text = redact_text(alert.text)
-        self._each("raise an alert", lambda tracker: tracker.alert(alert.title, text))
+        clean = redact_text(text)
+        self._each("raise an alert", lambda tracker: tracker.alert(title, clean))
 
     def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """Record samples everywhere; see `Tracker.log_samples`. Secrets in the texts are removed here."""

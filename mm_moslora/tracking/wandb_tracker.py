@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mm_moslora.config import TrackConfig
 from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.tracker import (  # fmt: skip
     PROJECT,
     Ending,
-    Labels,
     SampleAnswer,
+    Tracker,
     adapter_digest,
     chosen,
     default_name,
@@ -78,17 +79,17 @@ def refuse_workspace_settings() -> None:
             )
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """One wandb run per run folder.
 
     Args:
-        labels: names, tags and notes.
+        config: the recipe's `track`, of which names, tags and notes are read.
     """
 
     name = "wandb"
 
-    def __init__(self, labels: Labels) -> None:
-        self._labels = labels
+    def __init__(self, config: TrackConfig) -> None:
+        self._config = config
         self._run: Any = None
         self._online = False
 
@@ -140,21 +141,17 @@ class WandbTracker:
 
     def _named(self, folder: Path) -> dict[str, Any]:
         """The recipe's value, else wandb's environment variables, else a default from the folder."""
-        labels = self._labels
+        config = self._config
         defaults = {"project": PROJECT, "name": default_name(folder)}
         names: dict[str, Any] = {
-            name: chosen(getattr(labels, name), f"WANDB_{variable}", f"track.{name}") or defaults.get(name)
+            name: chosen(getattr(config, name), f"WANDB_{variable}", f"track.{name}") or defaults.get(name)
             for name, variable in (
                 ("project", "PROJECT"), ("entity", "ENTITY"), ("name", "NAME"), ("group", "RUN_GROUP"),
                 ("job_type", "JOB_TYPE"), ("notes", "NOTES"),
             )
         }  # fmt: skip
-        tags = chosen(",".join(labels.tags), "WANDB_TAGS", "track.tags") or ""
+        tags = chosen(",".join(config.tags), "WANDB_TAGS", "track.tags") or ""
         return names | {"tags": [tag.strip() for tag in tags.split(",") if tag.strip()]}
-
-    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
-        """See `Tracker.reopen`."""
-        self.start(config, run_folder, resume_step=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""

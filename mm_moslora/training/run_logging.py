@@ -8,7 +8,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mm_moslora.batch import Batch
@@ -19,10 +18,10 @@ from mm_moslora.training.metrics.mixer_metrics import (
     ADAPTERS,
     log_adapter,
 )
-from mm_moslora.training.metrics.throughput import Clock, RankFigures, Speedometer
+from mm_moslora.training.metrics.throughput import Clock, Speedometer, rank_figures
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
-from mm_moslora.training.supervision.run_summary import note_memory, peak_memory_gib, write_summary
+from mm_moslora.training.supervision.run_summary import note_memory, write_summary
 from mm_moslora.utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class RunLog:
         step, recipe = self.run.step, self.run.recipe
         if step % recipe.train.log_every == 0 or step == self.total_steps:
             pace, work_seconds = self.clock.record(step, self.total_steps)
-            own = own_figures(seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds)
+            own = rank_figures(seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds)
             metrics = self._of_step(result, lr_factor) | {"loss_spike": spike}
             metrics |= pace | self.speedometer.of(result, micro_batches, own)
             self.trackers.log(metrics | self.extra, step)
@@ -162,15 +161,3 @@ class RunLog:
         components = [vars(row) for row in component_table(run.assembly)]
         image = run.assembly.tokens_per_image
         return {"components": components, "tokens_per_image": image, "base": run.assembly.base, "data": data}
-
-
-def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> RankFigures:
-    """Measurements of this rank, for the others."""
-    reserved = retries = 0.0
-    if torch.cuda.is_available():
-        reserved = torch.cuda.max_memory_reserved() / 2**30
-        retries = float(torch.cuda.memory_stats().get("num_alloc_retries", 0))
-    return RankFigures(
-        step_seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds, memory_gib=peak_memory_gib(),
-        memory_reserved_gib=reserved, allocator_retries=retries,
-    )  # fmt: skip

@@ -6,7 +6,6 @@ import logging
 import time
 from pathlib import Path
 
-from mm_moslora.tracking.alerts import Alert
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver, folder_name
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
 from mm_moslora.training.run_logging import RunLog
@@ -116,5 +115,4 @@ class RunSaves:
             raise CheckpointError(f"{error} The last {self._failed_in_a_row} saves failed; stopped.")
         if distributed.is_main():
             logger.error("%s Training continues.", error)
-        text = f"Step {self.run.step}: {error}"
-        self.log.trackers.alert(Alert(title="Save failed", text=text[:ALERT_LENGTH]))
+        self.log.trackers.alert("Save failed", f"Step {self.run.step}: {error}"[:ALERT_LENGTH])

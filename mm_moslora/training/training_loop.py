@@ -17,7 +17,6 @@ from mm_moslora.config import OptimConfig, Recipe
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.tracking import build_trackers
-from mm_moslora.tracking.alerts import Alert
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training import run_setup
 from mm_moslora.training.checkpointing.checkpoint_folder import amend, folder_name
@@ -232,7 +231,7 @@ class _Loop:
         except Exception as error:
             self._phase(heartbeat.FAILING)
             title = "Diverged" if isinstance(error, DivergedError) else "Run failed"
-            trackers.alert(Alert(title=title, text=f"Step {run.step}: {error}"[:ALERT_LENGTH]))
+            trackers.alert(title, f"Step {run.step}: {error}"[:ALERT_LENGTH])
             raise
         finally:
             trackers.finish(ending=ending)

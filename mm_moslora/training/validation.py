@@ -132,7 +132,12 @@ class Validator:
                         samples = self._answers(run.validation_set)
                     if self.measure is not None:
                         self._give_way(self.stop.received)
-                        scores = self.measure(self._moment())
+                        moment = Moment(
+                            assembly=run.assembly, name=run.recipe.name, config=run.recipe.validate,
+                            batch_size=run.recipe.train.micro_batch, step=run.step, stop=self.stop,
+                            folder=run.folder / "validation" / f"step-{run.step:06d}",
+                        )  # fmt: skip
+                        scores = self.measure(moment)
                         self._give_way(self.stop.received if scores is None else 0)
                         metrics |= scores or {}
         return distributed.from_main(metrics), samples
@@ -143,17 +148,9 @@ class Validator:
         if first:
             raise CutShortError(int(first))
 
-    def _moment(self) -> Moment:
-        run = self.run
-        return Moment(
-            assembly=run.assembly, name=run.recipe.name, config=run.recipe.validate,
-            batch_size=run.recipe.train.micro_batch, folder=run.folder / "validation" / f"step-{run.step:06d}",
-            step=run.step, stop=self.stop,
-        )  # fmt: skip
-
     def _loss(self, held_out: TrainingSet) -> dict[str, float]:
         recipe = self.run.recipe
-        loss = right = count = 0.0
+        sums = torch.zeros(3, dtype=torch.float64)
         together = self.run.engine.copies
         loader = BatchLoader(
             held_out, rank=distributed.rank() // together, world_size=distributed.world_size() // together,
@@ -163,12 +160,12 @@ class Validator:
             batches = iter(loader)
             for _ in range(loader.steps_per_epoch):
                 self._give_way(self.stop.received)
-                part = self.run.engine.evaluate(next(batches))
-                loss, right, count = loss + part.loss, right + part.right, count + part.tokens
+                sums += self.run.engine.evaluate(next(batches))
+        loss, right, count = sums.tolist()
         return {LOSS: loss / max(1.0, count), ACCURACY: right / max(1.0, count)}
 
     def _answers(self, held_out: TrainingSet) -> list[SampleAnswer]:
-        """Answers to the same first records every time; on rank 0."""
+        """Answers to the same evenly spaced records every time, on rank 0: files are often sorted by content."""
         samples: list[SampleAnswer] = []
         usable = held_out.usable if distributed.is_main() else []
         count = min(self.run.recipe.validate.samples, len(usable))

@@ -17,7 +17,7 @@ import yaml
 
 from mm_moslora.config import TRACKERS, TrackConfig
 from mm_moslora.tracking import SampleAnswer, Trackers, build_trackers, run_environment
-from mm_moslora.tracking.alerts import WELL_RECORDS, Alert, Watch
+from mm_moslora.tracking.alerts import WELL_RECORDS, Watch
 from mm_moslora.tracking.jsonl_tracker import JsonlTracker
 from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.run_environment import environment, git_state
@@ -59,7 +59,7 @@ def everything(
     trackers.log_mixers(MIXERS, 2)
     trackers.log_folder("adapter", adapter)
     trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter), step=2)
-    trackers.alert(Alert(title="Not a number", text=f"Step 2: loss, {SECRET}"))
+    trackers.alert("Not a number", f"Step 2: loss, {SECRET}")
     trackers.finish()
 
 
@@ -235,8 +235,8 @@ def test_a_tracker_that_is_not_installed_names_its_command(monkeypatch: pytest.M
 
 
 def test_not_a_number_is_told_once_until_the_run_has_been_well_for_a_while() -> None:
-    told: list[Alert] = []
-    watch = Watch(told.append, clock=time.monotonic)
+    told: list[tuple[str, str]] = []
+    watch = Watch(lambda *alert: told.append(alert), clock=time.monotonic)
     for step in range(1, 21):  # every other step, with a validation in between
         watch.process({"loss": float("nan") if step % 2 else 1.0, "grad_norm": 1.0}, step)
         watch.process({"validation_loss": 1.0}, step)
@@ -245,23 +245,23 @@ def test_not_a_number_is_told_once_until_the_run_has_been_well_for_a_while() -> 
         watch.process({"loss": 1.0}, step)
     watch.process({"loss": float("nan"), "grad_norm": float("nan")}, 100)
     watch.stop()
-    assert [alert.text for alert in told] == [
+    assert [text for _, text in told] == [
         "Step 1: loss not finite.", "Step 100: grad_norm, loss not finite.",
     ]  # fmt: skip
 
 
 def test_a_stall_is_told_by_the_clock_and_slow_runs_get_more_patience() -> None:
-    told: list[Alert] = []
-    watch = Watch(told.append, clock=time.monotonic, shortest=0.2)
+    told: list[tuple[str, str]] = []
+    watch = Watch(lambda *alert: told.append(alert), clock=time.monotonic, shortest=0.2)
     watch.process({"loss": 1.0}, 7)
     deadline = time.monotonic() + 60
     while not told and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert told[0].title == "Stalled"
-    assert "since step 7" in told[0].text
+    assert told[0][0] == "Stalled"
+    assert "since step 7" in told[0][1]
     watch.stop()
     times = iter([0.0, 100.0, 200.0])
-    slow = Watch(told.append, clock=lambda: next(times), shortest=300)
+    slow = Watch(lambda *alert: told.append(alert), clock=lambda: next(times), shortest=300)
     for step in (1, 2, 3):
         slow.process({"loss": 1.0}, step)
     slow.stop()

@@ -102,7 +102,7 @@ def refuse_ranks(train: TrainConfig, world: int) -> None:
     """Refuse a number of ranks on which an engine does not run.
 
     Args:
-        train: the recipe's `train`, with a preset in the place of `zero: auto`.
+        train: the recipe's `train`, with the preset that `zero: auto` chooses.
         world: ranks of the run.
 
     Raises:

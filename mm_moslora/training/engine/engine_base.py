@@ -20,7 +20,7 @@ from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine.parameter_shards import ParameterShard, component_norms
-from mm_moslora.training.engine.step_result import StepResult, TokenSums, Update
+from mm_moslora.training.engine.step_result import StepResult, Update
 from mm_moslora.training.engine.stiefel_manifold import StiefelFactors
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
@@ -156,8 +156,13 @@ class TrainingEngine(ABC):
         return False
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> TokenSums:
-        """Measure batches without a gradient."""
+    def evaluate(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Measure batches without a gradient.
+
+        Returns:
+            fp64 ``[3]`` on the CPU, over all ranks: sum of the cross entropies, supervised tokens that had the highest
+            probability, supervised tokens.
+        """
         counts, with_images = self._counts_of_all_ranks(micro_batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -165,8 +170,7 @@ class TrainingEngine(ABC):
             total += self._evaluate(batch.to(self.device), ranks > 0, right)
         sums = torch.stack((total, right.double()))
         distributed.add_up(sums)
-        loss, right_of_all = sums.tolist()
-        return TokenSums(loss=loss, right=right_of_all, tokens=counts["supervised_tokens"])
+        return torch.tensor([*sums.tolist(), counts["supervised_tokens"]], dtype=torch.float64)
 
     @abstractmethod
     def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor: ...

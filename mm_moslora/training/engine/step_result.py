@@ -1,4 +1,4 @@
-"""What an engine's step and evaluation give."""
+"""The results of an optimiser step."""
 
 from __future__ import annotations
 
@@ -31,18 +31,6 @@ class StepResult:
     """Whether this rank's part of the loss is finite; checked only for skipped steps."""
     rescaling: bool = False
     """Whether the step was skipped because the loss scale of fp16 was too large; it has been lowered."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSums:
-    """Sums over some batches of all ranks."""
-
-    loss: float
-    """Sum of the cross entropies."""
-    right: float
-    """Supervised tokens that had the highest probability."""
-    tokens: float
-    """Supervised tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

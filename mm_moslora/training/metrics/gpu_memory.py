@@ -57,11 +57,11 @@ class StepMemory:
 
     size: ActivationMemory
     zero: str
-    """The recipe's `train.zero`, with a preset in the place of auto."""
+    """The recipe's `train.zero`; for auto, the preset that it chooses."""
     world: int
     """GPUs."""
     on_host: int = PER_HOST
-    """GPUs of one host, if there are so many."""
+    """Most GPUs of one host."""
     checkpointing: bool | int
     """Of the decoder: all layers, none, or so many from the first."""
     offload: bool = False

@@ -46,8 +46,8 @@ _STANDSTILL = 10
 """Multiple of the heartbeat interval: a longer gap means that the process did not run."""
 _CULPRIT_SECONDS = 4.0  # a failing rank needs a moment to write its heartbeat
 _GONE_SECONDS = 5.0
-"""Seconds that a rank may be gone, and between two looks at the others. On gloo, ranks that wait for it mostly fail by
-themselves, with a more specific error; on NCCL they would wait for the timeout of a collective."""
+"""Seconds that a rank may be gone, and between two readings of the other heartbeats. On gloo, ranks that wait for it
+mostly fail by themselves, with a more specific error; on NCCL they would wait for the timeout of a collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
