@@ -56,6 +56,12 @@ class PipelineFamily:
     """Layers meant by `adapter.targets: attention`."""
     t5_window = 0
     """Most tokens of T5, 0 without one."""
+    prompt_options: Mapping[str, Any] = MappingProxyType(
+        {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    )
+    """Arguments of the pipeline's `encode_prompt`; the first of its outputs is the text."""
+    pooled_output: int | None = None
+    """Index of the pooled text among its outputs; None: there is none."""
     packed = 1
     """Side of the squares of latents that the pipeline joins before the denoiser."""
 
@@ -135,13 +141,10 @@ class PipelineFamily:
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """The conditioning of prompts; gradients flow into text encoders."""
-        device = self._encoder_device()
-        text = self.pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)[0]
-        return {"text": text}
-
-    def _encoder_device(self) -> torch.device:
         encoder = next(getattr(self.pipeline, n) for n in self.text_encoder_names if getattr(self.pipeline, n, None))
-        return next(encoder.parameters()).device
+        device = next(encoder.parameters()).device
+        outputs = self.pipeline.encode_prompt(prompts, device=device, **self.prompt_options)
+        return {"text": outputs[0]} | ({} if self.pooled_output is None else {"pooled": outputs[self.pooled_output]})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """The denoiser's prediction, of the shape of the latents."""
@@ -210,6 +213,7 @@ class SdxlFamily(PipelineFamily):
 
     classes = ("StableDiffusionXLPipeline",)
     text_encoder_names = clip_names = ("text_encoder", "text_encoder_2")
+    pooled_output = 2
 
     def _vae_scale(self) -> tuple[Tensor | float, Tensor | float]:
         """Of each channel where the VAE has both, as diffusers' SDXL does."""
@@ -218,13 +222,6 @@ class SdxlFamily(PipelineFamily):
         if mean is None or deviation is None:
             return super()._vae_scale()
         return torch.tensor(mean).view(-1, 1, 1), torch.tensor(deviation).view(-1, 1, 1)
-
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """See `PipelineFamily`."""
-        text, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=self._encoder_device(), do_classifier_free_guidance=False
-        )
-        return {"text": text, "pooled": pooled}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """See `PipelineFamily`."""
@@ -241,14 +238,10 @@ class Sd3Family(PipelineFamily):
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     clip_names = ("text_encoder", "text_encoder_2")
     attention = (*PipelineFamily.attention, *_JOINT)
-
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """See `PipelineFamily`."""
-        text, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self._encoder_device(), do_classifier_free_guidance=False,
-            max_sequence_length=self.t5_window,
-        )  # fmt: skip
-        return {"text": text, "pooled": pooled}
+    prompt_options = MappingProxyType(
+        {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False, "max_sequence_length": t5_window}
+    )
+    pooled_output = 2
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """See `PipelineFamily`."""
@@ -265,13 +258,8 @@ class FluxFamily(PipelineFamily):
     denoiser_name, flow, t5_window, packed = "transformer", True, 512, 2
     text_encoder_names = ("text_encoder", "text_encoder_2")
     attention = (*PipelineFamily.attention, *_JOINT)
-
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """See `PipelineFamily`."""
-        text, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, device=self._encoder_device(), max_sequence_length=self.t5_window
-        )
-        return {"text": text, "pooled": pooled}
+    prompt_options = MappingProxyType({"prompt_2": None, "max_sequence_length": t5_window})
+    pooled_output = 1
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """See `PipelineFamily`."""

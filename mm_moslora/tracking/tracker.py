@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from PIL.Image import Image
 
@@ -52,10 +52,10 @@ class SampleAnswer:
         return None if self.image is None else shrunk(self.image, side=256, formats=(*FORMATS, "TIFF"))
 
 
-class Tracker(Protocol):
+class Tracker:
     """A destination of metrics. Steps are optimiser steps and count from 1.
 
-    A class that derives from it leaves out the records that its destination cannot hold.
+    A destination overrides what it can hold; the rest does nothing.
     """
 
     name: str
