@@ -36,7 +36,7 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 CLASS_PICTURES = "class_pictures"
-"""Of a manifest's `base`: digest in the names of the drawn pictures of the class."""
+"""Key of a manifest's `base`: the digest in the names of the drawn pictures of the class."""
 
 
 @dataclass(kw_only=True)

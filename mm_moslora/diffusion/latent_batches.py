@@ -1,4 +1,4 @@
-"""Batches of latents: pictures through the VAE and prompts through the text encoders, each once where that is enough.
+"""Batches of latents. The VAE encodes pictures, and the text encoders prompts: once each, where the recipe allows it.
 
 Every draw (crop, latent, noise, timestep) follows from the seed, the step and the rank, so nothing has to be saved.
 """

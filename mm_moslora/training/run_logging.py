@@ -1,4 +1,4 @@
-"""What a run logs: metrics and warnings of its steps, its mixers, its peak memory and its summary."""
+"""What a run logs: metrics and warnings of its steps, the measures of its adapter, and its summary."""
 
 from __future__ import annotations
 

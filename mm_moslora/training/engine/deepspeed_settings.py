@@ -1,4 +1,4 @@
-"""DeepSpeed's settings, from a preset or file and the recipe, and its start on this machine."""
+"""DeepSpeed's settings, from a preset or file and the recipe, and whether it can run them."""
 
 from __future__ import annotations
 
