@@ -144,10 +144,10 @@ def test_a_gpu_that_this_pytorch_does_not_run_on_is_named(monkeypatch):
 
 
 def test_in_a_step_on_a_gpu_nobody_is_blamed_for_where_he_waits(monkeypatch):
-    assert watchdog._own_place("step")
+    assert watchdog._blocking_line("step")
     monkeypatch.setattr(distributed, "device", lambda: CUDA)
-    assert not watchdog._own_place("step")
-    assert watchdog._own_place("data")
+    assert not watchdog._blocking_line("step")
+    assert watchdog._blocking_line("data")
 
 
 @pytest.fixture
