@@ -19,7 +19,7 @@ from typing import Any
 from mm_moslora.launch.child_processes import kill_tree, terminate
 from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Job, JobEngine, ProcessEngine, close, start_process
 from mm_moslora.launch.launcher import EXIT_REQUEUE
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, reason_of
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import install_extra
 from mm_moslora.utils.untrusted_files import read_text
@@ -66,7 +66,7 @@ class RayEngine:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _OUTLIVES})
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
-                f"--ray {address}: no Ray cluster answers there ({_first_line(error)}). Start one with `ray "
+                f"--ray {address}: no Ray cluster answers there ({reason_of(error)}). Start one with `ray "
                 "start --head`, and this command on one of its nodes."
             ) from error
         self._ray = ray
@@ -125,7 +125,7 @@ class RayEngine:
             return End(job, EXIT_REQUEUE)  # before it began
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            return End(job, 1, _first_line(cause))
+            return End(job, 1, reason_of(cause))
         deadline = time.monotonic() + _SEEN_LATE
         while code == 0 and job.output is not None and not job.output.exists() and time.monotonic() < deadline:
             time.sleep(_PAUSE)
@@ -142,10 +142,6 @@ class RayEngine:
         self._running.clear()
         self._ray.shutdown()
         return ends
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _require_listener(address: str) -> None:

@@ -35,12 +35,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Args:
         path: where it is missing, there are no records.
     """
-    records = []
-    for line in (read_text_below(path.parent, path.name, errors="replace") or "").splitlines():
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-    return records
+    lines = (read_text_below(path.parent, path.name, errors="replace") or "").splitlines()
+    return [record for line in lines if (record := _parse(line)) is not None]
 
 
 class JsonlTracker(Tracker):
@@ -84,14 +80,8 @@ class JsonlTracker(Tracker):
     def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         for sample in samples:
-            self._write(
-                SAMPLES,
-                {
-                    "step": step, "title": title, "image": None if sample.image is None else str(sample.image),
-                    "question": sample.question, "expected": sample.expected,
-                    "prediction": sample.prediction, "correct": sample.correct,
-                },
-            )  # fmt: skip
+            image = None if sample.image is None else str(sample.image)
+            self._write(SAMPLES, {"step": step, "title": title, "image": image, **sample.texts})
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`; one line of `evaluations.jsonl`."""

@@ -112,12 +112,7 @@ class MlflowTracker(Tracker):
             if small is not None:
                 picture = f"samples/{title}/{step}/{index}.png"
                 self._client.log_image(self._run, small, artifact_file=picture)
-            rows.append(
-                {
-                    "image": picture, "question": sample.question, "expected": sample.expected,
-                    "prediction": sample.prediction, "correct": sample.correct,
-                }
-            )  # fmt: skip
+            rows.append({"image": picture, **sample.texts})
         self._client.log_dict(self._run, {"step": step, "samples": rows}, f"samples/{title}/{step}.json")
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:

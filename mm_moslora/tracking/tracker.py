@@ -45,6 +45,12 @@ class SampleAnswer:
     image: Path | None = None
     """A picture file; it is re-encoded at a small size before it is sent anywhere."""
 
+    @property
+    def texts(self) -> dict[str, str | bool | None]:
+        """What a table of samples shows beside the picture."""
+        names = ("question", "expected", "prediction", "correct")
+        return {name: getattr(self, name) for name in names}
+
     def small(self) -> Image | None:
         """The picture as RGB, at most 256 pixels long; None where it is missing or unreadable."""
         from mm_moslora.reporting.inline_images import FORMATS, shrunk

@@ -43,15 +43,10 @@ class TrackioTracker(Tracker):
         import pandas
         import trackio
 
-        small = [sample.small() for sample in samples]
         rows = [
-            {
-                "image": None if picture is None else trackio.Image(picture),
-                "question": sample.question, "expected": sample.expected, "prediction": sample.prediction,
-                "correct": sample.correct,
-            }
-            for sample, picture in zip(samples, small, strict=True)
-        ]  # fmt: skip
+            {"image": None if (picture := sample.small()) is None else trackio.Image(picture), **sample.texts}
+            for sample in samples
+        ]
         self._run.log({f"samples/{title}": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:

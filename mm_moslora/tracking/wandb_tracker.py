@@ -165,7 +165,7 @@ class WandbTracker(Tracker):
         for sample in samples[:MAX_SAMPLES]:
             small = sample.small()
             image = None if small is None else wandb.Image(small)
-            table.add_data(image, sample.question, sample.expected, sample.prediction, sample.correct)  # type: ignore[no-untyped-call]
+            table.add_data(image, *sample.texts.values())  # type: ignore[no-untyped-call]
         if len(samples) > MAX_SAMPLES:
             logger.info("wandb: the first %d of %d samples are logged.", MAX_SAMPLES, len(samples))
         self._run.log({STEP: step, namespaced(title if "/" in title else f"eval/{title}"): table})
