@@ -15,13 +15,7 @@ from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.recipe_paths import from_working_folder
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
-from mm_moslora.config.strict_reading import (
-    parse_scalar,
-    parse_text,
-    plain,
-    set_dotted,
-    takes_text,
-)
+from mm_moslora.config.strict_reading import parse_scalar, parse_text, plain, set_dotted, takes_text
 from mm_moslora.config.value_checks import require
 from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import checkpoints

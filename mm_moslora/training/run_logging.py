@@ -14,10 +14,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.metrics.mixer_metrics import (
-    ADAPTERS,
-    log_adapter,
-)
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, log_adapter
 from mm_moslora.training.metrics.throughput import Clock, Speedometer, rank_figures
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore

@@ -21,13 +21,7 @@ from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters, component_table, reads_data
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import is_multimodal, needs_padding
-from mm_moslora.training.engine import (
-    LossModule,
-    OptimizerSettings,
-    TrainingEngine,
-    build_engine,
-    weights_device,
-)
+from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
 from mm_moslora.training.engine.ulysses import row_share
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start

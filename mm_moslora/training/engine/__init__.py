@@ -31,21 +31,9 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 
 __all__ = [
-    "DeepSpeedEngine",
-    "LossModule",
-    "OptimizerSettings",
-    "ParameterShard",
-    "StepResult",
-    "TorchEngine",
-    "TrainingEngine",
-    "build_engine",
-    "check_engine",
-    "check_file",
-    "deepspeed_config",
+    "LossModule", "OptimizerSettings", "ParameterShard", "StepResult", "TorchEngine", "TrainingEngine",
     "largest_adapter",
-    "refuse_ranks",
-    "weights_device",
-]
+]  # fmt: skip
 
 
 def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) -> None:
