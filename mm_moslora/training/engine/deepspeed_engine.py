@@ -46,11 +46,7 @@ class DeepSpeedEngine(TrainingEngine):
     """DeepSpeed ZeRO, any stage."""
 
     def __init__(
-        self,
-        module: LossModule,
-        groups: Sequence[ParameterGroup],
-        optimizer: OptimizerSettings,
-        config: dict[str, Any],
+        self, module: LossModule, groups: Sequence[ParameterGroup], optimizer: OptimizerSettings, config: dict[str, Any]
     ) -> None:
         super().__init__(module, groups)
         import deepspeed
