@@ -36,7 +36,7 @@ class RunSaves:
 
     def __init__(self, log: RunLog, watchdog: Watchdog, *, best: Best, saved_at: int) -> None:
         self.run, self.log, self.best, self.saved_at = log.run, log, best, saved_at
-        self.saver, self._tidier = Saver(log.run.folder), Tidier(log.run.folder)
+        self.saver, self.tidier = Saver(log.run.folder), Tidier(log.run.folder)
         self._watchdog, self._failed_in_a_row = watchdog, 0
 
     def start(self) -> Snapshot:
@@ -95,11 +95,7 @@ class RunSaves:
         best = None if best_step is None else folder_name(best_step)
         if self.best.step >= 0:
             self.best.write(folder, best)
-        self._tidier.start(Retention(last=train.keep_last, every=train.keep_every, best=best))
-
-    def wait(self) -> None:
-        """Wait until no old checkpoint is being deleted."""
-        self._tidier.wait()
+        self.tidier.start(Retention(last=train.keep_last, every=train.keep_every, best=best))
 
     def _phase(self) -> None:
         """Time limit of a save: a background save blocks no longer than a step; waiting for a disk may take longer."""

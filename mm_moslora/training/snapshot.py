@@ -56,7 +56,7 @@ class Snapshot:
     @property
     def size(self) -> int:
         """Estimate of the bytes that this rank will write."""
-        return self.optimizer.bytes + sum(value.numel() * value.element_size() for value in self.weights.values())
+        return self.optimizer.bytes + sum(value.nbytes for value in self.weights.values())
 
     def write(self, folder: Path) -> None:
         """Write this rank's part into a checkpoint's folder; see `Saver.start`."""
@@ -173,7 +173,7 @@ class OptimizerState:
     @property
     def bytes(self) -> int:
         """Size of the tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, folder: Path) -> None:
         """Write both files into a folder that exists."""

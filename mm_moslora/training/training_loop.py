@@ -220,7 +220,7 @@ class _Loop:
                 if self._over and run.counters.get(FINISHED_AT) != run.step:
                     self._measure_end(folder)
                 self.log.write_summary()
-                self.saves.wait()
+                self.saves.tidier.wait()
             if self._over and not self.validator.cut_short and distributed.is_main() and (folder / "adapter").is_dir():
                 trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
             ending = "finished" if self._over and not self.validator.cut_short else "stopped"
