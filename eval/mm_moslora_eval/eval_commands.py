@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from mm_moslora_eval.protocol.model_interface import Model
     from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.run.baselines import TrainingAnswer
-    from mm_moslora_eval.run.evaluate_suite import Comparison
+    from mm_moslora_eval.run.evaluate_suite import PairedComparison
     from mm_moslora_eval.run.llm_judge import Judge
     from mm_moslora_eval.run.result_file import TaskResult
-    from mm_moslora_eval.run.task_runner import Settings
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
     from mm_moslora_eval.sources.document import Document
     from mm_moslora_eval.sources.image_controls import ImageMode
 
@@ -38,7 +38,7 @@ def run(
     modes: Sequence[ImageMode] = ("own",),
     baselines: Sequence[str] = (),
     training: Sequence[TrainingAnswer] = (),
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     progress: Callable[[str, ImageMode, int, int], None] | None = None,
     judge: Judge | None = None,
     named: str = "",
@@ -68,11 +68,11 @@ def run(
     """
     from mm_moslora_eval.protocol.task_registry import get_task
     from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
-    from mm_moslora_eval.run.task_runner import Settings, hold_run
+    from mm_moslora_eval.run.task_runner import EvaluationSettings, hold_run
 
     found = [get_task(name) for name in tasks]
     checksums = [task.load().sha256 for task in found]  # fail before the model is loaded
-    chosen = settings or Settings()
+    chosen = settings or EvaluationSettings()
     chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
     work = work_of([*zip(found, checksums, strict=True)], modes, chosen, model=named)
     folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
@@ -106,7 +106,7 @@ def _run_held(
     tasks: Sequence[Task],
     output: Path,
     *,
-    settings: Settings,
+    settings: EvaluationSettings,
     progress: Callable[[str, ImageMode, int, int], None] | None,
     **rest: Any,
 ) -> list[TaskResult]:
@@ -379,7 +379,7 @@ def check(name: str) -> str:
     return f"{task.id}: {data.path} has no faults: {count}{odd}"
 
 
-def compare(run_a: Path, run_b: Path) -> tuple[Comparison, str]:
+def compare(run_a: Path, run_b: Path) -> tuple[PairedComparison, str]:
     """Compare two task folders sample by sample; returns the numbers and a readable text."""
     from mm_moslora_eval.run.evaluate_suite import compare as compare_samples
 
@@ -387,7 +387,7 @@ def compare(run_a: Path, run_b: Path) -> tuple[Comparison, str]:
     return result, comparison_text(result)
 
 
-def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
+def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:
     """Compare runs or task folders; several seeds of one system are separated by commas.
 
     Raises:
@@ -401,7 +401,7 @@ def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
     return [(result, comparison_text(result)) for result in results]
 
 
-def comparison_text(result: Comparison) -> str:
+def comparison_text(result: PairedComparison) -> str:
     """A comparison as readable text."""
     score, found = result.score, result.score.found
     lines = [

@@ -11,7 +11,7 @@ from mm_moslora.cli.eval_verbs import quiet_libraries
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
-    from mm_moslora.planning.run_plan import Option, Plan
+    from mm_moslora.planning.run_plan import Option, RunPlan
     from mm_moslora.training.metrics.gpu_memory import Memory
 
 SHOWN = 12
@@ -97,7 +97,7 @@ def _size(picture: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _pictures(found: Plan) -> str:
+def _pictures(found: RunPlan) -> str:
     """Print the assumed picture size, for models with a cost per picture that depends on it."""
     from rich.markup import escape
 
@@ -111,7 +111,7 @@ def _pictures(found: Plan) -> str:
     return line
 
 
-def _links(found: Plan) -> str:
+def _links(found: RunPlan) -> str:
     """The assumed bandwidths."""
     from mm_moslora.training.metrics.gpu_specs import PER_HOST
 
@@ -122,7 +122,7 @@ def _links(found: Plan) -> str:
     return line + "."
 
 
-def _parts(found: Plan) -> Any:
+def _parts(found: RunPlan) -> Any:
     from rich.table import Table
 
     table = Table("part", "parameters", "trainable", box=None)
@@ -131,7 +131,7 @@ def _parts(found: Plan) -> Any:
     return table
 
 
-def _options(found: Plan) -> Any:
+def _options(found: RunPlan) -> Any:
     from rich.table import Table
 
     table = Table("setting", "GiB", "tokens/s", "time", "fits", box=None)
@@ -171,7 +171,7 @@ def _reason(option: Option) -> str:
     return f"{name} take {getattr(needed, name) / 2**30:.0f} GiB"
 
 
-def expected(found: Plan, option: Option) -> str:
+def expected(found: RunPlan, option: Option) -> str:
     """`60 of 75 GiB per GPU, 3.9 h (3.2 h to 4.9 h)`."""
     hours = found.hours(option)
     return (
@@ -180,13 +180,13 @@ def expected(found: Plan, option: Option) -> str:
     )
 
 
-def as_it_stands(found: Plan, own: Option) -> str:
+def as_it_stands(found: RunPlan, own: Option) -> str:
     """The estimate for the recipe's own setting; the shipped recipes repeat this sentence in their heads."""
     outcome = expected(found, own) if own.fits else f"does not fit, {_reason(own)}"
     return f"As it stands ({own.label}): {outcome}."
 
 
-def _verdict(console: Any, found: Plan, price: float | None) -> None:
+def _verdict(console: Any, found: RunPlan, price: float | None) -> None:
     from mm_moslora.planning.run_plan import utilisation
 
     gpus, best = found.gpus, found.best

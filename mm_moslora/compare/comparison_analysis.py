@@ -23,8 +23,8 @@ from mm_moslora.compare.comparison_plan import (
     FORMAT,
     TUNING_SEEDS,
     Cell,
+    ComparisonSettings,
     Outcome,
-    Settings,
     choose_rates,
     grid_of,
     measured,
@@ -32,7 +32,7 @@ from mm_moslora.compare.comparison_plan import (
     run_count,
     tuning_cells,
 )
-from mm_moslora.compare.comparison_run import Comparison, short_names
+from mm_moslora.compare.comparison_run import ArmComparison, short_names
 from mm_moslora.compare.comparison_text import says
 from mm_moslora.compare.seed_statistics import TaskScores, arm_mean
 from mm_moslora.compare.sequential_looks import Judged, Looks, first_seeds, judge, read_state
@@ -41,7 +41,7 @@ from mm_moslora.utils.files import replace_json
 from mm_moslora.utils.hardware import hardware
 
 
-def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
+def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
     """Analyse finished runs, write `results.json` with the command that repeats it, return it."""
     settings, folder = comparison.settings, comparison.folder
     names = short_names([*settings.tasks, *settings.validation])
@@ -101,14 +101,14 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
     return results
 
 
-def _every(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[tuple[Cell, Outcome]]:
+def _every(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[tuple[Cell, Outcome]]:
     """All finished runs, failed ones of this or an earlier call included."""
     cells = [*tuning_cells(settings, outcomes), *reported_cells(settings, choose_rates(settings, outcomes))]
     return [(cell, outcomes[cell.name]) for cell in cells if cell.name in outcomes]
 
 
 def _arm(
-    settings: Settings, outcomes: Mapping[str, Outcome], arm: Any, chosen: Mapping[str, float],
+    settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: Any, chosen: Mapping[str, float],
     scores: Mapping[str, TaskAnswers],
 ) -> dict[str, Any]:  # fmt: skip
     reported = [c for c in reported_cells(settings, chosen) if c.arm.name == arm.name]
@@ -149,7 +149,7 @@ def _arm(
     }  # fmt: skip
 
 
-def _curve(settings: Settings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:
+def _curve(settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:
     """Validation values of an arm by learning rate."""
     points = []
     for cell in tuning_cells(settings, outcomes):
@@ -206,8 +206,8 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
 
 
 def _comparisons(
-    settings: Settings, scores: Mapping[str, dict[str, TaskAnswers]], controls: Mapping[str, Mapping[str, Any]],
-    looks: Looks | None,
+    settings: ComparisonSettings, scores: Mapping[str, dict[str, TaskAnswers]],
+    controls: Mapping[str, Mapping[str, Any]], looks: Looks | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Every arm against the reference, by task and over all tasks; p-values are corrected over the arms of a column."""
     reference = scores[settings.reference_arm]
@@ -244,7 +244,7 @@ def _differences_in_nats(
 
 
 def _row(
-    settings: Settings, place: tuple[str, str], judged: Judged, pair: Sequence[Sequence[TaskScores]], *,
+    settings: ComparisonSettings, place: tuple[str, str], judged: Judged, pair: Sequence[Sequence[TaskScores]], *,
     comparisons: int, stand: bool,
 ) -> dict[str, Any]:  # fmt: skip
     (left, right), estimate = pair, judged.estimate

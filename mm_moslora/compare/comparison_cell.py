@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, numbers_of, recipe_hash
+from mm_moslora.compare.comparison_plan import LOSS, Cell, ComparisonSettings, Outcome, numbers_of, recipe_hash
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
@@ -49,7 +49,7 @@ class CellRun:
 
     cell: Cell
     recipe: Recipe
-    settings: Settings
+    settings: ComparisonSettings
     folder: Path
     """Of the comparison."""
     cards: int = 0
@@ -331,14 +331,14 @@ def _evaluate(job: CellRun, names: list[str]) -> Iterator[tuple[str, float, dict
     from mm_moslora_eval.backends.open_model import open_model
     from mm_moslora_eval.eval_commands import Bars
     from mm_moslora_eval.run.evaluate_suite import evaluate
-    from mm_moslora_eval.run.task_runner import Settings as EvalSettings
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
 
     from mm_moslora.utils.distributed import seed_everything
 
     seed_everything(job.recipe.train.seed)  # a new projector is drawn, and replaced by the trained one
     model = open_model(str(job.place), precision=job.recipe.train.precision, features=job.feature_cache)
     place = job.place / "eval"
-    settings = EvalSettings(
+    settings = EvaluationSettings(
         batch_size=job.settings.batch_size, limit=job.settings.limit, max_new_tokens=job.settings.max_new_tokens,
         rank=0, world_size=1,
     )  # fmt: skip
@@ -371,7 +371,7 @@ def _modes(task: Task) -> tuple[ImageMode, ...]:
     return ("own",)
 
 
-def open_task(name: str, settings: Settings) -> Task:
+def open_task(name: str, settings: ComparisonSettings) -> Task:
     """A task by name, with the settings' answer length."""
     from mm_moslora_eval.protocol.task_registry import get_task
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora_eval.scoring.reference_likelihood import nats_of, reason_without
 
-from mm_moslora.compare.comparison_plan import ALL, Cell, Outcome, Settings, reported_cells
-from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, holm
+from mm_moslora.compare.comparison_plan import ALL, Cell, ComparisonSettings, Outcome, reported_cells
+from mm_moslora.compare.seed_statistics import ArmEstimate, TaskScores, arm_mean, holm
 from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, SCORE_NAMES, SIGNIFICANT, Difference
 from mm_moslora.utils.errors import DataError, MoSLoRAError
 
@@ -103,7 +103,7 @@ class Answers:
     """
 
     def __init__(
-        self, settings: Settings, outcomes: Mapping[str, Outcome], folder: Path, chosen: Mapping[str, float],
+        self, settings: ComparisonSettings, outcomes: Mapping[str, Outcome], folder: Path, chosen: Mapping[str, float],
         names: Mapping[str, str],
     ) -> None:  # fmt: skip
         from mm_moslora_eval.eval_commands import training_answers
@@ -261,7 +261,7 @@ def columns_of(scores: Mapping[str, Any]) -> dict[str, list[str]]:
     return columns | ({ALL: list(scores)} if len(scores) > 1 else {})
 
 
-def as_difference(estimate: Estimate, tasks: Sequence[TaskScores]) -> Difference:
+def as_difference(estimate: ArmEstimate, tasks: Sequence[TaskScores]) -> Difference:
     """An estimate in the form that verdicts take; graded scores need no least number of questions."""
     graded = any(score not in (-1.0, 0.0, 1.0) for task in tasks for row in task.scores for score in row)
     groups = None if graded else estimate.fewest

@@ -18,8 +18,8 @@ from mm_moslora.compare.comparison_cell import CellRun
 from mm_moslora.compare.comparison_plan import (
     LOSS,
     Cell,
+    ComparisonSettings,
     Outcome,
-    Settings,
     choose_rates,
     describe,
     grid_of,
@@ -64,7 +64,7 @@ class RunBudget:
     """Keep the checkpoints of tuning runs, too."""
 
 
-class Comparison:
+class ArmComparison:
     """A comparison and its folder.
 
     Args:
@@ -75,7 +75,7 @@ class Comparison:
             have one.
     """
 
-    def __init__(self, recipe: Recipe, settings: Settings, folder: Path, *, hold_out: float) -> None:
+    def __init__(self, recipe: Recipe, settings: ComparisonSettings, folder: Path, *, hold_out: float) -> None:
         self.settings, self.folder = settings, folder.resolve()
         self._given, self._hold_out = recipe, None
         if settings.tunes and tuple(settings.validation) == (LOSS,) and not recipe.data.held_out:
@@ -203,7 +203,7 @@ class Comparison:
                     comparison_cell.require_same_recipe(place, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
-    def run(self, room: RunBudget, engine: Engine, *, after: Callable[[], Settings] | None = None) -> bool:
+    def run(self, room: RunBudget, engine: Engine, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
@@ -235,7 +235,7 @@ class Comparison:
             logger.info("%g minutes are over. The same command continues.", room.max_minutes)
         return False
 
-    def write_array(self, room: RunBudget, *, after: Callable[[], Settings] | None = None) -> bool:
+    def write_array(self, room: RunBudget, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
         """Write the SLURM array of the runs that can start; returns whether all is done, and no array is left.
 
         Args:
@@ -249,7 +249,7 @@ class Comparison:
         write_array(self.folder / ARRAY, jobs)
         return False
 
-    def _next(self, after: Callable[[], Settings] | None) -> list[Cell]:
+    def _next(self, after: Callable[[], ComparisonSettings] | None) -> list[Cell]:
         """The runs that can start; after the last one those that the next look brings."""
         if not self._ready():
             before, self.settings = self.settings, self.settings if after is None else after()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mm_moslora.compare.comparison_plan import ALL, LOSS, Settings
+from mm_moslora.compare.comparison_plan import ALL, LOSS, ComparisonSettings
 from mm_moslora.compare.comparison_run import short_names
 from mm_moslora.reporting.verdicts import (
     AGAINST,
@@ -21,7 +21,7 @@ from mm_moslora.reporting.verdicts import (
 from mm_moslora.utils.text_format import aligned
 
 
-def plan_lines(settings: Settings) -> list[str]:
+def plan_lines(settings: ComparisonSettings) -> list[str]:
     """The plan as text."""
     tuning = len(settings.arms) * len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
     reported = len(settings.arms) * settings.seeds

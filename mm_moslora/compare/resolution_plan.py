@@ -17,8 +17,8 @@ from typing import Any, Literal
 from mm_moslora_eval.scoring.error_bars import shown_by_t_test, t_quantile
 
 from mm_moslora.compare.comparison_analysis import analyse
-from mm_moslora.compare.comparison_plan import Settings, planned_for, run_count
-from mm_moslora.compare.comparison_run import Comparison
+from mm_moslora.compare.comparison_plan import ComparisonSettings, planned_for, run_count
+from mm_moslora.compare.comparison_run import ArmComparison
 from mm_moslora.compare.comparison_text import looks_sentence
 from mm_moslora.compare.seed_statistics import POWER, Components
 from mm_moslora.compare.sequential_looks import OVERALL, Looks, LookState, planned_looks, read_state, write_state
@@ -44,7 +44,7 @@ _SUGGESTED = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class SampleSize:
     """A number of seeds and documents, and what it shows."""
 
     seeds: float
@@ -81,7 +81,7 @@ class Planner:
         variance = [max(1e-12, self.components.variance(seeds=k, documents=documents)) for k in sizes]
         return planned_looks(sizes[0], seeds, variance, step=self.step)
 
-    def size(self, seeds: float, documents: int) -> Size:
+    def size(self, seeds: float, documents: int) -> SampleSize:
         """What so many seeds and documents show; infinitely many seeds are allowed."""
         parts = self.components
         answers = parts.answers / seeds / documents
@@ -91,10 +91,10 @@ class Planner:
         squares += (2 * by_arm) ** 2 / max(1.0, self.comparisons * (seeds - 1))
         degrees = max(1.0, variance**2 / squares) if squares else math.inf
         if not variance:
-            return Size(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
+            return SampleSize(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
         level = OVERALL if math.isinf(seeds) else self.looks(int(seeds), documents).level(int(seeds))
         error = math.sqrt(variance)
-        return Size(
+        return SampleSize(
             seeds=seeds, documents=documents, half_width=t_quantile(1 - level, degrees) * error,
             detectable=shown_by_t_test(1 - level / self.comparisons, degrees, power=POWER) * error,
         )  # fmt: skip
@@ -103,18 +103,18 @@ class Planner:
         """Seeds with so many degrees of freedom, where all arms run and their runs spread alike."""
         return 1 + math.ceil(degrees / self.comparisons)
 
-    def fewest_seeds(self, documents: int) -> Size | None:
+    def fewest_seeds(self, documents: int) -> SampleSize | None:
         """The fewest seeds that show the difference on so many documents; None beyond `MOST_SEEDS`."""
         return self._fewest(
             max(self._least_seeds(_DEGREES), self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents)
         )
 
-    def fewest_for_width(self, documents: int) -> Size | None:
+    def fewest_for_width(self, documents: int) -> SampleSize | None:
         """The fewest seeds with a half-width of the difference on so many documents; None beyond `MOST_SEEDS`."""
         first = max(2, self.first)
         return self._fewest(first, MOST_SEEDS, lambda seeds: self.size(seeds, documents), of="half_width")
 
-    def fewest_documents(self, seeds: int, *, most: int = 10_000_000) -> Size | None:
+    def fewest_documents(self, seeds: int, *, most: int = 10_000_000) -> SampleSize | None:
         """The fewest documents that show the difference with so many seeds; None beyond `most`."""
         return self._fewest(2, most, lambda documents: self.size(seeds, documents))
 
@@ -122,10 +122,10 @@ class Planner:
         self,
         low: int,
         high: int,
-        size: Callable[[int], Size],
+        size: Callable[[int], SampleSize],
         *,
         of: Literal["detectable", "half_width"] = "detectable",
-    ) -> Size | None:
+    ) -> SampleSize | None:
         if getattr(size(high), of) > self.points:
             return None
         while low < high:
@@ -134,7 +134,7 @@ class Planner:
         return size(low)
 
 
-def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list[str]]:
+def plan_resolution(planner: Planner, documents: int) -> tuple[SampleSize | None, list[str]]:
     """The size that shows the difference, None where the documents do not allow it, and the plan in sentences.
 
     Args:
@@ -192,7 +192,7 @@ class Resolution:
         ConfigError: the comparison was started with another difference, or has too few seeds for a pilot.
     """
 
-    def __init__(self, comparison: Comparison, points: float, *, step: int = 1) -> None:
+    def __init__(self, comparison: ArmComparison, points: float, *, step: int = 1) -> None:
         if not 0 < points < 1:
             raise ConfigError(f"--resolve is {100 * points:g}, expected points between 0 and 100, such as 3.")
         if comparison.settings.seeds < 2:
@@ -220,7 +220,7 @@ class Resolution:
         lines = [f"--resolve {100 * self._points:g}, {source}: {lines[0]}", *lines[1:]]
         return [*lines, self._hours(int(found.seeds) if found is not None else settings.seeds)]
 
-    def settings_after(self) -> Settings:
+    def settings_after(self) -> ComparisonSettings:
         """The settings to go on with, after a look at the seeds that are over; the present seeds where it ends."""
         comparison, settings = self._comparison, self._comparison.settings
         results, state = analyse(comparison), read_state(comparison.folder)

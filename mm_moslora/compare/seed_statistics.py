@@ -83,7 +83,7 @@ class Components:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class ArmEstimate:
     """A mean with its error."""
 
     value: float
@@ -121,7 +121,7 @@ class Estimate:
         """Of the interval."""
         return (self.high - self.low) / 2
 
-    def at_level(self, level: float) -> Estimate:
+    def at_level(self, level: float) -> ArmEstimate:
         """The same estimate with an interval of this error rate instead of 5 %."""
         low, high = _interval(self.value, self.stderr, self.degrees, groups=self.fewest, level=1 - level)
         return replace(self, low=low, high=high, level=1 - level)
@@ -140,14 +140,14 @@ class Estimate:
         return shown_by_t_test(level, self.degrees, power=POWER) * self.stderr
 
 
-def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
+def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> ArmEstimate:
     """The mean over seeds, documents and (with equal weight) tasks, with its error for new documents and new seeds."""
     tasks = _of_seeds(tasks, _seeds(tasks))
     squares, degrees = residual([_runs(tasks)], blocks=False)
     return _estimate([tasks], [Spread(squares=squares, degrees=degrees)], bounded=bounded)
 
 
-def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
+def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> ArmEstimate:
     """A - B on the same documents: `differences` of one arm.
 
     Raises:
@@ -161,7 +161,7 @@ def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, boun
 
 def differences(
     arms: Mapping[str, Mapping[str, TaskScores]], reference: Mapping[str, TaskScores], *, bounded: bool = True
-) -> dict[str, Estimate]:
+) -> dict[str, ArmEstimate]:
     """Each arm - the reference on the same documents and seeds, with its error for new documents and new seeds.
 
     The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's runs around
@@ -272,7 +272,7 @@ class _Stratum:
         return float(sums * groups / (groups - 1) * all_of_it / known)
 
 
-def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[Spread], *, bounded: bool) -> Estimate:
+def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[Spread], *, bounded: bool) -> ArmEstimate:
     value, strata, seeds = _strata(arms)
     by_seeds, run_degrees = variance_of_means(spreads, seeds)
     documents = [stratum.by_documents() for stratum in strata]
@@ -384,13 +384,13 @@ def _fit(grid: Grid) -> _Fit:
 def _with_interval(
     value: float, variance: float, squares: float, by_documents: float, *, groups: Sequence[int], bounded: bool,
     run_degrees: float, components: Components, size: tuple[int, int],
-) -> Estimate:  # fmt: skip
+) -> ArmEstimate:  # fmt: skip
     stderr = 0.0 if variance <= ROUNDING else math.sqrt(variance)
     degrees = max(1.0, variance**2 / squares) if stderr else math.inf
     if not stderr and not bounded:
         stderr = math.nan  # unknown: nothing bounds the differences of other documents
     low, high = _interval(value, stderr, degrees, groups=min(groups), level=LEVEL)
-    return Estimate(
+    return ArmEstimate(
         value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=sum(groups), fewest=min(groups),
         documents=min(1.0, by_documents / variance) if variance > 0 else 1.0, run_degrees=run_degrees,
         components=components, size=size,

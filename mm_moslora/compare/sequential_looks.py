@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_moslora.compare.seed_statistics import Estimate, TaskScores, differences, holm
+from mm_moslora.compare.seed_statistics import ArmEstimate, TaskScores, differences, holm
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import read_json, replace_json
 from mm_moslora.utils.untrusted_data import build_strictly
@@ -140,7 +140,7 @@ def _bounds(mass: Array, spend: Array, width: float) -> Array:
 class Judged:
     """An arm against the reference."""
 
-    estimate: Estimate
+    estimate: ArmEstimate
     """With an interval that holds for all looks together; between two looks, for these seeds alone."""
     p_corrected: float
     """For all looks and arms together; NaN between two looks, where nothing is judged."""
@@ -184,13 +184,13 @@ def judge(
             seeds than a look gets no p-value: no part of the error rate is spent there.
         bounded: see `differences`.
     """
-    found: dict[str, Estimate] = {}
+    found: dict[str, ArmEstimate] = {}
     for count in sorted({seeds[name] for name in arms}):
         these = {name: first_seeds(tasks, count) for name, tasks in arms.items()}
         estimates = differences(these, first_seeds(reference, count), bounded=bounded)
         found |= {name: one for name, one in estimates.items() if seeds[name] == count}
     found = {name: found[name] for name in arms if name in found}
-    there: Mapping[str, Estimate] = {}
+    there: Mapping[str, ArmEstimate] = {}
     if looks is None:
         p_values = [one.p_value for one in found.values()]
     else:

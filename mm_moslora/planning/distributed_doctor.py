@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from mm_moslora.config import Recipe
-from mm_moslora.planning.doctor import Finding, diagnose
+from mm_moslora.planning.doctor import Diagnosis, diagnose
 from mm_moslora.planning.link_speed import (
     judge_computing,
     judge_links,
@@ -29,7 +29,7 @@ DEFAULT_LIMIT = 180.0
 """Seconds; NCCL's start on many hosts takes a minute."""
 
 
-def diagnose_ranks(recipe: Recipe | None = None, *, limit: float = DEFAULT_LIMIT) -> list[Finding]:
+def diagnose_ranks(recipe: Recipe | None = None, *, limit: float = DEFAULT_LIMIT) -> list[Diagnosis]:
     """Check this rank together with all others; each rank calls it.
 
     Args:
@@ -67,10 +67,10 @@ def diagnose_ranks(recipe: Recipe | None = None, *, limit: float = DEFAULT_LIMIT
     return findings
 
 
-def _speeds(roll: RollCall, facts: list[RankFacts]) -> list[Finding]:
+def _speeds(roll: RollCall, facts: list[RankFacts]) -> list[Diagnosis]:
     speeds, latencies = zip(*distributed.gather_objects(measure_all_reduce()), strict=True)
     detail = f"{min(speeds):.3g} GB/s per rank, {1e6 * max(latencies):.0f} us for one number"
-    reduced = Finding(name="all-reduce", status="ok", detail=detail)
+    reduced = Diagnosis(name="all-reduce", status="ok", detail=detail)
     roll.enter("links of pairs")
     links = measure_links(pairs_by_round([item.host for item in facts]))
     roll.enter("computing")
@@ -78,7 +78,7 @@ def _speeds(roll: RollCall, facts: list[RankFacts]) -> list[Finding]:
     return [reduced, *judge_links(links, facts), computing]
 
 
-def _hosts(recipe: Recipe | None, facts: list[RankFacts]) -> list[Finding]:
+def _hosts(recipe: Recipe | None, facts: list[RankFacts]) -> list[Diagnosis]:
     """What `doctor` finds wrong on each host, and whether all see the recipe's files and the run folder."""
     first = {item.host: item.rank for item in reversed(facts)}
     mine = first[facts[distributed.rank()].host] == distributed.rank()
@@ -98,15 +98,15 @@ def _hosts(recipe: Recipe | None, facts: list[RankFacts]) -> list[Finding]:
     ]
 
 
-def _recipe_here(recipe: Recipe) -> list[Finding]:
+def _recipe_here(recipe: Recipe) -> list[Diagnosis]:
     try:
         check_recipe(recipe)
     except MoSLoRAError as error:
-        return [Finding(name="recipe", status="bad", detail=str(error), remedy="Give all hosts the same files.")]
+        return [Diagnosis(name="recipe", status="bad", detail=str(error), remedy="Give all hosts the same files.")]
     return []
 
 
-def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Finding]:
+def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Diagnosis]:
     """Whether a file that rank 0 writes beside the run appears on all hosts."""
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
     probe = place / distributed.from_main(f".mm-moslora-doctor-{uuid4().hex}")
@@ -123,7 +123,7 @@ def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Finding]:
     blind = list(dict.fromkeys(item.host for item, sees in zip(facts, seen, strict=True) if not sees))
     problem = distributed.from_main(problem) or (f"{', '.join(blind)} does not see rank 0's files" if blind else "")
     return [
-        Finding(
+        Diagnosis(
             name="run folder", status="bad" if problem else "ok", detail=f"{place}: {problem or 'shared by all hosts'}",
             remedy="Set train.output to a folder of a file system that all hosts share." if problem else "",
         )

@@ -60,7 +60,7 @@ ROOM_GIB = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Diagnosis:
     """The result of one check."""
 
     name: str
@@ -70,7 +70,7 @@ class Finding:
     """The remedy; empty when nothing is wrong."""
 
 
-def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[Finding]:
+def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[Diagnosis]:
     """Check versions, hardware, compiler, caches, disk, threads and trackers.
 
     Args:
@@ -78,7 +78,7 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
         recipe: the recipe to be trained; only packages that it needs count as needed. None: a missing package is bad
             only if every run needs it.
     """
-    checks: list[Callable[[], list[Finding]]] = [
+    checks: list[Callable[[], list[Diagnosis]]] = [
         _python,
         partial(_libraries, recipe),
         _accelerator,
@@ -92,14 +92,14 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
         _threads,
         _wandb,
     ]
-    findings: list[Finding] = []
+    findings: list[Diagnosis] = []
     for check in checks:
         try:
             findings += check()
         except Exception as error:  # one broken library must not hide the other findings
             name = getattr(check, "func", check).__name__.strip("_")
             findings.append(
-                Finding(
+                Diagnosis(
                     name=name,
                     status="bad",
                     detail=f"the check failed: {type(error).__name__}: {error}",
@@ -109,7 +109,7 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
     return findings
 
 
-def check_version(package: str, version: str | None, *, use: str = "", needed: bool | None = None) -> Finding:
+def check_version(package: str, version: str | None, *, use: str = "", needed: bool | None = None) -> Diagnosis:
     """Judge one library's version.
 
     Args:
@@ -124,39 +124,39 @@ def check_version(package: str, version: str | None, *, use: str = "", needed: b
     remedy = install_command(package)
     if version is None:
         if needed is False:
-            return Finding(name=package, status="ok", detail=f"not installed; not needed here{for_what}")
-        return Finding(
+            return Diagnosis(name=package, status="ok", detail=f"not installed; not needed here{for_what}")
+        return Diagnosis(
             name=package, status="bad" if vital else "warn", detail=f"not installed{for_what}", remedy=remedy
         )
     try:
         parsed = Version(version)
     except InvalidVersion:
-        return Finding(name=package, status="warn", detail=f"{version}, which is not a version number", remedy=remedy)
+        return Diagnosis(name=package, status="warn", detail=f"{version}, which is not a version number", remedy=remedy)
     plain = Version(parsed.public)  # 2.13.0+cpu is 2.13.0
     supported = SpecifierSet(wanted, prereleases=True)
     if plain not in supported:
         # A floor excludes releases with wrong results or known vulnerabilities; what is newer is only not tested.
         old = any(part.operator == ">=" and not part.contains(plain, prereleases=True) for part in supported)
         what = "below the lowest supported release" if old else "outside the tested range"
-        return Finding(
+        return Diagnosis(
             name=package, status="bad" if old and vital else "warn", detail=f"{version}, {what} ({wanted}){for_what}",
             remedy=remedy,
         )  # fmt: skip
-    return Finding(name=package, status="ok", detail=version)
+    return Diagnosis(name=package, status="ok", detail=version)
 
 
-def _python() -> list[Finding]:
+def _python() -> list[Diagnosis]:
     version = ".".join(str(part) for part in sys.version_info[:3])
-    return [Finding(name="python", status="ok", detail=f"{version}, {sys.executable}")]
+    return [Diagnosis(name="python", status="ok", detail=f"{version}, {sys.executable}")]
 
 
-def _libraries(recipe: Recipe | None) -> list[Finding]:
+def _libraries(recipe: Recipe | None) -> list[Diagnosis]:
     """Every dependency, and the optional packages that the recipe needs."""
     wanted = {need.package: need.setting for need in needs(recipe)} if recipe is not None else {}
     names = [item.name for item in declared()]
     if not names:
         return [
-            Finding(
+            Diagnosis(
                 name="packages", status="warn", detail="mm-moslora is not installed, so its ranges are unknown",
                 remedy="pip install . in the checkout",
             )
@@ -171,7 +171,7 @@ def _libraries(recipe: Recipe | None) -> list[Finding]:
     return findings
 
 
-def _accelerator() -> list[Finding]:
+def _accelerator() -> list[Diagnosis]:
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -180,7 +180,7 @@ def _accelerator() -> list[Finding]:
         too_old = sorted({device.name for device in devices if not _runs(built, (device.major, device.minor))})
         if too_old:
             return [
-                Finding(
+                Diagnosis(
                     name="accelerator", status="bad",
                     detail=f"{names}: torch {torch.__version__} holds no kernels for {', '.join(too_old)} (it has "
                     f"{', '.join(built)})",
@@ -191,13 +191,13 @@ def _accelerator() -> list[Finding]:
     if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
         built = torch.version.cuda or "no CUDA"
         return [
-            Finding(
+            Diagnosis(
                 name="accelerator", status="warn",
                 detail=f"an NVIDIA driver is installed, but torch finds no GPU (torch is built for {built})",
                 remedy="Install a torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi.",
             )
         ]  # fmt: skip
-    return [Finding(name="accelerator", status="ok", detail="none; the CPU is used")]
+    return [Diagnosis(name="accelerator", status="ok", detail="none; the CPU is used")]
 
 
 def _runs(built: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -211,7 +211,7 @@ def _runs(built: Sequence[str], capability: tuple[int, int]) -> bool:
     return not built
 
 
-def mixed_cards(names: Sequence[str], detail: str) -> Finding:
+def mixed_cards(names: Sequence[str], detail: str) -> Diagnosis:
     """The finding on the cards of one machine or of all ranks.
 
     Args:
@@ -219,15 +219,15 @@ def mixed_cards(names: Sequence[str], detail: str) -> Finding:
         detail: the text.
     """
     if len(set(names)) < 2:
-        return Finding(name="accelerator", status="ok", detail=detail)
-    return Finding(
+        return Diagnosis(name="accelerator", status="ok", detail=detail)
+    return Diagnosis(
         name="accelerator", status="warn", detail=f"different cards: {detail}",
         remedy="Every step waits for the slowest card, and a micro-batch must fit the smallest. Choose equal cards "
         "(CUDA_VISIBLE_DEVICES, or a SLURM constraint).",
     )  # fmt: skip
 
 
-def _engine(recipe: Recipe | None) -> list[Finding]:
+def _engine(recipe: Recipe | None) -> list[Diagnosis]:
     """Whether DeepSpeed, PEFT and the other libraries here take the recipe's settings."""
     if recipe is None:
         return []
@@ -237,25 +237,27 @@ def _engine(recipe: Recipe | None) -> list[Finding]:
     try:
         check_libraries(recipe.for_ranks(distributed.world_size()), fresh=False)
     except MoSLoRAError as error:
-        return [Finding(name="settings", status="bad", detail=str(error), remedy="Change the recipe, or the machine.")]
-    return [Finding(name="settings", status="ok", detail="the libraries here take the recipe's settings")]
+        return [
+            Diagnosis(name="settings", status="bad", detail=str(error), remedy="Change the recipe, or the machine.")
+        ]
+    return [Diagnosis(name="settings", status="ok", detail="the libraries here take the recipe's settings")]
 
 
-def _precision() -> list[Finding]:
+def _precision() -> list[Diagnosis]:
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         detail = "the GPU supports bf16" if fast else "the GPU does not support bf16; precision auto is fp32"
-        return [Finding(name="bf16", status="ok" if fast else "warn", detail=detail)]
+        return [Diagnosis(name="bf16", status="ok" if fast else "warn", detail=detail)]
     text = _read(Path("/proc/cpuinfo"))
     found = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
     if found:
-        return [Finding(name="bf16", status="ok", detail=f"this CPU multiplies bf16 fast ({', '.join(found)})")]
+        return [Diagnosis(name="bf16", status="ok", detail=f"this CPU multiplies bf16 fast ({', '.join(found)})")]
     none = "this CPU has neither amx_bf16 nor avx512_bf16: precision auto is fp32, and bf16 would be slower"
-    return [Finding(name="bf16", status="ok", detail=none)]
+    return [Diagnosis(name="bf16", status="ok", detail=none)]
 
 
-def _kernels() -> list[Finding]:
+def _kernels() -> list[Diagnosis]:
     from mm_moslora.models.precision import dtype_of, resolve_precision
 
     torch = importlib.import_module("torch")
@@ -271,24 +273,24 @@ def _kernels() -> list[Finding]:
     found = installed_liger()
     if found is not None and not fits(found):
         detail += f"; model.kernels liger needs liger-kernel{LIGER_RANGE}, and {found} is installed"
-    return [Finding(name="kernels", status="warn" if on_gpu and reason is not None else "ok", detail=detail)]
+    return [Diagnosis(name="kernels", status="warn" if on_gpu and reason is not None else "ok", detail=detail)]
 
 
-def _compiler() -> list[Finding]:
+def _compiler() -> list[Diagnosis]:
     compiler = find_compiler()
     ninja = shutil.which("ninja") or (importlib.util.find_spec("ninja") and "ninja")
     present = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if there]
     detail = f"{' and '.join(present) or 'neither compiler nor ninja'} here; none is needed (AdamW is torch's own)"
-    return [Finding(name="compiler", status="ok", detail=detail)]
+    return [Diagnosis(name="compiler", status="ok", detail=detail)]
 
 
-def _extension_locks() -> list[Finding]:
+def _extension_locks() -> list[Diagnosis]:
     root = extensions_folder(os.environ)
     locks = stale_locks(root) if root.is_dir() else []
     if not locks:
-        return [Finding(name="build locks", status="ok", detail=f"no stale lock below {root}")]
+        return [Diagnosis(name="build locks", status="ok", detail=f"no stale lock below {root}")]
     return [
-        Finding(
+        Diagnosis(
             name="build locks",
             status="warn",
             detail=f"a killed build left {', '.join(str(path) for path in locks)}",
@@ -297,7 +299,7 @@ def _extension_locks() -> list[Finding]:
     ]
 
 
-def _disk(folder: Path) -> list[Finding]:
+def _disk(folder: Path) -> list[Diagnosis]:
     findings = []
     for name, place in (
         ("disk for runs", folder),
@@ -308,7 +310,7 @@ def _disk(folder: Path) -> list[Finding]:
         free = shutil.disk_usage(place).free / 2**30
         enough = free >= (ROOM_GIB if name == "disk for runs" else 1.0)
         findings.append(
-            Finding(
+            Diagnosis(
                 name=name,
                 status="ok" if enough else "warn",
                 detail=f"{free:.1f} GiB free at {place.resolve()}",
@@ -318,13 +320,13 @@ def _disk(folder: Path) -> list[Finding]:
     return findings
 
 
-def _memory() -> list[Finding]:
+def _memory() -> list[Diagnosis]:
     available = available_memory() / 2**30
     if not available:
-        return [Finding(name="memory", status="ok", detail="unknown on this system")]
+        return [Diagnosis(name="memory", status="ok", detail="unknown on this system")]
     enough = available >= 6
     return [
-        Finding(
+        Diagnosis(
             name="memory",
             status="ok" if enough else "warn",
             detail=f"{available:.1f} GiB available",
@@ -333,7 +335,7 @@ def _memory() -> list[Finding]:
     ]
 
 
-def _threads() -> list[Finding]:
+def _threads() -> list[Diagnosis]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS")
     policy = os.environ.get("OMP_WAIT_POLICY", "")
@@ -344,19 +346,21 @@ def _threads() -> list[Finding]:
     if policy.lower() != "passive":
         remedies.append("export OMP_WAIT_POLICY=passive  # waiting threads then leave the cores to others")
     return [
-        Finding(name="threads", status="warn" if remedies else "ok", detail=detail, remedy="\n".join(remedies)),
+        Diagnosis(name="threads", status="warn" if remedies else "ok", detail=detail, remedy="\n".join(remedies)),
     ]
 
 
-def _wandb() -> list[Finding]:
+def _wandb() -> list[Diagnosis]:
     from mm_moslora.tracking.wandb_tracker import has_credentials
 
     mode = os.environ.get("WANDB_MODE")
     if mode:
-        return [Finding(name="wandb login", status="ok", detail=f"WANDB_MODE is {mode}")]
+        return [Diagnosis(name="wandb login", status="ok", detail=f"WANDB_MODE is {mode}")]
     if has_credentials():
-        return [Finding(name="wandb login", status="ok", detail="a key is present: runs that ask for wandb go online")]
-    return [Finding(name="wandb login", status="ok", detail="no key: runs that ask for wandb are kept offline")]
+        return [
+            Diagnosis(name="wandb login", status="ok", detail="a key is present: runs that ask for wandb go online")
+        ]
+    return [Diagnosis(name="wandb login", status="ok", detail="no key: runs that ask for wandb are kept offline")]
 
 
 def _read(path: Path) -> str:

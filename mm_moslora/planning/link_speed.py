@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from mm_moslora.planning.doctor import Finding
+from mm_moslora.planning.doctor import Diagnosis
 from mm_moslora.planning.rank_facts import RankFacts, named
 from mm_moslora.utils import distributed
 
@@ -122,7 +122,7 @@ def _exchange(sent: torch.Tensor, received: torch.Tensor, peer: int) -> None:
         work.wait()
 
 
-def judge_computing(seconds: Sequence[float], facts: Sequence[RankFacts]) -> Finding:
+def judge_computing(seconds: Sequence[float], facts: Sequence[RankFacts]) -> Diagnosis:
     """Name ranks with slow devices.
 
     Args:
@@ -132,17 +132,17 @@ def judge_computing(seconds: Sequence[float], facts: Sequence[RankFacts]) -> Fin
     median = statistics.median_low(seconds)
     slow = [rank for rank, taken in enumerate(seconds) if median < SLOW * taken]
     if not slow:
-        return Finding(
+        return Diagnosis(
             name="computing", status="ok", detail=f"all ranks within {max(seconds) / min(seconds):.1f} times"
         )
-    return Finding(
+    return Diagnosis(
         name="computing", status="warn",
         detail=f"{named(slow, facts)}: a matrix product takes {max(seconds) / median:.1f} times as long as the median",
         remedy="All ranks wait for it. Look there for other jobs, clocks and heat (nvidia-smi -q -d PERFORMANCE).",
     )  # fmt: skip
 
 
-def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFacts]) -> Iterator[Finding]:
+def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
     """Name slow links, and ranks all of whose links are slow.
 
     Args:
@@ -165,7 +165,7 @@ def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFac
             remedy += (
                 " Set NCCL_SOCKET_IFNAME and NCCL_IB_HCA to the fast network; NCCL_DEBUG=INFO shows the one in use."
             )
-        yield Finding(name=name, status="warn" if slow or poor else "ok", detail=detail, remedy=remedy.strip())
+        yield Diagnosis(name=name, status="warn" if slow or poor else "ok", detail=detail, remedy=remedy.strip())
 
 
 def _slowest(slow: Sequence[tuple[int, int]], kind: Mapping[tuple[int, int], float], facts: Sequence[RankFacts]) -> str:

@@ -89,7 +89,7 @@ class Option:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """The fastest setting that fits, and all other settings."""
 
     gpus: Gpus
@@ -197,7 +197,9 @@ def settings(global_batch: int, gpus: Gpus, *, together: int = 1) -> Iterator[tu
                 yield zero, checkpointing, micro_batch
 
 
-def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: tuple[int, int] | None = None) -> Plan:
+def plan(
+    recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: tuple[int, int] | None = None
+) -> RunPlan:
     """Try every setting and choose the fastest that fits.
 
     Args:
@@ -276,7 +278,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     if train.steps:
         epochs = train.steps * train.global_batch * data.per_row / data.samples
     shown = (picture or PICTURE) if varies else None
-    return Plan(
+    return RunPlan(
         gpus=gpus, activation_memory=size,
         picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
         idle=max(0, gpus.count - together * train.global_batch), own=own,

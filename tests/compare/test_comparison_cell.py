@@ -11,7 +11,7 @@ import torch
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, CellRun, metrics, read_outcome
-from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings, recipe_hash
+from mm_moslora.compare.comparison_plan import Cell, ComparisonSettings, Outcome, recipe_hash
 from mm_moslora.compare.comparison_run import _job
 from mm_moslora.compare.run_cost import ArmCost, cost_table, mean_run_seconds
 from mm_moslora.config import Recipe
@@ -56,7 +56,7 @@ def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
         for row in rows
     ]  # fmt: skip
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    settings = Settings(
+    settings = ComparisonSettings(
         arms=parse_arms("moslora:orthogonal,full", recipe), rates=[1e-2], seeds=1,
         tasks=[f"llava:{tmp_path / 'test.jsonl'}@{pictures}"], limit=6, max_new_tokens=3,
     )  # fmt: skip
@@ -127,7 +127,9 @@ def test_arms_with_one_seed_see_the_same_batches(tmp_path: Path, language_folder
 def test_a_run_is_read_as_it_was_ordered(tmp_path: Path) -> None:
     shared = Recipe.from_dict({"model": {"language": "none"}, "optim": {"lr": 1 / 3}, "train": {"zero": "zero2"}})
     arms = parse_arms("lora,moslora:kaiming@optim.warmup=0.2@targets=[a,b]", shared)
-    settings = Settings(arms=arms, rates=[1 / 3], seeds=2, tasks=["t"], validation=["v"], decided={"lora": 1}, limit=3)
+    settings = ComparisonSettings(
+        arms=arms, rates=[1 / 3], seeds=2, tasks=["t"], validation=["v"], decided={"lora": 1}, limit=3
+    )
     for arm in arms:
         cell = Cell(arm=arm, rate=1 / 3, seed=1, tuning=True)
         run = CellRun(

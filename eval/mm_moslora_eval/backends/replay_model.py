@@ -11,7 +11,7 @@ from typing import Any
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_bytes
-from mm_moslora_eval.backends.stored_answers import StoredAnswer, read_answers
+from mm_moslora_eval.backends.stored_answers import ReplayedAnswer, read_answers
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class ReplayModel:
         data = read_bytes(path, most=MOST_BYTES)
         self._path = path
         self._fingerprint = hashlib.sha256(data).hexdigest()
-        self._by_column: dict[str, dict[str, list[StoredAnswer]]] = defaultdict(lambda: defaultdict(list))
+        self._by_column: dict[str, dict[str, list[ReplayedAnswer]]] = defaultdict(lambda: defaultdict(list))
         known: dict[Any, str | None] = {}
         for answer in read_answers(path, data):
             asked = (tuple(answer.names.items()), answer.prompt)
@@ -110,7 +110,7 @@ class ReplayModel:
                 default="id",
             )
 
-    def _stored(self, request: Request) -> StoredAnswer:
+    def _stored(self, request: Request) -> ReplayedAnswer:
         rows = self._by_column[self._column or "id"]
         name = next((name for name in _names(request) if name in rows), None)
         found = [] if name is None else rows[name]
@@ -130,7 +130,7 @@ def _names(request: Request) -> tuple[str, ...]:
     return (*names, *(f"{name}.0" for name in names if name.isdecimal()))
 
 
-def _with_prompt(found: Sequence[StoredAnswer], request: Request) -> list[StoredAnswer]:
+def _with_prompt(found: Sequence[ReplayedAnswer], request: Request) -> list[ReplayedAnswer]:
     """The rows with the request's prompt, or else with its question, ignoring the instruction after it."""
     asked = request.messages[-1].text
     for reading in (_flat, _question):

@@ -26,7 +26,7 @@ _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredAnswer:
+class ReplayedAnswer:
     """One row of such a file."""
 
     names: Mapping[str, str]
@@ -38,7 +38,7 @@ class StoredAnswer:
     row: Mapping[str, Any]
 
 
-def read_answers(path: Path, data: bytes) -> Iterator[StoredAnswer]:
+def read_answers(path: Path, data: bytes) -> Iterator[ReplayedAnswer]:
     """The rows of a file.
 
     Args:
@@ -61,7 +61,7 @@ def read_answers(path: Path, data: bytes) -> Iterator[StoredAnswer]:
             raise EvalError(
                 f"{path}, row {number} has no answer; expected a column {', '.join(TEXTS)}, or lmms-eval's `resps`."
             )
-        yield StoredAnswer(names=names, prompt=_prompt(row), text=text, fault=fault, row=row)
+        yield ReplayedAnswer(names=names, prompt=_prompt(row), text=text, fault=fault, row=row)
 
 
 def _names(row: Mapping[str, Any]) -> dict[str, str]:

@@ -41,7 +41,7 @@ def macro_average(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class PreferredOption:
     """The option that a model prefers, by three normalisations of its log-likelihoods."""
 
     raw: int
@@ -52,10 +52,10 @@ class Choice:
     """Index of the largest sum per UTF-8 byte (`acc_bytes`)."""
 
 
-def loglikelihood_choice(options: Sequence[str], loglikelihoods: Sequence[float]) -> Choice:
+def loglikelihood_choice(options: Sequence[str], loglikelihoods: Sequence[float]) -> PreferredOption:
     """lm-eval's choice among continuations (without the space before them); ties go to the first."""
     indices = range(len(options))
-    return Choice(
+    return PreferredOption(
         raw=max(indices, key=lambda i: loglikelihoods[i]),
         per_character=max(indices, key=lambda i: loglikelihoods[i] / max(1, len(options[i]))),
         per_byte=max(indices, key=lambda i: loglikelihoods[i] / max(1, len(options[i].encode()))),

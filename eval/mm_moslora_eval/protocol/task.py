@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora_eval import sources
-from mm_moslora_eval.protocol.task_prompt import Prompt
+from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
 from mm_moslora_eval.sources import Source
@@ -77,7 +77,7 @@ class Task:
     """Incremented with every change that can change a score."""
     title: str = ""
     source: Source
-    prompt: Prompt = field(default_factory=Prompt)
+    prompt: TaskPrompt = field(default_factory=TaskPrompt)
     decoding: Decoding = field(default_factory=Decoding)
     extraction: str = "text"
     """A name in `answer_scoring.EXTRACTORS`."""

@@ -18,7 +18,7 @@ _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class TaskPrompt:
     """The wording of a task.
 
     `template` and `fragments` name fields in braces: `question`, `hint`, `options`, `instruction`, a further column of

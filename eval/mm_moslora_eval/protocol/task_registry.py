@@ -13,7 +13,7 @@ from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
-from mm_moslora_eval.protocol.task_prompt import Prompt
+from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.sources.source import Source
 
 ENTRY_POINTS = "mm_moslora_eval.tasks"
@@ -150,7 +150,7 @@ def _from_data(kind: str, rest: str) -> Task:
             folder=str(Path.cwd()),  # paths on a command line start there
             title=f"questions of {os.path.basename(path)}",
             source=Source(kind="llava", path=path, image_folder=folder or None),
-            prompt=Prompt(
+            prompt=TaskPrompt(
                 template="{hint_line}{question}{option_lines}{instruction}",
                 fragments=_LINES,
                 instruction="\nAnswer with the option's letter from the given choices directly.",
@@ -164,7 +164,7 @@ def _from_data(kind: str, rest: str) -> Task:
         folder=str(Path.cwd()),
         title=f"rows of {os.path.basename(path)}",
         source=Source(kind="tsv", path=path),
-        prompt=Prompt(
+        prompt=TaskPrompt(
             template="{hint_line}{question}{option_lines}{instruction}",
             fragments=_LINES,
             instruction="\nAnswer with the option's letter from the given choices directly.",

@@ -24,7 +24,7 @@ from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.protocol.task import shown_name
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_views import SAMPLES, read_json, view_below
-from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
+from mm_moslora_eval.run.evaluate_suite import PairedComparison, compare, read_samples
 from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
 from mm_moslora_eval.run.stored_types import SHOWN, Scoring
@@ -117,7 +117,7 @@ def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[d
     return shown
 
 
-def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
+def write_comparison(comparisons: Sequence[PairedComparison], out: Path) -> Path:
     """Write comparisons as a page, including the samples that changed.
 
     Raises:
@@ -293,7 +293,7 @@ def _thumbnails(run: Path, row: dict[str, Any]) -> list[Markup]:
     return made
 
 
-def _difference_bar(item: Comparison) -> dict[str, float]:
+def _difference_bar(item: PairedComparison) -> dict[str, float]:
     """Positions in percent on a scale that is symmetric around 0."""
     pair = item.score.found
     numbers = [abs(value) for value in (pair.low, pair.high, pair.value) if not math.isnan(value)]

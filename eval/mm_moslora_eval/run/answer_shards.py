@@ -23,7 +23,7 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line, read_folder
 from mm_moslora_eval.run.answer_views import SHARDS, TASK, read_json
 from mm_moslora_eval.run.request_preparation import FORMAT
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.image_controls import ImageMode
 
 DONE = "shard.json"
@@ -37,7 +37,7 @@ def folder_of_shard(output: Path, shard: Shard) -> Path:
 
 
 def work_of(
-    tasks: Sequence[tuple[Task, str]], modes: Sequence[ImageMode], settings: Settings, *, model: str
+    tasks: Sequence[tuple[Task, str]], modes: Sequence[ImageMode], settings: EvaluationSettings, *, model: str
 ) -> dict[str, Any]:
     """What all shards of an evaluation, and its merge, have in common.
 

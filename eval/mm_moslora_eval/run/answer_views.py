@@ -35,7 +35,7 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class DocumentSelection:
     """The documents of a data set that were asked."""
 
     name: str
@@ -61,12 +61,12 @@ class Selection:
         return asdict(self)
 
 
-def selection_of(items: Sequence[Item], data: DataSet) -> Selection:
+def selection_of(items: Sequence[Item], data: DataSet) -> DocumentSelection:
     """The selection that the items make of their data set."""
     ids, known = [item.document.id for item in items], [document.id for document in data.documents]
     name = "all" if ids == known else f"first {len(ids)}" if ids == known[: len(ids)] else f"{len(ids)} chosen"
     content = [[item.document.hash, list(item.own_ids)] for item in items]
-    return Selection(name=name, n=len(ids), of=len(known), sha256=digest(content))
+    return DocumentSelection(name=name, n=len(ids), of=len(known), sha256=digest(content))
 
 
 def views_below(folder: Path) -> list[Path]:

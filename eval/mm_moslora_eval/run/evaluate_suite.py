@@ -30,8 +30,8 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import keep
-from mm_moslora_eval.run.stored_types import Sample, check_row
-from mm_moslora_eval.run.task_runner import Settings, open_run, run_task, select
+from mm_moslora_eval.run.stored_types import StoredSample, check_row
+from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores
@@ -57,7 +57,7 @@ def evaluate(
     modes: Sequence[ImageMode] = MODES,
     baselines: Sequence[str] = BASELINES,
     training: Sequence[TrainingAnswer] = (),
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     progress: ModeProgress | None = None,
     judge: Judge | None = None,
 ) -> list[TaskResult]:
@@ -80,7 +80,7 @@ def evaluate(
     Raises:
         EvalError: see `task_runner.run_task` and `task_runner.open_run`.
     """
-    settings = settings or Settings()
+    settings = settings or EvaluationSettings()
     with open_run(output, model, rank=settings.rank):
         return evaluate_held(
             model, task, output, modes=modes, baselines=baselines, training=training, settings=settings,
@@ -96,7 +96,7 @@ def evaluate_held(
     modes: Sequence[ImageMode],
     baselines: Sequence[str],
     training: Sequence[TrainingAnswer],
-    settings: Settings,
+    settings: EvaluationSettings,
     progress: ModeProgress | None,
     judge: Judge | None,
 ) -> list[TaskResult]:
@@ -132,7 +132,7 @@ def _write(output: Path, results: Sequence[TaskResult]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PairedComparison:
     """Two systems on the same samples, A - B; each may have run with several seeds."""
 
     task: str
@@ -174,7 +174,7 @@ def read_samples(place: Path) -> list[dict[str, Any]]:
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
     rows = read_lines(path)
     for row in rows:
-        check_row(Sample, row, source=f"{path}: sample {row.get('id')!r}")
+        check_row(StoredSample, row, source=f"{path}: sample {row.get('id')!r}")
     return rows
 
 
@@ -222,7 +222,7 @@ def _alike(a: Sequence[Path], b: Sequence[Path]) -> tuple[list[Path], list[Path]
     return meant[: len(a)], meant[len(a) :]
 
 
-def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Comparison:
+def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> PairedComparison:
     """Compare the samples of task folders (of two systems, or of two image modes of one run).
 
     Several folders of one system are its seeds: every sample counts with its mean over them.
@@ -244,7 +244,7 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     sides = ([[scored_row(rows[name], documents[name]) for name in documents] for rows in side] for side in (a, b))
     score = difference_of_scores(aggregation, *sides)
     shown = [_worst_rotations(side[0]) if aggregation == "circular" else side[0] for side in (a, b)]
-    return Comparison(
+    return PairedComparison(
         task=_named(places[0]),
         aggregation=aggregation,
         score=score,

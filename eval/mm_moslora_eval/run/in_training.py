@@ -12,7 +12,7 @@ from mm_moslora.utils.files import MARK, make_subfolder, mark, remove
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_registry import tasks_of
 from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.task_runner import RUN, Settings
+from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings
 
 if TYPE_CHECKING:
     from mm_moslora.training.validation import Moment
@@ -32,7 +32,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     Raises:
         EvalError: see `task_registry.tasks_of`; or every sample fails.
     """
-    settings = Settings(batch_size=moment.batch_size, limit=moment.config.task_limit or None)
+    settings = EvaluationSettings(batch_size=moment.batch_size, limit=moment.config.task_limit or None)
     _start_over(moment.folder)
     model = LocalModel(moment.assembly, name=f"{moment.name} at step {moment.step}")
     metrics: dict[str, float] = {}

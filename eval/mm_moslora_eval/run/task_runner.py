@@ -39,7 +39,7 @@ from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
-from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, Selection, read_view, selection_of
+from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
@@ -60,7 +60,7 @@ _FILES = ("results.json", "report.html", provenance.FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class EvaluationSettings:
     """Settings of a run; `max_new_tokens` changes answers, and `seed`, because it chooses the wrong pictures."""
 
     batch_size: int = 8
@@ -94,7 +94,11 @@ class Settings:
             raise EvalError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
 
 
-def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
+Settings = EvaluationSettings
+"""The same class under the shorter name that scripts of users import."""
+
+
+def select(data: DataSet, settings: EvaluationSettings) -> tuple[Document, ...]:
     """The documents that the settings select.
 
     Raises:
@@ -187,7 +191,7 @@ def run_task(
     folder: Path,
     *,
     mode: ImageMode = "own",
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     data: DataSet | None = None,
     progress: Progress | None = None,
     hasher: Hasher | None = None,
@@ -214,7 +218,7 @@ def run_task(
         EvalError: the folder belongs to another protocol, or every sample fails.
         ConfigError: a link is at the place of a folder of the run.
     """
-    settings = settings or Settings()
+    settings = settings or EvaluationSettings()
     task = task.within(settings.max_new_tokens, thinking_tokens=_thinking_tokens(model))
     data = data or task.load()
     documents = select(data, settings)
@@ -229,7 +233,7 @@ def run_task(
     items = work.items
     if settings.shard is not None:
         items = tuple(chain(*chain(*map(share, range(settings.world_size)))))
-    job = _Job(model, task, work, items, place, settings, progress)
+    job = _AnswerJob(model, task, work, items, place, settings, progress)
     selection = selection_of(work.items, data)
     view = place / selection.folder
     if settings.rank == 0:
@@ -249,8 +253,8 @@ def _thinking_tokens(model: Model) -> int:
 
 
 def _describe(
-    view: Path, model: Model, task: Task, data: DataSet, work: Preparation, selection: Selection, mode: ImageMode,
-    settings: Settings, *, asks: bool,
+    view: Path, model: Model, task: Task, data: DataSet, work: Preparation, selection: DocumentSelection,
+    mode: ImageMode, settings: EvaluationSettings, *, asks: bool,
 ) -> None:  # fmt: skip
     """Write the description of a view; `asks` means that this call has something to ask."""
     rows = [
@@ -291,7 +295,7 @@ def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]
     return known + [item for item in now if item not in known] if asks or not known else known
 
 
-def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
+def _wait_for_others(folder: Path, job: _AnswerJob, settings: EvaluationSettings) -> None:
     """Wait until all documents are answered, or until the ranks with missing answers have ended.
 
     A rank that has not been seen may still be starting, so its share is taken over only after `grace_seconds`.
@@ -316,7 +320,7 @@ def _held(path: Path) -> bool:
         return True
 
 
-class _Job:
+class _AnswerJob:
     """One rank's work on the answers of one task folder."""
 
     def __init__(
@@ -326,7 +330,7 @@ class _Job:
         work: Preparation,
         items: Sequence[Item],
         place: Path,
-        settings: Settings,
+        settings: EvaluationSettings,
         progress: Progress | None,
     ) -> None:
         self.work, self.items = work, items

@@ -35,11 +35,11 @@ def _mmmu_mixed(extract: Callable[[str, multiple_choice.Options], str]) -> Extra
     return lambda text, document: extract(text, document.options) if document.options else text
 
 
-def mathvista_question(document: Document) -> mathvista.Question:
+def mathvista_question(document: Document) -> mathvista.MathVistaQuestion:
     """The columns that determine the form of the answer to a MathVista document."""
     extra = document.extra
     precision = extra.get("precision")
-    return mathvista.Question(
+    return mathvista.MathVistaQuestion(
         question_type=extra.get("question_type", "multi_choice" if document.options else "free_form"),
         answer_type=extra.get("answer_type", "text"),
         # VLMEvalKit's file has the choices in one cell and no option columns.

@@ -89,7 +89,7 @@ def contributions(ratios: Sequence[Ratio]) -> Column:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class ScoreEstimate:
     """A score, or a difference of two, with its error for other pictures."""
 
     value: float
@@ -134,7 +134,7 @@ class Estimate:
         return Difference(value=self.value, low=self.low, high=self.high, groups=self.groups, unit=unit)
 
 
-def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> Estimate:
+def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> ScoreEstimate:
     """Measure a score or a difference of scores.
 
     The error counts samples of one cluster together (CR2 of Bell and McCaffrey). Where one of several ratios is the
@@ -153,7 +153,7 @@ def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> Estimate:
     low, high = sum(ratio.low for ratio in ratios), sum(ratio.high for ratio in ratios)
     variance, degrees = _error(ratios, numbers, count)
     stderr = math.sqrt(variance) if variance > (ROUNDING * max(1.0, abs(value))) ** 2 else 0.0
-    found = Estimate(
+    found = ScoreEstimate(
         value=value, n=len(numbers), clusters=count, stderr=stderr if count > 1 else math.nan, degrees=degrees,
         low=math.nan, high=math.nan,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> Estimate:
     return replace(found, low=bounds[0], high=bounds[1])
 
 
-def _interval(found: Estimate, low: float, high: float) -> tuple[float, float]:
+def _interval(found: ScoreEstimate, low: float, high: float) -> tuple[float, float]:
     value, score = found.value, low == 0 and math.isfinite(high)
     if not high - low > 0:
         return math.nan, math.nan
@@ -228,7 +228,7 @@ def _error(ratios: Sequence[Ratio], numbers: NDArray[np.int_], count: int) -> tu
     return variance, max(1.0, trace**2 / products if known else count - 1.0)
 
 
-def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> Estimate:
+def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> ScoreEstimate:
     """The mean difference A - B of scores from 0 to 1 on the same samples.
 
     Args:

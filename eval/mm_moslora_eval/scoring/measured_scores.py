@@ -15,7 +15,7 @@ from statistics import fmean
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
-from mm_moslora_eval.scoring.estimates import LEVEL, Estimate, contributions, estimate, minus, value_of
+from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, CAPTIONS, POPE, Samples, splits_of
 
 
@@ -45,7 +45,7 @@ def aggregate(aggregation: str, samples: Samples) -> Aggregate:
     return _aggregate(estimate(found.ratios, clusters_of(samples)), found.metrics)
 
 
-def _aggregate(found: Estimate, metrics: Mapping[str, float]) -> Aggregate:
+def _aggregate(found: ScoreEstimate, metrics: Mapping[str, float]) -> Aggregate:
     return Aggregate(
         n=found.n, score=found.value, stderr=found.stderr, low=found.low, high=found.high, clusters=found.clusters,
         groups=found.groups, stderr_kind="clustered" if found.clusters < found.n else "analytic",
@@ -89,7 +89,7 @@ class ScoreDifference:
 
     a: float
     b: float
-    found: Estimate
+    found: ScoreEstimate
     """Of the difference."""
     unit: str
     """Name of the score; empty for a share of right answers."""

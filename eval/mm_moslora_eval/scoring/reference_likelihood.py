@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from mm_moslora_eval.scoring.estimates import Estimate, Ratio, estimate, mean_of, minus, value_of
+from mm_moslora_eval.scoring.estimates import Ratio, ScoreEstimate, estimate, mean_of, minus, value_of
 
 LARGEST = 1e9
 """Largest score or log-likelihood: sums of squares of such numbers are finite."""
@@ -79,7 +79,7 @@ class LikelihoodDifference:
 
     a: float
     b: float
-    found: Estimate
+    found: ScoreEstimate
     """Of the difference."""
     left_out: int
     """Documents that lack one in some run."""

@@ -15,7 +15,7 @@ from mm_moslora_eval.report import run_evidence
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, write_results
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import write_questions
@@ -30,7 +30,7 @@ NATS = {"n": 4, "missing": 0, "nats": -1.0, "stderr": 0.1, "low": -2.0, "high": 
 
 
 def evaluated_again(run: Path, *, data: Path | None = None) -> list[TaskResult]:
-    settings = Settings(batch_size=4, rank=0, world_size=1)
+    settings = EvaluationSettings(batch_size=4, rank=0, world_size=1)
     task = f"llava:{data or run.parent / 'data' / 'questions.jsonl'}"
     return eval_commands.run(
         FakeModel(), [task], run, settings=settings, modes=("own", "wrong"), baselines=("majority",)

@@ -24,7 +24,7 @@ from mm_moslora_eval.run.answer_log import AnswerLog, merge, read_folder
 from mm_moslora_eval.run.answer_views import view_below
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.task_runner import Settings, hold_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings, hold_run
 
 from mm_moslora import cli as command_line
 from mm_moslora.utils.errors import ConfigError, EvalError, MoSLoRAError
@@ -32,7 +32,7 @@ from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
 ROW = {"tokens": 1, "finish_reason": "stop", "options": None, "error": None}
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 
 
 def asked(run: Path, data: Path, *, model: FakeModel | None = None, modes: Any = ("own",), **changes: Any) -> Any:

@@ -22,7 +22,7 @@ from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.llm_judge import GRADERS, MOST_UNREADABLE, Judge
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
-from mm_moslora_eval.run.task_runner import Settings, open_run, run_task
+from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.sources.document import DataSet, Document
 
@@ -32,7 +32,7 @@ from tests.eval.eval_server import serve
 from tests.eval.protocol_runs import GivenAnswers
 
 PACKAGE = Path(__file__).parents[3] / "eval" / "mm_moslora_eval"
-ONE = Settings(batch_size=8, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=8, rank=0, world_size=1)
 COUNT = 24
 SAID = "it got the colour"
 

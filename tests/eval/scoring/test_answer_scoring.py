@@ -17,7 +17,7 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.baselines import TrainingAnswer, baseline
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation, deal
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.estimates import paired
@@ -253,7 +253,7 @@ def test_option_scoring_needs_no_parsing(tmp_path: Path, write_tsv: Any, encoded
     by_likelihood = task(
         name="ll", source=chosen.source, decoding=Decoding(kind="loglikelihood"), extraction="letter", metric="equal"
     )
-    one = Settings(batch_size=2, rank=0, world_size=1)
+    one = EvaluationSettings(batch_size=2, rank=0, world_size=1)
     (result,) = evaluate(FakeModel(), by_likelihood, tmp_path / "run", modes=("own",), baselines=(), settings=one)
     assert result.score == 0.5  # the fake always prefers B
     assert result.counts.not_inferable == 0

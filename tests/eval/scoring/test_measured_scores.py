@@ -13,7 +13,7 @@ from mm_moslora_eval.eval_commands import comparison_text, table
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.estimates import Ratio, estimate, mean_of, paired
 from mm_moslora_eval.scoring.measured_scores import Aggregate, aggregate, by_category, difference_of_scores
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
@@ -24,7 +24,7 @@ from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 SUB_TASKS = ("existence", "count", "OCR", "scene")
 
 

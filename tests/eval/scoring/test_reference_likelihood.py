@@ -14,7 +14,7 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.answer_views import answers_folder, find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.reference_likelihood import likelihood_difference, mean_likelihood
 from mm_moslora_eval.sources.document import Document
 
@@ -22,7 +22,7 @@ from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_data import write_questions
 from tests.eval.eval_fake import FakeModel
 
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 
 
 class Likely(FakeModel):
