@@ -135,10 +135,10 @@ def training_answers(*names: str) -> Sequence[TrainingAnswer]:
     """
     from mm_moslora_eval.run.baselines import read_training_answers
 
-    found: list[TrainingAnswer] = []
+    answers: list[TrainingAnswer] = []
     for path, folder in (file_and_folder(name) for name in names if name):
-        found += read_training_answers(Path(path), image_folder=Path(folder) if folder else None)
-    return found
+        answers += read_training_answers(Path(path), image_folder=Path(folder) if folder else None)
+    return answers
 
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
@@ -234,10 +234,10 @@ def run_folder(path: Path) -> Path:
         EvalError: there is no run.
     """
     start = path.parent if path.is_file() else path
-    found = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
-    if found is None:
+    run = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
+    if run is None:
         raise EvalError(f"{path} is not part of an evaluation run: there is no run.json in it or above it.")
-    return found
+    return run
 
 
 def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
@@ -403,18 +403,18 @@ def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:
 
 def comparison_text(result: PairedComparison) -> str:
     """A comparison as readable text."""
-    score, found = result.score, result.score.found
+    score, estimate = result.score, result.score.estimate
     lines = [
         f"{result.task}: A {score_text(score.a, score.unit)}, B {score_text(score.b, score.unit)}. "
-        f"{between(score.as_difference)}: {score.as_difference.points}, p {found.p_value:.3g}.",
+        f"{between(score.as_difference)}: {score.as_difference.points}, p {estimate.p_value:.3g}.",
         f"A wins {score.wins}, B wins {score.losses}, equal {score.ties} of {score.questions}; sign test p "
         f"{score.sign_p:.3g}.",
-        resting_on(found.n, found.clusters, found.groups)
+        resting_on(estimate.n, estimate.clusters, estimate.groups)
         + (
-            f" A true difference of {amount_text(found.detectable, score.unit)} is detected with 80 % power."
-            if found.stderr > 0
+            f" A true difference of {amount_text(estimate.detectable, score.unit)} is detected with 80 % power."
+            if estimate.stderr > 0
             else " They all differ by the same amount; the interval bounds the share of other differences."
-            if found.clusters > 1
+            if estimate.clusters > 1
             else ""
         ),
     ]
@@ -442,8 +442,8 @@ def table(results: Sequence[TaskResult]) -> str:
         if not math.isnan(result.score):
             cells = [f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"]
         if nats:
-            known = "nats" in likelihood
-            cells.append(f"{likelihood['nats']:.4f} ± {likelihood['stderr'] or math.nan:.4f}" if known else "-")
+            has_nats = "nats" in likelihood
+            cells.append(f"{likelihood['nats']:.4f} ± {likelihood['stderr'] or math.nan:.4f}" if has_nats else "-")
         numbers = (result.n, counts.failed, counts.not_inferable, counts.truncated)
         rows.append((name, result.mode, *cells, *map(str, numbers)))
     measures = ["score", "stderr", "95 %", *(["nats"] if nats else [])]

@@ -148,9 +148,9 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         if twice:
             raise ConfigError(f"Arm {twice[0]!r} is given twice. Name every arm once.")
     for arm in arms:
-        given = arm.apply(recipe)
-        if given.model.language_mode == "adapter":
-            adapter_config(given.adapter)
+        applied = arm.apply(recipe)
+        if applied.model.language_mode == "adapter":
+            adapter_config(applied.adapter)
     return arms
 
 
@@ -210,10 +210,10 @@ def _method(name: str) -> tuple[str, dict[str, Any], Collection[str]]:
     """Description, recipe keys and options of a method of PEFT."""
     method = method_named(name)
     own = {"adapter.peft": {"type": method.name}, "adapter.mixer_init": AdapterConfig.mixer_init}
-    given = method.shared
-    lacking = [key for key in ("rank", "alpha", "dropout") if key not in given]
+    shared = method.shared
+    lacking = [key for key in ("rank", "alpha", "dropout") if key not in shared]
     about = f"PEFT's {method.name}; from the recipe: " + ", ".join(
-        [*(f"{key} as {o}" for key, o in given.items()), "targets"]
+        [*(f"{key} as {o}" for key, o in shared.items()), "targets"]
     )
     return about + (f"; has no {', '.join(lacking)}" if lacking else ""), own, method.options
 
@@ -252,13 +252,13 @@ class _Size:
 def _size(recipe: Recipe) -> _Size:
     limits, bias = [], False
     try:
-        found = build_meta_model(recipe.model, recipe.adapter)
+        meta = build_meta_model(recipe.model, recipe.adapter)
     except (MoSLoRAError, OSError, ValueError) as error:
         trained = None
         limits.append(reason_of(error))
     else:
-        trained = sum(mine for _, mine in found.parameters().values())
-        bases = [layer.get_base_layer() for _, layer in adapted_layers(found.model)]
+        trained = sum(mine for _, mine in meta.parameters().values())
+        bases = [layer.get_base_layer() for _, layer in adapted_layers(meta.model)]
         bias = all(getattr(base, "bias", None) is not None for base in bases)
     if recipe.model.language_mode != "adapter":
         return _Size(trained=trained, limits=limits)

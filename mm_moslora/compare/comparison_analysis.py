@@ -168,8 +168,8 @@ _SHOWN = (OWN, *PICTURE_CONTROLS)
 
 def _nats(scores: Mapping[str, TaskAnswers], tasks: Sequence[str], mode: str) -> dict[str, TaskScores]:
     """Log-likelihoods by task with these pictures; empty unless every task has them."""
-    found = {task: scores[task].nats[mode] for task in tasks if task in scores and mode in scores[task].nats}
-    return found if len(found) == len(tasks) else {}
+    by_task = {task: scores[task].nats[mode] for task in tasks if task in scores and mode in scores[task].nats}
+    return by_task if len(by_task) == len(tasks) else {}
 
 
 def _measure(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> dict[str, Any]:
@@ -188,8 +188,8 @@ def _measure(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> dict[s
 
 
 def _mean_of(tasks: Mapping[str, TaskScores], seed: int) -> float:
-    known = [[score for score in task.scores[seed] if math.isfinite(score)] for task in tasks.values()]
-    return math.fsum(math.fsum(scores) / len(scores) for scores in known) / len(known) if all(known) else math.nan
+    finite = [[score for score in task.scores[seed] if math.isfinite(score)] for task in tasks.values()]
+    return math.fsum(math.fsum(scores) / len(scores) for scores in finite) / len(finite) if all(finite) else math.nan
 
 
 def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
@@ -224,18 +224,18 @@ def _comparisons(
             pair = [list(first_seeds(tasks, seeds[arm]).values()) for tasks in (lefts[arm], right)]
             row = _row(settings, (arm, column), judged, pair, comparisons=len(names), stand=stand)
             row["nats"] = {mode: found[arm] for mode, found in nats.items() if arm in found}
-            asked = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
-            rows.append(row | {"controls_complete": pictures_controlled(asked)})
+            answers = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
+            rows.append(row | {"controls_complete": pictures_controlled(answers)})
     return rows
 
 
 def _differences_in_nats(
     scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], seeds: Mapping[str, int],
-    place: tuple[Sequence[str], str], looks: Looks | None,
+    measure: tuple[Sequence[str], str], looks: Looks | None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """By arm, where it and the reference have log-likelihoods; p-values are corrected over these arms."""
-    right = _nats(reference, *place)
-    lefts = {arm: left for arm in seeds if right and (left := _nats(scores[arm], *place))}
+    right = _nats(reference, *measure)
+    lefts = {arm: left for arm in seeds if right and (left := _nats(scores[arm], *measure))}
     return {
         arm: judged.numbers(comparisons=len(lefts))
         | {"left_out": sum(len(one.clusters) for one in right.values()) - judged.estimate.size[1]}
@@ -244,21 +244,21 @@ def _differences_in_nats(
 
 
 def _row(
-    settings: ComparisonSettings, place: tuple[str, str], judged: Judged, pair: Sequence[Sequence[TaskScores]], *,
+    settings: ComparisonSettings, subject: tuple[str, str], judged: Judged, pair: Sequence[Sequence[TaskScores]], *,
     comparisons: int, stand: bool,
 ) -> dict[str, Any]:  # fmt: skip
     (left, right), estimate = pair, judged.estimate
-    found = as_difference(estimate, [*left, *right])
+    difference = as_difference(estimate, [*left, *right])
     return {
-        "arm": place[0],
+        "arm": subject[0],
         "reference": settings.reference_arm,
-        "task": place[1],
+        "task": subject[1],
         **judged.numbers(comparisons=comparisons),
         "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
         "share_of_documents": estimate.documents,
-        "groups": found.groups,
+        "groups": difference.groups,
         "verdict": verdict_of_arms(
-            found, judged.p_corrected, runs=estimate.run_degrees > 0, look=judged.look, stand=stand
+            difference, judged.p_corrected, runs=estimate.run_degrees > 0, look=judged.look, stand=stand
         ),
     }
 

@@ -89,9 +89,9 @@ class ComparisonSettings:
             raise ConfigError(
                 f"--validation is {', '.join(self.validation)}; choose by the loss or by tasks, not both."
             )
-        known = [arm.name for arm in self.arms]
-        if self.reference and self.reference not in known:
-            raise ConfigError(f"--reference {self.reference!r} is not an arm. Arms: {', '.join(known)}.")
+        names = [arm.name for arm in self.arms]
+        if self.reference and self.reference not in names:
+            raise ConfigError(f"--reference {self.reference!r} is not an arm. Arms: {', '.join(names)}.")
 
     @property
     def reference_arm(self) -> str:
@@ -214,8 +214,8 @@ def _scores(
     cells = [_tuning(arm, rate, seed) for rate in grid for seed in range(settings.tuning_seeds)]
     if any(cell.name not in outcomes for cell in cells):
         return None
-    found = {rate: validation_score(settings, cells, outcomes, rate) for rate in grid}
-    return {rate: score for rate, score in found.items() if score is not None}
+    scores = {rate: validation_score(settings, cells, outcomes, rate) for rate in grid}
+    return {rate: score for rate, score in scores.items() if score is not None}
 
 
 def best_rate(settings: ComparisonSettings, scores: Mapping[float, float]) -> float | None:

@@ -97,7 +97,7 @@ class ArmComparison:
         """
         names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
         data = {name: comparison_cell.open_task(name, self.settings).load() for name in names if name != LOSS}
-        measured, trained_on = {name: found.sha256 for name, found in data.items()}, self._trained_on()
+        measured, trained_on = {name: loaded.sha256 for name, loaded in data.items()}, self._trained_on()
         self.documents = sum(len(data[name].documents[: self.settings.limit]) for name in self.settings.tasks)
         if self.settings.tunes:
             choosing = {measured[name] for name in self.settings.validation if name != LOSS}
@@ -153,29 +153,29 @@ class ArmComparison:
         own = describe(self.settings) | {"hold_out": self._hold_out, "data": dict(checksums)}
         if file.is_file():
             try:
-                found = read_json(file)
+                stored = read_json(file)
             except ValueError as error:
                 raise ConfigError(f"{file} is damaged ({error}). Restore it, or choose another --output.") from error
-            if found.get("format") != own["format"]:
+            if stored.get("format") != own["format"]:
                 raise ConfigError(
-                    f"{self.folder} has format {found.get('format')!r}, this version reads {own['format']}. "
+                    f"{self.folder} has format {stored.get('format')!r}, this version reads {own['format']}. "
                     "Choose another --output."
                 )
             # It may have the fingerprints of an earlier version.
-            before = read_value(dict[str, str], found.get("data") or {}, source=str(file), where="data")
+            before = read_value(dict[str, str], stored.get("data") or {}, source=str(file), where="data")
             self._refuse_changed_data(before, dict(checksums) | same_parts(self._given.model, before))
-            changed = [key for key, value in own.items() if key != "data" and found.get(key) != value]
+            changed = [key for key, value in own.items() if key != "data" and stored.get(key) != value]
             if changed:
                 key = changed[0]
                 raise ConfigError(
-                    f"{self.folder} was started with {key} {found.get(key)!r}, now it is {own[key]!r}. Arms, rates and "
-                    "seeds may be added to a comparison, the rest may not change. Choose another --output."
+                    f"{self.folder} was started with {key} {stored.get(key)!r}, now it is {own[key]!r}. Arms, rates "
+                    "and seeds may be added to a comparison, the rest may not change. Choose another --output."
                 )
         replace_json(file, own)
 
-    def _refuse_changed_data(self, found: Mapping[str, str], checksums: Mapping[str, str]) -> None:
-        sources = {key: item for key, item in found.items() if key.startswith("data.") or key in checksums}
-        now = {key: item for key, item in checksums.items() if key.startswith("data.") or key in found}
+    def _refuse_changed_data(self, before: Mapping[str, str], checksums: Mapping[str, str]) -> None:
+        sources = {key: item for key, item in before.items() if key.startswith("data.") or key in checksums}
+        now = {key: item for key, item in checksums.items() if key.startswith("data.") or key in before}
         changed = sorted(key for key in sources.keys() | now.keys() if sources.get(key) != now.get(key))
         if changed:
             raise ConfigError(
@@ -196,11 +196,11 @@ class ArmComparison:
     def _read_some(self, cells: Sequence[Cell]) -> None:
         for item in cells:
             recipe = item.recipe(self.recipe, self.folder)
-            place = Path(recipe.train.output)
-            outcome = comparison_cell.known_outcome(place)
+            run_folder = Path(recipe.train.output)
+            outcome = comparison_cell.known_outcome(run_folder)
             if outcome is not None:
                 if not isinstance(outcome, comparison_cell.Damaged):
-                    comparison_cell.require_same_recipe(place, outcome, recipe)
+                    comparison_cell.require_same_recipe(run_folder, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
     def run(self, room: RunBudget, engine: Engine, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
@@ -216,7 +216,7 @@ class ArmComparison:
         runs: dict[str, CellRun] = {}
         deadline = time.monotonic() + 60 * (math.inf if room.max_minutes is None else room.max_minutes)
 
-        def known() -> list[Job]:
+        def new_jobs() -> list[Job]:
             self._say_cost([run for name, run in runs.items() if name not in self.outcomes])
             new = [self._order(item, room) for item in self._next(after) if item.name not in runs]
             runs.update({run.cell.name: run for run in new})
@@ -224,7 +224,7 @@ class ArmComparison:
 
         with StopRequest() as stop:
             run_jobs(
-                known, engine, over=lambda job, problem: self._over(runs[job.name], problem),
+                new_jobs, engine, over=lambda job, problem: self._over(runs[job.name], problem),
                 stop=lambda: bool(stop.received) or time.monotonic() > deadline,
             )  # fmt: skip
         if not self._ready():
@@ -279,16 +279,16 @@ class ArmComparison:
 
     def _over(self, run: CellRun, problem: str) -> None:
         """Take the outcome of a run."""
-        outcome = comparison_cell.known_outcome(run.place)
+        outcome = comparison_cell.known_outcome(run.run_folder)
         if outcome is None:
             outcome = Outcome(status="failed", reason=problem)
-            comparison_cell.write_outcome(run.place, outcome)
+            comparison_cell.write_outcome(run.run_folder, outcome)
         self.outcomes[run.cell.name] = outcome
         logger.info("%s", self._line(run.cell, outcome))
 
     def _line(self, item: Cell, outcome: Outcome) -> str:
         count = run_count(self.settings, self.outcomes)
-        over = sum(known.name in self.outcomes for known in self._cells())
+        over = sum(other.name in self.outcomes for other in self._cells())
         what = f"[{over}/{count}] {item.arm.name} at {item.rate:g}, seed {item.seed}: "
         if outcome.status != "ok":
             return f"{what}{outcome.status}: {outcome.reason}"
@@ -301,11 +301,11 @@ class ArmComparison:
 
     def seconds_left(self) -> float:
         """Estimate of the missing runs' seconds, from finished runs of the same arm, else from the mean of all."""
-        known = [outcome.total_seconds for outcome in self.outcomes.values() if outcome.status == "ok"]
-        if not known:
+        seconds = [outcome.total_seconds for outcome in self.outcomes.values() if outcome.status == "ok"]
+        if not seconds:
             return math.nan
         costs = self._costs()
-        return sum(cost.runs * (fmean(known) if math.isnan(cost.run_seconds) else cost.run_seconds) for cost in costs)
+        return sum(cost.runs * (fmean(seconds) if math.isnan(cost.run_seconds) else cost.run_seconds) for cost in costs)
 
     def _costs(self, probes: Mapping[str, CellRun] = MappingProxyType({})) -> list[ArmCost]:
         """The cost of every arm's missing runs; `probes` holds, by arm, a run of which the first steps were done."""
@@ -353,15 +353,15 @@ def _job(run: CellRun, *, stop_at: int | None = None) -> Job:
     """The job of a run: a command that does the same by hand."""
     steps = () if stop_at is None else ("--stop-at", str(stop_at))
     return Job(
-        name=run.cell.name, log=run.place / comparison_cell.LOG, cards=run.cards,
+        name=run.cell.name, log=run.run_folder / comparison_cell.LOG, cards=run.cards,
         command=(PROGRAM, "compare", str(run.folder), "--cell", run.cell.name, *steps),
-        output=run.place / comparison_cell.OUTCOME if stop_at is None else None,
+        output=run.run_folder / comparison_cell.OUTCOME if stop_at is None else None,
     )  # fmt: skip
 
 
 def _problem(run: CellRun, problem: str) -> str:
     """What ended the first steps of an arm's run."""
-    outcome = comparison_cell.known_outcome(run.place)
+    outcome = comparison_cell.known_outcome(run.run_folder)
     return problem if outcome is None or outcome.status == "ok" else f"{outcome.status}: {outcome.reason}"
 
 

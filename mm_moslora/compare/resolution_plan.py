@@ -152,8 +152,8 @@ def plan_resolution(planner: Planner, documents: int) -> tuple[SampleSize | None
     narrow = planner.fewest_for_width(documents)
     if narrow is not None:
         lines[0] += f" A half-width of {points} takes {narrow.seeds:.0f} seeds."
-    found = planner.fewest_seeds(documents)
-    if found is None:
+    size = planner.fewest_seeds(documents)
+    if size is None:
         least = planner.size(math.inf, documents)
         if least.detectable > planner.points:
             lines.append(
@@ -167,17 +167,17 @@ def plan_resolution(planner: Planner, documents: int) -> tuple[SampleSize | None
         either = " or ".join(f"{size.documents:,} documents and {size.seeds:.0f} seeds" for size in needed)
         lines.append(f"Needed: {either or f'more than {MOST_SEEDS} seeds, or a coarser --resolve'}.")
         return None, lines
-    seeds = int(found.seeds)
+    seeds = int(size.seeds)
     enough = planner.fewest_documents(seeds, most=documents)
     fewer = f" ({enough.documents} would do)" if enough is not None and enough.documents < 0.9 * documents else ""
     looks = planner.looks(seeds, documents).seeds
     lines.append(
-        f"For {points}: {seeds} seeds on {documents} documents{fewer}, half-width {100 * found.half_width:.1f}. "
+        f"For {points}: {seeds} seeds on {documents} documents{fewer}, half-width {100 * size.half_width:.1f}. "
         f"Looks after {', '.join(map(str, looks))} seeds; an arm ends early where it is decided: its corrected "
         f"p-value is below {SIGNIFICANT:g}, or its interval lies within {points}. Intervals and p-values hold for all "
         "looks together (alpha spending)."
     )
-    return found, lines
+    return size, lines
 
 
 class Resolution:
@@ -216,9 +216,9 @@ class Resolution:
             "before a pilot, assumed: runs of an arm spread by 2 points, answers as right and wrong ones usually do"
         )  # fmt: skip
         planner = replace(self._planner(components or ASSUMED, settings.seeds), independent=independent_share(rows))
-        found, lines = plan_resolution(planner, self._comparison.documents)
+        size, lines = plan_resolution(planner, self._comparison.documents)
         lines = [f"--resolve {100 * self._points:g}, {source}: {lines[0]}", *lines[1:]]
-        return [*lines, self._hours(int(found.seeds) if found is not None else settings.seeds)]
+        return [*lines, self._hours(int(size.seeds) if size is not None else settings.seeds)]
 
     def settings_after(self) -> ComparisonSettings:
         """The settings to go on with, after a look at the seeds that are over; the present seeds where it ends."""
@@ -280,10 +280,10 @@ def plan_looks(planner: Planner, rows: Rows, documents: int) -> LookState:
         return replace(only, ended=why)
     only = replace(only, components=asdict(components))
     planner = replace(planner, components=components, independent=independent_share(rows))
-    found, lines = plan_resolution(planner, documents)
-    if found is None:
+    size, lines = plan_resolution(planner, documents)
+    if size is None:
         return replace(only, ended=" ".join(lines[1:]).removesuffix("."))
-    return replace(only, looks=planner.looks(int(found.seeds), documents))
+    return replace(only, looks=planner.looks(int(size.seeds), documents))
 
 
 def after_look(state: LookState, rows: Rows, seeds: int) -> LookState:

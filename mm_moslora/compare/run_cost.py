@@ -64,18 +64,18 @@ def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: CellRun | N
     if probe is None:
         return unknown
     try:
-        rows = [row for row in metrics(probe.place) if "step_seconds" in row]
+        rows = [row for row in metrics(probe.run_folder) if "step_seconds" in row]
         if len(rows) < PROBE_STEPS:
             return unknown
         last, each = rows[-1], median(row["step_seconds"] for row in rows)
         steps = probe.recipe.train.total_steps(last["step"] / last["epoch"])
-        parts = read_json(probe.place / "summary.json")["components"]
+        parts = read_json(probe.run_folder / "summary.json")["components"]
         return replace(
             unknown, trainable=sum(build_known(Component, part, source="it").trainable for part in parts), steps=steps,
             step_seconds=each, run_seconds=each * steps, memory_gib=float(last["memory_gib"]),
         )  # fmt: skip
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        return replace(unknown, problem=f"{probe.place} is damaged ({error})")
+        return replace(unknown, problem=f"{probe.run_folder} is damaged ({error})")
 
 
 def cost_table(costs: Sequence[ArmCost]) -> list[str]:
@@ -84,9 +84,9 @@ def cost_table(costs: Sequence[ArmCost]) -> list[str]:
     rows = [_cells(cost) for cost in costs]
     total = math.fsum(cost.seconds for cost in costs if not math.isnan(cost.seconds))
     rows.append(("all", "", "", "", "", "", str(sum(cost.runs for cost in costs)), f"{total / 3600:.2f}"))
-    widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     lines = [
-        "  ".join(text.ljust(width) if place == 0 else text.rjust(width) for place, (text, width) in enumerate(pairs))
+        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(pairs))
         for pairs in (list(zip(row, widths, strict=True)) for row in (heads, *rows))
     ]
     unknown = [f"{cost.arm}: {cost.problem or 'shorter than the first steps'}" for cost in costs if _unknown(cost)]

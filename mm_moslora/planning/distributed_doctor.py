@@ -83,18 +83,18 @@ def _hosts(recipe: Recipe | None, facts: list[RankFacts]) -> list[Diagnosis]:
     first = {item.host: item.rank for item in reversed(facts)}
     mine = first[facts[distributed.rank()].host] == distributed.rank()
     folder = Path(recipe.train.output) if recipe is not None else None
-    found = [item for item in diagnose(folder, recipe) if item.status != "ok"] if mine else []
+    problems = [item for item in diagnose(folder, recipe) if item.status != "ok"] if mine else []
     if recipe is not None and mine:
-        found += _recipe_here(recipe)
-    places = defaultdict(list)
-    for item, findings in zip(facts, distributed.gather_objects(found), strict=True):
+        problems += _recipe_here(recipe)
+    hosts_of = defaultdict(list)
+    for item, findings in zip(facts, distributed.gather_objects(problems), strict=True):
         for finding in findings:
-            places[finding].append(item.host)
+            hosts_of[finding].append(item.host)
     shared = _run_folder(folder, facts) if folder is not None and len(first) > 1 else []
     everywhere = len(first)
     return shared + [
         replace(finding, name=f"{finding.name} ({'all hosts' if len(hosts) == everywhere else ', '.join(hosts)})")
-        for finding, hosts in places.items()
+        for finding, hosts in hosts_of.items()
     ]
 
 
@@ -108,8 +108,8 @@ def _recipe_here(recipe: Recipe) -> list[Diagnosis]:
 
 def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Diagnosis]:
     """Whether a file that rank 0 writes beside the run appears on all hosts."""
-    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    probe = place / distributed.from_main(f".mm-moslora-doctor-{uuid4().hex}")
+    parent_folder = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    probe = parent_folder / distributed.from_main(f".mm-moslora-doctor-{uuid4().hex}")
     problem = ""
     if distributed.is_main():
         try:
@@ -124,7 +124,8 @@ def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Diagnosis]:
     problem = distributed.from_main(problem) or (f"{', '.join(blind)} does not see rank 0's files" if blind else "")
     return [
         Diagnosis(
-            name="run folder", status="bad" if problem else "ok", detail=f"{place}: {problem or 'shared by all hosts'}",
+            name="run folder", status="bad" if problem else "ok",
+            detail=f"{parent_folder}: {problem or 'shared by all hosts'}",
             remedy="Set train.output to a folder of a file system that all hosts share." if problem else "",
         )
     ]  # fmt: skip

@@ -250,9 +250,9 @@ def _precision() -> list[Diagnosis]:
         detail = "the GPU supports bf16" if fast else "the GPU does not support bf16; precision auto is fp32"
         return [Diagnosis(name="bf16", status="ok" if fast else "warn", detail=detail)]
     text = _read(Path("/proc/cpuinfo"))
-    found = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
-    if found:
-        return [Diagnosis(name="bf16", status="ok", detail=f"this CPU multiplies bf16 fast ({', '.join(found)})")]
+    fast_flags = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
+    if fast_flags:
+        return [Diagnosis(name="bf16", status="ok", detail=f"this CPU multiplies bf16 fast ({', '.join(fast_flags)})")]
     none = "this CPU has neither amx_bf16 nor avx512_bf16: precision auto is fp32, and bf16 would be slower"
     return [Diagnosis(name="bf16", status="ok", detail=none)]
 
@@ -270,16 +270,16 @@ def _kernels() -> list[Diagnosis]:
         detail = f"attention runs on a C++ kernel (compiled by {compiler} at the first run): {reason}"
     else:
         detail = f"PyTorch's own run between the matrix products of lean decoder layers: {reason}"
-    found = installed_liger()
-    if found is not None and not fits(found):
-        detail += f"; model.kernels liger needs liger-kernel{LIGER_RANGE}, and {found} is installed"
+    liger = installed_liger()
+    if liger is not None and not fits(liger):
+        detail += f"; model.kernels liger needs liger-kernel{LIGER_RANGE}, and {liger} is installed"
     return [Diagnosis(name="kernels", status="warn" if on_gpu and reason is not None else "ok", detail=detail)]
 
 
 def _compiler() -> list[Diagnosis]:
     compiler = find_compiler()
     ninja = shutil.which("ninja") or (importlib.util.find_spec("ninja") and "ninja")
-    present = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if there]
+    present = [name for name, path in (("a C++ compiler", compiler), ("ninja", ninja)) if path]
     detail = f"{' and '.join(present) or 'neither compiler nor ninja'} here; none is needed (AdamW is torch's own)"
     return [Diagnosis(name="compiler", status="ok", detail=detail)]
 
@@ -301,19 +301,19 @@ def _extension_locks() -> list[Diagnosis]:
 
 def _disk(folder: Path) -> list[Diagnosis]:
     findings = []
-    for name, place in (
+    for name, path in (
         ("disk for runs", folder),
         ("disk for temporary files", Path(tempfile.gettempdir())),
     ):
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        free = shutil.disk_usage(place).free / 2**30
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        free = shutil.disk_usage(path).free / 2**30
         enough = free >= (ROOM_GIB if name == "disk for runs" else 1.0)
         findings.append(
             Diagnosis(
                 name=name,
                 status="ok" if enough else "warn",
-                detail=f"{free:.1f} GiB free at {place.resolve()}",
+                detail=f"{free:.1f} GiB free at {path.resolve()}",
                 remedy="" if enough else "Free some space, or set train.output (TMPDIR) to a larger disk.",
             )
         )
@@ -337,11 +337,11 @@ def _memory() -> list[Diagnosis]:
 
 def _threads() -> list[Diagnosis]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    given = os.environ.get("OMP_NUM_THREADS")
+    threads = os.environ.get("OMP_NUM_THREADS")
     policy = os.environ.get("OMP_WAIT_POLICY", "")
-    detail = f"{cores} cores, OMP_NUM_THREADS {given or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"
+    detail = f"{cores} cores, OMP_NUM_THREADS {threads or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"
     remedies = []
-    if given and given.isdigit() and int(given) > cores:
+    if threads and threads.isdigit() and int(threads) > cores:
         remedies.append(f"export OMP_NUM_THREADS={cores}")
     if policy.lower() != "passive":
         remedies.append("export OMP_WAIT_POLICY=passive  # waiting threads then leave the cores to others")

@@ -49,12 +49,12 @@ def pairs_by_round(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 def _tournament(count: int) -> Iterator[list[tuple[int, int]]]:
     """Rounds in which everybody meets everybody once (the circle method)."""
-    places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
-    for _ in range(len(places) - 1):
-        half = len(places) // 2
-        sides = zip(places[:half], reversed(places[half:]), strict=True)
+    seats: list[int | None] = [*range(count), *([None] if count % 2 else [])]
+    for _ in range(len(seats) - 1):
+        half = len(seats) // 2
+        sides = zip(seats[:half], reversed(seats[half:]), strict=True)
         yield [(min(a, b), max(a, b)) for a, b in sides if a is not None and b is not None]
-        places = [places[0], places[-1], *places[1:-1]]
+        seats = [seats[0], seats[-1], *seats[1:-1]]
 
 
 def _device() -> torch.device:
@@ -109,11 +109,11 @@ def measure_links(rounds: Sequence[Sequence[tuple[int, int]]]) -> dict[tuple[int
         if pair is not None:
             peer = sum(pair) - distributed.rank()
             mine[pair] = sent.numel() / _fastest(lambda to=peer: _exchange(sent, received, to)) / 1e9  # type: ignore[misc]
-    found: dict[tuple[int, int], float] = {}
+    slower: dict[tuple[int, int], float] = {}
     for speeds in distributed.gather_objects(mine):
         for pair, speed in speeds.items():
-            found[pair] = min(speed, found.get(pair, speed))
-    return found
+            slower[pair] = min(speed, slower.get(pair, speed))
+    return slower
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, peer: int) -> None:
@@ -150,8 +150,8 @@ def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFac
         facts: by rank.
     """
     inside = {pair: facts[pair[0]].host == facts[pair[1]].host for pair in speeds}
-    for name, here in (("links within hosts", True), ("links between hosts", False)):
-        kind = {pair: speed for pair, speed in speeds.items() if inside[pair] == here}
+    for name, within in (("links within hosts", True), ("links between hosts", False)):
+        kind = {pair: speed for pair, speed in speeds.items() if inside[pair] == within}
         if not kind:
             continue
         median = statistics.median_high(kind.values())
@@ -159,7 +159,7 @@ def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFac
         detail = f"{median:.3g} GB/s each way"
         if slow:
             detail = f"{_slowest(slow, kind, facts)}; the median is {median:.3g} GB/s"
-        poor = not here and facts[0].card != "CPU" and median < _LEAST_BETWEEN_HOSTS
+        poor = not within and facts[0].card != "CPU" and median < _LEAST_BETWEEN_HOSTS
         remedy = "Look at cables, ports and GPUs there (nvidia-smi topo -m, ibstat)." if slow else ""
         if poor:
             remedy += (

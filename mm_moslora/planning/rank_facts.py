@@ -133,10 +133,10 @@ def network_faults(facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
     hosts = {item.host: item for item in facts}
     for item in facts:
         for variable, value in item.chosen.items():
-            found = _chosen(variable, value, item.interfaces)
-            here = all(address.startswith(_LOOPBACK) for name in found for address in item.interfaces[name])
-            if not found or (here and len(hosts) > 1):
-                problem = "which reaches no other host" if found else f"which {item.host} lacks"
+            interfaces = _chosen(variable, value, item.interfaces)
+            loopback = all(address.startswith(_LOOPBACK) for name in interfaces for address in item.interfaces[name])
+            if not interfaces or (loopback and len(hosts) > 1):
+                problem = "which reaches no other host" if interfaces else f"which {item.host} lacks"
                 yield Diagnosis(
                     name=f"network of rank {item.rank}", status="bad",
                     detail=f"{variable} is {value}, {problem}; {item.host} has {_listed(item.interfaces)}",

@@ -44,7 +44,7 @@ class RollCall:
     def __init__(self, *, limit: float) -> None:
         self.limit, self.deadline = limit, time.monotonic() + limit
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        self.place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self.address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         owned = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         distributed.check_launcher()
         self._store = self._connect(owned)
@@ -59,7 +59,7 @@ class RollCall:
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise DistributedError(
-                f"Rank {self.rank} on {socket.gethostname()} cannot reach rank 0 at {self.place} within "
+                f"Rank {self.rank} on {socket.gethostname()} cannot reach rank 0 at {self.address} within "
                 f"{self.limit:.0f} s ({(str(error).splitlines() or [''])[0]}). Check that rank 0 was started, that the "
                 "address is one of its host on a network that both share, and that no firewall closes the port."
             ) from error
@@ -106,13 +106,14 @@ class RollCall:
                 # Rank 0 speaks for all; the others wait a little longer for it.
                 if time.monotonic() > self.deadline + (0 if self.rank == 0 else 10 * _TICK):
                     if self.rank:
-                        self._leave(f"{self._after()} rank 0 at {self.place} does not answer.", speak=True)
+                        self._leave(f"{self._after()} rank 0 at {self.address} does not answer.", speak=True)
                     text = self._overdue()
                     self._observer.set("failure", text)
                     self._leave(text)
             except RuntimeError:
                 if not self._ended.wait(4 * _TICK):
-                    self._leave(f"The connection to rank 0 at {self.place} is lost: it ended, or its host.", speak=True)
+                    text = f"The connection to rank 0 at {self.address} is lost: it ended, or its host."
+                    self._leave(text, speak=True)
 
     def _leave(self, text: str, *, speak: bool = False) -> None:
         """End this process; rank 0 prints the message, any other only where rank 0 cannot."""
@@ -132,10 +133,10 @@ class RollCall:
         missing = set(range(self.world)) - {item.rank for item in facts}
         if missing:
             plural = "s" if len(missing) > 1 else ""
-            here = named([item.rank for item in facts], facts)
+            present = named([item.rank for item in facts], facts)
             return (
-                f"{self._after()} rank{plural} {spans(missing)} of {self.world} did not report to {self.place}; {here} "
-                f"did. Check that every host was started, with the same address of rank 0, and can reach it."
+                f"{self._after()} rank{plural} {spans(missing)} of {self.world} did not report to {self.address}; "
+                f"{present} did. Check that every host was started, with the same address of rank 0, and can reach it."
             )
         before = self._read("beat")
         time.sleep(_SILENT * _TICK)
@@ -165,5 +166,5 @@ class RollCall:
 
     def _read(self, kind: str) -> dict[int, str]:
         keys = {rank: f"{kind}/{rank}" for rank in range(self.world)}
-        there = {rank: key for rank, key in keys.items() if self._observer.check([key])}
-        return {rank: self._observer.get(key).decode() for rank, key in there.items()}
+        present = {rank: key for rank, key in keys.items() if self._observer.check([key])}
+        return {rank: self._observer.get(key).decode() for rank, key in present.items()}

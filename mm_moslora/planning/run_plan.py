@@ -117,9 +117,9 @@ class RunPlan:
 def known_data(sources: Sequence[SourceConfig], tokens_per_image: int) -> DataSize | None:
     """Size of the first source that is a well-known data file; None: there is none."""
     for source in sources:
-        known = KNOWN_DATA.get(Path(source.path).stem)
-        if known:
-            samples, tokens, pictures = known
+        size = KNOWN_DATA.get(Path(source.path).stem)
+        if size:
+            samples, tokens, pictures = size
             mean = tokens + (tokens_per_image - LLAVA_VISUAL) * pictures
             return DataSize(samples=samples, tokens=mean, pictures=pictures)
     return None
@@ -293,10 +293,10 @@ def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> 
     )  # fmt: skip
     if own.generating and (reason := step.cannot_generate(gpus.memory)):
         return reason
-    given, fits = recipe.train.micro_tokens or 0, step.token_budget(gpus.memory, longest=recipe.data.longest)
+    budget, fits = recipe.train.micro_tokens or 0, step.token_budget(gpus.memory, longest=recipe.data.longest)
     if own.fits:
-        small = 0 < 2 * given < min(fits, own.micro_batch * recipe.data.longest)
-        return f"train.micro_tokens is {given}, and {fits} fit, which is faster: leave it out." if small else ""
+        small = 0 < 2 * budget < min(fits, own.micro_batch * recipe.data.longest)
+        return f"train.micro_tokens is {budget}, and {fits} fit, which is faster: leave it out." if small else ""
     if fits:
         return f"train.micro_tokens up to {fits} fits, or leave it out."
     change = step.remedies(gpus.memory, longest=recipe.data.longest, key=recipe.data.longest_key)

@@ -414,7 +414,7 @@ def ordered(folder: Path) -> CellRun:
 def test_a_run_by_hand_that_does_not_exist_or_is_damaged_is_one_line(tmp_path: Path, capsys):
     assert cli.run(["compare", str(tmp_path / "no"), "--cell", "a"]) == 1
     assert "has no run 'a'" in capsys.readouterr().err
-    place = ordered(tmp_path).place
+    place = ordered(tmp_path).run_folder
     for more in (["--stop-at", "3"], ["--cell", place.name, "--optim.lr=1"]):
         assert cli.run(["compare", str(tmp_path), *more]) == 1
         assert "--cell does one run as it was planned" in capsys.readouterr().err
@@ -438,7 +438,7 @@ def test_a_run_by_hand_is_found_from_every_path_of_its_folder(tmp_path: Path, mo
     asked: list[CellRun] = []
     monkeypatch.setattr(comparison_cell, "_run", lambda run, *_: asked.append(run) or Outcome(status="ok"))
     assert cli.run(["compare", folder.name if way == "relative" else "linked", "--cell", name]) == 0
-    assert [run.place for run in asked] == [folder / "runs" / name]
+    assert [run.run_folder for run in asked] == [folder / "runs" / name]
 
 
 def test_a_run_by_hand_starts_where_its_tasks_are_named(tmp_path: Path, monkeypatch):
@@ -454,14 +454,14 @@ def test_a_run_by_hand_that_fails_says_so(tmp_path: Path, monkeypatch, capsys):
     line = ["compare", str(tmp_path), "--cell", run.cell.name]
 
     def fail(*_):
-        assert read_outcome(run.place) is None, "a killed run would have the reason of an earlier one"
+        assert read_outcome(run.run_folder) is None, "a killed run would have the reason of an earlier one"
         raise OSError("no picture")
 
     for _ in range(2):
         monkeypatch.setattr(comparison_cell, "_run", fail)
         assert cli.run(line) == 1
         assert capsys.readouterr().err.splitlines()[-1].endswith("OSError: no picture")
-        assert read_outcome(run.place).status == "failed"
+        assert read_outcome(run.run_folder).status == "failed"
     monkeypatch.setattr(comparison_cell, "_run", lambda *_: Outcome(status="ok"))
     assert cli.run(line) == 0
 
@@ -474,19 +474,19 @@ def test_a_run_by_hand_that_fails_says_so(tmp_path: Path, monkeypatch, capsys):
 )  # fmt: skip
 def test_an_order_of_other_types_or_of_another_folder_is_refused(tmp_path: Path, monkeypatch, capsys, changes):
     run, elsewhere = ordered(tmp_path / "own"), tmp_path / "elsewhere"
-    told = json.loads((run.place / "cell.json").read_text())
+    told = json.loads((run.run_folder / "cell.json").read_text())
     for key, value in changes.items():
         *groups, last = key.split(".")
         group = told
         for part in groups:
             group = group[part]
         group[last] = str(elsewhere) if value == "ELSEWHERE" else value
-    (run.place / "cell.json").write_text(json.dumps(told))
+    (run.run_folder / "cell.json").write_text(json.dumps(told))
     monkeypatch.setattr(comparison_cell, "_run", lambda *_: pytest.fail("it was run"))
     assert cli.run(["compare", str(tmp_path / "own"), "--cell", run.cell.name]) == 1
     assert "Repeat the comparison's command" in capsys.readouterr().err
     assert not elsewhere.exists()
-    assert [path.name for path in run.place.iterdir()] == ["cell.json"]
+    assert [path.name for path in run.run_folder.iterdir()] == ["cell.json"]
 
 
 def other_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -510,9 +510,9 @@ def test_a_run_that_is_started_twice_at_once_happens_once(tmp_path: Path, monkey
     said = [one.communicate(timeout=100)[1] for one in both]
     assert [one.returncode for one in both] == [0, 0], said
     assert (tmp_path / "begun").read_text() == f"{run.cell.name}\n", said
-    before = (run.place / "outcome.json").stat().st_mtime_ns
+    before = (run.run_folder / "outcome.json").stat().st_mtime_ns
     assert subprocess.run(words, check=True, timeout=100).returncode == 0
-    assert (run.place / "outcome.json").stat().st_mtime_ns == before
+    assert (run.run_folder / "outcome.json").stat().st_mtime_ns == before
 
 
 def test_runs_that_are_killed_three_times_are_in_the_table_and_the_others_go_on(tmp_path: Path, monkeypatch):

@@ -27,9 +27,9 @@ def taken(runs: list[CellRun]) -> list[Outcome]:
     for run in runs:
         run.order()
     assert run_jobs(lambda: [_job(run) for run in runs], ProcessEngine(parallel=1), over=lambda *_: None) == {}
-    found = [read_outcome(run.place) for run in runs]
+    found = [read_outcome(run.run_folder) for run in runs]
     assert all(outcome is not None and outcome.status == "ok" for outcome in found), [
-        (run.place / LOG).read_text()[-2000:] for run in runs
+        (run.run_folder / LOG).read_text()[-2000:] for run in runs
     ]
     return [outcome for outcome in found if outcome is not None]
 
@@ -69,19 +69,20 @@ def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
     first, full, again = taken(jobs)
     assert (again.test, again.last_loss) == (first.test, first.last_loss)
     assert full.last_loss != first.last_loss
-    losses = [[(row["loss"], row["grad_norm"]) for row in metrics(job.place) if "loss" in row] for job in jobs]
+    losses = [[(row["loss"], row["grad_norm"]) for row in metrics(job.run_folder) if "loss" in row] for job in jobs]
     assert losses[2] == losses[0]
     assert len(losses[0]) == 3
     for pattern in ("checkpoint-*/adapter/*.safetensors", "eval/*/*/*/samples.jsonl"):
-        one, other = ([path.read_bytes() for path in sorted(jobs[number].place.glob(pattern))] for number in (0, 2))
+        one, other = ([path.read_bytes() for path in sorted(jobs[i].run_folder.glob(pattern))] for i in (0, 2))
         assert one
         assert one == other, pattern
-    log = (jobs[2].place / LOG).read_text()
+    log = (jobs[2].run_folder / LOG).read_text()
     assert "Features of 14 of 14 pictures" in log, log
-    shares = [[row["feature_cache_hits"] for row in metrics(job.place) if "feature_cache_hits" in row] for job in jobs]
+    key = "feature_cache_hits"
+    shares = [[row[key] for row in metrics(job.run_folder) if key in row] for job in jobs]
     assert set(shares[2]) == {1}
     assert shares[0][0] == 0
-    assert "Rehearsal" in (jobs[0].place / LOG).read_text()
+    assert "Rehearsal" in (jobs[0].run_folder / LOG).read_text()
     assert "Rehearsal" not in log
 
 

@@ -300,7 +300,7 @@ def test_the_cost_of_a_damaged_run_is_named_as_unknown(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     train = SimpleNamespace(total_steps=lambda per_epoch: round(per_epoch * 3))
-    job: Any = SimpleNamespace(place=tmp_path, recipe=SimpleNamespace(train=train))
+    job: Any = SimpleNamespace(run_folder=tmp_path, recipe=SimpleNamespace(train=train))
     cost = cost_of("lora", 4, (), job)
     if fault:
         assert cost.problem.startswith(f"{tmp_path} is damaged (")

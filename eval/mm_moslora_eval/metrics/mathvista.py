@@ -94,8 +94,8 @@ def prefetch_vlmevalkit(text: str, question: MathVistaQuestion, reference: str) 
 
 def extract_vlmevalkit(text: str, question: MathVistaQuestion, reference: str) -> str:
     """VLMEvalKit's own extraction before it asks a judge, as text; empty if it would ask."""
-    found = prefetch_vlmevalkit(text, question, reference)
-    return str(found) if found else ""
+    extracted = prefetch_vlmevalkit(text, question, reference)
+    return str(extracted) if extracted else ""
 
 
 def correct_vlmevalkit(text: str, question: MathVistaQuestion, reference: str) -> bool:

@@ -144,9 +144,9 @@ def _yes_no(ask: Callable[[Scene], Sequence[tuple[str, bool]]], more: Callable[[
     rows: list[Row] = []
     for number, scene in enumerate(SCENES):
         first = len(rows)
-        for place, (question, right) in enumerate(ask(scene)):
+        for turn, (question, right) in enumerate(ask(scene)):
             # VLMEvalKit's files store a picture once; other rows refer to the row that holds it.
-            image = scene.encoded if place == 0 else str(first)
+            image = scene.encoded if turn == 0 else str(first)
             answer = "Yes" if right else "No"
             rows.append(
                 {"index": len(rows), "image": image, "question": question, "answer": answer} | more(number, scene)
@@ -177,11 +177,11 @@ def _hallusion() -> list[Row]:
         lambda s: [(f"Are there {n} shapes? Please answer yes or no.", n == s.count) for n in (s.count, s.count + 1)],
         lambda number, _: {"category": ("VD", "VS")[number % 2], "l2-category": ("figure", "chart")[number % 2]},
     )
-    for place, row in enumerate(rows):
-        row["index"] = f"{row['category']}_{row['l2-category']}_{place // 4}_{place // 2 % 2}_{place % 2}_x"
-        row["set_id"], row["figure_id"], row["question_id"] = place // 4, place // 2 % 2, place % 2
+    for index, row in enumerate(rows):
+        row["index"] = f"{row['category']}_{row['l2-category']}_{index // 4}_{index // 2 % 2}_{index % 2}_x"
+        row["set_id"], row["figure_id"], row["question_id"] = index // 4, index // 2 % 2, index % 2
         if len(row["image"]) < 64:
-            row["image"] = rows[place - 1]["index"]
+            row["image"] = rows[index - 1]["index"]
     return rows
 
 

@@ -144,7 +144,7 @@ class Task:
         return self.reference.replace("{answer}", answer) if answer else ""
 
     @property
-    def asked(self) -> str:
+    def request_hash(self) -> str:
         """Hash of everything that determines the answers, so without extraction, metric and aggregation.
 
         The places of images are left out, since the key of every answer covers them.

@@ -154,9 +154,9 @@ class TaskPrompt:
         (text,) = texts
         if not images:
             return (text,)
-        places: tuple[Part, ...] = (IMAGE,) * images
+        pictures: tuple[Part, ...] = (IMAGE,) * images
         separator = self.image_separator
-        return (*places, separator + text) if self.images == "first" else (text + separator, *places)
+        return (*pictures, separator + text) if self.images == "first" else (text + separator, *pictures)
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:

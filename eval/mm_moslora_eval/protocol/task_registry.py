@@ -62,14 +62,14 @@ def _build(data: dict[str, Any], path: Path, where: str) -> Task:
 
 def all_tasks() -> dict[str, Task]:
     """Every registered task by `name@protocol`, shipped ones first."""
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     for path in sorted(task_folder().glob("*.yaml")):
         for task in load_file(path):
-            found[task.id] = task
+            tasks[task.id] = task
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         for task in entry.load()():
-            found.setdefault(task.id, task)
-    return found
+            tasks.setdefault(task.id, task)
+    return tasks
 
 
 def get_task(name: str) -> Task:
@@ -101,8 +101,8 @@ def get_task(name: str) -> Task:
     if matching and not protocol:
         return matching[0]
     if matching:
-        known = ", ".join(task.protocol for task in matching)
-        raise EvalError(f"Task {stem!r} has no protocol {protocol!r}; it has {known}.")
+        protocols = ", ".join(task.protocol for task in matching)
+        raise EvalError(f"Task {stem!r} has no protocol {protocol!r}; it has {protocols}.")
     names = sorted({task.name for task in tasks.values()})
     raise EvalError(
         f"No task {name!r}.{suggestion(stem, names)} See `mm-moslora eval list`, "

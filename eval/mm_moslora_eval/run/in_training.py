@@ -36,12 +36,12 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     _start_over(moment.folder)
     model = LocalModel(moment.assembly, name=f"{moment.name} at step {moment.step}")
     metrics: dict[str, float] = {}
-    asked = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
+    stop_file = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
 
     def give_way(*_: object) -> None:
         if moment.stop.received:
-            asked.touch()
-        if asked.exists():
+            stop_file.touch()
+        if stop_file.exists():
             raise _CutShort
 
     cut = False
@@ -50,9 +50,9 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
             for result in evaluate(
                 model, task, moment.folder, modes=("own",), baselines=(), settings=settings, progress=give_way
             ):
-                found = {"score": result.score, **result.metrics}
+                values = {"score": result.score, **result.metrics}
                 metrics |= {
-                    f"eval/{result.task}/{name}": value for name, value in found.items() if math.isfinite(value)
+                    f"eval/{result.task}/{name}": value for name, value in values.items() if math.isfinite(value)
                 }
     except _CutShort:
         cut = True

@@ -166,16 +166,16 @@ def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
 def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
     """Write the owner of a folder, or refuse a folder with another owner."""
     try:
-        found = read_json(path)
+        stored = read_json(path)
     except FileNotFoundError:
         replace_text(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return
     except ValueError as error:
         raise EvalError(f"{path} is damaged ({error}). Restore it, or choose another folder.") from error
     for key, value in identity.items():
-        if _compared(found.get(key)) != _compared(value):
+        if _compared(stored.get(key)) != _compared(value):
             raise EvalError(
-                f"{what} holds another run: its {key} is {found.get(key)!r}, this one's is {value!r}. "
+                f"{what} holds another run: its {key} is {stored.get(key)!r}, this one's is {value!r}. "
                 "Choose another output folder."
             )
 
@@ -226,16 +226,17 @@ def run_task(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
         pool=data.documents,
     )  # fmt: skip
-    place = folder / task.id / mode
-    make_subfolder(place, below=folder)
-    _claim(place / "asked.json", {"format": FORMAT, "task": task.id, "asked": task.asked}, what=str(place))
+    mode_folder = folder / task.id / mode
+    make_subfolder(mode_folder, below=folder)
+    identity = {"format": FORMAT, "task": task.id, "asked": task.request_hash}
+    _claim(mode_folder / "asked.json", identity, what=str(mode_folder))
     share = partial(settings.share, work.items, name=f"{task.id}/{mode}")
     items = work.items
     if settings.shard is not None:
         items = tuple(chain(*chain(*map(share, range(settings.world_size)))))
-    job = _AnswerJob(model, task, work, items, place, settings, progress)
+    job = _AnswerJob(model, task, work, items, mode_folder, settings, progress)
     selection = selection_of(work.items, data)
-    view = place / selection.folder
+    view = mode_folder / selection.folder
     if settings.rank == 0:
         make_subfolder(view)
         more = bool(job.missing(items, retry=settings.retry_failed))
@@ -244,7 +245,7 @@ def run_task(
     if settings.rank == 0:
         _wait_for_others(folder, job, settings)
         job.answer(window for rank in range(settings.world_size) for window in share(rank))  # what died ranks left
-        merge(place, [item.key for item in items])
+        merge(mode_folder, [item.key for item in items])
     return view
 
 
@@ -288,11 +289,11 @@ def _describe(
 def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:
     """All environments in which answers of a view were computed."""
     try:
-        known = list(read_view(view)["computed_by"])
+        before = list(read_view(view)["computed_by"])
     except (EvalError, KeyError):
-        known = []
+        before = []
     now = getattr(model, "computed_by", None) or [provenance.circumstances(model)]
-    return known + [item for item in now if item not in known] if asks or not known else known
+    return before + [item for item in now if item not in before] if asks or not before else before
 
 
 def _wait_for_others(folder: Path, job: _AnswerJob, settings: EvaluationSettings) -> None:
@@ -304,7 +305,7 @@ def _wait_for_others(folder: Path, job: _AnswerJob, settings: EvaluationSettings
     seen: set[Path] = set()
     started = time.monotonic()
     while job.missing(job.items):
-        alive = {path for path in others if _held(path)}
+        alive = {path for path in others if _is_locked(path)}
         seen |= alive
         starting = len(seen) < len(others) and time.monotonic() - started < settings.grace_seconds
         if not alive and not starting:
@@ -312,7 +313,7 @@ def _wait_for_others(folder: Path, job: _AnswerJob, settings: EvaluationSettings
         time.sleep(_POLL_SECONDS)
 
 
-def _held(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
     try:
         with held(path, wait=False):
             return False
@@ -452,10 +453,10 @@ def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
     best = by_choice[task.decoding.choice]
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
     right = item.document.reference
-    found = result[letters.index(right)] if right in letters else None
+    reference = result[letters.index(right)] if right in letters else None
     return {
         "text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores,
-        "reference": _reference(right, found),
+        "reference": _reference(right, reference),
     }  # fmt: skip
 
 

@@ -226,11 +226,11 @@ def score_answer(
 
 def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
     """The same answers scored leniently: an answer that contains the right word is right; no score decreases."""
-    found = []
+    lenient = []
     for sample in samples:
         visible, document = without_thinking(sample.text), sample.document
         if not sample.failed and not visible.unclosed:
-            held = exact_match.holds_answer(visible.text, document.answers, document.options)
-            sample = replace(sample, score=max(sample.score, held))
-        found.append(sample)
-    return found
+            right = exact_match.holds_answer(visible.text, document.answers, document.options)
+            sample = replace(sample, score=max(sample.score, right))
+        lenient.append(sample)
+    return lenient

@@ -41,15 +41,15 @@ class Aggregate:
 
 def aggregate(aggregation: str, samples: Samples) -> Aggregate:
     """The score of a set of samples."""
-    found = AGGREGATIONS[aggregation](samples)
-    return _aggregate(estimate(found.ratios, clusters_of(samples)), found.metrics)
+    summed = AGGREGATIONS[aggregation](samples)
+    return _aggregate(estimate(summed.ratios, clusters_of(samples)), summed.metrics)
 
 
-def _aggregate(found: ScoreEstimate, metrics: Mapping[str, float]) -> Aggregate:
+def _aggregate(measured: ScoreEstimate, metrics: Mapping[str, float]) -> Aggregate:
     return Aggregate(
-        n=found.n, score=found.value, stderr=found.stderr, low=found.low, high=found.high, clusters=found.clusters,
-        groups=found.groups, stderr_kind="clustered" if found.clusters < found.n else "analytic",
-        metrics=dict(metrics),
+        n=measured.n, score=measured.value, stderr=measured.stderr, low=measured.low, high=measured.high,
+        clusters=measured.clusters, groups=measured.groups, metrics=dict(metrics),
+        stderr_kind="clustered" if measured.clusters < measured.n else "analytic",
     )  # fmt: skip
 
 
@@ -63,15 +63,15 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, Aggregate]:
 
     Captions are weighed by the words of the whole set.
     """
-    places: dict[str, list[int]] = defaultdict(list)
+    members_of: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         document = sample.document
         own = splits_of(sample) if aggregation in POPE else [document.category]
         for name in {*own, document.extra.get("l2-category")} - {None, ""}:
-            places[str(name)].append(index)
+            members_of[str(name)].append(index)
     whole = AGGREGATIONS[aggregation](samples).ratios if aggregation in CAPTIONS else []
-    found = {}
-    for name, indices in sorted(places.items()):
+    measured = {}
+    for name, indices in sorted(members_of.items()):
         members = [samples[index] for index in indices]
         if aggregation in POPE:  # a sample of this split alone
             members = [replace(one, document=replace(one.document, category=name)) for one in members]
@@ -79,8 +79,8 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, Aggregate]:
             replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
             for ratio in whole
         ] or AGGREGATIONS[aggregation](members).ratios
-        found[name] = _aggregate(estimate(ratios, clusters_of(members)), {})
-    return found
+        measured[name] = _aggregate(estimate(ratios, clusters_of(members)), {})
+    return measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class ScoreDifference:
 
     a: float
     b: float
-    found: ScoreEstimate
+    estimate: ScoreEstimate
     """Of the difference."""
     unit: str
     """Name of the score; empty for a share of right answers."""
@@ -121,7 +121,7 @@ class ScoreDifference:
     @property
     def as_difference(self) -> Difference:
         """The difference in the form for verdicts."""
-        return self.found.as_difference(self.unit)
+        return self.estimate.as_difference(self.unit)
 
 
 def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Samples]) -> ScoreDifference:
@@ -141,7 +141,7 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
     scores = [[_by_question(aggregation, samples) for samples in side] for side in runs]
     x, y = ({name: fmean(run[name] for run in side) for name in side[0]} for side in scores)
     return ScoreDifference(
-        a=value_of(left), b=value_of(right), found=estimate(minus(left, right), clusters_of(first)),
+        a=value_of(left), b=value_of(right), estimate=estimate(minus(left, right), clusters_of(first)),
         unit=SCORE_NAMES.get(aggregation, ""), seeds_a=tuple(map(value_of, sums[0])),
         seeds_b=tuple(map(value_of, sums[1])), questions=len(x),
         wins=sum(x[name] > y[name] for name in x), changed=tuple(name for name in x if x[name] != y[name]),

@@ -53,18 +53,20 @@ def nats_of(row: Mapping[str, Any]) -> float:
 
 def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> Likelihood | None:
     """The mean over stored answers' `reference`; None if no answer has a log-likelihood."""
-    known = [(nats_of(row), row, cluster) for row, cluster in zip(rows, clusters, strict=True)]
-    known = [item for item in known if not math.isnan(item[0])]
-    if not known:
+    with_nats = [(nats_of(row), row, cluster) for row, cluster in zip(rows, clusters, strict=True)]
+    with_nats = [item for item in with_nats if not math.isnan(item[0])]
+    if not with_nats:
         return None
-    values, by = [value for value, _, _ in known], [cluster for _, _, cluster in known]
+    values, by = [value for value, _, _ in with_nats], [cluster for _, _, cluster in with_nats]
     spread = [
-        (v / n, cluster) for v, row, cluster in known if isinstance(n := row["reference"].get("tokens"), int) and n > 0
+        (value / n, cluster)
+        for value, row, cluster in with_nats
+        if isinstance(n := row["reference"].get("tokens"), int) and n > 0
     ]
-    found = estimate([_mean(values)], by)
+    nats = estimate([_mean(values)], by)
     tokens = estimate([_mean([value for value, _ in spread])], [cluster for _, cluster in spread]) if spread else None
     return Likelihood(
-        n=found.n, missing=len(rows) - found.n, nats=found.value, stderr=found.stderr, low=found.low, high=found.high,
+        n=nats.n, missing=len(rows) - nats.n, nats=nats.value, stderr=nats.stderr, low=nats.low, high=nats.high,
         per_token=tokens.value if tokens else math.nan, per_token_stderr=tokens.stderr if tokens else math.nan,
     )  # fmt: skip
 
@@ -79,7 +81,7 @@ class LikelihoodDifference:
 
     a: float
     b: float
-    found: ScoreEstimate
+    estimate: ScoreEstimate
     """Of the difference."""
     left_out: int
     """Documents that lack one in some run."""
@@ -87,16 +89,16 @@ class LikelihoodDifference:
     @property
     def text(self) -> str:
         """The difference as a sentence."""
-        pair = self.found
+        pair = self.estimate
         rest = f"; {self.left_out} documents without one are left out" if self.left_out else ""
         if pair.n > 1 and pair.stderr == 0:
-            found = f"A - B {pair.value:+.4f} on every document"
+            difference = f"A - B {pair.value:+.4f} on every document"
         else:
             bounds = (
                 f" (95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g})" if pair.low == pair.low else ""
             )
-            found = f"A {self.a:.4f}, B {self.b:.4f}, A - B {pair.value:+.4f}{bounds}"
-        return f"Log-likelihood of the reference, nats: {found}{rest}."
+            difference = f"A {self.a:.4f}, B {self.b:.4f}, A - B {pair.value:+.4f}{bounds}"
+        return f"Log-likelihood of the reference, nats: {difference}{rest}."
 
 
 def likelihood_difference(
@@ -110,14 +112,14 @@ def likelihood_difference(
         clusters: the cluster of each document.
     """
     columns = [(*column, cluster) for *column, cluster in zip(*a, *b, clusters, strict=True)]
-    kept = [column for column in columns if all(math.isfinite(value) for value in column[:-1])]
-    if not kept:
+    complete = [column for column in columns if all(math.isfinite(value) for value in column[:-1])]
+    if not complete:
         return None
-    left = [_mean([fmean(column[: len(a)]) for column in kept])]
-    right = [_mean([fmean(column[len(a) : -1]) for column in kept])]
+    left = [_mean([fmean(column[: len(a)]) for column in complete])]
+    right = [_mean([fmean(column[len(a) : -1]) for column in complete])]
     return LikelihoodDifference(
-        a=value_of(left), b=value_of(right), left_out=len(columns) - len(kept),
-        found=estimate(minus(left, right), [column[-1] for column in kept]),
+        a=value_of(left), b=value_of(right), left_out=len(columns) - len(complete),
+        estimate=estimate(minus(left, right), [column[-1] for column in complete]),
     )  # fmt: skip
 
 

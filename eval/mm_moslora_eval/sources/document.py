@@ -33,7 +33,7 @@ class StoredImage:
     reader: Callable[[int, str, int], bytes]
     row: int
     column: str
-    place: int = 0
+    number: int = 0
     """Its number in a list of pictures."""
 
     def read(self) -> bytes:
@@ -42,7 +42,7 @@ class StoredImage:
         Raises:
             DataError: it cannot be read.
         """
-        return self.reader(self.row, self.column, self.place)
+        return self.reader(self.row, self.column, self.number)
 
 
 ImageLike: TypeAlias = "Path | Image | bytes | StoredImage"

@@ -96,11 +96,11 @@ def derangement(identities: Iterable[str], *, seed: int, apart: Iterable[Sequenc
 
 def _companions(documents: Iterable[Sequence[str]]) -> dict[str, set[str]]:
     """Picture -> all pictures that occur in a document with it, including itself."""
-    found: dict[str, set[str]] = {}
+    companions: dict[str, set[str]] = {}
     for names in documents:
         for name in names if len(set(names)) > 1 else ():
-            found.setdefault(name, {name}).update(names)
-    return found
+            companions.setdefault(name, {name}).update(names)
+    return companions
 
 
 def _spread_apart(other: dict[str, str], companions: Mapping[str, set[str]]) -> dict[str, str]:

@@ -17,14 +17,14 @@ from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_text
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.source_files import matches
-from mm_moslora_eval.sources.source_images import found
+from mm_moslora_eval.sources.source_images import pictures_of_record
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
 _THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 Record = Mapping[str, Any]
-Found = tuple[tuple[ImageLike, ...], str | None]
+RecordPictures = tuple[tuple[ImageLike, ...], str | None]
 """The pictures of a record, and the problem with them if there is one."""
 
 
@@ -40,13 +40,15 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
         EvalError: a line that is not a JSON object, or a record without question or answer; names the row.
     """
     for row, record in _records(path):
-        place = f"{path}, record {row}"
         if not matches(record, where):
             yield None
-        elif "conversations" in record:
-            yield from _conversation(record, found(record.get("image"), file=path, row=row, rules=rules), place, row)
+            continue
+        position = f"{path}, record {row}"
+        pictures = pictures_of_record(record.get("image"), file=path, row=row, rules=rules)
+        if "conversations" in record:
+            yield from _conversation(record, pictures, position, row)
         else:
-            yield _question(record, found(record.get("image"), file=path, row=row, rules=rules), place)
+            yield _question(record, pictures, position)
 
 
 def reference_of(answer: str) -> str:
@@ -100,7 +102,7 @@ def _text(value: Any) -> str | None:
 _KNOWN = {"question_id", "id", "image", "text", "question", "category", "answer", "answers", "options", "hint"}
 
 
-def _question(record: Record, shown: Found, where: str) -> Document:
+def _question(record: Record, shown: RecordPictures, where: str) -> Document:
     question = record.get("text", record.get("question"))
     name = record.get("question_id", record.get("id"))
     if not isinstance(question, str) or not _is_plain(name):
@@ -123,7 +125,7 @@ def _question(record: Record, shown: Found, where: str) -> Document:
     )
 
 
-def _conversation(record: Record, shown: Found, where: str, row: int) -> Iterator[Document]:
+def _conversation(record: Record, shown: RecordPictures, where: str, row: int) -> Iterator[Document]:
     turns = record["conversations"]
     name = str(record.get("id", row))
     images, problem = shown

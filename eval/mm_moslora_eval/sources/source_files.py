@@ -21,7 +21,7 @@ def find_file(path: str, *, beside: Path | None = None) -> Path:
     Raises:
         EvalError: it is in none of these places.
     """
-    return _found(path, "Data file", Path.is_file, _places(path, beside))
+    return _resolved(path, "Data file", Path.is_file, _candidates(path, beside))
 
 
 def find_data(path: str, *, beside: Path | None = None) -> Path | None:
@@ -30,11 +30,11 @@ def find_data(path: str, *, beside: Path | None = None) -> Path | None:
     Raises:
         EvalError: it exists only in the working directory.
     """
-    places = _places(path, beside)
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        _refuse_working_directory(path, "Data set", Path.exists, places)
-    return found.resolve() if found is not None else None
+    candidates = _candidates(path, beside)
+    existing = next((candidate for candidate in candidates if candidate.exists()), None)
+    if existing is None:
+        _refuse_working_directory(path, "Data set", Path.exists, candidates)
+    return existing.resolve() if existing is not None else None
 
 
 def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None = None) -> Path:
@@ -49,11 +49,11 @@ def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None 
     if folder.is_dir():
         return folder.resolve()
     other = data.parent / image_folder
-    there = f" There is {other}; image folders are relative to the file that names them." if other.is_dir() else ""
-    raise EvalError(f"The image folder {image_folder!r} of {data} would be {folder}, which is no folder.{there}")
+    hint = f" There is {other}; image folders are relative to the file that names them." if other.is_dir() else ""
+    raise EvalError(f"The image folder {image_folder!r} of {data} would be {folder}, which is no folder.{hint}")
 
 
-def _places(path: str, beside: Path | None) -> list[Path]:
+def _candidates(path: str, beside: Path | None) -> list[Path]:
     first = resolve_model_paths(beside or Path.cwd(), path)
     if Path(path).expanduser().is_absolute():
         return [first]
@@ -61,23 +61,23 @@ def _places(path: str, beside: Path | None) -> list[Path]:
     return [first, *(Path(root) / path for root in roots if root)]
 
 
-def _found(path: str, what: str, is_there: Callable[[Path], bool], places: list[Path]) -> Path:
-    for place in places:
-        if is_there(place):
-            return place.resolve()
-    _refuse_working_directory(path, what, is_there, places)
-    looked = ", ".join(str(place) for place in places)
+def _resolved(path: str, what: str, exists: Callable[[Path], bool], candidates: list[Path]) -> Path:
+    for candidate in candidates:
+        if exists(candidate):
+            return candidate.resolve()
+    _refuse_working_directory(path, what, exists, candidates)
+    tried = ", ".join(str(candidate) for candidate in candidates)
     raise EvalError(
-        f"{what} {path!r} was not found; looked at {looked}. Put it there or set MM_MOSLORA_DATA to its folder."
+        f"{what} {path!r} was not found; looked at {tried}. Put it there or set MM_MOSLORA_DATA to its folder."
     )
 
 
-def _refuse_working_directory(path: str, what: str, is_there: Callable[[Path], bool], places: list[Path]) -> None:
-    here = Path.cwd() / path
-    if is_there(here):
+def _refuse_working_directory(path: str, what: str, exists: Callable[[Path], bool], candidates: list[Path]) -> None:
+    path_here = Path.cwd() / path
+    if exists(path_here):
         raise EvalError(
-            f"{what} {path!r} is not at {places[0]}, but at {here}. Paths in a task file are relative to the task "
-            "file, not to the working directory: correct the path, or write an absolute one."
+            f"{what} {path!r} is not at {candidates[0]}, but at {path_here}. Paths in a task file are relative to the "
+            "task file, not to the working directory: correct the path, or write an absolute one."
         )
 
 

@@ -21,7 +21,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.source_files import matches
-from mm_moslora_eval.sources.source_images import found
+from mm_moslora_eval.sources.source_images import pictures_of_record
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
@@ -59,7 +59,7 @@ def read(
         if not matches(row, where):
             yield None
             continue
-        images, problem = _images(row, pictures, partial(found, file=path, row=number, rules=rules))
+        images, problem = _images(row, pictures, partial(pictures_of_record, file=path, row=number, rules=rules))
         if drop_without_image and not images and problem is None:
             yield None
             continue
@@ -84,7 +84,7 @@ def document(
     options = {key: value for key, value in cells.items() if len(key) == 1 and "A" <= key <= "Z"}
     answer = cells.get("answer", cells.get("answers", ""))
     answers = tuple(parse_list(answer)) if answer_lists else ()
-    known = {"index", "image", "question", "hint", "answer", "answers", "category", *options}
+    columns = {"index", "image", "question", "hint", "answer", "answers", "category", *options}
     return Document(
         id=str(cells.get("index", "")),
         images=images,
@@ -93,7 +93,7 @@ def document(
         answers=answers or ((answer,) if answer else ()),
         category=cells.get("category"),
         hint=cells.get("hint"),
-        extra={key: value for key, value in cells.items() if key not in known},
+        extra={key: value for key, value in cells.items() if key not in columns},
         problem=problem,
     )
 
@@ -103,10 +103,10 @@ def parse_list(text: str) -> list[str]:
     stripped = text.strip()
     if not _LIST.fullmatch(stripped):
         return []
-    found = (single or double for single, double in _LIST_ITEM.findall(stripped))
+    items = (single or double for single, double in _LIST_ITEM.findall(stripped))
     return [
         re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match.group(1), match.group(1)), item)
-        for item in found
+        for item in items
     ]
 
 

@@ -145,7 +145,7 @@ def test_scores_join_those_of_a_run_with_an_odd_row(tmp_path: Path, key: str, va
            "metric": "t", "mean": 0.5, "protocol": "own", "selection": "all"}  # fmt: skip
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps([row | {key: value}, row | {"task": "u", "metric": "u", "subject": "v"}, value]))
-    known = run_evidence._known(path)
+    known = run_evidence._stored_rows(path)
     rows = run_evidence._better([row | {"mean": 0.75}], known)
     run_evidence._name_metrics(rows, known)
     run_evidence._merge(path, known, rows)

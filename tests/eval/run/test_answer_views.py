@@ -111,7 +111,7 @@ def test_runs_on_other_documents_are_not_compared(tmp_path: Path) -> None:
         eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
     asked(tmp_path / "a", data, limit=5)
     ((result, text),) = eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
-    assert result.score.found.n == 5
+    assert result.score.estimate.n == 5
     assert text.startswith("questions@own, first 5 of 12: ")
 
 

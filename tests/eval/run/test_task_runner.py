@@ -346,10 +346,11 @@ def test_compare_two_modes(question_file: Path, tmp_path: Path, model: FakeModel
     score = result.score
     assert score.wins + score.losses + score.ties == score.questions == 12
     assert len(result.samples) == score.wins + score.losses
-    assert score.found.value == pytest.approx(score.a - score.b)
+    assert score.estimate.value == pytest.approx(score.a - score.b)
     assert "A wins" in text
     assert "The interval rests on 4 pictures with 12 questions." in text
-    assert score.found.detectable > 4 * score.found.stderr  # of a t-test with 3 degrees of freedom; a normal one: 2.8
+    # A t-test with 3 degrees of freedom; a normal one has 2.8.
+    assert score.estimate.detectable > 4 * score.estimate.stderr
     few = EvaluationSettings(batch_size=4, limit=5, rank=0, world_size=1)
     evaluate(model, task_of(question_file), tmp_path / "other", modes=("own",), settings=few)
     with pytest.raises(EvalError, match="different documents"):

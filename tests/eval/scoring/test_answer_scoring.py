@@ -204,13 +204,13 @@ def test_a_sum_is_compared_sample_by_sample() -> None:
     a = scored([(str(n), "OCR", f"i{n // 2}", 1.0) for n in range(40)])
     b = [replace(one, score=float(n % 4 != 0)) for n, one in enumerate(a)]
     same = difference_of_scores("mme", [b], [b])
-    assert (same.a, same.found.value, same.found.stderr) == (same.b, 0.0, 0.0)
+    assert (same.a, same.estimate.value, same.estimate.stderr) == (same.b, 0.0, 0.0)
     better = difference_of_scores("mme", [a], [list(reversed(b))])
-    assert (better.a, better.b, better.found.value) == (200.0, 75.0 + 50.0, 75.0)
-    assert 0 < better.found.low < 75.0 < better.found.high <= 200
+    assert (better.a, better.b, better.estimate.value) == (200.0, 75.0 + 50.0, 75.0)
+    assert 0 < better.estimate.low < 75.0 < better.estimate.high <= 200
     assert (better.wins, better.losses, better.ties) == (10, 0, 30)
     found = better.as_difference
-    assert (found.value, found.low, found.unit, found.groups) == (75.0, better.found.low, "perception", 20)
+    assert (found.value, found.low, found.unit, found.groups) == (75.0, better.estimate.low, "perception", 20)
 
 
 def test_mme_survives_an_image_with_one_question() -> None:

@@ -117,10 +117,11 @@ def test_a_difference_of_several_seeds_is_of_their_mean_scores() -> None:
     found = difference_of_scores("mme", [best], runs)
     scores = [aggregate("mme", run).score for run in runs]
     assert found.seeds_b == pytest.approx(scores)
-    assert found.found.value == pytest.approx(800 - sum(scores) / 2)
-    assert found.found.low < found.found.value < found.found.high
+    assert found.estimate.value == pytest.approx(800 - sum(scores) / 2)
+    assert found.estimate.low < found.estimate.value < found.estimate.high
     turned = difference_of_scores("mme", runs, [best])
-    assert (turned.found.value, turned.found.p_value) == pytest.approx((-found.found.value, found.found.p_value))
+    one, other = turned.estimate, found.estimate
+    assert (one.value, one.p_value) == pytest.approx((-other.value, other.p_value))
 
 
 def parts_of(name: str, scores: Sequence[float]) -> dict[str, Aggregate]:

@@ -57,7 +57,7 @@ def test_it_is_stored_per_document_and_compared_in_pairs(tmp_path: Path) -> None
     assert row["reference"] == {"text": row["answers"][0], "logprob": -7.0, "tokens": 2}
     both = compare(*(run / "questions@own" / "own" for run in runs.values()))
     assert both.nats is not None
-    assert (both.nats.left_out, both.nats.found.n) == (2, 10)
+    assert (both.nats.left_out, both.nats.estimate.n) == (2, 10)
     assert "nats: A - B +0.5000 on every document; 2 documents without one are left out." in both.nats.text
     assert both.nats.text in eval_commands.comparison_text(both)
     shown = eval_commands.table(read_results(runs[0.0]))

@@ -163,7 +163,7 @@ def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) 
         for s, w in zip(b, worse, strict=True)
     ]
     weights = weights_of(a)
-    found = difference_of_scores(name, [a], [b]).found
+    found = difference_of_scores(name, [a], [b]).estimate
     expected = NUMBERS[name](a, weights) - NUMBERS[name](b, weights)
     assert found.stderr == pytest.approx(expected.std(ddof=1), rel=0.1)
 
