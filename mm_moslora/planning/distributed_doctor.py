@@ -70,7 +70,7 @@ def diagnose_ranks(recipe: Recipe | None = None, *, limit: float = DEFAULT_LIMIT
 def _speeds(roll: RollCall, facts: list[RankFacts]) -> list[Diagnosis]:
     speeds, latencies = zip(*distributed.gather_objects(measure_all_reduce()), strict=True)
     detail = f"{min(speeds):.3g} GB/s per rank, {1e6 * max(latencies):.0f} us for one number"
-    reduced = Diagnosis(name="all-reduce", status="ok", detail=detail)
+    reduced = Diagnosis(name="all-reduce", detail=detail)
     roll.enter("links of pairs")
     links = measure_links(pairs_by_round([item.host for item in facts]))
     roll.enter("computing")
@@ -79,13 +79,17 @@ def _speeds(roll: RollCall, facts: list[RankFacts]) -> list[Diagnosis]:
 
 
 def _hosts(recipe: Recipe | None, facts: list[RankFacts]) -> list[Diagnosis]:
-    """What `doctor` finds wrong on each host, and whether all see the recipe's files and the run folder."""
+    """Problems that `doctor` finds on each host, and whether all hosts see the recipe's files and the run folder."""
     first = {item.host: item.rank for item in reversed(facts)}
     mine = first[facts[distributed.rank()].host] == distributed.rank()
     folder = Path(recipe.train.output) if recipe is not None else None
     problems = [item for item in diagnose(folder, recipe) if item.status != "ok"] if mine else []
     if recipe is not None and mine:
-        problems += _recipe_here(recipe)
+        try:
+            check_recipe(recipe)
+        except MoSLoRAError as error:
+            remedy = "Give all hosts the same files."
+            problems.append(Diagnosis(name="recipe", status="bad", detail=str(error), remedy=remedy))
     hosts_of = defaultdict(list)
     for item, findings in zip(facts, distributed.gather_objects(problems), strict=True):
         for finding in findings:
@@ -96,14 +100,6 @@ def _hosts(recipe: Recipe | None, facts: list[RankFacts]) -> list[Diagnosis]:
         replace(finding, name=f"{finding.name} ({'all hosts' if len(hosts) == everywhere else ', '.join(hosts)})")
         for finding, hosts in hosts_of.items()
     ]
-
-
-def _recipe_here(recipe: Recipe) -> list[Diagnosis]:
-    try:
-        check_recipe(recipe)
-    except MoSLoRAError as error:
-        return [Diagnosis(name="recipe", status="bad", detail=str(error), remedy="Give all hosts the same files.")]
-    return []
 
 
 def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Diagnosis]:

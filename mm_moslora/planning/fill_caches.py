@@ -35,7 +35,7 @@ _TOGETHER = 16
 
 
 class Filled(NamedTuple):
-    """What a call found and added."""
+    """Counts of a call."""
 
     records: int
     """Records whose tokens are in the cache or in this shard of it."""
@@ -136,7 +136,7 @@ def _features(
 
 
 def _pictures(files: Sequence[RecordSource]) -> list[_Position]:
-    """Where every picture occurs first, in the order of the records; a file counts once."""
+    """First position of every picture, in the order of the records; a file counts once."""
     first: dict[Hashable, _Position] = {}
     for file, source in enumerate(files):
         for row in range(len(source)):

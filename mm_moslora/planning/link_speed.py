@@ -27,7 +27,7 @@ _BYTES = {"cuda": 2**28, "cpu": 2**23}
 
 
 def pairs_by_round(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Pairs of ranks: all within each host, and ranks with the same place on every two hosts.
+    """Pairs of ranks: all within each host, and for every two hosts the ranks with the same position on them.
 
     Args:
         hosts: the host of each rank.
@@ -48,7 +48,7 @@ def pairs_by_round(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 
 def _tournament(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Rounds in which everybody meets everybody once (the circle method)."""
+    """Round-robin pairs: each rank meets every other once (the circle method)."""
     seats: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     for _ in range(len(seats) - 1):
         half = len(seats) // 2
@@ -58,7 +58,7 @@ def _tournament(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def _device() -> torch.device:
-    """Where the process group's fast backend takes tensors."""
+    """The device whose tensors the process group's fast backend takes."""
     device = distributed.device()
     return device if device.type == "cuda" and "nccl" in dist.get_backend_config() else torch.device("cpu")
 
@@ -72,7 +72,7 @@ def _fastest(act: Callable[[], object], *, calls: int = 3) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return min(times[1:])  # other traffic only adds time
 
 
 def measure_computing() -> float:
@@ -132,9 +132,7 @@ def judge_computing(seconds: Sequence[float], facts: Sequence[RankFacts]) -> Dia
     median = statistics.median_low(seconds)
     slow = [rank for rank, taken in enumerate(seconds) if median < SLOW * taken]
     if not slow:
-        return Diagnosis(
-            name="computing", status="ok", detail=f"all ranks within {max(seconds) / min(seconds):.1f} times"
-        )
+        return Diagnosis(name="computing", detail=f"all ranks within {max(seconds) / min(seconds):.1f} times")
     return Diagnosis(
         name="computing", status="warn",
         detail=f"{named(slow, facts)}: a matrix product takes {max(seconds) / median:.1f} times as long as the median",

@@ -1,4 +1,4 @@
-"""What every rank reports of its host, software, device and network, and what differs among the ranks."""
+"""Reports of the ranks on host, software, device and network, and the differences between them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from mm_moslora.planning.doctor import Diagnosis, mixed_cards
 from mm_moslora.training.supervision import rank_agreement
@@ -40,13 +40,9 @@ class RankFacts:
     clock: float = 0.0
     """Seconds since the epoch, read by all ranks at once."""
 
-    def to_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
 
 def facts_of_this_rank() -> RankFacts:
-    """Read them."""
+    """Read the facts of this rank."""
     import torch
 
     software, card, memory = rank_agreement.software(), "CPU", 0.0
@@ -90,7 +86,7 @@ def differences(facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
     for item in facts:
         hosts[item.host].append(item.rank)
     text = ", ".join(f"{spans(ranks)} on {host}" for host, ranks in hosts.items())
-    yield Diagnosis(name="ranks", status="ok", detail=f"{len(facts)}: {text}")
+    yield Diagnosis(name="ranks", detail=f"{len(facts)}: {text}")
     yield from _software(facts)
     cards = {item.card: item.memory_gib for item in facts}
     detail = grouped({item.rank: item.card for item in facts}, _hosts(facts)) if len(cards) > 1 else next(iter(cards))
@@ -99,11 +95,11 @@ def differences(facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
         yield from faults
     else:
         used = sorted({f"{name}={value}" for item in facts for name, value in item.chosen.items()})
-        yield Diagnosis(name="network", status="ok", detail=", ".join(used) or "interfaces are chosen by host names")
+        yield Diagnosis(name="network", detail=", ".join(used) or "interfaces are chosen by host names")
     offsets = {item.host: item.clock - facts[0].clock for item in facts}
     host, offset = max(offsets.items(), key=lambda pair: abs(pair[1]))
     if abs(offset) <= _MOST_CLOCK_OFFSET:
-        yield Diagnosis(name="clocks", status="ok", detail=f"within {abs(offset):.1f} s")
+        yield Diagnosis(name="clocks", detail=f"within {abs(offset):.1f} s")
     else:
         yield Diagnosis(
             name="clocks", status="warn", detail=f"that of {host} is {offset:+.1f} s from that of {facts[0].host}",
@@ -121,7 +117,7 @@ def _software(facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
             remedy="Give all hosts the same environment: on a shared file system, or by one container image.",
         )  # fmt: skip
     if not wrong:
-        yield Diagnosis(name="software", status="ok", detail=f"the same on all ranks: {', '.join(names)}")
+        yield Diagnosis(name="software", detail=f"the same on all ranks: {', '.join(names)}")
 
 
 def network_faults(facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:

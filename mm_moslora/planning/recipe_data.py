@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from mm_moslora.data.sources.record_source import RecordSource
 
 COUNTED = 1000
-"""Records of each source that are read to plan a run; of a larger source these are a random choice."""
+"""Records of each source that are read to plan a run; of a larger source these are a random choice, whose mean is off
+by 3 % of the standard deviation of single records."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -60,7 +61,7 @@ _SIGN = "mm_moslora, a shard of a data check"
 
 
 class DataParts(NamedTuple):
-    """What turns a recipe's records into tensors."""
+    """The parts that turn a recipe's records into tensors."""
 
     encoder: ConversationEncoder
     image_processing: ImageProcessing | None
@@ -148,7 +149,7 @@ def check_shard(recipe: Recipe, shard: Shard, folder: Path, *, processes: int | 
 
 
 def _work(recipe: Recipe, parts: DataParts) -> dict[str, Any]:
-    """What all shards of a check have in common, as JSON gives it back."""
+    """The settings and data that all shards of a check must share, as JSON gives them back."""
     content = {
         f"content of data.{name}.{number}": file.fingerprint()
         for name, sources in data_sets(recipe)
@@ -293,9 +294,7 @@ def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
     names = (
         "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "tokens",
         "supervised_tokens", "supervised_share", "refused", "dropped", "truncated", "thoughts", "dropped_thoughts",
-        "special_text",
-        "separator_text", "endless",
-        "duplicates", "ok",
+        "special_text", "separator_text", "endless", "duplicates", "ok",
     )  # fmt: skip
     return {name: getattr(report, name) for name in names} | {
         "images": len(report.images), "bad": {code.value: count for code, count in report.bad.items()},

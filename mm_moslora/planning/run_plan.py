@@ -61,16 +61,16 @@ class Option:
     most: int | None
     """Most tokens of a micro-batch, where that is less than `micro_batch` of the longest examples."""
     memory: Memory
-    """With the largest micro-batch."""
+    """Memory of the largest micro-batch."""
     tokens_per_second: float
     """Over all GPUs, at the middle of the expected utilisation."""
     fits: bool
     offload: bool = False
     """See `StepMemory.offload`."""
     main_memory: float = 0.0
-    """Of the first host, bytes; see `StepMemory.main_memory`."""
+    """Main memory of the first host, bytes; see `StepMemory.main_memory`."""
     generating: float = 0.0
-    """Of a validation that generates, bytes; see `StepMemory.generating`. 0: none does."""
+    """Memory of a validation that generates, bytes; see `StepMemory.generating`. 0: none does."""
 
     @property
     def peak(self) -> float:
@@ -107,7 +107,7 @@ class RunPlan:
     own: Option
     """The recipe's own setting."""
     remedy: str
-    """What would make it fit, or use its memory, as a sentence; empty where there is nothing to say."""
+    """Change that would make the recipe fit, or use the memory, as a sentence; empty where there is none."""
 
     def hours(self, option: Option) -> float:
         """Wall time of the run."""
@@ -272,6 +272,7 @@ def plan(
         min(train.micro_batch, share), offload=train.activation_offload,
     )  # fmt: skip
     fitting = [option for option in options if option.fits]
+    # Estimates are good to a fifth (see `utilisation`), so a difference of 2 % decides nothing.
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
     flops = _flops(size, data, 1, checkpointing=float(best.checkpointing) if best else 0.0)
     epochs = train.epochs
