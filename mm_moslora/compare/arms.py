@@ -227,44 +227,37 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
         reference: name of the reference arm.
     """
     sizes = {arm.name: _size(arm.apply(recipe)) for arm in arms}
-    own = sizes[reference].trained
+    own, _ = sizes[reference]
     lines = []
     for arm in arms:
-        size = sizes[arm.name]
-        if size.trained is None:
-            said = [f"trainable parameters not counted ({size.limits[0]})", *size.limits[1:]]
+        trained, limits = sizes[arm.name]
+        if trained is None:
+            said = [f"trainable parameters not counted ({limits[0]})", *limits[1:]]
         else:
-            count = f"{size.trained:,} trainable parameters"
+            count = f"{trained:,} trainable parameters"
             if own and arm.name != reference:
-                count += f", {size.trained / own:.3g} times those of {reference}"
-            said = [count, *size.limits]
+                count += f", {trained / own:.3g} times those of {reference}"
+            said = [count, *limits]
         lines.append(f"  {arm.name}: {'; '.join([arm.about, *said])}")
     return lines
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Size:
-    trained: int | None
-    """Trainable parameters; None where they cannot be counted, for the first reason of `limits`."""
-    limits: list[str]
-
-
-def _size(recipe: Recipe) -> _Size:
-    limits, bias = [], False
+def _size(recipe: Recipe) -> tuple[int | None, list[str]]:
+    """Trainable parameters, None where they cannot be counted; and what an arm cannot do, the reason for None first."""
+    trained, limits, bias = None, [], False
     try:
         meta = build_meta_model(recipe.model, recipe.adapter)
     except (MoSLoRAError, OSError, ValueError) as error:
-        trained = None
         limits.append(reason_of(error))
     else:
         trained = sum(mine for _, mine in meta.parameters().values())
         bases = [layer.get_base_layer() for _, layer in adapted_layers(meta.model)]
         bias = all(getattr(base, "bias", None) is not None for base in bases)
     if recipe.model.language_mode != "adapter":
-        return _Size(trained=trained, limits=limits)
+        return trained, limits
     if recipe.adapter.peft:
         with torch.random.fork_rng(devices=[]):
             limits += what_fails(method_config(recipe.adapter), bias=bias)
     elif not form_named(recipe.adapter.mixer_form).fixed:
         limits.append("cannot be merged (its mixers depend on their input), evaluated live")
-    return _Size(trained=trained, limits=limits)
+    return trained, limits

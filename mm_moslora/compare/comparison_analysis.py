@@ -56,8 +56,9 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
     looks = state.looks if state is not None else None
     comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms}, looks)
     from mm_moslora_eval.run.provenance import environment
+    from mm_moslora_eval.run.result_file import strict_json
 
-    results = _plain(
+    results = strict_json(
         {
             "format": FORMAT,
             "name": comparison.recipe.name,
@@ -76,14 +77,11 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
                 "reference": settings.reference_arm,
                 "controls": settings.controls,
                 "no_likelihood": {
-                    name: task.no_nats for found in scores.values() for name, task in found.items() if task.no_nats
+                    name: task.no_nats for of in scores.values() for name, task in of.items() if task.no_nats
                 },
-                "scores": {name: task.score for found in scores.values() for name, task in found.items() if task.score},
+                "scores": {name: task.score for of in scores.values() for name, task in of.items() if task.score},
             },
-            "runs": {
-                "planned": run_count(settings, outcomes),
-                "over": len(_every(settings, outcomes)),
-            },
+            "runs": {"planned": run_count(settings, outcomes), "over": len(_every(settings, outcomes))},
             "seconds": sum(outcome.total_seconds for outcome in outcomes.values()),
             "arms": arms,
             "comparisons": comparisons,
@@ -219,11 +217,11 @@ def _comparisons(
         lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
         nats = {mode: _differences_in_nats(scores, reference, seeds, (tasks, mode), looks) for mode in _SHOWN}
         for arm, judged in judge(lefts, right, seeds, looks=looks).items():
-            found = [controls[name].get(column) for name in (arm, settings.reference_arm)]
-            stand = any(item is None or item["above"] for item in found)
+            of_both = [controls[name].get(column) for name in (arm, settings.reference_arm)]
+            stand = any(item is None or item["above"] for item in of_both)
             pair = [list(first_seeds(tasks, seeds[arm]).values()) for tasks in (lefts[arm], right)]
             row = _row(settings, (arm, column), judged, pair, comparisons=len(names), stand=stand)
-            row["nats"] = {mode: found[arm] for mode, found in nats.items() if arm in found}
+            row["nats"] = {mode: by_arm[arm] for mode, by_arm in nats.items() if arm in by_arm}
             answers = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
             rows.append(row | {"controls_complete": pictures_controlled(answers)})
     return rows
@@ -233,7 +231,7 @@ def _differences_in_nats(
     scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], seeds: Mapping[str, int],
     measure: tuple[Sequence[str], str], looks: Looks | None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """By arm, where it and the reference have log-likelihoods; p-values are corrected over these arms."""
+    """Differences of the arms with log-likelihoods, by arm; p-values are corrected over these arms."""
     right = _nats(reference, *measure)
     lefts = {arm: left for arm in seeds if right and (left := _nats(scores[arm], *measure))}
     return {
@@ -261,12 +259,3 @@ def _row(
             difference, judged.p_corrected, runs=estimate.run_degrees > 0, look=judged.look, stand=stand
         ),
     }
-
-
-def _plain(value: Any) -> Any:
-    """NaN and infinity as None, so that the file is strict JSON."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

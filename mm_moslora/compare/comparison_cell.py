@@ -45,19 +45,19 @@ FEATURES = "features"
 
 @dataclass(frozen=True, kw_only=True)
 class CellRun:
-    """What a comparison orders of a run, kept in the run's folder."""
+    """The order for one run of a comparison, stored in the run's folder."""
 
     cell: Cell
     recipe: Recipe
     settings: ComparisonSettings
     folder: Path
-    """Of the comparison."""
+    """Folder of the comparison."""
     cards: int = 0
     """Its accelerators; 0: one, where the process sees any."""
     keep_all: bool = False
     """Keep the checkpoints of a run that only chooses a rate."""
     start: Path = field(default_factory=Path.cwd)
-    """Where the comparison was started; files of tasks are named from there."""
+    """Working folder in which the comparison was started; paths of tasks are relative to it."""
 
     def order(self) -> None:
         """Write the file that `read` reads."""
@@ -269,7 +269,8 @@ def _as_trained(job: CellRun) -> Recipe:
     from mm_moslora.models.vision.feature_cache import SHARED_GIB
 
     model, train = job.recipe.model, job.recipe.train
-    if any(_is_ok(path) for path in job.folder.glob(f"runs/{job.cell.arm.slug}_lr*/{OUTCOME}")):
+    ended = (known_outcome(file.parent) for file in job.folder.glob(f"runs/{job.cell.arm.slug}_lr*/{OUTCOME}"))
+    if any(outcome is not None and outcome.status == "ok" for outcome in ended):
         train = dataclasses.replace(train, rehearsal=False)
     if job.feature_cache is not None and model.vision is not None and model.vision.feature_cache is None:
         job.feature_cache.mkdir(parents=True, exist_ok=True)
@@ -277,11 +278,6 @@ def _as_trained(job: CellRun) -> Recipe:
         vision = dataclasses.replace(model.vision, feature_cache=str(job.feature_cache), feature_cache_gib=SHARED_GIB)
         model = dataclasses.replace(model, vision=vision)
     return dataclasses.replace(job.recipe, model=model, train=train)
-
-
-def _is_ok(file: Path) -> bool:
-    outcome = known_outcome(file.parent)
-    return outcome is not None and outcome.status == "ok"
 
 
 def _train_on_several(job: CellRun, stop_at: int | None) -> bool:

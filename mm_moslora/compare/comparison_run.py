@@ -87,7 +87,7 @@ class ArmComparison:
         """Documents of all test tasks, once checked."""
         self.run_seconds = math.nan
         """Mean seconds of a missing run, once probed."""
-        self._said_cost = False
+        self._cost_logged = False
 
     def check(self) -> None:
         """Check tasks, data and folder before anything runs.
@@ -203,22 +203,22 @@ class ArmComparison:
                     comparison_cell.require_same_recipe(run_folder, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
-    def run(self, room: RunBudget, engine: Engine, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
+    def run(self, budget: RunBudget, engine: Engine, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
-            room: the resources.
+            budget: the resources.
             engine: where runs are.
             after: called when all is done; returns the settings to go on with, those with the present seeds to end.
         """
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
         runs: dict[str, CellRun] = {}
-        deadline = time.monotonic() + 60 * (math.inf if room.max_minutes is None else room.max_minutes)
+        deadline = time.monotonic() + 60 * (math.inf if budget.max_minutes is None else budget.max_minutes)
 
         def new_jobs() -> list[Job]:
-            self._say_cost([run for name, run in runs.items() if name not in self.outcomes])
-            new = [self._order(item, room) for item in self._next(after) if item.name not in runs]
+            self._log_cost([run for name, run in runs.items() if name not in self.outcomes])
+            new = [self._order(item, budget) for item in self._next(after) if item.name not in runs]
             runs.update({run.cell.name: run for run in new})
             return [_job(run) for run in new]
 
@@ -232,17 +232,17 @@ class ArmComparison:
         if stop.received:
             logger.info("Stopped by signal %d. The same command continues.", stop.received)
         elif time.monotonic() > deadline:
-            logger.info("%g minutes are over. The same command continues.", room.max_minutes)
+            logger.info("%g minutes are over. The same command continues.", budget.max_minutes)
         return False
 
-    def write_array(self, room: RunBudget, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
+    def write_array(self, budget: RunBudget, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
         """Write the SLURM array of the runs that can start; returns whether all is done, and no array is left.
 
         Args:
-            room: the resources of a run.
+            budget: the resources of a run.
             after: see `run`.
         """
-        jobs = [_job(self._order(item, room)) for item in self._next(after)]
+        jobs = [_job(self._order(item, budget)) for item in self._next(after)]
         if not jobs:
             discard(self.folder / ARRAY)
             return True
@@ -268,11 +268,11 @@ class ArmComparison:
         """Runs that can start."""
         return [item for item in self._cells() if item.name not in self.outcomes]
 
-    def _order(self, item: Cell, room: RunBudget) -> CellRun:
+    def _order(self, item: Cell, budget: RunBudget) -> CellRun:
         recipe = item.recipe(self.recipe, self.folder)
         run = CellRun(
-            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, cards=room.cards,
-            keep_all=room.keep_all,
+            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, cards=budget.cards,
+            keep_all=budget.keep_all,
         )  # fmt: skip
         run.order()
         return run
@@ -318,16 +318,16 @@ class ArmComparison:
             costs.append(cost_of(arm.name, runs, ended, probes.get(arm.name)))
         return costs
 
-    def _say_cost(self, running: Sequence[CellRun]) -> None:
+    def _log_cost(self, running: Sequence[CellRun]) -> None:
         """Log the cost once, after the first steps of the first run."""
-        for job in () if self._said_cost else running:
+        for job in () if self._cost_logged else running:
             cost = cost_of(job.cell.arm.name, run_count(self.settings), (), job)
             if not math.isnan(cost.run_seconds):
                 logger.info("%s", cost_line(cost))
-                self._said_cost = True
+                self._cost_logged = True
                 return
 
-    def probe(self, room: RunBudget, engine: Engine) -> list[str]:
+    def probe(self, budget: RunBudget, engine: Engine) -> list[str]:
         """Do a few steps of a run of every arm, which keeps them; returns a table of the cost of all runs."""
         first = {item.arm.name: item for item in reversed(self._ready())}
         if not first:
@@ -335,7 +335,7 @@ class ArmComparison:
         good = {name for name, outcome in self.outcomes.items() if outcome.status == "ok"}
         finished = {item.arm.name for item in self._cells() if item.name in good}
         runs = {
-            arm.name: self._order(first[arm.name], room)
+            arm.name: self._order(first[arm.name], budget)
             for arm in self.settings.arms
             if arm.name in first and arm.name not in finished
         }
@@ -360,7 +360,7 @@ def _job(run: CellRun, *, stop_at: int | None = None) -> Job:
 
 
 def _problem(run: CellRun, problem: str) -> str:
-    """What ended the first steps of an arm's run."""
+    """The reason why the first steps of an arm's run ended early."""
     outcome = comparison_cell.known_outcome(run.run_folder)
     return problem if outcome is None or outcome.status == "ok" else f"{outcome.status}: {outcome.reason}"
 

@@ -58,8 +58,10 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
     for source, (train_file, validation_file) in zip(sources, files, strict=True):
         images = source.image_folder or str(Path(source.path).parent)
         train.append(dataclasses.replace(source, path=str(train_file), image_folder=images))
-        shared = {"follow_links": source.follow_links, "video_frames": source.video_frames}
-        validation.append(SourceConfig(path=str(validation_file), image_folder=images, **shared))
+        validation.append(SourceConfig(
+            path=str(validation_file), image_folder=images, follow_links=source.follow_links,
+            video_frames=source.video_frames,
+        ))  # fmt: skip
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=train, validation=validation))
 
 
@@ -132,7 +134,7 @@ def _positions(sources: Sequence[RecordSource]) -> list[list[float]]:
 
 
 def _keys(source: RecordSource, row: int, value: Any) -> list[str]:
-    """What a record is grouped by: its pictures, else its text."""
+    """Keys by which a record is grouped: its pictures, or its text if it has none."""
     try:
         images = source[row].images
     except RecordError:  # the trainer counts it

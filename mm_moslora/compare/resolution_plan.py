@@ -1,4 +1,4 @@
-"""How many seeds and documents show a difference of so many points: planned from a pilot, and stopped early by looks.
+"""The seeds and documents that show a difference of so many points: planned from a pilot, stopped early by looks.
 
 The squared error of a difference is ``documents / N + seeds / K + answers / (K N)`` (`seed_statistics.Components`). A
 size shows a difference where a t-test with the level of the last look, divided by the number of compared arms, has 80 %
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class SampleSize:
     detectable: float
     """The true difference that is shown four times out of five."""
     half_width: float
-    """Of the 95 % interval, which holds for all looks together."""
+    """Half-width of the 95 % interval, which holds for all looks together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class Planner:
         return planned_looks(sizes[0], seeds, variance, step=self.step)
 
     def size(self, seeds: float, documents: int) -> SampleSize:
-        """What so many seeds and documents show; infinitely many seeds are allowed."""
+        """The difference that so many seeds and documents show; infinitely many seeds are allowed."""
         parts = self.components
         answers = parts.answers / seeds / documents
         by_documents, by_arm = parts.documents / documents + answers, (parts.seeds / seeds + answers) / 2
@@ -128,10 +129,7 @@ class Planner:
     ) -> SampleSize | None:
         if getattr(size(high), of) > self.points:
             return None
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if getattr(size(middle), of) <= self.points else (middle + 1, high)
-        return size(low)
+        return size(bisect_left(range(high), True, lo=low, key=lambda count: getattr(size(count), of) <= self.points))
 
 
 def plan_resolution(planner: Planner, documents: int) -> tuple[SampleSize | None, list[str]]:
@@ -231,12 +229,8 @@ class Resolution:
             results = analyse(comparison)  # with the level of the first look
         state = after_look(state, main_rows(results), settings.seeds)
         write_state(comparison.folder, state)
-        logger.info(
-            "%s",
-            f"It ends after {settings.seeds} seeds: {state.ended}."
-            if state.ended
-            else f"It goes on to {state.seeds} seeds.",
-        )
+        ended = f"It ends after {settings.seeds} seeds: {state.ended}." if state.ended else ""
+        logger.info("%s", ended or f"It goes on to {state.seeds} seeds.")
         return replace(settings, seeds=state.seeds, decided=state.arms)
 
     def _planner(self, components: Components, first: int) -> Planner:
@@ -271,13 +265,9 @@ def plan_looks(planner: Planner, rows: Rows, documents: int) -> LookState:
     first, components = planner.first, mean_components(rows)
     only = LookState(points=planner.points, seeds=first, looks=Looks((first,), (1.0,)), components={})
     if components is None:
-        several = any(row["run_degrees"] for row in rows)
-        why = (
-            "no answers of the pilot differ between arms"
-            if several
-            else "no arm has two measured seeds in common with the reference"
-        )
-        return replace(only, ended=why)
+        if any(row["run_degrees"] for row in rows):
+            return replace(only, ended="no answers of the pilot differ between arms")
+        return replace(only, ended="no arm has two measured seeds in common with the reference")
     only = replace(only, components=asdict(components))
     planner = replace(planner, components=components, independent=independent_share(rows))
     size, lines = plan_resolution(planner, documents)

@@ -28,18 +28,18 @@ class ArmCost:
     trainable: int = 0
     step_seconds: float = math.nan
     steps: int = 0
-    """Of a run."""
+    """Optimiser steps of a run."""
     run_seconds: float = math.nan
-    """Of a run: loading, training and measuring where one has finished, else training alone."""
+    """Seconds of a run: loading, training and measuring if one has finished, else training alone."""
     memory_gib: float = math.nan
     finished: bool = False
     """Whether a run has finished."""
     problem: str = ""
-    """What ended its first steps."""
+    """Reason why its first steps ended early."""
 
     @property
     def seconds(self) -> float:
-        """Of all missing runs."""
+        """Seconds of all missing runs."""
         return self.run_seconds * self.runs if self.runs else 0.0
 
 
@@ -120,7 +120,7 @@ def mean_run_seconds(costs: Sequence[ArmCost]) -> float:
 
 
 def cost_line(cost: ArmCost) -> str:
-    """What the first steps of a comparison's first run say about all its runs."""
+    """The cost of all runs of a comparison, estimated from the first steps of its first run."""
     return (
         f"Cost: {cost.step_seconds:.2f} s a step, {cost.steps} steps a run, {cost.runs} runs: about "
         f"{format_seconds(cost.seconds)} of training in all (and loading and measuring), {cost.memory_gib:.1f} GiB a "

@@ -18,12 +18,12 @@ ROUNDING = 1e-24
 _POOLED = 0.25
 """An arm's variance between seeds is pooled unless it is above that of the other arms at this level (Bancroft 1944)."""
 Runs = Mapping[int, float]
-"""Of an arm, by seed: how far the score of its run, on all tasks, is from the mean of its runs."""
+"""Deviation of each seed's score, over all tasks, from the mean of the arm's runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Variance between runs of an arm: of the score of one run, on all tasks."""
+    """Variance between the runs of an arm, in the score of a run over all tasks."""
 
     squares: float
     """Sum of squares."""
@@ -34,7 +34,7 @@ class Spread:
 
     @property
     def variance(self) -> float:
-        """Of one run; 0 where it is unknown."""
+        """Variance of one run; 0 where it is unknown."""
         return self.squares / max(1, self.degrees)
 
 

@@ -48,7 +48,7 @@ class TaskScores:
 
     @property
     def numbers(self) -> Sequence[int]:
-        """Of the seeds."""
+        """Numbers of the seeds."""
         return self.seeds or range(len(self.scores))
 
     def answered(self) -> list[int]:
@@ -106,7 +106,7 @@ class ArmEstimate:
     size: tuple[int, int]
     """Seeds in common and documents."""
     level: float = LEVEL
-    """Of the interval."""
+    """Confidence level of the interval."""
 
     @property
     def p_value(self) -> float:
@@ -119,7 +119,7 @@ class ArmEstimate:
 
     @property
     def half_width(self) -> float:
-        """Of the interval."""
+        """Half the width of the interval."""
         return (self.high - self.low) / 2
 
     def at_level(self, level: float) -> ArmEstimate:
@@ -210,7 +210,7 @@ def _of_seeds(tasks: Mapping[str, TaskScores], seeds: set[int]) -> dict[str, Tas
 
 
 def _runs(tasks: Mapping[str, TaskScores]) -> Runs:
-    """An arm's own, from all documents that it answered."""
+    """The deviations of an arm's runs, from all documents that the arm answered."""
     deviations: dict[int, float] = {}
     for name, task in tasks.items():
         ((grid,), _) = _in_common([task], name)
@@ -291,8 +291,14 @@ def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[Spread
     documents_asked = sum(len(stratum.deviations) for stratum in strata)
     groups = [int(count + _CLOSE**0.5) for count in independent]
     variance = math.nan if unknown else sum(alone) + common
-    return _with_interval(
-        value, variance, squares, by_documents, groups=groups, bounded=bounded, run_degrees=run_degrees,
+    stderr = 0.0 if variance <= ROUNDING else math.sqrt(variance)
+    degrees = max(1.0, variance**2 / squares) if stderr else math.inf
+    if not stderr and not bounded:
+        stderr = math.nan  # unknown: nothing bounds the differences of other documents
+    low, high = _interval(value, stderr, degrees, groups=min(groups), level=LEVEL)
+    return ArmEstimate(
+        value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=sum(groups), fewest=min(groups),
+        documents=min(1.0, by_documents / variance) if variance > 0 else 1.0, run_degrees=run_degrees,
         components=Components(
             documents=alone[0] * documents_asked, seeds=alone[1] * seeds, answers=common * documents_asked * seeds
         ),
@@ -381,22 +387,6 @@ def _fit(grid: Grid) -> _Fit:
     scale = np.sqrt(columns / np.maximum(1, columns - 1)) / columns
     brought = present * (values - means - effects[:, None]) * scale
     return _Fit(means=means, effects=effects, answered=columns, brought=brought)
-
-
-def _with_interval(
-    value: float, variance: float, squares: float, by_documents: float, *, groups: Sequence[int], bounded: bool,
-    run_degrees: float, components: Components, size: tuple[int, int],
-) -> ArmEstimate:  # fmt: skip
-    stderr = 0.0 if variance <= ROUNDING else math.sqrt(variance)
-    degrees = max(1.0, variance**2 / squares) if stderr else math.inf
-    if not stderr and not bounded:
-        stderr = math.nan  # unknown: nothing bounds the differences of other documents
-    low, high = _interval(value, stderr, degrees, groups=min(groups), level=LEVEL)
-    return ArmEstimate(
-        value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=sum(groups), fewest=min(groups),
-        documents=min(1.0, by_documents / variance) if variance > 0 else 1.0, run_degrees=run_degrees,
-        components=components, size=size,
-    )  # fmt: skip
 
 
 def _interval(value: float, stderr: float, degrees: float, *, groups: int, level: float) -> tuple[float, float]:

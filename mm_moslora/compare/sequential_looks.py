@@ -141,9 +141,9 @@ class Judged:
     """An arm against the reference."""
 
     estimate: ArmEstimate
-    """With an interval that holds for all looks together; between two looks, for these seeds alone."""
+    """Its interval holds for all looks together; between two looks, for the present seeds alone."""
     p_corrected: float
-    """For all looks and arms together; NaN between two looks, where nothing is judged."""
+    """P-value corrected over all looks and arms; NaN between two looks, where nothing is judged."""
     look: bool = True
     """Whether it is one of the looks."""
 

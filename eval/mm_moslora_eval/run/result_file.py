@@ -93,8 +93,8 @@ class TaskResult:
     """n, score and stderr over the samples that were answered."""
     metrics: dict[str, float] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
-    """The numbers of `reference_likelihood.Likelihood`, or the reason `none`; empty for a baseline and for results of
-    earlier versions."""
+    """See `reference_likelihood.mean_likelihood`, or the reason `none`; empty for a baseline and for results of earlier
+    versions."""
     clusters: int | None = None
     """Pictures on which the interval rests, with samples that share none; None in results of earlier versions."""
     groups: int | None = None
@@ -136,15 +136,16 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; nan becomes None."""
-        return _plain(asdict(self))  # type: ignore[no-any-return]
+        return strict_json(asdict(self))  # type: ignore[no-any-return]
 
 
-def _plain(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
+    """Plain data with None for NaN and infinity, which JSON has not."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+        return [strict_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def result_from_dict(data: dict[str, Any]) -> TaskResult:
@@ -224,9 +225,8 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
 
 
 def _likelihood(task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    likelihood = mean_likelihood(answers, [row["cluster"] for row in rows])
-    if likelihood is not None:
-        return likelihood.to_dict()
+    if likelihood := mean_likelihood(answers, [row["cluster"] for row in rows]):
+        return likelihood
     referenced = any(row["answers"] for row in rows)
     return {"none": reason_without(answers, referenced=referenced, judged=task.metric in JUDGED)}
 
@@ -286,13 +286,20 @@ def _scored(
     ], None
 
 
+_PROTOCOL = (
+    "title", "prompt", "decoding", "extraction", "metric", "aggregation", "expected_count", "licence", "unverified",
+    "published", "notes", "differences",
+)  # fmt: skip
+"""Parts of a task that a result repeats."""
+
+
 def unscored(
     task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
     errors: Sequence[str | None] = (), likelihood: dict[str, Any] | None = None,
 ) -> TaskResult:  # fmt: skip
-    """The result of a task that has answers but no score."""
+    """The result of a task that has answers but no score. See `summarise`."""
     failed = sum(sample.failed for sample in samples)
-    nan = math.nan
+    nan, parts = math.nan, strict_json(task.to_dict())
     return TaskResult(
         task=task.name, protocol=task.protocol, version=task.version, mode=mode, n=len(samples), score=nan, stderr=nan,
         low=nan, high=nan, stderr_kind="none",
@@ -300,9 +307,8 @@ def unscored(
             total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
             dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
         ),
-        completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
-        likelihood=likelihood or {},
-        remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
+        completed={"n": len(samples) - failed}, about={name: parts[name] for name in _PROTOCOL} | about, folder=folder,
+        likelihood=likelihood or {}, remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
     )  # fmt: skip
 
 
@@ -311,23 +317,6 @@ def _thinking(samples: Sequence[Scored]) -> dict[str, int]:
     return {
         "thinking": sum(answer.thought for answer in answers),
         "unclosed_thinking": sum(answer.unclosed for answer in answers),
-    }
-
-
-def _protocol(task: Task) -> dict[str, Any]:
-    return {
-        "title": task.title,
-        "prompt": asdict(task.prompt),
-        "decoding": asdict(task.decoding),
-        "extraction": task.extraction,
-        "metric": task.metric,
-        "aggregation": task.aggregation,
-        "expected_count": task.expected_count,
-        "licence": task.licence,
-        "unverified": list(task.unverified),
-        "published": [asdict(row) for row in task.published],
-        "notes": task.notes,
-        "differences": list(task.differences),
     }
 
 
@@ -347,53 +336,33 @@ def summarise(
         errors: the error of each sample; None for samples that did not fail.
         likelihood: see `TaskResult.likelihood`.
     """
-    graded = with_scores(scored)
-    headline = aggregate(task.aggregation, graded)
-    done = [sample for sample in graded if not sample.failed]
-    failed = len(graded) - len(done)
-    completed = headline if failed == 0 else aggregate(task.aggregation, done) if done else None
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
-    return TaskResult(
-        task=task.name,
-        protocol=task.protocol,
-        version=task.version,
-        mode=mode,
-        n=len(scored),
-        score=headline.score,
-        stderr=headline.stderr,
-        low=headline.low,
-        high=headline.high,
-        stderr_kind=headline.stderr_kind,
-        clusters=headline.clusters,
-        groups=headline.groups,
-        counts=Counts(
-            total=len(scored),
-            scored=len(done),
-            failed=failed,
-            not_inferable=sum(not sample.parsed.strip() for sample in done),
-            truncated=truncated,
-            dropped=about.get("data", {}).get("dropped", 0),
-            ungraded=len(scored) - len(graded),
-            **_thinking(done),
-        ),
-        completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
-        metrics=headline.metrics,
-        likelihood=likelihood or {},
+    result = unscored(
+        task, scored, mode=mode, about=about, truncated=truncated, folder=folder, errors=errors, likelihood=likelihood
+    )
+    graded = with_scores(scored)
+    done = [sample for sample in graded if not sample.failed]
+    headline = aggregate(task.aggregation, graded)
+    completed: dict[str, float] = {"n": len(done)}
+    if done:
+        answered = headline if len(done) == len(graded) else aggregate(task.aggregation, done)
+        completed |= {"score": answered.value, "stderr": answered.stderr}
+    counts = replace(
+        result.counts, scored=len(done), not_inferable=sum(not sample.parsed.strip() for sample in done),
+        ungraded=len(scored) - len(graded), **_thinking(done),
+    )  # fmt: skip
+    remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
+    if folder:
+        remarks += [*answers_alike(done), *(wordy(done) if task.metric not in JUDGED else ())]
+    return replace(
+        result, score=headline.value, stderr=headline.stderr, low=headline.low, high=headline.high,
+        stderr_kind=headline.stderr_kind, clusters=headline.clusters, groups=headline.groups, counts=counts,
+        completed=completed, metrics=dict(headline.metrics), remarks=tuple(remarks),
         categories={
-            name: {"n": part.n, "score": part.score, "stderr": part.stderr, "low": part.low, "high": part.high}
+            name: {"n": part.n, "score": part.value, "stderr": part.stderr, "low": part.low, "high": part.high}
             for name, part in by_category(task.aggregation, graded).items()
         },
-        about=_protocol(task) | about,
-        folder=folder,
-        remarks=(
-            *_asked(task, about),
-            *failures(errors),
-            *ungraded(scored),
-            *thinking(done),
-            *(answers_alike(done) if folder else ()),
-            *(wordy(done) if folder and task.metric not in JUDGED else ()),
-        ),
-    )
+    )  # fmt: skip
 
 
 def _asked(task: Task, about: dict[str, Any]) -> Iterator[str]:
