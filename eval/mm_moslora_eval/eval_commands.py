@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from mm_moslora.utils.text_format import aligned
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.model_interface import Model
-    from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.run.baselines import TrainingAnswer
     from mm_moslora_eval.run.evaluate_suite import PairedComparison
     from mm_moslora_eval.run.llm_judge import Judge
@@ -66,15 +65,18 @@ def run(
         EvalError: an unknown task, data that cannot be read, a folder of another run.
         ConfigError: shards that are missing or belong to other work.
     """
+    from mm_moslora_eval.protocol.task import shown_name
     from mm_moslora_eval.protocol.task_registry import get_task
     from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
-    from mm_moslora_eval.run.task_runner import EvaluationSettings, hold_run
+    from mm_moslora_eval.run.evaluate_suite import evaluate
+    from mm_moslora_eval.run.provenance import record
+    from mm_moslora_eval.run.task_runner import EvaluationSettings, claim_run, hold_run
 
-    found = [get_task(name) for name in tasks]
-    checksums = [task.load().sha256 for task in found]  # fail before the model is loaded
+    opened_tasks = [get_task(name) for name in tasks]
+    checksums = [task.load().sha256 for task in opened_tasks]  # fail before the model is loaded
     chosen = settings or EvaluationSettings()
     chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
-    work = work_of([*zip(found, checksums, strict=True)], modes, chosen, model=named)
+    work = work_of([*zip(opened_tasks, checksums, strict=True)], modes, chosen, model=named)
     folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
     with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None, below=output):
         if chosen.shard is not None and is_finished(folder, work):
@@ -82,49 +84,22 @@ def run(
         opened = partial(gather, output, work) if merge else model
         loaded: Any = opened() if callable(opened) and not hasattr(opened, "generate") else opened
         try:
-            results = _run_held(
-                loaded,
-                found,
-                folder,
-                modes=modes,
-                baselines=baselines,
-                training=training,
-                settings=chosen,
-                progress=progress,
-                judge=judge,
-            )
+            claim_run(folder, loaded)
+            if chosen.rank == 0:
+                record(folder, loaded, asdict(chosen))
+            results: list[TaskResult] = []
+            for task in opened_tasks:
+                report = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
+                results += evaluate(
+                    loaded, task, folder, modes=modes, baselines=baselines, training=training, settings=chosen,
+                    progress=report, judge=judge, locked=True,
+                )  # fmt: skip
             if chosen.shard is not None and chosen.rank == 0:
                 finish(folder, loaded, work)
             return results
         finally:
             if loaded is not model:
                 loaded.close()
-
-
-def _run_held(
-    model: Model,
-    tasks: Sequence[Task],
-    output: Path,
-    *,
-    settings: EvaluationSettings,
-    progress: Callable[[str, ImageMode, int, int], None] | None,
-    **rest: Any,
-) -> list[TaskResult]:
-    from dataclasses import asdict
-
-    from mm_moslora_eval.protocol.task import shown_name
-    from mm_moslora_eval.run.evaluate_suite import evaluate_held
-    from mm_moslora_eval.run.provenance import record
-    from mm_moslora_eval.run.task_runner import claim_run
-
-    claim_run(output, model)
-    if settings.rank == 0:
-        record(output, model, asdict(settings))
-    results: list[TaskResult] = []
-    for task in tasks:
-        bar = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
-        results += evaluate_held(model, task, output, settings=settings, progress=bar, **rest)
-    return results
 
 
 def training_answers(*names: str) -> Sequence[TrainingAnswer]:
@@ -377,14 +352,6 @@ def check(name: str) -> str:
     expected = task.expected_count
     odd = f"; the full set has {expected}" if expected not in (None, len(items)) else ""
     return f"{task.id}: {data.path} has no faults: {count}{odd}"
-
-
-def compare(run_a: Path, run_b: Path) -> tuple[PairedComparison, str]:
-    """Compare two task folders sample by sample; returns the numbers and a readable text."""
-    from mm_moslora_eval.run.evaluate_suite import compare as compare_samples
-
-    result = compare_samples([run_a], [run_b])
-    return result, comparison_text(result)
 
 
 def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:

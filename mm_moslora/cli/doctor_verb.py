@@ -65,7 +65,7 @@ def _settings(recipe: Recipe) -> Diagnosis:
         refuse_early(recipe)
     except MoSLoRAError as error:
         return Diagnosis(name="recipe", status="bad", detail=str(error), remedy="Correct the recipe.")
-    return Diagnosis(name="recipe", status="ok", detail="its keys and names are known")
+    return Diagnosis(name="recipe", detail="its keys and names are known")
 
 
 def _report(findings: list[Diagnosis], *, show: bool = True) -> int:

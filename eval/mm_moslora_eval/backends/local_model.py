@@ -79,7 +79,7 @@ class LocalModel:
             limit = max(request.max_new_tokens for request in chosen)
             thinks = self.encoder.asks_to_think
             references = [[ids] if not thinks and (ids := self._encoded(item.reference)) else [] for item in chosen]
-            beams, stops = chosen[0].beams, self.stop_ids
+            beams, stops = chosen[0].beams, self.stop_ids  # the requests of a call are of one task
             if beams > 1:
                 answers = generate_beams(self.model, prompts, beams=beams, max_new_tokens=limit, stop_ids=stops)
                 scores = score_options(self.model, prompts, references)

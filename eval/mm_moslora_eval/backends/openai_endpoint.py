@@ -371,6 +371,7 @@ class EndpointModel:
         first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
         logprobs: dict[str, float] = {}
         for entry in first:
+            # `A` and ` A` are two tokens: the likelier one counts, so the probability of a letter is a lower bound.
             text = str(entry["token"]).strip()
             logprobs[text] = max(logprobs.get(text, float("-inf")), float(entry["logprob"]))
         missing = [option for option in item.options if option not in logprobs]

@@ -27,7 +27,7 @@ _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedAnswer:
-    """One row of such a file."""
+    """One row of a file of answers."""
 
     names: Mapping[str, str]
     """Column -> id of the question; `doc.index` is the column `index` of lmms-eval's document."""

@@ -234,6 +234,7 @@ class TransformersModel:
 
     def _scores(self, inputs: dict[str, Tensor], texts: Sequence[str]) -> list[OptionScore | None]:
         """Scores of one continuation per prompt, padded on the right; None for a text without tokens."""
+        # A tokenizer that joins text with the end of the prompt would give the model other tokens than these.
         ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         longest = max(len(row) for row in ids)
         if not longest:

@@ -75,7 +75,7 @@ def extract_without_judge(text: str, question: MathVistaQuestion) -> str:
     if question.question_type == "multi_choice":
         if stripped in question.choices:
             return stripped
-        return vlmevalkit(stripped, dict(zip(letters(len(question.choices)), question.choices, strict=True)))
+        return vlmevalkit(stripped, _named(question))
     if question.answer_type in ("integer", "float"):
         if plain_number(stripped) is not None:
             return stripped

@@ -10,7 +10,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
-from mm_moslora_eval.metrics.metric_text import first_maximum, letters, strip_each
+from mm_moslora_eval.metrics.metric_text import letters, strip_each
 
 Options = Mapping[str, str]
 
@@ -76,20 +76,8 @@ def _option_text(text: str, options: Options) -> str:
     return matching[0] if len(matching) == 1 else ""
 
 
-_AFFIXES = (
-    ("", "."),
-    ("", ","),
-    ("", ":"),
-    ("", ")"),
-    ("", ")."),
-    ("(", ")"),
-    ("(", ")."),
-    (":", ""),
-    (":", ","),
-    (":", "."),
-    (":", ")"),
-    (":", ")."),
-)
+_AFFIXED = ["X.", "X,", "X:", "X)", "X).", "(X)", "(X).", ":X", ":X,", ":X.", ":X)", ":X)."]
+"""Forms of a letter with signs around it, in the order in which they are tried."""
 
 
 def lmms_eval_mmbench(text: str, options: Options) -> str:
@@ -110,8 +98,8 @@ def _affixed_letter(text: str) -> str:
     # A single "A" in a longer answer counts as an article.
     if len(bare) == 1 and not ("A" in tokens and len(tokens) > 3):
         return bare[0]
-    for prefix, suffix in _AFFIXES:
-        matching = [letter for letter in "ABCDE" if f"{prefix}{letter}{suffix}" in tokens]
+    for form in _AFFIXED:
+        matching = [letter for letter in "ABCDE" if form.replace("X", letter) in tokens]
         if len(matching) == 1:
             return matching[0]
     return ""
@@ -184,16 +172,16 @@ def _mmmu(text: str, options: Options, *, forms: Sequence[str]) -> str:
     padded = f" {strip_each(text, ',.!?;:' + chr(39))} "
     bracketed = [letter for letter in options if f"({letter})" in padded]
     if bracketed:
-        return first_maximum(bracketed, [padded.rfind(f"({letter})") for letter in bracketed])
+        return max(bracketed, key=lambda letter: padded.rfind(f"({letter})"))
     for form in forms:
         matching = [letter for letter in options if form.format(letter) in padded]
         if matching:
-            return first_maximum(matching, [padded.rfind(f" {letter} ") for letter in matching])
+            return max(matching, key=lambda letter: padded.rfind(f" {letter} "))
     lowered = padded.lower()
     if len(padded.split()) > 5:
         matching = [letter for letter, value in options.items() if value.lower() in lowered]
         if matching:
-            return first_maximum(matching, [lowered.rfind(options[letter].lower()) for letter in matching])
+            return max(matching, key=lambda letter: lowered.rfind(options[letter].lower()))
     return ""
 
 

@@ -157,7 +157,9 @@ def _yes_no(ask: Callable[[Scene], Sequence[tuple[str, bool]]], more: Callable[[
 def _pope() -> list[Row]:
     splits = ("random", "popular", "adversarial")
     rows = _yes_no(
-        lambda s: [(f"Is there a {shape} in the image?", shape == s.shape) for shape in (s.shape, _other(s.shape))],
+        lambda s: [
+            (f"Is there a {shape} in the image?", shape == s.shape) for shape in (s.shape, _next(SHAPES, s.shape))
+        ],
         lambda number, _: {"category": splits[number % 3], "image_path": ""},
     )
     return [{**row, "answer": row["answer"].lower()} for row in rows]
@@ -167,7 +169,7 @@ def _mme() -> list[Row]:
     categories = ("existence", "color", "count", "OCR", "position", "commonsense_reasoning")
     ask = "Is the shape {}? Please answer yes or no."
     return _yes_no(
-        lambda s: [(ask.format(colour), colour == s.colour) for colour in (s.colour, _colour(s.colour))],
+        lambda s: [(ask.format(colour), colour == s.colour) for colour in (s.colour, _next([*COLOURS], s.colour))],
         lambda number, _: {"category": categories[number], "image_path": f"{number}.png"},
     )
 
@@ -185,14 +187,19 @@ def _hallusion() -> list[Row]:
     return rows
 
 
+def _rows(question: str, values: Callable[[Scene], Row], **more: Any) -> list[Row]:
+    """A row for each scene; a function in `more` gives the value for the number of the scene."""
+    return [
+        {"index": number, "image": scene.encoded, "question": question, **values(scene)}
+        | {key: value(number) if callable(value) else value for key, value in more.items()}
+        for number, scene in enumerate(SCENES)
+    ]
+
+
 def _choice(question: str, answer: Callable[[Scene], str], options: Sequence[str], **more: Any) -> list[Row]:
-    rows = []
-    for number, scene in enumerate(SCENES):
-        letters = dict(zip("ABCD", options, strict=False))
-        right = next(letter for letter, text in letters.items() if text == answer(scene))
-        row = {"index": number, "image": scene.encoded, "question": question, **letters, "answer": right}
-        rows.append(row | {key: value(number) if callable(value) else value for key, value in more.items()})
-    return rows
+    letters = dict(zip("ABCD", options, strict=False))
+    right = {text: letter for letter, text in letters.items()}
+    return _rows(question, lambda scene: {**letters, "answer": right[answer(scene)]}, **more)
 
 
 def _mmbench() -> list[Row]:
@@ -214,20 +221,12 @@ def _mmbench() -> list[Row]:
 
 
 def _open(question: str, answer: Callable[[Scene], Any], **more: Any) -> list[Row]:
-    return [
-        {"index": number, "image": scene.encoded, "question": question, "answer": answer(scene)}
-        | {key: value(number) if callable(value) else value for key, value in more.items()}
-        for number, scene in enumerate(SCENES)
-    ]
+    return _rows(question, lambda scene: {"answer": answer(scene)}, **more)
 
 
-def _other(shape: str) -> str:
-    return SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
-
-
-def _colour(colour: str) -> str:
-    names = list(COLOURS)
-    return names[(names.index(colour) + 1) % len(names)]
+def _next(items: Sequence[str], item: str) -> str:
+    """Another item, for a question whose answer is no."""
+    return items[(items.index(item) + 1) % len(items)]
 
 
 def _boolq() -> list[Row]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora_eval import sources
+from mm_moslora_eval.metrics.question_groups import OptionMeasure
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
@@ -30,7 +31,7 @@ class Decoding:
     kind: Literal["generate", "loglikelihood", "continuation"] = "generate"
     """loglikelihood: the option with the most likely letter after the prompt. continuation: the option with the most
     likely text after the bare text of the prompt, without a chat template (lm-evaluation-harness)."""
-    choice: Literal["sum", "per_character", "per_byte"] = "sum"
+    choice: OptionMeasure = "sum"
     """Score of an option: its log-probability, or that divided by its length (`acc`, `acc_norm`, `acc_bytes`)."""
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()

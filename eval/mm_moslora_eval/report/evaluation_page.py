@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from mm_moslora.reporting.page_templates import render_page, write_page
 from mm_moslora.reporting.verdicts import SCORE_NAMES, amount_text, between, own_pictures, resting_on, score_text
-from mm_moslora.utils.errors import ConfigError, DataError, EvalError
+from mm_moslora.utils.errors import ConfigError, DataError, EvalError, MoSLoRAError
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import build_known
@@ -200,15 +200,7 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
     try:
         galleries = [_gallery(run, view, result) for result in results if (view := _samples_view(run, result))]
         verdicts = _verdicts(results, run)
-    except (
-        EvalError,
-        ConfigError,
-        OSError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:  # of a damaged view
+    except (MoSLoRAError, OSError, LookupError, AttributeError, TypeError, ValueError) as error:  # of a damaged view
         logger.warning("%s: its samples are left out (%s).", name, error)
         remarks.append(("samples", f"left out, since they are damaged ({type(error).__name__}: {error})"))
     return {

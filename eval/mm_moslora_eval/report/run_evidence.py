@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
+from mm_moslora.utils import files
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import make_subfolder, replacing
+from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_aside
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.run.answer_views import SAMPLES, find_view, read_json, read_scored, read_view, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
@@ -231,10 +232,8 @@ class _StoredRow:
 
 def _stored_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of earlier evaluations; a damaged file is renamed, because it may hold scores of other tasks."""
-    from mm_moslora.utils.files import read_json, set_aside
-
     try:
-        rows = read_json(path, list)
+        rows = files.read_json(path, list)
     except FileNotFoundError:
         return []
     except ValueError as error:
@@ -281,8 +280,6 @@ def _merge(path: Path, stored: Sequence[dict[str, Any]], rows: Sequence[dict[str
 
     Rows of another model than that of the newer rows lose their subject, so that scores of two steps are not compared.
     """
-    from mm_moslora.utils.files import replace_json
-
     models = {row["subject"]: row["model"] for row in rows if row["model"]}
     remaining = [row for row in stored if row.get("model") in (None, models.get(row.get("subject"), row.get("model")))]
     measured = {row.get("subject"): row.get("model") for row in stored if row.get("name") == "tuned"}
@@ -301,8 +298,6 @@ def _merge(path: Path, stored: Sequence[dict[str, Any]], rows: Sequence[dict[str
 
 def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> None:
     """Keep some evenly spread questions of every task, with the answers and copies of the pictures."""
-    from mm_moslora.utils.files import replace_json
-
     own = [result for result in results if result.mode == "own"]
     subjects = {_subject(result) for result in own}
     stored = [row for row in _stored_rows(run / "samples.json") if row.get("subject") not in subjects]

@@ -39,7 +39,7 @@ def folder_of_shard(output: Path, shard: Shard) -> Path:
 def work_of(
     tasks: Sequence[tuple[Task, str]], modes: Sequence[ImageMode], settings: EvaluationSettings, *, model: str
 ) -> dict[str, Any]:
-    """What all shards of an evaluation, and its merge, have in common.
+    """The settings that all shards of an evaluation, and its merge, must share.
 
     Args:
         tasks: with the checksums of their data.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,6 @@ class DocumentSelection:
     def text(self) -> str:
         """Display text; empty for a whole data set."""
         return "" if self.name == "all" else f"{self.name} of {self.of}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def selection_of(items: Sequence[Item], data: DataSet) -> DocumentSelection:
@@ -236,9 +232,9 @@ def has_scores(view: Path) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of a run; see `_inside`."""
+    """The rows of a JSONL file of a run. Anybody may have made it: a link must not lead out of its folder."""
     try:
-        return parse_lines(read_text(_inside(path)))
+        return parse_lines(read_text(find_below(Path(os.path.realpath(path.parent)), path.name)))
     except StrictJsonError as error:
         raise EvalError(f"{path} {error}.") from error
 
@@ -249,8 +245,3 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(files.read_json(path))
     except (OSError, ValueError) as error:
         raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
-
-
-def _inside(path: Path) -> Path:
-    """The path, unless a link leads out of its folder: anybody may have made a run."""
-    return find_below(Path(os.path.realpath(path.parent)), path.name)

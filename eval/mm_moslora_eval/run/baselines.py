@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mm_moslora.utils.errors import DataError
@@ -83,7 +83,7 @@ def baseline(
         "learned_from": learned_from(training),
         "majority_answer": _most_frequent([item.answer for item in training or _answers_of(documents)]),
         "data": data.to_dict(),
-        "selection": selection_of(items, data).to_dict(),
+        "selection": asdict(selection_of(items, data)),
     }
     if own:
         about["own_less_this"] = difference_of_scores(task.aggregation, [own], [scored]).as_difference.to_dict()

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     progress: ModeProgress | None = None,
     judge: Judge | None = None,
+    locked: bool = False,
 ) -> list[TaskResult]:
     """Ask, score and write one task in several image modes, with baselines.
 
@@ -73,6 +75,7 @@ def evaluate(
         settings: batch size, limits, rank.
         progress: called with (mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
+        locked: the caller has opened the run folder (`task_runner.open_run`), over several tasks.
 
     Returns:
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
@@ -81,46 +84,28 @@ def evaluate(
         EvalError: see `task_runner.run_task` and `task_runner.open_run`.
     """
     settings = settings or EvaluationSettings()
-    with open_run(output, model, rank=settings.rank):
-        return evaluate_held(
-            model, task, output, modes=modes, baselines=baselines, training=training, settings=settings,
-            progress=progress, judge=judge,
-        )  # fmt: skip
-
-
-def evaluate_held(
-    model: Model,
-    task: Task,
-    output: Path,
-    *,
-    modes: Sequence[ImageMode],
-    baselines: Sequence[str],
-    training: Sequence[TrainingAnswer],
-    settings: EvaluationSettings,
-    progress: ModeProgress | None,
-    judge: Judge | None,
-) -> list[TaskResult]:
-    """`evaluate` for a caller that holds the run folder (`task_runner.open_run`) over several tasks."""
-    data = task.load()
-    hasher = Hasher()
-    results: list[TaskResult] = []
-    for mode in modes:
-        report = None if progress is None else partial(progress, mode)
-        view = run_task(model, task, output, mode=mode, settings=settings, data=data, progress=report, hasher=hasher)
-        if settings.rank == 0 and settings.shard is None:
-            results.append(score_folder(view, judge=judge))
-            store_thumbnails(output, read_samples(view), data.documents, mode=mode, hasher=hasher)
-            _write(output, results[-1:])
-    if settings.shard is not None:  # all shards together are scored
-        return []
-    documents = select(data, settings)
-    if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
-        own_result = next((result for result in results if result.mode == "own" and result.scored), None)
-        own = read_scored(output / own_result.folder) if own_result is not None and baselines else []
-        floors = [baseline(name, task, documents, data=data, training=training, own=own) for name in baselines]
-        _write(output, floors)
-        results += floors
-    return results
+    with nullcontext() if locked else open_run(output, model, rank=settings.rank):
+        data, hasher = task.load(), Hasher()
+        results: list[TaskResult] = []
+        for mode in modes:
+            report = None if progress is None else partial(progress, mode)
+            view = run_task(
+                model, task, output, mode=mode, settings=settings, data=data, progress=report, hasher=hasher
+            )
+            if settings.rank == 0 and settings.shard is None:
+                results.append(score_folder(view, judge=judge))
+                store_thumbnails(output, read_samples(view), data.documents, mode=mode, hasher=hasher)
+                _write(output, results[-1:])
+        if settings.shard is not None:  # all shards together are scored
+            return []
+        documents = select(data, settings)
+        if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
+            own_result = next((result for result in results if result.mode == "own" and result.scored), None)
+            own = read_scored(output / own_result.folder) if own_result is not None and baselines else []
+            floors = [baseline(name, task, documents, data=data, training=training, own=own) for name in baselines]
+            _write(output, floors)
+            results += floors
+        return results
 
 
 def _write(output: Path, results: Sequence[TaskResult]) -> None:
@@ -137,7 +122,7 @@ class PairedComparison:
 
     task: str
     aggregation: str
-    """Of the task; the comparison is of its score."""
+    """The task's aggregation, whose score is compared."""
     score: ScoreDifference
     nats: LikelihoodDifference | None
     """The difference in the log-likelihood of the references; None where a run has none."""

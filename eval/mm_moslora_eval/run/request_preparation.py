@@ -196,6 +196,7 @@ def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
     for item in items:
         groups.setdefault(_shown(item), []).append(item)
     ordered = sorted(groups.values(), key=lambda group: (-sum(item.cost for item in group), group[0].index))
+    # Longest first to the least loaded rank: at most 4/3 of the best division (Graham 1969).
     loads = [0.0] * world_size
     share: list[list[Item]] = []
     for group in ordered:
@@ -208,7 +209,7 @@ def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
 
 
 def windows(share: Sequence[Item], size: int) -> list[list[Item]]:
-    """What is handed to the model at a time, about `size` items of a share: questions on one picture stay together.
+    """The items that the model gets at a time, about `size` of a share: questions on one picture stay together.
 
     Batches are made within a window, so a window has the same answers wherever it is asked.
     """

@@ -23,7 +23,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,7 +34,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import make_subfolder, read_json, refuse_strangers, replace_text
 from mm_moslora.utils.text_format import whole_number
-from mm_moslora_eval.metrics.question_groups import loglikelihood_choice
+from mm_moslora_eval.metrics.question_groups import preferred_option
 from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
@@ -278,7 +278,7 @@ def _describe(
         "seed": settings.seed,
         "model": {"name": model.name, "fingerprint": model.fingerprint},
         "data": data.to_dict(),
-        "selection": selection.to_dict(),
+        "selection": asdict(selection),
         "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
         "computed_by": _computed_by(view, model, asks=asks),
         "asked_to_think": _thinking_tokens(model) > 0,
@@ -321,37 +321,34 @@ def _is_locked(path: Path) -> bool:
         return True
 
 
+@dataclass
 class _AnswerJob:
     """One rank's work on the answers of one task folder."""
 
-    def __init__(
-        self,
-        model: Model,
-        task: Task,
-        work: Preparation,
-        items: Sequence[Item],
-        place: Path,
-        settings: EvaluationSettings,
-        progress: Progress | None,
-    ) -> None:
-        self.work, self.items = work, items
-        self._model, self._task, self._place = model, task, place
-        self._settings, self._progress = settings, progress
-        self._answered = self._failed = 0
-        self._asked_here: set[str] = set()
-        self._known: set[str] = set()
-        self._done = 0
-        """Items with a known answer."""
+    model: Model
+    task: Task
+    work: Preparation
+    items: Sequence[Item]
+    folder: Path
+    settings: EvaluationSettings
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        self._answered = self._failed = self._done = 0
+        self._asked_by_this_rank: set[str] = set()
+        self._stored: set[str] = set()
 
     def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
         """Items without an answer; with `retry` also failed items of an earlier run."""
-        rows = read_folder(self._place)
+        rows = read_folder(self.folder)
         again = (
-            {key for key, row in rows.items() if row.get("error") is not None} - self._asked_here if retry else set()
+            {key for key, row in rows.items() if row.get("error") is not None} - self._asked_by_this_rank
+            if retry
+            else set()
         )
-        self._known = rows.keys() - again
-        self._done = sum(item.key in self._known for item in self.items)
-        return [item for item in items if item.key not in self._known]
+        self._stored = rows.keys() - again
+        self._done = sum(item.key in self._stored for item in self.items)
+        return [item for item in items if item.key not in self._stored]
 
     def answer(self, share: Iterable[Sequence[Item]], *, retry: bool = False) -> None:
         """Ask the items of windows that have no answer."""
@@ -360,7 +357,7 @@ class _AnswerJob:
         pending = [[item for item in window if item.key in missing] for window in share] if missing else []
         if not any(pending):
             return
-        with AnswerLog(self._place, rank=self._settings.rank, batch_size=self._settings.batch_size) as log:
+        with AnswerLog(self.folder, rank=self.settings.rank, batch_size=self.settings.batch_size) as log:
             for window in filter(None, pending):
                 self._window(window, log)
 
@@ -372,13 +369,13 @@ class _AnswerJob:
             else:
                 self._store(item, log, error=item.problem)
         try:
-            for item, row in self._ask(list(left.values()), self._settings.batch_size):
+            for item, row in self._ask(list(left.values()), self.settings.batch_size):
                 self._store(item, log, **row)
                 del left[item.key]
         except EvalError:
             raise
         except Exception as error:  # one bad sample must not lose the answers of the others
-            logger.warning("%s: a batch failed (%s: %s); asking one by one", self._task.id, type(error).__name__, error)
+            logger.warning("%s: a batch failed (%s: %s); asking one by one", self.task.id, type(error).__name__, error)
         for item in left.values():
             self._single(item, log)
 
@@ -399,45 +396,45 @@ class _AnswerJob:
             return
         started = time.monotonic()
         produced: Iterable[tuple[int, Any]]
-        if self._task.decoding.kind != "generate":
-            produced = self._model.loglikelihood(
+        if self.task.decoding.kind != "generate":
+            produced = self.model.loglikelihood(
                 [self.work.option_request(item) for item in items], batch_size=batch_size
             )
         else:
-            produced = self._model.generate([self.work.request(item) for item in items], batch_size=batch_size)
+            produced = self.model.generate([self.work.request(item) for item in items], batch_size=batch_size)
         seen: set[int] = set()
         for index, result in produced:
             if index in seen or not 0 <= index < len(items):
                 raise EvalError(
-                    f"Model {self._model.name!r} answered request {index} of {len(items)} twice or never had it."
+                    f"Model {self.model.name!r} answered request {index} of {len(items)} twice or never had it."
                 )
             seen.add(index)
             seconds = time.monotonic() - started
-            row = _row(items[index], result, self._task)
+            row = _row(items[index], result, self.task)
             yield items[index], row | {"seconds": round(seconds / len(seen), 4)}
 
     def _store(self, item: Item, log: AnswerLog, *, error: str | None = None, **answer: Any) -> None:
-        row: Row = {"key": item.key, "task": self._task.id, "version": self._task.version, "id": item.document.id}
+        row: Row = {"key": item.key, "task": self.task.id, "version": self.task.version, "id": item.document.id}
         row |= {"text": None, "tokens": 0, "finish_reason": None, "options": None, "reference": None}
         row |= {"error": error, "seconds": None}
         row |= answer
         row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         log.add(row)
-        self._asked_here.add(item.key)
-        self._done += item.key not in self._known
-        self._known.add(item.key)
+        self._asked_by_this_rank.add(item.key)
+        self._done += item.key not in self._stored
+        self._stored.add(item.key)
         self._answered += error is None
         self._failed += error is not None and item.problem is None
         self._report()
         if self._failed >= _HOPELESS and not self._answered:
             raise EvalError(
-                f"The first {self._failed} samples of {self._task.id} all failed, so the fault is not in one sample. "
+                f"The first {self._failed} samples of {self.task.id} all failed, so the fault is not in one sample. "
                 f"The last one: {(error or '').strip().splitlines()[-1]}"
             )
 
     def _report(self) -> None:
-        if self._progress is not None:
-            self._progress(self._done, len(self.items))
+        if self.progress is not None:
+            self.progress(self._done, len(self.items))
 
 
 def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
@@ -447,11 +444,10 @@ def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
         row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
         return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
     letters = list(item.document.options)
-    _refuse_unordered(dict(zip(letters, (score.logprob for score in result), strict=True)))
-    chosen = loglikelihood_choice(list(item.document.options.values()), [score.logprob for score in result])
-    by_choice = {"sum": chosen.raw, "per_character": chosen.per_character, "per_byte": chosen.per_byte}
-    best = by_choice[task.decoding.choice]
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
+    _refuse_unordered(scores)
+    texts = list(item.document.options.values())
+    best = preferred_option(texts, list(scores.values()), by=task.decoding.choice)
     right = item.document.reference
     reference = result[letters.index(right)] if right in letters else None
     return {

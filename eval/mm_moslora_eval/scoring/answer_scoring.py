@@ -112,6 +112,10 @@ def _all(metric: Callable[[str, Sequence[str]], float]) -> Metric:
     return lambda parsed, document: metric(parsed, document.answers)
 
 
+def _letter_or(metric: Metric) -> Metric:
+    return lambda parsed, document: float(parsed in document.answers) if document.options else metric(parsed, document)
+
+
 def _mmmu_vlmevalkit_score(parsed: str, document: Document) -> float:
     # As in the source, the answer to an open question is option A, unless it is a single capital letter.
     answers = document.answers
@@ -140,14 +144,8 @@ METRICS: dict[str, Metric] = {
     "scienceqa_lmms_eval": _best(multiple_choice.scienceqa_lmms_eval),
     "ai2d_lmms_eval": _best(multiple_choice.ai2d_lmms_eval),
     "vqa": _all(vqa_accuracy.soft_accuracy),
-    "letter_or_vqa": lambda parsed, document: (
-        float(parsed in document.answers) if document.options else vqa_accuracy.soft_accuracy(parsed, document.answers)
-    ),
-    "letter_or_exact": lambda parsed, document: (
-        float(parsed in document.answers)
-        if document.options
-        else exact_match.best(exact_match.exact_match, parsed, document.answers)
-    ),
+    "letter_or_vqa": _letter_or(_all(vqa_accuracy.soft_accuracy)),
+    "letter_or_exact": _letter_or(_best(exact_match.exact_match)),
     "vqa_textvqa": _all(vqa_accuracy.textvqa),
     "vqa_vlmevalkit": _all(vqa_accuracy.vlmevalkit),
     "vqa_vqav2_official": _all(vqa_accuracy.vqav2_official),

@@ -11,8 +11,8 @@ of freedom), Korn and Graubard 1998 (exact intervals on an effective number of s
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +81,7 @@ def value_of(ratios: Sequence[Ratio]) -> float:
 
 
 def contributions(ratios: Sequence[Ratio]) -> Column:
-    """What every sample brings to the score: the mean of these is the score, and their error its error."""
+    """A value for each sample: the mean of the values is the score, and their error is its error."""
     if len(ratios) == 1 and np.all(np.asarray(ratios[0].bottom) == 1):
         return np.asarray(ratios[0].top, float)  # a mean, to the last digit
     parts = np.array([len(ratio.top) * ratio.values()[1] for ratio in ratios], float)
@@ -104,6 +104,13 @@ class ScoreEstimate:
     low: float
     high: float
     """95 % interval; NaN where neither the samples nor the bounds of the score give one."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers of an aggregation, by name."""
+
+    @property
+    def stderr_kind(self) -> str:
+        """`clustered` where several samples share a picture, else `analytic`."""
+        return "clustered" if self.clusters < self.n else "analytic"
 
     @property
     def groups(self) -> int:

@@ -1,4 +1,4 @@
-"""What scored samples show: the score of a task, of its categories, and the difference of two systems.
+"""The score of a task and of its categories, and the difference of two systems, from scored samples.
 
 Every score, interval, p-value and power of the evaluation comes from here (of arms with several seeds, from
 `mm_moslora.compare`).
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
@@ -19,38 +19,10 @@ from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contribution
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, CAPTIONS, POPE, Samples, splits_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class Aggregate:
-    """The numbers of a set of scored samples."""
-
-    n: int
-    score: float
-    stderr: float
-    low: float
-    high: float
-    """95 % interval."""
-    stderr_kind: str
-    """clustered, where several samples share a picture, or analytic."""
-    clusters: int
-    """Pictures on which the interval rests, with samples that share none."""
-    groups: int
-    """Equally large ones with the same degrees of freedom."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Further numbers, by name."""
-
-
-def aggregate(aggregation: str, samples: Samples) -> Aggregate:
-    """The score of a set of samples."""
+def aggregate(aggregation: str, samples: Samples) -> ScoreEstimate:
+    """The score of a set of samples, with the further numbers of the aggregation."""
     summed = AGGREGATIONS[aggregation](samples)
-    return _aggregate(estimate(summed.ratios, clusters_of(samples)), summed.metrics)
-
-
-def _aggregate(measured: ScoreEstimate, metrics: Mapping[str, float]) -> Aggregate:
-    return Aggregate(
-        n=measured.n, score=measured.value, stderr=measured.stderr, low=measured.low, high=measured.high,
-        clusters=measured.clusters, groups=measured.groups, metrics=dict(metrics),
-        stderr_kind="clustered" if measured.clusters < measured.n else "analytic",
-    )  # fmt: skip
+    return replace(estimate(summed.ratios, clusters_of(samples)), metrics=summed.metrics)
 
 
 def clusters_of(samples: Samples) -> list[Hashable]:
@@ -58,8 +30,8 @@ def clusters_of(samples: Samples) -> list[Hashable]:
     return [index if sample.cluster is None else sample.cluster for index, sample in enumerate(samples)]
 
 
-def by_category(aggregation: str, samples: Samples) -> dict[str, Aggregate]:
-    """The same score of each category and second-level category; of MME, the sum of the sub-task.
+def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
+    """The task's score of each category and second-level category; for MME the sum of the sub-task.
 
     Captions are weighed by the words of the whole set.
     """
@@ -79,7 +51,7 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, Aggregate]:
             replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
             for ratio in whole
         ] or AGGREGATIONS[aggregation](members).ratios
-        measured[name] = _aggregate(estimate(ratios, clusters_of(members)), {})
+        measured[name] = estimate(ratios, clusters_of(members))
     return measured
 
 
@@ -90,7 +62,7 @@ class ScoreDifference:
     a: float
     b: float
     estimate: ScoreEstimate
-    """Of the difference."""
+    """Estimate of A - B."""
     unit: str
     """Name of the score; empty for a share of right answers."""
     seeds_a: tuple[float, ...]
@@ -166,7 +138,7 @@ def smallest_shown(questions: int) -> float:
 
 
 def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
-    """What every sample brings to the task's score; their mean is that score.
+    """A value for each sample, such that the mean of the values is the task's score.
 
     For a mean these are the samples' own scores, for captions the CIDEr-D of each.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -22,41 +22,24 @@ _NOT_GIVEN = "the backend gives no log-likelihoods of given texts"
 _EARLIER = "the answers were stored by a version without log-likelihoods"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Likelihood:
-    """The mean over documents."""
-
-    n: int
-    """Documents with a log-likelihood."""
-    missing: int
-    """Documents without: they failed, or it is not finite."""
-    nats: float
-    """Mean of the sum over a reference's tokens, 0 or less."""
-    stderr: float
-    low: float
-    high: float
-    """95 % interval, clustered by picture."""
-    per_token: float
-    """Mean over documents of the log-likelihood by token."""
-    per_token_stderr: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-
 def nats_of(row: Mapping[str, Any]) -> float:
     """The log-likelihood of a stored answer or sample; NaN without one, or with one that no model computes."""
     value = (row.get("reference") or {}).get("logprob")
     return value if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
 
 
-def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> Likelihood | None:
-    """The mean over stored answers' `reference`; None if no answer has a log-likelihood."""
+def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> dict[str, float]:
+    """Means over the stored answers' `reference`; empty if no answer has a log-likelihood.
+
+    Returns:
+        `nats`, the mean of the sums over a reference's tokens (0 or less), with `stderr`, `low` and `high` (95 %,
+        clustered by picture); `n`, the answers that have one, and `missing`, those that failed or have none that is
+        finite; `per_token`, the mean of the log-likelihoods by token, with `per_token_stderr`.
+    """
     with_nats = [(nats_of(row), row, cluster) for row, cluster in zip(rows, clusters, strict=True)]
     with_nats = [item for item in with_nats if not math.isnan(item[0])]
     if not with_nats:
-        return None
+        return {}
     values, by = [value for value, _, _ in with_nats], [cluster for _, _, cluster in with_nats]
     spread = [
         (value / n, cluster)
@@ -65,10 +48,11 @@ def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashab
     ]
     nats = estimate([_mean(values)], by)
     tokens = estimate([_mean([value for value, _ in spread])], [cluster for _, cluster in spread]) if spread else None
-    return Likelihood(
-        n=nats.n, missing=len(rows) - nats.n, nats=nats.value, stderr=nats.stderr, low=nats.low, high=nats.high,
-        per_token=tokens.value if tokens else math.nan, per_token_stderr=tokens.stderr if tokens else math.nan,
-    )  # fmt: skip
+    return {
+        "n": nats.n, "missing": len(rows) - nats.n, "nats": nats.value, "stderr": nats.stderr, "low": nats.low,
+        "high": nats.high, "per_token": tokens.value if tokens else math.nan,
+        "per_token_stderr": tokens.stderr if tokens else math.nan,
+    }  # fmt: skip
 
 
 def _mean(nats: Sequence[float]) -> Ratio:
@@ -82,7 +66,7 @@ class LikelihoodDifference:
     a: float
     b: float
     estimate: ScoreEstimate
-    """Of the difference."""
+    """Estimate of A - B."""
     left_out: int
     """Documents that lack one in some run."""
 

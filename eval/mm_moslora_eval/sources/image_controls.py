@@ -105,6 +105,7 @@ def _companions(documents: Iterable[Sequence[str]]) -> dict[str, set[str]]:
 
 def _spread_apart(other: dict[str, str], companions: Mapping[str, set[str]]) -> dict[str, str]:
     """The permutation with pictures exchanged until, if possible, none replaces a picture of the same document."""
+    # Quadratic, but only in pictures of documents with several; without a partner to exchange, a pair stays.
     names = list(other)
     for name in companions:
         if other[name] not in companions[name]:

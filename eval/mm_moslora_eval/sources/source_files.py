@@ -21,7 +21,13 @@ def find_file(path: str, *, beside: Path | None = None) -> Path:
     Raises:
         EvalError: it is in none of these places.
     """
-    return _resolved(path, "Data file", Path.is_file, _candidates(path, beside))
+    file = _first(path, "Data file", Path.is_file, beside)
+    if file is None:
+        tried = ", ".join(map(str, _candidates(path, beside)))
+        raise EvalError(
+            f"Data file {path!r} was not found; looked at {tried}. Put it there or set MM_MOSLORA_DATA to its folder."
+        )
+    return file
 
 
 def find_data(path: str, *, beside: Path | None = None) -> Path | None:
@@ -30,11 +36,7 @@ def find_data(path: str, *, beside: Path | None = None) -> Path | None:
     Raises:
         EvalError: it exists only in the working directory.
     """
-    candidates = _candidates(path, beside)
-    existing = next((candidate for candidate in candidates if candidate.exists()), None)
-    if existing is None:
-        _refuse_working_directory(path, "Data set", Path.exists, candidates)
-    return existing.resolve() if existing is not None else None
+    return _first(path, "Data set", Path.exists, beside)
 
 
 def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None = None) -> Path:
@@ -61,24 +63,16 @@ def _candidates(path: str, beside: Path | None) -> list[Path]:
     return [first, *(Path(root) / path for root in roots if root)]
 
 
-def _resolved(path: str, what: str, exists: Callable[[Path], bool], candidates: list[Path]) -> Path:
-    for candidate in candidates:
-        if exists(candidate):
-            return candidate.resolve()
-    _refuse_working_directory(path, what, exists, candidates)
-    tried = ", ".join(str(candidate) for candidate in candidates)
-    raise EvalError(
-        f"{what} {path!r} was not found; looked at {tried}. Put it there or set MM_MOSLORA_DATA to its folder."
-    )
-
-
-def _refuse_working_directory(path: str, what: str, exists: Callable[[Path], bool], candidates: list[Path]) -> None:
-    path_here = Path.cwd() / path
-    if exists(path_here):
+def _first(path: str, what: str, exists: Callable[[Path], bool], beside: Path | None) -> Path | None:
+    """The first candidate that exists, resolved; a path that exists in the working directory alone is refused."""
+    candidates = _candidates(path, beside)
+    existing = next((candidate for candidate in candidates if exists(candidate)), None)
+    if existing is None and exists(Path.cwd() / path):
         raise EvalError(
-            f"{what} {path!r} is not at {candidates[0]}, but at {path_here}. Paths in a task file are relative to the "
-            "task file, not to the working directory: correct the path, or write an absolute one."
+            f"{what} {path!r} is not at {candidates[0]}, but at {Path.cwd() / path}. Paths in a task file are relative "
+            "to the task file, not to the working directory: correct the path, or write an absolute one."
         )
+    return existing.resolve() if existing is not None else None
 
 
 def matches(row: Mapping[str, Any], where: Mapping[str, str] | None) -> bool:

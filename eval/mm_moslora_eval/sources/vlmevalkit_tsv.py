@@ -53,7 +53,7 @@ def read(
     Raises:
         EvalError: no header, a missing column, an unclosed quote, or a row of another width; names the row.
     """
-    rows = list(_rows(path, required=("index", "answer", *(where or ()))))
+    rows = read_columns(path, required=("index", "answer", *(where or ())))
     pictures = {row["index"]: row.get("image", "") for row in rows}
     for number, row in enumerate(rows, start=2):
         if not matches(row, where):
@@ -112,24 +112,19 @@ def parse_list(text: str) -> list[str]:
 
 def read_columns(path: Path, *, required: tuple[str, ...] = ("index",)) -> list[Row]:
     """The rows of any TSV with these columns, with unchanged cells."""
-    return list(_rows(path, required=required))
-
-
-def _rows(path: Path, *, required: tuple[str, ...] = ("index", "answer")) -> Iterator[Row]:
     # A cell may contain a picture of many megabytes.
     csv.field_size_limit(sys.maxsize)
     for strict in (True, False):
         try:
             with opened(path, most=None) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
-                rows = list(_checked_rows(csv.reader(stream, delimiter="\t", strict=strict), path, required))
+                return list(_checked_rows(csv.reader(stream, delimiter="\t", strict=strict), path, required))
         except csv.Error as error:
-            if strict and "unexpected end of data" not in str(error):
-                continue  # text after a closing quote: harmless, and common in the field's files
-            raise EvalError(f"{path} is not a valid TSV ({error}): a quote is opened and never closed.") from error
+            # Text after a closing quote is harmless, and common in the field's files.
+            if not strict or "unexpected end of data" in str(error):
+                raise EvalError(f"{path} is not a valid TSV ({error}): a quote is opened and never closed.") from error
         except UnicodeDecodeError as error:
             raise EvalError(f"{path} is not UTF-8 text ({error}); convert it.") from error
-        yield from rows
-        return
+    raise AssertionError("the second attempt returns or raises")
 
 
 def _checked_rows(reader: Iterator[list[str]], path: Path, required: tuple[str, ...]) -> Iterator[Row]:

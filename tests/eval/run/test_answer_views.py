@@ -132,7 +132,7 @@ def test_scores_by_unlike_rules_are_neither_compared_nor_put_under_one_heading(t
     assert "by letter_or_text, anls, mean, version 1" in table
     assert "by letter_or_text, letter_or_exact, mean, version 1" in table
     with pytest.raises(EvalError, match="different rules"):
-        eval_commands.compare(tmp_path / "a" / "questions@own" / "own", tmp_path / "a" / "questions@own" / "wrong")
+        eval_commands.compare_runs(*(str(tmp_path / "a" / "questions@own" / mode) for mode in ("own", "wrong")))
 
 
 def test_a_changed_picture_is_another_view_and_the_old_one_stays(tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ def test_a_hostile_answer_is_only_text(question_file: Path, tmp_path: Path) -> N
 def test_compare_two_modes(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
     evaluate(model, task_of(question_file), tmp_path / "run", settings=ONE)
     place = tmp_path / "run" / "questions@own"
-    result, text = eval_commands.compare(place / "own", place / "wrong")
+    ((result, text),) = eval_commands.compare_runs(str(place / "own"), str(place / "wrong"))
     score = result.score
     assert score.wins + score.losses + score.ties == score.questions == 12
     assert len(result.samples) == score.wins + score.losses

@@ -107,7 +107,7 @@ def test_equal_scores_have_the_interval_of_their_number_of_pictures(right: float
         for i in range(40)
     ]
     found = aggregate("mean", samples)
-    assert (found.stderr_kind, found.score, found.clusters) == ("clustered", right, 10)
+    assert (found.stderr_kind, found.value, found.clusters) == ("clustered", right, 10)
     assert (found.low, found.high) == error_bars.binomial_interval(10 * right, 10)
 
 
@@ -176,7 +176,7 @@ def scored(rows: list[tuple[str, str, str, float]], **extra: str) -> list[Scored
 def test_circular_counts_a_question_only_when_every_rotation_is_right() -> None:
     rows = [("1", "c", "i1", 1.0), ("1000001", "c", "i1", 1.0), ("2", "c", "i2", 1.0), ("1000002", "c", "i2", 0.0)]
     result = aggregate("circular", scored(rows))
-    assert result.score == 0.5
+    assert result.value == 0.5
     assert result.metrics == {"questions": 2.0, "vanilla": 0.75}
 
 
@@ -187,7 +187,7 @@ def test_a_pope_question_of_several_splits_counts_in_each() -> None:
     assert (both["tp"], both["fn"], both["recall"]) == (3.0, 1.0, 0.75)
     splits = aggregate("pope_splits", samples)
     assert splits.metrics["f1_random"] == splits.metrics["f1_adversarial"] == 1.0
-    assert splits.score == pytest.approx((1 + 1 + 2 / 3) / 3)
+    assert splits.value == pytest.approx((1 + 1 + 2 / 3) / 3)
 
 
 def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
@@ -197,7 +197,7 @@ def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
         replace(one, document=replace(one.document, extra={"image_path": name}))
         for one, name in zip(scored(rows), names, strict=True)
     ]
-    assert aggregate("mme", samples).score == pytest.approx(100 * 2 / 3 + 50)
+    assert aggregate("mme", samples).value == pytest.approx(100 * 2 / 3 + 50)
 
 
 def test_a_sum_is_compared_sample_by_sample() -> None:
@@ -216,7 +216,7 @@ def test_a_sum_is_compared_sample_by_sample() -> None:
 def test_mme_survives_an_image_with_one_question() -> None:
     rows = [("a", "OCR", "i1", 1.0), ("b", "OCR", "i1", 0.0), ("c", "OCR", "i2", 1.0)]
     result = aggregate("mme", scored(rows))
-    assert result.score == pytest.approx(100 * 2 / 3 + 50)
+    assert result.value == pytest.approx(100 * 2 / 3 + 50)
 
 
 def baseline_documents() -> tuple[tuple[Document, ...], DataSet]:
