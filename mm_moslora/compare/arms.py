@@ -176,9 +176,9 @@ def _parse(text: str) -> Arm:
     elif name in KNOWN:
         (about, own), options = KNOWN[name], ()
     else:
-        known = [*KNOWN, f"{PEFT}HIRA"]
+        names = [*KNOWN, f"{PEFT}HIRA"]
         raise ConfigError(
-            f"Arm {name!r} is not known.{suggestion(name, known)} Known: {', '.join(KNOWN)}, and {PEFT}NAME for the "
+            f"Arm {name!r} is not known.{suggestion(name, names)} Known: {', '.join(KNOWN)}, and {PEFT}NAME for the "
             "methods of PEFT."
         )
     method: dict[str, Any] = {}
@@ -192,8 +192,8 @@ def _parse(text: str) -> Arm:
             continue
         full = f"adapter.{key}" if "." not in key else key
         if "." not in key and key not in _KEYS:
-            known = [*options, *_KEYS]
-            raise ConfigError(f"Arm {text!r}: the adapter has no key {key!r}.{suggestion(key, known)}")
+            names = [*options, *_KEYS]
+            raise ConfigError(f"Arm {text!r}: the adapter has no key {key!r}.{suggestion(key, names)}")
         keys[full] = parse_scalar(value)
     if method:
         own = {**own, "adapter.peft": {**own["adapter.peft"], **method}}

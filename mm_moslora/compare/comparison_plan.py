@@ -266,14 +266,9 @@ def validation_score(
     settings: ComparisonSettings, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], rate: float
 ) -> float | None:
     """Mean validation value of an arm at a rate; None where one of its runs failed: a rate must work for all seeds."""
-    values = []
-    for cell in cells:
-        if cell.rate == rate:
-            value = measured(settings, outcomes[cell.name])
-            if value is None:
-                return None
-            values.append(value)
-    return math.fsum(values) / len(values) if values else None
+    values = [measured(settings, outcomes[cell.name]) for cell in cells if cell.rate == rate]
+    good = [value for value in values if value is not None]
+    return math.fsum(good) / len(good) if good and len(good) == len(values) else None
 
 
 def measured(settings: ComparisonSettings, outcome: Outcome) -> float | None:

@@ -114,9 +114,9 @@ def _cells(cost: ArmCost) -> tuple[str, ...]:
 
 def mean_run_seconds(costs: Sequence[ArmCost]) -> float:
     """Mean seconds of a missing run over all arms with a known cost; NaN without any."""
-    known = [cost for cost in costs if cost.runs and not math.isnan(cost.run_seconds)]
-    runs = sum(cost.runs for cost in known)
-    return math.fsum(cost.seconds for cost in known) / runs if runs else math.nan
+    measured = [cost for cost in costs if cost.runs and not math.isnan(cost.run_seconds)]
+    runs = sum(cost.runs for cost in measured)
+    return math.fsum(cost.seconds for cost in measured) / runs if runs else math.nan
 
 
 def cost_line(cost: ArmCost) -> str:

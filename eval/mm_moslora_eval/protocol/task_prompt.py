@@ -64,9 +64,9 @@ class TaskPrompt:
         if self.images not in ("first", "last"):
             raise EvalError(f"prompt.images is {self.images!r}, expected first or last.")
         if self.function is not None and self.function not in WORDINGS:
-            known = ", ".join(sorted(WORDINGS))
+            functions = ", ".join(sorted(WORDINGS))
             raise EvalError(
-                f"prompt.function is {self.function!r}, known: {known}.{suggestion(self.function, WORDINGS)}"
+                f"prompt.function is {self.function!r}, known: {functions}.{suggestion(self.function, WORDINGS)}"
             )
 
     def text(self, document: Document) -> str:

@@ -32,11 +32,8 @@ FILE = "invocations.jsonl"
 def environment() -> dict[str, str]:
     """Versions of the software that can change an answer or a score."""
     versions = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
-    for package in ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy"):
-        version = installed_version(package)
-        if version is not None:
-            versions[package] = version
-    return versions
+    packages = ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy")
+    return versions | {name: version for name in packages if (version := installed_version(name)) is not None}
 
 
 def circumstances(model: Model) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,10 +108,10 @@ def _question(record: Record, shown: RecordPictures, where: str) -> Document:
     name = record.get("question_id", record.get("id"))
     if not isinstance(question, str) or not _is_plain(name):
         raise EvalError(f"{where} needs `question_id` and `text`; found {', '.join(record) or 'nothing'}.")
-    given = record["answers"] if record.get("answers") is not None else record.get("answer")
-    answers, odd = _answers(given)
-    given = record.get("options") or {}
-    options = given if isinstance(given, dict) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False))
+    answers, odd = _answers(record["answers"] if record.get("answers") is not None else record.get("answer"))
+    options = record.get("options") or {}
+    if not isinstance(options, dict):
+        options = dict(zip(string.ascii_uppercase, options, strict=False))
     images, problem = shown
     return Document(
         id=str(name),
