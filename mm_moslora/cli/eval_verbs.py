@@ -129,9 +129,9 @@ def eval_run(
         check_name(name)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
-    from mm_moslora_eval.run.task_runner import Settings
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
 
-    settings = Settings(
+    settings = EvaluationSettings(
         batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip

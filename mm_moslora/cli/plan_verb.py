@@ -15,7 +15,7 @@ from mm_moslora.config import load_recipe, override_items
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from mm_moslora.planning.run_plan import Option, Plan
+    from mm_moslora.planning.run_plan import Option, RunPlan
     from mm_moslora.training.metrics.gpu_memory import Memory
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
@@ -113,7 +113,7 @@ def _size(picture: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _pictures(plan: Plan) -> str:
+def _pictures(plan: RunPlan) -> str:
     """Print the assumed picture size, for models with a cost per picture that depends on it."""
     from rich.markup import escape
 
@@ -127,7 +127,7 @@ def _pictures(plan: Plan) -> str:
     return line
 
 
-def _links(plan: Plan) -> str:
+def _links(plan: RunPlan) -> str:
     """The assumed bandwidths."""
     from mm_moslora.training.metrics.gpu_specs import PER_HOST
 
@@ -138,7 +138,7 @@ def _links(plan: Plan) -> str:
     return line + "."
 
 
-def _parts(plan: Plan) -> Any:
+def _parts(plan: RunPlan) -> Any:
     from rich.table import Table
 
     table = Table("part", "parameters", "trainable", box=None)
@@ -147,7 +147,7 @@ def _parts(plan: Plan) -> Any:
     return table
 
 
-def _options(plan: Plan) -> Any:
+def _options(plan: RunPlan) -> Any:
     from rich.table import Table
 
     table = Table("setting", "GiB", "tokens/s", "time", "fits", box=None)
@@ -187,7 +187,7 @@ def _reason(option: Option) -> str:
     return f"{name} take {getattr(needed, name) / 2**30:.0f} GiB"
 
 
-def expected(plan: Plan, option: Option) -> str:
+def expected(plan: RunPlan, option: Option) -> str:
     """`60 of 75 GiB per GPU, 3.9 h (3.2 h to 4.9 h)`."""
     hours = plan.hours(option)
     return (
@@ -196,13 +196,13 @@ def expected(plan: Plan, option: Option) -> str:
     )
 
 
-def as_it_stands(plan: Plan, own: Option) -> str:
+def as_it_stands(plan: RunPlan, own: Option) -> str:
     """The estimate for the recipe's own setting; the shipped recipes repeat this sentence in their heads."""
     outcome = expected(plan, own) if own.fits else f"does not fit, {_reason(own)}"
     return f"As it stands ({own.label}): {outcome}."
 
 
-def _verdict(console: Any, plan: Plan, price: float | None) -> None:
+def _verdict(console: Any, plan: RunPlan, price: float | None) -> None:
     from mm_moslora.planning.run_plan import utilisation
 
     gpus, best = plan.gpus, plan.best

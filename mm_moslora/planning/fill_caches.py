@@ -28,14 +28,14 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.progress_bar import Progress
 
-_Place = tuple[int, int, int]
+_Position = tuple[int, int, int]
 """Source, row, and number of a picture in its record."""
 _TOGETHER = 16
 """Pictures that the vision tower encodes at a time."""
 
 
 class Filled(NamedTuple):
-    """What a call found and added."""
+    """Counts of a call."""
 
     records: int
     """Records whose tokens are in the cache or in this shard of it."""
@@ -80,10 +80,10 @@ def fill_caches(recipe: Recipe, shard: Shard | None = None, *, features: bool = 
 
 def _tokens(recipe: Recipe, files: Sequence[RecordSource], parts: DataParts, shard: Shard | None) -> int:
     with Progress("tokenise records", 0, unit="record") as progress:
-        places = cache_places(files, parts.encoder, parts.image_processing, config=recipe.data, on_progress=progress.of)
+        caches = cache_places(files, parts.encoder, parts.image_processing, config=recipe.data, on_progress=progress.of)
         if shard is None:
-            return sum(len(place.cache().lengths) for place in places)
-        return sum(place.fill(shard) for place in places)
+            return sum(len(cache.cache().lengths) for cache in caches)
+        return sum(cache.fill(shard) for cache in caches)
 
 
 def _tower(
@@ -112,9 +112,9 @@ def _features(
     encode: Callable[[Tensor], Tensor],
     shard: Shard | None,
 ) -> Filled:
-    places = _pictures(files)
-    batches: Sequence[Sequence[_Place]] = [
-        places[start : start + _TOGETHER] for start in range(0, len(places), _TOGETHER)
+    positions = _pictures(files)
+    batches: Sequence[Sequence[_Position]] = [
+        positions[start : start + _TOGETHER] for start in range(0, len(positions), _TOGETHER)
     ]
     batches = batches if shard is None else shard.stretch(batches)
     seen = unreadable = 0
@@ -135,13 +135,13 @@ def _features(
     return Filled(0, seen, store.counts.written, unreadable)
 
 
-def _pictures(files: Sequence[RecordSource]) -> list[_Place]:
-    """Where every picture occurs first, in the order of the records; a file counts once."""
-    found: dict[Hashable, _Place] = {}
+def _pictures(files: Sequence[RecordSource]) -> list[_Position]:
+    """First position of every picture, in the order of the records; a file counts once."""
+    first: dict[Hashable, _Position] = {}
     for file, source in enumerate(files):
         for row in range(len(source)):
             with suppress(RecordError):
                 for number, picture in enumerate(source[row].images):
-                    place = (file, row, number)
-                    found.setdefault(picture.path if isinstance(picture, LocalPicture) else place, place)
-    return list(found.values())
+                    position = (file, row, number)
+                    first.setdefault(picture.path if isinstance(picture, LocalPicture) else position, position)
+    return list(first.values())

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from mm_moslora.data.sources.record_source import RecordSource
 
 COUNTED = 1000
-"""Records of each source that are read to plan a run; of a larger source these are a random choice."""
+"""Records of each source that are read to plan a run; of a larger source these are a random choice, whose mean is off
+by 3 % of the standard deviation of single records."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -60,7 +61,7 @@ _SIGN = "mm_moslora, a shard of a data check"
 
 
 class DataParts(NamedTuple):
-    """What turns a recipe's records into tensors."""
+    """The parts that turn a recipe's records into tensors."""
 
     encoder: ConversationEncoder
     image_processing: ImageProcessing | None
@@ -111,15 +112,15 @@ def check_recipe(
     if "validation" in reports:
         held_out["data.validation"] = reports["validation"].images
     leaks: list[Finding] = []
-    found: list[Match] = []
+    matches: list[Match] = []
     for name, marks in held_out.items():
         finding, pairs = leakage(reports["train"].images, marks, name=name)
-        leaks, found = [*leaks, finding], found + pairs
+        leaks, matches = [*leaks, finding], matches + pairs
     if "validation" in reports:
         leaks.append(repeated_records(reports["train"], reports["validation"]))
     if leaks:
-        shown += [view_findings(leaks), view_matches(found, everything=everything)]
-        plain["leakage"] = {"findings": [item._asdict() for item in leaks], "pairs": [list(pair) for pair in found]}
+        shown += [view_findings(leaks), view_matches(matches, everything=everything)]
+        plain["leakage"] = {"findings": [item._asdict() for item in leaks], "pairs": [list(pair) for pair in matches]}
     return Checked(shown, plain, int(not all(report.ok for report in reports.values())))
 
 
@@ -148,7 +149,7 @@ def check_shard(recipe: Recipe, shard: Shard, folder: Path, *, processes: int | 
 
 
 def _work(recipe: Recipe, parts: DataParts) -> dict[str, Any]:
-    """What all shards of a check have in common, as JSON gives it back."""
+    """The settings and data that all shards of a check must share, as JSON gives them back."""
     content = {
         f"content of data.{name}.{number}": file.fingerprint()
         for name, sources in data_sets(recipe)
@@ -161,7 +162,7 @@ def _work(recipe: Recipe, parts: DataParts) -> dict[str, Any]:
 def _merged(recipe: Recipe, parts: DataParts, folder: Path) -> dict[str, CheckReport]:
     """The reports of all shards, added up."""
     work = _work(recipe, parts)
-    found: dict[str, CheckReport] = {}
+    merged: dict[str, CheckReport] = {}
     for shard, path in finished(folder, ".json").items():
         try:
             stored = read_json(path)
@@ -171,13 +172,13 @@ def _merged(recipe: Recipe, parts: DataParts, folder: Path) -> dict[str, CheckRe
         for name, _ in data_sets(recipe):
             reports = stored.get("reports")
             report = read_report(reports.get(name) if isinstance(reports, dict) else None, source=str(path))
-            if name in found:
-                found[name].add(report)
+            if name in merged:
+                merged[name].add(report)
             else:
-                found[name] = report
-    for report in found.values():
+                merged[name] = report
+    for report in merged.values():
         report.form = form_of(parts.encoder, report.endings)
-    return found
+    return merged
 
 
 def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
@@ -289,19 +290,17 @@ def _folder(folder: Path) -> dict[str, Fingerprint | None]:
     return marks
 
 
-def _plain(report: CheckReport, found: list[Finding]) -> dict[str, Any]:
+def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
     names = (
         "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "tokens",
         "supervised_tokens", "supervised_share", "refused", "dropped", "truncated", "thoughts", "dropped_thoughts",
-        "special_text",
-        "separator_text", "endless",
-        "duplicates", "ok",
+        "special_text", "separator_text", "endless", "duplicates", "ok",
     )  # fmt: skip
     return {name: getattr(report, name) for name in names} | {
         "images": len(report.images), "bad": {code.value: count for code, count in report.bad.items()},
         "faults": [str(fault) for fault in report.faults], "lengths": length_percentiles(report),
         "histogram": report.histogram(), "repeated_ids": dict(report.repeated_ids.most_common()),
-        "findings": [item._asdict() for item in found],
+        "findings": [item._asdict() for item in remarks],
     }  # fmt: skip
 
 

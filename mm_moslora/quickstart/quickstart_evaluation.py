@@ -19,7 +19,7 @@ from mm_moslora_eval.run.answer_views import read_scored
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, read_training_answers
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.result_file import TaskResult
-from mm_moslora_eval.run.task_runner import RUN, Settings, claim_run
+from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings, claim_run
 from mm_moslora_eval.sources.image_controls import MODES, ImageMode
 
 from mm_moslora.config import Precision
@@ -151,7 +151,7 @@ def _evaluate(
                 modes=(mode,),
                 baselines=BASELINES if system == "tuned" and mode == "own" else (),
                 training=training,
-                settings=Settings(batch_size=BATCH_SIZE, rank=0, world_size=1),
+                settings=EvaluationSettings(batch_size=BATCH_SIZE, rank=0, world_size=1),
                 progress=lambda _, *counts: progress.of(*counts),
             )
     model.close()

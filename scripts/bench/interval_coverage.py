@@ -78,7 +78,7 @@ class World:
     def interval(self, samples: Sequence[Scored], others: Sequence[Scored]) -> tuple[float, float]:
         """The interval under test."""
         if self.other:
-            difference = difference_of_scores(self.aggregation, [samples], [others]).found
+            difference = difference_of_scores(self.aggregation, [samples], [others]).estimate
             return difference.low, difference.high
         if self.category:
             part = by_category(self.aggregation, samples)[self.category]

@@ -25,8 +25,8 @@ from mm_moslora.compare import comparison_cell, comparison_run, holdout
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import CellRun, metrics, read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import (
+    ComparisonSettings,
     Outcome,
-    Settings,
     choose_rates,
     grid_of,
     planned_for,
@@ -35,7 +35,7 @@ from mm_moslora.compare.comparison_plan import (
     run_count,
     tuning_cells,
 )
-from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, short_names
+from mm_moslora.compare.comparison_run import ArmComparison, RunBudget, exclusive, short_names
 from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
 from mm_moslora.config import DataConfig, ModelConfig, Recipe, SourceConfig
 from mm_moslora.launch.jobs import ProcessEngine, cards_per_job
@@ -328,7 +328,7 @@ def test_a_score_that_is_no_number_was_not_measured(tmp_path: Path):
 
 def test_a_damaged_outcome_counts_as_failed_and_hides_no_other(tmp_path: Path, monkeypatch):
     other_runs(monkeypatch, "die")  # a run that starts is killed
-    comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
+    comparison = ArmComparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
     for cell in reported_cells(comparison.settings, {"lora": 1e-4, "moslora:kaiming": 1e-4}):
         recipe = cell.recipe(RECIPE, tmp_path)
         write_outcome(Path(recipe.train.output), Outcome(status="ok", recipe=recipe_hash(recipe)))
@@ -350,7 +350,7 @@ def test_a_finished_run_stays_finished_when_recipes_get_new_keys(tmp_path: Path)
     write_outcome(place, Outcome(status="ok", recipe="of an earlier version"))
 
     def read(recipe: Recipe = RECIPE) -> set[str]:
-        comparison = Comparison(recipe, asked, tmp_path, hold_out=0.1)
+        comparison = ArmComparison(recipe, asked, tmp_path, hold_out=0.1)
         comparison._read_outcomes()
         return set(comparison.outcomes)
 
@@ -414,7 +414,7 @@ def ordered(folder: Path) -> CellRun:
 def test_a_run_by_hand_that_does_not_exist_or_is_damaged_is_one_line(tmp_path: Path, capsys):
     assert cli.run(["compare", str(tmp_path / "no"), "--cell", "a"]) == 1
     assert "has no run 'a'" in capsys.readouterr().err
-    place = ordered(tmp_path).place
+    place = ordered(tmp_path).run_folder
     for more in (["--stop-at", "3"], ["--cell", place.name, "--optim.lr=1"]):
         assert cli.run(["compare", str(tmp_path), *more]) == 1
         assert "--cell does one run as it was planned" in capsys.readouterr().err
@@ -438,7 +438,7 @@ def test_a_run_by_hand_is_found_from_every_path_of_its_folder(tmp_path: Path, mo
     asked: list[CellRun] = []
     monkeypatch.setattr(comparison_cell, "_run", lambda run, *_: asked.append(run) or Outcome(status="ok"))
     assert cli.run(["compare", folder.name if way == "relative" else "linked", "--cell", name]) == 0
-    assert [run.place for run in asked] == [folder / "runs" / name]
+    assert [run.run_folder for run in asked] == [folder / "runs" / name]
 
 
 def test_a_run_by_hand_starts_where_its_tasks_are_named(tmp_path: Path, monkeypatch):
@@ -454,14 +454,14 @@ def test_a_run_by_hand_that_fails_says_so(tmp_path: Path, monkeypatch, capsys):
     line = ["compare", str(tmp_path), "--cell", run.cell.name]
 
     def fail(*_):
-        assert read_outcome(run.place) is None, "a killed run would have the reason of an earlier one"
+        assert read_outcome(run.run_folder) is None, "a killed run would have the reason of an earlier one"
         raise OSError("no picture")
 
     for _ in range(2):
         monkeypatch.setattr(comparison_cell, "_run", fail)
         assert cli.run(line) == 1
         assert capsys.readouterr().err.splitlines()[-1].endswith("OSError: no picture")
-        assert read_outcome(run.place).status == "failed"
+        assert read_outcome(run.run_folder).status == "failed"
     monkeypatch.setattr(comparison_cell, "_run", lambda *_: Outcome(status="ok"))
     assert cli.run(line) == 0
 
@@ -474,19 +474,19 @@ def test_a_run_by_hand_that_fails_says_so(tmp_path: Path, monkeypatch, capsys):
 )  # fmt: skip
 def test_an_order_of_other_types_or_of_another_folder_is_refused(tmp_path: Path, monkeypatch, capsys, changes):
     run, elsewhere = ordered(tmp_path / "own"), tmp_path / "elsewhere"
-    told = json.loads((run.place / "cell.json").read_text())
+    told = json.loads((run.run_folder / "cell.json").read_text())
     for key, value in changes.items():
         *groups, last = key.split(".")
         group = told
         for part in groups:
             group = group[part]
         group[last] = str(elsewhere) if value == "ELSEWHERE" else value
-    (run.place / "cell.json").write_text(json.dumps(told))
+    (run.run_folder / "cell.json").write_text(json.dumps(told))
     monkeypatch.setattr(comparison_cell, "_run", lambda *_: pytest.fail("it was run"))
     assert cli.run(["compare", str(tmp_path / "own"), "--cell", run.cell.name]) == 1
     assert "Repeat the comparison's command" in capsys.readouterr().err
     assert not elsewhere.exists()
-    assert [path.name for path in run.place.iterdir()] == ["cell.json"]
+    assert [path.name for path in run.run_folder.iterdir()] == ["cell.json"]
 
 
 def other_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -510,27 +510,27 @@ def test_a_run_that_is_started_twice_at_once_happens_once(tmp_path: Path, monkey
     said = [one.communicate(timeout=100)[1] for one in both]
     assert [one.returncode for one in both] == [0, 0], said
     assert (tmp_path / "begun").read_text() == f"{run.cell.name}\n", said
-    before = (run.place / "outcome.json").stat().st_mtime_ns
+    before = (run.run_folder / "outcome.json").stat().st_mtime_ns
     assert subprocess.run(words, check=True, timeout=100).returncode == 0
-    assert (run.place / "outcome.json").stat().st_mtime_ns == before
+    assert (run.run_folder / "outcome.json").stat().st_mtime_ns == before
 
 
 def test_runs_that_are_killed_three_times_are_in_the_table_and_the_others_go_on(tmp_path: Path, monkeypatch):
     other_runs(monkeypatch, "die")
-    comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
+    comparison = ArmComparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
     assert comparison.run(RunBudget(), ProcessEngine(parallel=2))
     assert Counter(outcome.status for outcome in comparison.outcomes.values()) == {"ok": 2, "failed": 2}
     assert "ended by signal 9" in comparison.outcomes["lora_lr0.0001_seed0"].reason
 
 
-def settings(**changes) -> Settings:
+def settings(**changes) -> ComparisonSettings:
     given = {
         "arms": parse_arms("lora,moslora:kaiming", RECIPE),
         "rates": [1e-4, 2e-4, 4e-4],
         "seeds": 2,
         "tasks": ["t"],
     }
-    return Settings(**{**given, **changes})
+    return ComparisonSettings(**{**given, **changes})
 
 
 def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None) -> None:
@@ -544,7 +544,7 @@ def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | Non
 def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, monkeypatch, caplog):
     fake_devices(monkeypatch, 2, visible="4,7")
     other_runs(monkeypatch, "meet")
-    comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
+    comparison = ArmComparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
     with caplog.at_level("INFO"):
         assert comparison.run(RunBudget(cards=1), ProcessEngine())
     met = {path.name.removeprefix("here-"): path.read_text() for path in tmp_path.glob("here-*")}
@@ -618,7 +618,7 @@ def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):
     assert run_count(asked, outcomes) == len(outcomes) + 2 * asked.seeds == 10 + 4
     assert run_count(dataclasses.replace(asked, grow=0), outcomes) == 6 + 4
     assert len(grid_of(dataclasses.replace(asked, grow=1), asked.arms[0], outcomes)) == 4, "at most so many"
-    comparison = Comparison(RECIPE, dataclasses.replace(asked, validation=["v"]), tmp_path, hold_out=0.1)
+    comparison = ArmComparison(RECIPE, dataclasses.replace(asked, validation=["v"]), tmp_path, hold_out=0.1)
     for cell in tuning_cells(asked, outcomes):
         recipe = cell.recipe(RECIPE, tmp_path)
         score = {"v": -outcomes[cell.name].validation.get("loss", math.nan)}
@@ -721,7 +721,7 @@ def test_bad_input_is_one_line(arguments, message, recipe: Path, records: Path, 
     ids=["seeds", "fewer arms", "an arm", "a rate", "tuning seeds", "nothing", "the last look"],
 )
 def test_what_the_error_rates_of_looks_count_on_stays_the_same(tmp_path: Path, changes, message: str):
-    planned = Settings(arms=parse_arms("lora,dora,tsm", RECIPE), rates=[1e-4], seeds=3, tasks=["t"])
+    planned = ComparisonSettings(arms=parse_arms("lora,dora,tsm", RECIPE), rates=[1e-4], seeds=3, tasks=["t"])
     looks = Looks((5, 7), (0.7, 1.0))
     state = LookState(
         points=0.03, seeds=5, looks=looks, components={}, reference="lora", fixed=planned_for(planned),
@@ -734,7 +734,7 @@ def test_what_the_error_rates_of_looks_count_on_stays_the_same(tmp_path: Path, c
         (tmp_path / "resolve.json").write_text(json.dumps(stored | change))
         with pytest.raises(ConfigError, match=r"resolve\.json is damaged"):
             read_state(tmp_path)
-    comparison = Comparison(RECIPE, dataclasses.replace(planned, **changes), tmp_path, hold_out=0.1)
+    comparison = ArmComparison(RECIPE, dataclasses.replace(planned, **changes), tmp_path, hold_out=0.1)
     if not message:
         comparison._refuse_other_looks(state)
         return

@@ -145,10 +145,10 @@ def while_starting(rank: str, place: str, *words: str) -> int:
 
 def while_measuring(what: str, rank: str, *recipes: str) -> int:
     """One rank gets SIGTERM in its first batch of the held-out loss, or at its first answer to a task's question."""
-    from mm_moslora_eval.run.task_runner import _Job
+    from mm_moslora_eval.run.task_runner import _AnswerJob
     from trials import train_measured
 
-    owner, name = {"loss": (TrainingEngine, "evaluate"), "task": (_Job, "_store")}[what]
+    owner, name = {"loss": (TrainingEngine, "evaluate"), "task": (_AnswerJob, "_store")}[what]
     real = getattr(owner, name)
 
     def told(self, *arguments, **options):

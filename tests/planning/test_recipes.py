@@ -26,7 +26,7 @@ from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.model_sizes import known_shapes
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.planning import run_plan
-from mm_moslora.planning.run_plan import DataSize, Plan, known_data, plan
+from mm_moslora.planning.run_plan import DataSize, RunPlan, known_data, plan
 from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, StepMemory
@@ -91,7 +91,7 @@ def bones(folders) -> Callable[[str], MetaModel]:
 
 
 @pytest.fixture
-def planned(folders) -> Callable[[str, str], Plan]:
+def planned(folders) -> Callable[[str, str], RunPlan]:
     """The plan of a shipped recipe on GPUs, as the command line names them."""
     return lambda name, gpus: plan(shipped(name, folders), parse_gpus(gpus))
 

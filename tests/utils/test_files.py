@@ -93,7 +93,7 @@ ASIDE = "a temporary file, which `replacing` names"
 WRITES = {
     "eval/mm_moslora_eval/report/run_evidence.py:_copied": ASIDE,
     "eval/mm_moslora_eval/run/in_training.py:give_way": NEW,
-    "eval/mm_moslora_eval/run/sample_thumbnails.py:keep": ASIDE,
+    "eval/mm_moslora_eval/run/sample_thumbnails.py:store_thumbnails": ASIDE,
     "eval/mm_moslora_eval/run/submissions.py:keep_submission": ASIDE,
     "eval/mm_moslora_eval/run/submissions.py:write_submission": ASIDE,
     "mm_moslora/adapters/folders/export_adapter.py:_write_components": ASIDE,

@@ -82,8 +82,8 @@ class VisualTokens:
     def close(self) -> None:
         """Drop the cached tokens and stop the threads."""
         if (store := self._states.store) is not None:
-            asked = store.counts.read + store.counts.encoded
-            logger.info("Features of %d of %d pictures were in %s.", store.counts.read, asked, store.folder)
+            total = store.counts.read + store.counts.encoded
+            logger.info("Features of %d of %d pictures were in %s.", store.counts.read, total, store.folder)
         self._cache.forget()
         self._decoding.clear()
         if self._pool is not None:

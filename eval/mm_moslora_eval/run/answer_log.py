@@ -50,7 +50,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_folder(folder: Path) -> dict[str, Row]:
     """Every stored answer by key; later files and lines take priority, but an error never replaces an answer."""
-    found: dict[str, Row] = {}
+    answers: dict[str, Row] = {}
     merged = folder / MERGED
     for path in [merged, *sorted(folder.glob("answers-*.jsonl"))]:
         try:
@@ -60,9 +60,9 @@ def read_folder(folder: Path) -> dict[str, Row]:
                 raise
             continue  # not written yet, or just merged by rank 0
         for row in rows:
-            if row.get("error") is None or found.get(row["key"], row).get("error") is not None:
-                found[row["key"]] = row
-    return found
+            if row.get("error") is None or answers.get(row["key"], row).get("error") is not None:
+                answers[row["key"]] = row
+    return answers
 
 
 def line(row: Mapping[str, Any]) -> str:

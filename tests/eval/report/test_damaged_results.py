@@ -15,7 +15,7 @@ from mm_moslora_eval.report import run_evidence
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, write_results
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import write_questions
@@ -30,7 +30,7 @@ NATS = {"n": 4, "missing": 0, "nats": -1.0, "stderr": 0.1, "low": -2.0, "high": 
 
 
 def evaluated_again(run: Path, *, data: Path | None = None) -> list[TaskResult]:
-    settings = Settings(batch_size=4, rank=0, world_size=1)
+    settings = EvaluationSettings(batch_size=4, rank=0, world_size=1)
     task = f"llava:{data or run.parent / 'data' / 'questions.jsonl'}"
     return eval_commands.run(
         FakeModel(), [task], run, settings=settings, modes=("own", "wrong"), baselines=("majority",)
@@ -145,7 +145,7 @@ def test_scores_join_those_of_a_run_with_an_odd_row(tmp_path: Path, key: str, va
            "metric": "t", "mean": 0.5, "protocol": "own", "selection": "all"}  # fmt: skip
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps([row | {key: value}, row | {"task": "u", "metric": "u", "subject": "v"}, value]))
-    known = run_evidence._known(path)
+    known = run_evidence._stored_rows(path)
     rows = run_evidence._better([row | {"mean": 0.75}], known)
     run_evidence._name_metrics(rows, known)
     run_evidence._merge(path, known, rows)

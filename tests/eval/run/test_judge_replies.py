@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
-from mm_moslora_eval.protocol.task import Prompt, Source, Task
+from mm_moslora_eval.protocol.task import Source, Task, TaskPrompt
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.llm_judge import GRADERS, MOST_UNREADABLE, Judge
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
-from mm_moslora_eval.run.task_runner import Settings, open_run, run_task
+from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.sources.document import DataSet, Document
 
@@ -32,7 +32,7 @@ from tests.eval.eval_server import serve
 from tests.eval.protocol_runs import GivenAnswers
 
 PACKAGE = Path(__file__).parents[3] / "eval" / "mm_moslora_eval"
-ONE = Settings(batch_size=8, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=8, rank=0, world_size=1)
 COUNT = 24
 SAID = "it got the colour"
 
@@ -43,7 +43,7 @@ def answered(folder: Path, metric: str = "judge_mmvet", *, said: str = SAID, cou
     task = Task(
         name="judged", source=Source(kind="tsv", path="x.tsv"), metric=metric, extraction=extraction,
         aggregation="llavabench" if "llavabench" in metric else "mmvet" if "mmvet" in metric else "mean",
-        prompt=Prompt(template="{question}"),
+        prompt=TaskPrompt(template="{question}"),
     )  # fmt: skip
     documents = tuple(
         Document(id=str(n), question=f"Q{n}?", answers=("7",), category="rec", extra={"answer_type": "integer"})
@@ -221,7 +221,7 @@ def test_few_answers_without_a_grade_are_left_out_of_score_and_comparison(tmp_pa
         score_folder(other, judge=judge_at(server.url, tmp_path / "b"))
     found = compare(view, other)
     assert found.score.questions == COUNT - 1
-    assert found.score.found.value == pytest.approx(found.score.a - found.score.b)
+    assert found.score.estimate.value == pytest.approx(found.score.a - found.score.b)
     score_folder(view)  # without a judge the grades stay
     assert compare(view, other).score.questions == COUNT - 1
 
