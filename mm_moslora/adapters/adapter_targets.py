@@ -170,7 +170,7 @@ def _check_experts(inside: dict[str, nn.Module]) -> None:
     stacked = {
         f"{path}.{name}": parameter.numel()
         for path, module in inside.items()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and len(parameter) > 1
     }

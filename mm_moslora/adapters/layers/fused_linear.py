@@ -138,7 +138,7 @@ class SiblingProjections:
         self.layers = tuple(layers)
         self._together = self._together_before = True
         self._input: Tensor | None = None
-        self._version = -1
+        self._input_version = -1
         self._ready: dict[int, Tensor] = {}
 
     def output(self, layer: FusedLinear, x: Tensor) -> Tensor | None:
@@ -150,7 +150,7 @@ class SiblingProjections:
         """
         if layer is self.layers[0]:
             return self._compute(x) if torch.is_grad_enabled() and self._may_compute() else None
-        if self._input is not x or self._version != x._version:
+        if self._input is not x or self._input_version != x._version:
             # After a pass by single layers no result is left, and the family stays together.
             self._together = self._together and not self._ready
             return None
@@ -177,7 +177,7 @@ class SiblingProjections:
         if len(chosen) < 2 or chosen[0][0] is not self.layers[0]:
             return None
         own, *others = fused_linears(x, [operands for _, operands in chosen])
-        self._input, self._version = x, x._version
+        self._input, self._input_version = x, x._version
         self._ready = {id(layer): result for (layer, _), result in zip(chosen[1:], others, strict=True)}
         return own
 
@@ -203,7 +203,7 @@ def link_siblings(model: nn.Module) -> int:
         if _SECOND_INPUTS & set(inspect.signature(type(parent).forward).parameters):
             continue
         for names in _FAMILIES:
-            layers = [child for name in names if isinstance(child := parent._modules.get(name), FusedLinear)]
+            layers = [child for name in names if isinstance(child := getattr(parent, name, None), FusedLinear)]
             if len(layers) > 1 and len({layer.widths[0] for layer in layers}) == 1:
                 family = SiblingProjections(layers)
                 for layer in layers:
