@@ -216,7 +216,7 @@ def describe(
     if start.M is not None and not start.M.isfinite().all():
         start = ModuleStart()
     # B = U S V^T and A^T = U S V^T: the update is U_B (S_B V_B^T M V_A S_A) U_A^T times s.
-    rows, columns = _Frame.of(A.T), _Frame.of(B)
+    rows, columns = _FactorSVD.of(A.T), _FactorSVD.of(B)
     core = columns.inner @ mixer @ rows.inner.T
     values = torch.linalg.svdvals(core) * abs(scaling)
     values = torch.cat([values, values.new_zeros(max(0, rank - len(values)))])[:rank]
@@ -246,7 +246,7 @@ def describe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Frame:
+class _FactorSVD:
     """The singular value decomposition ``U S V^T`` of a tall factor ``[D, R]`` without U."""
 
     values: Tensor
@@ -255,12 +255,12 @@ class _Frame:
     """V^T ``[K, R]``."""
 
     @classmethod
-    def of(cls, factor: Tensor) -> _Frame:
+    def of(cls, factor: Tensor) -> _FactorSVD:
         _, S, Vh = torch.linalg.svd(torch.linalg.qr(factor, mode="r").R, full_matrices=False)
         return cls(values=S, right=Vh)
 
     @classmethod
-    def of_gram(cls, gram: Tensor) -> _Frame:
+    def of_gram(cls, gram: Tensor) -> _FactorSVD:
         """From ``V S^2 V^T``."""
         squares, V = torch.linalg.eigh(gram)
         return cls(values=squares.flip(0).clamp_min(0).sqrt(), right=V.flip(1).T)
@@ -273,11 +273,11 @@ class _Frame:
     @property
     def whitening(self) -> Tensor:
         """The pseudo-inverse of ``inner^T``: ``S^-1 V^T`` without the directions that are rounding."""
-        kept = self.values > SMALLEST * self.values.amax()
-        return torch.where(kept, 1 / self.values, 0.0)[:, None] * self.right
+        nonzero = self.values > SMALLEST * self.values.amax()
+        return torch.where(nonzero, 1 / self.values, 0.0)[:, None] * self.right
 
 
-def _angles(now: _Frame, mixer: Tensor, overlap: Overlap | None, first: Tensor | None) -> tuple[float, ...] | None:
+def _angles(now: _FactorSVD, mixer: Tensor, overlap: Overlap | None, first: Tensor | None) -> tuple[float, ...] | None:
     """Principal angles between the spaces of a mixed factor and of its start, degrees.
 
     Args:
@@ -288,7 +288,7 @@ def _angles(now: _Frame, mixer: Tensor, overlap: Overlap | None, first: Tensor |
     """
     if overlap is None:
         return None
-    old = _Frame.of_gram(overlap.start)
+    old = _FactorSVD.of_gram(overlap.start)
     between = now.whitening @ overlap.cross @ old.whitening.T  # U^T U0
     first = torch.eye(len(overlap.start)) if first is None or len(first) != len(overlap.start) else first
     spaces = _space(mixer @ now.inner.T), _space(first.double() @ old.inner.T)

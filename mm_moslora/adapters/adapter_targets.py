@@ -91,13 +91,13 @@ def resolve_in(
     modules = dict(named_base_modules(model))
     heads = _head_modules(model)
     unmatched = set() if isinstance(targets, str) else set(targets)
-    found: dict[str, None] = {}
+    resolved: dict[str, None] = {}
     empty = []
     for component in components:
         inside = _modules_of(component, modules)
         prefix = f"{component}." if component else ""
         paths = _match(inside, targets, unmatched, heads)
-        found |= dict.fromkeys(prefix + path for path in paths)
+        resolved |= dict.fromkeys(prefix + path for path in paths)
         empty += [] if paths else [component]
     where = " and ".join(repr(name) if name else "the model" for name in components)
     if unmatched:
@@ -106,17 +106,17 @@ def resolve_in(
             f"Target {min(unmatched)!r} matches no module of {where}.{suggestion(min(unmatched), names)}"
             f"{_linear_names(modules)}"
         )
-    if empty or not found:
+    if empty or not resolved:
         hint = f" A string is a regular expression for the whole path; names come as a list: [{targets!r}]."
         raise AdapterError(
             f"No module of {repr(empty[0]) if empty and empty[0] else where} matches the targets {targets!r}."
             f"{hint if isinstance(targets, str) else ''}{_linear_names(modules)}"
         )
-    for path in found:
+    for path in resolved:
         reason = why_not(modules[path]) or _why_never_called(path, modules)
         if reason:
             raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
-    return list(found)
+    return list(resolved)
 
 
 def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -282,8 +282,9 @@ def chosen_paths(config: Any, paths: list[str]) -> list[str]:
             chosen.append(path)
     if not chosen:
         options = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        given = ", ".join(f"{name}={value!r}" for name in options if (value := getattr(own, name, None)))
-        raise AdapterError(f"{given} leaves none of the {len(paths)} targets (the first: {', '.join(paths[:_SHOWN])}).")
+        filters = ", ".join(f"{name}={value!r}" for name in options if (value := getattr(own, name, None)))
+        first = ", ".join(paths[:_SHOWN])
+        raise AdapterError(f"{filters} leaves none of the {len(paths)} targets (the first: {first}).")
     return chosen
 
 

@@ -83,7 +83,7 @@ def random_stream_of_mixers() -> Iterator[None]:
         yield
 
 
-def check_mixer_init(kind: str, where: str, *, known: tuple[str, ...] = MIXER_INITS) -> None:
+def check_mixer_init(kind: str, where: str, *, choices: tuple[str, ...] = MIXER_INITS) -> None:
     """Refuse what is not a mixer initialisation, with the reason; `where` is the option that holds it.
 
     Raises:
@@ -94,8 +94,9 @@ def check_mixer_init(kind: str, where: str, *, known: tuple[str, ...] = MIXER_IN
             f"{where} is {kind!r}: with M = 0 and B = 0 the gradients of A, M and B are all exactly zero, so training "
             f"never starts. Use one of {', '.join(MIXER_INITS)}."
         )
-    if kind not in known:
-        raise AdapterError(f"{where} is {kind!r}, expected one of {', '.join(known)}.{suggestion(str(kind), known)}")
+    if kind not in choices:
+        hint = suggestion(str(kind), choices)
+        raise AdapterError(f"{where} is {kind!r}, expected one of {', '.join(choices)}.{hint}")
 
 
 def butterfly(rank: int) -> Tensor:

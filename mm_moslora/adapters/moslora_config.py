@@ -110,7 +110,7 @@ class MoSLoRAConfig(LoraConfig):
         super().__post_init__()
         check_mixer_init(self.mixer_init, "mixer_init")
         for key, kind in self.mixer_pattern.items():
-            check_mixer_init(kind, f"mixer_pattern[{key!r}]", known=(*MIXER_INITS, NO_MIXER))
+            check_mixer_init(kind, f"mixer_pattern[{key!r}]", choices=(*MIXER_INITS, NO_MIXER))
         self._check_ranks()
         self._check_forms()
         for name in _OTHER_LAYOUTS:
@@ -196,8 +196,8 @@ class MoSLoRAConfig(LoraConfig):
         folder = downloaded(pretrained_model_name_or_path, (OWN_CONFIG,), subfolder=subfolder, **kwargs)
         if folder is not None and (folder / OWN_CONFIG).is_file():
             return config_from_dict(read_manifest(folder)["config"])
-        told = Path(pretrained_model_name_or_path, subfolder or "") if folder is None else folder
-        data = read_json(told / STOCK_CONFIG) if (told / STOCK_CONFIG).is_file() else None
+        source = Path(pretrained_model_name_or_path, subfolder or "") if folder is None else folder
+        data = read_json(source / STOCK_CONFIG) if (source / STOCK_CONFIG).is_file() else None
         if folder is not None:
             if data is not None and declares_mixers(data):
                 return read_authors(folder, data)[0]
@@ -210,21 +210,21 @@ class MoSLoRAConfig(LoraConfig):
             return config_from_dict(data)
         if kind != "LORA":
             raise AdapterError(
-                f"{told} holds an adapter of peft_type {kind!r}, expected LORA. Load it with PEFT itself."
+                f"{source} holds an adapter of peft_type {kind!r}, expected LORA. Load it with PEFT itself."
             )
         stock = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(stock, LoraConfig):  # from the hub
             raise AdapterError(
-                f"{told} holds a {type(stock).__name__}, expected a LoraConfig. Load it with PEFT itself."
+                f"{source} holds a {type(stock).__name__}, expected a LoraConfig. Load it with PEFT itself."
             )
         return from_lora_config(stock)
 
     def _check_forms(self) -> None:
-        known = get_args(FactorForm)
-        if self.factor_form not in known:
+        choices = get_args(FactorForm)
+        if self.factor_form not in choices:
             raise AdapterError(
-                f"factor_form is {self.factor_form!r}, expected one of {', '.join(known)}."
-                f"{suggestion(str(self.factor_form), known)}"
+                f"factor_form is {self.factor_form!r}, expected one of {', '.join(choices)}."
+                f"{suggestion(str(self.factor_form), choices)}"
             )
         form = form_named(self.mixer_form)
         for rank in {self.r, *(self.rank_pattern or {}).values()}:
@@ -235,13 +235,13 @@ class MoSLoRAConfig(LoraConfig):
         where = f"mixer_form={self.mixer_form!r}, factor_form={self.factor_form!r}"
         if not self.mixer_trainable and self.factor_form != "mixed":
             raise AdapterError(f"{where} needs a mixer that trains. Set mixer_trainable=True.")
-        asked = {self.mixer_init, *self.mixer_pattern.values()} - {NO_MIXER}
-        if (placed or not form.inits) and asked != {"orthogonal"}:
+        inits = {self.mixer_init, *self.mixer_pattern.values()} - {NO_MIXER}
+        if (placed or not form.inits) and inits != {"orthogonal"}:
             raise AdapterError(
                 f"{where} brings its own start of the mixer. Leave mixer_init at its default, and let mixer_pattern "
                 "say none at most."
             )
-        if unknown := sorted(asked - set(form.inits)) if form.inits else []:
+        if unknown := sorted(inits - set(form.inits)) if form.inits else []:
             raise AdapterError(f"{where} has no start {unknown[0]!r}, expected one of {', '.join(form.inits)}.")
         if placed and self.mixer_pattern:
             raise AdapterError(f"{where} needs a mixer in every module. Leave mixer_pattern out.")
@@ -311,11 +311,11 @@ def config_from_dict(data: Mapping[str, Any]) -> MoSLoRAConfig:
     Raises:
         AdapterError: a key this version does not know, or a value that is not permitted (`permitted_options`).
     """
-    known = {item.name for item in dataclasses.fields(MoSLoRAConfig)}
-    unknown = sorted(set(data) - known)
+    names = {item.name for item in dataclasses.fields(MoSLoRAConfig)}
+    unknown = sorted(set(data) - names)
     if unknown:
         raise AdapterError(
-            f"The adapter's configuration has unknown keys {unknown}.{suggestion(unknown[0], known)} It was written by "
+            f"The adapter's configuration has unknown keys {unknown}.{suggestion(unknown[0], names)} It was written by "
             "another version; update mm-moslora or peft."
         )
     values = {key: value for key, value in data.items() if key not in ("peft_type", "runtime_config")}

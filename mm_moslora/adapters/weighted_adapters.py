@@ -71,31 +71,31 @@ def add_weighted_adapter(
     new_rank = sum(ranks.values()) if combination == "cat" else rank or max(ranks.values())
     tuner = _tuner(model)
     config = _combined_config(model, adapters[0], new_rank, plain=combination == "svd")
-    whole = {name for given in adapters for name in tuner.peft_config[given].modules_to_save or ()}
+    whole = {name for adapter in adapters for name in tuner.peft_config[adapter].modules_to_save or ()}
     config.modules_to_save = sorted(whole) or None
     config.target_modules = {path for path in layers if not is_inner(path)}  # type: ignore[assignment]
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     for layer in layers.values():
-        held = [
+        parts = [
             (weight, layer.factors(name)) for name, weight in zip(adapters, weights, strict=True) if layer.holds(name)
         ]
         target = layer.factors(adapter_name)
         target.A.zero_()
         target.B.zero_()
         if combination == "svd":
-            updates = [weight * delta_weight(own.A, own.M, own.B, own.scaling) for weight, own in held]
+            updates = [weight * delta_weight(own.A, own.M, own.B, own.scaling) for weight, own in parts]
             # The best A and B for the sum, with the singular values in B.
             U, S, Vh = torch.linalg.svd(cast(Tensor, sum(updates)).flatten(1), full_matrices=False)
-            kept = min(len(target.A), len(S))
-            target.A.flatten(1)[:kept] = Vh[:kept].to(target.A)
-            target.B.flatten(1)[:, :kept] = (U[:, :kept] * S[:kept]).to(target.B)
+            count = min(len(target.A), len(S))
+            target.A.flatten(1)[:count] = Vh[:count].to(target.A)
+            target.B.flatten(1)[:, :count] = (U[:, :count] * S[:count]).to(target.B)
             continue
         assert target.M is not None
         target.M.copy_(torch.eye(new_rank))
         layer.keep_start(adapter_name, _start_side_by_side(layer, adapters, new_rank))
         start = 0
-        for weight, factors in held:
+        for weight, factors in parts:
             stop = start + len(factors.A)
             target.A[start:stop] = factors.A
             target.B[:, start:stop] = factors.B * (weight * factors.scaling)
@@ -114,8 +114,8 @@ def _start_side_by_side(layer: MoSLoRALayer, adapters: Sequence[str], rank: int)
     for name in filter(layer.holds, adapters):
         if name not in layer.lora_mixer:
             blocks.append(torch.eye(layer.r[name]))
-        elif name in layer.starts and (kept := layer.starts[name].mixer):
-            blocks.append(cast(Mixer, layer.lora_mixer[name]).form.matrix(kept))
+        elif name in layer.starts and (mixer := layer.starts[name].mixer):
+            blocks.append(cast(Mixer, layer.lora_mixer[name]).form.matrix(mixer))
         else:
             return {}
     blocks.append(torch.eye(rank - sum(map(len, blocks))))
@@ -146,11 +146,11 @@ def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALa
             if getattr(configs[name], option):
                 raise AdapterError(f"Adapter {name!r} has {option}, which cannot be added up. Merge it instead.")
     layers = dict(named_adapter_layers(_tuner(model).model))
-    held = {name: {path for path, layer in layers.items() if layer.holds(name)} for name in adapters}
-    for name, paths in held.items():
+    paths_of = {name: {path for path, layer in layers.items() if layer.holds(name)} for name in adapters}
+    for name, paths in paths_of.items():
         if not paths:
             raise AdapterError(f"Adapter {name!r} sits in no module that carries MoSLoRA, and cannot be added up.")
-    return {path: layers[path] for path in sorted(set().union(*held.values()))}
+    return {path: layers[path] for path in sorted(set().union(*paths_of.values()))}
 
 
 def _combined_config(model: nn.Module, first: str, rank: int, *, plain: bool) -> MoSLoRAConfig:

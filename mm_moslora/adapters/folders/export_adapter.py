@@ -77,8 +77,8 @@ def export_adapter(
         OSError: `out` cannot be written.
     """
     if layout not in get_args(Layout):
-        known = get_args(Layout)
-        raise AdapterError(f"The layout is {layout!r}, expected one of {', '.join(known)}.{suggestion(layout, known)}")
+        hint = suggestion(layout, get_args(Layout))
+        raise AdapterError(f"The layout is {layout!r}, expected one of {', '.join(get_args(Layout))}.{hint}")
     folders = folder if isinstance(folder, Mapping) else {component: folder}
     for name in folders:
         if name not in COMPONENTS:
@@ -177,13 +177,13 @@ def largest_difference(
     content = read_folder(folder)
     written = read_tensors(Path(out) / (DIFFUSERS_WEIGHTS if layout == "diffusers" else STOCK_WEIGHTS))
     prefix = f"{component}." if layout == "diffusers" else PREFIX
-    found = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}
+    exported = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}
     generator = torch.Generator().manual_seed(0)
     mixers = mixer_matrices(content.tensors, mixer_form=content.config.mixer_form)
     worst = 0.0
     for path in target_paths(content.tensors):
         A, B = (content.tensors.get(f"{PREFIX}{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
-        own_A, own_B = (found.get(f"{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
+        own_A, own_B = (exported.get(f"{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
         if A is None or B is None or own_A is None or own_B is None:
             raise AdapterError(f"{out} has no factors for {path}, which {folder} adapts. Export it again.")
         x = torch.randn(A[0].numel(), 8, generator=generator, dtype=torch.float64)

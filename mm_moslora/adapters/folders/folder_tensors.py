@@ -59,7 +59,7 @@ def check_tensors(
             )
 
 
-def without_place(
+def unexpected_entry(
     tensors: Mapping[str, Tensor], config: LoraConfig, *, embeddings: Mapping[str, tuple[int, ...]] | None = None
 ) -> str | None:
     """The first name besides the factors that cannot belong to an adapter of this configuration; None: there is none.
@@ -145,8 +145,8 @@ def fold_state_dict(
         if mixer is not None:
             rank = tensor.shape[1]
             if mixer.shape != (rank, rank) or not torch.isfinite(mixer).all():
-                found = f"{list(mixer.shape)}" if mixer.shape != (rank, rank) else "NaN or infinity"
-                raise AdapterError(f"The mixer of {name} is {found}, expected {[rank, rank]} of finite numbers.")
+                content = f"{list(mixer.shape)}" if mixer.shape != (rank, rank) else "NaN or infinity"
+                raise AdapterError(f"The mixer of {name} is {content}, expected {[rank, rank]} of finite numbers.")
             tensor = fold_right(tensor, mixer).to(tensor.dtype)
         folded[name] = tensor.contiguous()
     if matrices:
@@ -160,6 +160,6 @@ def fold_state_dict(
 def mixer_matrices(tensors: Mapping[str, Tensor], *, mixer_form: str | None = None) -> dict[str, Tensor]:
     """M ``[R, R]`` of every mixer, by what stands before ``.lora_mixer.`` in its name; see `fold_state_dict`."""
     return {
-        start: (form_of(found) if mixer_form is None else form_named(mixer_form)).matrix(found)
-        for start, found in mixers_in(tensors).items()
+        start: (form_of(parts) if mixer_form is None else form_named(mixer_form)).matrix(parts)
+        for start, parts in mixers_in(tensors).items()
     }

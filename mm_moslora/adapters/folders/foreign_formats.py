@@ -78,8 +78,9 @@ def read_foreign(root: Path, *, trainable: bool = False, component: str | None =
     if (root / DIFFUSERS_WEIGHTS).is_file():
         return _read_diffusers(root, component, trainable=trainable)
     if (root / PADDLE_CONFIG).is_file():
-        told, stock, tensors = paddle_adapter(root)
-        return _with_mixers(stock, told, tensors, root) if told.get(USE_MIXER) else _plain(stock, tensors, trainable)
+        options, stock, tensors = paddle_adapter(root)
+        mixed = options.get(USE_MIXER)
+        return _with_mixers(stock, options, tensors, root) if mixed else _plain(stock, tensors, trainable)
     if inside := adapters_inside(root):
         raise AdapterError(inside)
     raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
@@ -102,8 +103,10 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
     return _plain(stock, tensors, trainable)
 
 
-def _with_mixers(stock: LoraConfig, told: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> AdapterFolder:
-    config = from_lora_config(stock, **mixer_settings(told, tensors, str(source)))
+def _with_mixers(
+    stock: LoraConfig, options: Mapping[str, Any], tensors: dict[str, Tensor], source: Path
+) -> AdapterFolder:
+    config = from_lora_config(stock, **mixer_settings(options, tensors, str(source)))
     config.target_modules = target_paths(tensors)
     return AdapterFolder(config=config, tensors=tensors, base={})
 
@@ -120,8 +123,8 @@ def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> Ad
 
 def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> AdapterFolder:
     path = root / DIFFUSERS_WEIGHTS
-    held = with_known_names(read_tensors(path))
-    present = sorted({name.partition(".")[0] for name in held})
+    all_tensors = with_known_names(read_tensors(path))
+    present = sorted({name.partition(".")[0] for name in all_tensors})
     if component is None and len(present) == 1:
         component = present[0]
     if component not in present:
@@ -132,7 +135,8 @@ def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> Ad
             else f"{path} holds no tensors. Copy the folder again."
         )
     start = f"{component}."
-    tensors = {PREFIX + name.removeprefix(start): tensor for name, tensor in held.items() if name.startswith(start)}
+    names = [name for name in all_tensors if name.startswith(start)]
+    tensors = {PREFIX + name.removeprefix(start): all_tensors[name] for name in names}
     if unknown := sorted(name for name in tensors if not is_factor(name)):
         raise AdapterError(
             f"{path} holds {start}{unknown[0].removeprefix(PREFIX)}, which is not understood: A, M and B are "

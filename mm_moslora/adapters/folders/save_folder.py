@@ -148,16 +148,16 @@ def adapter_tensors(
     if state is not None:
         own = {_bare(name): name for name in full}
         parameters = {_bare(name) for name, _ in model.named_parameters()}
-        given = {_bare(name): tensor for name, tensor in state.items()}
+        values = {_bare(name): tensor for name, tensor in state.items()}
         lost = sorted(
-            name for name in parameters - given.keys() if "lora_" in name and f".{adapter_name}." in f"{name}."
+            name for name in parameters - values.keys() if "lora_" in name and f".{adapter_name}." in f"{name}."
         )
         if lost:
             raise AdapterError(
                 f"The state to save lacks {len(lost)} parameters of adapter {adapter_name!r}, first {lost[0]!r}. "
                 "Gather all of them before saving."
             )
-        full |= {own[name]: tensor for name, tensor in given.items() if name in own}
+        full |= {own[name]: tensor for name, tensor in values.items() if name in own}
     tensors = get_peft_model_state_dict(model, state_dict=full, adapter_name=adapter_name, save_embedding_layers=False)
     for name, tensor in tensors.items():
         if reason := why_not_whole(tensor):
@@ -220,8 +220,8 @@ def _refused_by_readers() -> bytes:
 
     Trainers look for the file before they load a checkpoint, with `load_adapter` then, which does not read it.
     """
-    told = "nothing: the mixers of this adapter depend on their input and only mm_moslora.adapters loads them"
-    header = json.dumps({"weights": {"dtype": told, "shape": [], "data_offsets": [0, 0]}}).encode()
+    message = "nothing: the mixers of this adapter depend on their input and only mm_moslora.adapters loads them"
+    header = json.dumps({"weights": {"dtype": message, "shape": [], "data_offsets": [0, 0]}}).encode()
     return len(header).to_bytes(8, "little") + header
 
 
@@ -327,8 +327,8 @@ def _is_intact(folder: Path) -> bool:
     """Whether the folder holds A, M and B, their fold where there is one, and no other weights."""
     try:
         files = read_json(folder / OWN_CONFIG)["files"]
-        there = {name for name in (STOCK_WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()}
-        return OWN_WEIGHTS in there == set(files) and all(sha256_of(folder / name) == files[name] for name in there)
+        present = {name for name in (STOCK_WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()}
+        return OWN_WEIGHTS in present == set(files) and all(sha256_of(folder / name) == files[name] for name in present)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

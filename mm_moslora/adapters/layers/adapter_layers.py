@@ -156,7 +156,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             self._check_input_dependent(form, config)
         self.factor_form[adapter_name] = config.factor_form
         if config.factor_form != "free":
-            self._place_factors(adapter_name, config)
+            self._start_outer_factors(adapter_name, config)
         with random_stream_of_mixers():
             if like.is_meta:
                 tensors = {name: torch.empty(shape, device="meta") for name, shape in form.shapes(rank).items()}
@@ -195,7 +195,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             M = form.matrix(form.start(rank, kind)).to(factor.device)
         factor.copy_(fold(factor.T, M.T).T if self.random_factor else fold(factor, M))
 
-    def _place_factors(self, adapter_name: str, config: AdapterOptions) -> None:
+    def _start_outer_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """The truncated SVD of the base weight (LoRA-XS), or random orthonormal factors."""
         if not isinstance(self, lora.Linear):
             raise AdapterError(
@@ -267,8 +267,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         shapes = cast(MixerForm, self.lora_mixer[adapter_name].form).shapes(self.r[adapter_name])
         fit = {name: tuple(tensor.shape) for name, tensor in mixer.items()} == shapes
         if fit and all(bool(tensor.isfinite().all()) for tensor in mixer.values()):
-            kept = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in mixer.items()}
-            self.starts[adapter_name] = Start(mixer=kept)
+            copies = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in mixer.items()}
+            self.starts[adapter_name] = Start(mixer=copies)
 
     def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M's tensors."""
@@ -307,9 +307,9 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             factor = next((state_dict[name] for name in names if name in state_dict), None)
             mixed = any(name.startswith(start) for name in state_dict)
             if factor is not None or mixed:
-                kept = f"{prefix}{START_PART[1:]}{adapter_name}."
-                found = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(kept)}
-                self.keep_start(adapter_name, {name.removeprefix(kept): tensor for name, tensor in found.items()})
+                begin = f"{prefix}{START_PART[1:]}{adapter_name}."
+                names = [name for name in state_dict if name.startswith(begin)]
+                self.keep_start(adapter_name, {name.removeprefix(begin): state_dict.pop(name) for name in names})
             if factor is not None and not mixed:
                 identity = cast(MixerForm, mixer.form).identity(factor.shape[0])
                 state_dict |= {f"{start}{name}": tensor.to(factor) for name, tensor in identity.items()}

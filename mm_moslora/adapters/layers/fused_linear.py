@@ -198,7 +198,7 @@ def link_siblings(model: nn.Module) -> int:
     Returns:
         The number of families found.
     """
-    found = 0
+    linked = 0
     for parent in model.modules():
         if _SECOND_INPUTS & set(inspect.signature(type(parent).forward).parameters):
             continue
@@ -208,8 +208,8 @@ def link_siblings(model: nn.Module) -> int:
                 family = SiblingProjections(layers)
                 for layer in layers:
                     layer.siblings = family
-                found += 1
-    return found
+                linked += 1
+    return linked
 
 
 @contextmanager
@@ -224,9 +224,9 @@ def use_kernel(model: nn.Module, kernel: Kernel) -> Iterator[None]:
     Raises:
         AdapterError: another name.
     """
-    known = get_args(Kernel)
-    if kernel not in known:
-        raise AdapterError(f"The kernel is {kernel!r}, expected one of {', '.join(known)}.{suggestion(kernel, known)}")
+    if kernel not in get_args(Kernel):
+        hint = suggestion(kernel, get_args(Kernel))
+        raise AdapterError(f"The kernel is {kernel!r}, expected one of {', '.join(get_args(Kernel))}.{hint}")
     before = [(layer, layer.kernel) for layer in model.modules() if isinstance(layer, FusedLinear)]
     try:
         for layer, _ in before:

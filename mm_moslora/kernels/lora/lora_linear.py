@@ -166,8 +166,8 @@ class _FusedLinears(torch.autograd.Function):
         needs_x, _, *needs = ctx.needs_input_grad
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dX, found = LoraMatmul(tensors, ctx.rules, ctx.dtype).gradients(rows, z, flat, needs, needs_x=needs_x)
-        return None if dX is None else dX.view(ctx.shape), None, *found
+        dX, gradients = LoraMatmul(tensors, ctx.rules, ctx.dtype).gradients(rows, z, flat, needs, needs_x=needs_x)
+        return None if dX is None else dX.view(ctx.shape), None, *gradients
 
 
 class LoraMatmul:
@@ -240,7 +240,7 @@ class LoraMatmul:
             )
         dX: Tensor | None = None
         dAs: dict[int, Tensor] = {}
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         used = next((grad for grad in grads if grad is not None), None)
         if used is None:
             return None, [None] * len(needs)
@@ -253,8 +253,8 @@ class LoraMatmul:
                 dW = self._weight_gradient(index, grad, x) if needs_W and grad is not None else None
                 dbias = grad.sum(0) if needs_bias and grad is not None else None
                 dC = self._product_gradient(index, grad, z) if needs_C and grad is not None and z is not None else None
-                found += [dW, dbias, dA.to(A.dtype) if needs_A and A is not None and dA is not None else None, dC]
-        return dX, found
+                gradients += [dW, dbias, dA.to(A.dtype) if needs_A and A is not None and dA is not None else None, dC]
+        return dX, gradients
 
     def _input_gradients(
         self, x: Tensor | None, grads: Sequence[Tensor | None], *, needs_x: bool
