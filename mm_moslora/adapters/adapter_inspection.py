@@ -4,8 +4,8 @@ Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``; the update is ``s B M A
 
 Rotations P and Q of R dimensions write the same update as ``(Q A, P M Q^T, B P^T)``, and numbers a and b as
 ``(a A, M / (a b), b B)``. No measure changes with them; `ModuleReport.moved` needs the start in the same coordinates.
-All are found from R x R matrices (QR of A^T and B), never from a ``[D_out, D_in]`` one. docs/subspace_lens.md explains
-them.
+All are computed from R x R matrices (QR of A^T and B), never from a ``[D_out, D_in]`` one. docs/subspace_lens.md
+explains them.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _name_of_B(name: str) -> str:  # noqa: N802
 
 
 def _other_module(other: AdapterFolder, name: str, A: Tensor, B: Tensor) -> ModuleStart:
-    """A module of another adapter in the place of a start."""
+    """A module of another adapter, taken for the start."""
     if name not in other.tensors:
         return ModuleStart()
     old_A, old_B = other.tensors[name], other.tensors[_name_of_B(name)]
@@ -356,7 +356,7 @@ def summary(reports: Sequence[ModuleReport]) -> dict[str, float]:
     """Means over the modules that have a measure, under names for a tracker (`mixer/...`)."""
     values = {name: [v for report in reports if (v := getattr(report, name)) is not None] for name in MEASURES}
     condition = values.pop("condition")
-    means = {f"mixer/{name}": sum(known) / len(known) for name, known in values.items() if known}
+    means = {f"mixer/{name}": sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
     return means | ({"mixer/condition_max": max(condition)} if condition else {})
 
 

@@ -174,8 +174,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     manifest = read_json(root / OWN_CONFIG)
     if manifest.get("format") != FORMAT:
-        found = manifest.get("format")
-        raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {found!r}, not {FORMAT!r}.")
+        kind = manifest.get("format")
+        raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {kind!r}, not {FORMAT!r}.")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise AdapterError(
             f"{root / OWN_CONFIG} has format version {manifest.get('format_version')!r}, this release reads "

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from mm_moslora.adapters.adapter_options import unmatched_patterns
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
@@ -36,7 +37,7 @@ from mm_moslora.adapters.layers.fused_linear import link_siblings
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import attach_form, attached_form
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict, unmatched_patterns
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import base_model, named_adapter_layers
 from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
@@ -80,7 +81,7 @@ class MoSLoRAModel(LoraModel):
     """PEFT's `LoraModel`, which knows mixers; the same for every configuration that is no `MoSLoRAConfig`."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        # The first moment at which the model and the configuration are there, and nothing is changed.
+        # PEFT calls this first with model and configuration, before it changes anything.
         if isinstance(peft_config, MoSLoRAConfig):
             _check_names(self.model, peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
@@ -267,7 +268,7 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
 
 
 def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
-    """Remove whatever there is of an adapter, and the layers that hold nothing else; not in layers that had it."""
+    """Remove an adapter, and the layers that hold nothing else; layers in `spared` stay as they are."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, MoSLoRALayer) or id(layer) in spared:
@@ -279,7 +280,7 @@ def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
 
 
 def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, every_mixer: bool = False) -> str | None:
-    """Why values under the model's names are not those of an adapter that is there; None if they are."""
+    """Why values under the model's names are not those of an adapter in it; None if they are."""
     layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         return "it is merged into the weights"
@@ -293,7 +294,7 @@ def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, e
     present = named_as_modules(model, model.state_dict())
     adapter_state = {name: tensor for name, tensor in present.items() if name.endswith(ends) or mixer in name}
     mixed = {name.partition(mixer)[0] for name in values if mixer in name}
-    # A mixer that is not there is the identity; the authors' code has none that is not there.
+    # Values without a mixer mean the identity; in the authors' code every module has one.
     named = [name for name in adapter_state if mixer not in name or every_mixer or name.partition(mixer)[0] in mixed]
     lost = [name for name in named if name not in values]
     if lost:

@@ -4,7 +4,7 @@
 
     PEFT 0.10 fork   adapter_config.json (lora_use_mixer) + adapter_model; the mixer is lora_AB.weight [R, R]
     SDXL script      pytorch_lora_weights.safetensors of diffusers; diffusers renames lora_A to lora.down, and with it
-                     lora_AB to lora.downB (lora_linear_layer.downB in text encoders). The file tells no alpha: it is R
+                     lora_AB to lora.downB (lora_linear_layer.downB in text encoders). It has no alpha, which is R
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
 
 
 def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFIG) -> None:
-    """Refuse mixers among the tensors of these names, whose folder has no word of them.
+    """Refuse mixers in a folder whose configuration declares none.
 
     Raises:
-        AdapterError: there is a mixer.
+        AdapterError: one of the names is a mixer's.
     """
     if name := names_mixers(names):
         raise AdapterError(
@@ -125,7 +125,7 @@ def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFI
 
 
 def check_options(config: Mapping[str, Any], understood: set[str], source: str, *, file: str = STOCK_CONFIG) -> None:
-    """Refuse options of a configuration with mixers that are not `known` and change what the adapter computes.
+    """Refuse options of a configuration with mixers that are not `understood` and change what the adapter computes.
 
     Raises:
         AdapterError: such an option is set.

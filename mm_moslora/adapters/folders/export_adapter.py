@@ -30,6 +30,7 @@ from mm_moslora.adapters.folder_format import (
     STOCK_WEIGHTS,
     PlainPair,
     adapted_path,
+    is_inner,
     target_paths,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
@@ -37,7 +38,6 @@ from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, mixer_ma
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import stock_config
-from mm_moslora.adapters.tree import is_inner
 from mm_moslora.kernels.lora.lora_math import fold
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import output_file, replacing, staging

@@ -94,9 +94,7 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
             "here. Load it with PEFT itself."
         )
     if declares_mixers(data):
-        config, tensors = read_authors(root, data)
-        config.target_modules = target_paths(tensors)
-        return AdapterFolder(config=config, tensors=tensors, base={})
+        return _content(*read_authors(root, data))
     tensors = peft_tensors(root, pickled=False)
     check_declared(tensors, str(root))
     stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
@@ -106,18 +104,20 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
 def _with_mixers(
     stock: LoraConfig, options: Mapping[str, Any], tensors: dict[str, Tensor], source: Path
 ) -> AdapterFolder:
-    config = from_lora_config(stock, **mixer_settings(options, tensors, str(source)))
-    config.target_modules = target_paths(tensors)
-    return AdapterFolder(config=config, tensors=tensors, base={})
+    return _content(from_lora_config(stock, **mixer_settings(options, tensors, str(source))), tensors)
 
 
 def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> AdapterFolder:
     config = from_lora_config(stock, mixer_trainable=trainable and not stock.use_dora)
-    config.target_modules = target_paths(tensors)
     if config.mixer_trainable:
         # The mixers are not in the file; the identity makes them exactly this adapter.
         adapted = {adapted_path(name): len(tensor) for name, tensor in tensors.items() if adapted_path(name)}
         tensors |= {f"{PREFIX}{path}{MIXER}": torch.eye(rank) for path, rank in adapted.items()}
+    return _content(config, tensors)
+
+
+def _content(config: MoSLoRAConfig, tensors: dict[str, Tensor]) -> AdapterFolder:
+    config.target_modules = target_paths(tensors)
     return AdapterFolder(config=config, tensors=tensors, base={})
 
 

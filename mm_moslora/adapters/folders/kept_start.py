@@ -1,4 +1,4 @@
-"""What an adapter folder keeps of the start of training: the mixers, and how A and B lie to what they were.
+"""What an adapter folder keeps of the start of training: the mixers, and Gram matrices of A and B with their start.
 
 ::
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """How the rows of a factor lie to those of its start, or of another adapter's factor."""
+    """Products of the rows of a factor with those of its start, or of another adapter's factor."""
 
     cross: Tensor
     """``F F0^T`` ``[R, R0]``, float64."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import inject
 from mm_moslora.adapters.folder_format import (
-    MIXER_PART,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
     STOCK_WEIGHTS,
+    is_inner,
     mixers_in,
     read_manifest,
 )
@@ -30,7 +30,7 @@ from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
-from mm_moslora.adapters.tree import base_fingerprint, is_inner, named_adapter_layers, named_base_modules
+from mm_moslora.adapters.tree import base_fingerprint, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.run_paths import why_no_adapter_folder
@@ -286,20 +286,12 @@ def _planned_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the folder must have to fit the model."""
     modules = dict(named_base_modules(model))
-    mixers, form = mixers_in(tensors), form_named(config.mixer_form)
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = shapes_by_rank(config, tensors)
     for path in paths:
         if path not in modules:
             raise AdapterError(f"{source} adapts {path!r}, which the model lacks.{suggestion(path, modules)}")
-        reason = why_not_adaptable(modules[path])
-        if reason:
+        if reason := why_not_adaptable(modules[path]):
             raise AdapterError(f"{source} adapts {path!r}, which cannot carry MoSLoRA: {reason}")
-        rank = config.rank_for(path)
-        for name, shape in factor_shapes(modules[path], rank).items():
-            shapes[f"{PREFIX}{path}.{name}"] = shape
-            if name.endswith(("lora_A.weight", "lora_embedding_A")):
-                inner = name.removesuffix("lora_A.weight").removesuffix("lora_embedding_A")
-                start = f"{PREFIX}{path}.{inner}".removesuffix(".")
-                if start in mixers or not config.is_plain(path):
-                    shapes |= {f"{start}{MIXER_PART}{part}": shape for part, shape in form.shapes(rank).items()}
+        factors = factor_shapes(modules[path], config.rank_for(path))
+        shapes |= {f"{PREFIX}{path}.{name}": shape for name, shape in factors.items()}
     return shapes

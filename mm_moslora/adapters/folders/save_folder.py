@@ -15,6 +15,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import (
     FORMAT,
     FORMAT_VERSION,
@@ -33,7 +34,7 @@ from mm_moslora.adapters.folder_format import (
 )
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state_dict, shapes_by_rank
 from mm_moslora.adapters.folders.kept_start import read_start, start_tensors, starts_of
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions, Start
+from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped

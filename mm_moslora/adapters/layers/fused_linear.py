@@ -16,6 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
@@ -130,11 +131,22 @@ class MoSLoRALinear(FusedLinear, lora.Linear):
     dora_variant = DoraMixerVariant
 
 
+class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
+    """A linear layer with torchao's int8 weight, LoRA and a mixer.
+
+    Merging needs the base model to be loaded by transformers with a `TorchAoConfig`, as in PEFT.
+    """
+
+
 class SiblingProjections:
     """Layers that read one input."""
 
     def __init__(self, layers: Sequence[FusedLinear]) -> None:
-        """Nothing is computed before the first layer is called."""
+        """Nothing is computed before the first layer is called.
+
+        Args:
+            layers: in the order of their calls: a model that calls another one first computes layer by layer.
+        """
         self.layers = tuple(layers)
         self._together = self._together_before = True
         self._input: Tensor | None = None
@@ -150,6 +162,7 @@ class SiblingProjections:
         """
         if layer is self.layers[0]:
             return self._compute(x) if torch.is_grad_enabled() and self._may_compute() else None
+        # The same tensor has other values after a change in place, which its version shows.
         if self._input is not x or self._input_version != x._version:
             # After a pass by single layers no result is left, and the family stays together.
             self._together = self._together and not self._ready
@@ -196,14 +209,15 @@ def link_siblings(model: nn.Module) -> int:
         model: PEFT model, or the base model with adapters inside.
 
     Returns:
-        The number of families found.
+        The number of families that were linked.
     """
     linked = 0
     for parent in model.modules():
         if _SECOND_INPUTS & set(inspect.signature(type(parent).forward).parameters):
             continue
+        children = dict(parent.named_children())
         for names in _FAMILIES:
-            layers = [child for name in names if isinstance(child := getattr(parent, name, None), FusedLinear)]
+            layers = [child for name in names if isinstance(child := children.get(name), FusedLinear)]
             if len(layers) > 1 and len({layer.widths[0] for layer in layers}) == 1:
                 family = SiblingProjections(layers)
                 for layer in layers:

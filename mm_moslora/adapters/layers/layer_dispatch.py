@@ -1,7 +1,7 @@
 """The adapted layer for a module, by its type.
 
 `create_layer` is the only entrance. It raises for module types that are not supported. PEFT's dispatch would silently
-put plain LoRA on a quantised layer.
+put plain LoRA on a quantised layer, whose class takes every variant that it does not know for plain LoRA.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
+from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.layers.base_weights import quantisation
-from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
+from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, MoSLoRATorchaoLinear
 from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
-from mm_moslora.adapters.layers.quantised_layers import create_quantised_layer
 from mm_moslora.kernels.lora.lora_linear import is_plain
 from mm_moslora.utils.errors import AdapterError
 
@@ -48,8 +47,14 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
     # Per layer, not in the user's configuration: one model may hold both layouts.
     own: Any = copy.copy(config)
     own.fan_in_fan_out, own.module_path = is_conv1d, path
-    if kind := quantisation(base):
-        return create_quantised_layer(target, adapter_name, kind=kind, config=own, **kwargs)
+    kind = quantisation(base)
+    if kind == "torchao int8":
+        return MoSLoRATorchaoLinear(target, adapter_name, config=own, **kwargs)
+    if kind is not None:
+        from mm_moslora.adapters.layers import bitsandbytes_layers as layers
+
+        layer = layers.MoSLoRALinear4bit if kind == "bitsandbytes 4-bit" else layers.MoSLoRALinear8bit
+        return layer(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.Embedding):
         return MoSLoRAEmbedding(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.Conv2d):

@@ -56,7 +56,7 @@ def without_data(config: peft.PeftConfig) -> peft.PeftConfig:
 
 
 def read_before(model: nn.Module, config: peft.PeftConfig, samples: Samples) -> None:
-    """What CorDA and LoRA-GA read before PEFT adds the layers, kept on the layers; see `forget`."""
+    """Run CorDA's and LoRA-GA's passes before PEFT adds the layers; PEFT keeps the results on the layers (`forget`)."""
     lora: Any = config
     training = model.training
     if lora.init_lora_weights == "corda":

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
-from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, read_json
+from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, bare_name, read_json
 from mm_moslora.adapters.folders.permitted_options import permitted_options
 from mm_moslora.adapters.merge_adapter import why_not_merged
 from mm_moslora.adapters.methods.data_starts import Samples, forget, read_after, read_before, reads_data, without_data
-from mm_moslora.adapters.tree import adapted_layers, bare_name, base_model
+from mm_moslora.adapters.tree import adapted_layers, base_model
 from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
 from mm_moslora.utils.files import staging
 from mm_moslora.utils.run_paths import writing
@@ -69,7 +69,7 @@ class Method:
         defaults = {item.name: item.default for item in dataclasses.fields(self.config)}
         shared = {}
         for key, names in wanted.items():
-            # None or 0 says that another option decides (the block size of OFT), or that there is no such part.
+            # None or 0: another option decides (the block size of OFT), or the method has no such part.
             present = [name for name in names if isinstance(value := defaults.get(name), int | float) and value >= 0]
             if present and (key == "dropout" or defaults[present[0]]):
                 shared[key] = present[0]
@@ -77,7 +77,7 @@ class Method:
 
 
 def _open_words(hint: Any) -> Any:
-    """A type with any text in the place of words that include a pattern, such as `pissa_niter_[number of iters]`."""
+    """A type in which any text replaces words with a pattern, such as `pissa_niter_[number of iters]`."""
     if typing.get_origin(hint) is Literal:
         return str if any("[" in str(word) for word in typing.get_args(hint)) else hint
     if typing.get_origin(hint) in (Union, types.UnionType):
@@ -354,7 +354,7 @@ def load_method(model: nn.Module, folder: str | Path) -> peft.PeftModel:
     """Load a folder of PEFT into a model, for use.
 
     Raises:
-        AdapterError: PEFT cannot read the folder, it does not fit the model, it is of a method that is not taken here,
+        AdapterError: PEFT cannot read the folder, it does not fit the model, it is of a method that is not loaded,
             or an option of it may name a file, a model or code (`permitted_options`).
     """
     path = Path(folder).resolve()  # else PEFT asks the hub for weights that the folder lacks

@@ -101,12 +101,8 @@ def attend_backward(
         causal: as for `attend`.
         probabilities: what `attend` kept, in its order; None: P is recomputed.
     """
-    rows, keys, values, pulls = (
-        _grouped(q.contiguous(), k),
-        k.contiguous(),
-        v.contiguous(),
-        _grouped(grad.contiguous(), k),
-    )
+    rows, pulls = (_grouped(tensor.contiguous(), k) for tensor in (q, grad))
+    keys, values = k.contiguous(), v.contiguous()
     dq = _grouped(out[0], k)
     dk, dv = (torch.zeros_like(keys, dtype=_wide(q.dtype)) for _ in range(2))
     blocks = _probabilities(rows, keys, scale, causal=causal)

@@ -139,12 +139,9 @@ def varlen_kernel(query: Tensor, key: Tensor) -> VarlenKernel | None:
         query: ``[1, H, S, E]``.
         key: ``[1, H_kv, S, E]``.
     """
-    if query.device.type != "cuda":
-        return None
     groups = query.shape[1] // key.shape[1]
-    return pytorch_kernel(
-        HeadShape(device=query.device, dtype=query.dtype, width=query.shape[-1], groups=groups)
-    ).kernel
+    shape = HeadShape(device=query.device, dtype=query.dtype, width=query.shape[-1], groups=groups)
+    return pytorch_kernel(shape).kernel if query.device.type == "cuda" else None
 
 
 def picture_attention(
@@ -303,7 +300,9 @@ class _PaddedSegments:
 
 
 ALIKE = 1.25
-"""Causal segments go together if the longest has at most this many times the tokens of the shortest."""
+"""Causal segments go together if the longest has at most this many times the tokens of the shortest.
+
+The padding makes a segment compute at most 1.25^2 = 1.6 times its scores."""
 MOST_TOKENS = 4096
 """Most tokens of segments that go together, padding included: their copies take memory, and more are no faster."""
 

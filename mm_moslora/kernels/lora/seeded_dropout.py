@@ -56,7 +56,10 @@ def _triton_module(device: torch.device, dtype: torch.dtype) -> Any | None:
 
 
 def exact_rate(dropout: float) -> float:
-    """The dropout probability that `kept_bits` can draw: a multiple of 2^-15 below 1."""
+    """The dropout probability that `kept_bits` can draw: a multiple of 2^-15 below 1.
+
+    It is off by at most 2^-15. Layers scale by the exact rate, so that the mean of the output has no bias.
+    """
     return min(round(dropout * _STEPS), _STEPS - 1) / _STEPS
 
 
@@ -129,10 +132,6 @@ class KeptBits:
         if self.bits is not None:
             rows.view(self.bits.dtype).bitwise_and_(self.bits)
         return rows
-
-    def add(self, total: Tensor, rows: Tensor) -> None:
-        """Add the entries of `rows` that stay to `total`; `rows` may change; both ``[T, D]`` and contiguous."""
-        total.add_(self.keep_(rows))
 
 
 _EVERYTHING = KeptBits(None)
