@@ -24,14 +24,9 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHER_VARIANTS = ("use_qalora", "arrow_config", "alora_invocation_tokens")
 # These have other tensors than A and B, or put them elsewhere; an adapter folder has no place for that.
 _OTHER_LAYOUTS = (
-    "use_bdlora",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "megatron_config",
-    "target_parameters",
+    "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "megatron_config", "target_parameters",
     "layer_replication",
-)
+)  # fmt: skip
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "mixer_pattern")
 

@@ -37,7 +37,7 @@ from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, mixer_matrices
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.folders.save_folder import stock_config
+from mm_moslora.adapters.folders.save_folder import config_to_dict, stock_config
 from mm_moslora.kernels.lora.lora_math import fold
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import output_file, replacing, staging
@@ -250,4 +250,4 @@ def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, An
         tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
     names = sorted({path.rpartition(".")[2] for path in pairs})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", inference_mode=True)
-    return tensors, {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return tensors, config_to_dict(config)

@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import torch
+from peft import LoraConfig
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -265,13 +266,12 @@ def stock_config(
     if paths is not None:
         changes |= {"target_modules": list(paths), "exclude_modules": None}
         changes |= {"layers_to_transform": None, "layers_pattern": None}
-    data = config.to_lora_config(**changes).to_dict()
+    data = config_to_dict(config.to_lora_config(**changes))
     alpha = data["lora_alpha"]
-    data["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(data.items())}
+    return data | {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
 
 
-def config_to_dict(config: AdapterOptions) -> dict[str, Any]:
+def config_to_dict(config: LoraConfig) -> dict[str, Any]:
     """Plain JSON data of a configuration; `config_from_dict` reads it back equal."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
 

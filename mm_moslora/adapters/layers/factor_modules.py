@@ -137,6 +137,4 @@ def orthonormal_rows(rank: int, width: int) -> Tensor:
         rank: R, at most `width`.
         width: length of a row.
     """
-    rows = torch.empty(rank, width, dtype=torch.float32, device="cpu")
-    nn.init.orthogonal_(rows)
-    return rows
+    return nn.init.orthogonal_(torch.empty(rank, width, dtype=torch.float32, device="cpu"))

@@ -28,6 +28,7 @@ def check_form(form: MixerForm, rank: int, tensors: Mapping[str, Tensor]) -> Non
     shapes = {name: tuple(shape) for name, shape in form.shapes(rank).items()}
     with torch.random.fork_rng(devices=[]):
         identity = form.identity(rank)
+    copied, z = copy.deepcopy(form), torch.eye(rank)
     for method, result in (("identity", identity), ("start", tensors)):
         actual = {name: tuple(tensor.shape) for name, tensor in result.items()}
         if actual != shapes or not actual:
@@ -35,8 +36,6 @@ def check_form(form: MixerForm, rank: int, tensors: Mapping[str, Tensor]) -> Non
                 f"The mixer form {form.spec!r} names the tensors {shapes} in shapes({rank}), and its {method} gives "
                 f"{actual}. Both must name the same tensors, at least one."
             )
-    copied, z = copy.deepcopy(form), torch.eye(rank)
-    for method, result in (("identity", identity), ("start", tensors)):
         M = copied.matrix(result) if form.fixed else None
         if M is not None and M.shape != (rank, rank):
             raise AdapterError(

@@ -104,22 +104,17 @@ def why_not_adaptable(base: nn.Module) -> str | None:
 def factor_shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     """Shapes of A and B of one module to adapt, under their names behind the module's path."""
     if isinstance(base, nn.Embedding):
-        return {
-            "lora_embedding_A": (rank, base.num_embeddings),
-            "lora_embedding_B": (base.embedding_dim, rank),
-        }
+        return {"lora_embedding_A": (rank, base.num_embeddings), "lora_embedding_B": (base.embedding_dim, rank)}
     if isinstance(base, nn.Conv2d):
-        return {
-            "lora_A.weight": (rank, base.in_channels, *base.kernel_size),
-            "lora_B.weight": (base.out_channels, rank, 1, 1),
-        }
+        shape_of_A = (rank, base.in_channels, *base.kernel_size)
+        return {"lora_A.weight": shape_of_A, "lora_B.weight": (base.out_channels, rank, 1, 1)}
     if isinstance(base, nn.MultiheadAttention):
         width = base.embed_dim
-        inner = {name: (rank, width) if "_A" in name else (width, rank) for name in ("lora_A.weight", "lora_B.weight")}
         return {
             "lora_A.weight": (rank, width),
             "lora_B.weight": (3 * width, rank),
-            **{f"base_layer.out_proj.{name}": shape for name, shape in inner.items()},
+            "base_layer.out_proj.lora_A.weight": (rank, width),
+            "base_layer.out_proj.lora_B.weight": (width, rank),
         }
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         width_in, width_out = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,24 +43,8 @@ OLDEST_CAPABILITY = (8, 0)
 """Of a GPU that PyTorch's kernel runs on."""
 
 
-class VarlenKernel(Protocol):
-    """Causal attention within the segments of a row."""
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None, window: int
-    ) -> Tensor:
-        """``[T, H, E]``.
-
-        Args:
-            query: ``[T, H, E]``.
-            key: ``[T, K, E]``.
-            value: ``[T, K, E]``.
-            ends: starts of the segments and the end of the last one, int32.
-            longest: tokens of the longest segment.
-            scale: factor on the scores; None: ``E ** -0.5``.
-            window: number of earlier tokens that a token sees; -1: all.
-        """
-        ...
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None, int], Tensor]
+"""Causal attention within the segments of a row; see `_varlen_attn`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +114,18 @@ def _varlen_attn(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None, window: int, *,
     repeats: bool,
 ) -> Tensor:  # fmt: skip
+    """``[T, H, E]``.
+
+    Args:
+        query: ``[T, H, E]``.
+        key: ``[T, K, E]``.
+        value: ``[T, K, E]``.
+        ends: starts of the segments and the end of the last one, int32.
+        longest: tokens of the longest segment.
+        scale: factor on the scores; None: ``E ** -0.5``.
+        window: number of earlier tokens that a token sees; -1: all.
+        repeats: give the kernel as many heads of keys as of queries.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     groups, options = query.shape[1] // key.shape[1], {}

@@ -14,9 +14,9 @@ layers' own parts of dX are added up by the products themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,8 @@ PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
 """Types of weights that are the numbers they show; other types (quantised ones) have products of their own."""
 
 
-class Packed(Protocol):
-    """A base weight that its layer keeps quantised."""
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """``[D_out, D_in]``, made for one product.
-
-        Args:
-            dtype: the compute dtype.
-        """
-        ...
+Packed = Callable[[torch.dtype], Tensor]
+"""A base weight that its layer keeps quantised: makes it dense, ``[D_out, D_in]``, for one product in a dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +296,7 @@ class LoraMatmul:
         if weight is not None:
             return weight.to(self.dtype)
         assert packed is not None
-        return packed.dense(self.dtype)
+        return packed(self.dtype)
 
     def _masked_gradients(
         self, x: Tensor, us: dict[int, Tensor], *, needs_x: bool

@@ -112,7 +112,7 @@ def exact(model: nn.Module) -> nn.Module:
     for layer, own in zip(layers(twin), layers(model), strict=True):
         base, plain = own.get_base_layer(), layer.get_base_layer()
         x = torch.zeros(1, own.in_features, dtype=getattr(base, "compute_dtype", None) or base.weight.dtype)
-        plain.weight.data = weight_of(base, x).dense(FULL)
+        plain.weight.data = weight_of(base, x)(FULL)
         if base.bias is not None:
             plain.bias.data = base.bias.detach()
     return twin.double()
