@@ -329,7 +329,15 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path
     """
     adapter, other = adapter_folder(folder), None if against is None else adapter_folder(against)
     quiet_libraries()
-    from mm_moslora.adapters.adapter_inspection import inspection
+    from mm_moslora.adapters.adapter_inspection import inspect_adapter, summary, why_unknown
+    from mm_moslora.reporting.lens_maps import draw_lens, measures_table
 
-    print(inspection(adapter, picture=picture, against=other))
+    reports = inspect_adapter(adapter, against=other)
+    rows = [report.row() for report in reports]
+    lines = [measures_table(rows), "", *(f"{name:28} {value:.4g}" for name, value in summary(reports).items())]
+    if why := why_unknown(reports, against_other=other is not None):
+        lines.append(why)
+    if picture is not None:
+        lines.append(f"picture: {draw_lens(rows, picture)}")
+    print("\n".join(lines))
     return 0
