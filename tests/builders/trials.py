@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -228,7 +229,7 @@ def train_estimating(*arguments: str) -> int:
         return found
 
     BatchLoader._evened = evened
-    TrainingSet.__init__.__kwdefaults__["exact_limit"] = 0
+    TrainingSet.__init__ = functools.partialmethod(TrainingSet.__init__, exact_limit=0)
     TrainingSet._tokens_per_character = lambda self: 0.0
     return train_recipes(list(arguments))
 

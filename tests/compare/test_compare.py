@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 from between import just_before
 from PIL import Image
 from preloaded import Preloaded
+from waiting import wait_until
 
 from mm_moslora import cli
 from mm_moslora.compare import comparison_cell, comparison_run, holdout
@@ -298,9 +298,8 @@ def test_a_signal_saves_running_runs_and_the_same_command_continues(
         [python.ours, "-m", "mm_moslora", *line], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    place, deadline = tmp_path / "out" / "runs" / "lora_lr0.001_seed0", time.monotonic() + 200
-    while len(metrics(place)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    place = tmp_path / "out" / "runs" / "lora_lr0.001_seed0"
+    wait_until(lambda: len(metrics(place)) >= 3, process=process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(240) == 75
     assert read_outcome(place) is None
@@ -502,10 +501,7 @@ def test_a_run_that_is_started_twice_at_once_happens_once(tmp_path: Path, monkey
     run = ordered(tmp_path)
     words = [python.ours, "-m", "tests.compare.other_runs", "compare", str(tmp_path), "--cell", run.cell.name]
     both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((tmp_path / "begun").exists)
     (tmp_path / "go").touch()
     said = [one.communicate(timeout=100)[1] for one in both]
     assert [one.returncode for one in both] == [0, 0], said

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import slurm
 from preloaded import CHECKOUT, Preloaded
-from slurm import wait_for
+from waiting import wait_until
 
 from mm_moslora.compare.comparison_cell import metrics
 from mm_moslora.utils.package_requirements import is_installed
@@ -120,7 +120,7 @@ def test_on_two_ray_nodes_stopped_and_one_of_them_lost(ray_cluster, local: Path,
             return subprocess.Popen(command, stdout=stream, stderr=stream)
 
     first = driver()
-    wait_for(lambda: len(begun(out)) == 2 or first.poll() is not None, log.read_text)
+    wait_until(lambda: len(begun(out)) == 2 or first.poll() is not None, log.read_text)
     first.send_signal(signal.SIGINT)
     assert first.wait(150) == 75, log.read_text()
     assert "Stopped by signal 2. The same" in log.read_text()
@@ -130,7 +130,7 @@ def test_on_two_ray_nodes_stopped_and_one_of_them_lost(ray_cluster, local: Path,
 
     second = driver()
     already = {place.name: len(metrics(place)) for place in stopped}
-    wait_for(
+    wait_until(
         lambda: all(len(metrics(place)) > already[place.name] for place in stopped) or second.poll() is not None,
         log.read_text,
     )
@@ -164,7 +164,7 @@ def test_as_a_slurm_array(cluster, environment, local: Path, recipe, records, tm
         Path(file).write_text(text.replace(sys.executable, str(python.ours)))
         options = ("--export=ALL", file)
         with cluster.job(tmp_path / "log", *options) as job, cluster.job(tmp_path / "log", *options) as twice:
-            wait_for(
+            wait_until(
                 lambda ids=(job, twice): not cluster.ask("squeue", "-h", "-j", ",".join(ids)), "the end", seconds=300
             )
     assert counts == [4, 2]

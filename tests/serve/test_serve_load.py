@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 from preloaded import Preloaded
+from waiting import wait_until
 
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import Engine
 from mm_moslora.serve.inference.token_sampling import Draw, Sampling, choose
-from tests.serve.serve_tools import HEAD, asking, data_url, pixels_of, wait_until
+from tests.serve.serve_tools import HEAD, asking, data_url, pixels_of
 
 
 def slowly(engine: Any, seconds: float) -> None:
@@ -148,8 +149,8 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
             connection.connect(("127.0.0.1", server.port))
             connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
             wait_until(lambda: engine.steps)
-            wait_until(lambda: engine.running == 0, 20)  # the default would be 30 s
-            wait_until(lambda: b'status="200"} 1.0' in server.get("/metrics").content, 20)
+            wait_until(lambda: engine.running == 0)
+            wait_until(lambda: b'status="200"} 1.0' in server.get("/metrics").content)
         monkeypatch.undo()
         assert server.post(asking("hello")).status_code == 200
 
