@@ -36,7 +36,6 @@ LIMITS = {
     "serve/test_serve_load.py:test_trickling_headers_and_bodies_are_cut": "the limit by itself is ten seconds",
     "launch/odd_jobs.py:main": "a job that stays",
     "support/waiting.py:stays": "the time itself",
-    "support/waiting.py:wait_until": "the one limit",
 }
 """Functions that compare clocks and fail when too much time has passed, with what cannot be counted instead."""
 
