@@ -6,13 +6,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from preloaded import Preloaded
 from tiny import make_records
 
 from mm_moslora import cli
@@ -21,13 +19,8 @@ from mm_moslora.cli.shard_jobs import words_of
 from tests.eval.eval_data import write_questions
 from tests.eval.run.test_answer_shards import contents
 
+pytestmark = pytest.mark.usefixtures("start_at_once")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _start_at_once(python: Preloaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The jobs have imported everything."""
-    monkeypatch.setattr(sys, "executable", str(python.ours))
 
 
 @pytest.fixture

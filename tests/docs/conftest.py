@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from preloaded import Preloaded
 
 from mm_moslora import cli
 from mm_moslora.quickstart import model_assets, user_recipe
@@ -32,16 +29,8 @@ def coarse_tower(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _start_at_once(python: Preloaded) -> Iterator[None]:
-    """The processes of `compare` have imported everything."""
-    before, sys.executable = sys.executable, str(python.ours)
-    yield
-    sys.executable = before
-
-
 @pytest.fixture(autouse=True)
-def _parts(monkeypatch, language_folder: Path, coarse_tower: Path) -> None:
+def _parts(start_at_once, monkeypatch, language_folder: Path, coarse_tower: Path) -> None:
     """What the quickstart would fetch, for runs of few steps."""
     monkeypatch.setattr(user_recipe, "MOST_EPOCHS", 2)
     monkeypatch.setattr(model_assets, "language_model", lambda _say: language_folder)

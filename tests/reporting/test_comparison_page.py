@@ -42,7 +42,7 @@ def test_rows_tell_their_difference_and_the_band_its_meaning() -> None:
     assert "var(--good)" in marks, "the difference is shown"
     assert "the difference that --resolve 3 planned to show" in page
     assert "nats against lora" in page
-    assert "about what the paper reports" in render(comparison_results())
+    assert "about what the paper reports" in render(comparison_results(NAMES[:2]))
     parts = [("", comparison_results(points=0.03)), ("", comparison_results(points=0.02))]
     assert "about what the paper reports" in band_of([results for _, results in parts])[1], "no band in common"
 
@@ -209,7 +209,7 @@ def test_every_state_of_a_comparison_has_a_page(state: str, tmp_path: Path) -> N
 
 def test_a_page_of_a_stranger_stays(tmp_path: Path) -> None:
     results, page = tmp_path / "results.json", tmp_path / "report.html"
-    results.write_text(json.dumps(comparison_results()))
+    results.write_text(json.dumps(comparison_results(NAMES[:3])))
     page.write_text("my own notes")
     with pytest.raises(ConfigError, match="is not replaced"):
         write_page(results, page)

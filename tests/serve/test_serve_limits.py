@@ -249,6 +249,7 @@ def test_a_budget_serves_the_longest_waiting_request_and_drops_cancelled_ones() 
     assert budget.used == 0
 
 
+@pytest.mark.usefixtures("start_at_once")
 def test_a_short_attack_leaves_the_server_healthy() -> None:
     """The soak of scripts/soak/attack_server.py for a few seconds."""
     script = Path(__file__).parents[2] / "scripts" / "soak" / "attack_server.py"

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import Preloaded
 from safetensors.torch import load_file
 from trials import losses, make_parts, make_recipe
 
@@ -24,7 +24,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_parts(tmp_path_factory.mktemp("parts"), records=3)
 
 
-def test_one_flat_step_is_a_step_of_train(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_one_flat_step_is_a_step_of_train(parts: dict[str, Path], tmp_path: Path, python: Preloaded) -> None:
     images = parts["records"].parent / "images"
     record = {
         "image": "0.png",
@@ -35,7 +35,7 @@ def test_one_flat_step_is_a_step_of_train(parts: dict[str, Path], tmp_path: Path
     }
     (tmp_path / "one.jsonl").write_text(json.dumps(record) + "\n")
     command = [
-        sys.executable, str(EXAMPLES / "one_step.py"), "--language", str(parts["language"]),
+        python.stock, str(EXAMPLES / "one_step.py"), "--language", str(parts["language"]),
         "--vision", str(parts["vision"]), "--picture", str(images / "0.png"),
         "--question", "what is the color?", "--answer", "red", "--rank", "4", "--output", str(tmp_path / "flat"),
     ]  # fmt: skip
@@ -70,11 +70,13 @@ def test_the_flat_step_stays_flat() -> None:
     assert "def " not in text
 
 
-def test_a_plain_loop_learns_and_its_adapter_is_read_back(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_plain_loop_learns_and_its_adapter_is_read_back(
+    parts: dict[str, Path], tmp_path: Path, python: Preloaded
+) -> None:
     text, line = tmp_path / "lines.txt", "what is the color of the circle? red"
     text.write_text(f"{line}\n" * 8)
     command = [
-        sys.executable, str(EXAMPLES / "own_loop.py"), str(parts["language"]), str(text), str(tmp_path / "out"),
+        python.stock, str(EXAMPLES / "own_loop.py"), str(parts["language"]), str(text), str(tmp_path / "out"),
         "--epochs", "120", "--lr", "5e-3",
     ]  # fmt: skip
     *epochs, said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()

@@ -405,6 +405,7 @@ def _answered_or_ended(log: Path, size: int, processes: list[subprocess.Popen[by
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("start_at_once")
 def test_kill_9_at_random_points(tmp_path: Path) -> None:
     """Two ranks, killed ten times at random points, write the files of an undisturbed run, except times."""
     data = write_questions(tmp_path / "data", count=120, pictures=24)
