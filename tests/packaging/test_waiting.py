@@ -21,7 +21,7 @@ SLEEPS = {
     "quickstart/test_user_data.py:slowly": "makes the moment wider in which another call may come",
     "serve/dashboard/test_dashboard.py:slowly": "runs that take long to read",
     "serve/test_serve_load.py:all_at_once": "between two looks of an engine",
-    "serve/test_serve_load.py:slow": "an engine that takes its time",
+    "serve/test_serve_load.py:make": "an engine that takes its time",
     "serve/test_serve_remote.py:do_GET": "a server that sends byte after byte",
     "support/waiting.py:stays": "the one that waits",
     "support/waiting.py:wait_until": "the one that waits",

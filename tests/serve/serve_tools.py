@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import io
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,20 @@ def asking(text: str, *pictures: str, **more: Any) -> dict[str, Any]:
 def pixels_of(models: Any, picture: Image.Image) -> Any:
     """A picture as the tower's input, ``[3, H, W]``."""
     return models.assembly.image_processing.see([picture])[0].tensors["pixel_values"][0]
+
+
+def before_steps(engine: Any, act: Callable[[], object]) -> None:
+    """Do something before each step of a batch that an engine reads from now on: wait, or take a while."""
+    models = copy.copy(engine.models)  # other engines have them, too
+
+    def read(*arguments: Any) -> Any:
+        decoder = type(models).read(models, *arguments)
+        extend = decoder.extend
+        decoder.extend = lambda *given: (act(), extend(*given))[1]
+        return decoder
+
+    models.read = read
+    engine.models = models
 
 
 class Running:

@@ -21,7 +21,7 @@ from waiting import wait_until
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_intake import Budget, Held
 from mm_moslora.serve.api.request_limits import Limits
-from tests.serve.serve_tools import HEAD, asking, data_url
+from tests.serve.serve_tools import HEAD, asking, before_steps, data_url
 
 MIB = 2**20
 
@@ -43,8 +43,7 @@ def test_a_body_is_counted_until_its_answer_ends_and_not_kept_longer_than_needed
     url = heavy_url(300)  # 270 kB
     with serve_with(bodies_bytes=MIB, max_tokens=400) as server:
         engine, go = server.engine, threading.Event()
-        step = engine._step
-        engine._step = lambda *arguments: go.wait(60) and step(*arguments)
+        before_steps(engine, lambda: go.wait(60))
         body = json.dumps(asking("what?", url, max_tokens=3))
         with ThreadPoolExecutor(8) as pool:
             replies = [pool.submit(server.post, body) for _ in range(2)]
