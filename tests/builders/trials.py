@@ -85,6 +85,18 @@ def colour_task(images: Path, folder: Path) -> str:
     return str(path)
 
 
+def write_questions(records: Path, *files: Path, count: int | None = None) -> list[dict[str, str]]:
+    """Questions on the colours of pictures of records, as question files; gives their rows."""
+    rows = [
+        {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
+         "answer": row["conversations"][1]["value"]}
+        for row in map(json.loads, records.read_text().splitlines()) if "image" in row
+    ][:count]  # fmt: skip
+    for file in files:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
 def write(recipe: Recipe, name: str = "") -> str:
     """Write a recipe beside its run folder; gives the path."""
     output = Path(recipe.train.output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -21,21 +20,6 @@ from mm_moslora.config import ModelConfig, Recipe
 DIVERGING = "lora@alpha=1e30@train.max_skipped_steps=2"
 ARMS = f"full,full@optim.max_grad_norm=0.5,lora@targets=[nope],{DIVERGING}"
 RECIPE = Recipe(model=ModelConfig(language="none"))
-
-
-def questions(records: Path, out: Path) -> Path:
-    """The held-out questions: one on the colour per picture."""
-    rows = []
-    for line in records.read_text().splitlines():
-        record = json.loads(line)
-        if "image" in record:
-            question, answer = record["conversations"][0]["value"], record["conversations"][1]["value"]
-            rows.append(
-                {"question_id": record["id"], "image": record["image"], "text": question.replace("<image>\n", ""),
-                 "answer": answer}
-            )  # fmt: skip
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return out
 
 
 def command(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from preloaded import Preloaded
+from trials import write_questions
 from waiting import wait_until
 
 from mm_moslora import cli
@@ -20,7 +21,7 @@ from mm_moslora.compare.comparison_cell import metrics, read_outcome
 from mm_moslora.compare.comparison_run import exclusive
 from mm_moslora.reporting.comparison_page import write_page
 from mm_moslora.utils.errors import ConfigError
-from tests.compare.comparisons import command, questions
+from tests.compare.comparisons import command
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 
@@ -28,7 +29,7 @@ CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, language_folder: Path, vision_folder: Path, records: Path) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
-    questions(records, folder / "test.jsonl")
+    write_questions(records, folder / "test.jsonl")
     (folder / "recipe.yaml").write_text(
         f"""
 name: tiny

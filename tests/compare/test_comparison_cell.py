@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from trials import write_questions
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, CellRun, metrics, read_outcome
@@ -49,13 +49,7 @@ def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
             "track": {"trackers": []},
         }
     )  # fmt: skip
-    rows = [json.loads(line) for line in records.read_text().splitlines() if '"image"' in line]
-    asked = [
-        {"question_id": row["id"], "image": row["image"], "text": "Which colour?",
-         "answer": row["conversations"][1]["value"]}
-        for row in rows
-    ]  # fmt: skip
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write_questions(records, tmp_path / "test.jsonl")
     settings = Settings(
         arms=parse_arms("moslora:orthogonal,full", recipe), rates=[1e-2], seeds=1,
         tasks=[f"llava:{tmp_path / 'test.jsonl'}@{pictures}"], limit=6, max_new_tokens=3,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import slurm
 from preloaded import CHECKOUT, Preloaded
+from trials import write_questions
 from waiting import wait_until
 
 from mm_moslora.compare.comparison_cell import metrics
@@ -31,13 +32,7 @@ STEPS = 120 if is_installed("ray") else 20
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, language_folder: Path, vision_folder: Path, records: Path) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
-    rows = [json.loads(line) for line in records.read_text().splitlines() if '"image"' in line]
-    asked = [
-        {"question_id": row["id"], "image": row["image"], "text": "Which colour?",
-         "answer": row["conversations"][1]["value"]}
-        for row in rows
-    ]  # fmt: skip
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write_questions(records, folder / "test.jsonl")
     (folder / "recipe.yaml").write_text(
         f"""
 name: tiny

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from trials import write_questions
 
 from mm_moslora import cli
 from mm_moslora.quickstart import model_assets, user_recipe
@@ -56,13 +57,7 @@ def workspace(tmp_path_factory, language_folder: Path, vision_folder: Path, reco
     shutil.copy(records, folder / "my" / "train.jsonl")
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
-    questions = [
-        {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
-         "answer": row["conversations"][1]["value"]}
-        for row in rows if "image" in row
-    ][:8]  # fmt: skip
-    for place in (folder / "my" / "test.jsonl", folder / "questions.jsonl"):
-        place.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    questions = write_questions(records, folder / "my" / "test.jsonl", folder / "questions.jsonl", count=8)
     for row in questions:
         shutil.copy(folder / "images" / row["image"], folder / row["image"])
     shutil.copy(folder / "images" / questions[0]["image"], folder / "picture.png")
