@@ -104,8 +104,8 @@ SERVERS = {"HTTPServer", "ThreadingHTTPServer", "TCPServer", "start_server", "cr
 
 def calls(path: Path, names: set[str]) -> set[str]:
     """Functions of a module that call one of the names, and do not name the guard."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    found, text = set(), path.read_text()
+    for node in ast.walk(ast.parse(text)) if any(name in text for name in names) else ():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             called = {
                 getattr(part.func, "attr", getattr(part.func, "id", ""))
