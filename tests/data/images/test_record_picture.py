@@ -152,7 +152,7 @@ BAD = {
     "too long": (png(20_000, 101), Code.IMAGE_TOO_LARGE, "sides of 16384"),
     "a line": (png(1, 201), Code.IMAGE_ASPECT, "factor of 200"),
     "a flat line": (png(201, 1), Code.IMAGE_ASPECT, "factor of 200"),
-    "no width": (png(0, 5), Code.IMAGE_DAMAGED, ""),
+    "no width": (png(0, 5), Code.IMAGE_FORMAT, "accepted format"),
 }
 
 
