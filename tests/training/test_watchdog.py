@@ -21,8 +21,8 @@ from between import just_before
 from preloaded import Preloaded
 from waiting import wait_until
 
-from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision import watchdog
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.utils import distributed, heartbeat
 from mm_moslora.utils.errors import ConfigError
@@ -268,7 +268,7 @@ def test_ranks_of_one_launcher_are_asked_for_their_stacks() -> None:
 
 def test_the_line_at_which_a_rank_stands_within_a_step_on_a_gpu_accuses_nobody(monkeypatch):
     """Collectives are queued there: the host waits at the next value that it reads."""
-    assert watchdog._own_place("step")
+    assert watchdog._blocking_line("step")
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
-    assert not watchdog._own_place("step")
-    assert watchdog._own_place("data")
+    assert not watchdog._blocking_line("step")
+    assert watchdog._blocking_line("data")
