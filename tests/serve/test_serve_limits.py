@@ -19,7 +19,7 @@ from PIL import Image
 from waiting import wait_until
 
 from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.api.request_intake import Budget, Held
+from mm_moslora.serve.api.request_intake import Budget, Reservation
 from mm_moslora.serve.api.request_limits import Limits
 from tests.serve.serve_tools import HEAD, asking, before_steps, data_url
 
@@ -239,7 +239,7 @@ def test_a_budget_serves_the_longest_waiting_request_and_drops_cancelled_ones() 
         assert (budget.used, budget.highest) == (10, 10)
 
     asyncio.run(scenario())
-    with Held(budget := Budget(10)) as held, Held(budget) as other:
+    with Reservation(budget := Budget(10)) as held, Reservation(budget) as other:
         held.set(10)
         with pytest.raises(ApiError, match="busy"):
             other.set(1)

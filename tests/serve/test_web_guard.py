@@ -130,9 +130,10 @@ def slow_server(python: Preloaded, folder: Path, *more: str) -> tuple[subprocess
     """A server whose tokens take 0.05 s; its process, its address, and what it logs."""
     code = (
         "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
-        "from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
+        "from mm_moslora.serve.inference.continuous_batching import GenerationEngine\n"
+        "step = GenerationEngine._step\n"
         "def slow(*a): time.sleep(0.05); step(*a)\n"
-        "Engine._step = slow\n"
+        "GenerationEngine._step = slow\n"
         "import mm_moslora.serve.api.request_limits as limits\n"
         "make = limits.Limits\n"
         "limits.Limits = lambda **kinds: make(**kinds, drain_seconds=2)\n"
