@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from trials import write_questions
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, CellRun, metrics, read_outcome
@@ -49,13 +49,7 @@ def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
             "track": {"trackers": []},
         }
     )  # fmt: skip
-    rows = [json.loads(line) for line in records.read_text().splitlines() if '"image"' in line]
-    asked = [
-        {"question_id": row["id"], "image": row["image"], "text": "Which colour?",
-         "answer": row["conversations"][1]["value"]}
-        for row in rows
-    ]  # fmt: skip
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write_questions(records, tmp_path / "test.jsonl")
     settings = ComparisonSettings(
         arms=parse_arms("moslora:orthogonal,full", recipe), rates=[1e-2], seeds=1,
         tasks=[f"llava:{tmp_path / 'test.jsonl'}@{pictures}"], limit=6, max_new_tokens=3,
@@ -73,13 +67,16 @@ def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
     assert losses[2] == losses[0]
     assert len(losses[0]) == 3
     for pattern in ("checkpoint-*/adapter/*.safetensors", "eval/*/*/*/samples.jsonl"):
-        one, other = ([path.read_bytes() for path in sorted(jobs[i].run_folder.glob(pattern))] for i in (0, 2))
+        one, other = (
+            [path.read_bytes() for path in sorted(jobs[number].run_folder.glob(pattern))] for number in (0, 2)
+        )
         assert one
         assert one == other, pattern
     log = (jobs[2].run_folder / LOG).read_text()
     assert "Features of 14 of 14 pictures" in log, log
-    key = "feature_cache_hits"
-    shares = [[row[key] for row in metrics(job.run_folder) if key in row] for job in jobs]
+    shares = [
+        [row["feature_cache_hits"] for row in metrics(job.run_folder) if "feature_cache_hits" in row] for job in jobs
+    ]
     assert set(shares[2]) == {1}
     assert shares[0][0] == 0
     assert "Rehearsal" in (jobs[0].run_folder / LOG).read_text()

@@ -17,29 +17,19 @@ import pytest
 import torch
 from PIL import Image
 from preloaded import Preloaded
+from waiting import wait_until
 
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.token_sampling import Draw, Sampling, choose
-from tests.serve.serve_tools import HEAD, asking, data_url, pixels_of, wait_until
-
-
-def slowly(engine: Any, seconds: float) -> None:
-    """Make every decoding step take a while."""
-    step = engine._step
-
-    def slow(*arguments: Any) -> None:
-        time.sleep(seconds)
-        step(*arguments)
-
-    engine._step = slow
+from tests.serve.serve_tools import HEAD, asking, before_steps, data_url, pixels_of
 
 
 @pytest.fixture
 def slow_engine(models: Any) -> Any:
     def make(seconds: float, **limits: Any) -> Any:
         engine = GenerationEngine(models, Limits(**{"context": 512, "max_tokens": 400} | limits))
-        slowly(engine, seconds)
+        before_steps(engine, lambda: time.sleep(seconds))
         return engine
 
     return make
@@ -47,7 +37,7 @@ def slow_engine(models: Any) -> Any:
 
 def test_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(serve_with: Any, slow_engine: Any) -> None:
     with serve_with(engine=slow_engine(0.02, queue=16, batch=4), queue=16, batch=4) as server:
-        step, refused = server.engine._step, threading.Event()
+        refused = threading.Event()
 
         def post(body: str) -> Any:
             reply = server.post(body)
@@ -63,7 +53,7 @@ def test_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(serve_wi
             body: server.post(body).json()["choices"][0]["message"]["content"] for body in set(bodies) if body != "{"
         }  # fmt: skip
         # However slowly the clients come, the queue is full before the first answer.
-        server.engine._step = lambda *arguments: refused.wait(60) and step(*arguments)
+        before_steps(server.engine, lambda: refused.wait(60))
         with ThreadPoolExecutor(200) as pool:
             replies = list(pool.map(post, bodies))
         statuses = [reply.status_code for reply in replies]
@@ -148,8 +138,8 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
             connection.connect(("127.0.0.1", server.port))
             connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
             wait_until(lambda: engine.steps)
-            wait_until(lambda: engine.running == 0, 20)  # the default would be 30 s
-            wait_until(lambda: b'status="200"} 1.0' in server.get("/metrics").content, 20)
+            wait_until(lambda: engine.running == 0)
+            wait_until(lambda: b'status="200"} 1.0' in server.get("/metrics").content)
         monkeypatch.undo()
         assert server.post(asking("hello")).status_code == 200
 

@@ -60,6 +60,7 @@ class TestPixels:
         assert opened.size == (16, 32)
         assert opened.getpixel((2, 2)) == (0, 0, 0)
         assert opened.getpixel((14, 30)) == (255, 255, 255)
+        assert open_image_bytes(data(stored, "JPEG", exif=exif)).size == (16, 32)
 
     @pytest.mark.filterwarnings("ignore::UserWarning")
     @pytest.mark.parametrize(
@@ -139,6 +140,7 @@ BAD = {
     "empty": (b"", Code.IMAGE_EMPTY, "0 bytes"),
     "html": (b"<!DOCTYPE html><html>404", Code.IMAGE_FORMAT, "HTML page"),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid", Code.IMAGE_FORMAT, "git lfs pull"),
+    "svg without a header": (b"<svg xmlns='x'/>", Code.IMAGE_FORMAT, "SVG"),
     "svg": (b"<?xml version='1.0'?><svg/>", Code.IMAGE_FORMAT, "XML or SVG"),
     "noise": (bytes(range(256)), Code.IMAGE_FORMAT, "no picture"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", Code.IMAGE_FORMAT, "PostScript"),
@@ -149,6 +151,8 @@ BAD = {
     "beyond our own limit": (png(8001, 8000), Code.IMAGE_TOO_LARGE, "8001 x 8000"),
     "too long": (png(20_000, 101), Code.IMAGE_TOO_LARGE, "sides of 16384"),
     "a line": (png(1, 201), Code.IMAGE_ASPECT, "factor of 200"),
+    "a flat line": (png(201, 1), Code.IMAGE_ASPECT, "factor of 200"),
+    "no width": (png(0, 5), Code.IMAGE_FORMAT, "accepted format"),
 }
 
 

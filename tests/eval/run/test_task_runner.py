@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run
 from mm_moslora_eval.sources.image_controls import MODES
+from waiting import wait_until
 
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError, EvalError
@@ -395,20 +397,16 @@ def test_input_07_two_ranks_share_the_work(tmp_path: Path) -> None:
     assert sorted(names) == sorted([f"q{n}" for n in range(13) if n != 5] * 2)
 
 
-def _wait_for_an_answer(log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    started = log.stat().st_size if log.exists() else 0
-    deadline = time.monotonic() + 60
-    while (log.stat().st_size if log.exists() else 0) == started and time.monotonic() < deadline:
-        if all(process.poll() is not None for process in processes):
-            return
-        time.sleep(0.01)
-
-
 def _without_times(path: Path) -> bytes:
     return re.sub(rb'"(date|time|seconds)": ("[^"]*"|[0-9.e-]+|null)', b"", path.read_bytes())
 
 
+def _answered_or_ended(log: Path, size: int, processes: list[subprocess.Popen[bytes]]) -> bool:
+    return log.stat().st_size > size or all(process.poll() is not None for process in processes)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("start_at_once")
 def test_kill_9_at_random_points(tmp_path: Path) -> None:
     """Two ranks, killed ten times at random points, write the files of an undisturbed run, except times."""
     data = write_questions(tmp_path / "data", count=120, pictures=24)
@@ -417,8 +415,9 @@ def test_kill_9_at_random_points(tmp_path: Path) -> None:
     kills = 0
     run, log = tmp_path / "run", tmp_path / "run.log"
     for _ in range(10):
+        log.touch()
         processes = _start(data, run, log, 2, 0.02)
-        _wait_for_an_answer(log, processes)
+        wait_until(functools.partial(_answered_or_ended, log, log.stat().st_size, processes))
         generator.shuffle(processes)
         for process in processes:  # one rank first, the other a moment later
             time.sleep(generator.uniform(0.0, 0.15))
