@@ -43,7 +43,7 @@ class ImageProcessing(Protocol):
         """Whether every picture takes as many tokens as any other."""
         ...
 
-    def see(self, images: Sequence[Any]) -> list[ProcessedImage]:
+    def process(self, images: Sequence[Any]) -> list[ProcessedImage]:
         """Prepare the RGB pictures (PIL images) of one conversation."""
         ...
 

@@ -63,7 +63,7 @@ _FAULTS = list[tuple[int, str | None, str, str, str, str, str | None]]
 
 
 @dataclass(kw_only=True)
-class _Rows:
+class _TokenisedRecords:
     """Some tokenised records."""
 
     ids: NDArray[np.int32]
@@ -216,7 +216,7 @@ class CachePlace:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return held(folder.with_name(f"{folder.name}.lock"), wait=True)
 
-    def _tokenised(self, numbers: Sequence[int]) -> Iterator[_Rows]:
+    def _tokenised(self, numbers: Sequence[int]) -> Iterator[_TokenisedRecords]:
         parts = [numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS)]
         fold = functools.partial(
             _first_of_images, image_token_id=self._image_token_id, tokens_per_image=self._tokens_per_image
@@ -230,7 +230,7 @@ class CachePlace:
                 self._on_progress(done, len(numbers))
 
 
-def _write(folder: Path, found: Iterable[_Rows]) -> None:
+def _write(folder: Path, found: Iterable[_TokenisedRecords]) -> None:
     """Write a cache, or a shard of one; the caller holds the lock."""
     tables: list[NDArray[np.int32]] = [np.zeros((0, 6), np.int32)]
     faults: list[_Fault] = []
@@ -278,7 +278,7 @@ def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list
     return np.array(table), faults
 
 
-def _read(part: Path, numbers: Sequence[int]) -> _Rows:
+def _read(part: Path, numbers: Sequence[int]) -> _TokenisedRecords:
     """A shard of a cache.
 
     Raises:
@@ -291,7 +291,7 @@ def _read(part: Path, numbers: Sequence[int]) -> _Rows:
         supervised = np.fromfile(part / "supervised.bin", dtype=np.bool_, count=count)
     except (OSError, ValueError) as error:
         raise DataError(f"{part} is damaged ({error}). Delete this folder, and run its shard again.") from error
-    return _Rows(ids=ids, supervised=supervised, table=table, faults=faults)
+    return _TokenisedRecords(ids=ids, supervised=supervised, table=table, faults=faults)
 
 
 def _sums(folder: Path) -> dict[str, str]:
@@ -305,7 +305,7 @@ def _checksum(ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> int:
 
 def _tokenise(
     source: RecordSource, rows: Sequence[int], encode: Encode, fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
-) -> _Rows:
+) -> _TokenisedRecords:
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
     table = np.zeros((len(rows), 6), dtype=np.int32)
@@ -327,7 +327,7 @@ def _tokenise(
             len(ids[-1]), len(tokens), encoded.images, len(record.images), encoded.dropped_turns,
             _checksum(ids[-1], supervised[-1]),
         )  # fmt: skip
-    return _Rows(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
+    return _TokenisedRecords(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
 
 
 def _first_of_images(

@@ -312,15 +312,15 @@ class TrainingSet:
         """
         record = self.record(index)
         if self.image_processing is not None and not self.image_processing.fixed:
-            seen = self.see(record, len(record.images))
+            seen = self.process(record, len(record.images))
             encoded = self.encode(record, [picture.placeholders for picture in seen])
         else:
             encoded = self.encoded(index, record)
-            seen = self.see(record, encoded.images)
+            seen = self.process(record, encoded.images)
         pictures = seen[: encoded.images]
         return Example(id=record.id, input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=pictures)
 
-    def see(self, record: Record, count: int) -> list[ProcessedImage]:
+    def process(self, record: Record, count: int) -> list[ProcessedImage]:
         """The first pictures of a record, ready for the model.
 
         Raises:
@@ -334,7 +334,7 @@ class TrainingSet:
                 images.append(picture.rgb())
             except ImageError as error:
                 raise image_fault(record, number, error) from error
-        return self.image_processing.see(images)
+        return self.image_processing.process(images)
 
     def __getitem__(self, index: int) -> Example | None:
         """One example, or None for a record that is left out, see `leave_out`."""

@@ -134,7 +134,7 @@ def _seen(config: ModelConfig, picture: tuple[int, int]) -> tuple[ProcessedImage
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
     assert processing is not None
     # White, since SmolVLM leaves out tiles that are zero everywhere, which grey may be.
-    return processing.see([Image.new("RGB", picture, "white")])[0], ""
+    return processing.process([Image.new("RGB", picture, "white")])[0], ""
 
 
 def _tokens_by_size(config: Any, picture: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:

@@ -123,7 +123,7 @@ def _features(
             pictures = []
             for file, row, number in batch:
                 with suppress(RecordError, ImageError):
-                    pictures += processing.see([files[file][row].images[number].rgb()])
+                    pictures += processing.process([files[file][row].images[number].rgb()])
             keys = {picture.key: index for index, picture in enumerate(pictures)}
             missing = [key for key in keys if store.read(key) is None]
             if missing:  # the whole batch is encoded: digits may depend on the pictures beside

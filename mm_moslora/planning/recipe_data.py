@@ -19,7 +19,7 @@ from mm_moslora.config.strict_reading import plain as as_plain
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.thinking_form import form_of, settled
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
-from mm_moslora.data.check.html_view import Sample, page
+from mm_moslora.data.check.html_view import RecordSample, page
 from mm_moslora.data.check.record_check import CheckReport, check
 from mm_moslora.data.check.report_file import plain_report, read_report
 from mm_moslora.data.check.terminal_view import (
@@ -340,7 +340,7 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
     return path
 
 
-def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[Sample]]:
+def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[RecordSample]]:
     files = open_sources(recipe.data.train)
     total = sum(len(file) for file in files)
     if not 0 <= start < total or count < 1:
@@ -359,7 +359,7 @@ def parts_of(recipe: Recipe) -> DataParts:
     return DataParts(encoder, parts.image_processing)
 
 
-def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataParts) -> Sample:
+def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataParts) -> RecordSample:
     for file in files:
         if number < len(file):
             break
@@ -374,11 +374,11 @@ def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataP
             pictures=placeholders_of(record, parts.image_processing),
         )
     except RecordError as error:
-        return Sample(None, None, error)
-    return Sample(record, encoded)
+        return RecordSample(None, None, error)
+    return RecordSample(record, encoded)
 
 
-def _view_one(sample: Sample, parts: DataParts) -> RenderableType:
+def _view_one(sample: RecordSample, parts: DataParts) -> RenderableType:
     if sample.record is None or sample.encoded is None:
         return Panel(Text(str(sample.fault)), title="cannot be used", title_align="left", border_style="red")
     return view_record(sample.record, sample.encoded, parts.encoder)

@@ -69,7 +69,7 @@ class Slot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TemplatePlan:
     """The scaffold of a sequence of roles."""
 
     slots: tuple[Slot, ...]
@@ -102,14 +102,14 @@ class Template:
         if source is None:
             source = ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
         self.source = without_note(source)
-        self._plans: dict[tuple[str, ...], Plan] = {}
+        self._plans: dict[tuple[str, ...], TemplatePlan] = {}
         self._thoughts: dict[tuple[str, ...], Thought | None] = {}
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """The contents that need a slot each, the shape to plan for, and the turn number of each content."""
         return list(turns), tuple(turn.role for turn in turns), list(range(len(turns)))
 
-    def plan(self, roles: tuple[str, ...]) -> Plan:
+    def plan(self, roles: tuple[str, ...]) -> TemplatePlan:
         """The scaffold of these roles.
 
         Raises:
@@ -165,7 +165,7 @@ class Template:
         """The turn number of every content."""
         return list(range(len(roles)))
 
-    def _make(self, roles: tuple[str, ...]) -> Plan:
+    def _make(self, roles: tuple[str, ...]) -> TemplatePlan:
         owners = self._owners(roles)
         marks = [_MARK.format(index) for index in range(len(owners))]
         pieces = self._cut(self._render(roles, marks), marks, roles)
@@ -185,7 +185,7 @@ class Template:
                 before = before[: len(before) - len(lead)]
             slots.append(Slot(before=before, lead=lead, left=trims[index][1], right=trims[index + 1][0]))
             text += marks[index]
-        return Plan(slots=tuple(slots), tail=pieces[-1])
+        return TemplatePlan(slots=tuple(slots), tail=pieces[-1])
 
     def _think(self, roles: tuple[str, ...]) -> Thought | None:
         """Render an answer that thinks behind the generation prompt: the template's own, or that with thinking on."""
@@ -270,7 +270,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
 
 
-class Piece(NamedTuple):
+class TextSpan(NamedTuple):
     """A stretch of text."""
 
     text: str
@@ -320,7 +320,7 @@ class Tokens:
         """The first guarded token that a text spells."""
         return self._pattern.search(text)
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def encode(self, pieces: Sequence[TextSpan]) -> list[int]:
         """Token ids of consecutive pieces.
 
         Raises:
@@ -339,16 +339,16 @@ class Tokens:
                 return ids
         return self._encode_guarded(pieces, wanted)
 
-    def encode_behind(self, pieces: Sequence[Piece]) -> list[int]:
+    def encode_behind(self, pieces: Sequence[TextSpan]) -> list[int]:
         """Token ids of pieces in the middle of a text, without the prefix that a tokenizer adds at its start."""
         for anchor in _ANCHORS:
-            lead = self.encode([Piece(anchor, False)])
-            ids = self.encode([Piece(anchor, False), *pieces])
+            lead = self.encode([TextSpan(anchor, False)])
+            ids = self.encode([TextSpan(anchor, False), *pieces])
             if ids[: len(lead)] == lead:
                 return ids[len(lead) :]
         return self.encode(pieces)
 
-    def _encode_guarded(self, pieces: Sequence[Piece], wanted: list[int]) -> list[int]:
+    def _encode_guarded(self, pieces: Sequence[TextSpan], wanted: list[int]) -> list[int]:
         if self._copy is None:
             self._copy = self._private_copy()
         text = "".join(

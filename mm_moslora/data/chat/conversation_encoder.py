@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
-from mm_moslora.data.chat.chat_template import THINK, THINK_END, Piece, Slot, Template, Thought, Tokens
+from mm_moslora.data.chat.chat_template import THINK, THINK_END, Slot, Template, TextSpan, Thought, Tokens
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.records import IMAGE, Turn
 from mm_moslora.data.record_faults import Code
@@ -68,7 +68,7 @@ class _Growing:
     images: int = 0
     context: str = ""
     """The special token at the end of `ids`, as text; tokenisation restarts after it."""
-    run: list[Piece] = field(default_factory=list)
+    run: list[TextSpan] = field(default_factory=list)
     """Text that is not tokenised yet."""
     pictures: Sequence[Sequence[int]] | None = None
     """Placeholder ids of every picture, where they differ."""
@@ -279,8 +279,8 @@ class ConversationEncoder:
         thought = self.template.thought(_ONE) if self.thinking == "always" else None
         thinking, text = self._apart(text) if thought else (None, text)
         before = thought.before if thought else plan.slots[1].before
-        prompt = [Piece(plan.slots[0].before, True), Piece("a", False), Piece(before, True)]
-        answer = [*_written(thought, thinking or "", plan.slots[1]), Piece(plan.slots[1].trim([text])[0], False)]
+        prompt = [TextSpan(plan.slots[0].before, True), TextSpan("a", False), TextSpan(before, True)]
+        answer = [*_written(thought, thinking or "", plan.slots[1]), TextSpan(plan.slots[1].trim([text])[0], False)]
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
     def decode_answer(self, ids: Sequence[int]) -> str:
@@ -306,7 +306,7 @@ class ConversationEncoder:
                 for number, part in enumerate(slot.trim(parts)):
                     if number:
                         self._add_image(grown)
-                    grown.run.append(Piece(part, False))
+                    grown.run.append(TextSpan(part, False))
                 continue
             thinking, text = self._apart(turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
@@ -321,7 +321,11 @@ class ConversationEncoder:
                 self._flush(grown)
                 return grown
             end = self._end_of_turn(scaffold[index + 1], plan.tail)
-            answer = [*_written(thought, thinking or "", slot), Piece(slot.trim([text])[0], False), Piece(end, True)]
+            answer = [
+                *_written(thought, thinking or "", slot),
+                TextSpan(slot.trim([text])[0], False),
+                TextSpan(end, True),
+            ]
             self._add_answer(grown, answer, end)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
@@ -332,7 +336,7 @@ class ConversationEncoder:
         for index, part in enumerate(text.split(self.template.image_text) if self.template.image_text else [text]):
             if index:
                 self._add_image(grown)
-            grown.run.append(Piece(part, True))
+            grown.run.append(TextSpan(part, True))
 
     def _add_image(self, grown: _Growing) -> None:
         self._flush(grown)
@@ -363,7 +367,7 @@ class ConversationEncoder:
 
     def _flush(self, grown: _Growing) -> list[int]:
         """Tokenise the pending text as the continuation of the context; returns the ids of both."""
-        ids = self.tokens.encode([Piece(grown.context, True), *grown.run])
+        ids = self.tokens.encode([TextSpan(grown.context, True), *grown.run])
         grown.add(ids[1:] if grown.context else ids, supervised=False)
         grown.run = []
         return ids
@@ -377,8 +381,8 @@ class ConversationEncoder:
             thinking = thinking or ""
         return thinking, text[found.end() :] if found else text
 
-    def _add_answer(self, grown: _Growing, answer: list[Piece], end: str) -> None:
-        before = [Piece(grown.context, True), *grown.run]
+    def _add_answer(self, grown: _Growing, answer: list[TextSpan], end: str) -> None:
+        before = [TextSpan(grown.context, True), *grown.run]
         prompt = self._flush(grown)
         grown.add(self._answer(before, answer, prompt), supervised=True)
         ending = self.tokens.first_special(end)
@@ -395,7 +399,7 @@ class ConversationEncoder:
         text = str(self.tokenizer.eos_token)
         grown.context = text if text in self.tokens.guarded else ""
 
-    def _answer(self, before: list[Piece], answer: list[Piece], prompt: list[int]) -> list[int]:
+    def _answer(self, before: list[TextSpan], answer: list[TextSpan], prompt: list[int]) -> list[int]:
         """Ids of an answer, tokenised so that the prompt before it keeps the ids that it has in inference."""
         whole = self.tokens.encode([*before, *answer])
         if whole[: len(prompt)] == prompt:
@@ -427,11 +431,11 @@ def thinks(answer: str) -> bool:
     return found is not None and bool(found[1].strip())
 
 
-def _written(thought: Thought | None, thinking: str, slot: Slot) -> list[Piece]:
+def _written(thought: Thought | None, thinking: str, slot: Slot) -> list[TextSpan]:
     """The text that the model writes before the answer itself."""
     if thought is None:
-        return [Piece(slot.lead, True)]
-    return [Piece(thought.opening, True), Piece(thinking, False), Piece(thought.closing, True)]
+        return [TextSpan(slot.lead, True)]
+    return [TextSpan(thought.opening, True), TextSpan(thinking, False), TextSpan(thought.closing, True)]
 
 
 def _encoded(grown: _Growing) -> Encoded:

@@ -40,7 +40,7 @@ figure { display: inline-block; margin: 0 .8rem .8rem 0; } figcaption { font-siz
 
 
 @dataclass(frozen=True)
-class Sample:
+class RecordSample:
     """A record with its tokens, or with the fault for which it has none."""
 
     record: Record | None
@@ -48,7 +48,7 @@ class Sample:
     fault: RecordError | None = None
 
 
-def page(samples: Sequence[Sample], encoder: ConversationEncoder, *, title: str) -> str:
+def page(samples: Sequence[RecordSample], encoder: ConversationEncoder, *, title: str) -> str:
     """The page as HTML text.
 
     Args:
@@ -70,7 +70,7 @@ def page(samples: Sequence[Sample], encoder: ConversationEncoder, *, title: str)
     )
 
 
-def _card(sample: Sample, encoder: ConversationEncoder) -> str:
+def _card(sample: RecordSample, encoder: ConversationEncoder) -> str:
     if sample.fault is not None or sample.record is None or sample.encoded is None:
         return f'<article><h2 class="bad">cannot be used</h2><p>{escape(str(sample.fault))}</p></article>'
     record, encoded = sample.record, sample.encoded

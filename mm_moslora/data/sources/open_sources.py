@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mm_moslora.config import HeldOut, SourceConfig
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.sources.record_source import RecordFile, RecordSource, Selection, require_file
+from mm_moslora.data.sources.record_source import RecordFile, RecordSource, SelectedRecords, require_file
 from mm_moslora.utils.errors import DataError
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -85,9 +85,9 @@ def _limited(source: RecordSource, config: SourceConfig) -> RecordSource:
         return source
     rows = range(config.limit)
     if config.limit_by == "first":
-        return Selection(source, rows)
+        return SelectedRecords(source, rows)
     # A fixed seed, so that runs that differ only in their seed see the same records.
-    return Selection(source, sorted(random.Random("limit").sample(range(len(source)), config.limit)))
+    return SelectedRecords(source, sorted(random.Random("limit").sample(range(len(source)), config.limit)))
 
 
 def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
@@ -101,7 +101,7 @@ def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
         )
     held = set(random.Random("hold_out").sample(range(len(source)), config.hold_out))
     wanted = isinstance(config, HeldOut)
-    return Selection(source, [row for row in range(len(source)) if (row in held) == wanted])
+    return SelectedRecords(source, [row for row in range(len(source)) if (row in held) == wanted])
 
 
 def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:

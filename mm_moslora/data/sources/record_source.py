@@ -129,7 +129,7 @@ class RecordFile(RecordSource):
     content = fingerprint
 
 
-class Selection(RecordSource):
+class SelectedRecords(RecordSource):
     """Some rows of a source.
 
     Args:

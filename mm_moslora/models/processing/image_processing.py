@@ -38,8 +38,8 @@ class SquareImageProcessing:
         self._transform = image_transform(image_processor)
         self._placeholders = (image_token_id,) * tokens
 
-    def see(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
-        """See `ImageProcessing.see`."""
+    def process(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
+        """See `ImageProcessing.process`."""
         return [
             ProcessedImage(
                 placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=pixel_hash(pixels)
@@ -117,8 +117,8 @@ class ProcessorImageProcessing:
         self._family = processor_family(processor)
         self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
 
-    def see(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
-        """See `ImageProcessing.see`."""
+    def process(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
+        """See `ImageProcessing.process`."""
         if len(images) > 1 and self._family.untiled_when_several:
             return self._several(images)
         return [self._one(image) for image in images]
@@ -175,6 +175,6 @@ class ProcessorImageProcessing:
 
 def dummy_image_example(image_processing: ImageProcessing) -> Example:
     """A grey picture and its placeholders without supervision, for ranks without pictures."""
-    (seen,) = image_processing.see([Image.new("RGB", (32, 32), (127, 127, 127))])
+    (seen,) = image_processing.process([Image.new("RGB", (32, 32), (127, 127, 127))])
     ids = torch.tensor(seen.placeholders)
     return Example(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), pictures=[seen])

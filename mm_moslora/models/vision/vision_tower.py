@@ -154,7 +154,7 @@ def _load_beside(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pass:
+class _TowerRun:
     """One picture through an architecture; equal ones give features of the same shape."""
 
     tower: type[PreTrainedModel]
@@ -166,7 +166,7 @@ class _Pass:
 
 
 @lru_cache(maxsize=64)
-def _features(run: _Pass) -> tuple[int, ...]:
+def _features(run: _TowerRun) -> tuple[int, ...]:
     """Shape of the features, ``[1, tokens, V]``, from the architecture without weights (on the meta device)."""
     with torch.device("meta"):
         twin = cast(Any, run.tower)(run.config).eval()
@@ -194,7 +194,9 @@ def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatisti
     layers = config.feature_layer if isinstance(config.feature_layer, int) else tuple(config.feature_layer)
     try:
         _, total, width = _features(
-            _Pass(tower=type(tower), text=tower.config.to_json_string(), size=size, layers=layers, config=tower.config)
+            _TowerRun(
+                tower=type(tower), text=tower.config.to_json_string(), size=size, layers=layers, config=tower.config
+            )
         )
     except (IndexError, RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise ModelError(

@@ -19,7 +19,7 @@ from video_files import number_of, write_animation, write_frames, write_video
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import Record, parse_record
-from mm_moslora.data.check.html_view import Sample, page
+from mm_moslora.data.check.html_view import RecordSample, page
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.images import pyav_decode, video_clip
 from mm_moslora.data.images.record_picture import ImageError, PictureRules
@@ -373,6 +373,6 @@ class TestInTraining:
         assert dict(report.bad) == {Code.VIDEO_FORMAT: 1}
         assert report.sizes == {(64, 48): 3}
         record = open_source(sources[0])[0]
-        html = page([Sample(record, chatml_encoder().encode(record.turns))], chatml_encoder(), title="t")
+        html = page([RecordSample(record, chatml_encoder().encode(record.turns))], chatml_encoder(), title="t")
         assert html.count("<figure>") == html.count("image: 4 tokens") == 3
         assert "good.mp4#frame=3of3, 64 x 48" in html

@@ -34,7 +34,7 @@ def assembly(language_folder, vision_folder):
 def batch(assembly, *colours):
     examples = []
     for number, colour in enumerate(colours):
-        seen = assembly.image_processing.see([Image.new("RGB", (20, 24), colour)])
+        seen = assembly.image_processing.process([Image.new("RGB", (20, 24), colour)])
         ids = torch.tensor([1, *seen[0].placeholders, 5 + number, 6, 7])
         supervised = torch.arange(len(ids)) >= len(ids) - 2
         examples.append(Example(id=str(number), input_ids=ids, supervised=supervised, pictures=seen))
@@ -124,10 +124,10 @@ def test_other_weights_layers_and_pictures_have_other_names(assembly):
     names.add(tower_hash(tower.to(torch.bfloat16), -2))
     assert len(names) == 5
     rgb = Image.new("RGB", (20, 20), RED)
-    assert assembly.image_processing.see([rgb])[0].key == assembly.image_processing.see([rgb.copy()])[0].key
+    assert assembly.image_processing.process([rgb])[0].key == assembly.image_processing.process([rgb.copy()])[0].key
     assert (
-        assembly.image_processing.see([rgb])[0].key
-        != assembly.image_processing.see([Image.new("RGB", (20, 20), (210, 40, 41))])[0].key
+        assembly.image_processing.process([rgb])[0].key
+        != assembly.image_processing.process([Image.new("RGB", (20, 20), (210, 40, 41))])[0].key
     )
 
 
