@@ -18,7 +18,7 @@ from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.chat_template import SpecialTextError
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.record_picture import ImageError, LocalPicture, similar_file
@@ -26,7 +26,6 @@ from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.quarantine import Quarantine, summary
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.token_cache import CachePlace, TokenCache
 from mm_moslora.utils.errors import DataError
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import Recipe, VisionConfig
+from mm_moslora.data.chat.records import RecordSource
 from mm_moslora.data.images.record_picture import ImageError, LocalPicture
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.training_set import cache_places
 from mm_moslora.launch.shard import Shard
 from mm_moslora.models.precision import dtype_of, resolve_precision

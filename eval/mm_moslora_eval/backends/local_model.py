@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mm_moslora.data.chat.chat_template import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.data.chat.record_forms import IMAGE
+from mm_moslora.data.chat.records import Turn
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import (
     ContinuationScore,
@@ -218,11 +219,11 @@ def _size(request: Request) -> int:
 
 def _turn(message: Message) -> Turn:
     """The message with the offsets of its images, so that a typed `<image>` stays text."""
-    places, text = [], ""
+    offsets, text = [], ""
     for part in message.content:
         if isinstance(part, str):
             text += part
         else:
-            places.append(len(text))
+            offsets.append(len(text))
             text += IMAGE
-    return Turn(role=message.role, text=text, places=tuple(places) if message.role == "user" else None)
+    return Turn(role=message.role, text=text, offsets=tuple(offsets) if message.role == "user" else None)

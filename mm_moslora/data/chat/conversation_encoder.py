@@ -26,7 +26,8 @@ from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.chat_template import THINK, THINK_END, Slot, Template, TextSpan, Thought, Tokens
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
-from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.data.chat.record_forms import IMAGE
+from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
 

@@ -68,7 +68,7 @@ class ProcessorTemplate(Template):
                 text = text.removesuffix("\n") if place + 1 < len(texts) else text
                 if text:
                     kinds += "t"
-                    contents.append(Turn(role=turn.role, text=text, places=()))
+                    contents.append(Turn(role=turn.role, text=text, offsets=()))
                     numbers.append(number)
             shape.append(f"{turn.role}:{kinds}")
         return contents, tuple(shape), numbers

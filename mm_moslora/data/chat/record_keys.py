@@ -1,4 +1,4 @@
-"""The keys of records and turns: those that are read, and those that other trainers follow and this one does not.
+"""The keys and texts of records and turns: what is read, and what other trainers follow and this one does not.
 
 A key of the second kind changes what another trainer would learn from the record, so it is a fault here. Any other key
 is data about the record; `data check` counts and names it.
@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
+from mm_moslora.utils.untrusted_files import BAD_CHARACTER
 
+MAX_TEXT = 2_000_000
+"""Characters of one turn; longer ones are refused."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of an answer's thinking in chat messages (transformers, vLLM, OpenRouter, gpt-oss)."""
 _SHOWN = {"id", "image", "images", "video", "videos"}
@@ -102,6 +105,30 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) ->
             Code.UNFOLLOWED_KEY, f"{field}.{key}", what, "write the thinking of an answer once, as a text without tags"
         )
     return f"<think>\n{value.strip()}\n</think>\n\n"
+
+
+def checked_text(value: Any, field: str, where: Where) -> str:
+    """A text of a record.
+
+    Raises:
+        RecordError: it is no string, too long, or has characters that are no text.
+    """
+    if not isinstance(value, str):
+        raise where.error(Code.BAD_TEXT, field, f"text is {kind_of(value)}", "write a string")
+    if len(value) > MAX_TEXT:
+        raise where.error(Code.TOO_LARGE, field, f"has {len(value)} characters", f"stay below {MAX_TEXT}")
+    check_characters(value, field, where)
+    return value
+
+
+def check_characters(text: str, field: str, where: Where) -> None:
+    """Refuse half a surrogate pair, NUL and other control characters; see `checked_text`."""
+    bad = BAD_CHARACTER.search(text)
+    if bad:
+        what = f"holds U+{ord(bad[0]):04X} at character {bad.start()}"
+        surrogate = bad[0] >= "\ud800"
+        remedy = "write the whole surrogate pair" if surrogate else "remove control characters"
+        raise where.error(Code.BAD_CHARACTER, field, what, remedy)
 
 
 def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,9 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, begins_with_block, thinks
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.records import RecordSource, Turn
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.record_source import RecordSource
 
 LOOKED_AT = 1000
 """Records that are looked at, evenly spaced; a share of one half is then known to 3 points."""
