@@ -21,7 +21,8 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encod
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.epoch_order import source_repeats
-from mm_moslora.data.images.record_picture import ImageError, LocalPicture, similar_file
+from mm_moslora.data.images.picture_faults import ImageError, similar_file
+from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.quarantine import Quarantine, summary
 from mm_moslora.data.record_faults import Code, RecordError

@@ -18,7 +18,8 @@ from PIL import Image
 from tiny import make_records
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.images.record_picture import ImageError, open_image, open_image_bytes
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import open_image, open_image_bytes
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import RecordFile, open_source
 from mm_moslora.utils.errors import ConfigError, DataError

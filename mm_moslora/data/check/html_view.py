@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.images.record_picture import ImageError
+from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.record_faults import RecordError
 
 THUMBNAIL = 224

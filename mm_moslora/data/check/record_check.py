@@ -15,7 +15,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encod
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
-from mm_moslora.data.images.record_picture import ImageError
+from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from mm_moslora.data.images.picture_faults import FAULT_CODES, ImageError, faults_of_pictures
 from mm_moslora.data.images.pyav_decode import (
     MAX_FRAMES,
     check_decoded,
@@ -32,14 +33,11 @@ from mm_moslora.data.images.pyav_decode import (
     places,
 )
 from mm_moslora.data.images.record_picture import (
-    FAULT_CODES,
-    ImageError,
     PictureRules,
     StoredPicture,
     as_rgb,
     check_image,
     content_of,
-    faults_of_pictures,
     find_file,
     open_image,
 )
