@@ -135,8 +135,8 @@ class TokenCache:
         )  # fmt: skip
 
 
-class CachePlace:
-    """Where the cache of a source is, or will be.
+class SourceCache:
+    """The cache of a source, built or not.
 
     Args:
         root: folder of all caches.
@@ -165,15 +165,15 @@ class CachePlace:
         self.source, self._encode, self._on_progress = source, encode, on_progress
         self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
 
-    def cache(self) -> TokenCache:
+    def open(self) -> TokenCache:
         """Open the cache; build it first if it does not exist or is damaged, of all its shards if they are there."""
         if is_built(self.folder):
             with suppress(OSError, ValueError):
-                return self._open()
+                return self._read()
         with self._locked(self.folder):
             if is_built(self.folder):
                 try:
-                    return self._open()
+                    return self._read()
                 except (OSError, ValueError) as error:
                     aside = set_aside(self.folder, "corrupt")
                     logger.warning("%s is damaged (%s), now %s; it is built again.", self.folder, error, aside.name)
@@ -184,9 +184,9 @@ class CachePlace:
             if parts:
                 mark(self.shards, "temporary")
                 remove(self.shards)
-        return self._open()
+        return self._read()
 
-    def _open(self) -> TokenCache:
+    def _read(self) -> TokenCache:
         return TokenCache(
             self.folder, self.source, encode=self._encode, image_token_id=self._image_token_id,
             tokens_per_image=self._tokens_per_image,

@@ -34,9 +34,9 @@ from mm_moslora.data.epoch_order import fill_rate, pack, source_repeats
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import open_image
+from mm_moslora.data.record_examples import encode_record, placeholders_of
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source, open_sources, require_sources
-from mm_moslora.data.training_set import encode_record, placeholders_of
 from mm_moslora.launch.shard import Shard, finished, refuse_others
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize

@@ -17,9 +17,9 @@ from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, for
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.training_set import encode_record, image_fault, placeholders_of
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import DataError
