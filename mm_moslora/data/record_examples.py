@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
 from mm_moslora.config import DataConfig
-from mm_moslora.data.chat.chat_template import SpecialTextError
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
+from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture

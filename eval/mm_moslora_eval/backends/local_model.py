@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mm_moslora.data.chat.chat_template import THINK_END
+from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.records import Turn

@@ -73,7 +73,8 @@ class ProcessorTemplate(Template):
             shape.append(f"{turn.role}:{kinds}")
         return contents, tuple(shape), numbers
 
-    def _owners(self, roles: tuple[str, ...]) -> list[int]:
+    def owners(self, roles: tuple[str, ...]) -> list[int]:
+        """See `Template.owners`."""
         return [turn for turn, shape in enumerate(roles) for _ in range(_kinds(shape).count("t"))]
 
     def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, begins_with_block, thinks
+from mm_moslora.data.chat.answer_thinking import begins_with_block, thinks
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import RecordSource, Turn
 from mm_moslora.data.record_faults import RecordError
 
@@ -128,7 +129,7 @@ def _aside(encoder: ConversationEncoder, answers: Sequence[str]) -> list[bool]:
     for number, text in enumerate(answers):
         asked = encoder.encode_prompt(turns[: 2 * number + 1]).tolist()
         learned = len(asked) < len(ids) and bool(encoded.supervised[len(asked)])
-        if encoder.asks_to_think and encoder.template.knows_thinking:
+        if encoder.asks_to_think and encoder.knows_thinking:
             asked += encoder.encode_answer(text)  # its block, empty or not
         result.append(not learned or ids[: len(asked)] != asked)
     return result
