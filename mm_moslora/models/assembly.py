@@ -33,8 +33,9 @@ from mm_moslora.models.language_model import Weights, language_model, savable_ge
 from mm_moslora.models.model_sizes import few_layers, sizes_of
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pretrained_vlm, pretrained_image_token
 from mm_moslora.models.processing.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
-from mm_moslora.models.processing.image_processing import ProcessorImageProcessing, SquareImageProcessing
+from mm_moslora.models.processing.image_processing import SquareImageProcessing
 from mm_moslora.models.processing.llava_processor import build_processor
+from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.models.projectors.projector import build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.vision.dual_tower import FusedVisionModel

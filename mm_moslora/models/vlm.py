@@ -26,11 +26,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from mm_moslora.batch import WHOLE_ROW, Batch, RowShare
+from mm_moslora.batch import Batch
 from mm_moslora.models.batching.packed_batch import packed_hidden, packs
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import PROJECTOR, PROJECTOR_ITSELF, TOWER_NAMES
 from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
+from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
 from mm_moslora.models.projectors.projector import build_projector
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.vision.feature_cache import StepFeatureCache

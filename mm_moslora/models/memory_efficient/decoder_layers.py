@@ -31,12 +31,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole
-from mm_moslora.batch import WHOLE_ROW, Batch, RowShare
+from mm_moslora.batch import Batch
 from mm_moslora.kernels.attention.segment_attention import StepContext, segment_arguments
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
 from mm_moslora.kernels.lora.lora_linear import TENSORS, LinearOperands, LinearRules, LoraMatmul, fused_linears
 from mm_moslora.kernels.lora.lora_math import autocasts
 from mm_moslora.models.families import LEAN_LAYERS
+from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
 from mm_moslora.models.transformers_patches import mix_in
 
 

@@ -12,15 +12,14 @@ import re
 from dataclasses import replace
 
 from mm_moslora.models.projectors.projector_layers import (
-    AvgPoolProjector,
     DeepMlpProjector,
     FusedMlpProjector,
     LinearProjector,
     MlpProjector,
-    PixelShuffleProjector,
     ProjectorShape,
 )
 from mm_moslora.models.projectors.resamplers import CAbstractorProjector, PerceiverProjector, QFormerProjector
+from mm_moslora.models.projectors.square_projectors import AvgPoolProjector, PixelShuffleProjector
 from mm_moslora.utils.errors import ModelError, suggestion
 
 Projector = (

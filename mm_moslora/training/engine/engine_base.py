@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora.adapters import one_product_per_step
-from mm_moslora.batch import WHOLE_ROW, Batch, Example, RowShare
+from mm_moslora.batch import Batch, Example
 from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
+from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine.stiefel_manifold import StiefelFactors
