@@ -20,7 +20,7 @@ from mm_moslora.config import AdapterConfig, ModelConfig, refuse_all_frozen, ref
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec

@@ -23,9 +23,14 @@ from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choos
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.kernel_selection import Kernels, attention_words, choose_kernels, use_kernels
-from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.memory_efficient.kernel_selection import (
+    Kernels,
+    attention_words,
+    choose_kernels,
+    use_kernels,
+    use_lean_layers,
+    use_loss_head,
+)
 from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.pretrained_vlm import tower_path

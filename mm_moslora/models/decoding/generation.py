@@ -44,15 +44,15 @@ class Prompt:
 
 
 @torch.inference_mode()
-def encode_images(model: PreTrainedModel, pixel_values: Tensor, memory: StepFeatureCache | None = None) -> Tensor:
+def encode_images(model: PreTrainedModel, pixel_values: Tensor, cache: StepFeatureCache | None = None) -> Tensor:
     """Visual tokens ``[N, Q, D]`` of pictures ``[N, 3, H, W]``; encode each picture once and reuse it.
 
     Args:
         model: with a vision tower.
         pixel_values: of the pictures.
-        memory: the tower's features of pictures that were encoded before.
+        cache: the tower's features of pictures that were encoded before.
     """
-    return image_features(model, pixel_values, memory=memory)
+    return image_features(model, pixel_values, cache=cache)
 
 
 def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:

@@ -39,11 +39,6 @@ class LinearProjector(nn.Module):
         """Project ``[N, P, V]`` to ``[N, P, D]``."""
         return self.linear(features)
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear
-
     @staticmethod
     def tokens(shape: ProjectorShape) -> int:
         """Visual tokens per image."""
@@ -63,11 +58,6 @@ class MlpProjector(nn.Module):
         """Project ``[N, P, V]`` to ``[N, P, D]``."""
         return self.linear_2(self.act(self.linear_1(features)))
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_2
-
     tokens = staticmethod(LinearProjector.tokens)
 
 
@@ -84,13 +74,6 @@ class DeepMlpProjector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Project ``[N, P, V]`` to ``[N, P, D]``."""
         return self.layers(features)
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        layer = self.layers[-1]
-        assert isinstance(layer, nn.Linear)
-        return layer
 
     tokens = staticmethod(LinearProjector.tokens)
 
@@ -109,10 +92,5 @@ class FusedMlpProjector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Project ``[N, P, V]`` to ``[N, P, D]``."""
         return self.linear_3(self.act(self.linear_2(self.act(self.linear_1(features)))))
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_3
 
     tokens = staticmethod(LinearProjector.tokens)

@@ -31,11 +31,6 @@ class AvgPoolProjector(nn.Module):
         pooled = F.avg_pool2d(patches, self.shuffle, ceil_mode=True)
         return self.linear_2(self.act(self.linear_1(pooled.flatten(2).transpose(1, 2))))
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_2
-
     @staticmethod
     def tokens(shape: ProjectorShape) -> int:
         """Visual tokens per image."""
@@ -69,11 +64,6 @@ class PixelShuffleProjector(nn.Module):
         squares = features.view(images, side, s, side, s, width).permute(0, 1, 3, 2, 4, 5)
         folded = squares.reshape(images, side * side, s * s * width)
         return self.linear_2(self.act(self.linear_1(self.norm(folded))))
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_2
 
     @staticmethod
     def tokens(shape: ProjectorShape) -> int:
