@@ -89,10 +89,10 @@ def usable(examples: Sequence[Example | None]) -> list[Example]:
     Raises:
         DataError: all are bad.
     """
-    kept = [example for example in examples if example is not None]
-    if not kept:
+    whole = [example for example in examples if example is not None]
+    if not whole:
         raise DataError("None of the examples of a batch can be used. Run `mm-moslora data check`.")
-    return kept
+    return whole
 
 
 def join_images(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

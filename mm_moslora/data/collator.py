@@ -41,14 +41,14 @@ class Collator:
         Raises:
             DataError: no example can be used, or the model computes its positions from the pictures.
         """
-        kept = usable(examples)
-        pictures = [picture.tensors for example in kept for picture in example.pictures]
+        usable_examples = usable(examples)
+        pictures = [picture.tensors for example in usable_examples for picture in example.pictures]
         if any("image_grid_thw" in tensors for tensors in pictures):
             raise DataError(
                 "These examples are of a Qwen-VL model, which counts positions by its pictures. Use "
                 "mm_moslora.models.batching.padded_batch.PaddedCollator(model=model) instead of Collator."
             )
-        batch: dict[str, Any] = self._row(kept) if self.packed else self._padded(kept)
+        batch: dict[str, Any] = self._row(usable_examples) if self.packed else self._padded(usable_examples)
         return batch | join_images(pictures)
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ Encode = Callable[[Record], Encoded]
 
 
 class _Fault(NamedTuple):
-    """A RecordError without its place, which the source adds."""
+    """A RecordError without its record, which the source adds."""
 
     row: int
     id: str | None
@@ -107,10 +107,10 @@ class TokenCache:
 
     def fault(self, row: int) -> RecordError:
         """The error of a row in `faults`."""
-        found = self.faults[row]
+        stored = self.faults[row]
         where = self.source.where(row)
-        where = where.named(found.id) if found.id is not None else where
-        return where.error(Code(found.code), found.field, found.what, found.remedy, path=found.path)
+        where = where.named(stored.id) if stored.id is not None else where
+        return where.error(Code(stored.code), stored.field, stored.what, stored.remedy, path=stored.path)
 
     def encoded(self, row: int) -> Encoded:
         """A tokenised record.
@@ -229,13 +229,13 @@ class SourceCache:
                 self._on_progress(done, len(numbers))
 
 
-def _write(folder: Path, found: Iterable[_TokenisedRecords]) -> None:
+def _write(folder: Path, parts: Iterable[_TokenisedRecords]) -> None:
     """Write a cache, or a shard of one; the caller holds the lock."""
     tables: list[NDArray[np.int32]] = [np.zeros((0, 6), np.int32)]
     faults: list[_Fault] = []
     with building(folder) as part:
         with (part / "ids.bin").open("wb") as ids, (part / "supervised.bin").open("wb") as supervised:
-            for rows in found:
+            for rows in parts:
                 ids.write(rows.ids.tobytes())
                 supervised.write(rows.supervised.tobytes())
                 tables.append(rows.table)
@@ -269,8 +269,8 @@ def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list
         raise ValueError(f"table.npy has {table.dtype} {table.shape}, expected rows of {len(numbers)} records")
     tokens = max(1, int(table[:, 0].sum(dtype=np.int64)))
     for name, size in (("ids.bin", 4 * tokens), ("supervised.bin", tokens)):
-        if (found := (folder / name).stat().st_size) != size:
-            raise ValueError(f"{name} has {found} bytes, expected {size}")
+        if (stored := (folder / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {stored} bytes, expected {size}")
     codes = {code.value for code in Code}
     if any(item.code not in codes or item.row not in numbers or table[item.row - numbers[0], 1] for item in faults):
         raise ValueError(f"{_LAST} has an unknown fault, or one of a record without faults")
@@ -309,7 +309,7 @@ def _tokenise(
     supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
     table = np.zeros((len(rows), 6), dtype=np.int32)
     faults: list[_Fault] = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         try:
             record = source[row]
             encoded = encode(record)
@@ -322,7 +322,7 @@ def _tokenise(
         keep = fold(tokens)
         ids.append(tokens[keep])
         supervised.append(encoded.supervised.numpy()[keep])
-        table[place] = (
+        table[index] = (
             len(ids[-1]), len(tokens), encoded.images, len(record.images), encoded.dropped_turns,
             _checksum(ids[-1], supervised[-1]),
         )  # fmt: skip
@@ -335,6 +335,6 @@ def _first_of_images(
     """All ids except the second and further ids of each image."""
     keep = np.ones(len(tokens), dtype=np.bool_)
     if image_token_id is not None and tokens_per_image > 1:
-        places = np.flatnonzero(tokens == image_token_id)
-        keep[places[np.arange(len(places)) % tokens_per_image > 0]] = False
+        positions = np.flatnonzero(tokens == image_token_id)
+        keep[positions[np.arange(len(positions)) % tokens_per_image > 0]] = False
     return keep

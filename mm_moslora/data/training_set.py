@@ -99,7 +99,7 @@ class TrainingSet(RecordExamples):
         """Whether `lengths` are estimates."""
         self.exact = not self.estimated and (image_processing is None or image_processing.fixed)
         """Whether `lengths` are surely those of the examples; headers may be wrong, or not fetched yet."""
-        self._look = len(self) <= exact_limit
+        self._read_headers = len(self) <= exact_limit
         if self.estimated and config.pack_tokens:
             raise DataError(
                 f"data.pack_tokens needs exact lengths, and {len(self)} records are too many to tokenise at every "
@@ -154,8 +154,8 @@ class TrainingSet(RecordExamples):
         Args:
             key: of the sources in the recipe.
         """
-        found = {f"the number of records of {key}": len(self), f"the fingerprint of {key}": self.fingerprint[:12]}
-        return found | {f"the content of {key}.{index}": file.content()[:12] for index, file in enumerate(self.files)}
+        whole = {f"the number of records of {key}": len(self), f"the fingerprint of {key}": self.fingerprint[:12]}
+        return whole | {f"the content of {key}.{index}": file.content()[:12] for index, file in enumerate(self.files)}
 
     def statistics(self) -> dict[str, float]:
         """Counts for a report: records, those that cannot be used, those with pictures, and tokens per record.
@@ -189,7 +189,7 @@ class TrainingSet(RecordExamples):
                 set was built is there no more: a run without its record could not be resumed.
         """
         fetched = "://" in (error.path or "")  # not looked at before
-        if self._look and error.code is Code.IMAGE_MISSING and not fetched and index not in self.quarantine:
+        if self._read_headers and error.code is Code.IMAGE_MISSING and not fetched and index not in self.quarantine:
             raise DataError(
                 f"{error}. It was there when the run started, so its record is not left out. Bring it back; the same "
                 "command goes on from the last checkpoint."
@@ -204,14 +204,14 @@ class TrainingSet(RecordExamples):
                 self._take_over(cache, self._starts[source])
         for index in range(len(self)):
             cache = self.caches[self.source_and_row(index)[0]]
-            look = self._look and self.has_image[index]
-            if cache is not None and not look and not self.words:
+            headers = self._read_headers and self.has_image[index]
+            if cache is not None and not headers and not self.words:
                 continue
             try:
                 record = self.record(index)
                 if self.words:
                     self.words[index] = sum(len(turn.text.split()) for turn in record.turns)
-                    if cache is not None and not look:
+                    if cache is not None and not headers:
                         continue
                 self.lengths[index] = self._measure(index, record)
                 self.has_image[index] = bool(record.images)
@@ -226,7 +226,7 @@ class TrainingSet(RecordExamples):
         stop = start + len(cache.lengths)
         self.lengths[start:stop] = array("L", cache.lengths.tolist())
         self.has_image[start:stop] = cache.has_image.astype("u1").tobytes()
-        self.truncated += 0 if self._look else int((cache.dropped > 0).sum())
+        self.truncated += 0 if self._read_headers else int((cache.dropped > 0).sum())
         for row in sorted(cache.faults):
             self.quarantine.add(start + row, cache.fault(row))
 

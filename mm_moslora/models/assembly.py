@@ -130,9 +130,9 @@ def load_parts(
     """
     require_model("model.language", config.language)
     require_model("model.vlm", config.vlm)
-    place: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
+    device_context: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
     load = _assembled if config.vlm is None else _pretrained
-    with place:
+    with device_context:
         return load(config, weights=weights, dtype=dtype, device=device)
 
 

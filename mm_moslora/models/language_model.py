@@ -70,10 +70,10 @@ def language_model(
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-            kept = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            config_only = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model.language is {name!r}, which does not load: {reason_of(error)}.") from error
-        language = LanguageModel(kept, tokenizer)
+        language = LanguageModel(config_only, tokenizer)
     set_chat_template(language.tokenizer, config.chat_template, faithful=config.faithful)
     if language.model is not None and config.chat_template is not None and language.model.generation_config is not None:
         stops = stop_token_ids(language.model, language.tokenizer.eos_token_id)

@@ -49,33 +49,33 @@ class MetaModel:
     """Rows and columns of a picture's patches, by the configuration alone, where the tower takes any number."""
 
     @property
-    def held(self) -> nn.ModuleList:
+    def decoder_layers(self) -> nn.ModuleList:
         """The decoder layers at hand."""
         return cast(nn.ModuleList, cast(Any, self.model.get_decoder()).layers)
 
     def each(self) -> Iterator[tuple[str, nn.Parameter, int]]:
         """Name, parameter, and how often the whole model has one of its size: those of the last layer stand for all."""
-        *others, last = ({id(parameter) for parameter in layer.parameters()} for layer in self.held)
+        *others, last = ({id(parameter) for parameter in layer.parameters()} for layer in self.decoder_layers)
         last = last.difference(*others)  # layers share some parameters of PEFT's methods
         for name, parameter in self.model.named_parameters():
-            yield name, parameter, 1 + (self.layers - len(self.held) if id(parameter) in last else 0)
+            yield name, parameter, 1 + (self.layers - len(self.decoder_layers) if id(parameter) in last else 0)
 
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Parameters and trainable ones of the whole model by part: language, vision, projector, adapter, mixer."""
-        found: dict[str, tuple[int, int]] = {}
+        counts: dict[str, tuple[int, int]] = {}
         for name, parameter, times in self.each():
             part = part_of(name)
             if is_adapter_parameter(name):  # a projector inside the tower has the tower's adapters
                 kind = "mixer" if "lora_mixer" in name else "adapter"
                 part = kind if part == "language" else f"vision {kind}"
-            total, trainable = found.get(part, (0, 0))
+            total, trainable = counts.get(part, (0, 0))
             size = times * parameter.numel()
-            found[part] = (total + size, trainable + (size if parameter.requires_grad else 0))
-        return found
+            counts[part] = (total + size, trainable + (size if parameter.requires_grad else 0))
+        return counts
 
     def quantisable(self) -> list[int]:
         """Sizes of the language model's linear weights but the head's, which loading in 4 or 8 bits packs."""
-        linears = [module for module in self.held[-1].modules() if isinstance(module, nn.Linear)]
+        linears = [module for module in self.decoder_layers[-1].modules() if isinstance(module, nn.Linear)]
         own = [module.weight.numel() for module in linears if not module.weight.requires_grad]
         return self.layers * own
 

@@ -23,7 +23,7 @@ LAYERS = 2
 
 
 @cache
-def known_shapes() -> dict[str, dict[str, Any]]:
+def shipped_shapes() -> dict[str, dict[str, Any]]:
     """The models of the shipped recipes, and their sizes."""
     found: dict[str, dict[str, Any]] = read_json(RECIPES_FOLDER / "shapes.json", linked=True)
     return found
@@ -43,20 +43,20 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        if name not in known_shapes():
+        if name not in shipped_shapes():
             raise
         logger.info("%s: its configuration cannot be read; the shipped sizes are used.", name)
-        return known_shape(name)
+        return shipped_config(name)
     return config
 
 
-def known_shape(name: str) -> PreTrainedConfig:
+def shipped_config(name: str) -> PreTrainedConfig:
     """The sizes of a shipped recipe's model.
 
     Raises:
         KeyError: no shipped recipe names it.
     """
-    values = dict(known_shapes()[name])
+    values = dict(shipped_shapes()[name])
     kind = values.pop("model_type")
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
     return config
@@ -93,10 +93,10 @@ def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
     Raises:
         ModelError: there is one.
     """
-    found = None
+    file = None
     with contextlib.suppress(OSError, ValueError):  # the loader says what is wrong
-        found = find_adapter_config_file(name, revision=revision)
-    if found is not None:
+        file = find_adapter_config_file(name, revision=revision)
+    if file is not None:
         raise ModelError(
             f"{name} has an {ADAPTER_CONFIG} where a model is expected. transformers would load that adapter, and "
             "maybe another model that it names. Give a model without it, such as one that the adapter was merged into."

@@ -61,11 +61,11 @@ class ProcessorTemplate(Template):
                 numbers.append(number)
                 continue
             kinds = ""
-            for place, text in enumerate(texts):
-                kinds += "i" if place else ""
+            for index, text in enumerate(texts):
+                kinds += "i" if index else ""
                 # Templates write line breaks around a picture themselves.
-                text = text.removeprefix("\n") if place else text
-                text = text.removesuffix("\n") if place + 1 < len(texts) else text
+                text = text.removeprefix("\n") if index else text
+                text = text.removesuffix("\n") if index + 1 < len(texts) else text
                 if text:
                     kinds += "t"
                     contents.append(Turn(role=turn.role, text=text, offsets=()))

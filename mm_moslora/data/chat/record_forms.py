@@ -26,7 +26,7 @@ class Mark(NamedTuple):
 
     kind: str
     """image or video."""
-    given: Any = None
+    item: Any = None
     """The image or video, if the conversation itself names it."""
 
 
@@ -104,7 +104,7 @@ def filled_marks(marks: list[Mark], named: dict[str, list[Any]], where: Where) -
     if not names:
         return marks
     for kind in names:
-        if any(mark.given is not None for mark in marks):
+        if any(mark.item is not None for mark in marks):
             raise where.error(Code.IMAGE_COUNT, kind, f"{kind}s are named here and in the messages", "name them once")
     if "video" not in names:  # `records` counts these and names the turns
         return [Mark("image", item) for item in names["image"]]

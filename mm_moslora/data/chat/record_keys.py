@@ -82,8 +82,8 @@ def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where) -> 
         if _is_empty(value) or (weighs and (role != "assistant" or neutral)):
             continue
         plain = weighs and isinstance(value, int | float | str)
-        found = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
-        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}", found, _OF_TURN[key])
+        shown = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
+        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}", shown, _OF_TURN[key])
 
 
 def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) -> str:
@@ -92,10 +92,10 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) ->
     Raises:
         RecordError: it is no text, holds a block's tags, is given twice, or belongs to no answer.
     """
-    given = {key: turn[key] for key in REASONING if not _is_empty(turn.get(key))}
-    if not given:
+    texts = {key: turn[key] for key in REASONING if not _is_empty(turn.get(key))}
+    if not texts:
         return ""
-    (key, value), *more = given.items()
+    (key, value), *more = texts.items()
     twice = bool(more) or _text_of(turn.get("value", turn.get("content"))).lstrip().startswith("<think>")
     tagged = isinstance(value, str) and ("<think>" in value or "</think>" in value)
     if twice or tagged or role != "assistant" or not isinstance(value, str):
@@ -134,13 +134,13 @@ def check_characters(text: str, field: str, where: Where) -> None:
 def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of a record, of its turns as `conversations[].key`, and of their parts, that are not read."""
     form = _form(value)
-    found = [str(key) for key in value if key not in READ.get(form, _SHOWN)]
+    ignored = [str(key) for key in value if key not in READ.get(form, _SHOWN)]
     turns = _objects(value.get(form))
     read = {"user", "assistant"} if form == "texts" else READ_OF_TURN
-    found += [f"{form}[].{key}" for turn in turns for key in turn if key not in read]
+    ignored += [f"{form}[].{key}" for turn in turns for key in turn if key not in read]
     parts = [part for turn in turns for part in _objects(turn.get("value", turn.get("content")))]
-    found += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
-    return tuple(dict.fromkeys(found))
+    ignored += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
+    return tuple(dict.fromkeys(ignored))
 
 
 def _form(value: Mapping[str, Any]) -> str:

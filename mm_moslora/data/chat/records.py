@@ -167,8 +167,8 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
     """The picture or video of a placeholder."""
     if mark.kind == "video":
-        return find_clip(mark.given, index, where, rules)
-    return find_remote(mark.given, index, where, rules) or find_picture(mark.given, index, where, rules)
+        return find_clip(mark.item, index, where, rules)
+    return find_remote(mark.item, index, where, rules) or find_picture(mark.item, index, where, rules)
 
 
 def _with_frames(turns: list[Turn], shown: Sequence[Picture | Clip]) -> list[Turn]:
@@ -187,8 +187,8 @@ def _images_asked_first(turns: list[Turn], count: int) -> list[Turn]:
     if first is None:
         return turns
     text = turns[first].text
-    asked = Turn.asking(text, images=count) if text else Turn(role="user", text=IMAGE * count)
-    return [*turns[:first], asked, *turns[first + 1 :]]
+    question = Turn.asking(text, images=count) if text else Turn(role="user", text=IMAGE * count)
+    return [*turns[:first], question, *turns[first + 1 :]]
 
 
 def _id(value: Mapping[str, Any], where: Where) -> str:
@@ -293,8 +293,8 @@ def _check_image_count(turns: list[Turn], images: int, where: Where) -> None:
     marked = sum(turn.images for turn in turns)
     if marked == images:
         return
-    asked = [index for index, turn in enumerate(turns) if turn.images]
-    what = f"{marked} {IMAGE} in the questions (turns {asked}), {images} images"
+    with_images = [index for index, turn in enumerate(turns) if turn.images]
+    what = f"{marked} {IMAGE} in the questions (turns {with_images}), {images} images"
     ignored = [index for index, turn in enumerate(turns) if turn.role != "user" and IMAGE in turn.text]
     if ignored:
         what += f"; the ones in turns {ignored} do not count"

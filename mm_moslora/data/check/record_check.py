@@ -138,7 +138,7 @@ class CheckReport:
         bounds = [max(1, self.max_length >> shift) for shift in range(bins - 1, -1, -1)]
         counts = [0] * bins
         for length in self.lengths:
-            counts[next(place for place, bound in enumerate(bounds) if length <= bound)] += 1
+            counts[next(index for index, bound in enumerate(bounds) if length <= bound)] += 1
         return list(zip(bounds, counts, strict=True))
 
     def add(self, other: CheckReport) -> None:
@@ -192,7 +192,9 @@ def check(
         max_bad_share=share,
         too_long=config.too_long,
     )
-    look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
+    check_rows = _RowCheck(
+        files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty
+    )
     chunks: Sequence[tuple[int, range]] = [
         (number, range(start, min(len(file), start + _TOGETHER)))
         for number, file in enumerate(files)
@@ -204,7 +206,7 @@ def check(
         raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
     if processes is None:
         processes = usable_processes() if total > 2 * _TOGETHER else 1
-    for part in in_processes(look, chunks, processes=processes):
+    for part in in_processes(check_rows, chunks, processes=processes):
         report.add(part)
         if on_progress is not None:
             on_progress(report.records, total)
@@ -212,7 +214,7 @@ def check(
     return report
 
 
-class _Look:
+class _RowCheck:
     """Check some rows of a source; runs in a worker process."""
 
     def __init__(
@@ -250,23 +252,23 @@ class _Look:
         return report
 
     def _pictures(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
-        seen: dict[str, Fingerprint | None] = {}
+        hashes: dict[str, Fingerprint | None] = {}
         for number, picture in enumerate(record.images):
             if number >= encoded.images or picture.name in report.images:
                 continue
             try:
                 size = picture.size()
-                seen[picture.name] = fingerprint(picture.rgb()) if self.decode else None
+                hashes[picture.name] = fingerprint(picture.rgb()) if self.decode else None
             except ImageError as error:
                 raise image_fault(record, number, error) from error
             if size is not None:
                 report.sizes[size] += 1
-        report.images.update(seen)
+        report.images.update(hashes)
 
     def _count(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
-        kept = record.turns[: len(record.turns) - encoded.dropped_turns]
-        answers = [turn.text for turn in kept if turn.role == "assistant"]
-        texts = [part for turn in kept for part in turn.parts()]
+        fitting = record.turns[: len(record.turns) - encoded.dropped_turns]
+        answers = [turn.text for turn in fitting if turn.role == "assistant"]
+        texts = [part for turn in fitting for part in turn.parts()]
         report.ids[record.id] += 1
         content = repr([(turn.role, turn.text) for turn in record.turns] + record.image_names)
         report.contents[hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).digest()] += 1
@@ -278,8 +280,8 @@ class _Look:
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
         report.ignored.update(record.ignored)
-        if kept:  # else a text without questions
-            report.endings[ending(kept)] += 1
+        if fitting:  # else a text without questions
+            report.endings[ending(fitting)] += 1
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
@@ -302,9 +304,9 @@ def _ends(encoded: Encoded) -> set[int]:
 def _separators(encoder: ConversationEncoder) -> re.Pattern[str] | None:
     """Ordinary text that the template writes between turns; in a user's text it looks like a change of speaker."""
     plan = encoder.template.plan(("user", "assistant", "user", "assistant"))
-    found: set[str] = set()
+    lines: set[str] = set()
     for text in (plan.slots[1].before, plan.slots[2].before, plan.slots[3].before):
         for special in encoder.tokens.guarded:
             text = text.replace(special, "\n")
-        found |= {line.strip() for line in text.splitlines() if len(line.strip()) > 2 and not line.strip().isalnum()}
-    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None
+        lines |= {line.strip() for line in text.splitlines() if len(line.strip()) > 2 and not line.strip().isalnum()}
+    return re.compile("|".join(map(re.escape, sorted(lines, key=len, reverse=True)))) if lines else None

@@ -54,9 +54,9 @@ def _scaled(image: Image.Image) -> Image.Image:
     tops: tuple[float, ...] = (65535,) if image.mode.startswith("I;16") else (255, 65535)
     if image.mode == "F":
         tops = (1, *tops)
-    held = next((top for top in tops if low >= 0 and high <= top), None)
-    if held is not None:
-        low, high = 0.0, float(held)
+    scale = next((top for top in tops if low >= 0 and high <= top), None)
+    if scale is not None:
+        low, high = 0.0, float(scale)
     with np.errstate(all="ignore"):  # in place: a wide picture may take half a gigabyte
         values -= low
         values /= max(high - low, 1e-12)

@@ -118,11 +118,11 @@ class StoredPicture:
         return check_image_bytes(self.read(), name=self.name)
 
 
-def find_picture(given: Any, index: int, where: Where, rules: PictureRules) -> LocalPicture | StoredPicture:
+def find_picture(value: Any, index: int, where: Where, rules: PictureRules) -> LocalPicture | StoredPicture:
     """The picture that a record names; URLs of other machines are for `remote_files.find_remote`.
 
     Args:
-        given: a path below the image folder, a data URL, bytes, an object with `bytes` or `path` as in Hugging Face
+        value: a path below the image folder, a data URL, bytes, an object with `bytes` or `path` as in Hugging Face
             tables, or a `StoredPicture`.
         index: number of the picture within the record.
         where: for messages.
@@ -131,7 +131,7 @@ def find_picture(given: Any, index: int, where: Where, rules: PictureRules) -> L
     Raises:
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
     """
-    field_name, data = f"image[{index}]", content_of(given)
+    field_name, data = f"image[{index}]", content_of(value)
     if isinstance(data, StoredPicture):
         return data
     if isinstance(data, str) and DATA_URL.match(data):
@@ -145,11 +145,11 @@ def find_picture(given: Any, index: int, where: Where, rules: PictureRules) -> L
     return LocalPicture(find_file(data, field_name, where, rules))
 
 
-def content_of(given: Any) -> Any:
+def content_of(value: Any) -> Any:
     """The bytes, path or URL in an object of a table or of a content part; any other value unchanged."""
-    if isinstance(given, Mapping) and ("bytes" in given or "path" in given):
-        given = given["bytes"] if given.get("bytes") is not None else given.get("path")
-    return given["url"] if isinstance(given, Mapping) and "url" in given else given  # OpenAI's image_url parts
+    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    return value["url"] if isinstance(value, Mapping) and "url" in value else value  # OpenAI's image_url parts
 
 
 def find_file(name: Any, field_name: str, where: Where, rules: PictureRules) -> Path:
@@ -159,8 +159,8 @@ def find_file(name: Any, field_name: str, where: Where, rules: PictureRules) -> 
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
     """
     if not isinstance(name, str) or not name.strip():
-        found = kind_of(name) if not isinstance(name, str) else "empty"
-        raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is {found}", "write a path below the image folder")
+        kind = kind_of(name) if not isinstance(name, str) else "empty"
+        raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is {kind}", "write a path below the image folder")
     try:
         return find_below(rules.folder, name, follow_links=rules.follow_links)
     except FileError as error:

@@ -102,9 +102,9 @@ def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
             f"data source {config.path!r}: hold_out is {config.hold_out} of {len(source)} records, so that none is "
             "left to train on. Lower it."
         )
-    held = set(random.Random("hold_out").sample(range(len(source)), config.hold_out))
+    chosen = set(random.Random("hold_out").sample(range(len(source)), config.hold_out))
     wanted = isinstance(config, HeldOut)
-    return SelectedRecords(source, [row for row in range(len(source)) if (row in held) == wanted])
+    return SelectedRecords(source, [row for row in range(len(source)) if (row in chosen) == wanted])
 
 
 def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:

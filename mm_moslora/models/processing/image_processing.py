@@ -99,6 +99,6 @@ def _on_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
 
 def dummy_image_example(image_processing: ImageProcessing) -> Example:
     """A grey picture and its placeholders without supervision, for ranks without pictures."""
-    (seen,) = image_processing.process([Image.new("RGB", (32, 32), (127, 127, 127))])
-    ids = torch.tensor(seen.placeholders)
-    return Example(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), pictures=[seen])
+    (picture,) = image_processing.process([Image.new("RGB", (32, 32), (127, 127, 127))])
+    ids = torch.tensor(picture.placeholders)
+    return Example(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), pictures=[picture])

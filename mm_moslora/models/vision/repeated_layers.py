@@ -42,9 +42,9 @@ def repeated_layers(tower: nn.Module) -> Iterator[None]:
     """
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     layers = {layer for children in lists if len(children) > 2 for layer in children}
-    seen: dict[Any, _Kind] = {}
+    kinds: dict[Any, _Kind] = {}
     for layer in layers:
-        layer.forward = _forward(layer, seen)
+        layer.forward = _forward(layer, kinds)
     try:
         yield
     finally:
@@ -52,7 +52,7 @@ def repeated_layers(tower: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _forward(layer: nn.Module, seen: dict[Any, _Kind]) -> Callable[..., Any]:
+def _forward(layer: nn.Module, kinds: dict[Any, _Kind]) -> Callable[..., Any]:
     real: Callable[..., Any] = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -60,12 +60,12 @@ def _forward(layer: nn.Module, seen: dict[Any, _Kind]) -> Callable[..., Any]:
         named = layer.named_parameters()
         weights = tuple((name, tuple(item.shape), item.dtype, item.requires_grad) for name, item in named)
         key = (type(layer), layer.training, weights, torch.is_grad_enabled(), repr(tree_map(_sight, arguments)))
-        if kind := seen.get(key):
+        if kind := kinds.get(key):
             with torch.no_grad(), torch.device("meta"):
                 torch.mm(torch.empty(1, kind.dense // 2), torch.empty(kind.dense // 2, 1))
                 torch.bmm(torch.empty(1, 1, kind.attention // 2), torch.empty(1, kind.attention // 2, 1))
         else:
-            kind = seen[key] = _measured(layer, lambda: real(*args, **kwargs), arguments)
+            kind = kinds[key] = _measured(layer, lambda: real(*args, **kwargs), arguments)
         outputs = iter(_Kept.apply(kind, *_tensors(arguments), *layer.parameters()))
         return tree_map(lambda item: next(outputs) if isinstance(item, Tensor) else item, kind.outputs)
 
@@ -88,24 +88,24 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _measured(layer: nn.Module, run: Callable[[], Any], arguments: Any) -> _Kind:
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        held.append(tensor)  # another tensor could have the storage's address otherwise
+        saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)  # another tensor could have the storage's address otherwise
         return tensor
 
-    held: list[Tensor] = []
+    alive: list[Tensor] = []
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item):
         outputs = run()
     flops = counter.get_flop_counts().get("Global", {})
     dense = sum(number for kind, number in flops.items() if kind in DENSE)
     inputs = [_storage(item) for item in _tensors(arguments)]
-    known = {*inputs, *(_storage(parameter) for parameter in layer.parameters())}
+    not_counted = {*inputs, *(_storage(parameter) for parameter in layer.parameters())}
     return _Kind(
-        arguments=arguments, keeps_input=[item in kept for item in inputs],
+        arguments=arguments, keeps_input=[item in saved for item in inputs],
         outputs=tree_map(lambda item: item.detach() if isinstance(item, Tensor) else item, outputs),
-        kept=sum(size for item, size in kept.items() if item not in known),
+        kept=sum(size for item, size in saved.items() if item not in not_counted),
         dense=dense, attention=sum(flops.values()) - dense,
     )  # fmt: skip
 

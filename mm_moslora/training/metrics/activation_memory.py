@@ -165,7 +165,7 @@ def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
 
 def _kept_by_layer(bones: MetaModel, dtype: torch.dtype, tokens: int) -> int:
     decoder: Any = bones.model.get_decoder()
-    layer: Any = bones.held[0]
+    layer: Any = bones.decoder_layers[0]
     width = bones.model.config.get_text_config().hidden_size
     with torch.device("meta"):
         hidden = torch.zeros(1, tokens, width, dtype=dtype, requires_grad=True)

@@ -70,7 +70,7 @@ class TestFrames:
     def test_the_rule_of_places_holds_for_any_numbers(self) -> None:
         for frames in range(1, 40):
             for count in range(1, 20):
-                found = pyav_decode.places(frames, count)
+                found = pyav_decode.frame_indices(frames, count)
                 assert found == sorted(found)
                 assert (len(found), found[0]) == (count, 0)
                 assert count == 1 or found[-1] == frames - 1
