@@ -21,6 +21,7 @@ from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
+from mm_moslora.models.model_sizes import base_sizes
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec
@@ -103,6 +104,7 @@ def build_meta_model(
     refuse_all_frozen(config)
     with _hub_or_cache(config):
         parts = load_parts(config, weights="shapes")
+        layers = int(base_sizes(config).get_text_config().num_hidden_layers)
         model = parts.model
         with torch.device("meta"):
             cast(nn.Module, model).to(dtype)
@@ -111,12 +113,12 @@ def build_meta_model(
     if not needs_padding(model):
         set_attention(model, SEGMENTS)
         if config.lean_layers and config.quantisation != "int8":  # layers of int8 run in their stock form
-            use_lean_layers(model, depth=parts.layers)
+            use_lean_layers(model, depth=layers)
     tokens, patches = parts.tokens_per_image, None
     if parts.is_pretrained_vlm:
         tokens, patches = _tokens_by_size(model.config, picture)
     return MetaModel(
-        model=model.train(), layers=parts.layers, tokens_per_image=tokens if seen is None else len(seen.placeholders),
+        model=model.train(), layers=layers, tokens_per_image=tokens if seen is None else len(seen.placeholders),
         image=parts.image, seen=seen, unseen=unseen, patches=patches,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from mm_moslora.config import RECIPES_FOLDER
+from mm_moslora.config import RECIPES_FOLDER, ModelConfig
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, require_model
@@ -83,6 +83,14 @@ def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
         ) from error
 
 
+def base_sizes(config: ModelConfig) -> Any:
+    """`sizes_of` a recipe's base model: `model.vlm`, else `model.language`."""
+    if config.vlm is not None:
+        return sizes_of(config.vlm, config.vlm_revision, key="model.vlm")
+    assert config.language is not None
+    return sizes_of(config.language, config.language_revision, key="model.language")
+
+
 def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
     """Refuse a model that an adapter lies beside: transformers would put it in, or load the base that it names instead.
 
@@ -103,11 +111,10 @@ def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
         )
 
 
-def few_layers(config: Any) -> tuple[Any, int]:
-    """A copy of a language model's configuration with few layers, and how many there were."""
+def few_layers(config: Any) -> Any:
+    """A copy of a language model's configuration with few layers."""
     config = copy.deepcopy(config)
-    layers = int(config.num_hidden_layers)
-    config.num_hidden_layers = min(LAYERS, layers)
+    config.num_hidden_layers = min(LAYERS, int(config.num_hidden_layers))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    return config, layers
+    return config

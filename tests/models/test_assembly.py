@@ -179,7 +179,7 @@ def test_data_preparation_and_planning_need_no_weights(language_folder, tmp_path
     assert len(found.image_processing.placeholders([(30, 20)])[0]) == 16
     shapes = load_parts(config, weights="shapes")
     assert {parameter.device.type for parameter in shapes.model.parameters()} == {"meta"}
-    assert (shapes.tokenizer, shapes.processor, shapes.layers, shapes.tokens_per_image) == (None, None, 2, 16)
+    assert (shapes.tokenizer, shapes.processor, shapes.tokens_per_image) == (None, None, 16)
 
 
 @pytest.mark.parametrize("aspect", ["pad", "anyres"])

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 from mm_moslora.batch import ImageProcessing
@@ -26,6 +26,8 @@ from mm_moslora.utils.errors import DataError
 
 _TOGETHER = 128
 _SHORT_ANSWER = 60
+_OF_RECIPE = ("sources", "max_length", "max_bad_share", "too_long", "form")
+"""Fields of a report that all its parts have in common, or that follow from the others."""
 
 
 @dataclass(kw_only=True)
@@ -143,16 +145,14 @@ class CheckReport:
 
     def add(self, other: CheckReport) -> None:
         """Add the report of further records."""
-        for name in ("records", "text_only", "one_image", "several_images", "videos", "pictures", "answers",
-                     "supervised_tokens", "truncated", "thoughts", "dropped_thoughts",
-                     "special_text", "separator_text",
-                     "endless"):  # fmt: skip
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images", "ignored",
-                     "endings"):  # fmt: skip
-            getattr(self, name).update(getattr(other, name))
-        self.lengths += other.lengths
-        self.faults += other.faults
+        for name in (item.name for item in fields(self) if item.name not in _OF_RECIPE):
+            own, more = getattr(self, name), getattr(other, name)
+            if isinstance(own, dict):  # counters, too
+                own.update(more)
+            elif isinstance(own, list):  # in place: a sum would copy the lengths of all records for every chunk
+                own.extend(more)
+            else:
+                setattr(self, name, own + more)
 
 
 def check(

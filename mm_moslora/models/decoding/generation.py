@@ -105,10 +105,10 @@ def stream(
     Raises:
         ModelError: see `likeliest`; ask one by one to know which prompt it is.
     """
-    yield from _continued(model, _read(model, prompts), max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    yield from continued(model, _read(model, prompts), max_new_tokens=max_new_tokens, stop_ids=stop_ids)
 
 
-def _continued(
+def continued(
     model: PreTrainedModel, state: Decoder, *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> Iterator[list[int | None]]:
     """`stream` from the ends of prompts; the state is used up."""
@@ -257,7 +257,7 @@ def generate_and_score(
     """
     state = _read(model, prompts)
     scores = _score(model, state, options)
-    steps = _continued(model, state, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    steps = continued(model, state, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
     return _gathered(steps, len(prompts)), scores
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -282,12 +283,9 @@ class Decoder:
             rows: embeddings ``[t_b, D]`` of different lengths; they are padded on the left here.
             head: False where the logits are not needed, because the rows go on at once.
         """
-        longest = max(row.shape[0] for row in rows)
-        embeddings = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
-        valid = torch.zeros(len(rows), longest, dtype=torch.long, device=embeddings.device)
-        for index, row in enumerate(rows):
-            embeddings[index, longest - row.shape[0] :] = row
-            valid[index, longest - row.shape[0] :] = 1
+        embeddings = pad_sequence(list(rows), batch_first=True, padding_side="left")
+        tokens = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
+        valid = pad_sequence(tokens, batch_first=True, padding_side="left")
         self.extend(embeddings, valid, keep=1 if head else torch.empty(0, dtype=torch.long, device=valid.device))
 
     def extend(self, embeddings: Tensor, valid: Tensor, *, keep: int | Tensor = 1) -> Tensor:

@@ -26,7 +26,6 @@ from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import TOWERS, tower_family
 from mm_moslora.models.model_sizes import config_to_count, refuse_adapter_beside
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
-from mm_moslora.models.vision.repeated_layers import repeated_layers
 from mm_moslora.models.vision.timm_open_clip_tower import (
     BICUBIC,
     PixelStatistics,
@@ -170,8 +169,7 @@ def _features(run: _TowerRun) -> tuple[int, ...]:
     """Shape of the features, ``[1, tokens, V]``, from the architecture without weights (on the meta device)."""
     with torch.device("meta"):
         twin = cast(Any, run.tower)(run.config).eval()
-        with repeated_layers(twin):
-            output = twin(torch.zeros(1, 3, run.size, run.size), output_hidden_states=run.layers)
+        output = twin(torch.zeros(1, 3, run.size, run.size), output_hidden_states=run.layers)
     layers = [run.layers] if isinstance(run.layers, int) else run.layers
     return tuple(torch.cat([output.hidden_states[layer] for layer in layers], dim=-1).shape)
 
