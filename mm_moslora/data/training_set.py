@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 EXACT_LIMIT = 50_000
 """Largest number of records for which lengths are exact and picture headers are read at the start."""
 _SAMPLE = 512
+"""Records from which lengths are estimated, evenly spaced; with the rounding of their distance up to twice as many."""
 
 
 def source_caches(

@@ -32,6 +32,7 @@ PLAIN_TEMPLATE = (
 )
 """For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
 _PLANS = 512
+"""Sequences of roles whose scaffold is remembered; conversations of other lengths or with a system turn differ."""
 _ANCHORS = ("\n", "a", ".", "0", "\u4e2d")
 """Texts before which the tokens of a continuation are found."""
 

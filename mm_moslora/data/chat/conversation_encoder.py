@@ -207,6 +207,7 @@ class ConversationEncoder(AnswerThinking):
         if truncate and not grown.images and any(grown.supervised[:max_length]):
             fitting = max((count for count, length in grown.ends if length <= max_length), default=0)
             return replace(grown.encoded(max_length), dropped_turns=len(turns) - fitting)
+        # Pairs go from the end alone, so the last answers of long records are never learned.
         for count, length in reversed(grown.ends[:-1]):
             if length <= max_length:
                 # Encoded again, because some templates write the last turn differently.

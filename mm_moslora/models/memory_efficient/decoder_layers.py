@@ -451,7 +451,7 @@ def _loss_(logits: Tensor, wanted: Tensor, *, right: Tensor | None, pull: bool) 
     for block, own in zip(logits.split(rows), wanted.split(rows), strict=True):
         wide = block.float()
         picked, top = wide.gather(1, own), wide.amax(-1, keepdim=True)
-        if right is not None:
+        if right is not None:  # a tie counts as right; logits in bf16 tie more often than in fp32
             right += (picked == top).sum()
         norm = wide.sub_(top).exp_().sum(-1, keepdim=True)
         total += (top + norm.log() - picked).sum()
