@@ -12,11 +12,13 @@ from torch import Tensor
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import Recipe, VisionConfig
-from mm_moslora.data.images.record_picture import ImageError, LocalPicture
+from mm_moslora.data.chat.records import RecordSource
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import LocalPicture
+from mm_moslora.data.record_examples import RecordExamples
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.sources.record_source import RecordSource
-from mm_moslora.data.training_set import cache_places
+from mm_moslora.data.training_set import source_caches
 from mm_moslora.launch.shard import Shard
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.vision.feature_cache import FeatureStore, tower_hash
@@ -80,9 +82,10 @@ def fill_caches(recipe: Recipe, shard: Shard | None = None, *, features: bool = 
 
 def _tokens(recipe: Recipe, files: Sequence[RecordSource], parts: DataParts, shard: Shard | None) -> int:
     with Progress("tokenise records", 0, unit="record") as progress:
-        caches = cache_places(files, parts.encoder, parts.image_processing, config=recipe.data, on_progress=progress.of)
+        examples = RecordExamples(files, parts.encoder, parts.image_processing, recipe.data)
+        caches = source_caches(examples, on_progress=progress.of)
         if shard is None:
-            return sum(len(cache.cache().lengths) for cache in caches)
+            return sum(len(cache.open().lengths) for cache in caches)
         return sum(cache.fill(shard) for cache in caches)
 
 
@@ -123,7 +126,7 @@ def _features(
             pictures = []
             for file, row, number in batch:
                 with suppress(RecordError, ImageError):
-                    pictures += processing.see([files[file][row].images[number].rgb()])
+                    pictures += processing.process([files[file][row].images[number].rgb()])
             keys = {picture.key: index for index, picture in enumerate(pictures)}
             missing = [key for key in keys if store.read(key) is None]
             if missing:  # the whole batch is encoded: digits may depend on the pictures beside

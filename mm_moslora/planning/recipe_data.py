@@ -19,7 +19,7 @@ from mm_moslora.config.strict_reading import plain as as_plain
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.thinking_form import form_of, settled
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
-from mm_moslora.data.check.html_view import Sample, page
+from mm_moslora.data.check.html_view import RecordSample, page
 from mm_moslora.data.check.record_check import CheckReport, check
 from mm_moslora.data.check.report_file import plain_report, read_report
 from mm_moslora.data.check.terminal_view import (
@@ -32,10 +32,11 @@ from mm_moslora.data.check.terminal_view import (
 )
 from mm_moslora.data.epoch_order import fill_rate, pack, source_repeats
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
-from mm_moslora.data.images.record_picture import ImageError, open_image
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import open_image
+from mm_moslora.data.record_examples import encode_record, placeholders_of
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source, open_sources, require_sources
-from mm_moslora.data.training_set import encode_record, placeholders_of
 from mm_moslora.launch.shard import Shard, finished, refuse_others
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mm_moslora.config import Recipe
-    from mm_moslora.data.sources.record_source import RecordSource
+    from mm_moslora.data.chat.records import RecordSource
 
 COUNTED = 1000
 """Records of each source that are read to plan a run; of a larger source these are a random choice, whose mean is off
@@ -339,7 +340,7 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
     return path
 
 
-def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[Sample]]:
+def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[RecordSample]]:
     files = open_sources(recipe.data.train)
     total = sum(len(file) for file in files)
     if not 0 <= start < total or count < 1:
@@ -358,7 +359,7 @@ def parts_of(recipe: Recipe) -> DataParts:
     return DataParts(encoder, parts.image_processing)
 
 
-def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataParts) -> Sample:
+def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataParts) -> RecordSample:
     for file in files:
         if number < len(file):
             break
@@ -373,11 +374,11 @@ def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataP
             pictures=placeholders_of(record, parts.image_processing),
         )
     except RecordError as error:
-        return Sample(None, None, error)
-    return Sample(record, encoded)
+        return RecordSample(None, None, error)
+    return RecordSample(record, encoded)
 
 
-def _view_one(sample: Sample, parts: DataParts) -> RenderableType:
+def _view_one(sample: RecordSample, parts: DataParts) -> RenderableType:
     if sample.record is None or sample.encoded is None:
         return Panel(Text(str(sample.fault)), title="cannot be used", title_align="left", border_style="red")
     return view_record(sample.record, sample.encoded, parts.encoder)

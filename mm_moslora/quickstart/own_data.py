@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.data.images.record_picture import ImageError, open_image
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import open_image
 
 TEST_SHARE, LEAST_TEST, MOST_TEST = 0.2, 2, 100
 """Share of held-out pictures, their minimum number where two are left for training, and their maximum number."""

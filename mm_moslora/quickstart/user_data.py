@@ -20,8 +20,9 @@ from typing import Any
 
 from mm_moslora_eval.metrics.exact_match import relaxed
 
-from mm_moslora.data.chat.records import IMAGE, VIDEO
-from mm_moslora.data.images.record_picture import ImageError, check_image, read_picture
+from mm_moslora.data.chat.record_forms import IMAGE, VIDEO
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import check_image, read_picture
 from mm_moslora.quickstart.instruction_data import ImageQuestion, conversation, question_record, yes_no_questions
 from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, decodes, first_of, test_size
 from mm_moslora.quickstart.user_file import from_file

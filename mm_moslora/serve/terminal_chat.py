@@ -134,7 +134,7 @@ class Chat:
 
     def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[ProcessedImage]]:
         """Token ids of a conversation, and its pictures as tensors."""
-        images = self.assembly.image_processing.see(self.images) if self.assembly.image_processing else []
+        images = self.assembly.image_processing.process(self.images) if self.assembly.image_processing else []
         ids = self.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in images])
         longest = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
         if longest and len(ids) + self.max_new_tokens > longest:

@@ -24,9 +24,12 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
-from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.memory_efficient.kernel_selection import (
+    choose_kernels,
+    use_kernels,
+    use_lean_layers,
+    use_loss_head,
+)
 from mm_moslora.training.engine import LossModule
 
 RANK, ALPHA = 16, 32

@@ -26,7 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "soak")]
 from fuzzing import Tally, main  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from mm_moslora.data.images.record_picture import ImageError, check_image_bytes, open_image_bytes  # noqa: E402
+from mm_moslora.data.images.picture_faults import ImageError  # noqa: E402
+from mm_moslora.data.images.record_picture import check_image_bytes, open_image_bytes  # noqa: E402
 
 CHUNK = 20_000
 """Files per child process."""

@@ -24,7 +24,7 @@ from mm_moslora import cli
 from mm_moslora.cli.plan_verb import as_it_stands, expected
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe, load_recipe, recipe_names
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
-from mm_moslora.models.model_sizes import known_shapes
+from mm_moslora.models.model_sizes import shipped_shapes
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.planning import run_plan
 from mm_moslora.planning.run_plan import DataSize, RunPlan, known_data, plan
@@ -207,7 +207,7 @@ def named_by(name: str) -> frozenset[str]:
 
 def test_the_sizes_of_shipped_models_are_known() -> None:
     for name in recipe_names():
-        assert set() < named_by(name) <= set(known_shapes())
+        assert set() < named_by(name) <= set(shipped_shapes())
 
 
 @pytest.mark.parametrize("name", {named_by(name): name for name in recipe_names()}.values())

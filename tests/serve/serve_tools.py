@@ -34,7 +34,7 @@ def asking(text: str, *pictures: str, **more: Any) -> dict[str, Any]:
 
 def pixels_of(models: Any, picture: Image.Image) -> Any:
     """A picture as the tower's input, ``[3, H, W]``."""
-    return models.assembly.image_processing.see([picture])[0].tensors["pixel_values"][0]
+    return models.assembly.image_processing.process([picture])[0].tensors["pixel_values"][0]
 
 
 def before_steps(engine: Any, act: Callable[[], object]) -> None:

@@ -163,7 +163,7 @@ def looking(
 
 def _tokens(models: Any, name: str) -> Any:
     """Visual tokens of the picture in the server, possibly from its cache."""
-    images = models.assembly.image_processing.see([PICTURE])
+    images = models.assembly.image_processing.process([PICTURE])
     with models.use(name):
         return models.image_tokens(name, images)
 
@@ -176,7 +176,7 @@ def _tokens_alone(folder: Path, *, tuned: bool) -> Any:
     from mm_moslora.models.load_model import load
 
     assembly = load(folder, merge=False)
-    pixels = assembly.image_processing.see([PICTURE])[0].tensors["pixel_values"]
+    pixels = assembly.image_processing.process([PICTURE])[0].tensors["pixel_values"]
     with torch.inference_mode():
         if tuned:
             return encode_images(assembly.model, pixels)[0]

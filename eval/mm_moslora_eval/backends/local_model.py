@@ -11,9 +11,10 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from mm_moslora.data.chat.chat_template import THINK_END
+from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.data.chat.record_forms import IMAGE
+from mm_moslora.data.chat.records import Turn
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import (
     ContinuationScore,
@@ -226,4 +227,4 @@ def _turn(message: Message) -> Turn:
         else:
             offsets.append(len(text))
             text += IMAGE
-    return Turn(role=message.role, text=text, places=tuple(offsets) if message.role == "user" else None)
+    return Turn(role=message.role, text=text, offsets=tuple(offsets) if message.role == "user" else None)

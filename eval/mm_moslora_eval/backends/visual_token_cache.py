@@ -97,5 +97,5 @@ class VisualTokens:
     def _decode(self, image: ImageLike) -> Tensor:
         if self._assembly.image_processing is None:
             raise EvalError("The task shows pictures, but this model has no vision encoder. Choose a text task.")
-        (seen,) = self._assembly.image_processing.see([open_image(image)])
+        (seen,) = self._assembly.image_processing.process([open_image(image)])
         return seen.tensors["pixel_values"][0]

@@ -14,7 +14,8 @@ from operator import attrgetter
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
-from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.data.chat.record_forms import IMAGE
+from mm_moslora.data.chat.records import Turn
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.chat_request import ChatMessage, ChatRequest, MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
@@ -126,12 +127,12 @@ def _question(parts: Sequence[str | MessagePicture]) -> Turn:
     first_picture = next((index for index, part in enumerate(parts) if isinstance(part, MessagePicture)), len(parts))
     if first_picture > last_text:
         parts = [*parts[first_picture:], *parts[:first_picture]]
-    text, positions = "", []
+    text, offsets = "", []
     for index, part in enumerate(parts):
         if isinstance(part, MessagePicture):
-            positions.append(len(text))
+            offsets.append(len(text))
             text += f"{IMAGE}\n"
         else:
             behind_text = index > 0 and isinstance(parts[index - 1], str)
             text += f"\n{part}" if behind_text else part
-    return Turn(role="user", text=text, places=tuple(positions))
+    return Turn(role="user", text=text, offsets=tuple(offsets))

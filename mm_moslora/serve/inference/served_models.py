@@ -119,7 +119,7 @@ class Models:
         with self._alone:
             processing = self.assembly.image_processing
             try:
-                images = processing.see(pictures) if processing and pictures else []
+                images = processing.process(pictures) if processing and pictures else []
             except Exception as error:  # processors raise nearly anything
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
             placeholders = [item.placeholders for item in images]

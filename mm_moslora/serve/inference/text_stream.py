@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_moslora.data.chat.chat_template import THINK, THINK_END
+from mm_moslora.data.chat.answer_thinking import THINK, THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 
 _HALF = "\N{REPLACEMENT CHARACTER}"

@@ -48,7 +48,7 @@ def runs(encoded: Encoded) -> list[list[int]]:
 
 def literal(texts: list[str]) -> list[Turn]:
     """Turns in which every `<image>` is typed text."""
-    return [Turn(role="assistant" if index % 2 else "user", text=text, places=()) for index, text in enumerate(texts)]
+    return [Turn(role="assistant" if index % 2 else "user", text=text, offsets=()) for index, text in enumerate(texts)]
 
 
 class TestSupervision:
@@ -199,7 +199,7 @@ class TestSystemPrompts:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = "{{ raise_exception('no') if messages[0]['role'] == 'system' }}" + CHATML
         encoder = ConversationEncoder(tokenizer, image_token_id=7, tokens_per_image=2, system_prompt="<image>?")
-        question = Turn(role="user", text="<image>\nwhat?", places=(0,))
+        question = Turn(role="user", text="<image>\nwhat?", offsets=(0,))
         ids = encoder.encode_prompt([question]).tolist()
         assert ids.count(7) == 2
         assert tokenizer.decode(ids[: ids.index(7)]).endswith("<image>?\n\n")

@@ -103,7 +103,7 @@ def test_the_log_likelihood_of_the_reference_is_that_of_transformers(exported: P
         given = processor(text=[text], images=[[shown]], return_tensors="pt")
         ids = torch.tensor([processor.tokenizer.encode(texts[index], add_special_tokens=False)])
         row = torch.cat([given["input_ids"], ids], dim=1)
-        (seen,) = model.assembly.image_processing.see([shown])  # type: ignore[attr-defined]
+        (seen,) = model.assembly.image_processing.process([shown])  # type: ignore[attr-defined]
         pixels = {"ours": seen.tensors["pixel_values"], "theirs": given["pixel_values"]}
         for answer, values in ((found[index], pixels["ours"]), (batched[index], pixels["theirs"])):
             with torch.inference_mode():
