@@ -136,7 +136,7 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int = 6
     Args:
         rows: modules by depth, as `mm_moslora.adapters.adapter_inspection.ModuleReport.row` gives them.
         picture: file to write; the ending chooses the format (.png, .svg, .pdf).
-        most: draw the energies of so many modules, those of the largest updates.
+        most: number of modules whose energies are drawn, those with the largest updates.
 
     Raises:
         AdapterError: an ending that is no format.
