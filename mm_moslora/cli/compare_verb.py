@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.shard_jobs import refuse_two_engines
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from mm_moslora.compare.comparison_run import ArmComparison
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.warmup 0.1")]
-
-
-def register(app: App) -> None:
-    """Add the verb to the command line."""
-    app.command(compare)
 
 
 def compare(
@@ -132,7 +127,10 @@ def compare(
     if cell or stop_at is not None:
         if overrides or not cell:
             raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME [--stop-at STEP].")
-        return _one_run(Path(recipe), cell, stop_at)
+        from mm_moslora.compare.comparison_cell import run_cell
+        from mm_moslora.launch.launcher import EXIT_REQUEUE
+
+        return 0 if run_cell(Path(recipe), cell, stop_at=stop_at) else EXIT_REQUEUE
     refuse_two_engines(slurm=slurm, ray=ray, parallel=parallel)
     shared = load_recipe(recipe, override_items(overrides))
     from mm_moslora.compare.arms import parse_arms, size_lines, split
@@ -178,13 +176,6 @@ def compare(
             script = shlex.quote(str(comparison.folder / ARRAY))
             print(f"Next: sbatch {script}\nAfter its end, this command again collects the runs.")
         return code
-
-
-def _one_run(folder: Path, cell: str, stop_at: int | None) -> int:
-    from mm_moslora.compare.comparison_cell import run_cell
-    from mm_moslora.launch.launcher import EXIT_REQUEUE
-
-    return 0 if run_cell(folder, cell, stop_at=stop_at) else EXIT_REQUEUE
 
 
 def _rates(text: str) -> list[float]:

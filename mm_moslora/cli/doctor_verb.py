@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from mm_moslora.planning.doctor import Diagnosis
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
-
-
-def register(app: App) -> None:
-    """Add the verb to the command line."""
-    app.command(doctor)
 
 
 def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool = False, limit: float = 180.0) -> int:

@@ -25,7 +25,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, mark, read_json, remove, replace_json, replace_text
 from mm_moslora.utils.run_paths import MANIFEST, checkpoints
 from mm_moslora.utils.text_format import visible
@@ -199,10 +199,10 @@ def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
     """
     run = CellRun.read(folder, name)
     try:
-        lock = held(run.run_folder / ".cell.lock", wait=False)
+        lock = lock_file(run.run_folder / ".cell.lock", wait=False)
     except BlockingIOError:
         logger.info("Another process runs %s; waiting for its end.", name)
-        lock = held(run.run_folder / ".cell.lock", wait=True)
+        lock = lock_file(run.run_folder / ".cell.lock", wait=True)
     with lock, chdir(run.start):
         earlier = read_outcome(run.run_folder)
         if earlier is not None and earlier.status != "failed":

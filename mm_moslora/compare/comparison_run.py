@@ -39,7 +39,7 @@ from mm_moslora.launch.slurm_array import write_array
 from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, mark, read_json, refuse_strangers, remove, replace_json
 from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.text_format import format_seconds
@@ -394,7 +394,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, "comparison")
     try:
-        lock = held(folder / ".lock", wait=False)
+        lock = lock_file(folder / ".lock", wait=False)
     except BlockingIOError as error:
         raise ConfigError(
             f"{folder} is in use by another comparison. Wait for it, or choose another --output."

@@ -63,7 +63,7 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
         {"mood": mood, "text": text}
         for task in ([column] if column else dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
         for mood, text in above_controls(
-            results["arms"], task, alone=bool(column) or len(tasks) < 2, asked=results["settings"]["controls"]
+            results["arms"], task, alone=bool(column) or len(tasks) < 2, requested=results["settings"]["controls"]
         )
     ]
     shown = [row for row in results["comparisons"] if column in (None, row["task"])]

@@ -30,7 +30,7 @@ from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard, finished
 from mm_moslora.utils.errors import ConfigError, DataError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import building, is_built, mark, read_json, remove, set_aside, sha256_of, sync
 from mm_moslora.utils.untrusted_data import read_value
 
@@ -214,7 +214,7 @@ class CachePlace:
     @staticmethod
     def _locked(folder: Path) -> AbstractContextManager[int]:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return held(folder.with_name(f"{folder.name}.lock"), wait=True)
+        return lock_file(folder.with_name(f"{folder.name}.lock"), wait=True)
 
     def _tokenised(self, numbers: Sequence[int]) -> Iterator[_Rows]:
         parts = [numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS)]

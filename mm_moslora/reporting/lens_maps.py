@@ -66,11 +66,11 @@ def heat_maps(modules: Sequence[tuple[str, Mapping[str, Any]]]) -> list[HeatMap]
     """
     kinds, layers = _kinds_and_layers([path for path, _ in modules])
     rows, columns = list(dict.fromkeys(kinds)), sorted(set(layers))
-    places = [(rows.index(kind), columns.index(layer)) for kind, layer in zip(kinds, layers, strict=True)]
+    indices = [(rows.index(kind), columns.index(layer)) for kind, layer in zip(kinds, layers, strict=True)]
     maps = []
     for name, title in TITLES.items():
         cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
-        for (row, column), (_, measures) in zip(places, modules, strict=True):
+        for (row, column), (_, measures) in zip(indices, modules, strict=True):
             cells[row][column] = measures.get(name)
         if any(cell is not None for line in cells for cell in line):
             names = [".".join(map(str, layer)) for layer in columns]
@@ -93,11 +93,11 @@ def _kinds_and_layers(paths: Sequence[str]) -> tuple[list[tuple[str, ...]], list
     shapes = [tuple("*" if part.isdecimal() else part for part in path) for path in parts]
     numbers: dict[tuple[str, ...], list[set[str]]] = {}
     for shape, path in zip(shapes, parts, strict=True):
-        for found, part in zip(numbers.setdefault(shape, [set() for _ in path]), path, strict=True):
-            found.add(part)
+        for values, part in zip(numbers.setdefault(shape, [set() for _ in path]), path, strict=True):
+            values.add(part)
     kinds, layers = [], []
     for shape, path in zip(shapes, parts, strict=True):
-        counts = [len(found) > 1 for found in numbers[shape]]
+        counts = [len(values) > 1 for values in numbers[shape]]
         kinds.append(tuple("*" if counted else part for part, counted in zip(path, counts, strict=True)))
         layers.append(tuple(int(part) for part, counted in zip(path, counts, strict=True) if counted))
     return kinds, layers
@@ -115,7 +115,7 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) ->
     Args:
         rows: modules by depth, each with `path`, known measures, `pair_energy` and `singular_values`.
         picture: file to write.
-        most: draw the energies of so many modules, those of the largest updates.
+        most: number of modules whose energies are drawn, those with the largest updates.
 
     Raises:
         AdapterError: an ending that is no format.

@@ -22,7 +22,7 @@ from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.data.worker_processes import in_processes
 from mm_moslora.utils import files
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from tests.data.sets import chatml_encoder, make_set, tiny_tower
 
 
@@ -224,7 +224,7 @@ class TestTokenCache:
             return number
 
         def build() -> None:
-            with held(tmp_path / "cache.lock", wait=True):
+            with lock_file(tmp_path / "cache.lock", wait=True):
                 for _ in in_processes(work, range(10**6), processes=2):
                     pass
 
@@ -233,7 +233,7 @@ class TestTokenCache:
         wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
         process.kill()
         process.join()
-        with held(tmp_path / "cache.lock", wait=False):
+        with lock_file(tmp_path / "cache.lock", wait=False):
             pass
         wait_until(lambda: not any(alive(int(path.stem)) for path in tmp_path.glob("*.pid")))
 

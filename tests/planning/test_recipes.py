@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from planning_configs import CONVERTED, INTERNLM2, memory_of, write_configurations
 
 from mm_moslora import cli
-from mm_moslora.cli.plan_output import as_it_stands, expected
+from mm_moslora.cli.plan_verb import as_it_stands, expected
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe, load_recipe, recipe_names
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.model_sizes import known_shapes

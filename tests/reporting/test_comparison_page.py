@@ -16,7 +16,7 @@ from comparison_results import NAMES, comparison_results
 from matplotlib.figure import Figure
 
 from mm_moslora.reporting.comparison_charts import Column, Measure, band_of
-from mm_moslora.reporting.comparison_curves import apart
+from mm_moslora.reporting.comparison_curves import dodge
 from mm_moslora.reporting.comparison_page import draw, render, write_page
 from mm_moslora.utils.errors import ConfigError
 
@@ -116,10 +116,10 @@ def test_arms_of_equal_cost_stand_side_by_side() -> None:
     label, marks = next(item for item in plots(render(results)) if item[0].startswith("Score, percent, by trained"))
     assert len(told(marks)) == 4
     assert "lora@rank=64: " in label
-    assert apart([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
-    assert apart([0.5, 0.5, 0.5], 0.04) == pytest.approx([0.5, 0.54, 0.58])
-    assert apart([0.99, 0.2, 1.0], 0.04) == pytest.approx([0.94, 0.2, 0.98])
-    crowd = apart([0.5] * 40, 0.04)
+    assert dodge([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
+    assert dodge([0.5, 0.5, 0.5], 0.04) == pytest.approx([0.5, 0.54, 0.58])
+    assert dodge([0.99, 0.2, 1.0], 0.04) == pytest.approx([0.94, 0.2, 0.98])
+    crowd = dodge([0.5] * 40, 0.04)
     assert min(b - a for a, b in pairwise(crowd)) == pytest.approx(0.025)
 
 

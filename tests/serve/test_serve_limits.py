@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.api.request_intake import Budget, Held
+from mm_moslora.serve.api.request_intake import Budget, Reservation
 from mm_moslora.serve.api.request_limits import Limits
 from tests.serve.serve_tools import HEAD, asking, data_url, wait_until
 
@@ -234,7 +234,7 @@ def test_a_budget_serves_the_longest_waiting_request_and_drops_cancelled_ones() 
         assert (budget.used, budget.highest) == (10, 10)
 
     asyncio.run(scenario())
-    with Held(budget := Budget(10)) as held, Held(budget) as other:
+    with Reservation(budget := Budget(10)) as held, Reservation(budget) as other:
         held.set(10)
         with pytest.raises(ApiError, match="busy"):
             other.set(1)

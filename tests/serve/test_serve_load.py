@@ -19,7 +19,7 @@ from PIL import Image
 from preloaded import Preloaded
 
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.token_sampling import Draw, Sampling, choose
 from tests.serve.serve_tools import HEAD, asking, data_url, pixels_of, wait_until
 
@@ -38,7 +38,7 @@ def slowly(engine: Any, seconds: float) -> None:
 @pytest.fixture
 def slow_engine(models: Any) -> Any:
     def make(seconds: float, **limits: Any) -> Any:
-        engine = Engine(models, Limits(**{"context": 512, "max_tokens": 400} | limits))
+        engine = GenerationEngine(models, Limits(**{"context": 512, "max_tokens": 400} | limits))
         slowly(engine, seconds)
         return engine
 
@@ -81,11 +81,11 @@ def test_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(serve_wi
 def test_fifty_concurrent_requests_get_answers_about_their_own_pictures(models: Any, serve_with: Any) -> None:
     """The model answers with the mean colour of its own pictures."""
 
-    class Colours(Engine):
+    class Colours(GenerationEngine):
         def _step(self, name: str, group: Any) -> None:
             for job in group.jobs:
                 colour = [
-                    int(pixel.float().mean() * 1000) for one in job.seen for pixel in one.tensors["pixel_values"][0]
+                    int(pixel.float().mean() * 1000) for one in job.images for pixel in one.tensors["pixel_values"][0]
                 ]
                 self._deliver(job, json.dumps(colour), "stop")
             group.keep([])
@@ -134,14 +134,14 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
 
     with serve_with(write_seconds=0.5) as server:
         engine = server.engine
-        original = engine._say
+        original = engine._deliver_token
 
         def flood(job: Any, token: int) -> bool:
             original_add = job.text.add
             job.text.add = lambda token: original_add(token) + "x" * 200_000
             return bool(original(job, token))
 
-        monkeypatch.setattr(engine, "_say", flood)
+        monkeypatch.setattr(engine, "_deliver_token", flood)
         body = json.dumps(asking("hello", stream=True, max_tokens=60)).encode()
         with sockets.socket() as connection:
             connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
@@ -158,7 +158,7 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
 def test_a_fault_inside_is_a_500_without_its_text_and_the_next_request_works(
     models: Any, serve_with: Any, where: str, caplog: Any
 ) -> None:
-    engine = Engine(models, Limits(context=512))
+    engine = GenerationEngine(models, Limits(context=512))
     text = "secret at /home/me 0x7f0000000000 https://me:pa55word-canary@host/"
     original, faults = getattr(engine, where), [RuntimeError(text)]
 
@@ -311,14 +311,14 @@ def test_an_error_in_sampling_or_text_ends_one_row_only(
 ) -> None:
     with serve_with() as server:
         engine = server.engine
-        say = engine._say
+        say = engine._deliver_token
 
         def faulty(job: Any, token: int) -> bool:
             if QUESTIONS[5] in engine.models.assembly.tokenizer.decode(job.input_ids) and len(job.tokens) == 2:
                 raise RuntimeError("half a character")
             return bool(say(job, token))
 
-        engine._say = faulty
+        engine._deliver_token = faulty
         check_one_failed(ask_together(server), QUESTIONS[5], alone)
 
 
@@ -443,9 +443,10 @@ def test_metrics_count_what_happened(serve_with: Any) -> None:
 def test_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path, python: Preloaded) -> None:
     """SIGTERM during a stream of a real process: the stream is complete, and the process exits with 0."""
     code = (
-        "import sys, time; from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
+        "import sys, time; from mm_moslora.serve.inference.continuous_batching import GenerationEngine\n"
+        "step = GenerationEngine._step\n"
         "def slow(*a): time.sleep(0.05); step(*a)\n"
-        "Engine._step = slow\n"
+        "GenerationEngine._step = slow\n"
         "from mm_moslora.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     process = subprocess.Popen(

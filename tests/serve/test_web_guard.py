@@ -127,12 +127,13 @@ def test_every_application_has_the_guard_and_one_module_serves() -> None:
 
 
 def slow_server(python: Preloaded, folder: Path, *more: str) -> tuple[subprocess.Popen[str], str, list[str]]:
-    """A server whose tokens take 0.05 s; its process, its address, and what it logs."""
+    """A server whose tokens take 0.2 s; its process, its address, and what it logs."""
     code = (
         "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
-        "from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
-        "def slow(*a): time.sleep(0.05); step(*a)\n"
-        "Engine._step = slow\n"
+        "from mm_moslora.serve.inference.continuous_batching import GenerationEngine\n"
+        "step = GenerationEngine._step\n"
+        "def slow(*a): time.sleep(0.2); step(*a)\n"
+        "GenerationEngine._step = slow\n"
         "import mm_moslora.serve.api.request_limits as limits\n"
         "make = limits.Limits\n"
         "limits.Limits = lambda **kinds: make(**kinds, drain_seconds=2)\n"
@@ -156,7 +157,7 @@ def test_answers_that_outlast_the_stop_end_in_the_form_of_the_api(
 ) -> None:
     process, url, logged = slow_server(python, language_folder)
     try:
-        long = {"max_tokens": 400, "temperature": 1, "seed": 1}
+        long = {"max_tokens": 400, "temperature": 1, "seed": 6}  # 150 tokens, 30 s
         plain: list[httpx.Response] = []
         asking_whole = threading.Thread(
             target=lambda: plain.append(

@@ -17,7 +17,7 @@ from typing import Any
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_aside
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.run.answer_views import SAMPLES, find_view, read_json, read_scored, read_view, task_of
@@ -68,7 +68,7 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
         for named in _complete_subjects(list(_named_results(results, before, output)))
     ]
     try:
-        with held(run / ".evaluation.lock", wait=True):  # another evaluation of the run may write at the same time
+        with lock_file(run / ".evaluation.lock", wait=True):  # another evaluation of the run may write at the same time
             stored = _stored_rows(run / "evaluation.json")
             rows = _better(rows, stored)
             _name_metrics(rows, stored)
@@ -348,7 +348,7 @@ def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapt
     from mm_moslora.utils.run_paths import RUN_LOCK
 
     try:
-        lock = held(run / RUN_LOCK, wait=False)
+        lock = lock_file(run / RUN_LOCK, wait=False)
     except BlockingIOError:
         logger.warning("%s still trains; its trackers get no scores until it is evaluated again.", run)
         return

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 from mm_moslora.utils.untrusted_files import MOST_BYTES, FileError, FileFault, read_bytes
@@ -91,7 +91,7 @@ class AnswerLog:
 
     def __enter__(self) -> AnswerLog:
         self._stream = self._open.enter_context(self.path.open("x", encoding="utf-8"))
-        self._open.enter_context(held(self.path, wait=False))  # the lock marks a file that is still written
+        self._open.enter_context(lock_file(self.path, wait=False))  # the lock marks a file that is still written
         return self
 
     def __exit__(
@@ -133,7 +133,7 @@ def merge(folder: Path, keys: Iterable[str]) -> None:
 def _is_ended(path: Path, stack: ExitStack) -> bool:
     """Whether no process writes the file any more; it then stays locked until the stack is closed."""
     try:
-        stack.enter_context(held(path, wait=False))
+        stack.enter_context(lock_file(path, wait=False))
     except OSError:
         return False
     return True

@@ -31,7 +31,7 @@ from typing import Any
 
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, read_json, refuse_strangers, replace_text
 from mm_moslora.utils.text_format import whole_number
 from mm_moslora_eval.metrics.question_groups import preferred_option
@@ -128,7 +128,7 @@ def hold_run(folder: Path, *, rank: int = 0, wait: bool = False, below: Path | N
         raise EvalError(f"The run folder {folder} cannot be made ({error.strerror}). Choose another one.") from error
     for attempt in range(_LOCK_ATTEMPTS):
         try:
-            lock = held(folder / f".rank-{rank}.lock", wait=wait)
+            lock = lock_file(folder / f".rank-{rank}.lock", wait=wait)
             break
         except BlockingIOError as error:
             if attempt == _LOCK_ATTEMPTS - 1:
@@ -315,7 +315,7 @@ def _wait_for_others(folder: Path, job: _AnswerJob, settings: EvaluationSettings
 
 def _is_locked(path: Path) -> bool:
     try:
-        with held(path, wait=False):
+        with lock_file(path, wait=False):
             return False
     except OSError:
         return True

@@ -21,7 +21,7 @@ from mm_moslora.data.images.record_picture import PictureRules, StoredPicture, r
 from mm_moslora.data.images.remote_files import is_of_set, read_hub_file
 from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.utils.errors import DataError, suggestion
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import building, is_built
 from mm_moslora.utils.run_paths import cache_folder
 from mm_moslora.utils.untrusted_data import parse_object
@@ -301,7 +301,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
     key = hashlib.sha256(json.dumps([arguments, state, config.limit], sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_folder("data") / "streams" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(folder.with_suffix(".lock"), wait=True):
+    with lock_file(folder.with_suffix(".lock"), wait=True):
         if not is_built(folder):
             stream = undecoded(load_checked(**arguments, streaming=True)).take(config.limit)
             table = datasets.Dataset.from_generator(
