@@ -27,6 +27,7 @@ from mm_moslora.adapters.folder_format import (
 from mm_moslora.adapters.folders.authors_format import check_options, mixer_settings, peft_tensors, with_known_names
 from mm_moslora.adapters.folders.permitted_options import permitted_options
 from mm_moslora.adapters.folders.save_folder import complete_folder
+from mm_moslora.adapters.layers.expert_parameters import check_expert_options
 from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named
 from mm_moslora.utils.errors import AdapterError, suggestion
 
@@ -43,7 +44,6 @@ _OTHER_LAYOUTS = (
     "velora_config",
     "monteclora_config",
     "megatron_config",
-    "target_parameters",
     "layer_replication",
 )
 
@@ -121,6 +121,8 @@ class MoSLoRAConfig(LoraConfig):
                 )
         if self.has_mixer or self.factor_form == "mixed":
             self._check_other_options()
+        if self.target_parameters:
+            check_expert_options(self, form_named(self.mixer_form))
         self._register_custom_module(dict(self.layer_classes))  # type: ignore[arg-type]
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from torch import Tensor
 
@@ -30,7 +31,10 @@ from mm_moslora.adapters.folder_format import (
     adapted_path,
     declares_mixers,
     is_factor,
+    is_unresolved,
     mixers_in,
+    option_path,
+    parameter_at,
     read_json,
     target_paths,
 )
@@ -110,12 +114,32 @@ def _with_mixers(stock: LoraConfig, told: Mapping[str, Any], tensors: dict[str, 
 
 def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> AdapterFolder:
     config = from_lora_config(stock, mixer_trainable=trainable and not stock.use_dora)
-    config.target_modules = target_paths(tensors)
+    paths = target_paths(tensors)
+    # PEFT's names tell the factors of a layer and of a parameter apart only by the configuration.
+    config.target_modules = (
+        [path for path in paths if check_target_module_exists(stock, path)] if stock.target_parameters else paths
+    )
     if config.mixer_trainable:
         # The mixers are not in the file; the identity makes them exactly this adapter.
         adapted = {adapted_path(name): len(tensor) for name, tensor in tensors.items() if adapted_path(name)}
-        tensors |= {f"{PREFIX}{path}{MIXER}": torch.eye(rank) for path, rank in adapted.items()}
+        mixers = {path: identity_mixer(config, path, rows) for path, rows in adapted.items() if path is not None}
+        tensors |= {f"{PREFIX}{path}{MIXER}": mixer for path, mixer in mixers.items() if mixer is not None}
     return AdapterFolder(config=config, tensors=tensors, base={})
+
+
+def identity_mixer(config: MoSLoRAConfig, path: str, rows: int) -> Tensor | None:
+    """The mixer that changes nothing, for a module of a plain LoRA; None: its rank is known beside its model only.
+
+    Args:
+        config: of the folder.
+        path: of the module's factors.
+        rows: of A.
+    """
+    parameters = config.target_parameters or ()
+    if parameter_at(path, parameters) is not None:
+        rank = config.rank_for(option_path(path, parameters))
+        return torch.eye(rank).repeat(rows // rank, 1, 1)
+    return None if is_unresolved(path, parameters, config.target_modules or ()) else torch.eye(rows)
 
 
 def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> AdapterFolder:

@@ -36,6 +36,8 @@ class AdapterOptions(Protocol):
     mixer_trainable: bool
     use_dora: bool
     task_type: Any
+    target_modules: Any
+    target_parameters: Any
 
     @property
     def mixer_form(self) -> str:
@@ -151,7 +153,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """Create the mixer, and set A and B as the form of the factors demands."""
         like, _ = self.outer_factors(adapter_name)
-        rank, form = self.r[adapter_name], form_named(config.mixer_form)
+        rank, form = self.r[adapter_name], self.new_form(config)
         if not form.fixed:
             self._check_input_dependent(form, config)
         self.factor_form[adapter_name] = config.factor_form
@@ -175,6 +177,10 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         self.lora_mixer[adapter_name] = Mixer(form, tensors, trainable=config.mixer_trainable)
         if not like.is_meta:
             self.keep_start(adapter_name, tensors)
+
+    def new_form(self, config: AdapterOptions) -> MixerForm:
+        """The form of a new mixer."""
+        return form_named(config.mixer_form)
 
     def _check_input_dependent(self, form: MixerForm, config: AdapterOptions) -> None:
         if config.use_dora or isinstance(self, lora.layer.MultiheadAttention):
@@ -311,6 +317,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
                 found = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(kept)}
                 self.keep_start(adapter_name, {name.removeprefix(kept): tensor for name, tensor in found.items()})
             if factor is not None and not mixed:
-                identity = cast(MixerForm, mixer.form).identity(factor.shape[0])
+                identity = cast(MixerForm, mixer.form).identity(self.r[adapter_name])
                 state_dict |= {f"{start}{name}": tensor.to(factor) for name, tensor in identity.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
