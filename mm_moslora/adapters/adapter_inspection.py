@@ -201,7 +201,7 @@ def layer_reports(
 def _of_experts(
     path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float, *, rank: int, M0: Tensor | None
 ) -> list[ModuleReport]:
-    """A report for every expert, under the parameter's path and the expert's number; of the start the mixer is known."""
+    """A report for every expert, under the path of the parameter and its number; `M0` are the mixers at the start."""
     rows, columns = by_expert(A, B, rank)
     return [
         describe(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from typing import Any, cast
 
 import peft
@@ -109,7 +110,10 @@ class MoSLoRAModel(LoraModel):
         layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
         before = {id(layer) for layer in layers if layer.holds(adapter_name)}
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # It looks at modules only; `unmatched_patterns` has looked at parameters, too.
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match any")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             _take_out(model, adapter_name, spared=before)
             raise
