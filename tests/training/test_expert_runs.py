@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny import make_tokenizer, supervised_logits
+from tiny import make_experts, supervised_logits
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trials import losses, with_train
@@ -33,23 +33,9 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, tokenizer = tmp_path_factory.mktemp("moe"), make_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id, **SIZES,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def moe(recipe: Recipe, moe_folder: Path) -> Recipe:
-    language = replace(recipe.model.language, name=str(moe_folder)) if hasattr(recipe.model, "language") else None
-    model = replace(recipe.model, language=language)
+def moe(recipe: Recipe, tmp_path: Path) -> Recipe:
+    model = replace(recipe.model, language=str(make_experts(tmp_path / "experts")))
     return replace(recipe, model=model, adapter=AdapterConfig(rank=4, alpha=8, target_parameters=NAMES))
 
 
@@ -63,11 +49,13 @@ def test_a_run_adapts_experts_continues_and_is_exported(moe: Recipe, tmp_path: P
     logged = [record for record in records if "experts/variation" in str(record)]
     assert len(logged) == 4
     shares = json.loads((tmp_path / "whole" / "experts.json").read_text())
-    assert len(shares) == 2 and all(abs(sum(row) - 1) < 1e-6 and len(row) == 4 for row in shares.values())
+    assert [len(row) for row in shares.values()] == [4, 4]
+    assert all(sum(row) == pytest.approx(1) for row in shares.values())
     folder = tmp_path / "run" / "checkpoint-000004"
     live, merged = load(folder, merge=False), load(folder)
     layers = [layer for layer in live.model.modules() if isinstance(layer, MoSLoRAExperts)]
-    assert len(layers) == 4 and all(bool(layer.factors("default").B.any()) for layer in layers)
+    assert len(layers) == 4
+    assert all(bool(layer.factors("default").B.any()) for layer in layers)
     batch = Batch.from_examples([_example(live)])
     with torch.no_grad():
         expected = supervised_logits(live.model, batch)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from adapters.experts.test_experts import NAMES, base, mixtral, qwen3_moe
@@ -16,9 +14,8 @@ from mm_moslora.utils.errors import AdapterError
 
 
 @pytest.fixture(autouse=True)
-def _anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_probe, "_FINDINGS", {})
-    yield
 
 
 def _forward_without_call(self: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -42,7 +39,7 @@ def _forward_of_data(self: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weig
 
 
 @pytest.mark.parametrize(
-    "place, forward, message",
+    ("place", "forward", "message"),
     [
         ("Qwen3MoeSparseMoeBlock", _forward_without_call, "changes no output until it is merged"),
         ("Qwen3MoeExperts", _forward_of_data, "gets no gradient"),
