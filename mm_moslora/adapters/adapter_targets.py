@@ -19,7 +19,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.experts.expert_targets import refuse_left_out_experts, resolve_parameters
+from mm_moslora.adapters.experts.expert_targets import not_excluded, refuse_left_out_experts, resolve_parameters
 from mm_moslora.adapters.folder_format import wrapper_paths
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
@@ -145,7 +145,7 @@ def _match(
     if targets == ALL_LINEAR:
         if not with_experts:
             size = sum(p.numel() for module in inside.values() if _is_linear(module) for p in module.parameters())
-            hint = " They are PEFT's target_parameters, which MoSLoRA takes." if with_experts is None else None
+            hint = " MoSLoRA adapts them with target_parameters." if with_experts is None else None
             refuse_left_out_experts(inside, linear=size, names=_linear_names(inside), hint=hint)
         linear = [
             path
@@ -233,7 +233,7 @@ def add_moslora(
     _check_arguments(model, config, adapter_name)
     components = [component] if isinstance(component, str) else list(component)
     own = copy.copy(config)
-    experts = resolve_parameters(model, components, config.target_parameters or ())
+    experts = not_excluded(config, resolve_parameters(model, components, config.target_parameters or ()))
     own.target_parameters = experts or None
     if targets is None:
         none = experts and config.target_modules is not None and not config.target_modules

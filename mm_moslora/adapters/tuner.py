@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from mm_moslora.adapters.experts.expert_probe import refuse_mishandled
-from mm_moslora.adapters.experts.expert_targets import resolve_parameters
+from mm_moslora.adapters.experts.expert_targets import not_excluded, resolve_parameters
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
@@ -268,7 +268,7 @@ def _resolve_experts(model: nn.Module, config: MoSLoRAConfig) -> None:
         AdapterError: see `resolve_parameters`, `check_expert_options` and `refuse_mishandled`.
     """
     if config.target_parameters:
-        config.target_parameters = resolve_parameters(model, [""], config.target_parameters)
+        config.target_parameters = not_excluded(config, resolve_parameters(model, [""], config.target_parameters))
         check_expert_options(config, form_named(config.mixer_form))
         refuse_mishandled(model, config.target_parameters)
 

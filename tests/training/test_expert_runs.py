@@ -18,8 +18,11 @@ from mm_moslora.adapters import MoSLoRAConfig, add_moslora
 from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts
 from mm_moslora.batch import Batch
 from mm_moslora.config import AdapterConfig, Recipe
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_lora
 from mm_moslora.models.load_model import load
+from mm_moslora.models.meta_model import build_meta_model
+from mm_moslora.models.trainable_parts import attach_adapters, component_table
 from mm_moslora.training.metrics.expert_balance import ExpertBalance
 from mm_moslora.training.preflight import check_adapter_names
 from mm_moslora.training.training_loop import train
@@ -41,6 +44,8 @@ def moe(recipe: Recipe, tmp_path: Path) -> Recipe:
 
 def test_a_run_adapts_experts_continues_and_is_exported(moe: Recipe, tmp_path: Path) -> None:
     train(with_train(moe, output=str(tmp_path / "whole"), save_every=2, steps=4, log_every=1))
+    train(with_train(moe, output=str(tmp_path / "recomputed"), steps=4, gradient_checkpointing=True))
+    assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     train(with_train(moe, save_every=2, steps=4, log_every=1), stop_at=2)
     train(with_train(moe, save_every=2, steps=4, log_every=1))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
@@ -64,6 +69,15 @@ def test_a_run_adapts_experts_continues_and_is_exported(moe: Recipe, tmp_path: P
             assert not torch.allclose(supervised_logits(live.model, batch), expected, atol=1e-5)
     exported = export_lora(live, tmp_path / "lora")
     assert exported.max_logit_difference < 1e-5
+
+
+def test_the_plan_counts_what_trains(moe: Recipe) -> None:
+    planned = build_meta_model(moe.model, moe.adapter).parameters()
+    parts = load_parts(moe.model)
+    attach_adapters(parts, moe.model, moe.adapter)
+    rows = {row.name: row.trainable for row in component_table(parts)}
+    assert planned["mixer"][1] == rows["mixer"] == 2 * (2 * 4 * 4 * 4 + 4 * 4 * 4)
+    assert planned["adapter"][1] == rows["adapter"]
 
 
 def balanced(model: nn.Module, ids: torch.Tensor) -> tuple[dict[str, float], float]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from mm_moslora.adapters.layers.expert_parameters import why_not_adaptable_parameter
@@ -68,6 +71,30 @@ def resolve_parameters(model: nn.Module, components: Sequence[str], names: Itera
             f"{suggestion(min(unmatched), stacked)}{held}"
         )
     return resolved
+
+
+def not_excluded(config: Any, parameters: Sequence[str]) -> list[str]:
+    """The parameters in modules that a configuration does not take out again; PEFT looks at layers only.
+
+    Args:
+        config: its `exclude_modules`, `layers_to_transform`, `layers_pattern` and `modules_to_save` are read.
+        parameters: whole paths.
+
+    Raises:
+        AdapterError: there are none left.
+    """
+    own, chosen = copy.copy(config), []
+    for parameter in parameters:
+        holder = parameter.rpartition(".")[0]
+        own.target_modules = {holder.rpartition(".")[2]}
+        if check_target_module_exists(own, holder):
+            chosen.append(parameter)
+    if parameters and not chosen:
+        raise AdapterError(
+            "exclude_modules, layers_to_transform, layers_pattern and modules_to_save leave none of the "
+            f"{len(parameters)} stacked parameters (the first: {parameters[0]})."
+        )
+    return chosen
 
 
 def refuse_left_out_experts(modules: dict[str, nn.Module], *, linear: int, names: str, hint: str | None) -> None:

@@ -35,6 +35,7 @@ class ExpertBalance:
         for path, parameter in stacked_parameters(modules.items()):
             holder = path.rpartition(".")[0]
             holders[holder] = modules[holder], int(getattr(parameter, "ds_shape", parameter.shape)[0])
+        self._watches = bool(holders)
         self._counts: dict[str, Tensor] = {}
         self._probabilities: dict[str, Tensor] = {}
         self.shares: dict[str, list[float]] = {}
@@ -52,8 +53,8 @@ class ExpertBalance:
             given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             chosen = next((value for value in given if value.dtype in (torch.int64, torch.int32)), None)
             if chosen is not None:  # E stands for an expert of another rank
-                counts = torch.bincount(chosen.flatten().clamp(0, experts), minlength=experts + 1)[:experts]
-                _add(self._counts, path, counts.double())
+                numbers = torch.arange(experts, device=chosen.device)  # bincount would wait for the GPU
+                _add(self._counts, path, (chosen.flatten()[:, None] == numbers).sum(0).double())
 
         return count
 
@@ -75,6 +76,8 @@ class ExpertBalance:
         layer, `unused` the share of experts without a token. `aux_loss` is what the model's own function gives: K for
         tokens that are spread evenly, more for others.
         """
+        if not self._watches:
+            return {}
         counts, probabilities = _over_ranks(self._counts), _over_ranks(self._probabilities)
         self._counts, self._probabilities = {}, {}
         shares = {path: value / value.sum() for path, value in counts.items() if value.sum() > 0}

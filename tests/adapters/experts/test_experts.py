@@ -332,6 +332,23 @@ def test_names_that_are_no_experts_are_refused(names: list[str], message: str) -
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
+def test_layers_that_are_left_out_are_left_out_of_the_experts_too() -> None:
+    for options in ({"layers_to_transform": [1]}, {"exclude_modules": r".*layers\.0\..*"}):
+        for targets in (["q_proj"], []):
+            config = MoSLoRAConfig(r=4, target_parameters=NAMES, target_modules=targets, **options)
+            for model in (add_moslora(base(), config), peft.get_peft_model(base(), config)):
+                assert {row.path.split(".")[2] for row in adapted_modules(model)} == {"1"}
+    with pytest.raises(AdapterError, match="leave none of the 4 stacked parameters"):
+        add_moslora(base(), MoSLoRAConfig(r=4, target_parameters=NAMES, exclude_modules=["experts"]))
+
+
+def test_weights_that_come_through_the_meta_device_are_whole(tmp_path: Path) -> None:
+    model = adapted()
+    save_adapter(model, tmp_path / "a")
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "a", low_cpu_mem_usage=True)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_model_without_experts_says_so() -> None:
     with pytest.raises(AdapterError, match="It has no stacked parameters"):
         add_moslora(llama(), MoSLoRAConfig(r=4, target_parameters=NAMES))
