@@ -112,11 +112,11 @@ def launch(
     from mm_moslora.config import Recipe, override_items
     from mm_moslora.launch.launcher import EXIT_REQUEUE
     from mm_moslora.launch.launcher import launch as start
-    from mm_moslora.launch.slurm_job import WARNING, Job, Requeue
+    from mm_moslora.launch.slurm_job import WARNING, Requeue, SlurmJob
     from mm_moslora.launch.topology import Topology
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
-    job = Job.current(os.environ)
+    job = SlurmJob.current(os.environ)
     again = Requeue(job) if requeue else None
     stop = StopRequest()
     try:

@@ -34,7 +34,7 @@ from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of
 from mm_moslora.compare.sequential_looks import FILE, LookState, read_state
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
-from mm_moslora.launch.jobs import Engine, Job, run_jobs
+from mm_moslora.launch.jobs import Job, JobEngine, run_jobs
 from mm_moslora.launch.slurm_array import write_array
 from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -203,7 +203,7 @@ class Comparison:
                     comparison_cell.require_same_recipe(place, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
-    def run(self, room: RunBudget, engine: Engine, *, after: Callable[[], Settings] | None = None) -> bool:
+    def run(self, room: RunBudget, engine: JobEngine, *, after: Callable[[], Settings] | None = None) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
@@ -327,7 +327,7 @@ class Comparison:
                 self._said_cost = True
                 return
 
-    def probe(self, room: RunBudget, engine: Engine) -> list[str]:
+    def probe(self, room: RunBudget, engine: JobEngine) -> list[str]:
         """Do a few steps of a run of every arm, which keeps them; returns a table of the cost of all runs."""
         first = {item.arm.name: item for item in reversed(self._ready())}
         if not first:

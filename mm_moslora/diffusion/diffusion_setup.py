@@ -30,13 +30,13 @@ from mm_moslora.diffusion.tiny_pipelines import drawn_pictures
 from mm_moslora.models.model_paths import COMMITS, CONTENTS, known_marks
 from mm_moslora.models.precision import dtype_of
 from mm_moslora.models.trainable_parts import moslora_config
-from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
+from mm_moslora.training.deepspeed_start import prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import MIXERS
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 CLASS_PICTURES = "class_pictures"
-"""Of a manifest's `base`: digest in the names of the drawn pictures of the class."""
+"""Key of a manifest's `base`: the digest in the names of the drawn pictures of the class."""
 
 
 @dataclass(kw_only=True)

@@ -35,7 +35,7 @@ from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, cache_folder, checkp
 from mm_moslora.utils.text_format import format_seconds
 
 if TYPE_CHECKING:
-    from mm_moslora.training.supervision.run_state import Ending
+    from mm_moslora.training.supervision.run_state import RunEnding
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
         ConfigError: the run folder holds files of another program, or another quickstart.
         AssetError: an asset cannot be downloaded or read.
     """
-    from mm_moslora.training.run_setup import exclusive
+    from mm_moslora.training.supervision.run_folder import exclusive
     from mm_moslora.training.supervision.run_state import record_run_state
     from mm_moslora.training.supervision.watchdog import Watchdog
 
@@ -149,7 +149,7 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
     return 0
 
 
-def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: Ending) -> str | None:
+def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: RunEnding) -> str | None:
     """Run all stages; returns the closing text, None after a signal."""
     from mm_moslora.training.training_loop import train
 
@@ -183,7 +183,7 @@ def _begin(folder: Path, choice: Choice, stamps_deb: Path | None) -> tuple[Datas
     Raises:
         ConfigError: a stage was trained with another recipe or on other data; no file is replaced.
     """
-    from mm_moslora.training.resume import changed_since
+    from mm_moslora.training.checkpointing.resume_choice import changed_since
 
     parts, out = _parts(choice.tower), folder / "data"
     stamps = choice.images == "stamps"
@@ -349,7 +349,7 @@ def _export(folder: Path, *, model: str) -> dict[str, Any]:
 
 def _summarise(folder: Path, data: DatasetFiles, choice: Choice, *, clock: _Clock, exported: dict[str, Any]) -> None:
     from mm_moslora.tracking.run_environment import environment
-    from mm_moslora.training.run_logging import peak_memory_gib
+    from mm_moslora.training.supervision.run_summary import peak_memory_gib
 
     tune = _tuned(folder)
     tokens = f"{tune['tokens_per_image']} visual tokens + " if tune else ""

@@ -270,9 +270,9 @@ def sum_gradients(output: str, *stages: str) -> int:
         engine = build_engine(module, groups, config, precision="bf16", optimizer=settings)
         engine.step(batches(distributed.rank()), 1.0)
         squares = [0.0, 0.0]
-        for piece in engine.pieces():  # a rank's part; Adam's first moment is a tenth of the gradient
-            found = piece.moments["exp_avg"].double().flatten() * 10
-            wanted = exact[piece.name][piece.start : piece.start + len(found)]
+        for shard in engine.shards():  # a rank's part; Adam's first moment is a tenth of the gradient
+            found = shard.moments["exp_avg"].double().flatten() * 10
+            wanted = exact[shard.name][shard.start : shard.start + len(found)]
             squares = [squares[0] + float((found - wanted).square().sum()), squares[1] + float(wanted.square().sum())]
         off, whole = distributed.sum_over_ranks(squares)
         errors[Path(stage).name] = (off / whole) ** 0.5

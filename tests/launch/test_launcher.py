@@ -21,9 +21,9 @@ from mm_moslora.launch import child_processes, launcher, slurm_job, topology
 from mm_moslora.launch.child_processes import run_and_hand_on
 from mm_moslora.launch.host_file import exported_lines
 from mm_moslora.launch.rank_logs import keep_rank_log
-from mm_moslora.launch.slurm_job import Job, Requeue
+from mm_moslora.launch.slurm_job import Requeue, SlurmJob
 from mm_moslora.launch.topology import Topology, command
-from mm_moslora.training.run_setup import exclusive
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.stop_signals import Stopped
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DistributedError
@@ -154,9 +154,9 @@ def slurm_tools(monkeypatch, tmp_path):
     return tmp_path
 
 
-def job_of(**environment: str) -> Job:
+def job_of(**environment: str) -> SlurmJob:
     basic = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[7-8]"}
-    job = Job.current(basic | environment)
+    job = SlurmJob.current(basic | environment)
     assert job is not None
     return job
 
@@ -170,7 +170,7 @@ def test_a_slurm_job_goes_through_srun(slurm_tools):
     assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3-" in words
     assert " --rdzv_endpoint node-7:2" in words
     assert "--overlap" not in words
-    assert Job.current({}) is None
+    assert SlurmJob.current({}) is None
 
 
 def test_two_launches_in_a_slurm_job_do_not_meet(slurm_tools):

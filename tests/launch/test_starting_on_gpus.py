@@ -18,7 +18,7 @@ from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.training import run_setup
+from mm_moslora.training.engine import model_execution
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DistributedError
@@ -144,10 +144,10 @@ def test_a_gpu_that_this_pytorch_does_not_run_on_is_named(monkeypatch):
 
 
 def test_in_a_step_on_a_gpu_nobody_is_blamed_for_where_he_waits(monkeypatch):
-    assert watchdog._own_place("step")
+    assert watchdog._blocking_line("step")
     monkeypatch.setattr(distributed, "device", lambda: CUDA)
-    assert not watchdog._own_place("step")
-    assert watchdog._own_place("data")
+    assert not watchdog._blocking_line("step")
+    assert watchdog._blocking_line("data")
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_attention_that_does_not_load_is_named_and_the_next_one_taken(language, 
 def test_different_gpus_among_the_ranks_are_named_once(monkeypatch, caplog):
     others = [([("A100, 80 GiB", "varlen")], ("one fault",)), ([("L4, 23 GiB", "loop")], ("one fault",))]
     monkeypatch.setattr(distributed, "gather_objects", lambda _: others)
-    run_setup._say_what_runs(attention_choice.AttentionChoice(name=SEGMENTS, words="varlen"), "fp32")
+    model_execution.log_what_runs(attention_choice.AttentionChoice(name=SEGMENTS, words="varlen"), "fp32")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings[0] == "one fault."
     assert "ranks 0: A100, 80 GiB (attention: varlen); ranks 1: L4, 23 GiB (attention: loop)" in warnings[1]
@@ -215,7 +215,7 @@ def test_a_gpu_that_emulates_bf16_is_named(monkeypatch, caplog):
     monkeypatch.setattr(distributed, "gpu_in_words", lambda: "T4, 15 GiB, compute capability 7.5")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     for precision in ("bf16", "fp16"):
-        run_setup._say_what_runs(attention_choice.AttentionChoice(name=SEGMENTS), precision)
+        model_execution.log_what_runs(attention_choice.AttentionChoice(name=SEGMENTS), precision)
     assert caplog.text.count("T4, 15 GiB, compute capability 7.5 emulates bf16") == 1
 
 

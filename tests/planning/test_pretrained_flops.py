@@ -23,7 +23,7 @@ from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import has_own_forward, image_features, needs_padding
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.metrics.step_flops import Flops
-from mm_moslora.training.metrics.throughput import RankFigures, Speedometer
+from mm_moslora.training.metrics.throughput import Speedometer, rank_figures
 
 PICTURES = ((150, 60), (40, 90), (64, 64))
 """Widths and heights: other tiles and patches each; the last two belong to one conversation."""
@@ -97,5 +97,5 @@ def test_tiles_of_an_assembled_model_are_counted_and_its_mfu_is_of_them(tmp_path
     batch = seen_batch(assembly)
     found = needed(assembly, batch)
     assert found.vision == pytest.approx(counted(assembly, batch), rel=0.02)
-    metrics = Speedometer(assembly.model, device_name=A100).of(of_step(batch), [batch], RankFigures(step_seconds=2.0))
+    metrics = Speedometer(assembly.model, device_name=A100).of(of_step(batch), [batch], rank_figures(seconds=2.0))
     assert metrics["mfu"] == pytest.approx(found.total / (2.0 * 312e12))

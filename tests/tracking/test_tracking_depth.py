@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from mm_moslora.config import TRACKERS, TrackConfig
-from mm_moslora.tracking import Sample, Trackers, build_trackers, run_environment
-from mm_moslora.tracking.alerts import WELL_RECORDS, Alert, Watch
+from mm_moslora.tracking import SampleAnswer, Trackers, build_trackers, run_environment
+from mm_moslora.tracking.alerts import WELL_RECORDS, Watch
 from mm_moslora.tracking.jsonl_tracker import JsonlTracker
 from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.run_environment import environment, git_state
@@ -47,7 +47,9 @@ def adapter(tmp_path: Path) -> Path:
 CANARY = "pa55word-canary"
 
 
-def everything(trackers: Trackers, run: Path, sample: Sample, adapter: Path, *, resume_step: int | None = None) -> None:
+def everything(
+    trackers: Trackers, run: Path, sample: SampleAnswer, adapter: Path, *, resume_step: int | None = None
+) -> None:
     """A short life of a run, with a secret where it might slip through."""
     run.mkdir(exist_ok=True)
     trackers.start({"optim": {"lr": 1e-4}, "note": SECRET}, run, resume_step=resume_step)
@@ -57,7 +59,7 @@ def everything(trackers: Trackers, run: Path, sample: Sample, adapter: Path, *, 
     trackers.log_mixers(MIXERS, 2)
     trackers.log_folder("adapter", adapter)
     trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter), step=2)
-    trackers.alert(Alert(title="Not a number", text=f"Step 2: loss, {SECRET}"))
+    trackers.alert("Not a number", f"Step 2: loss, {SECRET}")
     trackers.finish()
 
 
@@ -71,7 +73,7 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def test_wandb_offline_file_holds_all_of_it(
-    tmp_path: Path, sample: Sample, adapter: Path, read_run: Callable[[Path], dict[str, Any]]
+    tmp_path: Path, sample: SampleAnswer, adapter: Path, read_run: Callable[[Path], dict[str, Any]]
 ) -> None:
     trackers = build_trackers(TrackConfig(trackers=["wandb"]), active=True)
     everything(trackers, tmp_path / "run", sample, adapter)
@@ -99,7 +101,7 @@ def test_wandb_offline_file_holds_all_of_it(
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_the_command_line_and_remotes_reach_no_tracker_with_their_secrets(
-    tmp_path: Path, sample: Sample, adapter: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sample: SampleAnswer, adapter: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """wandb records `sys.argv` and the remote of the working folder by itself, in its binary file and beside it."""
     folder = tmp_path / "checkout"
@@ -122,7 +124,7 @@ def below(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: Sample, adapter: Path) -> None:
+def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: SampleAnswer, adapter: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     everything(build_trackers(TrackConfig(trackers=["tensorboard"]), active=True), tmp_path / "run", sample, adapter)
@@ -138,7 +140,7 @@ def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: Samp
 
 @needs("mlflow")
 def test_mlflow_api_gives_it_back_and_a_resume_goes_on_in_the_same_run(
-    tmp_path: Path, sample: Sample, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sample: SampleAnswer, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
@@ -198,14 +200,14 @@ def test_mlflow_has_each_step_once_after_a_kill_and_one_request_for_a_record(
 
 
 @needs("trackio")
-def test_trackio_gives_it_back(tmp_path: Path, sample: Sample, adapter: Path) -> None:
+def test_trackio_gives_it_back(tmp_path: Path, sample: SampleAnswer, adapter: Path) -> None:
     """In a process of its own: trackio reads its folder from the environment once."""
     code = (
-        "import sys; from pathlib import Path; from mm_moslora.tracking import Sample, build_trackers\n"
+        "import sys; from pathlib import Path; from mm_moslora.tracking import SampleAnswer, build_trackers\n"
         "from mm_moslora.config import TrackConfig; from tests.tracking.test_tracking_depth import everything\n"
         "root = Path(sys.argv[1]); config = TrackConfig(trackers=['trackio'], project='tests', name='run')\n"
         "trackers = build_trackers(config, active=True)\n"
-        "sample = Sample(question='q', expected='red', prediction='red', image=root / 'picture.png')\n"
+        "sample = SampleAnswer(question='q', expected='red', prediction='red', image=root / 'picture.png')\n"
         "everything(trackers, root / 'run', sample, root / 'adapter')\n"
         "assert trackers.names == ['jsonl', 'trackio'], trackers.names\n"
         "from trackio.sqlite_storage import SQLiteStorage as s\n"
@@ -233,35 +235,35 @@ def test_a_tracker_that_is_not_installed_names_its_command(monkeypatch: pytest.M
 
 
 def test_not_a_number_is_told_once_until_the_run_has_been_well_for_a_while() -> None:
-    told: list[Alert] = []
-    watch = Watch(told.append, clock=time.monotonic)
+    told: list[tuple[str, str]] = []
+    watch = Watch(lambda *alert: told.append(alert), clock=time.monotonic)
     for step in range(1, 21):  # every other step, with a validation in between
-        watch.see({"loss": float("nan") if step % 2 else 1.0, "grad_norm": 1.0}, step)
-        watch.see({"validation_loss": 1.0}, step)
-    watch.see({"loss": float("inf"), "grad_norm": float("nan")}, 21)
+        watch.process({"loss": float("nan") if step % 2 else 1.0, "grad_norm": 1.0}, step)
+        watch.process({"validation_loss": 1.0}, step)
+    watch.process({"loss": float("inf"), "grad_norm": float("nan")}, 21)
     for step in range(22, 22 + WELL_RECORDS):
-        watch.see({"loss": 1.0}, step)
-    watch.see({"loss": float("nan"), "grad_norm": float("nan")}, 100)
+        watch.process({"loss": 1.0}, step)
+    watch.process({"loss": float("nan"), "grad_norm": float("nan")}, 100)
     watch.stop()
-    assert [alert.text for alert in told] == [
+    assert [text for _, text in told] == [
         "Step 1: loss not finite.", "Step 100: grad_norm, loss not finite.",
     ]  # fmt: skip
 
 
 def test_a_stall_is_told_by_the_clock_and_slow_runs_get_more_patience() -> None:
-    told: list[Alert] = []
-    watch = Watch(told.append, clock=time.monotonic, shortest=0.2)
-    watch.see({"loss": 1.0}, 7)
+    told: list[tuple[str, str]] = []
+    watch = Watch(lambda *alert: told.append(alert), clock=time.monotonic, shortest=0.2)
+    watch.process({"loss": 1.0}, 7)
     deadline = time.monotonic() + 60
     while not told and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert told[0].title == "Stalled"
-    assert "since step 7" in told[0].text
+    assert told[0][0] == "Stalled"
+    assert "since step 7" in told[0][1]
     watch.stop()
     times = iter([0.0, 100.0, 200.0])
-    slow = Watch(told.append, clock=lambda: next(times), shortest=300)
+    slow = Watch(lambda *alert: told.append(alert), clock=lambda: next(times), shortest=300)
     for step in (1, 2, 3):
-        slow.see({"loss": 1.0}, step)
+        slow.process({"loss": 1.0}, step)
     slow.stop()
     assert slow.patience == 1000
     assert len(told) == 1

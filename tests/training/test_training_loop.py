@@ -154,7 +154,7 @@ def test_files_of_the_user_in_the_run_folder_are_left_alone(recipe):
 
 
 def test_two_runs_in_one_folder_are_refused(recipe):
-    from mm_moslora.training.run_setup import exclusive
+    from mm_moslora.training.supervision.run_folder import exclusive
 
     pid = os.fork()
     if pid == 0:

@@ -20,8 +20,8 @@ import pytest
 from between import just_before
 from preloaded import Preloaded
 
-from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision import watchdog
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.utils import heartbeat
 from mm_moslora.utils.errors import ConfigError
