@@ -50,8 +50,8 @@ class ExpertBalance:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not module.training or torch.compiler.is_compiling():
                 return
-            given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            chosen = next((value for value in given if value.dtype in (torch.int64, torch.int32)), None)
+            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            chosen = next((value for value in tensors if value.dtype in (torch.int64, torch.int32)), None)
             if chosen is not None:  # E stands for an expert of another rank
                 numbers = torch.arange(experts, device=chosen.device)  # bincount would wait for the GPU
                 _add(self._counts, path, (chosen.flatten()[:, None] == numbers).sum(0).double())

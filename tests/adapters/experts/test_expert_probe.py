@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters.experts.test_experts import NAMES, base, mixtral, qwen3_moe
+from adapters.experts.test_experts import MODELS, NAMES, base, mixtral, qwen3_moe
 from torch import Tensor, nn
 from transformers.models.qwen3_moe import modeling_qwen3_moe as code
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, resolve_targets
 from mm_moslora.adapters.experts import expert_probe
+from mm_moslora.adapters.experts.expert_targets import resolve_parameters
 from mm_moslora.utils.errors import AdapterError
 
 
@@ -67,6 +68,14 @@ def test_the_probe_runs_once_for_a_class_and_needs_no_weights(monkeypatch: pytes
     assert len(runs) == 2
     assert list(expert_probe._FINDINGS.values()) == ["", ""]
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_real_classes_pass(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = base(name)
+    expert_probe.refuse_mishandled(model, resolve_parameters(model, [""], NAMES))
+    assert list(expert_probe._FINDINGS.values()) == [""]
+    assert "could not be probed" not in caplog.text
 
 
 class _Own(nn.Module):
