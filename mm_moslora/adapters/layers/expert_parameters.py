@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.layers.adapter_layers import AdapterOptions, Factors, MoSLoRALayer
 from mm_moslora.adapters.mixer import MixerForm, PerExpert
 from mm_moslora.kernels.lora.lora_linear import is_plain
+from mm_moslora.kernels.lora.lora_math import without_autocast
 from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
 
@@ -64,10 +65,13 @@ class MoSLoRAExperts(MoSLoRALayer, ParamWrapper):
         """``s B M A`` of every expert in the layout of the parameter, at least float32."""
         A, B = by_expert(*self._mixed(adapter_name), self.r[adapter_name])
         dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-        update = B.to(dtype) @ A.to(dtype) * self.scaling[adapter_name]
+        with without_autocast(A.device):
+            update = B.to(dtype) @ A.to(dtype) * self.scaling[adapter_name]
         return update if self._did_swap_in_out_features else update.mT
 
-    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+    def get_delta_weight(  # type: ignore[override]  # PEFT's two classes name the argument differently
+        self, adapter: str, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """``s B M A`` of every expert in the layout and dtype of the parameter."""
         if adapter not in self.lora_mixer:
             plain: Tensor = ParamWrapper.get_delta_weight(self, adapter)
@@ -85,7 +89,8 @@ class MoSLoRAExperts(MoSLoRALayer, ParamWrapper):
         """A and ``B M`` as they are stored; the latter rounds to the dtype of B, as a folded adapter in a file does."""
         A, B = self.outer_factors(adapter_name)
         M = super().factors(adapter_name).M
-        return A, B if M is None else fold_right(B, M).to(B.dtype)
+        with without_autocast(B.device):  # as PEFT adds the product
+            return A, B if M is None else fold_right(B, M).to(B.dtype)
 
     @contextmanager
     def adapted_parameter(self) -> Iterator[Tensor]:

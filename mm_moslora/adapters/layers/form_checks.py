@@ -26,7 +26,8 @@ def check_form(form: MixerForm, rank: int, tensors: Mapping[str, Tensor]) -> Non
             does not make M the identity, or a tensor called `weight` is not M.
     """
     if isinstance(form, PerExpert):
-        form, tensors = form.inner, form.of_expert(tensors, 0)
+        tensors = form.of_expert(tensors, 0)
+        form = form.inner
     shapes = {name: tuple(shape) for name, shape in form.shapes(rank).items()}
     with torch.random.fork_rng(devices=[]):
         identity = form.identity(rank)

@@ -130,7 +130,8 @@ def _routers(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, int
             continue
         recorders: Any = (module._can_record_outputs or {}).get("router_logits", [])
         for recorder in recorders if isinstance(recorders, list | tuple) else [recorders]:
-            kind, index = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
+            kind: Any = getattr(recorder, "target_class", recorder)
+            index = getattr(recorder, "index", 0)
             part = getattr(recorder, "layer_name", None) or ""
             for name, inner in modules.items():
                 if name.startswith(f"{path}." if path else "") and isinstance(inner, kind) and part in name:

@@ -248,6 +248,16 @@ def test_half_precision_rounds_as_the_weights_do(tmp_path: Path) -> None:
         assert torch.allclose(layer.get_param(), weight, atol=2**-7 * float(weight.abs().max()))
 
 
+def test_autocast_does_not_round_the_update() -> None:
+    model = adapted()
+    layer = next(layer for layer in model.modules() if isinstance(layer, MoSLoRAExperts))
+    with layer.adapted_parameter() as exact, torch.autocast("cpu", torch.bfloat16):
+        exact = exact.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16), layer.adapted_parameter() as seen:
+        assert torch.equal(seen, exact)
+        assert torch.isfinite(model(IDS).logits).all()
+
+
 @pytest.mark.parametrize("names", [NAMES, ["down_proj"]])
 def test_a_folder_of_stock_peft_trains_on_with_mixers(names: list[str], tmp_path: Path) -> None:
     """Whole names, and the ends that PEFT itself keeps."""
