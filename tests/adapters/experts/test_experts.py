@@ -251,10 +251,11 @@ def test_half_precision_rounds_as_the_weights_do(tmp_path: Path) -> None:
 def test_autocast_does_not_round_the_update() -> None:
     model = adapted()
     layer = next(layer for layer in model.modules() if isinstance(layer, MoSLoRAExperts))
-    with layer.adapted_parameter() as exact, torch.autocast("cpu", torch.bfloat16):
-        exact = exact.detach().clone()
-    with torch.autocast("cpu", torch.bfloat16), layer.adapted_parameter() as seen:
-        assert torch.equal(seen, exact)
+    with layer.adapted_parameter() as weight:
+        exact = weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        with layer.adapted_parameter() as weight:
+            assert torch.equal(weight, exact)
         assert torch.isfinite(model(IDS).logits).all()
 
 
