@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters.experts.small_models import SIZES, WORDS, small_model
+from mm_moslora.adapters.experts.small_models import EQUAL_HEADS, SIZES, WORDS, small_model
 from mm_moslora.adapters.tree import base_model, named_base_modules
 from mm_moslora.utils.errors import AdapterError, reason_of
 
@@ -70,7 +70,7 @@ def _by_ancestor(model: nn.Module, parameters: Sequence[str]) -> list[tuple[PreT
 def _probed(ancestor: PreTrainedModel, names: set[str]) -> str:
     """What goes wrong; empty: nothing, or no small model can be made."""
     fault = ""
-    for sizes in SIZES:
+    for sizes in (SIZES[0], EQUAL_HEADS, *SIZES[1:]):
         try:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(0)
