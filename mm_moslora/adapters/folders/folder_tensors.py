@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import (
     FACTORS_B,
     MIXER,
@@ -22,7 +23,6 @@ from mm_moslora.adapters.folder_format import (
     parameter_at,
     target_paths,
 )
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
 from mm_moslora.adapters.mixer import PerExpert, form_named, form_of
 from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
@@ -63,10 +63,10 @@ def check_tensors(
             )
 
 
-def without_place(
+def unexpected_entry(
     tensors: Mapping[str, Tensor], config: LoraConfig, *, embeddings: Mapping[str, tuple[int, ...]] | None = None
 ) -> str | None:
-    """The first name besides the factors that cannot belong to an adapter of this configuration; None: there is none.
+    """The first entry, factors apart, that an adapter of this configuration cannot have; None: all belong to it.
 
     PEFT writes the base's embeddings beside the factors when they are adapted, when the vocabulary was resized, and on
     request.
@@ -135,7 +135,7 @@ def fold_state_dict(
 
     Args:
         tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
-        mixer_form: of the mixers; None takes what their reader told (`mixer.tell_form`), else reads M itself,
+        mixer_form: of the mixers; None takes the form that is attached to them (`mixer.attach_form`), else M itself,
             ``[R, R]`` or the ``[R]`` of a diagonal.
         names_of_B: the ends of B's names.
 
@@ -157,9 +157,9 @@ def fold_state_dict(
             experts = tuple(mixer.shape[:-2])
             rank = tensor.shape[1] // math.prod(experts)
             if mixer.shape != (*experts, rank, rank) or not torch.isfinite(mixer).all():
-                found = f"{list(mixer.shape)}" if mixer.shape != (*experts, rank, rank) else "NaN or infinity"
+                content = f"{list(mixer.shape)}" if mixer.shape != (*experts, rank, rank) else "NaN or infinity"
                 raise AdapterError(
-                    f"The mixer of {name} is {found}, expected {[*experts, rank, rank]} of finite numbers."
+                    f"The mixer of {name} is {content}, expected {[*experts, rank, rank]} of finite numbers."
                 )
             tensor = fold_right(tensor, mixer).to(tensor.dtype)
         folded[name] = tensor.contiguous()

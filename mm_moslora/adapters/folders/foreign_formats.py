@@ -82,8 +82,9 @@ def read_foreign(root: Path, *, trainable: bool = False, component: str | None =
     if (root / DIFFUSERS_WEIGHTS).is_file():
         return _read_diffusers(root, component, trainable=trainable)
     if (root / PADDLE_CONFIG).is_file():
-        told, stock, tensors = paddle_adapter(root)
-        return _with_mixers(stock, told, tensors, root) if told.get(USE_MIXER) else _plain(stock, tensors, trainable)
+        options, stock, tensors = paddle_adapter(root)
+        mixed = options.get(USE_MIXER)
+        return _with_mixers(stock, options, tensors, root) if mixed else _plain(stock, tensors, trainable)
     if inside := adapters_inside(root):
         raise AdapterError(inside)
     raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
@@ -97,33 +98,35 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
             "here. Load it with PEFT itself."
         )
     if declares_mixers(data):
-        config, tensors = read_authors(root, data)
-        config.target_modules = target_paths(tensors)
-        return AdapterFolder(config=config, tensors=tensors, base={})
+        return _content(*read_authors(root, data))
     tensors = peft_tensors(root, pickled=False)
     check_declared(tensors, str(root))
     stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
     return _plain(stock, tensors, trainable)
 
 
-def _with_mixers(stock: LoraConfig, told: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> AdapterFolder:
-    config = from_lora_config(stock, **mixer_settings(told, tensors, str(source)))
-    config.target_modules = target_paths(tensors)
-    return AdapterFolder(config=config, tensors=tensors, base={})
+def _with_mixers(
+    stock: LoraConfig, options: Mapping[str, Any], tensors: dict[str, Tensor], source: Path
+) -> AdapterFolder:
+    return _content(from_lora_config(stock, **mixer_settings(options, tensors, str(source))), tensors)
 
 
 def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> AdapterFolder:
     config = from_lora_config(stock, mixer_trainable=trainable and not stock.use_dora)
-    paths = target_paths(tensors)
-    # PEFT's names tell the factors of a layer and of a parameter apart only by the configuration.
-    config.target_modules = (
-        [path for path in paths if check_target_module_exists(stock, path)] if stock.target_parameters else paths
-    )
+    content = _content(config, tensors)
     if config.mixer_trainable:
         # The mixers are not in the file; the identity makes them exactly this adapter.
-        adapted = {adapted_path(name): len(tensor) for name, tensor in tensors.items() if adapted_path(name)}
-        mixers = {path: identity_mixer(config, path, rows) for path, rows in adapted.items() if path is not None}
+        rows = {path: len(tensor) for name, tensor in tensors.items() if (path := adapted_path(name)) is not None}
+        mixers = {path: identity_mixer(config, path, number) for path, number in rows.items()}
         tensors |= {f"{PREFIX}{path}{MIXER}": mixer for path, mixer in mixers.items() if mixer is not None}
+    return content
+
+
+def _content(config: MoSLoRAConfig, tensors: dict[str, Tensor]) -> AdapterFolder:
+    paths = target_paths(tensors)
+    if config.target_parameters:  # PEFT's names tell factors of layers and of parameters apart by the targets only
+        paths = [path for path in paths if check_target_module_exists(config, path)]
+    config.target_modules = paths
     return AdapterFolder(config=config, tensors=tensors, base={})
 
 
@@ -144,8 +147,8 @@ def identity_mixer(config: MoSLoRAConfig, path: str, rows: int) -> Tensor | None
 
 def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> AdapterFolder:
     path = root / DIFFUSERS_WEIGHTS
-    held = with_known_names(read_tensors(path))
-    present = sorted({name.partition(".")[0] for name in held})
+    all_tensors = with_known_names(read_tensors(path))
+    present = sorted({name.partition(".")[0] for name in all_tensors})
     if component is None and len(present) == 1:
         component = present[0]
     if component not in present:
@@ -156,7 +159,8 @@ def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> Ad
             else f"{path} holds no tensors. Copy the folder again."
         )
     start = f"{component}."
-    tensors = {PREFIX + name.removeprefix(start): tensor for name, tensor in held.items() if name.startswith(start)}
+    names = [name for name in all_tensors if name.startswith(start)]
+    tensors = {PREFIX + name.removeprefix(start): all_tensors[name] for name in names}
     if unknown := sorted(name for name in tensors if not is_factor(name)):
         raise AdapterError(
             f"{path} holds {start}{unknown[0].removeprefix(PREFIX)}, which is not understood: A, M and B are "

@@ -16,22 +16,14 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraVariant, ParamWrapper
 from torch import Tensor, nn
 
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions, Factors, MoSLoRALayer
+from mm_moslora.adapters.adapter_options import AdapterOptions
+from mm_moslora.adapters.layers.adapter_layers import Factors, MoSLoRALayer
 from mm_moslora.adapters.mixer import MixerForm, PerExpert
 from mm_moslora.kernels.lora.lora_linear import is_plain
 from mm_moslora.kernels.lora.lora_math import without_autocast
 from mm_moslora.kernels.lora.mixed_product import fold_right
-from mm_moslora.utils.errors import AdapterError
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_WITHOUT = {
-    "lora_dropout": "an update of a weight has no input to drop",
-    "use_dora": "PEFT has no DoRA for them",
-    "lora_bias": "they have no bias to train",
-    "fan_in_fan_out": "their layout is read from the model",
-}
-"""Options that PEFT's wrapper of a parameter cannot have."""
-_STARTS = (True, False, "gaussian")
 
 
 class MoSLoRAExperts(MoSLoRALayer, ParamWrapper):
@@ -115,8 +107,8 @@ def by_expert(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return A.unflatten(0, (-1, rank)), B.unflatten(1, (rank, -1)).permute(2, 0, 1)
 
 
-def expert_factor_shapes(holder: nn.Module, name: str, rank: int) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """E, and shapes of A and B of one parameter to adapt, under their names behind the wrapper's path.
+def expert_factor_shapes(holder: nn.Module, name: str, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of A and B of one parameter to adapt, under their names behind the wrapper's path.
 
     Args:
         holder: the module that holds it, without adapters.
@@ -126,7 +118,7 @@ def expert_factor_shapes(holder: nn.Module, name: str, rank: int) -> tuple[int, 
     parameter = getattr(holder, name)
     experts, *widths = map(int, getattr(parameter, "ds_shape", parameter.shape))
     width_in, width_out = widths if getattr(holder, "is_transposed", False) else reversed(widths)
-    return experts, {"lora_A.weight": (rank * experts, width_in), "lora_B.weight": (width_out, rank * experts)}
+    return {"lora_A.weight": (rank * experts, width_in), "lora_B.weight": (width_out, rank * experts)}
 
 
 def why_not_adaptable_parameter(holder: nn.Module, name: str) -> str | None:
@@ -151,27 +143,3 @@ def why_not_adaptable_parameter(holder: nn.Module, name: str) -> str | None:
             "float32, bfloat16 or float16."
         )
     return None
-
-
-def check_expert_options(config: Any, form: MixerForm) -> None:
-    """Refuse what experts cannot have.
-
-    Args:
-        config: a `MoSLoRAConfig` with `target_parameters`.
-        form: of its mixers.
-
-    Raises:
-        AdapterError: names the option and the reason.
-    """
-    reasons = [f"{name} is {value!r}: {why}" for name, why in _WITHOUT.items() if (value := getattr(config, name))]
-    if config.init_lora_weights not in _STARTS:
-        reasons.append(f"init_lora_weights is {config.init_lora_weights!r}, which starts from the weight of a layer")
-    if config.factor_form != "free":
-        reasons.append(f"factor_form is {config.factor_form!r}, which places the factors of layers")
-    if not form.fixed:
-        reasons.append(f"mixer_form is {form.spec!r}, which depends on an input, and the update is one of a weight")
-    if reasons:
-        raise AdapterError(
-            f"target_parameters adapts experts, which are parameters and no layers, and {'; '.join(reasons)}. Unset "
-            "it, or leave target_parameters out."
-        )
