@@ -21,7 +21,7 @@ def stacked_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tup
         modules: with their paths.
     """
     for path, module in modules:
-        if not isinstance(module, nn.modules.conv._ConvNd):
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             for name, parameter in module.named_parameters(recurse=False):
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 if len(shape) == 3 and shape[0] > 1:

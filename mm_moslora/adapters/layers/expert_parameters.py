@@ -130,7 +130,7 @@ def why_not_adaptable_parameter(holder: nn.Module, name: str) -> str | None:
     """
     parameter = getattr(holder, name)
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    if len(shape) != 3 or isinstance(holder, nn.modules.conv._ConvNd):
+    if len(shape) != 3 or isinstance(holder, nn.Conv1d | nn.ConvTranspose1d):
         return (
             f"it is {list(shape)} in a {type(holder).__name__}, expected the weights of experts, [E, D_out, D_in]. "
             "Routers stay frozen, and linear layers are adapted as modules (targets, target_modules)."

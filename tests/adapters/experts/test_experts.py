@@ -312,7 +312,7 @@ def test_reports_are_those_of_single_experts(tmp_path: Path) -> None:
         ({"lora_dropout": 0.1}, "lora_dropout is 0.1: an update of a weight has no input to drop"),
         ({"use_dora": True}, "use_dora is True: PEFT has no DoRA for them"),
         ({"lora_bias": True}, "lora_bias is True: they have no bias"),
-        ({"factor_form": "svd"}, "factor_form is 'svd'"),
+        ({"factor_form": "svd"}, "factor_form is 'svd': it places the factors"),
         ({"init_lora_weights": "pissa", "mixer_init": "identity"}, "init_lora_weights is 'pissa'"),
     ],
 )
