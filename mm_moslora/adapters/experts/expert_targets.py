@@ -6,7 +6,9 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from mm_moslora.adapters.layers.expert_parameters import why_not_adaptable_parameter
@@ -95,6 +97,21 @@ def not_excluded(config: Any, parameters: Sequence[str]) -> list[str]:
             f"{len(parameters)} stacked parameters (the first: {parameters[0]})."
         )
     return chosen
+
+
+def layers_read_as_experts(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Layers that PEFT, where this package is not imported, takes for experts by their names, and leaves out.
+
+    Args:
+        model: without adapters.
+        config: plain LoRA's, with whole paths of modules.
+    """
+    read = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(read, model=model, conversions=None)
+    except ValueError:  # some of the names that belong together are missing
+        read.target_modules = []
+    return sorted(set(config.target_modules or ()) - set(read.target_modules or ()))
 
 
 def refuse_left_out_experts(modules: dict[str, nn.Module], *, linear: int, names: str, hint: str | None) -> None:

@@ -29,6 +29,7 @@ from mm_moslora.adapters import (
     save_adapter,
 )
 from mm_moslora.adapters.adapter_inspection import inspect_adapter, inspect_model
+from mm_moslora.adapters.experts.expert_targets import layers_read_as_experts
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts
 from mm_moslora.utils.errors import AdapterError
@@ -281,6 +282,14 @@ def test_a_dense_layer_beside_experts_stays_a_layer() -> None:
     paths = {row.path for row in adapted_modules(model)}
     assert {f"model.layers.0.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")} < paths
     assert {row.rank for row in adapted_modules(model)} == {4}
+
+
+def test_layers_that_plain_peft_would_take_for_experts_are_known(tmp_path: Path) -> None:
+    for name, expected in (("qwen2_moe", 4), ("qwen3_moe", 0), ("mixtral", 0)):
+        save_adapter(adapted(name), tmp_path / name)
+        misread = layers_read_as_experts(base(name), peft.LoraConfig.from_pretrained(tmp_path / name))
+        assert len([path for path in misread if "shared_expert." in path]) >= expected
+        assert bool(misread) == bool(expected)
 
 
 @pytest.mark.parametrize("names", [["w1", "w3"], ["q_proj", "w1", "w2", "w3"]])
