@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
@@ -64,6 +64,8 @@ class AdapterOptions(LoraConfig):
     layer_classes: ClassVar[dict[type[nn.Module], Callable[..., nn.Module]]] = {}
     # Where the layer sits; `create_layer` sets it on its own copy. Without annotation: not an option, and not saved.
     module_path = ""
+    # Experts of a folder in the order in which its factors are nested; empty for a configuration of one's own.
+    nested_as = cast("tuple[str, ...]", ())
 
     def __post_init__(self) -> None:
         """Check the options, and route every adapted layer to this package's layers."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_options import unmatched_patterns
 from mm_moslora.adapters.experts.expert_probe import refuse_mishandled
-from mm_moslora.adapters.experts.expert_targets import not_excluded, resolve_parameters
+from mm_moslora.adapters.experts.expert_targets import check_nesting, not_excluded, resolve_parameters
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
@@ -269,6 +269,7 @@ def _resolve_experts(model: nn.Module, config: MoSLoRAConfig) -> None:
     """
     if config.target_parameters:
         config.target_parameters = not_excluded(config, resolve_parameters(model, [""], config.target_parameters))
+        check_nesting(config.nested_as, config.target_parameters)
         config.check_experts()
         refuse_mishandled(model, config.target_parameters)
 

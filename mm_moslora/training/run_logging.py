@@ -19,7 +19,7 @@ from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, log_adapter
 from mm_moslora.training.metrics.throughput import Clock, Speedometer, rank_figures
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
-from mm_moslora.training.supervision.run_summary import note_memory, write_summary
+from mm_moslora.training.supervision.run_summary import note_memory, only_measuring, write_summary
 from mm_moslora.utils import distributed, files
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ class RunLog:
     def final_mixers(self) -> None:
         """Write and log the adapter's measures at the end, and write the experts' shares of the last logged steps."""
         if self.experts.shares and distributed.is_main():
-            files.replace_json(self.run.folder / "experts.json", self.experts.shares)
+            with only_measuring("The balance of experts"):
+                files.replace_json(self.run.folder / "experts.json", self.experts.shares)
         state = self.run.engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
         log_adapter(
             self.run.assembly.model, state, self.trackers, self.run.step, file=self.run.folder / "mixers.json",

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
+from mm_moslora.adapters.folder_format import wrapper_paths
 from mm_moslora.adapters.layers.expert_parameters import why_not_adaptable_parameter
 from mm_moslora.adapters.tree import named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -73,6 +74,26 @@ def resolve_parameters(model: nn.Module, components: Sequence[str], names: Itera
             f"{suggestion(min(unmatched), stacked)}{held}"
         )
     return resolved
+
+
+def check_nesting(saved: Sequence[str], present: Sequence[str]) -> None:
+    """Refuse factors that a folder nests otherwise than the model; see `folder_format.parameter_at`.
+
+    Args:
+        saved: paths of parameters in the folder's order; ends of paths have none.
+        present: those of the model.
+
+    Raises:
+        AdapterError: another order, by which the factors would be exchanged without a word.
+    """
+    saved_at, present_at = wrapper_paths(saved), wrapper_paths(present)
+    if set(saved) == set(present) and saved_at != present_at:
+        path = next(path for path in present_at if saved_at.get(path) != present_at[path])
+        raise AdapterError(
+            f"The folder holds factors of {saved_at.get(path)} where the model nests those of {present_at[path]}: its "
+            "modules register their parameters in another order. Load it with the version of transformers it was made "
+            "with, merge, and save the model."
+        )
 
 
 def not_excluded(config: Any, parameters: Sequence[str]) -> list[str]:

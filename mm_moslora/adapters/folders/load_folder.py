@@ -13,7 +13,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import inject
-from mm_moslora.adapters.experts.expert_targets import resolve_parameters
+from mm_moslora.adapters.experts.expert_targets import check_nesting, resolve_parameters
 from mm_moslora.adapters.folder_format import (
     MIXER,
     OWN_CONFIG,
@@ -33,7 +33,7 @@ from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.expert_parameters import expert_factor_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.mixer import form_named
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_manifest
 from mm_moslora.adapters.tree import base_fingerprint, matched_path, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import sha256_of
@@ -74,7 +74,7 @@ def load_adapter(
     config, source = content.config, str(folder)
     _check_base(model, content.base, base or {}, source)
     if config.target_parameters:
-        _find_experts(model, content, Path(folder))
+        _find_experts(model, content, source)
     paths = sorted(config.target_modules or ())
     check_tensors(content.tensors, _planned_shapes(model, config, paths, content.tensors, source), source=source)
     config.inference_mode = not trainable
@@ -245,7 +245,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
 def _read_own(root: Path) -> AdapterFolder:
     manifest = read_manifest(root)
     try:
-        config = config_from_dict(manifest["config"])
+        config = config_from_manifest(manifest)
     except AdapterError as error:
         raise AdapterError(f"{root / OWN_CONFIG}: {error}") from error
     expected = {STOCK_WEIGHTS, OWN_WEIGHTS} if form_named(config.mixer_form).fixed else {OWN_WEIGHTS}
@@ -287,7 +287,7 @@ def _check_base(model: nn.Module, saved: Mapping[str, Any], base: Mapping[str, A
         )
 
 
-def _find_experts(model: nn.Module, content: AdapterFolder, source: Path) -> None:
+def _find_experts(model: nn.Module, content: AdapterFolder, source: str) -> None:
     """Give the folder's configuration whole paths of parameters, and mixers to a plain LoRA that is to train.
 
     Raises:
@@ -297,19 +297,12 @@ def _find_experts(model: nn.Module, content: AdapterFolder, source: Path) -> Non
     saved = list(config.target_parameters or ())
     try:
         config.target_parameters = resolve_parameters(model, [""], saved)
+        check_nesting(config.nested_as, config.target_parameters)
     except AdapterError as error:
         raise AdapterError(f"{source} does not fit the model: {error}") from error
-    saved_at, present_at = wrapper_paths(saved), wrapper_paths(config.target_parameters)
-    if (source / OWN_CONFIG).is_file() and saved_at != present_at:  # stock PEFT keeps no order
-        path = next(path for path in present_at if saved_at.get(path) != present_at[path])
-        raise AdapterError(
-            f"{source} holds factors of {saved_at.get(path)} where the model nests those of {present_at[path]}: its "
-            "modules register their parameters in another order. Load it with the version of transformers it was made "
-            "with, merge, and save the model."
-        )
     if config.mixer_trainable:
         mixers = mixers_in(content.tensors)
-        for path in present_at:
+        for path in wrapper_paths(config.target_parameters):
             A = content.tensors.get(f"{PREFIX}{path}.lora_A.weight")
             if (
                 A is not None
