@@ -27,11 +27,11 @@ def base() -> torch.nn.Module:
     if given.model:
         return AutoModelForCausalLM.from_pretrained(given.model, trust_remote_code=False, dtype=torch.float32)
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=128, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2,
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config)
+    sizes = {
+        "vocab_size": 128, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
 config = MoSLoRAConfig(r=8, lora_alpha=16, target_parameters=["experts.gate_up_proj", "experts.down_proj"])

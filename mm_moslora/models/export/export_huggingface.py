@@ -144,7 +144,7 @@ def export_lora(
         adapters.save_adapter(assembly.peft_model, part, base=assembly.base)
         assembly.peft_model.unload()
         assembly.peft_model = None
-        if misread := layers_read_as_experts(model, peft.LoraConfig.from_pretrained(part)):
+        if misread := layers_read_as_experts(model, peft.LoraConfig.from_pretrained(str(part))):
             raise ModelError(
                 f"PEFT {peft.__version__} takes {misread[0]} for an expert by its name and would load this adapter "
                 "wrongly. Export the whole model (--to hf), or load the checkpoint with mm_moslora.adapters."

@@ -395,7 +395,7 @@ def test_a_folder_that_nests_parameters_otherwise_is_refused(tmp_path: Path) -> 
     manifest["config"]["target_parameters"].reverse()
     path.write_text(json.dumps(manifest))
     for load in (load_adapter, peft.PeftModel.from_pretrained):
-        with pytest.raises(AdapterError, match=r"holds factors of .*gate_up_proj where the model nests .*down_proj"):
+        with pytest.raises(AdapterError, match=r"holds factors of .*down_proj where the model nests .*gate_up_proj"):
             load(base(), tmp_path / "a")
 
 
