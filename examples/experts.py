@@ -9,6 +9,7 @@ Every expert gets a mixer of its own; the router stays frozen.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -27,7 +28,7 @@ def base() -> torch.nn.Module:
     if given.model:
         return AutoModelForCausalLM.from_pretrained(given.model, trust_remote_code=False, dtype=torch.float32)
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 128, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2,
     }  # fmt: skip
