@@ -132,7 +132,7 @@ def check_adapter_names(adapter: AdapterConfig) -> None:
             f"adapter.targets is {targets!r}, expected {' or '.join(sorted(words))}, or a list of names of layers."
             f"{hint}"
         )
-    if adapter.peft or adapter.mixer_form not in usual_names.MIXER_FORMS:
+    if adapter.peft or adapter.target_parameters or adapter.mixer_form not in usual_names.MIXER_FORMS:
         from mm_moslora.models.trainable_parts import adapter_config
 
         adapter_config(adapter)

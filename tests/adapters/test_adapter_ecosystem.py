@@ -21,8 +21,6 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     MambaConfig,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -241,15 +239,6 @@ def test_a_classifier_that_trains_whole_gets_no_adapter(tmp_path: Path) -> None:
     assert torch.equal(logits(folded(base(), tmp_path / "a")), live)
     with pytest.raises(AdapterError, match=r"modules_to_save=\['score', 'classifier'\] leaves none"):
         add_moslora(base(), MoSLoRAConfig(r=4, task_type="SEQ_CLS"), targets=["classifier"])
-
-
-@pytest.mark.parametrize("names", [["w1", "w3"], ["q_proj", "w2"]])
-def test_experts_that_are_parameters_are_named(names: list[str]) -> None:
-    """PEFT turns the old names into target_parameters; the error spoke of a rank_pattern that nobody had set."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_hidden_layers=1, num_local_experts=2, **sizes))
-    with pytest.raises(AdapterError, match=r"holds .*_proj as parameters and not as linear layers"):
-        peft.get_peft_model(model, MoSLoRAConfig(r=4, target_modules=names))
 
 
 def test_an_offloaded_base_takes_no_adapter_and_an_offloaded_adapter_works(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ IDS = {  # of hubs and hosts, and names inside of data
 }  # fmt: skip
 LAYERS = {  # names and patterns of layers, which `plan` and `train` look for in the model
     "adapter.mixer_pattern.KEY", "adapter.rank_pattern.KEY", "adapter.alpha_pattern.KEY",
-    "adapter.text_encoder_targets",
+    "adapter.text_encoder_targets", "adapter.target_parameters",
 }  # fmt: skip
 MISSPELT = {  # overrides, the last of them misspelt
     "model.vision.name": ("model.vision.name=open_clp:ViT-B-32",),

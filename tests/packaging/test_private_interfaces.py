@@ -160,6 +160,24 @@ def test_peft_takes_custom_layers_and_embeds_by_methods() -> None:
     assert lora.Linear(nn.Linear(2, 2), "chosen", config=peft.LoraConfig(r=1), r=1)._active_adapter == ["chosen"]
 
 
+def test_peft_nests_wrappers_of_parameters_by_the_name_of_their_class() -> None:
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
+
+    assert '__class__.__name__ == "ParamWrapper"' in inspect.getsource(BaseTuner._inject_parameters)
+    assert parameters(ParamWrapper._activate_lora) == ["self", "active_adapters"]
+    assert parameters(ParamWrapper.get_delta_factors) == ["self", "adapter_name"]
+    assert "_did_swap_in_out_features" in inspect.getsource(ParamWrapper.update_layer)
+
+
+def test_transformers_names_routers_among_what_it_records() -> None:
+    from transformers.models.mixtral import modeling_mixtral as mixtral
+
+    recorder = mixtral.MixtralPreTrainedModel._can_record_outputs["router_logits"]
+    assert (recorder.target_class, recorder.index, recorder.layer_name) == (mixtral.MixtralTopKRouter, 0, None)
+    assert hasattr(mixtral, "load_balancing_loss_func")
+
+
 def test_peft_keeps_what_runs_outside_of_a_methods_layers_in_the_tuner() -> None:
     from peft.tuners import tuners_utils
     from peft.tuners.ia3.model import IA3Model
