@@ -224,9 +224,10 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
         recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
         picture=picture or PICTURE, dtype=torch.float32 if in_fp32 else torch.bfloat16,
     )  # fmt: skip
-    planned = recipe.for_ranks(gpus.count).train
+    chosen = recipe.for_ranks(gpus.count)
+    planned = chosen.train
     refuse_ranks(planned, gpus.count)
-    check_zero(planned, recipe.adapter)
+    check_zero(chosen)
     if planned.zero.endswith(".json"):
         resolved = "fp32" if in_fp32 else "bf16" if train.precision == "auto" else train.precision
         check_file(planned, precision=resolved, max_grad_norm=recipe.optim.max_grad_norm, trains_here=False)
