@@ -160,7 +160,7 @@ def _with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet) -
 
     A resumed run keeps the form of its checkpoint.
     """
-    if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asked or form.mixed):
+    if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asks or form.mixed):
         if form.mixed:
             logger.warning("%s: %s.", form.words, form.remedy)
         else:

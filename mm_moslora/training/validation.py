@@ -184,7 +184,7 @@ class Validator:
     def _answer(self, held_out: TrainingSet, record: Record) -> SampleAnswer:
         first = next(index for index, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = record.turns[:first]
-        seen = held_out.see(record, sum(turn.images for turn in turns))
+        seen = held_out.process(record, sum(turn.images for turn in turns))
         ids = held_out.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
         picture = record.images[0] if record.images else None
         return SampleAnswer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,6 +83,18 @@ def colour_task(images: Path, folder: Path) -> str:
     path = folder / "colours.yaml"
     path.write_text(json.dumps({"name": "colours", "source": source, "decoding": {"max_new_tokens": 4}}))
     return str(path)
+
+
+def write_questions(records: Path, *files: Path, count: int | None = None) -> list[dict[str, str]]:
+    """Questions on the colours of pictures of records, as question files; gives their rows."""
+    rows = [
+        {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
+         "answer": row["conversations"][1]["value"]}
+        for row in map(json.loads, records.read_text().splitlines()) if "image" in row
+    ][:count]  # fmt: skip
+    for file in files:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def write(recipe: Recipe, name: str = "") -> str:
@@ -228,7 +241,7 @@ def train_estimating(*arguments: str) -> int:
         return found
 
     BatchLoader._evened = evened
-    TrainingSet.__init__.__kwdefaults__["exact_limit"] = 0
+    TrainingSet.__init__ = functools.partialmethod(TrainingSet.__init__, exact_limit=0)
     TrainingSet._tokens_per_character = lambda self: 0.0
     return train_recipes(list(arguments))
 

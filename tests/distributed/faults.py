@@ -116,8 +116,7 @@ def _fail_within_step(what: str, rank: str, step: int) -> None:
             elif what == "raise":
                 raise RuntimeError("a bug of rank 1")
             else:
-                os.kill(os.getpid(), getattr(signal, what))
-                time.sleep(0.05)
+                signal.raise_signal(getattr(signal, what))
         return real(self, micro_batches, lr_factor)
 
     step_or_not.done = 0
@@ -145,10 +144,10 @@ def while_starting(rank: str, place: str, *words: str) -> int:
 
 def while_measuring(what: str, rank: str, *recipes: str) -> int:
     """One rank gets SIGTERM in its first batch of the held-out loss, or at its first answer to a task's question."""
-    from mm_moslora_eval.run.task_runner import _Job
+    from mm_moslora_eval.run.task_runner import _AnswerJob
     from trials import train_measured
 
-    owner, name = {"loss": (TrainingEngine, "evaluate"), "task": (_Job, "_store")}[what]
+    owner, name = {"loss": (TrainingEngine, "evaluate"), "task": (_AnswerJob, "_store")}[what]
     real = getattr(owner, name)
 
     def told(self, *arguments, **options):

@@ -45,7 +45,7 @@ def seen_batch(assembly: Parts) -> Batch:
     pictures = [Image.effect_noise(size, 50).convert("RGB") for size in PICTURES]
     examples = []
     for own in (pictures[:1], pictures[1:]):
-        seen = assembly.image_processing.see(own)
+        seen = assembly.image_processing.process(own)
         ids = torch.tensor([number for one in seen for number in (*one.placeholders, 5)] + [5] * 24)
         examples.append(Example(id="", input_ids=ids, supervised=torch.arange(len(ids)) >= len(ids) - 9, pictures=seen))
     return Batch.from_examples(examples)

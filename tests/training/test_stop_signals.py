@@ -17,6 +17,7 @@ import pytest
 from between import just_before, somebody_builds
 from preloaded import Preloaded
 from trials import losses, write
+from waiting import wait_until
 
 from mm_moslora.launch import child_processes
 from mm_moslora.launch.child_processes import STOP_SIGNALS
@@ -51,10 +52,7 @@ def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(reci
                 words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 preexec_fn=heard_by_default,
             )  # fmt: skip
-            deadline = time.monotonic() + 120
-            while not list(run.glob("heartbeat/*.json")):
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: list(run.glob("heartbeat/*.json")), process=process)
             process.send_signal(number)
             said, errors = process.communicate(timeout=150)
             assert process.returncode == 75, errors

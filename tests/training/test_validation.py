@@ -17,7 +17,7 @@ import torch
 from between import just_before
 from mm_moslora_eval.protocol.task_registry import tasks_of
 from mm_moslora_eval.run.in_training import measure
-from mm_moslora_eval.run.task_runner import _Job
+from mm_moslora_eval.run.task_runner import _AnswerJob
 from trials import colour_task
 
 from mm_moslora.config import ValidateConfig
@@ -338,8 +338,8 @@ def test_signals_cut_validations_short_and_nothing_is_lost(recipe, records, tmp_
     run = Path(chosen.train.output)
     told = functools.partial(signal.raise_signal, signal.SIGTERM)
     for owner, name, call, step in (
-        (TrainingEngine, "evaluate", 5, 4), (Validator, "_answer", 1, 4), (_Job, "_store", 2, 4),
-        (TrainingEngine, "evaluate", 5, 6), (_Job, "_store", 2, 6),
+        (TrainingEngine, "evaluate", 5, 4), (Validator, "_answer", 1, 4), (_AnswerJob, "_store", 2, 4),
+        (TrainingEngine, "evaluate", 5, 6), (_AnswerJob, "_store", 2, 6),
     ):  # fmt: skip
         calls = itertools.count(1)
         with monkeypatch.context() as patch:

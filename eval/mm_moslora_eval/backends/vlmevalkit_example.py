@@ -3,8 +3,8 @@
 In VLMEvalKit's `vlmeval/config.py` add
 
     from functools import partial
-    from mm_moslora_eval.backends.vlmevalkit_example import MoSLoRAModel
-    supported_VLM["my_model"] = partial(MoSLoRAModel, model_path="FOLDER")
+    from mm_moslora_eval.backends.vlmevalkit_example import VLMEvalKitModel
+    supported_VLM["my_model"] = partial(VLMEvalKitModel, model_path="FOLDER")
 
 and run `python run.py --data MMBench_DEV_EN --model my_model`.
 """
@@ -19,7 +19,7 @@ from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Part, Request
 
 
-class MoSLoRAModel:
+class VLMEvalKitModel:
     """VLMEvalKit's model interface: `generate(message, dataset)` with a list of `{type, value}` parts.
 
     Args:

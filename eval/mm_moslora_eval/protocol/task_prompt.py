@@ -18,7 +18,7 @@ _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class TaskPrompt:
     """The wording of a task.
 
     `template` and `fragments` name fields in braces: `question`, `hint`, `options`, `instruction`, a further column of
@@ -64,9 +64,9 @@ class Prompt:
         if self.images not in ("first", "last"):
             raise EvalError(f"prompt.images is {self.images!r}, expected first or last.")
         if self.function is not None and self.function not in WORDINGS:
-            known = ", ".join(sorted(WORDINGS))
+            functions = ", ".join(sorted(WORDINGS))
             raise EvalError(
-                f"prompt.function is {self.function!r}, known: {known}.{suggestion(self.function, WORDINGS)}"
+                f"prompt.function is {self.function!r}, known: {functions}.{suggestion(self.function, WORDINGS)}"
             )
 
     def text(self, document: Document) -> str:
@@ -154,9 +154,9 @@ class Prompt:
         (text,) = texts
         if not images:
             return (text,)
-        places: tuple[Part, ...] = (IMAGE,) * images
+        pictures: tuple[Part, ...] = (IMAGE,) * images
         separator = self.image_separator
-        return (*places, separator + text) if self.images == "first" else (text + separator, *places)
+        return (*pictures, separator + text) if self.images == "first" else (text + separator, *pictures)
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:

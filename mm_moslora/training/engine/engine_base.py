@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora.adapters import one_product_per_step
-from mm_moslora.batch import WHOLE_ROW, Batch, Example, RowShare
+from mm_moslora.batch import Batch, Example
 from mm_moslora.models.families import TOWER_NAMES
-from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
+from mm_moslora.models.memory_efficient.decoder_layers import head_loss_sum
+from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine.optimizers import OptimizerKind
@@ -60,7 +61,7 @@ class LossModule(nn.Module):
         """
         vision = (needs_vision or self.language_is_frozen) and not batch.images
         dummy = self.dummy.to(batch.input_ids.device) if self.dummy and vision else None
-        hidden = supervised_hidden(self.model, batch, dummy=dummy, memory=self.pictures, share=self.share)
+        hidden = supervised_hidden(self.model, batch, dummy=dummy, cache=self.pictures, share=self.share)
         targets = batch.targets if self.share.of == 1 else batch.targets[self.share.targets(batch)]
         return head_loss_sum(self.model, hidden, targets, right)
 

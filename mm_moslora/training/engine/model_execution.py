@@ -13,9 +13,14 @@ from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.kernel_selection import Kernels, attention_words, choose_kernels, use_kernels
-from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.memory_efficient.kernel_selection import (
+    Kernels,
+    attention_words,
+    choose_kernels,
+    use_kernels,
+    use_lean_layers,
+    use_loss_head,
+)
 from mm_moslora.models.precision import dtype_of
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers

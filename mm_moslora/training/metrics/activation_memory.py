@@ -29,7 +29,6 @@ from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.transformers_patches import wrap_checkpointing
-from mm_moslora.models.vision.repeated_layers import DENSE, repeated_layers
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
 from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
@@ -39,6 +38,8 @@ NF4_BYTES = 0.516
 """Bytes per weight: 4 bits, and 0.127 bits for the doubly quantised scales."""
 PROBE = 256
 """Number of tokens for which activations are counted."""
+_DENSE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+"""Matrix products with weights; all other products belong to attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
 
 def _kept_by_layer(bones: MetaModel, dtype: torch.dtype, tokens: int) -> int:
     decoder: Any = bones.model.get_decoder()
-    layer: Any = bones.held[0]
+    layer: Any = bones.decoder_layers[0]
     width = bones.model.config.get_text_config().hidden_size
     with torch.device("meta"):
         hidden = torch.zeros(1, tokens, width, dtype=dtype, requires_grad=True)
@@ -197,7 +198,7 @@ def _per_image(bones: MetaModel, dtype: torch.dtype, *, checkpointing: bool) -> 
         return _PerImage()
     tower = bones.model.get_submodule(tower_path(bones.model))
     size = torch.finfo(dtype).bits // 8
-    with repeated_layers(tower), _MetaAndHost():
+    with _MetaAndHost():
         look = _look(bones, tower, dtype)
         with torch.no_grad(), _widest(tower) as widest, _watched(tower) as measured:
             look()
@@ -208,7 +209,7 @@ def _per_image(bones: MetaModel, dtype: torch.dtype, *, checkpointing: bool) -> 
     # The widest layer's input and output, the residual stream and a norm's copies of it, and the picture itself.
     workspace = max(widest) + 4 * patches * width * size + measured.pixels.numel() * (4 + size)
     flops = measured.counter.get_flop_counts()["Global"]
-    attention = sum(number for kind, number in flops.items() if kind not in DENSE)
+    attention = sum(number for kind, number in flops.items() if kind not in _DENSE)
     cost = PictureCost(flops=float(sum(flops.values())), attention=float(attention), patches=patches, tiles=tiles)
     return _PerImage(kept=float(saved), workspace=float(workspace), tiles=tiles, cost=cost)
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mm_moslora.utils.errors import CheckpointError, TrainingError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import refuse_strangers, write_owner
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS, checkpoints, resume_folder
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -70,7 +70,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = held(folder / RUN_LOCK, wait=False)
+        lock = lock_file(folder / RUN_LOCK, wait=False)
     except BlockingIOError as error:
         owner = (read_text_below(folder, RUN_LOCK, errors="replace") or "").strip()
         raise TrainingError(
