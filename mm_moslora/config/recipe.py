@@ -13,7 +13,7 @@ import yaml
 
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
-from mm_moslora.config.optimizers import OPTIMIZERS
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.recipe_paths import from_working_folder
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.strict_reading import parse_scalar, parse_text, plain, set_dotted, takes_text

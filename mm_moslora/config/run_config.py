@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mm_moslora.config.optimizers import OPTIMIZERS, OptimizerName
+from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
 from mm_moslora.config.value_checks import at_least, check_adam, require
 from mm_moslora.utils.errors import suggestion
 
@@ -56,10 +56,15 @@ class OptimConfig:
             at_least(f"optim.{name}", getattr(self, name), 0)
         check_adam(self.betas, self.eps)
         require(
+            self.optimizer in OPTIMIZERS,
+            f"optim.optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}."
+            f"{suggestion(self.optimizer, OPTIMIZERS)}",
+        )
+        require(
             OPTIMIZERS[self.optimizer].takes_schedule or (self.schedule == "constant" and self.betas[0] > 0),
             f"optim.optimizer is {self.optimizer}, which averages weights in the place of a decay of the learning "
-            f"rate, with optim.schedule {self.schedule} and optim.betas {list(self.betas)}. Set optim.schedule to constant, "
-            "and the first of optim.betas above 0; optim.warmup stays.",
+            f"rate, with optim.schedule {self.schedule} and optim.betas {list(self.betas)}. Set optim.schedule to "
+            "constant, and the first of optim.betas above 0; optim.warmup stays.",
         )
         require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1.")
         require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")

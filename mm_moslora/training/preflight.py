@@ -23,7 +23,7 @@ from mm_moslora.config import (
     usual_names,
 )
 from mm_moslora.config.llava_chat_templates import require_template
-from mm_moslora.config.optimizers import OPTIMIZERS
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.data.chat.record_keys import READ
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
