@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trials import full, hexed, losses, make_recipe, with_train
+from trials import full, hexed, losses, make_recipe, with_optimizer, with_train
 
 from mm_moslora.cli import run as command
 from mm_moslora.config import AdapterConfig, OptimConfig, Recipe, SourceConfig
@@ -33,14 +33,8 @@ PRESET = "llava15_7b_moslora"
 
 
 def chosen(recipe: Recipe, name: str, **train_keys: Any) -> Recipe:
-    """The recipe with an optimiser, where its package is installed. The language model trains whole: states in 8 bits
-    begin at 4,096 values."""
-    package = OPTIMIZERS[name].module
-    if package:
-        # Earlier releases of bitsandbytes step on GPUs only.
-        pytest.importorskip(package, minversion="0.50" if package == "bitsandbytes" else None)
-    optim = replace(recipe.optim, optimizer=name, schedule="constant")
-    return with_train(replace(full(recipe), optim=optim), **train_keys)
+    """The recipe with an optimiser, and a language model that trains whole: states in 8 bits begin at 4,096 values."""
+    return with_train(with_optimizer(full(recipe), name), **train_keys)
 
 
 def with_held_out(recipe: Recipe) -> Recipe:
@@ -229,10 +223,8 @@ def test_another_optimiser_is_another_run(recipe):
 
 
 def test_8_bits_keep_factors_orthonormal(recipe, tmp_path):
-    pytest.importorskip("bitsandbytes", minversion="0.50")
     adapter = AdapterConfig(rank=4, alpha=8, factor_form="stella")
-    optim = replace(recipe.optim, optimizer="adamw_8bit")
-    train(with_train(replace(recipe, adapter=adapter, optim=optim), steps=3))
+    train(with_train(with_optimizer(replace(recipe, adapter=adapter), "adamw_8bit"), steps=3))
     for name, value in load_file(tmp_path / "run" / "checkpoint-000003" / "adapter" / "moslora.safetensors").items():
         if "lora_A" in name:
             torch.testing.assert_close(value @ value.T, torch.eye(len(value)), atol=1e-5, rtol=0)

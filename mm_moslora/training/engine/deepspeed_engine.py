@@ -63,7 +63,7 @@ class DeepSpeedEngine(TrainingEngine):
             deepspeed_patches.shard_from_main(module, config, device=self.device)
         on_gpu = self.device.type == "cuda" and not config.get("zero_optimization", {}).get("offload_optimizer")
         stepping = self.kind.make(optimizer, groups, [group.parameters for group in groups], fused=on_gpu)
-        if wants_cpu_adam(config):
+        if wants_cpu_adam(config) and optimizer.name == "adamw":
             stepping = deepspeed_patches.cpu_adam(stepping)
         precise = []
         if self.stage < 3:  # stage 3 cuts them up in the dtype of the others

@@ -34,11 +34,16 @@ def without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     Such a step decays the weights and leaves counts at one. Without it, stage 0 gives the numbers of the other stages.
     """
-    vars(optimizer)["step"] = lambda *_, **__: None
+    own = vars(optimizer)
+    before = own.get("step")  # of DeepSpeed's AdamW for main memory it was replaced already
+    own["step"] = lambda *_, **__: None
     try:
         yield
     finally:
-        del vars(optimizer)["step"]
+        if before is None:
+            del own["step"]
+        else:
+            own["step"] = before
 
 
 def cpu_adam(adamw: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -85,7 +85,7 @@ class _BitsAndBytes(OptimizerKind):
         return made
 
     def begin(self, optimizer: Any, parameter: Tensor) -> None:
-        optimizer.init_state(*_place_of(optimizer, parameter))
+        optimizer.init_state(*_position_of(optimizer, parameter))
 
     def momentum(self, state: State) -> Tensor:
         from bitsandbytes.functional import dequantize_blockwise
@@ -151,7 +151,7 @@ class _Muon(OptimizerKind):
         return _MuonAndAdamW(settings, groups, _as_dicts(groups, parameters), fused=fused)
 
     def begin(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-        if "ns_steps" in _place_of(optimizer, parameter)[0]:
+        if "ns_steps" in _position_of(optimizer, parameter)[0]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         else:
             super().begin(optimizer, parameter)
@@ -183,7 +183,7 @@ class _ScheduleFree(OptimizerKind):
         optimizer.state[parameter].update(z=parameter.detach().clone(), exp_avg_sq=torch.zeros_like(parameter))
 
     def counter(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> State:
-        return _place_of(optimizer, parameter)[0]
+        return _position_of(optimizer, parameter)[0]
 
     def momentum(self, state: State) -> Tensor:
         return cast(Tensor, state["exp_avg_sq"]).sqrt()
@@ -247,7 +247,7 @@ def _as_dicts(groups: Groups, parameters: Sequence[Sequence[nn.Parameter]]) -> l
     ]
 
 
-def _place_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[dict[str, Any], Tensor, int, int]:
+def _position_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[dict[str, Any], Tensor, int, int]:
     """The group of a parameter, the parameter, and the numbers of both."""
     return next(
         (group, member, index, number)
