@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mm_moslora.config import TrainConfig
+from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.deepspeed_start import import_deepspeed, prepare_deepspeed
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
@@ -22,13 +23,13 @@ from mm_moslora.training.engine.deepspeed_settings import (
     deepspeed_refuses,
     largest_adapter,
 )
-from mm_moslora.training.engine.engine_base import LossModule, TrainingEngine
+from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.engine.parameter_shards import ParameterShard
 from mm_moslora.training.engine.step_result import StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError, MoSLoRAError
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError, renamed
 
 __all__ = [
     "LossModule", "OptimizerSettings", "ParameterShard", "StepResult", "TorchEngine", "TrainingEngine",
@@ -152,3 +153,6 @@ def build_engine(
         if lost or not train.zero.endswith(".json"):
             raise
         raise deepspeed_refuses(train.zero, error) from error
+
+
+__getattr__ = renamed({"Engine": "TrainingEngine", "Piece": "ParameterShard"})

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.vision.timm_open_clip_tower import fp32_parameters
+from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.deepspeed_presets import wants_cpu_adam
 from mm_moslora.training.engine import deepspeed_patches
-from mm_moslora.training.engine.engine_base import LossModule, TrainingEngine
+from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.engine.optimizers import KINDS, set_rates
 from mm_moslora.training.engine.parameter_shards import ParameterShard
 from mm_moslora.training.engine.step_result import Update

@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mm_moslora.adapters import one_product_per_step
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import Batch
 from mm_moslora.models.families import TOWER_NAMES
-from mm_moslora.models.memory_efficient.decoder_layers import head_loss_sum
-from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
-from mm_moslora.models.vision.feature_cache import StepFeatureCache
-from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW
+from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.engine.optimizers import OptimizerKind
 from mm_moslora.training.engine.parameter_shards import ParameterShard, component_norms
 from mm_moslora.training.engine.step_result import StepResult, Update
@@ -29,41 +26,6 @@ from mm_moslora.utils import distributed
 
 MODEL = "model."
 """What the engine's module puts before the model's names; shards keep it, and so do checkpoints of the optimiser."""
-
-
-class LossModule(nn.Module):
-    """The module that an engine wraps: it maps a micro-batch to the sum of its token losses."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        dummy: Example | None,
-        *,
-        memory: StepFeatureCache | None = None,
-        share: RowShare = WHOLE_ROW,
-    ) -> None:
-        super().__init__()
-        self.model, self.share = model, share
-        self.dummy = None if dummy is None else Batch.from_examples([dummy])
-        # A text then has no path to what trains, and its loss no gradient.
-        self.language_is_frozen = not any(p.requires_grad for p in model.get_decoder().parameters())
-        self.pictures = StepFeatureCache() if memory is None else memory
-        """Features that a frozen tower has already computed."""
-
-    def forward(self, batch: Batch, needs_vision: bool, right: Tensor | None = None) -> Tensor:
-        """Sum of cross entropies over the supervised tokens of the batch, or of this rank's part, fp32 scalar.
-
-        Args:
-            batch: on the model's device.
-            needs_vision: some rank has images in this micro-batch, so every rank must run the vision path. It also runs
-                where the language model is frozen.
-            right: see `head_loss_sum`.
-        """
-        vision = (needs_vision or self.language_is_frozen) and not batch.images
-        dummy = self.dummy.to(batch.input_ids.device) if self.dummy and vision else None
-        hidden = supervised_hidden(self.model, batch, dummy=dummy, cache=self.pictures, share=self.share)
-        targets = batch.targets if self.share.of == 1 else batch.targets[self.share.targets(batch)]
-        return head_loss_sum(self.model, hidden, targets, right)
 
 
 class TrainingEngine(ABC):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.batch import Batch
-from mm_moslora.training.engine.engine_base import LossModule, TrainingEngine
+from mm_moslora.models.vlm import LossModule
+from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.engine.optimizers import KINDS, set_rates
 from mm_moslora.training.engine.parameter_shards import ParameterShard
 from mm_moslora.training.engine.step_result import Update
