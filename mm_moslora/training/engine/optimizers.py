@@ -92,9 +92,7 @@ class _BitsAndBytes(OptimizerKind):
 
         if state["state1"].dtype != torch.uint8:  # also of parameters with fewer than 4,096 values
             return cast(Tensor, state["state1"])
-        return cast(
-            Tensor, dequantize_blockwise(state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=256)
-        )
+        return dequantize_blockwise(state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=256)
 
 
 class _TorchAO(OptimizerKind):
