@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -79,10 +80,16 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
 
 
 def _vocabulary(model: nn.Module) -> set[int]:
-    """Ids of the weights with a row for each token or position, whose rows are no directions of one space."""
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    heads = [module.get_output_embeddings() for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return {id(parameter) for module in (*tables, *heads) if module is not None for parameter in module.parameters()}
+    """Ids of the weights and adapters of tables and heads: a row for each token or position is no hidden direction."""
+    modules: list[nn.Module | None] = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            modules.append(module)
+        elif isinstance(module, PreTrainedModel):
+            modules.append(module.get_output_embeddings())
+            with suppress(NotImplementedError):  # some towers name none
+                modules.append(module.get_input_embeddings())
+    return {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
 
 
 def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[str, float, float]:

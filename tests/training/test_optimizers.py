@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from trials import full, hexed, losses, make_recipe, with_optimizer, with_train
 
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora
 from mm_moslora.cli import run as command
 from mm_moslora.config import AdapterConfig, OptimConfig, Recipe, SourceConfig
 from mm_moslora.config.needed_packages import refuse_lacking
@@ -104,6 +106,17 @@ def test_muon_takes_matrices_and_leaves_the_vocabulary_to_adamw(recipe, tmp_path
     assert set(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])) >= {
         "lr/language", "lr/language/adamw",
     }  # fmt: skip
+
+
+def test_muon_leaves_adapters_of_tables_and_heads_to_adamw(language_folder):
+    model = AutoModelForCausalLM.from_pretrained(language_folder)
+    targets = ["embed_tokens", "q_proj", "lm_head"]
+    adapted = add_moslora(model, MoSLoRAConfig(r=4, lora_alpha=8, target_modules=targets)).get_base_model()
+    groups = parameter_groups(adapted, OptimConfig(optimizer="muon"))
+    names = {matrices: [n for g in groups if g.matrices == matrices for n in g.names] for matrices in (True, False)}
+    assert names[True]
+    assert all("q_proj" in name for name in names[True])
+    assert {part for part in targets if any(part in name for name in names[False])} == {"embed_tokens", "lm_head"}
 
 
 def test_muon_steps_as_torchs_two_optimisers_do():

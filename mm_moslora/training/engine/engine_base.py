@@ -168,7 +168,10 @@ class TrainingEngine(ABC):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the block the model has the weights to use: of schedule-free optimisers the average."""
+        """Within the block the model has the weights to use: of schedule-free optimisers the average.
+
+        No step is taken and no state is copied within it.
+        """
         if not self.kind.averages:
             yield
             return
