@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.recipe import Recipe
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.package_requirements import install_command, is_installed
@@ -38,6 +39,9 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield tracker, tracker, f"track.trackers {tracker}"
     if recipe.model.quantisation != "none":
         yield "bitsandbytes", "bitsandbytes", f"model.quantisation {recipe.model.quantisation}"
+    optimizer = OPTIMIZERS[recipe.optim.optimizer]
+    if optimizer.package:
+        yield optimizer.package, optimizer.module, f"optim.optimizer {recipe.optim.optimizer}"
     if recipe.model.kernels == "liger":
         yield "liger-kernel", "liger_kernel", "model.kernels liger"
     vision = recipe.model.vision

@@ -13,6 +13,7 @@ import yaml
 
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.recipe_paths import from_working_folder
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.strict_reading import parse_scalar, parse_text, plain, set_dotted, takes_text
@@ -104,7 +105,8 @@ class Recipe(YamlRecipe):
         several = train.micro_tokens is not None or train.global_batch > train.micro_batch * takers
         small = self.model.language_mode in ("adapter", "frozen")  # ZeRO-1 keeps all gradients on every rank
         earlier = None if before == "none" and world > 1 else before
-        chosen = earlier or ("zero1" if several and small else "zero2")
+        whole = bool(OPTIMIZERS[self.optim.optimizer].whole_because)
+        chosen = earlier or ("zero0" if whole else "zero1" if several and small else "zero2")
         return replace(self, train=replace(train, zero=chosen))
 
 

@@ -134,7 +134,9 @@ def _engine(assembly: Parts, recipe: Recipe, precision: str) -> TrainingEngine:
         memory=StepFeatureCache(_feature_store(recipe.model, model)),
         share=row_share(recipe.train.sequence_parallel),
     )
-    optimizer = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
+    optimizer = OptimizerSettings(
+        name=optim.optimizer, betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm
+    )
     groups = parameter_groups(module, optim)
     return build_engine(module, groups, recipe.train, precision=precision, optimizer=optimizer)
 

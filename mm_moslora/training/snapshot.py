@@ -153,8 +153,8 @@ class OptimizerState:
 
     tensors: dict[str, Tensor]
     """`KIND.START.NAME` to flat values."""
-    steps: dict[str, float]
-    """Adam's step count by parameter name."""
+    counts: dict[str, dict[str, float]]
+    """The numbers of its state by parameter name: Adam's `step`."""
     scaler: dict[str, float]
     """Dynamic loss scale (fp16)."""
 
@@ -167,8 +167,8 @@ class OptimizerState:
         for shard in shards:
             for kind, value in {MASTER: shard.master, **shard.moments}.items():
                 tensors[f"{kind}.{shard.start}.{shard.name}"] = value.detach().to("cpu", copy=True).contiguous()
-        steps = {shard.name: float(shard.step) for shard in shards}
-        return cls(tensors=tensors, steps=steps, scaler=engine.scaler_state())
+        counts = {shard.name: shard.counts for shard in shards}
+        return cls(tensors=tensors, counts=counts, scaler=engine.scaler_state())
 
     @property
     def bytes(self) -> int:
@@ -178,7 +178,9 @@ class OptimizerState:
     def write(self, folder: Path) -> None:
         """Write both files into a folder that exists."""
         save_file(self.tensors, folder / OPTIMIZER)
-        details = {"steps": self.steps, "scaler": self.scaler}
+        steps = {name: counts["step"] for name, counts in self.counts.items() if "step" in counts}
+        others = {name: counts for name, counts in self.counts.items() if name not in steps and counts}
+        details = {"steps": steps, "scaler": self.scaler} | ({"counts": others} if others else {})
         (folder / OPTIMIZER_DETAILS).write_text(json.dumps(details), encoding="utf-8")
 
 

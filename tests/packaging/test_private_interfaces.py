@@ -344,6 +344,11 @@ def test_bitsandbytes_packs_for_cpus_where_it_is_undone() -> None:
     assert layer.weight.quant_state is None
 
 
+def test_torchao_makes_the_state_of_its_adamw_by_a_method() -> None:
+    optim = pytest.importorskip("torchao.optim", reason="torchao is not installed")
+    assert list(inspect.signature(optim.AdamW8bit._new_buffer).parameters) == ["self", "p", "signed"]
+
+
 def test_torchao_keeps_the_forms_of_quantised_activations_on_the_tensor() -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
