@@ -257,8 +257,13 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
     from mm_moslora.training.training_loop import train as run_training
     from mm_moslora.utils import distributed
 
-    tasks = measure if recipe.validate.tasks else None
-    result = run_training(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
+    if recipe.objective == "sft":
+        tasks = measure if recipe.validate.tasks else None
+        result = run_training(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
+    else:
+        from mm_moslora.preferences.preference_training import train_preferences
+
+        result = train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop)
     mark = Path(recipe.train.output) / STOPPED
     if distributed.is_main():
         print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")

@@ -13,6 +13,7 @@ import yaml
 
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
+from mm_moslora.config.preference_config import Objective, PreferenceConfig, refuse_unfit
 from mm_moslora.config.recipe_paths import seen_from_here
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.strict_reading import (
@@ -69,15 +70,28 @@ class Recipe(YamlRecipe):
 
     name: str = "run"
     """Display name."""
+    objective: Objective = "sft"
+    """sft: learn the answers of records. dpo: learn from pairs of a chosen and a rejected answer, with TRL (see
+    `preference`)."""
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """objective dpo only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
+        if self.objective == "dpo":
+            refuse_unfit(
+                model=self.model, adapter=self.adapter, data=self.data, train=self.train, validate=self.validate
+            )
+        require(
+            self.objective == "dpo" or self.preference == PreferenceConfig(),
+            "preference is set, which only objective: dpo reads. Set the objective, or leave it out.",
+        )
         require(
             self.train.compile is None or self.model.kernels not in ("triton", "liger"),
             f"model.kernels is {self.model.kernels!r} and train.compile is {self.train.compile!r}: both would run "

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from mm_moslora.config import DataConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
+from mm_moslora.data.preference_set import PreferenceSet
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
@@ -146,10 +147,10 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         if not (late := reads_data(adapter_start)):
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
-    data = _pinned(recipe.data, checkpoint)
+    data = pinned(recipe.data, checkpoint)
     training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
-    recipe = _as_asked(recipe, assembly, training_set)
+    recipe = as_asked(recipe, assembly, training_set)
     validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
     if checkpoint is None or late:
         start_projector(model_start.projector, assembly, training_set)
@@ -163,7 +164,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     _save_memory(model, recipe)
     if (note := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
         logger.info("%s", note)
-    frozen_projector = _frozen_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
+    frozen_projector = whole_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
     engine = _engine(assembly, recipe, precision)
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
     if distributed.is_main():
@@ -206,7 +207,7 @@ def _save_memory(model: PreTrainedModel, recipe: Recipe) -> None:
         compile_layers(model, recipe.train.compile)
 
 
-def _frozen_projector(assembly: Parts) -> dict[str, Tensor]:
+def whole_projector(assembly: Parts) -> dict[str, Tensor]:
     """Full weights of the projector on rank 0, before ZeRO-3 shards them; empty on others and without a projector."""
     model = assembly.model
     if not distributed.is_main() or not is_multimodal(model) or assembly.is_pretrained_vlm:
@@ -271,7 +272,7 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def _as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
+def as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet | PreferenceSet) -> Recipe:
     """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
 
     A resumed run keeps the form of its checkpoint.
@@ -285,7 +286,7 @@ def _as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
     return replace(recipe, model=replace(recipe.model, thinking=data.encoder.thinking))
 
 
-def _pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
+def pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
     """The data with the commits of a checkpoint, for data sets of the hub."""
     commits = {} if checkpoint is None else stored_commits(checkpoint)
     train = [

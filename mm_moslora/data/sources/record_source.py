@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mm_moslora.data.chat.records import Record, parse_record
 from mm_moslora.data.images.record_picture import PictureRules
@@ -23,6 +23,8 @@ from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
+
+T = TypeVar("T")
 
 
 class RecordSource(ABC):
@@ -69,13 +71,17 @@ class RecordSource(ABC):
         Raises:
             RecordError: the record cannot be used.
         """
+        return self.parsed(row, parse_record)
+
+    def parsed(self, row: int, parse: Callable[[Any, Where, PictureRules], T]) -> T:
+        """Read one value, and check it by the function that knows its form; see `__getitem__`."""
         where = self.where(row)
         try:
             value = self.value(row)
         except StrictJsonError as fault:
             code = Code.TOO_DEEP if fault.deep else Code.TOO_LARGE if fault.large else Code.BAD_JSON
             raise where.error(code, "-", str(fault), "repair or remove the record") from fault
-        return parse_record(value, where, self.rules)
+        return parse(value, where, self.rules)
 
 
 class RecordFile(RecordSource):
