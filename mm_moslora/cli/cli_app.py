@@ -341,8 +341,10 @@ def plan(
         and later, 12.5 (100 Gb/s) for cards with slower links.
     """
     from mm_moslora.cli.plan_output import show_plan
+    from mm_moslora.config import require_sft
 
     resolved = _recipe(recipe, overrides)
+    require_sft(resolved, "plan")
     refuse_early(resolved)
     return show_plan(
         resolved, gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,

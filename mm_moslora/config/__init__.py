@@ -16,6 +16,7 @@ from mm_moslora.config.model_config import (
     refuse_without_effect,
 )
 from mm_moslora.config.needed_packages import Need, needs, refuse_lacking
+from mm_moslora.config.preference_config import PreferenceConfig
 from mm_moslora.config.recipe import (
     RECIPES_FOLDER,
     Recipe,
@@ -24,6 +25,7 @@ from mm_moslora.config.recipe import (
     override_items,
     read_recipe,
     recipe_names,
+    require_sft,
 )
 from mm_moslora.config.run_config import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
 
@@ -38,6 +40,7 @@ __all__ = [
     "Need",
     "OptimConfig",
     "Precision",
+    "PreferenceConfig",
     "ProjectorConfig",
     "Recipe",
     "SourceConfig",
@@ -55,4 +58,5 @@ __all__ = [
     "refuse_all_frozen",
     "refuse_lacking",
     "refuse_without_effect",
+    "require_sft",
 ]

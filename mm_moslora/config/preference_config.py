@@ -27,7 +27,7 @@ class PreferenceConfig:
     beta: float = 0.1
     """Strength of the pull towards the reference: the implicit reward is beta times the log-ratio to it."""
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
-    """Losses of TRL's DPOTrainer, whose weighted sum is trained on: sigmoid is DPO; sigmoid, bco_pair and sft are MPO."""
+    """Losses of TRL's DPOTrainer, whose weighted sum is minimised: sigmoid is DPO; with bco_pair and sft it is MPO."""
     loss_weights: list[float] | None = None
     """One weight per loss (MPO: 0.8, 0.2, 1.0); None: 1 each."""
     label_smoothing: float = 0.0
@@ -106,6 +106,8 @@ def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Itera
         yield f"{_only_adapters(f'model.vision.mode is {vision}')} Set it to frozen or adapter."
     if model.projector_trains:
         yield f"{_only_adapters('the projector trains')} Set model.projector.mode to frozen, and name its weights."
+    if model.vision is not None and model.vision.feature_cache is not None:
+        yield "model.vision.feature_cache is set, which TRL's trainer does not read. Leave it out."
     if data.too_long == "truncate":
         yield "data.too_long is truncate: a pair whose answers are cut compares nothing. Choose refuse or drop."
     if data.order not in ("grouped", "random"):
@@ -115,7 +117,7 @@ def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Itera
     if train.precision == "fp16":
         yield "train.precision is fp16. Choose bf16 or fp32."
     if type(train.gradient_checkpointing) is int:
-        yield f"train.gradient_checkpointing is {train.gradient_checkpointing}. Set it to true, for all layers, or false."
+        yield f"train.gradient_checkpointing is {train.gradient_checkpointing}. Set it to true or false."
 
 
 def _only_adapters(found: str) -> str:

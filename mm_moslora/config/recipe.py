@@ -128,6 +128,23 @@ class Recipe(YamlRecipe):
         return replace(self, train=replace(train, zero=chosen))
 
 
+def require_sft(recipe: Recipe, verb: str) -> None:
+    """Refuse a recipe that learns from preferences, for a verb that is about tuning.
+
+    Args:
+        recipe: resolved.
+        verb: its name, for the message.
+
+    Raises:
+        ConfigError: it has another objective.
+    """
+    require(
+        recipe.objective == "sft",
+        f"`{verb}` takes recipes with objective: sft, and objective is {recipe.objective}. What it would say holds for "
+        "tuning alone.",
+    )
+
+
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by path or by the name of a shipped preset, and apply dotted overrides.
 

@@ -27,21 +27,10 @@ from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.quarantine import Quarantine, summary
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.sources.record_source import RecordSource, Selection
 from mm_moslora.data.training_set import encode_record, image_fault, placeholders_of
 from mm_moslora.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-
-class _ChosenAnswers(Selection):
-    """The conversations of a source with their chosen answers."""
-
-    def __init__(self, source: RecordSource) -> None:
-        super().__init__(source, range(len(source)))
-
-    def __getitem__(self, row: int) -> Record:
-        return self.source.parsed(row, parse_pair).chosen
 
 
 class PreferenceSet:
@@ -78,7 +67,7 @@ class PreferenceSet:
         self.files = open_sources(sources)
         self.form: ThinkingForm | None = None
         if settle:
-            self.encoder, self.form = settled(encoder, [_ChosenAnswers(file) for file in self.files])
+            self.encoder, self.form = settled(encoder, open_sources(sources, pairs=True))
         self.rows = [(file, row) for file in self.files for row in range(len(file))]
         self.quarantine = Quarantine(quarantine_path, len(self.rows), config)
         self.lengths = array("L")

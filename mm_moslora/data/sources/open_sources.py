@@ -14,7 +14,13 @@ from pathlib import Path
 
 from mm_moslora.config import HeldOut, SourceConfig
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.sources.record_source import RecordFile, RecordSource, Selection, require_file
+from mm_moslora.data.sources.record_source import (
+    ChosenAnswers,
+    RecordFile,
+    RecordSource,
+    Selection,
+    require_file,
+)
 from mm_moslora.utils.errors import DataError
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -104,14 +110,19 @@ def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
     return Selection(source, [row for row in range(len(source)) if (row in held) == wanted])
 
 
-def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:
+def open_sources(sources: Sequence[SourceConfig], *, pairs: bool = False) -> list[RecordSource]:
     """Open several sources.
+
+    Args:
+        sources: to be opened.
+        pairs: they hold preference records, which become conversations with their chosen answers.
 
     Raises:
         DataError: no source is named, or one cannot be read.
     """
     require_sources(sources)
-    return [open_source(source) for source in sources]
+    opened = [open_source(source) for source in sources]
+    return [ChosenAnswers(source) for source in opened] if pairs else opened
 
 
 def _rules(config: SourceConfig, beside: Path) -> PictureRules:

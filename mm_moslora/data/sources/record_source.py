@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mm_moslora.data.chat.preference_records import parse_pair
 from mm_moslora.data.chat.records import Record, parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Code, Where
@@ -170,6 +171,21 @@ class Selection(RecordSource):
     def commit(self) -> str | None:
         """See `RecordSource.commit`."""
         return self.source.commit()
+
+
+class ChosenAnswers(Selection):
+    """The pairs of a source as conversations with their chosen answers; a record that is no pair is an error.
+
+    Args:
+        source: of preference records.
+    """
+
+    def __init__(self, source: RecordSource) -> None:
+        super().__init__(source, range(len(source)))
+
+    def __getitem__(self, row: int) -> Record:
+        """See `RecordSource.__getitem__`."""
+        return self.parsed(row, parse_pair).chosen
 
 
 def require_file(path: Path) -> None:
