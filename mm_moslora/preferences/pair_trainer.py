@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from mm_moslora.adapters import keep_orthonormal, load_adapter, take_adapter
 from mm_moslora.adapters.folders.kept_start import restore_start
@@ -85,6 +86,9 @@ class PairTrainer(DPOTrainer):
         adapter = take_adapter(peft_model, base=run.assembly.base)
         started = run.recipe.adapter.weights is not None
         reference = take_adapter(peft_model, adapter_name="ref", base=run.assembly.base) if started else None
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = {"optimizer.pt": self.optimizer.state_dict(), "scheduler.pt": self.lr_scheduler.state_dict()}
         trained = {name: p for name, p in run.assembly.model.named_parameters() if p.requires_grad}
 
         def write(folder: Path) -> None:
@@ -92,8 +96,8 @@ class PairTrainer(DPOTrainer):
                 return
             write_model(run, folder, weights={}, adapter=adapter)
             own = rank_folder(folder)
-            torch.save(self.optimizer.state_dict(), own / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), own / "scheduler.pt")
+            for name, content in state.items():
+                torch.save(content, own / name)
             self.state.save_to_json(str(own / "trainer_state.json"))
             if reference is not None:
                 reference.write(own / REFERENCE)
@@ -111,8 +115,11 @@ class PairTrainer(DPOTrainer):
             self.tidier.start(Retention(last=run.recipe.train.keep_last, every=run.recipe.train.keep_every))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.load_factors(Path(resume_from_checkpoint).parents[1])
+
+    def load_factors(self, checkpoint: Path) -> None:
         """Put the trained factors of a checkpoint in the place of those of the start."""
-        peft_model, folder = self.run.peft_model, Path(resume_from_checkpoint).parents[1] / "adapter"
+        peft_model, folder = self.run.peft_model, checkpoint / "adapter"
         load_adapter(peft_model, folder, trainable=True)
         restore_frozen_factors(peft_model, folder)
         restore_start(peft_model, folder)
@@ -193,14 +200,13 @@ class RunCallback(TrainerCallback):
             control.should_log = True
         self.progress.update(state.global_step, f"loss {self.last_loss:.4f}")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hand the trainer's measures to the trackers.
 
         Raises:
             DivergedError: the loss is not finite.
         """
+        logs: dict[str, Any] = kwargs["logs"]
         self.last_loss = float(logs.get("loss", self.last_loss))
         held_out = {f"validation_{name[len(_HELD_OUT) :]}": logs[name] for name in logs if name.startswith(_HELD_OUT)}
         own = {name: value for name, value in logs.items() if not name.startswith((_HELD_OUT, _OF_SESSION))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import FINISHED_AT, TrainResult
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.distributed import seed_everything
-from mm_moslora.utils.errors import CheckpointError
+from mm_moslora.utils.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ def train_preferences(
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
+    if recipe.objective != "dpo":
+        raise ConfigError(f"objective is {recipe.objective}, which is no learning from preferences. Set it to dpo.")
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     folder = Path(recipe.train.output)
     agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
@@ -94,6 +97,10 @@ class _Session:
 
     def go(self, stop_at: int | None) -> TrainResult:
         """Train until the last step, `stop_at`, or a signal."""
+        with warnings.catch_warnings():
+            return self._go(stop_at)
+
+    def _go(self, stop_at: int | None) -> TrainResult:
         from mm_moslora.preferences.pair_trainer import PairTrainer, RunCallback
 
         run = self.run
@@ -102,6 +109,7 @@ class _Session:
             return self._result(0)
         if distributed.is_main():
             files.replace_text(run.folder / "config.yaml", run.recipe.to_yaml())
+        warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's uses of names that transformers renames
         trainer = PairTrainer(run, saver=self.saver, tidier=self.tidier)
         write_summary(run, run.total_steps, self._of_run)
         callback = RunCallback(run, self.trackers, self.stop, stop_at=stop_at)
@@ -114,7 +122,9 @@ class _Session:
             with self.stop:
                 if run.step < run.total_steps:
                     trainer.train(resume_from_checkpoint=None if resumed is None else str(rank_folder(resumed, 0)))
-                if trainer.saved_at == run.step == run.total_steps:
+                elif resumed is not None:  # it ended before it was measured
+                    trainer.load_factors(resumed)
+                if run.step >= run.total_steps:
                     self._finish()
                 write_summary(run, run.total_steps, self._of_run)
                 self.tidier.wait()

@@ -239,7 +239,7 @@ def test_uvicorn_calls_the_methods_that_are_overridden() -> None:
 
 def test_trl_reads_its_data_and_writes_checkpoints_by_methods() -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     named = parameters(DPOTrainer._prepare_dataset)
     assert named == ["self", "dataset", "processing_class", "args", "dataset_name"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import signal
@@ -194,6 +195,57 @@ def test_held_out_pairs_are_measured(text_pairs: Path, language_folder: Path, tm
     assert len(logged(tmp_path / "run", "validation_rewards/margins")) == 2
     summary = read_json(tmp_path / "run" / "summary.json")
     assert (summary["data"]["records"], summary["data"]["validation_records"]) == (8, 4)
+
+
+def test_half_precision_and_recomputed_layers_train_the_adapter_in_fp32(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"precision": "bf16", "gradient_checkpointing": True, "steps": 3}
+    run = trained(make_recipe(tmp_path / "run", *parts, train=changes), monkeypatch)
+    assert logged(run.folder)[0] == pytest.approx(LOG_2, abs=1e-6)
+    dtypes = {p.requires_grad: p.dtype for name, p in run.assembly.model.named_parameters() if ".ref." not in name}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_an_end_that_was_not_measured_is_measured_by_the_next_start(
+    text_pairs: Path, language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)})
+    with monkeypatch.context() as patch:
+        patch.setattr(preference_training._Session, "_finish", lambda _: None)
+        train_preferences(recipe)
+    mixers = tmp_path / "run" / "mixers.json"
+    assert not mixers.exists()
+    assert train_preferences(recipe).finished
+    assert any(row["norm_update"] > 0 for row in read_json(mixers, list))
+    digest = sha256_of(mixers)
+    train_preferences(recipe)
+    assert sha256_of(mixers) == digest
+
+
+def test_each_loop_refuses_the_other_objective(recipe: Recipe, text_pairs: Path, language_folder: Path) -> None:
+    from mm_moslora.training.training_loop import train
+
+    with pytest.raises(ConfigError, match="objective is sft"):
+        train_preferences(recipe)
+    with pytest.raises(ConfigError, match="takes recipes with objective: sft"):
+        train(make_recipe(Path("run"), text_pairs, {"language": str(language_folder)}))
+
+
+def test_data_check_counts_what_is_no_pair(
+    text_pairs: Path, language_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    equal = text_pairs.read_text().splitlines()[0].replace('"rejected_response": "green"', '"rejected_response": "red"')
+    file, recipe = tmp_path / "some.jsonl", tmp_path / "pairs.yaml"
+    file.write_text(f"{equal}\n{text_pairs.read_text()}")
+    recipe.write_text(yaml.safe_dump(plain_recipe(tmp_path / "run", file, {"language": str(language_folder)})))
+    assert command(["data", "check", str(recipe), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["train"]["bad"] == {"EQUAL_ANSWERS": 1}
+    recipe.write_text(yaml.safe_dump(plain_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)})))
+    assert command(["data", "check", str(recipe)]) == 0
+    assert command(["data", "view", str(recipe)]) == 0
+    assert command(["plan", str(recipe), "--gpus", "1xA100-80G"]) == 1
+    assert "`plan` takes recipes with objective: sft" in capsys.readouterr().err
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(text_pairs: Path, language_folder: Path, tmp_path: Path) -> None:

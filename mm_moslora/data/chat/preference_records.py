@@ -111,12 +111,13 @@ def _listed(value: Any, field: str, where: Where) -> list[Any]:
 
 def _placed(turns: list[Any], value: Mapping[str, Any]) -> list[Any]:
     """The turns with the record's pictures before the first question where none has a place, as in TRL."""
-    named = next((value[key] for key in ("images", "image") if not is_nothing(value.get(key))), [])
+    named: Any = next((value[key] for key in ("images", "image") if not is_nothing(value.get(key))), [])
     count = len(named) if isinstance(named, list | tuple) else 1
     asked = [turn for turn in turns if isinstance(turn, Mapping) and turn.get("role", turn.get("from")) == "user"]
     texts = [turn.get("content", turn.get("value")) for turn in asked]
     if not count or not all(isinstance(text, str) and IMAGE not in text for text in texts):
         return turns
-    first = asked[0] if asked else None
-    placed = f"{IMAGE}\n" * count
-    return [turn | {"content": f"{placed}{texts[0]}"} if turn is first else turn for turn in turns]
+    if not asked:
+        return turns
+    placed = {**asked[0], "content": f"{IMAGE}\n" * count + str(texts[0])}
+    return [placed if turn is asked[0] else turn for turn in turns]
