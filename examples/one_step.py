@@ -48,7 +48,7 @@ model.train()
 # 3. The picture: pixels for the tower, and the number of visual tokens that it will take up in the conversation.
 processing = parts.image_processing
 assert processing is not None
-(picture,) = processing.see([Image.open(given.picture).convert("RGB")])
+(picture,) = processing.process([Image.open(given.picture).convert("RGB")])
 pixels = picture.tensors["pixel_values"]  # [1, 3, H, W]
 
 # 4. The conversation: the chat template's markers, the texts, one placeholder per visual token. The encoder knows from

@@ -43,7 +43,7 @@ class ImageProcessing(Protocol):
         """Whether every picture takes as many tokens as any other."""
         ...
 
-    def see(self, images: Sequence[Any]) -> list[ProcessedImage]:
+    def process(self, images: Sequence[Any]) -> list[ProcessedImage]:
         """Prepare the RGB pictures (PIL images) of one conversation."""
         ...
 
@@ -89,10 +89,10 @@ def usable(examples: Sequence[Example | None]) -> list[Example]:
     Raises:
         DataError: all are bad.
     """
-    kept = [example for example in examples if example is not None]
-    if not kept:
+    whole = [example for example in examples if example is not None]
+    if not whole:
         raise DataError("None of the examples of a batch can be used. Run `mm-moslora data check`.")
-    return kept
+    return whole
 
 
 def join_images(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -214,35 +214,3 @@ class Batch:
         inputs = {name: change(value) for name, value in self.image_inputs.items()}
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         return replace(self, pixel_values=pixels, image_inputs=inputs, **changed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowShare:
-    """The part of every row that one of several ranks computes (`train.sequence_parallel`): consecutive tokens."""
-
-    index: int = 0
-    of: int = 1
-
-    def width(self, batch: Batch) -> int:
-        """Tokens of every rank; the last ranks may have padding among them."""
-        return -(-batch.tokens // self.of)
-
-    def padding(self, batch: Batch) -> int:
-        """Tokens that are added to the row."""
-        return self.of * self.width(batch) - batch.tokens
-
-    def cut(self, row: Tensor, batch: Batch) -> Tensor:
-        """This rank's part of ``[1, S, ...]``, padded with zeros."""
-        width = self.width(batch)
-        part = row[:, self.index * width : (self.index + 1) * width]
-        missing = width - part.shape[1]
-        return torch.cat((part, part.new_zeros(1, missing, *part.shape[2:])), dim=1) if missing else part
-
-    def targets(self, batch: Batch) -> slice:
-        """Which of the batch's supervised positions are in this rank's part."""
-        ends = torch.tensor([self.index, self.index + 1]) * self.width(batch)
-        return slice(*torch.searchsorted(batch.on_host.target_positions, ends).tolist())
-
-
-WHOLE_ROW = RowShare()
-"""The share of a rank that computes rows alone."""

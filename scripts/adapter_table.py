@@ -38,7 +38,7 @@ def rows(layers: dict[str, object]) -> list[tuple[str, list[bool]]]:
     """Behaviours, each with the layer types that a test covers."""
     attributes = {"where_dora": "dora", "where_mixed": "mixed_batches", "where_linear": "all_linear"}
     attributes["where_compiled"] = "compiles"
-    found = []
+    behaviours = []
     for node in ast.parse(TESTS.read_text(encoding="utf-8")).body:
         described = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
         if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_") or not described:
@@ -47,8 +47,8 @@ def rows(layers: dict[str, object]) -> list[tuple[str, list[bool]]]:
         chosen = next((attributes[mark] for mark in marks if mark in attributes), None)
         everywhere = "every_layer" in marks
         covered = [everywhere or (chosen is not None and bool(getattr(kind, chosen))) for kind in layers.values()]
-        found.append((described.splitlines()[0], covered))
-    return found
+        behaviours.append((described.splitlines()[0], covered))
+    return behaviours
 
 
 def table() -> str:

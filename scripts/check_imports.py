@@ -1,4 +1,4 @@
-"""Check what import-linter does not: import circles between files, full folders, duplicate module names.
+"""Check what import-linter does not: import circles between files, full folders, duplicate names.
 
     python scripts/check_imports.py           # exit code 1 and one line per fault
     python scripts/check_imports.py --draw    # also update the package graph in docs/architecture.md
@@ -75,14 +75,18 @@ def full_folders(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def names_used_twice(folders: Iterable[Path]) -> Iterator[str]:
-    """File names that occur in several folders."""
-    places: dict[str, list[Path]] = defaultdict(list)
-    for path in (path for folder in folders for path in modules_below(folder)):
-        places[path.name].append(path)
-    for name, found in places.items():
-        if len(found) > 1:
-            folders_of = ", ".join(path.parent.name for path in found)
-            yield f"{name} occurs {len(found)} times ({folders_of}). Rename all but one."
+    """Names of modules and of public top-level classes that occur in several files."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for folder in folders:
+        for path in modules_below(folder):
+            shown = path.relative_to(folder.parent).as_posix()
+            files[path.name].append(shown)
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    files[f"class {node.name}"].append(shown)
+    for name, others in files.items():
+        if len(others) > 1:
+            yield f"{name} occurs {len(others)} times ({', '.join(others)}). Rename all but one."
 
 
 def faults(packages: Mapping[str, Path] = PACKAGES, scripts: Path = SCRIPTS) -> list[str]:
@@ -142,9 +146,9 @@ def main() -> int:
     parser.add_argument("--draw", action="store_true", help="rewrite the picture in docs/architecture.md")
     if parser.parse_args().draw:
         PICTURE.write_text(drawn(PICTURE.read_text()))
-    found = faults()
-    print("\n".join(found) or "No circles, no full folder, no name twice.")
-    return bool(found)
+    lines = faults()
+    print("\n".join(lines) or "No circles, no full folder, no name twice.")
+    return bool(lines)
 
 
 if __name__ == "__main__":

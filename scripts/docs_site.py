@@ -89,18 +89,18 @@ def linked(markdown: str, source: str, page: str) -> str:
         page: its path in the site.
     """
 
-    def link(found: re.Match[str]) -> str:
-        words, target = found.groups()
+    def link(match: re.Match[str]) -> str:
+        words, target = match.groups()
         if re.match(r"[a-z]+:|#", target):
-            return found.group()
+            return match.group()
         path, mark, anchor = target.partition("#")
-        place = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        if place in OUTSIDE:
-            place = OUTSIDE[place]
-        elif place.startswith("docs/"):
-            place = place.removeprefix("docs/")
+        page_path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if page_path in OUTSIDE:
+            page_path = OUTSIDE[page_path]
+        elif page_path.startswith("docs/"):
+            page_path = page_path.removeprefix("docs/")
         else:
             return words
-        return f"[{words}]({posixpath.relpath(place, posixpath.dirname(page) or '.')}{mark}{anchor})"
+        return f"[{words}]({posixpath.relpath(page_path, posixpath.dirname(page) or '.')}{mark}{anchor})"
 
     return _LINK.sub(link, markdown)

@@ -59,8 +59,8 @@ class Packages:
         for path in sorted(wheels.glob("*.whl")):
             with zipfile.ZipFile(path) as archive:
                 (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-                found = Parser().parsestr(archive.read(name).decode())
-            self.carried[canonical(found["Name"])] = found["Version"], found.get_all("Requires-Dist") or []
+                fields = Parser().parsestr(archive.read(name).decode())
+            self.carried[canonical(fields["Name"])] = fields["Version"], fields.get_all("Requires-Dist") or []
 
     def version(self, name: str) -> str | None:
         """The version of a package; None: it is not there."""
@@ -73,11 +73,11 @@ class Packages:
 
     def lacking(self, wanted: Any, *, why: str) -> str | None:
         """A requirement that is not fulfilled, in words; None: it is."""
-        found = self.version(wanted.name)
-        if found is not None and wanted.specifier.contains(found, prereleases=True):
+        version = self.version(wanted.name)
+        if version is not None and wanted.specifier.contains(version, prereleases=True):
             return None
-        there = "not installed" if found is None else f"{found} is installed"
-        return f"{wanted.name}{wanted.specifier} ({why}): {there}"
+        state = "not installed" if version is None else f"{version} is installed"
+        return f"{wanted.name}{wanted.specifier} ({why}): {state}"
 
 
 def lacking_packages(packages: Packages) -> tuple[list[str], list[str]]:
@@ -90,17 +90,19 @@ def lacking_packages(packages: Packages) -> tuple[list[str], list[str]]:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     own = map(module.Requirement, [*project["dependencies"], *project["optional-dependencies"]["test"]])
-    asked = [(wanted, "the project") for wanted in own if canonical(wanted.name) in NEEDED]
-    asked += [(module.Requirement(line), name) for name, (_, lines) in packages.carried.items() for line in lines]
-    asked = [(wanted, why) for wanted, why in asked if wanted.marker is None or wanted.marker.evaluate({"extra": ""})]
+    required = [(wanted, "the project") for wanted in own if canonical(wanted.name) in NEEDED]
+    required += [(module.Requirement(line), name) for name, (_, lines) in packages.carried.items() for line in lines]
+    required = [
+        (wanted, why) for wanted, why in required if wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+    ]
     needed = {"the project"}
-    found: tuple[list[str], list[str]] = [], []
-    while more := {canonical(wanted.name) for wanted, why in asked if why in needed} - needed:
+    lacking: tuple[list[str], list[str]] = [], []
+    while more := {canonical(wanted.name) for wanted, why in required if why in needed} - needed:
         needed |= more
-    for wanted, why in asked:
-        if (told := packages.lacking(wanted, why=why)) is not None:
-            found[why not in needed].append(told)
-    return found
+    for wanted, why in required:
+        if (words := packages.lacking(wanted, why=why)) is not None:
+            lacking[why not in needed].append(words)
+    return lacking
 
 
 def lacking_for_triton() -> Iterator[str]:
@@ -130,26 +132,26 @@ def main() -> int:
     parser.add_argument("--pip", default="", help="command of pip, where it is not this Python's")
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  (it is another machine's Python)
-        found = [f"Python 3.11 or later: this is {sys.version.split()[0]}"]
+        lacking = [f"Python 3.11 or later: this is {sys.version.split()[0]}"]
     else:
         packages = Packages(options.wheels)
-        found, rest = lacking_packages(packages)
+        lacking, rest = lacking_packages(packages)
         if rest:
             print("Tests and contenders that need one of these may fail:", *rest, sep="\n  ", file=sys.stderr)
         if packages.carried and not (options.pip or importlib.util.find_spec("pip")):
-            found.append("pip, which installs the wheels: this Python has none (PIP names another)")
+            lacking.append("pip, which installs the wheels: this Python has none (PIP names another)")
         if options.device == "cuda":
-            found += lacking_for_triton()
+            lacking += lacking_for_triton()
             # Without PyTorch the list says so; from a wheel it cannot be asked yet.
             if importlib.util.find_spec("torch") is not None:
-                found += lacking_gpu()
-    if found:
-        print("This machine lacks:", *dict.fromkeys(found), sep="\n  ", file=sys.stderr)
+                lacking += lacking_gpu()
+    if lacking:
+        print("This machine lacks:", *dict.fromkeys(lacking), sep="\n  ", file=sys.stderr)
         print(
             "Nothing was run or recorded. scripts/gpu_wheels.py --have FILE carries it; `pip freeze` writes FILE here.",
             file=sys.stderr,
         )
-    return 1 if found else 0
+    return 1 if lacking else 0
 
 
 if __name__ == "__main__":

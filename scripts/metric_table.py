@@ -57,14 +57,11 @@ def meaning(name: str, function: Callable[..., Any]) -> str:
     """What a name stands for, in one sentence."""
     if name in MEANINGS:
         return MEANINGS[name]
-    documented = next((text for text in map(_docstring, _reached(function)) if text), None)
+    reached = (each for each in _reached(function) if not isinstance(each, partial))
+    documented = next((each.__doc__ for each in reached if each.__doc__), None)
     if documented is None:
         raise SystemExit(f"{name} has no docstring and no entry in MEANINGS.")
     return " ".join(documented.split("\n\n")[0].split()).replace("|", "\\|")
-
-
-def _docstring(function: Callable[..., Any]) -> str:
-    return "" if isinstance(function, partial) else function.__doc__ or ""
 
 
 def _reached(function: Any) -> Iterator[Callable[..., Any]]:
@@ -81,9 +78,11 @@ def _reached(function: Any) -> Iterator[Callable[..., Any]]:
         modules = [value for name in called if isinstance(value := function.__globals__.get(name), types.ModuleType)]
         for name in reversed(called):
             for names in (*map(vars, modules), function.__globals__):
-                found = names.get(name)
-                if isinstance(found, types.FunctionType) and found.__module__.startswith("mm_moslora_eval.metrics"):
-                    yield found
+                function_of_name = names.get(name)
+                if isinstance(function_of_name, types.FunctionType) and function_of_name.__module__.startswith(
+                    "mm_moslora_eval.metrics"
+                ):
+                    yield function_of_name
 
 
 def tables() -> str:

@@ -78,8 +78,8 @@ def _of_lora(item: Any) -> bool:
 
     from mm_moslora.adapters import MoSLoRAConfig
 
-    given = getattr(item, "callspec", None)
-    values = list(given.params.values()) if given else []
+    callspec = getattr(item, "callspec", None)
+    values = list(callspec.params.values()) if callspec else []
     kinds = {value if inspect.isclass(value) else type(value) for value in values}
     configurations = {kind for kind in kinds if issubclass(kind, PeftConfigMixin)}
     if configurations:

@@ -44,8 +44,8 @@ class Run:
 
     def score(self, row: int, category: str | None) -> dict[str, Any] | None:
         """Mean, low and high of a row, over all questions or for a category."""
-        found = self.rows[row]
-        return found if category is None else found["categories"].get(category)
+        scores = self.rows[row]
+        return scores if category is None else scores["categories"].get(category)
 
 
 def section(runs: Sequence[Run]) -> str:
@@ -80,11 +80,19 @@ def section(runs: Sequence[Run]) -> str:
     machines = defaultdict(list)
     for run in runs:
         machines[run.machine].append(run)
-    for machine, found in machines.items():
-        seeds = ", ".join(str(seed) for seed in sorted(run.summary.get("seed", 0) for run in found))
-        memory = max(run.summary["memory_gib"] for run in found)
+    for machine, runs_of_machine in machines.items():
+        seeds = ", ".join(str(seed) for seed in sorted(run.summary.get("seed", 0) for run in runs_of_machine))
+        memory = max(run.summary["memory_gib"] for run in runs_of_machine)
         lines.append(
-            _line(machine, [seeds, *(_cell(found, 0, name) for name in names), _minutes(found), f"{memory:.1f}"])
+            _line(
+                machine,
+                [
+                    seeds,
+                    *(_cell(runs_of_machine, 0, name) for name in names),
+                    _minutes(runs_of_machine),
+                    f"{memory:.1f}",
+                ],
+            )
         )
     return "\n".join(lines)
 

@@ -41,13 +41,13 @@ def summary(parts: Sequence[tuple[str, Results]], drawn: str) -> str:
             lines.append([f"**{heading}: {task}**", *[""] * (len(head) - 1)])
         lines += [_arm(arm, task, results) for arm in results["arms"]]
     tasks = {next(iter(columns(results)), "nothing") for _, results in parts}
-    looks = ", which hold for all looks together" if all(results.get("resolve") for _, results in parts) else ""
+    note = ", which hold for all looks together" if all(results.get("resolve") for _, results in parts) else ""
     return "\n".join(
         [
             *_table(head, lines),
             "",
             f"Percent on {' and '.join(sorted(tasks))}, mean ± standard error over documents and seeds; differences "
-            f"with 95 % intervals{looks}; p by Holm. Nats: log-likelihood of the reference answer.",
+            f"with 95 % intervals{note}; p by Holm. Nats: log-likelihood of the reference answer.",
             "",
             f"![Every arm against the reference, with 95 % intervals, in points and in nats]({drawn})",
         ]
@@ -101,11 +101,11 @@ def _arm(arm: Results, task: str, results: Results) -> list[str]:
     return [_code(arm["name"]), means_of(arm, task)[0].text, *_difference(points, 1), *_difference(nats, 3)]
 
 
-def _difference(found: Measure, digits: int) -> list[str]:
+def _difference(measure: Measure, digits: int) -> list[str]:
     """Difference with its interval, half-width and verdict."""
-    if found.low is None or found.high is None:
-        return [found.text, "", found.note]
-    return [found.text, f"{(found.high - found.low) / 2:.{digits}f}", found.note]
+    if measure.low is None or measure.high is None:
+        return [measure.text, "", measure.note]
+    return [measure.text, f"{(measure.high - measure.low) / 2:.{digits}f}", measure.note]
 
 
 def _runs(arm: Results, tasks: Sequence[str]) -> list[str]:
@@ -147,8 +147,8 @@ def replaced(text: str, name: str, body: str) -> str:
     if begin not in text:
         text = text.replace("<!-- results:end -->", f"<!-- results:end -->\n\n{begin}{end}", 1)
     before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
+    _, closing, after = rest.partition(end)
+    if not closing:
         raise SystemExit(f"The page has no {begin} with {end} after it. Add them where the results shall stand.")
     return f"{before}{begin}\n{body}\n{end}{after}"
 

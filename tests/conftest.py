@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,13 +27,22 @@ if TYPE_CHECKING:
 
 gc.disable()  # until the tests are imported: what is imported stays
 
-LONGEST = ("distributed", "training", "planning", "compare", "models", "scripts", "docs")
-"""Folders of tests that begin first, so that the workers end together."""
+LONGEST = (
+    "distributed", "launch/test_child_processes.py", "diffusion", "docs/test_docs.py", "packaging/test_wheel.py",
+    "reporting", "compare", "training", "models/memory_efficient", "serve", "scripts", "eval", "models",
+)  # fmt: skip
+"""Folders and files of tests that begin first, by the time of their longest file, so that the workers end together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: index for index, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.parent.name, len(LONGEST)))
+    order = {name: index for index, name in reversed([*enumerate(LONGEST)])}
+    root = Path(__file__).parent
+
+    def begins(item: pytest.Item) -> int:
+        path = item.path.relative_to(root) if item.path.is_relative_to(root) else item.path
+        return min((order[name] for part in (path, *path.parents) if (name := part.as_posix()) in order), default=99)
+
+    items.sort(key=begins)
 
 
 def pytest_collection_finish() -> None:
@@ -53,7 +63,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            waits = file.endswith(("test_slurm.py", "test_two_hosts.py"))
+            waits = file.endswith(("test_slurm.py", "test_two_hosts.py", "test_compare_on_clusters.py"))
             return "distributed" if "distributed/" in file and not waits else file
 
     if config.getoption("dist") != "loadfile":
@@ -103,6 +113,14 @@ def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return
     with Preloaded(tmp_path_factory.mktemp("python")) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def start_at_once(python: Preloaded) -> Iterator[None]:
+    """Processes that the product, or a test, starts by `sys.executable` have imported everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(python.ours))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,11 @@ from mm_moslora.utils.text_format import aligned
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.model_interface import Model
-    from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.run.baselines import TrainingAnswer
-    from mm_moslora_eval.run.evaluate_suite import Comparison
+    from mm_moslora_eval.run.evaluate_suite import PairedComparison
     from mm_moslora_eval.run.llm_judge import Judge
     from mm_moslora_eval.run.result_file import TaskResult
-    from mm_moslora_eval.run.task_runner import Settings
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
     from mm_moslora_eval.sources.document import Document
     from mm_moslora_eval.sources.image_controls import ImageMode
 
@@ -38,7 +37,7 @@ def run(
     modes: Sequence[ImageMode] = ("own",),
     baselines: Sequence[str] = (),
     training: Sequence[TrainingAnswer] = (),
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     progress: Callable[[str, ImageMode, int, int], None] | None = None,
     judge: Judge | None = None,
     named: str = "",
@@ -66,15 +65,18 @@ def run(
         EvalError: an unknown task, data that cannot be read, a folder of another run.
         ConfigError: shards that are missing or belong to other work.
     """
+    from mm_moslora_eval.protocol.task import shown_name
     from mm_moslora_eval.protocol.task_registry import get_task
     from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
-    from mm_moslora_eval.run.task_runner import Settings, hold_run
+    from mm_moslora_eval.run.evaluate_suite import evaluate
+    from mm_moslora_eval.run.provenance import record
+    from mm_moslora_eval.run.task_runner import EvaluationSettings, claim_run, hold_run
 
-    found = [get_task(name) for name in tasks]
-    checksums = [task.load().sha256 for task in found]  # fail before the model is loaded
-    chosen = settings or Settings()
+    opened_tasks = [get_task(name) for name in tasks]
+    checksums = [task.load().sha256 for task in opened_tasks]  # fail before the model is loaded
+    chosen = settings or EvaluationSettings()
     chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
-    work = work_of([*zip(found, checksums, strict=True)], modes, chosen, model=named)
+    work = work_of([*zip(opened_tasks, checksums, strict=True)], modes, chosen, model=named)
     folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
     with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None, below=output):
         if chosen.shard is not None and is_finished(folder, work):
@@ -82,49 +84,22 @@ def run(
         opened = partial(gather, output, work) if merge else model
         loaded: Any = opened() if callable(opened) and not hasattr(opened, "generate") else opened
         try:
-            results = _run_held(
-                loaded,
-                found,
-                folder,
-                modes=modes,
-                baselines=baselines,
-                training=training,
-                settings=chosen,
-                progress=progress,
-                judge=judge,
-            )
+            claim_run(folder, loaded)
+            if chosen.rank == 0:
+                record(folder, loaded, asdict(chosen))
+            results: list[TaskResult] = []
+            for task in opened_tasks:
+                report = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
+                results += evaluate(
+                    loaded, task, folder, modes=modes, baselines=baselines, training=training, settings=chosen,
+                    progress=report, judge=judge, locked=True,
+                )  # fmt: skip
             if chosen.shard is not None and chosen.rank == 0:
                 finish(folder, loaded, work)
             return results
         finally:
             if loaded is not model:
                 loaded.close()
-
-
-def _run_held(
-    model: Model,
-    tasks: Sequence[Task],
-    output: Path,
-    *,
-    settings: Settings,
-    progress: Callable[[str, ImageMode, int, int], None] | None,
-    **rest: Any,
-) -> list[TaskResult]:
-    from dataclasses import asdict
-
-    from mm_moslora_eval.protocol.task import shown_name
-    from mm_moslora_eval.run.evaluate_suite import evaluate_held
-    from mm_moslora_eval.run.provenance import record
-    from mm_moslora_eval.run.task_runner import claim_run
-
-    claim_run(output, model)
-    if settings.rank == 0:
-        record(output, model, asdict(settings))
-    results: list[TaskResult] = []
-    for task in tasks:
-        bar = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
-        results += evaluate_held(model, task, output, settings=settings, progress=bar, **rest)
-    return results
 
 
 def training_answers(*names: str) -> Sequence[TrainingAnswer]:
@@ -135,10 +110,10 @@ def training_answers(*names: str) -> Sequence[TrainingAnswer]:
     """
     from mm_moslora_eval.run.baselines import read_training_answers
 
-    found: list[TrainingAnswer] = []
+    answers: list[TrainingAnswer] = []
     for path, folder in (file_and_folder(name) for name in names if name):
-        found += read_training_answers(Path(path), image_folder=Path(folder) if folder else None)
-    return found
+        answers += read_training_answers(Path(path), image_folder=Path(folder) if folder else None)
+    return answers
 
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
@@ -234,10 +209,10 @@ def run_folder(path: Path) -> Path:
         EvalError: there is no run.
     """
     start = path.parent if path.is_file() else path
-    found = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
-    if found is None:
+    run = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
+    if run is None:
         raise EvalError(f"{path} is not part of an evaluation run: there is no run.json in it or above it.")
-    return found
+    return run
 
 
 def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
@@ -379,15 +354,7 @@ def check(name: str) -> str:
     return f"{task.id}: {data.path} has no faults: {count}{odd}"
 
 
-def compare(run_a: Path, run_b: Path) -> tuple[Comparison, str]:
-    """Compare two task folders sample by sample; returns the numbers and a readable text."""
-    from mm_moslora_eval.run.evaluate_suite import compare as compare_samples
-
-    result = compare_samples([run_a], [run_b])
-    return result, comparison_text(result)
-
-
-def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
+def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:
     """Compare runs or task folders; several seeds of one system are separated by commas.
 
     Raises:
@@ -401,20 +368,20 @@ def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
     return [(result, comparison_text(result)) for result in results]
 
 
-def comparison_text(result: Comparison) -> str:
+def comparison_text(result: PairedComparison) -> str:
     """A comparison as readable text."""
-    score, found = result.score, result.score.found
+    score, estimate = result.score, result.score.estimate
     lines = [
         f"{result.task}: A {score_text(score.a, score.unit)}, B {score_text(score.b, score.unit)}. "
-        f"{between(score.as_difference)}: {score.as_difference.points}, p {found.p_value:.3g}.",
+        f"{between(score.as_difference)}: {score.as_difference.points}, p {estimate.p_value:.3g}.",
         f"A wins {score.wins}, B wins {score.losses}, equal {score.ties} of {score.questions}; sign test p "
         f"{score.sign_p:.3g}.",
-        resting_on(found.n, found.clusters, found.groups)
+        resting_on(estimate.n, estimate.clusters, estimate.groups)
         + (
-            f" A true difference of {amount_text(found.detectable, score.unit)} is detected with 80 % power."
-            if found.stderr > 0
+            f" A true difference of {amount_text(estimate.detectable, score.unit)} is detected with 80 % power."
+            if estimate.stderr > 0
             else " They all differ by the same amount; the interval bounds the share of other differences."
-            if found.clusters > 1
+            if estimate.clusters > 1
             else ""
         ),
     ]
@@ -442,8 +409,8 @@ def table(results: Sequence[TaskResult]) -> str:
         if not math.isnan(result.score):
             cells = [f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"]
         if nats:
-            known = "nats" in likelihood
-            cells.append(f"{likelihood['nats']:.4f} ± {likelihood['stderr'] or math.nan:.4f}" if known else "-")
+            has_nats = "nats" in likelihood
+            cells.append(f"{likelihood['nats']:.4f} ± {likelihood['stderr'] or math.nan:.4f}" if has_nats else "-")
         numbers = (result.n, counts.failed, counts.not_inferable, counts.truncated)
         rows.append((name, result.mode, *cells, *map(str, numbers)))
     measures = ["score", "stderr", "95 %", *(["nats"] if nats else [])]

@@ -44,8 +44,8 @@ from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import (
     Cell,
+    ComparisonSettings,
     Outcome,
-    Settings,
     choose_rates,
     reported_cells,
     run_count,
@@ -168,7 +168,7 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
         adapter=AdapterConfig(rank=plan.rank, alpha=float(plan.rank)),
         optim=OptimConfig(weight_decay=0.0, mixer_weight_decay=0.0),
     )  # fmt: skip
-    settings = Settings(
+    settings = ComparisonSettings(
         arms=parse_arms(plan.arms, shared), rates=plan.rates, seeds=plan.seeds, grow=plan.grow, tasks=[MEASURE],
         validation=[MEASURE],
     )  # fmt: skip
@@ -211,7 +211,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(plan).items()}
 
 
-def _waiting(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[Cell]:
+def _waiting(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[Cell]:
     every = [*tuning_cells(settings, outcomes), *reported_cells(settings, choose_rates(settings, outcomes))]
     return [cell for cell in every if cell.name not in outcomes]
 

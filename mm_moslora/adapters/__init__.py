@@ -1,7 +1,5 @@
 """MoSLoRA adapters on PEFT: configuration, layers, injection, folders, merge. Needs torch and PEFT only."""
 
-from typing import TYPE_CHECKING, Any
-
 from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, add_moslora, resolve_targets
 from mm_moslora.adapters.folders.diffusers_saving import plain_pipeline_weights
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
@@ -26,13 +24,11 @@ from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, Mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_patches import patch_peft
+from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay
 from mm_moslora.adapters.tree import base_fingerprint, is_adapter_parameter
 from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap
 from mm_moslora.kernels.lora.lora_linear import fused_linear
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear
-
-if TYPE_CHECKING:
-    from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay
 
 patch_peft()
 
@@ -85,11 +81,3 @@ __all__ = [
     "what_fails",
     "why_not_merged",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in ("MixerCallback", "spare_mixers_from_decay"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mm_moslora.adapters import trainer_callback  # transformers' Trainer brings datasets and pandas: a second
-
-    return getattr(trainer_callback, name)

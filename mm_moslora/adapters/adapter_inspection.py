@@ -4,8 +4,8 @@ Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``; the update is ``s B M A
 
 Rotations P and Q of R dimensions write the same update as ``(Q A, P M Q^T, B P^T)``, and numbers a and b as
 ``(a A, M / (a b), b B)``. No measure changes with them; `ModuleReport.moved` needs the start in the same coordinates.
-All are found from R x R matrices (QR of A^T and B), never from a ``[D_out, D_in]`` one. docs/subspace_lens.md explains
-them.
+All are computed from R x R matrices (QR of A^T and B), never from a ``[D_out, D_in]`` one. docs/subspace_lens.md
+explains them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,13 @@ from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import named_adapter_layers
-from mm_moslora.reporting.lens_maps import MEASURES, draw_lens
-from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError, renamed
 
+MEASURES = (
+    "norm_update", "effective_rank", "stable_rank", "effective_pairs", "orthogonal_distance", "condition", "moved",
+    "reshaped", "row_angle", "column_angle",
+)  # fmt: skip
+"""Numbers of a `ModuleReport`, as `mixers.json` and, as means, the metrics below `mixer/` name them."""
 SMALLEST = 1e-7
 """Directions below this share of the largest are rounding of float32, and no part of a space."""
 EQUAL = 1e-6
@@ -84,8 +89,17 @@ class ModuleReport:
 
     def measures(self) -> dict[str, float]:
         """The `MEASURES` that are known."""
-        found = {name: getattr(self, name) for name in MEASURES}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
+
+    def row(self) -> dict[str, Any]:
+        """The path, the rank, the known measures, the energies by pairs and the spectrum, for tables and pictures."""
+        return {
+            "path": self.path,
+            "rank": self.rank,
+            **self.measures(),
+            "pair_energy": self.pair_energy,
+            "singular_values": self.singular_values,
+        }
 
 
 def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) -> list[ModuleReport]:
@@ -129,7 +143,7 @@ def _name_of_B(name: str) -> str:  # noqa: N802
 
 
 def _other_module(other: AdapterFolder, name: str, A: Tensor, B: Tensor) -> ModuleStart:
-    """A module of another adapter in the place of a start."""
+    """A module of another adapter, taken for the start."""
     if name not in other.tensors:
         return ModuleStart()
     old_A, old_B = other.tensors[name], other.tensors[_name_of_B(name)]
@@ -162,33 +176,21 @@ def inspect_model(model: nn.Module, *, adapter_name: str = "default") -> list[Mo
     return sorted(reports, key=lambda report: _natural(report.path))
 
 
-def inspection(folder: str | Path, *, picture: str | Path | None = None, against: str | Path | None = None) -> str:
-    """The text of `mm-moslora adapters inspect FOLDER`; writes the picture on the way.
+def why_unknown(reports: Sequence[ModuleReport], *, against_other: bool) -> str | None:
+    """Why measures that need the start are missing from the reports of a folder; None: they are not.
 
     Args:
-        folder: see `inspect_adapter`.
-        picture: see `draw`; None writes none.
-        against: see `inspect_adapter`.
+        reports: of `inspect_adapter`.
+        against_other: whether another folder was the start.
     """
-    reports = inspect_adapter(folder, against=against)
-    lines = [table(reports), ""]
-    lines += [f"{name:28} {value:.4g}" for name, value in summary(reports).items()]
-    lines += _unknown(reports, kept=against is None)
-    if picture is not None:
-        lines.append(f"picture: {draw(reports, picture)}")
-    return "\n".join(lines)
-
-
-def _unknown(reports: Sequence[ModuleReport], *, kept: bool) -> list[str]:
-    """What is not known, and why."""
-    if not kept:
+    if against_other:
         lost = sum(report.row_angles is None for report in reports)
-        return [f"{lost} modules are not in the other adapter, or have other widths or NaN there."] if lost else []
-    if not (_known(reports, "moved") or _known(reports, "row_angles")):
-        return ["start not kept: the folder does not tell how the adapter began, so moved, reshaped and angles are -."]
-    if not _known(reports, "row_angles"):
-        return ["start of A not kept: reshaped and angles are -. --against FOLDER compares with an earlier adapter."]
-    return []
+        return f"{lost} modules are not in the other adapter, or have other widths or NaN there." if lost else None
+    if any(report.row_angles is not None for report in reports):
+        return None
+    if any(report.moved is not None for report in reports):
+        return "start of A not kept: reshaped and angles are -. --against FOLDER compares with an earlier adapter."
+    return "start not kept: the folder does not tell how the adapter began, so moved, reshaped and angles are -."
 
 
 @torch.no_grad()
@@ -214,7 +216,7 @@ def describe(
     if start.M is not None and not start.M.isfinite().all():
         start = ModuleStart()
     # B = U S V^T and A^T = U S V^T: the update is U_B (S_B V_B^T M V_A S_A) U_A^T times s.
-    rows, columns = _Frame.of(A.T), _Frame.of(B)
+    rows, columns = _FactorSVD.of(A.T), _FactorSVD.of(B)
     core = columns.inner @ mixer @ rows.inner.T
     values = torch.linalg.svdvals(core) * abs(scaling)
     values = torch.cat([values, values.new_zeros(max(0, rank - len(values)))])[:rank]
@@ -244,7 +246,7 @@ def describe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Frame:
+class _FactorSVD:
     """The singular value decomposition ``U S V^T`` of a tall factor ``[D, R]`` without U."""
 
     values: Tensor
@@ -253,12 +255,12 @@ class _Frame:
     """V^T ``[K, R]``."""
 
     @classmethod
-    def of(cls, factor: Tensor) -> _Frame:
+    def of(cls, factor: Tensor) -> _FactorSVD:
         _, S, Vh = torch.linalg.svd(torch.linalg.qr(factor, mode="r").R, full_matrices=False)
         return cls(values=S, right=Vh)
 
     @classmethod
-    def of_gram(cls, gram: Tensor) -> _Frame:
+    def of_gram(cls, gram: Tensor) -> _FactorSVD:
         """From ``V S^2 V^T``."""
         squares, V = torch.linalg.eigh(gram)
         return cls(values=squares.flip(0).clamp_min(0).sqrt(), right=V.flip(1).T)
@@ -271,11 +273,11 @@ class _Frame:
     @property
     def whitening(self) -> Tensor:
         """The pseudo-inverse of ``inner^T``: ``S^-1 V^T`` without the directions that are rounding."""
-        kept = self.values > SMALLEST * self.values.amax()
-        return torch.where(kept, 1 / self.values, 0.0)[:, None] * self.right
+        nonzero = self.values > SMALLEST * self.values.amax()
+        return torch.where(nonzero, 1 / self.values, 0.0)[:, None] * self.right
 
 
-def _angles(now: _Frame, mixer: Tensor, overlap: Overlap | None, first: Tensor | None) -> tuple[float, ...] | None:
+def _angles(now: _FactorSVD, mixer: Tensor, overlap: Overlap | None, first: Tensor | None) -> tuple[float, ...] | None:
     """Principal angles between the spaces of a mixed factor and of its start, degrees.
 
     Args:
@@ -286,7 +288,7 @@ def _angles(now: _Frame, mixer: Tensor, overlap: Overlap | None, first: Tensor |
     """
     if overlap is None:
         return None
-    old = _Frame.of_gram(overlap.start)
+    old = _FactorSVD.of_gram(overlap.start)
     between = now.whitening @ overlap.cross @ old.whitening.T  # U^T U0
     first = torch.eye(len(overlap.start)) if first is None or len(first) != len(overlap.start) else first
     spaces = _space(mixer @ now.inner.T), _space(first.double() @ old.inner.T)
@@ -350,50 +352,18 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def table(reports: Sequence[ModuleReport]) -> str:
-    """The numbers as text, one line a module; - where the start that one needs is not known."""
-    width = max(len(report.path) for report in reports)
-    shown = {name: head for name, head in MEASURES.items() if name != "column_angle" or _known(reports, name)}
-    lines = [f"{'module':{width}}  rank  " + "  ".join(f"{head:>8}" for head in shown.values())]
-    for report in reports:
-        found = report.measures()
-        texts = ((f"{found[name]:.3g}" if name in found else "-", max(8, len(head))) for name, head in shown.items())
-        cells = "  ".join(f"{text:>{size}}" for text, size in texts)
-        lines.append(f"{report.path:{width}}  {report.rank:4d}  {cells}")
-    return "\n".join(lines)
-
-
-def _known(reports: Sequence[ModuleReport], name: str) -> bool:
-    return any(getattr(report, name) is not None for report in reports)
-
-
 def summary(reports: Sequence[ModuleReport]) -> dict[str, float]:
     """Means over the modules that have a measure, under names for a tracker (`mixer/...`)."""
     values = {name: [v for report in reports if (v := getattr(report, name)) is not None] for name in MEASURES}
     condition = values.pop("condition")
-    means = {f"mixer/{name}": sum(known) / len(known) for name, known in values.items() if known}
+    means = {f"mixer/{name}": sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
     return means | ({"mixer/condition_max": max(condition)} if condition else {})
-
-
-def draw(reports: Sequence[ModuleReport], picture: str | Path, *, most: int = 6) -> Path:
-    """Write a picture: heat maps of measures by module and layer, energies by pairs, and spectra of the updates.
-
-    Args:
-        reports: what to draw.
-        picture: file to write; the ending chooses the format (.png, .svg, .pdf).
-        most: draw the energies of so many modules, those of the largest updates.
-
-    Raises:
-        AdapterError: an ending that is no format.
-        OSError: the file cannot be written.
-    """
-    rows = [
-        {"path": report.path, "pair_energy": report.pair_energy, "singular_values": report.singular_values}
-        | report.measures()
-        for report in reports
-    ]
-    return draw_lens(rows, Path(picture), most=most)
 
 
 def _natural(path: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in path.split("."))
+
+
+__getattr__ = renamed(
+    {"draw": "mm_moslora.reporting.lens_maps.draw_lens", "table": "mm_moslora.reporting.lens_maps.measures_table"}
+)

@@ -1,7 +1,7 @@
 """Put adapters into a model: which modules, and into which component.
 
 A target name such as `q_proj` exists in the language model and in the vision tower alike. Here targets are resolved
-inside the component that was asked for, into whole module paths, and a target that matches nothing is an error.
+inside the requested component, into whole module paths, and a target that matches nothing is an error.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from mm_moslora.adapters.adapter_options import check_expression
+from mm_moslora.adapters.folder_format import is_inner
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, check_expression, unmatched_patterns
-from mm_moslora.adapters.tree import is_inner, named_adapter_layers, named_base_modules, unwrapped
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.adapters.tree import named_adapter_layers, named_base_modules, unwrapped
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 logger = logging.getLogger(__name__)
@@ -90,33 +92,33 @@ def resolve_in(
     cannot be adapted."""
     modules = dict(named_base_modules(model))
     heads = _head_modules(model)
-    unmatched = set() if isinstance(targets, str) else set(targets)
-    found: dict[str, None] = {}
+    resolved: dict[str, None] = {}
     empty = []
     for component in components:
         inside = _modules_of(component, modules)
         prefix = f"{component}." if component else ""
-        paths = _match(inside, targets, unmatched, heads)
-        found |= dict.fromkeys(prefix + path for path in paths)
+        paths = _match(inside, targets, heads)
+        resolved |= dict.fromkeys(prefix + path for path in paths)
         empty += [] if paths else [component]
     where = " and ".join(repr(name) if name else "the model" for name in components)
-    if unmatched:
+    ends = set() if isinstance(targets, str) else set(targets)
+    if unmatched := {end for end in ends if not any(f".{path}".endswith(f".{end}") for path in resolved)}:
         names = {part for path in modules for part in (path, path.rpartition(".")[2]) if part}
         raise AdapterError(
             f"Target {min(unmatched)!r} matches no module of {where}.{suggestion(min(unmatched), names)}"
             f"{_linear_names(modules)}"
         )
-    if empty or not found:
+    if empty or not resolved:
         hint = f" A string is a regular expression for the whole path; names come as a list: [{targets!r}]."
         raise AdapterError(
             f"No module of {repr(empty[0]) if empty and empty[0] else where} matches the targets {targets!r}."
             f"{hint if isinstance(targets, str) else ''}{_linear_names(modules)}"
         )
-    for path in found:
+    for path in resolved:
         reason = why_not(modules[path]) or _why_never_called(path, modules)
         if reason:
             raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
-    return list(found)
+    return list(resolved)
 
 
 def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -131,9 +133,7 @@ def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.M
     return {path.removeprefix(prefix): module for path, module in modules.items() if path.startswith(prefix)}
 
 
-def _match(
-    inside: dict[str, nn.Module], targets: str | Sequence[str], unmatched: set[str], heads: set[int]
-) -> list[str]:
+def _match(inside: dict[str, nn.Module], targets: str | Sequence[str], heads: set[int]) -> list[str]:
     if targets == ALL_LINEAR:
         _check_experts(inside)
         linear = [
@@ -152,13 +152,7 @@ def _match(
         check_expression(targets, "targets")
         pattern = re.compile(targets)
         return [path for path in inside if pattern.fullmatch(path)]
-    matched = []
-    for path in inside:
-        names = {name for name in targets if path == name or path.endswith(f".{name}")}
-        if names:
-            matched.append(path)
-            unmatched -= names
-    return matched
+    return [path for path in inside if any(f".{path}".endswith(f".{name}") for name in targets)]
 
 
 def _check_experts(inside: dict[str, nn.Module]) -> None:
@@ -170,7 +164,7 @@ def _check_experts(inside: dict[str, nn.Module]) -> None:
     stacked = {
         f"{path}.{name}": parameter.numel()
         for path, module in inside.items()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and len(parameter) > 1
     }
@@ -245,7 +239,9 @@ def add_moslora(
     components = [component] if isinstance(component, str) else list(component)
     targets = (config.target_modules or ALL_LINEAR) if targets is None else targets
     paths = chosen_paths(config, resolve_in(model, components, targets, why_not=why_not_adaptable))
-    check_plan(config, paths)
+    for path in paths:
+        if config.mixer_for(path) == "butterfly" and config.rank_for(path) % 2:
+            raise AdapterError(f"{path} has rank {config.rank_for(path)}, but a butterfly mixer needs an even one.")
     return inject(model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
@@ -282,26 +278,10 @@ def chosen_paths(config: Any, paths: list[str]) -> list[str]:
             chosen.append(path)
     if not chosen:
         options = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        given = ", ".join(f"{name}={value!r}" for name in options if (value := getattr(own, name, None)))
-        raise AdapterError(f"{given} leaves none of the {len(paths)} targets (the first: {', '.join(paths[:_SHOWN])}).")
+        filters = ", ".join(f"{name}={value!r}" for name in options if (value := getattr(own, name, None)))
+        first = ", ".join(paths[:_SHOWN])
+        raise AdapterError(f"{filters} leaves none of the {len(paths)} targets (the first: {first}).")
     return chosen
-
-
-def check_plan(config: MoSLoRAConfig, paths: Sequence[str]) -> None:
-    """Refuse a configuration that does not fit the modules to adapt, before any of them is touched.
-
-    Raises:
-        AdapterError: a pattern that matches nothing, or an odd rank with a butterfly mixer.
-    """
-    lost = unmatched_patterns(config, paths)
-    if lost:
-        raise AdapterError(
-            f"{', '.join(lost)} matches none of the {len(paths)} adapted modules (the first: "
-            f"{', '.join(paths[:_SHOWN])}). A key is a regular expression for the end of a module path."
-        )
-    for path in paths:
-        if config.mixer_for(path) == "butterfly" and config.rank_for(path) % 2:
-            raise AdapterError(f"{path} has rank {config.rank_for(path)}, but a butterfly mixer needs an even one.")
 
 
 def inject(
@@ -312,7 +292,7 @@ def inject(
     adapter_name: str,
     autocast_adapter_dtype: bool,
 ) -> peft.PeftModel:
-    """Put an adapter into exactly the modules with the given whole paths; see `add_moslora`.
+    """Put an adapter into exactly the modules at these whole paths; see `add_moslora`.
 
     Raises:
         AdapterError: an adapter of this name exists, or adapters lie in a model that PEFT no longer wraps.

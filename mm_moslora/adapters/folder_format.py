@@ -71,9 +71,9 @@ def named_as_modules(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
 
     A wrapper for activation checkpointing leaves itself out of state dicts, and PEFT would then write nothing in it.
     """
-    held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    places = {bare_name(name): name.replace("_fsdp_wrapped_module.", "") for name, _ in held}
-    return {places.get(bare_name(name), name): tensor for name, tensor in state.items()}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = {bare_name(name): name.replace("_fsdp_wrapped_module.", "") for name, _ in tensors}
+    return {names.get(bare_name(name), name): tensor for name, tensor in state.items()}
 
 
 def is_factor(name: str) -> bool:
@@ -83,12 +83,12 @@ def is_factor(name: str) -> bool:
 
 def mixers_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The mixers' tensors by their names, by what stands before ``.lora_mixer.`` in the folder."""
-    found: dict[str, dict[str, Tensor]] = {}
+    mixers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         start, part, name = key.rpartition(MIXER_PART)
         if part:
-            found.setdefault(start, {})[name] = tensor
-    return found
+            mixers.setdefault(start, {})[name] = tensor
+    return mixers
 
 
 def is_inner(path: str) -> bool:
@@ -129,11 +129,11 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
                 return None if names_mixers(file.keys()) is None else root
         except (OSError, SafetensorError):  # the reader of the weights says so
             return None
-    known = {key: value for key, value in hub.items() if key in inspect.signature(hf_hub_download).parameters}
+    arguments = {key: value for key, value in hub.items() if key in inspect.signature(hf_hub_download).parameters}
 
-    def fetched(*wanted: str) -> Path | None:
+    def fetched(*filenames: str) -> Path | None:
         try:
-            first, *_ = [hf_hub_download(str(model_id), name, subfolder=subfolder, **known) for name in wanted]
+            first, *_ = [hf_hub_download(str(model_id), name, subfolder=subfolder, **arguments) for name in filenames]
         except (EntryNotFoundError, HFValidationError):
             return None
         return Path(first)
@@ -174,8 +174,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     manifest = read_json(root / OWN_CONFIG)
     if manifest.get("format") != FORMAT:
-        found = manifest.get("format")
-        raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {found!r}, not {FORMAT!r}.")
+        kind = manifest.get("format")
+        raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {kind!r}, not {FORMAT!r}.")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise AdapterError(
             f"{root / OWN_CONFIG} has format version {manifest.get('format_version')!r}, this release reads "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import cast
 
 import peft
@@ -14,12 +13,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from mm_moslora.adapters.folder_format import is_inner
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import quantisation
 from mm_moslora.adapters.layers.fused_linear import use_kernel
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tied_weights import untie
-from mm_moslora.adapters.tree import adapted_layers, is_inner, named_adapter_layers, unwrapped
+from mm_moslora.adapters.tree import adapted_layers, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError, reason_of
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,9 @@ def _merge_layer(layer: BaseTunerLayer, tolerance: float | None) -> tuple[float,
         like = next(weight for weight in cast(nn.Module, layer).parameters() if weight.is_floating_point())
     probes = _probes(layer, base, like.dtype, like.device)
     module = cast(nn.Module, layer)
-    with _eval_mode(module), use_kernel(module, "reference"):
+    with ExitStack() as stack:
+        stack.callback(module.train, module.training)
+        stack.enter_context(use_kernel(module.eval(), "reference"))
         live = _output(module(*probes))
         layer.merge()
         merged = _output(module(*probes))
@@ -170,13 +172,3 @@ def _probes(layer: BaseTunerLayer, base: nn.Module, dtype: torch.dtype, device: 
 
 def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return (result[0] if isinstance(result, tuple) else result).float()
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)

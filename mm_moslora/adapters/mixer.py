@@ -27,26 +27,14 @@ NO_MIXER = "none"
 """In `mixer_pattern`: a module without a mixer, plain LoRA."""
 
 
-def init_mixer(
-    rank: int,
-    kind: str,
-    *,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """A fresh mixer.
-
-    It is drawn on the CPU in float32 and cast afterwards: half precision has no QR, and the same seed then gives the
-    same mixer on every device.
+def init_mixer(rank: int, kind: str, *, generator: torch.Generator | None = None) -> Tensor:
+    """A fresh mixer, in float32 on the CPU: half precision has no QR, and a seed gives one mixer on every device.
 
     Args:
         rank: R.
         kind: orthogonal (keeps LoRA's scale, condition number 1), kaiming (uniform, a = sqrt(5); the paper's best on
             commonsense reasoning), identity (LoRA's starting point) or butterfly (the paper's two-subspaces mixing).
         generator: source of randomness; None is torch's global CPU generator.
-        dtype: of the result.
-        device: of the result; on `meta` nothing is drawn.
 
     Returns:
         ``[R, R]``.
@@ -57,19 +45,14 @@ def init_mixer(
     if rank < 1:
         raise AdapterError(f"The rank is {rank}, expected at least 1.")
     check_mixer_init(kind, "mixer_init")
-    if torch.device(device).type == "meta":
-        return torch.empty(rank, rank, dtype=dtype, device="meta")
     if kind == "butterfly":
-        mixer = butterfly(rank)
-    elif kind == "identity":
-        mixer = torch.eye(rank, device="cpu")
-    else:
-        mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
-        if kind == "orthogonal":
-            nn.init.orthogonal_(mixer, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
-    return mixer.to(device=device, dtype=dtype)
+        return butterfly(rank)
+    if kind == "identity":
+        return torch.eye(rank, dtype=torch.float32, device="cpu")
+    mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
+    if kind == "orthogonal":
+        return nn.init.orthogonal_(mixer, generator=generator)
+    return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
 
 
 @contextmanager
@@ -83,7 +66,7 @@ def random_stream_of_mixers() -> Iterator[None]:
         yield
 
 
-def check_mixer_init(kind: str, where: str, *, known: tuple[str, ...] = MIXER_INITS) -> None:
+def check_mixer_init(kind: str, where: str, *, choices: tuple[str, ...] = MIXER_INITS) -> None:
     """Refuse what is not a mixer initialisation, with the reason; `where` is the option that holds it.
 
     Raises:
@@ -94,8 +77,9 @@ def check_mixer_init(kind: str, where: str, *, known: tuple[str, ...] = MIXER_IN
             f"{where} is {kind!r}: with M = 0 and B = 0 the gradients of A, M and B are all exactly zero, so training "
             f"never starts. Use one of {', '.join(MIXER_INITS)}."
         )
-    if kind not in known:
-        raise AdapterError(f"{where} is {kind!r}, expected one of {', '.join(known)}.{suggestion(str(kind), known)}")
+    if kind not in choices:
+        hint = suggestion(str(kind), choices)
+        raise AdapterError(f"{where} is {kind!r}, expected one of {', '.join(choices)}.{hint}")
 
 
 def butterfly(rank: int) -> Tensor:
@@ -117,7 +101,7 @@ def butterfly(rank: int) -> Tensor:
         raise AdapterError(
             f"The butterfly mixer pairs two halves of the rank, but the rank is {rank}. Use an even rank."
         )
-    half = torch.eye(rank // 2, device="cpu")
+    half = torch.eye(rank // 2, dtype=torch.float32, device="cpu")
     return half.repeat(2, 2)
 
 

@@ -86,7 +86,7 @@ def orthonormal_factors(
     Raises:
         AdapterError: no such configuration.
     """
-    found: list[OrthonormalFactor] = []
+    factors: list[OrthonormalFactor] = []
     for path, layer in named_adapter_layers(model):
         for name in layer.adapter_names() if adapter_name is None else [adapter_name]:
             form = layer.factor_form.get(name)
@@ -95,9 +95,12 @@ def orthonormal_factors(
             d = (width or _width_around(model, path)) if form == "stella" else None
             for weight, rows in zip(layer.outer_factors(name), (True, False), strict=True):
                 scale = 1.0 if d is None else math.sqrt(d / max(weight.shape))
-                kept = cast(nn.Parameter, weight)
-                found.append(OrthonormalFactor(weight=kept, rows=rows, canonical=d is not None, step_scale=scale))
-    return found
+                factors.append(
+                    OrthonormalFactor(
+                        weight=cast(nn.Parameter, weight), rows=rows, canonical=d is not None, step_scale=scale
+                    )
+                )
+    return factors
 
 
 def _width_around(model: nn.Module, path: str) -> int:
@@ -134,8 +137,8 @@ def keep_orthonormal(
     """
     if not any(layer.holds(adapter_name) for _, layer in named_adapter_layers(model)):
         raise AdapterError(f"The model has no adapter {adapter_name!r} to keep orthonormal.")
-    kept = orthonormal_factors(model, adapter_name=adapter_name, width=width)
-    error = max((factor.error(factor.weight) for factor in kept), default=math.inf)
+    factors = orthonormal_factors(model, adapter_name=adapter_name, width=width)
+    error = max((factor.error(factor.weight) for factor in factors), default=math.inf)
     if error > 1e-2:
         raise AdapterError(
             f"The factors of adapter {adapter_name!r} are not orthonormal (error {error:.2g}). Make it with "
@@ -143,32 +146,32 @@ def keep_orthonormal(
         )
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
-    _check_held(kept, optimizer)
+    _check_trained(factors, optimizer)
     before: list[Tensor] = []
 
     @torch.no_grad()
     def project(*_: Any) -> None:
-        _check_held(kept, optimizer)
-        before[:] = [factor.weight.clone() for factor in kept]
-        for factor in kept:
+        _check_trained(factors, optimizer)
+        before[:] = [factor.weight.clone() for factor in factors]
+        for factor in factors:
             if factor.weight.grad is not None:
                 factor.weight.grad.copy_(factor.gradient(factor.weight, factor.weight.grad))
 
     @torch.no_grad()
     def retract(*_: Any) -> None:
-        for factor, start in zip(kept, before, strict=True):
+        for factor, start in zip(factors, before, strict=True):
             factor.weight.copy_(factor.end(start, factor.weight))
 
     optimizer.register_step_pre_hook(project)
     optimizer.register_step_post_hook(retract)
 
 
-def _check_held(kept: list[OrthonormalFactor], optimizer: torch.optim.Optimizer) -> None:
-    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    lost = sum(id(factor.weight) not in held for factor in kept)
+def _check_trained(factors: list[OrthonormalFactor], optimizer: torch.optim.Optimizer) -> None:
+    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    lost = sum(id(factor.weight) not in trained for factor in factors)
     if lost:
         raise AdapterError(
-            f"{lost} of {len(kept)} factors to keep orthonormal are not in the optimiser: it trains others, or copies "
-            "of them (DeepSpeed's masters, say), which a hook on it cannot keep so. Give it the model's own "
+            f"{lost} of {len(factors)} factors to keep orthonormal are not in the optimiser: it trains others, or "
+            "copies of them (DeepSpeed's masters, say), which a hook on it cannot keep so. Give it the model's own "
             "parameters, or train with mm-moslora train (adapter.factor_form: stella), which does it on ZeRO-0 to 2."
         )

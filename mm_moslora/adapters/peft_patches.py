@@ -89,8 +89,8 @@ def load_peft_weights(
     device = utils.infer_device() if device is None else device
     content = read_folder(folder)
     mixers = {name: tensor for name, tensor in content.start.items() if "." not in name.rpartition(START_PART)[2]}
-    given = content.tensors | mixers
-    tensors = {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in given.items()}
+    stored = content.tensors | mixers
+    tensors = {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in stored.items()}
     attach_form((tensor for name, tensor in tensors.items() if MIXER_PART in name), content.config.mixer_form)
     return tensors
 

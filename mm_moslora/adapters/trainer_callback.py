@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from mm_moslora.adapters.adapter_inspection import inspect_model, summary
 from mm_moslora.adapters.folder_format import MIXER_PART
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
+
+if TYPE_CHECKING:  # the trainer brings datasets and pandas: a second
+    from transformers import Trainer, TrainingArguments
 
 
 def spare_mixers_from_decay(trainer: Trainer) -> None:

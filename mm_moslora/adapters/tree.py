@@ -12,26 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mm_moslora.adapters.folder_format import WRAPPED, bare_name, is_inner
+from mm_moslora.adapters.folder_format import WRAPPED, bare_name
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-
-__all__ = [
-    "adapted_layers",
-    "bare_name",
-    "base_fingerprint",
-    "base_model",
-    "is_adapter_parameter",
-    "is_inner",
-    "named_adapter_layers",
-    "named_base_modules",
-    "unwrapped",
-]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers: torch.compile, activation checkpointing, FSDP, `DataParallel`, DDP."""
     while True:
-        inner = next((model._modules[name] for name in WRAPPED if name in model._modules), None)
+        inner = next((child for name, child in model.named_children() if name in WRAPPED), None)
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         if inner is None:

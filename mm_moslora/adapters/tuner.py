@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from mm_moslora.adapters.adapter_options import unmatched_patterns
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
@@ -28,7 +29,7 @@ from mm_moslora.adapters.folder_format import (
 )
 from mm_moslora.adapters.folders.authors_format import holds_their_mixers, with_known_names
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
-from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, without_place
+from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, unexpected_entry
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.form_checks import check_named
@@ -36,7 +37,7 @@ from mm_moslora.adapters.layers.fused_linear import link_siblings
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import attach_form, attached_form
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict, unmatched_patterns
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import base_model, named_adapter_layers
 from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
@@ -80,7 +81,7 @@ class MoSLoRAModel(LoraModel):
     """PEFT's `LoraModel`, which knows mixers; the same for every configuration that is no `MoSLoRAConfig`."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        # The first moment at which the model and the configuration are there, and nothing is changed.
+        # PEFT calls this first with model and configuration, before it changes anything.
         if isinstance(peft_config, MoSLoRAConfig):
             _check_names(self.model, peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
@@ -170,14 +171,14 @@ class MoSLoRAModel(LoraModel):
             for _, layer in named_adapter_layers(model):
                 if layer.mixer_tensors(adapter_name):  # refuses what no reader knows
                     mixer: Any = layer.lora_mixer[adapter_name]
-                    place = layer.outer_factors(adapter_name)[0].device
-                    check_named(mixer.form, config.mixer_form, layer.r[adapter_name], place)
+                    device = layer.outer_factors(adapter_name)[0].device
+                    check_named(mixer.form, config.mixer_form, layer.r[adapter_name], device)
             # In place: PEFT goes on with it for the modules that train whole.
             state_dict |= named_as_modules(model, state_dict)
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        adapter_state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if isinstance(config, MoSLoRAConfig):
-            attach_form((tensor for name, tensor in found.items() if MIXER_PART in name), config.mixer_form)
-        return found
+            attach_form((tensor for name, tensor in adapter_state.items() if MIXER_PART in name), config.mixer_form)
+        return adapter_state
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -198,14 +199,14 @@ class MoSLoRAModel(LoraModel):
                     "them as an adapter of their own (load_adapter, PeftModel.from_pretrained)."
                 )
             return renamed
-        if extra := without_place(state_dict, config, embeddings=_embeddings(model)):
+        if extra := unexpected_entry(state_dict, config, embeddings=_embeddings(model)):
             raise AdapterError(
                 f"The values hold {extra!r}, for which the configuration of adapter {adapter_name!r} has no place."
             )
-        told = attached_form(tensor for name, tensor in state_dict.items() if MIXER_PART in name)
-        if told not in (None, config.mixer_form):
+        form = attached_form(tensor for name, tensor in state_dict.items() if MIXER_PART in name)
+        if form not in (None, config.mixer_form):
             raise AdapterError(
-                f"The values are of mixer_form {told!r}, adapter {adapter_name!r} has {config.mixer_form!r}. Load them "
+                f"The values are of mixer_form {form!r}, adapter {adapter_name!r} has {config.mixer_form!r}. Load them "
                 "under another adapter name, or delete that adapter (delete_adapter) first."
             )
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -230,7 +231,7 @@ def _embeddings(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {
         f"{path}.weight": tuple(getattr(module.weight, "ds_shape", module.weight.shape))
         for path, module in model.named_modules()
-        if any(module is known for known in own) and isinstance(getattr(module, "weight", None), Tensor)
+        if any(module is end for end in own) and isinstance(getattr(module, "weight", None), Tensor)
     }
 
 
@@ -250,11 +251,11 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
     targets: Any = config.target_modules
     named = None if targets is None or isinstance(targets, str) else sorted(map(str, targets))
     if named:
-        known = {part for path in paths for part in (path, path.rpartition(".")[2])}
+        names = {part for path in paths for part in (path, path.rpartition(".")[2])}
         ends = {".".join(parts[at:]) for parts in (path.split(".") for path in paths) for at in range(len(parts))}
         for target in named:
             if target not in ends and target != "all-linear":
-                raise AdapterError(f"Target {target!r} matches no module of the model.{suggestion(target, known)}")
+                raise AdapterError(f"Target {target!r} matches no module of the model.{suggestion(target, names)}")
     if targets is not None and targets != "all-linear":
         paths = [path for path in paths if check_target_module_exists(config, path)]
     if not config.inference_mode:  # what was trained loads, whatever its configuration says besides
@@ -267,7 +268,7 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
 
 
 def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
-    """Remove whatever there is of an adapter, and the layers that hold nothing else; not in layers that had it."""
+    """Remove an adapter, and the layers that hold nothing else; layers in `spared` stay as they are."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, MoSLoRALayer) or id(layer) in spared:
@@ -279,7 +280,7 @@ def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
 
 
 def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, every_mixer: bool = False) -> str | None:
-    """Why values under the model's names are not those of an adapter that is there; None if they are."""
+    """Why values under the model's names are not those of an adapter in it; None if they are."""
     layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         return "it is merged into the weights"
@@ -291,19 +292,19 @@ def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, e
     ends += tuple(f".lora_embedding_{kind}.{adapter_name}" for kind in ("A", "B"))
     mixer = f"{MIXER_PART}{adapter_name}."
     present = named_as_modules(model, model.state_dict())
-    held = {name: tensor for name, tensor in present.items() if name.endswith(ends) or mixer in name}
+    adapter_state = {name: tensor for name, tensor in present.items() if name.endswith(ends) or mixer in name}
     mixed = {name.partition(mixer)[0] for name in values if mixer in name}
-    # A mixer that is not there is the identity; the authors' code has none that is not there.
-    named = [name for name in held if mixer not in name or every_mixer or name.partition(mixer)[0] in mixed]
+    # Values without a mixer mean the identity; in the authors' code every module has one.
+    named = [name for name in adapter_state if mixer not in name or every_mixer or name.partition(mixer)[0] in mixed]
     lost = [name for name in named if name not in values]
     if lost:
         return f"they lack {min(lost)}"
-    if unknown := min((name for name in values if mixer in name and name not in held), default=None):
+    if unknown := min((name for name in values if mixer in name and name not in adapter_state), default=None):
         return f"it has no {unknown}"
-    for name, own in held.items():
-        given = values.get(name)
-        if given is not None and own.numel() and own.shape != given.shape:  # a shard of ZeRO-3 is empty
-            return f"{name} is {list(own.shape)} there and {list(given.shape)} here"
-        if given is not None and not (given.is_floating_point() and torch.isfinite(given).all()):
-            return f"{name} holds {given.dtype} or numbers that are not finite, expected finite floats"
+    for name, own in adapter_state.items():
+        value = values.get(name)
+        if value is not None and own.numel() and own.shape != value.shape:  # a shard of ZeRO-3 is empty
+            return f"{name} is {list(own.shape)} there and {list(value.shape)} here"
+        if value is not None and not (value.is_floating_point() and torch.isfinite(value).all()):
+            return f"{name} holds {value.dtype} or numbers that are not finite, expected finite floats"
     return None

@@ -12,19 +12,20 @@ from typing import Any, Literal, cast
 
 import peft
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import MIXER_PART, PREFIX, mixers_in
+from mm_moslora.adapters.folder_format import MIXER_PART, PREFIX, is_inner, mixers_in
 from mm_moslora.adapters.folders.folder_tensors import check_tensors
 from mm_moslora.adapters.folders.kept_start import set_starts
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.tree import is_inner, named_adapter_layers, unwrapped
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config
+from mm_moslora.adapters.tree import named_adapter_layers, unwrapped
 from mm_moslora.kernels.lora.lora_math import delta_weight
 from mm_moslora.utils.errors import AdapterError
 
@@ -70,32 +71,32 @@ def add_weighted_adapter(
     ranks = {name: max(layer.r[name] for layer in layers.values() if layer.holds(name)) for name in adapters}
     new_rank = sum(ranks.values()) if combination == "cat" else rank or max(ranks.values())
     tuner = _tuner(model)
-    config = _combined_config(model, adapters[0], new_rank, plain=combination == "svd")
-    whole = {name for given in adapters for name in tuner.peft_config[given].modules_to_save or ()}
+    config = _combined_config(tuner.peft_config[adapters[0]], new_rank, plain=combination == "svd")
+    whole = {name for adapter in adapters for name in tuner.peft_config[adapter].modules_to_save or ()}
     config.modules_to_save = sorted(whole) or None
     config.target_modules = {path for path in layers if not is_inner(path)}  # type: ignore[assignment]
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     for layer in layers.values():
-        held = [
+        parts = [
             (weight, layer.factors(name)) for name, weight in zip(adapters, weights, strict=True) if layer.holds(name)
         ]
         target = layer.factors(adapter_name)
         target.A.zero_()
         target.B.zero_()
         if combination == "svd":
-            updates = [weight * delta_weight(own.A, own.M, own.B, own.scaling) for weight, own in held]
+            updates = [weight * delta_weight(own.A, own.M, own.B, own.scaling) for weight, own in parts]
             # The best A and B for the sum, with the singular values in B.
             U, S, Vh = torch.linalg.svd(cast(Tensor, sum(updates)).flatten(1), full_matrices=False)
-            kept = min(len(target.A), len(S))
-            target.A.flatten(1)[:kept] = Vh[:kept].to(target.A)
-            target.B.flatten(1)[:, :kept] = (U[:, :kept] * S[:kept]).to(target.B)
+            count = min(len(target.A), len(S))
+            target.A.flatten(1)[:count] = Vh[:count].to(target.A)
+            target.B.flatten(1)[:, :count] = (U[:, :count] * S[:count]).to(target.B)
             continue
         assert target.M is not None
         target.M.copy_(torch.eye(new_rank))
         layer.keep_start(adapter_name, _start_side_by_side(layer, adapters, new_rank))
         start = 0
-        for weight, factors in held:
+        for weight, factors in parts:
             stop = start + len(factors.A)
             target.A[start:stop] = factors.A
             target.B[:, start:stop] = factors.B * (weight * factors.scaling)
@@ -109,13 +110,13 @@ def add_weighted_adapter(
 
 
 def _start_side_by_side(layer: MoSLoRALayer, adapters: Sequence[str], rank: int) -> dict[str, Tensor]:
-    """The start of a mixer with those of other adapters as blocks; empty where that of one is not known."""
+    """The start of a mixer, with the starts of other adapters as blocks; empty where one of them is unknown."""
     blocks = []
     for name in filter(layer.holds, adapters):
         if name not in layer.lora_mixer:
             blocks.append(torch.eye(layer.r[name]))
-        elif name in layer.starts and (kept := layer.starts[name].mixer):
-            blocks.append(cast(Mixer, layer.lora_mixer[name]).form.matrix(kept))
+        elif name in layer.starts and (mixer := layer.starts[name].mixer):
+            blocks.append(cast(Mixer, layer.lora_mixer[name]).form.matrix(mixer))
         else:
             return {}
     blocks.append(torch.eye(rank - sum(map(len, blocks))))
@@ -146,28 +147,25 @@ def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALa
             if getattr(configs[name], option):
                 raise AdapterError(f"Adapter {name!r} has {option}, which cannot be added up. Merge it instead.")
     layers = dict(named_adapter_layers(_tuner(model).model))
-    held = {name: {path for path, layer in layers.items() if layer.holds(name)} for name in adapters}
-    for name, paths in held.items():
+    paths_of = {name: {path for path, layer in layers.items() if layer.holds(name)} for name in adapters}
+    for name, paths in paths_of.items():
         if not paths:
             raise AdapterError(f"Adapter {name!r} sits in no module that carries MoSLoRA, and cannot be added up.")
-    return {path: layers[path] for path in sorted(set().union(*held.values()))}
+    return {path: layers[path] for path in sorted(set().union(*paths_of.values()))}
 
 
-def _combined_config(model: nn.Module, first: str, rank: int, *, plain: bool) -> MoSLoRAConfig:
-    source = _tuner(model).peft_config[first]
-    names = (item.name for item in dataclasses.fields(MoSLoRAConfig))
-    fields = {name: getattr(source, name) for name in names if hasattr(source, name)}
+def _combined_config(source: LoraConfig, rank: int, *, plain: bool) -> MoSLoRAConfig:
+    config = source if isinstance(source, MoSLoRAConfig) else from_lora_config(source)
     # B carries the weights and the scalings, so that s is 1.
-    changes: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-    changes |= {"use_rslora": False, "init_lora_weights": True, "mixer_form": "dense", "factor_form": "free"}
-    changes |= {"mixer_pattern": {}, "mixer_init": "identity", "mixer_trainable": not plain}
-    values = {key: value for key, value in (fields | changes).items() if key not in ("peft_type", "runtime_config")}
-    return MoSLoRAConfig(**values)
+    return dataclasses.replace(
+        config, r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False, init_lora_weights=True,
+        mixer_form="dense", factor_form="free", mixer_pattern={}, mixer_init="identity", mixer_trainable=not plain,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "default") -> None:
-    """Put the values of another adapter folder into an adapter that is there, without touching the modules.
+    """Copy the values of another adapter folder into an adapter of the model; its modules stay.
 
     Works on a compiled model, which does not compile again. Plain LoRA may be swapped in: its mixers are the identity.
 

@@ -11,22 +11,31 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
 from mm_moslora import __version__
-from mm_moslora.cli import compare_verb, doctor_verb, export_verbs, init_verb, launch_verbs, report_verbs, serve_verbs
+from mm_moslora.cli import (
+    compare_verb,
+    doctor_verb,
+    export_verbs,
+    init_verb,
+    launch_verbs,
+    plan_verb,
+    report_verbs,
+    serve_verbs,
+)
 from mm_moslora.cli.data_verbs import data_app
 from mm_moslora.cli.diffusion_verbs import diffusion_app
 from mm_moslora.cli.eval_verbs import eval_app, quiet_libraries
-from mm_moslora.cli.launch_verbs import refuse_early
-from mm_moslora.config import load_recipe, override_items
+from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
+from mm_moslora.config import RECIPES_FOLDER, load_recipe, override_items
 from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
 from mm_moslora.launch.slurm_job import leave_foreign_step
 from mm_moslora.utils.errors import MoSLoRAError
-from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
 from mm_moslora.utils.run_paths import adapter_folder
 from mm_moslora.utils.text_format import whole_number
@@ -34,6 +43,7 @@ from mm_moslora.utils.text_format import whole_number
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.training.supervision.stop_signals import StopRequest
+    from mm_moslora.training.training_loop import TrainResult
 
 _AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
 """Matches `--output=~/runs`: shells expand a `~` only at the start of a word."""
@@ -57,15 +67,15 @@ app = App(
 app.command(data_app)
 app.command(eval_app)
 app.command(diffusion_app)
-serve_verbs.register(app)
-init_verb.register(app)
-launch_verbs.register(app)
-report_verbs.register(app)
+for _verb in (
+    serve_verbs.chat, serve_verbs.serve, serve_verbs.demo, init_verb.init, launch_verbs.launch, launch_verbs.files,
+    report_verbs.report, report_verbs.board, export_verbs.export, export_verbs.merge, doctor_verb.doctor,
+    compare_verb.compare, plan_verb.plan,
+):  # fmt: skip
+    app.command(_verb)
+app.command(export_verbs.import_model, name="import")
 adapters_app = App(name="adapters", help="Look into adapter folders.")
 app.command(adapters_app)
-export_verbs.register(app)
-doctor_verb.register(app)
-compare_verb.register(app)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
@@ -90,7 +100,7 @@ def run(arguments: list[str]) -> int:
         arguments = arguments[1:]
     if "SLURM_STEP_ID" in os.environ:
         leave_foreign_step()
-    arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
+    arguments = [_AT_HOME.sub(lambda match: f"{match[1]}{Path.home()}/", word) for word in arguments]
     try:
         end_with_parent()
         _set_up_logging()
@@ -102,12 +112,12 @@ def run(arguments: list[str]) -> int:
     except MoSLoRAError as error:
         return _fail(str(error), EXIT_ERROR)
     except OSError as error:
-        left = isinstance(error, BrokenPipeError) and _nobody_reads()
+        reader_left = isinstance(error, BrokenPipeError) and _nobody_reads()
         try:  # otherwise the buffered output is written again when the process ends
             print(end="", flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
-        if left:
+        if reader_left:
             return EXIT_NO_READER
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # without a path the one-line error would not help
@@ -232,51 +242,26 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     stop_at
         Save and stop after this optimiser step.
     """
-    from mm_moslora.launch.launcher import EXIT_REQUEUE, leave_mark, stopped_text
     from mm_moslora.launch.rank_logs import keep_rank_log
-    from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
     keep_rank_log(os.environ)
     resolved = _recipe(recipe, overrides)
-    stop = StopRequest()
-    try:
-        with stop.at_once():
-            return _train(resolved, resume=resume, stop_at=stop_at, stop=stop)
-    except Stopped:
-        leave_mark(Path(resolved.train.output), stop.received)
-        print(stopped_text(stop.received), end="")
-        return EXIT_REQUEUE
+    return run_training(Path(resolved.train.output), partial(_train, resolved, resume=resume, stop_at=stop_at))
 
 
-def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> int:
+def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> TrainResult:
     refuse_early(recipe, resume)
     quiet_libraries()
     from mm_moslora_eval.run.in_training import measure
 
-    from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, stopped_text
-    from mm_moslora.training.training_loop import train as run_training
-    from mm_moslora.utils import distributed
+    from mm_moslora.training.training_loop import train
 
-    if recipe.objective == "sft":
-        tasks = measure if recipe.validate.tasks else None
-        result = run_training(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
-    else:
+    if recipe.objective == "dpo":
         from mm_moslora.preferences.preference_training import train_preferences
 
-        result = train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop)
-    mark = Path(recipe.train.output) / STOPPED
-    if distributed.is_main():
-        print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
-        if result.stopped_by:
-            replace_text(mark, stopped_text(result.stopped_by))
-            print(stopped_text(result.stopped_by), end="")
-        else:
-            discard(mark)
-    if not result.stopped_by:
-        return 0
-    # torchrun ends all ranks as soon as one leaves with a code, and rank 0 may still be closing a tracker.
-    distributed.barrier()
-    return EXIT_REQUEUE
+        return train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop)
+    tasks = measure if recipe.validate.tasks else None
+    return train(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
 
 
 @app.command
@@ -292,64 +277,7 @@ def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool
     against_paper
         Print a table instead: the recipe against the configuration that the authors of MoSLoRA released, key by key.
     """
-    from mm_moslora.config import RECIPES_FOLDER, recipe_names
-    from mm_moslora.config.paper_comparison import comparison_text
-
-    if recipe is None:
-        print("\n".join(recipe_names()))
-        return 0
-    resolved = _recipe(recipe, overrides)
-    refuse_early(resolved)
-    text = comparison_text(recipe, resolved, presets=RECIPES_FOLDER) + "\n" if against_paper else resolved.to_yaml()
-    print(text, end="")
-    return 0
-
-
-@app.command
-def plan(
-    recipe: str,
-    *overrides: Overrides,
-    gpus: str,
-    samples: int | None = None,
-    tokens_per_sample: float | None = None,
-    supervised: float = 0.15,
-    picture: str | None = None,
-    price: float | None = None,
-    network: float | None = None,
-) -> int:
-    """Memory per GPU, tokens per second, hours and cost of a recipe, before anything is loaded.
-
-    Parameters
-    ----------
-    recipe
-        YAML file, or the name of a shipped preset.
-    gpus
-        Count, card and memory: 8xA100-80G, 1xRTX4090.
-    samples
-        Records of an epoch; known for LLaVA's and the commonsense data sets, else counted in the recipe's data.
-    tokens_per_sample
-        Mean tokens of a record, visual tokens included.
-    supervised
-        Share of the tokens that is supervised, with --samples.
-    picture
-        Typical width and height of a picture in pixels, for models that cut pictures into tiles or take them in any
-        size; default: 640x480.
-    price
-        Price per GPU and hour, in any currency.
-    network
-        Bandwidth between hosts of eight GPUs in GB/s, all network adapters of a host together; default: 200 for A100
-        and later, 12.5 (100 Gb/s) for cards with slower links.
-    """
-    from mm_moslora.cli.plan_output import show_plan
-    from mm_moslora.config import require_sft
-
-    resolved = _recipe(recipe, overrides)
-    require_sft(resolved, "plan")
-    refuse_early(resolved)
-    return show_plan(
-        resolved, gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
-        picture=picture, price=price, network=network,
-    )  # fmt: skip
+    return show_recipe(recipe, overrides, load=load_recipe, presets=RECIPES_FOLDER, paper=against_paper)
 
 
 @app.command
@@ -383,10 +311,10 @@ def quickstart(
         Run a miniature of every step in about three minutes, at lower quality.
     """
     quiet_libraries()
-    from mm_moslora.quickstart.quickstart_run import Choice
+    from mm_moslora.quickstart.quickstart_run import QuickstartOptions
     from mm_moslora.quickstart.quickstart_run import quickstart as run_quickstart
 
-    choice = Choice(images=images, encoder=encoder, precision=precision, seed=seed, smoke=smoke)
+    choice = QuickstartOptions(images=images, encoder=encoder, precision=precision, seed=seed, smoke=smoke)
     return run_quickstart(choice, output=output, stamps_deb=stamps_deb)
 
 
@@ -405,7 +333,15 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path
     """
     adapter, other = adapter_folder(folder), None if against is None else adapter_folder(against)
     quiet_libraries()
-    from mm_moslora.adapters.adapter_inspection import inspection
+    from mm_moslora.adapters.adapter_inspection import inspect_adapter, summary, why_unknown
+    from mm_moslora.reporting.lens_maps import draw_lens, measures_table
 
-    print(inspection(adapter, picture=picture, against=other))
+    reports = inspect_adapter(adapter, against=other)
+    rows = [report.row() for report in reports]
+    lines = [measures_table(rows), "", *(f"{name:28} {value:.4g}" for name, value in summary(reports).items())]
+    if why := why_unknown(reports, against_other=other is not None):
+        lines.append(why)
+    if picture is not None:
+        lines.append(f"picture: {draw_lens(rows, picture)}")
+    print("\n".join(lines))
     return 0

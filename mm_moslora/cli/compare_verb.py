@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.shard_jobs import refuse_two_engines
@@ -16,14 +16,9 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redacted_command
 
 if TYPE_CHECKING:
-    from mm_moslora.compare.comparison_run import Comparison
+    from mm_moslora.compare.comparison_run import ArmComparison
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.warmup 0.1")]
-
-
-def register(app: App) -> None:
-    """Add the verb to the command line."""
-    app.command(compare)
 
 
 def compare(
@@ -132,18 +127,21 @@ def compare(
     if cell or stop_at is not None:
         if overrides or not cell:
             raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME [--stop-at STEP].")
-        return _one_run(Path(recipe), cell, stop_at)
+        from mm_moslora.compare.comparison_cell import run_cell
+        from mm_moslora.launch.launcher import EXIT_REQUEUE
+
+        return 0 if run_cell(Path(recipe), cell, stop_at=stop_at) else EXIT_REQUEUE
     refuse_two_engines(slurm=slurm, ray=ray, parallel=parallel)
     shared = load_recipe(recipe, override_items(overrides))
     require_sft(shared, "compare")
     from mm_moslora.compare.arms import parse_arms, size_lines, split
-    from mm_moslora.compare.comparison_plan import LOSS, Settings
-    from mm_moslora.compare.comparison_run import ARRAY, Comparison, RunBudget, exclusive
+    from mm_moslora.compare.comparison_plan import LOSS, ComparisonSettings
+    from mm_moslora.compare.comparison_run import ARRAY, ArmComparison, RunBudget, exclusive
     from mm_moslora.compare.comparison_text import plan_lines
     from mm_moslora.launch.jobs import ProcessEngine, cards_per_job
     from mm_moslora.launch.ray_engine import open_engine
 
-    settings = Settings(
+    settings = ComparisonSettings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
         validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, grow=grow, reference=reference, limit=limit,
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
@@ -155,7 +153,7 @@ def compare(
         engine = open_engine("" if nothing_runs else ray, parallel=parallel)
         cards = (gpus_per_run or 0) if nothing_runs else cards_per_job(gpus_per_run, engine, option="--gpus-per-run")
         room = RunBudget(cards=cards, max_minutes=max_minutes, keep_all=keep_all)
-        comparison = Comparison(shared, settings, output, hold_out=hold_out)
+        comparison = ArmComparison(shared, settings, output, hold_out=hold_out)
         comparison.check()
         resolution = None
         if resolve is not None:
@@ -181,13 +179,6 @@ def compare(
         return code
 
 
-def _one_run(folder: Path, cell: str, stop_at: int | None) -> int:
-    from mm_moslora.compare.comparison_cell import run_cell
-    from mm_moslora.launch.launcher import EXIT_REQUEUE
-
-    return 0 if run_cell(folder, cell, stop_at=stop_at) else EXIT_REQUEUE
-
-
 def _rates(text: str) -> list[float]:
     from mm_moslora.compare.arms import split
 
@@ -197,7 +188,7 @@ def _rates(text: str) -> list[float]:
         raise ConfigError(f"--lr is {text!r}, expected numbers separated by commas, such as 5e-5,1e-4,2e-4.") from error
 
 
-def _show(comparison: Comparison, output: Path, *, finished: bool) -> int:
+def _show(comparison: ArmComparison, output: Path, *, finished: bool) -> int:
     from mm_moslora.compare.comparison_analysis import analyse
     from mm_moslora.compare.comparison_text import table
     from mm_moslora.launch.launcher import EXIT_REQUEUE

@@ -56,13 +56,13 @@ def data_check(
     output
         Folder of the shards.
     """
-    given, divided = dict(locals()), where.check(shard=shard, merge=merge)
+    arguments, divided = dict(locals()), where.check(shard=shard, merge=merge)
     if (shard is not None) + merge + divided + (output is None) != 1:
         raise ConfigError("Of --shard I/N, --shards N and --merge give one, with --output FOLDER for the shards.")
     part = None if shard is None else Shard.parse(shard)
     resolved = load_recipe(recipe, override_items(overrides))
     if divided and output is not None:
-        words = words_of(data_check, given, against=(), everything=False, as_json=False, where=HERE)
+        words = words_of(data_check, arguments, against=(), everything=False, as_json=False, where=HERE)
         _, code = where.run({output: ["data", "check", *words]}, ".json", script=output / ARRAY, on_cards=False)
         if code:
             return code
@@ -105,13 +105,13 @@ def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None, whe
         I/N: only this share of records and pictures; N such commands can run anywhere, at once. Afterwards the same
         command without it, or the training, puts the shards together.
     """
-    given, divided = dict(locals()), where.check(shard=shard)
+    arguments, divided = dict(locals()), where.check(shard=shard)
     part = None if shard is None else Shard.parse(shard)
     resolved = load_recipe(recipe, override_items(overrides))
     features = None if resolved.model.vision is None else resolved.model.vision.feature_cache
     if divided and (cache := resolved.data.cache or features):
         folder = Path(cache).expanduser() / "jobs"
-        words = ["data", "cache", *words_of(data_cache, given, where=HERE)]
+        words = ["data", "cache", *words_of(data_cache, arguments, where=HERE)]
         _, code = where.run({folder: words}, None, script=folder / ARRAY, on_cards=features is not None)
         if code:
             return code

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli.launch_verbs import refuse_early
+from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
+from mm_moslora.config import override_items
+
+if TYPE_CHECKING:
+    from mm_moslora.diffusion.diffusion_training import DiffusionResult
+    from mm_moslora.training.supervision.stop_signals import StopRequest
 
 diffusion_app = App(name="diffusion", help="Tune diffusion models: SD 1 and 2, SDXL, SD3, Flux.")
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
@@ -26,40 +32,22 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     stop_at
         Save and stop after this optimiser step.
     """
-    from mm_moslora.cli.eval_verbs import quiet_libraries
-    from mm_moslora.config import override_items
     from mm_moslora.diffusion.diffusion_recipe import load_diffusion_recipe
-    from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, leave_mark, stopped_text
-    from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
-    from mm_moslora.utils import distributed
-    from mm_moslora.utils.files import discard
 
     resolved = load_diffusion_recipe(recipe, override_items(overrides))
     refuse_early(resolved)
-    stop, folder = StopRequest(), Path(resolved.train.output)
-    try:
-        with stop.at_once():
-            quiet_libraries()
-            from mm_moslora.diffusion.diffusion_training import train_diffusion
+    folder = Path(resolved.train.output)
 
-            result = train_diffusion(resolved, resume=resume, stop_at=stop_at, stop=stop)
-    except Stopped:
-        leave_mark(folder, stop.received)
-        print(stopped_text(stop.received), end="")
-        return EXIT_REQUEUE
-    if distributed.is_main():
-        print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
-        if result.stopped_by:
-            leave_mark(folder, result.stopped_by)
-            print(stopped_text(result.stopped_by), end="")
-        else:
-            discard(folder / STOPPED)
-        if result.step >= result.total_steps:
-            print(
-                f'Draw with it: pipeline.load_lora_weights("{result.checkpoint}")\nReport: mm-moslora report {folder}'
-            )
-    distributed.barrier()
-    return EXIT_REQUEUE if result.stopped_by else 0
+    def session(*, stop: StopRequest) -> DiffusionResult:
+        quiet_libraries()
+        from mm_moslora.diffusion.diffusion_training import train_diffusion
+
+        return train_diffusion(resolved, resume=resume, stop_at=stop_at, stop=stop)
+
+    def advice(checkpoint: Path) -> str:
+        return f'Draw with it: pipeline.load_lora_weights("{checkpoint}")\nReport: mm-moslora report {folder}'
+
+    return run_training(folder, session, advice=advice)
 
 
 @diffusion_app.command
@@ -73,20 +61,9 @@ def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool
     against_paper
         Print a table instead: the recipe against the configuration that the authors of MoSLoRA released, key by key.
     """
-    from mm_moslora.config import override_items, recipe_names
-    from mm_moslora.config.paper_comparison import comparison_text
     from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, load_diffusion_recipe
 
-    if recipe is None:
-        print("\n".join(recipe_names(DIFFUSION_RECIPES)))
-        return 0
-    resolved = load_diffusion_recipe(recipe, override_items(overrides))
-    refuse_early(resolved)
-    if against_paper:
-        print(comparison_text(recipe, resolved, presets=DIFFUSION_RECIPES))
-    else:
-        print(resolved.to_yaml(), end="")
-    return 0
+    return show_recipe(recipe, overrides, load=load_diffusion_recipe, presets=DIFFUSION_RECIPES, paper=against_paper)
 
 
 @diffusion_app.command

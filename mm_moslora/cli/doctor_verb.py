@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
@@ -15,14 +15,9 @@ from mm_moslora.utils.errors import MoSLoRAError
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
-    from mm_moslora.planning.doctor import Finding
+    from mm_moslora.planning.doctor import Diagnosis
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
-
-
-def register(app: App) -> None:
-    """Add the verb to the command line."""
-    app.command(doctor)
 
 
 def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool = False, limit: float = 180.0) -> int:
@@ -57,18 +52,18 @@ def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool =
     return _report(diagnose_ranks(resolved, limit=limit), show=is_main())
 
 
-def _settings(recipe: Recipe) -> Finding:
+def _settings(recipe: Recipe) -> Diagnosis:
     """What every verb refuses in a recipe."""
-    from mm_moslora.planning.doctor import Finding
+    from mm_moslora.planning.doctor import Diagnosis
 
     try:
         refuse_early(recipe)
     except MoSLoRAError as error:
-        return Finding(name="recipe", status="bad", detail=str(error), remedy="Correct the recipe.")
-    return Finding(name="recipe", status="ok", detail="its keys and names are known")
+        return Diagnosis(name="recipe", status="bad", detail=str(error), remedy="Correct the recipe.")
+    return Diagnosis(name="recipe", detail="its keys and names are known")
 
 
-def _report(findings: list[Finding], *, show: bool = True) -> int:
+def _report(findings: list[Diagnosis], *, show: bool = True) -> int:
     """Print the findings; returns the exit code."""
     from rich.console import Console
     from rich.markup import escape

@@ -109,11 +109,11 @@ def eval_run(
         Write the scores and some samples into the training run's folder, for `mm-moslora report` and `board`. Also send
         the scores to the trackers of its recipe, under the evaluated adapter's digest.
     """
-    given = {key: value for key, value in locals().items() if key != "tasks"}
+    arguments = {key: value for key, value in locals().items() if key != "tasks"}
     if len(model) > 1 and where.shards is None:
         where = replace(where, shards=1)
     if where.check(shard=shard, merge=merge, dry_run=dry_run):
-        return _eval_several(tasks, given, where)
+        return _eval_several(tasks, arguments, where)
     name = "".join(model)
     from mm_moslora_eval import eval_commands
 
@@ -129,9 +129,9 @@ def eval_run(
         check_name(name)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
-    from mm_moslora_eval.run.task_runner import Settings
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
 
-    settings = Settings(
+    settings = EvaluationSettings(
         batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
@@ -169,31 +169,31 @@ def eval_run(
     return _eval_results(results, output, max_failed_share=max_failed_share, report=report) if settings.rank == 0 else 0
 
 
-def _eval_several(tasks: tuple[str, ...], given: dict[str, Any], where: ShardJobs) -> int:
+def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: ShardJobs) -> int:
     """Evaluate one or several models in shards, as jobs, and merge those of each model."""
     from mm_moslora_eval.run.answer_shards import DONE
     from mm_moslora_eval.run.answer_views import SHARDS
 
-    models: tuple[str, ...] = given["model"] or ("",)
+    models: tuple[str, ...] = arguments["model"] or ("",)
     whole: dict[Path, dict[str, Any]] = {}
     for name in models:
         own = re.sub(r"[^\w.-]+", "-", name.strip("/")) if len(models) > 1 else ""
-        output = given["output"] / own
+        output = arguments["output"] / own
         if output / SHARDS in whole or own in (".", ".."):
             raise ConfigError(
                 f"--model {name} has no folder of its own: {output} is another's. Evaluate it with another --output."
             )
-        whole[output / SHARDS] = given | {"model": (name,), "output": output, "where": HERE, "merge": True}
+        whole[output / SHARDS] = arguments | {"model": (name,), "output": output, "where": HERE, "merge": True}
     # A shard leaves to the merge what needs all answers.
-    apart: dict[str, Any] = {
+    changed: dict[str, Any] = {
         "merge": False, "judge": None, "judge_budget": None, "baselines": (), "train_answers": (),
     }  # fmt: skip
     shards = {
-        folder: ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **apart)]
+        folder: ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **changed)]
         for folder, command in whole.items()
     }
     local = not all(name.startswith(("openai:", "replay:")) for name in models)
-    ready, code = where.run(shards, f"/{DONE}", script=given["output"] / ARRAY, on_cards=local)
+    ready, code = where.run(shards, f"/{DONE}", script=arguments["output"] / ARRAY, on_cards=local)
     return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 
 

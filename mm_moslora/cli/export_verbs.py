@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
@@ -11,19 +11,9 @@ from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.files import refuse_full_folder
 from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
 
-if TYPE_CHECKING:
-    from cyclopts import App
-
 Dtype = Literal["fp32", "bf16", "fp16"]
 Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "llava-original", "gguf"]
 Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
-
-
-def register(app: App) -> None:
-    """Add the verbs to the command line."""
-    app.command(export)
-    app.command(merge)
-    app.command(import_model, name="import")
 
 
 def merge(
@@ -211,12 +201,12 @@ def import_model(
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.import_checkpoint import import_parts, whole_config
 
-    found = import_parts(source, output, language=language, vision=vision, xtuner_config=xtuner_config)
-    taken = f"{found.kind}, {found.projector} projector, {found.tensors} tensors"
-    print(f"{output}: {taken}, largest difference {found.largest_difference:.2e}")
+    imported = import_parts(source, output, language=language, vision=vision, xtuner_config=xtuner_config)
+    summary = f"{imported.kind}, {imported.projector} projector, {imported.tensors} tensors"
+    print(f"{output}: {summary}, largest difference {imported.largest_difference:.2e}")
     if parts:
         return 0
-    whole = load_parts(whole_config(found, vision=vision, language=None if found.language else language))
+    whole = load_parts(whole_config(imported, vision=vision, language=None if imported.language else language))
     result = export_model(whole, output / "model")
     print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
     return 0

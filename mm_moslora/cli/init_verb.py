@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 
-if TYPE_CHECKING:
-    from cyclopts import App
-
 logger = logging.getLogger("mm_moslora.cli")
-
-
-def register(app: App) -> None:
-    """Add the verb to the command line."""
-    app.command(init)
 
 
 def init(

@@ -1,4 +1,4 @@
-"""The verbs `launch`, which trains on several processes or hosts, and `files`."""
+"""The verbs `launch` (several processes or hosts) and `files`, and what both train and config verbs share."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.run_paths import SHIPPED, shipped_folder
 from mm_moslora.utils.text_format import whole_number
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
+    from mm_moslora.diffusion.diffusion_training import DiffusionResult
+    from mm_moslora.training.training_loop import TrainResult
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys, and options of `train`")]
-
-
-def register(app: App) -> None:
-    """Add the verbs to the command line."""
-    app.command(launch)
-    app.command(files)
 
 
 def files(name: str | None = None) -> int:
@@ -112,23 +110,24 @@ def launch(
     from mm_moslora.config import Recipe, override_items
     from mm_moslora.launch.launcher import EXIT_REQUEUE
     from mm_moslora.launch.launcher import launch as start
-    from mm_moslora.launch.slurm_job import WARNING, Job, Requeue
+    from mm_moslora.launch.slurm_job import WARNING, Requeue, SlurmJob
     from mm_moslora.launch.topology import Topology
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
-    job = Job.current(os.environ)
-    again = Requeue(job) if requeue else None
+    job = SlurmJob.current(os.environ)
+    requeuing = Requeue(job) if requeue else None
     stop = StopRequest()
     try:
         with stop.at_once():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks the signal until now
             spread = job is not None and (requeue or srun or job.nodes > 1) and nnodes == 1 and hostfile is None
-            places = Topology(
-                nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
+            topology = Topology(
+                nproc=nproc if nproc is not None else whole_number(os.environ, "NPROC", 0, least=1) or None,
+                nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
                 deepspeed=deepspeed, hostfile=hostfile, max_restarts=max_restarts, through=_words("through", through),
                 python=python or sys.executable, srun=_words("srun", srun), job=job if spread else None,
             )  # fmt: skip
-            options, keys = _sorted(overrides)
+            options, keys = _split_options(overrides)
             resolved = _resolved(recipe, override_items(keys), diffusion=diffusion)
             if doctor and not isinstance(resolved, Recipe):
                 raise ConfigError("--doctor checks recipes of `train`, not of `diffusion train`. Leave it out.")
@@ -139,13 +138,13 @@ def launch(
             train = ["diffusion", "train"] if diffusion else ["train"]
             verb = ["doctor", "--distributed", recipe, *keys] if doctor else [*train, recipe, *overrides]
             run_folder = None if doctor else Path(resolved.train.output)
-            code = start(places, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=again)
+            code = start(topology, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=requeuing)
             if doctor and code:
                 print("Above: rank 0's findings or error, then the launcher's report of exit code 1.", file=sys.stderr)
             return code
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
-        return again.stopped({stop.received}, EXIT_REQUEUE) if again else EXIT_REQUEUE
+        return requeuing.stopped({stop.received}, EXIT_REQUEUE) if requeuing else EXIT_REQUEUE
 
 
 def _resolved(recipe: str, overrides: list[str], *, diffusion: bool) -> Recipe | DiffusionRecipe:
@@ -178,17 +177,67 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
         check_adapter_names(recipe.adapter)
         return
     every = recipe.validate.tasks
-    known = [name for name in every if resume is not None or not is_task_file(name)]
-    tasks = [task.name for task in tasks_of(known)]
+    checked = [name for name in every if resume is not None or not is_task_file(name)]
+    tasks = [task.name for task in tasks_of(checked)]
     if resume is None:
-        check_settings(recipe, tasks=tasks if known == every else None)
+        check_settings(recipe, tasks=tasks if checked == every else None)
     elif whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1:  # several ranks check together after the rendezvous
         check_recipe(recipe, resume=resume, tasks=tasks)
 
 
-def _processes(nproc: int | None) -> int | None:
-    """The option, else $NPROC."""
-    return nproc if nproc is not None else whole_number(os.environ, "NPROC", 0, least=1) or None
+def show_recipe(
+    recipe: str | None, overrides: Sequence[str], *, load: Callable[[str, list[str]], Recipe | DiffusionRecipe],
+    presets: Path, paper: bool,
+) -> int:  # fmt: skip
+    """Print a resolved recipe, or beside the configuration of the paper; without a recipe, the names of the presets."""
+    from mm_moslora.config import override_items, recipe_names
+    from mm_moslora.config.paper_comparison import comparison_text
+
+    if recipe is None:
+        print("\n".join(recipe_names(presets)))
+        return 0
+    resolved = load(recipe, override_items(overrides))
+    refuse_early(resolved)
+    print(comparison_text(recipe, resolved, presets=presets) + "\n" if paper else resolved.to_yaml(), end="")
+    return 0
+
+
+def run_training(
+    folder: Path, train: Callable[..., TrainResult | DiffusionResult], *, advice: Callable[[Path], str] | None = None
+) -> int:
+    """Train in this process, print the checkpoint or what stopped the run, and return the exit code.
+
+    Args:
+        folder: the run folder; a stopped run leaves its mark there.
+        train: called with `stop`, which collects the signals.
+        advice: what to print about the checkpoint of a finished run.
+    """
+    from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, leave_mark, stopped_text
+    from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
+
+    stop = StopRequest()
+    try:
+        with stop.at_once():
+            result = train(stop=stop)
+            from mm_moslora.utils import distributed
+
+            if distributed.is_main():
+                print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
+                if result.stopped_by:
+                    replace_text(folder / STOPPED, stopped_text(result.stopped_by))
+                    print(stopped_text(result.stopped_by), end="")
+                else:
+                    discard(folder / STOPPED)
+                if advice is not None and result.step >= result.total_steps:
+                    print(advice(result.checkpoint))
+            if not result.stopped_by:
+                return 0
+            # torchrun ends all ranks as soon as one leaves with a code, and rank 0 may still be closing a tracker.
+            distributed.barrier()
+    except Stopped:
+        leave_mark(folder, stop.received)
+        print(stopped_text(stop.received), end="")
+    return EXIT_REQUEUE
 
 
 def _words(option: str, text: str) -> tuple[str, ...]:
@@ -199,7 +248,7 @@ def _words(option: str, text: str) -> tuple[str, ...]:
         raise ConfigError(f"--{option} is {text!r}, which has an open quote ({error}).") from error
 
 
-def _sorted(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+def _split_options(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Split the options of `train` from the keys of the recipe."""
     options: dict[str, str] = {}
     keys: list[str] = []

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cyclopts import App
-
 from mm_moslora.cli.serve_verbs import needs
 from mm_moslora.utils.errors import ConfigError
-
-
-def register(app: App) -> None:
-    """Add the verbs to the command line."""
-    for verb in (report, board):
-        app.command(verb)
 
 
 def report(*runs: Path, output: Path | None = None) -> int:

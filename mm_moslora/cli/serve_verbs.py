@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
@@ -16,12 +16,6 @@ from mm_moslora.utils.run_paths import find_checkpoint
 Adapters = Annotated[
     tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
 ]
-
-
-def register(app: App) -> None:
-    """Add the verbs to the command line."""
-    for verb in (chat, serve, demo):
-        app.command(verb)
 
 
 def chat(
@@ -130,12 +124,12 @@ def serve(
     sockets = bound(host, port)
     from mm_moslora.models.precision import dtype_of  # torch takes seconds to import
     from mm_moslora.serve.api.api_routes import create_app
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
     from mm_moslora.serve.inference.request_images import fetch_from
     from mm_moslora.serve.inference.served_models import load_models
 
     models = load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
-    engine = Engine(models, limits)
+    engine = GenerationEngine(models, limits)
     app = create_app(engine, limits, key=key, local=local, fetch=fetch_from(allow_image_host))
     run_app(app, sockets, limits=limits, end=engine.stop)
     return 0
@@ -191,10 +185,10 @@ def parse_adapters(items: Sequence[str]) -> dict[str, Path]:
     Raises:
         ConfigError: an entry has another form, or a name is given twice.
     """
-    found: dict[str, Path] = {}
+    adapters: dict[str, Path] = {}
     for item in items:
         name, _, folder = item.partition("=")
-        if not name or not folder or name in found:
+        if not name or not folder or name in adapters:
             raise ConfigError(f"{item!r} is not an adapter entry; expected NAME=FOLDER with a unique name.")
-        found[name] = Path(folder)
-    return found
+        adapters[name] = Path(folder)
+    return adapters

@@ -30,7 +30,7 @@ class ShardJobs:
     """Where the shards of a verb run."""
 
     shards: int | None = None
-    """Divide the work by so many jobs, each this command with --shard; then put them together."""
+    """Number of jobs that share the work, each this command with --shard; their results are merged at the end."""
     parallel: int | None = None
     """Jobs at the same time on this machine; default: one per accelerator, one on a CPU."""
     ray: str = ""
@@ -51,8 +51,8 @@ class ShardJobs:
             return False
         if self.shards < 1:
             raise ConfigError(f"--shards is {self.shards}, expected 1 or more.")
-        if given := [f"--{name}" for name, value in others.items() if value]:
-            raise ConfigError(f"{' and '.join(given)} is for one command by hand, not for jobs: leave it out.")
+        if excluded := [f"--{name}" for name, value in others.items() if value]:
+            raise ConfigError(f"{' and '.join(excluded)} is for one command by hand, not for jobs: leave it out.")
         refuse_two_engines(slurm=self.slurm, ray=self.ray, parallel=self.parallel)
         return True
 
@@ -95,8 +95,8 @@ class ShardJobs:
             if missing:
                 script.parent.mkdir(parents=True, exist_ok=True)
                 write_array(script, [job for job in jobs if job.name in missing])
-                again = "this command again merges" if done else "it without --shards, or the training, puts together"
-                print(f"Next: sbatch {shlex.quote(str(script))}\nAfter its end, {again} the shards.")
+                merging = "this command again merges" if done else "it without --shards, or the training, puts together"
+                print(f"Next: sbatch {shlex.quote(str(script))}\nAfter its end, {merging} the shards.")
         else:
             ended = itertools.count(1)
 
@@ -126,17 +126,17 @@ def refuse_two_engines(*, slurm: bool, ray: str, parallel: int | None) -> None:
         raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
 
 
-def words_of(verb: Callable[..., Any], given: Mapping[str, Any], **changed: Any) -> list[str]:
+def words_of(verb: Callable[..., Any], arguments: Mapping[str, Any], **changed: Any) -> list[str]:
     """The words of a command line with which a verb gets its arguments again.
 
     Args:
         verb: its options have the names of its keyword arguments.
-        given: the arguments.
+        arguments: the arguments.
         changed: other values of some of them.
     """
     words: list[str] = []
     for name, parameter in inspect.signature(verb).parameters.items():
-        value = changed.get(name, given[name])
+        value = changed.get(name, arguments[name])
         if parameter.kind is not parameter.KEYWORD_ONLY:
             words += map(str, value if parameter.kind is parameter.VAR_POSITIONAL else [value])
         elif value != parameter.default:

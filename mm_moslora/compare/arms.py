@@ -148,9 +148,9 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         if twice:
             raise ConfigError(f"Arm {twice[0]!r} is given twice. Name every arm once.")
     for arm in arms:
-        given = arm.apply(recipe)
-        if given.model.language_mode == "adapter":
-            adapter_config(given.adapter)
+        applied = arm.apply(recipe)
+        if applied.model.language_mode == "adapter":
+            adapter_config(applied.adapter)
     return arms
 
 
@@ -176,9 +176,9 @@ def _parse(text: str) -> Arm:
     elif name in KNOWN:
         (about, own), options = KNOWN[name], ()
     else:
-        known = [*KNOWN, f"{PEFT}HIRA"]
+        names = [*KNOWN, f"{PEFT}HIRA"]
         raise ConfigError(
-            f"Arm {name!r} is not known.{suggestion(name, known)} Known: {', '.join(KNOWN)}, and {PEFT}NAME for the "
+            f"Arm {name!r} is not known.{suggestion(name, names)} Known: {', '.join(KNOWN)}, and {PEFT}NAME for the "
             "methods of PEFT."
         )
     method: dict[str, Any] = {}
@@ -192,8 +192,8 @@ def _parse(text: str) -> Arm:
             continue
         full = f"adapter.{key}" if "." not in key else key
         if "." not in key and key not in _KEYS:
-            known = [*options, *_KEYS]
-            raise ConfigError(f"Arm {text!r}: the adapter has no key {key!r}.{suggestion(key, known)}")
+            names = [*options, *_KEYS]
+            raise ConfigError(f"Arm {text!r}: the adapter has no key {key!r}.{suggestion(key, names)}")
         keys[full] = parse_scalar(value)
     if method:
         own = {**own, "adapter.peft": {**own["adapter.peft"], **method}}
@@ -210,10 +210,10 @@ def _method(name: str) -> tuple[str, dict[str, Any], Collection[str]]:
     """Description, recipe keys and options of a method of PEFT."""
     method = method_named(name)
     own = {"adapter.peft": {"type": method.name}, "adapter.mixer_init": AdapterConfig.mixer_init}
-    given = method.shared
-    lacking = [key for key in ("rank", "alpha", "dropout") if key not in given]
+    shared = method.shared
+    lacking = [key for key in ("rank", "alpha", "dropout") if key not in shared]
     about = f"PEFT's {method.name}; from the recipe: " + ", ".join(
-        [*(f"{key} as {o}" for key, o in given.items()), "targets"]
+        [*(f"{key} as {o}" for key, o in shared.items()), "targets"]
     )
     return about + (f"; has no {', '.join(lacking)}" if lacking else ""), own, method.options
 
@@ -227,44 +227,37 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
         reference: name of the reference arm.
     """
     sizes = {arm.name: _size(arm.apply(recipe)) for arm in arms}
-    own = sizes[reference].trained
+    own, _ = sizes[reference]
     lines = []
     for arm in arms:
-        size = sizes[arm.name]
-        if size.trained is None:
-            said = [f"trainable parameters not counted ({size.limits[0]})", *size.limits[1:]]
+        trained, limits = sizes[arm.name]
+        if trained is None:
+            said = [f"trainable parameters not counted ({limits[0]})", *limits[1:]]
         else:
-            count = f"{size.trained:,} trainable parameters"
+            count = f"{trained:,} trainable parameters"
             if own and arm.name != reference:
-                count += f", {size.trained / own:.3g} times those of {reference}"
-            said = [count, *size.limits]
+                count += f", {trained / own:.3g} times those of {reference}"
+            said = [count, *limits]
         lines.append(f"  {arm.name}: {'; '.join([arm.about, *said])}")
     return lines
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Size:
-    trained: int | None
-    """Trainable parameters; None where they cannot be counted, for the first reason of `limits`."""
-    limits: list[str]
-
-
-def _size(recipe: Recipe) -> _Size:
-    limits, bias = [], False
+def _size(recipe: Recipe) -> tuple[int | None, list[str]]:
+    """Trainable parameters, None where they cannot be counted; and what an arm cannot do, the reason for None first."""
+    trained, limits, bias = None, [], False
     try:
-        found = build_meta_model(recipe.model, recipe.adapter)
+        meta = build_meta_model(recipe.model, recipe.adapter)
     except (MoSLoRAError, OSError, ValueError) as error:
-        trained = None
         limits.append(reason_of(error))
     else:
-        trained = sum(mine for _, mine in found.parameters().values())
-        bases = [layer.get_base_layer() for _, layer in adapted_layers(found.model)]
+        trained = sum(mine for _, mine in meta.parameters().values())
+        bases = [layer.get_base_layer() for _, layer in adapted_layers(meta.model)]
         bias = all(getattr(base, "bias", None) is not None for base in bases)
     if recipe.model.language_mode != "adapter":
-        return _Size(trained=trained, limits=limits)
+        return trained, limits
     if recipe.adapter.peft:
         with torch.random.fork_rng(devices=[]):
             limits += what_fails(method_config(recipe.adapter), bias=bias)
     elif not form_named(recipe.adapter.mixer_form).fixed:
         limits.append("cannot be merged (its mixers depend on their input), evaluated live")
-    return _Size(trained=trained, limits=limits)
+    return trained, limits

@@ -23,8 +23,8 @@ from mm_moslora.compare.comparison_plan import (
     FORMAT,
     TUNING_SEEDS,
     Cell,
+    ComparisonSettings,
     Outcome,
-    Settings,
     choose_rates,
     grid_of,
     measured,
@@ -32,7 +32,7 @@ from mm_moslora.compare.comparison_plan import (
     run_count,
     tuning_cells,
 )
-from mm_moslora.compare.comparison_run import Comparison, short_names
+from mm_moslora.compare.comparison_run import ArmComparison, short_names
 from mm_moslora.compare.comparison_text import says
 from mm_moslora.compare.seed_statistics import TaskScores, arm_mean
 from mm_moslora.compare.sequential_looks import Judged, Looks, first_seeds, judge, read_state
@@ -41,7 +41,7 @@ from mm_moslora.utils.files import replace_json
 from mm_moslora.utils.hardware import hardware
 
 
-def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
+def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
     """Analyse finished runs, write `results.json` with the command that repeats it, return it."""
     settings, folder = comparison.settings, comparison.folder
     names = short_names([*settings.tasks, *settings.validation])
@@ -56,8 +56,9 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
     looks = state.looks if state is not None else None
     comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms}, looks)
     from mm_moslora_eval.run.provenance import environment
+    from mm_moslora_eval.run.result_file import strict_json
 
-    results = _plain(
+    results = strict_json(
         {
             "format": FORMAT,
             "name": comparison.recipe.name,
@@ -76,14 +77,11 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
                 "reference": settings.reference_arm,
                 "controls": settings.controls,
                 "no_likelihood": {
-                    name: task.no_nats for found in scores.values() for name, task in found.items() if task.no_nats
+                    name: task.no_nats for of in scores.values() for name, task in of.items() if task.no_nats
                 },
-                "scores": {name: task.score for found in scores.values() for name, task in found.items() if task.score},
+                "scores": {name: task.score for of in scores.values() for name, task in of.items() if task.score},
             },
-            "runs": {
-                "planned": run_count(settings, outcomes),
-                "over": len(_every(settings, outcomes)),
-            },
+            "runs": {"planned": run_count(settings, outcomes), "over": len(_every(settings, outcomes))},
             "seconds": sum(outcome.total_seconds for outcome in outcomes.values()),
             "arms": arms,
             "comparisons": comparisons,
@@ -101,14 +99,14 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
     return results
 
 
-def _every(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[tuple[Cell, Outcome]]:
+def _every(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[tuple[Cell, Outcome]]:
     """All finished runs, failed ones of this or an earlier call included."""
     cells = [*tuning_cells(settings, outcomes), *reported_cells(settings, choose_rates(settings, outcomes))]
     return [(cell, outcomes[cell.name]) for cell in cells if cell.name in outcomes]
 
 
 def _arm(
-    settings: Settings, outcomes: Mapping[str, Outcome], arm: Any, chosen: Mapping[str, float],
+    settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: Any, chosen: Mapping[str, float],
     scores: Mapping[str, TaskAnswers],
 ) -> dict[str, Any]:  # fmt: skip
     reported = [c for c in reported_cells(settings, chosen) if c.arm.name == arm.name]
@@ -149,7 +147,7 @@ def _arm(
     }  # fmt: skip
 
 
-def _curve(settings: Settings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:
+def _curve(settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:
     """Validation values of an arm by learning rate."""
     points = []
     for cell in tuning_cells(settings, outcomes):
@@ -168,8 +166,8 @@ _SHOWN = (OWN, *PICTURE_CONTROLS)
 
 def _nats(scores: Mapping[str, TaskAnswers], tasks: Sequence[str], mode: str) -> dict[str, TaskScores]:
     """Log-likelihoods by task with these pictures; empty unless every task has them."""
-    found = {task: scores[task].nats[mode] for task in tasks if task in scores and mode in scores[task].nats}
-    return found if len(found) == len(tasks) else {}
+    by_task = {task: scores[task].nats[mode] for task in tasks if task in scores and mode in scores[task].nats}
+    return by_task if len(by_task) == len(tasks) else {}
 
 
 def _measure(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> dict[str, Any]:
@@ -188,8 +186,8 @@ def _measure(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> dict[s
 
 
 def _mean_of(tasks: Mapping[str, TaskScores], seed: int) -> float:
-    known = [[score for score in task.scores[seed] if math.isfinite(score)] for task in tasks.values()]
-    return math.fsum(math.fsum(scores) / len(scores) for scores in known) / len(known) if all(known) else math.nan
+    finite = [[score for score in task.scores[seed] if math.isfinite(score)] for task in tasks.values()]
+    return math.fsum(math.fsum(scores) / len(scores) for scores in finite) / len(finite) if all(finite) else math.nan
 
 
 def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
@@ -206,8 +204,8 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
 
 
 def _comparisons(
-    settings: Settings, scores: Mapping[str, dict[str, TaskAnswers]], controls: Mapping[str, Mapping[str, Any]],
-    looks: Looks | None,
+    settings: ComparisonSettings, scores: Mapping[str, dict[str, TaskAnswers]],
+    controls: Mapping[str, Mapping[str, Any]], looks: Looks | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Every arm against the reference, by task and over all tasks; p-values are corrected over the arms of a column."""
     reference = scores[settings.reference_arm]
@@ -219,23 +217,23 @@ def _comparisons(
         lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
         nats = {mode: _differences_in_nats(scores, reference, seeds, (tasks, mode), looks) for mode in _SHOWN}
         for arm, judged in judge(lefts, right, seeds, looks=looks).items():
-            found = [controls[name].get(column) for name in (arm, settings.reference_arm)]
-            stand = any(item is None or item["above"] for item in found)
+            of_both = [controls[name].get(column) for name in (arm, settings.reference_arm)]
+            stand = any(item is None or item["above"] for item in of_both)
             pair = [list(first_seeds(tasks, seeds[arm]).values()) for tasks in (lefts[arm], right)]
             row = _row(settings, (arm, column), judged, pair, comparisons=len(names), stand=stand)
-            row["nats"] = {mode: found[arm] for mode, found in nats.items() if arm in found}
-            asked = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
-            rows.append(row | {"controls_complete": pictures_controlled(asked)})
+            row["nats"] = {mode: by_arm[arm] for mode, by_arm in nats.items() if arm in by_arm}
+            answers = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
+            rows.append(row | {"controls_complete": pictures_controlled(answers)})
     return rows
 
 
 def _differences_in_nats(
     scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], seeds: Mapping[str, int],
-    place: tuple[Sequence[str], str], looks: Looks | None,
+    measure: tuple[Sequence[str], str], looks: Looks | None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """By arm, where it and the reference have log-likelihoods; p-values are corrected over these arms."""
-    right = _nats(reference, *place)
-    lefts = {arm: left for arm in seeds if right and (left := _nats(scores[arm], *place))}
+    """Differences of the arms with log-likelihoods, by arm; p-values are corrected over these arms."""
+    right = _nats(reference, *measure)
+    lefts = {arm: left for arm in seeds if right and (left := _nats(scores[arm], *measure))}
     return {
         arm: judged.numbers(comparisons=len(lefts))
         | {"left_out": sum(len(one.clusters) for one in right.values()) - judged.estimate.size[1]}
@@ -244,29 +242,20 @@ def _differences_in_nats(
 
 
 def _row(
-    settings: Settings, place: tuple[str, str], judged: Judged, pair: Sequence[Sequence[TaskScores]], *,
+    settings: ComparisonSettings, subject: tuple[str, str], judged: Judged, pair: Sequence[Sequence[TaskScores]], *,
     comparisons: int, stand: bool,
 ) -> dict[str, Any]:  # fmt: skip
     (left, right), estimate = pair, judged.estimate
-    found = as_difference(estimate, [*left, *right])
+    difference = as_difference(estimate, [*left, *right])
     return {
-        "arm": place[0],
+        "arm": subject[0],
         "reference": settings.reference_arm,
-        "task": place[1],
+        "task": subject[1],
         **judged.numbers(comparisons=comparisons),
         "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
         "share_of_documents": estimate.documents,
-        "groups": found.groups,
+        "groups": difference.groups,
         "verdict": verdict_of_arms(
-            found, judged.p_corrected, runs=estimate.run_degrees > 0, look=judged.look, stand=stand
+            difference, judged.p_corrected, runs=estimate.run_degrees > 0, look=judged.look, stand=stand
         ),
     }
-
-
-def _plain(value: Any) -> Any:
-    """NaN and infinity as None, so that the file is strict JSON."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,12 +20,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, numbers_of, recipe_hash
+from mm_moslora.compare.comparison_plan import LOSS, Cell, ComparisonSettings, Outcome, numbers_of, recipe_hash
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, mark, read_json, remove, replace_json, replace_text
 from mm_moslora.utils.run_paths import MANIFEST, checkpoints
 from mm_moslora.utils.text_format import visible
@@ -45,25 +45,25 @@ FEATURES = "features"
 
 @dataclass(frozen=True, kw_only=True)
 class CellRun:
-    """What a comparison orders of a run, kept in the run's folder."""
+    """The order for one run of a comparison, stored in the run's folder."""
 
     cell: Cell
     recipe: Recipe
-    settings: Settings
+    settings: ComparisonSettings
     folder: Path
-    """Of the comparison."""
+    """Folder of the comparison."""
     cards: int = 0
     """Its accelerators; 0: one, where the process sees any."""
     keep_all: bool = False
     """Keep the checkpoints of a run that only chooses a rate."""
     start: Path = field(default_factory=Path.cwd)
-    """Where the comparison was started; files of tasks are named from there."""
+    """Working folder in which the comparison was started; paths of tasks are relative to it."""
 
     def order(self) -> None:
         """Write the file that `read` reads."""
         plain = dataclasses.asdict(self) | {"recipe": _absolute(self.recipe).to_dict(), "folder": str(self.folder)}
-        self.place.mkdir(parents=True, exist_ok=True)
-        replace_json(self.place / ORDER, plain)
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        replace_json(self.run_folder / ORDER, plain)
 
     @classmethod
     def read(cls, folder: Path, name: str) -> CellRun:
@@ -73,26 +73,28 @@ class CellRun:
             ConfigError: it has none, or a damaged one, or one of another folder.
         """
         folder = folder.resolve()
-        known = sorted(path.parent.name for path in folder.glob(f"runs/*/{ORDER}"))
-        if name not in known:
+        planned = sorted(path.parent.name for path in folder.glob(f"runs/*/{ORDER}"))
+        if name not in planned:
             raise ConfigError(
                 f"{folder} has no run {name!r}. `mm-moslora compare RECIPE ... --output {folder}` plans runs; there "
-                f"are {', '.join(known) or 'none yet'}."
+                f"are {', '.join(planned) or 'none yet'}."
             )
-        place = folder / "runs" / name
+        run_folder = folder / "runs" / name
         try:
-            stored = read_json(place / ORDER, below=folder)
+            stored = read_json(run_folder / ORDER, below=folder)
             parts = {"recipe": Recipe.from_dict(stored["recipe"]), "folder": Path(stored["folder"])}
             parts |= {"start": Path(stored.get("start", "."))}
             run = build_strictly(cls, stored | parts, source="it")
         except (ConfigError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{place / ORDER} is damaged ({error}). Repeat the comparison's command.") from error
-        if (run.place, run.folder) != (place, folder):
-            raise ConfigError(f"{place / ORDER} is of {run.place}. Repeat the comparison's command in this place.")
+            raise ConfigError(f"{run_folder / ORDER} is damaged ({error}). Repeat the comparison's command.") from error
+        if (run.run_folder, run.folder) != (run_folder, folder):
+            raise ConfigError(
+                f"{run_folder / ORDER} is of {run.run_folder}. Repeat the comparison's command in this place."
+            )
         return run
 
     @property
-    def place(self) -> Path:
+    def run_folder(self) -> Path:
         """The run's folder."""
         return Path(self.recipe.train.output)
 
@@ -107,13 +109,13 @@ class CellRun:
         return self.folder / FEATURES if model.vision.mode == "frozen" else None
 
 
-def read_outcome(place: Path) -> Outcome | None:
+def read_outcome(run_folder: Path) -> Outcome | None:
     """The outcome of a run; None where it has not ended.
 
     Raises:
         ConfigError: the outcome file is damaged.
     """
-    file = place / OUTCOME
+    file = run_folder / OUTCOME
     try:
         outcome = build_strictly(Outcome, _finite(read_json(file)), source="it")
         return dataclasses.replace(outcome, reason=visible(outcome.reason))
@@ -128,10 +130,10 @@ class Damaged(Outcome):
     """Stands for an outcome that cannot be read: the run counts as failed, and its file is left alone."""
 
 
-def known_outcome(place: Path) -> Outcome | None:
+def known_outcome(run_folder: Path) -> Outcome | None:
     """As `read_outcome`, where a damaged file must not stop other runs."""
     try:
-        return read_outcome(place)
+        return read_outcome(run_folder)
     except ConfigError as error:
         return Damaged(status="failed", reason=str(error))
 
@@ -143,17 +145,17 @@ def _finite(value: Any) -> Any:
     return {k: _finite(item) for k, item in value.items() if not isinstance(item, float) or math.isfinite(item)}
 
 
-def write_outcome(place: Path, outcome: Outcome) -> None:
+def write_outcome(run_folder: Path, outcome: Outcome) -> None:
     """Write the outcome of a run atomically."""
-    place.mkdir(parents=True, exist_ok=True)
-    replace_json(place / OUTCOME, dataclasses.asdict(outcome))
+    run_folder.mkdir(parents=True, exist_ok=True)
+    replace_json(run_folder / OUTCOME, dataclasses.asdict(outcome))
 
 
-def require_same_recipe(place: Path, outcome: Outcome, recipe: Recipe) -> None:
+def require_same_recipe(run_folder: Path, outcome: Outcome, recipe: Recipe) -> None:
     """Refuse the outcome of another recipe. Keys that the run's version did not have count with their defaults.
 
     Args:
-        place: the run's folder.
+        run_folder: the run's folder.
         outcome: the run's.
         recipe: as it would be run now.
 
@@ -162,10 +164,12 @@ def require_same_recipe(place: Path, outcome: Outcome, recipe: Recipe) -> None:
     """
     if outcome.recipe == recipe_hash(recipe):
         return
-    file = place / RECIPE
-    text = read_text_below(place, RECIPE)
+    file = run_folder / RECIPE
+    text = read_text_below(run_folder, RECIPE)
     if text is None:
-        raise ConfigError(f"{place} was run with another recipe, and its {RECIPE} is missing. Choose another --output.")
+        raise ConfigError(
+            f"{run_folder} was run with another recipe, and its {RECIPE} is missing. Choose another --output."
+        )
     before = leaves(numbers_of(Recipe.from_yaml(text, source=str(file))))
     now = leaves(numbers_of(_absolute(recipe)))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
@@ -173,7 +177,7 @@ def require_same_recipe(place: Path, outcome: Outcome, recipe: Recipe) -> None:
         words = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:6])
         more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
         raise ConfigError(
-            f"{place} was run with another recipe ({words}{more}). Restore it, or choose another --output."
+            f"{run_folder} was run with another recipe ({words}{more}). Restore it, or choose another --output."
         )
 
 
@@ -195,22 +199,22 @@ def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
     """
     run = CellRun.read(folder, name)
     try:
-        lock = held(run.place / ".cell.lock", wait=False)
+        lock = lock_file(run.run_folder / ".cell.lock", wait=False)
     except BlockingIOError:
         logger.info("Another process runs %s; waiting for its end.", name)
-        lock = held(run.place / ".cell.lock", wait=True)
+        lock = lock_file(run.run_folder / ".cell.lock", wait=True)
     with lock, chdir(run.start):
-        found = read_outcome(run.place)
-        if found is not None and found.status != "failed":
-            require_same_recipe(run.place, found, run.recipe)
-            logger.info("%s has ended: %s.", name, found.status)
+        earlier = read_outcome(run.run_folder)
+        if earlier is not None and earlier.status != "failed":
+            require_same_recipe(run.run_folder, earlier, run.recipe)
+            logger.info("%s has ended: %s.", name, earlier.status)
             return True
-        discard(run.place / OUTCOME)  # of a failure; if this start is killed, that is the reason
+        discard(run.run_folder / OUTCOME)  # of a failure; if this start is killed, that is the reason
         outcome = _outcome(run, stop_at)
         if outcome is None:
             return stop_at is not None
-        write_outcome(run.place, dataclasses.replace(outcome, recipe=recipe_hash(run.recipe)))
-        for _, checkpoint in checkpoints(run.place) if run.cell.tuning and not run.keep_all else ():
+        write_outcome(run.run_folder, dataclasses.replace(outcome, recipe=recipe_hash(run.recipe)))
+        for _, checkpoint in checkpoints(run.run_folder) if run.cell.tuning and not run.keep_all else ():
             if (checkpoint / MANIFEST).is_file():
                 remove(checkpoint, mark=MANIFEST)
     if outcome.status == "failed":
@@ -252,7 +256,7 @@ def _require_own_accelerators(job: CellRun) -> None:
 
 def _train(job: CellRun, stop_at: int | None) -> bool:
     """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
-    replace_text(job.place / RECIPE, _absolute(job.recipe).to_yaml())
+    replace_text(job.run_folder / RECIPE, _absolute(job.recipe).to_yaml())
     if job.cards > 1:
         return _train_on_several(job, stop_at)
     from mm_moslora.training.training_loop import train
@@ -265,19 +269,15 @@ def _as_trained(job: CellRun) -> Recipe:
     from mm_moslora.models.vision.feature_cache import SHARED_GIB
 
     model, train = job.recipe.model, job.recipe.train
-    if any(_is_ok(place) for place in job.folder.glob(f"runs/{job.cell.arm.slug}_lr*/{OUTCOME}")):
+    ended = (known_outcome(file.parent) for file in job.folder.glob(f"runs/{job.cell.arm.slug}_lr*/{OUTCOME}"))
+    if any(outcome is not None and outcome.status == "ok" for outcome in ended):
         train = dataclasses.replace(train, rehearsal=False)
     if job.feature_cache is not None and model.vision is not None and model.vision.feature_cache is None:
         job.feature_cache.mkdir(parents=True, exist_ok=True)
         mark(job.feature_cache, "features")
-        kept = dataclasses.replace(model.vision, feature_cache=str(job.feature_cache), feature_cache_gib=SHARED_GIB)
-        model = dataclasses.replace(model, vision=kept)
+        vision = dataclasses.replace(model.vision, feature_cache=str(job.feature_cache), feature_cache_gib=SHARED_GIB)
+        model = dataclasses.replace(model, vision=vision)
     return dataclasses.replace(job.recipe, model=model, train=train)
-
-
-def _is_ok(file: Path) -> bool:
-    outcome = known_outcome(file.parent)
-    return outcome is not None and outcome.status == "ok"
 
 
 def _train_on_several(job: CellRun, stop_at: int | None) -> bool:
@@ -286,20 +286,20 @@ def _train_on_several(job: CellRun, stop_at: int | None) -> bool:
 
     command = [
         *python_words("-m", "torch.distributed.run"), "--standalone", f"--nproc_per_node={job.cards}",
-        "--no-python", *python_words("-u", "-m", "mm_moslora", "train"), str(job.place / RECIPE),
+        "--no-python", *python_words("-u", "-m", "mm_moslora", "train"), str(job.run_folder / RECIPE),
         *(["--stop-at", str(stop_at)] if stop_at else []),
     ]  # fmt: skip
     ended = run_and_hand_on(command, signals=[signal.SIGTERM])
     if ended.code == 0:
-        return bool(read_json(job.place / STATE)["state"] == "finished")
+        return bool(read_json(job.run_folder / STATE)["state"] == "finished")
     if ended.signals:
         return False
-    raise MoSLoRAError(f"Training on {job.cards} devices ended with code {ended.code}; see {job.place / LOG}.")
+    raise MoSLoRAError(f"Training on {job.cards} devices ended with code {ended.code}; see {job.run_folder / LOG}.")
 
 
 def _measured(job: CellRun) -> Outcome:
-    summary = read_json(job.place / "summary.json")
-    rows = metrics(job.place)
+    summary = read_json(job.run_folder / "summary.json")
+    rows = metrics(job.run_folder)
     losses = [row["loss"] for row in rows if "loss" in row]
     tenth = max(1, len(losses) // 10)
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
@@ -307,12 +307,12 @@ def _measured(job: CellRun) -> Outcome:
     test: dict[str, float] = {}
     places: dict[str, dict[str, str]] = {}
     wanted = job.settings.validation if job.cell.tuning else job.settings.tasks
-    for name, score, found in _evaluate(job, [name for name in wanted if name != LOSS]):
+    for name, score, views in _evaluate(job, [name for name in wanted if name != LOSS]):
         if job.cell.tuning:
             validation[name] = score
         else:
             test[name] = score
-            places[name] = {mode: place.relative_to(job.folder).as_posix() for mode, place in found.items()}
+            places[name] = {mode: view.relative_to(job.folder).as_posix() for mode, view in views.items()}
     return Outcome(
         status="ok", validation=validation, test=test, places=places,
         first_loss=sum(losses[:tenth]) / tenth if losses else None,
@@ -331,14 +331,14 @@ def _evaluate(job: CellRun, names: list[str]) -> Iterator[tuple[str, float, dict
     from mm_moslora_eval.backends.open_model import open_model
     from mm_moslora_eval.eval_commands import Bars
     from mm_moslora_eval.run.evaluate_suite import evaluate
-    from mm_moslora_eval.run.task_runner import Settings as EvalSettings
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
 
     from mm_moslora.utils.distributed import seed_everything
 
     seed_everything(job.recipe.train.seed)  # a new projector is drawn, and replaced by the trained one
-    model = open_model(str(job.place), precision=job.recipe.train.precision, features=job.feature_cache)
-    place = job.place / "eval"
-    settings = EvalSettings(
+    model = open_model(str(job.run_folder), precision=job.recipe.train.precision, features=job.feature_cache)
+    output = job.run_folder / "eval"
+    settings = EvaluationSettings(
         batch_size=job.settings.batch_size, limit=job.settings.limit, max_new_tokens=job.settings.max_new_tokens,
         rank=0, world_size=1,
     )  # fmt: skip
@@ -347,9 +347,9 @@ def _evaluate(job: CellRun, names: list[str]) -> Iterator[tuple[str, float, dict
             task = open_task(name, job.settings)
             modes = _modes(task) if job.settings.controls and not job.cell.tuning else ("own",)
             bars = partial(Bars(len(modes)), name)
-            results = evaluate(model, task, place, modes=modes, settings=settings, progress=bars, baselines=())
+            results = evaluate(model, task, output, modes=modes, settings=settings, progress=bars, baselines=())
             scores = {result.mode: result.score for result in results}
-            yield name, scores["own"], {result.mode: place / result.folder for result in results}
+            yield name, scores["own"], {result.mode: output / result.folder for result in results}
     finally:
         model.close()
 
@@ -371,7 +371,7 @@ def _modes(task: Task) -> tuple[ImageMode, ...]:
     return ("own",)
 
 
-def open_task(name: str, settings: Settings) -> Task:
+def open_task(name: str, settings: ComparisonSettings) -> Task:
     """A task by name, with the settings' answer length."""
     from mm_moslora_eval.protocol.task_registry import get_task
 
@@ -382,7 +382,8 @@ def open_task(name: str, settings: Settings) -> Task:
     return dataclasses.replace(task, decoding=decoding)
 
 
-def metrics(place: Path) -> list[dict[str, Any]]:
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics so far, without an incomplete last line."""
-    text = read_text_below(place, "metrics.jsonl") or ""  # not written yet, or moved aside by a fresh start of the run
+    # The file may not be written yet, or a fresh start of the run has moved it aside.
+    text = read_text_below(run_folder, "metrics.jsonl") or ""
     return parse_lines(text[: text.rfind("\n") + 1])

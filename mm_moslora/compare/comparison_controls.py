@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora_eval.scoring.reference_likelihood import nats_of, reason_without
 
-from mm_moslora.compare.comparison_plan import ALL, Cell, Outcome, Settings, reported_cells
-from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, holm
+from mm_moslora.compare.comparison_plan import ALL, Cell, ComparisonSettings, Outcome, reported_cells
+from mm_moslora.compare.seed_statistics import ArmEstimate, TaskScores, arm_mean, holm
 from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, SCORE_NAMES, SIGNIFICANT, Difference
 from mm_moslora.utils.errors import DataError, MoSLoRAError
 
@@ -61,7 +61,7 @@ def with_readable(
         folder: the comparison's.
         tasks: test tasks, of which every run has samples.
     """
-    found = dict(outcomes)
+    checked = dict(outcomes)
     for cell in cells:
         if (outcome := outcomes.get(cell.name)) is None or outcome.status != "ok":
             continue
@@ -69,21 +69,21 @@ def with_readable(
             try:
                 _check(folder, outcome.places.get(task, {}), task)
             except MoSLoRAError as error:
-                found[cell.name] = Outcome(status="failed", reason=str(error), total_seconds=outcome.total_seconds)
-    return found
+                checked[cell.name] = Outcome(status="failed", reason=str(error), total_seconds=outcome.total_seconds)
+    return checked
 
 
-def _check(folder: Path, places: Mapping[str, str], task: str) -> None:
+def _check(folder: Path, views: Mapping[str, str], task: str) -> None:
     from mm_moslora_eval.run.answer_views import SAMPLES, task_of, view_below
     from mm_moslora_eval.run.evaluate_suite import read_samples
 
-    if OWN not in places:
+    if OWN not in views:
         raise DataError(f"The outcome names no samples of {task}. Delete the run's outcome.json to measure it again.")
     sizes = set()
-    for place in (view_below(folder, name) for name in places.values()):
-        sizes.add(len(read_samples(place / SAMPLES)))
-        if task_of(place) is not None:
-            _scores(place)
+    for view in (view_below(folder, name) for name in views.values()):
+        sizes.add(len(read_samples(view / SAMPLES)))
+        if task_of(view) is not None:
+            _scores(view)
     if len(sizes) > 1 or 0 in sizes:
         raise DataError(f"The samples of {task} are of {sorted(sizes)} documents by image mode, expected one number.")
 
@@ -103,7 +103,7 @@ class Answers:
     """
 
     def __init__(
-        self, settings: Settings, outcomes: Mapping[str, Outcome], folder: Path, chosen: Mapping[str, float],
+        self, settings: ComparisonSettings, outcomes: Mapping[str, Outcome], folder: Path, chosen: Mapping[str, float],
         names: Mapping[str, str],
     ) -> None:  # fmt: skip
         from mm_moslora_eval.eval_commands import training_answers
@@ -121,9 +121,9 @@ class Answers:
     def of(self, arm: str) -> dict[str, TaskAnswers]:
         """Scores by task; empty where no seed was measured."""
         good = [
-            (cell.seed, found)
+            (cell.seed, outcome)
             for cell in self._cells
-            if cell.arm.name == arm and (found := self._outcomes.get(cell.name)) is not None and found.status == "ok"
+            if cell.arm.name == arm and (outcome := self._outcomes.get(cell.name)) and outcome.status == "ok"
         ]
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
 
@@ -131,45 +131,45 @@ class Answers:
         from mm_moslora_eval.run.answer_views import SAMPLES, task_of, view_below
         from mm_moslora_eval.run.evaluate_suite import read_samples
 
-        places = [{mode: view_below(self._folder, place) for mode, place in o.places[task].items()} for _, o in good]
-        rows = [read_samples(place["own"] / SAMPLES) for place in places]
-        rules = task_of(places[0]["own"])
+        views = [{mode: view_below(self._folder, path) for mode, path in o.places[task].items()} for _, o in good]
+        rows = [read_samples(of_seed["own"] / SAMPLES) for of_seed in views]
+        rules = task_of(views[0]["own"])
         ids = [row["id"] for row in rows[0]]
-        for place, other in zip(places, rows, strict=True):
+        for of_seed, other in zip(views, rows, strict=True):
             if [row["id"] for row in other] != ids:
                 raise DataError(
-                    f"{place['own']} and {places[0]['own']} hold different documents, so their runs cannot be "
+                    f"{of_seed['own']} and {views[0]['own']} hold different documents, so their runs cannot be "
                     "compared. Delete the folders of the runs to measure them again, or choose another --output."
                 )
         # Pictures have the same name in every task, documents without one a name of their task alone.
         clusters = [row["cluster"] if row.get("images") else (task, row["cluster"]) for row in rows[0]]
         seeds = [seed for seed, _ in good]
-        own = [_scores(place["own"]) for place in places]
+        own = [_scores(of_seed["own"]) for of_seed in views]
         nats = {}
         for mode, name in {"own": OWN, **_MODES}.items():
-            grid = _nats([place[mode] for place in places]) if all(mode in place for place in places) else []
+            grid = _nats([of_seed[mode] for of_seed in views]) if all(mode in of_seed for of_seed in views) else []
             if grid:
                 nats[name] = TaskScores(scores=grid, clusters=clusters, seeds=seeds)
         less = {}
         for mode, name in _MODES.items():
-            if all(mode in place for place in places):
-                controls = [_scores(place[mode]) for place in places]
+            if all(mode in of_seed for of_seed in views):
+                controls = [_scores(of_seed[mode]) for of_seed in views]
                 less[name] = _less(own, controls, clusters)
-        for name, floor in self._floors(task, places[0]["own"]).items():
+        for name, floor in self._floors(task, views[0]["own"]).items():
             # A baseline that knows the test answers per question is no control.
             if name == "majority" or self._training:
                 less[name] = _less(own, [floor] * len(own), clusters)
         return TaskAnswers(
             own=TaskScores(scores=own, clusters=clusters, seeds=seeds), less=less,
-            pictures=any(row.get("images") for row in rows[0]), remarks=_remarks(good, places),
+            pictures=any(row.get("images") for row in rows[0]), remarks=_remarks(good, views),
             score=_SCORES.get(rules.aggregation, SCORE_NAMES.get(rules.aggregation, "")) if rules else "",
             nats=nats, no_nats="" if OWN in nats else _why_no_nats(rules, rows),
         )  # fmt: skip
 
-    def _floors(self, task: str, place: Path) -> Mapping[str, list[float]]:
+    def _floors(self, task: str, view: Path) -> Mapping[str, list[float]]:
         """Scores of answers without a model, by name; empty where the samples are not answers to questions."""
         if task not in self._floor_scores:
-            self._floor_scores[task] = _without_model(place, self._training)
+            self._floor_scores[task] = _without_model(view, self._training)
             means = {name: math.fsum(scores) / len(scores) for name, scores in self._floor_scores[task].items()}
             self.floors[self._names[task]] = means
         return self._floor_scores[task]
@@ -180,24 +180,24 @@ _FULL_MARKS = {"mme": 2000.0}
 _SCORES = {"mme": "perception as a share of its 2,000 points"}
 
 
-def _scores(place: Path) -> list[float]:
+def _scores(view: Path) -> list[float]:
     """The contribution of every answer to the task's score; without a task, the samples' own scores."""
     from mm_moslora_eval.run.answer_views import SAMPLES, read_scored, task_of
     from mm_moslora_eval.run.evaluate_suite import read_samples
 
-    rules = task_of(place)
+    rules = task_of(view)
     if rules is None:
-        return [float(row["score"] or 0.0) for row in read_samples(place / SAMPLES)]
-    scored = read_scored(place)
+        return [float(row["score"] or 0.0) for row in read_samples(view / SAMPLES)]
+    scored = read_scored(view)
     return _brought(rules.aggregation, [replace(one, score=0.0) if math.isnan(one.score) else one for one in scored])
 
 
-def _nats(places: Sequence[Path]) -> list[list[float]]:
+def _nats(views: Sequence[Path]) -> list[list[float]]:
     """Log-likelihoods by seed and document, NaN where one is missing; empty where a seed has none."""
     from mm_moslora_eval.run.answer_views import SAMPLES
     from mm_moslora_eval.run.evaluate_suite import read_samples
 
-    grid = [[nats_of(row) for row in read_samples(place / SAMPLES)] for place in places]
+    grid = [[nats_of(row) for row in read_samples(view / SAMPLES)] for view in views]
     return grid if all(any(math.isfinite(value) for value in one) for one in grid) else []
 
 
@@ -220,15 +220,15 @@ def _less(own: Sequence[Sequence[float]], control: Sequence[Sequence[float]], cl
     return TaskScores(scores=differences, clusters=clusters)
 
 
-def _without_model(place: Path, training: Sequence[TrainingAnswer]) -> dict[str, list[float]]:
+def _without_model(view: Path, training: Sequence[TrainingAnswer]) -> dict[str, list[float]]:
     from mm_moslora_eval.run.answer_views import read_scored, task_of
     from mm_moslora_eval.run.baselines import answer_without_model
     from mm_moslora_eval.scoring.answer_scoring import JUDGED
 
-    task = task_of(place)
+    task = task_of(view)
     if task is None or task.metric in JUDGED:
         return {}
-    samples = read_scored(place)
+    samples = read_scored(view)
     documents, clusters = [sample.document for sample in samples], [sample.cluster for sample in samples]
     if not any(document.answers for document in documents):
         return {}
@@ -241,15 +241,15 @@ def _without_model(place: Path, training: Sequence[TrainingAnswer]) -> dict[str,
     }
 
 
-def _remarks(good: Sequence[tuple[int, Outcome]], places: Sequence[Mapping[str, Path]]) -> tuple[str, ...]:
+def _remarks(good: Sequence[tuple[int, Outcome]], views: Sequence[Mapping[str, Path]]) -> tuple[str, ...]:
     """Remarks on the answers, each once with the seeds that it holds for."""
     from mm_moslora_eval.run.answer_views import read_scored, task_of
     from mm_moslora_eval.scoring.score_remarks import answers_alike, wordy
 
     seeds: dict[str, list[int]] = {}
-    for (seed, _), place in zip(good, places, strict=True):
-        if task_of(place["own"]) is not None:
-            answered = [sample for sample in read_scored(place["own"]) if not sample.failed]
+    for (seed, _), of_seed in zip(good, views, strict=True):
+        if task_of(of_seed["own"]) is not None:
+            answered = [sample for sample in read_scored(of_seed["own"]) if not sample.failed]
             for text in (*answers_alike(answered), *wordy(answered)):
                 seeds.setdefault(text, []).append(seed)
     return tuple(f"seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}: {text}" for text, s in seeds.items())
@@ -261,7 +261,7 @@ def columns_of(scores: Mapping[str, Any]) -> dict[str, list[str]]:
     return columns | ({ALL: list(scores)} if len(scores) > 1 else {})
 
 
-def as_difference(estimate: Estimate, tasks: Sequence[TaskScores]) -> Difference:
+def as_difference(estimate: ArmEstimate, tasks: Sequence[TaskScores]) -> Difference:
     """An estimate in the form that verdicts take; graded scores need no least number of questions."""
     graded = any(score not in (-1.0, 0.0, 1.0) for task in tasks for row in task.scores for score in row)
     groups = None if graded else estimate.fewest
@@ -281,8 +281,8 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
             if (differences := above_controls([scores[arm["name"]][task] for task in tasks], tasks))
         }
     for column in {column for arm in arms for column in arm["controls"]}:
-        found = [arm["controls"][column] for arm in arms if column in arm["controls"]]
-        for item, p in zip(found, holm([item["p"] for item in found]), strict=True):
+        of_column = [arm["controls"][column] for arm in arms if column in arm["controls"]]
+        for item, p in zip(of_column, holm([item["p"] for item in of_column]), strict=True):
             item["p_corrected"] = p
             item["above"] = item["above"] and p < SIGNIFICANT
 
@@ -298,10 +298,10 @@ def above_controls(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict
         if not among or not all(name in one.less for one in among.values()):
             continue
         estimate = arm_mean({task: one.less[name] for task, one in among.items()})
-        found = as_difference(estimate, [one.less[name] for one in among.values()])
-        rows.append({"name": name, **found.to_dict(), "p": estimate.p_value})
+        difference = as_difference(estimate, [one.less[name] for one in among.values()])
+        rows.append({"name": name, **difference.to_dict(), "p": estimate.p_value})
         p_values.append(estimate.p_value if estimate.value > 0 else 1.0)
-        above = above and found.shown == "more"
+        above = above and difference.shown == "more"
     if not rows:
         return None
     pictures = any(one.pictures for one in answers)

@@ -38,7 +38,7 @@ Status = Literal["ok", "diverged", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ComparisonSettings:
     """Settings of a comparison: arms, learning rates, seeds and tasks."""
 
     arms: Sequence[Arm]
@@ -89,9 +89,9 @@ class Settings:
             raise ConfigError(
                 f"--validation is {', '.join(self.validation)}; choose by the loss or by tasks, not both."
             )
-        known = [arm.name for arm in self.arms]
-        if self.reference and self.reference not in known:
-            raise ConfigError(f"--reference {self.reference!r} is not an arm. Arms: {', '.join(known)}.")
+        names = [arm.name for arm in self.arms]
+        if self.reference and self.reference not in names:
+            raise ConfigError(f"--reference {self.reference!r} is not an arm. Arms: {', '.join(names)}.")
 
     @property
     def reference_arm(self) -> str:
@@ -164,7 +164,7 @@ class Outcome:
 _NONE: Mapping[str, Outcome] = MappingProxyType({})
 
 
-def tuning_cells(settings: Settings, outcomes: Mapping[str, Outcome] = _NONE) -> list[Cell]:
+def tuning_cells(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _NONE) -> list[Cell]:
     """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early.
 
     Args:
@@ -188,7 +188,7 @@ def _tuning(arm: Arm, rate: float, seed: int) -> Cell:
     return Cell(arm=arm, rate=rate, seed=TUNING_SEEDS + seed, tuning=True)
 
 
-def grid_of(settings: Settings, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[float]:
+def grid_of(settings: ComparisonSettings, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[float]:
     """An arm's learning rates in order: the given ones, and further ones where the best was at an edge.
 
     A grid of at least three rates grows by the factor between its outer two, a rate at a time, at most `settings.grow`
@@ -208,24 +208,24 @@ def grid_of(settings: Settings, arm: Arm, outcomes: Mapping[str, Outcome]) -> li
 
 
 def _scores(
-    settings: Settings, arm: Arm, grid: Sequence[float], outcomes: Mapping[str, Outcome]
+    settings: ComparisonSettings, arm: Arm, grid: Sequence[float], outcomes: Mapping[str, Outcome]
 ) -> dict[float, float] | None:
     """Validation scores of the rates that worked; None while a run has not ended."""
     cells = [_tuning(arm, rate, seed) for rate in grid for seed in range(settings.tuning_seeds)]
     if any(cell.name not in outcomes for cell in cells):
         return None
-    found = {rate: validation_score(settings, cells, outcomes, rate) for rate in grid}
-    return {rate: score for rate, score in found.items() if score is not None}
+    scores = {rate: validation_score(settings, cells, outcomes, rate) for rate in grid}
+    return {rate: score for rate, score in scores.items() if score is not None}
 
 
-def best_rate(settings: Settings, scores: Mapping[float, float]) -> float | None:
+def best_rate(settings: ComparisonSettings, scores: Mapping[float, float]) -> float | None:
     """The rate with the best score; None without any."""
     sign = 1 if tuple(settings.validation) == (LOSS,) else -1
     # Of equal rates the smaller one, which is less likely to diverge.
     return min(scores, key=lambda rate: (sign * scores[rate], rate)) if scores else None
 
 
-def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell]:
+def reported_cells(settings: ComparisonSettings, chosen: Mapping[str, float]) -> list[Cell]:
     """Reported runs of the arms with a chosen rate."""
     return [
         Cell(arm=arm, rate=chosen[arm.name], seed=seed, tuning=False)
@@ -235,14 +235,14 @@ def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell
     ]
 
 
-def run_count(settings: Settings, outcomes: Mapping[str, Outcome] = _NONE) -> int:
+def run_count(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _NONE) -> int:
     """The total number of runs; an arm with only failed tuning runs has no reported ones."""
     hopeless = hopeless_arms(settings, outcomes)
     reported = [settings.seeds_of(arm.name) for arm in settings.arms if arm.name not in hopeless]
     return len(tuning_cells(settings, outcomes)) + sum(reported)
 
 
-def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
+def choose_rates(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
     """The best rate of every arm after all its tuning runs have ended, if at least one succeeded."""
     if not settings.tunes:
         return {arm.name: settings.rates[0] for arm in settings.arms}
@@ -255,7 +255,7 @@ def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[st
     return chosen
 
 
-def hopeless_arms(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[str]:
+def hopeless_arms(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[str]:
     """Arms without a working rate after all their tuning runs have ended."""
     chosen = choose_rates(settings, outcomes)
     missing = {cell.arm.name for cell in tuning_cells(settings, outcomes) if cell.name not in outcomes}
@@ -263,20 +263,15 @@ def hopeless_arms(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[s
 
 
 def validation_score(
-    settings: Settings, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], rate: float
+    settings: ComparisonSettings, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], rate: float
 ) -> float | None:
     """Mean validation value of an arm at a rate; None where one of its runs failed: a rate must work for all seeds."""
-    values = []
-    for cell in cells:
-        if cell.rate == rate:
-            value = measured(settings, outcomes[cell.name])
-            if value is None:
-                return None
-            values.append(value)
-    return math.fsum(values) / len(values) if values else None
+    values = [measured(settings, outcomes[cell.name]) for cell in cells if cell.rate == rate]
+    good = [value for value in values if value is not None]
+    return math.fsum(good) / len(good) if good and len(good) == len(values) else None
 
 
-def measured(settings: Settings, outcome: Outcome) -> float | None:
+def measured(settings: ComparisonSettings, outcome: Outcome) -> float | None:
     """The validation score of one run; None where it failed."""
     values = [outcome.validation.get(name, math.nan) for name in settings.validation]
     mean = math.fsum(values) / len(values)
@@ -295,7 +290,7 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(numbers_of(recipe), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def planned_for(settings: Settings) -> dict[str, Any]:
+def planned_for(settings: ComparisonSettings) -> dict[str, Any]:
     """Settings that must stay the same once looks are planned: other arms would be corrected otherwise, and other rates
     be judged a second time."""
     return {
@@ -306,7 +301,7 @@ def planned_for(settings: Settings) -> dict[str, Any]:
     }
 
 
-def describe(settings: Settings) -> dict[str, Any]:
+def describe(settings: ComparisonSettings) -> dict[str, Any]:
     """Settings that must stay the same when a comparison continues, as plain data."""
     return {
         "format": FORMAT,

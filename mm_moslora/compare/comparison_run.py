@@ -18,8 +18,8 @@ from mm_moslora.compare.comparison_cell import CellRun
 from mm_moslora.compare.comparison_plan import (
     LOSS,
     Cell,
+    ComparisonSettings,
     Outcome,
-    Settings,
     choose_rates,
     describe,
     grid_of,
@@ -34,12 +34,12 @@ from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of
 from mm_moslora.compare.sequential_looks import FILE, LookState, read_state
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
-from mm_moslora.launch.jobs import Engine, Job, run_jobs
+from mm_moslora.launch.jobs import Job, JobEngine, run_jobs
 from mm_moslora.launch.slurm_array import write_array
 from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, mark, read_json, refuse_strangers, remove, replace_json
 from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.text_format import format_seconds
@@ -64,7 +64,7 @@ class RunBudget:
     """Keep the checkpoints of tuning runs, too."""
 
 
-class Comparison:
+class ArmComparison:
     """A comparison and its folder.
 
     Args:
@@ -75,7 +75,7 @@ class Comparison:
             have one.
     """
 
-    def __init__(self, recipe: Recipe, settings: Settings, folder: Path, *, hold_out: float) -> None:
+    def __init__(self, recipe: Recipe, settings: ComparisonSettings, folder: Path, *, hold_out: float) -> None:
         self.settings, self.folder = settings, folder.resolve()
         self._given, self._hold_out = recipe, None
         if settings.tunes and tuple(settings.validation) == (LOSS,) and not recipe.data.held_out:
@@ -87,7 +87,7 @@ class Comparison:
         """Documents of all test tasks, once checked."""
         self.run_seconds = math.nan
         """Mean seconds of a missing run, once probed."""
-        self._said_cost = False
+        self._cost_logged = False
 
     def check(self) -> None:
         """Check tasks, data and folder before anything runs.
@@ -97,7 +97,7 @@ class Comparison:
         """
         names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
         data = {name: comparison_cell.open_task(name, self.settings).load() for name in names if name != LOSS}
-        measured, trained_on = {name: found.sha256 for name, found in data.items()}, self._trained_on()
+        measured, trained_on = {name: loaded.sha256 for name, loaded in data.items()}, self._trained_on()
         self.documents = sum(len(data[name].documents[: self.settings.limit]) for name in self.settings.tasks)
         if self.settings.tunes:
             choosing = {measured[name] for name in self.settings.validation if name != LOSS}
@@ -153,29 +153,29 @@ class Comparison:
         own = describe(self.settings) | {"hold_out": self._hold_out, "data": dict(checksums)}
         if file.is_file():
             try:
-                found = read_json(file)
+                stored = read_json(file)
             except ValueError as error:
                 raise ConfigError(f"{file} is damaged ({error}). Restore it, or choose another --output.") from error
-            if found.get("format") != own["format"]:
+            if stored.get("format") != own["format"]:
                 raise ConfigError(
-                    f"{self.folder} has format {found.get('format')!r}, this version reads {own['format']}. "
+                    f"{self.folder} has format {stored.get('format')!r}, this version reads {own['format']}. "
                     "Choose another --output."
                 )
             # It may have the fingerprints of an earlier version.
-            before = read_value(dict[str, str], found.get("data") or {}, source=str(file), where="data")
+            before = read_value(dict[str, str], stored.get("data") or {}, source=str(file), where="data")
             self._refuse_changed_data(before, dict(checksums) | same_parts(self._given.model, before))
-            changed = [key for key, value in own.items() if key != "data" and found.get(key) != value]
+            changed = [key for key, value in own.items() if key != "data" and stored.get(key) != value]
             if changed:
                 key = changed[0]
                 raise ConfigError(
-                    f"{self.folder} was started with {key} {found.get(key)!r}, now it is {own[key]!r}. Arms, rates and "
-                    "seeds may be added to a comparison, the rest may not change. Choose another --output."
+                    f"{self.folder} was started with {key} {stored.get(key)!r}, now it is {own[key]!r}. Arms, rates "
+                    "and seeds may be added to a comparison, the rest may not change. Choose another --output."
                 )
         replace_json(file, own)
 
-    def _refuse_changed_data(self, found: Mapping[str, str], checksums: Mapping[str, str]) -> None:
-        sources = {key: item for key, item in found.items() if key.startswith("data.") or key in checksums}
-        now = {key: item for key, item in checksums.items() if key.startswith("data.") or key in found}
+    def _refuse_changed_data(self, before: Mapping[str, str], checksums: Mapping[str, str]) -> None:
+        sources = {key: item for key, item in before.items() if key.startswith("data.") or key in checksums}
+        now = {key: item for key, item in checksums.items() if key.startswith("data.") or key in before}
         changed = sorted(key for key in sources.keys() | now.keys() if sources.get(key) != now.get(key))
         if changed:
             raise ConfigError(
@@ -196,35 +196,37 @@ class Comparison:
     def _read_some(self, cells: Sequence[Cell]) -> None:
         for item in cells:
             recipe = item.recipe(self.recipe, self.folder)
-            place = Path(recipe.train.output)
-            outcome = comparison_cell.known_outcome(place)
+            run_folder = Path(recipe.train.output)
+            outcome = comparison_cell.known_outcome(run_folder)
             if outcome is not None:
                 if not isinstance(outcome, comparison_cell.Damaged):
-                    comparison_cell.require_same_recipe(place, outcome, recipe)
+                    comparison_cell.require_same_recipe(run_folder, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
-    def run(self, room: RunBudget, engine: Engine, *, after: Callable[[], Settings] | None = None) -> bool:
+    def run(
+        self, budget: RunBudget, engine: JobEngine, *, after: Callable[[], ComparisonSettings] | None = None
+    ) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
-            room: the resources.
+            budget: the resources.
             engine: where runs are.
             after: called when all is done; returns the settings to go on with, those with the present seeds to end.
         """
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
         runs: dict[str, CellRun] = {}
-        deadline = time.monotonic() + 60 * (math.inf if room.max_minutes is None else room.max_minutes)
+        deadline = time.monotonic() + 60 * (math.inf if budget.max_minutes is None else budget.max_minutes)
 
-        def known() -> list[Job]:
-            self._say_cost([run for name, run in runs.items() if name not in self.outcomes])
-            new = [self._order(item, room) for item in self._next(after) if item.name not in runs]
+        def new_jobs() -> list[Job]:
+            self._log_cost([run for name, run in runs.items() if name not in self.outcomes])
+            new = [self._order(item, budget) for item in self._next(after) if item.name not in runs]
             runs.update({run.cell.name: run for run in new})
             return [_job(run) for run in new]
 
         with StopRequest() as stop:
             run_jobs(
-                known, engine, over=lambda job, problem: self._over(runs[job.name], problem),
+                new_jobs, engine, over=lambda job, problem: self._over(runs[job.name], problem),
                 stop=lambda: bool(stop.received) or time.monotonic() > deadline,
             )  # fmt: skip
         if not self._ready():
@@ -232,24 +234,24 @@ class Comparison:
         if stop.received:
             logger.info("Stopped by signal %d. The same command continues.", stop.received)
         elif time.monotonic() > deadline:
-            logger.info("%g minutes are over. The same command continues.", room.max_minutes)
+            logger.info("%g minutes are over. The same command continues.", budget.max_minutes)
         return False
 
-    def write_array(self, room: RunBudget, *, after: Callable[[], Settings] | None = None) -> bool:
+    def write_array(self, budget: RunBudget, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
         """Write the SLURM array of the runs that can start; returns whether all is done, and no array is left.
 
         Args:
-            room: the resources of a run.
+            budget: the resources of a run.
             after: see `run`.
         """
-        jobs = [_job(self._order(item, room)) for item in self._next(after)]
+        jobs = [_job(self._order(item, budget)) for item in self._next(after)]
         if not jobs:
             discard(self.folder / ARRAY)
             return True
         write_array(self.folder / ARRAY, jobs)
         return False
 
-    def _next(self, after: Callable[[], Settings] | None) -> list[Cell]:
+    def _next(self, after: Callable[[], ComparisonSettings] | None) -> list[Cell]:
         """The runs that can start; after the last one those that the next look brings."""
         if not self._ready():
             before, self.settings = self.settings, self.settings if after is None else after()
@@ -268,27 +270,27 @@ class Comparison:
         """Runs that can start."""
         return [item for item in self._cells() if item.name not in self.outcomes]
 
-    def _order(self, item: Cell, room: RunBudget) -> CellRun:
+    def _order(self, item: Cell, budget: RunBudget) -> CellRun:
         recipe = item.recipe(self.recipe, self.folder)
         run = CellRun(
-            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, cards=room.cards,
-            keep_all=room.keep_all,
+            cell=item, recipe=recipe, settings=self.settings, folder=self.folder, cards=budget.cards,
+            keep_all=budget.keep_all,
         )  # fmt: skip
         run.order()
         return run
 
     def _over(self, run: CellRun, problem: str) -> None:
         """Take the outcome of a run."""
-        outcome = comparison_cell.known_outcome(run.place)
+        outcome = comparison_cell.known_outcome(run.run_folder)
         if outcome is None:
             outcome = Outcome(status="failed", reason=problem)
-            comparison_cell.write_outcome(run.place, outcome)
+            comparison_cell.write_outcome(run.run_folder, outcome)
         self.outcomes[run.cell.name] = outcome
         logger.info("%s", self._line(run.cell, outcome))
 
     def _line(self, item: Cell, outcome: Outcome) -> str:
         count = run_count(self.settings, self.outcomes)
-        over = sum(known.name in self.outcomes for known in self._cells())
+        over = sum(other.name in self.outcomes for other in self._cells())
         what = f"[{over}/{count}] {item.arm.name} at {item.rate:g}, seed {item.seed}: "
         if outcome.status != "ok":
             return f"{what}{outcome.status}: {outcome.reason}"
@@ -301,11 +303,11 @@ class Comparison:
 
     def seconds_left(self) -> float:
         """Estimate of the missing runs' seconds, from finished runs of the same arm, else from the mean of all."""
-        known = [outcome.total_seconds for outcome in self.outcomes.values() if outcome.status == "ok"]
-        if not known:
+        seconds = [outcome.total_seconds for outcome in self.outcomes.values() if outcome.status == "ok"]
+        if not seconds:
             return math.nan
         costs = self._costs()
-        return sum(cost.runs * (fmean(known) if math.isnan(cost.run_seconds) else cost.run_seconds) for cost in costs)
+        return sum(cost.runs * (fmean(seconds) if math.isnan(cost.run_seconds) else cost.run_seconds) for cost in costs)
 
     def _costs(self, probes: Mapping[str, CellRun] = MappingProxyType({})) -> list[ArmCost]:
         """The cost of every arm's missing runs; `probes` holds, by arm, a run of which the first steps were done."""
@@ -318,16 +320,16 @@ class Comparison:
             costs.append(cost_of(arm.name, runs, ended, probes.get(arm.name)))
         return costs
 
-    def _say_cost(self, running: Sequence[CellRun]) -> None:
+    def _log_cost(self, running: Sequence[CellRun]) -> None:
         """Log the cost once, after the first steps of the first run."""
-        for job in () if self._said_cost else running:
+        for job in () if self._cost_logged else running:
             cost = cost_of(job.cell.arm.name, run_count(self.settings), (), job)
             if not math.isnan(cost.run_seconds):
                 logger.info("%s", cost_line(cost))
-                self._said_cost = True
+                self._cost_logged = True
                 return
 
-    def probe(self, room: RunBudget, engine: Engine) -> list[str]:
+    def probe(self, budget: RunBudget, engine: JobEngine) -> list[str]:
         """Do a few steps of a run of every arm, which keeps them; returns a table of the cost of all runs."""
         first = {item.arm.name: item for item in reversed(self._ready())}
         if not first:
@@ -335,7 +337,7 @@ class Comparison:
         good = {name for name, outcome in self.outcomes.items() if outcome.status == "ok"}
         finished = {item.arm.name for item in self._cells() if item.name in good}
         runs = {
-            arm.name: self._order(first[arm.name], room)
+            arm.name: self._order(first[arm.name], budget)
             for arm in self.settings.arms
             if arm.name in first and arm.name not in finished
         }
@@ -353,15 +355,15 @@ def _job(run: CellRun, *, stop_at: int | None = None) -> Job:
     """The job of a run: a command that does the same by hand."""
     steps = () if stop_at is None else ("--stop-at", str(stop_at))
     return Job(
-        name=run.cell.name, log=run.place / comparison_cell.LOG, cards=run.cards,
+        name=run.cell.name, log=run.run_folder / comparison_cell.LOG, cards=run.cards,
         command=(PROGRAM, "compare", str(run.folder), "--cell", run.cell.name, *steps),
-        output=run.place / comparison_cell.OUTCOME if stop_at is None else None,
+        output=run.run_folder / comparison_cell.OUTCOME if stop_at is None else None,
     )  # fmt: skip
 
 
 def _problem(run: CellRun, problem: str) -> str:
-    """What ended the first steps of an arm's run."""
-    outcome = comparison_cell.known_outcome(run.place)
+    """The reason why the first steps of an arm's run ended early."""
+    outcome = comparison_cell.known_outcome(run.run_folder)
     return problem if outcome is None or outcome.status == "ok" else f"{outcome.status}: {outcome.reason}"
 
 
@@ -392,7 +394,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, "comparison")
     try:
-        lock = held(folder / ".lock", wait=False)
+        lock = lock_file(folder / ".lock", wait=False)
     except BlockingIOError as error:
         raise ConfigError(
             f"{folder} is in use by another comparison. Wait for it, or choose another --output."

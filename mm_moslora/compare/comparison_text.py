@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mm_moslora.compare.comparison_plan import ALL, LOSS, Settings
+from mm_moslora.compare.comparison_plan import ALL, LOSS, ComparisonSettings
 from mm_moslora.compare.comparison_run import short_names
 from mm_moslora.reporting.verdicts import (
     AGAINST,
@@ -21,7 +21,7 @@ from mm_moslora.reporting.verdicts import (
 from mm_moslora.utils.text_format import aligned
 
 
-def plan_lines(settings: Settings) -> list[str]:
+def plan_lines(settings: ComparisonSettings) -> list[str]:
     """The plan as text."""
     tuning = len(settings.arms) * len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
     reported = len(settings.arms) * settings.seeds
@@ -63,7 +63,7 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
         {"mood": mood, "text": text}
         for task in ([column] if column else dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
         for mood, text in above_controls(
-            results["arms"], task, alone=bool(column) or len(tasks) < 2, asked=results["settings"]["controls"]
+            results["arms"], task, alone=bool(column) or len(tasks) < 2, requested=results["settings"]["controls"]
         )
     ]
     shown = [row for row in results["comparisons"] if column in (None, row["task"])]
@@ -178,14 +178,14 @@ def table(results: Mapping[str, Any]) -> str:
 
 def _nats_table(results: Mapping[str, Any]) -> list[str]:
     """Log-likelihoods of the reference answers by pictures; empty where no arm has any."""
-    columns = list(dict.fromkeys(name for arm in results["arms"] for name, found in arm["nats"].items() if found))
+    columns = list(dict.fromkeys(name for arm in results["arms"] for name, measures in arm["nats"].items() if measures))
     if not columns:
         return []
     rows = [
         [arm["name"], _PICTURES[mode], *(_nats_mean(arm["nats"].get(column, {}).get(mode)) for column in columns),
          *nats_cells(nats_between(results, (arm["name"], columns[-1]), mode))]
         for arm in results["arms"]
-        for mode in dict.fromkeys(mode for found in arm["nats"].values() for mode in found)
+        for mode in dict.fromkeys(mode for measures in arm["nats"].values() for mode in measures)
     ]  # fmt: skip
     head = ["arm", "pictures", *columns, f"- {results['settings']['reference']}", "95 %", "p (Holm)"]
     return ["", "Log-likelihood of the reference answer, nats:", *aligned(head, rows)]
@@ -200,37 +200,37 @@ def _nats_mean(measure: Mapping[str, Any] | None) -> str:
     return f"{measure['mean']:.4f} ± " + ("unknown" if measure["stderr"] is None else f"{measure['stderr']:.4f}")
 
 
-def nats_between(results: Mapping[str, Any], place: tuple[str, str], mode: str = "own") -> Mapping[str, Any] | None:
+def nats_between(results: Mapping[str, Any], subject: tuple[str, str], mode: str = "own") -> Mapping[str, Any] | None:
     """The difference in nats between an arm and the reference.
 
     Args:
         results: the comparison's.
-        place: arm and column.
+        subject: arm and column.
         mode: own, or a control's name.
     """
-    rows = [row for row in results["comparisons"] if (row["arm"], row["task"]) == place]
+    rows = [row for row in results["comparisons"] if (row["arm"], row["task"]) == subject]
     return rows[0].get("nats", {}).get(mode) if rows else None
 
 
-def nats_cells(found: Mapping[str, Any] | None) -> tuple[str, str, str]:
+def nats_cells(difference: Mapping[str, Any] | None) -> tuple[str, str, str]:
     """Difference, interval and p-value in nats."""
-    if found is None:
+    if difference is None:
         return "", "", ""
-    if found["low"] is None:
-        return f"{found['difference']:+.4f}", "unknown", "-"
-    interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
-    p = "-" if found["p_corrected"] is None else f"{found['p_corrected']:.2g}"
-    return f"{found['difference']:+.4f}", interval, p
+    if difference["low"] is None:
+        return f"{difference['difference']:+.4f}", "unknown", "-"
+    interval = f"{difference['low']:+.4f} to {difference['high']:+.4f}"
+    p = "-" if difference["p_corrected"] is None else f"{difference['p_corrected']:.2g}"
+    return f"{difference['difference']:+.4f}", interval, p
 
 
 def nats_sentence(row: Mapping[str, Any]) -> str:
     """A difference in nats as a sentence; empty where there is none."""
-    found = row.get("nats", {}).get("own")
-    if found is None:
+    difference = row.get("nats", {}).get("own")
+    if difference is None:
         return ""
     subject = f"{row['arm']} against {row['reference']}, log-likelihood of the reference answer on {row['task']}"
-    value, interval, p = nats_cells(found)
-    left = f"; {found['left_out']} documents lack one and are left out" if found["left_out"] else ""
+    value, interval, p = nats_cells(difference)
+    left = f"; {difference['left_out']} documents lack one and are left out" if difference["left_out"] else ""
     match verdict_of_nats(row):
         case "error unknown":
             return (
@@ -256,11 +256,11 @@ def control_lines(results: Mapping[str, Any]) -> list[str]:
         f"{arm['name']}{f', {column}' if len(arm['controls']) > 1 else ''}: "
         + "; ".join(
             f"{less.points} against {AGAINST[row['name']]}"
-            for row in found["rows"]
+            for row in controls["rows"]
             if (less := difference_of(row)) is not None
         )
         for arm in results["arms"]
-        for column, found in arm["controls"].items()
+        for column, controls in arm["controls"].items()
     ]
 
 
@@ -270,8 +270,8 @@ def _cells(arm: Mapping[str, Any], tasks: Sequence[str], results: Mapping[str, A
     good = [seed for seed in arm["seeds"] if seed["status"] == "ok"]
     means = [arm["tasks"].get(task) for task in tasks]
     cost = ["-", "-", "-"]
-    if found := arm["cost"]:
-        cost = [f"{found['trainable']:,}", f"{found['step_seconds']:.2f}", f"{found['memory_gib']:.1f}"]
+    if measured := arm["cost"]:
+        cost = [f"{measured['trainable']:,}", f"{measured['step_seconds']:.2f}", f"{measured['memory_gib']:.1f}"]
     return [
         arm["name"],
         "-" if arm["rate"] is None else f"{arm['rate']:g}",

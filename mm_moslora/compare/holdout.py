@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mm_moslora.config import Recipe, SourceConfig
+from mm_moslora.data.chat.records import RecordFile, RecordSource
 from mm_moslora.data.images.record_picture import LocalPicture, Picture, StoredPicture
 from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
-from mm_moslora.data.sources.record_source import RecordFile, RecordSource
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import rename, writing_in_place
 from mm_moslora.utils.untrusted_data import StrictJsonError
@@ -52,36 +52,36 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
     ]
     if not all(path.is_file() for pair in files for path in pair):
         records = [_opened(source) for source in sources]
-        for each, positions, (kept, held) in zip(records, _positions(records), files, strict=True):
-            _split(each, positions, kept, held, share=share, most=MOST // len(sources))
+        for each, positions, (train_file, validation_file) in zip(records, _positions(records), files, strict=True):
+            _split(each, positions, train_file, validation_file, share=share, most=MOST // len(sources))
     train, validation = [], []
-    for source, (kept, held) in zip(sources, files, strict=True):
+    for source, (train_file, validation_file) in zip(sources, files, strict=True):
         images = source.image_folder or str(Path(source.path).parent)
-        train.append(dataclasses.replace(source, path=str(kept), image_folder=images))
-        validation.append(
-            SourceConfig(
-                path=str(held), image_folder=images, follow_links=source.follow_links, video_frames=source.video_frames
-            )
-        )
+        train.append(dataclasses.replace(source, path=str(train_file), image_folder=images))
+        validation.append(SourceConfig(
+            path=str(validation_file), image_folder=images, follow_links=source.follow_links,
+            video_frames=source.video_frames,
+        ))  # fmt: skip
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=train, validation=validation))
 
 
 def _opened(source: SourceConfig) -> RecordSource:
-    found = open_source(dataclasses.replace(source, limit=None))
-    if not isinstance(found, RecordFile):
+    records = open_source(dataclasses.replace(source, limit=None))
+    if not isinstance(records, RecordFile):
         raise ConfigError(
             f"{source.path} is no JSON or JSONL file, and --hold-out splits no other source. Set hold_out of the "
             "source itself (data.train), or give data.validation or --validation TASK."
         )
-    return found
+    return records
 
 
 def _split(
-    source: RecordSource, positions: Sequence[float], kept: Path, held: Path, *, share: float, most: int
-) -> None:
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    source: RecordSource, positions: Sequence[float], train_file: Path, validation_file: Path, *,
+    share: float, most: int,
+) -> None:  # fmt: skip
+    train_file.parent.mkdir(parents=True, exist_ok=True)
     counts, capped = [0, 0], _capped(positions, share, most)
-    parts = [target.with_suffix(".part") for target in (kept, held)]
+    parts = [target.with_suffix(".part") for target in (train_file, validation_file)]
     with writing_in_place(parts[0]) as rest, writing_in_place(parts[1]) as out:
         for (_, record), position in zip(_records(source), positions, strict=True):
             aside = position < capped
@@ -93,14 +93,14 @@ def _split(
             "validation; records that share a picture stay together. Change --hold-out, or give data.validation or "
             "--validation TASK."
         )
-    for part, target in zip(parts, (kept, held), strict=True):
+    for part, target in zip(parts, (train_file, validation_file), strict=True):
         rename(part, target)
 
 
 def _capped(positions: Sequence[float], share: float, most: int) -> float:
     """The share, or a smaller one whose whole pictures hold at most so many records, and at least one picture."""
-    held = sorted(position for position in positions if position < share)
-    return share if len(held) <= most else max(held[most], math.nextafter(held[0], 1.0))
+    below = sorted(position for position in positions if position < share)
+    return share if len(below) <= most else max(below[most], math.nextafter(below[0], 1.0))
 
 
 def _records(source: RecordSource) -> Iterator[tuple[int, Any]]:
@@ -134,7 +134,7 @@ def _positions(sources: Sequence[RecordSource]) -> list[list[float]]:
 
 
 def _keys(source: RecordSource, row: int, value: Any) -> list[str]:
-    """What a record is grouped by: its pictures, else its text."""
+    """Keys by which a record is grouped: its pictures, or its text if it has none."""
     try:
         images = source[row].images
     except RecordError:  # the trainer counts it

@@ -1,4 +1,4 @@
-"""How many seeds and documents show a difference of so many points: planned from a pilot, and stopped early by looks.
+"""The seeds and documents that show a difference of so many points: planned from a pilot, stopped early by looks.
 
 The squared error of a difference is ``documents / N + seeds / K + answers / (K N)`` (`seed_statistics.Components`). A
 size shows a difference where a t-test with the level of the last look, divided by the number of compared arms, has 80 %
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -17,8 +18,8 @@ from typing import Any, Literal
 from mm_moslora_eval.scoring.error_bars import shown_by_t_test, t_quantile
 
 from mm_moslora.compare.comparison_analysis import analyse
-from mm_moslora.compare.comparison_plan import Settings, planned_for, run_count
-from mm_moslora.compare.comparison_run import Comparison
+from mm_moslora.compare.comparison_plan import ComparisonSettings, planned_for, run_count
+from mm_moslora.compare.comparison_run import ArmComparison
 from mm_moslora.compare.comparison_text import looks_sentence
 from mm_moslora.compare.seed_statistics import POWER, Components
 from mm_moslora.compare.sequential_looks import OVERALL, Looks, LookState, planned_looks, read_state, write_state
@@ -44,7 +45,7 @@ _SUGGESTED = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class SampleSize:
     """A number of seeds and documents, and what it shows."""
 
     seeds: float
@@ -52,7 +53,7 @@ class Size:
     detectable: float
     """The true difference that is shown four times out of five."""
     half_width: float
-    """Of the 95 % interval, which holds for all looks together."""
+    """Half-width of the 95 % interval, which holds for all looks together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,8 @@ class Planner:
         variance = [max(1e-12, self.components.variance(seeds=k, documents=documents)) for k in sizes]
         return planned_looks(sizes[0], seeds, variance, step=self.step)
 
-    def size(self, seeds: float, documents: int) -> Size:
-        """What so many seeds and documents show; infinitely many seeds are allowed."""
+    def size(self, seeds: float, documents: int) -> SampleSize:
+        """The difference that so many seeds and documents show; infinitely many seeds are allowed."""
         parts = self.components
         answers = parts.answers / seeds / documents
         by_documents, by_arm = parts.documents / documents + answers, (parts.seeds / seeds + answers) / 2
@@ -91,10 +92,10 @@ class Planner:
         squares += (2 * by_arm) ** 2 / max(1.0, self.comparisons * (seeds - 1))
         degrees = max(1.0, variance**2 / squares) if squares else math.inf
         if not variance:
-            return Size(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
+            return SampleSize(seeds=seeds, documents=documents, detectable=0.0, half_width=0.0)
         level = OVERALL if math.isinf(seeds) else self.looks(int(seeds), documents).level(int(seeds))
         error = math.sqrt(variance)
-        return Size(
+        return SampleSize(
             seeds=seeds, documents=documents, half_width=t_quantile(1 - level, degrees) * error,
             detectable=shown_by_t_test(1 - level / self.comparisons, degrees, power=POWER) * error,
         )  # fmt: skip
@@ -103,18 +104,18 @@ class Planner:
         """Seeds with so many degrees of freedom, where all arms run and their runs spread alike."""
         return 1 + math.ceil(degrees / self.comparisons)
 
-    def fewest_seeds(self, documents: int) -> Size | None:
+    def fewest_seeds(self, documents: int) -> SampleSize | None:
         """The fewest seeds that show the difference on so many documents; None beyond `MOST_SEEDS`."""
         return self._fewest(
             max(self._least_seeds(_DEGREES), self.first), MOST_SEEDS, lambda seeds: self.size(seeds, documents)
         )
 
-    def fewest_for_width(self, documents: int) -> Size | None:
+    def fewest_for_width(self, documents: int) -> SampleSize | None:
         """The fewest seeds with a half-width of the difference on so many documents; None beyond `MOST_SEEDS`."""
         first = max(2, self.first)
         return self._fewest(first, MOST_SEEDS, lambda seeds: self.size(seeds, documents), of="half_width")
 
-    def fewest_documents(self, seeds: int, *, most: int = 10_000_000) -> Size | None:
+    def fewest_documents(self, seeds: int, *, most: int = 10_000_000) -> SampleSize | None:
         """The fewest documents that show the difference with so many seeds; None beyond `most`."""
         return self._fewest(2, most, lambda documents: self.size(seeds, documents))
 
@@ -122,19 +123,16 @@ class Planner:
         self,
         low: int,
         high: int,
-        size: Callable[[int], Size],
+        size: Callable[[int], SampleSize],
         *,
         of: Literal["detectable", "half_width"] = "detectable",
-    ) -> Size | None:
+    ) -> SampleSize | None:
         if getattr(size(high), of) > self.points:
             return None
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if getattr(size(middle), of) <= self.points else (middle + 1, high)
-        return size(low)
+        return size(bisect_left(range(high), True, lo=low, key=lambda count: getattr(size(count), of) <= self.points))
 
 
-def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list[str]]:
+def plan_resolution(planner: Planner, documents: int) -> tuple[SampleSize | None, list[str]]:
     """The size that shows the difference, None where the documents do not allow it, and the plan in sentences.
 
     Args:
@@ -152,8 +150,8 @@ def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list
     narrow = planner.fewest_for_width(documents)
     if narrow is not None:
         lines[0] += f" A half-width of {points} takes {narrow.seeds:.0f} seeds."
-    found = planner.fewest_seeds(documents)
-    if found is None:
+    size = planner.fewest_seeds(documents)
+    if size is None:
         least = planner.size(math.inf, documents)
         if least.detectable > planner.points:
             lines.append(
@@ -167,17 +165,17 @@ def plan_resolution(planner: Planner, documents: int) -> tuple[Size | None, list
         either = " or ".join(f"{size.documents:,} documents and {size.seeds:.0f} seeds" for size in needed)
         lines.append(f"Needed: {either or f'more than {MOST_SEEDS} seeds, or a coarser --resolve'}.")
         return None, lines
-    seeds = int(found.seeds)
+    seeds = int(size.seeds)
     enough = planner.fewest_documents(seeds, most=documents)
     fewer = f" ({enough.documents} would do)" if enough is not None and enough.documents < 0.9 * documents else ""
     looks = planner.looks(seeds, documents).seeds
     lines.append(
-        f"For {points}: {seeds} seeds on {documents} documents{fewer}, half-width {100 * found.half_width:.1f}. "
+        f"For {points}: {seeds} seeds on {documents} documents{fewer}, half-width {100 * size.half_width:.1f}. "
         f"Looks after {', '.join(map(str, looks))} seeds; an arm ends early where it is decided: its corrected "
         f"p-value is below {SIGNIFICANT:g}, or its interval lies within {points}. Intervals and p-values hold for all "
         "looks together (alpha spending)."
     )
-    return found, lines
+    return size, lines
 
 
 class Resolution:
@@ -192,7 +190,7 @@ class Resolution:
         ConfigError: the comparison was started with another difference, or has too few seeds for a pilot.
     """
 
-    def __init__(self, comparison: Comparison, points: float, *, step: int = 1) -> None:
+    def __init__(self, comparison: ArmComparison, points: float, *, step: int = 1) -> None:
         if not 0 < points < 1:
             raise ConfigError(f"--resolve is {100 * points:g}, expected points between 0 and 100, such as 3.")
         if comparison.settings.seeds < 2:
@@ -216,11 +214,11 @@ class Resolution:
             "before a pilot, assumed: runs of an arm spread by 2 points, answers as right and wrong ones usually do"
         )  # fmt: skip
         planner = replace(self._planner(components or ASSUMED, settings.seeds), independent=independent_share(rows))
-        found, lines = plan_resolution(planner, self._comparison.documents)
+        size, lines = plan_resolution(planner, self._comparison.documents)
         lines = [f"--resolve {100 * self._points:g}, {source}: {lines[0]}", *lines[1:]]
-        return [*lines, self._hours(int(found.seeds) if found is not None else settings.seeds)]
+        return [*lines, self._hours(int(size.seeds) if size is not None else settings.seeds)]
 
-    def settings_after(self) -> Settings:
+    def settings_after(self) -> ComparisonSettings:
         """The settings to go on with, after a look at the seeds that are over; the present seeds where it ends."""
         comparison, settings = self._comparison, self._comparison.settings
         results, state = analyse(comparison), read_state(comparison.folder)
@@ -231,12 +229,8 @@ class Resolution:
             results = analyse(comparison)  # with the level of the first look
         state = after_look(state, main_rows(results), settings.seeds)
         write_state(comparison.folder, state)
-        logger.info(
-            "%s",
-            f"It ends after {settings.seeds} seeds: {state.ended}."
-            if state.ended
-            else f"It goes on to {state.seeds} seeds.",
-        )
+        ended = f"It ends after {settings.seeds} seeds: {state.ended}." if state.ended else ""
+        logger.info("%s", ended or f"It goes on to {state.seeds} seeds.")
         return replace(settings, seeds=state.seeds, decided=state.arms)
 
     def _planner(self, components: Components, first: int) -> Planner:
@@ -271,19 +265,15 @@ def plan_looks(planner: Planner, rows: Rows, documents: int) -> LookState:
     first, components = planner.first, mean_components(rows)
     only = LookState(points=planner.points, seeds=first, looks=Looks((first,), (1.0,)), components={})
     if components is None:
-        several = any(row["run_degrees"] for row in rows)
-        why = (
-            "no answers of the pilot differ between arms"
-            if several
-            else "no arm has two measured seeds in common with the reference"
-        )
-        return replace(only, ended=why)
+        if any(row["run_degrees"] for row in rows):
+            return replace(only, ended="no answers of the pilot differ between arms")
+        return replace(only, ended="no arm has two measured seeds in common with the reference")
     only = replace(only, components=asdict(components))
     planner = replace(planner, components=components, independent=independent_share(rows))
-    found, lines = plan_resolution(planner, documents)
-    if found is None:
+    size, lines = plan_resolution(planner, documents)
+    if size is None:
         return replace(only, ended=" ".join(lines[1:]).removesuffix("."))
-    return replace(only, looks=planner.looks(int(found.seeds), documents))
+    return replace(only, looks=planner.looks(int(size.seeds), documents))
 
 
 def after_look(state: LookState, rows: Rows, seeds: int) -> LookState:

@@ -28,18 +28,18 @@ class ArmCost:
     trainable: int = 0
     step_seconds: float = math.nan
     steps: int = 0
-    """Of a run."""
+    """Optimiser steps of a run."""
     run_seconds: float = math.nan
-    """Of a run: loading, training and measuring where one has finished, else training alone."""
+    """Seconds of a run: loading, training and measuring if one has finished, else training alone."""
     memory_gib: float = math.nan
     finished: bool = False
     """Whether a run has finished."""
     problem: str = ""
-    """What ended its first steps."""
+    """Reason why its first steps ended early."""
 
     @property
     def seconds(self) -> float:
-        """Of all missing runs."""
+        """Seconds of all missing runs."""
         return self.run_seconds * self.runs if self.runs else 0.0
 
 
@@ -64,18 +64,18 @@ def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: CellRun | N
     if probe is None:
         return unknown
     try:
-        rows = [row for row in metrics(probe.place) if "step_seconds" in row]
+        rows = [row for row in metrics(probe.run_folder) if "step_seconds" in row]
         if len(rows) < PROBE_STEPS:
             return unknown
         last, each = rows[-1], median(row["step_seconds"] for row in rows)
         steps = probe.recipe.train.total_steps(last["step"] / last["epoch"])
-        parts = read_json(probe.place / "summary.json")["components"]
+        parts = read_json(probe.run_folder / "summary.json")["components"]
         return replace(
             unknown, trainable=sum(build_known(Component, part, source="it").trainable for part in parts), steps=steps,
             step_seconds=each, run_seconds=each * steps, memory_gib=float(last["memory_gib"]),
         )  # fmt: skip
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        return replace(unknown, problem=f"{probe.place} is damaged ({error})")
+        return replace(unknown, problem=f"{probe.run_folder} is damaged ({error})")
 
 
 def cost_table(costs: Sequence[ArmCost]) -> list[str]:
@@ -84,9 +84,9 @@ def cost_table(costs: Sequence[ArmCost]) -> list[str]:
     rows = [_cells(cost) for cost in costs]
     total = math.fsum(cost.seconds for cost in costs if not math.isnan(cost.seconds))
     rows.append(("all", "", "", "", "", "", str(sum(cost.runs for cost in costs)), f"{total / 3600:.2f}"))
-    widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     lines = [
-        "  ".join(text.ljust(width) if place == 0 else text.rjust(width) for place, (text, width) in enumerate(pairs))
+        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(pairs))
         for pairs in (list(zip(row, widths, strict=True)) for row in (heads, *rows))
     ]
     unknown = [f"{cost.arm}: {cost.problem or 'shorter than the first steps'}" for cost in costs if _unknown(cost)]
@@ -114,13 +114,13 @@ def _cells(cost: ArmCost) -> tuple[str, ...]:
 
 def mean_run_seconds(costs: Sequence[ArmCost]) -> float:
     """Mean seconds of a missing run over all arms with a known cost; NaN without any."""
-    known = [cost for cost in costs if cost.runs and not math.isnan(cost.run_seconds)]
-    runs = sum(cost.runs for cost in known)
-    return math.fsum(cost.seconds for cost in known) / runs if runs else math.nan
+    measured = [cost for cost in costs if cost.runs and not math.isnan(cost.run_seconds)]
+    runs = sum(cost.runs for cost in measured)
+    return math.fsum(cost.seconds for cost in measured) / runs if runs else math.nan
 
 
 def cost_line(cost: ArmCost) -> str:
-    """What the first steps of a comparison's first run say about all its runs."""
+    """The cost of all runs of a comparison, estimated from the first steps of its first run."""
     return (
         f"Cost: {cost.step_seconds:.2f} s a step, {cost.steps} steps a run, {cost.runs} runs: about "
         f"{format_seconds(cost.seconds)} of training in all (and loading and measuring), {cost.memory_gib:.1f} GiB a "

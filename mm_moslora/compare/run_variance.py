@@ -18,12 +18,12 @@ ROUNDING = 1e-24
 _POOLED = 0.25
 """An arm's variance between seeds is pooled unless it is above that of the other arms at this level (Bancroft 1944)."""
 Runs = Mapping[int, float]
-"""Of an arm, by seed: how far the score of its run, on all tasks, is from the mean of its runs."""
+"""Deviation of each seed's score, over all tasks, from the mean of the arm's runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Variance between runs of an arm: of the score of one run, on all tasks."""
+    """Variance between the runs of an arm, in the score of a run over all tasks."""
 
     squares: float
     """Sum of squares."""
@@ -34,7 +34,7 @@ class Spread:
 
     @property
     def variance(self) -> float:
-        """Of one run; 0 where it is unknown."""
+        """Variance of one run; 0 where it is unknown."""
         return self.squares / max(1, self.degrees)
 
 
@@ -53,20 +53,20 @@ def variance_of_means(spreads: Sequence[Spread], seeds: int) -> tuple[float, flo
         squares = max(0.0, together[0].squares - sum(spread.squares for spread in alone))
         parts.append((of_each * squares, rest))
     variance = sum(part for part, _ in parts)
-    known = all(spread.degrees for spread in spreads)
+    all_known = all(spread.degrees for spread in spreads)
     squared = sum(part**2 / max(1, degrees) for part, degrees in parts)
     degrees = variance**2 / squared if squared else float(sum(degrees for _, degrees in parts))
-    return variance / seeds, degrees if known else 0.0
+    return variance / seeds, degrees if all_known else 0.0
 
 
 def residual(arms: Sequence[Runs], *, blocks: bool = True) -> tuple[float, int]:
     """Sum of squares of the runs around the effects of arms and, as blocks, of seeds, and its degrees of freedom."""
     values = np.array([value for runs in arms for value in runs.values()])
     effects = (
-        [("arm", place) for place, runs in enumerate(arms) for _ in runs],
+        [("arm", index) for index, runs in enumerate(arms) for _ in runs],
         [("seed", seed) for runs in arms for seed in runs],
     )
-    columns = {name: place for place, name in enumerate({*effects[0], *effects[1]})}
+    columns = {name: index for index, name in enumerate({*effects[0], *effects[1]})}
     design = np.zeros((len(values), len(columns)))
     for names in effects if blocks else effects[:1]:
         design[range(len(values)), [columns[name] for name in names]] = 1.0
@@ -77,13 +77,13 @@ def residual(arms: Sequence[Runs], *, blocks: bool = True) -> tuple[float, int]:
 def pooled(arms: Sequence[Runs]) -> list[Spread]:
     """The variances between runs that differences take: the mean over arms, or an arm's own if it is larger."""
     squares, degrees = residual(arms)
-    mean, found = Spread(squares=squares, degrees=degrees, pooled=True), []
-    for place in range(len(arms)):
+    mean, spreads = Spread(squares=squares, degrees=degrees, pooled=True), []
+    for index in range(len(arms)):
         # What an arm adds to the squares of the others is independent of them.
-        rest, below = residual([*arms[:place], *arms[place + 1 :]])
+        rest, below = residual([*arms[:index], *arms[index + 1 :]])
         own = Spread(squares=max(0.0, squares - rest), degrees=degrees - below)
         ratio = own.variance * below / rest if rest > ROUNDING else math.inf
         tested = own.degrees and below and own.squares > ROUNDING
         alone = tested and f_upper_tail(ratio, own.degrees, below) < _POOLED
-        found.append(own if alone else mean)
-    return found
+        spreads.append(own if alone else mean)
+    return spreads

@@ -10,6 +10,7 @@ uneven clusters), Satterthwaite 1946 (degrees of freedom), Holm 1979. The varian
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +48,7 @@ class TaskScores:
 
     @property
     def numbers(self) -> Sequence[int]:
-        """Of the seeds."""
+        """Numbers of the seeds."""
         return self.seeds or range(len(self.scores))
 
     def answered(self) -> list[int]:
@@ -83,7 +84,7 @@ class Components:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class ArmEstimate:
     """A mean with its error."""
 
     value: float
@@ -105,7 +106,7 @@ class Estimate:
     size: tuple[int, int]
     """Seeds in common and documents."""
     level: float = LEVEL
-    """Of the interval."""
+    """Confidence level of the interval."""
 
     @property
     def p_value(self) -> float:
@@ -118,10 +119,10 @@ class Estimate:
 
     @property
     def half_width(self) -> float:
-        """Of the interval."""
+        """Half the width of the interval."""
         return (self.high - self.low) / 2
 
-    def at_level(self, level: float) -> Estimate:
+    def at_level(self, level: float) -> ArmEstimate:
         """The same estimate with an interval of this error rate instead of 5 %."""
         low, high = _interval(self.value, self.stderr, self.degrees, groups=self.fewest, level=1 - level)
         return replace(self, low=low, high=high, level=1 - level)
@@ -140,28 +141,28 @@ class Estimate:
         return shown_by_t_test(level, self.degrees, power=POWER) * self.stderr
 
 
-def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
+def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> ArmEstimate:
     """The mean over seeds, documents and (with equal weight) tasks, with its error for new documents and new seeds."""
     tasks = _of_seeds(tasks, _seeds(tasks))
     squares, degrees = residual([_runs(tasks)], blocks=False)
     return _estimate([tasks], [Spread(squares=squares, degrees=degrees)], bounded=bounded)
 
 
-def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> Estimate:
+def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> ArmEstimate:
     """A - B on the same documents: `differences` of one arm.
 
     Raises:
         ValueError: see `differences`; or the arms have no seed in common.
     """
-    found = differences({"": a}, b, bounded=bounded)
-    if not found:
+    estimates = differences({"": a}, b, bounded=bounded)
+    if not estimates:
         raise ValueError("The arms have no seed in common, so they cannot be compared seed by seed.")
-    return found[""]
+    return estimates[""]
 
 
 def differences(
     arms: Mapping[str, Mapping[str, TaskScores]], reference: Mapping[str, TaskScores], *, bounded: bool = True
-) -> dict[str, Estimate]:
+) -> dict[str, ArmEstimate]:
     """Each arm - the reference on the same documents and seeds, with its error for new documents and new seeds.
 
     The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's runs around
@@ -181,7 +182,7 @@ def differences(
     """
     if other := next((tasks for tasks in arms.values() if tasks.keys() != reference.keys()), None):
         raise ValueError(f"The arms were measured on different tasks: {list(other)} and {list(reference)}.")
-    seeds = {name: found for name, tasks in arms.items() if (found := _seeds(tasks, reference))}
+    seeds = {name: common for name, tasks in arms.items() if (common := _seeds(tasks, reference))}
     if not seeds:
         return {}
     runs = [_runs(_of_seeds(arms[name], both)) for name, both in seeds.items()]
@@ -200,7 +201,7 @@ def _seeds(*arms: Mapping[str, TaskScores]) -> set[int]:
         answered = np.all([np.isfinite(grid).any(axis=1) for of in grids.values() for grid in of], axis=0)
         if answered.all():
             break
-        seeds = {number for number, there in zip(sorted(seeds), answered, strict=True) if there}
+        seeds = {number for number, complete in zip(sorted(seeds), answered, strict=True) if complete}
     return seeds
 
 
@@ -209,13 +210,14 @@ def _of_seeds(tasks: Mapping[str, TaskScores], seeds: set[int]) -> dict[str, Tas
 
 
 def _runs(tasks: Mapping[str, TaskScores]) -> Runs:
-    """An arm's own, from all documents that it answered."""
-    found: dict[int, float] = {}
+    """The deviations of an arm's runs, from all documents that the arm answered."""
+    deviations: dict[int, float] = {}
     for name, task in tasks.items():
         ((grid,), _) = _in_common([task], name)
         effects = _fit(grid).effects / len(tasks)
-        found |= {number: found.get(number, 0.0) + part for number, part in zip(task.numbers, effects, strict=True)}
-    return found
+        for number, effect in zip(task.numbers, effects, strict=True):
+            deviations[number] = deviations.get(number, 0.0) + effect
+    return deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,14 +267,14 @@ class _Stratum:
 
     def by_answers(self) -> float:
         """Variance of the mean from single answers; 0 where no document has several, or all are of one cluster."""
-        (all_of_it, known), groups = self.weights.sum(axis=1), int(self.clusters.max()) + 1
-        if groups < 2 or not known:
+        (total, estimated), groups = self.weights.sum(axis=1), int(self.clusters.max()) + 1
+        if groups < 2 or not estimated:
             return 0.0
         sums = np.square([np.bincount(self.clusters, row, groups) for row in self.answers]).sum()
-        return float(sums * groups / (groups - 1) * all_of_it / known)
+        return float(sums * groups / (groups - 1) * total / estimated)
 
 
-def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[Spread], *, bounded: bool) -> Estimate:
+def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[Spread], *, bounded: bool) -> ArmEstimate:
     value, strata, seeds = _strata(arms)
     by_seeds, run_degrees = variance_of_means(spreads, seeds)
     documents = [stratum.by_documents() for stratum in strata]
@@ -286,15 +288,21 @@ def _estimate(arms: Sequence[Mapping[str, TaskScores]], spreads: Sequence[Spread
     # Estimates of components may exceed the total; the error is never smaller than either source alone.
     common = min(sum(stratum.by_answers() for stratum in strata), max(by_documents, by_seeds))
     alone = (max(0.0, by_documents - common), max(0.0, by_seeds - common))
-    asked = sum(len(stratum.deviations) for stratum in strata)
+    documents_asked = sum(len(stratum.deviations) for stratum in strata)
     groups = [int(count + _CLOSE**0.5) for count in independent]
     variance = math.nan if unknown else sum(alone) + common
-    return _with_interval(
-        value, variance, squares, by_documents, groups=groups, bounded=bounded, run_degrees=run_degrees,
+    stderr = 0.0 if variance <= ROUNDING else math.sqrt(variance)
+    degrees = max(1.0, variance**2 / squares) if stderr else math.inf
+    if not stderr and not bounded:
+        stderr = math.nan  # unknown: nothing bounds the differences of other documents
+    low, high = _interval(value, stderr, degrees, groups=min(groups), level=LEVEL)
+    return ArmEstimate(
+        value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=sum(groups), fewest=min(groups),
+        documents=min(1.0, by_documents / variance) if variance > 0 else 1.0, run_degrees=run_degrees,
         components=Components(
-            documents=alone[0] * asked, seeds=alone[1] * seeds, answers=common * asked * seeds
+            documents=alone[0] * documents_asked, seeds=alone[1] * seeds, answers=common * documents_asked * seeds
         ),
-        size=(seeds, asked),
+        size=(seeds, documents_asked),
     )  # fmt: skip
 
 
@@ -357,44 +365,28 @@ def _in_common(arms: Sequence[TaskScores], task: str) -> tuple[list[Grid], list[
         raise ValueError(
             f"{task}: the arms answered different documents, so they cannot be compared document by document."
         )
-    kept = np.logical_and.reduce([np.isfinite(grid).any(axis=0) for grid in grids])
-    if not kept.any():
+    answered = np.logical_and.reduce([np.isfinite(grid).any(axis=0) for grid in grids])
+    if not answered.any():
         raise ValueError(f"{task}: no document has a score of every arm.")
-    return [grid[:, kept] for grid in grids], [name for name, one in zip(arms[0].clusters, kept, strict=True) if one]
+    return [grid[:, answered] for grid in grids], list(itertools.compress(arms[0].clusters, answered))
 
 
 def _fit(grid: Grid) -> _Fit:
-    there = np.isfinite(grid)
-    rows, columns = there.sum(axis=1), there.sum(axis=0)
-    known = np.where(there, grid, 0.0)
+    present = np.isfinite(grid)
+    rows, columns = present.sum(axis=1), present.sum(axis=0)
+    values = np.where(present, grid, 0.0)
     effects = np.zeros(len(grid))
     for _ in range(_STEPS):
-        rest = (known - there * effects[:, None]).sum(axis=0) / columns
-        before, effects = effects, (known - there * rest).sum(axis=1) / rows
+        rest = (values - present * effects[:, None]).sum(axis=0) / columns
+        before, effects = effects, (values - present * rest).sum(axis=1) / rows
         effects -= effects.mean()
         if np.abs(effects - before).max() < _CLOSE:
             break
-    means = (known - there * effects[:, None]).sum(axis=0) / columns
+    means = (values - present * effects[:, None]).sum(axis=0) / columns
     # A residual around the mean of m answers has (m - 1) / m of their variance.
     scale = np.sqrt(columns / np.maximum(1, columns - 1)) / columns
-    brought = there * (known - means - effects[:, None]) * scale
+    brought = present * (values - means - effects[:, None]) * scale
     return _Fit(means=means, effects=effects, answered=columns, brought=brought)
-
-
-def _with_interval(
-    value: float, variance: float, squares: float, by_documents: float, *, groups: Sequence[int], bounded: bool,
-    run_degrees: float, components: Components, size: tuple[int, int],
-) -> Estimate:  # fmt: skip
-    stderr = 0.0 if variance <= ROUNDING else math.sqrt(variance)
-    degrees = max(1.0, variance**2 / squares) if stderr else math.inf
-    if not stderr and not bounded:
-        stderr = math.nan  # unknown: nothing bounds the differences of other documents
-    low, high = _interval(value, stderr, degrees, groups=min(groups), level=LEVEL)
-    return Estimate(
-        value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=sum(groups), fewest=min(groups),
-        documents=min(1.0, by_documents / variance) if variance > 0 else 1.0, run_degrees=run_degrees,
-        components=components, size=size,
-    )  # fmt: skip
 
 
 def _interval(value: float, stderr: float, degrees: float, *, groups: int, level: float) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_moslora.compare.seed_statistics import Estimate, TaskScores, differences, holm
+from mm_moslora.compare.seed_statistics import ArmEstimate, TaskScores, differences, holm
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import read_json, replace_json
 from mm_moslora.utils.untrusted_data import build_strictly
@@ -140,30 +140,30 @@ def _bounds(mass: Array, spend: Array, width: float) -> Array:
 class Judged:
     """An arm against the reference."""
 
-    estimate: Estimate
-    """With an interval that holds for all looks together; between two looks, for these seeds alone."""
+    estimate: ArmEstimate
+    """Its interval holds for all looks together; between two looks, for the present seeds alone."""
     p_corrected: float
-    """For all looks and arms together; NaN between two looks, where nothing is judged."""
+    """P-value corrected over all looks and arms; NaN between two looks, where nothing is judged."""
     look: bool = True
     """Whether it is one of the looks."""
 
     def numbers(self, *, comparisons: int) -> dict[str, Any]:
         """The numbers of a row of `results.json`, with p-values of so many arms."""
-        found = self.estimate
+        estimate = self.estimate
         return {
-            "difference": found.value,
-            "stderr": found.stderr,
-            "low": found.low,
-            "high": found.high,
-            "half_width": found.half_width,
-            "p": found.p_value,
+            "difference": estimate.value,
+            "stderr": estimate.stderr,
+            "low": estimate.low,
+            "high": estimate.high,
+            "half_width": estimate.half_width,
+            "p": estimate.p_value,
             "p_corrected": self.p_corrected,
-            "detectable": found.detectable(comparisons=comparisons),
-            "components": asdict(found.components),
-            "run_degrees": found.run_degrees,
-            "seeds": found.size[0],
-            "documents": found.size[1],
-            "clusters": found.groups,
+            "detectable": estimate.detectable(comparisons=comparisons),
+            "components": asdict(estimate.components),
+            "run_degrees": estimate.run_degrees,
+            "seeds": estimate.size[0],
+            "documents": estimate.size[1],
+            "clusters": estimate.groups,
         }
 
 
@@ -184,23 +184,25 @@ def judge(
             seeds than a look gets no p-value: no part of the error rate is spent there.
         bounded: see `differences`.
     """
-    found: dict[str, Estimate] = {}
+    estimates: dict[str, ArmEstimate] = {}
     for count in sorted({seeds[name] for name in arms}):
         these = {name: first_seeds(tasks, count) for name, tasks in arms.items()}
-        estimates = differences(these, first_seeds(reference, count), bounded=bounded)
-        found |= {name: one for name, one in estimates.items() if seeds[name] == count}
-    found = {name: found[name] for name in arms if name in found}
-    there: Mapping[str, Estimate] = {}
+        at_count = differences(these, first_seeds(reference, count), bounded=bounded)
+        estimates |= {name: one for name, one in at_count.items() if seeds[name] == count}
+    estimates = {name: estimates[name] for name in arms if name in estimates}
+    at_look: Mapping[str, ArmEstimate] = {}
     if looks is None:
-        p_values = [one.p_value for one in found.values()]
+        p_values = [one.p_value for one in estimates.values()]
     else:
-        there = {name: one for name, one in found.items() if seeds[name] in looks.seeds}
-        p_values = [looks.p_value(one.p_value, seeds[name]) if name in there else 1.0 for name, one in found.items()]
-        found |= {name: one.at_level(looks.level(seeds[name])) for name, one in there.items()}
-    judged = {name: looks is None or name in there for name in found}  # the others count in the correction
+        at_look = {name: one for name, one in estimates.items() if seeds[name] in looks.seeds}
+        p_values = [
+            looks.p_value(one.p_value, seeds[name]) if name in at_look else 1.0 for name, one in estimates.items()
+        ]
+        estimates |= {name: one.at_level(looks.level(seeds[name])) for name, one in at_look.items()}
+    judged = {name: looks is None or name in at_look for name in estimates}  # the others count in the correction
     return {
         name: Judged(estimate=one, p_corrected=corrected if judged[name] else math.nan, look=judged[name])
-        for (name, one), corrected in zip(found.items(), holm(p_values), strict=True)
+        for (name, one), corrected in zip(estimates.items(), holm(p_values), strict=True)
     }
 
 

@@ -46,14 +46,14 @@ class SourceConfig:
     """Hugging Face datasets: stream the first `limit` rows instead of downloading the whole dataset."""
 
     def __post_init__(self) -> None:
-        here = f"data source {self.path!r}"
-        require(0 < self.weight <= 1e6, f"{here}: weight is {self.weight}, expected more than 0, finite.")
-        at_least(f"{here}: video_frames", self.video_frames, 1)
-        require(self.limit is None or self.limit >= 1, f"{here}: limit is {self.limit}, expected 1 or more.")
-        at_least(f"{here}: hold_out", self.hold_out, 0)
+        source = f"data source {self.path!r}"
+        require(0 < self.weight <= 1e6, f"{source}: weight is {self.weight}, expected more than 0, finite.")
+        at_least(f"{source}: video_frames", self.video_frames, 1)
+        require(self.limit is None or self.limit >= 1, f"{source}: limit is {self.limit}, expected 1 or more.")
+        at_least(f"{source}: hold_out", self.hold_out, 0)
         require(
             not self.streaming or (self.limit is not None and self.limit_by == "first"),
-            f"{here}: streaming is set, so set limit too, and limit_by: first; the stream is read up to the limit.",
+            f"{source}: streaming is set, so set limit too, and limit_by: first; the stream is read up to the limit.",
         )
 
 
@@ -111,9 +111,9 @@ class DataConfig:
     @property
     def held_out(self) -> list[SourceConfig]:
         """All sources of the validation loss: data.validation, and what sources of data.train hold out."""
-        named = [{item.name: getattr(source, item.name) for item in fields(source)} for source in self.train
+        shares = [{item.name: getattr(source, item.name) for item in fields(source)} for source in self.train
                  if source.hold_out]  # fmt: skip
-        return [*self.validation, *(HeldOut(**values | {"weight": 1.0}) for values in named)]
+        return [*self.validation, *(HeldOut(**values | {"weight": 1.0}) for values in shares)]
 
     def __post_init__(self) -> None:
         for source in self.validation:

@@ -163,8 +163,8 @@ def notes_thinking(source: Any) -> bool:
 
 def notes_of(source: str) -> TemplateNotes:
     """Read the header comment of a chat template."""
-    found = _HEADER.search(source)
-    return TemplateNotes() if found is None else TemplateNotes(name=found[1], faithful=found[2] is not None)
+    header = _HEADER.search(source)
+    return TemplateNotes() if header is None else TemplateNotes(name=header[1], faithful=header[2] is not None)
 
 
 def require_template(name: str | None) -> None:
@@ -196,14 +196,14 @@ def set_chat_template(tokenizer: Any, name: str | None, *, faithful: bool = Fals
     if tokenizer.eos_token is None:
         raise ConfigError(f"model.chat_template is {name!r}, but the tokenizer has no end-of-sequence token.")
     template = CHAT_TEMPLATES[name]
-    known = tokenizer.get_vocab()
-    missing = [text for text in template.controls if text not in known]
+    vocabulary = tokenizer.get_vocab()
+    missing = [text for text in template.controls if text not in vocabulary]
     if missing:
         logger.warning(
             "The chat template %s writes %s, which this tokenizer has no tokens for. These are written as ordinary "
             "text, and answers end with %s.", name, ", ".join(missing), tokenizer.eos_token,
         )  # fmt: skip
-    if template.controls and template.controls[-1] in known:  # generation stops at the token that ends answers
+    if template.controls and template.controls[-1] in vocabulary:  # generation stops at the token that ends answers
         tokenizer.eos_token = template.controls[-1]
     adds_bos = tokenizer.bos_token is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     header = "{#- mm_moslora: " + name + (" faithful" if faithful else "") + " -#}"

@@ -208,8 +208,8 @@ class ModelConfig:
     @property
     def projector_trains(self) -> bool:
         """Whether a projector trains; `auto` trains that of an assembled model."""
-        there = self.vlm is not None or self.vision is not None
-        return there and (self.projector.mode == "full" or (self.projector.mode == "auto" and self.vlm is None))
+        has_images = self.vlm is not None or self.vision is not None
+        return has_images and (self.projector.mode == "full" or (self.projector.mode == "auto" and self.vlm is None))
 
 
 def refuse_without_effect(config: ModelConfig) -> None:

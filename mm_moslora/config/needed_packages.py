@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mm_moslora.config.recipe import Recipe
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.package_requirements import install_command, is_installed
 
 
-@dataclass(frozen=True, kw_only=True)
-class Need:
+class Need(NamedTuple):
     """A package, and the setting that needs it."""
 
     package: str
@@ -28,7 +27,7 @@ def needs(recipe: Recipe) -> list[Need]:
     Args:
         recipe: resolved.
     """
-    return [Need(package=package, module=module, setting=setting) for package, module, setting in _needs(recipe)]
+    return [Need(*need) for need in _needs(recipe)]
 
 
 def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:

@@ -74,7 +74,7 @@ def comparison_text(name: str, recipe: YamlRecipe, *, presets: Path) -> str:
     for setting in settings:
         note = "same" if setting.same else f"differs: {setting.reason or 'changed in this recipe'}"
         rows.append((setting.key, _shown(setting.authors), _shown(setting.recipe), note))
-    widths = [max(len(row[place]) for row in rows) for place in range(3)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"Released: wutaiqiang/MoSLoRA bba79b5, {entry['source']}", ""]
     lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
               for row in rows]  # fmt: skip

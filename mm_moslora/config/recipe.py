@@ -14,15 +14,9 @@ import yaml
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.preference_config import Objective, PreferenceConfig, refuse_unfit
-from mm_moslora.config.recipe_paths import seen_from_here
+from mm_moslora.config.recipe_paths import from_working_folder
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
-from mm_moslora.config.strict_reading import (
-    parse_scalar,
-    parse_text,
-    plain,
-    set_dotted,
-    takes_text,
-)
+from mm_moslora.config.strict_reading import parse_scalar, parse_text, plain, set_dotted, takes_text
 from mm_moslora.config.value_checks import require
 from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import checkpoints
@@ -110,7 +104,7 @@ class Recipe(YamlRecipe):
         )
 
     def for_ranks(self, world: int, *, before: str | None = None) -> Recipe:
-        """The same with a preset in the place of `train.zero: auto`.
+        """The recipe with the preset that `train.zero: auto` chooses.
 
         Args:
             world: number of ranks.
@@ -123,8 +117,8 @@ class Recipe(YamlRecipe):
         takers = world // train.sequence_parallel
         several = train.micro_tokens is not None or train.global_batch > train.micro_batch * takers
         small = self.model.language_mode in ("adapter", "frozen")  # ZeRO-1 keeps all gradients on every rank
-        kept = None if before == "none" and world > 1 else before
-        chosen = kept or ("zero1" if several and small else "zero2")
+        earlier = None if before == "none" and world > 1 else before
+        chosen = earlier or ("zero1" if several and small else "zero2")
         return replace(self, train=replace(train, zero=chosen))
 
 
@@ -190,7 +184,7 @@ def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str
     data = parse_yaml(read_text(path), source=str(path))
     if is_file and path.resolve().parent != presets.resolve():
         typed = [item.partition("=")[0].strip().lstrip("-") for item in overrides]
-        data = seen_from_here(data, path.parent, source=str(path), typed=typed)
+        data = from_working_folder(data, path.parent, source=str(path), typed=typed)
     changed = _overridden(kind, data, overrides)
     try:
         return kind.from_dict(changed, source=str(path))
@@ -223,12 +217,12 @@ def leaves(data: Any, prefix: str = "") -> dict[str, Any]:
         prefix: before every key.
     """
     items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
-    found = {key: leaf for name, item in items for key, leaf in leaves(item, f"{prefix}{name}.").items()}
-    return found or {prefix.rstrip("."): data}
+    below = {key: leaf for name, item in items for key, leaf in leaves(item, f"{prefix}{name}.").items()}
+    return below or {prefix.rstrip("."): data}
 
 
 def _guilty(
-    kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequence[str], said: str, *, source: str
+    kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequence[str], message: str, *, source: str
 ) -> list[str]:
     """The overrides that cause an error: removing one of them removes the error, or else changes it."""
     cured, changed = [], []
@@ -237,7 +231,7 @@ def _guilty(
             kind.from_dict(_overridden(kind, data, [*overrides[:number], *overrides[number + 1 :]]), source=source)
             cured.append(item)
         except ConfigError as error:
-            changed += [item] if str(error) != said else []
+            changed += [item] if str(error) != message else []
     return cured or changed
 
 
@@ -260,8 +254,8 @@ def _at_home(data: Any) -> Any:
 
 def _recipe_of_run(folder: Path) -> Path:
     """The resolved recipe in the newest checkpoint of a run."""
-    found = [item / "config.yaml" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
-    for path in found:
+    files = [item / "config.yaml" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
+    for path in files:
         if path.is_file():
             return path
     raise ConfigError(f"{folder} is a folder without config.yaml, neither a checkpoint nor a run with checkpoints.")

@@ -31,7 +31,9 @@ _TASK_FILE = re.compile(r"(.+\.ya?ml)((?:@[^@/]*)?)")
 _PATTERN = re.compile(r"[*?\[{]")
 
 
-def seen_from_here(data: Mapping[str, Any], folder: Path, *, source: str, typed: Sequence[str] = ()) -> dict[str, Any]:
+def from_working_folder(
+    data: Mapping[str, Any], folder: Path, *, source: str, typed: Sequence[str] = ()
+) -> dict[str, Any]:
     """The plain data of a recipe file, with relative paths rewritten to start at the working directory.
 
     Args:
@@ -54,28 +56,28 @@ def seen_from_here(data: Mapping[str, Any], folder: Path, *, source: str, typed:
         is_typed = any(key == name or key.startswith(f"{name}.") for name in typed)
         return value if is_typed else _reached(key, value, start, source)
 
-    found: dict[str, Any] = _changed(data, "", change)
-    return found
+    changed: dict[str, Any] = _changed(data, "", change)
+    return changed
 
 
 def absolute(data: Mapping[str, Any]) -> dict[str, Any]:
     """The plain data of a recipe with absolute paths, so that the file can be written to any folder."""
-    here = Path.cwd()
-    found: dict[str, Any] = _changed(
-        data, "", lambda key, value: _placed(key, value, here, lambda name: str(here / name))
+    folder = Path.cwd()
+    changed: dict[str, Any] = _changed(
+        data, "", lambda key, value: _with_paths_rewritten(key, value, folder, lambda name: str(folder / name))
     )
-    return found
+    return changed
 
 
 def may_differ_by_host(key: str, value: object) -> bool:
-    """Whether a key names a place, such as a copy on a local disk; a model's name elsewhere is no place.
+    """Whether a key holds a path, such as a copy on a local disk; a model's name on a hub is none.
 
     Args:
         key: dotted.
         value: of a resolved recipe.
     """
-    here = isinstance(value, str) and (value.startswith("~") or os.path.isabs(value) or Path(value).exists())
-    return here if key in _MODELS else any(fnmatchcase(key, path) for path in (*_PATHS, _TASKS))
+    exists = isinstance(value, str) and (value.startswith("~") or os.path.isabs(value) or Path(value).exists())
+    return exists if key in _MODELS else any(fnmatchcase(key, path) for path in (*_PATHS, _TASKS))
 
 
 def _start_of_run(data: Mapping[str, Any], folder: Path) -> Path | None:
@@ -85,9 +87,9 @@ def _start_of_run(data: Mapping[str, Any], folder: Path) -> Path | None:
     if not isinstance(output, str) or os.path.isabs(output):
         return None
     parts = Path(os.path.normpath(output)).parts
-    for place in (folder.resolve(), folder.resolve().parent):
-        if parts and parts == place.parts[-len(parts) :]:
-            return Path(*place.parts[: -len(parts)])
+    for candidate in (folder.resolve(), folder.resolve().parent):
+        if parts and parts == candidate.parts[-len(parts) :]:
+            return Path(*candidate.parts[: -len(parts)])
     return None
 
 
@@ -99,54 +101,57 @@ def _changed(data: Any, key: str, change: Callable[[str, str], str]) -> Any:
     return change(key, data) if isinstance(data, str) else data
 
 
-def _placed(key: str, value: str, start: Path, place: Callable[[str], str]) -> str:
-    """Apply `place` to the paths of a value that are relative to `start`; a model's name counts as a path only where
+def _with_paths_rewritten(key: str, value: str, start: Path, rewrite: Callable[[str], str]) -> str:
+    """Apply `rewrite` to the paths of a value that are relative to `start`; a model's name counts as a path only where
     it exists."""
     if not value or value.startswith(("~", "hf:")) or os.path.isabs(value):
         return value
     if key == "train.zero":
-        return place(value) if value.endswith(".json") else value
+        return rewrite(value) if value.endswith(".json") else value
     if key in _MODELS:
-        return place(value) if Path(value).exists() else value
+        return rewrite(value) if Path(value).exists() else value
     if fnmatchcase(key, _TASKS):
-        return _task(value, start, place)
-    return place(value) if any(fnmatchcase(key, path) for path in _PATHS) else value
+        return _task(value, start, rewrite)
+    return rewrite(value) if any(fnmatchcase(key, path) for path in _PATHS) else value
 
 
-def _task(value: str, start: Path, place: Callable[[str], str]) -> str:
+def _task(value: str, start: Path, rewrite: Callable[[str], str]) -> str:
     """A task: the name of a shipped task, a task file and protocol, or a data file and image folder."""
 
-    def placed(name: str) -> str:
-        return name if os.path.isabs(name) or name.startswith("~") else place(name)
+    def rewritten(name: str) -> str:
+        return name if os.path.isabs(name) or name.startswith("~") else rewrite(name)
 
     kind, _, rest = value.partition(":")
     if kind == "tsv":
-        return f"tsv:{placed(rest)}"
+        return f"tsv:{rewritten(rest)}"
     if kind == "llava":
         file, folder = file_and_folder(rest, start=start)
-        return f"llava:{placed(file)}" + (f"@{placed(folder)}" if folder else "")
+        return f"llava:{rewritten(file)}" + (f"@{rewritten(folder)}" if folder else "")
     match = _TASK_FILE.fullmatch(value)
-    return value if match is None else f"{placed(match[1])}{match[2]}"
+    return value if match is None else f"{rewritten(match[1])}{match[2]}"
 
 
 def _reached(key: str, value: str, start: Path, source: str) -> str:
-    def place(name: str) -> str:
-        there, here = start / name, Path.cwd() / name
+    """A value with its paths rewritten to start at the working directory, or absolute where they lie outside of it."""
+
+    def rewrite(name: str) -> str:
+        path, other = start / name, Path.cwd() / name
         # A run's folder need not exist, so another folder of that name proves no mistake.
-        meant = any(any(here.glob(sign)) for sign in RUN_SIGNS) if key == "train.output" else _exists(here)
-        if not _exists(there) and meant:
+        meant = any(any(other.glob(sign)) for sign in RUN_SIGNS) if key == "train.output" else _exists(other)
+        if not _exists(path) and meant:
             raise ConfigError(
-                f"{source}: {key} is {name!r}, which does not exist at {there}, but at {here}. Relative paths in a "
-                f"recipe start at the recipe file: write {os.path.relpath(here, start)!r}, or an absolute path. On the "
-                "command line (--KEY PATH) they start at the working directory."
+                f"{source}: {key} is {name!r}, which does not exist at {path}, but at {other}. Relative paths in a "
+                f"recipe start at the recipe file: write {os.path.relpath(other, start)!r}, or an absolute path. On "
+                "the command line (--KEY PATH) they start at the working directory."
             )
-        return _shown(there)
+        full, working_folder = os.path.abspath(path), os.getcwd()
+        return os.path.relpath(full, working_folder) if Path(full).is_relative_to(working_folder) else full
 
     if key in _MODELS:  # a hub id unless the folder exists
         if not value or value.startswith("~") or os.path.isabs(value):
             return value
-        return place(value) if (start / value).exists() or _is_model(key, Path.cwd() / value) else value
-    return _placed(key, value, start, place)
+        return rewrite(value) if (start / value).exists() or _is_model(key, Path.cwd() / value) else value
+    return _with_paths_rewritten(key, value, start, rewrite)
 
 
 def _is_model(key: str, path: Path) -> bool:
@@ -158,10 +163,3 @@ def _exists(path: Path) -> bool:
     """Whether the path exists; for a pattern, whether the folder before the pattern exists."""
     match = _PATTERN.search(str(path))
     return path.exists() if match is None else Path(str(path)[: match.start()].rpartition("/")[0] or "/").is_dir()
-
-
-def _shown(path: Path) -> str:
-    """A path relative to the working directory if it lies below that, else an absolute path."""
-    full = os.path.abspath(path)
-    here = os.getcwd()
-    return os.path.relpath(full, here) if Path(full).is_relative_to(here) else full

@@ -79,26 +79,26 @@ def set_dotted(kind: Any, data: Any, keys: list[str], value: Any, item: str) -> 
     """
     for depth, key in enumerate(keys):
         if isinstance(data, list):
-            place: Any = _place(data, key, item)
+            part: Any = _index(data, key, item)
         elif isinstance(data, dict):
-            place = key
+            part = key
             data.setdefault(key, None)
         else:
             raise ConfigError(f"Override {item!r}: {'.'.join(keys[:depth])} holds a value, not a group of keys.")
         if depth == len(keys) - 1:
-            data[place] = value
-        elif data[place] is None:
+            data[part] = value
+        elif data[part] is None:
             listed = typing.get_origin(_kind_at(kind, keys[: depth + 1])) in (list, tuple)
-            data[place] = [] if listed else {}
-        data = data[place]
+            data[part] = [] if listed else {}
+        data = data[part]
 
 
-def _place(data: list[Any], key: str, item: str) -> int:
+def _index(data: list[Any], key: str, item: str) -> int:
     """The index of a list item; the index after the last item appends one."""
     count = len(data)
     if not (key.isascii() and key.isdigit()) or int(key) > count:
-        there = f"0 to {count - 1} change the items that it has, {count}" if count else "it has no item, 0"
-        raise ConfigError(f"Override {item!r}: {key!r} is not an index of this list: {there} adds one.")
+        allowed = f"0 to {count - 1} change the items that it has, {count}" if count else "it has no item, 0"
+        raise ConfigError(f"Override {item!r}: {key!r} is not an index of this list: {allowed} adds one.")
     if int(key) == count:
         data.append(None)
     return int(key)

@@ -21,4 +21,4 @@ ATTENTION = (
 COMPILE_BACKENDS = ("inductor", "cudagraphs", "eager", "aot_eager")
 """`train.compile`."""
 TOWER_LIBRARIES = ("open_clip", "timm")
-"""What may stand before a colon in `model.vision.name`."""
+"""Prefixes of `model.vision.name`, before a colon."""

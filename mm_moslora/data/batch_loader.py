@@ -137,7 +137,7 @@ class BatchLoader:
                 [data.lengths[number] for number in chosen], has_image,
                 seed=self.seed, epoch=epoch, global_batch=self.global_batch, order=config.order,
             )  # fmt: skip
-        return [[[chosen[place]] for place in step] for step in steps]
+        return [[[chosen[index]] for index in step] for step in steps]
 
     def __enter__(self) -> BatchLoader:
         if self.config.workers:
@@ -235,16 +235,16 @@ def largest_batch(data: TrainingSet, limit: MicroBatchLimit) -> Batch:
     tokens, pictures = (
         [sum(of[number] for number in unit) for unit in units] for of in (data.lengths, data.has_image)
     )  # fmt: skip
-    order = sorted(range(len(units)), key=lambda place: (tokens[place], pictures[place]), reverse=True)
-    first = next((place for place in order if pictures[place]), order[0])
+    order = sorted(range(len(units)), key=lambda index: (tokens[index], pictures[index]), reverse=True)
+    first = next((index for index in order if pictures[index]), order[0])
     chosen: list[int] = []
-    for place in (first, *(place for place in order if place != first)):
-        if limit.holds([tokens[other] for other in (*chosen, place)]):
-            chosen.append(place)
+    for index in (first, *(index for index in order if index != first)):
+        if limit.holds([tokens[other] for other in (*chosen, index)]):
+            chosen.append(index)
         if len(chosen) == limit.examples:
             break
     examples: list[Example] = []
-    for number in (number for place in chosen for number in units[place]):
+    for number in (number for index in chosen for number in units[index]):
         try:
             example = data.load(number)
         except RecordError:  # the iterator finds and counts it later

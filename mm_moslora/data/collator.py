@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from mm_moslora.batch import IGNORED, Example, join_images, usable
 from mm_moslora.utils.errors import DataError
@@ -41,28 +43,27 @@ class Collator:
         Raises:
             DataError: no example can be used, or the model computes its positions from the pictures.
         """
-        kept = usable(examples)
-        pictures = [picture.tensors for example in kept for picture in example.pictures]
+        usable_examples = usable(examples)
+        pictures = [picture.tensors for example in usable_examples for picture in example.pictures]
         if any("image_grid_thw" in tensors for tensors in pictures):
             raise DataError(
                 "These examples are of a Qwen-VL model, which counts positions by its pictures. Use "
                 "mm_moslora.models.batching.padded_batch.PaddedCollator(model=model) instead of Collator."
             )
-        batch: dict[str, Any] = self._row(kept) if self.packed else self._padded(kept)
+        batch: dict[str, Any] = self._row(usable_examples) if self.packed else self._padded(usable_examples)
         return batch | join_images(pictures)
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        longest = max(example.length for example in examples)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(examples), width)
-        ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
-        labels = torch.full(shape, IGNORED, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for row, example in enumerate(examples):
-            ids[row, : example.length] = example.input_ids
-            labels[row, : example.length] = example.labels
-            mask[row, : example.length] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        rest = -max(example.length for example in examples) % self.pad_to_multiple_of
+
+        def rows(tensors: list[Tensor], padding: int) -> Tensor:
+            return pad(pad_sequence(tensors, batch_first=True, padding_value=padding), (0, rest), value=padding)
+
+        return {
+            "input_ids": rows([example.input_ids for example in examples], self.pad_token_id),
+            "attention_mask": rows([torch.ones_like(example.input_ids) for example in examples], 0),
+            "labels": rows([example.labels for example in examples], IGNORED),
+        }
 
     def _row(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         positions = [torch.arange(example.length) for example in examples]

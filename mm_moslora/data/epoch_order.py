@@ -116,16 +116,16 @@ class _Pool:
 
     def add(self, number: int, length: int) -> None:
         key, self._next = self._next, self._next + 1
-        place = bisect.bisect_left(self._sorted, (length, key))
-        self._sorted.insert(place, (length, key))
-        self._sizes.insert(place, length)
+        index = bisect.bisect_left(self._sorted, (length, key))
+        self._sorted.insert(index, (length, key))
+        self._sizes.insert(index, length)
         self._waiting[key], self._length[key] = number, length
         self._total += length
 
     def take(self, key: int) -> int:
         length = self._length.pop(key)
-        place = bisect.bisect_left(self._sorted, (length, key))
-        del self._sorted[place], self._sizes[place]
+        index = bisect.bisect_left(self._sorted, (length, key))
+        del self._sorted[index], self._sizes[index]
         self._total -= length
         return self._waiting.pop(key)
 
@@ -141,13 +141,13 @@ class _Pool:
         if not count:
             return []
         sizes = np.array(self._sizes[:count])
-        places = np.arange(count)
+        indices = np.arange(count)
         partners = np.searchsorted(sizes, room - sizes, side="right") - 1
-        partners = np.minimum(partners, places - 1)  # the shorter of two: no example pairs with itself
+        partners = np.minimum(partners, indices - 1)  # the shorter of two: no example pairs with itself
         sums = sizes + np.where(partners >= 0, sizes[partners], 0)
         first = int(sums.argmax())
         chosen = [first, int(partners[first])] if partners[first] >= 0 else [first]
-        return [self._sorted[place][1] for place in chosen]
+        return [self._sorted[index][1] for index in chosen]
 
 
 def fill_rate(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, tokens: int) -> float:
@@ -234,14 +234,14 @@ def plan_llava(
     batches: list[list[int]] = []
     left: list[int] = []
     for members in groups:
-        order = [members[place] for place in torch.randperm(len(members), generator=generator).tolist()]
+        order = [members[index] for index in torch.randperm(len(members), generator=generator).tolist()]
         cut = _cut(order, global_batch)
         if all(groups):  # LLaVA joins the last mega-batches of both modalities even when they are whole
             left += cut.pop()
         batches += cut
     if not all(groups):
         return batches
-    batches = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    batches = [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
     return _cut([number for batch in batches for number in batch] + sorted(left), global_batch)
 
 
@@ -341,14 +341,14 @@ def _filled(order: Sequence[int], lengths: Sequence[int], *, limit: MicroBatchLi
         room, members = limit.tokens - sizes[-1], [left.pop()]
         longest = sizes.pop()
         while left and len(members) < limit.examples and room >= (longest if limit.padded else sizes[0]):
-            place = len(left) - 1
+            index = len(left) - 1
             if not limit.padded:
                 others = min(limit.examples - len(members), len(left)) - 1
-                place = bisect.bisect_right(sizes, room) - 1
-                if others * sizes[0] <= room and (kept := sum(sizes[:others])) + sizes[others] <= room:
-                    place = bisect.bisect_right(sizes, room - kept) - 1
-            members.append(left.pop(place))
-            size = sizes.pop(place)
+                index = bisect.bisect_right(sizes, room) - 1
+                if others * sizes[0] <= room and (others_size := sum(sizes[:others])) + sizes[others] <= room:
+                    index = bisect.bisect_right(sizes, room - others_size) - 1
+            members.append(left.pop(index))
+            size = sizes.pop(index)
             room -= longest if limit.padded else size
         filled.append(members)
     return filled
@@ -364,7 +364,7 @@ def _share(
     sized = sorted((-limit.size([lengths[index] for index in members]), members) for members in micro_batches)
     wanted = -(-len(sized) // world_size) * world_size
     while len(sized) < wanted:
-        largest = next((place for place, (_, members) in enumerate(sized) if len(members) > 1), None)
+        largest = next((index for index, (_, members) in enumerate(sized) if len(members) > 1), None)
         if largest is None:
             sized.append((0, []))
             continue

@@ -23,17 +23,17 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encod
 from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
-from mm_moslora.data.images.record_picture import ImageError
+from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.quarantine import Quarantine, summary
+from mm_moslora.data.record_examples import RecordExamples, image_fault, placeholders_of
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.training_set import encode_record, image_fault, placeholders_of
 from mm_moslora.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceSet:
+class PreferenceSet(RecordExamples):
     """All pairs of some sources.
 
     The constructor reads and tokenises both answers of every record and reads the header of every picture, so that all
@@ -63,36 +63,32 @@ class PreferenceSet:
         quarantine_path: Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.image_processing, self.config, self.encoder = image_processing, config, encoder
-        self.files = open_sources(sources)
+        files = open_sources(sources, pairs=True)
         self.form: ThinkingForm | None = None
         if settle:
-            self.encoder, self.form = settled(encoder, open_sources(sources, pairs=True))
-        self.rows = [(file, row) for file in self.files for row in range(len(file))]
-        self.quarantine = Quarantine(quarantine_path, len(self.rows), config)
+            encoder, self.form = settled(encoder, files)
+        super().__init__(files, encoder, image_processing, config)
+        self.quarantine = Quarantine(quarantine_path, len(self), config)
         self.lengths = array("L")
         """Tokens of the chosen and of the rejected example of every usable record, one after the other."""
         self.usable: list[int] = []
         """Numbers of the records that were found usable when the set was built."""
         self.with_pictures = 0
-        for index in range(len(self.rows)):
+        for index in range(len(self)):
             try:
                 self._measure(index)
             except RecordError as error:
                 self.quarantine.add(index, error)
             if on_progress is not None:
-                on_progress(index + 1, len(self.rows))
+                on_progress(index + 1, len(self))
         self.quarantine.close()
         if len(self.quarantine):
             logger.warning("%d records cannot be used: %s", len(self.quarantine), summary(self.quarantine.codes))
         if not self.usable:
             raise DataError(
-                f"None of the {len(self.rows)} records is a pair that can be learned from: "
+                f"None of the {len(self)} records is a pair that can be learned from: "
                 f"{summary(self.quarantine.codes)}. The first one: {self.quarantine.first}"
             )
-
-    def __len__(self) -> int:
-        return len(self.usable)
 
     @property
     def fingerprint(self) -> str:
@@ -106,13 +102,13 @@ class PreferenceSet:
 
     def identity(self, key: str) -> dict[str, object]:
         """What must be the same on every rank, by name; see `TrainingSet.identity`."""
-        return {f"the number of pairs of {key}": len(self), f"the fingerprint of {key}": self.fingerprint[:12]}
+        return {f"the number of pairs of {key}": len(self.usable), f"the fingerprint of {key}": self.fingerprint[:12]}
 
     def statistics(self) -> dict[str, float]:
         """Counts for a report: records, those that cannot be used, those with pictures, and tokens per answer."""
         lengths = sorted(self.lengths)
         return {
-            "records": len(self.rows),
+            "records": len(self),
             "unusable": len(self.quarantine),
             "with_pictures": self.with_pictures,
             "tokens": sum(lengths),
@@ -120,45 +116,39 @@ class PreferenceSet:
             "tokens_per_record_longest": lengths[-1],
         }
 
-    def __getitem__(self, number: int) -> tuple[Example, Example]:
-        """A usable pair, chosen first; in the place of one whose fault shows up now, the next one.
+    def pair(self, number: int) -> tuple[Example, Example]:
+        """The usable pair with a number, chosen first; where its fault shows up now, the next one.
 
         Raises:
             DataError: `on_bad` is error, or the share of bad records is too large.
         """
-        for index in itertools.islice(itertools.cycle(self.usable), number, number + len(self)):
+        for index in itertools.islice(itertools.cycle(self.usable), number, number + len(self.usable)):
             try:
-                return self.load(index)
+                return self.load_pair(index)
             except RecordError as error:
                 if index not in self.quarantine:
                     logger.warning("Left out: %s", error)
                 self.quarantine.add(index, error)
         raise DataError("No pair is left that can be used.")
 
-    def load(self, index: int) -> tuple[Example, Example]:
+    def load_pair(self, index: int) -> tuple[Example, Example]:
         """Make the two examples of a record; they share its pictures.
 
         Raises:
             RecordError: the record cannot be used.
         """
         pair = self._pair(index)
-        pictures = self._pictures(pair.chosen)
-        ids = None if self.image_processing is None else [picture.placeholders for picture in pictures]
-        chosen, rejected = (
-            Example(
-                id=record.id,
-                input_ids=encoded.input_ids,
-                supervised=last_answer(encoded.supervised),
-                pictures=pictures,
-            )
-            for record in (pair.chosen, pair.rejected)
-            for encoded in (self._encode(record, ids),)
-        )
-        return chosen, rejected
+        pictures = self.process(pair.chosen, len(pair.chosen.images))
+        return self._example(pair.chosen, pictures), self._example(pair.rejected, pictures)
+
+    def _example(self, record: Record, pictures: Sequence[ProcessedImage]) -> Example:
+        encoded = self._encode(record, [picture.placeholders for picture in pictures])
+        supervised = last_answer(encoded.supervised)
+        return Example(id=record.id, input_ids=encoded.input_ids, supervised=supervised, pictures=pictures)
 
     def _pair(self, index: int) -> PreferencePair:
-        file, row = self.rows[index]
-        return file.parsed(row, parse_pair)
+        source, row = self.source_and_row(index)
+        return self.files[source].parsed(row, parse_pair)
 
     def _measure(self, index: int) -> None:
         """Check a record as far as this is possible without decoding its pictures, and count it."""
@@ -176,26 +166,12 @@ class PreferenceSet:
 
     def _encode(self, record: Record, pictures: Sequence[Sequence[int]] | None) -> Encoded:
         fixed = self.image_processing is None or self.image_processing.fixed
-        encoded = encode_record(
-            record, self.encoder, config=self.config, vision=self.image_processing is not None,
-            pictures=None if fixed else pictures,
-        )  # fmt: skip
+        encoded = self.encode(record, None if fixed else pictures)
         if encoded.dropped_turns:
             what, limit = "does not fit with its last answer", self.config.max_length
             remedy = f"raise data.max_length ({limit}), or set data.too_long: drop"
             raise record.where.error(Code.TOO_LONG, "conversations", what, remedy)
         return encoded
-
-    def _pictures(self, record: Record) -> list[ProcessedImage]:
-        if self.image_processing is None or not record.images:
-            return []
-        images = []
-        for number, picture in enumerate(record.images):
-            try:
-                images.append(picture.rgb())
-            except ImageError as error:
-                raise image_fault(record, number, error) from error
-        return self.image_processing.see(images)
 
 
 def last_answer(supervised: Tensor) -> Tensor:

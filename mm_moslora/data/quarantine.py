@@ -27,17 +27,17 @@ class Quarantine:
         self.path, self.total, self.config = path, total, config
         self.codes: dict[str, int] = {}
         """Number of bad records by code."""
-        self._seen: set[int] = set()
+        self._numbers: set[int] = set()
         self._lines: list[str] | None = []
         self._late = None if path is None else Appender(path)
         self.first: RecordError | None = None
         """The first bad record."""
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return len(self._numbers)
 
     def __contains__(self, index: int) -> bool:
-        return index in self._seen
+        return index in self._numbers
 
     def add(self, index: int, error: RecordError) -> None:
         """Add one bad record; a second fault of the same record does not count.
@@ -49,9 +49,9 @@ class Quarantine:
         dropped = error.code is Code.TOO_LONG and self.config.too_long == "drop"
         if self.config.on_bad == "error" and not dropped:
             raise error
-        if index in self._seen:
+        if index in self._numbers:
             return
-        self._seen.add(index)
+        self._numbers.add(index)
         self.first = self.first or error
         self.codes[error.code.value] = self.codes.get(error.code.value, 0) + 1
         line = _line(index, error)
@@ -80,7 +80,7 @@ class Quarantine:
 
     def _check_share(self) -> None:
         left_out = self.codes.get(Code.TOO_LONG.value, 0) if self.config.too_long == "drop" else 0
-        bad = len(self._seen) - left_out
+        bad = len(self._numbers) - left_out
         if bad <= self.config.max_bad_share * self.total:
             return
         remedy = " data.too_long can cut or drop long records." if self.codes.get(Code.TOO_LONG.value) else ""

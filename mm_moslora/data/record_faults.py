@@ -102,7 +102,7 @@ class Code(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """The place of a record."""
+    """Which record it is: source, line and number."""
 
     file: Path
     """The source."""
@@ -114,7 +114,7 @@ class Where:
     """The record's id, once it is known."""
 
     def named(self, name: str) -> Where:
-        """The same place with the record's id."""
+        """The same with the record's id."""
         return replace(self, id=name)
 
     def error(self, code: Code, field: str, what: str, remedy: str, *, path: str | None = None) -> RecordError:

@@ -24,13 +24,12 @@ import torch
 from numpy.typing import NDArray
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.record_faults import Code, RecordError
-from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard, finished
 from mm_moslora.utils.errors import ConfigError, DataError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import building, is_built, mark, read_json, remove, set_aside, sha256_of, sync
 from mm_moslora.utils.untrusted_data import read_value
 
@@ -48,7 +47,7 @@ Encode = Callable[[Record], Encoded]
 
 
 class _Fault(NamedTuple):
-    """A RecordError without its place, which the source adds."""
+    """A RecordError without its record, which the source adds."""
 
     row: int
     id: str | None
@@ -63,7 +62,7 @@ _FAULTS = list[tuple[int, str | None, str, str, str, str, str | None]]
 
 
 @dataclass(kw_only=True)
-class _Rows:
+class _TokenisedRecords:
     """Some tokenised records."""
 
     ids: NDArray[np.int32]
@@ -108,10 +107,10 @@ class TokenCache:
 
     def fault(self, row: int) -> RecordError:
         """The error of a row in `faults`."""
-        found = self.faults[row]
+        stored = self.faults[row]
         where = self.source.where(row)
-        where = where.named(found.id) if found.id is not None else where
-        return where.error(Code(found.code), found.field, found.what, found.remedy, path=found.path)
+        where = where.named(stored.id) if stored.id is not None else where
+        return where.error(Code(stored.code), stored.field, stored.what, stored.remedy, path=stored.path)
 
     def encoded(self, row: int) -> Encoded:
         """A tokenised record.
@@ -136,8 +135,8 @@ class TokenCache:
         )  # fmt: skip
 
 
-class CachePlace:
-    """Where the cache of a source is, or will be.
+class SourceCache:
+    """The cache of a source, built or not.
 
     Args:
         root: folder of all caches.
@@ -166,15 +165,15 @@ class CachePlace:
         self.source, self._encode, self._on_progress = source, encode, on_progress
         self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
 
-    def cache(self) -> TokenCache:
+    def open(self) -> TokenCache:
         """Open the cache; build it first if it does not exist or is damaged, of all its shards if they are there."""
         if is_built(self.folder):
             with suppress(OSError, ValueError):
-                return self._open()
+                return self._read()
         with self._locked(self.folder):
             if is_built(self.folder):
                 try:
-                    return self._open()
+                    return self._read()
                 except (OSError, ValueError) as error:
                     aside = set_aside(self.folder, "corrupt")
                     logger.warning("%s is damaged (%s), now %s; it is built again.", self.folder, error, aside.name)
@@ -185,9 +184,9 @@ class CachePlace:
             if parts:
                 mark(self.shards, "temporary")
                 remove(self.shards)
-        return self._open()
+        return self._read()
 
-    def _open(self) -> TokenCache:
+    def _read(self) -> TokenCache:
         return TokenCache(
             self.folder, self.source, encode=self._encode, image_token_id=self._image_token_id,
             tokens_per_image=self._tokens_per_image,
@@ -214,9 +213,9 @@ class CachePlace:
     @staticmethod
     def _locked(folder: Path) -> AbstractContextManager[int]:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return held(folder.with_name(f"{folder.name}.lock"), wait=True)
+        return lock_file(folder.with_name(f"{folder.name}.lock"), wait=True)
 
-    def _tokenised(self, numbers: Sequence[int]) -> Iterator[_Rows]:
+    def _tokenised(self, numbers: Sequence[int]) -> Iterator[_TokenisedRecords]:
         parts = [numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS)]
         fold = functools.partial(
             _first_of_images, image_token_id=self._image_token_id, tokens_per_image=self._tokens_per_image
@@ -230,13 +229,13 @@ class CachePlace:
                 self._on_progress(done, len(numbers))
 
 
-def _write(folder: Path, found: Iterable[_Rows]) -> None:
+def _write(folder: Path, parts: Iterable[_TokenisedRecords]) -> None:
     """Write a cache, or a shard of one; the caller holds the lock."""
     tables: list[NDArray[np.int32]] = [np.zeros((0, 6), np.int32)]
     faults: list[_Fault] = []
     with building(folder) as part:
         with (part / "ids.bin").open("wb") as ids, (part / "supervised.bin").open("wb") as supervised:
-            for rows in found:
+            for rows in parts:
                 ids.write(rows.ids.tobytes())
                 supervised.write(rows.supervised.tobytes())
                 tables.append(rows.table)
@@ -270,15 +269,15 @@ def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list
         raise ValueError(f"table.npy has {table.dtype} {table.shape}, expected rows of {len(numbers)} records")
     tokens = max(1, int(table[:, 0].sum(dtype=np.int64)))
     for name, size in (("ids.bin", 4 * tokens), ("supervised.bin", tokens)):
-        if (found := (folder / name).stat().st_size) != size:
-            raise ValueError(f"{name} has {found} bytes, expected {size}")
+        if (stored := (folder / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {stored} bytes, expected {size}")
     codes = {code.value for code in Code}
     if any(item.code not in codes or item.row not in numbers or table[item.row - numbers[0], 1] for item in faults):
         raise ValueError(f"{_LAST} has an unknown fault, or one of a record without faults")
     return np.array(table), faults
 
 
-def _read(part: Path, numbers: Sequence[int]) -> _Rows:
+def _read(part: Path, numbers: Sequence[int]) -> _TokenisedRecords:
     """A shard of a cache.
 
     Raises:
@@ -291,7 +290,7 @@ def _read(part: Path, numbers: Sequence[int]) -> _Rows:
         supervised = np.fromfile(part / "supervised.bin", dtype=np.bool_, count=count)
     except (OSError, ValueError) as error:
         raise DataError(f"{part} is damaged ({error}). Delete this folder, and run its shard again.") from error
-    return _Rows(ids=ids, supervised=supervised, table=table, faults=faults)
+    return _TokenisedRecords(ids=ids, supervised=supervised, table=table, faults=faults)
 
 
 def _sums(folder: Path) -> dict[str, str]:
@@ -305,12 +304,12 @@ def _checksum(ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> int:
 
 def _tokenise(
     source: RecordSource, rows: Sequence[int], encode: Encode, fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
-) -> _Rows:
+) -> _TokenisedRecords:
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
     table = np.zeros((len(rows), 6), dtype=np.int32)
     faults: list[_Fault] = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         try:
             record = source[row]
             encoded = encode(record)
@@ -323,11 +322,11 @@ def _tokenise(
         keep = fold(tokens)
         ids.append(tokens[keep])
         supervised.append(encoded.supervised.numpy()[keep])
-        table[place] = (
+        table[index] = (
             len(ids[-1]), len(tokens), encoded.images, len(record.images), encoded.dropped_turns,
             _checksum(ids[-1], supervised[-1]),
         )  # fmt: skip
-    return _Rows(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
+    return _TokenisedRecords(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
 
 
 def _first_of_images(
@@ -336,6 +335,6 @@ def _first_of_images(
     """All ids except the second and further ids of each image."""
     keep = np.ones(len(tokens), dtype=np.bool_)
     if image_token_id is not None and tokens_per_image > 1:
-        places = np.flatnonzero(tokens == image_token_id)
-        keep[places[np.arange(len(places)) % tokens_per_image > 0]] = False
+        positions = np.flatnonzero(tokens == image_token_id)
+        keep[positions[np.arange(len(positions)) % tokens_per_image > 0]] = False
     return keep

@@ -1,11 +1,7 @@
-"""The training set: makes examples from records with the encoder and image processing; counts unusable records.
-
-Shapes: ``H x W`` pixels.
-"""
+"""The training set: the records of all sources with their lengths, and the count of unusable ones."""
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import itertools
 import logging
@@ -14,20 +10,18 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
+from mm_moslora.batch import Example, ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data.chat.chat_template import SpecialTextError
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.epoch_order import source_repeats
-from mm_moslora.data.images.record_picture import ImageError, LocalPicture, similar_file
-from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.quarantine import Quarantine, summary
+from mm_moslora.data.record_examples import RecordExamples, image_fault
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.sources.record_source import RecordSource
-from mm_moslora.data.token_cache import CachePlace, TokenCache
+from mm_moslora.data.token_cache import SourceCache, TokenCache
 from mm_moslora.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -35,119 +29,34 @@ logger = logging.getLogger(__name__)
 EXACT_LIMIT = 50_000
 """Largest number of records for which lengths are exact and picture headers are read at the start."""
 _SAMPLE = 512
-_NOT_FETCHED = (448, 448)
-"""Assumed pixels of a picture that is not fetched yet."""
+"""Records from which lengths are estimated, evenly spaced; with the rounding of their distance up to twice as many."""
 
 
-def _text_settings(config: DataConfig) -> str:
-    """The settings that change the tokens of a record besides `max_length`; empty for the defaults."""
-    cut, whole = config.too_long == "truncate", config.train_on == "all"
-    return " truncate" * cut + " all" * whole
-
-
-def encode_record(
-    record: Record,
-    encoder: ConversationEncoder,
-    *,
-    config: DataConfig,
-    vision: bool,
-    pictures: Sequence[Sequence[int]] | None = None,
-) -> Encoded:
-    """Tokenise a record.
-
-    Args:
-        record: to be tokenised.
-        encoder: of the model.
-        config: `max_length`, `too_long` and `train_on`.
-        vision: whether the model has a vision encoder.
-        pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
-
-    Raises:
-        RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
-            has no vision encoder.
-    """
-    if record.images and not vision:
-        raise record.where.error(
-            Code.NO_VISION, "image", f"{len(record.images)} images", "set model.vision, or drop the record"
-        )
-    try:
-        return encoder.encode(
-            record.turns,
-            max_length=config.max_length,
-            pictures=pictures,
-            truncate=config.too_long == "truncate",
-            whole=config.train_on == "all",
-        )
-    except (TooLong, SpecialTextError) as error:
-        what, _, remedy = str(error).partition("; ")
-        raise record.where.error(error.code, "conversations", what, remedy) from error
-
-
-def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
-    """The error of a record with an unusable picture."""
-    picture = record.images[number]
-    if isinstance(picture, Frame):
-        name = picture.clip.name
-        return record.where.error(error.code, "video", f"{name}: {error.what}", error.remedy, path=name)
-    hint = ""
-    if error.code == Code.IMAGE_MISSING and isinstance(picture, LocalPicture):
-        hint = similar_file(picture.path)
-    what = f"{picture.name}: {error.what}"
-    return record.where.error(error.code, f"image[{number}]", what, error.remedy + hint, path=picture.name)
-
-
-def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...]] | None:
-    """Placeholder ids of the pictures of a record, from their headers; None where all pictures take the same number.
-
-    Raises:
-        RecordError: a picture's header has a fault.
-    """
-    if image_processing is None or image_processing.fixed:
-        return None
-    sizes = []
-    for number, picture in enumerate(record.images):
-        try:
-            sizes.append(picture.size() or _NOT_FETCHED)
-        except ImageError as error:
-            raise image_fault(record, number, error) from error
-    return image_processing.placeholders(sizes)
-
-
-def cache_places(
-    files: Sequence[RecordSource],
-    encoder: ConversationEncoder,
-    image_processing: ImageProcessing | None,
-    *,
-    config: DataConfig,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[CachePlace]:
-    """The places in `data.cache` of the tokens of some sources; for the arguments see `TrainingSet`."""
+def source_caches(
+    examples: RecordExamples, *, on_progress: Callable[[int, int], None] | None = None
+) -> list[SourceCache]:
+    """The tokens of every source in `data.cache`, built or not; for the arguments see `TrainingSet`."""
+    config, encoder, processing = examples.config, examples.encoder, examples.image_processing
     assert config.cache is not None
-    vision, fixed = image_processing is not None, image_processing is None or image_processing.fixed
-
-    def encode(record: Record) -> Encoded:
-        pictures = placeholders_of(record, image_processing)
-        return encode_record(record, encoder, config=config, vision=vision, pictures=pictures)
-
-    # The cache also holds faults of names, so the rules of names are part of its settings.
-    settings = f"{config.max_length} {_image_settings(image_processing)} {{}}{_text_settings(config)}"
+    fixed = processing is None or processing.fixed
+    # The settings besides `max_length` that change the tokens; the defaults add nothing to the name of a cache.
+    texts = " truncate" * (config.too_long == "truncate") + " all" * (config.train_on == "all")
+    images: object = processing is not None
+    if processing is not None and not processing.fixed:
+        images = [len(ids) for ids in processing.placeholders([(2**side, 512) for side in range(6, 12)])]
     return [
-        CachePlace(
-            Path(config.cache), file, encoder, encode=encode, settings=settings.format(file.rules),
-            tokens_per_image=encoder.tokens_per_image if vision and fixed else 1, on_progress=on_progress,
+        SourceCache(
+            Path(config.cache), file, encoder, encode=examples.encode,
+            # The cache also holds faults of names, so the rules of names are part of its settings.
+            settings=f"{config.max_length} {images} {file.rules}{texts}",
+            tokens_per_image=encoder.tokens_per_image if processing is not None and fixed else 1,
+            on_progress=on_progress,
         )
-        for file in files
+        for file in examples.files
     ]  # fmt: skip
 
 
-def _image_settings(image_processing: ImageProcessing | None) -> str:
-    """The image settings that the number of tokens depends on."""
-    if image_processing is None or image_processing.fixed:
-        return str(image_processing is not None)
-    return str([len(ids) for ids in image_processing.placeholders([(2**side, 512) for side in range(6, 12)])])
-
-
-class TrainingSet:
+class TrainingSet(RecordExamples):
     """All records of some sources.
 
     The constructor reads and tokenises every record and reads the header of every picture, so that all ranks know the
@@ -181,19 +90,17 @@ class TrainingSet:
         on_progress: Callable[[int, int], None] | None = None,
         exact_limit: int = EXACT_LIMIT,
     ) -> None:
-        self.image_processing, self.config = image_processing, config
-        self.files = open_sources(sources)
-        self.encoder = encoder
+        files = open_sources(sources)
         self.form: ThinkingForm | None = None
         if settle:
-            self.encoder, self.form = settled(encoder, self.files)
-        self._starts = list(itertools.accumulate((len(file) for file in self.files), initial=0))
+            encoder, self.form = settled(encoder, files)
+        super().__init__(files, encoder, image_processing, config)
         self.quarantine = Quarantine(quarantine_path, len(self), config)
         self.estimated = len(self) > exact_limit and config.cache is None
         """Whether `lengths` are estimates."""
         self.exact = not self.estimated and (image_processing is None or image_processing.fixed)
         """Whether `lengths` are surely those of the examples; headers may be wrong, or not fetched yet."""
-        self._look = len(self) <= exact_limit
+        self._read_headers = len(self) <= exact_limit
         if self.estimated and config.pack_tokens:
             raise DataError(
                 f"data.pack_tokens needs exact lengths, and {len(self)} records are too many to tokenise at every "
@@ -209,10 +116,8 @@ class TrainingSet:
         """1 per record with a picture."""
         self.words = array("L", bytes(array("L").itemsize * len(self))) if config.order == "llava" else array("L")
         """White-space separated words per record, which LLaVA uses as its length; only with `data.order` llava."""
-        self.caches: list[TokenCache | None] = [None] * len(self.files)
         if config.cache is not None:
-            places = cache_places(self.files, self.encoder, image_processing, config=config, on_progress=on_progress)
-            self.caches = [place.cache() for place in places]
+            self.caches = [cache.open() for cache in source_caches(self, on_progress=on_progress)]
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
         self._build(on_progress)
         self.members = [
@@ -226,9 +131,6 @@ class TrainingSet:
             sizes = [len(numbers) for numbers in self.members]
             self.weights = source_repeats(sizes, self.weights, records=config.epoch_records)
         self._report()
-
-    def __len__(self) -> int:
-        return self._starts[-1]
 
     @property
     def usable(self) -> list[int]:
@@ -253,8 +155,8 @@ class TrainingSet:
         Args:
             key: of the sources in the recipe.
         """
-        found = {f"the number of records of {key}": len(self), f"the fingerprint of {key}": self.fingerprint[:12]}
-        return found | {f"the content of {key}.{index}": file.content()[:12] for index, file in enumerate(self.files)}
+        whole = {f"the number of records of {key}": len(self), f"the fingerprint of {key}": self.fingerprint[:12]}
+        return whole | {f"the content of {key}.{index}": file.content()[:12] for index, file in enumerate(self.files)}
 
     def statistics(self) -> dict[str, float]:
         """Counts for a report: records, those that cannot be used, those with pictures, and tokens per record.
@@ -272,70 +174,6 @@ class TrainingSet:
             "shortened": self.truncated,
         }
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Source and row of a number over all sources."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        source = bisect.bisect_right(self._starts, index) - 1
-        return source, index - self._starts[source]
-
-    def record(self, index: int) -> Record:
-        """The record with a number over all sources.
-
-        Raises:
-            RecordError: it cannot be used.
-        """
-        source, row = self.place(index)
-        return self.files[source][row]
-
-    def encode(self, record: Record, pictures: Sequence[Sequence[int]] | None = None) -> Encoded:
-        """Tokenise a record; see `encode_record`. Picture headers are read if the token count depends on the size."""
-        pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
-        vision = self.image_processing is not None
-        return encode_record(record, self.encoder, config=self.config, vision=vision, pictures=pictures)
-
-    def encoded(self, index: int, record: Record) -> Encoded:
-        """The tokens of a record, from the cache if there is one.
-
-        Raises:
-            RecordError: it cannot be used.
-        """
-        source, row = self.place(index)
-        cache = self.caches[source]
-        return self.encode(record) if cache is None else cache.encoded(row)
-
-    def load(self, index: int) -> Example:
-        """Make one example.
-
-        Raises:
-            RecordError: the record cannot be used.
-        """
-        record = self.record(index)
-        if self.image_processing is not None and not self.image_processing.fixed:
-            seen = self.see(record, len(record.images))
-            encoded = self.encode(record, [picture.placeholders for picture in seen])
-        else:
-            encoded = self.encoded(index, record)
-            seen = self.see(record, encoded.images)
-        pictures = seen[: encoded.images]
-        return Example(id=record.id, input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=pictures)
-
-    def see(self, record: Record, count: int) -> list[ProcessedImage]:
-        """The first pictures of a record, ready for the model.
-
-        Raises:
-            RecordError: a picture cannot be used.
-        """
-        if self.image_processing is None or not count:
-            return []
-        images = []
-        for number, picture in enumerate(record.images[:count]):
-            try:
-                images.append(picture.rgb())
-            except ImageError as error:
-                raise image_fault(record, number, error) from error
-        return self.image_processing.see(images)
-
     def __getitem__(self, index: int) -> Example | None:
         """One example, or None for a record that is left out, see `leave_out`."""
         try:
@@ -352,7 +190,7 @@ class TrainingSet:
                 set was built is there no more: a run without its record could not be resumed.
         """
         fetched = "://" in (error.path or "")  # not looked at before
-        if self._look and error.code is Code.IMAGE_MISSING and not fetched and index not in self.quarantine:
+        if self._read_headers and error.code is Code.IMAGE_MISSING and not fetched and index not in self.quarantine:
             raise DataError(
                 f"{error}. It was there when the run started, so its record is not left out. Bring it back; the same "
                 "command goes on from the last checkpoint."
@@ -366,15 +204,15 @@ class TrainingSet:
             if cache is not None:
                 self._take_over(cache, self._starts[source])
         for index in range(len(self)):
-            cache = self.caches[self.place(index)[0]]
-            look = self._look and self.has_image[index]
-            if cache is not None and not look and not self.words:
+            cache = self.caches[self.source_and_row(index)[0]]
+            headers = self._read_headers and self.has_image[index]
+            if cache is not None and not headers and not self.words:
                 continue
             try:
                 record = self.record(index)
                 if self.words:
                     self.words[index] = sum(len(turn.text.split()) for turn in record.turns)
-                    if cache is not None and not look:
+                    if cache is not None and not headers:
                         continue
                 self.lengths[index] = self._measure(index, record)
                 self.has_image[index] = bool(record.images)
@@ -389,7 +227,7 @@ class TrainingSet:
         stop = start + len(cache.lengths)
         self.lengths[start:stop] = array("L", cache.lengths.tolist())
         self.has_image[start:stop] = cache.has_image.astype("u1").tobytes()
-        self.truncated += 0 if self._look else int((cache.dropped > 0).sum())
+        self.truncated += 0 if self._read_headers else int((cache.dropped > 0).sum())
         for row in sorted(cache.faults):
             self.quarantine.add(start + row, cache.fault(row))
 

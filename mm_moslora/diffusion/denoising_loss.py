@@ -28,7 +28,7 @@ class LatentBatch:
     subjects: int
     """Number of the subject's pictures."""
     prompts: list[str]
-    told: Conditioning | None = None
+    conditioning: Conditioning | None = None
     """Conditioning that was computed before; None: the text encoders compute it."""
 
 
@@ -43,12 +43,13 @@ class DenoisingLoss(nn.Module):
 
     def forward(self, batch: LatentBatch) -> Tensor:
         """The loss: the weighted sum over examples, divided by the number of the subject's pictures."""
-        told = self.family.encode(batch.prompts) if batch.told is None else batch.told
+        conditioning = self.family.encode(batch.prompts) if batch.conditioning is None else batch.conditioning
         noisy, timesteps, target, weights = (self._flow if self.family.flow else self._noise)(batch)
         dtype = next(self.family.denoiser.parameters()).dtype
-        told = {name: value.to(dtype) for name, value in told.items()}
-        predicted = self.family.predict(noisy.to(dtype), timesteps, told, batch.sizes)
+        conditioning = {name: value.to(dtype) for name, value in conditioning.items()}
+        predicted = self.family.predict(noisy.to(dtype), timesteps, conditioning, batch.sizes)
         errors = (predicted.float() - target.float()).square().flatten(1).mean(1)
+        # As in DreamBooth's scripts, prior preservation adds to the loss: it does not dilute that of the subject.
         return (errors * weights * batch.weights).sum() / batch.subjects
 
     def _noise(self, batch: LatentBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,12 +74,12 @@ class DenoisingLoss(nn.Module):
         from diffusers.training_utils import compute_loss_weighting_for_sd3
 
         scheduler, latents = self.scheduler, batch.latents
-        places = (batch.draws * scheduler.config.num_train_timesteps).long()
-        sigmas = scheduler.sigmas.to(latents)[places]
+        indices = (batch.draws * scheduler.config.num_train_timesteps).long()
+        sigmas = scheduler.sigmas.to(latents)[indices]
         share = sigmas.view(-1, 1, 1, 1)
         noisy = (1 - share) * latents + share * batch.noise
         weights = compute_loss_weighting_for_sd3(self.config.flow_weighting, sigmas=sigmas)
-        return noisy, scheduler.timesteps.to(latents)[places], batch.noise - latents, weights
+        return noisy, scheduler.timesteps.to(latents)[indices], batch.noise - latents, weights
 
 
 def training_scheduler(family: PipelineFamily) -> Any:
@@ -96,7 +97,7 @@ def draw_timesteps(family: PipelineFamily, count: int, draws: torch.Generator) -
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     loss = family.recipe.loss
-    found: Tensor = compute_density_for_timestep_sampling(
+    timesteps: Tensor = compute_density_for_timestep_sampling(
         loss.flow_weighting, count, loss.logit_mean, loss.logit_std, loss.mode_scale, generator=draws
     )
-    return found.clamp(0, 1 - 1e-6)
+    return timesteps.clamp(0, 1 - 1e-6)  # 1 would be the index behind the last timestep

@@ -18,8 +18,8 @@ from mm_moslora.diffusion.diffusion_export import write_lora_file
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.diffusion.diffusion_setup import CLASS_PICTURES, DiffusionRun
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
+from mm_moslora.training.checkpointing.resume_choice import changed_keys, choose_checkpoint
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, set_aside_newer
-from mm_moslora.training.resume import changed_keys, choose_checkpoint
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import AdapterError, CheckpointError
 from mm_moslora.utils.untrusted_files import find_below, opened
@@ -33,16 +33,16 @@ _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups")
 
 
 def find_resume(recipe: DiffusionRecipe, folder: Path, resume: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint to resume from; see `mm_moslora.training.resume.find_resume`."""
+    """The checkpoint to resume from; see `mm_moslora.training.checkpointing.resume_choice.find_resume`."""
 
-    def check(found: Path, manifest: Manifest) -> None:
+    def check(checkpoint: Path, manifest: Manifest) -> None:
         changed = [*changed_keys(manifest.recipe, recipe.to_dict()).other_run]
         if manifest.world_size != distributed.world_size():
             changed.append(f"processes: {manifest.world_size} -> {distributed.world_size()}")
         if changed:
             raise CheckpointError(
-                f"{found} belongs to another run: {'; '.join(changed[:6])}. Restore this, or choose another "
-                f"train.output. To start from its weights: --adapter.weights {found}."
+                f"{checkpoint} belongs to another run: {'; '.join(changed[:6])}. Restore this, or choose another "
+                f"train.output. To start from its weights: --adapter.weights {checkpoint}."
             )
 
     return choose_checkpoint(folder, resume, check)
@@ -160,5 +160,5 @@ class Checkpoints:
 def _state_of(folder: Path) -> dict[str, Any]:
     """The state that a rank wrote; `weights_only` keeps a pickle from running code."""
     with opened(find_below(Path(os.path.realpath(folder)), STATE), most=None) as stream:
-        found: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
-    return found
+        state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+    return state

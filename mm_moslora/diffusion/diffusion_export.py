@@ -24,10 +24,10 @@ def adapter_parts(folder: Path) -> dict[str, Path]:
         AdapterError: there are none.
     """
     newest = [path for _, path in reversed(checkpoints(folder))][:1] if folder.is_dir() else []
-    for place in (folder, folder / "adapter", *(path / "adapter" for path in newest)):
-        found = {name: place / name for name in COMPONENTS if (place / name / OWN_CONFIG).is_file()}
-        if found:
-            return found
+    for parent in (folder, folder / "adapter", *(path / "adapter" for path in newest)):
+        parts = {name: parent / name for name in COMPONENTS if (parent / name / OWN_CONFIG).is_file()}
+        if parts:
+            return parts
     raise AdapterError(
         f"{folder} holds no adapters of a diffusion pipeline ({', '.join(COMPONENTS[:4])}, ...). Name the folder of a "
         "run of `mm-moslora diffusion train`, or one of its checkpoints."

@@ -139,7 +139,7 @@ class DenoisingLossConfig:
     mode_scale: float = 1.29
     """Of mode."""
     flux_guidance: float = 1.0
-    """Guidance that a distilled Flux is told in training."""
+    """Guidance that a distilled Flux gets in training."""
 
     def __post_init__(self) -> None:
         gamma = self.min_snr_gamma

@@ -27,16 +27,16 @@ from mm_moslora.diffusion.latent_batches import LatentBatches
 from mm_moslora.diffusion.pipeline_families import PipelineFamily, load_family, pipeline_source
 from mm_moslora.diffusion.subject_pictures import PictureSet, PromptedPicture, subject_pictures
 from mm_moslora.diffusion.tiny_pipelines import drawn_pictures
-from mm_moslora.models.model_paths import COMMITS, CONTENTS, known_marks
+from mm_moslora.models.model_paths import COMMITS, CONTENTS, marks_of
 from mm_moslora.models.precision import dtype_of
 from mm_moslora.models.trainable_parts import moslora_config
-from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
+from mm_moslora.training.deepspeed_start import prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import MIXERS
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 CLASS_PICTURES = "class_pictures"
-"""Of a manifest's `base`: digest in the names of the drawn pictures of the class."""
+"""Key of a manifest's `base`: the digest in the names of the drawn pictures of the class."""
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ def prepare(
     Raises:
         MoSLoRAError: the recipe, the pictures or the pipeline is not acceptable, or has other weights now.
     """
-    marks, class_digest = known_marks(base), base.get(CLASS_PICTURES)
+    marks, class_digest = marks_of(base), base.get(CLASS_PICTURES)
     subject_folder = Path(recipe.data.pictures)
     if recipe.data.pictures == "drawn":
         subject_folder = drawn_set(folder / PICTURES / "subject", drawn_pictures())

@@ -27,11 +27,11 @@ from mm_moslora.models.precision import resolve_precision, run_arithmetic
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend, folder_name
-from mm_moslora.training.metrics.mixer_metrics import keep_start
-from mm_moslora.training.run_logging import log_adapter, peak_memory_gib, write_summary
-from mm_moslora.training.run_setup import exclusive
+from mm_moslora.training.metrics.mixer_metrics import keep_start, log_adapter
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
+from mm_moslora.training.supervision.run_summary import peak_memory_gib, write_summary
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import ConfigError, DivergedError

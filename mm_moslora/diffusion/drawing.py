@@ -25,7 +25,7 @@ from mm_moslora.diffusion.tiny_pipelines import TINY_PIPELINES
 from mm_moslora.models.model_paths import cached_snapshot, fingerprint
 from mm_moslora.reporting.drawing_grid import DRAWINGS
 from mm_moslora.tracking import Trackers
-from mm_moslora.tracking.tracker import Sample
+from mm_moslora.tracking.tracker import SampleAnswer
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.progress_bar import Progress
 
@@ -92,7 +92,7 @@ def _source(name: str | None, revision: str | None) -> Any:
 def _class_pictures(folder: Path, digest: str) -> list[Path]:
     """Pictures of the class: those with the digest, and all that have another name."""
     drawn = ((path, _DRAWN.fullmatch(path.name)) for path in picture_files(folder))
-    return [path for path, found in drawn if found is None or found[1] == digest]
+    return [path for path, parts in drawn if parts is None or parts[1] == digest]
 
 
 def complete_class_pictures(family: PipelineFamily, folder: Path, digest: str) -> list[Path]:
@@ -168,7 +168,7 @@ class ValidationPictures:
         if distributed.is_main() and drawn:
             self._record(step)
             samples = [
-                Sample(question=f"{item.prompt} (seed {item.seed})", expected="", prediction="", image=path)
+                SampleAnswer(question=f"{item.prompt} (seed {item.seed})", expected="", prediction="", image=path)
                 for item, path in zip(self.wanted, drawn, strict=True)
             ]
             trackers.log_samples("drawings", samples, step)

@@ -1,4 +1,4 @@
-"""Batches of latents: pictures through the VAE and prompts through the text encoders, each once where that is enough.
+"""Batches of latents. The VAE encodes pictures, and the text encoders prompts: once each, where the recipe allows it.
 
 Every draw (crop, latent, noise, timestep) follows from the seed, the step and the rank, so nothing has to be saved.
 """
@@ -33,7 +33,7 @@ class LatentBatches:
         self.family, self.sets, self.rank, self.world_size = family, sets, rank, world_size
         self.recipe = family.recipe
         self._latents: dict[tuple[str, int], Encoded] = {}
-        self._told: dict[str, Conditioning] = {}
+        self._conditioning: dict[str, Conditioning] = {}
 
     @property
     def per_step(self) -> int:
@@ -51,7 +51,7 @@ class LatentBatches:
         prompts = sorted({item.prompt for pictures in self.sets for item in pictures.pictures})
         if self.recipe.model.text_encoders == "frozen":
             for prompt in prompts:
-                self._told[prompt] = self.family.encode([prompt])
+                self._conditioning[prompt] = self.family.encode([prompt])
         if self.recipe.data.cache_latents:
             with Progress("encode pictures", sum(map(len, self.sets)), unit="picture") as progress:
                 for pictures in self.sets:
@@ -63,8 +63,8 @@ class LatentBatches:
     def _encoded(self, pictures: PictureSet, entry: int, epoch: int) -> Encoded:
         vae = self.family.pipeline.vae
         pixels = pictures.pixels(entry, epoch)
-        found = vae.encode(pixels.values.unsqueeze(0).to(vae.device, vae.dtype)).latent_dist
-        return found.mean[0].float().cpu(), found.std[0].float().cpu(), pixels.sizes
+        latents = vae.encode(pixels.values.unsqueeze(0).to(vae.device, vae.dtype)).latent_dist
+        return latents.mean[0].float().cpu(), latents.std[0].float().cpu(), pixels.sizes
 
     @torch.no_grad()
     def batch(self, step: int, micro: int, device: torch.device) -> LatentBatch:
@@ -76,22 +76,23 @@ class LatentBatches:
             device: where the batch is needed.
         """
         recipe, count = self.recipe, self.recipe.train.batch
-        place = micro * self.world_size + self.rank  # so that N processes draw what one draws that accumulates N
-        draws = generator(recipe.train.seed, "step", step, place)
-        start = step * self.per_step + place * count
+        pass_number = micro * self.world_size + self.rank  # so that N processes draw what one draws that accumulates N
+        draws = generator(recipe.train.seed, "step", step, pass_number)
+        start = step * self.per_step + pass_number * count
         latents, sizes, prompts = [], [], []
         for pictures in self.sets:
             for entry, epoch in pictures.entries(start, count):
-                known = self._latents.get((pictures.name, entry))
-                mean, deviation, size = known or self._encoded(pictures, entry, epoch)
+                cached = self._latents.get((pictures.name, entry))
+                mean, deviation, size = cached or self._encoded(pictures, entry, epoch)
                 latents.append(self.family.to_latents(mean + deviation * torch.randn(mean.shape, generator=draws)))
                 sizes.append(size)
                 prompts.append(pictures.prompt(entry))
         x = torch.stack(latents)
-        told = None
-        if self._told:
-            told = {
-                name: torch.cat([self._told[prompt][name] for prompt in prompts]) for name in self._told[prompts[0]]
+        conditioning = None
+        if self._conditioning:
+            conditioning = {
+                name: torch.cat([self._conditioning[prompt][name] for prompt in prompts])
+                for name in self._conditioning[prompts[0]]
             }
         prior = recipe.data.prior
         weights = torch.ones(len(x))
@@ -101,5 +102,5 @@ class LatentBatches:
             latents=x.to(device), noise=torch.randn(x.shape, generator=draws).to(device),
             draws=draw_timesteps(self.family, len(x), draws).to(device), sizes=torch.stack(sizes).to(device),
             weights=weights.to(device), subjects=count, prompts=prompts,
-            told=None if told is None else {name: value.to(device) for name, value in told.items()},
+            conditioning=conditioning and {name: value.to(device) for name, value in conditioning.items()},
         )  # fmt: skip

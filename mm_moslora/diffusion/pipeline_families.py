@@ -26,7 +26,7 @@ from mm_moslora.utils.package_requirements import install_extra, is_installed
 logger = logging.getLogger(__name__)
 
 Conditioning = dict[str, Tensor]
-"""What the denoiser is told, by name; batch first."""
+"""Conditioning of the denoiser by name, batch first."""
 _JOINT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 
 
@@ -56,6 +56,12 @@ class PipelineFamily:
     """Layers meant by `adapter.targets: attention`."""
     t5_window = 0
     """Most tokens of T5, 0 without one."""
+    prompt_options: Mapping[str, Any] = MappingProxyType(
+        {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    )
+    """Arguments of the pipeline's `encode_prompt`; the first of its outputs is the text."""
+    pooled_output: int | None = None
+    """Index of the pooled text among its outputs; None: there is none."""
     packed = 1
     """Side of the squares of latents that the pipeline joins before the denoiser."""
 
@@ -63,9 +69,9 @@ class PipelineFamily:
         self.pipeline, self.recipe = pipeline, recipe
         scheduler = pipeline.scheduler.config
         self.prediction = scheduler.get("prediction_type", "epsilon")
-        told = recipe.model.prediction
+        prediction = recipe.model.prediction
         if self.flow:
-            if told != "auto" or recipe.loss.min_snr_gamma is not None:
+            if prediction != "auto" or recipe.loss.min_snr_gamma is not None:
                 raise ConfigError(
                     f"model.prediction or loss.min_snr_gamma is set, but {type(pipeline).__name__} matches flows, "
                     "which have no such choice. Leave both out."
@@ -76,10 +82,10 @@ class PipelineFamily:
                 f"The scheduler of {recipe.model.base} is {type(pipeline.scheduler).__name__} with prediction_type "
                 f"{self.prediction!r}; expected one with a beta schedule that predicts epsilon or v_prediction."
             )
-        if told not in ("auto", self.prediction):
+        if prediction not in ("auto", self.prediction):
             raise ConfigError(
-                f"model.prediction is {told}, but the scheduler of {recipe.model.base} says {self.prediction}, and it "
-                "draws the pictures. Leave model.prediction out, or correct scheduler/scheduler_config.json."
+                f"model.prediction is {prediction}, but the scheduler of {recipe.model.base} says {self.prediction}, "
+                "and it draws the pictures. Leave model.prediction out, or correct scheduler/scheduler_config.json."
             )
 
     @property
@@ -135,17 +141,14 @@ class PipelineFamily:
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """The conditioning of prompts; gradients flow into text encoders."""
-        device = self._encoder_device()
-        text = self.pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)[0]
-        return {"text": text}
-
-    def _encoder_device(self) -> torch.device:
         encoder = next(getattr(self.pipeline, n) for n in self.text_encoder_names if getattr(self.pipeline, n, None))
-        return next(encoder.parameters()).device
+        device = next(encoder.parameters()).device
+        outputs = self.pipeline.encode_prompt(prompts, device=device, **self.prompt_options)
+        return {"text": outputs[0]} | ({} if self.pooled_output is None else {"pooled": outputs[self.pooled_output]})
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning, sizes: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """The denoiser's prediction, of the shape of the latents."""
-        return self.denoiser(noisy, timesteps, encoder_hidden_states=told["text"]).sample
+        return self.denoiser(noisy, timesteps, encoder_hidden_states=conditioning["text"]).sample
 
     def to_latents(self, means_or_samples: Tensor) -> Tensor:
         """The VAE's numbers on the scale that the denoiser knows."""
@@ -167,14 +170,14 @@ class PipelineFamily:
 
     def windows(self) -> list[tuple[Any, int]]:
         """Tokenizers with the most tokens that their encoders read; T5's alone where there is one, as it reads more."""
-        found = []
+        windows = []
         for name in self.text_encoder_names:
             tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"), None)
             if tokenizer is not None and getattr(self.pipeline, name, None) is not None:
                 if name not in self.clip_names:
                     return [(tokenizer, self.t5_window)]
-                found.append((tokenizer, int(tokenizer.model_max_length)))
-        return found
+                windows.append((tokenizer, int(tokenizer.model_max_length)))
+        return windows
 
     def check_prompts(self, prompts: list[str]) -> None:
         """Refuse prompts beyond an encoder's window, or count them; see `data.long_prompts`.
@@ -190,13 +193,13 @@ class PipelineFamily:
         if not long:
             return
         prompt, why = next(iter(long.items()))
-        shown = f"{prompt[:80]!r} has {why}"
+        example = f"{prompt[:80]!r} has {why}"
         if self.recipe.data.long_prompts == "refuse":
             raise DataError(
-                f"{len(long)} of {len(set(prompts))} prompts are too long: {shown}. Shorten them, or cut them with "
+                f"{len(long)} of {len(set(prompts))} prompts are too long: {example}. Shorten them, or cut them with "
                 "data.long_prompts: truncate."
             )
-        logger.warning("%d of %d prompts are cut: %s.", len(long), len(set(prompts)), shown)
+        logger.warning("%d of %d prompts are cut: %s.", len(long), len(set(prompts)), example)
 
 
 class StableDiffusionFamily(PipelineFamily):
@@ -206,10 +209,11 @@ class StableDiffusionFamily(PipelineFamily):
 
 
 class SdxlFamily(PipelineFamily):
-    """SDXL, whose UNet is told the sizes of a picture."""
+    """SDXL; its UNet takes the sizes of a picture, too."""
 
     classes = ("StableDiffusionXLPipeline",)
     text_encoder_names = clip_names = ("text_encoder", "text_encoder_2")
+    pooled_output = 2
 
     def _vae_scale(self) -> tuple[Tensor | float, Tensor | float]:
         """Of each channel where the VAE has both, as diffusers' SDXL does."""
@@ -219,17 +223,10 @@ class SdxlFamily(PipelineFamily):
             return super()._vae_scale()
         return torch.tensor(mean).view(-1, 1, 1), torch.tensor(deviation).view(-1, 1, 1)
 
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """See `PipelineFamily`."""
-        text, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=self._encoder_device(), do_classifier_free_guidance=False
-        )
-        return {"text": text, "pooled": pooled}
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning, sizes: Tensor) -> Tensor:
-        """See `PipelineFamily`."""
-        added = {"text_embeds": told["pooled"], "time_ids": sizes.to(told["pooled"])}
-        text = told["text"]
+        added = {"text_embeds": conditioning["pooled"], "time_ids": sizes.to(conditioning["pooled"])}
+        text = conditioning["text"]
         return self.denoiser(noisy, timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
 
 
@@ -241,20 +238,16 @@ class Sd3Family(PipelineFamily):
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     clip_names = ("text_encoder", "text_encoder_2")
     attention = (*PipelineFamily.attention, *_JOINT)
+    prompt_options = MappingProxyType(
+        {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False, "max_sequence_length": t5_window}
+    )
+    pooled_output = 2
 
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """See `PipelineFamily`."""
-        text, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self._encoder_device(), do_classifier_free_guidance=False,
-            max_sequence_length=self.t5_window,
-        )  # fmt: skip
-        return {"text": text, "pooled": pooled}
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning, sizes: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """See `PipelineFamily`."""
         return self.denoiser(
-            hidden_states=noisy, timestep=timesteps, encoder_hidden_states=told["text"],
-            pooled_projections=told["pooled"],
+            hidden_states=noisy, timestep=timesteps, encoder_hidden_states=conditioning["text"],
+            pooled_projections=conditioning["pooled"],
         ).sample  # fmt: skip
 
 
@@ -265,24 +258,19 @@ class FluxFamily(PipelineFamily):
     denoiser_name, flow, t5_window, packed = "transformer", True, 512, 2
     text_encoder_names = ("text_encoder", "text_encoder_2")
     attention = (*PipelineFamily.attention, *_JOINT)
+    prompt_options = MappingProxyType({"prompt_2": None, "max_sequence_length": t5_window})
+    pooled_output = 1
 
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """See `PipelineFamily`."""
-        text, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, device=self._encoder_device(), max_sequence_length=self.t5_window
-        )
-        return {"text": text, "pooled": pooled}
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning, sizes: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """See `PipelineFamily`."""
         pipeline, (count, channels, height, width) = self.pipeline, noisy.shape
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.full((count,), self.recipe.loss.flux_guidance, device=noisy.device)
-        text = told["text"]
+        text = conditioning["text"]
         packed = self.denoiser(
             hidden_states=pipeline._pack_latents(noisy, count, channels, height, width),
-            timestep=timesteps / 1000, guidance=guidance, pooled_projections=told["pooled"],
+            timestep=timesteps / 1000, guidance=guidance, pooled_projections=conditioning["pooled"],
             encoder_hidden_states=text, txt_ids=torch.zeros(text.shape[1], 3).to(text),
             img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, noisy.dtype),
         ).sample  # fmt: skip
@@ -304,7 +292,7 @@ def pipeline_source(config: PipelineConfig, commits: Mapping[str, str]) -> dict[
         config: a recipe's `model`.
         commits: by recipe key, of the checkpoint that a run continues from.
     """
-    contents, found = dict[str, str](), dict[str, str]()
+    contents, commits_used = dict[str, str](), dict[str, str]()
     for key, name, revision in (("model.base", config.base, config.revision), ("model.vae", config.vae, None)):
         if name is None or name in TINY_PIPELINES:
             continue
@@ -312,13 +300,13 @@ def pipeline_source(config: PipelineConfig, commits: Mapping[str, str]) -> dict[
         if not folder.is_dir():
             if (snapshot := cached_snapshot(name, commits.get(key, revision))) is None:
                 continue
-            folder, found[key] = snapshot, snapshot.name
+            folder, commits_used[key] = snapshot, snapshot.name
         contents |= {
             f"{key}/{path.relative_to(folder)}": fingerprint(path)
             for path in sorted(folder.rglob("*"))
             if path.suffix in (".json", ".txt", ".model", ".safetensors") and path.is_file()
         }
-    return {CONTENTS: contents, COMMITS: found}
+    return {CONTENTS: contents, COMMITS: commits_used}
 
 
 def load_family(
@@ -363,13 +351,13 @@ def _loaded(config: PipelineConfig, dtype: torch.dtype, commits: Mapping[str, st
             if isinstance(part, nn.Module) and name != "vae":
                 part.to(dtype)
         return pipeline
-    known = [name for kind in FAMILIES for name in kind.classes]
+    names = [name for kind in FAMILIES for name in kind.classes]
     base, more = config.base, dict[str, Any](revision=commits.get("model.base", config.revision))
     try:
         index = diffusers.DiffusionPipeline.load_config(base, **more)
         name = str(dict(index).get("_class_name"))
-        if name not in known:
-            raise ModelError(f"{base} is a {name}, expected one of {', '.join(known)}.{suggestion(name, known)}")
+        if name not in names:
+            raise ModelError(f"{base} is a {name}, expected one of {', '.join(names)}.{suggestion(name, names)}")
         if config.vae is not None:
             more["vae"] = diffusers.AutoencoderKL.from_pretrained(
                 config.vae, revision=commits.get("model.vae"), torch_dtype=dtype, use_safetensors=True,

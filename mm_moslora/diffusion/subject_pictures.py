@@ -78,11 +78,11 @@ class PictureSet:
         """Entry and epoch at the positions of the endless shuffled order, from `start` on."""
         orders: dict[int, list[int]] = {}
         for position in range(start, start + count):
-            epoch, place = divmod(position, len(self))
+            epoch, index = divmod(position, len(self))
             if epoch not in orders:
                 draws = generator(self.seed, self.name, "order", epoch)
                 orders[epoch] = torch.randperm(len(self), generator=draws).tolist()
-            yield orders[epoch][place], epoch
+            yield orders[epoch][index], epoch
 
     def prompt(self, entry: int) -> str:
         """The prompt of an entry."""
@@ -167,7 +167,7 @@ def _captioned(folder: Path, column: str) -> list[PromptedPicture]:
             f"data.caption_column is {column!r}, but {folder} has no {METADATA}. Write one line per picture: "
             f'{{"file_name": "1.jpg", "{column}": "a photo of ..."}}; or give data.prompt.'
         )
-    found, root = [], folder.resolve()
+    pictures, root = [], folder.resolve()
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -182,13 +182,13 @@ def _captioned(folder: Path, column: str) -> list[PromptedPicture]:
                     f"{where} has {key} {row.get(key)!r}, expected text.{suggestion(key, row)} Its keys: "
                     f"{', '.join(row) or 'none'}."
                 )
-        found.append(PromptedPicture(path=_below(root, row["file_name"]), prompt=row[column]))
-    if not found:
+        pictures.append(PromptedPicture(path=_below(root, row["file_name"]), prompt=row[column]))
+    if not pictures:
         raise DataError(f"{folder / METADATA} has no lines, expected one per picture.")
-    missing = [item.path.name for item in found if not item.path.is_file()]
+    missing = [item.path.name for item in pictures if not item.path.is_file()]
     if missing:
         raise DataError(
             f"{folder / METADATA} names {len(missing)} pictures that are not in its folder, first {missing[0]}. "
             "Correct file_name, or add the files."
         )
-    return found
+    return pictures

@@ -76,19 +76,21 @@ def _scored(
     groups = (images, real)
     with torch.no_grad():
         if kind == "dino":
-            seen = [model(**process(images=group, return_tensors="pt")).last_hidden_state[:, 0] for group in groups]
-            return {"dino": _likeness(*seen)}
-        seen = [_embedding(model.get_image_features(**process(images=group, return_tensors="pt"))) for group in groups]
+            embedded = [model(**process(images=group, return_tensors="pt")).last_hidden_state[:, 0] for group in groups]
+            return {"dino": _likeness(*embedded)}
+        embedded = [
+            _embedding(model.get_image_features(**process(images=group, return_tensors="pt"))) for group in groups
+        ]
         texts = process(text=prompts, return_tensors="pt", padding=True, truncation=True)
-        said = _embedding(model.get_text_features(**texts))
-    agreement = F.cosine_similarity(seen[0], said, dim=-1).mean()
-    return {"clip_i": _likeness(*seen), "clip_t": float(agreement)}
+        text_embedding = _embedding(model.get_text_features(**texts))
+    agreement = F.cosine_similarity(embedded[0], text_embedding, dim=-1).mean()
+    return {"clip_i": _likeness(*embedded), "clip_t": float(agreement)}
 
 
 def _embedding(output: Any) -> Tensor:
     """The projected embedding: a tensor, or the field of an output, depending on the release of transformers."""
-    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return found
+    embedding: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return embedding
 
 
 def _likeness(drawn: Tensor, real: Tensor) -> float:

@@ -156,7 +156,6 @@ def _drawn(number: int) -> Image.Image:
     x, y = width // 2 + round(8 * math.sin(number)), height // 2 + 6
     for side in (-1, 1):
         draw.polygon([(x + side * 22, y - 10), (x + side * 18, y - 34), (x + side * 4, y - 20)], fill=(150, 60, 40))
-        draw.ellipse((x + side * 9 - 3, y - 8, x + side * 9 + 3, y - 1), fill=(20, 20, 20))
     draw.ellipse((x - 24, y - 24, x + 24, y + 24), outline=(90, 30, 20), fill=(190, 90, 60), width=2)
     for row in range(-2, 3):  # the stripes of ikat
         draw.line([(x - 16, y + 6 * row + 6), (x, y + 6 * row), (x + 16, y + 6 * row + 6)], fill=(245, 215, 150))

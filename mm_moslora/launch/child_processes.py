@@ -222,7 +222,7 @@ def run_and_hand_on(
     words: Sequence[str],
     *,
     signals: Sequence[int] = STOP_SIGNALS,
-    tell: Callable[[int], None] = terminate,
+    request_stop: Callable[[int], None] = terminate,
     kill: Callable[[int], None] = kill_tree,
     **options: Any,
 ) -> Ended:
@@ -232,7 +232,7 @@ def run_and_hand_on(
     Args:
         words: the command.
         signals: those to forward.
-        tell: asks the process with this id to save and exit; default: by SIGTERM.
+        request_stop: asks the process with this id to save and exit; default: by SIGTERM.
         kill: kills it; default: with all its descendants.
         options: see `start`.
     """
@@ -250,7 +250,7 @@ def run_and_hand_on(
         if not request or child.poll() is not None:
             return
         if request == 1:
-            tell(child.pid)
+            request_stop(child.pid)
         elif request >= REQUESTS_TO_END_UNSAVED:
             kill(child.pid)
         else:
@@ -263,7 +263,7 @@ def run_and_hand_on(
     try:
         child = start(words, **options)
         if early and child.poll() is None:
-            tell(child.pid)
+            request_stop(child.pid)
         return Ended(code=child.wait(), signals=frozenset([*early, *late]))
     finally:
         restore_handlers(previous)

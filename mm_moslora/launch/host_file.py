@@ -38,13 +38,13 @@ def exported_lines(environment: Mapping[str, str]) -> str:
     chosen = {
         name: value for name, value in environment.items() if name.startswith(PASSED_ON) and name != DEEPSPEED_ENV_FILE
     }
-    kept = {name: value for name, value in chosen.items() if not is_secret_name(name) and "\n" not in value}
-    if left_out := sorted(chosen.keys() - kept.keys()):
+    exported = {name: value for name, value in chosen.items() if not is_secret_name(name) and "\n" not in value}
+    if left_out := sorted(chosen.keys() - exported.keys()):
         logger.warning(
             "%s: not passed on to the hosts. Log in on each host (hf auth login, wandb login), or use a .deepspeed_env "
             "file.", ", ".join(left_out),
         )  # fmt: skip
-    lines = [f"{name}={_escaped(value)}" for name, value in kept.items()]
+    lines = [f"{name}={_escaped(value)}" for name, value in exported.items()]
     lines.append(f"PYTHONPATH={_escaped(environment.get('PYTHONPATH', ''))}")
     named = environment.get(DEEPSPEED_ENV_FILE)
     files = [Path.home() / ".deepspeed_env"] if named is None else [Path.home() / named, Path(named)]

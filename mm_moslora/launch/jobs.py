@@ -32,9 +32,9 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 GRACE = 120.0
 """Seconds in which a job that is asked to end may save."""
 _SAVED = (0, EXIT_REQUEUE, 143, -signal.SIGTERM)
-"""Exit codes of a job that was asked to end and has lost nothing: done, saved, or ended where it keeps all it did."""
-_LOOK, _PAUSE = 1.0, 0.1
-"""Seconds between two questions for further jobs or a stop, and between two looks at processes."""
+"""Exit codes of a job that was asked to end and has lost nothing: done, saved, or ended with all its work stored."""
+_ASK_AGAIN, _PAUSE = 1.0, 0.1
+"""Seconds between two calls of `jobs` and `stop`, and between two polls of processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class End(NamedTuple):
         return f"the process ended without {self.job.output}; see {log}" if missing else ""
 
 
-class Engine(Protocol):
+class JobEngine(Protocol):
     """Where jobs run."""
 
     @property
@@ -113,7 +113,7 @@ class Engine(Protocol):
 
 
 def run_jobs(
-    jobs: Callable[[], Iterable[Job]], engine: Engine, *, over: Callable[[Job, str], None],
+    jobs: Callable[[], Iterable[Job]], engine: JobEngine, *, over: Callable[[Job, str], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:  # fmt: skip
     """Run jobs to their end; returns, by name, why some of them failed `TRIES` times. The others go on.
@@ -143,11 +143,11 @@ def run_jobs(
                     unstarted.append(End(job, 1, f"it did not start: {error}"))
             if not running:
                 break
-            for end in unstarted or engine.wait(_LOOK):
+            for end in unstarted or engine.wait(_ASK_AGAIN):
                 running -= 1
                 problem, name = end.problem, end.job.name
                 if problem and stop():  # the signal may have ended the job, too
-                    _tell_if_unsaved(end)
+                    _warn_if_unsaved(end)
                     continue
                 tries[name] += 1
                 if problem and tries[name] < TRIES:
@@ -158,11 +158,11 @@ def run_jobs(
                 over(end.job, problem)
     finally:
         for end in engine.stop():
-            _tell_if_unsaved(end)
+            _warn_if_unsaved(end)
     return failed
 
 
-def _tell_if_unsaved(end: End) -> None:
+def _warn_if_unsaved(end: End) -> None:
     if end.code not in _SAVED:
         why = f"killed, as after {GRACE:g} s" if end.code == -signal.SIGKILL else f"exit code {end.code}"
         logger.warning(
@@ -171,17 +171,17 @@ def _tell_if_unsaved(end: End) -> None:
         )  # fmt: skip
 
 
-def cards_per_job(asked: int | None, engine: Engine, *, option: str) -> int:
+def cards_per_job(wanted: int | None, engine: JobEngine, *, option: str) -> int:
     """Accelerators of each job: those asked for, else one where the engine has any.
 
     Raises:
         ConfigError: several are asked for, and there are none, or too few of them in all.
     """
-    if asked is not None and asked < 1:
-        raise ConfigError(f"{option} is {asked}, expected 1 or more.")
-    if (asked or 1) > max(1, engine.cards):
-        raise ConfigError(f"{option} is {asked}, but there are {engine.cards} accelerators. Give at most that many.")
-    return (asked or 1) if engine.cards else 0
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"{option} is {wanted}, expected 1 or more.")
+    if (wanted or 1) > max(1, engine.cards):
+        raise ConfigError(f"{option} is {wanted}, but there are {engine.cards} accelerators. Give at most that many.")
+    return (wanted or 1) if engine.cards else 0
 
 
 class ProcessEngine:
@@ -194,7 +194,8 @@ class ProcessEngine:
     def __init__(self, *, parallel: int | None = None) -> None:
         if parallel is not None and parallel < 1:
             raise ConfigError(f"--parallel is {parallel}, expected 1 or more.")
-        self._cards = _card_names()
+        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), accelerators()
+        self._cards = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
         self._parallel = parallel or max(1, len(self._cards))
         self._free = list(self._cards)
         self._busy: list[tuple[Job, Sequence[str], Child]] = []
@@ -264,8 +265,3 @@ def close(child: Child) -> int:
         with suppress(BrokenPipeError):
             child.stdin.close()
     return child.wait()
-
-
-def _card_names() -> list[str]:
-    named, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), accelerators()
-    return named.split(",")[:count] if named else [str(index) for index in range(count)]

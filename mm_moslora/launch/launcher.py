@@ -45,8 +45,8 @@ def stopped_text(number: int) -> str:
         number: the signal.
     """
     name = signal.Signals(number).name
-    said = {"SIGINT": "Ctrl-C (SIGINT)", "SIGTERM": "SIGTERM, which launchers send for Ctrl-C and other signals, too"}
-    return f"Stopped by {said.get(name, name)}; nothing is unsaved. The same command continues the run.\n"
+    texts = {"SIGINT": "Ctrl-C (SIGINT)", "SIGTERM": "SIGTERM, which launchers send for Ctrl-C and other signals, too"}
+    return f"Stopped by {texts.get(name, name)}; nothing is unsaved. The same command continues the run.\n"
 
 
 def leave_mark(run_folder: Path, number: int) -> None:
@@ -64,16 +64,16 @@ def leave_mark(run_folder: Path, number: int) -> None:
         os.close(open_in_place(run_folder / RUN_LOCK, os.O_WRONLY))  # marks the folder as a run's for the next start
         replace_text(run_folder / STOPPED, stopped_text(number))
         with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, FileNotFoundError):
-            told = read_json(run_folder / STATE)
-            here = told["state"] == "running" and told["host"] == socket.gethostname()
-            if here and not is_running(int(told["process"]), started=told.get("started")):
-                replace_json(run_folder / STATE, told | {"state": "stopped", "ended": time.time()})
+            state = read_json(run_folder / STATE)
+            runs_here = state["state"] == "running" and state["host"] == socket.gethostname()
+            if runs_here and not is_running(int(state["process"]), started=state.get("started")):
+                replace_json(run_folder / STATE, state | {"state": "stopped", "ended": time.time()})
     except (ConfigError, OSError) as error:
         logger.info("%s is not written: %s", run_folder / STOPPED, error)
 
 
 def launch(
-    places: Topology,
+    topology: Topology,
     arguments: Sequence[str],
     *,
     run_folder: Path | None,
@@ -84,7 +84,7 @@ def launch(
     """Start the ranks and wait for them.
 
     Args:
-        places: processes and hosts.
+        topology: processes and hosts.
         arguments: the verb of the ranks and its arguments.
         run_folder: gets the mark of a run that was stopped; None: the verb trains nothing.
         log_folder: gets the output of every rank, see `mm_moslora.launch.rank_logs`.
@@ -94,19 +94,19 @@ def launch(
     Returns:
         0 after a finished run, 75 after a requested stop, else the launcher's code.
     """
-    words = command(places, arguments)
+    words = command(topology, arguments)
     logger.info("%s", shlex.join(words))
     if dry_run:
         return 0
     if run_folder is None:
-        return _run_ranks(places, words, log_folder).code
+        return _run_ranks(topology, words, log_folder).code
     mark = run_folder / STOPPED
     refuse_strangers(run_folder, (STOPPED,), kind="run", also=RUN_SIGNS)
     discard(mark)
     if requeue is not None:
         requeue.watch(run_folder)
-    with _told_of_silence(run_folder):
-        ended = _run_ranks(places, words, log_folder)
+    with _warning_of_silence(run_folder):
+        ended = _run_ranks(topology, words, log_folder)
     # The code alone is not enough: DeepSpeed's runner reports success for a launcher that a signal ended.
     unsaved = bool(ended.signals) and not (ended.code == 0 and _is_finished(run_folder))
     if not mark.exists() and not unsaved:
@@ -117,11 +117,11 @@ def launch(
 
 
 @contextlib.contextmanager
-def _told_of_silence(run_folder: Path) -> Iterator[None]:
+def _warning_of_silence(run_folder: Path) -> Iterator[None]:
     """Say once, after a minute, that the ranks have not met: then rank 0 writes the run's state."""
     before = _written(run_folder)
 
-    def tell() -> None:
+    def warn() -> None:
         if _written(run_folder) == before:
             logger.warning(
                 "The ranks have not met within %g s. Either imports are slow, or "
@@ -129,7 +129,7 @@ def _told_of_silence(run_folder: Path) -> Iterator[None]:
                 SILENT_SECONDS,
             )  # fmt: skip
 
-    timer = threading.Timer(SILENT_SECONDS, tell)
+    timer = threading.Timer(SILENT_SECONDS, warn)
     timer.daemon = True
     timer.start()
     try:
@@ -146,7 +146,7 @@ def _written(run_folder: Path) -> int:
         return 0
 
 
-def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) -> Ended:
+def _run_ranks(topology: Topology, words: Sequence[str], log_folder: Path | None) -> Ended:
     """Run the command of the ranks in their environment."""
     environment = {
         "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
@@ -158,22 +158,22 @@ def _run_ranks(places: Topology, words: Sequence[str], log_folder: Path | None) 
     } | child_environment()  # fmt: skip
     if log_folder is not None:
         environment[LOG_FOLDER] = str(log_folder.absolute())
-    tell: Callable[[int], None] = terminate
+    request_stop: Callable[[int], None] = terminate
     kill: Callable[[int], None] = kill_tree
-    if places.uses_deepspeed:
-        tell = end_deepspeed
+    if topology.uses_deepspeed:
+        request_stop = end_deepspeed
         environment = {"OMP_NUM_THREADS": "1"} | environment  # torchrun sets it, too
-    elif places.job is not None:
+    elif topology.job is not None:
         environment = step_environment(environment)
-        tell, kill = places.job.terminate_step, terminate  # srun kills its step on SIGTERM
+        request_stop, kill = topology.job.terminate_step, terminate  # srun kills its step on SIGTERM
     with contextlib.ExitStack() as stack:
-        if places.hostfile is not None:
+        if topology.hostfile is not None:
             file = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="deepspeed_env-", encoding="utf-8"))
             file.write(exported_lines(environment))
             file.flush()
             environment[DEEPSPEED_ENV_FILE] = file.name
         # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
-        return run_and_hand_on(words, tell=tell, kill=kill, env=environment, process_group=0)
+        return run_and_hand_on(words, request_stop=request_stop, kill=kill, env=environment, process_group=0)
 
 
 def _is_finished(run_folder: Path) -> bool:
@@ -201,10 +201,10 @@ def end_deepspeed(runner: int) -> None:
         commands = [(child, child.cmdline()) for child in process.children()]
         # A child without a command line, or with the same one, is a fork about to start another program.
         started = [(child, words) for child, words in commands if words not in ([], own)]
-        here = [child for child, words in started if words[2:4] == ["-m", "deepspeed.launcher.launch"]]
-        for child in here:
+        launchers = [child for child, words in started if words[2:4] == ["-m", "deepspeed.launcher.launch"]]
+        for child in launchers:
             child.terminate()
         if not started:  # it may be about to start the launcher
             os.killpg(runner, signal.SIGTERM)
-        elif not here:
+        elif not launchers:
             process.terminate()

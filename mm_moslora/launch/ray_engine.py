@@ -17,9 +17,9 @@ from contextlib import chdir
 from typing import Any
 
 from mm_moslora.launch.child_processes import kill_tree, terminate
-from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Engine, Job, ProcessEngine, close, start_process
+from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Job, JobEngine, ProcessEngine, close, start_process
 from mm_moslora.launch.launcher import EXIT_REQUEUE
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, reason_of
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import install_extra
 from mm_moslora.utils.untrusted_files import read_text
@@ -27,12 +27,12 @@ from mm_moslora.utils.untrusted_files import read_text
 logger = logging.getLogger(__name__)
 
 _PAUSE, _SECONDS, _SEEN_LATE = 0.2, 10.0, 90.0
-"""Seconds between two looks at a process, to reach the cluster, and until a network file system shows an output."""
+"""Seconds between two polls of a process, to reach the cluster, and until a network file system shows an output."""
 _OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 """Ray kills its workers when this process is gone, but not their jobs then, which see it and save (`start_tied`)."""
 
 
-def open_engine(ray: str, *, parallel: int | None) -> Engine:
+def open_engine(ray: str, *, parallel: int | None) -> JobEngine:
     """The engine that a verb's options ask for.
 
     Args:
@@ -66,7 +66,7 @@ class RayEngine:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _OUTLIVES})
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
-                f"--ray {address}: no Ray cluster answers there ({_first_line(error)}). Start one with `ray "
+                f"--ray {address}: no Ray cluster answers there ({reason_of(error)}). Start one with `ray "
                 "start --head`, and this command on one of its nodes."
             ) from error
         self._ray = ray
@@ -125,7 +125,7 @@ class RayEngine:
             return End(job, EXIT_REQUEUE)  # before it began
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            return End(job, 1, _first_line(cause))
+            return End(job, 1, reason_of(cause))
         deadline = time.monotonic() + _SEEN_LATE
         while code == 0 and job.output is not None and not job.output.exists() and time.monotonic() < deadline:
             time.sleep(_PAUSE)
@@ -142,10 +142,6 @@ class RayEngine:
         self._running.clear()
         self._ray.shutdown()
         return ends
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _require_listener(address: str) -> None:
@@ -172,12 +168,12 @@ def _run_on_node(job: Job, sign: str, threads: dict[str, str | None]) -> int:
     for name, value in threads.items():
         os.environ.pop(name, None)
         os.environ |= {} if value is None else {name: value}
-    asked: list[int] = []
+    requests: list[int] = []
     # Ray cancels a task by SIGINT, which does nothing where `ray start` inherited that it is ignored, as behind `&`.
-    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: requests.append(number))
     child, deadline = start_process(job, {}), math.inf
     while child.poll() is None:
-        if asked and deadline == math.inf:
+        if requests and deadline == math.inf:
             terminate(child.pid)
             deadline = time.monotonic() + GRACE
         if time.monotonic() > deadline:

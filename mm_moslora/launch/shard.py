@@ -30,8 +30,8 @@ class Shard:
         Raises:
             ConfigError: it has another form, or I is not one of 1 to N.
         """
-        found = _NAME.fullmatch(text.replace("/", "-of-", 1))
-        shard = None if found is None or "/" not in text else cls(int(found[1]), int(found[2]))
+        match = _NAME.fullmatch(text.replace("/", "-of-", 1))
+        shard = None if match is None or "/" not in text else cls(int(match[1]), int(match[2]))
         if shard is None or not shard.number <= shard.of <= MOST:
             raise ConfigError(
                 f"--shard is {text[:80]!r}, expected I/N with I from 1 to N and N at most {MOST}, such as 1/4."
@@ -66,23 +66,23 @@ def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
     Raises:
         ConfigError: shards are missing, or of two divisions.
     """
-    found = _found(folder, suffix)
-    if not found:
+    files = _found(folder, suffix)
+    if not files:
         raise ConfigError(f"{folder} holds no finished shard. Run the command with --shard 1/N to N/N first.")
-    of = max(shard.of for shard in found)
+    of = max(shard.of for shard in files)
     refuse_other_divisions(folder, suffix, of=of)
     everything = [Shard(number, of) for number in range(1, of + 1)]
-    if missing := [str(shard) for shard in everything if shard not in found]:
-        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    if missing := [str(shard) for shard in everything if shard not in files]:
+        some = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
         raise ConfigError(
-            f"{folder}: {len(missing)} of {of} shards are missing or not finished: {shown}. Run the command "
+            f"{folder}: {len(missing)} of {of} shards are missing or not finished: {some}. Run the command "
             "with --shard for each of them, then merge again."
         )
-    return {shard: found[shard] for shard in everything}
+    return {shard: files[shard] for shard in everything}
 
 
 def refuse_other_divisions(folder: Path, suffix: str, *, of: int) -> None:
-    """Refuse a folder with finished shards of another division, before there are more.
+    """Refuse a folder that holds finished shards of another division, before this command adds its own.
 
     Raises:
         ConfigError: it names some of them.
@@ -95,26 +95,26 @@ def refuse_other_divisions(folder: Path, suffix: str, *, of: int) -> None:
 
 
 def _found(folder: Path, suffix: str) -> dict[Shard, Path]:
-    found = {}
+    files = {}
     for path in folder.glob(f"*-of-*{suffix}"):
         name = _NAME.fullmatch(str(path.relative_to(folder)).removesuffix(suffix))
         if name is not None and int(name[1]) <= int(name[2]):
-            found[Shard(int(name[1]), int(name[2]))] = path
-    return found
+            files[Shard(int(name[1]), int(name[2]))] = path
+    return files
 
 
-def refuse_others(stored: Any, asked: Any, *, what: str) -> None:
+def refuse_others(stored: Any, wanted: Any, *, what: str) -> None:
     """Refuse a shard of another command.
 
     Args:
         stored: plain data that identify the shard's work.
-        asked: the same of this command.
+        wanted: the same of this command.
         what: the shard, for the message.
 
     Raises:
         ConfigError: a value differs; both are named.
     """
-    one, other = dict(_flat(stored, "")), dict(_flat(asked, ""))
+    one, other = dict(_flat(stored, "")), dict(_flat(wanted, ""))
     for name in one | other:
         if one.get(name) != other.get(name):
             values = [repr(side[name])[:200] if name in side else "missing" for side in (one, other)]

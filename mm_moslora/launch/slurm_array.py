@@ -53,6 +53,6 @@ def write_array(file: Path, jobs: Sequence[Job]) -> None:
 def _element(job: Job) -> str:
     """The commands of an element: output into the log, and the job in place of the shell, so that it gets signals."""
     log = job.folder / job.log  # the array may be submitted from any folder
-    place, folder, logged = (shlex.quote(str(path)) for path in (log.parent, job.folder, log))
+    log_folder, folder, log_file = (shlex.quote(str(path)) for path in (log.parent, job.folder, log))
     words = shlex.join(["env", *(f"{name}={os.environ[name]}" for name in THREADS if name in os.environ), *job.words])
-    return f"mkdir -p {place} && {{ cd {folder} && exec {words}; }} >>{logged} 2>&1 </dev/null"
+    return f"mkdir -p {log_folder} && {{ cd {folder} && exec {words}; }} >>{log_file} 2>&1 </dev/null"

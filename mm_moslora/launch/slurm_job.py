@@ -34,7 +34,7 @@ _PAUSE = 10.0
 _PATIENCE = 30.0
 """Timeout of one SLURM command, seconds."""
 _NO_STEP = 0xFFFF_0000
-"""Least number of the steps that are none of srun's own: that of the batch script, and the shell of salloc."""
+"""From this number on, a step is not one of srun: it is the batch script, or the shell of salloc."""
 _TASKS = re.compile(r"SLURM_(NTASKS\w*|NPROCS|TASKS_PER_NODE|CPUS_PER_TASK|TRES_PER_TASK)")
 """Variables of a job's tasks, which srun would take for those of a step."""
 _CHANGES_NODES = re.compile(r"-[NnwxrF]\S*|--(nodes|ntasks|ntasks-per-\w+|nodelist|nodefile|exclude|relative)(=.*)?")
@@ -42,7 +42,7 @@ _CHANGES_NODES = re.compile(r"-[NnwxrF]\S*|--(nodes|ntasks|ntasks-per-\w+|nodeli
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SlurmJob:
     """The job of this process."""
 
     number: int
@@ -59,11 +59,11 @@ class Job:
     """CPUs of the job's tasks on each node; older versions of srun do not inherit them from the job."""
     gpus_on_node: int | None = None
     """GPUs of the job on this node."""
-    tasks_here: int = 0
-    """Tasks of the step that this process is one of; 0: it is in no step, as a batch script is."""
+    tasks_of_step: int = 0
+    """Tasks of the step that this process belongs to; 0: it is in no step, as a batch script is."""
 
     @classmethod
-    def current(cls, environment: Mapping[str, str]) -> Job | None:
+    def current(cls, environment: Mapping[str, str]) -> SlurmJob | None:
         """The job in an environment such as `os.environ`; None outside a job, or where srun is missing."""
         if not environment.get("SLURM_JOB_ID") or not shutil.which("srun"):
             return None
@@ -78,7 +78,7 @@ class Job:
             restarts=whole_number(environment, "SLURM_RESTART_COUNT", 0),
             cpus_per_node=_cpus(environment),
             gpus_on_node=int(gpus) if gpus.isdecimal() and int(gpus) else None,
-            tasks_here=step_tasks(environment),
+            tasks_of_step=step_tasks(environment),
         )
 
     @property
@@ -92,14 +92,14 @@ class Job:
         Raises:
             ConfigError: each of several tasks would start it.
         """
-        if self.tasks_here > 1:
+        if self.tasks_of_step > 1:
             raise ConfigError(
-                f"mm-moslora launch runs in a step of {self.tasks_here} tasks, and each would start all ranks. Call it "
-                "once: in the batch script without srun, or in a step of one task (srun --ntasks=1 --pty bash)."
+                f"mm-moslora launch runs in a step of {self.tasks_of_step} tasks, and each would start all ranks. "
+                "Call it once: in the batch script without srun, or in a step of one task (srun --ntasks=1 --pty bash)."
             )
         words = ["srun", f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1"]
         words += ["--kill-on-bad-exit=1", f"--job-name={self.step_name}"]
-        words += ["--overlap"] if self.tasks_here else []  # else it would wait for the CPUs of its own step
+        words += ["--overlap"] if self.tasks_of_step else []  # else it would wait for the CPUs of its own step
         return words + ([f"--cpus-per-task={self.cpus_per_node}"] if self.cpus_per_node else [])
 
     def rendezvous(self) -> list[str]:
@@ -121,7 +121,7 @@ class Job:
         Args:
             srun: process id of the `srun` that started the step.
         """
-        if not _tried(lambda: self._told(srun)):
+        if not _tried(lambda: self._signal_step(srun)):
             logger.error(
                 "SLURM does not answer, so the step of job %d was not asked to save. SLURM signals it at the time "
                 "limit.", self.number,
@@ -135,7 +135,7 @@ class Job:
         """
         return _tried(lambda: _answer("scontrol", "requeue", self.name) is not None)
 
-    def _told(self, srun: int) -> bool:
+    def _signal_step(self, srun: int) -> bool:
         state = _squeue("--jobs", self.name, "--format", "%T")
         if state is not None and state.strip() == "COMPLETING":
             return True  # cancelled: SLURM has signalled the step, and torchrun gives up on a second signal
@@ -151,7 +151,7 @@ class Job:
 
 
 def _cpus(environment: Mapping[str, str]) -> int | None:
-    """CPUs of a node's tasks together: the one task of a step has those of all tasks that the job asked for."""
+    """CPUs of all tasks of a node: the one task of a step gets them all."""
     each = whole_number(environment, "SLURM_CPUS_PER_TASK", 0)
     tasks = re.match(r"\d+", environment.get("SLURM_TASKS_PER_NODE", ""))
     return each * max(1, int(tasks[0]) if tasks else 1) or None
@@ -169,7 +169,7 @@ def step_tasks(environment: Mapping[str, str]) -> int:
 
 
 def leave_foreign_step() -> None:
-    """Forget a step of another job: sbatch passes on what a shell of srun has of its own to the batch script."""
+    """Remove the variables of another job's step: sbatch called from a shell of srun passes them on."""
     import psutil
 
     with contextlib.suppress(psutil.Error, LookupError, ValueError):
@@ -228,7 +228,7 @@ def _tried(attempt: Callable[[], bool]) -> bool:
 class Requeue:
     """Requeues a job that was stopped before its time limit, as long as the run makes progress."""
 
-    def __init__(self, job: Job | None) -> None:
+    def __init__(self, job: SlurmJob | None) -> None:
         if job is None:
             raise ConfigError("--requeue is for SLURM jobs, but SLURM_JOB_ID or srun is missing here. Leave it out.")
         self.job = job

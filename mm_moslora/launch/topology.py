@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_moslora.launch.child_processes import python_words
-from mm_moslora.launch.slurm_job import Job, refuse_options
+from mm_moslora.launch.slurm_job import SlurmJob, refuse_options
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
 from mm_moslora.utils.untrusted_files import read_text
@@ -47,7 +47,7 @@ class Topology:
     """Python of the ranks; in a container it has another path."""
     srun: tuple[str, ...] = ()
     """Further options of srun."""
-    job: Job | None = None
+    job: SlurmJob | None = None
     """The SLURM job that runs the ranks on its nodes; None: this machine, or the hosts in the other fields."""
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Topology:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {least} or more.")
-        if self.rdzv is not None and not _is_place(self.rdzv):
+        if self.rdzv is not None and not _is_address(self.rdzv):
             raise ConfigError(f"--rdzv is {self.rdzv!r}, expected HOST:PORT such as node-1:29400.")
         for name in ("rdzv", "rdzv_id", "local_addr"):
             if (value := getattr(self, name)) is not None and self.nnodes == 1:
@@ -94,11 +94,11 @@ def _check_hosts(hostfile: Path) -> None:
     lines = [line.partition("#")[0].strip() for line in read_text(hostfile, errors="replace").splitlines()]
     wrong = [line for line in lines if line and not re.fullmatch(rf"{HOST}\s+slots=[1-9]\d*", line)]
     if wrong or not any(lines):
-        found = f"holds {wrong[0]!r}" if wrong else "names no host"
-        raise ConfigError(f"--hostfile {hostfile} {found}, expected lines such as 'worker-1 slots=8'.")
+        fault = f"holds {wrong[0]!r}" if wrong else "names no host"
+        raise ConfigError(f"--hostfile {hostfile} {fault}, expected lines such as 'worker-1 slots=8'.")
 
 
-def _is_place(text: str) -> bool:
+def _is_address(text: str) -> bool:
     """Whether the text has the form HOST:PORT."""
     host, _, port = text.rpartition(":")
     return bool(re.fullmatch(HOST, host)) and port.isascii() and port.isdigit() and 0 < int(port) <= LARGEST_PORT
@@ -111,50 +111,54 @@ def accelerators() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def command(places: Topology, arguments: Sequence[str]) -> list[str]:
+def command(topology: Topology, arguments: Sequence[str]) -> list[str]:
     """The command that starts the ranks.
 
     Args:
-        places: processes and hosts.
+        topology: processes and hosts.
         arguments: the verb of the ranks and its arguments.
     """
-    if places.uses_deepspeed:
-        where = ["--hostfile", str(places.hostfile)] if places.hostfile else ["--num_gpus", str(_here(places))]
+    if topology.uses_deepspeed:
+        where = (
+            ["--hostfile", str(topology.hostfile)]
+            if topology.hostfile
+            else ["--num_gpus", str(_local_processes(topology))]
+        )
         return [
-            *python_words("-m", "deepspeed.launcher.runner", python=places.python), "--master_port", str(_free_port()),
-            "--no_local_rank", *where, "--module", "mm_moslora", *arguments,
+            *python_words("-m", "deepspeed.launcher.runner", python=topology.python),
+            "--master_port", str(_free_port()), "--no_local_rank", *where, "--module", "mm_moslora", *arguments,
         ]  # fmt: skip
-    rank = python_words("-u", "-m", "mm_moslora", *arguments, python=places.python)
+    rank = python_words("-u", "-m", "mm_moslora", *arguments, python=topology.python)
     # torchrun would start `python -m` without -P, and a container may drop PYTHONSAFEPATH.
-    torchrun = [*places.through, *python_words("-m", "torch.distributed.run", python=places.python), "--no-python"]
-    if places.max_restarts:
-        torchrun += ["--max_restarts", str(places.max_restarts)]
-    if places.job is not None:
+    torchrun = [*topology.through, *python_words("-m", "torch.distributed.run", python=topology.python), "--no-python"]
+    if topology.max_restarts:
+        torchrun += ["--max_restarts", str(topology.max_restarts)]
+    if topology.job is not None:
         # Every node counts its own GPUs.
-        counted = places.nproc or ("gpu" if places.job.gpus_on_node or accelerators() else 1)
-        meet = places.job.rendezvous()
-        return [*places.job.srun(), *places.srun, *torchrun, "--nproc_per_node", str(counted), *meet, *rank]
-    nproc = _here(places)
+        counted = topology.nproc or ("gpu" if topology.job.gpus_on_node or accelerators() else 1)
+        meet = topology.job.rendezvous()
+        return [*topology.job.srun(), *topology.srun, *torchrun, "--nproc_per_node", str(counted), *meet, *rank]
+    nproc = _local_processes(topology)
     torchrun += ["--nproc_per_node", str(nproc)]
-    if places.nnodes > 1:
-        torchrun += ["--nnodes", str(places.nnodes), "--rdzv_backend", "c10d", "--rdzv_endpoint", str(places.rdzv)]
-        torchrun += ["--rdzv_id", places.rdzv_id or "mm-moslora"]
-        torchrun += ["--local_addr", places.local_addr] if places.local_addr else []
+    if topology.nnodes > 1:
+        torchrun += ["--nnodes", str(topology.nnodes), "--rdzv_backend", "c10d", "--rdzv_endpoint", str(topology.rdzv)]
+        torchrun += ["--rdzv_id", topology.rdzv_id or "mm-moslora"]
+        torchrun += ["--local_addr", topology.local_addr] if topology.local_addr else []
         return [*torchrun, *rank]
-    if nproc == 1 and not places.max_restarts:
-        return [*places.through, *rank]
+    if nproc == 1 and not topology.max_restarts:
+        return [*topology.through, *rank]
     return [*torchrun, "--standalone", *rank]
 
 
-def _here(places: Topology) -> int:
+def _local_processes(topology: Topology) -> int:
     """Processes on this host."""
-    return places.nproc or max(1, accelerators())
+    return topology.nproc or max(1, accelerators())
 
 
 def _free_port() -> int:
     """$MASTER_PORT, or a port below the ephemeral ones of Linux, so that it stays free until rank 0 listens there."""
-    if given := whole_number(os.environ, "MASTER_PORT", 0, least=1, most=LARGEST_PORT):
-        return given
+    if port := whole_number(os.environ, "MASTER_PORT", 0, least=1, most=LARGEST_PORT):
+        return port
     while True:
         port = random.randrange(15000, 32768)
         with socket.socket() as probe:

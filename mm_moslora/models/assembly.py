@@ -30,11 +30,12 @@ from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import ModelConfig, Thinking, VisionConfig
 from mm_moslora.config.llava_chat_templates import note_thinking
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
-from mm_moslora.models.model_sizes import few_layers, sizes_of
+from mm_moslora.models.model_sizes import base_sizes, few_layers
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pretrained_vlm, pretrained_image_token
 from mm_moslora.models.processing.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
-from mm_moslora.models.processing.image_processing import ProcessorImageProcessing, SquareImageProcessing
+from mm_moslora.models.processing.image_processing import SquareImageProcessing
 from mm_moslora.models.processing.llava_processor import build_processor
+from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.models.projectors.projector import build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.vision.dual_tower import FusedVisionModel
@@ -55,16 +56,12 @@ class Parts:
     """With the image token where there is a vision tower. Absent where shapes alone are loaded."""
     processor: Any = None
     """None for a language model alone."""
-    is_pretrained_vlm: bool = False
-    """Whether conversations take the form of the processor's own chat template."""
     image: ImageSpec | None = None
     """The vision tower's specification, where the model is assembled here."""
     image_token_id: int | None = None
     """Vocabulary id of the image placeholder; None: that of the model, if it sees."""
     tokens_per_image: int = 0
     """Visual tokens of a picture; of a ready-made model, of one of 448 x 448 pixels."""
-    layers: int = 0
-    """Decoder layers of the whole model, where shapes alone are loaded: `model` has a few of them."""
     peft_model: peft.PeftModel | None = None
     """The PEFT view of `model`, once adapters are in."""
     adapter_start: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -87,6 +84,12 @@ class Parts:
         for owner in (self.tokenizer, self.processor) if thinking == "always" else ():
             if isinstance(getattr(owner, "chat_template", None), str):
                 owner.chat_template = note_thinking(owner.chat_template)
+
+    @property
+    def is_pretrained_vlm(self) -> bool:
+        """Whether the model is a ready-made one, whose processor has a chat template for pictures."""
+        whole = self.processor is not None or (self.model is not None and is_multimodal(self.model))
+        return self.image is None and whole
 
     @property
     def template_processor(self) -> Any:
@@ -129,9 +132,9 @@ def load_parts(
     """
     require_model("model.language", config.language)
     require_model("model.vlm", config.vlm)
-    place: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
+    device_context: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
     load = _assembled if config.vlm is None else _pretrained
-    with place:
+    with device_context:
         return load(config, weights=weights, dtype=dtype, device=device)
 
 
@@ -141,20 +144,13 @@ def is_quantised(config: ModelConfig) -> bool:
     Raises:
         ModelError: its configuration cannot be read.
     """
-    if config.quantisation != "none":
-        return True
-    if config.vlm is not None:
-        own = sizes_of(config.vlm, config.vlm_revision, key="model.vlm")
-    else:
-        assert config.language is not None
-        own = sizes_of(config.language, config.language_revision, key="model.language")
-    return getattr(own, "quantization_config", None) is not None
+    return config.quantisation != "none" or getattr(base_sizes(config), "quantization_config", None) is not None
 
 
 def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, device: torch.device | None) -> Parts:
     language = language_model(config, weights=weights, dtype=dtype, device=device)
     parts = Parts(
-        model=cast(PreTrainedModel, language.model), tokenizer=language.tokenizer, layers=language.layers,
+        model=cast(PreTrainedModel, language.model), tokenizer=language.tokenizer,
         base={"language": config.language, "language_revision": config.language_revision}, thinking=config.thinking,
     )  # fmt: skip
     if config.vision is None:
@@ -218,10 +214,10 @@ def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, de
     name, revision = config.vlm, config.vlm_revision
     base = {"vlm": name, "vlm_revision": revision}
     if weights == "shapes":
-        whole = copy.deepcopy(sizes_of(name, revision, key="model.vlm"))
-        whole.text_config, layers = few_layers(whole.get_text_config())
+        whole = copy.deepcopy(base_sizes(config))
+        whole.text_config = few_layers(whole.get_text_config())
         model = AutoModelForImageTextToText.from_config(whole, trust_remote_code=False)
-        return Parts(model=model, is_pretrained_vlm=True, base=base, layers=layers, thinking=config.thinking)
+        return Parts(model=model, base=base, thinking=config.thinking)
     if weights == "all":
         model, processor = load_pretrained_vlm(name, revision, dtype=dtype, device=device)
         savable_generation_config(model)
@@ -252,7 +248,7 @@ def pretrained_parts(
     """
     parts = Parts(
         model=cast(PreTrainedModel, model if model is None else model.eval()), tokenizer=processor.tokenizer,
-        processor=processor, is_pretrained_vlm=True, image_token_id=image_token_id, base=base, thinking=thinking,
+        processor=processor, image_token_id=image_token_id, base=base, thinking=thinking,
     )  # fmt: skip
     assert parts.image_processing is not None
     parts.tokens_per_image = len(parts.image_processing.placeholders([(448, 448)])[0])

@@ -99,11 +99,11 @@ def import_parts(
         ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.
     """
     with new_folder(folder) as part:  # the same command works as soon as the cause of an error is mended
-        found = _import(source, part, language=language, vision=vision, xtuner_config=xtuner_config)
+        imported = _import(source, part, language=language, vision=vision, xtuner_config=xtuner_config)
     final = {str(part / name): str(folder / name) for name in ("language", "vision")}
-    language, vision = found.language, found.vision
+    language, vision = imported.language, imported.vision
     return replace(
-        found, folder=folder, language=final.get(language or "", language), vision=final.get(vision or "", vision)
+        imported, folder=folder, language=final.get(language or "", language), vision=final.get(vision or "", vision)
     )
 
 
@@ -168,8 +168,8 @@ def _weight_files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     for pattern in ("*.safetensors", "pytorch_model*.bin", "mm_projector.bin"):
-        if found := sorted(source.glob(pattern)):
-            return [path for path in found if find_in_model(source, path.name)]
+        if files := sorted(source.glob(pattern)):
+            return [path for path in files if find_in_model(source, path.name)]
     raise ModelError(
         f"{source} holds none of *.safetensors, pytorch_model*.bin, mm_projector.bin and adapter_config.json, so it is "
         "no LLaVA checkpoint. A llava-hf folder needs no import: put it into model.vlm."
@@ -308,7 +308,7 @@ def _import_xtuner(source: Path, folder: Path, bases: Mapping[str, str | None], 
         if part not in parts:
             raise ModelError(f"{source} holds {name!r}, which is none of projector.model.*, llm.*, visual_encoder.*.")
         parts[part][rest] = state[name]
-    settings = {part: lora_settings(part, config) for part, held in parts.items() if any("lora_" in n for n in held)}
+    settings = {part: lora_settings(part, config) for part, names in parts.items() if any("lora_" in n for n in names)}
     kind = _write_projector(projector, folder)
     result = Imported(
         folder=folder, kind="XTuner", projector=kind, tensors=len(state),

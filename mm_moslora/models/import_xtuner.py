@@ -39,15 +39,15 @@ def lora_settings(part: str, config: Path | None) -> dict[str, Any]:
     name = f"{part}_lora"
     try:
         nodes = list(ast.walk(ast.parse(read_text(config))))
-        found = [_arguments(node.value) for node in nodes if isinstance(node, ast.keyword) and node.arg == name]
-        values = {"r": int(found[0]["r"]), "lora_alpha": float(found[0]["lora_alpha"]), **found[0]}
+        settings = [_arguments(node.value) for node in nodes if isinstance(node, ast.keyword) and node.arg == name]
+        values = {"r": int(settings[0]["r"]), "lora_alpha": float(settings[0]["lora_alpha"]), **settings[0]}
     except (SyntaxError, ValueError, LookupError, TypeError) as error:
         raise ModelError(
             f"{config} has no {name}=dict(...) with r and lora_alpha as plain values ({type(error).__name__}: "
             f"{error}). Write them so, or convert the checkpoint with `xtuner convert pth_to_hf`."
         ) from error
     others = [node for node in nodes if _mentions(node, name)]
-    if others or any(other != found[0] for other in found):
+    if others or any(other != settings[0] for other in settings):
         line = f", line {getattr(others[0], 'lineno', '?')}" if others else ""
         raise ModelError(
             f"{config}{line} may change the values of {name}, and the file is not run. Leave one {name}=dict(...) with "

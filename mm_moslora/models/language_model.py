@@ -21,7 +21,7 @@ from transformers import (
 from mm_moslora.config import ModelConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
-from mm_moslora.models.model_sizes import few_layers, refuse_adapter_beside, sizes_of
+from mm_moslora.models.model_sizes import base_sizes, few_layers, refuse_adapter_beside
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.package_requirements import install_command, is_installed
@@ -37,8 +37,6 @@ class LanguageModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     """Absent where shapes alone are loaded."""
     model: PreTrainedModel | None = None
-    layers: int = 0
-    """Decoder layers of the whole model, where shapes alone are loaded."""
 
     def add_image_token(self) -> int:
         """Its number; without a tokenizer the last one of the vocabulary stands for it."""
@@ -61,19 +59,19 @@ def language_model(
     assert config.language is not None
     name, revision = config.language, config.language_revision
     if weights == "shapes":
-        text, layers = few_layers(sizes_of(name, revision, key="model.language").get_text_config())
+        text = few_layers(base_sizes(config).get_text_config())
         alone = AutoModelForCausalLM.from_config(text, trust_remote_code=False) if config.vision is None else None
-        return LanguageModel(text, cast(Any, None), alone, layers)
+        return LanguageModel(text, cast(Any, None), alone)
     if weights == "all":
         model, tokenizer = load_language(name, revision, dtype=dtype, quantisation=config.quantisation, device=device)
         language = LanguageModel(model.config, tokenizer, model)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-            kept = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            config_only = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model.language is {name!r}, which does not load: {reason_of(error)}.") from error
-        language = LanguageModel(kept, tokenizer)
+        language = LanguageModel(config_only, tokenizer)
     set_chat_template(language.tokenizer, config.chat_template, faithful=config.faithful)
     if language.model is not None and config.chat_template is not None and language.model.generation_config is not None:
         stops = stop_token_ids(language.model, language.tokenizer.eos_token_id)

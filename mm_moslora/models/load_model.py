@@ -87,9 +87,9 @@ def model_of(folder: Path) -> ModelConfig:
 
 
 def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Parts:
-    given = recipe_of(folder).model
-    projector = dataclasses.replace(given.projector, weights=None)  # which the checkpoint holds
-    config = resolve_model_paths(dataclasses.replace(given, projector=projector), folder)
+    recipe_model = recipe_of(folder).model
+    projector = dataclasses.replace(recipe_model.projector, weights=None)  # which the checkpoint holds
+    config = resolve_model_paths(dataclasses.replace(recipe_model, projector=projector), folder)
     if not quantised:
         config = dataclasses.replace(config, quantisation="none")
     # Weights are merged in fp32 and rounded once at the end.
@@ -147,8 +147,8 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
         named = folder / BASE
     if not isinstance(named, str | Path) or not str(named):
         raise ModelError(f"{folder} is an adapter that does not name its base model. Give it with --base.")
-    told = config.get("revision") if base is None and not Path(named).exists() else None
-    revision = told if isinstance(told, str) else None
+    stated = config.get("revision") if base is None and not Path(named).exists() else None
+    revision = stated if isinstance(stated, str) else None
     where = f"the hub, {revision or 'newest commit'}" if not Path(named).exists() else Path(named).resolve()
     logger.info("%s: its base is %s (%s).", folder, named, where)
     try:

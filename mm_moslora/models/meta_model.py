@@ -20,7 +20,8 @@ from mm_moslora.config import AdapterConfig, ModelConfig, refuse_all_frozen, ref
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
+from mm_moslora.models.model_sizes import base_sizes
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec
@@ -49,33 +50,33 @@ class MetaModel:
     """Rows and columns of a picture's patches, by the configuration alone, where the tower takes any number."""
 
     @property
-    def held(self) -> nn.ModuleList:
+    def decoder_layers(self) -> nn.ModuleList:
         """The decoder layers at hand."""
         return cast(nn.ModuleList, cast(Any, self.model.get_decoder()).layers)
 
     def each(self) -> Iterator[tuple[str, nn.Parameter, int]]:
         """Name, parameter, and how often the whole model has one of its size: those of the last layer stand for all."""
-        *others, last = ({id(parameter) for parameter in layer.parameters()} for layer in self.held)
+        *others, last = ({id(parameter) for parameter in layer.parameters()} for layer in self.decoder_layers)
         last = last.difference(*others)  # layers share some parameters of PEFT's methods
         for name, parameter in self.model.named_parameters():
-            yield name, parameter, 1 + (self.layers - len(self.held) if id(parameter) in last else 0)
+            yield name, parameter, 1 + (self.layers - len(self.decoder_layers) if id(parameter) in last else 0)
 
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Parameters and trainable ones of the whole model by part: language, vision, projector, adapter, mixer."""
-        found: dict[str, tuple[int, int]] = {}
+        counts: dict[str, tuple[int, int]] = {}
         for name, parameter, times in self.each():
             part = part_of(name)
             if is_adapter_parameter(name):  # a projector inside the tower has the tower's adapters
                 kind = "mixer" if "lora_mixer" in name else "adapter"
                 part = kind if part == "language" else f"vision {kind}"
-            total, trainable = found.get(part, (0, 0))
+            total, trainable = counts.get(part, (0, 0))
             size = times * parameter.numel()
-            found[part] = (total + size, trainable + (size if parameter.requires_grad else 0))
-        return found
+            counts[part] = (total + size, trainable + (size if parameter.requires_grad else 0))
+        return counts
 
     def quantisable(self) -> list[int]:
         """Sizes of the language model's linear weights but the head's, which loading in 4 or 8 bits packs."""
-        linears = [module for module in self.held[-1].modules() if isinstance(module, nn.Linear)]
+        linears = [module for module in self.decoder_layers[-1].modules() if isinstance(module, nn.Linear)]
         own = [module.weight.numel() for module in linears if not module.weight.requires_grad]
         return self.layers * own
 
@@ -103,6 +104,7 @@ def build_meta_model(
     refuse_all_frozen(config)
     with _hub_or_cache(config):
         parts = load_parts(config, weights="shapes")
+        layers = int(base_sizes(config).get_text_config().num_hidden_layers)
         model = parts.model
         with torch.device("meta"):
             cast(nn.Module, model).to(dtype)
@@ -111,12 +113,12 @@ def build_meta_model(
     if not needs_padding(model):
         set_attention(model, SEGMENTS)
         if config.lean_layers and config.quantisation != "int8":  # layers of int8 run in their stock form
-            use_lean_layers(model, depth=parts.layers)
+            use_lean_layers(model, depth=layers)
     tokens, patches = parts.tokens_per_image, None
     if parts.is_pretrained_vlm:
         tokens, patches = _tokens_by_size(model.config, picture)
     return MetaModel(
-        model=model.train(), layers=parts.layers, tokens_per_image=tokens if seen is None else len(seen.placeholders),
+        model=model.train(), layers=layers, tokens_per_image=tokens if seen is None else len(seen.placeholders),
         image=parts.image, seen=seen, unseen=unseen, patches=patches,
     )  # fmt: skip
 
@@ -134,7 +136,7 @@ def _seen(config: ModelConfig, picture: tuple[int, int]) -> tuple[ProcessedImage
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
     assert processing is not None
     # White, since SmolVLM leaves out tiles that are zero everywhere, which grey may be.
-    return processing.see([Image.new("RGB", picture, "white")])[0], ""
+    return processing.process([Image.new("RGB", picture, "white")])[0], ""
 
 
 def _tokens_by_size(config: Any, picture: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:

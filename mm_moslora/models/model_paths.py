@@ -67,8 +67,8 @@ class Part:
     @property
     def place(self) -> Path:
         """The path that the name may be."""
-        place = Path(self.name.partition(":")[2] if self.library else self.name)
-        return projector_file(place) if self.key == PROJECTOR_WEIGHTS else place
+        path = Path(self.name.partition(":")[2] if self.library else self.name)
+        return projector_file(path) if self.key == PROJECTOR_WEIGHTS else path
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -78,19 +78,19 @@ class Part:
         pictures = dict.fromkeys(("model.vision.name", "model.vision.fuse_with"), _PICTURE_FILES)
         return ({"model.language": _LANGUAGE_FILES, "model.vlm": _ALL_FILES} | pictures).get(self.key, ())
 
-    def agrees(self, expected: str, place: Path, library: str = "") -> bool:
+    def agrees(self, expected: str, path: Path, library: str = "") -> bool:
         """Whether a place has what a fingerprint was made of; those of earlier versions say less."""
         by_tensor, texts = expected.startswith(_BY_TENSOR), self.texts if "." in expected else ()
-        return expected == fingerprint(place, library=library, by_tensor=by_tensor, texts=texts)
+        return expected == fingerprint(path, library=library, by_tensor=by_tensor, texts=texts)
 
     @property
     def is_path(self) -> bool:
         """Whether the name can only be a path."""
         return self.key == PROJECTOR_WEIGHTS or self.name.removeprefix(f"{self.library}:").startswith(_PATHS)
 
-    def at(self, place: Path) -> str:
+    def at(self, path: Path) -> str:
         """The name for another place."""
-        return f"{self.library}:{place}" if self.library else str(place)
+        return f"{self.library}:{path}" if self.library else str(path)
 
     def snapshot(self, revision: str | None) -> Path | None:
         """Its folder in the hub's cache, if all weights are there."""
@@ -114,35 +114,35 @@ def _repository(part: Part) -> str | None:
         return None
     if not part.library or "/" in name:
         return name.removeprefix("hf-hub:")
-    known: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] = {}
     if part.library == "timm" and part.pretrained:
         import timm
 
-        found = timm.get_pretrained_cfg(name)
-        known = found.to_dict() if found else {}
+        timm_settings = timm.get_pretrained_cfg(name)
+        settings = timm_settings.to_dict() if timm_settings else {}
     elif part.pretrained:
         import open_clip
 
-        known = open_clip.get_pretrained_cfg(name, part.pretrained) or {}
-    place = str(known.get("hf_hub_id") or known.get("hf_hub") or "")  # open_clip adds a file to some
-    return "/".join(place.split("/")[:2]).rstrip("/") or None
+        settings = open_clip.get_pretrained_cfg(name, part.pretrained) or {}
+    repository = str(settings.get("hf_hub_id") or settings.get("hf_hub") or "")  # open_clip adds a file to some
+    return "/".join(repository.split("/")[:2]).rstrip("/") or None
 
 
 def parts_of(config: ModelConfig) -> Iterator[Part]:
     """The names in a recipe's `model`."""
     vision = config.vision
-    given = [
+    parts = [
         Part(key="model.language", name=config.language or "", revision=config.language_revision),
         Part(key="model.vlm", name=config.vlm or "", revision=config.vlm_revision),
         Part(key=PROJECTOR_WEIGHTS, name=config.projector.weights or ""),
     ]
     if vision is not None:
-        given += [
+        parts += [
             Part(key="model.vision.name", name=vision.name, revision=vision.revision, pretrained=vision.pretrained),
             Part(key="model.vision.pretrained", name=vision.pretrained or ""),
             Part(key="model.vision.fuse_with", name=vision.fuse_with or "", pretrained=vision.pretrained),
         ]
-    return (part for part in given if part.name)
+    return (part for part in parts if part.name)
 
 
 def trained_on(
@@ -157,11 +157,11 @@ def trained_on(
     """
     contents, commits = {}, dict(data)
     for part in parts_of(config):
-        place = part.place
-        if place.exists():
-            contents[part.key] = fingerprint(place, texts=part.texts)
-            if place.parent.name == "snapshots":  # of the hub's cache, see `_on_hub`
-                commits[part.key] = place.name
+        path = part.place
+        if path.exists():
+            contents[part.key] = fingerprint(path, texts=part.texts)
+            if path.parent.name == "snapshots":  # of the hub's cache, see `_on_hub`
+                commits[part.key] = path.name
         elif snapshot := part.snapshot(part.revision):
             contents[part.key] = fingerprint(snapshot, library=part.library, texts=part.texts)
             commits[part.key] = snapshot.name
@@ -196,22 +196,22 @@ def stored_commits(checkpoint: Path) -> Mapping[str, str]:
 def _base(checkpoint: Path) -> dict[str, dict[str, str]]:
     """What a checkpoint's manifest keeps of the parts; runs of earlier versions lack `COMMITS`, or both."""
     try:
-        return known_marks(read_json(checkpoint / MANIFEST)["base"])
+        return marks_of(read_json(checkpoint / MANIFEST)["base"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def known_marks(base: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def marks_of(base: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """`CONTENTS` and `COMMITS` of a manifest's `base`, those that are there, as far as they can be read."""
-    kept = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if isinstance(base.get(key), Mapping)}
+    marks = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if isinstance(base.get(key), Mapping)}
     forms = {CONTENTS: _FINGERPRINT, COMMITS: _COMMIT}  # the folder may be a stranger's
     return {
         key: {name: value for name, value in items.items() if isinstance(value, str) and forms[key].fullmatch(value)}
-        for key, items in kept.items()
+        for key, items in marks.items()
     }
 
 
-class _Found(NamedTuple):
+class _Located(NamedTuple):
     """A part for the loaders."""
 
     name: str | None
@@ -235,21 +235,21 @@ def resolve_model_paths(config: ModelConfig, checkpoint: Path) -> ModelConfig:
         ModelError: a part is not there, or has other weights.
     """
     base = _base(checkpoint)
-    found = {part.key: _find(part, base, checkpoint) for part in parts_of(config)}
-    logger.info("%s: %s.", checkpoint, "; ".join(f"{key} is {item.where}" for key, item in found.items()))
-    none = _Found(None, None, "")
-    language, vlm = found.get("model.language", none), found.get("model.vlm", none)
-    vision, tower = config.vision, found.get("model.vision.name")
+    located = {part.key: _find(part, base, checkpoint) for part in parts_of(config)}
+    logger.info("%s: %s.", checkpoint, "; ".join(f"{key} is {item.where}" for key, item in located.items()))
+    none = _Located(None, None, "")
+    language, vlm = located.get("model.language", none), located.get("model.vlm", none)
+    vision, tower = config.vision, located.get("model.vision.name")
     if vision is not None and tower is not None:
-        pretrained, fused = (found.get(f"model.vision.{key}", none).name for key in ("pretrained", "fuse_with"))
+        pretrained, fused = (located.get(f"model.vision.{key}", none).name for key in ("pretrained", "fuse_with"))
         vision = replace(vision, name=str(tower.name), revision=tower.revision, pretrained=pretrained, fuse_with=fused)
     return replace(
         config, language=language.name, language_revision=language.revision, vlm=vlm.name, vlm_revision=vlm.revision,
-        vision=vision, projector=replace(config.projector, weights=found.get(PROJECTOR_WEIGHTS, none).name),
+        vision=vision, projector=replace(config.projector, weights=located.get(PROJECTOR_WEIGHTS, none).name),
     )  # fmt: skip
 
 
-def _find(part: Part, base: Mapping[str, Mapping[str, str]], checkpoint: Path) -> _Found:
+def _find(part: Part, base: Mapping[str, Mapping[str, str]], checkpoint: Path) -> _Located:
     expected = base.get(CONTENTS, {}).get(part.key)
     commit = base.get(COMMITS, {}).get(part.key)
     earlier = CONTENTS not in base or (COMMITS not in base and bool(part.library))  # which kept none of these
@@ -258,23 +258,23 @@ def _find(part: Part, base: Mapping[str, Mapping[str, str]], checkpoint: Path) -
     return _on_hub(part, expected, commit, checkpoint)
 
 
-def _on_disk(part: Part, expected: str | None, checkpoint: Path) -> _Found:
+def _on_disk(part: Part, expected: str | None, checkpoint: Path) -> _Located:
     """A part that was a path when training began, for all that is known."""
-    there = part.place.exists()
-    for name in (part.name, *(part.at(place) for place in _candidates(part, checkpoint, known=expected is not None))):
-        place = replace(part, name=name).place
-        if place.exists() and (expected is None or part.agrees(expected, place)):
-            return _Found(name, part.revision, str(place))
+    exists = part.place.exists()
+    for name in (part.name, *(part.at(path) for path in _candidates(part, checkpoint, known=expected is not None))):
+        path = replace(part, name=name).place
+        if path.exists() and (expected is None or part.agrees(expected, path)):
+            return _Located(name, part.revision, str(path))
     if part.key == PROJECTOR_WEIGHTS:
-        if there:
+        if exists:
             logger.warning(
                 "%s is %s, which has other weights now than %s began with. It is left out.", part.key, part.name,
                 checkpoint,
             )  # fmt: skip
-        return _Found(None if there else part.name, None, "nowhere")
+        return _Located(None if exists else part.name, None, "nowhere")
     if not part.is_path and expected is None:
         return _on_hub(part, None, None, checkpoint)
-    if there:
+    if exists:
         what, own, old = difference(fingerprint(part.place, texts=part.texts), str(expected))
         raise ModelError(
             f"{part.key} is {part.name!r}, which has other {what} (fingerprint {own}) than "
@@ -287,11 +287,11 @@ def _on_disk(part: Part, expected: str | None, checkpoint: Path) -> _Found:
     )
 
 
-def _on_hub(part: Part, expected: str | None, commit: str | None, checkpoint: Path) -> _Found:
+def _on_hub(part: Part, expected: str | None, commit: str | None, checkpoint: Path) -> _Located:
     """A part that was a name on the hub when training began."""
-    given = [folder / part.name for folder in _given_folders() if expected and not part.library]
-    for place in (place for place in given if place.is_dir() and part.agrees(str(expected), place)):
-        return _Found(str(place), None, str(place))
+    folders = [folder / part.name for folder in _given_folders() if expected and not part.library]
+    for path in (path for path in folders if path.is_dir() and part.agrees(str(expected), path)):
+        return _Located(str(path), None, str(path))
     snapshot = (part.snapshot(commit) if commit else None) or part.snapshot(part.revision)
     if expected is None and snapshot is not None:
         logger.warning(
@@ -312,14 +312,14 @@ def _on_hub(part: Part, expected: str | None, commit: str | None, checkpoint: Pa
     revision = part.revision if part.library else commit if snapshot is None else snapshot.name
     where = f"{part.name} of the hub (commit {revision or 'unknown'})" if _repository(part) else part.name
     if snapshot is not None and not part.library and (part.place.exists() or part.key == "model.vision.fuse_with"):
-        return _Found(str(snapshot), None, where)  # loaders would take the folder of that name, or the newest commit
+        return _Located(str(snapshot), None, where)  # loaders would take the folder of that name, or the newest commit
     if part.place.exists():
         raise ModelError(
             f"{part.key} is {part.name!r}, a model of the hub that {checkpoint} was trained on. The folder of that "
             f"name in {Path.cwd()} would be taken for it. Work in another folder; if that one is meant, write "
             f"./{part.name}."
         )
-    return _Found(part.name, revision or part.revision, where)
+    return _Located(part.name, revision or part.revision, where)
 
 
 def _given_folders() -> list[Path]:
@@ -399,8 +399,8 @@ def _of_texts(folder: Path, texts: Collection[str]) -> str:
 def _first_read(folder: Path, library: str = "") -> Path | None:
     """The file that loaders look for first: all weights, or the index of the files that have them."""
     names = (f"{library}_model.safetensors", "model.safetensors", "pytorch_model.bin")
-    places = (folder / f"{name}{ending}" for name in names for ending in ("", ".index.json"))
-    return next((place for place in places if place.is_file()), None)
+    files = (folder / f"{name}{ending}" for name in names for ending in ("", ".index.json"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _weights(folder: Path, library: str = "") -> list[Path]:

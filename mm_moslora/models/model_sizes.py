@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from mm_moslora.config import RECIPES_FOLDER
+from mm_moslora.config import RECIPES_FOLDER, ModelConfig
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, require_model
@@ -23,7 +23,7 @@ LAYERS = 2
 
 
 @cache
-def known_shapes() -> dict[str, dict[str, Any]]:
+def shipped_shapes() -> dict[str, dict[str, Any]]:
     """The models of the shipped recipes, and their sizes."""
     found: dict[str, dict[str, Any]] = read_json(RECIPES_FOLDER / "shapes.json", linked=True)
     return found
@@ -43,20 +43,20 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        if name not in known_shapes():
+        if name not in shipped_shapes():
             raise
         logger.info("%s: its configuration cannot be read; the shipped sizes are used.", name)
-        return known_shape(name)
+        return shipped_config(name)
     return config
 
 
-def known_shape(name: str) -> PreTrainedConfig:
+def shipped_config(name: str) -> PreTrainedConfig:
     """The sizes of a shipped recipe's model.
 
     Raises:
         KeyError: no shipped recipe names it.
     """
-    values = dict(known_shapes()[name])
+    values = dict(shipped_shapes()[name])
     kind = values.pop("model_type")
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
     return config
@@ -83,6 +83,14 @@ def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
         ) from error
 
 
+def base_sizes(config: ModelConfig) -> Any:
+    """`sizes_of` a recipe's base model: `model.vlm`, else `model.language`."""
+    if config.vlm is not None:
+        return sizes_of(config.vlm, config.vlm_revision, key="model.vlm")
+    assert config.language is not None
+    return sizes_of(config.language, config.language_revision, key="model.language")
+
+
 def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
     """Refuse a model that an adapter lies beside: transformers would put it in, or load the base that it names instead.
 
@@ -93,21 +101,20 @@ def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
     Raises:
         ModelError: there is one.
     """
-    found = None
+    file = None
     with contextlib.suppress(OSError, ValueError):  # the loader says what is wrong
-        found = find_adapter_config_file(name, revision=revision)
-    if found is not None:
+        file = find_adapter_config_file(name, revision=revision)
+    if file is not None:
         raise ModelError(
             f"{name} has an {ADAPTER_CONFIG} where a model is expected. transformers would load that adapter, and "
             "maybe another model that it names. Give a model without it, such as one that the adapter was merged into."
         )
 
 
-def few_layers(config: Any) -> tuple[Any, int]:
-    """A copy of a language model's configuration with few layers, and how many there were."""
+def few_layers(config: Any) -> Any:
+    """A copy of a language model's configuration with few layers."""
     config = copy.deepcopy(config)
-    layers = int(config.num_hidden_layers)
-    config.num_hidden_layers = min(LAYERS, layers)
+    config.num_hidden_layers = min(LAYERS, int(config.num_hidden_layers))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    return config, layers
+    return config

@@ -95,10 +95,10 @@ def start_folder(adapter: AdapterConfig) -> Path:
     """
     assert adapter.weights is not None
     folder = adapter_folder(adapter.weights)
-    found = read_folder(folder, trainable=True).config
-    if (found.r, float(found.lora_alpha)) != (adapter.rank, float(adapter.alpha)):
+    stored = read_folder(folder, trainable=True).config
+    if (stored.r, float(stored.lora_alpha)) != (adapter.rank, float(adapter.alpha)):
         raise ConfigError(
-            f"adapter.weights: {folder} has rank {found.r} and alpha {found.lora_alpha:g}, but the recipe "
+            f"adapter.weights: {folder} has rank {stored.r} and alpha {stored.lora_alpha:g}, but the recipe "
             f"says {adapter.rank} and {adapter.alpha:g}. Give adapter.rank and adapter.alpha the folder's numbers."
         )
     return folder
@@ -152,15 +152,15 @@ def method_config(adapter: AdapterConfig) -> peft.PeftConfig:
         ConfigError: the method has no such option, or the option is of another type.
     """
     method = adapters.method_named(adapter.peft["type"])
-    known, options = method.options, {key: value for key, value in adapter.peft.items() if key != "type"}
+    fields, options = method.options, {key: value for key, value in adapter.peft.items() if key != "type"}
     for key in options:
-        if key not in known:
+        if key not in fields:
             raise ConfigError(
-                f"adapter.peft.{key}: PEFT's {method.name} has no such option.{suggestion(key, known)} It has: "
-                f"{', '.join(known)}."
+                f"adapter.peft.{key}: PEFT's {method.name} has no such option.{suggestion(key, fields)} It has: "
+                f"{', '.join(fields)}."
             )
     values = {
-        key: read_value(known[key], value, source=f"PEFT's {method.name}", where=f"adapter.peft.{key}")
+        key: read_value(fields[key], value, source=f"PEFT's {method.name}", where=f"adapter.peft.{key}")
         for key, value in options.items()
     }
     return adapters.method_config(method, values, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout)

@@ -26,11 +26,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from mm_moslora.batch import WHOLE_ROW, Batch, RowShare
+from mm_moslora.batch import Batch, Example
 from mm_moslora.models.batching.packed_batch import packed_hidden, packs
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import PROJECTOR, PROJECTOR_ITSELF, TOWER_NAMES
-from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
+from mm_moslora.models.memory_efficient.decoder_layers import head_loss_sum, packed_row_hidden
+from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
 from mm_moslora.models.projectors.projector import build_projector
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
@@ -146,7 +147,7 @@ def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def image_features(
-    model: PreTrainedModel, pixel_values: Tensor, *, keys: Sequence[str] = (), memory: StepFeatureCache | None = None
+    model: PreTrainedModel, pixel_values: Tensor, *, keys: Sequence[str] = (), cache: StepFeatureCache | None = None
 ) -> Tensor:
     """Encode and project images, once for all images of a batch.
 
@@ -154,7 +155,7 @@ def image_features(
         model: a model for which `is_multimodal` holds.
         pixel_values: ``[N, 3, H, W]``.
         keys: hashes of the pictures; a frozen tower encodes those with the same key once.
-        memory: pictures that were encoded before.
+        cache: pictures that were encoded before.
 
     Returns:
         ``[N, Q, D]``.
@@ -165,7 +166,7 @@ def image_features(
     pixels = pixel_values.to(device=weight.device, dtype=dtype, non_blocking=True)
     if not _is_frozen(tower):
         return _project(model.model, tower_states(tower, layer, pixels))
-    states = _unique_states(tower, layer, pixels, keys=keys, memory=memory)
+    states = _unique_states(tower, layer, pixels, keys=keys, cache=cache)
     with torch.no_grad() if _is_frozen(model.model.multi_modal_projector) else contextlib.nullcontext():
         return _project(model.model, states)
 
@@ -197,7 +198,7 @@ def tower_states(tower: PreTrainedModel, layer: _Layers, pixels: Tensor) -> Tens
 
 
 def _unique_states(
-    tower: PreTrainedModel, layer: _Layers, pixels: Tensor, *, keys: Sequence[str], memory: StepFeatureCache | None
+    tower: PreTrainedModel, layer: _Layers, pixels: Tensor, *, keys: Sequence[str], cache: StepFeatureCache | None
 ) -> Tensor:
     """`tower_states` of a frozen tower without a graph; pictures with the same key are encoded once.
 
@@ -208,7 +209,7 @@ def _unique_states(
         layer: selected.
         pixels: ``[N, 3, H, W]``.
         keys: ``N`` of them, or none.
-        memory: pictures that were encoded before; None: this call alone counts.
+        cache: pictures that were encoded before; None: this call alone counts.
     """
     if tower.training:
         tower.eval()
@@ -219,7 +220,7 @@ def _unique_states(
         with torch.no_grad() if sharded else torch.inference_mode():
             return tower_states(tower, layer, chosen)
 
-    return (memory or StepFeatureCache()).states(pixels, keys, encode, together=sharded)
+    return (cache or StepFeatureCache()).states(pixels, keys, encode, together=sharded)
 
 
 def _project(model: Any, states: Tensor) -> Tensor:
@@ -236,7 +237,7 @@ def supervised_hidden(
     batch: Batch,
     *,
     dummy: Batch | None = None,
-    memory: StepFeatureCache | None = None,
+    cache: StepFeatureCache | None = None,
     share: RowShare = WHOLE_ROW,
 ) -> Tensor:
     """The hidden states at the supervised positions of a padding-free batch.
@@ -246,7 +247,7 @@ def supervised_hidden(
         batch: one micro-batch on the model's device.
         dummy: one picture, for a batch without images where other ranks have some: the vision path runs with a weight
             of zero, so that all ranks take part in the same collectives.
-        memory: pictures that a frozen tower encoded before.
+        cache: pictures that a frozen tower encoded before.
         share: the part of the row that this rank computes; only models without a forward pass of their own take one.
 
     Returns:
@@ -256,32 +257,67 @@ def supervised_hidden(
         ModelError: placeholders and images do not match.
     """
     if has_own_forward(model):
-        read = padded_hidden if needs_padding(model) else packed_hidden
-        return read(model, batch, dummy=dummy)
-    words = (
-        {"inputs_embeds": _embeddings(model, batch, dummy, memory)}
-        if is_multimodal(model)
-        else {"input_ids": batch.input_ids[None]}
-    )
-    return packed_row_hidden(model, batch, share=share, position_ids=batch.position_ids[None], **words)
+        hidden_of = padded_hidden if needs_padding(model) else packed_hidden
+        return hidden_of(model, batch, dummy=dummy)
+    inputs = {"position_ids": batch.position_ids[None]}
+    if is_multimodal(model):
+        inputs["inputs_embeds"] = _embeddings(model, batch, dummy, cache)
+    else:
+        inputs["input_ids"] = batch.input_ids[None]
+    return packed_row_hidden(model, batch, share=share, **inputs)
 
 
-def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memory: StepFeatureCache | None) -> Tensor:
-    """Word embeddings with the visual tokens in place, ``[1, S, D]``."""
+def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, cache: StepFeatureCache | None) -> Tensor:
+    """Word embeddings with the visual tokens at their placeholders, ``[1, S, D]``."""
     embeddings: Tensor = model.get_input_embeddings()(batch.input_ids[None])
     if batch.pixel_values is None:
         if dummy is None or dummy.pixel_values is None:
             return embeddings
-        tokens = image_features(model, dummy.pixel_values, keys=dummy.image_keys, memory=memory)
+        tokens = image_features(model, dummy.pixel_values, keys=dummy.image_keys, cache=cache)
         return embeddings + 0.0 * tokens.sum().to(embeddings.dtype)
-    features = image_features(model, batch.pixel_values, keys=batch.image_keys, memory=memory)
-    # On the host: the number of places is a value, which the host would have to wait for on an accelerator.
-    places = (batch.on_host.input_ids == model.config.image_token_id).nonzero()[:, 0]
-    found, expected = places.shape[0], features.shape[0] * features.shape[1]
-    if found != expected:
+    features = image_features(model, batch.pixel_values, keys=batch.image_keys, cache=cache)
+    # On the host: the number of placeholders is a value, which the host would have to wait for on an accelerator.
+    positions = (batch.on_host.input_ids == model.config.image_token_id).nonzero()[:, 0]
+    expected = features.shape[0] * features.shape[1]
+    if len(positions) != expected:
         raise ModelError(
-            f"The batch holds {found} image placeholders, but its {features.shape[0]} images give {expected} "
+            f"The batch holds {len(positions)} image placeholders, but its {features.shape[0]} images give {expected} "
             f"visual tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
         )
-    places = places.to(embeddings.device, non_blocking=True)
-    return embeddings[0].index_copy(0, places, features.flatten(0, 1).to(embeddings.dtype))[None]
+    positions = positions.to(embeddings.device, non_blocking=True)
+    return embeddings[0].index_copy(0, positions, features.flatten(0, 1).to(embeddings.dtype))[None]
+
+
+class LossModule(nn.Module):
+    """The module that an engine wraps: it maps a micro-batch to the sum of its token losses."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dummy: Example | None,
+        *,
+        memory: StepFeatureCache | None = None,
+        share: RowShare = WHOLE_ROW,
+    ) -> None:
+        super().__init__()
+        self.model, self.share = model, share
+        self.dummy = None if dummy is None else Batch.from_examples([dummy])
+        # A text then has no path to what trains, and its loss no gradient.
+        self.language_is_frozen = not any(p.requires_grad for p in model.get_decoder().parameters())
+        self.pictures = StepFeatureCache() if memory is None else memory
+        """Features that a frozen tower has already computed."""
+
+    def forward(self, batch: Batch, needs_vision: bool, right: Tensor | None = None) -> Tensor:
+        """Sum of cross entropies over the supervised tokens of the batch, or of this rank's part, fp32 scalar.
+
+        Args:
+            batch: on the model's device.
+            needs_vision: some rank has images in this micro-batch, so every rank must run the vision path. It also runs
+                where the language model is frozen.
+            right: see `head_loss_sum`.
+        """
+        vision = (needs_vision or self.language_is_frozen) and not batch.images
+        dummy = self.dummy.to(batch.input_ids.device) if self.dummy and vision else None
+        hidden = supervised_hidden(self.model, batch, dummy=dummy, cache=self.pictures, share=self.share)
+        targets = batch.targets if self.share.of == 1 else batch.targets[self.share.targets(batch)]
+        return head_loss_sum(self.model, hidden, targets, right)

@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from mm_moslora.config import Recipe
-from mm_moslora.planning.doctor import Finding, diagnose
+from mm_moslora.planning.doctor import Diagnosis, diagnose
 from mm_moslora.planning.link_speed import (
     judge_computing,
     judge_links,
@@ -29,7 +29,7 @@ DEFAULT_LIMIT = 180.0
 """Seconds; NCCL's start on many hosts takes a minute."""
 
 
-def diagnose_ranks(recipe: Recipe | None = None, *, limit: float = DEFAULT_LIMIT) -> list[Finding]:
+def diagnose_ranks(recipe: Recipe | None = None, *, limit: float = DEFAULT_LIMIT) -> list[Diagnosis]:
     """Check this rank together with all others; each rank calls it.
 
     Args:
@@ -67,10 +67,10 @@ def diagnose_ranks(recipe: Recipe | None = None, *, limit: float = DEFAULT_LIMIT
     return findings
 
 
-def _speeds(roll: RollCall, facts: list[RankFacts]) -> list[Finding]:
+def _speeds(roll: RollCall, facts: list[RankFacts]) -> list[Diagnosis]:
     speeds, latencies = zip(*distributed.gather_objects(measure_all_reduce()), strict=True)
     detail = f"{min(speeds):.3g} GB/s per rank, {1e6 * max(latencies):.0f} us for one number"
-    reduced = Finding(name="all-reduce", status="ok", detail=detail)
+    reduced = Diagnosis(name="all-reduce", detail=detail)
     roll.enter("links of pairs")
     links = measure_links(pairs_by_round([item.host for item in facts]))
     roll.enter("computing")
@@ -78,38 +78,34 @@ def _speeds(roll: RollCall, facts: list[RankFacts]) -> list[Finding]:
     return [reduced, *judge_links(links, facts), computing]
 
 
-def _hosts(recipe: Recipe | None, facts: list[RankFacts]) -> list[Finding]:
-    """What `doctor` finds wrong on each host, and whether all see the recipe's files and the run folder."""
+def _hosts(recipe: Recipe | None, facts: list[RankFacts]) -> list[Diagnosis]:
+    """Problems that `doctor` finds on each host, and whether all hosts see the recipe's files and the run folder."""
     first = {item.host: item.rank for item in reversed(facts)}
     mine = first[facts[distributed.rank()].host] == distributed.rank()
     folder = Path(recipe.train.output) if recipe is not None else None
-    found = [item for item in diagnose(folder, recipe) if item.status != "ok"] if mine else []
+    problems = [item for item in diagnose(folder, recipe) if item.status != "ok"] if mine else []
     if recipe is not None and mine:
-        found += _recipe_here(recipe)
-    places = defaultdict(list)
-    for item, findings in zip(facts, distributed.gather_objects(found), strict=True):
+        try:
+            check_recipe(recipe)
+        except MoSLoRAError as error:
+            remedy = "Give all hosts the same files."
+            problems.append(Diagnosis(name="recipe", status="bad", detail=str(error), remedy=remedy))
+    hosts_of = defaultdict(list)
+    for item, findings in zip(facts, distributed.gather_objects(problems), strict=True):
         for finding in findings:
-            places[finding].append(item.host)
+            hosts_of[finding].append(item.host)
     shared = _run_folder(folder, facts) if folder is not None and len(first) > 1 else []
     everywhere = len(first)
     return shared + [
         replace(finding, name=f"{finding.name} ({'all hosts' if len(hosts) == everywhere else ', '.join(hosts)})")
-        for finding, hosts in places.items()
+        for finding, hosts in hosts_of.items()
     ]
 
 
-def _recipe_here(recipe: Recipe) -> list[Finding]:
-    try:
-        check_recipe(recipe)
-    except MoSLoRAError as error:
-        return [Finding(name="recipe", status="bad", detail=str(error), remedy="Give all hosts the same files.")]
-    return []
-
-
-def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Finding]:
+def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Diagnosis]:
     """Whether a file that rank 0 writes beside the run appears on all hosts."""
-    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    probe = place / distributed.from_main(f".mm-moslora-doctor-{uuid4().hex}")
+    parent_folder = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    probe = parent_folder / distributed.from_main(f".mm-moslora-doctor-{uuid4().hex}")
     problem = ""
     if distributed.is_main():
         try:
@@ -123,8 +119,9 @@ def _run_folder(folder: Path, facts: list[RankFacts]) -> list[Finding]:
     blind = list(dict.fromkeys(item.host for item, sees in zip(facts, seen, strict=True) if not sees))
     problem = distributed.from_main(problem) or (f"{', '.join(blind)} does not see rank 0's files" if blind else "")
     return [
-        Finding(
-            name="run folder", status="bad" if problem else "ok", detail=f"{place}: {problem or 'shared by all hosts'}",
+        Diagnosis(
+            name="run folder", status="bad" if problem else "ok",
+            detail=f"{parent_folder}: {problem or 'shared by all hosts'}",
             remedy="Set train.output to a folder of a file system that all hosts share." if problem else "",
         )
     ]  # fmt: skip

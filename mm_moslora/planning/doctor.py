@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,17 +61,17 @@ ROOM_GIB = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Diagnosis:
     """The result of one check."""
 
     name: str
-    status: Status
+    status: Status = "ok"
     detail: str
     remedy: str = ""
     """The remedy; empty when nothing is wrong."""
 
 
-def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[Finding]:
+def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[Diagnosis]:
     """Check versions, hardware, compiler, caches, disk, threads and trackers.
 
     Args:
@@ -78,7 +79,7 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
         recipe: the recipe to be trained; only packages that it needs count as needed. None: a missing package is bad
             only if every run needs it.
     """
-    checks: list[Callable[[], list[Finding]]] = [
+    checks: list[Callable[[], Iterator[Diagnosis]]] = [
         _python,
         partial(_libraries, recipe),
         _accelerator,
@@ -92,24 +93,19 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
         _threads,
         _wandb,
     ]
-    findings: list[Finding] = []
+    findings: list[Diagnosis] = []
     for check in checks:
         try:
             findings += check()
         except Exception as error:  # one broken library must not hide the other findings
             name = getattr(check, "func", check).__name__.strip("_")
-            findings.append(
-                Finding(
-                    name=name,
-                    status="bad",
-                    detail=f"the check failed: {type(error).__name__}: {error}",
-                    remedy="Reinstall the library that the error names.",
-                )
-            )
+            detail = f"the check failed: {type(error).__name__}: {error}"
+            remedy = "Reinstall the library that the error names."
+            findings.append(Diagnosis(name=name, status="bad", detail=detail, remedy=remedy))
     return findings
 
 
-def check_version(package: str, version: str | None, *, use: str = "", needed: bool | None = None) -> Finding:
+def check_version(package: str, version: str | None, *, use: str = "", needed: bool | None = None) -> Diagnosis:
     """Judge one library's version.
 
     Args:
@@ -124,80 +120,71 @@ def check_version(package: str, version: str | None, *, use: str = "", needed: b
     remedy = install_command(package)
     if version is None:
         if needed is False:
-            return Finding(name=package, status="ok", detail=f"not installed; not needed here{for_what}")
-        return Finding(
-            name=package, status="bad" if vital else "warn", detail=f"not installed{for_what}", remedy=remedy
-        )
+            return Diagnosis(name=package, detail=f"not installed; not needed here{for_what}")
+        status: Status = "bad" if vital else "warn"
+        return Diagnosis(name=package, status=status, detail=f"not installed{for_what}", remedy=remedy)
     try:
         parsed = Version(version)
     except InvalidVersion:
-        return Finding(name=package, status="warn", detail=f"{version}, which is not a version number", remedy=remedy)
+        return Diagnosis(name=package, status="warn", detail=f"{version}, which is not a version number", remedy=remedy)
     plain = Version(parsed.public)  # 2.13.0+cpu is 2.13.0
     supported = SpecifierSet(wanted, prereleases=True)
     if plain not in supported:
         # A floor excludes releases with wrong results or known vulnerabilities; what is newer is only not tested.
         old = any(part.operator == ">=" and not part.contains(plain, prereleases=True) for part in supported)
         what = "below the lowest supported release" if old else "outside the tested range"
-        return Finding(
-            name=package, status="bad" if old and vital else "warn", detail=f"{version}, {what} ({wanted}){for_what}",
-            remedy=remedy,
-        )  # fmt: skip
-    return Finding(name=package, status="ok", detail=version)
+        status = "bad" if old and vital else "warn"
+        return Diagnosis(name=package, status=status, detail=f"{version}, {what} ({wanted}){for_what}", remedy=remedy)
+    return Diagnosis(name=package, detail=version)
 
 
-def _python() -> list[Finding]:
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    return [Finding(name="python", status="ok", detail=f"{version}, {sys.executable}")]
+def _python() -> Iterator[Diagnosis]:
+    yield Diagnosis(name="python", detail=f"{platform.python_version()}, {sys.executable}")
 
 
-def _libraries(recipe: Recipe | None) -> list[Finding]:
+def _libraries(recipe: Recipe | None) -> Iterator[Diagnosis]:
     """Every dependency, and the optional packages that the recipe needs."""
     wanted = {need.package: need.setting for need in needs(recipe)} if recipe is not None else {}
     names = [item.name for item in declared()]
     if not names:
-        return [
-            Finding(
-                name="packages", status="warn", detail="mm-moslora is not installed, so its ranges are unknown",
-                remedy="pip install . in the checkout",
-            )
-        ]  # fmt: skip
-    findings = []
+        yield Diagnosis(
+            name="packages", status="warn", detail="mm-moslora is not installed, so its ranges are unknown",
+            remedy="pip install . in the checkout",
+        )  # fmt: skip
+        return
     for package in [*names, *(name for name in wanted if name not in names)]:
         use, needed = USES.get(package, ""), None
         if recipe is not None:
             needed = package in wanted or package not in USES
             use = wanted.get(package, use)
-        findings.append(check_version(package, installed_version(package), use=use, needed=needed))
-    return findings
+        yield check_version(package, installed_version(package), use=use, needed=needed)
 
 
-def _accelerator() -> list[Finding]:
+def _accelerator() -> Iterator[Diagnosis]:
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
         built = torch.cuda.get_arch_list()
         too_old = sorted({device.name for device in devices if not _runs(built, (device.major, device.minor))})
-        if too_old:
-            return [
-                Finding(
-                    name="accelerator", status="bad",
-                    detail=f"{names}: torch {torch.__version__} holds no kernels for {', '.join(too_old)} (it has "
-                    f"{', '.join(built)})",
-                    remedy="Take other cards (CUDA_VISIBLE_DEVICES), or a torch build for these.",
-                )
-            ]  # fmt: skip
-        return [mixed_cards([device.name for device in devices], names)]
-    if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
+        if not too_old:
+            yield mixed_cards([device.name for device in devices], names)
+            return
+        yield Diagnosis(
+            name="accelerator", status="bad",
+            detail=f"{names}: torch {torch.__version__} holds no kernels for {', '.join(too_old)} (it has "
+            f"{', '.join(built)})",
+            remedy="Take other cards (CUDA_VISIBLE_DEVICES), or a torch build for these.",
+        )  # fmt: skip
+    elif Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
         built = torch.version.cuda or "no CUDA"
-        return [
-            Finding(
-                name="accelerator", status="warn",
-                detail=f"an NVIDIA driver is installed, but torch finds no GPU (torch is built for {built})",
-                remedy="Install a torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi.",
-            )
-        ]  # fmt: skip
-    return [Finding(name="accelerator", status="ok", detail="none; the CPU is used")]
+        yield Diagnosis(
+            name="accelerator", status="warn",
+            detail=f"an NVIDIA driver is installed, but torch finds no GPU (torch is built for {built})",
+            remedy="Install a torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi.",
+        )  # fmt: skip
+    else:
+        yield Diagnosis(name="accelerator", detail="none; the CPU is used")
 
 
 def _runs(built: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -211,7 +198,7 @@ def _runs(built: Sequence[str], capability: tuple[int, int]) -> bool:
     return not built
 
 
-def mixed_cards(names: Sequence[str], detail: str) -> Finding:
+def mixed_cards(names: Sequence[str], detail: str) -> Diagnosis:
     """The finding on the cards of one machine or of all ranks.
 
     Args:
@@ -219,43 +206,43 @@ def mixed_cards(names: Sequence[str], detail: str) -> Finding:
         detail: the text.
     """
     if len(set(names)) < 2:
-        return Finding(name="accelerator", status="ok", detail=detail)
-    return Finding(
+        return Diagnosis(name="accelerator", detail=detail)
+    return Diagnosis(
         name="accelerator", status="warn", detail=f"different cards: {detail}",
         remedy="Every step waits for the slowest card, and a micro-batch must fit the smallest. Choose equal cards "
         "(CUDA_VISIBLE_DEVICES, or a SLURM constraint).",
     )  # fmt: skip
 
 
-def _engine(recipe: Recipe | None) -> list[Finding]:
+def _engine(recipe: Recipe | None) -> Iterator[Diagnosis]:
     """Whether DeepSpeed, PEFT and the other libraries here take the recipe's settings."""
     if recipe is None:
-        return []
+        return
     from mm_moslora.training.preflight import check_libraries
     from mm_moslora.utils import distributed
 
     try:
         check_libraries(recipe.for_ranks(distributed.world_size()), fresh=False)
     except MoSLoRAError as error:
-        return [Finding(name="settings", status="bad", detail=str(error), remedy="Change the recipe, or the machine.")]
-    return [Finding(name="settings", status="ok", detail="the libraries here take the recipe's settings")]
+        yield Diagnosis(name="settings", status="bad", detail=str(error), remedy="Change the recipe, or the machine.")
+    else:
+        yield Diagnosis(name="settings", detail="the libraries here take the recipe's settings")
 
 
-def _precision() -> list[Finding]:
+def _precision() -> Iterator[Diagnosis]:
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         detail = "the GPU supports bf16" if fast else "the GPU does not support bf16; precision auto is fp32"
-        return [Finding(name="bf16", status="ok" if fast else "warn", detail=detail)]
+        yield Diagnosis(name="bf16", status="ok" if fast else "warn", detail=detail)
+        return
     text = _read(Path("/proc/cpuinfo"))
-    found = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
-    if found:
-        return [Finding(name="bf16", status="ok", detail=f"this CPU multiplies bf16 fast ({', '.join(found)})")]
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
     none = "this CPU has neither amx_bf16 nor avx512_bf16: precision auto is fp32, and bf16 would be slower"
-    return [Finding(name="bf16", status="ok", detail=none)]
+    yield Diagnosis(name="bf16", detail=f"this CPU multiplies bf16 fast ({', '.join(flags)})" if flags else none)
 
 
-def _kernels() -> list[Finding]:
+def _kernels() -> Iterator[Diagnosis]:
     from mm_moslora.models.precision import dtype_of, resolve_precision
 
     torch = importlib.import_module("torch")
@@ -268,95 +255,74 @@ def _kernels() -> list[Finding]:
         detail = f"attention runs on a C++ kernel (compiled by {compiler} at the first run): {reason}"
     else:
         detail = f"PyTorch's own run between the matrix products of lean decoder layers: {reason}"
-    found = installed_liger()
-    if found is not None and not fits(found):
-        detail += f"; model.kernels liger needs liger-kernel{LIGER_RANGE}, and {found} is installed"
-    return [Finding(name="kernels", status="warn" if on_gpu and reason is not None else "ok", detail=detail)]
+    liger = installed_liger()
+    if liger is not None and not fits(liger):
+        detail += f"; model.kernels liger needs liger-kernel{LIGER_RANGE}, and {liger} is installed"
+    yield Diagnosis(name="kernels", status="warn" if on_gpu and reason is not None else "ok", detail=detail)
 
 
-def _compiler() -> list[Finding]:
+def _compiler() -> Iterator[Diagnosis]:
     compiler = find_compiler()
     ninja = shutil.which("ninja") or (importlib.util.find_spec("ninja") and "ninja")
-    present = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if there]
+    present = [name for name, path in (("a C++ compiler", compiler), ("ninja", ninja)) if path]
     detail = f"{' and '.join(present) or 'neither compiler nor ninja'} here; none is needed (AdamW is torch's own)"
-    return [Finding(name="compiler", status="ok", detail=detail)]
+    yield Diagnosis(name="compiler", detail=detail)
 
 
-def _extension_locks() -> list[Finding]:
+def _extension_locks() -> Iterator[Diagnosis]:
     root = extensions_folder(os.environ)
     locks = stale_locks(root) if root.is_dir() else []
     if not locks:
-        return [Finding(name="build locks", status="ok", detail=f"no stale lock below {root}")]
-    return [
-        Finding(
-            name="build locks",
-            status="warn",
-            detail=f"a killed build left {', '.join(str(path) for path in locks)}",
-            remedy=f"If nothing is being built now: rm {' '.join(str(path) for path in locks)}",
-        )
-    ]
+        yield Diagnosis(name="build locks", detail=f"no stale lock below {root}")
+        return
+    yield Diagnosis(
+        name="build locks", status="warn", detail=f"a killed build left {', '.join(map(str, locks))}",
+        remedy=f"If nothing is being built now: rm {' '.join(map(str, locks))}",
+    )  # fmt: skip
 
 
-def _disk(folder: Path) -> list[Finding]:
-    findings = []
-    for name, place in (
-        ("disk for runs", folder),
-        ("disk for temporary files", Path(tempfile.gettempdir())),
+def _disk(folder: Path) -> Iterator[Diagnosis]:
+    for name, path, least in (
+        ("disk for runs", folder, ROOM_GIB),
+        ("disk for temporary files", Path(tempfile.gettempdir()), 1.0),
     ):
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        free = shutil.disk_usage(place).free / 2**30
-        enough = free >= (ROOM_GIB if name == "disk for runs" else 1.0)
-        findings.append(
-            Finding(
-                name=name,
-                status="ok" if enough else "warn",
-                detail=f"{free:.1f} GiB free at {place.resolve()}",
-                remedy="" if enough else "Free some space, or set train.output (TMPDIR) to a larger disk.",
-            )
-        )
-    return findings
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        free = shutil.disk_usage(path).free / 2**30
+        remedy = "" if free >= least else "Free some space, or set train.output (TMPDIR) to a larger disk."
+        detail = f"{free:.1f} GiB free at {path.resolve()}"
+        yield Diagnosis(name=name, status="warn" if remedy else "ok", detail=detail, remedy=remedy)
 
 
-def _memory() -> list[Finding]:
+def _memory() -> Iterator[Diagnosis]:
     available = available_memory() / 2**30
-    if not available:
-        return [Finding(name="memory", status="ok", detail="unknown on this system")]
-    enough = available >= 6
-    return [
-        Finding(
-            name="memory",
-            status="ok" if enough else "warn",
-            detail=f"{available:.1f} GiB available",
-            remedy="" if enough else "The quickstart needs 6 GiB; close other programs or use --smoke.",
-        )
-    ]
+    detail = f"{available:.1f} GiB available" if available else "unknown on this system"
+    remedy = "The quickstart needs 6 GiB; close other programs or use --smoke." if 0 < available < 6 else ""
+    yield Diagnosis(name="memory", status="warn" if remedy else "ok", detail=detail, remedy=remedy)
 
 
-def _threads() -> list[Finding]:
+def _threads() -> Iterator[Diagnosis]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    given = os.environ.get("OMP_NUM_THREADS")
+    threads = os.environ.get("OMP_NUM_THREADS")
     policy = os.environ.get("OMP_WAIT_POLICY", "")
-    detail = f"{cores} cores, OMP_NUM_THREADS {given or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"
+    detail = f"{cores} cores, OMP_NUM_THREADS {threads or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"
     remedies = []
-    if given and given.isdigit() and int(given) > cores:
+    if threads and threads.isdigit() and int(threads) > cores:
         remedies.append(f"export OMP_NUM_THREADS={cores}")
     if policy.lower() != "passive":
         remedies.append("export OMP_WAIT_POLICY=passive  # waiting threads then leave the cores to others")
-    return [
-        Finding(name="threads", status="warn" if remedies else "ok", detail=detail, remedy="\n".join(remedies)),
-    ]
+    yield Diagnosis(name="threads", status="warn" if remedies else "ok", detail=detail, remedy="\n".join(remedies))
 
 
-def _wandb() -> list[Finding]:
+def _wandb() -> Iterator[Diagnosis]:
     from mm_moslora.tracking.wandb_tracker import has_credentials
 
-    mode = os.environ.get("WANDB_MODE")
-    if mode:
-        return [Finding(name="wandb login", status="ok", detail=f"WANDB_MODE is {mode}")]
-    if has_credentials():
-        return [Finding(name="wandb login", status="ok", detail="a key is present: runs that ask for wandb go online")]
-    return [Finding(name="wandb login", status="ok", detail="no key: runs that ask for wandb are kept offline")]
+    detail = "no key: runs that ask for wandb are kept offline"
+    if mode := os.environ.get("WANDB_MODE"):
+        detail = f"WANDB_MODE is {mode}"
+    elif has_credentials():
+        detail = "a key is present: runs that ask for wandb go online"
+    yield Diagnosis(name="wandb login", detail=detail)
 
 
 def _read(path: Path) -> str:

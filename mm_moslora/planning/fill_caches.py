@@ -12,11 +12,13 @@ from torch import Tensor
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import Recipe, VisionConfig
-from mm_moslora.data.images.record_picture import ImageError, LocalPicture
+from mm_moslora.data.chat.records import RecordSource
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import LocalPicture
+from mm_moslora.data.record_examples import RecordExamples
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.sources.record_source import RecordSource
-from mm_moslora.data.training_set import cache_places
+from mm_moslora.data.training_set import source_caches
 from mm_moslora.launch.shard import Shard
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.vision.feature_cache import FeatureStore, tower_hash
@@ -28,14 +30,14 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.progress_bar import Progress
 
-_Place = tuple[int, int, int]
+_Position = tuple[int, int, int]
 """Source, row, and number of a picture in its record."""
 _TOGETHER = 16
 """Pictures that the vision tower encodes at a time."""
 
 
 class Filled(NamedTuple):
-    """What a call found and added."""
+    """Counts of a call."""
 
     records: int
     """Records whose tokens are in the cache or in this shard of it."""
@@ -80,10 +82,11 @@ def fill_caches(recipe: Recipe, shard: Shard | None = None, *, features: bool = 
 
 def _tokens(recipe: Recipe, files: Sequence[RecordSource], parts: DataParts, shard: Shard | None) -> int:
     with Progress("tokenise records", 0, unit="record") as progress:
-        places = cache_places(files, parts.encoder, parts.image_processing, config=recipe.data, on_progress=progress.of)
+        examples = RecordExamples(files, parts.encoder, parts.image_processing, recipe.data)
+        caches = source_caches(examples, on_progress=progress.of)
         if shard is None:
-            return sum(len(place.cache().lengths) for place in places)
-        return sum(place.fill(shard) for place in places)
+            return sum(len(cache.open().lengths) for cache in caches)
+        return sum(cache.fill(shard) for cache in caches)
 
 
 def _tower(
@@ -112,9 +115,9 @@ def _features(
     encode: Callable[[Tensor], Tensor],
     shard: Shard | None,
 ) -> Filled:
-    places = _pictures(files)
-    batches: Sequence[Sequence[_Place]] = [
-        places[start : start + _TOGETHER] for start in range(0, len(places), _TOGETHER)
+    positions = _pictures(files)
+    batches: Sequence[Sequence[_Position]] = [
+        positions[start : start + _TOGETHER] for start in range(0, len(positions), _TOGETHER)
     ]
     batches = batches if shard is None else shard.stretch(batches)
     seen = unreadable = 0
@@ -123,7 +126,7 @@ def _features(
             pictures = []
             for file, row, number in batch:
                 with suppress(RecordError, ImageError):
-                    pictures += processing.see([files[file][row].images[number].rgb()])
+                    pictures += processing.process([files[file][row].images[number].rgb()])
             keys = {picture.key: index for index, picture in enumerate(pictures)}
             missing = [key for key in keys if store.read(key) is None]
             if missing:  # the whole batch is encoded: digits may depend on the pictures beside
@@ -135,13 +138,13 @@ def _features(
     return Filled(0, seen, store.counts.written, unreadable)
 
 
-def _pictures(files: Sequence[RecordSource]) -> list[_Place]:
-    """Where every picture occurs first, in the order of the records; a file counts once."""
-    found: dict[Hashable, _Place] = {}
+def _pictures(files: Sequence[RecordSource]) -> list[_Position]:
+    """First position of every picture, in the order of the records; a file counts once."""
+    first: dict[Hashable, _Position] = {}
     for file, source in enumerate(files):
         for row in range(len(source)):
             with suppress(RecordError):
                 for number, picture in enumerate(source[row].images):
-                    place = (file, row, number)
-                    found.setdefault(picture.path if isinstance(picture, LocalPicture) else place, place)
-    return list(found.values())
+                    position = (file, row, number)
+                    first.setdefault(picture.path if isinstance(picture, LocalPicture) else position, position)
+    return list(first.values())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from mm_moslora.planning.doctor import Finding
+from mm_moslora.planning.doctor import Diagnosis
 from mm_moslora.planning.rank_facts import RankFacts, named
 from mm_moslora.utils import distributed
 
@@ -27,7 +27,7 @@ _BYTES = {"cuda": 2**28, "cpu": 2**23}
 
 
 def pairs_by_round(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Pairs of ranks: all within each host, and ranks with the same place on every two hosts.
+    """Pairs of ranks: all within each host, and for every two hosts the ranks with the same position on them.
 
     Args:
         hosts: the host of each rank.
@@ -48,17 +48,17 @@ def pairs_by_round(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 
 def _tournament(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Rounds in which everybody meets everybody once (the circle method)."""
-    places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
-    for _ in range(len(places) - 1):
-        half = len(places) // 2
-        sides = zip(places[:half], reversed(places[half:]), strict=True)
+    """Round-robin pairs: each rank meets every other once (the circle method)."""
+    seats: list[int | None] = [*range(count), *([None] if count % 2 else [])]
+    for _ in range(len(seats) - 1):
+        half = len(seats) // 2
+        sides = zip(seats[:half], reversed(seats[half:]), strict=True)
         yield [(min(a, b), max(a, b)) for a, b in sides if a is not None and b is not None]
-        places = [places[0], places[-1], *places[1:-1]]
+        seats = [seats[0], seats[-1], *seats[1:-1]]
 
 
 def _device() -> torch.device:
-    """Where the process group's fast backend takes tensors."""
+    """The device whose tensors the process group's fast backend takes."""
     device = distributed.device()
     return device if device.type == "cuda" and "nccl" in dist.get_backend_config() else torch.device("cpu")
 
@@ -72,7 +72,7 @@ def _fastest(act: Callable[[], object], *, calls: int = 3) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return min(times[1:])  # other traffic only adds time
 
 
 def measure_computing() -> float:
@@ -109,11 +109,11 @@ def measure_links(rounds: Sequence[Sequence[tuple[int, int]]]) -> dict[tuple[int
         if pair is not None:
             peer = sum(pair) - distributed.rank()
             mine[pair] = sent.numel() / _fastest(lambda to=peer: _exchange(sent, received, to)) / 1e9  # type: ignore[misc]
-    found: dict[tuple[int, int], float] = {}
+    slower: dict[tuple[int, int], float] = {}
     for speeds in distributed.gather_objects(mine):
         for pair, speed in speeds.items():
-            found[pair] = min(speed, found.get(pair, speed))
-    return found
+            slower[pair] = min(speed, slower.get(pair, speed))
+    return slower
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, peer: int) -> None:
@@ -122,7 +122,7 @@ def _exchange(sent: torch.Tensor, received: torch.Tensor, peer: int) -> None:
         work.wait()
 
 
-def judge_computing(seconds: Sequence[float], facts: Sequence[RankFacts]) -> Finding:
+def judge_computing(seconds: Sequence[float], facts: Sequence[RankFacts]) -> Diagnosis:
     """Name ranks with slow devices.
 
     Args:
@@ -132,17 +132,15 @@ def judge_computing(seconds: Sequence[float], facts: Sequence[RankFacts]) -> Fin
     median = statistics.median_low(seconds)
     slow = [rank for rank, taken in enumerate(seconds) if median < SLOW * taken]
     if not slow:
-        return Finding(
-            name="computing", status="ok", detail=f"all ranks within {max(seconds) / min(seconds):.1f} times"
-        )
-    return Finding(
+        return Diagnosis(name="computing", detail=f"all ranks within {max(seconds) / min(seconds):.1f} times")
+    return Diagnosis(
         name="computing", status="warn",
         detail=f"{named(slow, facts)}: a matrix product takes {max(seconds) / median:.1f} times as long as the median",
         remedy="All ranks wait for it. Look there for other jobs, clocks and heat (nvidia-smi -q -d PERFORMANCE).",
     )  # fmt: skip
 
 
-def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFacts]) -> Iterator[Finding]:
+def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
     """Name slow links, and ranks all of whose links are slow.
 
     Args:
@@ -150,8 +148,8 @@ def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFac
         facts: by rank.
     """
     inside = {pair: facts[pair[0]].host == facts[pair[1]].host for pair in speeds}
-    for name, here in (("links within hosts", True), ("links between hosts", False)):
-        kind = {pair: speed for pair, speed in speeds.items() if inside[pair] == here}
+    for name, within in (("links within hosts", True), ("links between hosts", False)):
+        kind = {pair: speed for pair, speed in speeds.items() if inside[pair] == within}
         if not kind:
             continue
         median = statistics.median_high(kind.values())
@@ -159,13 +157,13 @@ def judge_links(speeds: Mapping[tuple[int, int], float], facts: Sequence[RankFac
         detail = f"{median:.3g} GB/s each way"
         if slow:
             detail = f"{_slowest(slow, kind, facts)}; the median is {median:.3g} GB/s"
-        poor = not here and facts[0].card != "CPU" and median < _LEAST_BETWEEN_HOSTS
+        poor = not within and facts[0].card != "CPU" and median < _LEAST_BETWEEN_HOSTS
         remedy = "Look at cables, ports and GPUs there (nvidia-smi topo -m, ibstat)." if slow else ""
         if poor:
             remedy += (
                 " Set NCCL_SOCKET_IFNAME and NCCL_IB_HCA to the fast network; NCCL_DEBUG=INFO shows the one in use."
             )
-        yield Finding(name=name, status="warn" if slow or poor else "ok", detail=detail, remedy=remedy.strip())
+        yield Diagnosis(name=name, status="warn" if slow or poor else "ok", detail=detail, remedy=remedy.strip())
 
 
 def _slowest(slow: Sequence[tuple[int, int]], kind: Mapping[tuple[int, int], float], facts: Sequence[RankFacts]) -> str:

@@ -1,4 +1,4 @@
-"""What every rank reports of its host, software, device and network, and what differs among the ranks."""
+"""Reports of the ranks on host, software, device and network, and the differences between them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from mm_moslora.planning.doctor import Finding, mixed_cards
+from mm_moslora.planning.doctor import Diagnosis, mixed_cards
 from mm_moslora.training.supervision import rank_agreement
 from mm_moslora.training.supervision.rank_agreement import grouped, spans
 from mm_moslora.utils import distributed
@@ -40,13 +40,9 @@ class RankFacts:
     clock: float = 0.0
     """Seconds since the epoch, read by all ranks at once."""
 
-    def to_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
 
 def facts_of_this_rank() -> RankFacts:
-    """Read them."""
+    """Read the facts of this rank."""
     import torch
 
     software, card, memory = rank_agreement.software(), "CPU", 0.0
@@ -80,7 +76,7 @@ def _interfaces() -> dict[str, list[str]]:
     }
 
 
-def differences(facts: Sequence[RankFacts]) -> Iterator[Finding]:
+def differences(facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
     """Compare the reports of all ranks.
 
     Args:
@@ -90,7 +86,7 @@ def differences(facts: Sequence[RankFacts]) -> Iterator[Finding]:
     for item in facts:
         hosts[item.host].append(item.rank)
     text = ", ".join(f"{spans(ranks)} on {host}" for host, ranks in hosts.items())
-    yield Finding(name="ranks", status="ok", detail=f"{len(facts)}: {text}")
+    yield Diagnosis(name="ranks", detail=f"{len(facts)}: {text}")
     yield from _software(facts)
     cards = {item.card: item.memory_gib for item in facts}
     detail = grouped({item.rank: item.card for item in facts}, _hosts(facts)) if len(cards) > 1 else next(iter(cards))
@@ -99,32 +95,32 @@ def differences(facts: Sequence[RankFacts]) -> Iterator[Finding]:
         yield from faults
     else:
         used = sorted({f"{name}={value}" for item in facts for name, value in item.chosen.items()})
-        yield Finding(name="network", status="ok", detail=", ".join(used) or "interfaces are chosen by host names")
+        yield Diagnosis(name="network", detail=", ".join(used) or "interfaces are chosen by host names")
     offsets = {item.host: item.clock - facts[0].clock for item in facts}
     host, offset = max(offsets.items(), key=lambda pair: abs(pair[1]))
     if abs(offset) <= _MOST_CLOCK_OFFSET:
-        yield Finding(name="clocks", status="ok", detail=f"within {abs(offset):.1f} s")
+        yield Diagnosis(name="clocks", detail=f"within {abs(offset):.1f} s")
     else:
-        yield Finding(
+        yield Diagnosis(
             name="clocks", status="warn", detail=f"that of {host} is {offset:+.1f} s from that of {facts[0].host}",
             remedy="Synchronise the clocks (chronyc, timedatectl): heartbeats are compared by their times.",
         )  # fmt: skip
 
 
-def _software(facts: Sequence[RankFacts]) -> Iterator[Finding]:
+def _software(facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
     names = {name: None for item in facts for name in item.software}
     wrong = [name for name in names if len({item.software.get(name) for item in facts}) > 1]
     for name in wrong:
         versions = {item.rank: item.software.get(name, "none") for item in facts}
-        yield Finding(
+        yield Diagnosis(
             name=f"{name} of the ranks", status="bad", detail=grouped(versions, _hosts(facts)),
             remedy="Give all hosts the same environment: on a shared file system, or by one container image.",
         )  # fmt: skip
     if not wrong:
-        yield Finding(name="software", status="ok", detail=f"the same on all ranks: {', '.join(names)}")
+        yield Diagnosis(name="software", detail=f"the same on all ranks: {', '.join(names)}")
 
 
-def network_faults(facts: Sequence[RankFacts]) -> Iterator[Finding]:
+def network_faults(facts: Sequence[RankFacts]) -> Iterator[Diagnosis]:
     """Variables that name no interface, and host names that lead other hosts nowhere.
 
     Args:
@@ -133,18 +129,18 @@ def network_faults(facts: Sequence[RankFacts]) -> Iterator[Finding]:
     hosts = {item.host: item for item in facts}
     for item in facts:
         for variable, value in item.chosen.items():
-            found = _chosen(variable, value, item.interfaces)
-            here = all(address.startswith(_LOOPBACK) for name in found for address in item.interfaces[name])
-            if not found or (here and len(hosts) > 1):
-                problem = "which reaches no other host" if found else f"which {item.host} lacks"
-                yield Finding(
+            interfaces = _chosen(variable, value, item.interfaces)
+            loopback = all(address.startswith(_LOOPBACK) for name in interfaces for address in item.interfaces[name])
+            if not interfaces or (loopback and len(hosts) > 1):
+                problem = "which reaches no other host" if interfaces else f"which {item.host} lacks"
+                yield Diagnosis(
                     name=f"network of rank {item.rank}", status="bad",
                     detail=f"{variable} is {value}, {problem}; {item.host} has {_listed(item.interfaces)}",
                     remedy=f"Set {variable} to an interface that reaches the other hosts.",
                 )  # fmt: skip
     for item in hosts.values() if len(hosts) > 1 else ():
         if item.address.startswith(_LOOPBACK) and "GLOO_SOCKET_IFNAME" not in item.chosen:
-            yield Finding(
+            yield Diagnosis(
                 name=f"name of {item.host}", status="bad",
                 detail=f"{item.host} resolves to {item.address} there, which other hosts cannot reach",
                 remedy=f"Set GLOO_SOCKET_IFNAME (of {_listed(item.interfaces)}), or mend /etc/hosts.",

@@ -1,4 +1,4 @@
-"""Which ranks are there and how far each has come, without a process group: a store of keys at rank 0's address.
+"""The ranks that have started and the step that each has reached, in a store of keys at rank 0's address.
 
 A thread of every rank reports that it lives, watches for the failure of another and for the time limit. When one fails
 or the time is up, rank 0 prints one message that names the ranks, and all end.
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, cast
 
@@ -43,8 +44,9 @@ class RollCall:
 
     def __init__(self, *, limit: float) -> None:
         self.limit, self.deadline = limit, time.monotonic() + limit
+        self._late = f"Not finished after {limit:.0f} s:"
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        self.place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self.address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         owned = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         distributed.check_launcher()
         self._store = self._connect(owned)
@@ -59,7 +61,7 @@ class RollCall:
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise DistributedError(
-                f"Rank {self.rank} on {socket.gethostname()} cannot reach rank 0 at {self.place} within "
+                f"Rank {self.rank} on {socket.gethostname()} cannot reach rank 0 at {self.address} within "
                 f"{self.limit:.0f} s ({(str(error).splitlines() or [''])[0]}). Check that rank 0 was started, that the "
                 "address is one of its host on a network that both share, and that no firewall closes the port."
             ) from error
@@ -70,7 +72,7 @@ class RollCall:
         Args:
             facts: this rank's.
         """
-        self._store.set(f"facts/{self.rank}", json.dumps(facts.to_dict()))
+        self._store.set(f"facts/{self.rank}", json.dumps(asdict(facts)))
         keys = [f"facts/{rank}" for rank in range(self.world)]
         while not self._store.check(keys):
             time.sleep(0.1)  # the watching thread ends the process at the limit
@@ -106,13 +108,14 @@ class RollCall:
                 # Rank 0 speaks for all; the others wait a little longer for it.
                 if time.monotonic() > self.deadline + (0 if self.rank == 0 else 10 * _TICK):
                     if self.rank:
-                        self._leave(f"{self._after()} rank 0 at {self.place} does not answer.", speak=True)
+                        self._leave(f"{self._late} rank 0 at {self.address} does not answer.", speak=True)
                     text = self._overdue()
                     self._observer.set("failure", text)
                     self._leave(text)
             except RuntimeError:
                 if not self._ended.wait(4 * _TICK):
-                    self._leave(f"The connection to rank 0 at {self.place} is lost: it ended, or its host.", speak=True)
+                    text = f"The connection to rank 0 at {self.address} is lost: it ended, or its host."
+                    self._leave(text, speak=True)
 
     def _leave(self, text: str, *, speak: bool = False) -> None:
         """End this process; rank 0 prints the message, any other only where rank 0 cannot."""
@@ -123,19 +126,16 @@ class RollCall:
             time.sleep(4 * _TICK)  # the others read the store, which ends with this process
         os._exit(1)
 
-    def _after(self) -> str:
-        return f"Not finished after {self.limit:.0f} s:"
-
     def _overdue(self) -> str:
-        """What has not come or gone on."""
+        """The ranks that have not reported, or do not go on."""
         facts = self._known()
         missing = set(range(self.world)) - {item.rank for item in facts}
         if missing:
             plural = "s" if len(missing) > 1 else ""
-            here = named([item.rank for item in facts], facts)
+            present = named([item.rank for item in facts], facts)
             return (
-                f"{self._after()} rank{plural} {spans(missing)} of {self.world} did not report to {self.place}; {here} "
-                f"did. Check that every host was started, with the same address of rank 0, and can reach it."
+                f"{self._late} rank{plural} {spans(missing)} of {self.world} did not report to {self.address}; "
+                f"{present} did. Check that every host was started, with the same address of rank 0, and can reach it."
             )
         before = self._read("beat")
         time.sleep(_SILENT * _TICK)
@@ -143,7 +143,7 @@ class RollCall:
         silent = [rank for rank in range(1, self.world) if now.get(rank) == before.get(rank)]
         if silent:
             return (
-                f"{self._after()} {named(silent, facts)} does not respond. Its process or host hangs; look there for "
+                f"{self._late} {named(silent, facts)} does not respond. Its process or host hangs; look there for "
                 "memory, GPU errors (dmesg, nvidia-smi) and file systems that hang."
             )
         phases = self._read("phase")
@@ -151,13 +151,13 @@ class RollCall:
         behind = [rank for rank in range(self.world) if phases.get(rank) != latest]
         waiting = f"; {named(behind, facts)} is at another step" if behind else ""
         return (
-            f"{self._after()} the ranks are at '{latest}'{waiting}. They reach rank 0's store, but not each other: set "
+            f"{self._late} the ranks are at '{latest}'{waiting}. They reach rank 0's store, but not each other: set "
             "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to a network that joins the hosts, open all ports between them, "
             f"and try NCCL_IB_DISABLE=1; NCCL_DEBUG=INFO shows what NCCL tries.{self._network()}"
         )
 
     def _network(self) -> str:
-        """What the ranks report of their interfaces that cannot be right."""
+        """Faults in the interfaces that the ranks report."""
         return "".join(f" {item.name}: {item.detail}. {item.remedy}" for item in network_faults(self._known()))
 
     def _known(self) -> list[RankFacts]:
@@ -165,5 +165,5 @@ class RollCall:
 
     def _read(self, kind: str) -> dict[int, str]:
         keys = {rank: f"{kind}/{rank}" for rank in range(self.world)}
-        there = {rank: key for rank, key in keys.items() if self._observer.check([key])}
-        return {rank: self._observer.get(key).decode() for rank, key in there.items()}
+        present = {rank: key for rank, key in keys.items() if self._observer.check([key])}
+        return {rank: self._observer.get(key).decode() for rank, key in present.items()}

@@ -23,7 +23,7 @@ from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, Memory, StepMemor
 from mm_moslora.training.metrics.gpu_specs import Gpus
 from mm_moslora.training.metrics.step_flops import Flops, StepShape
 from mm_moslora.training.preflight import check_model, check_zero
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, renamed
 
 STAGES = ("zero1", "zero2", "zero3")
 
@@ -61,16 +61,16 @@ class Option:
     most: int | None
     """Most tokens of a micro-batch, where that is less than `micro_batch` of the longest examples."""
     memory: Memory
-    """With the largest micro-batch."""
+    """Memory of the largest micro-batch."""
     tokens_per_second: float
     """Over all GPUs, at the middle of the expected utilisation."""
     fits: bool
     offload: bool = False
     """See `StepMemory.offload`."""
     main_memory: float = 0.0
-    """Of the first host, bytes; see `StepMemory.main_memory`."""
+    """Main memory of the first host, bytes; see `StepMemory.main_memory`."""
     generating: float = 0.0
-    """Of a validation that generates, bytes; see `StepMemory.generating`. 0: none does."""
+    """Memory of a validation that generates, bytes; see `StepMemory.generating`. 0: none does."""
 
     @property
     def peak(self) -> float:
@@ -89,7 +89,7 @@ class Option:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """The fastest setting that fits, and all other settings."""
 
     gpus: Gpus
@@ -107,7 +107,7 @@ class Plan:
     own: Option
     """The recipe's own setting."""
     remedy: str
-    """What would make it fit, or use its memory, as a sentence; empty where there is nothing to say."""
+    """Change that would make the recipe fit, or use the memory, as a sentence; empty where there is none."""
 
     def hours(self, option: Option) -> float:
         """Wall time of the run."""
@@ -117,9 +117,9 @@ class Plan:
 def known_data(sources: Sequence[SourceConfig], tokens_per_image: int) -> DataSize | None:
     """Size of the first source that is a well-known data file; None: there is none."""
     for source in sources:
-        known = KNOWN_DATA.get(Path(source.path).stem)
-        if known:
-            samples, tokens, pictures = known
+        size = KNOWN_DATA.get(Path(source.path).stem)
+        if size:
+            samples, tokens, pictures = size
             mean = tokens + (tokens_per_image - LLAVA_VISUAL) * pictures
             return DataSize(samples=samples, tokens=mean, pictures=pictures)
     return None
@@ -197,7 +197,9 @@ def settings(global_batch: int, gpus: Gpus, *, together: int = 1) -> Iterator[tu
                 yield zero, checkpointing, micro_batch
 
 
-def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: tuple[int, int] | None = None) -> Plan:
+def plan(
+    recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: tuple[int, int] | None = None
+) -> RunPlan:
     """Try every setting and choose the fastest that fits.
 
     Args:
@@ -270,13 +272,14 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
         min(train.micro_batch, share), offload=train.activation_offload,
     )  # fmt: skip
     fitting = [option for option in options if option.fits]
+    # Estimates are good to a fifth (see `utilisation`), so a difference of 2 % decides nothing.
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
     flops = _flops(size, data, 1, checkpointing=float(best.checkpointing) if best else 0.0)
     epochs = train.epochs
     if train.steps:
         epochs = train.steps * train.global_batch * data.per_row / data.samples
     shown = (picture or PICTURE) if varies else None
-    return Plan(
+    return RunPlan(
         gpus=gpus, activation_memory=size,
         picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
         idle=max(0, gpus.count - together * train.global_batch), own=own,
@@ -291,11 +294,14 @@ def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> 
     )  # fmt: skip
     if own.generating and (reason := step.cannot_generate(gpus.memory)):
         return reason
-    given, fits = recipe.train.micro_tokens or 0, step.token_budget(gpus.memory, longest=recipe.data.longest)
+    budget, fits = recipe.train.micro_tokens or 0, step.token_budget(gpus.memory, longest=recipe.data.longest)
     if own.fits:
-        small = 0 < 2 * given < min(fits, own.micro_batch * recipe.data.longest)
-        return f"train.micro_tokens is {given}, and {fits} fit, which is faster: leave it out." if small else ""
+        small = 0 < 2 * budget < min(fits, own.micro_batch * recipe.data.longest)
+        return f"train.micro_tokens is {budget}, and {fits} fit, which is faster: leave it out." if small else ""
     if fits:
         return f"train.micro_tokens up to {fits} fits, or leave it out."
     change = step.remedies(gpus.memory, longest=recipe.data.longest, key=recipe.data.longest_key)
     return f"To make it fit, {change}."
+
+
+__getattr__ = renamed({"Plan": "RunPlan"})

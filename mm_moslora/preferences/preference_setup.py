@@ -21,7 +21,7 @@ from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.model_start import resumed_start
-from mm_moslora.training.run_setup import as_asked, pinned, whole_projector
+from mm_moslora.training.run_setup import pinned, whole_projector, with_form_of_thinking
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.progress_bar import Progress
@@ -65,7 +65,7 @@ class PreferenceRun:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run; the last step of an epoch may be short."""
-        return self.recipe.train.total_steps(-(-len(self.pairs) // self.recipe.train.global_batch))
+        return self.recipe.train.total_steps(-(-len(self.pairs.usable) // self.recipe.train.global_batch))
 
     def identity(self) -> dict[str, object]:
         """What the data is, see `PreferenceSet.identity`."""
@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
         _keep_fp32(assembly.model)
     data = pinned(recipe.data, checkpoint)
     pairs = _pairs(recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
-    recipe = as_asked(recipe, assembly, pairs)
+    recipe = with_form_of_thinking(recipe, assembly, pairs)
     held_out = None
     if data.held_out:
         held_out = _pairs(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
@@ -140,7 +140,7 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
         """Collate rows of `rows_of`."""
-        pairs = [self._set(row["held_out"])[row["pair"]] for row in rows]
+        pairs = [self._set(row["held_out"]).pair(row["pair"]) for row in rows]
         examples = [pair[side] for side in (0, 1) for pair in pairs]
         inputs = PaddedCollator(model=self.run.assembly.model)(examples)
         return inputs | {"completion_mask": (inputs.pop("labels") != IGNORED).long()}
@@ -155,4 +155,4 @@ def rows_of(pairs: PreferenceSet, *, held_out: bool) -> Any:
     """A table of `datasets` with the numbers of pairs, which `PairCollator` reads; TRL takes no other data set."""
     from datasets import Dataset
 
-    return Dataset.from_dict({"pair": list(range(len(pairs))), "held_out": [int(held_out)] * len(pairs)})
+    return Dataset.from_dict({"pair": list(range(len(pairs.usable))), "held_out": [int(held_out)] * len(pairs.usable)})

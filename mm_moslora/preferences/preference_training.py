@@ -17,14 +17,15 @@ from mm_moslora.preferences.preference_setup import PreferenceRun, prepare
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, amend, folder_name, rank_folder
+from mm_moslora.training.checkpointing.resume_choice import find_resume
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier, set_aside_newer
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, write_mixers
 from mm_moslora.training.preflight import check_recipe
-from mm_moslora.training.resume import find_resume
-from mm_moslora.training.run_logging import only_measuring, write_summary
-from mm_moslora.training.run_setup import exclusive, trainable_table
+from mm_moslora.training.run_setup import trainable_table
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
+from mm_moslora.training.supervision.run_summary import only_measuring, write_summary
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import FINISHED_AT, TrainResult
 from mm_moslora.utils import distributed, files
@@ -157,7 +158,7 @@ class _Session:
         """What the run's `summary.json` has beside the parts of all runs."""
         run, data = self.run, dict(self.run.pairs.statistics())
         if run.held_out is not None:
-            data["validation_records"] = float(len(run.held_out))
+            data["validation_records"] = float(len(run.held_out.usable))
         return {
             "components": self.components, "tokens_per_image": run.assembly.tokens_per_image,
             "base": run.assembly.base, "data": data,

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from mm_moslora.launch.child_processes import output_of, python_words
 from mm_moslora.utils.errors import AssetError, ConfigError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import building, read_json, replace_json, sha256_of
 from mm_moslora.utils.run_paths import cache_folder
 
@@ -102,10 +102,10 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = held(path, wait=False)
+        lock = lock_file(path, wait=False)
     except BlockingIOError:
         say(f"another process is preparing {path.name.strip('.').removesuffix('.lock')}; waiting for it")
-        lock = held(path, wait=True)
+        lock = lock_file(path, wait=True)
     except OSError as error:
         raise AssetError(
             f"The folder of fetched parts, {path.parent}, cannot be written ({error.strerror}). "

@@ -59,7 +59,7 @@ class DatasetFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class ImageQuestion:
     """One question about one picture."""
 
     image: str
@@ -114,7 +114,7 @@ def build_easy_vqa(
     return write_files(out, source, captions, conversations, held_out, replace=replace)
 
 
-def _easy_questions(source: Path, half: str) -> dict[str, list[Question]]:
+def _easy_questions(source: Path, half: str) -> dict[str, list[ImageQuestion]]:
     path = source / half / "questions.json"
     try:
         rows = read_json(path, list)
@@ -122,28 +122,28 @@ def _easy_questions(source: Path, half: str) -> dict[str, list[Question]]:
         raise DataError(
             f"{path} cannot be read as easy-VQA's questions ({error}). Delete {source} and run again."
         ) from error
-    grouped: dict[str, list[Question]] = defaultdict(list)
+    grouped: dict[str, list[ImageQuestion]] = defaultdict(list)
     for text, answer, image_id in rows:
         image = f"{half}/images/{image_id}.png"
-        grouped[image].append(Question(image=image, text=text, answer=answer))
+        grouped[image].append(ImageQuestion(image=image, text=text, answer=answer))
     return dict(grouped)
 
 
-def balanced_yes_no(questions: Sequence[Question], rng: random.Random) -> dict[str, list[Question]]:
+def balanced_yes_no(questions: Sequence[ImageQuestion], rng: random.Random) -> dict[str, list[ImageQuestion]]:
     """Keep every open question, and per yes/no text as many yes as no answers; return them by picture."""
-    kept: dict[str, list[Question]] = defaultdict(list)
-    pools: dict[str, dict[str, list[Question]]] = defaultdict(lambda: {answer: [] for answer in YES_NO})
+    balanced: dict[str, list[ImageQuestion]] = defaultdict(list)
+    pools: dict[str, dict[str, list[ImageQuestion]]] = defaultdict(lambda: {answer: [] for answer in YES_NO})
     for question in questions:
         if question.category == "open":
-            kept[question.image].append(question)
+            balanced[question.image].append(question)
         else:
             pools[question.text][question.answer].append(question)
     for text in sorted(pools):
         yes, no = pools[text]["yes"], pools[text]["no"]
         count = min(len(yes), len(no))
         for question in rng.sample(yes, count) + rng.sample(no, count):
-            kept[question.image].append(question)
-    return dict(kept)
+            balanced[question.image].append(question)
+    return dict(balanced)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Wording:
 
 def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
     """The package's wordings of yes/no questions, without duplicates, sorted by text."""
-    found = set()
+    wordings = set()
     for text in texts:
         words = text.rstrip("?").split()
         if words[0] in ("what", "which"):
@@ -165,13 +165,13 @@ def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
         for word in (*COLORS, *SHAPES):
             if word in words:
                 gap = text.replace(word, "{}")
-                found.add(Wording(gap, word in COLORS, bool({"no", "not"} & set(words))))
-    return sorted(found, key=lambda wording: wording.text)
+                wordings.add(Wording(gap, word in COLORS, bool({"no", "not"} & set(words))))
+    return sorted(wordings, key=lambda wording: wording.text)
 
 
 def asked_yes_no(
     image: str, caption: str, wordings: Sequence[Wording], count: int, rng: random.Random
-) -> list[Question]:
+) -> list[ImageQuestion]:
     """Ask yes/no questions about a picture of known content, with equal numbers of yes and no, or a difference of one.
 
     The package has few yes/no questions per picture, and their answers are unbalanced. This function draws the answer
@@ -196,7 +196,7 @@ def asked_yes_no(
         own, all_words = (color, COLORS) if wording.is_color else (shape, SHAPES)
         present = (answer == "yes") != wording.negated
         word = own if present else rng.choice([other for other in all_words if other != own])
-        questions.append(Question(image=image, text=wording.text.format(word), answer=answer))
+        questions.append(ImageQuestion(image=image, text=wording.text.format(word), answer=answer))
     return questions
 
 
@@ -206,8 +206,8 @@ yes/no questions, from which the model first learns to compare in text."""
 
 
 def _arranged(
-    questions: Sequence[Question], caption: str, wordings: Sequence[Wording], turns: int, rng: random.Random
-) -> list[Question]:
+    questions: Sequence[ImageQuestion], caption: str, wordings: Sequence[Wording], turns: int, rng: random.Random
+) -> list[ImageQuestion]:
     """Choose the turns of one conversation, in random order.
 
     The conversation never answers its first question, so each kind of question must come first in some conversations.
@@ -218,7 +218,7 @@ def _arranged(
     return rng.sample(chosen, len(chosen))
 
 
-def easy_caption(questions: Iterable[Question]) -> str | None:
+def easy_caption(questions: Iterable[ImageQuestion]) -> str | None:
     """Return ``a red circle`` from the questions and answers, or None where they leave color or shape open."""
     color = shape = None
     for question in questions:
@@ -231,10 +231,12 @@ def easy_caption(questions: Iterable[Question]) -> str | None:
     return f"a {color} {shape}" if color and shape else None
 
 
-def _easy_test(by_image: dict[str, list[Question]], count: int, rng: random.Random) -> list[Record]:
+def _easy_test(by_image: dict[str, list[ImageQuestion]], count: int, rng: random.Random) -> list[Record]:
     """Half open questions, half yes/no in pairs of the same text, one with the answer yes and one with no."""
     everything = [question for image in sorted(by_image) for question in by_image[image]]
-    balanced = [question for image, kept in sorted(balanced_yes_no(everything, rng).items()) for question in kept]
+    balanced = [
+        question for image, questions in sorted(balanced_yes_no(everything, rng).items()) for question in questions
+    ]
     open_questions = [question for question in balanced if question.category == "open"]
     pairs = _pairs([question for question in balanced if question.category == "yes_no"], rng)
     chosen = rng.sample(open_questions, min(count // 2, len(open_questions)))
@@ -243,8 +245,8 @@ def _easy_test(by_image: dict[str, list[Question]], count: int, rng: random.Rand
     return [question_record(f"easy-vqa-{index}", item, item.category) for index, item in enumerate(chosen)]
 
 
-def _pairs(questions: Sequence[Question], rng: random.Random) -> list[tuple[Question, Question]]:
-    by_text: dict[str, dict[str, list[Question]]] = defaultdict(lambda: {answer: [] for answer in YES_NO})
+def _pairs(questions: Sequence[ImageQuestion], rng: random.Random) -> list[tuple[ImageQuestion, ImageQuestion]]:
+    by_text: dict[str, dict[str, list[ImageQuestion]]] = defaultdict(lambda: {answer: [] for answer in YES_NO})
     for question in questions:
         by_text[question.text][question.answer].append(question)
     pairs = []
@@ -252,6 +254,18 @@ def _pairs(questions: Sequence[Question], rng: random.Random) -> list[tuple[Ques
         yes, no = (rng.sample(by_text[text][answer], len(by_text[text][answer])) for answer in YES_NO)
         pairs += list(zip(yes, no, strict=False))
     return pairs
+
+
+def yes_no_questions(
+    text: str, inside: Sequence[str], outside: Sequence[str], rng: random.Random
+) -> list[ImageQuestion]:
+    """As many pictures with the answer yes as with the answer no, so that the question does not reveal the answer."""
+    count = min(len(inside), len(outside))
+    return [
+        ImageQuestion(image=image, text=text, answer=answer)
+        for answer, images in zip(YES_NO, (inside, outside), strict=True)
+        for image in rng.sample(images, count)
+    ]
 
 
 def conversation(record_id: str, image: str, turns: Sequence[tuple[str, str]]) -> Record:
@@ -263,7 +277,7 @@ def conversation(record_id: str, image: str, turns: Sequence[tuple[str, str]]) -
     return {"id": record_id, "image": image, "conversations": messages}
 
 
-def question_record(question_id: str, question: Question, category: str) -> Record:
+def question_record(question_id: str, question: ImageQuestion, category: str) -> Record:
     """Return a held-out question in LLaVA's layout, with its answer."""
     return {
         "question_id": question_id,
@@ -311,8 +325,8 @@ def write_files(
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:
         raise DataError(f"No records for {', '.join(empty)} from {images}; is the folder complete?")
-    seen = {record["image"] for record in (*align, *train)}
-    assert not seen & {record["image"] for record in test}, "a picture is on both sides of the split"
+    training_images = {record["image"] for record in (*align, *train)}
+    assert not training_images & {record["image"] for record in test}, "a picture is on both sides of the split"
     texts = {
         out / f"{name}.jsonl": "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         for name, records in files.items()

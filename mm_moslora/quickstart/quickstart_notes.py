@@ -17,7 +17,7 @@ QUICKSTART = "quickstart.json"
 _REMEDY = "The folder is left unchanged. Choose another --output, or delete the folder."
 
 
-def kept(path: Path, kind: type, *, fits: Callable[[Any], object]) -> Any:
+def read_earlier(path: Path, kind: type, *, fits: Callable[[Any], object]) -> Any:
     """The content of a JSON file of an earlier call.
 
     Args:
@@ -39,21 +39,21 @@ def kept(path: Path, kind: type, *, fits: Callable[[Any], object]) -> Any:
     return content
 
 
-def refuse_other(folder: Path, asked: Mapping[str, Any]) -> None:
+def refuse_other(folder: Path, requested: Mapping[str, Any]) -> None:
     """Refuse a folder of another quickstart before anything is written there.
 
     Args:
         folder: may be missing, or have no `QUICKSTART` file.
-        asked: settings of the requested quickstart, in the form of `QUICKSTART`.
+        requested: settings of the requested quickstart, in the form of `QUICKSTART`.
 
     Raises:
         ConfigError: the folder holds another quickstart.
     """
-    held = kept(folder / QUICKSTART, dict, fits=len) or {}
-    if changed := [key for key, value in asked.items() if held.get(key, value) != value]:
+    recorded = read_earlier(folder / QUICKSTART, dict, fits=len) or {}
+    if changed := [key for key, value in requested.items() if recorded.get(key, value) != value]:
         raise ConfigError(
-            f"{folder} holds another quickstart: {_listed(held, list(held))}. Requested: {_listed(asked, changed)}. "
-            f"{_REMEDY}"
+            f"{folder} holds another quickstart: {_listed(recorded, list(recorded))}. "
+            f"Requested: {_listed(requested, changed)}. {_REMEDY}"
         )
 
 

@@ -27,7 +27,7 @@ from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.instruction_data import DATA_SET, DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.quickstart_evaluation import evaluate_all, measured, subject_of, table
-from mm_moslora.quickstart.quickstart_notes import QUICKSTART, kept, refuse_other, refuse_other_recipe
+from mm_moslora.quickstart.quickstart_notes import QUICKSTART, read_earlier, refuse_other, refuse_other_recipe
 from mm_moslora.quickstart.stamp_data import IMAGES, build_stamps
 from mm_moslora.utils.files import MARK, building, is_built, mark, refuse_strangers, replace_json
 from mm_moslora.utils.hardware import hardware
@@ -35,7 +35,7 @@ from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, cache_folder, checkp
 from mm_moslora.utils.text_format import format_seconds
 
 if TYPE_CHECKING:
-    from mm_moslora.training.supervision.run_state import Ending
+    from mm_moslora.training.supervision.run_state import RunEnding
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ Encoder = Literal["auto", "dinov2", "efficientnet", "open_clip"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class QuickstartSize:
     """The size of a quickstart."""
 
     train_images: int
@@ -53,11 +53,11 @@ class Plan:
     test_questions: int
 
 
-PLANS: dict[tuple[Images, bool], Plan] = {
-    ("easy-vqa", False): Plan(train_images=768, align_steps=2, tune_epochs=1.0, test_questions=320),
-    ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
-    ("stamps", False): Plan(train_images=10_000, align_steps=20, tune_epochs=1.0, test_questions=10_000),
-    ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
+SIZES: dict[tuple[Images, bool], QuickstartSize] = {
+    ("easy-vqa", False): QuickstartSize(train_images=768, align_steps=2, tune_epochs=1.0, test_questions=320),
+    ("easy-vqa", True): QuickstartSize(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
+    ("stamps", False): QuickstartSize(train_images=10_000, align_steps=20, tune_epochs=1.0, test_questions=10_000),
+    ("stamps", True): QuickstartSize(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }
 TURNS = 8
 """Questions per conversation of easy-VQA."""
@@ -68,7 +68,7 @@ BEST_ENCODER: dict[Images, Encoder] = {"easy-vqa": "dinov2", "stamps": "efficien
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class QuickstartOptions:
     """Which quickstart."""
 
     images: Images = "easy-vqa"
@@ -84,7 +84,7 @@ class Choice:
     @property
     def name(self) -> str:
         """Name of the run folder, from the settings that differ from the defaults."""
-        default = Choice()
+        default = QuickstartOptions()
         words = [word for word in ("images", "encoder", "precision") if getattr(self, word) != getattr(default, word)]
         return "-".join(
             ["quickstart", *(getattr(self, word) for word in words), *([f"seed{self.seed}"] if self.seed else []),
@@ -97,22 +97,22 @@ class Choice:
         return BEST_ENCODER[self.images] if self.encoder == "auto" else self.encoder
 
     @property
-    def plan(self) -> Plan:
+    def size(self) -> QuickstartSize:
         """Its size."""
-        return PLANS[self.images, self.smoke]
+        return SIZES[self.images, self.smoke]
 
     @property
     def facts(self) -> dict[str, Any]:
         """All settings that affect the results."""
-        choice = {"images": self.images, "encoder": self.tower, "precision": self.precision, "seed": self.seed}
-        return choice | dataclasses.asdict(self.plan)
+        chosen = {"images": self.images, "encoder": self.tower, "precision": self.precision, "seed": self.seed}
+        return chosen | dataclasses.asdict(self.size)
 
 
-def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path | None = None) -> int:
+def quickstart(options: QuickstartOptions, *, output: Path | None = None, stamps_deb: Path | None = None) -> int:
     """Run or continue the quickstart.
 
     Args:
-        choice: the quickstart's settings.
+        options: the quickstart's settings.
         output: run folder.
         stamps_deb: a downloaded tuxpaint-stamps-default package.
 
@@ -123,21 +123,21 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
         ConfigError: the run folder holds files of another program, or another quickstart.
         AssetError: an asset cannot be downloaded or read.
     """
-    from mm_moslora.training.run_setup import exclusive
+    from mm_moslora.training.supervision.run_folder import exclusive
     from mm_moslora.training.supervision.run_state import record_run_state
     from mm_moslora.training.supervision.watchdog import Watchdog
 
-    folder = (output or Path("runs") / choice.name).resolve()
-    model_assets.check_readers(choice.images, choice.tower)
+    folder = (output or Path("runs") / options.name).resolve()
+    model_assets.check_readers(options.images, options.tower)
     refuse_lacking(load_recipe("quickstart_tune"))
     refuse_strangers(folder, _FILES, kind="quickstart", also=(f"align/{RUN_LOCK}",))
     with exclusive(folder):
-        refuse_other(folder, choice.facts)
+        refuse_other(folder, options.facts)
         mark(folder, "quickstart")
         (folder / "data").mkdir(exist_ok=True)
         mark(folder / "data", DATA_SET)
         with record_run_state(folder, stages=("align", "tune")) as ending, Watchdog(folder):
-            closing = _quickstart(folder, choice, stamps_deb, ending)
+            closing = _quickstart(folder, options, stamps_deb, ending)
             ending.finished = closing is not None
         if closing is None:
             return EXIT_REQUEUE
@@ -149,13 +149,13 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
     return 0
 
 
-def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: Ending) -> str | None:
+def _quickstart(folder: Path, options: QuickstartOptions, stamps_deb: Path | None, ending: RunEnding) -> str | None:
     """Run all stages; returns the closing text, None after a signal."""
     from mm_moslora.training.training_loop import train
 
     clock = _Clock(folder)
     _say(f"Models and data are cached in {cache_folder('quickstart')}; missing ones are downloaded.")
-    data, (align, tune) = _begin(folder, choice, stamps_deb)
+    data, (align, tune) = _begin(folder, options, stamps_deb)
     ending.begun = True
     _say(f"Data: {data.train_pictures} training pictures, {data.questions} held-out questions.")
     for what, recipe in (("Align the projector", align), ("Tune with MoSLoRA", tune)):
@@ -169,32 +169,38 @@ def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: E
         _say("\nMeasure on held-out pictures, with controls:")
         subject = subject_of(folder, data)
         if (results := measured(folder, subject)) is None:
-            results = evaluate_all(folder, data, name=choice.images, precision=choice.precision, subject=subject)
+            results = evaluate_all(folder, data, name=options.images, precision=options.precision, subject=subject)
             _track(results, tune, step=result.step)
     with clock.stage("export"):
         exported = _export(folder, model=subject["model"])
-    _summarise(folder, data, choice, clock=clock, exported=exported)
-    return f"{table(results)}\n{_closing(folder, clock, data, stock=exported['stock'])}"
+    _summarise(folder, data, options, clock=clock, exported=exported)
+    commands = _commands(folder, data.images, stock=exported["stock"])
+    return "\n".join(
+        [table(results), f"Took {format_seconds(clock.total)}. Report: {folder / 'report.html'}", "",
+         *(f"{what + ':':<24}{command}" for what, command in commands)]
+    )  # fmt: skip
 
 
-def _begin(folder: Path, choice: Choice, stamps_deb: Path | None) -> tuple[DatasetFiles, tuple[Recipe, Recipe]]:
+def _begin(
+    folder: Path, options: QuickstartOptions, stamps_deb: Path | None
+) -> tuple[DatasetFiles, tuple[Recipe, Recipe]]:
     """Download the assets, write the data, and record the settings in the folder.
 
     Raises:
         ConfigError: a stage was trained with another recipe or on other data; no file is replaced.
     """
-    from mm_moslora.training.resume import changed_since
+    from mm_moslora.training.checkpointing.resume_choice import changed_since
 
-    parts, out = _parts(choice.tower), folder / "data"
-    stamps = choice.images == "stamps"
+    (language, vision), out = _parts(options.tower), folder / "data"
+    stamps = options.images == "stamps"
     source = model_assets.stamps(stamps_deb, _say) if stamps else model_assets.easy_vqa(_say)
     planned = DatasetFiles.below(out, out / IMAGES if stamps else source)
-    stages = recipes(parts, planned, folder, choice.plan, choice)
+    stages = recipes(language, vision, planned, folder, options)
     for recipe in stages:
         refuse_other_recipe(folder, Path(recipe.train.output).name, changed_since(recipe))
     trained = any(checkpoints(Path(recipe.train.output)) for recipe in stages)
-    data = _data(choice, source, out, replace=not trained)
-    replace_json(folder / QUICKSTART, choice.facts)
+    data = _data(options, source, out, replace=not trained)
+    replace_json(folder / QUICKSTART, options.facts)
     return data, stages
 
 
@@ -221,7 +227,7 @@ class _Clock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.json"
         self.seconds: dict[str, float] = (
-            kept(self.path, dict, fits=lambda content: format_seconds(math.fsum(content.values()))) or {}
+            read_earlier(self.path, dict, fits=lambda content: format_seconds(math.fsum(content.values()))) or {}
         )
 
     @contextmanager
@@ -241,33 +247,28 @@ class _Clock:
         return math.fsum(self.seconds.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    language: Path
-    vision: str
-
-
-def _parts(encoder: Encoder) -> _Parts:
+def _parts(encoder: Encoder) -> tuple[Path, str]:
+    """The language model's folder, and the name of the vision tower."""
     language = model_assets.language_model(_say)
     towers: dict[str, Callable[[], str]] = {
         "dinov2": lambda: str(model_assets.dinov2(_say)),
         "efficientnet": lambda: str(model_assets.efficientnet_timm(_say)),
         "open_clip": lambda: f"open_clip:{model_assets.efficientnet_open_clip(_say)}",
     }
-    return _Parts(language=language, vision=towers[encoder]())
+    return language, towers[encoder]()
 
 
-def _data(choice: Choice, source: Path, out: Path, *, replace: bool) -> DatasetFiles:
-    plan = choice.plan
-    if choice.images == "stamps":
-        return build_stamps(source, out, limit=plan.train_images, replace=replace)
+def _data(options: QuickstartOptions, source: Path, out: Path, *, replace: bool) -> DatasetFiles:
+    size = options.size
+    if options.images == "stamps":
+        return build_stamps(source, out, limit=size.train_images, replace=replace)
     return build_easy_vqa(
         source,
         out,
-        train_images=plan.train_images,
-        test_questions=plan.test_questions,
+        train_images=size.train_images,
+        test_questions=size.test_questions,
         turns=TURNS,
-        seed=choice.seed,
+        seed=options.seed,
         replace=replace,
     )
 
@@ -292,21 +293,24 @@ _TUNE_KEYS: dict[Images, list[str]] = {
 }
 
 
-def recipes(parts: _Parts, data: DatasetFiles, folder: Path, plan: Plan, choice: Choice) -> tuple[Recipe, Recipe]:
+def recipes(
+    language: Path, vision: str, data: DatasetFiles, folder: Path, options: QuickstartOptions
+) -> tuple[Recipe, Recipe]:
     """The two stages, from the shipped recipes with the paths filled in."""
-    size, layer, fold = _VIEW[choice.images, choice.tower]
+    size = options.size
+    side, layer, fold = _VIEW[options.images, options.tower]
     common = [
-        f"model.language={json.dumps(str(parts.language))}",
-        f"model.vision.name={json.dumps(parts.vision)}",
-        f"model.vision.image_size={size}",
+        f"model.language={json.dumps(str(language))}",
+        f"model.vision.name={json.dumps(vision)}",
+        f"model.vision.image_size={side}",
         f"model.vision.feature_layer={layer}",
         *(["model.projector.kind=pixel_shuffle", f"model.projector.shuffle={fold}"] if fold > 1 else []),
-        f"train.seed={choice.seed}",
-        f"train.precision={choice.precision}",
+        f"train.seed={options.seed}",
+        f"train.precision={options.precision}",
     ]
-    align = load_recipe("quickstart_align", [*common, f"train.steps={plan.align_steps}"])
-    tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[choice.images], f"train.epochs={plan.tune_epochs}"])
-    projector = folder / "align" / f"checkpoint-{plan.align_steps:06d}" / "projector.safetensors"
+    align = load_recipe("quickstart_align", [*common, f"train.steps={size.align_steps}"])
+    tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[options.images], f"train.epochs={size.tune_epochs}"])
+    projector = folder / "align" / f"checkpoint-{size.align_steps:06d}" / "projector.safetensors"
     tune = dataclasses.replace(
         tune,
         model=dataclasses.replace(
@@ -337,9 +341,9 @@ def _export(folder: Path, *, model: str) -> dict[str, Any]:
     from mm_moslora.models.load_model import load
 
     target, note = folder / "export", folder / "export.json"
-    known = kept(note, dict, fits=itemgetter(*_EXPORTED))
-    if is_built(target) and known is not None and known.get("model") == model:
-        return dict(known)
+    exported = read_earlier(note, dict, fits=itemgetter(*_EXPORTED))
+    if is_built(target) and exported is not None and exported.get("model") == model:
+        return dict(exported)
     with building(target, replaces=MARK) as part:
         result = export_model(load(folder / "tune"), part)
     facts = {name: getattr(result, name) for name in _EXPORTED} | {"model": model}
@@ -347,9 +351,11 @@ def _export(folder: Path, *, model: str) -> dict[str, Any]:
     return facts
 
 
-def _summarise(folder: Path, data: DatasetFiles, choice: Choice, *, clock: _Clock, exported: dict[str, Any]) -> None:
+def _summarise(
+    folder: Path, data: DatasetFiles, options: QuickstartOptions, *, clock: _Clock, exported: dict[str, Any]
+) -> None:
     from mm_moslora.tracking.run_environment import environment
-    from mm_moslora.training.run_logging import peak_memory_gib
+    from mm_moslora.training.supervision.run_summary import peak_memory_gib
 
     tune = _tuned(folder)
     tokens = f"{tune['tokens_per_image']} visual tokens + " if tune else ""
@@ -359,10 +365,10 @@ def _summarise(folder: Path, data: DatasetFiles, choice: Choice, *, clock: _Cloc
         tune
         | {
             "name": folder.name,
-            "title": "mm_moslora quickstart" + (" (smoke)" if choice.smoke else ""),
-            "description": f"{choice.tower} + {tokens}SmolLM2-135M-Instruct, "
-            f"MoSLoRA rank {adapter.rank} ({adapter.mixer_init} mixer) in every linear layer, on {choice.images}.",
-            "seed": choice.seed,
+            "title": "mm_moslora quickstart" + (" (smoke)" if options.smoke else ""),
+            "description": f"{options.tower} + {tokens}SmolLM2-135M-Instruct, "
+            f"MoSLoRA rank {adapter.rank} ({adapter.mixer_init} mixer) in every linear layer, on {options.images}.",
+            "seed": options.seed,
             "seconds": clock.total,
             "memory_gib": max(tune.get("memory_gib", 0.0), peak_memory_gib()),
             "stages": clock.seconds,
@@ -370,7 +376,7 @@ def _summarise(folder: Path, data: DatasetFiles, choice: Choice, *, clock: _Cloc
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "export": exported,
             "environment": environment(),
-            "licences": {asset.what: asset.licence for asset in model_assets.used(choice.images, choice.tower)},
+            "licences": {asset.what: asset.licence for asset in model_assets.used(options.images, options.tower)},
             "commands": [
                 {"what": what, "command": command}
                 for what, command in _commands(folder, data.images, stock=exported["stock"])
@@ -381,11 +387,11 @@ def _summarise(folder: Path, data: DatasetFiles, choice: Choice, *, clock: _Cloc
 
 def _tuned(folder: Path) -> dict[str, Any]:
     """The summary of the tuned stage; where it is damaged, an earlier call's copy, or an empty one."""
-    for place in (folder / "tune", folder):
-        if found := kept(
-            place / "summary.json", dict, fits=lambda content: content["tokens_per_image"] + content["memory_gib"]
+    for source in (folder / "tune", folder):
+        if summary := read_earlier(
+            source / "summary.json", dict, fits=lambda content: content["tokens_per_image"] + content["memory_gib"]
         ):
-            return dict(found)
+            return dict(summary)
     return {}
 
 
@@ -411,9 +417,3 @@ def _program() -> str:
     name = "mm-moslora"
     beside = Path(sys.executable).parent / name
     return str(_shown(beside)) if shutil.which(name) is None and beside.is_file() else name
-
-
-def _closing(folder: Path, clock: _Clock, data: DatasetFiles, *, stock: bool) -> str:
-    lines = [f"Took {format_seconds(clock.total)}. Report: {folder / 'report.html'}", ""]
-    lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder, data.images, stock=stock)]
-    return "\n".join(lines)

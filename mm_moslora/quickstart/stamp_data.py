@@ -18,12 +18,13 @@ from PIL import Image
 
 from mm_moslora.quickstart.instruction_data import (
     DatasetFiles,
-    Question,
+    ImageQuestion,
     Record,
     claim,
     conversation,
     question_record,
     write_files,
+    yes_no_questions,
 )
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import replacing
@@ -104,14 +105,14 @@ def build_stamps(
     if not 0 < test_share < 1:
         raise DataError(f"test_share is {test_share}, expected a share between 0 and 1.")
     rng = random.Random(f"stamps {seed}")
-    found = find_stamps(source)
-    if limit is not None and limit < len(found):
-        found = sorted(rng.sample(found, limit), key=lambda stamp: stamp.name)
-    pictures = {stamp.name: square(stamp.path) for stamp in found}
-    train, test = split(found, pictures, test_share, rng)
+    stamps = find_stamps(source)
+    if limit is not None and limit < len(stamps):
+        stamps = sorted(rng.sample(stamps, limit), key=lambda stamp: stamp.name)
+    pictures = {stamp.name: square(stamp.path) for stamp in stamps}
+    train, test = split(stamps, pictures, test_share, rng)
     claim(out, [IMAGES])
     images = out / IMAGES
-    counts = Counter(stamp.folder for stamp in found)
+    counts = Counter(stamp.folder for stamp in stamps)
     usable = {folder for folder in counts if counts[folder] >= MIN_CATEGORY or limit is not None}
     align, records = _align_records(train, usable), _train_records(train, usable, rng)
     files = write_files(out, images, align, records, _test_records(test, usable, rng), replace=replace)
@@ -168,9 +169,9 @@ def split(
     rng.shuffle(groups)
     train, test = [], []
     for group in groups:
-        wanted = Counter(stamp.folder for stamp in group)
-        if all(wanted[folder] <= quota[folder] for folder in wanted):
-            quota = {folder: count - wanted[folder] for folder, count in quota.items()}
+        counts = Counter(stamp.folder for stamp in group)
+        if all(counts[folder] <= quota[folder] for folder in counts):
+            quota = {folder: count - counts[folder] for folder, count in quota.items()}
             test += group
         else:
             train += group
@@ -213,17 +214,13 @@ def _image(stamp: Stamp) -> str:
     return f"{stamp.name}.png"
 
 
-def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Question]:
-    """As many pictures outside a category as inside it, so that the question does not reveal the answer."""
+def category_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[ImageQuestion]:
+    """Whether pictures show something of a category, with as many yes as no answers."""
     questions = []
     for folder in sorted(usable):
-        inside = [stamp for stamp in stamps if stamp.folder == folder]
-        outside = [stamp for stamp in stamps if stamp.folder != folder]
-        count = min(len(inside), len(outside))
-        question = f"Is this {CATEGORIES[folder][1]}?"
-        for answer, pool in (("yes", inside), ("no", outside)):
-            chosen = rng.sample(pool, count)
-            questions += [Question(image=_image(s), text=question, answer=answer) for s in chosen]
+        inside = [_image(stamp) for stamp in stamps if stamp.folder == folder]
+        outside = [_image(stamp) for stamp in stamps if stamp.folder != folder]
+        questions += yes_no_questions(f"Is this {CATEGORIES[folder][1]}?", inside, outside, rng)
     return questions
 
 
@@ -250,12 +247,12 @@ def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random
     """
     records = []
     for variant in range(VARIANTS):
-        asked: dict[str, list[Question]] = defaultdict(list)
-        for question in yes_no_questions(stamps, usable, rng):
-            asked[question.image].append(question)
+        by_image: dict[str, list[ImageQuestion]] = defaultdict(list)
+        for question in category_questions(stamps, usable, rng):
+            by_image[question.image].append(question)
         for stamp in stamps:
             image = _image(stamp)
-            turns = [(question.text, question.answer) for question in asked[image][:1]]
+            turns = [(question.text, question.answer) for question in by_image[image][:1]]
             if stamp.folder in usable:
                 turns.append((CATEGORY, CATEGORIES[stamp.folder][0]))
             if variant < SENTENCES:
@@ -268,11 +265,11 @@ def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random
 def _test_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Record]:
     records = []
     for stamp in stamps:
-        sentence = Question(image=_image(stamp), text=SENTENCE, answer=stamp.sentence)
+        sentence = ImageQuestion(image=_image(stamp), text=SENTENCE, answer=stamp.sentence)
         records.append(question_record(f"{stamp.name}#sentence", sentence, "sentence"))
         if stamp.folder in usable:
-            kind = Question(image=_image(stamp), text=CATEGORY, answer=CATEGORIES[stamp.folder][0])
+            kind = ImageQuestion(image=_image(stamp), text=CATEGORY, answer=CATEGORIES[stamp.folder][0])
             records.append(question_record(f"{stamp.name}#category", kind, "category"))
-    for index, question in enumerate(yes_no_questions(stamps, usable, rng)):
+    for index, question in enumerate(category_questions(stamps, usable, rng)):
         records.append(question_record(f"yes_no#{index}", question, "yes_no"))
     return records

@@ -20,9 +20,10 @@ from typing import Any
 
 from mm_moslora_eval.metrics.exact_match import relaxed
 
-from mm_moslora.data.chat.records import IMAGE, VIDEO
-from mm_moslora.data.images.record_picture import ImageError, check_image, read_picture
-from mm_moslora.quickstart.instruction_data import YES_NO, Question, conversation, question_record
+from mm_moslora.data.chat.record_forms import IMAGE, VIDEO
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import check_image, read_picture
+from mm_moslora.quickstart.instruction_data import ImageQuestion, conversation, question_record, yes_no_questions
 from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, decodes, first_of, test_size
 from mm_moslora.quickstart.user_file import from_file
 from mm_moslora.utils.errors import DataError
@@ -99,9 +100,9 @@ def _from_folder(folder: Path, rng: random.Random, *, follow_links: bool) -> Own
 
 def _pictures(folder: Path, faults: list[str], *, follow_links: bool) -> Iterator[_Picture]:
     """The readable pictures in the class folders, without duplicates."""
-    seen: dict[bytes, str] = {}
+    names: dict[bytes, str] = {}
     others: Counter[str] = Counter()
-    classes = _Classes()
+    classes: dict[str, tuple[str, str]] = {}
     for path in sorted(_files(folder, faults, follow_links=follow_links)):
         parts = path.relative_to(folder).parts
         if len(parts) < 2 or any(part.startswith((".", "__MACOSX")) for part in parts):
@@ -109,7 +110,7 @@ def _pictures(folder: Path, faults: list[str], *, follow_links: bool) -> Iterato
         if path.suffix and path.suffix.lower() not in _SUFFIXES:
             others[path.suffix.lower()] += 1
             continue
-        name, label = "/".join(parts), classes.label(parts[0])
+        name, label = "/".join(parts), _class_name(parts[0], classes)
         try:
             find_below(folder, name, follow_links=follow_links)
             check_image(path)
@@ -120,10 +121,10 @@ def _pictures(folder: Path, faults: list[str], *, follow_links: bool) -> Iterato
             )
             faults.append(f"{fault}{hint}".encode("utf-8", "backslashreplace").decode())
             continue
-        if digest in seen:
-            faults.append(f"{name}: the same picture as {seen[digest]}; it is used once")
+        if digest in names:
+            faults.append(f"{name}: the same picture as {names[digest]}; it is used once")
             continue
-        seen[digest] = name
+        names[digest] = name
         yield _Picture(name, label)
     if others:
         kinds = ", ".join(f"{count} {ascii(suffix)[1:-1]}" for suffix, count in others.most_common(5))
@@ -133,9 +134,9 @@ def _pictures(folder: Path, faults: list[str], *, follow_links: bool) -> Iterato
 def _files(folder: Path, faults: list[str], *, follow_links: bool) -> Iterator[Path]:
     """All files below a folder; a folder that several links lead to is entered once."""
     entered: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=follow_links):
+    for parent, folders, names in os.walk(folder, followlinks=follow_links):
         for name in sorted(folders):
-            path = os.path.join(place, name)
+            path = os.path.join(parent, name)
             real = os.path.realpath(path)
             if real in entered:
                 folders.remove(name)
@@ -144,38 +145,36 @@ def _files(folder: Path, faults: list[str], *, follow_links: bool) -> Iterator[P
                     f"{os.path.relpath(path, folder)}: is a link to a folder; copy it, or give --follow-links"
                 )
             entered.add(real)
-        yield from (Path(place, name) for name in names)
+        yield from (Path(parent, name) for name in names)
 
 
-class _Classes:
-    """Class names from folder names, in readable form; exact match tells all of them apart."""
+def _class_name(folder: str, names: dict[str, tuple[str, str]]) -> str:
+    """The readable class name of a folder; several folders may have the same one, such as `tea_pot` and `tea pot`.
 
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[str, str]] = {}
+    Args:
+        folder: the folder's name.
+        names: folder and class name by the answer that exact match compares; gets this one.
 
-    def label(self, folder: str) -> str:
-        """The class name of a folder; several folders may have the same one, such as `tea_pot` and `tea pot`.
-
-        Raises:
-            DataError: a question cannot hold the name, or exact match would not tell it from another name.
-        """
-        label = " ".join(folder.replace("_", " ").split())
-        answer = relaxed(unicodedata.normalize("NFC", label))
-        controls = any(unicodedata.category(mark) == "Cc" for mark in folder)
-        if not answer or controls or any(mark in label for mark in (IMAGE, VIDEO, "<|")):
-            raise DataError(f"The folder {folder!a} is not a class name that a question can hold. Rename it.")
-        other, known = self._known.setdefault(answer, (folder, label))
-        if known != label:
-            raise DataError(
-                f"The folders {other!a} and {folder!a} are one answer: they differ only in case, closing periods or "
-                "encoding. Put their pictures into one folder, or rename one."
-            )
-        return label
+    Raises:
+        DataError: a question cannot hold the name, or exact match would not tell it from another name.
+    """
+    label = " ".join(folder.replace("_", " ").split())
+    answer = relaxed(unicodedata.normalize("NFC", label))
+    controls = any(unicodedata.category(mark) == "Cc" for mark in folder)
+    if not answer or controls or any(mark in label for mark in (IMAGE, VIDEO, "<|")):
+        raise DataError(f"The folder {folder!a} is not a class name that a question can hold. Rename it.")
+    other, first = names.setdefault(answer, (folder, label))
+    if first != label:
+        raise DataError(
+            f"The folders {other!a} and {folder!a} are one answer: they differ only in case, closing periods or "
+            "encoding. Put their pictures into one folder, or rename one."
+        )
+    return label
 
 
 def _too_little(folder: Path, counts: Counter[str], faults: list[str]) -> str:
     inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = f"{sum(counts.values())} readable pictures of {len(counts)} classes ({_few(sorted(counts))})"
+    readable = f"{sum(counts.values())} readable pictures of {len(counts)} classes ({_few(sorted(counts))})"
     loose = sum(path.is_file() and not path.name.startswith(".") for path in folder.iterdir())
     broken = f" {len(faults)} files could not be used, the first: {faults[0]}." if faults else ""
     beside = f" {loose} files lie beside the sub-folders, not in one." if loose else ""
@@ -184,7 +183,7 @@ def _too_little(folder: Path, counts: Counter[str], faults: list[str]) -> str:
         f"{_few(inner) or 'no sub-folders'}), or write questions into a file "
         "(my_images.md in `mm-moslora files tutorials`)."
     )
-    return f"{folder} holds {found if counts else 'no readable pictures in sub-folders'}.{broken}{beside} {remedy}"
+    return f"{folder} holds {readable if counts else 'no readable pictures in sub-folders'}.{broken}{beside} {remedy}"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -195,17 +194,17 @@ def _split(
     folder: Path, pictures: Sequence[_Picture], counts: Counter[str], rng: random.Random, faults: list[str]
 ) -> tuple[list[_Picture], list[_Picture]]:
     """Training and held-out pictures, of every class the same share. A class keeps at least one training picture."""
-    wanted = test_size(len(pictures))
+    size = test_size(len(pictures))
     least = 1 if sum(count > 1 for count in counts.values()) > 1 else LEAST_TEST
-    quota = {label: max(least, round(wanted * count / len(pictures))) for label, count in counts.items()}
-    left = Counter(counts)
+    quota = {label: max(least, round(size * count / len(pictures))) for label, count in counts.items()}
+    remaining = Counter(counts)
     train: list[_Picture] = []
     test: list[_Picture] = []
     for picture in rng.sample(pictures, len(pictures)):
-        if len(test) == wanted or quota[picture.label] == 0 or left[picture.label] == 1:
+        if len(test) == size or quota[picture.label] == 0 or remaining[picture.label] == 1:
             train.append(picture)
             continue
-        left[picture.label] -= 1
+        remaining[picture.label] -= 1
         if decodes(folder / picture.name, faults):
             quota[picture.label] -= 1
             test.append(picture)
@@ -225,13 +224,13 @@ def _conversations(pictures: Sequence[_Picture], rng: random.Random) -> dict[int
         by_class[picture.label].append(picture)
     different = math.factorial(TURNS) * (len(by_class) - 1)  # per picture
     sizes = [len(members) for members in by_class.values()]
-    wanted = max(max(sizes), min(math.ceil(CONVERSATIONS / len(by_class)), different * min(sizes)))
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    per_class = max(max(sizes), min(math.ceil(CONVERSATIONS / len(by_class)), different * min(sizes)))
+    by_times: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for label, members in by_class.items():
-        times = math.ceil(wanted / (different * len(members)))
+        times = math.ceil(per_class / (different * len(members)))
         others = rng.sample([other for other in by_class if other != label], len(by_class) - 1)
-        found[times] += _of_class(members, others, round(wanted / times), rng)
-    return found
+        by_times[times] += _of_class(members, others, round(per_class / times), rng)
+    return by_times
 
 
 def _of_class(
@@ -243,9 +242,9 @@ def _of_class(
     yes/no question are about equally frequent. A picture gets one order of its questions again only with another class.
     """
     turn = 0
-    for place, picture in enumerate(pictures):
+    for index, picture in enumerate(pictures):
         orders: dict[str, list[list[tuple[str, str]]]] = {}
-        for number in range(count // len(pictures) + (place < count % len(pictures))):
+        for number in range(count // len(pictures) + (index < count % len(pictures))):
             other = others[turn % len(others)]
             turn += 1
             if other not in orders:
@@ -266,14 +265,11 @@ def _orders(picture: _Picture, other: str, rng: random.Random) -> list[list[tupl
 
 def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[str, Any]]:
     """An open question about every picture, and as many yes as no answers of every yes/no question."""
-    questions = [Question(image=picture.name, text=OPEN, answer=picture.label) for picture in test]
+    questions = [ImageQuestion(image=picture.name, text=OPEN, answer=picture.label) for picture in test]
     for label in sorted({picture.label for picture in test}):
-        inside = [picture for picture in test if picture.label == label]
-        outside = [picture for picture in test if picture.label != label]
-        count = min(len(inside), len(outside))
-        for answer, pool in zip(YES_NO, (inside, outside), strict=True):
-            text = IS_IT.format(label)
-            questions += [Question(image=item.name, text=text, answer=answer) for item in rng.sample(pool, count)]
+        inside = [picture.name for picture in test if picture.label == label]
+        outside = [picture.name for picture in test if picture.label != label]
+        questions += yes_no_questions(IS_IT.format(label), inside, outside, rng)
     return [question_record(str(number), item, item.category) for number, item in enumerate(questions)]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from mm_moslora_eval.metrics.exact_match import relaxed
 from mm_moslora_eval.sources.llava_file import reference_of
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.chat.records import Record
-from mm_moslora.data.images.record_picture import ImageError, LocalPicture, Picture, StoredPicture, read_picture
+from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import LocalPicture, Picture, StoredPicture, read_picture
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
-from mm_moslora.data.sources.record_source import RecordSource
-from mm_moslora.quickstart.instruction_data import YES_NO, Question, question_record
+from mm_moslora.quickstart.instruction_data import YES_NO, ImageQuestion, question_record
 from mm_moslora.quickstart.own_data import OwnData, decodes, draw, lopsided
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_files import FileError
@@ -27,7 +28,7 @@ CAPTION_WORDS = 5
 """Median words of a question's answers above which they are scored as captions, since no two people word them alike."""
 
 
-class _Rows(Sequence[Any]):
+class _SourceRows(Sequence[Any]):
     """A selection of a file's records, read on access."""
 
     def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
@@ -58,7 +59,7 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
         )
     )
     faults: list[str] = []
-    asked: dict[str, list[int]] = defaultdict(list)
+    by_picture: dict[str, list[int]] = defaultdict(list)
     """Rows by their one picture; equal files count as one picture."""
     paths: dict[str, Path] = {}
     """The first file name of every picture."""
@@ -68,49 +69,49 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
     """The answers to the questions about every picture."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     """How often every question has every answer."""
-    contents = _Contents()
+    hash_of = functools.cache(lambda path: hashlib.sha256(read_picture(path)).hexdigest())  # each file is read once
     for row in range(len(source)):
         try:
             record = source[row]
             for picture in record.images:
                 picture.size()
-            shown = [contents(picture) for picture in record.images]
+            shown = [_identity(picture, hash_of) for picture in record.images]
         except (RecordError, ImageError, FileError) as fault:
             faults.append(str(fault))
             continue
         if len(shown) == 1 and isinstance(record.images[0], LocalPicture):
-            asked[shown[0]].append(row)
+            by_picture[shown[0]].append(row)
             paths.setdefault(shown[0], record.images[0].path)
             for question, answer in _pairs(record):
                 answers[shown[0]][question] = relaxed(answer)
                 counts[question][relaxed(answer)] += 1
         else:
             several[row] = set(shown)
-    if len(asked) < 2:
+    if len(by_picture) < 2:
         raise DataError(
-            f"{path} has {len(asked)} different pictures with usable questions, expected at least 2: some to learn "
-            f"from and some to hold out. {len(several)} of {len(source)} records have no picture or several, "
+            f"{path} has {len(by_picture)} different pictures with usable questions, expected at least 2: some to "
+            f"learn from and some to hold out. {len(several)} of {len(source)} records have no picture or several, "
             f"{len(faults)} could not be used{', the first: ' + faults[0] if faults else ''}."
         )
     held_out, broken = draw(answers, lambda name: decodes(paths[name], faults), rng)
     if not held_out or len(held_out | broken) == len(paths):
         raise DataError(f"No picture can be held out while another one is left for training: {faults[-1]}.")
-    rows = [row for name, rows in asked.items() if name not in held_out | broken for row in rows]
-    apart = [row for row, shown in several.items() if not shown & (held_out | broken)]
-    if len(apart) < len(several):
-        faults.append(f"{len(several) - len(apart)} records with several pictures show a held-out or a broken one")
-    rows = sorted([*rows, *apart])
+    rows = [row for name, rows in by_picture.items() if name not in held_out | broken for row in rows]
+    others = [row for row, shown in several.items() if not shown & (held_out | broken)]
+    if len(others) < len(several):
+        faults.append(f"{len(several) - len(others)} records with several pictures show a held-out or a broken one")
+    rows = sorted([*rows, *others])
     folder = source.rules.folder
-    test, captions = _questions_of([(paths[name], source[row]) for name in asked if name in held_out
-                                    for row in asked[name]], folder, counts)  # fmt: skip
+    test, captions = _questions_of([(paths[name], source[row]) for name in by_picture if name in held_out
+                                    for row in by_picture[name]], folder, counts)  # fmt: skip
     return OwnData(
         images=folder,
         follow_links=follow_links,
         source=f"{len(source)} records of {path}",
-        train=_Rows(source, rows),
+        train=_SourceRows(source, rows),
         test=test,
         captions=captions,
-        train_pictures=len(asked) - len(held_out | broken),
+        train_pictures=len(by_picture) - len(held_out | broken),
         test_pictures=len(held_out),
         lopsided=lopsided(counts),
         faults=faults,
@@ -118,25 +119,15 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
     )
 
 
-class _Contents:
-    """Identity of pictures: the hash of the file, which is read once. Frames are identified by video and number."""
+def _identity(picture: Picture, hash_of: Callable[[Path], str]) -> str:
+    """A text that equal files share. Frames are identified by video and number.
 
-    def __init__(self) -> None:
-        self._known: dict[Path, str] = {}
-
-    def __call__(self, picture: Picture) -> str:
-        """A text that equal files share.
-
-        Raises:
-            ImageError: the file cannot be read.
-        """
-        if isinstance(picture, StoredPicture):
-            return hashlib.sha256(picture.read()).hexdigest()
-        if not isinstance(picture, LocalPicture):
-            return picture.name
-        if picture.path not in self._known:
-            self._known[picture.path] = hashlib.sha256(read_picture(picture.path)).hexdigest()
-        return self._known[picture.path]
+    Raises:
+        ImageError: the file cannot be read.
+    """
+    if isinstance(picture, StoredPicture):
+        return hashlib.sha256(picture.read()).hexdigest()
+    return hash_of(picture.path) if isinstance(picture, LocalPicture) else picture.name
 
 
 def _sizes(records: Iterable[Record]) -> dict[str, Any]:
@@ -171,10 +162,10 @@ def _questions_of(
         for question, answer in _pairs(record):
             answers[path.relative_to(folder).as_posix(), question].append(answer)
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
-    for number, ((image, text), given) in enumerate(answers.items()):
-        row = question_record(str(number), Question(image=image, text=text, answer=given[0]), "open")
-        row["category"] = "yes_no" if {relaxed(answer) for answer in given} <= set(YES_NO) else "open"
-        rows[_is_caption(counts[text])].append(row | ({"answers": given} if len(given) > 1 else {}))
+    for number, ((image, text), texts) in enumerate(answers.items()):
+        row = question_record(str(number), ImageQuestion(image=image, text=text, answer=texts[0]), "open")
+        row["category"] = "yes_no" if {relaxed(answer) for answer in texts} <= set(YES_NO) else "open"
+        rows[_is_caption(counts[text])].append(row | ({"answers": texts} if len(texts) > 1 else {}))
     return rows
 
 

@@ -32,6 +32,7 @@ STEPS, MOST_EPOCHS = 100, 20
 _PER_TURN = 12
 """Tokens of the chat template around a question and its answer."""
 _BYTES_PER_TOKEN = 4.0
+"""Of English text. Other scripts have fewer, and their steps are larger than `STEP_TOKENS`."""
 _LONG_BYTES_PER_TOKEN = 1.5
 """Bytes per token of text that the tokenizer splits badly; for limits that must hold."""
 
@@ -63,7 +64,7 @@ def _parts(name: PartsName, say: Say) -> ModelParts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class StepSchedule:
     """Number of steps, and size of a step."""
 
     batch: int
@@ -74,7 +75,7 @@ class Size:
     max_length: int
 
     @classmethod
-    def of(cls, data: OwnData, visual_tokens: int) -> Size:
+    def of(cls, data: OwnData, visual_tokens: int) -> StepSchedule:
         """The size for given data: steps of about `STEP_TOKENS`, and `STEPS` of them where the data suffice."""
         mean, longest = data.text_bytes
         tokens = visual_tokens + _PER_TURN * data.turns + mean / _BYTES_PER_TOKEN
@@ -129,8 +130,8 @@ def initialise(
         if _NOT_IN_YAML.search(str(path)):
             raise ConfigError(f"The folder {str(path)!a} holds characters that a recipe cannot hold. Rename it.")
     chosen = _parts(parts, say)
-    size = Size.of(data, chosen.visual_tokens)
-    recipe = _recipe(output.resolve(), data, chosen, size)
+    schedule = StepSchedule.of(data, chosen.visual_tokens)
+    recipe = _recipe(output.resolve(), data, chosen, schedule)
     Recipe.from_yaml(recipe)
     with new_folder(output) as folder:
         for file, lines in (
@@ -141,7 +142,7 @@ def initialise(
         ):
             with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
                 stream.writelines(lines)
-    return _closing_text(output, data, size)
+    return _closing_text(output, data, schedule)
 
 
 def _repeated_file(times: int) -> str:
@@ -171,9 +172,10 @@ def _quoted(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _recipe(folder: Path, data: OwnData, parts: ModelParts, size: Size) -> str:
+def _recipe(folder: Path, data: OwnData, parts: ModelParts, schedule: StepSchedule) -> str:
     vision = ", ".join(f"{key}: {_quoted(value)}" for key, value in parts.vision.items())
-    passes = size.steps / size.per_epoch
+    per_epoch = schedule.per_epoch
+    passes = schedule.steps / per_epoch
     return f"""\
 # Written by `mm-moslora init` from {data.source.encode("unicode_escape").decode()}. Change what you like.
 name: {_quoted(folder.name)}
@@ -192,18 +194,18 @@ data:
   train:
 {_sources(data)}
   # The longest conversation has {data.longest[0]} questions and {data.text_bytes[1]:,} bytes of text.
-  max_length: {size.max_length}
+  max_length: {schedule.max_length}
   order: random
-# {size.steps} steps are few, so the rates are high and the optimiser's memory short.
+# {schedule.steps} steps are few, so the rates are high and the optimiser's memory short.
 # Beyond 1,000 steps take lr: 2.0e-4 and leave betas out. The projector's rate is low: it keeps what the fit gave it.
 optim: {{lr: 1.0e-3, projector_lr: 2.0e-5, warmup: 0.05, betas: [0.9, 0.98]}}
 train:
   output: {_quoted(str(folder / "run"))}
-  # {size.batch} conversations of {data.turns:.3g} questions a step, about {size.tokens:,} tokens.
-  # The data last {size.per_epoch} steps, an epoch; these steps see them {passes:.2g} times, each time in another order.
-  steps: {size.steps}
-  global_batch: {size.batch}
-  micro_batch: {size.batch}
+  # {schedule.batch} conversations of {data.turns:.3g} questions a step, about {schedule.tokens:,} tokens.
+  # The data last {per_epoch} steps, an epoch; these steps see them {passes:.2g} times, each time in another order.
+  steps: {schedule.steps}
+  global_batch: {schedule.batch}
+  micro_batch: {schedule.batch}
   zero: none
   save_every: 50
 track: {{trackers: []}}
@@ -239,7 +241,7 @@ def _tests(data: OwnData) -> Iterator[tuple[str, Iterable[str]]]:
         )
 
 
-def _closing_text(output: Path, data: OwnData, size: Size) -> str:
+def _closing_text(output: Path, data: OwnData, schedule: StepSchedule) -> str:
     short = str(output / "test.yaml") if data.follow_links else f"llava:{output / 'test.jsonl'}@{data.images}"
     run = str(output / "run")
     modes = ("own", "wrong", "blind") if data.test_pictures >= LEAST_TEST else ("own", "blind")
@@ -258,7 +260,7 @@ def _closing_text(output: Path, data: OwnData, size: Size) -> str:
     lines = [
         f"{output}: {data.epoch} conversations about {data.train_pictures} training pictures, "
         f"{len(data.test or data.captions)} questions{both} about {data.test_pictures} held-out pictures; "
-        f"{size.steps} steps."
+        f"{schedule.steps} steps."
     ]
     if data.faults:
         lines += ["Left out:", first_of(data.faults)]
@@ -275,8 +277,8 @@ def _closing_text(output: Path, data: OwnData, size: Size) -> str:
         from mm_moslora_eval.scoring.measured_scores import smallest_shown
 
         shown = smallest_shown(len(data.test))  # NaN for one
-        found = f"differences of about {100 * shown:.0f} points or more" if shown < 1 else "nothing"
-        lines.append(f"Held-out questions: {len(data.test)}; so many show {found}. More pictures show smaller ones.")
+        effect = f"differences of about {100 * shown:.0f} points or more" if shown < 1 else "nothing"
+        lines.append(f"Held-out questions: {len(data.test)}; so many show {effect}. More pictures show smaller ones.")
     if "wrong" not in modes:
         lines.append(
             f"Only {data.test_pictures} picture is held out, so the evaluation goes without `--modes wrong`, which "

@@ -20,7 +20,7 @@ ALL = "all tasks"
 BAND = 0.03
 """Half-width of the shaded band without `--resolve`, as a share."""
 FAR = 3.0
-"""An axis reaches so many times as far as the median arm; what lies beyond it ends in an arrow."""
+"""An axis reaches at most this multiple of the median arm's distance; an arrow marks what lies beyond."""
 WIDTH, VALUES, BOTTOM = 330, 146, 22
 """Pixels of a column of a row chart, of the numbers to the right of its marks, and of the scale below."""
 LINE, MARKS = 13, 28
@@ -46,8 +46,8 @@ class Measure:
     def ends(self) -> tuple[float, float]:
         """The interval; the value twice where there is none."""
         assert self.value is not None
-        known = [end for end in (self.low, self.high) if end is not None] or [self.value]
-        return min(known), max(known)
+        bounds = [end for end in (self.low, self.high) if end is not None] or [self.value]
+        return min(bounds), max(bounds)
 
     def spoken(self, unit: str) -> str:
         """The numbers in a sentence."""
@@ -111,14 +111,14 @@ class Column:
 
     @property
     def picture(self) -> Markup:
-        """The column as SVG; a row tells its numbers under the pointer."""
+        """The column as SVG; a row shows its numbers under the pointer."""
         with chart_style():
             axes = new_axes(WIDTH, self.height + BOTTOM, left=4, right=VALUES, top=0, bottom=BOTTOM)
             spoken = self.draw(axes)
             return to_svg(axes.figure, f"{self.heading}: {'. '.join(spoken)}", titles=spoken)
 
     def draw(self, axes: Any) -> list[str]:
-        """Draw on axes of `height` pixels; gives what each row tells."""
+        """Draw on axes of `height` pixels; returns the text of each row."""
         spoken: list[str] = []
         top, named = 0, colours()
         axes.set(xlim=self.limits, ylim=(self.height, 0), yticks=[])
@@ -132,8 +132,8 @@ class Column:
             axes.axhline(top, color=named["edge"], linewidth=1, **across)
             if name in self.reference:
                 axes.axhspan(top, lower, facecolor=named["soft"], zorder=0.4, **across)
-            place = {"transform": axes.get_yaxis_transform(), "va": "top"}
-            axes.text(0, top + 3, "\n".join(lines), fontweight="normal" if measure else "bold", **place)
+            text_style = {"transform": axes.get_yaxis_transform(), "va": "top"}
+            axes.text(0, top + 3, "\n".join(lines), fontweight="normal" if measure else "bold", **text_style)
             if measure:
                 axes.fill_betweenx(
                     [upper + 2, lower], -self.band, self.band, color=named["accent-soft"], zorder=0.5, lw=0
@@ -144,8 +144,8 @@ class Column:
                 axes.axhspan(top, lower, facecolor="none", gid=f"title-{len(spoken)}", **across)
                 spoken.append(f"{name}: {measure.spoken(self.unit)}")
                 middle = lower - MARKS / 2
-                axes.text(1.05, middle - (11 if measure.note else 6), measure.text, fontsize=10, **place)
-                axes.text(1.05, middle + 1, measure.note, fontsize=9, color=named["quiet"], **place)
+                axes.text(1.05, middle - (11 if measure.note else 6), measure.text, fontsize=10, **text_style)
+                axes.text(1.05, middle + 1, measure.note, fontsize=9, color=named["quiet"], **text_style)
                 if measure.value is not None:
                     self._mark(axes, measure, middle)
             top = lower
@@ -163,8 +163,8 @@ class Column:
             capsize=4 if measure.low is not None else 0, elinewidth=2, capthick=2,
         )  # fmt: skip
         axes.plot(measure.seeds, [y - 9] * len(measure.seeds), "o", color=colour, markersize=5, alpha=0.6)
-        for place, beyond, marker in ((start, first < start, "<"), (end, last > end, ">")):
-            axes.plot([place] * beyond, [y] * beyond, marker, color=colour, markersize=7, clip_on=False)
+        for edge, beyond, marker in ((start, first < start, "<"), (end, last > end, ">")):
+            axes.plot([edge] * beyond, [y] * beyond, marker, color=colour, markersize=7, clip_on=False)
 
 
 def _wrapped(name: str) -> list[str]:
@@ -178,17 +178,17 @@ def draw_png(chart: RowChart, path: Path) -> None:
         axes = new_axes(wide, tall, left=20, right=wide - 20 - WIDTH + VALUES, top=30, bottom=BOTTOM)
         for number, column in enumerate(chart.columns):
             x, *box = axes.get_position().bounds
-            place = axes if not number else axes.figure.add_axes((x + number * (WIDTH + 20) / wide, *box))
-            place.set_title(column.heading, loc="left", fontsize=11)
-            column.draw(place)
+            panel = axes if not number else axes.figure.add_axes((x + number * (WIDTH + 20) / wide, *box))
+            panel.set_title(column.heading, loc="left", fontsize=11)
+            column.draw(panel)
         with replacing(path) as part:
             axes.figure.savefig(part, format="png", dpi=144, facecolor="white")
 
 
 def columns(results: Mapping[str, Any]) -> list[str]:
     """Names of the measured columns, the mean over all tasks first."""
-    found = dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"])
-    return sorted(found, key=lambda name: name != ALL)
+    names = dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"])
+    return sorted(names, key=lambda name: name != ALL)
 
 
 def forest(parts: Sequence[tuple[str, Mapping[str, Any]]], task: str | None = None, *, title: str) -> RowChart | None:
@@ -226,8 +226,8 @@ def score_rows(results: Mapping[str, Any], task: str, *, title: str) -> RowChart
     floors = {name: 100 * value for name, value in results["floors"].get(task, {}).items() if value is not None}
     notes = ["Points: reported runs, one seed each. Square: their mean with its 95 % interval."]
     if floors:
-        told = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in floors.items())
-        notes.append(f"Dashed, where the axis reaches: answers without a model ({told}).")
+        listed = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in floors.items())
+        notes.append(f"Dashed, where the axis reaches: answers without a model ({listed}).")
     kinds: list[dict[str, Any]] = [
         {"heading": "Score, percent", "unit": "percent", "lines": sorted(set(floors.values()))},
         {"heading": "Log-likelihood of the reference answer, nats", "unit": "nats"},
@@ -259,8 +259,8 @@ def band_of(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     planned = [results["resolve"]["points"] for results in comparisons if results.get("resolve")]
     if len(planned) == len(comparisons) and len(set(planned)) == 1:
         points = 100 * planned[0]
-        told = f"Shaded: ±{points:g} points, the difference that --resolve {points:g} planned to show."
-        return points, f"{told} Intervals hold for all looks together."
+        meaning = f"Shaded: ±{points:g} points, the difference that --resolve {points:g} planned to show."
+        return points, f"{meaning} Intervals hold for all looks together."
     return 100 * BAND, f"Shaded: ±{100 * BAND:g} points, about what the paper reports for MoSLoRA (+2.8)."
 
 
@@ -294,11 +294,11 @@ def _mean(measure: Mapping[str, Any] | None, *, factor: float = 100.0, digits: i
     if measure is None or measure["mean"] is None:
         return Measure(note=missing)
     value, error = factor * measure["mean"], measure["stderr"]
-    known = measure["low"] is not None and measure["high"] is not None
+    has_interval = measure["low"] is not None and measure["high"] is not None
     return Measure(
         value=value,
-        low=factor * measure["low"] if known else None,
-        high=factor * measure["high"] if known else None,
+        low=factor * measure["low"] if has_interval else None,
+        high=factor * measure["high"] if has_interval else None,
         seeds=[factor * seed for seed in measure["seeds"] if seed is not None],
         text=f"{value:.{digits}f} ± " + ("unknown" if error is None else f"{factor * error:.{digits}f}"),
     )
@@ -307,18 +307,18 @@ def _mean(measure: Mapping[str, Any] | None, *, factor: float = 100.0, digits: i
 _MOODS = {"better": "good", "more likely": "good", "worse": "bad", "less likely": "bad"}
 
 
-def _difference(found: Mapping[str, Any], word: str, *, factor: float = 100.0, digits: int = 1) -> Measure:
-    if found["difference"] is None:
+def _difference(row: Mapping[str, Any], verdict: str, *, factor: float = 100.0, digits: int = 1) -> Measure:
+    if row["difference"] is None:
         return Measure(note="unknown")
-    value, low, high = factor * found["difference"], found["low"], found["high"]
+    value, low, high = factor * row["difference"], row["low"], row["high"]
     if low is None or high is None:
         return Measure(value=value, text=f"{value:+.{digits}f}", note="error unknown", mood="open")
-    p = found["p_corrected"]
-    silent = p is None or word in UNJUDGED
+    p = row["p_corrected"]
+    silent = p is None or verdict in UNJUDGED
     return Measure(
-        value=value, low=factor * low, high=factor * high, mood=_MOODS.get(word, "open"),
+        value=value, low=factor * low, high=factor * high, mood=_MOODS.get(verdict, "open"),
         text=f"{value:+.{digits}f} [{factor * low:+.{digits}f}, {factor * high:+.{digits}f}]",
-        note=word if silent else f"{word}, p {p:.2g}",
+        note=verdict if silent else f"{verdict}, p {p:.2g}",
     )  # fmt: skip
 
 

@@ -66,31 +66,31 @@ def cost_charts(arms: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str,
     return [(title, chart) for title, key in kinds if (chart := _cost_chart(arms, task, title, key))]
 
 
-def apart(places: Sequence[float], distance: float) -> list[float]:
-    """Places from 0 to 1 in their order, moved until neighbours keep a distance, or less where they do not fit."""
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    step = min(distance, 1 / max(1, len(places)))
-    moved = dict(enumerate(places))
+def dodge(positions: Sequence[float], distance: float) -> list[float]:
+    """Positions from 0 to 1 in their order, moved until neighbours keep a distance, or less where they do not fit."""
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    step = min(distance, 1 / max(1, len(positions)))
+    moved = dict(enumerate(positions))
     for before, index in pairwise(order):
         moved[index] = max(moved[index], moved[before] + step)
     limit = 1 - step / 2
     for index in reversed(order):
         moved[index] = min(moved[index], limit)
         limit = moved[index] - step
-    return [moved[index] for index in range(len(places))]
+    return [moved[index] for index in range(len(positions))]
 
 
 def _rate_chart(arm: Mapping[str, Any], axis: Mapping[str, Any], *, loss: bool) -> RateChart:
     by_rate: dict[float, list[float]] = {}
     for point in arm["curve"]:
-        known = point["value"] is not None
-        by_rate.setdefault(point["rate"], []).extend([point["value"] * (1 if loss else 100)] if known else [])
+        worked = point["value"] is not None
+        by_rate.setdefault(point["rate"], []).extend([point["value"] * (1 if loss else 100)] if worked else [])
     means = {rate: math.fsum(values) / len(values) for rate, values in sorted(by_rate.items()) if values}
     failed = sorted({point["rate"] for point in arm["curve"] if point["value"] is None})
     rate, edge = arm["rate"], bool(arm["edge"])
     chosen = "no rate chosen" if rate is None else f"chosen {rate:g}"
-    told = [f"{tried:g}: {format_number(value)}" for tried, value in means.items()]
-    told += [f"{tried:g}: failed" for tried in failed]
+    titles = [f"{tried:g}: {format_number(value)}" for tried, value in means.items()]
+    titles += [f"{tried:g}: failed" for tried in failed]
     with chart_style() as named:
         axes = new_axes(150, 105, left=32, right=14, top=10, bottom=20)
         axes.set(**axis)
@@ -99,8 +99,8 @@ def _rate_chart(arm: Mapping[str, Any], axis: Mapping[str, Any], *, loss: bool) 
             values = by_rate[tried]
             axes.plot([tried] * len(values), values, "o", color=named["accent"], markersize=5, gid=f"title-{index}")
         for index, tried in enumerate(failed, len(means)):
-            place = axis["ylim"][1 if loss else 0]
-            axes.plot(tried, place, "x", color=named["bad"], markersize=8, clip_on=False, gid=f"title-{index}")
+            edge_value = axis["ylim"][1 if loss else 0]
+            axes.plot(tried, edge_value, "x", color=named["bad"], markersize=8, clip_on=False, gid=f"title-{index}")
         if rate in means:
             axes.plot(rate, means[rate], "o", color=named["accent"], markerfacecolor="none", markersize=12)
         if rate in means and edge:
@@ -110,7 +110,7 @@ def _rate_chart(arm: Mapping[str, Any], axis: Mapping[str, Any], *, loss: bool) 
         axes.grid(visible=False, axis="x")
         number_axis(axes.xaxis, log=True)
         axes.set_xticks(_rate_labels(means, rate, math.log10(axis["xlim"][1] / axis["xlim"][0])))
-        picture = to_svg(axes.figure, f"{arm['name']}: {chosen}; {'; '.join(told)}", titles=told)
+        picture = to_svg(axes.figure, f"{arm['name']}: {chosen}; {'; '.join(titles)}", titles=titles)
     return RateChart(name=arm["name"], picture=picture, chosen=chosen, edge=edge, means=means, failed=failed)
 
 
@@ -122,39 +122,39 @@ def _rate_labels(means: Mapping[float, float], chosen: float | None, decades: fl
 
 
 def _cost_chart(arms: Sequence[Mapping[str, Any]], task: str, title: str, key: str) -> Markup | None:
-    found = [
+    points = [
         (number, arm["name"], arm["cost"][key], measure)
         for number, arm in enumerate(arms, 1)
         if arm["cost"] and (arm["cost"].get(key) or 0) > 0
         and (measure := means_of(arm, task)[0]).value is not None
     ]  # fmt: skip
-    if len(found) < 2:
+    if len(points) < 2:
         return None
-    logs = [math.log10(cost) for _, _, cost, _ in found]
+    logs = [math.log10(cost) for _, _, cost, _ in points]
     air = 0.06 * (max(logs) - min(logs)) or 0.1
     start, width = min(logs) - air, max(logs) - min(logs) + 2 * air
-    places = [10 ** (start + width * place) for place in apart([(log - start) / width for log in logs], DODGE)]
-    told = [f"{name}: {format_number(cost)}, {measure.text} percent" for _, name, cost, measure in found]
+    positions = [10 ** (start + width * position) for position in dodge([(log - start) / width for log in logs], DODGE)]
+    titles = [f"{name}: {format_number(cost)}, {measure.text} percent" for _, name, cost, measure in points]
     with chart_style() as named:
         axes = new_axes(360, 250, left=34, right=8, top=20, bottom=22)
         axes.set(xscale="log", xlim=(10**start, 10 ** (start + width)))
-        for (number, *_, measure), place in zip(found, places, strict=True):
+        for (number, *_, measure), position in zip(points, positions, strict=True):
             (low, high), value = measure.ends, measure.value or 0.0
             axes.errorbar(
-                [place], [value], [[value - low], [high - value]], fmt="s", color=named["accent"], elinewidth=2
+                [position], [value], [[value - low], [high - value]], fmt="s", color=named["accent"], elinewidth=2
             )
             axes.annotate(
-                str(number), (place, high), (0, 4), textcoords="offset points", ha="center", fontweight="bold"
+                str(number), (position, high), (0, 4), textcoords="offset points", ha="center", fontweight="bold"
             )
         low, high = axes.get_ylim()
         bottom = low - 0.15 * (high - low)
-        for (_, _, cost, measure), place in zip(found, places, strict=True):
+        for (_, _, cost, measure), position in zip(points, positions, strict=True):
             axes.plot(
-                [place, place, cost], [measure.ends[0], low, bottom], color=named["quiet"], linewidth=1, alpha=0.5
+                [position, position, cost], [measure.ends[0], low, bottom], color=named["quiet"], linewidth=1, alpha=0.5
             )
-        for index, place in enumerate(places):
-            axes.plot([place], [found[index][3].value], "s", color=named["accent"], gid=f"title-{index}")
+        for index, position in enumerate(positions):
+            axes.plot([position], [points[index][3].value], "s", color=named["accent"], gid=f"title-{index}")
         axes.set_ylim(bottom, high)
         number_axis(axes.xaxis, count=4, log=True)
         number_axis(axes.yaxis)
-        return to_svg(axes.figure, f"{title}. {'; '.join(told)}", titles=told)
+        return to_svg(axes.figure, f"{title}. {'; '.join(titles)}", titles=titles)

@@ -135,11 +135,11 @@ def _controls(arm: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "arm": arm["name"], "task": column if len(arm["controls"]) > 1 else "", "against": AGAINST[row["name"]],
-            "points": found.points, "shown": found.shown,
+            "points": difference.points, "shown": difference.shown,
         }
         for column, item in arm["controls"].items()
         for row in item["rows"]
-        if (found := difference_of(row))
+        if (difference := difference_of(row))
     ]  # fmt: skip
 
 

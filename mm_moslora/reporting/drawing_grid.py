@@ -45,14 +45,11 @@ def drawn_samples(folder: Path) -> list[SampleRow]:
     rows = _read(folder)
     last = max((row["step"] for row in rows), default=0)
     return [
-        SampleRow(
-            image=image, question=f"{row['prompt']} (seed {row['seed']}): {label}", answer="", before=None, after=None,
-            before_correct=None, after_correct=None,
-        )
+        SampleRow(image=image, question=f"{row['prompt']} (seed {row['seed']}): {label}")
         for row in rows
         if row["step"] == last
         for image, label in ((row["untuned"], "untuned"), (row["image"], f"step {last}"))
-    ]  # fmt: skip
+    ]
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:

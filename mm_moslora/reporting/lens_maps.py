@@ -1,5 +1,5 @@
-"""Measures of an adapter's modules as heat maps of kinds by layers, and the picture of `mm-moslora adapters inspect
---picture`: these maps, energies by pairs, spectra; see docs/subspace_lens.md."""
+"""Measures of an adapter's modules as heat maps of kinds by layers, and the table and picture of `mm-moslora adapters
+inspect`: these maps, energies by pairs, spectra; see docs/subspace_lens.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ MEASURES = {
     "row_angle": "rows °",
     "column_angle": "columns °",
 }
-"""Measures in `mixers.json` and, as means, under `mixer/` in the metrics, with their headings."""
+"""Headings of the measures (`adapters.adapter_inspection.MEASURES`) in `mixers.json` and below `mixer/` in the metrics.
+
+They are stated again because reports need no torch."""
 TITLES = {
     "moved": "M moved, as a share of its start",
     "orthogonal_distance": "M from orthogonal",
@@ -66,11 +68,11 @@ def heat_maps(modules: Sequence[tuple[str, Mapping[str, Any]]]) -> list[HeatMap]
     """
     kinds, layers = _kinds_and_layers([path for path, _ in modules])
     rows, columns = list(dict.fromkeys(kinds)), sorted(set(layers))
-    places = [(rows.index(kind), columns.index(layer)) for kind, layer in zip(kinds, layers, strict=True)]
+    indices = [(rows.index(kind), columns.index(layer)) for kind, layer in zip(kinds, layers, strict=True)]
     maps = []
     for name, title in TITLES.items():
         cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
-        for (row, column), (_, measures) in zip(places, modules, strict=True):
+        for (row, column), (_, measures) in zip(indices, modules, strict=True):
             cells[row][column] = measures.get(name)
         if any(cell is not None for line in cells for cell in line):
             names = [".".join(map(str, layer)) for layer in columns]
@@ -93,11 +95,11 @@ def _kinds_and_layers(paths: Sequence[str]) -> tuple[list[tuple[str, ...]], list
     shapes = [tuple("*" if part.isdecimal() else part for part in path) for path in parts]
     numbers: dict[tuple[str, ...], list[set[str]]] = {}
     for shape, path in zip(shapes, parts, strict=True):
-        for found, part in zip(numbers.setdefault(shape, [set() for _ in path]), path, strict=True):
-            found.add(part)
+        for values, part in zip(numbers.setdefault(shape, [set() for _ in path]), path, strict=True):
+            values.add(part)
     kinds, layers = [], []
     for shape, path in zip(shapes, parts, strict=True):
-        counts = [len(found) > 1 for found in numbers[shape]]
+        counts = [len(values) > 1 for values in numbers[shape]]
         kinds.append(tuple("*" if counted else part for part, counted in zip(path, counts, strict=True)))
         layers.append(tuple(int(part) for part, counted in zip(path, counts, strict=True) if counted))
     return kinds, layers
@@ -109,13 +111,32 @@ def _short(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) -> str:
     return ".".join(kind[-next(lengths, len(kind)) :])
 
 
-def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int) -> Path:
-    """Write the picture; see `mm_moslora.adapters.adapter_inspection.draw`.
+def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The measures as text, one line a module; - for one that is not known.
 
     Args:
-        rows: modules by depth, each with `path`, known measures, `pair_energy` and `singular_values`.
-        picture: file to write.
-        most: draw the energies of so many modules, those of the largest updates.
+        rows: see `draw_lens`.
+    """
+    shown = {
+        name: head for name, head in MEASURES.items() if name != "column_angle" or any(name in row for row in rows)
+    }
+    width = max(len(row["path"]) for row in rows)
+    lines = [f"{'module':{width}}  rank  " + "  ".join(f"{head:>8}" for head in shown.values())]
+    for row in rows:
+        texts = ((f"{row[name]:.3g}" if name in row else "-", max(8, len(head))) for name, head in shown.items())
+        lines.append(
+            f"{row['path']:{width}}  {row['rank']:4d}  " + "  ".join(f"{text:>{size}}" for text, size in texts)
+        )
+    return "\n".join(lines)
+
+
+def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int = 6) -> Path:
+    """Write a picture: heat maps of measures by module and layer, energies by pairs, and spectra of the updates.
+
+    Args:
+        rows: modules by depth, as `mm_moslora.adapters.adapter_inspection.ModuleReport.row` gives them.
+        picture: file to write; the ending chooses the format (.png, .svg, .pdf).
+        most: number of modules whose energies are drawn, those with the largest updates.
 
     Raises:
         AdapterError: an ending that is no format.

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.inline_images import thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES as MEASURES_OF_MODULES
-from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, SampleRow, Stage
+from mm_moslora.reporting.run_data import EvaluationRow, MixerRecord, RunData, SampleRow, Stage
 from mm_moslora.reporting.svg_charts import Series, line_chart, smooth
 from mm_moslora.reporting.verdicts import best_of, judge_tuning
 from mm_moslora.utils.errors import ConfigError
@@ -67,7 +67,7 @@ def overlay(runs: Sequence[RunData], refused: Sequence[str] = ()) -> dict[str, A
 
 def _charts(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
     stages = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
-    found = []
+    sections = []
     for stage_name in stages:
         charts = []
         for key, title, zero in MEASURES:
@@ -80,8 +80,8 @@ def _charts(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any
             if any(item.points for item in series):
                 charts.append(line_chart(series, title=title, zero=zero))
         if charts:
-            found.append({"name": stage_name, "charts": charts})
-    return found
+            sections.append({"name": stage_name, "charts": charts})
+    return sections
 
 
 def curve(stage: Stage, key: str) -> list[tuple[float, float]]:
@@ -105,7 +105,7 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
         for row in run.evaluation:
             groups.setdefault(row.measured_on, []).append((name, row))
     headings = summary_text.headings([rows[0][1] for rows in groups.values()])
-    found = []
+    tables = []
     for key, rows in groups.items():
         # The tuned systems first, since the runs differ in them.
         ordered = sorted(rows, key=lambda item: item[1].name != "tuned")
@@ -116,9 +116,9 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
             unlike = f"Not compared with {', '.join(absent)}: measured on other questions, or by other rules."
             verdict = f"{verdict} {unlike}" if verdict else unlike
         systems = [row for _, row in ordered]
-        found.append({"name": headings[key], "rows": ordered, "systems": systems, "verdict": verdict,
+        tables.append({"name": headings[key], "rows": ordered, "systems": systems, "verdict": verdict,
                       "top": summary_text.top_of(systems)})  # fmt: skip
-    return found
+    return tables
 
 
 def _verdict(groups: Sequence[tuple[str, EvaluationRow]]) -> str | None:
@@ -130,7 +130,7 @@ def _verdict(groups: Sequence[tuple[str, EvaluationRow]]) -> str | None:
     best = ranked[0][1].score
     level = [name for name, row in ranked if row.score.high >= best.low]
     rows = {name: [row for other, row in groups if other == name] for name, row in ranked if row.pictures}
-    idle = [name for name, its in rows.items() if not judge_tuning(summary_text.differences(its)).looks]
+    idle = [name for name, its in rows.items() if not judge_tuning(summary_text.differences(its)).uses_pictures]
     return " ".join(
         [best_of(level, idle=idle), *(f"{name}: {remark}" for name, row in ranked for remark in row.remarks)]
     )
@@ -164,7 +164,7 @@ def _samples(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, An
     ]
 
 
-def _mixer_means(mixers: Sequence[Mixer]) -> dict[str, Any]:
+def _mixer_means(mixers: Sequence[MixerRecord]) -> dict[str, Any]:
     means = {
         key: sum(values) / len(values)
         for key in MEASURES_OF_MODULES
@@ -185,22 +185,22 @@ def _recipe_facts(run: RunData) -> dict[str, str]:
 def flat_recipe(text: str) -> dict[str, str]:
     """A recipe's YAML as dotted keys; empty where it cannot be read."""
     try:
-        return _facts(parse_yaml_value(text), separator=".")
+        return _facts(parse_yaml_value(text), ".")
     except ConfigError:
         return {}
 
 
-def _facts(value: Any, *, separator: str = ", ", prefix: str = "") -> dict[str, str]:
-    if not isinstance(value, dict):
-        return {}
-    facts: dict[str, str] = {}
-    for key, item in value.items():
+def flatten(value: Any, separator: str = ", ", prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with the keys of each level joined; empty for anything else."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items() if isinstance(value, dict) else ():
         name = f"{prefix}{key}"
-        if isinstance(item, dict):
-            facts |= _facts(item, separator=separator, prefix=f"{name}{separator}")
-        else:
-            facts[name] = str(item)
-    return facts
+        flat |= flatten(item, separator, f"{name}{separator}") if isinstance(item, dict) else {name: item}
+    return flat
+
+
+def _facts(value: Any, separator: str = ", ") -> dict[str, str]:
+    return {name: str(item) for name, item in flatten(value, separator).items()}
 
 
 def _table(columns: Sequence[dict[str, str]], *, only_different: bool = False) -> list[tuple[str, list[str | None]]]:

@@ -132,7 +132,7 @@ class SampleRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixer:
+class MixerRecord:
     """Measures of one adapted module, and its matrices where they were stored."""
 
     path: str
@@ -163,7 +163,7 @@ class RunData:
     stages: list[Stage]
     evaluation: list[EvaluationRow]
     samples: list[SampleRow]
-    mixers: list[Mixer]
+    mixers: list[MixerRecord]
     quarantine: dict[str, int]
     """Number of unusable records by reason."""
     state: RunState
@@ -183,19 +183,21 @@ def load_run(folder: Path) -> RunData:
         raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
     notes: list[str] = []
     stages = _stages(folder, notes)
-    places = [folder, *(folder / stage.name for stage in reversed(stages))]
-    mixers = next((file for place in places if (file := place / "mixers.json").is_file()), folder / "mixers.json")
+    folders = [folder, *(folder / stage.name for stage in reversed(stages))]
+    mixers = next((file for source in folders if (file := source / "mixers.json").is_file()), folder / "mixers.json")
     summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
-    for source, found in ((folder, summary), *((folder / stage.name, stage.summary) for stage in stages)):
-        version = found.get("format", 0)
+    for source, content in ((folder, summary), *((folder / stage.name, stage.summary) for stage in stages)):
+        version = content.get("format", 0)
         if not isinstance(version, int) or version > FORMAT:
             raise ConfigError(
                 f"{source / 'summary.json'} has run format {version!r}, this release reads up to {FORMAT}. A newer "
                 "release wrote it: update mm-moslora."
             )
     if "environment" not in summary:  # trackers write this file at the start; the run's own summary comes later
-        known = (_mapping(_read_json(place / "environment.json", notes), "environment.json", notes) for place in places)
-        summary |= {"environment": next((item for item in known if item), None)}
+        environments = (
+            _mapping(_read_json(source / "environment.json", notes), "environment.json", notes) for source in folders
+        )
+        summary |= {"environment": next((item for item in environments if item), None)}
     if stages:  # the last stage's summary completes the run's own
         summary = {key: value for key, value in stages[-1].summary.items() if key != "name"} | summary
     data = RunData(
@@ -234,21 +236,21 @@ def _which(folder: Path) -> str:
 
 
 def _stages(folder: Path, notes: list[str]) -> list[Stage]:
-    found = []
-    places = [("train", folder), *((place.name, place) for place in stage_folders(folder))]
-    for name, place in places:
-        if not (place / "metrics.jsonl").is_file():
+    stages = []
+    folders = [("train", folder), *((path.name, path) for path in stage_folders(folder))]
+    for name, path in folders:
+        if not (path / "metrics.jsonl").is_file():
             continue
-        summary = {} if place == folder else _mapping(_read_json(place / "summary.json", notes), f"{name}/", notes)
-        found.append(
+        summary = {} if path == folder else _mapping(_read_json(path / "summary.json", notes), f"{name}/", notes)
+        stages.append(
             Stage(
                 name=name,
-                metrics=_metrics(place / "metrics.jsonl", notes),
+                metrics=_metrics(path / "metrics.jsonl", notes),
                 summary=summary,
-                config=recipe_text(place / "config.yaml", notes),
+                config=recipe_text(path / "config.yaml", notes),
             )
         )
-    return found
+    return stages
 
 
 def recipe_text(path: Path, notes: list[str]) -> str | None:
@@ -312,15 +314,15 @@ def _mapping(value: Any, what: str, notes: list[str]) -> dict[str, Any]:
 
 def _fitting(value: Mapping[str, Any], what: str, notes: list[str]) -> dict[str, Any]:
     """The keys of a summary or an environment whose values have the types of `_KINDS`; the rest is left out."""
-    found = {}
+    fitting = {}
     for key, item in value.items():
         try:
             if key == "components":
                 item = [vars(build_known(Component, part, source=what)) for part in item or ()]
-            found[key] = item if item is None else read_value(_KINDS.get(key, Any), item, source=what, where=key)
+            fitting[key] = item if item is None else read_value(_KINDS.get(key, Any), item, source=what, where=key)
         except (ConfigError, TypeError, AttributeError) as error:
             notes.append(f"{error} It was left out.")
-    return found
+    return fitting
 
 
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -337,8 +339,8 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _score(item: Mapping[str, Any], source: str) -> Score:
-    known = {"n": 0, "low": item.get("mean"), "high": item.get("mean"), **item}
-    return build_known(Score, known, source=source)
+    values = {"n": 0, "low": item.get("mean"), "high": item.get("mean"), **item}
+    return build_known(Score, values, source=source)
 
 
 def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | None:
@@ -347,9 +349,9 @@ def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | N
     try:
         score = _score(item, source)
         categories = {key: _score(value, f"{source}, {key}") for key, value in (item.get("categories") or {}).items()}
-        given = {"name": name, "label": name.replace("_", " "), "task": ""} | {k: v for k, v in item.items() if v}
-        given |= {"score": score, "categories": categories, "less": difference_of(item.get("less"))}
-        return build_known(EvaluationRow, given | {"pictures": item.get("pictures") is not False}, source=source)
+        values = {"name": name, "label": name.replace("_", " "), "task": ""} | {k: v for k, v in item.items() if v}
+        values |= {"score": score, "categories": categories, "less": difference_of(item.get("less"))}
+        return build_known(EvaluationRow, values | {"pictures": item.get("pictures") is not False}, source=source)
     except (ConfigError, AttributeError) as error:
         notes.append(f"{source} was left out ({error}).")
         return None
@@ -363,7 +365,7 @@ def _sample_row(item: dict[str, Any], notes: list[str]) -> SampleRow | None:
         return None
 
 
-def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
+def _mixer(item: dict[str, Any], notes: list[str]) -> MixerRecord | None:
     path = str(item.get("path", "?"))
     try:
         before, after, pairs = (_matrix(item.get(name)) for name in ("before", "after", "pairs"))
@@ -376,7 +378,7 @@ def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
     rank = item.get("rank")
     if not isinstance(rank, int):
         rank = len(after) if after else None
-    return Mixer(path=path, rank=rank, before=before, after=after, pairs=pairs, figures=figures)
+    return MixerRecord(path=path, rank=rank, before=before, after=after, pairs=pairs, figures=figures)
 
 
 def _is_finite(value: Any) -> bool:
@@ -396,15 +398,15 @@ def _matrix(value: Any) -> list[list[float]] | None:
 
 def _quarantine(folder: Path, stages: list[Stage], notes: list[str]) -> dict[str, int]:
     reasons: Counter[str] = Counter()
-    for place in {folder, *(folder / stage.name for stage in stages)}:
+    for source in {folder, *(folder / stage.name for stage in stages)}:
         reasons.update(
             redact_text(str(record.get("reason", "no reason given")), keep_hashes=True)
-            for record in _read_lines(place / "quarantine.jsonl", notes)
+            for record in _read_lines(source / "quarantine.jsonl", notes)
         )
     return dict(reasons.most_common())
 
 
 def _alerts(folder: Path, stages: list[Stage], notes: list[str]) -> list[str]:
-    places = dict.fromkeys([folder, *(folder / stage.name for stage in stages)])
-    records = [record for place in places for record in _read_lines(place / "alerts.jsonl", notes)]
+    sources = dict.fromkeys([folder, *(folder / stage.name for stage in stages)])
+    records = [record for source in sources for record in _read_lines(source / "alerts.jsonl", notes)]
     return [redact_text(f"{record.get('title', 'Alert')}: {record.get('text', '')}") for record in records]

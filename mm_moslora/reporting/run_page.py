@@ -13,9 +13,9 @@ from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
-from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
+from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, flatten, overlay
 from mm_moslora.reporting.page_templates import render_page, write_page
-from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
+from mm_moslora.reporting.run_data import EvaluationRow, MixerRecord, RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
 from mm_moslora.utils.errors import ConfigError
@@ -190,7 +190,7 @@ def _samples(data: RunData) -> list[dict[str, Any]]:
                 )
                 if text is not None
             ],
-            "wanted": sample.image is not None,
+            "has_picture": sample.image is not None,
             "kind": summary_text.sample_kind(sample),
             "picture": thumbnail(data.folder, sample.image) if sample.image else None,
         }
@@ -205,7 +205,7 @@ def _shorten(text: str) -> str:
 def _charts(stage: Stage) -> list[Markup]:
     loss, validation = curve(stage, "loss"), curve(stage, "validation_loss")
     rates = sorted({key for record in stage.metrics for key in record if key.startswith("lr/")})
-    wanted = [
+    charts = [
         (
             "Loss per supervised token" if any("supervised_tokens" in row for row in stage.metrics) else "Loss",
             [
@@ -235,7 +235,7 @@ def _charts(stage: Stage) -> list[Markup]:
     ]
     return [
         line_chart(series, title=title, zero=zero)
-        for title, series, zero in wanted
+        for title, series, zero in charts
         if any(item.points for item in series)
     ]
 
@@ -253,7 +253,7 @@ def _smoothed(name: str, points: list[tuple[float, float]]) -> list[Series]:
     return [Series(name=name, points=points, faint=True), Series(name=name, points=smooth(points))]
 
 
-def _mixer(mixer: Mixer) -> dict[str, Any]:
+def _mixer(mixer: MixerRecord) -> dict[str, Any]:
     """Before and after on one colour scale, the change and the energies by pairs on scales of their own."""
     assert mixer.after is not None
     scale = max(abs(value) for matrix in (mixer.before or [], mixer.after) for row in matrix for value in row)
@@ -272,30 +272,25 @@ def _drawn(label: str, matrix: list[list[float]], scale: float) -> dict[str, Any
     return {"label": label, "url": data_url(heat_map(matrix, scale)), "scale": scale}
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def _flat(value: Any) -> list[tuple[str, str]]:
     """Nested facts as pairs of name and text, in order."""
-    if not isinstance(value, Mapping):
-        return []
-    pairs = []
-    for key, item in value.items():
-        name = f"{prefix}{str(key).replace('_', ' ')}"
-        if isinstance(item, Mapping):
-            pairs += _flat(item, f"{name}, ")
-        elif isinstance(item, list | tuple):
-            pairs.append((name, ", ".join(str(part) for part in item)))
-        elif isinstance(item, int) and not isinstance(item, bool):
-            pairs.append((name, f"{item:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")))
-        else:
-            pairs.append((name, f"{item:.4g}" if isinstance(item, float) else str(item)))
-    return pairs
+    return [(name.replace("_", " "), _fact(item)) for name, item in flatten(value).items()]
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(str(part) for part in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _commands(data: RunData) -> list[dict[str, str]]:
-    given = data.summary.get("commands")
-    if isinstance(given, list):
+    commands = data.summary.get("commands")
+    if isinstance(commands, list):
         return [
             {"what": str(item.get("what", "")), "command": str(item["command"])}
-            for item in given
+            for item in commands
             if isinstance(item, dict) and "command" in item
         ]
     recipes = [stage.name for stage in data.stages if stage.config]
@@ -312,9 +307,9 @@ def _commands(data: RunData) -> list[dict[str, str]]:
 
 
 def _recipes(data: RunData) -> list[tuple[str, str]]:
-    found = [(stage.name, stage.config) for stage in data.stages if stage.config]
+    recipes = [(stage.name, stage.config) for stage in data.stages if stage.config]
     if not any(stage.name == "train" for stage in data.stages) and (
         own := recipe_text(data.folder / "config.yaml", data.notes)
     ):
-        found.insert(0, ("run", own))
-    return found
+        recipes.insert(0, ("run", own))
+    return recipes

@@ -47,12 +47,12 @@ def read_state(folder: Path) -> RunState:
 
 
 def _state(folder: Path) -> RunState:
-    for place in (folder, *reversed(stage_folders(folder))):
-        recorded = read_object(place / "state.json")
+    for source in (folder, *reversed(stage_folders(folder))):
+        recorded = read_object(source / "state.json")
         if recorded.get("state") in ("finished", "stopped", "failed"):
-            return _ended(place, recorded)
+            return _ended(source, recorded)
         if recorded.get("state") == "running":
-            return _running(place, recorded)
+            return _running(source, recorded)
     return RunState(name=_guess(folder))
 
 
@@ -78,23 +78,23 @@ def read_object(path: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _ended(place: Path, recorded: Mapping[str, Any]) -> RunState:
+def _ended(folder: Path, recorded: Mapping[str, Any]) -> RunState:
     """The state that the run recorded; where one of several ranks failed, the reason starts with it."""
     reason = str(recorded["reason"]) if recorded.get("reason") else None
-    given = recorded.get("ranks")
-    ranks = tuple(rank for rank in given if isinstance(rank, int)) if isinstance(given, list) else ()
+    named = recorded.get("ranks")
+    ranks = tuple(rank for rank in named if isinstance(rank, int)) if isinstance(named, list) else ()
     if reason and len(ranks) == 1 and "rank " not in reason:
-        failures = [beat.failure for beat in _beats(place)]
+        failures = [beat.failure for beat in _beats(folder)]
         if len(failures) > 1 and failures.count(None) >= 1:  # an error on all ranks names none of them
             reason = f"Rank {ranks[0]}: {reason}"
     return RunState(name=recorded["state"], reason=reason, ranks=ranks)
 
 
-def _running(place: Path, recorded: Mapping[str, Any]) -> RunState:
+def _running(folder: Path, recorded: Mapping[str, Any]) -> RunState:
     """Whether the processes of a run without a recorded end still run."""
-    beats = _beats(place)
+    beats = _beats(folder)
     if not beats:
-        return _without_beats(place, recorded)
+        return _without_beats(folder, recorded)
     gone = [
         beat
         for beat in beats
@@ -109,19 +109,19 @@ def _running(place: Path, recorded: Mapping[str, Any]) -> RunState:
         return _state_of_ranks("failed", failed)
     if gone or any(beat.phase != "ended" for beat in beats):
         return _state_of_ranks("killed", gone or beats)
-    return RunState(name=_guess(place))  # all ended without being able to write
+    return RunState(name=_guess(folder))  # all ended without being able to write
 
 
-def _beats(place: Path) -> list[Heartbeat]:
+def _beats(folder: Path) -> list[Heartbeat]:
     """Heartbeats of the current start of a run; `state.json` is written at its beginning."""
     try:
-        began = (place / "state.json").stat().st_mtime
+        began = (folder / "state.json").stat().st_mtime
     except OSError:
         return []
-    recorded = read_object(place / "state.json")
+    recorded = read_object(folder / "state.json")
     if recorded.get("state") != "running" and isinstance(recorded.get("since"), int | float):
         began = float(recorded["since"])
-    return [beat for beat in read_heartbeats(place / FOLDER) if beat.written >= began - EARLIER_SECONDS]
+    return [beat for beat in read_heartbeats(folder / FOLDER) if beat.written >= began - EARLIER_SECONDS]
 
 
 def _state_of_ranks(name: Name, beats: Sequence[Heartbeat]) -> RunState:
@@ -144,9 +144,9 @@ def _rank_text(beat: Heartbeat) -> str:
     return f"{beat.who} is silent for {format_seconds(age)}, last seen {where} ({beat.phase})"
 
 
-def _without_beats(place: Path, recorded: Mapping[str, Any]) -> RunState:
+def _without_beats(folder: Path, recorded: Mapping[str, Any]) -> RunState:
     """The state by the recorded process, or where it cannot be checked, by the ages of the run's files."""
-    process, age = recorded.get("process"), _age(place)
+    process, age = recorded.get("process"), _age(folder)
     if recorded.get("host") == socket.gethostname() and isinstance(process, int):
         return RunState(name="running" if is_running(process, started=recorded.get("started")) else "killed")
     if age < STALE_SECONDS:
@@ -169,8 +169,8 @@ def _age(folder: Path) -> float:
     """Seconds since a file of the run or of its stages last changed."""
     newest = 0.0
     with suppress(OSError):  # a run may be deleted meanwhile
-        for place in (folder, *folder.iterdir()):
+        for source in (folder, *folder.iterdir()):
             for name in _WRITTEN:
                 with suppress(OSError):
-                    newest = max(newest, (place / name).stat().st_mtime)
+                    newest = max(newest, (source / name).stat().st_mtime)
     return time.time() - newest

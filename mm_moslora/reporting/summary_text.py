@@ -65,29 +65,29 @@ def progress(data: RunData) -> tuple[int | None, int | None]:
     """The last known step of the last stage, and its total number of steps."""
     last = data.stages[-1] if data.stages else None
     summary = data.summary | (last.summary if last else {})
-    steps = [r["step"] for r in last.metrics if isinstance(r.get("step"), int)] if last else []
-    known = [step for step in (*steps[-1:], summary.get("steps")) if isinstance(step, int)]
+    logged = [r["step"] for r in last.metrics if isinstance(r.get("step"), int)] if last else []
+    steps = [step for step in (*logged[-1:], summary.get("steps")) if isinstance(step, int)]
     total = summary.get("total_steps")
-    return max(known, default=0) or None, total if isinstance(total, int) else None
+    return max(steps, default=0) or None, total if isinstance(total, int) else None
 
 
 def standing(data: RunData) -> Verdict | None:
     """The state of an unfinished run in sentences; None for a finished one."""
     step, total = progress(data)
-    place = (f" at step {step}" + (f" of {total}" if total else "")) if step else " before its first step"
+    at_step = (f" at step {step}" + (f" of {total}" if total else "")) if step else " before its first step"
     stage = f" in stage {data.stages[-1].name}" if len(data.stages) > 1 else ""
-    again = "The same command continues it from its last checkpoint."
+    remedy = "The same command continues it from its last checkpoint."
     why = [f"{data.state.reason.rstrip('.')}."] if data.state.reason else []
     sentences = {
-        "running": [f"This run is under way{f',{place}' if step else ''}{stage}.", *why],
-        "stopped": [f"This run was stopped{place}{stage}.", again],
+        "running": [f"This run is under way{f',{at_step}' if step else ''}{stage}.", *why],
+        "stopped": [f"This run was stopped{at_step}{stage}.", remedy],
         "killed": [
-            f"The processes of this run ended{place}{stage} without recording an end: they were killed, or the "
+            f"The processes of this run ended{at_step}{stage} without recording an end: they were killed, or the "
             "machine failed.",
             *why,
-            again,
+            remedy,
         ],
-        "failed": [f"This run failed{place}{stage}.", *(why or ["The run folder records no reason."])],
+        "failed": [f"This run failed{at_step}{stage}.", *(why or ["The run folder records no reason."])],
     }.get(data.state.name)
     mood: Mood = "mixed" if data.state.name in ("running", "stopped") else "bad"
     return Verdict(task="", mood=mood, sentences=sentences) if sentences else None
@@ -114,10 +114,10 @@ def headings(rows: Sequence[EvaluationRow]) -> dict[tuple[Any, ...], str]:
     facts = {row.measured_on: parts(row) for row in rows}
     names = {key: part[0] for key, part in facts.items()}
     for number in (1, 2, 3):
-        taken = Counter(names.values())
+        uses = Counter(names.values())
         more = {key: [facts[other][number] for other in names if names[other] == names[key]] for key in names}
         names = {
-            key: name + facts[key][number] if taken[name] > 1 and len(set(more[key])) > 1 else name
+            key: name + facts[key][number] if uses[name] > 1 and len(set(more[key])) > 1 else name
             for key, name in names.items()
         }
     return names
@@ -138,8 +138,8 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
     tuned = by_name.get("tuned")
     if tuned is None:
         return None
-    found = judge_tuning(differences(rows), pictures=tuned.pictures)
-    conclusion, *evidence = found.sentences
+    judgement = judge_tuning(differences(rows), pictures=tuned.pictures)
+    conclusion, *evidence = judgement.sentences
     score, before, lenient = tuned.score, by_name.get("untuned"), by_name.get("untuned_lenient")
     unit = tuned.unit
     mean, low, high = (score_text(value, unit, named=False) for value in (score.mean, score.low, score.high))
@@ -152,7 +152,7 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
         if lenient is not None:
             shown = score_text(lenient.score.mean, unit, named=False)
             numbers += f", or {shown} if every answer that contains the right word counts"
-    return Verdict(task=task, mood=found.mood, sentences=[conclusion, f"{numbers}.", *evidence, *tuned.remarks])
+    return Verdict(task=task, mood=judgement.mood, sentences=[conclusion, f"{numbers}.", *evidence, *tuned.remarks])
 
 
 def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
@@ -176,7 +176,7 @@ def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
 
 def tiles(data: RunData) -> list[Tile]:
     """The key figures of the summary; unknown ones are left out."""
-    found = []
+    figures = []
     for task, rows in tasks(data)[:2]:
         by_name = {row.name: row for row in rows}
         if "tuned" in by_name:
@@ -190,10 +190,10 @@ def tiles(data: RunData) -> list[Tile]:
                 )
                 note += f"; before tuning {score_text(before.score.mean, unit, named=False)}{words}"
             label = f"{unit or 'Right answers'}{f', {task}' if task else ''}"
-            found.append(Tile(label=label, value=mean, note=note))
+            figures.append(Tile(label=label, value=mean, note=note))
     total, trainable = parameters(data.summary)
     if total:
-        found.append(
+        figures.append(
             Tile(
                 label="Trainable parameters",
                 value=format_count(trainable),
@@ -208,12 +208,12 @@ def tiles(data: RunData) -> list[Tile]:
             notes.append(f"{format_seconds(stepping)} of it in optimiser steps")
         if data.summary.get("seconds"):
             notes.append(f"whole run {format_seconds(float(data.summary['seconds']))}")
-        found.append(Tile(label="Training time", value=format_seconds(seconds), note=", ".join(notes)))
+        figures.append(Tile(label="Training time", value=format_seconds(seconds), note=", ".join(notes)))
     if data.summary.get("memory_gib"):
-        found.append(
+        figures.append(
             Tile(label="Peak memory", value=f"{float(data.summary['memory_gib']):.2f} GiB", note="per process")
         )
-    return found
+    return figures
 
 
 def parameters(summary: dict[str, Any]) -> tuple[int, int]:

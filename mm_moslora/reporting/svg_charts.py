@@ -26,7 +26,8 @@ from mm_moslora.utils.text_format import visible
 
 WIDTH, HEIGHT = 440, 250
 MOST_POINTS = 240
-"""Maximum points per series; longer series are averaged in buckets."""
+"""Maximum points per series; longer series are averaged in buckets, so a spike of one step among 10,000 is drawn at a
+fortieth of its height."""
 LOG_RATIO = 15.0
 """Ratio of the largest to the smallest value above which a positive axis is logarithmic."""
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
@@ -60,6 +61,7 @@ def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Exponential moving average over 2 % of the curve, without the start-up bias; points in order of x."""
+    # The line lags behind by these 2 %, and its last point is not the last loss; the faint line shows that.
     decay = 1 - 1 / max(1.0, 0.02 * len(points))
     total = weight = 0.0
     smoothed = []
@@ -113,7 +115,7 @@ def new_axes(width: float, height: float, *, left: float, right: float = 14, top
 
 
 def number_axis(axis: Any, *, count: int = 5, log: bool = False, whole: bool = False) -> None:
-    """About so many round numbers on an axis of matplotlib, the style of all charts."""
+    """About `count` round numbers on an axis of matplotlib, in the style of all charts."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     even = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole)
@@ -139,9 +141,9 @@ def to_svg(figure: Any, label: str, *, titles: Sequence[str] = (), more: str = "
     assert text is not None
     variables = {value: f"var(--{name})" for name, value in colours().items()}
     body = re.sub(r"<style.*?</style>", "", text[1], flags=re.DOTALL)  # it would hold for the whole page
-    body = re.sub(r"(?<=: )#\w{6}(?=[;\"])", lambda found: variables.get(found[0], found[0]), body)
+    body = re.sub(r"(?<=: )#\w{6}(?=[;\"])", lambda colour: variables.get(colour[0], colour[0]), body)
     body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), body)  # a hundredth of a pixel
-    heads = [f'<g class="told"><title>{_text(title)}</title>' for title in titles]
+    heads = [f'<g class="titled"><title>{_text(title)}</title>' for title in titles]
     body = re.sub(r'<g id="(?:title-(\d+)|\w+)">', lambda mark: heads[int(mark[1])] if mark[1] else "<g>", body)
     size = f"0 0 {figure.get_figwidth() * 72:g} {figure.get_figheight() * 72:g}"
     return Markup(  # noqa: S704  (matplotlib escapes texts)
@@ -182,8 +184,8 @@ def line_chart(series: Sequence[Series], *, title: str, zero: bool = False) -> M
         axes.set_xlabel(_X_LABEL, loc="right", labelpad=2)
         shown = [item for item in drawn if not item.faint]
         for item in shown:
-            places = zip(item.points, axes.transData.transform(item.points).tolist(), strict=True)
-            points = [[round(x, 2), float(f"{y:.5g}"), round(pixel, 1)] for (x, y), (pixel, _) in places]
+            with_pixels = zip(item.points, axes.transData.transform(item.points).tolist(), strict=True)
+            points = [[round(x, 2), float(f"{y:.5g}"), round(pixel, 1)] for (x, y), (pixel, _) in with_pixels]
             data.append({"name": item.name, "points": points})
         last = ", ".join(f"{item.name} {format_number(item.points[-1][1])}" for item in shown)
         cursor = f'<line class="cursor" y1="14" y2="{HEIGHT - 34}" x1="-9" x2="-9"/>'
@@ -210,7 +212,7 @@ def _scale_lines(axes: Any, values: Sequence[float], *, zero: bool) -> None:
 
 
 def heat_chart(item: HeatMap) -> Markup:
-    """A figure of a heat map: pale is zero, full colour the largest value; each cell tells its number.
+    """A figure of a heat map: pale is zero, full colour the largest value; a cell shows its number under the pointer.
 
     Args:
         item: at least one known cell; values of at least 0.
@@ -232,14 +234,14 @@ def heat_chart(item: HeatMap) -> Markup:
         axes.set(xlim=(-0.5, len(item.columns) - 0.5), ylim=(len(item.rows) - 0.5, -0.5))
         names = [visible(name if len(name) <= 32 else f"…{name[-31:]}") for name in item.rows]
         axes.set_yticks(range(len(names)), names)
-        kept = range(0, len(item.columns), math.ceil(len(item.columns) * 26 / (WIDTH - left)))
-        axes.set_xticks(kept, [item.columns[column] for column in kept])
+        labelled = range(0, len(item.columns), math.ceil(len(item.columns) * 26 / (WIDTH - left)))
+        axes.set_xticks(labelled, [item.columns[column] for column in labelled])
         axes.set_xlabel("layer", loc="right", labelpad=2)
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
-        told = f"0 is pale, {format_number(largest)} is full colour"
-        picture = to_svg(axes.figure, f"{item.title}: {told}", titles=titles)
+        scale = f"0 is pale, {format_number(largest)} is full colour"
+        picture = to_svg(axes.figure, f"{item.title}: {scale}", titles=titles)
     return Markup(  # noqa: S704  (escaped)
         f'<figure class="chart card"><figcaption>{_text(item.title)}</figcaption>{picture}'
-        f'<p class="readout">{told}</p></figure>'
+        f'<p class="readout">{scale}</p></figure>'
     )

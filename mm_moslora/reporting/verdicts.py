@@ -129,7 +129,7 @@ class Judgement:
     mood: Mood
     sentences: tuple[str, ...]
     """The conclusion first."""
-    looks: bool
+    uses_pictures: bool
     """Whether the model is shown to look at its pictures."""
 
 
@@ -144,38 +144,38 @@ def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True
     before = shown.get("untuned_lenient", shown.get("untuned"))
     missing = [name for name in PICTURE_CONTROLS if name not in shown] if pictures else []
     beaten = all(shown.get(name, "more") == "more" for name in PICTURE_CONTROLS)
-    looks = pictures and beaten and not missing
+    uses_pictures = pictures and beaten and not missing
     above_floors = all(shown.get(name, "more") == "more" for name in FLOORS)
     mood: Mood = "mixed"
     if before == "less":
         mood, conclusion = "bad", "Tuning made the model worse."
     elif beaten and missing:
-        conclusion = _unasked(missing)
-    elif pictures and not looks:
+        conclusion = _missing_controls(missing)
+    elif pictures and not uses_pictures:
         conclusion = "It is not shown that the model looks at the picture, so it is not known whether tuning helped."
         if before == "more":
             conclusion += " It may have learned only the form and the frequencies of answers."
     elif not above_floors:
-        conclusion = f"{_SEEN[looks]} is not shown to do better than answers that need no model."
+        conclusion = f"{_SEEN[uses_pictures]} is not shown to do better than answers that need no model."
     elif before is None:
-        mood = "good" if looks else "mixed"
-        conclusion = f"{_SEEN[looks]} was not measured before tuning, so it is not known whether tuning helped."
+        mood = "good" if uses_pictures else "mixed"
+        conclusion = f"{_SEEN[uses_pictures]} was not measured before tuning, so it is not known whether tuning helped."
     elif before == "not shown":
-        conclusion = f"{_SEEN[looks]} is not shown to do better than before tuning."
+        conclusion = f"{_SEEN[uses_pictures]} is not shown to do better than before tuning."
     else:
-        mood, conclusion = "good", f"Tuning helped{', and the model looks at the picture' if looks else ''}."
+        mood, conclusion = "good", f"Tuning helped{', and the model looks at the picture' if uses_pictures else ''}."
     compared = [name for name in AGAINST if name in shown and (name, "untuned_lenient" in shown) != ("untuned", True)]
     controls = [name for name in compared if name in (*PICTURE_CONTROLS, *FLOORS)]
     best = min(controls, key=lambda name: differences[name].value) if len(controls) > 1 else None
     compared.sort(key=lambda name: name != best)
     evidence = [against(name, differences[name], best=name == best) for name in compared]
-    return Judgement(mood=mood, sentences=(conclusion, *evidence), looks=looks)
+    return Judgement(mood=mood, sentences=(conclusion, *evidence), uses_pictures=uses_pictures)
 
 
 _SEEN = {True: "The model looks at the picture, but it", False: "The model"}
 
 
-def _unasked(controls: Sequence[str]) -> str:
+def _missing_controls(controls: Sequence[str]) -> str:
     words = {"wrong_image": "a wrong picture", "blind": "a plain picture"}
     return (
         f"The model was not measured with {' and '.join(words[name] for name in controls)} (`--modes blind --modes "
@@ -283,15 +283,15 @@ def verdict_of_arms(difference: Difference, p: float, *, runs: bool, look: bool,
 
 def verdict_of_nats(row: Mapping[str, Any]) -> str:
     """Whether an arm makes reference answers more likely than the reference arm does, from a row of `comparisons`."""
-    found = row["nats"]["own"]
-    if found["low"] is None:
+    nats = row["nats"]["own"]
+    if nats["low"] is None:
         return "error unknown"
     if row["verdict"] in UNJUDGED:
         return str(row["verdict"])
-    if not found.get("run_degrees", 1):  # of older files, the row's seeds tell it
+    if not nats.get("run_degrees", 1):  # of older files, the row's seeds tell it
         return "one seed"
-    if found["p_corrected"] < SIGNIFICANT and (found["low"] > 0 or found["high"] < 0):
-        return "more likely" if found["difference"] > 0 else "less likely"
+    if nats["p_corrected"] < SIGNIFICANT and (nats["low"] > 0 or nats["high"] < 0):
+        return "more likely" if nats["difference"] > 0 else "less likely"
     return "not shown"
 
 
@@ -300,11 +300,15 @@ def arms_sentence(row: Mapping[str, Any]) -> str:
     seeds = row["seeds"]
     size = f"{row['documents']} documents and {seeds} seed{'s' * (seeds != 1)}"
     subject = f"{row['arm']} against {row['reference']}"
-    found = Difference(value=row["difference"], low=row["low"], high=row["high"], groups=row["groups"])
-    numbers = found.points if row["p_corrected"] is None else f"{found.points}, corrected p {row['p_corrected']:.2g}"
+    difference = Difference(value=row["difference"], low=row["low"], high=row["high"], groups=row["groups"])
+    numbers = (
+        difference.points
+        if row["p_corrected"] is None
+        else f"{difference.points}, corrected p {row['p_corrected']:.2g}"
+    )
     match row["verdict"]:
         case "nothing follows":
-            return f"{subject}: no conclusion from {found.points}, since neither is above its controls."
+            return f"{subject}: no conclusion from {difference.points}, since neither is above its controls."
         case "one seed":
             return (
                 f"{subject}: {numbers}, for these documents and this one seed. The interval leaves out the variation "
@@ -319,12 +323,12 @@ def arms_sentence(row: Mapping[str, Any]) -> str:
                 f"{subject}: {row['verdict']} in answers only, {numbers}; {size}. It is not known whether either "
                 "looks at the picture."
             )
-    if found.few:
-        return f"{subject}: not shown, {numbers}; {found.groups} independent pictures or questions are too few."
+    if difference.few:
+        return f"{subject}: not shown, {numbers}; {difference.groups} independent pictures or questions are too few."
     if not row["stderr"] and not row["difference"]:
         return (
             f"{subject}: not shown, both score the same on all {size}; a true difference of up to "
-            f"{100 * found.high:.1f} points would not have been seen."
+            f"{100 * difference.high:.1f} points would not have been seen."
         )
     return (
         f"{subject}: not shown, {numbers}; {size} would show a true difference of {100 * row['detectable']:.1f} points "
@@ -344,7 +348,7 @@ def _looked(row: Mapping[str, Any]) -> bool:
 
 
 def above_controls(
-    arms: Sequence[Mapping[str, Any]], column: str, *, alone: bool, asked: bool = True
+    arms: Sequence[Mapping[str, Any]], column: str, *, alone: bool, requested: bool = True
 ) -> list[tuple[Mood, str]]:
     """Whether the arms of a comparison are above their controls, which all other conclusions require.
 
@@ -352,15 +356,15 @@ def above_controls(
         arms: arms of a comparison's `results.json`; `controls` holds the results by column.
         column: the task, or the mean over tasks.
         alone: whether it is the only column of the conclusions.
-        asked: whether measurements with blind and wrong pictures were requested.
+        requested: whether measurements with blind and wrong pictures were requested.
     """
     results = {arm["name"]: arm["controls"][column] for arm in arms if column in arm["controls"]}
     if not results:
         return []
     where = "" if alone else f"{column}: "
-    above = [name for name, found in results.items() if found["above"]]
+    above = [name for name, result in results.items() if result["above"]]
     below = [name for name in results if name not in above]
-    names = {row["name"] for found in results.values() for row in found["rows"]}
+    names = {row["name"] for result in results.values() for row in result["rows"]}
     parts = [
         *(["answering without the right picture"] if names & set(PICTURE_CONTROLS) else []),
         *(["always giving the most frequent answer"] if names & set(FLOORS) else []),
@@ -374,8 +378,8 @@ def above_controls(
         lines.append(("mixed", where + text))
     else:
         lines.append(("good", f"{where}Every arm is above {' and '.join(parts)}."))
-    if not all(found["complete"] for found in results.values()):
-        why = "a task has fewer than two different pictures" if asked else "--no-controls was given"
+    if not all(result["complete"] for result in results.values()):
+        why = "a task has fewer than two different pictures" if requested else "--no-controls was given"
         lines.append(("mixed", f"{where}Not every task was measured with blind and wrong pictures ({why}), so it is "
                       "not known whether any arm looks at the picture."))  # fmt: skip
     return lines

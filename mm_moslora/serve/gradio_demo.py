@@ -17,11 +17,11 @@ from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.images.record_picture import open_image
-from mm_moslora.serve.api.chat_request import Message, Picture
+from mm_moslora.serve.api.chat_request import ChatMessage, MessagePicture
 from mm_moslora.serve.api.request_guard import Guard
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.attention_maps import attention_maps, overlay
-from mm_moslora.serve.inference.continuous_batching import Engine, Job, Piece
+from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
 from mm_moslora.serve.inference.prompt_preparation import turns_of
 from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.serve.inference.token_sampling import Sampling
@@ -56,38 +56,38 @@ class Demo:
     def __init__(self, models: Models, *, max_new_tokens: int = 128, why_no_base: str | None = None) -> None:
         self.models, self.max_new_tokens, self.why_no_base = models, max_new_tokens, why_no_base
         self.limits = Limits(queue=16, batch=8)
-        self.engine = Engine(models, self.limits)
+        self.engine = GenerationEngine(models, self.limits)
         self.engine.start()
 
     def close(self) -> None:
         """Stop answering."""
         self.engine.stop()
 
-    def ask(self, messages: Sequence[Message]) -> Iterator[Said]:
+    def ask(self, messages: Sequence[ChatMessage]) -> Iterator[Said]:
         """Stream both answers; the attention map comes with the last event.
 
         Raises:
             MoSLoRAError: a picture cannot be used, or too many requests are running.
         """
-        pictures = [part for message in messages for part in message.parts if isinstance(part, Picture)]
+        pictures = [part for message in messages for part in message.parts if isinstance(part, MessagePicture)]
         opened = [open_image(Path(picture.url)) for picture in pictures]
-        if opened and not self.models.sees:
+        if opened and not self.models.takes_pictures:
             raise DataError("This model has no vision encoder, so it takes no pictures.")
-        ids, seen = self.models.prompt(turns_of(messages), opened)
-        happened: queue.Queue[tuple[int, Piece]] = queue.Queue()
-        drawn: Future[Image.Image | None] = Future()
+        ids, images = self.models.prompt(turns_of(messages), opened)
+        events: queue.Queue[tuple[int, AnswerPart]] = queue.Queue()
+        attention: Future[Image.Image | None] = Future()
 
-        def deliver(number: int, piece: Piece) -> None:
-            happened.put((number, piece))
-            if number == 0 and piece.ending is not None:  # the model belongs to this thread
+        def deliver(number: int, part: AnswerPart) -> None:
+            events.put((number, part))
+            if number == 0 and part.ending is not None:  # the model belongs to this thread
                 try:
-                    drawn.set_result(self._attention(ids, seen, jobs[0].tokens))
+                    attention.set_result(self._attention(ids, images, jobs[0].tokens))
                 except Exception as error:
-                    drawn.set_exception(error)
+                    attention.set_exception(error)
 
         jobs = [
-            Job(
-                model=name, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=self.max_new_tokens),
+            GenerationJob(
+                model=name, input_ids=ids, images=images, sampling=Sampling(max_tokens=self.max_new_tokens),
                 deadline=time.monotonic() + self.limits.request_seconds, deliver=partial(deliver, number),
             )
             for number, name in enumerate(list(self.models.variants)[:2])
@@ -96,44 +96,44 @@ class Demo:
         texts, open_ones = ["", ""], len(jobs)
         try:
             while open_ones:
-                number, piece = happened.get(timeout=self.limits.request_seconds + 5)
-                texts[number] += piece.text
-                open_ones -= piece.ending is not None
+                number, part = events.get(timeout=self.limits.request_seconds + 5)
+                texts[number] += part.text
+                open_ones -= part.ending is not None
                 yield Said(tuned=texts[0], base=texts[1])
-            yield Said(tuned=texts[0], base=texts[1], attention=drawn.result())
+            yield Said(tuned=texts[0], base=texts[1], attention=attention.result())
         finally:
             for job in jobs:
                 job.cancelled = True
 
-    def _attention(self, ids: Tensor, seen: Sequence[ProcessedImage], answer: Sequence[int]) -> Image.Image | None:
+    def _attention(self, ids: Tensor, images: Sequence[ProcessedImage], answer: Sequence[int]) -> Image.Image | None:
         models, image = self.models, self.models.assembly.image
         if image is None:  # the visual tokens of a ready-made model form no known grid
             return None
-        maps = attention_maps(models, models.default, input_ids=ids, seen=seen, answer=answer)
+        maps = attention_maps(models, models.default, input_ids=ids, images=images, answer=answer)
         if maps is None:
             return None
-        return overlay(seen[-1].tensors["pixel_values"][0], maps[-1], mean=image.mean, std=image.std)
+        return overlay(images[-1].tensors["pixel_values"][0], maps[-1], mean=image.mean, std=image.std)
 
 
-def messages_of(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[Message]:
+def messages_of(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[ChatMessage]:
     """Gradio's history and the new message as messages."""
-    made = [
-        Message(role="user" if entry.get("role") == "user" else "assistant", parts=parts)
+    messages = [
+        ChatMessage(role="user" if entry.get("role") == "user" else "assistant", parts=parts)
         for entry in history
         if (parts := _parts(entry.get("content")))
     ]
-    files = tuple(Picture(url=str(file), where="picture") for file in message.get("files") or [])
-    made.append(Message(role="user", parts=(*files, str(message.get("text") or ""))))
-    return made
+    files = tuple(MessagePicture(url=str(file), where="picture") for file in message.get("files") or [])
+    messages.append(ChatMessage(role="user", parts=(*files, str(message.get("text") or ""))))
+    return messages
 
 
-def _parts(content: Any) -> tuple[str | Picture, ...]:
+def _parts(content: Any) -> tuple[str | MessagePicture, ...]:
     if isinstance(content, str):
         return (content,)
     if isinstance(content, Mapping):
         file = content.get("file") if isinstance(content.get("file"), Mapping) else content
         path = file.get("path") if isinstance(file, Mapping) else None
-        return (Picture(url=str(path), where="picture"),) if path else (str(content.get("text") or ""),)
+        return (MessagePicture(url=str(path), where="picture"),) if path else (str(content.get("text") or ""),)
     return tuple(part for item in content for part in _parts(item)) if isinstance(content, Sequence) else ()
 
 
@@ -152,14 +152,14 @@ def build(demo: Demo) -> Any:
     with gr.Blocks(title="mm_moslora demo", analytics_enabled=False, fill_height=True) as page:
         with gr.Row():
             with gr.Column(scale=3):
-                place = gr.Column()
+                chat_column = gr.Column()
             with gr.Column(scale=2):
                 base = gr.Textbox(
                     label="The model before tuning", interactive=False, lines=4, elem_id="base",
                     placeholder=f"Not available: {demo.why_no_base}." if demo.why_no_base else None,
                 )  # fmt: skip
                 attention = gr.Image(label="Where the tuned answer looked", interactive=False, elem_id="attention")
-        with place:
+        with chat_column:
             # Answers are shown as plain text: the model's output must not be rendered as markup.
             chatbot = gr.Chatbot(
                 label="The tuned model", render_markdown=False, sanitize_html=True, height=520, elem_id="tuned"

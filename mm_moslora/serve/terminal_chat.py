@@ -59,7 +59,7 @@ class Chat:
         self.pending: list[int] = []
         """Pictures shown since the last question: 1 for a picture, the number of frames for a video."""
         self._features: list[Tensor] = []
-        self._asked: list[list[int]] = []
+        self._pending_by_turn: list[list[int]] = []
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_new_tokens: int = 128) -> Chat:
@@ -102,15 +102,15 @@ class Chat:
         Raises:
             DataError: the conversation is longer than the model's context; the question is removed again.
         """
-        asked = Turn.asking(question, images=len(self.pending))
-        asked = asked.showing(self.pending) if self.pending else asked
-        ids, seen = self._prompt([*self.turns, asked])
-        self.turns.append(asked)
-        self._asked.append(self.pending)
+        turn = Turn.asking(question, images=len(self.pending))
+        turn = turn.showing(self.pending) if self.pending else turn
+        ids, images = self._prompt([*self.turns, turn])
+        self.turns.append(turn)
+        self._pending_by_turn.append(self.pending)
         self.pending = []
         text, answer = TextStream(self.encoder), ""
         try:
-            for token in self._tokens(ids, seen):
+            for token in self._tokens(ids, images):
                 piece = text.add(token)
                 answer += piece
                 yield piece
@@ -128,29 +128,31 @@ class Chat:
         """Remove the last question and its answer; returns the question, None where there is none."""
         if not self.turns:
             return None
-        asked = self.turns[-2]
-        self.turns, self.pending = self.turns[:-2], self._asked.pop() + self.pending
-        return asked.parts()[-1].removeprefix("\n") if asked.images else asked.text
+        turn = self.turns[-2]
+        self.turns, self.pending = self.turns[:-2], self._pending_by_turn.pop() + self.pending
+        return turn.parts()[-1].removeprefix("\n") if turn.images else turn.text
 
     def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[ProcessedImage]]:
         """Token ids of a conversation, and its pictures as tensors."""
-        seen = self.assembly.image_processing.see(self.images) if self.assembly.image_processing else []
-        ids = self.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
+        images = self.assembly.image_processing.process(self.images) if self.assembly.image_processing else []
+        ids = self.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in images])
         longest = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
         if longest and len(ids) + self.max_new_tokens > longest:
             raise DataError(
                 f"The conversation takes {len(ids)} tokens and an answer up to {self.max_new_tokens}; this model holds "
                 f"{longest}. Type /reset, or start with a smaller --max-new-tokens."
             )
-        return ids, seen
+        return ids, images
 
-    def _tokens(self, ids: Tensor, seen: list[ProcessedImage]) -> Iterator[int]:
+    def _tokens(self, ids: Tensor, images: list[ProcessedImage]) -> Iterator[int]:
         model = self.assembly.model
         stops = stop_token_ids(model, self.assembly.tokenizer.eos_token_id)
         if has_own_forward(model):
-            yield from stream_padded_row(model, ids, seen, max_new_tokens=self.max_new_tokens, stop_ids=stops)
+            yield from stream_padded_row(model, ids, images, max_new_tokens=self.max_new_tokens, stop_ids=stops)
             return
-        self._features += [encode_images(model, one.tensors["pixel_values"])[0] for one in seen[len(self._features) :]]
+        self._features += [
+            encode_images(model, image.tensors["pixel_values"])[0] for image in images[len(self._features) :]
+        ]
         features = torch.cat(self._features) if self._features else None
         prompt = Prompt(input_ids=ids, features=features)
         for (token,) in stream(model, [prompt], max_new_tokens=self.max_new_tokens, stop_ids=stops):
@@ -175,12 +177,12 @@ def interactive(chat: Chat) -> None:
         try:
             if line in ("/quit", "/exit"):
                 return
-            _obey(chat, line)
+            _run_line(chat, line)
         except MoSLoRAError as error:
             _say(f"{error}\n")
 
 
-def _obey(chat: Chat, line: str) -> None:
+def _run_line(chat: Chat, line: str) -> None:
     """Run one line of input."""
     command, _, rest = line.partition(" ")
     path = Path(

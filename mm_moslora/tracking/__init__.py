@@ -2,6 +2,6 @@
 
 from mm_moslora.tracking.jsonl_tracker import JsonlTracker, read_metrics
 from mm_moslora.tracking.recipe_trackers import build_trackers
-from mm_moslora.tracking.tracker import Sample, Tracker, Trackers
+from mm_moslora.tracking.tracker import SampleAnswer, Tracker, Trackers
 
-__all__ = ["JsonlTracker", "Sample", "Tracker", "Trackers", "build_trackers", "read_metrics"]
+__all__ = ["JsonlTracker", "SampleAnswer", "Tracker", "Trackers", "build_trackers", "read_metrics"]

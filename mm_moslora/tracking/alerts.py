@@ -7,7 +7,6 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 STALL_FACTOR = 10.0
 """Multiple of the usual gap between two records; a longer gap is a stall."""
@@ -17,45 +16,37 @@ WELL_RECORDS = 50
 """Consecutive finite records after which a new alert about a non-finite value may be raised."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Alert:
-    """One message."""
-
-    title: str
-    text: str
-
-
 class Watch:
     """Checks every record of metrics, and the time between records.
 
     Args:
-        raise_alert: called with an alert; for a stall, from another thread.
+        raise_alert: called with the title and the text of an alert; for a stall, from another thread.
         clock: seconds, monotonic.
         shortest: gaps shorter than this are never a stall, seconds.
     """
 
     def __init__(
-        self, raise_alert: Callable[[Alert], None], *, clock: Callable[[], float], shortest: float = SHORTEST_STALL
+        self, raise_alert: Callable[[str, str], object], *, clock: Callable[[], float], shortest: float = SHORTEST_STALL
     ) -> None:
         self._raise, self._clock, self._shortest = raise_alert, clock, shortest
         self._gaps: deque[float] = deque(maxlen=50)
         self._last: float | None = None
         self._step = 0
-        self._stalled_told = False
+        self._stall_reported = False
         self._well_since = WELL_RECORDS
         """Consecutive finite records."""
         self._timer: threading.Timer | None = None
 
-    def see(self, metrics: Mapping[str, float], step: int) -> None:
+    def process(self, metrics: Mapping[str, float], step: int) -> None:
         """Check a record. Each kind of alert is raised once until the run has been healthy again for a while."""
         now = self._clock()
         if self._last is not None:
             self._gaps.append(now - self._last)
         self._last, self._step = now, step
-        self._stalled_told = False
+        self._stall_reported = False
         bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
         if bad and self._well_since >= WELL_RECORDS:
-            self._raise(Alert(title="Not a number", text=f"Step {step}: {', '.join(bad)} not finite."))
+            self._raise("Not a number", f"Step {step}: {', '.join(bad)} not finite.")
         self._well_since = 0 if bad else self._well_since + 1
         self._arm()
 
@@ -77,7 +68,6 @@ class Watch:
         self._timer.start()
 
     def _stalled(self, seconds: float) -> None:
-        text = f"No metrics since step {self._step}, for {seconds:.0f} s."
-        if not self._stalled_told:
-            self._stalled_told = True
-            self._raise(Alert(title="Stalled", text=text))
+        if not self._stall_reported:
+            self._stall_reported = True
+            self._raise("Stalled", f"No metrics since step {self._step}, for {seconds:.0f} s.")

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.tracker import Ending, Sample
+from mm_moslora.tracking.tracker import Ending, SampleAnswer, Tracker
 from mm_moslora.utils.files import Appender, rename, replace_json, replace_text, sync
 from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -35,15 +35,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Args:
         path: where it is missing, there are no records.
     """
-    records = []
-    for line in (read_text_below(path.parent, path.name, errors="replace") or "").splitlines():
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-    return records
+    lines = (read_text_below(path.parent, path.name, errors="replace") or "").splitlines()
+    return [record for line in lines if (record := _parse(line)) is not None]
 
 
-class JsonlTracker:
+class JsonlTracker(Tracker):
     """Writes `metrics.jsonl` (numbers; null where one is not finite) and `tracked_samples.jsonl`."""
 
     name = "jsonl"
@@ -81,20 +77,11 @@ class JsonlTracker:
         numbers = {name: _number(value) for name, value in metrics.items()}
         self._write(METRICS, {"step": step, "time": round(time.time(), 3), **numbers})
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         for sample in samples:
-            self._write(
-                SAMPLES,
-                {
-                    "step": step, "title": title, "image": None if sample.image is None else str(sample.image),
-                    "question": sample.question, "expected": sample.expected,
-                    "prediction": sample.prediction, "correct": sample.correct,
-                },
-            )  # fmt: skip
-
-    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Does nothing: the mixers are in `mixers.json`."""
+            image = None if sample.image is None else str(sample.image)
+            self._write(SAMPLES, {"step": step, "title": title, "image": image, **sample.texts})
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`; one line of `evaluations.jsonl`."""
@@ -104,9 +91,6 @@ class JsonlTracker:
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`; one line of `alerts.jsonl`."""
         self._write(ALERTS, {"time": round(time.time(), 3), "title": title, "text": text})
-
-    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Does nothing: the folder is already on this disk."""
 
     def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""
@@ -119,7 +103,7 @@ class JsonlTracker:
 def _previous(path: Path) -> Path:
     """An unused name for the file of an earlier run."""
     names = (f"{path.stem}.previous{number or ''}{path.suffix}" for number in itertools.count())
-    return next(place for name in names if not (place := path.with_name(name)).exists())
+    return next(free for name in names if not (free := path.with_name(name)).exists())
 
 
 def _number(value: float) -> float | None:
@@ -140,10 +124,13 @@ def _parse(line: str) -> dict[str, Any] | None:
 def _cut_after(path: Path, step: int) -> None:
     """Keep the complete lines up to `step`; the file is replaced atomically."""
     lines = (read_text_below(path.parent, path.name, errors="replace") or "").splitlines()
-    kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
-    if len(kept) == len(lines):
+    remaining = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
+    if len(remaining) == len(lines):
         return
-    replace_text(path, "".join(line + "\n" for line in kept))
+    replace_text(path, "".join(line + "\n" for line in remaining))
     logger.info(
-        "%s: %d records after step %d are cut off and will be written again.", path.name, len(lines) - len(kept), step
+        "%s: %d records after step %d are cut off and will be written again.",
+        path.name,
+        len(lines) - len(remaining),
+        step,
     )

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.config import TrackConfig
 from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.tracker import (  # fmt: skip
     PROJECT,
     Ending,
-    Labels,
-    Sample,
+    SampleAnswer,
+    Tracker,
     adapter_digest,
     chosen,
     default_name,
@@ -36,21 +37,21 @@ _SETTINGS = {
 """Defaults of this process: the ranks wait while a server does not answer."""
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """One MLflow run per run folder.
 
     Args:
-        labels: names, tags and notes.
+        config: the recipe's `track`, of which names, tags and notes are read.
     """
 
     name = "mlflow"
 
-    def __init__(self, labels: Labels) -> None:
-        self._labels = labels
+    def __init__(self, config: TrackConfig) -> None:
+        self._config = config
         self._client: Any = None
         self._run = ""
         self._until = -1
-        self._there: dict[str, set[int]] = {}
+        self._logged_steps: dict[str, set[int]] = {}
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
         """See `Tracker.start`. A resumed run continues the same MLflow run."""
@@ -61,17 +62,17 @@ class MlflowTracker:
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve() / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
-        known = None if resume_step is None else read_text_below(run_folder, ID_FILE)
-        if known is not None:
-            self._run = known.strip()
+        run_id = None if resume_step is None else read_text_below(run_folder, ID_FILE)
+        if run_id is not None:
+            self._run = run_id.strip()
             self._client.update_run(self._run, status="RUNNING")
             self._until = max(self._steps_of(namespaced("loss")), default=-1)
             return
-        project = chosen(self._labels.project, "MLFLOW_EXPERIMENT_NAME", "track.project") or PROJECT
-        found = self._client.get_experiment_by_name(project)
-        place = None if os.environ.get("MLFLOW_TRACKING_URI") else (run_folder / "mlflow").resolve().as_uri()
-        experiment = found.experiment_id if found else self._client.create_experiment(project, place)
-        name = self._labels.name or default_name(run_folder)
+        project = chosen(self._config.project, "MLFLOW_EXPERIMENT_NAME", "track.project") or PROJECT
+        existing = self._client.get_experiment_by_name(project)
+        artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else (run_folder / "mlflow").resolve().as_uri()
+        experiment = existing.experiment_id if existing else self._client.create_experiment(project, artifacts)
+        name = self._config.name or default_name(run_folder)
         self._run = self._client.create_run(experiment, run_name=name).info.run_id
         for key, value in self._tags().items():
             self._client.set_tag(self._run, key, value)
@@ -81,13 +82,9 @@ class MlflowTracker:
             self._client.log_batch(self._run, params=params[first : first + _MOST_PARAMS])
 
     def _tags(self) -> dict[str, str]:
-        labels = self._labels
-        named = {"mlflow.note.content": labels.notes, "group": labels.group, "job_type": labels.job_type}
-        return {key: value for key, value in named.items() if value} | {f"tag.{tag}": "yes" for tag in labels.tags}
-
-    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
-        """See `Tracker.reopen`."""
-        self.start(config, run_folder, resume_step=0)
+        config = self._config
+        tags = {"mlflow.note.content": config.notes, "group": config.group, "job_type": config.job_type}
+        return {key: value for key, value in tags.items() if value} | {f"tag.{tag}": "yes" for tag in config.tags}
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`. What a killed run logged after its last checkpoint is kept, and not logged again."""
@@ -103,11 +100,11 @@ class MlflowTracker:
 
     def _steps_of(self, name: str) -> set[int]:
         """Steps of a metric that the run had before it was continued."""
-        if name not in self._there:
-            self._there[name] = {metric.step for metric in self._client.get_metric_history(self._run, name)}
-        return self._there[name]
+        if name not in self._logged_steps:
+            self._logged_steps[name] = {metric.step for metric in self._client.get_metric_history(self._run, name)}
+        return self._logged_steps[name]
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         rows = []
         for index, sample in enumerate(samples):
@@ -115,12 +112,7 @@ class MlflowTracker:
             if small is not None:
                 picture = f"samples/{title}/{step}/{index}.png"
                 self._client.log_image(self._run, small, artifact_file=picture)
-            rows.append(
-                {
-                    "image": picture, "question": sample.question, "expected": sample.expected,
-                    "prediction": sample.prediction, "correct": sample.correct,
-                }
-            )  # fmt: skip
+            rows.append({"image": picture, **sample.texts})
         self._client.log_dict(self._run, {"step": step, "samples": rows}, f"samples/{title}/{step}.json")
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:

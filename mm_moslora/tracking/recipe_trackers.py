@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 
 from mm_moslora.config import TrackConfig
 from mm_moslora.tracking.jsonl_tracker import JsonlTracker
 from mm_moslora.tracking.mlflow_tracker import MlflowTracker
 from mm_moslora.tracking.tensorboard_tracker import TensorBoardTracker
-from mm_moslora.tracking.tracker import Labels, Tracker, Trackers
+from mm_moslora.tracking.tracker import Tracker, Trackers
 from mm_moslora.tracking.trackio_tracker import TrackioTracker
 from mm_moslora.tracking.wandb_tracker import WandbTracker
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.package_requirements import install_command, is_installed
+
+_MAKERS: dict[str, Callable[[TrackConfig], Tracker]] = {
+    "tensorboard": lambda _: TensorBoardTracker(),
+    "trackio": TrackioTracker,
+    "mlflow": MlflowTracker,
+    "wandb": WandbTracker,
+}
 
 
 def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:
@@ -28,14 +35,5 @@ def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Tracke
     for name in config.trackers:
         if not is_installed(name):
             raise ConfigError(f"track.trackers holds {name!r}, which is not installed: {install_command(name)}")
-    labels = Labels(**{item.name: getattr(config, item.name) for item in dataclasses.fields(Labels)})
-    made: list[Tracker] = [JsonlTracker()]
-    if "tensorboard" in config.trackers:
-        made.append(TensorBoardTracker())
-    if "trackio" in config.trackers:
-        made.append(TrackioTracker(labels))
-    if "mlflow" in config.trackers:
-        made.append(MlflowTracker(labels))
-    if "wandb" in config.trackers:
-        made.append(WandbTracker(labels))
-    return Trackers(made, active=active)
+    chosen = [make(config) for name, make in _MAKERS.items() if name in config.trackers]
+    return Trackers([JsonlTracker(), *chosen], active=active)

@@ -29,15 +29,15 @@ _SCHEDULER = (
 
 def environment() -> dict[str, Any]:
     """Versions, hardware, the scheduler's job and the git state of the working folder; unknown values are left out."""
-    found: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    facts: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         version = installed_version(package)
         if version is not None:
             # A local version such as +cpu depends on how torch was installed here, and no requirement needs it.
-            found[package] = version.partition("+")[0]
-    found["processors"] = os.cpu_count() or 0
-    found |= _accelerator() | {name.lower(): os.environ[name] for name in _SCHEDULER if os.environ.get(name)}
-    return found | git_state(Path.cwd())
+            facts[package] = version.partition("+")[0]
+    facts["processors"] = os.cpu_count() or 0
+    facts |= _accelerator() | {name.lower(): os.environ[name] for name in _SCHEDULER if os.environ.get(name)}
+    return facts | git_state(Path.cwd())
 
 
 def git_state(folder: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def git_state(folder: Path) -> dict[str, Any]:
     somebody else's. It is asked for changes only in this project's own checkout, whose code runs anyway. No remotes:
     their URLs may hold keys.
     """
-    root = next((place for place in (folder, *folder.parents) if os.path.lexists(place / ".git")), None)
+    root = next((parent for parent in (folder, *folder.parents) if os.path.lexists(parent / ".git")), None)
     commit = None if root is None else _commit(root)
     if commit is None:
         return {}
@@ -65,8 +65,8 @@ def _commit(root: Path) -> str | None:
         if not head.startswith("ref:"):
             return _hash(head)
         name = head.removeprefix("ref:").strip()
-        for place in (git, common):
-            if (text := read_text_below(place, name)) is not None:
+        for parent in (git, common):
+            if (text := read_text_below(parent, name)) is not None:
                 return _hash(text.strip())
         lines = (line.split() for line in (read_text_below(common, "packed-refs") or "").splitlines())
         return next((_hash(words[0]) for words in lines if words[1:] == [name]), None)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.tracking.mixer_images import mixer_views
-from mm_moslora.tracking.tracker import Ending, Sample, headline, namespaced
+from mm_moslora.tracking.tracker import Ending, SampleAnswer, Tracker, headline, namespaced
 
 FOLDER = "tensorboard"
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """Writes scalars, sample tables and pictures as TensorBoard events."""
 
     name = "tensorboard"
@@ -43,7 +43,7 @@ class TensorBoardTracker:
         for name, value in metrics.items():
             self._writer.add_scalar(namespaced(name), float(value), step)
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         import numpy as np
 
@@ -69,18 +69,15 @@ class TensorBoardTracker:
         """See `Tracker.log_evaluation`."""
         cells = ["| task | system | n | mean | low | high |", "|---|---|---|---|---|---|"]
         for row in rows:
-            named = [str(row.get(key, "")) for key in ("task", "label", "n", "mean", "low", "high")]
-            cells.append("| " + " | ".join(_cell(text) for text in named) + " |")
+            texts = [str(row.get(key, "")) for key in ("task", "label", "n", "mean", "low", "high")]
+            cells.append("| " + " | ".join(_cell(text) for text in texts) + " |")
         self._writer.add_text("evaluation", "\n".join([*cells, "", f"adapter sha256 {adapter}"]), step)
         for name, score in headline(rows).items():
             self._writer.add_scalar(name, score, step)
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`."""
-        self._writer.add_text("alerts", f"**{_cell(title)}** {_cell(text)}", 0)
-
-    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Does nothing: TensorBoard stores no files."""
+        self._writer.add_text("alerts", f"**{_cell(title)}** {_cell(text)}", 0)  # an alert has no step
 
     def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""

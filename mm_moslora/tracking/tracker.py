@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from PIL.Image import Image
 
-from mm_moslora.tracking.alerts import Alert, Watch
+from mm_moslora.tracking.alerts import Watch
 from mm_moslora.tracking.run_environment import environment
 from mm_moslora.utils.files import is_full, sha256_of
 from mm_moslora.utils.redaction import redact, redact_text
@@ -34,20 +34,7 @@ MOST_FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
-    """Name, project and tags of a run; see `TrackConfig` for the meaning of None."""
-
-    project: str | None = None
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
-    job_type: str | None = None
-    notes: str | None = None
-    tags: list[str] = dataclasses.field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
+class SampleAnswer:
     """One question with its picture and the model's answer."""
 
     question: str
@@ -58,6 +45,12 @@ class Sample:
     image: Path | None = None
     """A picture file; it is re-encoded at a small size before it is sent anywhere."""
 
+    @property
+    def texts(self) -> dict[str, str | bool | None]:
+        """What a table of samples shows beside the picture."""
+        names = ("question", "expected", "prediction", "correct")
+        return {name: getattr(self, name) for name in names}
+
     def small(self) -> Image | None:
         """The picture as RGB, at most 256 pixels long; None where it is missing or unreadable."""
         from mm_moslora.reporting.inline_images import FORMATS, shrunk
@@ -65,8 +58,11 @@ class Sample:
         return None if self.image is None else shrunk(self.image, side=256, formats=(*FORMATS, "TIFF"))
 
 
-class Tracker(Protocol):
-    """A destination of metrics. Steps are optimiser steps and count from 1."""
+class Tracker:
+    """A destination of metrics. Steps are optimiser steps and count from 1.
+
+    A destination overrides what it can hold; the rest does nothing.
+    """
 
     name: str
     """For messages."""
@@ -82,11 +78,12 @@ class Tracker(Protocol):
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """Open a finished run to add to it; no record is removed."""
+        self.start(config, run_folder, resume_step=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers at a step."""
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """Record questions and answers for a step."""
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -126,7 +123,7 @@ class Trackers:
             active = distributed.is_main()
         self._trackers: list[Tracker] = list(trackers) if active else []
         self._failures: dict[str, int] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
         self._lock = threading.RLock()  # a timer's thread reports stalls
         self._watch = Watch(self.alert, clock=time.monotonic)
 
@@ -149,7 +146,7 @@ class Trackers:
         """Record numbers everywhere; see `Tracker.log`."""
         self._each("log", lambda tracker: tracker.log(metrics, step))
         if self._trackers:
-            self._watch.see(metrics, step)
+            self._watch.process(metrics, step)
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Record mixers everywhere; see `Tracker.log_mixers`."""
@@ -160,12 +157,12 @@ class Trackers:
         """Record scores everywhere; see `Tracker.log_evaluation`."""
         self._each("log an evaluation", lambda tracker: tracker.log_evaluation(rows, adapter=adapter, step=step))
 
-    def alert(self, alert: Alert) -> None:
+    def alert(self, title: str, text: str) -> None:
         """Send an alert everywhere; see `Tracker.alert`."""
-        text = redact_text(alert.text)
-        self._each("raise an alert", lambda tracker: tracker.alert(alert.title, text))
+        clean = redact_text(text)
+        self._each("raise an alert", lambda tracker: tracker.alert(title, clean))
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """Record samples everywhere; see `Tracker.log_samples`. Secrets in the texts are removed here."""
         clean = [_without_secrets(sample) for sample in samples]
         self._each("log samples", lambda tracker: tracker.log_samples(title, clean, step))
@@ -202,27 +199,27 @@ class Trackers:
         over = not is_full(error) and (needed or count >= MOST_FAILURES)
         if over:
             self._trackers.remove(tracker)
-        elif (tracker.name, what) in self._told:
+        elif (tracker.name, what) in self._reported:
             return
-        self._told.add((tracker.name, what))
+        self._reported.add((tracker.name, what))
         logger.warning(
             "Tracker %s could not %s (%s: %s); %s.", tracker.name, what, type(error).__name__, redact_text(str(error)),
             "the run continues without it" if over else "it is tried again",
         )  # fmt: skip
 
 
-def chosen(given: str | None, variable: str, key: str) -> str | None:
+def chosen(of_recipe: str | None, variable: str, key: str) -> str | None:
     """The recipe's value, else the tracker's environment variable; a warning names a variable that is overridden.
 
     Args:
-        given: the recipe's value.
+        of_recipe: the recipe's value.
         variable: name of the tracker's environment variable.
         key: the recipe's key, for the message.
     """
-    told = os.environ.get(variable)
-    if given and told and told != given:
-        logger.warning("%s is %r in the recipe, so %s=%r is ignored.", key, given, variable, told)
-    return given or told
+    of_environment = os.environ.get(variable)
+    if of_recipe and of_environment and of_environment != of_recipe:
+        logger.warning("%s is %r in the recipe, so %s=%r is ignored.", key, of_recipe, variable, of_environment)
+    return of_recipe or of_environment
 
 
 def default_name(run_folder: Path) -> str:
@@ -230,7 +227,7 @@ def default_name(run_folder: Path) -> str:
     return "/".join(run_folder.resolve().parts[-2:])
 
 
-def _without_secrets(sample: Sample) -> Sample:
+def _without_secrets(sample: SampleAnswer) -> SampleAnswer:
     return dataclasses.replace(
         sample,
         question=redact_text(sample.question),
@@ -255,13 +252,13 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted names."""
-    found: dict[str, Any] = {}
+    items: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            items |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
-    return found
+            items[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return items
 
 
 def namespaced(name: str) -> str:

@@ -6,21 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.config import TrackConfig
 from mm_moslora.tracking.mixer_images import mixer_views
-from mm_moslora.tracking.tracker import PROJECT, Ending, Labels, Sample, default_name, flat, headline, namespaced
+from mm_moslora.tracking.tracker import PROJECT, Ending, SampleAnswer, Tracker, default_name, flat, headline, namespaced
 
 
-class TrackioTracker:
+class TrackioTracker(Tracker):
     """One trackio run per run folder, in trackio's own store on this machine.
 
     Args:
-        labels: names; trackio has groups, but no tags and notes.
+        config: the recipe's `track`; trackio has names and groups, but no tags and notes.
     """
 
     name = "trackio"
 
-    def __init__(self, labels: Labels) -> None:
-        self._labels = labels
+    def __init__(self, config: TrackConfig) -> None:
+        self._config = config
         self._run: Any = None
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
@@ -28,33 +29,24 @@ class TrackioTracker:
         import trackio
 
         self._run = trackio.init(
-            project=self._labels.project or PROJECT, name=self._labels.name or default_name(run_folder),
-            group=self._labels.group, config=flat(config),
+            project=self._config.project or PROJECT, name=self._config.name or default_name(run_folder),
+            group=self._config.group, config=flat(config),
             resume="never" if resume_step is None else "allow", embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
-
-    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
-        """See `Tracker.reopen`."""
-        self.start(config, run_folder, resume_step=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
         self._run.log({namespaced(name): float(value) for name, value in metrics.items()}, step=step)
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         import pandas
         import trackio
 
-        small = [sample.small() for sample in samples]
         rows = [
-            {
-                "image": None if picture is None else trackio.Image(picture),
-                "question": sample.question, "expected": sample.expected, "prediction": sample.prediction,
-                "correct": sample.correct,
-            }
-            for sample, picture in zip(samples, small, strict=True)
-        ]  # fmt: skip
+            {"image": None if (picture := sample.small()) is None else trackio.Image(picture), **sample.texts}
+            for sample in samples
+        ]
         self._run.log({f"samples/{title}": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -62,9 +54,6 @@ class TrackioTracker:
         import trackio
 
         self._run.log({f"mixers/{view.path}": trackio.Image(view.heat_map) for view in mixer_views(rows)}, step=step)
-
-    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Does nothing: the folder is already on this disk."""
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`."""

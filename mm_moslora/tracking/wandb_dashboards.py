@@ -27,10 +27,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Components": tuple(
         f"train/{kind}_norm/{part}" for kind in ("momentum", "weight") for part in ("adapter", "mixer", "projector")
     ),
-    "Adapter": (
-        *(f"adapter/mixer/{name}" for name in TITLES),
-        "adapter/mixers",
-    ),
+    "Adapter": (*(f"adapter/mixer/{name}" for name in TITLES), "adapter/mixers"),
     "Evaluation": ("eval/scores", "eval/validation"),
     "Speed and memory": (
         "train/tokens_per_second",

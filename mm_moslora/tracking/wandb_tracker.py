@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mm_moslora.config import TrackConfig
 from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.tracker import (  # fmt: skip
     PROJECT,
     Ending,
-    Labels,
-    Sample,
+    SampleAnswer,
+    Tracker,
     adapter_digest,
     chosen,
     default_name,
@@ -78,17 +79,17 @@ def refuse_workspace_settings() -> None:
             )
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """One wandb run per run folder.
 
     Args:
-        labels: names, tags and notes.
+        config: the recipe's `track`, of which names, tags and notes are read.
     """
 
     name = "wandb"
 
-    def __init__(self, labels: Labels) -> None:
-        self._labels = labels
+    def __init__(self, config: TrackConfig) -> None:
+        self._config = config
         self._run: Any = None
         self._online = False
 
@@ -98,11 +99,11 @@ class WandbTracker:
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
-        known = "" if resume_step is None else (read_text_below(run_folder, ID_FILE) or "").strip()
-        given = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent sets the id of the trial
-        run_id = known or given or uuid.uuid4().hex[:12]
+        earlier = "" if resume_step is None else (read_text_below(run_folder, ID_FILE) or "").strip()
+        of_sweep = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent sets the id of the trial
+        run_id = earlier or of_sweep or uuid.uuid4().hex[:12]
         try:
-            self._run = self._init(mode, run_id, run_folder, config, resumed=bool(known or given))
+            self._run = self._init(mode, run_id, run_folder, config, resumed=bool(earlier or of_sweep))
         except Exception as error:
             if mode in ("offline", "disabled"):
                 raise
@@ -111,7 +112,7 @@ class WandbTracker:
                 redact_text(str(error)).splitlines()[0][:200], run_folder,
             )  # fmt: skip
             wandb.teardown()  # the failed attempt still holds the id
-            self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known or given))
+            self._run = self._init("offline", run_id, run_folder, config, resumed=bool(earlier or of_sweep))
         replace_text(run_folder / ID_FILE, run_id + "\n")
         self._online = not self._run.offline
         # The step is a metric of the run: wandb drops records with a decreasing built-in step, as after a resume.
@@ -140,27 +141,23 @@ class WandbTracker:
 
     def _named(self, folder: Path) -> dict[str, Any]:
         """The recipe's value, else wandb's environment variables, else a default from the folder."""
-        labels = self._labels
+        config = self._config
         defaults = {"project": PROJECT, "name": default_name(folder)}
-        found: dict[str, Any] = {
-            name: chosen(getattr(labels, name), f"WANDB_{variable}", f"track.{name}") or defaults.get(name)
+        names: dict[str, Any] = {
+            name: chosen(getattr(config, name), f"WANDB_{variable}", f"track.{name}") or defaults.get(name)
             for name, variable in (
                 ("project", "PROJECT"), ("entity", "ENTITY"), ("name", "NAME"), ("group", "RUN_GROUP"),
                 ("job_type", "JOB_TYPE"), ("notes", "NOTES"),
             )
         }  # fmt: skip
-        tags = chosen(",".join(labels.tags), "WANDB_TAGS", "track.tags") or ""
-        return found | {"tags": [tag.strip() for tag in tags.split(",") if tag.strip()]}
-
-    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
-        """See `Tracker.reopen`."""
-        self.start(config, run_folder, resume_step=0)
+        tags = chosen(",".join(config.tags), "WANDB_TAGS", "track.tags") or ""
+        return names | {"tags": [tag.strip() for tag in tags.split(",") if tag.strip()]}
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
         self._run.log({STEP: step, **{namespaced(name): float(value) for name, value in metrics.items()}})
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """See `Tracker.log_samples`."""
         import wandb
 
@@ -168,7 +165,7 @@ class WandbTracker:
         for sample in samples[:MAX_SAMPLES]:
             small = sample.small()
             image = None if small is None else wandb.Image(small)
-            table.add_data(image, sample.question, sample.expected, sample.prediction, sample.correct)  # type: ignore[no-untyped-call]
+            table.add_data(image, *sample.texts.values())  # type: ignore[no-untyped-call]
         if len(samples) > MAX_SAMPLES:
             logger.info("wandb: the first %d of %d samples are logged.", MAX_SAMPLES, len(samples))
         self._run.log({STEP: step, namespaced(title if "/" in title else f"eval/{title}"): table})
@@ -251,5 +248,5 @@ def _settings() -> Any:
         "silent": True,
         "disable_git": True,  # a remote's URL may hold a password; the commit is in the configuration
     }
-    known = wandb.Settings.model_fields  # older versions lack `finish_timeout` and refuse unknown settings
-    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
+    fields = wandb.Settings.model_fields  # older versions lack `finish_timeout` and refuse unknown settings
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in fields})

@@ -58,11 +58,11 @@ def stage_of(name: str) -> int:
 
 def _stage(value: object, name: str) -> int:
     """The stage as a number; DeepSpeed takes `"3"` and `3.0`, too."""
-    known = {str(stage): stage for stage in range(4)}
+    stages = {str(stage): stage for stage in range(4)}
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    if text not in known:
+    if text not in stages:
         raise ConfigError(f"train.zero {name}: zero_optimization.stage is {value!r}, expected 0 to 3.")
-    return known[text]
+    return stages[text]
 
 
 def fill_zero(zero: dict[str, Any], *, largest_adapter: int, ranks_of_host: int) -> None:
@@ -147,8 +147,8 @@ class ZeroSettings:
             persistent=number(_PERSISTENCE),
             secondary=max(1, min(number(_SECONDARY), world)) if stage == 3 else 1,
             frozen_in_bytes=stage == 3 and zero.get("zero_quantized_nontrainable_weights") is True,
-            parameters_off=_place(zero, "offload_param", "cpu_offload_param") if stage == 3 else "",
-            optimizer_off=share if stage and _place(zero, "offload_optimizer", "cpu_offload") else 0.0,
+            parameters_off=_offload_device(zero, "offload_param", "cpu_offload_param") if stage == 3 else "",
+            optimizer_off=share if stage and _offload_device(zero, "offload_optimizer", "cpu_offload") else 0.0,
         )
 
 
@@ -159,7 +159,7 @@ def wants_cpu_adam(config: Mapping[str, Any]) -> bool:
     return offloads and config.get("zero_force_ds_cpu_optimizer") is True
 
 
-def _place(zero: dict[str, Any], group: str, old: str) -> str:
+def _offload_device(zero: dict[str, Any], group: str, old: str) -> str:
     """The device to which a group offloads, or the key of older files; empty for none."""
     settings = zero.get(group)
     device = settings.get("device") if isinstance(settings, dict) else "cpu" if zero.get(old) is True else None
@@ -175,5 +175,5 @@ def _file(name: str) -> Path:
     folder = shipped_folder("deepspeed_configs")
     if (folder / f"{name}.json").is_file():
         return folder / f"{name}.json"
-    known = sorted({file.stem for file in folder.glob("*.json")} | {"auto", "none"})
-    raise ConfigError(f"train.zero is {name!r}, expected {', '.join(known)} or a JSON file.{suggestion(name, known)}")
+    names = sorted({file.stem for file in folder.glob("*.json")} | {"auto", "none"})
+    raise ConfigError(f"train.zero is {name!r}, expected {', '.join(names)} or a JSON file.{suggestion(name, names)}")

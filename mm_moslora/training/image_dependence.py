@@ -93,8 +93,8 @@ class ImageCheck:
         same = torch.ones(batch.supervised_tokens, dtype=torch.bool)  # [K]
         same[engine.module.share.targets(batch)] = (read[0] == read[1]).all(dim=-1).cpu()
         ignored = [item.what for item in chosen if bool(same[item.targets].all())]
-        found = distributed.gather_objects((len(chosen), ignored))
-        rows = [found[first : first + engine.copies] for first in range(0, len(found), engine.copies)]
+        outcomes = distributed.gather_objects((len(chosen), ignored))
+        rows = [outcomes[first : first + engine.copies] for first in range(0, len(outcomes), engine.copies)]
         # A record is ignored when all ranks that share its row say so.
         everywhere = [what for (_, items), *others in rows for what in items if all(what in own for _, own in others)]
         if everywhere:
@@ -111,8 +111,8 @@ class ImageCheck:
         """Refuse a trained part without gradients. They show in Adam's momentum, which every ZeRO stage keeps."""
         norms = self.run.engine.component_norms()
         for part in ("projector", "vision"):
-            found = [norm for name, norm in norms.items() if name.startswith(f"momentum_norm/{part}")]
-            if found and not any(found):
+            norms_of_part = [norm for name, norm in norms.items() if name.startswith(f"momentum_norm/{part}")]
+            if norms_of_part and not any(norms_of_part):
                 raise TrainingError(
                     f"The loss depends on the images, but what trains of model.{part} got a gradient of exactly 0 in "
                     f"step {self.run.step}. Freeze it (model.{part}.mode), or make the loss use its output "
@@ -140,7 +140,7 @@ def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
         return []
     starts = [0, *itertools.accumulate(batch.segment_lengths)]
     bounds = torch.searchsorted(batch.target_positions, torch.tensor(starts)).tolist()
-    found: list[Replaced] = []
+    replaced: list[Replaced] = []
     row = several = 0
     for number, own in enumerate(batch.image_rows):
         targets = slice(bounds[number], bounds[number + 1])
@@ -155,8 +155,8 @@ def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
         if count and bool(batch.pixel_values[rows].any()):  # all-zero images are padding
             name = batch.ids[number] if batch.ids else str(number)
             what = f"image {image + 1} of {len(own)} of record {name}"
-            found.append(Replaced(what=what, of=count, rows=rows, targets=targets))
-    return found
+            replaced.append(Replaced(what=what, of=count, rows=rows, targets=targets))
+    return replaced
 
 
 def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int) -> int:
@@ -172,10 +172,10 @@ def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int)
         return 0
     if token is None:
         return images
-    places, last = (ids == token).nonzero(), int(behind.max())
-    if not len(places) or int(places[0]) > last:
+    positions, last = (ids == token).nonzero(), int(behind.max())
+    if not len(positions) or int(positions[0]) > last:
         return 0
-    return images if int(places[-1]) <= last else 1
+    return images if int(positions[-1]) <= last else 1
 
 
 def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
@@ -204,25 +204,25 @@ def noise_like(pixels: Tensor) -> Tensor:
     noise = torch.randn(pixels.shape, generator=generator).to(pixels)
     if pixels.ndim < 5:
         return noise
-    shown = pixels.flatten(-3).any(dim=-1)
-    return noise * shown[..., None, None, None]
+    has_content = pixels.flatten(-3).any(dim=-1)
+    return noise * has_content[..., None, None, None]
 
 
 @contextmanager
 def _without_memory(module: LossModule) -> Iterator[None]:
     """Disable cached features, on disk and of earlier micro-batches."""
-    kept, module.pictures = module.pictures, StepFeatureCache()
+    pictures, module.pictures = module.pictures, StepFeatureCache()
     try:
         yield
     finally:
-        module.pictures = kept
+        module.pictures = pictures
 
 
 @contextmanager
 def _read_by_head(module: LossModule) -> Iterator[list[Tensor]]:
     """Record the head's input in each forward pass, ``[K, D]``."""
     read: list[Tensor] = []
-    hook = module.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    hook = module.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
         yield read
     finally:

@@ -50,18 +50,18 @@ SAMPLES_TO_START = 256
 
 
 def resumed_start(
-    given: ModelConfig, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path
+    config: ModelConfig, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path
 ) -> tuple[ModelConfig, AdapterConfig]:
     """The source of a resumed run's initial weights: its checkpoint, where the original ones are gone.
 
-    `model` is `given`, the recipe's, as `resolve_model_paths` found it.
+    `model` is `config`, the recipe's, as `resolve_model_paths` found it.
 
     Trained weights are loaded from the checkpoint's state later, so only frozen parts and shapes depend on this.
     """
-    weights, kept = given.projector.weights, checkpoint / "projector.safetensors"
-    fresh = weights is None and model.vlm is None and not model.projector_trains and kept.is_file()
+    weights, saved = config.projector.weights, checkpoint / "projector.safetensors"
+    fresh = weights is None and model.vlm is None and not model.projector_trains and saved.is_file()
     if fresh or (weights and not projector_file(model.projector.weights or "").is_file()):
-        model = replace(model, projector=replace(model.projector, weights=str(kept)))
+        model = replace(model, projector=replace(model.projector, weights=str(saved)))
     if adapter.weights and not is_adapter(adapter.weights):
         adapter = replace(adapter, weights=str(checkpoint / "adapter"))
     return model, adapter
@@ -101,10 +101,10 @@ def _batches(model: PreTrainedModel, data: TrainingSet, size: int) -> list[dict[
     count = min(len(data), SAMPLES_TO_START)
     progress = Progress("read samples for the adapter", count)
     examples = []
-    for place in range(count):
-        if (example := data[len(data) * place // count]) is not None:
+    for index in range(count):
+        if (example := data[len(data) * index // count]) is not None:
             examples.append(example)
-        progress.update(place + 1)
+        progress.update(index + 1)
     if not examples:
         raise TrainingError("The adapter's start reads samples of the training data, and none of them can be used.")
     collate = PaddedCollator(model=model)
@@ -159,8 +159,10 @@ def _spread_out(
 
     At most `count`, evenly spaced, since files are often sorted by content.
     """
-    shown = [index for index in range(len(data)) if data.has_image[index]]
-    chosen = [shown[len(shown) * place // count] for place in range(count)] if len(shown) > count else shown
+    with_images = [index for index in range(len(data)) if data.has_image[index]]
+    chosen = with_images
+    if len(with_images) > count:
+        chosen = [with_images[len(with_images) * nth // count] for nth in range(count)]
     for done, index in enumerate(chosen, start=1):
         example = data[index]
         if example is not None and example.pictures:
@@ -192,11 +194,11 @@ def _features_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Te
         records = _spread_out(data, PICTURES_TO_FIT, on_progress=progress.of)
         while some := list(islice(records, PICTURES_TO_SCALE)):
             pixels, targets = [], []
-            for example, shown in some:
+            for example, images in some:
                 answers = example.input_ids[example.supervised]
                 if len(answers := answers[~torch.isin(answers, marks)]):
-                    pixels.append(shown)
-                    targets.append(words[answers].float().mean(0).expand(len(shown), -1))
+                    pixels.append(images)
+                    targets.append(words[answers].float().mean(0).expand(len(images), -1))
             if pixels:
                 image_features(model, torch.cat(pixels))
                 yield taken(), torch.cat(targets)

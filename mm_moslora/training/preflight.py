@@ -27,11 +27,9 @@ from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.data.chat.record_keys import READ, READ_OF_PAIR
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
-from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, TrainingError, suggestion
-from mm_moslora.utils.files import refuse_strangers
+from mm_moslora.training.supervision.run_folder import refuse_folder, refuse_resume
+from mm_moslora.utils.errors import AdapterError, ConfigError, TrainingError, suggestion
 from mm_moslora.utils.run_paths import (
-    RUN_FILES,
-    RUN_SIGNS,
     adapter_folder,
     checkpoints,
     is_adapter,
@@ -115,12 +113,12 @@ def check_names(recipe: Recipe) -> None:
         from mm_moslora.models.memory_efficient.compiled_layers import require_backend
 
         require_backend(train.compile)
-    known = sorted(set().union(*READ.values(), READ_OF_PAIR if recipe.objective == "dpo" else ()))
+    columns = sorted(set().union(*READ.values(), READ_OF_PAIR if recipe.objective == "dpo" else ()))
     for source in (*recipe.data.train, *recipe.data.validation):
-        if odd := [key for key in source.columns if key not in known]:
+        if odd := [key for key in source.columns if key not in columns]:
             raise ConfigError(
                 f"columns of {source.path} gives a column to {odd[0]!r}, expected a field of records: "
-                f"{', '.join(known)}.{suggestion(odd[0], known)}"
+                f"{', '.join(columns)}.{suggestion(odd[0], columns)}"
             )
 
 
@@ -142,31 +140,12 @@ def check_adapter_names(adapter: AdapterConfig) -> None:
 
 def _require_library(key: str, name: str) -> None:
     library, colon, _ = name.partition(":")
-    known = usual_names.TOWER_LIBRARIES
-    if colon and library not in known and not Path(name).exists():
+    libraries = usual_names.TOWER_LIBRARIES
+    if colon and library not in libraries and not Path(name).exists():
         raise ConfigError(
-            f"{key} is {name!r}, expected a folder, a hub id, or a model of {' or '.join(known)} such as timm:MODEL."
-            f"{suggestion(library, known)}"
+            f"{key} is {name!r}, expected a folder, a hub id, or a model of {' or '.join(libraries)} such as "
+            f"timm:MODEL.{suggestion(library, libraries)}"
         )
-
-
-def refuse_resume(run: Path, resume: str) -> None:
-    """Refuse a value of `--resume` that contradicts the contents of the run folder.
-
-    Args:
-        run: the run folder.
-        resume: `auto`, `required`, `never`, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, or a folder that does not exist.
-    """
-    resume_folder(resume)
-    if resume == "never" and checkpoints(run):
-        raise CheckpointError(
-            f"{run} already holds checkpoints, but resume is never. Choose another train.output, or resume: auto."
-        )
-    if resume == "required" and not any(run.glob("checkpoint-*")):  # `newest_valid` reports damaged checkpoints
-        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
 
 
 def check_data(config: DataConfig) -> None:
@@ -178,19 +157,6 @@ def check_data(config: DataConfig) -> None:
     require_sources(config.train)
     if config.validation:
         require_sources(config.validation)
-
-
-def refuse_folder(run: Path) -> None:
-    """Refuse a run folder that is a file, or that holds files of another program.
-
-    Raises:
-        TrainingError: a file is at the path of the folder.
-        ConfigError: files of another program have names that a run writes.
-    """
-    there = next(place for place in (run, *run.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise TrainingError(f"The run folder {run} cannot be made: {there} is a file. Choose another train.output.")
-    refuse_strangers(run, RUN_FILES, kind="run", also=RUN_SIGNS)
 
 
 def check_zero(train: TrainConfig, adapter: AdapterConfig) -> None:
@@ -262,16 +228,16 @@ def _check_measuring(recipe: Recipe, tasks: Sequence[str] | None) -> None:
             f"validate.best is {best!r}, but train.validate_every is 0, so nothing is measured before the end. Set it "
             "to a number of steps."
         )
-    known = [LOSS, ACCURACY] if held_out else []
-    if not known and (not validate.tasks or best in (LOSS, ACCURACY)):
+    losses = [LOSS, ACCURACY] if held_out else []
+    if not losses and (not validate.tasks or best in (LOSS, ACCURACY)):
         nor = "" if best in (LOSS, ACCURACY) else " and validate.tasks no task"
         raise TrainingError(
             f"validate.best is {best!r}, but data.validation names no source and none of data.train has hold_out{nor}, "
             "so that nothing is measured for it. Name one."
         )
     prefixes = [f"eval/{name}/" for name in tasks or ()] if validate.tasks else []
-    if best not in known and not best.startswith(tuple(prefixes) or ("eval/",) * bool(validate.tasks)):
-        expected = [*known, *(f"{prefix}METRIC" for prefix in prefixes or ["eval/TASK/"] * bool(validate.tasks))]
+    if best not in losses and not best.startswith(tuple(prefixes) or ("eval/",) * bool(validate.tasks)):
+        expected = [*losses, *(f"{prefix}METRIC" for prefix in prefixes or ["eval/TASK/"] * bool(validate.tasks))]
         raise TrainingError(
             f"validate.best is {best!r}, which is not measured; expected one of {', '.join(expected)}."
             f"{suggestion(best, expected)}"
@@ -280,8 +246,8 @@ def _check_measuring(recipe: Recipe, tasks: Sequence[str] | None) -> None:
 
 def _check_caches(recipe: Recipe) -> None:
     vision = recipe.model.vision
-    places = {"data.cache": recipe.data.cache, "model.vision.feature_cache": vision and vision.feature_cache}
-    for key, name in places.items():
+    folders = {"data.cache": recipe.data.cache, "model.vision.feature_cache": vision and vision.feature_cache}
+    for key, name in folders.items():
         if name and Path(name).expanduser().is_file():
             raise ConfigError(
                 f"{key} is {name!r}, which is a file; expected a folder, which is created if it is missing."
@@ -365,9 +331,9 @@ def check_model(recipe: Recipe, model: PreTrainedModel, *, layers: int) -> None:
     train, decoder = recipe.train, model.get_decoder()
     kind = decoder.config.model_type
     if not needs_padding(model) and (train.micro_batch > 1 or recipe.data.pack_tokens):
-        found = rows_of(model, recipe.model.attention)
-        if not found.apart:
-            why = "see each other" if found.moved is not None else f"may see each other; a probe failed ({found.fault})"
+        rows = rows_of(model, recipe.model.attention)
+        if not rows.apart:
+            why = "see each other" if rows.moved is not None else f"may see each other; a probe failed ({rows.fault})"
             raise ConfigError(
                 f"In a {kind} model the conversations of one row {why}. Set train.micro_batch to 1 and "
                 "data.pack_tokens to 0, so that a row holds one conversation."

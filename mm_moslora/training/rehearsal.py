@@ -23,8 +23,9 @@ from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver, rank_folder
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.parameter_groups import parameter_groups
+from mm_moslora.training.resume import load_optimizer
 from mm_moslora.training.run_setup import Run
-from mm_moslora.training.snapshot import RandomState, Snapshot, load_optimizer, moving_statistics, snapshot
+from mm_moslora.training.snapshot import RandomState, Snapshot, moving_statistics, snapshot
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import CheckpointError, TrainingError
 
@@ -74,8 +75,8 @@ def self_test(train: TrainConfig, precision: str) -> None:
     count = sum(batch.supervised_tokens for batch in everything)
     gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in reference.parameters()]
     for batch in everything:
-        found = torch.autograd.grad(reference(batch) / count, list(reference.parameters()))
-        gradients = [total + part.float() for total, part in zip(gradients, found, strict=True)]
+        parts = torch.autograd.grad(reference(batch) / count, list(reference.parameters()))
+        gradients = [total + part.float() for total, part in zip(gradients, parts, strict=True)]
     expected = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients))
 
     module = _Tiny().to(dtype_of(precision))

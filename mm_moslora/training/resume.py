@@ -1,197 +1,32 @@
-"""Resuming from a checkpoint: choosing it, checking that it belongs to this run, restoring its state."""
+"""Restoring a run from a checkpoint: optimiser state, weights, running statistics, random state."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.adapters.methods.peft_methods import restore_method
-from mm_moslora.config import Recipe
-from mm_moslora.config.recipe import leaves
-from mm_moslora.models.model_paths import CONTENTS, same_parts
-from mm_moslora.models.precision import resolve_precision
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, rank_folder, read_manifest
-from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
-from mm_moslora.training.preflight import refuse_resume
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
+from mm_moslora.training.checkpointing.resume_choice import filled_recipe
+from mm_moslora.training.engine import ParameterShard, TrainingEngine
 from mm_moslora.training.run_setup import Run
-from mm_moslora.training.snapshot import RandomState, load_optimizer, moving_statistics
+from mm_moslora.training.snapshot import MASTER, OPTIMIZER, OPTIMIZER_DETAILS, RandomState, moving_statistics
 from mm_moslora.utils import distributed
 from mm_moslora.utils.distributed import seed_everything
-from mm_moslora.utils.errors import CheckpointError, ConfigError
-from mm_moslora.utils.run_paths import checkpoints, is_adapter, projector_file, resume_folder
+from mm_moslora.utils.errors import CheckpointError
+from mm_moslora.utils.files import read_json
 
 logger = logging.getLogger(__name__)
-
-# Recipe keys that may change on resume without changing the computation.
-_FREE_KEYS = (
-    "name", "track", "validate", "data.validation", "data.workers",
-    "data.train.*.path", "data.train.*.image_folder", "data.cache",  # the manifest holds a fingerprint of the data
-    *(f"train.{key}" for key in (
-        "output", "save_every", "keep_last", "keep_every", "validate_every", "log_every", "timeout_minutes",
-        "step_timeout_minutes", "rehearsal", "background_save",
-    )),
-)  # fmt: skip
-# Keys that change the order of summation only: losses after a resume agree to rounding.
-_ROUNDING_KEYS = (
-    "train.zero",
-    "train.micro_batch",
-    "train.micro_tokens",
-    "train.gradient_checkpointing",
-    "train.activation_offload",
-    "train.sequence_parallel",
-    "train.compile",
-    "train.deterministic",
-    "model.attention",
-    "model.lean_layers",
-    "model.kernels",
-    "model.vision.feature_cache",
-    "model.vision.feature_cache_gib",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """Differences between a recipe and the recipe of a checkpoint, as `key: old -> new`."""
-
-    other_run: tuple[str, ...]
-    """Keys that change the computation."""
-    rounding: tuple[str, ...]
-    """Keys that change the order of summation only."""
-
-
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: Sequence[str] = ()) -> Changes:
-    """Compare two resolved recipes; `moved` are path keys that lead to the same contents."""
-    old, new = leaves(before), leaves(after)
-    changed = {
-        key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_below(key, (*_FREE_KEYS, *moved))
-    }
-    return Changes(
-        other_run=tuple(text for key, text in changed.items() if not _is_below(key, _ROUNDING_KEYS)),
-        rounding=tuple(text for key, text in changed.items() if _is_below(key, _ROUNDING_KEYS)),
-    )
-
-
-def _is_below(key: str, prefixes: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, prefix) or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint to resume from, the same on every rank.
-
-    Args:
-        recipe: resolved.
-        resume: `auto` (the newest valid one, or none in a fresh folder), `required`, `never`, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, or a checkpoint that is damaged or belongs
-        to another run.
-        DistributedError: any of these on another rank.
-    """
-    return choose_checkpoint(
-        Path(recipe.train.output), resume, lambda folder, manifest: _check_same_run(folder, manifest, recipe)
-    )
-
-
-def choose_checkpoint(run: Path, resume: str, check: Callable[[Path, Manifest], None]) -> tuple[Path, Manifest] | None:
-    """The checkpoint that rank 0 chooses in a run folder, once `check` takes it; see `find_resume`."""
-    choice: str | None = None
-    with distributed.failing_together("Looking for a checkpoint"):
-        if distributed.is_main():
-            refuse_resume(run, resume)
-            named = resume_folder(resume)
-            found = (named, read_manifest(named)) if named else None if resume == "never" else newest_valid(run)
-            if found is not None:
-                choice = str(found[0])
-                check(*found)
-    choice = distributed.from_main(choice)
-    if choice is None:
-        return None
-    with distributed.failing_together("Reading the checkpoint"):
-        return Path(choice), read_manifest(Path(choice), verify=False)
-
-
-def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
-    changes = _changes(manifest, recipe)
-    if changes.other_run:
-        raise CheckpointError(
-            f"{folder} belongs to another run: {len(changes.other_run)} recipe keys differ "
-            f"({'; '.join(changes.other_run[:6])}). Restore them, or choose another train.output. To train longer or "
-            f"otherwise from these weights, choose another train.output and give {_weights_of(folder, recipe)}."
-        )
-    world = distributed.world_size()
-    differences = list(changes.rounding)
-    if (precision := resolve_precision(recipe.train.precision)) != (manifest.precision or precision):
-        differences.append(f"precision on this machine: {manifest.precision} -> {precision}")
-    if manifest.world_size != world:
-        differences.insert(0, f"ranks: {manifest.world_size} -> {world}")
-    if differences:
-        logger.info(
-            "%s was written with other settings (%s): the same samples follow in the same order and the numbers agree "
-            "to rounding, but not bit for bit; dropout masks differ where the ranks or the micro-batches do.",
-            folder.name, "; ".join(differences),
-        )  # fmt: skip
-
-
-def _changes(manifest: Manifest, recipe: Recipe) -> Changes:
-    same = [*same_parts(recipe.model, manifest.base.get(CONTENTS, {}))]
-    recipe = continued(recipe, manifest)
-    return changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
-
-
-def continued(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """A recipe with the choices of a checkpoint where it says `auto`: `train.zero` and `model.thinking`."""
-    before = _filled(manifest.recipe)
-    if recipe.model.thinking == "auto" and (chosen := before.get("model", {}).get("thinking")):
-        recipe = replace(recipe, model=replace(recipe.model, thinking=chosen))
-    return recipe.for_ranks(distributed.world_size(), before=str(before.get("train", {}).get("zero", "zero2")))
-
-
-def changed_since(recipe: Recipe) -> tuple[str, ...]:
-    """Differences between a recipe and the newest checkpoint in its run folder for which training would refuse it.
-
-    It writes nothing and verifies no file.
-
-    Returns:
-        Recipe keys as `key: there -> now`; empty where there is no checkpoint.
-
-    Raises:
-        OtherFormatError: another version of mm_moslora wrote the checkpoint.
-    """
-    for _, folder in reversed(checkpoints(Path(recipe.train.output))):
-        try:
-            return _changes(read_manifest(folder, verify=False), recipe).other_run
-        except OtherFormatError:
-            raise
-        except CheckpointError:  # training skips a damaged one
-            continue
-    return ()
-
-
-def _weights_of(checkpoint: Path, recipe: Recipe) -> str:
-    """Overrides with which another run starts from the weights of a checkpoint."""
-    words = [f"--adapter.weights {checkpoint}"] if is_adapter(checkpoint) else []
-    if recipe.model.vlm is None and projector_file(checkpoint).is_file():
-        words.append(f"--model.projector.weights {checkpoint}")
-    return " ".join(words) or "the exported model as model.language or model.vlm"
-
-
-def _filled(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A checkpoint's recipe, with defaults for keys that are newer than it."""
-    try:
-        return Recipe.from_dict(recipe).to_dict()
-    except ConfigError:  # it has keys that were removed; the comparison names them
-        return recipe
 
 
 def restore(run: Run, folder: Path, manifest: Manifest) -> None:
@@ -206,7 +41,7 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
             "became unusable, so that some would be seen twice and others never. Restore the data, or start another "
             "run from the checkpoint's weights (adapter.weights, model.projector.weights)."
         )
-    named = _filled(manifest.recipe).get("train", {}).get("micro_tokens")
+    named = filled_recipe(manifest.recipe).get("train", {}).get("micro_tokens")
     if named == run.recipe.train.micro_tokens and manifest.micro_tokens != run.limit.tokens and distributed.is_main():
         logger.info(
             "Micro-batches have at most %s tokens on this machine, and %s where %s was written: the same samples "
@@ -244,3 +79,81 @@ def _restore_statistics(run: Run, folder: Path) -> None:
         if name not in stored:
             raise CheckpointError(f"{folder} lacks {name}, which is trained. Choose another checkpoint.")
         buffer.copy_(stored[name])
+
+
+@torch.no_grad()
+def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
+    """Read the optimiser state that any number of ranks on any ZeRO stage wrote into an engine.
+
+    Args:
+        engine: trains the same parameters.
+        folders: one per rank that wrote.
+
+    Raises:
+        CheckpointError: a folder or a part of a parameter is missing, or a parameter has another size.
+    """
+    stored = StoredOptimizer(folders)
+    groups: dict[int, list[ParameterShard]] = defaultdict(list)
+    for shard in engine.shards():
+        for kind, target in {MASTER: shard.master, **shard.moments}.items():
+            value = stored.whole(kind, shard.name)
+            if shard.start + target.numel() > value.numel():
+                raise CheckpointError(
+                    f"{folders[0].parent}: {shard.name} has {value.numel()} elements, expected at least "
+                    f"{shard.start + target.numel()}."
+                )
+            target.copy_(value.narrow(0, shard.start, target.numel()))
+        groups[id(shard.step)].append(shard)
+    for members in groups.values():
+        # A flat group has one count. Parameters that were stepped alone may differ; the largest count is taken.
+        members[0].step.fill_(max(stored.steps.get(shard.name, 0.0) for shard in members))
+    engine.refresh(lambda name: stored.whole(MASTER, name), stored.scaler)
+
+
+class StoredOptimizer:
+    """The optimiser state of all ranks of a checkpoint.
+
+    Args:
+        folders: one per rank that wrote.
+
+    Raises:
+        CheckpointError: there is no folder, or one without state.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = list(folders)
+        self.steps: dict[str, float] = {}
+        self.scaler: dict[str, float] = {}
+        self._parts: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
+        if not self.folders:
+            raise CheckpointError("The checkpoint holds no trainer state, expected one folder per rank.")
+        for folder in self.folders:
+            try:
+                details = read_json(folder / OPTIMIZER_DETAILS)
+                file = safe_open(folder / OPTIMIZER, framework="pt")
+            except OSError as error:
+                raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
+            self.steps |= details["steps"]
+            self.scaler = self.scaler or details["scaler"]
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                kind, start, name = key.split(".", 2)
+                self._parts[kind, name].append((int(start), file, key))
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """One flat fp32 tensor, put together from its parts.
+
+        Raises:
+            CheckpointError: it is missing, or there is a gap between parts.
+        """
+        if (kind, name) not in self._parts:
+            raise CheckpointError(f"{self.folders[0].parent} has no state of {name}, which trains.")
+        parts, end = [], 0
+        for start, file, key in sorted(self._parts[kind, name], key=lambda part: part[0]):
+            if start != end:
+                raise CheckpointError(
+                    f"{self.folders[0].parent}: {kind} of {name} has a gap at element {end}, the next piece starts at "
+                    f"{start}. The checkpoint is incomplete; choose another one."
+                )
+            parts.append(file.get_tensor(key))
+            end += parts[-1].numel()
+        return torch.cat(parts)

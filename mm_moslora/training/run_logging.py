@@ -1,28 +1,25 @@
-"""What a run logs: metrics and warnings of its steps, its mixers, its peak memory and its summary."""
+"""What a run logs: metrics and warnings of its steps, the measures of its adapter, and its summary."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import resource
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, adapter_metrics, adapter_reports, write_mixers
-from mm_moslora.training.metrics.throughput import Clock, RankFigures, Speedometer
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, log_adapter
+from mm_moslora.training.metrics.throughput import Clock, Speedometer, rank_figures
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
-from mm_moslora.utils import distributed, files
+from mm_moslora.training.supervision.run_summary import note_memory, write_summary
+from mm_moslora.utils import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +68,7 @@ class RunLog:
         step, recipe = self.run.step, self.run.recipe
         if step % recipe.train.log_every == 0 or step == self.total_steps:
             pace, work_seconds = self.clock.record(step, self.total_steps)
-            own = own_figures(seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds)
+            own = rank_figures(seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds)
             metrics = self._of_step(result, lr_factor) | {"loss_spike": spike}
             metrics |= pace | self.speedometer.of(result, micro_batches, own)
             self.trackers.log(metrics | self.extra, step)
@@ -161,84 +158,3 @@ class RunLog:
         components = [vars(row) for row in component_table(run.assembly)]
         image = run.assembly.tokens_per_image
         return {"components": components, "tokens_per_image": image, "base": run.assembly.base, "data": data}
-
-
-def write_summary(run: Any, total_steps: int, content: Callable[[], dict[str, Any]]) -> None:
-    """Write `summary.json` into the folder of a run, of whatever trainer.
-
-    Args:
-        run: with `recipe`, `folder`, `precision`, `step` and `counters`.
-        total_steps: optimiser steps of the whole run.
-        content: gives what only this kind of run has.
-    """
-    note_memory(run.counters)
-    if distributed.is_main():
-        with only_measuring("The summary"):
-            summary = {
-                "format": 1,  # of the run folder, see `mm_moslora.reporting.run_data`
-                "name": run.recipe.name, "steps": run.step, "total_steps": total_steps, "counters": run.counters,
-                "precision": run.precision, "world_size": distributed.world_size(), "zero": run.recipe.train.zero,
-                "memory_gib": run.counters["memory_gib"], **content(),
-            }  # fmt: skip
-            files.replace_json(run.folder / "summary.json", summary)
-
-
-def log_adapter(
-    model: nn.Module, state: Mapping[str, Tensor], trackers: Trackers, step: int, *, file: Path | None = None,
-    metrics: bool = True,
-) -> None:  # fmt: skip
-    """Log the measures of an adapter, on rank 0; without an adapter there are none.
-
-    Args:
-        model: with the adapter inside.
-        state: parameter name to full fp32 value.
-        trackers: the receivers.
-        step: of the state.
-        file: for the measures at the end of a run, which trackers get whole, too.
-        metrics: log the means, too; False where those of the step are logged already.
-    """
-    if not distributed.is_main():
-        return
-    with only_measuring("The adapter"):
-        reports = adapter_reports(model, state)
-        if metrics and (means := adapter_metrics(reports)):
-            trackers.log(means, step)
-        if file is not None:
-            trackers.log_mixers(write_mixers(file, reports), step)
-
-
-def note_memory(counters: dict[str, float]) -> None:
-    """Count the peak memory over all sessions of a run."""
-    counters["memory_gib"] = max(counters.get("memory_gib", 0.0), peak_memory_gib())
-
-
-@contextlib.contextmanager
-def only_measuring(what: str) -> Iterator[None]:
-    """A block without collectives that measures; its failure is logged and does not end the run.
-
-    Args:
-        what: the measured thing, for the message.
-    """
-    try:
-        yield
-    except Exception as error:
-        logger.exception("%s could not be measured (%s: %s). Training continues.", what, type(error).__name__, error)
-
-
-def peak_memory_gib() -> float:
-    """Peak memory of this process: device memory on an accelerator, resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> RankFigures:
-    """Measurements of this rank, for the others."""
-    reserved = retries = 0.0
-    if torch.cuda.is_available():
-        reserved = torch.cuda.max_memory_reserved() / 2**30
-        retries = float(torch.cuda.memory_stats().get("num_alloc_retries", 0))
-    return RankFigures(
-        step_seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds, memory_gib=peak_memory_gib(),
-        memory_reserved_gib=reserved, allocator_retries=retries,
-    )  # fmt: skip

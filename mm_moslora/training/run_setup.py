@@ -1,17 +1,11 @@
-"""A run: its folder, its parts, and the contents of its checkpoints."""
+"""The parts of a run, from its recipe: model, data and engine."""
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,82 +14,26 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.preference_set import PreferenceSet
 from mm_moslora.data.training_set import TrainingSet
-from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
-from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
-from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.kernel_selection import Kernels, attention_words, choose_kernels, use_kernels
-from mm_moslora.models.memory_efficient.loss_head import use_loss_head
 from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
-from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
 from mm_moslora.models.processing.image_processing import dummy_image_example
-from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table, reads_data
+from mm_moslora.models.trainable_parts import attach_adapters, component_table, reads_data
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import is_multimodal, needs_padding
-from mm_moslora.training.engine import (
-    Engine,
-    LossModule,
-    OptimizerSettings,
-    build_engine,
-    prepare_deepspeed,
-    weights_place,
-)
-from mm_moslora.training.engine.ulysses import row_share, share_rows
+from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device
+from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
+from mm_moslora.training.engine.ulysses import row_share
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
+from mm_moslora.training.metrics.token_budget import token_budget
 from mm_moslora.training.model_start import resumed_start, start_adapter, start_projector
 from mm_moslora.training.parameter_groups import parameter_groups
-from mm_moslora.training.preflight import check_model, refuse_folder
-from mm_moslora.training.token_budget import token_budget
+from mm_moslora.training.preflight import check_model
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import TrainingError
-from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import write_owner
 from mm_moslora.utils.progress_bar import Progress
-from mm_moslora.utils.run_paths import RUN_LOCK
-from mm_moslora.utils.untrusted_files import read_text_below
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Lock a run folder for this run; the kernel frees the lock when the process ends.
-
-    Raises:
-        ConfigError: files of another program have names that a run writes.
-        TrainingError: another process holds the lock, or the folder is not writable.
-        DistributedError: the same on another rank.
-    """
-    with ExitStack() as stack:
-        with distributed.failing_together("Taking the run folder"):
-            if distributed.is_main():
-                refuse_folder(folder)
-                stack.enter_context(_lock(folder))
-        yield
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = held(folder / RUN_LOCK, wait=False)
-    except BlockingIOError as error:
-        owner = (read_text_below(folder, RUN_LOCK, errors="replace") or "").strip()
-        raise TrainingError(
-            f"{folder} is in use by another run ({owner or 'owner unknown'}). "
-            "Wait for it, stop it, or choose another train.output."
-        ) from error
-    except OSError as error:
-        raise TrainingError(
-            f"The run folder {folder} cannot be written ({error.strerror}). Choose another with train.output, or with "
-            "--output of the quickstart."
-        ) from error
-    with lock as descriptor:
-        write_owner(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield
 
 
 @dataclass(kw_only=True)
@@ -108,7 +46,7 @@ class Run:
     assembly: Parts
     training_set: TrainingSet
     validation_set: TrainingSet | None
-    engine: Engine
+    engine: TrainingEngine
     limit: MicroBatchLimit
     """Size of this rank's micro-batches, the same on all ranks."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
@@ -133,8 +71,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     models that were moved."""
     recipe = recipe.for_ranks(distributed.world_size())
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
-    lean = recipe.model.lean_layers and recipe.train.compile is None
-    kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean, dtype=dtype_of(precision))
+    kernels = kernels_of(recipe, precision)
     with distributed.failing_together("Finding the model"):
         parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
     micro_tokens = token_budget(recipe, parts, precision=precision)
@@ -142,15 +79,15 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     if checkpoint is not None:
         model_start, adapter_start = resumed_start(recipe.model, parts, recipe.adapter, checkpoint)
     with distributed.failing_together("Loading the model"):  # under ZeRO-3 rank 0 alone reads its weights
-        place = weights_place(recipe.train, quantised=is_quantised(model_start))
-        assembly = load_parts(model_start, dtype=dtype_of(precision), device=place)
-        if not (late := reads_data(adapter_start)):
+        device = weights_device(recipe.train, quantised=is_quantised(model_start))
+        assembly = load_parts(model_start, dtype=dtype_of(precision), device=device)
+        if not (late := reads_data(adapter_start)):  # some adapters start from samples, which need the tokenizer first
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
     data = pinned(recipe.data, checkpoint)
     training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
-    recipe = as_asked(recipe, assembly, training_set)
+    recipe = with_form_of_thinking(recipe, assembly, training_set)
     validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
     if checkpoint is None or late:
         start_projector(model_start.projector, assembly, training_set)
@@ -160,10 +97,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         for line in trainable_table(assembly):
             logger.info("%s", line)
     model = assembly.model.train()
-    _choose_attention(model, recipe, kernels, precision)
-    _save_memory(model, recipe)
-    if (note := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
-        logger.info("%s", note)
+    prepare_execution(model, recipe, kernels, precision)
+    # Read before the engine, which shards it under ZeRO-3.
     frozen_projector = whole_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
     engine = _engine(assembly, recipe, precision)
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
@@ -179,34 +114,6 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     )  # fmt: skip
 
 
-def _choose_attention(model: PreTrainedModel, recipe: Recipe, kernels: Kernels, precision: str) -> None:
-    """Set the attention kernel, and the part of every row that this rank computes; log what runs."""
-    attention = AttentionChoice(name="")
-    if not needs_padding(model):
-        with distributed.failing_together("Choosing the attention"):
-            attention = choose_attention(model, recipe.model.attention, device=distributed.device())
-        set_attention(model, attention.name, native=kernels.native)
-    _say_what_runs(replace(attention, words=attention.words or attention_words(model, kernels)), precision)
-    if recipe.train.sequence_parallel > 1:
-        prepare_deepspeed(recipe.train.zero)
-        share_rows(model, recipe.train.sequence_parallel)
-
-
-def _save_memory(model: PreTrainedModel, recipe: Recipe) -> None:
-    """The head over supervised positions only; lean, recomputed, offloaded and compiled layers, as the recipe asks."""
-    use_loss_head(model)
-    if recipe.model.lean_layers:
-        use_lean_layers(model)
-    if again := recipe.train.gradient_checkpointing:
-        checkpoint_layers(model.get_decoder(), None if again is True else again)
-    if recipe.train.vision_gradient_checkpointing and is_multimodal(model):
-        checkpoint_layers(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
-    if recipe.train.activation_offload:
-        offload_inputs(model)
-    if recipe.train.compile is not None:
-        compile_layers(model, recipe.train.compile)
-
-
 def whole_projector(assembly: Parts) -> dict[str, Tensor]:
     """Full weights of the projector on rank 0, before ZeRO-3 shards them; empty on others and without a projector."""
     model = assembly.model
@@ -218,7 +125,7 @@ def whole_projector(assembly: Parts) -> dict[str, Tensor]:
     return {name: value.detach().float().cpu().clone() for name, value in weights.items()}
 
 
-def _engine(assembly: Parts, recipe: Recipe, precision: str) -> Engine:
+def _engine(assembly: Parts, recipe: Recipe, precision: str) -> TrainingEngine:
     """The model with its loss, on the engine that the recipe names."""
     model, optim = assembly.model, recipe.optim
     dummy = dummy_image_example(assembly.image_processing) if assembly.image_processing else None
@@ -231,31 +138,6 @@ def _engine(assembly: Parts, recipe: Recipe, precision: str) -> Engine:
     optimizer = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
     groups = parameter_groups(module, optim)
     return build_engine(module, groups, recipe.train, precision=precision, optimizer=optimizer)
-
-
-def _say_what_runs(attention: AttentionChoice, precision: str) -> None:
-    """Log the attention kernel, kernels that do not run, and a warning where ranks differ in GPU or kernel."""
-    gpu, faults = distributed.gpu_in_words(), attention.faults
-    if gpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        faults = (*faults, f"{gpu} emulates bf16, which is slow; set train.precision to fp16 or fp32")
-    everywhere = distributed.gather_objects(([(gpu, attention.words)] if gpu else [], faults))
-    if not distributed.is_main():
-        return
-    for fault in dict.fromkeys(fault for _, faults in everywhere for fault in faults):
-        logger.warning("%s.", fault.rstrip("."))
-    if attention.words:
-        logger.info("Attention runs on %s.", attention.words)
-    kinds: dict[str, list[int]] = {}
-    for index, (found, _) in enumerate(everywhere):
-        for gpu, words in found:
-            kinds.setdefault(f"{gpu} (attention: {words})" if words else gpu, []).append(index)
-    if len(kinds) > 1:
-        listed = "; ".join(f"ranks {', '.join(map(str, ranks))}: {kind}" for kind, ranks in kinds.items())
-        logger.warning(
-            "The ranks run on different GPUs or kernels: %s. Every step takes as long as the slowest rank, and "
-            "micro-batches must fit the smallest GPU.",
-            listed,
-        )
 
 
 def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:
@@ -272,12 +154,12 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def as_asked(recipe: Recipe, assembly: Parts, data: TrainingSet | PreferenceSet) -> Recipe:
+def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet | PreferenceSet) -> Recipe:
     """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
 
     A resumed run keeps the form of its checkpoint.
     """
-    if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asked or form.mixed):
+    if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asks or form.mixed):
         if form.mixed:
             logger.warning("%s: %s.", form.words, form.remedy)
         else:

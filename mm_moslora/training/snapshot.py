@@ -1,6 +1,6 @@
-"""The contents of a checkpoint: copied, so that they can be written while training continues, and read back.
+"""The contents of a checkpoint: copied, so that they can be written while training continues.
 
-The optimiser state does not know how it was split. Each rank writes its pieces of flat parameters as safetensors, and
+The optimiser state does not know how it was split. Each rank writes its shards of flat parameters as safetensors, and
 any number of ranks on any ZeRO stage reads what it needs from all files: the state of two ranks on ZeRO-2 continues on
 four ranks on ZeRO-3, or in plain torch. Nothing here needs pickle.
 """
@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,11 +27,10 @@ from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.trainable_parts import component_of
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
-from mm_moslora.training.engine import Engine, Piece
+from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.run_setup import Run
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
-from mm_moslora.utils.files import read_json
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora.utils.untrusted_files import read_text_below
 
@@ -63,7 +59,7 @@ class Snapshot:
     @property
     def size(self) -> int:
         """Estimate of the bytes that this rank will write."""
-        return self.optimizer.bytes + sum(value.numel() * value.element_size() for value in self.weights.values())
+        return self.optimizer.bytes + sum(value.nbytes for value in self.weights.values())
 
     def write(self, folder: Path) -> None:
         """Write this rank's part into a checkpoint's folder; see `Saver.start`."""
@@ -193,105 +189,27 @@ class OptimizerState:
     """Dynamic loss scale (fp16)."""
 
     @classmethod
-    def copy_of(cls, engine: Engine) -> OptimizerState:
+    def copy_of(cls, engine: TrainingEngine) -> OptimizerState:
         """Copy; where every rank holds the whole state, each takes every n-th parameter."""
-        pieces, tensors = engine.pieces(), {}
+        shards, tensors = engine.shards(), {}
         if engine.replicated:
-            pieces = pieces[distributed.rank() :: distributed.world_size()]
-        for piece in pieces:
-            for kind, value in {MASTER: piece.master, **piece.moments}.items():
-                tensors[f"{kind}.{piece.start}.{piece.name}"] = value.detach().to("cpu", copy=True).contiguous()
-        steps = {piece.name: float(piece.step) for piece in pieces}
+            shards = shards[distributed.rank() :: distributed.world_size()]
+        for shard in shards:
+            for kind, value in {MASTER: shard.master, **shard.moments}.items():
+                tensors[f"{kind}.{shard.start}.{shard.name}"] = value.detach().to("cpu", copy=True).contiguous()
+        steps = {shard.name: float(shard.step) for shard in shards}
         return cls(tensors=tensors, steps=steps, scaler=engine.scaler_state())
 
     @property
     def bytes(self) -> int:
         """Size of the tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, folder: Path) -> None:
         """Write both files into a folder that exists."""
         save_file(self.tensors, folder / OPTIMIZER)
         details = {"steps": self.steps, "scaler": self.scaler}
         (folder / OPTIMIZER_DETAILS).write_text(json.dumps(details), encoding="utf-8")
-
-
-@torch.no_grad()
-def load_optimizer(engine: Engine, folders: Sequence[Path]) -> None:
-    """Read the optimiser state that any number of ranks on any ZeRO stage wrote into an engine.
-
-    Args:
-        engine: trains the same parameters.
-        folders: one per rank that wrote.
-
-    Raises:
-        CheckpointError: a folder or a part of a parameter is missing, or a parameter has another size.
-    """
-    stored = StoredOptimizer(folders)
-    groups: dict[int, list[Piece]] = defaultdict(list)
-    for piece in engine.pieces():
-        for kind, target in {MASTER: piece.master, **piece.moments}.items():
-            value = stored.whole(kind, piece.name)
-            if piece.start + target.numel() > value.numel():
-                raise CheckpointError(
-                    f"{folders[0].parent}: {piece.name} has {value.numel()} elements, expected at least "
-                    f"{piece.start + target.numel()}."
-                )
-            target.copy_(value.narrow(0, piece.start, target.numel()))
-        groups[id(piece.step)].append(piece)
-    for members in groups.values():
-        # A flat group has one count. Parameters that were stepped alone may differ; the largest count is taken.
-        members[0].step.fill_(max(stored.steps.get(piece.name, 0.0) for piece in members))
-    engine.refresh(lambda name: stored.whole(MASTER, name), stored.scaler)
-
-
-class StoredOptimizer:
-    """The optimiser state of all ranks of a checkpoint.
-
-    Args:
-        folders: one per rank that wrote.
-
-    Raises:
-        CheckpointError: there is no folder, or one without state.
-    """
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.folders = list(folders)
-        self.steps: dict[str, float] = {}
-        self.scaler: dict[str, float] = {}
-        self._parts: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
-        if not self.folders:
-            raise CheckpointError("The checkpoint holds no trainer state, expected one folder per rank.")
-        for folder in self.folders:
-            try:
-                details = read_json(folder / OPTIMIZER_DETAILS)
-                file = safe_open(folder / OPTIMIZER, framework="pt")
-            except OSError as error:
-                raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
-            self.steps |= details["steps"]
-            self.scaler = self.scaler or details["scaler"]
-            for key in file.keys():  # noqa: SIM118  (not a mapping)
-                kind, start, name = key.split(".", 2)
-                self._parts[kind, name].append((int(start), file, key))
-
-    def whole(self, kind: str, name: str) -> Tensor:
-        """One flat fp32 tensor, put together from its parts.
-
-        Raises:
-            CheckpointError: it is missing, or there is a gap between parts.
-        """
-        if (kind, name) not in self._parts:
-            raise CheckpointError(f"{self.folders[0].parent} has no state of {name}, which trains.")
-        parts, end = [], 0
-        for start, file, key in sorted(self._parts[kind, name], key=lambda part: part[0]):
-            if start != end:
-                raise CheckpointError(
-                    f"{self.folders[0].parent}: {kind} of {name} has a gap at element {end}, the next piece starts at "
-                    f"{start}. The checkpoint is incomplete; choose another one."
-                )
-            parts.append(file.get_tensor(key))
-            end += parts[-1].numel()
-        return torch.cat(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,8 @@ from mm_moslora.models.decoding.generation import Prompt, encode_images, generat
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.vlm import has_own_forward, needs_padding
 from mm_moslora.tracking import Trackers
-from mm_moslora.tracking.tracker import Sample
-from mm_moslora.training.engine import Engine
+from mm_moslora.tracking.tracker import SampleAnswer
+from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.preflight import ACCURACY, LOSS
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import RandomState
@@ -118,11 +118,11 @@ class Validator:
         """Whether a signal interrupted the validation of this step, also in an earlier session."""
         return self.run.counters.get(CUT_SHORT_AT) == self.run.step
 
-    def _metrics(self) -> tuple[dict[str, float], list[Sample]]:
+    def _metrics(self) -> tuple[dict[str, float], list[SampleAnswer]]:
         """Metrics by name, the same on all ranks, and sample answers (on rank 0)."""
         run = self.run
         metrics: dict[str, float] = {}
-        samples: list[Sample] = []
+        samples: list[SampleAnswer] = []
         with undisturbed(run.engine):
             if run.validation_set is not None:
                 metrics |= self._loss(run.validation_set)
@@ -132,9 +132,14 @@ class Validator:
                         samples = self._answers(run.validation_set)
                     if self.measure is not None:
                         self._give_way(self.stop.received)
-                        found = self.measure(self._moment())
-                        self._give_way(self.stop.received if found is None else 0)
-                        metrics |= found or {}
+                        moment = Moment(
+                            assembly=run.assembly, name=run.recipe.name, config=run.recipe.validate,
+                            batch_size=run.recipe.train.micro_batch, step=run.step, stop=self.stop,
+                            folder=run.folder / "validation" / f"step-{run.step:06d}",
+                        )  # fmt: skip
+                        scores = self.measure(moment)
+                        self._give_way(self.stop.received if scores is None else 0)
+                        metrics |= scores or {}
         return distributed.from_main(metrics), samples
 
     def _give_way(self, number: int) -> None:
@@ -143,17 +148,9 @@ class Validator:
         if first:
             raise CutShortError(int(first))
 
-    def _moment(self) -> Moment:
-        run = self.run
-        return Moment(
-            assembly=run.assembly, name=run.recipe.name, config=run.recipe.validate,
-            batch_size=run.recipe.train.micro_batch, folder=run.folder / "validation" / f"step-{run.step:06d}",
-            step=run.step, stop=self.stop,
-        )  # fmt: skip
-
     def _loss(self, held_out: TrainingSet) -> dict[str, float]:
         recipe = self.run.recipe
-        loss = right = count = 0.0
+        sums = torch.zeros(3, dtype=torch.float64)
         together = self.run.engine.copies
         loader = BatchLoader(
             held_out, rank=distributed.rank() // together, world_size=distributed.world_size() // together,
@@ -163,13 +160,13 @@ class Validator:
             batches = iter(loader)
             for _ in range(loader.steps_per_epoch):
                 self._give_way(self.stop.received)
-                part = self.run.engine.evaluate(next(batches))
-                loss, right, count = loss + part.loss, right + part.right, count + part.tokens
+                sums += self.run.engine.evaluate(next(batches))
+        loss, right, count = sums.tolist()
         return {LOSS: loss / max(1.0, count), ACCURACY: right / max(1.0, count)}
 
-    def _answers(self, held_out: TrainingSet) -> list[Sample]:
-        """Answers to the same first records every time; on rank 0."""
-        samples: list[Sample] = []
+    def _answers(self, held_out: TrainingSet) -> list[SampleAnswer]:
+        """Answers to the same evenly spaced records every time, on rank 0: files are often sorted by content."""
+        samples: list[SampleAnswer] = []
         usable = held_out.usable if distributed.is_main() else []
         count = min(self.run.recipe.validate.samples, len(usable))
         numbers = [usable[index * len(usable) // count] for index in range(count)]
@@ -184,32 +181,32 @@ class Validator:
         self._give_way(heard)
         return samples
 
-    def _answer(self, held_out: TrainingSet, record: Record) -> Sample:
+    def _answer(self, held_out: TrainingSet, record: Record) -> SampleAnswer:
         first = next(index for index, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = record.turns[:first]
-        seen = held_out.see(record, sum(turn.images for turn in turns))
+        seen = held_out.process(record, sum(turn.images for turn in turns))
         ids = held_out.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
         picture = record.images[0] if record.images else None
-        return Sample(
+        return SampleAnswer(
             question=turns[-1].text, expected=record.turns[first].text,
             prediction=held_out.encoder.decode_answer(self._decode(ids, seen)), correct=None,
             image=picture.path if isinstance(picture, LocalPicture) else None,
         )  # fmt: skip
 
-    def _decode(self, ids: Tensor, seen: list[ProcessedImage]) -> list[int]:
+    def _decode(self, ids: Tensor, images: list[ProcessedImage]) -> list[int]:
         model, limit = self.run.assembly.model, self.run.recipe.validate.sample_tokens
         stops = stop_token_ids(model, self.run.assembly.tokenizer.eos_token_id)
         if has_own_forward(model):
-            return list(stream_padded_row(model, ids, seen, max_new_tokens=limit, stop_ids=stops))
+            return list(stream_padded_row(model, ids, images, max_new_tokens=limit, stop_ids=stops))
         features = None
-        if seen:
-            pixels = torch.cat([picture.tensors["pixel_values"] for picture in seen])
+        if images:
+            pixels = torch.cat([picture.tensors["pixel_values"] for picture in images])
             features = encode_images(model, pixels.to(self.run.engine.device)).flatten(0, 1)
         return generate(model, [Prompt(input_ids=ids, features=features)], max_new_tokens=limit, stop_ids=stops)[0]
 
 
 @contextmanager
-def undisturbed(engine: Engine) -> Iterator[None]:
+def undisturbed(engine: TrainingEngine) -> Iterator[None]:
     """Evaluation mode inside the block; generators and training mode are restored after it."""
     before = RandomState.now()
     engine.module.eval()
@@ -221,7 +218,7 @@ def undisturbed(engine: Engine) -> Iterator[None]:
 
 
 @contextmanager
-def whole_model(engine: Engine, model: PreTrainedModel) -> Iterator[None]:
+def whole_model(engine: TrainingEngine, model: PreTrainedModel) -> Iterator[None]:
     """The model of an engine prepared for generation: full weights, standard attention, a cache."""
     with ExitStack() as stack:
         stack.enter_context(engine.gathered())
@@ -256,14 +253,14 @@ class Best:
         """Earlier values of this metric, up to the step that the run resumes from."""
         best = cls(config=config)
         try:
-            found = files.read_json(folder / BEST)
-            history = [(int(entry["step"]), float(entry["value"])) for entry in found["history"]]
+            stored = files.read_json(folder / BEST)
+            history = [(int(entry["step"]), float(entry["value"])) for entry in stored["history"]]
         except FileNotFoundError:
             return best
         except (OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is damaged (%s); earlier validations are forgotten.", folder / BEST, error)
             return best
-        if config.best is not None and found.get("metric") == config.best:
+        if config.best is not None and stored.get("metric") == config.best:
             for step, value in history:
                 if step <= resume_step:
                     best.update({config.best: value}, step)

@@ -53,8 +53,8 @@ def local_rank() -> int:
 
 def ranks_of_host() -> int:
     """Number of processes on this machine, where the launcher says it (torchrun, DeepSpeed); else all."""
-    given = (whole_number(os.environ, name, 0, least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    return next(filter(None, given), world_size())
+    counts = (whole_number(os.environ, name, 0, least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    return next(filter(None, counts), world_size())
 
 
 def is_main() -> bool:
@@ -80,8 +80,8 @@ def gpu_in_words() -> str:
     own = device()
     if own.type != "cuda":
         return ""
-    found = torch.cuda.get_device_properties(own)
-    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+    gpu = torch.cuda.get_device_properties(own)
+    return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
 
 
 def backend() -> str:
@@ -115,17 +115,17 @@ def _refuse_lone_tasks() -> None:
     """Refuse one of several processes that would each train by itself. A batch script of SLURM is no such task."""
     if os.environ.get("RANK") or os.environ.get("WORLD_SIZE"):
         return
-    found = {name: whole_number(os.environ, name, 1) for name in LONE_TASKS}
+    counts = {name: whole_number(os.environ, name, 1) for name in LONE_TASKS}
     if whole_number(os.environ, "SLURM_PROCID", 0) > 0:  # the script has the number 0
-        found["SLURM_NTASKS"] = whole_number(os.environ, "SLURM_NTASKS", 1)
-    told = next((f"{name} is {count}" for name, count in found.items() if count > 1), None)
-    if told is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
-        told = "accelerate launch was asked for several processes"  # it starts one, with an address and no rank
-    if told:
+        counts["SLURM_NTASKS"] = whole_number(os.environ, "SLURM_NTASKS", 1)
+    evidence = next((f"{name} is {count}" for name, count in counts.items() if count > 1), None)
+    if evidence is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        evidence = "accelerate launch was asked for several processes"  # it starts one, with an address and no rank
+    if evidence:
         raise DistributedError(
-            f"{told}, but RANK is not set, so this process would train alone. Start the ranks by `mm-moslora launch "
-            "RECIPE`, in SLURM by one call in the batch script without srun. For processes that have nothing to do "
-            "with each other, set WORLD_SIZE=1."
+            f"{evidence}, but RANK is not set, so this process would train alone. Start the ranks by `mm-moslora "
+            "launch RECIPE`, in SLURM by one call in the batch script without srun. For processes that have nothing "
+            "to do with each other, set WORLD_SIZE=1."
         )
 
 
@@ -160,16 +160,16 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     try:
         dist.init_process_group(chosen, timeout=timedelta(minutes=timeout_minutes), **more)
     except (RuntimeError, ValueError, AssertionError) as error:
-        asked = f" {BACKEND} asks for the backend {chosen!r}." if os.environ.get(BACKEND) else ""
+        hint = f" {BACKEND} asks for the backend {chosen!r}." if os.environ.get(BACKEND) else ""
         if world_size() == 1:
             raise DistributedError(
-                f"The backend {chosen!r} of torch.distributed does not start in this process ({error}).{asked} Set "
+                f"The backend {chosen!r} of torch.distributed does not start in this process ({error}).{hint} Set "
                 f"{BACKEND} to gloo, or, for CPUs and GPUs, to cpu:gloo,cuda:nccl."
             ) from error
         raise DistributedError(
             f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')}, where rank 0 listens ({error}). Check that every rank was started, that "
-            f"none has ended (its output says why), and that the port is free.{asked}"
+            f"none has ended (its output says why), and that the port is free.{hint}"
         ) from error
     atexit.register(_leave)
 
@@ -177,8 +177,8 @@ def join(*, timeout_minutes: float = 30.0) -> None:
 def _on_own_gpu(*, one_rank_each: bool) -> dict[str, Any]:
     """Make this rank's GPU the current device, also of libraries; returns arguments for `init_process_group`.
 
-    DeepSpeed takes LOCAL_RANK for the index of the GPU, which it is not where ranks share GPUs or where each sees its
-    own alone. From here on it is the index, for which `device` gives the same GPU.
+    DeepSpeed uses LOCAL_RANK as the index of the GPU. That is wrong where ranks share GPUs, or where each sees its own
+    alone. From here on LOCAL_RANK is that index, for which `device` gives the same GPU.
 
     Args:
         one_rank_each: ranks cannot share a GPU.
@@ -358,5 +358,5 @@ def failing_together(what: str) -> Iterator[None]:
         raise error
     failed = {index: f"rank {index}: {text}" for index, text in enumerate(failures) if text is not None}
     if failed:
-        told = "; ".join(list(failed.values())[:3])
-        raise DistributedError(f"{what} failed on other ranks: {told}", ranks=failed)
+        reasons = "; ".join(list(failed.values())[:3])
+        raise DistributedError(f"{what} failed on other ranks: {reasons}", ranks=failed)

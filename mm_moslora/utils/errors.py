@@ -6,7 +6,8 @@ Every message states what was found, what was expected and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
 
 
 class MoSLoRAError(Exception):
@@ -57,9 +58,9 @@ class EvalError(MoSLoRAError, ValueError):
     """A task, an answer file or a results folder is not acceptable."""
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` with the closest known names, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
@@ -69,3 +70,21 @@ def reason_of(error: BaseException) -> str:
     if "trust_remote_code" in text:
         return "it comes with Python code of its own, which is never run; choose one that transformers itself knows"
     return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def renamed(names: Mapping[str, str]) -> Callable[[str], NoReturn]:
+    """A module's `__getattr__`: who imports a name of an earlier version is told the name of today.
+
+    Args:
+        names: old name -> what to import instead.
+
+    Raises:
+        ImportError: from the function, for one of the names; AttributeError for any other.
+    """
+
+    def missing(name: str) -> NoReturn:
+        if name in names:
+            raise ImportError(f"{name} has another name: import {names[name]}. CHANGELOG.md lists all of them.")
+        raise AttributeError(f"no attribute {name!r}")
+
+    return missing

@@ -17,7 +17,7 @@ _descriptors: set[int] = set()
 """Descriptors of the files that this process has locked or waits to lock."""
 
 
-def held(path: Path, *, wait: bool) -> AbstractContextManager[int]:
+def lock_file(path: Path, *, wait: bool) -> AbstractContextManager[int]:
     """Lock a file inside a `with` block, which gets the file's descriptor.
 
     Args:
@@ -73,7 +73,7 @@ def lock_beside(folder: Path) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with held(path, wait=True) as descriptor:
+        with lock_file(path, wait=True) as descriptor:
             if not _is_at(path, descriptor):  # the previous holder has deleted the file
                 continue
             try:

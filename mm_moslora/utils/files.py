@@ -103,7 +103,7 @@ def copy_of_model(source: Path, names: Iterable[str], folder: Path) -> None:
 
 
 def open_in_place(path: Path | str, flags: int) -> int:
-    """Open a file where it stands, creating it if missing, to append to it or to lock it; returns the descriptor.
+    """Open a file at its path to append to it or to lock it, creating it if missing; returns the descriptor.
 
     Args:
         path: anybody may have made what is there: a link would lead to a file of the user, and what is appended to a
@@ -167,13 +167,13 @@ def make_subfolder(path: Path, *, below: Path | None = None) -> None:
         below: the folder that no link may leave; None: its parent.
 
     Raises:
-        ConfigError: a link is at its place, or between `below` and it.
+        ConfigError: the path is a link, or a link is between `below` and it.
     """
-    place = below or path.parent
-    for part in path.relative_to(place).parts:
-        place /= part
-        if place.is_symlink():
-            _refuse_irregular(place)
+    folder = below or path.parent
+    for part in path.relative_to(folder).parts:
+        folder /= part
+        if folder.is_symlink():
+            _refuse_irregular(folder)
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -244,8 +244,8 @@ def staging(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         names: names of the files, in the order in which they move into an existing folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as place:
-        staged = Path(place, "staged")
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as outer:
+        staged = Path(outer, "staged")
         staged.mkdir()
         yield staged
         for path in staged.iterdir():
@@ -345,12 +345,12 @@ def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Seq
     Raises:
         ConfigError: one of the names exists, and the folder has no such mark.
     """
-    found = [name for name in names if os.path.lexists(folder / name)]
-    if not found or kind in _kinds(folder) or any(any(folder.glob(pattern)) for pattern in also):
+    present = [name for name in names if os.path.lexists(folder / name)]
+    if not present or kind in _kinds(folder) or any(any(folder.glob(pattern)) for pattern in also):
         return
     raise ConfigError(
-        f"{folder} already holds {', '.join(found[:5])}, and nothing shows that a {kind} of mm_moslora wrote it, so it "
-        f"is left alone. Choose another folder. If a {kind} did write it, mark it: echo {kind} >> {folder / MARK}"
+        f"{folder} already holds {', '.join(present[:5])}, and nothing shows that a {kind} of mm_moslora wrote it, so "
+        f"it is left alone. Choose another folder. If a {kind} did write it, mark it: echo {kind} >> {folder / MARK}"
     )
 
 
@@ -382,14 +382,14 @@ def refuse_full_folder(folder: Path) -> None:
     Raises:
         ConfigError: it is not empty, or it cannot be created.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise ConfigError(f"{folder} cannot be made: {there} is a file or a broken link. Choose a new folder.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigError(f"{folder} cannot be made: {existing} is a file or a broken link. Choose a new folder.")
     try:  # permissions do not suffice: root has them under /proc and on read-only file systems
-        with tempfile.TemporaryDirectory(prefix=".", dir=there):
+        with tempfile.TemporaryDirectory(prefix=".", dir=existing):
             pass
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be made in {there}: {error.strerror}. Choose a new folder.") from error
+        raise ConfigError(f"{folder} cannot be made in {existing}: {error.strerror}. Choose a new folder.") from error
     if is_built(folder):
         raise ConfigError(f"{folder} is not empty. Choose a new folder, so that old files are not taken for new ones.")
 

@@ -32,11 +32,11 @@ def hardware() -> str:
 def available_memory() -> int:
     """Bytes of main memory that programs can still take, within a container's limit; 0 where it is unknown."""
     lines = MEMINFO.read_text().splitlines() if MEMINFO.is_file() else []
-    found = [int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:")]
+    limits = [int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:")]
     with suppress(OSError, ValueError):  # "max", or no cgroup of the second version
         limit = int((CGROUP / "memory.max").read_text())
-        found.append(max(0, limit - int((CGROUP / "memory.current").read_text())))
-    return min(found, default=0)
+        limits.append(max(0, limit - int((CGROUP / "memory.current").read_text())))
+    return min(limits, default=0)
 
 
 def spare_cores(ranks: int) -> int:
@@ -77,8 +77,8 @@ def extensions_folder(environment: Mapping[str, str]) -> Path:
     Environments that share torch's default folder rebuild each other's operators. That folder is used where the
     environment is not writable.
     """
-    if given := environment.get("TORCH_EXTENSIONS_DIR"):
-        return Path(given)
+    if folder := environment.get("TORCH_EXTENSIONS_DIR"):
+        return Path(folder)
     if os.access(sys.prefix, os.W_OK):
         return Path(sys.prefix) / "torch_extensions"
     cache = environment.get("XDG_CACHE_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache")
@@ -90,12 +90,12 @@ STALE_LOCK_SECONDS = 600.0
 
 def stale_locks(root: Path) -> list[Path]:
     """Lock files of killed builds in torch's extension cache, for which the next build would wait forever."""
-    found = []
+    locks = []
     for folder, _, names in os.walk(root):
         with suppress(OSError):  # a build that ends deletes its lock
             if "lock" in names and time.time() - (path := Path(folder, "lock")).stat().st_mtime > STALE_LOCK_SECONDS:
-                found.append(path)
-    return sorted(found)
+                locks.append(path)
+    return sorted(locks)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

@@ -55,8 +55,8 @@ class Heartbeat:
     @property
     def failure(self) -> str | None:
         """Kind and message of its own failure; None for an error that only reports the loss of another rank."""
-        found = self.phase.removeprefix(FAILED)
-        return None if found == self.phase or means_lost(found) else found
+        message = self.phase.removeprefix(FAILED)
+        return None if message == self.phase or means_lost(message) else message
 
     @property
     def is_over(self) -> bool:
@@ -95,8 +95,8 @@ def is_running(pid: int, *, started: int | None = None) -> bool:
         pid: its process id, which the system reuses after a while.
         started: its `process_start`; None: any process with this id counts.
     """
-    found = process_start(pid)
-    return found is not None and started in (None, found)
+    start = process_start(pid)
+    return start is not None and started in (None, start)
 
 
 def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank-*.json") -> list[Heartbeat]:
@@ -108,12 +108,12 @@ def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank
         name: pattern of the files' names.
     """
     now = time.time() if now is None else now
-    found = []
+    beats = []
     for path in sorted(folder.glob(name)):
         try:
             content = parse_object(read_text_below(folder, path.name) or "")
             written = path.stat().st_mtime
-            found.append(
+            beats.append(
                 Heartbeat(
                     rank=int(content["rank"]), host=str(content["host"]), pid=int(content["pid"]),
                     step=int(content["step"]), phase=str(content["phase"]), place=str(content.get("place", "")),
@@ -124,4 +124,4 @@ def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank
             )  # fmt: skip
         except (OSError, ValueError, TypeError, KeyError):
             continue
-    return found
+    return beats

@@ -88,8 +88,8 @@ class Rules:
         schemes, ports = (("https",), (None, _TLS_PORT)) if self.public else (("http", "https"), (port,))
         if parts.scheme not in schemes or port not in ports or host not in self.hosts or "@" in parts.netloc:
             raise FetchError(FetchFault.NOT_ALLOWED, "is not of an allowed host", detail=shown)
-        place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
-        return urlunsplit((parts.scheme, place, parts.path or "/", parts.query, ""))
+        netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+        return urlunsplit((parts.scheme, netloc, parts.path or "/", parts.query, ""))
 
 
 def fetch(url: str, rules: Rules) -> bytes:
@@ -106,10 +106,10 @@ def fetch(url: str, rules: Rules) -> bytes:
     direct = [urllib.request.ProxyHandler({})] if rules.public else []
     opener = urllib.request.build_opener(_Guarded(rules, limit), _NoRedirects(), *direct)
     with limit:
-        place = ""
+        address = ""
         for _ in range(rules.redirects + 1):
-            place = rules.checked(url, base=place)
-            request = urllib.request.Request(place, headers=_HEADERS)  # noqa: S310  (checked)
+            address = rules.checked(url, base=address)
+            request = urllib.request.Request(address, headers=_HEADERS)  # noqa: S310  (checked)
             try:
                 with opener.open(request, timeout=min(rules.silence, rules.seconds)) as answer:
                     return _content(answer, rules, limit)
@@ -144,15 +144,15 @@ def public_address(host: str) -> str:
         FetchError: the name does not resolve, or one of its addresses is not public.
     """
     try:
-        found = {str(item[4][0]) for item in socket.getaddrinfo(host, _TLS_PORT, type=socket.SOCK_STREAM)}
+        addresses = {str(item[4][0]) for item in socket.getaddrinfo(host, _TLS_PORT, type=socket.SOCK_STREAM)}
     except OSError:
         raise FetchError(FetchFault.FAILED, "has a host that is not known") from None
-    for address in found:
+    for address in addresses:
         number = ipaddress.ip_address(address.partition("%")[0])
         mapped = getattr(number, "ipv4_mapped", None) or number
         if not mapped.is_global or mapped.is_multicast:
             raise FetchError(FetchFault.FAILED, "leads to an address that is not public")
-    return min(found)
+    return min(addresses)
 
 
 class _TimeLimit:

@@ -40,12 +40,12 @@ def declared_anywhere() -> tuple[Requirement, ...]:
     return tuple(item for extra in _all() for item in declared(extra or None))
 
 
-def _expand(extra: str, seen: set[str]) -> Iterator[Requirement]:
-    seen.add(extra)
+def _expand(extra: str, visited: set[str]) -> Iterator[Requirement]:
+    visited.add(extra)
     for requirement in _all().get(extra, ()):
         if canonicalize_name(requirement.name) == NAME:  # an extra that includes other extras
-            for further in sorted(requirement.extras - seen):
-                yield from _expand(further, seen)
+            for further in sorted(requirement.extras - visited):
+                yield from _expand(further, visited)
         elif requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
             yield Requirement(f"{canonicalize_name(requirement.name)}{requirement.specifier}")
 
@@ -69,11 +69,11 @@ def _all() -> dict[str, list[Requirement]]:
         installed = requires(NAME) or []
     except PackageNotFoundError:
         return {}
-    found: dict[str, list[Requirement]] = {}
+    by_extra: dict[str, list[Requirement]] = {}
     for requirement in map(Requirement, installed):
         match = _EXTRA.search(str(requirement.marker or ""))
-        found.setdefault(match[1] if match else "", []).append(requirement)
-    return found
+        by_extra.setdefault(match[1] if match else "", []).append(requirement)
+    return by_extra
 
 
 def install_command(*packages: str) -> str:
@@ -82,8 +82,8 @@ def install_command(*packages: str) -> str:
     Args:
         packages: names of distributions.
     """
-    known = {item.name: item for item in declared_anywhere()}
-    return _pip(known.get(canonicalize_name(name)) or Requirement(name) for name in packages)
+    requirements = {item.name: item for item in declared_anywhere()}
+    return _pip(requirements.get(canonicalize_name(name)) or Requirement(name) for name in packages)
 
 
 def install_extra(extra: str) -> str:

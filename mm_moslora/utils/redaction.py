@@ -141,7 +141,7 @@ def _cleaned(text: str, secrets: Sequence[str], *, keep_hashes: bool) -> str:
 
 def _without_named(text: str) -> str:
     """The text without values that follow secret names, as in `?api_key=...`."""
-    kept, end = [], 0
+    parts, end = [], 0
     for match in _NAMED.finditer(text):
         kind = match.lastgroup or ""
         weak = not is_secret_name(match[kind])
@@ -149,12 +149,12 @@ def _without_named(text: str) -> str:
             continue
         start, stop = _value(text, match.end(), kind)
         if weak:
-            found = (_WEAK_LINE if kind == "line" else _WEAK_VALUE).match(text, start, stop)
-            stop = found.end() if found else start
+            value = (_WEAK_LINE if kind == "line" else _WEAK_VALUE).match(text, start, stop)
+            stop = value.end() if value else start
         if not _NO_SECRET.match(text[start:stop].strip()):
-            kept += [text[end:start], REDACTED]
+            parts += [text[end:start], REDACTED]
             end = stop
-    return "".join([*kept, text[end:]])
+    return "".join([*parts, text[end:]])
 
 
 def _value(text: str, start: int, kind: str) -> tuple[int, int]:
@@ -168,9 +168,9 @@ def _value(text: str, start: int, kind: str) -> tuple[int, int]:
         return begin, quoted.end()
     if text.startswith("{", begin):
         return begin, begin
-    known = begin + len(REDACTED) if text.startswith(REDACTED, begin) else begin
-    bare = _BARE_VALUES.get(kind, _BARE_VALUE).match(text, known)
-    return begin, bare.end() if bare else known
+    value_start = begin + len(REDACTED) if text.startswith(REDACTED, begin) else begin
+    bare = _BARE_VALUES.get(kind, _BARE_VALUE).match(text, value_start)
+    return begin, bare.end() if bare else value_start
 
 
 def redacted_command(words: Sequence[str]) -> str:
@@ -184,18 +184,18 @@ def redact_arguments(words: Sequence[str]) -> list[str]:
     Args:
         words: `--judge.api-key VALUE` and `--judge.api-key=VALUE` are both recognised.
     """
-    found, hides = [], False
+    cleaned, hides = [], False
     for word in words:
         name, separator, _ = word.partition("=")
         option = name.startswith("-")
         if hides and not option:
-            found.append(REDACTED)
+            cleaned.append(REDACTED)
         elif option and separator and is_secret_name(name.lstrip("-")):
-            found.append(f"{name}={REDACTED}")
+            cleaned.append(f"{name}={REDACTED}")
         else:
-            found.append(redact_text(word, keep_hashes=bool(_HASH_NAME.search(name))))
+            cleaned.append(redact_text(word, keep_hashes=bool(_HASH_NAME.search(name))))
         hides = option and not separator and is_secret_name(name.lstrip("-"))
-    return found
+    return cleaned
 
 
 @contextmanager
@@ -229,12 +229,12 @@ def is_secret_name(name: str) -> bool:
 
 
 def _environment_secrets() -> list[str]:
-    found = {
+    values = {
         value
         for name, value in os.environ.items()
         if len(value) >= _SHORTEST and (is_secret_name(name) or _WEAK_NAME.search(name))
     }
-    forms = {form for value in found if not os.path.exists(value) for form in _spellings(value)}
+    forms = {form for value in values if not os.path.exists(value) for form in _spellings(value)}
     return sorted(forms, key=len, reverse=True)
 
 

@@ -88,17 +88,17 @@ def file_and_folder(text: str, *, start: Path | None = None) -> tuple[str, str]:
     for file, folder in (whole, *splits):
         if path(file).is_file() and (not folder or path(folder).is_dir()):
             return file, folder
-    for wanted in (lambda file: path(file).is_file(), lambda file: Path(file).suffix[1:].isalnum()):
+    for accepts in (lambda file: path(file).is_file(), lambda file: Path(file).suffix[1:].isalnum()):
         for file, folder in (*splits, whole):
-            if wanted(file):
+            if accepts(file):
                 return file, folder
     return splits[0] if splits else whole
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """Committed checkpoints of a run as (step, folder), oldest first, without those put aside; none is verified."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
-    return sorted(found)
+    numbered = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
+    return sorted(numbered)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -113,9 +113,9 @@ def find_checkpoint(path: Path) -> Path:
         _mention_others(path)
         around = path.resolve().parent  # the path may be `.` or a link
         return around if (around / MANIFEST).is_file() else path
-    found = [item for _, item in checkpoints(path) if (item / MANIFEST).is_file()]
-    if found:
-        return found[-1]
+    committed = [item for _, item in checkpoints(path) if (item / MANIFEST).is_file()]
+    if committed:
+        return committed[-1]
     if not path.is_dir():
         what = "is a file, expected a folder" if path.exists() else "does not exist"
         raise ModelError(f"{path} {what}. Give the folder of a run, a checkpoint, an export or an adapter.")
@@ -173,10 +173,10 @@ def adapter_folder(path: str | Path) -> Path:
         _mention_others(folder)
         return folder
     inside = [item / "adapter" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
-    found = next((item for item in inside if item.is_dir()), None)
-    if found is None and (several := adapters_inside(folder)):
+    adapter = next((item for item in inside if item.is_dir()), None)
+    if adapter is None and (several := adapters_inside(folder)):
         raise AdapterError(several)
-    return found or folder
+    return adapter or folder
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -196,9 +196,9 @@ def projector_file(path: str | Path) -> Path:
 
     A path without a projector is returned unchanged; its reader reports what is wrong with it.
     """
-    place = Path(path)
-    inside = [item / PROJECTOR for item in (place, *(item for _, item in reversed(checkpoints(place))))]
-    return next((item for item in inside if item.is_file()), place) if place.is_dir() else place
+    folder = Path(path)
+    inside = [item / PROJECTOR for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
+    return next((item for item in inside if item.is_file()), folder) if folder.is_dir() else folder
 
 
 def require_projector(path: str | Path) -> Path:

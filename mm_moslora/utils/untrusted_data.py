@@ -176,11 +176,11 @@ def _too_deep(value: Any, depth: int) -> bool:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"key {key[:80]!r} is written twice")
-    return found
+    return mapping
 
 
 def _no_constant(text: str) -> Any:
@@ -209,7 +209,7 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
@@ -219,9 +219,9 @@ class _StrictLoader(yaml.SafeLoader):
                     f"a key is itself a list or mapping (line {key_node.start_mark.line + 1}); a text with braces, "
                     "such as an unfilled placeholder, needs quotes"
                 )
-            if key in seen:
+            if key in keys:
                 raise yaml.YAMLError(f"key {key!r} is written twice (line {key_node.start_mark.line + 1})")
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
@@ -238,21 +238,21 @@ class _StrictLoader(yaml.SafeLoader):
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """Number of values of a YAML node, each counted as often as aliases repeat it; a long text counts more."""
-    if id(node) not in known:
-        known[id(node)] = MOST_NODES  # an alias within its own value is endless
+    if id(node) not in sizes:
+        sizes[id(node)] = MOST_NODES  # an alias within its own value is endless
         if isinstance(node, yaml.CollectionNode):
             items = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
-            known[id(node)] = 1 + sum(_size(item, known) for item in items)
+            sizes[id(node)] = 1 + sum(_size(item, sizes) for item in items)
         else:
-            known[id(node)] = 1 + len(node.value) // 100
-    if known[id(node)] > MOST_NODES:
+            sizes[id(node)] = 1 + len(node.value) // 100
+    if sizes[id(node)] > MOST_NODES:
         raise yaml.YAMLError(
             f"it holds more than {MOST_NODES} values, those that aliases (*name) repeat included "
             f"(line {node.start_mark.line + 1})"
         )
-    return known[id(node)]
+    return sizes[id(node)]
 
 
 def parse_yaml_value(text: str) -> Any:
@@ -409,7 +409,7 @@ def _build_scalar(kind: Any, data: Any, source: str, where: str) -> Any:
         data = int(data)
     if kind is Any or (isinstance(data, kind) and not (kind in (int, float) and isinstance(data, bool))):
         if kind in (int, float) and not abs(data) <= LARGEST:  # NaN is not, either
-            found = f"{float(data):g}" if isinstance(data, float) else "a longer number"
-            raise ConfigError(f"{source}: {where} is {found}, expected a finite number of at most {LARGEST:g}.")
+            shown = f"{float(data):g}" if isinstance(data, float) else "a longer number"
+            raise ConfigError(f"{source}: {where} is {shown}, expected a finite number of at most {LARGEST:g}.")
         return data
     raise ConfigError(f"{source}: {where} is {data!r} ({type(data).__name__}), expected {kind.__name__}.")

@@ -76,8 +76,8 @@ def find_below(root: Path, name: object, *, follow_links: bool = False) -> Path:
         FileError: BAD_NAME or ESCAPES.
     """
     if not isinstance(name, str) or not name.strip():
-        found = "is empty" if isinstance(name, str) else f"is no text ({type(name).__name__})"
-        raise FileError(FileFault.BAD_NAME, "name", found, f"write a path below {root}")
+        what = "is empty" if isinstance(name, str) else f"is no text ({type(name).__name__})"
+        raise FileError(FileFault.BAD_NAME, "name", what, f"write a path below {root}")
     shown = ascii(name)[:100]
     bad = BAD_CHARACTER.search(name) or "\\" in name or name.startswith("~") or "%2e" in name.lower()
     if bad or SCHEME.match(name) or "::" in name:
@@ -109,7 +109,7 @@ def find_in_model(folder: Path, name: str) -> Path | None:
         FileError: see `find_below`.
     """
     root = Path(os.path.realpath(folder))
-    blobs = next((place.with_name("blobs") for place in root.parents if place.name == "snapshots"), root)
+    blobs = next((parent.with_name("blobs") for parent in root.parents if parent.name == "snapshots"), root)
     path = Path(os.path.realpath(find_below(root, name, follow_links=True)))
     if not path.is_relative_to(root) and not path.is_relative_to(blobs):
         raise FileError(FileFault.ESCAPES, ascii(name)[:100], f"links out of {root}", f"copy the file below {root}")

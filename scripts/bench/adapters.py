@@ -23,7 +23,6 @@ import itertools
 import json
 import logging
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -39,13 +38,13 @@ import peft
 import torch
 import transformers
 from json_output import results_alone
-from measuring import PRODUCTS, Rows, interleaved, kernel_seconds, ratio
+from measuring import PRODUCTS, Rows, head, interleaved, kernel_seconds, ratio, settings_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
+from yardstick import saved_by
 
-import mm_moslora
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
-from mm_moslora.utils.hardware import hardware, keep_freed_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.progress_bar import Progress
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
@@ -133,7 +132,7 @@ def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: 
     return add_moslora(base, own, autocast_adapter_dtype=wide).train()
 
 
-def step(model: nn.Module, kind: str, given: Tensor, *, micro_batches: int = 1) -> Step:
+def step(model: nn.Module, kind: str, inputs: Tensor, *, micro_batches: int = 1) -> Step:
     """Forward and backward pass of one optimiser step."""
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     by_name = isinstance(inner, LlamaModel)
@@ -148,7 +147,7 @@ def step(model: nn.Module, kind: str, given: Tensor, *, micro_batches: int = 1) 
             for index in range(micro_batches):
                 if window is not None and index == micro_batches - 1:
                     window.last_micro_batch()
-                x = given.detach().requires_grad_()
+                x = inputs.detach().requires_grad_()
                 y = model(inputs_embeds=x).last_hidden_state if by_name else model(x)
                 pull = torch.ones_like(y) if pull is None else pull
                 y.backward(pull)
@@ -162,12 +161,12 @@ def single_row(case: Case, rounds: int) -> dict[str, Any]:
     """One linear layer."""
     torch.manual_seed(2)
     width_in, width_out = case.widths
-    given = torch.randn(case.tokens, width_in).to(DTYPES[case.dtype])
+    inputs = torch.randn(case.tokens, width_in).to(DTYPES[case.dtype])
     steps = {}
     for kind in ("frozen", "peft", "moslora"):
         torch.manual_seed(0)
         base = Single(width_in, width_out).to(DTYPES[case.dtype])
-        steps[kind] = step(adapt(base, kind, rank=case.rank, dropout=case.dropout), kind, given)
+        steps[kind] = step(adapt(base, kind, rank=case.rank, dropout=case.dropout), kind, inputs)
     times = interleaved(steps, rounds)
     return {
         "vs_peft": ratio(times, "moslora", "peft"),
@@ -180,13 +179,13 @@ def model_row(case: Case, rounds: int) -> dict[str, Any]:
     """The small Llama with adapters in all linear layers; this project's factors as in training, PEFT's both ways."""
     torch.manual_seed(2)
     name, rank, dtype = case.dtype, case.rank, DTYPES[case.dtype]
-    given = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
+    inputs = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
     models = {kind: adapt(llama(dtype), kind, rank=rank) for kind in ("frozen", "peft")}
     models["moslora"] = adapt(llama(dtype), "moslora", rank=rank, wide=False)
-    steps = {kind: step(model, kind, given) for kind, model in models.items()}
+    steps = {kind: step(model, kind, inputs) for kind, model in models.items()}
     if name == "bf16":
-        steps["peft bf16"] = step(adapt(llama(dtype), "peft", rank=rank, wide=False), "peft", given)
-        steps["moslora fp32"] = step(adapt(llama(dtype), "moslora", rank=rank), "moslora", given)
+        steps["peft bf16"] = step(adapt(llama(dtype), "peft", rank=rank, wide=False), "peft", inputs)
+        steps["moslora fp32"] = step(adapt(llama(dtype), "moslora", rank=rank), "moslora", inputs)
     times = interleaved(steps, rounds)
     linears = [module for module in models["frozen"].modules() if isinstance(module, nn.Linear)]
     work = sum(4 * layer.in_features * layer.out_features for layer in linears)
@@ -211,32 +210,24 @@ def own_lora_row(case: Case, rounds: int) -> dict[str, Any]:
     """The small Llama with and without mixers under the same kernel: a step of one micro-batch, and one of several."""
     torch.manual_seed(2)
     dtype = DTYPES[case.dtype]
-    given = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
+    inputs = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
     kinds = ("own lora", "moslora")
     models = {kind: adapt(llama(dtype), kind, rank=case.rank, wide=False) for kind in kinds}
-    found = {}
+    ratios = {}
     for key, count in {"vs_own_lora_one_batch": 1, "vs_own_lora": MICRO_BATCHES}.items():
-        steps = {kind: step(model, kind, given, micro_batches=count) for kind, model in models.items()}
-        found[key] = ratio(interleaved(steps, rounds), "moslora", "own lora")
-    return found
+        steps = {kind: step(model, kind, inputs, micro_batches=count) for kind, model in models.items()}
+        ratios[key] = ratio(interleaved(steps, rounds), "moslora", "own lora")
+    return ratios
 
 
 def saved_row(case: Case, rounds: int) -> dict[str, Any]:
     """Bytes that the linear layers of one Llama block save for the backward pass, counted once per storage."""
-    kept = {kind: _saved_bytes(kind, case.tokens) for kind in ("peft", "moslora")}
-    return {"saved_bytes": kept, "saved_ratio": kept["moslora"] / kept["peft"]}
+    saved = {kind: _saved_bytes(kind, case.tokens) for kind in ("peft", "moslora")}
+    return {"saved_bytes": saved, "saved_ratio": saved["moslora"] / saved["peft"]}
 
 
 def _saved_bytes(kind: str, tokens: int) -> int:
     model = adapt(llama(torch.bfloat16), kind, rank=16)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    seen: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     block = model.base_model.model.layers[0]
     hidden, inner = (torch.randn(1, tokens, width).bfloat16().requires_grad_() for width in (576, 1536))
     attended = torch.randn_like(hidden).requires_grad_()
@@ -244,10 +235,7 @@ def _saved_bytes(kind: str, tokens: int) -> int:
     attention, mlp = block.self_attn, block.mlp
     uses = [(attention.q_proj, hidden), (attention.k_proj, hidden), (attention.v_proj, hidden)]
     uses += [(attention.o_proj, attended), (mlp.gate_proj, normed), (mlp.up_proj, normed), (mlp.down_proj, inner)]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        results = [layer(x) for layer, x in uses]
-    del results
-    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    return saved_by(model, lambda: [layer(x) for layer, x in uses])
 
 
 def cases(tokens: tuple[int, ...]) -> list[Case]:
@@ -275,16 +263,16 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 def run(wanted: list[Case], rounds: int, rows: Rows) -> list[dict[str, Any]]:
     """Measure the missing rows; returns the rows in the order of `wanted`."""
     share = 100 / sum(case.weight for case in wanted)
-    found = {case: row for case in wanted if (row := rows.find(**asdict(case))) is not None}
-    ready = sum(case.weight for case in found) * share
+    measured = {case: row for case in wanted if (row := rows.find(**asdict(case))) is not None}
+    ready = sum(case.weight for case in measured) * share
     with Progress("adapters", 100, unit="part", initial=round(ready)) as progress:
         for case in wanted:
-            if case in found:
+            if case in measured:
                 continue
-            found[case] = rows.add(measure(case, rounds))
+            measured[case] = rows.add(measure(case, rounds))
             ready += case.weight * share
             progress.update(round(ready), f"{case.case} {case.dtype} r {case.rank}, {case.tokens} tokens")
-    return [found[case] for case in wanted]
+    return [measured[case] for case in wanted]
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -329,15 +317,12 @@ def main() -> int:
     torch.set_num_threads(1)
     keep_freed_memory()
     rounds = options.rounds or (3 if options.quick else 5)
-    versions = {"torch": torch.__version__, "peft": peft.__version__, "mm_moslora": mm_moslora.__version__}
-    header = {
-        "benchmark": "adapters", "hardware": f"{hardware()}; one thread",
-        "versions": versions | {"python": platform.python_version()},
-    }  # fmt: skip
-    rows = run(cases((512,) if options.quick else (512, 2048)), rounds, Rows(options.rows, header | {"rounds": rounds}))
+    opening = head("adapters", "peft")
+    stored = Rows(options.rows, settings_of(opening, rounds=rounds))
+    rows = run(cases((512,) if options.quick else (512, 2048)), rounds, stored)
     summary = summarise(rows)
     if options.json:
-        print(json.dumps(header | {"rows": rows, "summary": summary}), file=output)
+        print(json.dumps(opening | {"rows": rows, "summary": summary}), file=output)
     else:
         show(rows, summary)
     return 0

@@ -57,9 +57,9 @@ def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def gradients(contender: Attention, given: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def gradients(contender: Attention, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Gradients of q, k and v."""
-    *inputs, pull = (tensor.to(dtype) for tensor in given)
+    *inputs, pull = (tensor.to(dtype) for tensor in tensors)
     leaves = [tensor.requires_grad_() for tensor in inputs]
     contender(*leaves).backward(pull)
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -69,12 +69,12 @@ def measure(tokens: int, name: str, rounds: int) -> dict[str, Any]:
     """One row; short segments run several times per round."""
     torch.manual_seed(tokens)
     shapes = [(1, HEADS, tokens, WIDTH)] * 3 + [(1, tokens, HEADS, WIDTH)]
-    given = [torch.randn(shape).to(DTYPES[name]).double() for shape in shapes]
+    exact_inputs = [torch.randn(shape).to(DTYPES[name]).double() for shape in shapes]
     contenders: dict[str, Attention] = {"ours": ours, "products": products, "pytorch": kernel}
     repeats = max(1, 2**19 // tokens**2)
 
     def step(contender: Attention) -> Callable[[], None]:
-        tensors = [tensor.to(DTYPES[name]) for tensor in given]
+        tensors = [tensor.to(DTYPES[name]) for tensor in exact_inputs]
 
         def run() -> None:
             for _ in range(repeats):
@@ -83,12 +83,12 @@ def measure(tokens: int, name: str, rounds: int) -> dict[str, Any]:
         return run
 
     times = interleaved({kind: step(contender) for kind, contender in contenders.items()}, rounds)
-    exact = gradients(kernel, [tensor.clone() for tensor in given], torch.float64)
+    exact = gradients(kernel, [tensor.clone() for tensor in exact_inputs], torch.float64)
     errors = {}
     for kind, contender in contenders.items():
-        found = gradients(contender, [tensor.clone() for tensor in given], DTYPES[name])
-        errors[kind] = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(found, exact, strict=True))
-    q, k, v = (tensor.to(DTYPES[name]) for tensor in given[:3])
+        computed = gradients(contender, [tensor.clone() for tensor in exact_inputs], DTYPES[name])
+        errors[kind] = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(computed, exact, strict=True))
+    q, k, v = (tensor.to(DTYPES[name]) for tensor in exact_inputs[:3])
     by_ours = runs_native(q, k, v, segments=1) and not (name == "bf16" and multiplies_tiles())
     taken = "ours" if by_ours else "products" if products_are_faster(q[0]) else "pytorch"
     return {

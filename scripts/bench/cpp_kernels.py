@@ -82,8 +82,8 @@ def measure(dtype: str, dropout: float, rounds: int, after_round: Callable[[], N
     losses: dict[str, list[Tensor]] = {}
     times = interleaved(steps, rounds, after_round=after_round, results=losses)
     limit = 1e-5 if dtype == "fp32" else 5e-3
-    loss = {name: statistics.fmean(map(float, found)) for name, found in losses.items()}
-    if not dropout and max(abs(found - loss["all"]) for found in loss.values()) > limit * loss["all"]:
+    loss = {name: statistics.fmean(map(float, values)) for name, values in losses.items()}
+    if not dropout and max(abs(values - loss["all"]) for values in loss.values()) > limit * loss["all"]:
         raise SystemExit(f"The contenders have different losses: {loss}.")
     return {
         "dtype": dtype, "dropout": dropout,
@@ -126,9 +126,9 @@ def main() -> int:
             rows.add(measure(dtype, dropout, options.rounds, after_round))
     if options.json:
         summary = {
-            f"{name.replace(' ', '_')}_{row['dtype']}_{row['dropout']}": found
+            f"{name.replace(' ', '_')}_{row['dtype']}_{row['dropout']}": value
             for row in rows.rows
-            for name, found in row["ratios"].items()
+            for name, value in row["ratios"].items()
         }
         print(json.dumps(opening | {"rows": rows.rows, "summary": summary}), file=output)
     else:

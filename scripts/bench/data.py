@@ -18,7 +18,6 @@ import functools
 import importlib.resources
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 from json_output import results_alone
+from measuring import head
 from PIL import Image
 
 from mm_moslora.config import DataConfig, SourceConfig
@@ -64,12 +63,12 @@ def text(rng: random.Random, low: int, high: int) -> str:
 def record(rng: random.Random, number: int, image: str | None) -> dict[str, Any]:
     """One record of one to six questions, as LLaVA writes them."""
     turns = []
-    for place in range(rng.randint(1, 6)):
-        mark = "<image>\n" if image is not None and place == 0 else ""
+    for turn in range(rng.randint(1, 6)):
+        mark = "<image>\n" if image is not None and turn == 0 else ""
         turns.append({"from": "human", "value": mark + text(rng, 5, 25)})
         turns.append({"from": "gpt", "value": text(rng, 1, 60)})
-    found: dict[str, Any] = {"id": f"{number:012d}", "conversations": turns}
-    return found if image is None else {**found, "image": image}
+    fields: dict[str, Any] = {"id": f"{number:012d}", "conversations": turns}
+    return fields if image is None else {**fields, "image": image}
 
 
 def write_large(path: Path) -> None:
@@ -86,7 +85,7 @@ def write_large(path: Path) -> None:
 OPEN_OURS = """
 import sys, time
 from pathlib import Path
-from mm_moslora.data.sources.record_source import RecordFile
+from mm_moslora.data.chat.records import RecordFile
 imported = time.process_time()
 file = RecordFile(Path(sys.argv[1]))
 file[0], file[len(file) - 1]
@@ -119,12 +118,12 @@ def measure_opening(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]
         path = Path(folder) / "large.json"
         write_large(path)
         size = path.stat().st_size / 2**20
-        found: dict[str, list[tuple[int, float, float]]] = {"ours": [], "peer": []}
+        runs_of: dict[str, list[tuple[int, float, float]]] = {"ours": [], "peer": []}
         for _ in range(rounds):
-            found["ours"].append(open_file(OPEN_OURS, path))
-            found["peer"].append(open_file(OPEN_PEER, path))
+            runs_of["ours"].append(open_file(OPEN_OURS, path))
+            runs_of["peer"].append(open_file(OPEN_PEER, path))
     rows = []
-    for who, runs in found.items():
+    for who, runs in runs_of.items():
         assert {run[0] for run in runs} == {ROWS}
         rows.append({
             "what": f"open {ROWS} records ({size:.0f} MiB), {who}",
@@ -172,11 +171,11 @@ class LazyPeer:
         self.background = tuple(int(value * 255) for value in processor.image_mean)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        found = self.records[index]
-        turns = found["conversations"]
-        if "image" not in found:
+        record = self.records[index]
+        turns = record["conversations"]
+        if "image" not in record:
             return self._tokens(turns, has_image=False)
-        image = Image.open(self.folder / found["image"]).convert("RGB")
+        image = Image.open(self.folder / record["image"]).convert("RGB")
         side = max(image.size)
         square = Image.new("RGB", (side, side), self.background)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -194,8 +193,8 @@ class LazyPeer:
             prompt += f"{'USER' if human else 'ASSISTANT'}: {turn['value']}{' ' if human else '</s>'}"
         ids = torch.tensor(self._ids(prompt, has_image=has_image))
         labels = ids.clone()
-        place = 1
-        labels[:place] = -100
+        position = 1
+        labels[:position] = -100
         for part in prompt.split("</s>"):
             if not part:
                 break
@@ -204,10 +203,10 @@ class LazyPeer:
                 break
             length = len(self._ids(part, has_image=has_image))
             masked = len(self._ids(f"{head} ASSISTANT: ", has_image=has_image)) - 2
-            labels[place : place + masked] = -100
-            place += length
-        labels[place:] = -100
-        if place != len(ids):
+            labels[position : position + masked] = -100
+            position += length
+        labels[position:] = -100
+        if position != len(ids):
             labels[:] = -100
         return {"input_ids": ids, "labels": labels}
 
@@ -321,7 +320,7 @@ def measure_packing() -> tuple[list[dict[str, Any]], dict[str, float]]:
     """
     rng = random.Random(0)
     image = [rng.random() < 0.94 for _ in range(ROWS)]
-    lengths = [min(2048, int(rng.lognormvariate(5, 0.75)) + 40 + VISUAL_TOKENS * seen) for seen in image]
+    lengths = [min(2048, int(rng.lognormvariate(5, 0.75)) + 40 + VISUAL_TOKENS * has_image) for has_image in image]
     rows, summary = [], {}
     for tokens in (2048, ROW_TOKENS, 8192):
         began = time.process_time()
@@ -380,20 +379,15 @@ def _fullest_row(sizes: np.ndarray, worth: np.ndarray, room: int) -> tuple[np.nd
 
 def padded_share(lengths: list[int], image: list[bool], *, ranks: int = 8, batch: int = 16) -> float:
     """Tokens divided by padded tokens in LLaVA's order, 8 GPUs of 16 samples each."""
-    held = 0
+    padded = 0
     for step in plan_llava(lengths, image, seed=0, epoch=0, global_batch=ranks * batch):
         members = sorted((lengths[number] for number in step), reverse=True)
         chunks: list[list[int]] = [[] for _ in range(ranks)]
         for length in members:  # LLaVA gives the longest first, to the chunk with the fewest tokens
             open_chunks = [chunk for chunk in chunks if len(chunk) < batch]
             min(open_chunks, key=sum).append(length)
-        held += sum(max(chunk) * len(chunk) for chunk in chunks if chunk)
-    return sum(lengths) / held
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+        padded += sum(max(chunk) * len(chunk) for chunk in chunks if chunk)
+    return sum(lengths) / padded
 
 
 def main() -> int:
@@ -414,15 +408,9 @@ def main() -> int:
     ):
         more, keys = part()
         rows, summary = rows + more, summary | keys
-    result = {
-        "benchmark": "data",
-        "hardware": {"processor": _processor(), "threads": 1, "cores": os.cpu_count()},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "pillow", "numpy")},
-        "rows": rows,
-        "summary": summary,
-    }
     if options.json:
-        print(json.dumps(result), file=output)
+        opening = head("data", "transformers", "pillow", "numpy")
+        print(json.dumps(opening | {"rows": rows, "summary": summary}), file=output)
         return 0
     for row in rows:
         shown = [f"{row['seconds']:.4f} s"] if "seconds" in row else []

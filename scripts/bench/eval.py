@@ -40,6 +40,7 @@ from mm_moslora.utils.progress_bar import Progress
 
 IMAGE_TOKEN = 3
 VISUAL_TOKENS = 256
+VOCABULARY, NEW_TOKENS = 32_000, 8
 HEAD, QUESTION, OPTION = 8, 24, 6
 """Tokens before the picture, of a question, and of an option."""
 
@@ -131,8 +132,8 @@ def peer_options(model: LlavaForConditionalGeneration, questions: Sequence[Quest
 
 def our_options(model: LlavaForConditionalGeneration, questions: Sequence[Question], options: Options) -> list[int]:
     """Every prompt once, followed by all its options."""
-    found = score_options(model, _prompts(model, questions), [options] * len(questions))
-    return [max(range(len(scores)), key=lambda index: scores[index].logprob) for scores in found]
+    scored = score_options(model, _prompts(model, questions), [options] * len(questions))
+    return [max(range(len(scores)), key=lambda index: scores[index].logprob) for scores in scored]
 
 
 @dataclass(frozen=True)
@@ -238,18 +239,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default 5)")
-    parser.add_argument("--vocabulary", type=int, default=32_000, help="words of the model (default 32000)")
-    parser.add_argument("--new-tokens", type=int, default=8, help="tokens per answer (default 8)")
     parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     options = parser.parse_args()
     output = results_alone() if options.json else sys.stdout
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     opening = head("eval", "transformers")
-    settings = {"rounds": options.rounds, "vocabulary": options.vocabulary, "new_tokens": options.new_tokens}
+    settings = {"rounds": options.rounds, "vocabulary": VOCABULARY, "new_tokens": NEW_TOKENS}
     rows = Rows(options.rows, settings_of(opening, **settings))
-    model = build_model(options.vocabulary)
-    measure_all(make_cases(model, vocabulary=options.vocabulary, new=options.new_tokens), options.rounds, rows)
+    model = build_model(VOCABULARY)
+    measure_all(make_cases(model, vocabulary=VOCABULARY, new=NEW_TOKENS), options.rounds, rows)
     summary = summarise(rows.rows)
     if options.json:
         print(json.dumps(opening | {"rows": rows.rows, "summary": summary}), file=output)

@@ -82,11 +82,11 @@ def card_of(device: str) -> str:
     if device == "cpu":
         return hardware()
     code = "import torch; print(torch.cuda.get_device_name(0))"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if asked.returncode:
-        why = last_line(asked.stderr)
+    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if probe.returncode:
+        why = last_line(probe.stderr)
         raise SystemExit(f"PyTorch finds no GPU here ({why}). For a try without one: --shape tiny --device cpu.")
-    return asked.stdout.strip().splitlines()[-1]
+    return probe.stdout.strip().splitlines()[-1]
 
 
 def last_line(text: str) -> str:
@@ -157,9 +157,9 @@ class RowFile:
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The last row with a key; None: there is none but that of a contender that was killed once."""
-        found = [row for row in self.rows if all(row[name] == key[name] for name in KEY)]
-        once = len(found) == 1 and found[0].get("killed")
-        return found[-1] if found and not once else None
+        rows = [row for row in self.rows if all(row[name] == key[name] for name in KEY)]
+        once = len(rows) == 1 and rows[0].get("killed")
+        return rows[-1] if rows and not once else None
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row; it takes the place of an earlier one with its key in the table."""
@@ -272,10 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         left = run(wanted, rows, options, started)
     except KeyboardInterrupt:
-        kept = (
+        outcome = (
             f"{len(rows.rows)} rows are in {options.out}; the same command goes on" if options.out else "nothing kept"
         )
-        logger.info("Interrupted: %s.", kept)
+        logger.info("Interrupted: %s.", outcome)
         return INTERRUPTED
     print(table(rows.rows, options.predictions))
     return AGAIN if left else 0

@@ -68,15 +68,15 @@ def lengths_of(shape: Shape) -> list[list[int]]:
     padded rows waste little.
     """
     rng = random.Random(0)
-    found = []
+    lengths = []
     for _ in range(shape.conversations):
         text = max(8, round(min(1472, rng.lognormvariate(5.45, 0.7)) * shape.text_scale))
         picture = shape.image_tokens if rng.random() < WITH_PICTURE else 0
-        found.append(min(shape.longest, text + picture))
-    found.sort()
+        lengths.append(min(shape.longest, text + picture))
+    lengths.sort()
     batches: list[list[int]] = [[], [], []]
-    reached, whole = 0, sum(found)
-    for length in found:
+    reached, whole = 0, sum(lengths)
+    for length in lengths:
         batches[min(2, 3 * reached // whole)].append(length)
         reached += length
     return batches
@@ -85,7 +85,7 @@ def lengths_of(shape: Shape) -> list[list[int]]:
 def examples(shape: Shape, lengths: Sequence[int], *, seed: int) -> list[Example]:
     """Conversations with one picture each, where it has room, and random text."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    conversations = []
     for number, length in enumerate(lengths):
         ids = torch.randint(3, shape.vocabulary - 1, (length,), generator=generator)
         visual = shape.image_tokens if length >= shape.image_tokens + 8 else 0
@@ -94,8 +94,8 @@ def examples(shape: Shape, lengths: Sequence[int], *, seed: int) -> list[Example
         supervised[length - max(1, round((length - visual) * SUPERVISED)) :] = True
         pixels = torch.randn(1, 3, shape.pixels, shape.pixels, generator=generator)
         pictures = [ProcessedImage(tensors={"pixel_values": pixels})] if visual else []
-        found.append(Example(id=str(number), input_ids=ids, supervised=supervised, pictures=pictures))
-    return found
+        conversations.append(Example(id=str(number), input_ids=ids, supervised=supervised, pictures=pictures))
+    return conversations
 
 
 def batches_of(shape: Shape) -> tuple[list[list[Example]], list[Example]]:
@@ -106,10 +106,10 @@ def batches_of(shape: Shape) -> tuple[list[list[Example]], list[Example]]:
 
 def split(items: Sequence[Example], parts: int) -> list[list[Example]]:
     """The conversations in parts of similar sums of tokens; fewer parts where there are fewer conversations."""
-    found: list[list[Example]] = [[] for _ in range(min(parts, len(items)))]
+    groups: list[list[Example]] = [[] for _ in range(min(parts, len(items)))]
     for item in sorted(items, key=lambda item: -item.length):
-        min(found, key=lambda part: sum(one.length for one in part)).append(item)
-    return found
+        min(groups, key=lambda group: sum(item.length for item in group)).append(item)
+    return groups
 
 
 def padded(items: Sequence[Example], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -31,9 +31,13 @@ from mm_moslora.config import ModelConfig, OptimConfig, TrainConfig
 from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.kernel_selection import Kernels, choose_kernels, use_kernels
-from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.memory_efficient.kernel_selection import (
+    Kernels,
+    choose_kernels,
+    use_kernels,
+    use_lean_layers,
+    use_loss_head,
+)
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.vlm import supervised_hidden

@@ -30,10 +30,10 @@ def table(rows: Sequence[Row], predictions: Path) -> str:
     return "\n\n".join([*parts, f"Predictions were made on {predicted['made']}: {predicted['basis']}."])
 
 
-def _group(shape: str, card: str, found: Mapping[str, Row], predicted: Row) -> list[str]:
-    order = [contender.name for contender in CONTENDERS if contender.name in found]
-    steps = {name: found[name] for name in order if "seconds" in found[name]}
-    decoding = {name: found[name] for name in order if "decoding" in found[name]}
+def _group(shape: str, card: str, by_contender: Mapping[str, Row], predicted: Row) -> list[str]:
+    order = [contender.name for contender in CONTENDERS if contender.name in by_contender]
+    steps = {name: by_contender[name] for name in order if "seconds" in by_contender[name]}
+    decoding = {name: by_contender[name] for name in order if "decoding" in by_contender[name]}
     expected = predicted["shapes"].get(shape, {}) if predicted["card"] in card else {}
     parts = [f"### {shape} on {card}"]
     if steps:
@@ -47,10 +47,10 @@ def _group(shape: str, card: str, found: Mapping[str, Row], predicted: Row) -> l
         if "error" in row.get(part, {})
     ]
     failed += [
-        f"- {name}: {'failed' if 'error' in found[name] else 'left out'}, "
-        f"{found[name].get('error') or found[name].get('left_out')}"
+        f"- {name}: {'failed' if 'error' in by_contender[name] else 'left out'}, "
+        f"{by_contender[name].get('error') or by_contender[name].get('left_out')}"
         for name in order
-        if {"error", "left_out"} & found[name].keys()
+        if {"error", "left_out"} & by_contender[name].keys()
     ]
     return [*parts, *(["\n".join(failed)] if failed else [])]
 

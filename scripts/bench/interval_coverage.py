@@ -65,21 +65,21 @@ class World:
     def _answer(self, generator: np.random.Generator, picture: int, question: int, skill: float) -> Scored:
         score = float(generator.binomial(3, skill)) / 3 if self.graded else float(generator.random() < skill)
         reference = ("yes", "no")[question % 2]
-        place = 0 if picture < self.first else picture % self.categories
-        place += self.first > 0 and picture >= self.first
-        category = SUB_TASKS[place % len(SUB_TASKS)] if self.categories > 1 or self.first else None
+        index = 0 if picture < self.first else picture % self.categories
+        index += self.first > 0 and picture >= self.first
+        category = SUB_TASKS[index % len(SUB_TASKS)] if self.categories > 1 or self.first else None
         document = Document(
             id=f"{picture}-{question}", question="?", answers=(reference,), category=category,
             extra={"image_path": str(picture)},
         )  # fmt: skip
-        said = reference if score else {"yes": "no", "no": "yes"}[reference]
-        return Scored(document=document, text=said, parsed=said, score=score, cluster=picture)
+        answer = reference if score else {"yes": "no", "no": "yes"}[reference]
+        return Scored(document=document, text=answer, parsed=answer, score=score, cluster=picture)
 
     def interval(self, samples: Sequence[Scored], others: Sequence[Scored]) -> tuple[float, float]:
         """The interval under test."""
         if self.other:
-            found = difference_of_scores(self.aggregation, [samples], [others]).found
-            return found.low, found.high
+            difference = difference_of_scores(self.aggregation, [samples], [others]).estimate
+            return difference.low, difference.high
         if self.category:
             part = by_category(self.aggregation, samples)[self.category]
             return part.low, part.high
@@ -130,15 +130,15 @@ def worlds() -> Iterator[World]:
 def row(world: World, *, runs: int, seed: int = 0) -> dict[str, Any]:
     """Coverage and mean width of one row's intervals."""
     generator, truth = np.random.default_rng(seed), world.truth()
-    held, widths, points = [], [], 0
+    covered, widths, points = [], [], 0
     for _ in range(runs):
         samples = world.draw(generator)
         others = world.draw(generator, world.other) if world.other else []
         low, high = world.interval(samples, others)
-        held.append(low <= truth <= high)
+        covered.append(low <= truth <= high)
         widths.append(high - low)
         points += high - low <= 0
-    return {"row": world.name, "held": fmean(held), "width": fmean(widths), "no_width": points}
+    return {"row": world.name, "held": fmean(covered), "width": fmean(widths), "no_width": points}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,16 +146,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=int, default=1500, help="draws per row")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
-    given = parser.parse_args(arguments)
-    output, rows = results_alone() if given.json else sys.stdout, []
+    options = parser.parse_args(arguments)
+    output, rows = results_alone() if options.json else sys.stdout, []
     for world in worlds():
-        rows.append(row(world, runs=given.runs))
-        if not given.json:
+        rows.append(row(world, runs=options.runs))
+        if not options.json:
             print(f"{rows[-1]['row']:44}  held {rows[-1]['held']:6.1%}  mean width {rows[-1]['width']:.3g}")
-    if given.json:
+    if options.json:
         summary = {"least": min(one["held"] for one in rows), "no_width": sum(one["no_width"] for one in rows)}
-        found = {"benchmark": "interval_coverage", "runs": given.runs, "rows": rows, "summary": summary}
-        print(json.dumps(found), file=output, flush=True)
+        report = {"benchmark": "interval_coverage", "runs": options.runs, "rows": rows, "summary": summary}
+        print(json.dumps(report), file=output, flush=True)
 
 
 if __name__ == "__main__":

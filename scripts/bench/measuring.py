@@ -103,12 +103,12 @@ class Rows:
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         self.path = path
         lines = path.read_text().splitlines(keepends=True) if path is not None and path.exists() else []
-        known = [json.loads(line) for line in lines if line.endswith("\n")]  # a line without its end is incomplete
-        if lines and not known:
+        stored = [json.loads(line) for line in lines if line.endswith("\n")]  # a line without its end is incomplete
+        if lines and not stored:
             raise SystemExit(f"{path} holds no rows of this script. Name another file.")
-        if known and known[0] != settings:
-            raise SystemExit(f"{path} holds rows of {known[0]}, and this run is {dict(settings)}. Name another file.")
-        self.rows: list[dict[str, Any]] = known[1:]
+        if stored and stored[0] != settings:
+            raise SystemExit(f"{path} holds rows of {stored[0]}, and this run is {dict(settings)}. Name another file.")
+        self.rows: list[dict[str, Any]] = stored[1:]
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in [settings, *self.rows]))

@@ -32,6 +32,8 @@ from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
+WIDTH, MLP_WIDTH, HEAD_WIDTH, KV_HEADS = 4096, 11008, 128, 32
+"""Sizes of Vicuna 7B."""
 
 
 class Counter(TorchDispatchMode):
@@ -68,17 +70,17 @@ class Pass:
     """Inputs and outputs that a fused kernel does not access."""
 
 
-def passes(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Pass]:
+def passes(tokens: int, dtype: torch.dtype) -> dict[str, Pass]:
     """All passes of a layer with their numbers of calls."""
-    S, D, F = options.tokens, options.width, options.mlp_width
+    S, D, F = tokens, WIDTH, MLP_WIDTH
 
     def blank(*shape: int) -> Tensor:
         return torch.ones(*shape, dtype=dtype, device="meta")
 
     x, e, inverse, weight = blank(S, D), blank(S, F), torch.ones(S, 1, device="meta"), blank(D)
     activated = blank(S, F)
-    heads, turn = (blank(S, n, options.head_width) for n in (D // options.head_width, 1))
-    keys = blank(S, options.kv_heads, options.head_width)
+    heads, turn = (blank(S, n, HEAD_WIDTH) for n in (D // HEAD_WIDTH, 1))
+    keys = blank(S, KV_HEADS, HEAD_WIDTH)
     return {
         "normalise": Pass(TORCH_OPS.rms_norm, (x, weight, 1e-5), 2),
         "normalised": Pass(TORCH_OPS.recompute_rms_norm, (x, weight, inverse), 2),
@@ -113,13 +115,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=4096, help="the default is Vicuna 7B")
-    parser.add_argument("--mlp-width", type=int, default=11008)
-    parser.add_argument("--head-width", type=int, default=128)
-    parser.add_argument("--kv-heads", type=int, default=32)
     options = parser.parse_args()
     output = results_alone() if options.json else sys.stdout
-    rows = [row(name, dtype, one) for dtype, kind in DTYPES.items() for name, one in passes(options, kind).items()]
+    rows = [
+        row(name, dtype, one) for dtype, kind in DTYPES.items() for name, one in passes(options.tokens, kind).items()
+    ]
     layers = {dtype: [item for item in rows if item["dtype"] == dtype] for dtype in DTYPES}
     if options.json:
         summary = {

@@ -44,14 +44,14 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
-from yardstick import ALPHA, LANGUAGE, RANK, Contender, saved_bytes
+from yardstick import ALPHA, LANGUAGE, RANK, Contender, check_equal, saved_bytes
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.models.batching.padded_batch import padded_hidden
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
+from mm_moslora.models.memory_efficient.decoder_layers import head_loss_sum
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.utils.hardware import keep_freed_memory
 
@@ -140,40 +140,17 @@ def _contender(kind: str, family: str, samples: str, dtype: torch.dtype, *, laye
     return Contender(model=model, forward=loss)
 
 
-def check_equal(found: dict[str, Contender], name: str) -> dict[str, float]:
-    """Largest relative differences from `padded`: of the loss, and in fp32 of any gradient.
-
-    Raises:
-        SystemExit: a difference is too large.
-    """
-    losses = {kind: float(contender.forward().detach()) for kind, contender in found.items()}
-    known = losses["padded"]
-    differences = {"loss_difference": max(abs(loss - known) / known for loss in losses.values())}
-    if name == "fp32":
-        stock = found["padded"].gradients()
-        each = [contender.gradients() for contender in found.values()]
-        if any(gradients.keys() != stock.keys() for gradients in each):
-            raise SystemExit("The contenders have gradients of different parameters.")
-        differences["gradient_difference"] = max(
-            float((gradients[key] - one).norm() / one.norm()) for gradients in each for key, one in stock.items()
-        )
-    limit = 1e-5 if name == "fp32" else 5e-3
-    if max(differences.values()) > limit:
-        raise SystemExit(f"Differs from the padded step ({name}): {differences}, expected at most {limit}.")
-    return differences
-
-
 def measure(family: str, samples: str, name: str, *, rounds: int, layers: int = 6, width: int = 512) -> dict[str, Any]:
     """One row: a family on one set of lengths in one dtype."""
-    found = contenders(family, samples, DTYPES[name], layers=layers, width=width)
-    equal = check_equal(found, name)
-    saved = {kind: saved_bytes(contender) / 2**20 for kind, contender in found.items()}
-    times = interleaved({kind: contender.step for kind, contender in found.items()}, rounds)
+    by_kind = contenders(family, samples, DTYPES[name], layers=layers, width=width)
+    equal = check_equal(by_kind, "padded", name)
+    saved = {kind: saved_bytes(contender) / 2**20 for kind, contender in by_kind.items()}
+    times = interleaved({kind: contender.step for kind, contender in by_kind.items()}, rounds)
     lengths = [length for length, _ in SAMPLES[samples]]
     return {
         "family": family, "samples": samples, "dtype": name, "lengths": lengths,
         "padded_tokens": len(lengths) * max(lengths), **equal,
-        "speedup_vs": {kind: ratio(times, kind, "packed") for kind in found if kind != "packed"},
+        "speedup_vs": {kind: ratio(times, kind, "packed") for kind in by_kind if kind != "packed"},
         "cpu_seconds": {kind: statistics.median(spent) for kind, spent in times.items()},
         "saved_mib": saved, "saved_ratio": saved["packed"] / saved["padded"],
     }  # fmt: skip
@@ -181,11 +158,11 @@ def measure(family: str, samples: str, name: str, *, rounds: int, layers: int = 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The summary under stable keys."""
-    found = {}
+    figures = {}
     for row in rows:
         case = f"{row['family']}_{row['samples']}_{row['dtype']}"
-        found |= {f"speedup_{case}": row["speedup_vs"]["padded"], f"saved_ratio_{case}": row["saved_ratio"]}
-    return found
+        figures |= {f"speedup_{case}": row["speedup_vs"]["padded"], f"saved_ratio_{case}": row["saved_ratio"]}
+    return figures
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -204,15 +181,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per case (default 7)")
     parser.add_argument("--family", choices=FAMILIES, help="one family; both without it")
-    parser.add_argument("--layers", type=int, default=6, help="decoder layers (default 6)")
-    parser.add_argument("--width", type=int, default=512, help="of the decoder, a multiple of 64 (default 512)")
     options = parser.parse_args()
     output = results_alone() if options.json else sys.stdout
     torch.set_num_threads(1)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     rows = [
-        measure(family, samples, name, rounds=options.rounds, layers=options.layers, width=options.width)
+        measure(family, samples, name, rounds=options.rounds)
         for family in ([options.family] if options.family else FAMILIES)
         for samples in SAMPLES
         for name in DTYPES

@@ -22,33 +22,35 @@ from measuring import head, interleaved, ratio
 from parent import end_with_parent
 from PIL import Image
 
-from mm_moslora.serve.api.chat_request import Message, Picture
+from mm_moslora.serve.api.chat_request import ChatMessage, MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine, Job, Piece
+from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
 from mm_moslora.serve.inference.served_models import Models, load_models
 from mm_moslora.serve.inference.token_sampling import Sampling
 
 
-def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[Piece]) -> list[Job]:
+def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[AnswerPart]) -> list[GenerationJob]:
     """Questions of different lengths, each about its own picture."""
     from mm_moslora.serve.inference.prompt_preparation import turns_of
 
-    made = []
+    jobs = []
     for index in range(count):
         picture = Image.new("RGB", (64, 64), (index * 37 % 256, index * 91 % 256, index * 53 % 256))
         question = "What is shown " + "here and there " * (index % 5) + f"in picture {index}? Answer at length."
-        message = Message(role="user", parts=(Picture(url="", where=""), question))
-        ids, seen = models.prompt(turns_of([message]), [picture])
-        made.append(
-            Job(
-                model=models.default, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=tokens), deliver=done.put,
-                deadline=time.monotonic() + 3600,
+        message = ChatMessage(role="user", parts=(MessagePicture(url="", where=""), question))
+        ids, images = models.prompt(turns_of([message]), [picture])
+        jobs.append(
+            GenerationJob(
+                model=models.default, input_ids=ids, images=images, sampling=Sampling(max_tokens=tokens),
+                deliver=done.put, deadline=time.monotonic() + 3600,
             )
         )  # fmt: skip
-    return made
+    return jobs
 
 
-def answer(engine: Engine, jobs: list[Job], done: queue.Queue[Piece], *, together: bool) -> list[list[int]]:
+def answer(
+    engine: GenerationEngine, jobs: list[GenerationJob], done: queue.Queue[AnswerPart], *, together: bool
+) -> list[list[int]]:
     """The answers to all jobs, submitted at once or one after the other."""
     for group in [jobs] if together else [[job] for job in jobs]:
         engine.submit(group)
@@ -58,20 +60,20 @@ def answer(engine: Engine, jobs: list[Job], done: queue.Queue[Piece], *, togethe
     return [job.tokens for job in jobs]
 
 
-def measure(engine: Engine, answers: int, tokens: int, rounds: int) -> tuple[dict[str, list[float]], bool]:
+def measure(engine: GenerationEngine, answers: int, tokens: int, rounds: int) -> tuple[dict[str, list[float]], bool]:
     """CPU seconds of both ways in every round, and whether their answers are equal. Prompts are prepared beforehand."""
-    done: queue.Queue[Piece] = queue.Queue()
+    done: queue.Queue[AnswerPart] = queue.Queue()
     ready = [jobs_for(engine.models, answers, tokens, done) for _ in range(2 * (rounds + 1))]
-    given: dict[str, list[Any]] = {}
+    answers_of: dict[str, list[Any]] = {}
     times = interleaved(
         {
             "alone": lambda: answer(engine, ready.pop(), done, together=False),
             "together": lambda: answer(engine, ready.pop(), done, together=True),
         },
         rounds,
-        results=given,
+        results=answers_of,
     )
-    return times, given["alone"] == given["together"]
+    return times, answers_of["alone"] == answers_of["together"]
 
 
 def main() -> int:
@@ -88,7 +90,7 @@ def main() -> int:
     torch.set_num_threads(1)
     models = load_models(options.model)
     models.stops = []  # so that all answers have the same length
-    engine = Engine(models, Limits(batch=options.answers))
+    engine = GenerationEngine(models, Limits(batch=options.answers))
     engine.start()
     try:
         times, same = measure(engine, options.answers, options.tokens, options.rounds)

@@ -166,29 +166,29 @@ def compare(world: World, pilot: int, generator: np.random.Generator) -> Ended:
 def sequential(world: World, pilot: int, *, runs: int, seed: int = 0) -> dict[str, float]:
     """Rates over many comparisons."""
     generator = np.random.default_rng(seed)
-    found = [compare(world, pilot, generator) for _ in range(runs)]
+    ended = [compare(world, pilot, generator) for _ in range(runs)]
     better, equal = slice(None, world.better), slice(world.better, None)
     return {
-        "false": fmean(any(one.shown[equal]) for one in found),
-        "naive": fmean(any(one.naive[equal]) for one in found),
-        "held": fmean(held for one in found for held in one.held),
-        "power": fmean(shown for one in found for shown in one.shown[better]) if world.better else math.nan,
-        "seeds": fmean(seeds for one in found for seeds in one.seeds),
-        "planned": fmean(one.planned for one in found),
-        "half_width": fmean(one.half_width for one in found),
+        "false": fmean(any(comparison.shown[equal]) for comparison in ended),
+        "naive": fmean(any(comparison.naive[equal]) for comparison in ended),
+        "held": fmean(covers for comparison in ended for covers in comparison.held),
+        "power": fmean(shown for one in ended for shown in one.shown[better]) if world.better else math.nan,
+        "seeds": fmean(seeds for comparison in ended for seeds in comparison.seeds),
+        "planned": fmean(comparison.planned for comparison in ended),
+        "half_width": fmean(comparison.half_width for comparison in ended),
     }
 
 
 def intervals(world: World, seeds: int, *, runs: int, seed: int = 0) -> tuple[np.ndarray, float]:
     """How often the interval of each rival holds with a fixed number of seeds, and the median half-width."""
-    generator, held, widths = np.random.default_rng(seed), [], []
+    generator, covered, widths = np.random.default_rng(seed), [], []
     for _ in range(runs):
         reference, *rivals = world.draw(generator, seeds)
         arms = {str(number): tasks for number, tasks in enumerate(rivals)}
-        found = list(differences(arms, reference, bounded=world.binary).values())
-        held.append([one.low <= 0 <= one.high for one in found])
-        widths.append([one.half_width for one in found])
-    return np.mean(held, axis=0), float(np.median(widths))
+        estimates = list(differences(arms, reference, bounded=world.binary).values())
+        covered.append([estimate.low <= 0 <= estimate.high for estimate in estimates])
+        widths.append([estimate.half_width for estimate in estimates])
+    return np.mean(covered, axis=0), float(np.median(widths))
 
 
 def stopping_rows(runs: int) -> Iterator[dict[str, Any]]:
@@ -207,17 +207,17 @@ def coverage_rows(runs: int) -> Iterator[dict[str, Any]]:
         if tasks == 1 or wide is None:
             world = World(components=SETTINGS["seeds"], rivals=rivals, wide=wide, tasks=tasks)
             uneven = {None: "none", 0: "reference", 1: "an arm"}[wide]
-            held, half_width = intervals(world, seeds, runs=runs)
-            found = {"held": float(held.mean()), "least": float(held.min()), "half_width": half_width}
-            yield {"seeds": seeds, "rivals": rivals, "uneven": uneven, "tasks": tasks} | found
+            covered, half_width = intervals(world, seeds, runs=runs)
+            measured = {"held": float(covered.mean()), "least": float(covered.min()), "half_width": half_width}
+            yield {"seeds": seeds, "rivals": rivals, "uneven": uneven, "tasks": tasks} | measured
 
 
 def group_rows(runs: int) -> Iterator[dict[str, Any]]:
     """The same where a seed has an effect that some arms share, which the intervals do not model."""
     for together, (arms, groups, seeds) in itertools.product((1.0, 2.0), ((8, 4, 5), (11, 8, 3), (11, 8, 5))):
         world = World(components=SETTINGS["seeds"], rivals=arms - 1, groups=groups, together=together)
-        held, half_width = intervals(world, seeds, runs=runs)
-        inside, across = (float(part.mean()) for part in (held[: groups - 1], held[groups - 1 :]))
+        covered, half_width = intervals(world, seeds, runs=runs)
+        inside, across = (float(part.mean()) for part in (covered[: groups - 1], covered[groups - 1 :]))
         what = {"arms": arms, "share": groups, "times a run's": together, "seeds": seeds}
         yield what | {"held, of the group": inside, "held, of the others": across, "half_width": half_width}
 
@@ -233,14 +233,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=400, help="comparisons of each row")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
-    given = parser.parse_args()
-    output = results_alone() if given.json else sys.stdout
+    options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
     rows: dict[str, list[dict[str, Any]]] = {"stopping": [], "coverage": [], "groups": []}
     tables = ((stopping_rows, "stopping"), (coverage_rows, "coverage"), (group_rows, "groups"))
-    for found, table in ((rows_of(given.runs), table) for rows_of, table in tables):
-        for row in found:
+    for results, table in ((rows_of(options.runs), table) for rows_of, table in tables):
+        for row in results:
             rows[table].append(row)
-            if not given.json:
+            if not options.json:
                 names = [
                     name for name in row if table != "stopping" or name in COLUMNS or not isinstance(row[name], float)
                 ]
@@ -252,8 +252,8 @@ def main() -> None:
                     ),
                     flush=True,
                 )
-    if given.json:
-        print(json.dumps({"benchmark": "stopping_rule", "runs": given.runs, "rows": rows}), file=output)
+    if options.json:
+        print(json.dumps({"benchmark": "stopping_rule", "runs": options.runs, "rows": rows}), file=output)
 
 
 if __name__ == "__main__":

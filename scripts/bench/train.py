@@ -65,7 +65,7 @@ from measuring import (
     ratio,
     settings_of,
 )  # fmt: skip
-from yardstick import YARDSTICK, Contender
+from yardstick import YARDSTICK, Contender, check_equal
 
 from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
@@ -121,30 +121,6 @@ def needed_flops(vocabulary: int) -> float:
     return float(decoder + scores + head + tower + projector)
 
 
-def check_equal(contenders: dict[str, Contender], name: str) -> dict[str, float]:
-    """Largest relative differences from the peer: of the loss, and in fp32 of any gradient.
-
-    Raises:
-        SystemExit: a difference is too large.
-    """
-    losses = {kind: float(contender.forward().detach()) for kind, contender in contenders.items()}
-    found = {"loss_difference": max(abs(loss - losses["hf"]) / losses["hf"] for loss in losses.values())}
-    limit = 1e-5 if name == "fp32" else 5e-3
-    if name == "fp32":
-        theirs, found["gradient_difference"] = contenders["hf"].gradients(), 0.0
-        for kind, contender in contenders.items():
-            if kind == "hf":
-                continue
-            mine = contender.gradients()
-            if theirs.keys() != mine.keys():
-                raise SystemExit(f"{kind}: gradients of other parameters: {sorted(theirs.keys() ^ mine.keys())[:4]}")
-            worst = max(float((mine[k] - g).norm() / g.norm()) for k, g in theirs.items())
-            found["gradient_difference"] = max(found["gradient_difference"], worst)
-    if max(found.values()) > limit:
-        raise SystemExit(f"Differs from the peer ({name}): {found}, expected at most {limit}")
-    return found
-
-
 def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], *, extras: bool) -> None:
     """Add the missing rows, one per vocabulary and dtype."""
     cases = list(itertools.product(vocabularies, DTYPES))
@@ -162,16 +138,16 @@ def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], *, ext
 
 def shown_beside(vocabulary: int, dtype: torch.dtype) -> dict[str, Contender]:
     """Contenders without targets, as far as their requirements are installed."""
-    found = {"stock layers": yardstick.ours(vocabulary, dtype, lean=False)}
+    contenders = {"stock layers": yardstick.ours(vocabulary, dtype, lean=False)}
     if any(map(shutil.which, ("c++", "g++", "clang++"))):
-        found["compiled"] = yardstick.ours(vocabulary, dtype, compiler="inductor")
+        contenders["compiled"] = yardstick.ours(vocabulary, dtype, compiler="inductor")
     else:
         logger.warning("No C++ compiler here: the compiled step is left out.")
     if importlib.util.find_spec("trl") is not None:
-        found["trl"] = yardstick.trl(vocabulary, dtype)
+        contenders["trl"] = yardstick.trl(vocabulary, dtype)
     else:
         logger.warning("TRL is not installed and left out.")
-    return found
+    return contenders
 
 
 def step_row(
@@ -191,7 +167,7 @@ def step_row(
     }
     if beside:
         contenders |= shown_beside(vocabulary, dtype)
-    equal = check_equal(contenders, name)
+    equal = check_equal(contenders, "hf", name)
     saved = {kind: yardstick.saved_bytes(contender) / 2**20 for kind, contender in contenders.items()}
     bare = products(dtype)
     steps = {kind: timed.step for kind, timed in (contenders | bare).items()}

@@ -9,7 +9,7 @@ Every contender gets the same weights and samples. The adapters' B is not zero, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,12 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
-from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.memory_efficient.kernel_selection import (
+    choose_kernels,
+    use_kernels,
+    use_lean_layers,
+    use_loss_head,
+)
 from mm_moslora.training.engine import LossModule
 
 RANK, ALPHA = 16, 32
@@ -78,9 +81,31 @@ class Contender:
         """Gradients of A, M, B and of the projector, under the same names for all contenders, fp32."""
         self.model.zero_grad(set_to_none=True)
         self.forward().backward()
-        found = {_plain(name): p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {_plain(name): p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
-        return found
+        return gradients
+
+
+def check_equal(contenders: Mapping[str, Contender], against: str, dtype: str) -> dict[str, float]:
+    """Largest relative differences from one of the contenders: of the loss, and in fp32 of any gradient.
+
+    Raises:
+        SystemExit: a difference is too large, or gradients are of other parameters.
+    """
+    losses = {name: float(contender.forward().detach()) for name, contender in contenders.items()}
+    differences = {"loss_difference": max(abs(loss / losses[against] - 1) for loss in losses.values())}
+    if dtype == "fp32":
+        expected, differences["gradient_difference"] = contenders[against].gradients(), 0.0
+        for name in contenders.keys() - {against}:
+            gradients = contenders[name].gradients()
+            if odd := sorted(expected.keys() ^ gradients.keys()):
+                raise SystemExit(f"{name}: gradients of other parameters than {against}: {odd[:4]}")
+            worst = max(float((gradients[key] - grad).norm() / grad.norm()) for key, grad in expected.items())
+            differences["gradient_difference"] = max(differences["gradient_difference"], worst)
+    limit = 1e-5 if dtype == "fp32" else 5e-3
+    if max(differences.values()) > limit:
+        raise SystemExit(f"Differs from {against} ({dtype}): {differences}, expected at most {limit}")
+    return differences
 
 
 def _plain(name: str) -> str:
@@ -114,14 +139,14 @@ def base(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> L
 def examples(vocabulary: int) -> list[Example]:
     """One picture and one answer each."""
     torch.manual_seed(1)
-    found = []
+    made = []
     for number, (length, count) in enumerate(zip(LENGTHS, SUPERVISED, strict=True)):
         ids = torch.randint(3, vocabulary - 1, (length,))
         ids[4 : 4 + IMAGE_TOKENS] = vocabulary - 1
         supervised = torch.zeros(length, dtype=torch.bool)
         supervised[-count:] = True
         pixels = torch.randn(1, 3, 224, 224)
-        found.append(
+        made.append(
             Example(
                 id=str(number),
                 input_ids=ids,
@@ -129,20 +154,20 @@ def examples(vocabulary: int) -> list[Example]:
                 pictures=[ProcessedImage(tensors={"pixel_values": pixels})],
             )
         )
-    return found
+    return made
 
 
 def factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """A, M and B of every adapted layer by path, fp32; equal at every call."""
     generator = torch.Generator().manual_seed(2)
-    found = {}
+    by_path = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and path.startswith(LANGUAGE):
             A = torch.randn(RANK, module.in_features, generator=generator) / module.in_features**0.5
             M = torch.linalg.qr(torch.randn(RANK, RANK, generator=generator)).Q
             B = torch.randn(module.out_features, RANK, generator=generator) * 0.02
-            found[path] = (A, M, B)
-    return found
+            by_path[path] = (A, M, B)
+    return by_path
 
 
 def padded(items: list[Example]) -> dict[str, Tensor]:
@@ -163,14 +188,14 @@ def _adapted_by_peft(
 ) -> tuple[LlavaForConditionalGeneration, peft.PeftModel]:
     """The base with PEFT's LoRA and the authors' mixer ``B(M(A x))`` in it, and PEFT's wrapper around it."""
     model = base(vocabulary, dtype, setting)
-    known = factors(model)
+    by_path = factors(model)
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(known), init_lora_weights=True
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(by_path), init_lora_weights=True
     )
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=wide_adapters)
     model.model.multi_modal_projector.requires_grad_(True)
     with torch.no_grad():
-        for path, (A, M, B) in known.items():
+        for path, (A, M, B) in by_path.items():
             layer: Any = model.get_submodule(path)
             assert isinstance(layer, lora.Linear)
             mixer = nn.Linear(RANK, RANK, bias=False).to(layer.lora_A["default"].weight.dtype)
@@ -182,8 +207,8 @@ def _adapted_by_peft(
 
 
 def _padded_inputs(vocabulary: int, dtype: torch.dtype, setting: Setting) -> dict[str, Tensor]:
-    given = padded(examples(vocabulary))
-    return given | {"pixel_values": given["pixel_values"].to(dtype)}
+    inputs = padded(examples(vocabulary))
+    return inputs | {"pixel_values": inputs["pixel_values"].to(dtype)}
 
 
 def peer(
@@ -206,15 +231,15 @@ def peer(
         dropout: dropout of the adapters.
     """
     model, wrapped = _adapted_by_peft(vocabulary, dtype, setting, wide_adapters=wide_adapters, dropout=dropout)
-    given = _padded_inputs(vocabulary, dtype, setting)
+    batch = _padded_inputs(vocabulary, dtype, setting)
 
     def all_positions() -> Tensor:
-        return wrapped(**given, use_cache=False).loss
+        return wrapped(**batch, use_cache=False).loss
 
     def supervised() -> Tensor:
-        inputs = {name: value for name, value in given.items() if name != "labels"}
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
-        labels = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+        labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
         chosen = labels != -100
         return F.cross_entropy(model.lm_head(hidden[chosen]).float(), labels[chosen])
 
@@ -233,7 +258,7 @@ def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Co
     from trl import SFTConfig, SFTTrainer
 
     model, wrapped = _adapted_by_peft(vocabulary, dtype, setting, wide_adapters=False)
-    given = _padded_inputs(vocabulary, dtype, setting)
+    batch = _padded_inputs(vocabulary, dtype, setting)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
@@ -247,22 +272,7 @@ def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Co
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
         )  # fmt: skip
     count = sum(SUPERVISED)
-    return Contender(model=model, forward=lambda: trainer.compute_loss(wrapped, dict(given), num_items_in_batch=count))
-
-
-def in_four_bits(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Put the language model's linear layers into nf4 with double quantisation, as `model.quantisation: nf4` does."""
-    import bitsandbytes as bnb
-
-    language = model.get_submodule(LANGUAGE)
-    for path, module in list(language.named_modules()):
-        if isinstance(module, nn.Linear):
-            packed = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
-            )
-            packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=packed)
-            parent, _, name = path.rpartition(".")
-            setattr(language.get_submodule(parent), name, packed.to("cpu"))
+    return Contender(model=model, forward=lambda: trainer.compute_loss(wrapped, dict(batch), num_items_in_batch=count))
 
 
 def ours(
@@ -273,20 +283,17 @@ def ours(
     lean: bool = True,
     dropout: float = 0.0,
     compiler: str | None = None,
-    four_bits: bool = False,
 ) -> Contender:
     """The step of `mm-moslora train`; with a backend of torch.compile, that of `train.compile`."""
     model = base(vocabulary, dtype, setting)
-    if four_bits:
-        in_four_bits(model, dtype)
-    known = factors(model)
+    by_path = factors(model)
     config = adapters.MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM")
     adapters.add_moslora(model, config, component=LANGUAGE, autocast_adapter_dtype=False)
     model.model.multi_modal_projector.requires_grad_(True)
     with torch.no_grad():
-        for path, given in known.items():
+        for path, values in by_path.items():
             layer: Any = model.get_submodule(path)
-            for part, value in zip((layer.lora_A, layer.lora_mixer, layer.lora_B), given, strict=True):
+            for part, value in zip((layer.lora_A, layer.lora_mixer, layer.lora_B), values, strict=True):
                 part["default"].weight.copy_(value)
     kernels_too = lean and compiler is None
     kernels = choose_kernels("auto", model.device, lean=kernels_too)
@@ -304,16 +311,21 @@ def ours(
 
 def saved_bytes(contender: Contender) -> int:
     """Bytes saved for the backward pass, each storage once, without weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in contender.model.parameters()}
-    seen: dict[int, Tensor] = {}
+    return saved_by(contender.model, contender.forward)
+
+
+def saved_by(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward pass saves for the backward pass; see `saved_bytes`."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = contender.forward()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-    del loss
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    del result
     return total

@@ -1,6 +1,6 @@
 """Attack a running server with bodies that are expensive to read, and measure latency, memory and other answers.
 
-    python scripts/soak/attack_server.py --seconds 180 [--clients 12] [--seed 0] [--json]
+    python scripts/soak/attack_server.py --seconds 180 [--clients 12] [--seed 0]
 
 The server runs in a separate process with a tiny random model and its default limits. Clients send lists of millions
 of items, deep nesting, escapes, endless texts, small picture files that are large in memory, pictures that grow when
@@ -267,13 +267,13 @@ def serve(folder: Path) -> None:
     from mm_moslora.serve.api.api_routes import create_app
     from mm_moslora.serve.api.http_server import bound, run_app
     from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     limits = Limits()
     sockets = bound("127.0.0.1", 0)
-    engine = Engine(tiny_models(folder, longest=8192), limits)
+    engine = GenerationEngine(tiny_models(folder, longest=8192), limits)
     app = create_app(engine, limits)
     print(sockets[0].getsockname()[1], flush=True)
     run_app(app, sockets, limits=limits, end=engine.stop)
@@ -286,7 +286,6 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--health", type=float, default=0.5, help="seconds that /health may take")
-    parser.add_argument("--json", action="store_true", help="one object on stdout")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     root = Path(__file__).resolve().parents[2]
@@ -295,11 +294,8 @@ def main() -> int:
         serve(options.serve)
         return 0
     result = attack(seconds=options.seconds, clients=options.clients, seed=options.seed, health=options.health)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name}: {json.dumps(value, indent=2) if isinstance(value, dict) else value}")
+    for name, value in result.items():
+        print(f"{name}: {json.dumps(value, indent=2) if isinstance(value, dict) else value}")
     return 0 if result["good"] else 1
 
 

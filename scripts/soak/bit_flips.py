@@ -6,7 +6,6 @@ python scripts/soak/bit_flips.py --flips 1000
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -23,22 +22,22 @@ def flip(folder: Path, rng: random.Random) -> str:
     """Flip one bit of one file, verify, and restore it; returns `found`, `missed NAME` or `unnamed NAME`."""
     path = rng.choice(sorted(item for item in folder.rglob("*") if item.is_file() and item.stat().st_size))
     name = path.relative_to(folder).as_posix()
-    place, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
-    _flip(path, place, bit)
+    offset, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
+    _flip(path, offset, bit)
     try:
         read_manifest(folder)
     except CheckpointError as error:
         return "found" if path.name in str(error) else f"unnamed {name}"
     finally:
-        _flip(path, place, bit)
+        _flip(path, offset, bit)
     return f"missed {name}"
 
 
-def _flip(path: Path, place: int, bit: int) -> None:
+def _flip(path: Path, offset: int, bit: int) -> None:
     with path.open("r+b") as stream:
-        stream.seek(place)
+        stream.seek(offset)
         old = stream.read(1)[0]
-        stream.seek(place)
+        stream.seek(offset)
         stream.write(bytes([old ^ bit]))
 
 
@@ -54,20 +53,16 @@ def main() -> int:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flips", type=int, default=1000)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         from mm_moslora.training.training_loop import train
 
-        folder = Path(place)
+        folder = Path(scratch)
         result = train(make_recipe(make_parts(folder), folder / "run", "none", steps=2))
         outcomes = run(options.flips, result.checkpoint)
         files = len([path for path in result.checkpoint.rglob("*") if path.is_file()])
     missed = options.flips - outcomes["found"]
-    if options.json:
-        print(json.dumps({"soak": "bit_flips", "flips": options.flips, "files": files, "missed": missed}))
-    else:
-        print(f"{options.flips} flips in {files} files, {missed} missed", *sorted(outcomes.items()), sep="\n")
+    print(f"{options.flips} flips in {files} files, {missed} missed", *sorted(outcomes.items()), sep="\n")
     return 1 if missed else 0
 
 

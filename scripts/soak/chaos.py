@@ -47,19 +47,19 @@ class Chain:
     Args:
         number: of the chain; decides stage, ranks and launcher.
         seed: of the script.
-        place: a folder for recipes, logs and notes.
+        folder: for recipes, logs and notes.
         disk: a folder for the run, on a small file system if there is one.
         parts: of tiny models, and records.
     """
 
-    def __init__(self, number: int, seed: int, *, place: Path, disk: Path, parts: dict[str, Path]) -> None:
+    def __init__(self, number: int, seed: int, *, folder: Path, disk: Path, parts: dict[str, Path]) -> None:
         self.number, self.rng = number, random.Random(f"{seed}/{number}")
         self.launched = number % LAUNCHED_EVERY == LAUNCHED_EVERY - 1
         self.stage = STAGES[(number + number // 12) % len(STAGES)]
         self.world = 2 if self.launched else WORLDS[number // len(STAGES) % len(WORLDS)]
-        self.place, self.disk, self.parts = place, disk, parts
+        self.folder, self.disk, self.parts = folder, disk, parts
         self.run = disk / f"chain-{number}"
-        self.cache = place / f"cache-{number}"
+        self.cache = folder / f"cache-{number}"
         self.ranks: Ranks | None = None
         self.python: Path | None = None
         self.excused: set[int] = set()
@@ -87,14 +87,14 @@ class Chain:
     def start(self, fault: dict[str, Any] | None = None, **train: Any) -> Started:
         """Give the same command again."""
         self.launches += 1
-        path = self.place / f"chain-{self.number}-{self.launches}.yaml"
+        path = self.folder / f"chain-{self.number}-{self.launches}.yaml"
         path.write_text(self.recipe(self.run, **(self.keys | train)).to_yaml())
         if self.launched:
             assert self.python is not None
-            log = self.place / f"log-{self.number}-{self.launches}"
+            log = self.folder / f"log-{self.number}-{self.launches}"
             return Launched(self.python, path, self.run, log=log, world=self.world)
         assert self.ranks is not None
-        notes = self.place / f"notes-{self.number}-{self.launches}"
+        notes = self.folder / f"notes-{self.number}-{self.launches}"
         return Forked(self.ranks, path, self.run, notes=notes, world=self.world, fault=fault)
 
     def torment(self, kinds: list[str], most: int, losses: dict[int, str]) -> list[dict[str, Any]]:
@@ -153,14 +153,14 @@ class Chain:
 
 def losses_of(run: Path) -> dict[int, str]:
     """Losses in hex by step; a line that cannot be read is none."""
-    found: dict[int, str] = {}
+    losses: dict[int, str] = {}
     path = run / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
             record = json.loads(line)
             loss = float(record["loss"]).hex()
-            found[record["step"]] = "twice" if record["step"] in found else loss
-    return found
+            losses[record["step"]] = "twice" if record["step"] in losses else loss
+    return losses
 
 
 def kinds_of(chain: Chain) -> list[str]:
@@ -170,9 +170,9 @@ def kinds_of(chain: Chain) -> list[str]:
     return [known[(chain.number * FAULTS_PER_CHAIN + index) % len(known)] for index in range(FAULTS_PER_CHAIN)]
 
 
-def run(faults: int, place: Path, *, seed: int, disk: Path, ledger: Ledger, chains: range | None = None) -> None:
+def run(faults: int, folder: Path, *, seed: int, disk: Path, ledger: Ledger, chains: range | None = None) -> None:
     """Repeat until there are enough faults; each finished chain becomes an entry."""
-    parts = make_parts(place / "parts", records=48)
+    parts = make_parts(folder / "parts", records=48)
     parts["images"] = parts["records"].parent / "images"
     parts["held_out"] = parts["records"].with_name("held_out.jsonl")
     parts["held_out"].write_text("".join(parts["records"].read_text().splitlines(keepends=True)[:6]))
@@ -181,32 +181,32 @@ def run(faults: int, place: Path, *, seed: int, disk: Path, ledger: Ledger, chai
     number = len(ledger.entries) if chains is None else chains.start
     with (
         contextlib.ExitStack() as stack,
-        Ranks(place / "logs") as ranks,
+        Ranks(folder / "logs") as ranks,
         Progress("faults", faults, unit="fault", initial=done) as progress,
     ):
         python: Path | None = None
         while done < faults and (chains is None or number in chains):
-            chain = Chain(number, seed, place=place, disk=disk, parts=parts)
+            chain = Chain(number, seed, folder=folder, disk=disk, parts=parts)
             chain.ranks = ranks
             if chain.launched and python is None:
-                python = stack.enter_context(Preloaded(place / "python")).ours
+                python = stack.enter_context(Preloaded(folder / "python")).ours
             chain.python = python
             if (chain.stage, chain.world) not in expected:
-                straight = place / f"straight-{chain.stage}-{chain.world}"
+                straight = folder / f"straight-{chain.stage}-{chain.world}"
                 ranks.run([write(chain.recipe(straight))], ranks=chain.world, limit=600)
                 expected[chain.stage, chain.world] = (losses_of(straight), weights(straight, STEPS))
             began = time.monotonic()
             kinds = kinds_of(chain)
             chain.rng.shuffle(kinds)
-            told = chain.torment(kinds, min(len(kinds), faults - done), expected[chain.stage, chain.world][0])
+            faults_met = chain.torment(kinds, min(len(kinds), faults - done), expected[chain.stage, chain.world][0])
             odd = chain.finish() or chain.compare(expected[chain.stage, chain.world])
             ledger.add({
                 "chain": number, "stage": chain.stage, "ranks": chain.world, "launched": chain.launched,
-                "equal": not odd, "odd": odd, "excused": sorted(chain.excused), "faults": told,
+                "equal": not odd, "odd": odd, "excused": sorted(chain.excused), "faults": faults_met,
                 "seconds": round(time.monotonic() - began),
             })  # fmt: skip
             shutil.rmtree(chain.run, ignore_errors=True)
-            done, number = done + len(told), number + 1
+            done, number = done + len(faults_met), number + 1
             wrong = sum(not entry["equal"] or any(f["wrong"] for f in entry["faults"]) for entry in ledger.entries)
             progress.update(done, f"{wrong} chains with something wrong")
 
@@ -230,10 +230,10 @@ def table(ledger: Ledger) -> str:
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
-    """Counts for `--json`."""
+    """Counts of runs and faults."""
     faults = [fault for entry in ledger.entries for fault in entry["faults"]]
     return {
-        "soak": "chaos", "faults": len(faults), "runs": len(ledger.entries),
+        "faults": len(faults), "runs": len(ledger.entries),
         "unequal": sum(not entry["equal"] for entry in ledger.entries),
         "wrong": sum(bool(fault["wrong"]) for fault in faults),
         "launched": sum(len(entry["faults"]) for entry in ledger.entries if entry["launched"]),
@@ -244,13 +244,13 @@ def summary(ledger: Ledger) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def small_disk(place: Path):
+def small_disk(folder: Path):
     """A tmpfs of 64 MiB in a namespace of this process, or a folder where that is not allowed."""
-    disk = place / "disk"
+    disk = folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=False).returncode == 0
     try:
-        yield disk if mounted else place / "plain"
+        yield disk if mounted else folder / "plain"
     finally:
         if mounted:
             subprocess.run(["umount", "-l", disk], check=False)
@@ -263,7 +263,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ledger", type=Path, help="JSON lines of finished runs; a restart skips them")
     parser.add_argument("--chain", type=int, help="run this one only, to look at a failure again")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if os.geteuid() == 0 and "CHAOS_MOUNTS" not in os.environ and shutil.which("unshare"):
         os.environ["CHAOS_MOUNTS"] = "own"
@@ -272,12 +271,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ledger = Ledger(options.ledger)
     chains = None if options.chain is None else range(options.chain, options.chain + 1)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place, small_disk(Path(place)) as disk:
-        run(options.faults, Path(place), seed=options.seed, disk=disk, ledger=ledger, chains=chains)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, small_disk(Path(scratch)) as disk:
+        run(options.faults, Path(scratch), seed=options.seed, disk=disk, ledger=ledger, chains=chains)
     result = summary(ledger)
-    print(json.dumps(result) if options.json else table(ledger))
-    if not options.json:
-        print("\n".join(f"{key}: {value}" for key, value in result.items()))
+    print(table(ledger), *(f"{key}: {value}" for key, value in result.items()), sep="\n")
     for entry in ledger.entries:
         for what in [
             entry["odd"],

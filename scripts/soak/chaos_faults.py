@@ -99,9 +99,9 @@ class Trial:
             run = self.chain.run
             after = max(self.aim, 0) + self.rng.randrange(3)
             writing = {"writing": lambda: any(run.glob(".tmp-checkpoint-*"))}.get(where)
-            there = writing or {"step": lambda: True}.get(where) or (lambda: started.phase() == where)
+            reached = writing or {"step": lambda: True}.get(where) or (lambda: started.phase() == where)
             started.wait_for(lambda: started.step() >= after, LIMIT)
-            started.wait_for(there, 3)
+            started.wait_for(reached, 3)
             time.sleep(self.rng.random() * (0.15 if where == "step" else 0.02))
         writing_now = " while a checkpoint is written" if any(self.chain.run.glob(".tmp-checkpoint-*")) else ""
         self.moment = f"{started.phase()}{writing_now}"
@@ -282,24 +282,24 @@ class Trial:
         path = self.rng.choice(sorted(sorts[self.rng.choice(sorted(sorts))]))
         with contextlib.suppress(OSError):
             content = path.read_bytes()
-            place = self.rng.randrange(len(content))
+            offset = self.rng.randrange(len(content))
             self.spoiled = path, content
             with path.open("r+b") as stream:
                 if flip:
-                    stream.seek(place)
-                    stream.write(bytes([content[place] ^ 1 << self.rng.randrange(8)]))
+                    stream.seek(offset)
+                    stream.write(bytes([content[offset] ^ 1 << self.rng.randrange(8)]))
                 else:
-                    stream.truncate(place)
+                    stream.truncate(offset)
             if path.name == "metrics.jsonl":
-                self._excuse(content, place, flip=flip)
+                self._excuse(content, offset, flip=flip)
             self.detail = sort_of(path, next(root for root in roots if root in path.parents))
 
-    def _excuse(self, content: bytes, place: int, *, flip: bool) -> None:
+    def _excuse(self, content: bytes, offset: int, *, flip: bool) -> None:
         """Steps whose lines a flipped bit touches, or that a cut removes: their records are lost."""
-        start = content.rfind(b"\n", 0, place) + 1
-        end = content.find(b"\n", place + 1) if flip else len(content)
-        if flip and content[place : place + 1] == b"\n":
-            start = content.rfind(b"\n", 0, max(0, place)) + 1
+        start = content.rfind(b"\n", 0, offset) + 1
+        end = content.find(b"\n", offset + 1) if flip else len(content)
+        if flip and content[offset : offset + 1] == b"\n":
+            start = content.rfind(b"\n", 0, max(0, offset)) + 1
         lost = content[start : len(content) if end < 0 else end]
         self.chain.excused |= {int(step) for step in re.findall(rb'"step": (\d+)', lost)}
 
@@ -413,10 +413,10 @@ def sort_of(path: Path, root: Path) -> str:
     return re.sub(r"[0-9a-f]{12,}", "HASH", re.sub(r"checkpoint-\d+", "checkpoint", name)).replace("HASH/HASH/", "")
 
 
-def wait_until(there: Any, limit: float) -> bool:
+def wait_until(condition: Any, limit: float) -> bool:
     """Whether something happens within a limit."""
     deadline = time.monotonic() + limit
-    while not there():
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)

@@ -74,14 +74,14 @@ class Started:
         """Its output."""
         raise NotImplementedError
 
-    def wait_for(self, there: Callable[[], bool], limit: float) -> bool:
+    def wait_for(self, condition: Callable[[], bool], limit: float) -> bool:
         """Whether something happens before the run ends and within a limit."""
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
-            if there():
+            if condition():
                 return True
             if not self.alive():
-                return there()
+                return condition()
             time.sleep(0.003)
         return False
 

@@ -17,11 +17,11 @@ NOTE_BYTES = 64
 KEPT: list[bytearray] = []
 
 
-def train(told: str, recipe: str) -> int:
+def train(text: str, recipe: str) -> int:
     """Train a recipe; a fault may hit one rank.
 
     Args:
-        told: JSON: `notes`, the beginning of the files to which the ranks write their phases, and the fault's `name`
+        text: JSON: `notes`, the beginning of the files to which the ranks write their phases, and the fault's `name`
             (`memory`, `file size`, `clock`, `nan`, or anything else for none), `rank`, `step`, `seconds` and `size`.
         recipe: the recipe's file.
     """
@@ -29,7 +29,7 @@ def train(told: str, recipe: str) -> int:
 
     from mm_moslora.utils import distributed
 
-    fault = json.loads(told)
+    fault = json.loads(text)
     note = os.open(f"{fault['notes']}.{distributed.rank()}", os.O_WRONLY | os.O_CREAT)
     armed = _armed(fault) if distributed.rank() == fault["rank"] else None
     if armed is not None and fault["step"] < 0:

@@ -10,12 +10,10 @@ succeed.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,20 +98,20 @@ def history(seed: int, work: Path) -> list[Operation]:
     return operations
 
 
-def crash_point(operations: list[Operation], stop: int, seed: int, place: Path) -> str:
+def crash_point(operations: list[Operation], stop: int, seed: int, disk: Path) -> str:
     """Crash after `stop` operations, recover, and return the outcome."""
     simulated = SimulatedDisk()
     for name, arguments in operations[:stop]:
         getattr(simulated, name)(*arguments)
-    shutil.rmtree(place, ignore_errors=True)
-    simulated.crash(place, random.Random(seed))
+    shutil.rmtree(disk, ignore_errors=True)
+    simulated.crash(disk, random.Random(seed))
     try:
-        found = newest_valid(place)
+        newest = newest_valid(disk)
     except CheckpointError as error:
         return f"unrecoverable: {error}"
-    if found is None:
+    if newest is None:
         return "nothing yet" if simulated.reported == 0 else f"lost: step {simulated.reported} was reported"
-    folder, written = found
+    folder, written = newest
     if written.step < simulated.reported:
         return f"lost: step {simulated.reported} was reported, step {written.step} came back"
     for name in written.files:
@@ -126,18 +124,12 @@ def main() -> int:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=12_000, help="crash points to try")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    started = time.process_time()
     outcomes = run(options.points)
     bad = sum(count for outcome, count in outcomes.items() if outcome.startswith(("lost", "unrec", "altered")))
-    result = {"soak": "commit_protocol", "points": sum(outcomes.values()), "unrecoverable": bad}
-    if options.json:
-        print(json.dumps(result | {"outcomes": outcomes, "cpu_seconds": round(time.process_time() - started, 1)}))
-    else:
-        for outcome, count in outcomes.most_common():
-            print(f"{count:8}  {outcome}")
-        print(f"{result['points']} crash points, {bad} unrecoverable")
+    for outcome, count in outcomes.most_common():
+        print(f"{count:8}  {outcome}")
+    print(f"{sum(outcomes.values())} crash points, {bad} unrecoverable")
     return 1 if bad else 0
 
 

@@ -7,7 +7,6 @@ contains every sample as often as its weight requires, and the same steps follow
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import sys
@@ -86,25 +85,25 @@ def case(seed: int, *, workers: int = 0) -> str:
     plan = _loader(data, 0, 1, MicroBatchLimit(examples=1), start=0, **settings)
     epochs = [[sorted(step) for step in plan.plan(epoch)] for epoch in range(EPOCHS)]
     expected = [step for epoch in epochs for step in epoch]
-    found: list[list[int]] = []
-    while len(found) < len(expected):
-        count = min(len(expected) - len(found), rng.randrange(1, len(expected) + 1))
+    arrived: list[list[int]] = []
+    while len(arrived) < len(expected):
+        count = min(len(expected) - len(arrived), rng.randrange(1, len(expected) + 1))
         limit = MicroBatchLimit(
             examples=rng.randrange(1, 5), tokens=rng.choice((None, 256, 512)), padded=rng.random() < 0.3
         )
-        found += _stretch(data, rng.randrange(1, 9), limit, count, start=len(found), **settings)
-    if found != expected:
+        arrived += _stretch(data, rng.randrange(1, 9), limit, count, start=len(arrived), **settings)
+    if arrived != expected:
         return "another order"
     return next((fault for epoch in epochs if (fault := _fault(epoch, data))), GOOD)
 
 
 def _fault(epoch: list[list[int]], data: Numbers) -> str | None:
     """The error in an epoch's samples, if any."""
-    seen = Counter(number for step in epoch for number in step)
+    counts = Counter(number for step in epoch for number in step)
     for numbers, weight in zip(data.members, data.weights, strict=True):
-        if any(not int(weight) <= seen[number] <= -(-weight // 1) for number in numbers):
+        if any(not int(weight) <= counts[number] <= -(-weight // 1) for number in numbers):
             return "a sample was seen too often or not often enough"
-    if set(seen) - {number for numbers in data.members for number in numbers}:
+    if set(counts) - {number for numbers in data.members for number in numbers}:
         return "a sample that does not belong"
     return None
 
@@ -125,15 +124,11 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=5000, help="cases with batches prepared in a thread")
     parser.add_argument("--first", type=int, default=0, help="seed of the first case, to continue or to share the work")
     parser.add_argument("--with-workers", type=int, default=10, help="more cases, with worker processes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     outcomes = run(range(options.first, options.first + options.cases), with_workers=options.with_workers)
     bad = sum(outcomes.values()) - outcomes[GOOD]
-    if options.json:
-        print(json.dumps({"soak": "data_order", "cases": sum(outcomes.values()), "wrong": bad}))
-    else:
-        print(f"{sum(outcomes.values())} cases, {bad} wrong", *outcomes.items(), sep="\n")
+    print(f"{sum(outcomes.values())} cases, {bad} wrong", *outcomes.items(), sep="\n")
     return 1 if bad else 0
 
 

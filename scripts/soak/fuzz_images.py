@@ -1,6 +1,6 @@
 """Fuzz the image decoder with broken files: each must give RGB or one named error, in little time and memory.
 
-    python scripts/soak/fuzz_images.py --count 200000 --seed 0 [--json]
+    python scripts/soak/fuzz_images.py --count 200000 --seed 0
 
 Files are small JPEG, PNG, GIF, TIFF and WebP pictures of every mode, with bytes flipped, cut, inserted or repeated, and
 header fields set to extreme values. Decoders are C libraries, so they run in child processes, and a child that dies
@@ -26,7 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "soak")]
 from fuzzing import Tally, main  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from mm_moslora.data.images.record_picture import ImageError, check_image_bytes, open_image_bytes  # noqa: E402
+from mm_moslora.data.images.picture_faults import ImageError  # noqa: E402
+from mm_moslora.data.images.record_picture import check_image_bytes, open_image_bytes  # noqa: E402
 
 CHUNK = 20_000
 """Files per child process."""
@@ -74,21 +75,21 @@ def damage(raw: bytes, draw: random.Random) -> bytes:
     data = bytearray(raw)
     for _ in range(draw.randint(1, 4)):
         head = draw.random() < 0.3
-        place = draw.randrange(min(len(data), 120) if head else len(data)) if data else 0
+        offset = draw.randrange(min(len(data), 120) if head else len(data)) if data else 0
         kind = draw.random()
         if kind < 0.35 and data:
-            data[place] = draw.randrange(256)
+            data[offset] = draw.randrange(256)
         elif kind < 0.55:
             value = draw.choice(EXTREMES)
-            data[place : place + len(value)] = value
+            data[offset : offset + len(value)] = value
         elif kind < 0.7:
-            del data[place : place + draw.randint(1, 64)]
+            del data[offset : offset + draw.randint(1, 64)]
         elif kind < 0.85:
-            data[place:place] = draw.randbytes(draw.randint(1, 32))
+            data[offset:offset] = draw.randbytes(draw.randint(1, 32))
         elif kind < 0.95:
-            data = data[:place]
+            data = data[:offset]
         else:
-            data[place:place] = data[place : place + 200]
+            data[offset:offset] = data[offset : offset + 200]
     return bytes(data)
 
 

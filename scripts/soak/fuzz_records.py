@@ -1,6 +1,6 @@
 """Fuzz the record reader with broken training records: each must give a record or one named error, fast.
 
-    python scripts/soak/fuzz_records.py --count 1000000 --seed 0 [--json]
+    python scripts/soak/fuzz_records.py --count 1000000 --seed 0
 
 Records are valid ones of every form with one to three faults: values replaced, removed or repeated, text with special
 tokens and unusual characters, bytes flipped, cut or inserted. Every tenth valid one is tokenised, too, and its labels
@@ -111,18 +111,18 @@ class Fuzzer:
         draw = self.random
         data = bytearray(raw)
         for _ in range(draw.randint(1, 3)):
-            place = draw.randrange(len(data) + 1)
+            offset = draw.randrange(len(data) + 1)
             kind = draw.random()
-            if kind < 0.4 and place < len(data):
-                data[place] = draw.randrange(256)
+            if kind < 0.4 and offset < len(data):
+                data[offset] = draw.randrange(256)
             elif kind < 0.6:
-                del data[place : place + draw.randint(1, 20)]
+                del data[offset : offset + draw.randint(1, 20)]
             elif kind < 0.9:
-                data[place:place] = draw.choice(
+                data[offset:offset] = draw.choice(
                     (b"NaN", b"\xff", b"\\u0000", b"\\ud83d", b'"', b"{", b"]", b"[" * 200, b",")
                 )
             else:
-                data = data[:place]
+                data = data[:offset]
         return bytes(data)
 
 

@@ -1,6 +1,6 @@
 """Fuzz the server with broken requests: no 5xx, OpenAI's error format, no text of a library.
 
-    python scripts/soak/fuzz_server.py --bodies 100000 --seed 0 [--json]
+    python scripts/soak/fuzz_server.py --bodies 100000 --seed 0
 
 Bodies are valid requests with one to three faults: nodes of the JSON replaced, removed or repeated, bytes flipped, cut
 or inserted, headers changed, pictures damaged inside their base64. A tiny random model answers valid ones. The exit
@@ -99,7 +99,11 @@ class Fuzzer:
         draw = self.random
         holders: list[Any] = [body]
         for holder in holders:
-            holders += [value for value in _values(holder) if isinstance(value, dict | list)]
+            holders += [
+                value
+                for value in (holder.values() if isinstance(holder, dict) else holder)
+                if isinstance(value, dict | list)
+            ]
         holder = draw.choice(holders)
         keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
         if not keys:
@@ -129,10 +133,6 @@ class Fuzzer:
             else:
                 del broken[place : place + draw.randrange(1, 40)]
         return bytes(broken)
-
-
-def _values(holder: Any) -> list[Any]:
-    return list(holder.values()) if isinstance(holder, dict) else list(holder)
 
 
 def _pictures() -> dict[str, bytes]:
@@ -258,15 +258,17 @@ def tiny_models(folder: Path, *, longest: int = 512) -> Any:
     assembly = load_parts(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
     projector = assembly.model.model.multi_modal_projector
     assembly.model.config.get_text_config().max_position_embeddings = longest
-    return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=projector, source="tiny")})
+    return Models(assembly, {"tiny": Variant(adapter=None, projector=projector, source="tiny")})
 
 
 def tiny_engine(folder: Path) -> Any:
     """An engine around it with limits that suit small requests."""
     from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
-    return Engine(tiny_models(folder), Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20))
+    return GenerationEngine(
+        tiny_models(folder), Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20)
+    )
 
 
 async def soak(bodies: int, seed: int) -> dict[str, Any]:
@@ -294,7 +296,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bodies", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one object on stdout")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     import logging
@@ -305,11 +306,8 @@ def main() -> int:
 
     torch.set_num_threads(1)
     result = asyncio.run(soak(options.bodies, options.seed))
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name}: {value}")
+    for name, value in result.items():
+        print(f"{name}: {value}")
     good = result["faults"] == 0 and result["answers_after"] and result["memory_growth_mib"] < 512
     return 0 if good else 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -111,14 +110,10 @@ def main(description: str | None, run: Callable[..., dict[str, Any]], *, count: 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     result = run(options.count, seed=options.seed, progress=Progress(options.count))
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:>18}: {value}")
+    for name, value in result.items():
+        print(f"{name:>18}: {value}")
     bad = result["uncaught"] or result["over_one_second"] or result.get("crashes") or result["peak_mib"] >= MEMORY
     return int(bool(bad))
 

@@ -123,7 +123,7 @@ def only_ipv6() -> Iterator[str]:
 class Trial:
     """The ways on this machine, with tiny parts."""
 
-    place: Path
+    folder: Path
     parts: dict[str, Path]
     ranks: Ranks
     python: str = sys.executable
@@ -132,9 +132,9 @@ class Trial:
 
     def run(self, name: str) -> dict[str, Any]:
         """Try a way; returns what came of it, with `good`."""
-        way, run = WAYS[name], self.place / name
+        way, run = WAYS[name], self.folder / name
         recipe = write(make_recipe(self.parts, run, "zero2", steps=FOREVER, dropout=0.1))
-        log = self.place / f"{name}.log"
+        log = self.folder / f"{name}.log"
         with self._started(way, recipe, log) as processes:
             if way.refused:
                 codes = self._codes(processes, log)
@@ -147,7 +147,7 @@ class Trial:
         first, last = newest(run), newest(run) + MORE
         with self._started(way, f"{recipe} --stop-at {last}", log) as processes:
             again = self._codes(processes, log)
-        straight = make_recipe(self.parts, self.place / f"{name}-straight", "zero2", steps=FOREVER, dropout=0.1)
+        straight = make_recipe(self.parts, self.folder / f"{name}-straight", "zero2", steps=FOREVER, dropout=0.1)
         self.ranks.run([f"{write(straight)}@{last}"])
         whole = Path(straight.train.output)
         equal = newest(run) == last and hexed(run)[:last] == hexed(whole) and weights(run, last) == weights(whole, last)
@@ -171,7 +171,7 @@ class Trial:
                 line = f"{words}{_quoted(line)}"
             processes = [
                 subprocess.Popen(
-                    ["bash", "-c", line], env=environment, cwd=self.place, stdout=log.open("ab"),
+                    ["bash", "-c", line], env=environment, cwd=self.folder, stdout=log.open("ab"),
                     stderr=subprocess.STDOUT, start_new_session=True,
                 ) for _ in range(way.agents)
             ]  # fmt: skip
@@ -181,7 +181,7 @@ class Trial:
                 sessions = {process.pid for process in processes}
                 for other in psutil.process_iter():  # launchers put what they start into groups of their own
                     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                        if os.getsid(other.pid) in sessions or _reads(other, recipe.split()[0]):
+                        if os.getsid(other.pid) in sessions or recipe.split()[0] in other.cmdline():
                             other.kill()
                 for process in processes:
                     process.wait()
@@ -193,9 +193,9 @@ class Trial:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"Not over within {self.seconds:.0f} s.\n{log.read_text()[-3000:]}") from None
 
-    def _wait(self, there: Callable[[], bool], processes: list[subprocess.Popen[bytes]], log: Path) -> None:
+    def _wait(self, condition: Callable[[], bool], processes: list[subprocess.Popen[bytes]], log: Path) -> None:
         deadline = time.monotonic() + self.seconds
-        while not there():
+        while not condition():
             assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
             assert all(process.poll() is None for process in processes), log.read_text(errors="replace")[-3000:]
             time.sleep(0.02)
@@ -204,10 +204,6 @@ class Trial:
 def _quoted(line: str) -> str:
     """A line as one more word of a line in single quotes."""
     return "'" + line.replace("'", "'\\''") + "'"
-
-
-def _reads(process: psutil.Process, recipe: str) -> bool:
-    return recipe in process.cmdline()
 
 
 def _free_port() -> int:
@@ -245,14 +241,13 @@ def main() -> int:
     """Try them and print what came of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--json", action="store_true", help="print JSON objects, one a line")
     parser.add_argument("--keep", type=Path, help="folder for runs and logs")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are deleted
     good = True
     with tempfile.TemporaryDirectory() as folder, Ranks(Path(folder, "ranks")) as ranks:
-        place = options.keep or Path(folder)
-        trial = Trial(place=place, parts=make_parts(place), ranks=ranks)
+        root = options.keep or Path(folder)
+        trial = Trial(folder=root, parts=make_parts(root), ranks=ranks)
         for name in options.only:
             if reason := impossible(name):
                 result: dict[str, Any] = {"way": name, "left out": reason}
@@ -262,8 +257,7 @@ def main() -> int:
                 except AssertionError as error:
                     result = {"way": name, "good": False, "said": str(error)}
             good = good and result.get("good", True)
-            told = "; ".join(f"{key} {value}" for key, value in result.items())
-            print(json.dumps(result) if options.json else told, flush=True)
+            print("; ".join(f"{key} {value}" for key, value in result.items()), flush=True)
     return 0 if good else 1
 
 

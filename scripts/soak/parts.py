@@ -29,8 +29,8 @@ class Ledger:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        known = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
-        self.entries: list[dict[str, Any]] = [json.loads(line) for line in known if line.endswith("}")]
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("}")]
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add a result and write it to disk at once."""

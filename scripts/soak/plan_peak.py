@@ -27,7 +27,7 @@ from tiny import make_tokenizer
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from mm_moslora.config import Recipe
-from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
+from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES
 from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.training.metrics.gpu_memory import StepMemory
@@ -96,8 +96,8 @@ def make_records(folder: Path, size: Size) -> Path:
             record["image"] = f"{number}.png"
         record["conversations"] = [
             part
-            for asked, told in turns
-            for part in ({"from": "human", "value": asked}, {"from": "gpt", "value": told})
+            for question, answer in turns
+            for part in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
         ]
         lines.append(json.dumps(record))
     path = folder / "train.jsonl"
@@ -146,20 +146,22 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(range(len(SIZES))), help="numbers, from 0")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        process = measured(make_recipe(make_parts(place / "tiny"), place / "tiny-run", "none", steps=2))
+        root = Path(folder)
+        process = measured(make_recipe(make_parts(root / "tiny"), root / "tiny-run", "none", steps=2))
         print(json.dumps({"process_mib": round(1024 * process)}), flush=True)
         for number in options.sizes:
             size = SIZES[number]
-            (place / str(number)).mkdir()
-            recipe = recipe_of(make_model(place / str(number), size), place / f"run-{number}", size)
+            (root / str(number)).mkdir()
+            recipe = recipe_of(make_model(root / str(number), size), root / f"run-{number}", size)
             data = DataSize(samples=8, tokens=size.tokens, supervised=1.0, pictures=float(size.pictures))
             own = plan(recipe, parse_gpus("1xA100-80G"), data).own
             planned = 1024 * (own.memory.total - own.memory.context) / GIB
             taken, counted = 1024 * (measured(recipe) - process), counted_mib(recipe, size)
-            told = {"measured_mib": round(taken), "planned_mib": round(planned), "counted_mib": round(counted)}
+            figures = {"measured_mib": round(taken), "planned_mib": round(planned), "counted_mib": round(counted)}
             ratios = {"planned_over_measured": planned / taken, "counted_over_measured": counted / taken}
-            print(json.dumps(vars(size) | told | {key: round(value, 2) for key, value in ratios.items()}), flush=True)
+            print(
+                json.dumps(vars(size) | figures | {key: round(value, 2) for key, value in ratios.items()}), flush=True
+            )
     return 0
 
 

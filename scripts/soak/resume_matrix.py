@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import sys
 import tempfile
@@ -27,19 +26,17 @@ VISION = ("frozen", "full")
 """A frozen vision tower's weights are not in the checkpoint; those of a trained one are."""
 
 
-def run(
-    place: Path, *, stages: tuple[str, ...] = STAGES, precisions: tuple[str, ...] = PRECISIONS, ledger: Ledger
-) -> None:
+def run(folder: Path, *, ledger: Ledger) -> None:
     """Whether each combination resumes exactly, one entry each."""
-    parts = make_parts(place)
-    cases = list(itertools.product(stages, precisions, TRAINS, VISION))
-    known = {entry["name"] for entry in ledger.entries}
-    with Ranks(place / "logs") as ranks, Progress("resume matrix", len(cases), unit="combination") as progress:
+    parts = make_parts(folder)
+    cases = list(itertools.product(STAGES, PRECISIONS, TRAINS, VISION))
+    finished = {entry["name"] for entry in ledger.entries}
+    with Ranks(folder / "logs") as ranks, Progress("resume matrix", len(cases), unit="combination") as progress:
         for number, (zero, precision, trains, vision) in enumerate(cases):
             name = f"{zero} {precision} {trains} vision-{vision}"
-            if name not in known:
+            if name not in finished:
                 recipe = make_recipe(
-                    parts, place / name.replace(" ", "-"), zero, precision=precision, steps=STEPS, dropout=0.1
+                    parts, folder / name.replace(" ", "-"), zero, precision=precision, steps=STEPS, dropout=0.1
                 )
                 recipe = full(recipe) if trains == "full" else recipe
                 recipe = replace(recipe, model=replace(recipe.model, vision=replace(recipe.model.vision, mode=vision)))
@@ -59,21 +56,15 @@ def _continues(ranks: Ranks, recipe: Recipe) -> bool:
 def main() -> int:
     """Run and print the matrix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--ledger", type=Path, help="JSON lines of finished combinations; a restart skips them")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     ledger = Ledger(options.ledger)
-    with tempfile.TemporaryDirectory() as place:
-        run(Path(place), stages=tuple(options.stages.split(",")), ledger=ledger)
+    with tempfile.TemporaryDirectory() as scratch:
+        run(Path(scratch), ledger=ledger)
     equal = {entry["name"]: entry["equal"] for entry in ledger.entries}
-    bad = sum(not value for value in equal.values())
-    if options.json:
-        print(json.dumps({"soak": "resume_matrix", "combinations": len(equal), "unequal": bad, "equal": equal}))
-    else:
-        print("\n".join(f"{'equal' if value else 'NOT EQUAL':<10}{name}" for name, value in equal.items()))
-    return 1 if bad else 0
+    print("\n".join(f"{'equal' if value else 'NOT EQUAL':<10}{name}" for name, value in equal.items()))
+    return int(not all(equal.values()))
 
 
 if __name__ == "__main__":

@@ -111,10 +111,10 @@ class SimulatedDisk:
     def _leave(self, folder: Folder, target: Path, rng: random.Random, *, ordered: bool, likely: float) -> None:
         target.mkdir(parents=True, exist_ok=True)
         if ordered:
-            kept = folder.changes[: sum(rng.random() < likely for _ in folder.changes)]
+            surviving = folder.changes[: sum(rng.random() < likely for _ in folder.changes)]
         else:
-            kept = [change for change in folder.changes if rng.random() < likely]
-        for name, node in _applied(folder.safe, kept).items():
+            surviving = [change for change in folder.changes if rng.random() < likely]
+        for name, node in _applied(folder.safe, surviving).items():
             if isinstance(node, Folder):
                 self._leave(node, target / name, rng, ordered=ordered, likely=likely)
             else:

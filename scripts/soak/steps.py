@@ -30,8 +30,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.parameter_groups import parameter_groups

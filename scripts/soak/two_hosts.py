@@ -9,7 +9,6 @@ it, restarts, and compares the losses, bit for bit, with an undisturbed run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -105,36 +104,38 @@ def start(host: Host, first: Host, recipe: str, log: Path) -> subprocess.Popen[b
     )  # fmt: skip
 
 
-def run(place: Path) -> dict[str, object]:
+def run(root: Path) -> dict[str, object]:
     """Train, cut, restore, restart; returns the outcome."""
-    parts = make_parts(place)
+    parts = make_parts(root)
     changes = {"zero": "zero2", "steps": STEPS, "save_every": 1, "dropout": 0.1, "step_timeout_minutes": 0.3}
-    cut, whole = (make_recipe(parts, place / name, **changes) for name in ("cut", "whole"))
+    cut, whole = (make_recipe(parts, root / name, **changes) for name in ("cut", "whole"))
     codes: dict[str, list[int]] = {}
     with two_hosts() as hosts:
         for name, recipe in (("cut", cut), ("mended", cut), ("whole", whole)):
-            logs = [place / f"{name}-{host.interface}.log" for host in hosts]
+            logs = [root / f"{name}-{host.interface}.log" for host in hosts]
             path = write(recipe)
             running = [start(host, hosts[0], path, log) for host, log in zip(hosts, logs, strict=True)]
             try:
                 if name == "cut":
-                    _wait_for_step(place / "cut", 3, running, logs)
+                    _wait_for_step(root / "cut", 3, running, logs)
                     hosts[1].cable("down")
                 codes[name] = [process.wait(timeout=900) for process in running]
             finally:
                 for process in running:
                     process.terminate()
             if name == "cut":
-                said = "".join(log.read_text(errors="replace") for log in logs)
-                named = [line for line in said.splitlines() if "No progress for" in line or "cannot be reached" in line]
+                output = "".join(log.read_text(errors="replace") for log in logs)
+                named = [
+                    line for line in output.splitlines() if "No progress for" in line or "cannot be reached" in line
+                ]
                 hosts[1].cable("up")
             elif any(codes[name]):
                 raise SystemExit(f"{name}: exit codes {codes[name]}\n" + logs[0].read_text(errors="replace")[-3000:])
-    steps_before = len(list((place / "cut").glob("checkpoint-*")))
+    steps_before = len(list((root / "cut").glob("checkpoint-*")))
     return {
-        "soak": "two_hosts", "codes": codes, "said": named[:2], "checkpoints": steps_before,
-        "equal": hexed(place / "cut") == hexed(place / "whole")
-        and weights(place / "cut", STEPS) == weights(place / "whole", STEPS),
+        "codes": codes, "said": named[:2], "checkpoints": steps_before,
+        "equal": hexed(root / "cut") == hexed(root / "whole")
+        and weights(root / "cut", STEPS) == weights(root / "whole", STEPS),
     }  # fmt: skip
 
 
@@ -142,25 +143,24 @@ def _wait_for_step(folder: Path, step: int, running: list[subprocess.Popen[bytes
     deadline = time.monotonic() + 600
     while not list(folder.glob(f"checkpoint-{step:06d}")):
         if time.monotonic() > deadline or any(process.poll() is not None for process in running):
-            said = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
-            raise SystemExit(f"step {step} was not reached\n{said}")
+            output = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
+            raise SystemExit(f"step {step} was not reached\n{output}")
         time.sleep(0.02)
 
 
 def main() -> int:
     """Run and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
+    parser.parse_args()
     reason = impossible()
     if reason is not None:
         print(f"two_hosts: {reason}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are deleted
-    with tempfile.TemporaryDirectory() as place:
-        result = run(Path(place))
+    with tempfile.TemporaryDirectory() as scratch:
+        result = run(Path(scratch))
     good = bool(result["equal"]) and all(result["codes"]["cut"])  # type: ignore[index]
-    print(json.dumps(result) if options.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+    print("\n".join(f"{key}: {value}" for key, value in result.items()))
     return 0 if good else 1
 
 

@@ -26,17 +26,17 @@ from mm_moslora.adapters import (
     spare_mixers_from_decay,
 )
 from mm_moslora.adapters.adapter_inspection import (
+    MEASURES,
     ModuleReport,
     describe,
-    draw,
     inspect_adapter,
     inspect_model,
-    inspection,
     summary,
-    table,
+    why_unknown,
 )
 from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
-from mm_moslora.reporting.lens_maps import MEASURES, heat_maps, module_names
+from mm_moslora.reporting import lens_maps
+from mm_moslora.reporting.lens_maps import draw_lens, heat_maps, measures_table, module_names
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import sha256_of
 
@@ -171,7 +171,7 @@ def test_factors_that_are_not_finite_have_no_measures(broken: str) -> None:
     report = replace(given, **{broken: getattr(given, broken) * math.nan}).seen()
     assert all(math.isnan(value) for value in report.measures().values())
     assert report.moved is None
-    assert table([report]).count("nan") == len(report.measures())
+    assert measures_table([report.row()]).count("nan") == len(report.measures())
 
 
 def test_ranks_of_one_and_above_the_width() -> None:
@@ -217,7 +217,7 @@ def test_a_folder_without_its_start_loads_and_says_so(tmp_path: Path, caplog: py
     model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
     train_a_bit(model)
     save_adapter(model, tmp_path / "a")
-    assert "start of A not kept" in inspection(tmp_path / "a")
+    assert "start of A not kept" in str(why_unknown(inspect_adapter(tmp_path / "a"), against_other=False))
     kept = tmp_path / "a" / "moslora_start.safetensors"
     assert kept.stat().st_size < 2048
     tensors = load_file(kept)
@@ -227,7 +227,7 @@ def test_a_folder_without_its_start_loads_and_says_so(tmp_path: Path, caplog: py
         kept.unlink,
     ):
         damage()
-        assert "start not kept" in inspection(tmp_path / "a")
+        assert "start not kept" in str(why_unknown(inspect_adapter(tmp_path / "a"), against_other=False))
         assert all(report.moved is None for report in inspect_model(load_adapter(llama(), tmp_path / "a")))
     assert "damaged" in caplog.text
 
@@ -248,7 +248,7 @@ def test_a_start_that_is_not_of_its_adapter_is_no_start(tmp_path: Path) -> None:
     again = load_adapter(llama(), tmp_path / "a", trainable=True)
     assert all(report.moved is None for report in inspect_model(again))
     save_adapter(again, tmp_path / "b")
-    assert "start not kept" in inspection(tmp_path / "b")
+    assert "start not kept" in str(why_unknown(inspect_adapter(tmp_path / "b"), against_other=False))
 
 
 def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:
@@ -264,7 +264,8 @@ def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:
     same = inspect_adapter(tmp_path / "late", against=tmp_path / "late")
     assert max(report.column_angle for report in same) < 1e-3
     save_adapter(add_moslora(llama(), MoSLoRAConfig(r=2), targets=["q_proj"]), tmp_path / "small")
-    assert "12 modules are not in the other adapter" in inspection(tmp_path / "late", against=tmp_path / "small")
+    reports = inspect_adapter(tmp_path / "late", against=tmp_path / "small")
+    assert "12 modules are not in the other adapter" in str(why_unknown(reports, against_other=True))
 
 
 def test_dora_is_measured_before_its_norm(tmp_path: Path) -> None:
@@ -307,17 +308,18 @@ def test_table_summary_and_picture(tmp_path: Path) -> None:
     train_a_bit(model)
     save_adapter(model, tmp_path / "a")
     reports = inspect_adapter(tmp_path / "a")
-    lines = table(reports).splitlines()
+    rows = [report.row() for report in reports]
+    lines = measures_table(rows).splitlines()
     assert len(lines) == 15
     assert lines[1].startswith("model.layers.0.mlp.down_proj")
     figures = summary(reports)
     assert figures["mixer/condition_max"] == max(report.condition for report in reports)
     assert 1 < figures["mixer/effective_pairs"] < 16
-    picture = draw(reports, tmp_path / "deep" / "mixers.png", most=5)
+    picture = draw_lens(rows, tmp_path / "deep" / "mixers.png", most=5)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     (mine := tmp_path / "mine").hardlink_to(picture)
     before = mine.read_bytes()
-    draw(reports[:1], picture, most=5)
+    draw_lens(rows[:1], picture, most=5)
     assert mine.read_bytes() == before != picture.read_bytes()
     assert [path.name for path in picture.parent.iterdir()] == ["mixers.png"]
 
@@ -331,13 +333,14 @@ def test_a_live_model_gives_the_figures_of_its_folder(tmp_path: Path) -> None:
         inspect_model(model, adapter_name="second")
 
 
-def test_the_commands_text_names_every_module_and_the_picture(tmp_path: Path) -> None:
+def test_every_measure_has_a_heading() -> None:
+    assert tuple(lens_maps.MEASURES) == MEASURES
+
+
+def test_a_picture_may_be_svg(tmp_path: Path) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
     train_a_bit(model)
-    save_adapter(model, tmp_path / "a")
-    text = inspection(tmp_path / "a", picture=tmp_path / "m.svg")
-    assert text.count("q_proj") == 2
-    assert "mixer/effective_pairs" in text
+    draw_lens([report.row() for report in inspect_model(model)], tmp_path / "m.svg")
     assert (tmp_path / "m.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 

@@ -9,7 +9,7 @@ import transformers as t
 from torch import nn
 
 from mm_moslora.config import Recipe
-from mm_moslora.models.model_sizes import known_shape, known_shapes
+from mm_moslora.models.model_sizes import shipped_config, shipped_shapes
 from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 
 INTERNLM2 = "internlm/internlm2-chat-7b"
@@ -61,7 +61,7 @@ t.AutoModel.register(FusedConfig, FusedModel)
 
 def configurations() -> dict[str, t.PreTrainedConfig]:
     """Those of the shipped recipes' models; InternLM2 with five linear layers, and in Llama's layout."""
-    found = {name: known_shape(name) for name in known_shapes()}
+    found = {name: shipped_config(name) for name in shipped_shapes()}
     found[CONVERTED] = found[INTERNLM2]
     found[INTERNLM2] = FusedConfig(**{**found[INTERNLM2].to_dict(), "model_type": FusedConfig.model_type})
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,6 +83,18 @@ def colour_task(images: Path, folder: Path) -> str:
     path = folder / "colours.yaml"
     path.write_text(json.dumps({"name": "colours", "source": source, "decoding": {"max_new_tokens": 4}}))
     return str(path)
+
+
+def write_questions(records: Path, *files: Path, count: int | None = None) -> list[dict[str, str]]:
+    """Questions on the colours of pictures of records, as question files; gives their rows."""
+    rows = [
+        {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
+         "answer": row["conversations"][1]["value"]}
+        for row in map(json.loads, records.read_text().splitlines()) if "image" in row
+    ][:count]  # fmt: skip
+    for file in files:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def write(recipe: Recipe, name: str = "") -> str:
@@ -228,7 +241,7 @@ def train_estimating(*arguments: str) -> int:
         return found
 
     BatchLoader._evened = evened
-    TrainingSet.__init__.__kwdefaults__["exact_limit"] = 0
+    TrainingSet.__init__ = functools.partialmethod(TrainingSet.__init__, exact_limit=0)
     TrainingSet._tokens_per_character = lambda self: 0.0
     return train_recipes(list(arguments))
 
@@ -270,9 +283,9 @@ def sum_gradients(output: str, *stages: str) -> int:
         engine = build_engine(module, groups, config, precision="bf16", optimizer=settings)
         engine.step(batches(distributed.rank()), 1.0)
         squares = [0.0, 0.0]
-        for piece in engine.pieces():  # a rank's part; Adam's first moment is a tenth of the gradient
-            found = piece.moments["exp_avg"].double().flatten() * 10
-            wanted = exact[piece.name][piece.start : piece.start + len(found)]
+        for shard in engine.shards():  # a rank's part; Adam's first moment is a tenth of the gradient
+            found = shard.moments["exp_avg"].double().flatten() * 10
+            wanted = exact[shard.name][shard.start : shard.start + len(found)]
             squares = [squares[0] + float((found - wanted).square().sum()), squares[1] + float(wanted.square().sum())]
         off, whole = distributed.sum_over_ranks(squares)
         errors[Path(stage).name] = (off / whole) ** 0.5

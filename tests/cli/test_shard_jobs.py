@@ -19,6 +19,7 @@ from mm_moslora.cli.shard_jobs import words_of
 from tests.eval.eval_data import write_questions
 from tests.eval.run.test_answer_shards import contents
 
+pytestmark = pytest.mark.usefixtures("start_at_once")
 ROOT = Path(__file__).parents[2]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
+
+from waiting import wait_until
 
 from mm_moslora import cli
 from mm_moslora.compare import comparison_cell
@@ -21,10 +22,7 @@ def meet(run: CellRun, started: float, stop_at: int | None) -> Outcome:
     assert run.cell.name not in before, "boom"
     rounds = len(list(run.folder.glob(f"here-{device}-*")))
     (run.folder / f"here-{device}-{rounds}").write_text(run.cell.name)
-    deadline = time.monotonic() + 60
-    while len(list(run.folder.glob(f"here-*-{rounds}"))) < 2:
-        assert time.monotonic() < deadline, "no run came beside this one"
-        time.sleep(0.05)
+    wait_until(lambda: len(list(run.folder.glob(f"here-*-{rounds}"))) == 2, "no run came beside this one")
     assert not (run.cell.seed == 0 and run.cell.arm.name.startswith("moslora")), "boom"
     return Outcome(status="ok", test={"t": 0.5})
 
@@ -40,10 +38,7 @@ def wait(run: CellRun, started: float, stop_at: int | None) -> Outcome:
     """Wait until the test lets it go; count the starts."""
     with (run.folder / "begun").open("a") as begun:
         begun.write(f"{run.cell.name}\n")
-    deadline = time.monotonic() + 60
-    while not (run.folder / "go").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until((run.folder / "go").exists)
     return Outcome(status="ok", test={"t": 0.5})
 
 

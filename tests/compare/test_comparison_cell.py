@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from trials import write_questions
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, CellRun, metrics, read_outcome
-from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings, recipe_hash
+from mm_moslora.compare.comparison_plan import Cell, ComparisonSettings, Outcome, recipe_hash
 from mm_moslora.compare.comparison_run import _job
 from mm_moslora.compare.run_cost import ArmCost, cost_table, mean_run_seconds
 from mm_moslora.config import Recipe
@@ -27,9 +27,9 @@ def taken(runs: list[CellRun]) -> list[Outcome]:
     for run in runs:
         run.order()
     assert run_jobs(lambda: [_job(run) for run in runs], ProcessEngine(parallel=1), over=lambda *_: None) == {}
-    found = [read_outcome(run.place) for run in runs]
+    found = [read_outcome(run.run_folder) for run in runs]
     assert all(outcome is not None and outcome.status == "ok" for outcome in found), [
-        (run.place / LOG).read_text()[-2000:] for run in runs
+        (run.run_folder / LOG).read_text()[-2000:] for run in runs
     ]
     return [outcome for outcome in found if outcome is not None]
 
@@ -49,14 +49,8 @@ def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
             "track": {"trackers": []},
         }
     )  # fmt: skip
-    rows = [json.loads(line) for line in records.read_text().splitlines() if '"image"' in line]
-    asked = [
-        {"question_id": row["id"], "image": row["image"], "text": "Which colour?",
-         "answer": row["conversations"][1]["value"]}
-        for row in rows
-    ]  # fmt: skip
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    settings = Settings(
+    write_questions(records, tmp_path / "test.jsonl")
+    settings = ComparisonSettings(
         arms=parse_arms("moslora:orthogonal,full", recipe), rates=[1e-2], seeds=1,
         tasks=[f"llava:{tmp_path / 'test.jsonl'}@{pictures}"], limit=6, max_new_tokens=3,
     )  # fmt: skip
@@ -69,19 +63,23 @@ def test_a_run_with_the_features_of_others_has_the_numbers_of_a_run_alone(
     first, full, again = taken(jobs)
     assert (again.test, again.last_loss) == (first.test, first.last_loss)
     assert full.last_loss != first.last_loss
-    losses = [[(row["loss"], row["grad_norm"]) for row in metrics(job.place) if "loss" in row] for job in jobs]
+    losses = [[(row["loss"], row["grad_norm"]) for row in metrics(job.run_folder) if "loss" in row] for job in jobs]
     assert losses[2] == losses[0]
     assert len(losses[0]) == 3
     for pattern in ("checkpoint-*/adapter/*.safetensors", "eval/*/*/*/samples.jsonl"):
-        one, other = ([path.read_bytes() for path in sorted(jobs[number].place.glob(pattern))] for number in (0, 2))
+        one, other = (
+            [path.read_bytes() for path in sorted(jobs[number].run_folder.glob(pattern))] for number in (0, 2)
+        )
         assert one
         assert one == other, pattern
-    log = (jobs[2].place / LOG).read_text()
+    log = (jobs[2].run_folder / LOG).read_text()
     assert "Features of 14 of 14 pictures" in log, log
-    shares = [[row["feature_cache_hits"] for row in metrics(job.place) if "feature_cache_hits" in row] for job in jobs]
+    shares = [
+        [row["feature_cache_hits"] for row in metrics(job.run_folder) if "feature_cache_hits" in row] for job in jobs
+    ]
     assert set(shares[2]) == {1}
     assert shares[0][0] == 0
-    assert "Rehearsal" in (jobs[0].place / LOG).read_text()
+    assert "Rehearsal" in (jobs[0].run_folder / LOG).read_text()
     assert "Rehearsal" not in log
 
 
@@ -127,7 +125,9 @@ def test_arms_with_one_seed_see_the_same_batches(tmp_path: Path, language_folder
 def test_a_run_is_read_as_it_was_ordered(tmp_path: Path) -> None:
     shared = Recipe.from_dict({"model": {"language": "none"}, "optim": {"lr": 1 / 3}, "train": {"zero": "zero2"}})
     arms = parse_arms("lora,moslora:kaiming@optim.warmup=0.2@targets=[a,b]", shared)
-    settings = Settings(arms=arms, rates=[1 / 3], seeds=2, tasks=["t"], validation=["v"], decided={"lora": 1}, limit=3)
+    settings = ComparisonSettings(
+        arms=arms, rates=[1 / 3], seeds=2, tasks=["t"], validation=["v"], decided={"lora": 1}, limit=3
+    )
     for arm in arms:
         cell = Cell(arm=arm, rate=1 / 3, seed=1, tuning=True)
         run = CellRun(

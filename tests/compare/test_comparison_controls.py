@@ -20,7 +20,7 @@ from mm_moslora_eval.sources.image_controls import MODES, Hasher
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse
 from mm_moslora.compare.comparison_controls import TaskAnswers, above_controls
-from mm_moslora.compare.comparison_plan import Outcome, Settings, choose_rates, reported_cells
+from mm_moslora.compare.comparison_plan import ComparisonSettings, Outcome, choose_rates, reported_cells
 from mm_moslora.compare.comparison_text import says as sentences
 from mm_moslora.compare.comparison_text import table
 from mm_moslora.compare.seed_statistics import TaskScores
@@ -86,7 +86,7 @@ def analysed(
         rows.append(row | ({"image": f"{number}.png"} if pictures else {}))
     (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = f"llava:{data / 'test.jsonl'}"
-    settings = Settings(
+    settings = ComparisonSettings(
         arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=[task], **changes
     )  # fmt: skip
     outcomes = {}
@@ -350,7 +350,9 @@ def test_a_narrow_screen_shows_the_scores(tmp_path: Path) -> None:
 
 def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_path: Path) -> None:
     """An example is the similarity of generated pictures of eight subjects."""
-    settings = Settings(arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=["likeness"])
+    settings = ComparisonSettings(
+        arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=["likeness"]
+    )
     outcomes = {}
     for number, cell in enumerate(reported_cells(settings, choose_rates(settings, {}))):
         place = tmp_path / "runs" / cell.name / "samples"

@@ -16,7 +16,7 @@ from mm_moslora_eval.scoring.error_bars import t_quantile
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse
-from mm_moslora.compare.comparison_plan import Settings, choose_rates, reported_cells, run_count
+from mm_moslora.compare.comparison_plan import ComparisonSettings, choose_rates, reported_cells, run_count
 from mm_moslora.compare.resolution_plan import ASSUMED, Planner, Resolution, after_look, is_decided, plan_resolution
 from mm_moslora.compare.run_cost import cost_of
 from mm_moslora.compare.seed_statistics import Components, TaskScores, difference
@@ -253,7 +253,7 @@ def test_a_decided_arm_runs_no_more_and_keeps_its_numbers():
     assert last["two"].estimate.size == (5, 30)
     assert after_look(state, rows, 5).ended == "all 5 planned seeds are over"
     recipe = Recipe(model=ModelConfig(language="none"))
-    settings = Settings(
+    settings = ComparisonSettings(
         arms=parse_arms("lora,dora,tsm", recipe), rates=[1e-4], seeds=5, tasks=["t"], decided={"dora": 3}
     )
     cells = reported_cells(settings, choose_rates(settings, {}))
@@ -300,7 +300,7 @@ def test_the_cost_of_a_damaged_run_is_named_as_unknown(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     train = SimpleNamespace(total_steps=lambda per_epoch: round(per_epoch * 3))
-    job: Any = SimpleNamespace(place=tmp_path, recipe=SimpleNamespace(train=train))
+    job: Any = SimpleNamespace(run_folder=tmp_path, recipe=SimpleNamespace(train=train))
     cost = cost_of("lora", 4, (), job)
     if fault:
         assert cost.problem.startswith(f"{tmp_path} is damaged (")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import typing
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from mm_moslora_eval.protocol import task_registry
 from mm_moslora_eval.protocol.task_registry import all_tasks
 
 from mm_moslora.adapters import MIXER_FORMS, MIXER_INITS
@@ -164,7 +166,10 @@ REGISTRIES = {
 
 
 @pytest.mark.parametrize("key", REGISTRIES)
-def test_every_name_of_every_set_is_refused_where_it_is_misspelt(key: str, capsys: Any) -> None:
+def test_every_name_of_every_set_is_refused_where_it_is_misspelt(
+    key: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_registry, "load_file", functools.cache(task_registry.load_file))
     for name in REGISTRIES[key]:
         wrong = longer(name)
         if wrong in REGISTRIES[key]:

@@ -28,8 +28,8 @@ class TinyTower:
     def __init__(self, transform, *, token: int, tokens: int = 4) -> None:
         self.transform, self.ids = transform, (token,) * tokens
 
-    def see(self, images):
-        """See `ImageProcessing.see`."""
+    def process(self, images):
+        """See `ImageProcessing.process`."""
         return [
             ProcessedImage(placeholders=self.ids, tensors={"pixel_values": self.transform(i)[None]}) for i in images
         ]

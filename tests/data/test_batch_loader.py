@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_records
+from waiting import wait_until
 
 from mm_moslora.config import DataConfig
 from mm_moslora.data.batch_loader import BatchLoader, largest_batch
@@ -213,11 +213,7 @@ def test_it_ends_cleanly_at_any_moment(path, workers):
         next(iter(loader))
         raise KeyboardInterrupt
     del loader
-    limit = time.monotonic() + 60
-    while (threading.active_count() > threads or multiprocessing.active_children()) and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert threading.active_count() <= threads
-    assert not multiprocessing.active_children()
+    wait_until(lambda: threading.active_count() <= threads and not multiprocessing.active_children())
 
 
 def test_the_rehearsal_tries_the_longest_examples_within_the_budget(path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import make_language, make_records, make_vision
 
-from mm_moslora.batch import Batch
+from mm_moslora.batch import Batch, Example
 from mm_moslora.config import DataConfig, ModelConfig, SourceConfig, VisionConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.collator import Collator
@@ -113,3 +113,12 @@ def test_a_collated_row_restarts_positions_and_labels(tiny_vlm) -> None:
     assert padded["input_ids"].shape[1] % 16 == 0
     with pytest.raises(DataError, match="None of the examples"):
         Collator(pad_token_id=0)([None])
+
+
+def test_a_batch_on_a_device_knows_the_host_it_came_from():
+    example = Example(id="a", input_ids=torch.arange(4), supervised=torch.ones(4, dtype=torch.bool))
+    batch = Batch.from_examples([example])
+    moved = batch.to("meta")
+    assert moved.on_host is batch
+    assert moved.to("cpu") is batch
+    assert batch.to("cpu").host is None

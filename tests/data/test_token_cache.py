@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_records
+from waiting import wait_until
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data import token_cache
@@ -22,7 +23,7 @@ from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.data.worker_processes import in_processes
 from mm_moslora.utils import files
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from tests.data.sets import chatml_encoder, make_set, tiny_tower
 
 
@@ -32,13 +33,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 class TestTokenCache:
@@ -224,7 +218,7 @@ class TestTokenCache:
             return number
 
         def build() -> None:
-            with held(tmp_path / "cache.lock", wait=True):
+            with lock_file(tmp_path / "cache.lock", wait=True):
                 for _ in in_processes(work, range(10**6), processes=2):
                     pass
 
@@ -233,7 +227,7 @@ class TestTokenCache:
         wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
         process.kill()
         process.join()
-        with held(tmp_path / "cache.lock", wait=False):
+        with lock_file(tmp_path / "cache.lock", wait=False):
             pass
         wait_until(lambda: not any(alive(int(path.stem)) for path in tmp_path.glob("*.pid")))
 

@@ -24,9 +24,9 @@ def prepared(recipe: DiffusionRecipe) -> tuple[Any, DenoisingLoss, dict[str, Any
     seen: dict[str, Any] = {}
     predict = run.family.predict
 
-    def remember(noisy: Any, timesteps: Any, told: Any, sizes: Any) -> torch.Tensor:
-        seen.update(noisy=noisy, timesteps=timesteps, told=told, sizes=sizes)
-        seen["predicted"] = predict(noisy, timesteps, told, sizes)
+    def remember(noisy: Any, timesteps: Any, conditioning: Any, sizes: Any) -> torch.Tensor:
+        seen.update(noisy=noisy, timesteps=timesteps, conditioning=conditioning, sizes=sizes)
+        seen["predicted"] = predict(noisy, timesteps, conditioning, sizes)
         return seen["predicted"]
 
     run.family.predict = remember

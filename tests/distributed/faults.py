@@ -16,9 +16,10 @@ from ranks import train_recipes
 
 from mm_moslora.config import load_recipe
 from mm_moslora.tracking import Trackers
-from mm_moslora.training import model_start, run_logging, snapshot, training_loop
-from mm_moslora.training.engine import Engine
+from mm_moslora.training import model_start, snapshot, training_loop
+from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.image_dependence import ImageCheck
+from mm_moslora.training.metrics import mixer_metrics
 from mm_moslora.training.supervision import rank_agreement
 from mm_moslora.utils import distributed
 
@@ -35,7 +36,7 @@ def poison(rank: str, step: str, *recipes: str) -> int:
             micro_batches = [broken(b) if b.pixel_values is not None else b for b in next(batches)]
             assert any(b.pixel_values is not None for b in micro_batches)
             batches = iter([micro_batches])
-        real(self, batches, first=first)
+        return real(self, batches, first=first)
 
     training_loop._Loop._step = poisoned_step
     return train_recipes(list(recipes))
@@ -47,7 +48,7 @@ def failing_measures(*recipes: str) -> int:
     def failing(*_):
         raise IndexError("out of range")
 
-    run_logging.adapter_reports = failing
+    mixer_metrics.adapter_reports = failing
     return train_recipes(list(recipes))
 
 
@@ -105,7 +106,7 @@ def commanded(what: str, rank: str, step: str, *words: str) -> int:
 
 
 def _fail_within_step(what: str, rank: str, step: int) -> None:
-    real = Engine.step
+    real = TrainingEngine.step
 
     def step_or_not(self, micro_batches, lr_factor):
         step_or_not.done += 1
@@ -115,12 +116,11 @@ def _fail_within_step(what: str, rank: str, step: int) -> None:
             elif what == "raise":
                 raise RuntimeError("a bug of rank 1")
             else:
-                os.kill(os.getpid(), getattr(signal, what))
-                time.sleep(0.05)
+                signal.raise_signal(getattr(signal, what))
         return real(self, micro_batches, lr_factor)
 
     step_or_not.done = 0
-    Engine.step = step_or_not
+    TrainingEngine.step = step_or_not
 
 
 def while_starting(rank: str, place: str, *words: str) -> int:
@@ -144,10 +144,10 @@ def while_starting(rank: str, place: str, *words: str) -> int:
 
 def while_measuring(what: str, rank: str, *recipes: str) -> int:
     """One rank gets SIGTERM in its first batch of the held-out loss, or at its first answer to a task's question."""
-    from mm_moslora_eval.run.task_runner import _Job
+    from mm_moslora_eval.run.task_runner import _AnswerJob
     from trials import train_measured
 
-    owner, name = {"loss": (Engine, "evaluate"), "task": (_Job, "_store")}[what]
+    owner, name = {"loss": (TrainingEngine, "evaluate"), "task": (_AnswerJob, "_store")}[what]
     real = getattr(owner, name)
 
     def told(self, *arguments, **options):

@@ -9,7 +9,7 @@ from mm_moslora.config import load_recipe
 from mm_moslora.data.collator import Collator
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.training.engine import prepare_deepspeed
+from mm_moslora.training.deepspeed_start import prepare_deepspeed
 from mm_moslora.training.run_setup import _data_set
 from mm_moslora.utils.distributed import seed_everything
 

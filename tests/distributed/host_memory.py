@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from mm_moslora.config import load_recipe
-from mm_moslora.training.run_setup import exclusive, prepare
+from mm_moslora.training.run_setup import prepare
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.utils import distributed
 
 

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from preloaded import Preloaded
 from trials import make_recipe, metrics, write
+from waiting import wait_until
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -100,11 +100,7 @@ def test_a_host_file_of_this_machine_alone_trains_here_and_saves_when_it_is_stop
     recipe = write(make_recipe(parts, run, "zero2", steps=2000))
     command = [sys.executable, "-m", "mm_moslora", "launch", "--hostfile", str(hosts), recipe]
     with started(command, cluster | {"PYTHON": sys.executable}, log) as process:
-        deadline = time.monotonic() + 300
-        while not has_stepped(run):
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.02)
+        wait_until(lambda: has_stepped(run), log.read_text, process=process)
         process.terminate()
         assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
     (checkpoint,) = run.glob("checkpoint-*")
@@ -122,10 +118,8 @@ def test_torchrun_started_by_hand_has_a_code_of_its_own_and_the_folder_says_what
 
     def told(*, stepped: bool) -> str:
         with started([*torchrun, "-m", "mm_moslora", "train", recipe], cluster, log) as process:
-            deadline = time.monotonic() + 120
-            while not (has_stepped(run) if stepped else (run / "heartbeat" / "rank-00001.json").exists()):
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.02)
+            beat = run / "heartbeat" / "rank-00001.json"
+            wait_until(lambda: has_stepped(run) if stepped else beat.exists(), log.read_text, process=process)
             process.terminate()
             assert process.wait(timeout=60) == 1
         return str(json.loads((run / "state.json").read_text())["state"])

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import slurm
 from preloaded import CHECKOUT, Preloaded
-from slurm import wait_for
+from trials import write_questions
+from waiting import wait_until
 
 from mm_moslora.compare.comparison_cell import metrics
 from mm_moslora.utils.package_requirements import is_installed
@@ -24,25 +25,21 @@ from mm_moslora.utils.package_requirements import is_installed
 pytestmark = pytest.mark.slow
 RUNS = 6
 """Two arms at two rates, and the reported run of each."""
+STEPS = 120 if is_installed("ray") else 20
+"""On Ray, runs are stopped and lose their node on the way."""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, language_folder: Path, vision_folder: Path, records: Path) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
-    rows = [json.loads(line) for line in records.read_text().splitlines() if '"image"' in line]
-    asked = [
-        {"question_id": row["id"], "image": row["image"], "text": "Which colour?",
-         "answer": row["conversations"][1]["value"]}
-        for row in rows
-    ]  # fmt: skip
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write_questions(records, folder / "test.jsonl")
     (folder / "recipe.yaml").write_text(
         f"""
 name: tiny
 model: {{language: {language_folder}, vision: {{name: {vision_folder}}}}}
 adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
 data: {{train: [{{path: {records}, image_folder: {records.parent / "images"}}}], max_length: 256}}
-train: {{steps: 120, global_batch: 8, micro_batch: 4, zero: none, precision: fp32, log_every: 1}}
+train: {{steps: {STEPS}, global_batch: 8, micro_batch: 4, zero: none, precision: fp32, log_every: 1}}
 track: {{trackers: []}}
 """
     )
@@ -120,7 +117,7 @@ def test_on_two_ray_nodes_stopped_and_one_of_them_lost(ray_cluster, local: Path,
             return subprocess.Popen(command, stdout=stream, stderr=stream)
 
     first = driver()
-    wait_for(lambda: len(begun(out)) == 2 or first.poll() is not None, log.read_text)
+    wait_until(lambda: len(begun(out)) == 2 or first.poll() is not None, log.read_text)
     first.send_signal(signal.SIGINT)
     assert first.wait(150) == 75, log.read_text()
     assert "Stopped by signal 2. The same" in log.read_text()
@@ -130,7 +127,7 @@ def test_on_two_ray_nodes_stopped_and_one_of_them_lost(ray_cluster, local: Path,
 
     second = driver()
     already = {place.name: len(metrics(place)) for place in stopped}
-    wait_for(
+    wait_until(
         lambda: all(len(metrics(place)) > already[place.name] for place in stopped) or second.poll() is not None,
         log.read_text,
     )
@@ -164,7 +161,7 @@ def test_as_a_slurm_array(cluster, environment, local: Path, recipe, records, tm
         Path(file).write_text(text.replace(sys.executable, str(python.ours)))
         options = ("--export=ALL", file)
         with cluster.job(tmp_path / "log", *options) as job, cluster.job(tmp_path / "log", *options) as twice:
-            wait_for(
+            wait_until(
                 lambda ids=(job, twice): not cluster.ask("squeue", "-h", "-j", ",".join(ids)), "the end", seconds=300
             )
     assert counts == [4, 2]

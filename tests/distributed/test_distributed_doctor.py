@@ -9,7 +9,7 @@ import os
 import signal
 
 import pytest
-from slurm import wait_for
+from waiting import wait_until
 
 from mm_moslora.planning.distributed_doctor import diagnose_ranks
 from mm_moslora.training.supervision import rank_agreement
@@ -65,7 +65,7 @@ def test_ranks_report_what_differs_and_how_fast_their_links_are(ranks):
 )
 def test_one_message_names_the_rank(kind, said, ranks):
     group = ranks.start(["test_distributed_doctor:examine", kind])
-    wait_for(lambda: "error: " in group.output(0), lambda: group.outputs, seconds=30)
+    wait_until(lambda: "error: " in group.output(0), lambda: group.outputs, seconds=30)
     if kind == "hangs":
         os.kill(group.pids[1], signal.SIGKILL)
     ranks.finish(group, limit=30)

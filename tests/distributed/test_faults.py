@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from trials import STAGES, hexed, losses, make_recipe, metrics, weights, write
+from waiting import wait_until
 
 from mm_moslora.config import ProjectorConfig
 from mm_moslora.launch.launcher import stopped_text
@@ -152,9 +153,7 @@ def hang(how, parts, ranks, tmp_path):
     """A run in which rank 1 hangs at step 2, when rank 0 has said so."""
     recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.05)
     group = ranks.start(["faults:at_step", how, "1", "2", write(recipe)])
-    started = time.monotonic()
-    while "No progress for" not in group.output(0) and time.monotonic() - started < 120:
-        time.sleep(0.2)
+    wait_until(lambda: "No progress for" in group.output(0), lambda: group.outputs)
     return group
 
 

@@ -23,7 +23,7 @@ def test_a_launcher_trains_two_ranks_stops_and_goes_on(name, parts, ranks, pytho
         pytest.skip(reason)
     # Where parents and children are the point: what is forked from a process outside of a namespace is outside, too.
     own = sys.executable if name.startswith("ipv6") or "deepspeed" in name else str(python.ours)
-    came = launchers.Trial(place=tmp_path, parts=parts, ranks=ranks, python=own).run(name)
+    came = launchers.Trial(folder=tmp_path, parts=parts, ranks=ranks, python=own).run(name)
     assert came["good"], came
     if name in STOPS:
         assert (came["state"], came["mark"]) == ("stopped", True), came

@@ -8,8 +8,7 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from between import somebody_builds
 from preloaded import Preloaded
 from trials import hexed, make_recipe, weights, write
+from waiting import wait_until
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -39,15 +39,6 @@ def launched(python: Preloaded, log: Path, *words: str) -> Iterator[subprocess.P
         process.wait(timeout=60)
 
 
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait for something that a launched run does."""
-    deadline = time.monotonic() + 300
-    while not there():
-        assert time.monotonic() < deadline, said(log)
-        assert process.poll() is None, said(log)
-        time.sleep(0.02)
-
-
 def said(log: Path) -> str:
     return log.read_text()[-3000:]
 
@@ -58,7 +49,7 @@ def test_a_killed_rank_is_started_again(parts, ranks, python, tmp_path):
     straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
     run, log = tmp_path / "run", tmp_path / "log"
     with launched(python, log, "--max-restarts", "1", write(recipe)) as process:
-        wait_for((run / "checkpoint-000003").exists, process, log)
+        wait_until((run / "checkpoint-000003").exists, lambda: said(log), process=process)
         os.kill(json.loads((run / "heartbeat" / "rank-00001.json").read_text())["pid"], signal.SIGKILL)
         assert process.wait(timeout=300) == 0, said(log)
     assert "Continuing from checkpoint-" in log.read_text()
@@ -75,7 +66,7 @@ def test_ranks_that_are_told_to_stop_while_they_load_end_and_ask_to_be_started_a
     ranks.run([write(first)])
     beats = [tmp_path / "run" / "heartbeat" / f"rank-0000{rank}.json" for rank in (0, 1)]
     with somebody_builds(tmp_path / "cache"), launched(python, tmp_path / "log", write(recipe)) as process:
-        wait_for(lambda: all(beat.exists() for beat in beats), process, tmp_path / "log")
+        wait_until(lambda: all(beat.exists() for beat in beats), lambda: said(tmp_path / "log"), process=process)
         process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=60) == 75, said(tmp_path / "log")
     assert "Stopped by a signal without saving." in said(tmp_path / "log")

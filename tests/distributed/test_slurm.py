@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import slurm
 from between import somebody_builds
 from preloaded import Preloaded
-from slurm import Cluster, wait_for
+from slurm import Cluster
 from trials import hexed, make_recipe, weights, write
+from waiting import stays, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not slurm.available(), reason=slurm.WHY_NOT)]
 ROOT = Path(__file__).parents[2]
@@ -110,15 +111,15 @@ def test_the_time_limit_saves_and_goes_on_and_a_cancelled_job_stays_away(cluster
     run, log = tmp_path / "run", tmp_path / "log"
     recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
     with cluster.job(log, *batch("--time=10"), write(recipe)) as job:
-        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        wait_until(lambda: steps(run) > 2, lambda: said(log))
         cluster.announce_limit(job)
-        wait_for(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
+        wait_until(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
         first = newest(run)
         assert first > 0, said(log)
-        wait_for(lambda: steps(run) > first + 3, lambda: said(log))
+        wait_until(lambda: steps(run) > first + 3, lambda: said(log))
         cluster.ask("scancel", job)
-        wait_for(lambda: cluster.show(job, "JobState") == "CANCELLED", "the end")
-        wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
+        wait_until(lambda: cluster.show(job, "JobState") == "CANCELLED", "the end")
+        wait_until(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
         assert cluster.show(job, "Restarts") == "1"
     last = newest(run)
     assert last > first, said(log)
@@ -129,10 +130,10 @@ def test_the_time_limit_saves_and_goes_on_and_a_cancelled_job_stays_away(cluster
 def test_a_job_that_saves_nothing_before_its_time_limit_ends(cluster, waiting):
     job, log = waiting
     over = ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
-    wait_for(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
-    wait_for(lambda: launches(job, restarts=1), lambda: said(log))  # before, the signal would end the shell itself
+    wait_until(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
+    wait_until(lambda: launches(job, restarts=1), lambda: said(log))  # before, the signal would end the shell itself
     cluster.announce_limit(job)
-    wait_for(lambda: cluster.show(job, "JobState") in over, lambda: said(log))
+    wait_until(lambda: cluster.show(job, "JobState") in over, lambda: said(log))
     assert cluster.show(job, "JobState") == "FAILED"
     assert cluster.show(job, "Restarts") == "1"
     assert "started 2 times, and its last run saved no checkpoint before its time limit" in log.read_text()
@@ -148,16 +149,16 @@ def test_a_preempted_job_saves_and_goes_on(cluster, batch, parts, ranks, monkeyp
     words += ["--through", f"env LABEL='a b' bash '{tmp_path / 'on a node'}'", "--srun", "--label"]
     words += ["--log-dir", str(logs)]
     with cluster.job(log, *words, write(recipe)) as job:
-        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        wait_until(lambda: steps(run) > 2, lambda: said(log))
         urgent = ["--partition=high", "--nodes=2", "--cpus-per-task=2", "--wrap", "true"]
         with cluster.job(tmp_path / "urgent.log", *urgent) as other:
-            wait_for(lambda: cluster.show(other, "JobState") == "COMPLETED", lambda: said(log))
+            wait_until(lambda: cluster.show(other, "JobState") == "COMPLETED", lambda: said(log))
         first = newest(run)
         assert first > 0, said(log)
-        wait_for(lambda: steps(run) > first + 3, lambda: said(log))
+        wait_until(lambda: steps(run) > first + 3, lambda: said(log))
         assert cluster.show(job, "Restarts") == "1"
         cluster.ask("scancel", job)
-        wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
+        wait_until(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
     last = newest(run)
     assert last > first, said(log)
     assert undisturbed(run, last, parts, ranks)
@@ -176,7 +177,7 @@ def script(folder: Path, text: str) -> str:
 def over(cluster: Cluster, job: str, log: Path) -> str:
     """How a job ended."""
     running = ("", "PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-    wait_for(lambda: cluster.show(job, "JobState") not in running, lambda: said(log))
+    wait_until(lambda: cluster.show(job, "JobState") not in running, lambda: said(log))
     return cluster.show(job, "JobState")
 
 
@@ -241,14 +242,14 @@ def test_an_element_of_an_array_goes_on_alone(cluster, batch, parts, monkeypatch
     words = own(batch, "--array=0-1", "--cpus-per-task=1")
     runs, log = [tmp_path / "run-0", tmp_path / "run-1"], tmp_path / "log"
     with cluster.job(log, *words, script(tmp_path, text)) as job:
-        wait_for(lambda: all(steps(run) > 2 for run in runs), lambda: said(log))
+        wait_until(lambda: all(steps(run) > 2 for run in runs), lambda: said(log))
         assert cluster.show(f"{job}_1", "JobId") == job
         cluster.announce_limit(f"{job}_1")
-        wait_for(lambda: cluster.show(f"{job}_1", "Restarts") == "1", lambda: said(log))
+        wait_until(lambda: cluster.show(f"{job}_1", "Restarts") == "1", lambda: said(log))
         first, other = newest(runs[1]), steps(runs[0])
         assert first > 0, said(log)
         assert newest(runs[0]) == 0, said(log)
-        wait_for(lambda: steps(runs[1]) > first + 3 and steps(runs[0]) > other, lambda: said(log))
+        wait_until(lambda: steps(runs[1]) > first + 3 and steps(runs[0]) > other, lambda: said(log))
         assert cluster.show(f"{job}_0", "Restarts") == "0"
 
 
@@ -258,7 +259,7 @@ def test_a_signal_that_slurm_sends_to_the_steps_saves(cluster, batch, parts, mon
     run, log = tmp_path / "run", tmp_path / "log"
     recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
     with cluster.job(log, *batch("--nodes=2", "--cpus-per-task=1", "--no-requeue"), write(recipe)) as job:
-        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        wait_until(lambda: steps(run) > 2, lambda: said(log))
         cluster.ask("scancel", "--signal=USR1", job)
         assert over(cluster, job, log) == "FAILED", said(log)
         assert cluster.show(job, "ExitCode") == "75:0", said(log)
@@ -292,17 +293,17 @@ def test_a_suspended_job_goes_on_and_saves_when_it_is_cancelled(cluster, batch, 
     run, log = tmp_path / "run", tmp_path / "log"
     recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1, step_timeout_minutes=0.1)
     with cluster.job(log, *batch("--time=10"), write(recipe)) as job:
-        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        wait_until(lambda: steps(run) > 2, lambda: said(log))
         cluster.ask("scontrol", "suspend", job)
-        wait_for(lambda: cluster.show(job, "JobState") == "SUSPENDED", "suspension")
-        time.sleep(5)  # SLURM sends SIGTSTP, and SIGSTOP two seconds later
+        wait_until(lambda: cluster.show(job, "JobState") == "SUSPENDED", "suspension")
+        ranks_of_job = [json.loads(beat.read_text())["pid"] for beat in (run / "heartbeat").glob("rank-*.json")]
+        wait_until(lambda: {psutil.Process(pid).status() for pid in ranks_of_job} == {"stopped"}, lambda: said(log))
         stood = steps(run)
-        time.sleep(12)
-        assert steps(run) == stood, "the ranks did not stand still"
+        stays(lambda: steps(run) == stood, 12)  # longer than a step may take
         cluster.ask("scontrol", "resume", job)
-        wait_for(lambda: steps(run) > stood + 3, lambda: said(log))
+        wait_until(lambda: steps(run) > stood + 3, lambda: said(log))
         cluster.ask("scancel", job)
-        wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
+        wait_until(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
     assert state(run) == "stopped", said(log)
     assert undisturbed(run, newest(run), parts, ranks)
 
@@ -317,7 +318,7 @@ def test_a_batch_job_that_a_task_of_a_step_submits_is_in_no_step(cluster, batch,
     words = own(batch, "--ntasks=2", "--cpus-per-task=1")
     with cluster.job(log, *words, script(tmp_path, f"srun --ntasks=2 bash {tmp_path / 'task.sh'}")) as job:
         assert over(cluster, job, log) == "COMPLETED", said(log)
-        wait_for(lambda: not cluster.ask("squeue", "-h"), "the end of the other job")
+        wait_until(lambda: not cluster.ask("squeue", "-h"), "the end of the other job")
     assert [steps(tmp_path / name) for name in made] == [2, 2], said(log) + said(inner)
 
 
@@ -332,7 +333,7 @@ def test_ranks_that_srun_itself_starts_save_when_their_step_is_signalled(cluster
     )
     words = own(batch, "--nodes=2", "--ntasks=2", "--cpus-per-task=1")
     with cluster.job(log, *words, script(tmp_path, f"srun bash {tmp_path / 'rank.sh'}")) as job:
-        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        wait_until(lambda: steps(run) > 2, lambda: said(log))
         cluster.ask("scancel", "--signal=TERM", f"{job}.0")
         assert over(cluster, job, log) == "FAILED", said(log)
         assert cluster.show(job, "ExitCode") == "75:0", said(log)

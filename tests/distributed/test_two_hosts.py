@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 from trials import hexed, make_recipe, weights, write
+from waiting import wait_until
 
 SOAK = Path(__file__).parents[2] / "scripts" / "soak"
 pytestmark = pytest.mark.slow
@@ -28,10 +28,7 @@ def test_training_survives_a_host_that_is_cut_off(parts, ranks, tmp_path, monkey
     run = tmp_path / "run"
     with two_hosts.two_hosts() as hosts:
         group = ranks.start([write(recipe)], hosts=list(hosts))
-        deadline = time.monotonic() + 120
-        while not (run / "checkpoint-000002").exists():
-            assert time.monotonic() < deadline, group.outputs
-            time.sleep(0.02)
+        wait_until((run / "checkpoint-000002").exists, lambda: group.outputs)
         hosts[1].cable("down")
         ranks.finish(group, limit=120)
         assert all(code > 0 for code in group.codes), (group.codes, group.outputs)  # and none crashed

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mm_moslora.config import load_recipe
 from mm_moslora.models.memory_efficient import decoder_layers
 from mm_moslora.training import deepspeed_presets
-from mm_moslora.training.engine import Engine
+from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.utils import distributed
 
 
@@ -53,7 +53,7 @@ def train_counting(*arguments: str) -> int:
     from ranks import train_recipes
 
     deepspeed_presets.PERSISTENT = 100  # less than an adapter, as 10^6 is to large ranks
-    plain, mlp, passes = Engine.step, decoder_layers.gated_mlp, Counter()
+    plain, mlp, passes = TrainingEngine.step, decoder_layers.gated_mlp, Counter()
 
     def noted(*args):
         passes["lean"] += 1
@@ -87,11 +87,11 @@ def train_counting(*arguments: str) -> int:
             }  # fmt: skip
             return result
 
-        Engine.step = counted
+        TrainingEngine.step = counted
         try:
             code = train_recipes([argument])
         finally:
-            Engine.step = plain
+            TrainingEngine.step = plain
         if code:
             return code
         assert torch.nn.functional.linear is torch._C._nn.linear, "ZeRO-3's is left behind"

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([
     ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md", ROOT / "eval" / "README.md",
-    ROOT / "deepspeed_configs" / "README.md",
+    ROOT / "tests" / "README.md", ROOT / "deepspeed_configs" / "README.md",
     *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"),
 ])  # fmt: skip
 _FENCE = re.compile(r"^(?P<mark>`{3,})(?P<kind>[\w-]*)[^\n]*\n(?P<text>.*?)^(?P=mark)[ \t]*$", re.M | re.S)

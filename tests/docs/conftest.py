@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from preloaded import Preloaded
+from trials import write_questions
 
 from mm_moslora import cli
 from mm_moslora.quickstart import model_assets, user_recipe
@@ -32,16 +30,8 @@ def coarse_tower(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _start_at_once(python: Preloaded) -> Iterator[None]:
-    """The processes of `compare` have imported everything."""
-    before, sys.executable = sys.executable, str(python.ours)
-    yield
-    sys.executable = before
-
-
 @pytest.fixture(autouse=True)
-def _parts(monkeypatch, language_folder: Path, coarse_tower: Path) -> None:
+def _parts(start_at_once, monkeypatch, language_folder: Path, coarse_tower: Path) -> None:
     """What the quickstart would fetch, for runs of few steps."""
     monkeypatch.setattr(user_recipe, "MOST_EPOCHS", 2)
     monkeypatch.setattr(model_assets, "language_model", lambda _say: language_folder)
@@ -67,13 +57,7 @@ def workspace(tmp_path_factory, language_folder: Path, vision_folder: Path, reco
     shutil.copy(records, folder / "my" / "train.jsonl")
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
-    questions = [
-        {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
-         "answer": row["conversations"][1]["value"]}
-        for row in rows if "image" in row
-    ][:8]  # fmt: skip
-    for place in (folder / "my" / "test.jsonl", folder / "questions.jsonl"):
-        place.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    questions = write_questions(records, folder / "my" / "test.jsonl", folder / "questions.jsonl", count=8)
     for row in questions:
         shutil.copy(folder / "images" / row["image"], folder / row["image"])
     shutil.copy(folder / "images" / questions[0]["image"], folder / "picture.png")

@@ -119,3 +119,8 @@ def test_a_wrong_command_in_a_document_is_found(tmp_path: Path, trained: Path, m
         monkeypatch.setattr("tests.docs.test_docs.blocks", lambda _, block=found: [block])
         with pytest.raises(BaseException):  # noqa: B017, PT011  (whatever the block's kind raises)
             run_document(document)
+
+
+def test_the_readme_of_the_tests_names_files_that_exist() -> None:
+    named = re.findall(r"`(\w+/[\w/.]*)`", (ROOT / "tests" / "README.md").read_text())
+    assert [name for name in named if not (ROOT / "tests" / name).exists()] == []

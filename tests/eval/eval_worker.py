@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from tests.eval.eval_fake import FakeModel
 
@@ -18,5 +18,5 @@ if __name__ == "__main__":
         get_task(f"llava:{data}"),
         Path(output),
         modes=("own", "wrong"),
-        settings=Settings(batch_size=3),
+        settings=EvaluationSettings(batch_size=3),
     )

@@ -23,7 +23,7 @@ from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.sources import hf_dataset
 from mm_moslora_eval.sources.document import DataSet, Document
 
-ONE = task_runner.Settings(batch_size=64, rank=0, world_size=1)
+ONE = task_runner.EvaluationSettings(batch_size=64, rank=0, world_size=1)
 
 
 class GivenAnswers:

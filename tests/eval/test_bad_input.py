@@ -12,14 +12,14 @@ from mm_moslora_eval.protocol.model_interface import Answer, Request
 from mm_moslora_eval.protocol.task_registry import get_task, load_file
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.result_file import TaskResult
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
 Writer = Callable[..., Path]
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 
 
 class Fixed(FakeModel):

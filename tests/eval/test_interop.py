@@ -12,13 +12,13 @@ import pytest
 from mm_moslora_eval.protocol.miniature_benchmarks import SCENES, make_miniature
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import ConfigError
 from tests.eval.eval_data import picture
 from tests.eval.eval_models import export_tiny
 
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 ROOT = Path(__file__).parents[2]
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra lm-eval)"
@@ -184,10 +184,10 @@ def test_the_entry_point_names_a_class_that_lmms_eval_can_build() -> None:
 
 
 def test_vlmevalkit_example_answers_a_message(tiny: Path, tmp_path: Path) -> None:
-    from mm_moslora_eval.backends.vlmevalkit_example import MoSLoRAModel
+    from mm_moslora_eval.backends.vlmevalkit_example import VLMEvalKitModel
 
     (tmp_path / "a.png").write_bytes(picture(1))
-    model = MoSLoRAModel(str(tiny), max_new_tokens=5, precision="fp32")
+    model = VLMEvalKitModel(str(tiny), max_new_tokens=5, precision="fp32")
     message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "what color?"}]
     assert not model.use_custom_prompt("MMBench_DEV_EN")
     expected = dict(model.model.generate(_requests([(picture(1), "what color?")]), batch_size=1))[0].text

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from ranks import CHECKOUT, python_path
 from trials import hexed, losses, make_recipe, with_train, write
+from waiting import wait_until
 
 from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
@@ -74,11 +74,7 @@ def test_a_killed_run_continues_bit_for_bit(parts, tmp_path) -> None:
     straight, killed = (make_recipe(parts, tmp_path / name, "none", **settings) for name in ("straight", "killed"))
     train_elsewhere(write(straight))  # cuBLAS reads its variable at the first product of a process
     process = subprocess.Popen([sys.executable, str(WORKER), write(killed)], env=environment())
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / "killed").glob("checkpoint-*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: list((tmp_path / "killed").glob("checkpoint-*")), process=process, seconds=240)
     process.send_signal(signal.SIGKILL)
     process.wait()
     train_elsewhere(write(killed))

@@ -122,12 +122,12 @@ def test_the_server_answers(trained, picture) -> None:
     from PIL import Image
 
     from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
     from mm_moslora.serve.inference.served_models import load_models
     from tests.serve.serve_tools import asking, data_url, serving
 
     models, limits = load_models(trained, name="tiny", with_base=True), Limits(context=512, max_tokens=64)
-    with serving(Engine(models, limits), limits) as running:
+    with serving(GenerationEngine(models, limits), limits) as running:
         body = asking("what is the color?", data_url(Image.open(picture)), temperature=0.7, seed=3)
         answers = [running.post(body | {"model": name}) for name in ("tiny", "tiny-base", "tiny")]
     assert [answer.status_code for answer in answers] == [200] * 3, answers[0].text

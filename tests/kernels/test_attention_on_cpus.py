@@ -252,10 +252,10 @@ def test_few_short_segments_go_together_at_a_time(monkeypatch: pytest.MonkeyPatc
     """Their copies take memory, so a long row of short segments is computed a part at a time."""
     attending("products")
     lengths = (7, 8, 8, 7, 8, 8, 7, 8)
-    monkeypatch.setattr(segments_of_rows, "TOGETHER", 24)
+    monkeypatch.setattr(segments_of_rows, "MOST_TOKENS", 24)
     segments_of_rows._parts.cache_clear()
     try:
-        assert [len(part.places) for part in segments_of_rows._parts(lengths, causal=True)] == [21, 24, 16]
+        assert [len(part.positions) for part in segments_of_rows._parts(lengths, causal=True)] == [21, 24, 16]
         q, k, v, grad = tensors(4, 2, sum(lengths), torch.float32)
         leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, **segments(*lengths))

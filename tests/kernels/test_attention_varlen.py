@@ -20,7 +20,7 @@ from torch.nn.attention import varlen
 
 from mm_moslora.kernels.attention import gpu_attention, segment_attention
 from mm_moslora.kernels.attention.attention_choice import choose_attention
-from mm_moslora.kernels.attention.gpu_attention import HeadShape, Tried, fault_of, pytorch_kernel
+from mm_moslora.kernels.attention.gpu_attention import HeadShape, KernelTrial, fault_of, pytorch_kernel
 from mm_moslora.utils.errors import ConfigError
 
 LENGTHS = (5, 1, 12)
@@ -201,5 +201,5 @@ def test_attention_that_is_more_than_softmax_runs_on_eager() -> None:
 
 def test_nothing_is_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [torch.randn(1, HEADS, 4, WIDTH) for _ in range(2)]
-    monkeypatch.setattr(segment_attention, "pytorch_kernel", lambda _: pytest.fail("tried") or Tried(kernel=None))
+    monkeypatch.setattr(segment_attention, "pytorch_kernel", lambda _: pytest.fail("tried") or KernelTrial(kernel=None))
     assert segment_attention.varlen_kernel(*rows) is None

@@ -270,9 +270,12 @@ def work(hostile: Path, language_folder: Path, records: Path) -> Path:
     return hostile
 
 
-def _mm_moslora(folder: Path, *words: str) -> None:
-    """Run the console script's code in a folder."""
-    code = "from mm_moslora.__main__ import main; main()"
+def _mm_moslora(folder: Path, *lines: list[str]) -> None:
+    """Run command lines in a folder, in one process that starts as the console script does."""
+    code = "import json, sys; from mm_moslora.cli import run; sys.exit(any(map(run, json.loads(sys.argv[1]))))"
+    if len(lines) == 1:
+        code = "from mm_moslora.__main__ import main; main()"
+    words = lines[0] if len(lines) == 1 else [json.dumps(lines)]
     given = {**os.environ, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, *words], cwd=folder, env=given, capture_output=True, text=True, timeout=400
@@ -285,7 +288,7 @@ def _mm_moslora(folder: Path, *words: str) -> None:
 def test_launches_in_a_hostile_folder_run_nothing_of_it(work: Path, way: str) -> None:
     more = {"one": ["--nproc", "1"], "torchrun": ["--nproc", "2"], "deepspeed": ["--nproc", "1", "--deepspeed"]}[way]
     parts = [] if way == "one" else ["--train.zero", "zero2"]
-    _mm_moslora(work, "launch", "recipe.yaml", *more, *parts)
+    _mm_moslora(work, ["launch", "recipe.yaml", *more, *parts])
     assert json.loads((work / "run" / "state.json").read_text())["state"] == "finished"
     known = json.loads((work / "run" / "environment.json").read_text())
     assert len(known["git_commit"]) == 40
@@ -294,25 +297,14 @@ def test_launches_in_a_hostile_folder_run_nothing_of_it(work: Path, way: str) ->
 
 @pytest.mark.slow
 def test_other_verbs_in_a_hostile_folder_run_nothing_of_it(work: Path) -> None:
+    task, of_task = "llava:test.jsonl", ["--max-new-tokens", "2", "--output", "compared"]
     _mm_moslora(
         work,
-        "compare",
-        "recipe.yaml",
-        "--arms",
-        "lora,tsm",
-        "--seeds",
-        "1",
-        "--tasks",
-        "llava:test.jsonl",
-        "--max-new-tokens",
-        "2",
-        "--output",
-        "compared",
+        ["compare", "recipe.yaml", "--arms", "lora,tsm", "--seeds", "1", "--tasks", task, "--limit", "1", *of_task],
+        ["eval", "run", task, "--model", str(work / "compared" / "runs" / "lora_lr0.0002_seed0"), "--limit", "1"],
+        ["data", "check", "recipe.yaml", "--processes", "2"],
     )
     assert len(list(work.glob("compared/runs/*/outcome.json"))) == 2
-    run = next(work.glob("compared/runs/*_seed0"))
-    _mm_moslora(work, "eval", "run", "llava:test.jsonl", "--model", str(run), "--limit", "1")
-    _mm_moslora(work, "data", "check", "recipe.yaml", "--processes", "2")
     assert _marks(work) == []
 
 

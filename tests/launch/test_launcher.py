@@ -8,22 +8,21 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 from unittest import mock
 
 import psutil
 import pytest
 from between import just_before
+from waiting import wait_until
 
 from mm_moslora import cli
 from mm_moslora.launch import child_processes, launcher, slurm_job, topology
 from mm_moslora.launch.child_processes import run_and_hand_on
 from mm_moslora.launch.host_file import exported_lines
 from mm_moslora.launch.rank_logs import keep_rank_log
-from mm_moslora.launch.slurm_job import Job, Requeue
+from mm_moslora.launch.slurm_job import Requeue, SlurmJob
 from mm_moslora.launch.topology import Topology, command
-from mm_moslora.training.run_setup import exclusive
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.stop_signals import Stopped
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DistributedError
@@ -154,9 +153,9 @@ def slurm_tools(monkeypatch, tmp_path):
     return tmp_path
 
 
-def job_of(**environment: str) -> Job:
+def job_of(**environment: str) -> SlurmJob:
     basic = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[7-8]"}
-    job = Job.current(basic | environment)
+    job = SlurmJob.current(basic | environment)
     assert job is not None
     return job
 
@@ -170,7 +169,7 @@ def test_a_slurm_job_goes_through_srun(slurm_tools):
     assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3-" in words
     assert " --rdzv_endpoint node-7:2" in words
     assert "--overlap" not in words
-    assert Job.current({}) is None
+    assert SlurmJob.current({}) is None
 
 
 def test_two_launches_in_a_slurm_job_do_not_meet(slurm_tools):
@@ -462,10 +461,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
         f"launch.launch(launch.Topology(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
-        end = time.monotonic() + 60
-        while not (tmp_path / "started").exists():
-            assert time.monotonic() < end, "nothing was started"
-            time.sleep(0.02)
+        wait_until((tmp_path / "started").exists, process=process)
         os.killpg(process.pid, signal.SIGINT)
     assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
 
@@ -482,19 +478,21 @@ def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_
         "while True: time.sleep(0.05)\n"
     )
 
-    def until(path: Path) -> None:
-        end = time.monotonic() + 60
-        while not path.exists() and time.monotonic() < end:
-            time.sleep(0.02)
+    counted, count = [], child_processes.RequestCounter.count
+
+    def counts(self, number: int) -> int:
+        counted.append(number)
+        return count(self, number)
 
     def tell() -> None:
-        here = threading.main_thread().ident
-        until(started)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
-            signal.pthread_kill(here, number)
-            until(heard)
-            time.sleep(0.1)  # two signals of one number before the first is heard are one
+        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGINT]
+        wait_until(started.exists)
+        for index, number in enumerate(numbers):
+            signal.pthread_kill(threading.main_thread().ident, number)
+            # Two signals of one number before the first is heard are one.
+            wait_until(lambda wanted=numbers[: index + 1]: counted == wanted and heard.exists())
 
+    monkeypatch.setattr(child_processes.RequestCounter, "count", counts)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(launcher, "command", lambda *_, **__: [sys.executable, "-c", torchrun])
     thread = threading.Thread(target=tell)
@@ -557,8 +555,7 @@ def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(leave,
     monkeypatch.setattr(launcher, "command", lambda *_, **__: [sys.executable, "-c", script])
 
     def interrupt() -> None:
-        while not (tmp_path / "started").exists():
-            time.sleep(0.02)
+        wait_until((tmp_path / "started").exists)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     thread = threading.Thread(target=interrupt)
@@ -628,8 +625,8 @@ def test_deepspeeds_runner_is_told_itself_until_it_has_started_its_launcher_here
     }
     for child, code in cases.items():
         with runner(child) as process:
-            while any(other.cmdline() == [] for other in psutil.Process(process.pid).children()):
-                time.sleep(0.01)  # the system has not yet written down what it has begun
+            children = psutil.Process(process.pid).children  # the system writes down a moment later what has begun
+            wait_until(lambda children=children: all(other.cmdline() for other in children()))
             launcher.end_deepspeed(process.pid)
             assert process.wait(timeout=20) == code, child
     launcher.end_deepspeed(process.pid)  # gone

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from slurm import free_ports
+from waiting import wait_until
 
 from mm_moslora.launch import ray_engine
 from mm_moslora.launch.jobs import Job, run_jobs
@@ -123,12 +124,10 @@ def test_what_a_stop_does_not_save_is_named_and_a_killed_parent_lets_jobs_save(c
         "from mm_moslora.launch.ray_engine import RayEngine;"
         "ends([job(Path(sys.argv[1]), 'saves')], RayEngine(sys.argv[2]))"
     )
-    parent = subprocess.Popen([sys.executable, "-P", "-c", program, str(tmp_path), cluster.address])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-P", "-c", program, str(tmp_path), cluster.address], env=environment)
     for name in ("ready", "saved"):
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "saves" / name).exists():
-            assert time.monotonic() < deadline, f"not {name}"
-            time.sleep(0.05)
+        wait_until((tmp_path / "saves" / name).exists, name)
         parent.kill()
     parent.wait()
 

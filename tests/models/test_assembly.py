@@ -20,7 +20,8 @@ from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.processing.image_processing import dummy_image_example, image_transform
 from mm_moslora.models.processing.llava_processor import image_processor, save_processor
-from mm_moslora.models.projectors.projector_layers import PixelShuffleProjector, ProjectorShape
+from mm_moslora.models.projectors.projector_layers import ProjectorShape
+from mm_moslora.models.projectors.square_projectors import PixelShuffleProjector
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import image_features
@@ -178,7 +179,7 @@ def test_data_preparation_and_planning_need_no_weights(language_folder, tmp_path
     assert len(found.image_processing.placeholders([(30, 20)])[0]) == 16
     shapes = load_parts(config, weights="shapes")
     assert {parameter.device.type for parameter in shapes.model.parameters()} == {"meta"}
-    assert (shapes.tokenizer, shapes.processor, shapes.layers, shapes.tokens_per_image) == (None, None, 2, 16)
+    assert (shapes.tokenizer, shapes.processor, shapes.tokens_per_image) == (None, None, 16)
 
 
 @pytest.mark.parametrize("aspect", ["pad", "anyres"])

@@ -25,7 +25,7 @@ from mm_moslora.models.families import (
     tower_family,
     vlm_family,
 )
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.models.vlm import has_own_forward, needs_padding, part_of, projectors

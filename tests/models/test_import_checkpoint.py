@@ -33,7 +33,7 @@ def assembly(language_folder, clip):
 
 
 def logits_of(assembly):
-    (seen,) = assembly.image_processing.see([Image.linear_gradient("L").convert("RGB")])
+    (seen,) = assembly.image_processing.process([Image.linear_gradient("L").convert("RGB")])
     ids = torch.tensor([[*seen.placeholders, 5, 6, 7]])
     with torch.no_grad():
         return assembly.model(input_ids=ids, **seen.tensors).logits
@@ -68,8 +68,8 @@ def test_how_pictures_become_squares_goes_out_and_comes_back(aspect, theirs, lan
     assert json.loads((tmp_path / "llava" / "config.json").read_text())["image_aspect_ratio"] == theirs
     again = load_parts(whole_config(import_parts(tmp_path / "llava", tmp_path / "parts")))
     picture = [Image.linear_gradient("L").convert("RGB").resize((60, 30))]
-    for name, value in whole.image_processing.see(picture)[0].tensors.items():
-        torch.testing.assert_close(again.image_processing.see(picture)[0].tensors[name], value)
+    for name, value in whole.image_processing.process(picture)[0].tensors.items():
+        torch.testing.assert_close(again.image_processing.process(picture)[0].tensors[name], value)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

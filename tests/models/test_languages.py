@@ -110,7 +110,7 @@ def test_a_combination_is_built_trained_saved_loaded_exported_and_asked(language
         ("video", "<image><image><image>\nwhat color?", Clip(tmp_path / "images" / "clip.gif", "", 3).frames()),
     ):  # fmt: skip
         encoded = encoder.encode(conversation(text))
-        seen = tuned.image_processing.see(images)
+        seen = tuned.image_processing.process(images)
         examples.append(Example(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=seen))
     with torch.no_grad():
         alone = torch.cat([supervised_logits(tuned.model, Batch.from_examples([item])) for item in examples])

@@ -72,7 +72,7 @@ def encoder_of(assembly):
 
 
 def example_of(assembly, turns, images=(), name="a"):
-    seen = assembly.image_processing.see(images)
+    seen = assembly.image_processing.process(images)
     encoded = encoder_of(assembly).encode(turns, pictures=[item.placeholders for item in seen])
     return Example(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=seen)
 
@@ -145,10 +145,10 @@ def test_other_trainers_get_the_loss_of_ours(family, folders):
 def test_the_tokens_of_a_picture_are_known_from_its_size(family, folders):
     parts = load_parts(ModelConfig(vlm=str(folders(family))), weights="none")
     counted = [len(ids) for size in SIZES for ids in parts.image_processing.placeholders([size])]
-    assert counted == [len(parts.image_processing.see([picture(*size)])[0].placeholders) for size in SIZES]
+    assert counted == [len(parts.image_processing.process([picture(*size)])[0].placeholders) for size in SIZES]
     pair = parts.image_processing.placeholders([(40, 40), (30, 60)])
     assert [len(p) for p in pair] == [
-        len(s.placeholders) for s in parts.image_processing.see([picture(40, 40), picture(30, 60)])
+        len(s.placeholders) for s in parts.image_processing.process([picture(40, 40), picture(30, 60)])
     ]
 
 

@@ -82,6 +82,23 @@ def test_full_folders_and_names_that_occur_twice_are_found(check_imports: Module
     assert twice.startswith("module_0.py occurs 2 times")
 
 
+def test_two_public_classes_of_one_name_are_refused_with_both_files(check_imports: ModuleType, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for file, text in (
+        (first / "one.py", "class Report: ...\nclass _Row: ...\nclass Page:\n    class Row: ...\n"),
+        (first / "deep" / "two.py", "class _Row: ...\nclass Row: ...\n"),
+        (second / "three.py", "import one\nclass Report(one.Report): ...\n"),
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (twice,) = check_imports.names_used_twice([first, second])
+    assert twice.startswith("class Report occurs 2 times (first/one.py, second/three.py)")
+    (first / "one.py").write_text("class Report: ...\nclass Report: ...\n")
+    (second / "three.py").unlink()
+    (twice,) = check_imports.names_used_twice([first, second])
+    assert "(first/one.py, first/one.py)" in twice
+
+
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}"}
     return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, env=environment)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from preloaded import Preloaded
+from waiting import wait_until
 
 
 def test_arguments_environment_folder_files_and_exit_code_are_its_own(python: Preloaded, tmp_path: Path) -> None:
@@ -100,7 +100,4 @@ def test_it_ends_when_the_command_is_killed(python: Preloaded) -> None:
     process, pid = _started(python, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())

@@ -1,12 +1,14 @@
-"""Private interfaces of libraries that are read or called but not patched; a test fails when a release changes one.
-
-`docs/architecture.md` lists them with the reasons.
-"""
+"""Private interfaces of libraries: `docs/architecture.md` lists all of them with the reasons, and a test fails when a
+release changes one that is read or called and not patched."""
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -16,6 +18,134 @@ from peft.tuners import lora
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = (ROOT / "mm_moslora", ROOT / "eval" / "mm_moslora_eval")
+PRIVATE = re.compile(r"_[A-Za-z]\w*")
+DOCUMENTED = {"_exit", "_current_frames", "_asdict", "_replace"}
+"""Names of Python's own library with an underscore that its documentation has."""
+
+
+def _root(node: ast.expr) -> str:
+    """The name that a chain of attributes, calls and subscripts begins with."""
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _definitions(tree: ast.Module) -> Counter[str]:
+    """Functions, classes, variables and attributes of `self` that a module defines."""
+    names: Counter[str] = Counter()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names[name] += 1
+            case (
+                ast.Name(id=name, ctx=ast.Store())
+                | ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store())
+            ):
+                names[name] += 1
+    return names
+
+
+def foreign_privates(tree: ast.Module, everywhere: set[str]) -> Iterator[str]:
+    """Private names of libraries that a module imports, reads, sets or calls.
+
+    An attribute of `self` is a library's where no module of the project defines it, one of `super()` where this module
+    defines it once, as the override, and one of anything else where this module does not define it.
+
+    Args:
+        tree: of the module.
+        everywhere: what all modules of the project define.
+    """
+    own, imported = _definitions(tree), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            paths = [f"{module}{alias.name}" for alias in node.names]
+            if not paths[0].startswith("mm_moslora"):
+                imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+                yield from (part for path in paths for part in path.split(".") if PRIVATE.fullmatch(part))
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=value, attr=name):
+                pass
+            case ast.Call(
+                func=ast.Name(id="getattr" | "hasattr" | "setattr" | "delattr"),
+                args=[value, ast.Constant(value=str(name)), *_],
+            ):
+                pass
+            case _:
+                continue
+        if not PRIVATE.fullmatch(name):
+            continue
+        match value:
+            case ast.Name(id="self" | "cls"):
+                defined = name in everywhere
+            case ast.Call(func=ast.Name(id="super")):
+                defined = own[name] > 1
+            case _:
+                defined = name in own and _root(value) not in imported
+        if not defined:
+            yield name
+
+
+def table_of_patches(document: str) -> list[tuple[set[str], set[str]]]:
+    """Modules, or folders with a slash at their end, and private names of each row of the document's table."""
+    table = []
+    for line in document.partition("## Patches of other libraries")[2].splitlines():
+        if line.startswith("| "):
+            _, _, modules, names, *_ = line.split("|")
+            quoted = " ".join(re.findall(r"`([^`]+)`", modules + names))
+            table.append(
+                (set(re.findall(r"`([\w/]+(?:\.py|/))`", modules)), set(re.findall(r"(?<!\w)_[A-Za-z]\w*", quoted)))
+            )
+    return table
+
+
+def test_private_names_of_libraries_are_in_the_table_of_patches_and_the_table_has_no_others() -> None:
+    sources = {
+        str(path.relative_to(ROOT)).removeprefix("mm_moslora/"): path.read_text(encoding="utf-8")
+        for folder in FOLDERS
+        for path in folder.rglob("*.py")
+    }
+    trees = {module: ast.parse(source) for module, source in sources.items()}
+    everywhere = {name for tree in trees.values() for name in _definitions(tree)}
+    table = table_of_patches((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+
+    def covers(modules: set[str], module: str) -> bool:
+        return module in modules or any(folder.endswith("/") and module.startswith(folder) for folder in modules)
+
+    missing = {
+        f"{module}: {name}"
+        for module, tree in trees.items()
+        for name in set(foreign_privates(tree, everywhere)) - DOCUMENTED
+        if not any(name in names and covers(modules, module) for modules, names in table)
+    }
+    stale = {
+        f"{sorted(modules)}: {name}"
+        for modules, names in table
+        for name in names
+        if not any(covers(modules, module) and re.search(rf"\b{name}\b", source) for module, source in sources.items())
+    }
+    assert not missing, "\n".join(sorted(missing))
+    assert not stale, "\n".join(sorted(stale))
+
+
+def test_the_collector_finds_private_names() -> None:
+    source = """
+from torch._a import b
+from torch import _c
+import numpy._d as other
+from mm_moslora.utils import _ours
+class Layer(Base):
+    def _own(self): self._set = torch._e.f()
+    def _override(self): return super()._override(), self._own(), self._set, self._unknown
+def use(layer): return layer._own, layer._g, other._own, getattr(layer, "_h", None), layer.config._i
+"""
+    tree = ast.parse(source)
+    found = set(foreign_privates(tree, set(_definitions(tree))))
+    assert found == {"_a", "_c", "_d", "_e", "_override", "_unknown", "_g", "_own", "_h", "_i"}
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:

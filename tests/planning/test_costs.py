@@ -20,13 +20,13 @@ from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention import segment_attention
 from mm_moslora.kernels.attention.attention_choice import set_attention
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
-from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
+from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.training.engine import LossModule, StepResult
 from mm_moslora.training.metrics.gpu_memory import StepMemory
 from mm_moslora.training.metrics.gpu_specs import device_peak, parse_gpus
 from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
-from mm_moslora.training.metrics.throughput import RankFigures, Speedometer
+from mm_moslora.training.metrics.throughput import Speedometer, rank_figures
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 
@@ -155,10 +155,10 @@ def test_a_step_logs_its_mfu_on_a_known_device_alone() -> None:
     batch = Batch.from_examples([example] * 2)
     result = StepResult(loss=1.0, grad_norm=1.0, applied=True, supervised_tokens=40, tokens=200, images=0)
     needed = FlopCounter(model).count(StepShape.of([100, 100], supervised=40)).total
-    found = Speedometer(model, device_name="NVIDIA A100-SXM4-80GB").of(result, [batch], RankFigures(step_seconds=2.0))
+    found = Speedometer(model, device_name="NVIDIA A100-SXM4-80GB").of(result, [batch], rank_figures(seconds=2.0))
     assert found["mfu"] == pytest.approx(needed / (2.0 * 312e12))
     assert found["padding_share"] == 0.0
-    assert "mfu" not in Speedometer(model, device_name="").of(result, [batch], RankFigures(step_seconds=2.0))
+    assert "mfu" not in Speedometer(model, device_name="").of(result, [batch], rank_figures(seconds=2.0))
 
 
 def test_mfu_is_of_all_cards_together(monkeypatch) -> None:

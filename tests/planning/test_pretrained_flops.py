@@ -23,7 +23,7 @@ from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import has_own_forward, image_features, needs_padding
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.metrics.step_flops import Flops
-from mm_moslora.training.metrics.throughput import RankFigures, Speedometer
+from mm_moslora.training.metrics.throughput import Speedometer, rank_figures
 
 PICTURES = ((150, 60), (40, 90), (64, 64))
 """Widths and heights: other tiles and patches each; the last two belong to one conversation."""
@@ -45,7 +45,7 @@ def seen_batch(assembly: Parts) -> Batch:
     pictures = [Image.effect_noise(size, 50).convert("RGB") for size in PICTURES]
     examples = []
     for own in (pictures[:1], pictures[1:]):
-        seen = assembly.image_processing.see(own)
+        seen = assembly.image_processing.process(own)
         ids = torch.tensor([number for one in seen for number in (*one.placeholders, 5)] + [5] * 24)
         examples.append(Example(id="", input_ids=ids, supervised=torch.arange(len(ids)) >= len(ids) - 9, pictures=seen))
     return Batch.from_examples(examples)
@@ -97,5 +97,5 @@ def test_tiles_of_an_assembled_model_are_counted_and_its_mfu_is_of_them(tmp_path
     batch = seen_batch(assembly)
     found = needed(assembly, batch)
     assert found.vision == pytest.approx(counted(assembly, batch), rel=0.02)
-    metrics = Speedometer(assembly.model, device_name=A100).of(of_step(batch), [batch], RankFigures(step_seconds=2.0))
+    metrics = Speedometer(assembly.model, device_name=A100).of(of_step(batch), [batch], rank_figures(seconds=2.0))
     assert metrics["mfu"] == pytest.approx(found.total / (2.0 * 312e12))

@@ -42,7 +42,7 @@ def test_adapters_in_a_ready_made_tower_are_planned_as_they_train(family: str, t
     mixers = [parts.pop(name) for name in ("mixer", "vision mixer")]
     assert parts | {"mixer": tuple(map(sum, zip(*mixers, strict=True)))} == real
 
-    (seen,) = assembly.image_processing.see([Image.new("RGB", PICTURE, "white")])
+    (seen,) = assembly.image_processing.process([Image.new("RGB", PICTURE, "white")])
     assert found.picture == PICTURE
     assert found.activation_memory.tokens_per_image == len(seen.placeholders)
     assert found.activation_memory.tiles == TILES.get(family, 1)
@@ -92,7 +92,7 @@ def test_tiles_of_an_assembled_model_are_planned(tmp_path) -> None:
     cut = Recipe.from_dict({"model": parts | {"image_aspect": "anyres"}, "adapter": {"rank": 2}})
     one, five = (memory_of(recipe, picture=(64, 64)) for recipe in (square, cut))
     assert (one.tiles, five.tiles) == (1, 5)
-    (seen,) = load_parts(cut.model).image_processing.see([Image.new("RGB", (64, 64))])
+    (seen,) = load_parts(cut.model).image_processing.process([Image.new("RGB", (64, 64))])
     assert five.tokens_per_image == len(seen.placeholders)
     assert five.kept_per_image > 4.5 * one.kept_per_image
     assert five.counter.picture.patches == 5 * one.counter.picture.patches

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 from planning_configs import memory_of
 from tiny import make_language, make_vision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPImageProcessor, CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPMLP
 
 from mm_moslora.config import Recipe, VisionConfig
 from mm_moslora.models.meta_model import build_meta_model
@@ -90,41 +84,6 @@ def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, l
     )
     expected = counted.get_total_flops() + 2 * seen * projector.trained + back
     assert found.flops.vision == pytest.approx(expected, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("mode", "again"),
-    [("frozen", False), ("adapter", True), ("full", False), ("last_n", False)],
-)
-def test_layers_that_are_alike_are_counted_as_if_all_ran(mode, again, language, tmp_path, monkeypatch) -> None:
-    vision = {"mode": mode, "last_n": 2 if mode == "last_n" else 0}
-    CLIPVisionConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=4, image_size=56, patch_size=14
-    ).save_pretrained(tmp_path)
-    square = {"height": 56, "width": 56}
-    CLIPImageProcessor(size=square, crop_size=square).save_pretrained(tmp_path)
-    chosen = Recipe.from_dict({
-        "model": {"language": language, "vision": {"name": str(tmp_path), "feature_layer": -2} | vision},
-        "train": {"vision_gradient_checkpointing": again},
-    })  # fmt: skip
-    ran: list[int] = []
-    monkeypatch.setattr(CLIPMLP, "forward", counting(CLIPMLP.forward, ran))
-    found, short = memory_of(chosen), len(ran)
-    for module in ("models.vision.vision_tower", "training.metrics.activation_memory"):
-        monkeypatch.setattr(f"mm_moslora.{module}.repeated_layers", lambda tower: nullcontext())
-    whole = memory_of(chosen)
-    assert short < 0.6 * (len(ran) - short)
-    assert replace(found, counter=whole.counter) == whole
-    assert found.counter.picture == whole.counter.picture
-    assert found.counter.per_patch == whole.counter.per_patch
-
-
-def counting(function: Any, ran: list[int]) -> Any:
-    def count(*args: Any) -> Any:
-        ran.append(1)
-        return function(*args)
-
-    return count
 
 
 def test_a_tower_that_trains_needs_more_of_everything(towers, language: str) -> None:

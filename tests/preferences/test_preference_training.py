@@ -46,7 +46,7 @@ def trained(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **options: Any) -> 
 @torch.no_grad()
 def logits(model: Any, run: PreferenceRun, number: int = 0) -> torch.Tensor:
     """Of the chosen and the rejected answer of a pair."""
-    inputs = PaddedCollator(model=run.assembly.model)(list(run.pairs[number]))
+    inputs = PaddedCollator(model=run.assembly.model)(list(run.pairs.pair(number)))
     inputs.pop("labels")
     found: torch.Tensor = model.eval()(**inputs).logits
     return found
@@ -329,8 +329,8 @@ def test_a_picture_that_is_damaged_inside_is_replaced(vlm: Path, picture_pairs: 
     pairs = tmp_path / "data" / "pairs.jsonl"
     recipe = make_recipe(tmp_path / "run", pairs, {"vlm": str(vlm)}, data={"max_bad_share": 0.1})
     run = prepare(recipe)
-    assert len(run.pairs) == 12
-    assert [example.id for example in run.pairs[0]] == ["p1", "p1"]
+    assert len(run.pairs.usable) == 12
+    assert [example.id for example in run.pairs.pair(0)] == ["p1", "p1"]
     assert run.pairs.quarantine.codes == {"IMAGE_DAMAGED": 1}
 
 

@@ -16,7 +16,7 @@ from mm_moslora_eval.sources.image_controls import MODES, Hasher
 
 from mm_moslora.quickstart import quickstart_evaluation, quickstart_run
 from mm_moslora.quickstart.instruction_data import DatasetFiles
-from mm_moslora.quickstart.quickstart_run import Choice, _commands
+from mm_moslora.quickstart.quickstart_run import QuickstartOptions, _commands
 from mm_moslora.utils.errors import ConfigError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
@@ -41,7 +41,7 @@ def test_the_report_is_written_when_the_run_has_ended(tmp_path: Path, monkeypatc
         lambda folder, _: states.append(json.loads((folder / "state.json").read_text())["state"]),
     )
     for _ in range(2):
-        assert quickstart_run.quickstart(Choice(), output=tmp_path) == 0
+        assert quickstart_run.quickstart(QuickstartOptions(), output=tmp_path) == 0
     assert states == ["finished", "finished"]
 
 
@@ -51,7 +51,7 @@ def test_a_folder_of_the_user_is_refused_before_anything_is_written(tmp_path: Pa
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
     with pytest.raises(ConfigError, match=f"already holds {name.partition('/')[0]}, and nothing shows"):
-        quickstart_run.quickstart(Choice(), output=tmp_path)
+        quickstart_run.quickstart(QuickstartOptions(), output=tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "mine"
 
@@ -66,18 +66,17 @@ def test_an_export_that_no_quickstart_made_is_left_alone(tmp_path: Path) -> None
 
 
 def test_a_run_folder_is_named_by_what_was_chosen() -> None:
-    assert Choice().name == "quickstart"
-    assert Choice(images="stamps", smoke=True).name == "quickstart-stamps-smoke"
-    assert Choice(encoder="open_clip", precision="fp32", seed=2).name == "quickstart-open_clip-fp32-seed2"
+    assert QuickstartOptions().name == "quickstart"
+    assert QuickstartOptions(images="stamps", smoke=True).name == "quickstart-stamps-smoke"
+    assert QuickstartOptions(encoder="open_clip", precision="fp32", seed=2).name == "quickstart-open_clip-fp32-seed2"
 
 
 def test_seed_and_precision_reach_both_stages(tmp_path: Path) -> None:
     files = DatasetFiles(
         images=tmp_path, align=tmp_path / "a", train=tmp_path / "b", test=tmp_path / "c", train_pictures=1, questions=1
     )
-    choice = Choice(precision="fp32", seed=3)
-    parts, plan = quickstart_run._Parts(language=tmp_path, vision="v"), quickstart_run.PLANS["easy-vqa", False]
-    made = quickstart_run.recipes(parts, files, tmp_path, plan, choice)
+    choice = QuickstartOptions(precision="fp32", seed=3)
+    made = quickstart_run.recipes(tmp_path, "v", files, tmp_path, choice)
     assert [(recipe.train.seed, recipe.train.precision) for recipe in made] == [(3, "fp32")] * 2
 
 

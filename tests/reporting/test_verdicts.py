@@ -35,7 +35,7 @@ ALL = {"untuned": ahead(), "untuned_lenient": ahead(), "wrong_image": ahead(), "
 def test_tuning_helped_where_all_conditions_hold():
     found = judge_tuning(ALL)
     assert found.mood == "good"
-    assert found.looks
+    assert found.uses_pictures
     assert found.sentences[0] == "Tuning helped, and the model looks at the picture."
     assert len(found.sentences) == 5, "one sentence per control, of the model before tuning the lenient one alone"
 
@@ -47,7 +47,7 @@ def test_one_condition_that_is_not_shown_prevents_a_conclusion(name: str, weak: 
     assert found.mood == "mixed"
     assert "helped" not in found.sentences[0] or "not known whether tuning helped" in found.sentences[0]
     assert any("not shown to be more" in sentence for sentence in found.sentences[1:])
-    assert found.looks == (name not in ("wrong_image", "blind"))
+    assert found.uses_pictures == (name not in ("wrong_image", "blind"))
 
 
 def test_a_model_that_learned_only_the_form_of_answers_is_not_called_helped():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import stays, wait_until
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 CHILD = (
@@ -28,18 +28,15 @@ def test_a_benchmark_ends_with_its_parent_unless_nohup_says_otherwise(tmp_path: 
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(BENCH)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    pid, deadline = tmp_path / "pid", time.monotonic() + 60
-    while not (pid.is_file() and pid.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    child = int(pid.read_text())
+    pid = tmp_path / "pid"
+    child = int(wait_until(lambda: pid.is_file() and pid.read_text(), process=parent))
     parent.kill()
     parent.wait()
     try:
-        deadline = time.monotonic() + (1 if nohup else 30)
-        while alive(child) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert alive(child) is nohup
+        if nohup:
+            stays(lambda: alive(child), 1)
+        else:
+            wait_until(lambda: not alive(child))
     finally:
         if alive(child):
             os.kill(child, 9)

@@ -29,7 +29,7 @@ def contenders() -> dict[str, yardstick.Contender]:
 
 def test_our_step_has_the_loss_and_gradients_of_hugging_faces_and_keeps_a_third(contenders) -> None:
     ours, peer = contenders["ours"], contenders["hf"]
-    found = bench.check_equal({"hf": peer, "ours": ours}, "fp32")
+    found = yardstick.check_equal({"hf": peer, "ours": ours}, "hf", "fp32")
     assert found["loss_difference"] < 1e-5
     assert found["gradient_difference"] < 1e-5
     assert yardstick.saved_bytes(ours) < 0.45 * yardstick.saved_bytes(peer)
@@ -37,7 +37,7 @@ def test_our_step_has_the_loss_and_gradients_of_hugging_faces_and_keeps_a_third(
 
 def test_the_step_of_trl_is_the_same_computation(contenders) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
-    found = bench.check_equal({"hf": contenders["hf"], "trl": contenders["trl"]}, "fp32")
+    found = yardstick.check_equal({"hf": contenders["hf"], "trl": contenders["trl"]}, "hf", "fp32")
     assert max(found.values()) < 1e-5
 
 

@@ -108,7 +108,7 @@ def test_a_run_in_chaos_ends_as_an_undisturbed_one(tmp_path, chaos):
 
 
 def test_a_run_that_differs_in_one_digit_or_weight_is_found(tmp_path, chaos):
-    chain = chaos.Chain(0, 0, place=tmp_path, disk=tmp_path, parts={})
+    chain = chaos.Chain(0, 0, folder=tmp_path, disk=tmp_path, parts={})
     (chain.run / "checkpoint-000014").mkdir(parents=True)
     files = {"adapter/adapter_model.safetensors": {"sha256": "a"}, "trainer/rank-00000/optimizer.safetensors": {}}
     (chain.run / "checkpoint-000014" / "manifest.json").write_text(json.dumps({"files": files}))

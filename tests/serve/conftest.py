@@ -38,17 +38,17 @@ def models(assembly: Any) -> Any:
     from mm_moslora.serve.inference.served_models import Models, Variant
 
     projector = assembly.model.model.multi_modal_projector
-    return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=projector, source="tiny")})
+    return Models(assembly, {"tiny": Variant(adapter=None, projector=projector, source="tiny")})
 
 
 @pytest.fixture(scope="session")
 def server(models: Any) -> Iterator[Running]:
     """One server with ordinary limits, for all tests that do not change it."""
     from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
     limits = Limits(context=512, max_tokens=64, default_tokens=8, drain_seconds=1)
-    with serving(Engine(models, limits), limits) as running:
+    with serving(GenerationEngine(models, limits), limits) as running:
         yield running
 
 
@@ -56,14 +56,14 @@ def server(models: Any) -> Iterator[Running]:
 def serve_with(models: Any) -> Callable[..., Any]:
     """A server for one test: `with serve_with(queue=2, key="...") as running:`."""
     from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
     @contextmanager
     def start(
         engine: Any = None, key: str | None = None, fetch: Any = None, local: bool = True, **limits: Any
     ) -> Iterator[Running]:
         chosen = Limits(**{"context": 512, "max_tokens": 64, "default_tokens": 8, "drain_seconds": 5} | limits)
-        with serving(engine or Engine(models, chosen), chosen, key=key, fetch=fetch, local=local) as running:
+        with serving(engine or GenerationEngine(models, chosen), chosen, key=key, fetch=fetch, local=local) as running:
             yield running
 
     return start

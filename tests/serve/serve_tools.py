@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import io
 import socket
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,6 @@ from PIL import Image
 KEY = "test-key-of-some-length"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 """The beginning of a request that a test writes by hand."""
-
-
-def wait_until(condition: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def data_url(image: Image.Image, kind: str = "PNG") -> str:
@@ -41,7 +34,21 @@ def asking(text: str, *pictures: str, **more: Any) -> dict[str, Any]:
 
 def pixels_of(models: Any, picture: Image.Image) -> Any:
     """A picture as the tower's input, ``[3, H, W]``."""
-    return models.assembly.image_processing.see([picture])[0].tensors["pixel_values"][0]
+    return models.assembly.image_processing.process([picture])[0].tensors["pixel_values"][0]
+
+
+def before_steps(engine: Any, act: Callable[[], object]) -> None:
+    """Do something before each step of a batch that an engine reads from now on: wait, or take a while."""
+    models = copy.copy(engine.models)  # other engines have them, too
+
+    def read(*arguments: Any) -> Any:
+        decoder = type(models).read(models, *arguments)
+        extend = decoder.extend
+        decoder.extend = lambda *given: (act(), extend(*given))[1]
+        return decoder
+
+    models.read = read
+    engine.models = models
 
 
 class Running:
@@ -80,13 +87,14 @@ def listening(app: Any, limits: Any, *, end: Any = lambda: None) -> Iterator[int
     sockets = bound("127.0.0.1", 0)
     server = Server(app, limits, end=end)
     server.capture_signals = _nothing  # type: ignore[method-assign]  (signals belong to the main thread)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)), daemon=True)
+    port = sockets[0].getsockname()[1]
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)), name=f"server-{port}", daemon=True)
     thread.start()
     while not server.started:
         thread.join(0.01)
         assert thread.is_alive(), "the server did not start"
     try:
-        yield sockets[0].getsockname()[1]
+        yield port
     finally:
         server.should_exit = server.hurries = True
         thread.join(120)  # a busy machine takes long for one step of a model

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mm_moslora.serve.api.chat_request import chat_request
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.prompt_preparation import prepare
 from mm_moslora.serve.inference.request_images import picture_files
 from mm_moslora.serve.inference.served_models import Models, Variant
@@ -256,10 +256,10 @@ def test_a_text_model_refuses_pictures(assembly: Any, serve_with: Any) -> None:
 
     blind = Models(
         dataclasses.replace(assembly, processor=None),
-        {"tiny": Variant(name="tiny", adapter=None, projector=None, source="tiny")},
+        {"tiny": Variant(adapter=None, projector=None, source="tiny")},
     )
     limits = Limits(context=512, max_tokens=64)
-    with serve_with(engine=Engine(blind, limits)) as server:
+    with serve_with(engine=GenerationEngine(blind, limits)) as server:
         refused(server.post(asking("what?", RED)), 400, code="images_not_supported")
         assert server.post(asking("what?")).status_code == 200
 

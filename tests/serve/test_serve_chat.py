@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from trials import make_recipe
 from video_files import number_of, write_frames, write_video
 
 from mm_moslora.data.chat.records import parse_record
@@ -15,6 +17,7 @@ from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.serve import terminal_chat
 from mm_moslora.serve.terminal_chat import Chat, interactive
+from mm_moslora.utils import distributed
 
 
 @pytest.fixture
@@ -115,3 +118,15 @@ def test_a_too_long_conversation_is_an_error_and_continues_after_a_reset(
     said = talk(chat, ["red " * 900, "/reset", "is it red?"], monkeypatch, capsys)
     assert "this model holds 512. Type /reset" in said
     assert len(chat.turns) == 2
+
+
+def test_chat_and_server_run_on_the_accelerator(language_folder, vision_folder, records, tmp_path, monkeypatch):
+    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.serve.terminal_chat import Chat
+    from mm_moslora.training.training_loop import train
+
+    parts = {"language": language_folder, "vision": vision_folder, "records": records}
+    run = train(make_recipe(parts, tmp_path / "run", "none", steps=1)).checkpoint
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
+    models = (Chat.from_folder(run).assembly.model, load_models(run).assembly.model)
+    assert {parameter.device.type for model in models for parameter in model.parameters()} == {"meta"}

@@ -13,7 +13,7 @@ import torch
 from browser import CHROMIUM, MISSING, browsing
 from PIL import Image
 
-from mm_moslora.serve.api.chat_request import Picture
+from mm_moslora.serve.api.chat_request import MessagePicture
 from mm_moslora.serve.gradio_demo import Demo, launch, messages_of
 from mm_moslora.serve.inference.attention_maps import attention_maps
 from mm_moslora.serve.inference.served_models import Models, Variant
@@ -29,7 +29,7 @@ def pair(assembly: Any) -> Iterator[Any]:
         for weight in other.parameters():
             weight.neg_()
     variants = {
-        name: Variant(name=name, adapter=None, projector=part, source="t")
+        name: Variant(adapter=None, projector=part, source="t")
         for name, part in (("tiny", projector), ("tiny-base", other))
     }
     yield Models(assembly, variants)
@@ -72,12 +72,12 @@ def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
     from mm_moslora.models.decoding.generation import Prompt, embed_prompt
     from mm_moslora.models.transformers_patches import attention_within
 
-    ids, seen = pair.prompt([Turn.asking("what is the color?", images=1)], [Image.open(picture).convert("RGB")])
-    (found,) = attention_maps(pair, "tiny", input_ids=ids, seen=seen, answer=[5, 6]) or []
+    ids, images = pair.prompt([Turn.asking("what is the color?", images=1)], [Image.open(picture).convert("RGB")])
+    (found,) = attention_maps(pair, "tiny", input_ids=ids, images=images, answer=[5, 6]) or []
     model = pair.assembly.model
     with torch.no_grad():
         whole = torch.cat([ids, torch.tensor([5, 6])])
-        row = embed_prompt(model, Prompt(input_ids=whole, features=pair.image_tokens("tiny", seen)))
+        row = embed_prompt(model, Prompt(input_ids=whole, features=pair.image_tokens("tiny", images)))
         with attention_within(model, "eager"):
             layers = model.get_decoder()(inputs_embeds=row[None], output_attentions=True).attentions
     start = len(ids) - 1
@@ -85,7 +85,7 @@ def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
         whole == model.config.image_token_id
     ]
     assert found.flatten().tolist() == pytest.approx((mean / mean.max()).tolist(), abs=1e-5)
-    assert attention_maps(pair, "tiny", input_ids=ids, seen=[], answer=[5]) is None
+    assert attention_maps(pair, "tiny", input_ids=ids, images=[], answer=[5]) is None
 
 
 def test_history_of_gradio_becomes_turns(picture: Path) -> None:
@@ -98,7 +98,7 @@ def test_history_of_gradio_becomes_turns(picture: Path) -> None:
     ]
     messages = messages_of({"text": "sure?", "files": []}, history)
     assert [message.role for message in messages] == ["user", "assistant", "user"]
-    assert isinstance(messages[0].parts[0], Picture)
+    assert isinstance(messages[0].parts[0], MessagePicture)
     assert messages[0].parts[1] == "what?"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mm_moslora.serve.api.api_routes import create_app
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "soak" / "fuzz_server.py"
 
@@ -29,7 +29,7 @@ def soak() -> Any:
 
 
 def test_a_thousand_broken_requests_get_no_5xx_and_no_text_of_a_library(soak: Any, models: Any) -> None:
-    engine = Engine(models, Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20))
+    engine = GenerationEngine(models, Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20))
 
     async def run() -> dict[str, Any]:
         app = create_app(engine, engine.limits)

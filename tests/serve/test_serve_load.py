@@ -17,29 +17,19 @@ import pytest
 import torch
 from PIL import Image
 from preloaded import Preloaded
+from waiting import wait_until
 
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.token_sampling import Draw, Sampling, choose
-from tests.serve.serve_tools import HEAD, asking, data_url, pixels_of, wait_until
-
-
-def slowly(engine: Any, seconds: float) -> None:
-    """Make every decoding step take a while."""
-    step = engine._step
-
-    def slow(*arguments: Any) -> None:
-        time.sleep(seconds)
-        step(*arguments)
-
-    engine._step = slow
+from tests.serve.serve_tools import HEAD, asking, before_steps, data_url, pixels_of
 
 
 @pytest.fixture
 def slow_engine(models: Any) -> Any:
     def make(seconds: float, **limits: Any) -> Any:
-        engine = Engine(models, Limits(**{"context": 512, "max_tokens": 400} | limits))
-        slowly(engine, seconds)
+        engine = GenerationEngine(models, Limits(**{"context": 512, "max_tokens": 400} | limits))
+        before_steps(engine, lambda: time.sleep(seconds))
         return engine
 
     return make
@@ -47,7 +37,7 @@ def slow_engine(models: Any) -> Any:
 
 def test_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(serve_with: Any, slow_engine: Any) -> None:
     with serve_with(engine=slow_engine(0.02, queue=16, batch=4), queue=16, batch=4) as server:
-        step, refused = server.engine._step, threading.Event()
+        refused = threading.Event()
 
         def post(body: str) -> Any:
             reply = server.post(body)
@@ -63,7 +53,7 @@ def test_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(serve_wi
             body: server.post(body).json()["choices"][0]["message"]["content"] for body in set(bodies) if body != "{"
         }  # fmt: skip
         # However slowly the clients come, the queue is full before the first answer.
-        server.engine._step = lambda *arguments: refused.wait(60) and step(*arguments)
+        before_steps(server.engine, lambda: refused.wait(60))
         with ThreadPoolExecutor(200) as pool:
             replies = list(pool.map(post, bodies))
         statuses = [reply.status_code for reply in replies]
@@ -81,11 +71,11 @@ def test_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(serve_wi
 def test_fifty_concurrent_requests_get_answers_about_their_own_pictures(models: Any, serve_with: Any) -> None:
     """The model answers with the mean colour of its own pictures."""
 
-    class Colours(Engine):
+    class Colours(GenerationEngine):
         def _step(self, name: str, group: Any) -> None:
             for job in group.jobs:
                 colour = [
-                    int(pixel.float().mean() * 1000) for one in job.seen for pixel in one.tensors["pixel_values"][0]
+                    int(pixel.float().mean() * 1000) for one in job.images for pixel in one.tensors["pixel_values"][0]
                 ]
                 self._deliver(job, json.dumps(colour), "stop")
             group.keep([])
@@ -134,22 +124,22 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
 
     with serve_with(write_seconds=0.5) as server:
         engine = server.engine
-        original = engine._say
+        original = engine._deliver_token
 
         def flood(job: Any, token: int) -> bool:
             original_add = job.text.add
             job.text.add = lambda token: original_add(token) + "x" * 200_000
             return bool(original(job, token))
 
-        monkeypatch.setattr(engine, "_say", flood)
+        monkeypatch.setattr(engine, "_deliver_token", flood)
         body = json.dumps(asking("hello", stream=True, max_tokens=60)).encode()
         with sockets.socket() as connection:
             connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.port))
             connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
             wait_until(lambda: engine.steps)
-            wait_until(lambda: engine.running == 0, 20)  # the default would be 30 s
-            wait_until(lambda: b'status="200"} 1.0' in server.get("/metrics").content, 20)
+            wait_until(lambda: engine.running == 0)
+            wait_until(lambda: b'status="200"} 1.0' in server.get("/metrics").content)
         monkeypatch.undo()
         assert server.post(asking("hello")).status_code == 200
 
@@ -158,7 +148,7 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
 def test_a_fault_inside_is_a_500_without_its_text_and_the_next_request_works(
     models: Any, serve_with: Any, where: str, caplog: Any
 ) -> None:
-    engine = Engine(models, Limits(context=512))
+    engine = GenerationEngine(models, Limits(context=512))
     text = "secret at /home/me 0x7f0000000000 https://me:pa55word-canary@host/"
     original, faults = getattr(engine, where), [RuntimeError(text)]
 
@@ -311,14 +301,14 @@ def test_an_error_in_sampling_or_text_ends_one_row_only(
 ) -> None:
     with serve_with() as server:
         engine = server.engine
-        say = engine._say
+        say = engine._deliver_token
 
         def faulty(job: Any, token: int) -> bool:
             if QUESTIONS[5] in engine.models.assembly.tokenizer.decode(job.input_ids) and len(job.tokens) == 2:
                 raise RuntimeError("half a character")
             return bool(say(job, token))
 
-        engine._say = faulty
+        engine._deliver_token = faulty
         check_one_failed(ask_together(server), QUESTIONS[5], alone)
 
 
@@ -443,9 +433,10 @@ def test_metrics_count_what_happened(serve_with: Any) -> None:
 def test_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path, python: Preloaded) -> None:
     """SIGTERM during a stream of a real process: the stream is complete, and the process exits with 0."""
     code = (
-        "import sys, time; from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
+        "import sys, time; from mm_moslora.serve.inference.continuous_batching import GenerationEngine\n"
+        "step = GenerationEngine._step\n"
         "def slow(*a): time.sleep(0.05); step(*a)\n"
-        "Engine._step = slow\n"
+        "GenerationEngine._step = slow\n"
         "from mm_moslora.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     process = subprocess.Popen(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.gradio_demo import Demo, messages_of
-from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.served_models import Models, Variant, load_models
 from mm_moslora.serve.terminal_chat import Chat
 from tests.serve.serve_tools import asking, data_url, serving
@@ -59,7 +59,7 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any
         assembly = load_parts(ModelConfig(vlm=str(make_vlm(tmp_path_factory.mktemp(family), family))))
         assembly.model.requires_grad_(False).eval()
         told_apart(assembly.model)
-        return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=None, source="tiny")})
+        return Models(assembly, {"tiny": Variant(adapter=None, projector=None, source="tiny")})
 
     return make
 
@@ -71,8 +71,8 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
     from mm_moslora.data.chat.records import Turn
     from mm_moslora.models.batching.padded_batch import padded_inputs
 
-    ids, seen = models.prompt([Turn.asking(text, images=len(pictures))], pictures)
-    tensors = join_images([picture.tensors for picture in seen])
+    ids, images = models.prompt([Turn.asking(text, images=len(pictures))], pictures)
+    tensors = join_images([picture.tensors for picture in images])
     pixels = tensors.pop("pixel_values", None)
     inputs = padded_inputs(models.assembly.model, [ids], pixels, tensors, answers=[len(ids)])
     said = models.assembly.model.generate(
@@ -86,7 +86,7 @@ def test_answers_at_once_are_those_that_transformers_gives_alone(family: str, op
     models = open_family(family)
     asked = [(*QUESTIONS[index % 4], 3 + index % 9) for index in range(16)]
     expected = [alone(models, *item) for item in asked]
-    engine = Engine(models, Limits(context=2048, max_tokens=64))
+    engine = GenerationEngine(models, Limits(context=2048, max_tokens=64))
     with serving(engine, engine.limits) as server:
         client = server.client()
 
@@ -106,7 +106,7 @@ def test_answers_at_once_are_those_that_transformers_gives_alone(family: str, op
 @pytest.fixture
 def server(open_family: Any) -> Iterator[Any]:
     limits = Limits(context=256, max_tokens=64)
-    with serving(Engine(open_family("qwen2_5_vl"), limits), limits) as running:
+    with serving(GenerationEngine(open_family("qwen2_5_vl"), limits), limits) as running:
         yield running
 
 
@@ -167,7 +167,7 @@ def test_a_run_on_a_ready_made_model_is_served_with_its_base(tmp_path: Path) -> 
     pieces = list(chat.stream("what color?"))
     models = load_models(tmp_path / "run", name="tuned", with_base=True)
     limits = Limits(context=512)
-    with serving(Engine(models, limits), limits) as server:
+    with serving(GenerationEngine(models, limits), limits) as server:
         client = server.client()
         assert [model.id for model in client.models.list()] == ["tuned", "tuned-base"]
         body = asking("what color?", data_url(shown), max_tokens=5) | {"model": "tuned"}

@@ -15,7 +15,7 @@ from mm_moslora.cli.serve_verbs import parse_adapters
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.gradio_demo import Demo, messages_of
 from mm_moslora.serve.inference.adapter_compatibility import _flat
-from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.served_models import load_models, why_no_base
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError
@@ -70,7 +70,7 @@ def test_each_model_answers_as_when_loaded_alone_and_all_at_once(runs: tuple[Pat
     together = load_models(runs[0], name="tuned", further={"other": runs[1]}, with_base=True)
     assert list(together.variants) == ["tuned", "other", "tuned-base"]
     limits = Limits(context=512)
-    with serve_with(engine=Engine(together, limits)) as server:
+    with serve_with(engine=GenerationEngine(together, limits)) as server:
         client = server.client()
         assert [model.id for model in client.models.list()] == ["tuned", "other", "tuned-base"]
 
@@ -163,9 +163,9 @@ def looking(
 
 def _tokens(models: Any, name: str) -> Any:
     """Visual tokens of the picture in the server, possibly from its cache."""
-    seen = models.assembly.image_processing.see([PICTURE])
+    images = models.assembly.image_processing.process([PICTURE])
     with models.use(name):
-        return models.image_tokens(name, seen)
+        return models.image_tokens(name, images)
 
 
 def _tokens_alone(folder: Path, *, tuned: bool) -> Any:
@@ -176,7 +176,7 @@ def _tokens_alone(folder: Path, *, tuned: bool) -> Any:
     from mm_moslora.models.load_model import load
 
     assembly = load(folder, merge=False)
-    pixels = assembly.image_processing.see([PICTURE])[0].tensors["pixel_values"]
+    pixels = assembly.image_processing.process([PICTURE])[0].tensors["pixel_values"]
     with torch.inference_mode():
         if tuned:
             return encode_images(assembly.model, pixels)[0]

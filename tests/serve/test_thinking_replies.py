@@ -15,7 +15,7 @@ from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.chat_replies import Reply
 from mm_moslora.serve.api.chat_request import chat_request
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Piece
+from mm_moslora.serve.inference.continuous_batching import AnswerPart
 from mm_moslora.serve.inference.prompt_preparation import refuse_unfit
 from mm_moslora.serve.inference.text_stream import TextStream
 
@@ -49,8 +49,8 @@ def encoder(name: str, thinking: str = "auto") -> ConversationEncoder:
 def test_thinking_and_content_are_apart_however_the_text_is_cut(text, size) -> None:
     reply = Reply(request=request(stream=True), prompt_tokens=1)
     events = b""
-    pieces = [Piece(text=text[start : start + size]) for start in range(0, len(text), size)]
-    for piece in [*pieces, Piece(ending="stop")]:
+    pieces = [AnswerPart(text=text[start : start + size]) for start in range(0, len(text), size)]
+    for piece in [*pieces, AnswerPart(ending="stop")]:
         events += reply.add(0, piece)
     message = reply.whole()["choices"][0]["message"]
     assert (message.get("reasoning_content", ""), message["content"]) == TEXTS[text]
@@ -77,7 +77,7 @@ def test_other_values_are_refused(value) -> None:
 def test_a_template_without_a_switch_refuses_it() -> None:
     asked = request(chat_template_kwargs={"enable_thinking": False})
     for name, refused in (("qwen3", False), ("lfm2_2_5", True), ("qwen2_5", True)):
-        models = SimpleNamespace(encoder=encoder(name), sees=False, context=None)
+        models = SimpleNamespace(encoder=encoder(name), takes_pictures=False, context=None)
         if refused:
             with pytest.raises(ApiError, match="one form of prompts"):
                 refuse_unfit(asked, models, Limits())

@@ -6,12 +6,13 @@ import base64
 import json
 import shutil
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from waiting import wait_until
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -63,10 +64,8 @@ class Browser:
     def wait(self, condition: str, seconds: float = 60) -> None:
         """Until an expression is true; an element that is there is true. A page draws itself anew in between, so an
         element that is not there yet, and what is asked of it, is not true yet."""
-        deadline = time.monotonic() + seconds
-        while not self.run(f"(() => {{ try {{ return !!({condition}); }} catch {{ return false; }} }})()"):
-            assert time.monotonic() < deadline, f"waited in vain for {condition}; errors: {self.errors}"
-            time.sleep(0.05)
+        script = f"(() => {{ try {{ return !!({condition}); }} catch {{ return false; }} }})()"
+        wait_until(lambda: self.run(script), lambda: f"{condition}; errors: {self.errors}", seconds=seconds)
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"]))
@@ -99,14 +98,11 @@ def browsing(profile: Path) -> Iterator[Browser]:
 
 
 def _page(profile: Path, process: subprocess.Popen[bytes]) -> str:
-    file, deadline = profile / "DevToolsActivePort", time.monotonic() + 60
-    while True:
-        assert process.poll() is None, "the browser ended"
-        assert time.monotonic() < deadline, "the browser did not start"
-        if file.is_file() and file.read_text().strip():
-            port = file.read_text().split()[0]
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60) as reply:
-                pages = [page for page in json.load(reply) if page["type"] == "page"]
-            if pages:
-                return str(pages[0]["webSocketDebuggerUrl"])
-        time.sleep(0.05)
+    file = profile / "DevToolsActivePort"
+    port = wait_until(lambda: file.is_file() and file.read_text().strip(), "the browser", process=process).split()[0]
+
+    def pages() -> list[str]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60) as reply:
+            return [page["webSocketDebuggerUrl"] for page in json.load(reply) if page["type"] == "page"]
+
+    return wait_until(pages, "its page", process=process)[0]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import fake_cuda
 import torch
+from fake_cuda_device import fake_cuda, to_cuda
 from tiny import make_records
 from torch.utils._python_dispatch import _disable_current_modes
 from trials import make_parts, make_recipe
@@ -106,8 +106,8 @@ def train_step(name: str, recipe: Recipe) -> dict[str, Any]:
         with torch.no_grad():
             module(batches[0], True)  # fills it
             module(blind, True)
-    with fake_cuda.fake_cuda() as device, mock.patch.object(FeatureStore, "read", read):
-        fake_cuda.to_cuda(module)
+    with fake_cuda() as device, mock.patch.object(FeatureStore, "read", read):
+        to_cuda(module)
         settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
         engine = TorchEngine(module, parameter_groups(module, recipe.optim), settings)
         device.noted()
@@ -137,9 +137,9 @@ def fitted(recipe: Recipe) -> dict[str, Any]:
     run = run_setup.prepare(recipe)
     examples: Any = Loaded(run.training_set.load(number) for number in run.training_set.usable)
     model = run.assembly.model.model
-    with fake_cuda.fake_cuda() as device:
-        fake_cuda.to_cuda(model.vision_tower)
-        fake_cuda.to_cuda(model.multi_modal_projector)
+    with fake_cuda() as device:
+        to_cuda(model.vision_tower)
+        to_cuda(model.multi_modal_projector)
         with torch.no_grad():
             model_start._fit(run.assembly, examples, to_answers=True)
         return {"fit": device.noted()}
@@ -180,7 +180,7 @@ def beyond_the_last() -> dict[str, Any]:
         "moved": lambda index: torch.ones(2).to(f"cuda:{index}"),
     }
     told = {}
-    with fake_cuda.fake_cuda():
+    with fake_cuda():
         for name, use in uses.items():
             use(0)
             try:

@@ -6,10 +6,11 @@ import os
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from waiting import wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "scontrol")
 WHY_NOT = "needs root and SLURM (Debian: apt-get install slurmctld slurmd slurm-client)"
@@ -38,7 +39,9 @@ class Cluster:
         for number in (1, 2):
             self._start("slurmd", "-D", "-N", f"127.0.0.{number}")
         try:
-            wait_for(lambda: self.ask("sinfo", "-h", "-p", "low", "-o", "%t %D") == "idle 2", "idle nodes", seconds=60)
+            wait_until(
+                lambda: self.ask("sinfo", "-h", "-p", "low", "-o", "%t %D") == "idle 2", "idle nodes", seconds=60
+            )
         except AssertionError:
             self.__exit__()
             raise
@@ -86,7 +89,7 @@ class Cluster:
         finally:
             self.ask("scancel", "--signal=KILL", "--full", number)
             self.ask("scancel", number)
-            wait_for(lambda: not self.ask("squeue", "-h", "-j", number), "the end of the job")
+            wait_until(lambda: not self.ask("squeue", "-h", "-j", number), "the end of the job")
 
     def _start(self, *words: str) -> None:
         with (self.folder / f"{'-'.join(words)}.out").open("wb") as output:
@@ -125,15 +128,6 @@ NodeName={NODES} NodeHostname={here} NodeAddr=127.0.0.1 Port={",".join(map(str, 
 PartitionName=low Nodes={NODES} Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes={NODES} PriorityTier=10
 """
-
-
-def wait_for(there: Callable[[], bool], what: str | Callable[[], str], *, seconds: float = 180) -> None:
-    """Wait until a function gives true; else fail with what did not come."""
-    deadline = time.monotonic() + seconds
-    while not there():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"Not within {seconds:.0f} s: {what if isinstance(what, str) else what()}")
-        time.sleep(0.1)
 
 
 def free_ports(count: int) -> list[int]:

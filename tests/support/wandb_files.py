@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from waiting import wait_until
 from wandb.proto import wandb_internal_pb2
 
 BLOCK, HEADER = 32768, 7
@@ -74,9 +74,5 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def read_finished(path: Path) -> dict[str, Any]:
     """The same once its end is written: wandb's service writes the last block a moment after finish() has returned."""
-    deadline = time.monotonic() + 60
-    while True:
-        run = read_file(path)
-        if run["exit"] is not None or time.monotonic() > deadline:
-            return run
-        time.sleep(0.1)
+    wait_until(lambda: read_file(path)["exit"] is not None, pause=0.1)
+    return read_file(path)

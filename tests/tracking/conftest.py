@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from wandb_files import read_finished
 
-from mm_moslora.tracking import Sample
+from mm_moslora.tracking import SampleAnswer
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +28,12 @@ def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def sample(tmp_path: Path) -> Sample:
+def sample(tmp_path: Path) -> SampleAnswer:
     path = tmp_path / "picture.png"
     Image.new("RGB", (400, 200), "red").save(path)
-    return Sample(image=path, question="What colour | shape?", expected="red", prediction="<b>red</b>", correct=True)
+    return SampleAnswer(
+        image=path, question="What colour | shape?", expected="red", prediction="<b>red</b>", correct=True
+    )
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from mm_moslora.config import TrackConfig
-from mm_moslora.tracking import JsonlTracker, Sample, Trackers, build_trackers, read_metrics
+from mm_moslora.tracking import JsonlTracker, SampleAnswer, Trackers, build_trackers, read_metrics
 from mm_moslora.tracking.tensorboard_tracker import TensorBoardTracker
-from mm_moslora.tracking.tracker import MOST_FAILURES, Labels, namespaced
+from mm_moslora.tracking.tracker import MOST_FAILURES, namespaced
 from mm_moslora.tracking.wandb_tracker import WandbTracker, has_credentials
 from mm_moslora.utils.errors import ConfigError
 
@@ -40,7 +40,7 @@ class _Failing:
         self.calls += 1
         raise ConnectionError("service at https://me:hunter2pw@example.org is gone")
 
-    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None: ...
+    def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None: ...
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None: ...
 
@@ -85,7 +85,7 @@ def test_fresh_run_in_a_used_folder_keeps_the_old_curve_aside(tmp_path: Path) ->
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_record(
-    tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, sample: SampleAnswer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trackers = Trackers([JsonlTracker()], active=True)
     trackers.start({}, tmp_path, resume_step=None)
@@ -167,7 +167,7 @@ def test_recipe_order_and_default() -> None:
     assert build_trackers(TrackConfig(trackers=[]), active=True).names == ["jsonl"]
 
 
-def test_tensorboard_reader_sees_one_point_per_step_after_a_resume(tmp_path: Path, sample: Sample) -> None:
+def test_tensorboard_reader_sees_one_point_per_step_after_a_resume(tmp_path: Path, sample: SampleAnswer) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resume_step, steps in ((None, range(1, 6)), (3, range(4, 7))):
@@ -190,13 +190,13 @@ def test_tensorboard_reader_sees_one_point_per_step_after_a_resume(tmp_path: Pat
 
 
 def test_wandb_offline_file_holds_config_curve_table_and_artifact(
-    tmp_path: Path, sample: Sample, read_run: ReadRun
+    tmp_path: Path, sample: SampleAnswer, read_run: ReadRun
 ) -> None:
     run_folder, adapter = tmp_path / "run", tmp_path / "adapter"
     run_folder.mkdir()
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"r": 8}')
-    trackers = Trackers([WandbTracker(Labels(project="tests"))], active=True)
+    trackers = Trackers([WandbTracker(TrackConfig(project="tests"))], active=True)
     trackers.start({"optim": {"lr": 1e-4}}, run_folder, resume_step=None)
     for step in (1, 2):
         trackers.log({"loss": 1.0 / step, "memory_gib": 0.5}, step)
@@ -228,7 +228,7 @@ def test_wandb_offline_file_holds_config_curve_table_and_artifact(
 def test_wandb_tells_a_run_that_was_stopped_from_one_that_ended(
     ending: Any, code: int, preempting: bool, tmp_path: Path, read_run: ReadRun
 ) -> None:
-    tracker = WandbTracker(Labels())
+    tracker = WandbTracker(TrackConfig())
     tracker.start({}, tmp_path, resume_step=None)
     tracker.finish(ending=ending)
     run = read_run(tmp_path)
@@ -274,7 +274,7 @@ def test_a_picture_that_cannot_be_shown_costs_no_tracker(name: str, tmp_path: Pa
         picture.write_bytes(b"\x89PNG\r\n\x1a\n")
     trackers = build_trackers(TrackConfig(trackers=["tensorboard", "wandb"]), active=True)
     trackers.start({}, tmp_path, resume_step=None)
-    sample = Sample(question="q", expected="red", prediction="red", image=picture)
+    sample = SampleAnswer(question="q", expected="red", prediction="red", image=picture)
     trackers.log_samples("answers", [sample], 1)
     trackers.log({"loss": 1.0}, 2)
     trackers.finish()
@@ -290,9 +290,9 @@ def test_an_offline_wandb_run_talks_to_nobody(tmp_path: Path) -> None:
     """The client's report on itself kept the process waiting for 10 s at its end."""
     code = f"""
 from pathlib import Path
-from mm_moslora.tracking.tracker import Labels
+from mm_moslora.config import TrackConfig
 from mm_moslora.tracking.wandb_tracker import WandbTracker
-tracker = WandbTracker(Labels(project="p"))
+tracker = WandbTracker(TrackConfig(project="p"))
 tracker.start({{}}, Path({str(tmp_path)!r}), resume_step=None)
 tracker.log({{"loss": 1.0}}, 1)
 tracker.finish()"""
@@ -359,7 +359,7 @@ def test_wandb_is_asked_for_by_the_modules_that_look_at_the_working_folder() -> 
 def test_resumed_wandb_run_keeps_its_id(tmp_path: Path) -> None:
     ids = []
     for resume_step in (None, 1, None):
-        tracker = WandbTracker(Labels(project="tests"))
+        tracker = WandbTracker(TrackConfig(project="tests"))
         tracker.start({}, tmp_path, resume_step=resume_step)
         tracker.finish()
         ids.append((tmp_path / "wandb_id.txt").read_text())
@@ -370,7 +370,7 @@ def test_a_trial_of_a_sweep_keeps_the_id_that_the_agent_gave_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "trial7")
-    tracker = WandbTracker(Labels(project="tests"))
+    tracker = WandbTracker(TrackConfig(project="tests"))
     tracker.start({}, tmp_path, resume_step=None)
     tracker.finish()
     assert (tmp_path / "wandb_id.txt").read_text().strip() == "trial7"
@@ -383,7 +383,7 @@ def test_unreachable_wandb_falls_back_to_offline(
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("mm_moslora.tracking.wandb_tracker.INIT_SECONDS", 3.0)
-    trackers = Trackers([WandbTracker(Labels(project="tests"))], active=True)
+    trackers = Trackers([WandbTracker(TrackConfig(project="tests"))], active=True)
     with caplog.at_level(logging.WARNING):
         trackers.start({}, tmp_path, resume_step=None)
     trackers.log({"loss": 1.0}, 1)
@@ -402,7 +402,7 @@ def test_no_secret_reaches_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     trackers = build_trackers(TrackConfig(trackers=["tensorboard", "wandb"]), active=True)
     config = {"a": canaries[0], "b": [f"x {canaries[1]}"], "password": canaries[2], "kept": "kept-canary"}
     trackers.start(config, run_folder, resume_step=None)
-    sample = Sample(question=f"what is {canaries[0]}", expected=canaries[1], prediction=canaries[1])
+    sample = SampleAnswer(question=f"what is {canaries[0]}", expected=canaries[1], prediction=canaries[1])
     trackers.log_samples("answers", [sample], 1)
     trackers.finish()
     assert trackers.names == ["jsonl", "tensorboard", "wandb"]

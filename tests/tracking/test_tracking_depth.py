@@ -8,16 +8,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from trials import colour_task, make_recipe, write
+from waiting import wait_until
 
-from mm_moslora.config import TRACKERS, TrackConfig
-from mm_moslora.tracking import Sample, Trackers, build_trackers, run_environment
-from mm_moslora.tracking.alerts import WELL_RECORDS, Alert, Watch
+from mm_moslora.config import TRACKERS, TrackConfig, ValidateConfig
+from mm_moslora.tracking import SampleAnswer, Trackers, build_trackers, run_environment
+from mm_moslora.tracking.alerts import WELL_RECORDS, Watch
 from mm_moslora.tracking.jsonl_tracker import JsonlTracker
 from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.run_environment import environment, git_state
@@ -47,7 +50,9 @@ def adapter(tmp_path: Path) -> Path:
 CANARY = "pa55word-canary"
 
 
-def everything(trackers: Trackers, run: Path, sample: Sample, adapter: Path, *, resume_step: int | None = None) -> None:
+def everything(
+    trackers: Trackers, run: Path, sample: SampleAnswer, adapter: Path, *, resume_step: int | None = None
+) -> None:
     """A short life of a run, with a secret where it might slip through."""
     run.mkdir(exist_ok=True)
     trackers.start({"optim": {"lr": 1e-4}, "note": SECRET}, run, resume_step=resume_step)
@@ -57,7 +62,7 @@ def everything(trackers: Trackers, run: Path, sample: Sample, adapter: Path, *, 
     trackers.log_mixers(MIXERS, 2)
     trackers.log_folder("adapter", adapter)
     trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter), step=2)
-    trackers.alert(Alert(title="Not a number", text=f"Step 2: loss, {SECRET}"))
+    trackers.alert("Not a number", f"Step 2: loss, {SECRET}")
     trackers.finish()
 
 
@@ -71,7 +76,7 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def test_wandb_offline_file_holds_all_of_it(
-    tmp_path: Path, sample: Sample, adapter: Path, read_run: Callable[[Path], dict[str, Any]]
+    tmp_path: Path, sample: SampleAnswer, adapter: Path, read_run: Callable[[Path], dict[str, Any]]
 ) -> None:
     trackers = build_trackers(TrackConfig(trackers=["wandb"]), active=True)
     everything(trackers, tmp_path / "run", sample, adapter)
@@ -99,7 +104,7 @@ def test_wandb_offline_file_holds_all_of_it(
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_the_command_line_and_remotes_reach_no_tracker_with_their_secrets(
-    tmp_path: Path, sample: Sample, adapter: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sample: SampleAnswer, adapter: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """wandb records `sys.argv` and the remote of the working folder by itself, in its binary file and beside it."""
     folder = tmp_path / "checkout"
@@ -110,10 +115,8 @@ def test_the_command_line_and_remotes_reach_no_tracker_with_their_secrets(
     command = ["mm-moslora", "--url", f"https://me:{CANARY}@example.org/v1", "--api-key", CANARY, "--note=kept-word"]
     monkeypatch.setattr("sys.argv", command)
     everything(build_trackers(TrackConfig(trackers=[tracker]), active=True), tmp_path / "run", sample, adapter)
-    deadline = time.monotonic() + 60
-    while tracker == "wandb" and not below(tmp_path / "run", "kept-word"):  # its service writes a moment later
-        assert time.monotonic() < deadline, "the search cannot find what is there"
-        time.sleep(0.1)
+    if tracker == "wandb":  # its service writes a moment later
+        wait_until(lambda: below(tmp_path / "run", "kept-word"), "the search cannot find what is there")
     assert below(tmp_path / "run", CANARY) == []
 
 
@@ -122,7 +125,7 @@ def below(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: Sample, adapter: Path) -> None:
+def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: SampleAnswer, adapter: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     everything(build_trackers(TrackConfig(trackers=["tensorboard"]), active=True), tmp_path / "run", sample, adapter)
@@ -138,7 +141,7 @@ def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: Samp
 
 @needs("mlflow")
 def test_mlflow_api_gives_it_back_and_a_resume_goes_on_in_the_same_run(
-    tmp_path: Path, sample: Sample, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sample: SampleAnswer, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
@@ -198,14 +201,14 @@ def test_mlflow_has_each_step_once_after_a_kill_and_one_request_for_a_record(
 
 
 @needs("trackio")
-def test_trackio_gives_it_back(tmp_path: Path, sample: Sample, adapter: Path) -> None:
+def test_trackio_gives_it_back(tmp_path: Path, sample: SampleAnswer, adapter: Path) -> None:
     """In a process of its own: trackio reads its folder from the environment once."""
     code = (
-        "import sys; from pathlib import Path; from mm_moslora.tracking import Sample, build_trackers\n"
+        "import sys; from pathlib import Path; from mm_moslora.tracking import SampleAnswer, build_trackers\n"
         "from mm_moslora.config import TrackConfig; from tests.tracking.test_tracking_depth import everything\n"
         "root = Path(sys.argv[1]); config = TrackConfig(trackers=['trackio'], project='tests', name='run')\n"
         "trackers = build_trackers(config, active=True)\n"
-        "sample = Sample(question='q', expected='red', prediction='red', image=root / 'picture.png')\n"
+        "sample = SampleAnswer(question='q', expected='red', prediction='red', image=root / 'picture.png')\n"
         "everything(trackers, root / 'run', sample, root / 'adapter')\n"
         "assert trackers.names == ['jsonl', 'trackio'], trackers.names\n"
         "from trackio.sqlite_storage import SQLiteStorage as s\n"
@@ -233,35 +236,33 @@ def test_a_tracker_that_is_not_installed_names_its_command(monkeypatch: pytest.M
 
 
 def test_not_a_number_is_told_once_until_the_run_has_been_well_for_a_while() -> None:
-    told: list[Alert] = []
-    watch = Watch(told.append, clock=time.monotonic)
+    told: list[tuple[str, str]] = []
+    watch = Watch(lambda *alert: told.append(alert), clock=time.monotonic)
     for step in range(1, 21):  # every other step, with a validation in between
-        watch.see({"loss": float("nan") if step % 2 else 1.0, "grad_norm": 1.0}, step)
-        watch.see({"validation_loss": 1.0}, step)
-    watch.see({"loss": float("inf"), "grad_norm": float("nan")}, 21)
+        watch.process({"loss": float("nan") if step % 2 else 1.0, "grad_norm": 1.0}, step)
+        watch.process({"validation_loss": 1.0}, step)
+    watch.process({"loss": float("inf"), "grad_norm": float("nan")}, 21)
     for step in range(22, 22 + WELL_RECORDS):
-        watch.see({"loss": 1.0}, step)
-    watch.see({"loss": float("nan"), "grad_norm": float("nan")}, 100)
+        watch.process({"loss": 1.0}, step)
+    watch.process({"loss": float("nan"), "grad_norm": float("nan")}, 100)
     watch.stop()
-    assert [alert.text for alert in told] == [
+    assert [text for _, text in told] == [
         "Step 1: loss not finite.", "Step 100: grad_norm, loss not finite.",
     ]  # fmt: skip
 
 
 def test_a_stall_is_told_by_the_clock_and_slow_runs_get_more_patience() -> None:
-    told: list[Alert] = []
-    watch = Watch(told.append, clock=time.monotonic, shortest=0.2)
-    watch.see({"loss": 1.0}, 7)
-    deadline = time.monotonic() + 60
-    while not told and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert told[0].title == "Stalled"
-    assert "since step 7" in told[0].text
+    told: list[tuple[str, str]] = []
+    watch = Watch(lambda *alert: told.append(alert), clock=time.monotonic, shortest=0.2)
+    watch.process({"loss": 1.0}, 7)
+    wait_until(lambda: told)
+    assert told[0][0] == "Stalled"
+    assert "since step 7" in told[0][1]
     watch.stop()
     times = iter([0.0, 100.0, 200.0])
-    slow = Watch(told.append, clock=lambda: next(times), shortest=300)
+    slow = Watch(lambda *alert: told.append(alert), clock=lambda: next(times), shortest=300)
     for step in (1, 2, 3):
-        slow.see({"loss": 1.0}, step)
+        slow.process({"loss": 1.0}, step)
     slow.stop()
     assert slow.patience == 1000
     assert len(told) == 1
@@ -332,46 +333,53 @@ def test_the_sweep_file_makes_commands_that_the_trainer_takes(tmp_path: Path) ->
     assert sweep["metric"] == {"name": "validation/loss", "goal": "minimize"}
 
 
+@pytest.fixture(scope="module")
+def measured_run(language_folder: Path, vision_folder: Path, records: Path, tmp_path_factory) -> Iterator[Path]:
+    """A folder with a run that was trained and measured through the command line, tracked by wandb offline."""
+    from mm_moslora import cli
+
+    folder = tmp_path_factory.mktemp("measured")
+    parts = {"language": language_folder, "vision": vision_folder, "records": records}
+    recipe = make_recipe(parts, folder / "run", "none", steps=2, validate_every=1)
+    recipe = replace(
+        recipe, data=replace(recipe.data, validation=recipe.data.train), validate=ValidateConfig(samples=2),
+        track=TrackConfig(trackers=["wandb"]),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        patch.setenv("SLURM_JOB_ID", "4711")
+        patch.chdir(Path(__file__).parents[2])  # a repository
+        task = colour_task(records.parent / "images", folder)
+        assert cli.run(["train", write(recipe)]) == 0
+        words = [task, "--limit", "4", "--model", str(folder / "run"), "--output", str(folder / "eval")]
+        assert cli.run(["eval", "run", *words]) == 0
+        yield folder
+
+
 @pytest.mark.slow
-def test_a_run_and_its_evaluation_fill_every_section_of_the_dashboard(
-    tmp_path: Path, language_folder: Path, vision_folder: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_and_its_evaluation_are_one_run_of_wandb_that_fills_every_section_of_the_dashboard(
+    measured_run: Path,
 ) -> None:
-    """Trained and measured through the command line, read back from the offline files; an account's key stays out."""
     from wandb_files import read_finished
 
-    from mm_moslora import cli
     from mm_moslora.tracking.wandb_dashboards import SECTIONS
 
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.chdir(Path(__file__).parents[2])  # a repository
-    source = f"{{path: {records}, image_folder: {records.parent / 'images'}}}"
-    rows = [json.loads(line) for line in records.read_text().splitlines()]
-    questions = [
-        {"question_id": row["id"], "image": row["image"], "text": "what?", "answer": "red"}
-        for row in rows if "image" in row
-    ]  # fmt: skip
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions[:4]))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""
-model: {{language: {language_folder}, vision: {{name: {vision_folder}}}}}
-adapter: {{rank: 4, alpha: 8}}
-data: {{train: [{source}], validation: [{source}], max_length: 256}}
-train: {{output: {tmp_path / "run"}, steps: 2, global_batch: 8, micro_batch: 8, validate_every: 1, zero: none,
-        precision: fp32}}
-validate: {{samples: 2}}
-track: {{trackers: [wandb]}}
-"""
-    )
-    assert cli.run(["train", str(recipe)]) == 0
-    task = f"llava:{tmp_path / 'test.jsonl'}@{records.parent / 'images'}"
-    assert cli.run(["eval", "run", task, "--model", str(tmp_path / "run"), "--output", str(tmp_path / "eval")]) == 0
-    trained, measured = (read_finished(path) for path in sorted((tmp_path / "run").rglob("*.wandb")))
+    trained, measured = (read_finished(path) for path in sorted((measured_run / "run").rglob("*.wandb")))
     assert trained["id"] == measured["id"]
     rows = {key.removesuffix("/nrows") for run in (trained, measured) for row in run["history"] for key in row}
     wanted = {name for names in SECTIONS.values() for name in names}
     assert wanted - rows == {"train/mfu"}, "on a CPU there is no peak to measure against"
+    (weights,) = (measured_run / "run").glob("checkpoint-*/adapter")
+    digest = adapter_digest(weights)
+    assert f"sha256-{str(digest)[:12]}" in next(a for kind, _, a in trained["artifacts"] if kind == "adapter")
+    assert measured["summary"]["eval/adapter"] == digest
+
+
+@pytest.mark.slow
+def test_wandb_knows_the_facts_of_a_run_and_no_key_of_an_account(measured_run: Path) -> None:
+    from wandb_files import read_finished
+
+    trained = read_finished(min((measured_run / "run").rglob("*.wandb")))
     assert trained["config"]["adapter"]["rank"] == 4
     facts = trained["config"]["run"]
     assert (facts["world_size"], facts["nodes"], facts["precision"], facts["total_steps"]) == (1, 1, "fp32", 2)
@@ -382,11 +390,7 @@ track: {{trackers: [wandb]}}
     )
     assert trained["config"]["environment"]["slurm_job_id"] == "4711"
     assert len(trained["config"]["environment"]["git_commit"]) == 40
-    (weights,) = (tmp_path / "run").glob("checkpoint-*/adapter")
-    digest = adapter_digest(weights)
-    assert f"sha256-{str(digest)[:12]}" in next(a for kind, _, a in trained["artifacts"] if kind == "adapter")
-    assert measured["summary"]["eval/adapter"] == digest
-    no_secret_below(tmp_path)
+    no_secret_below(measured_run)
 
 
 @needs("wandb_workspaces")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mm_moslora.training.engine.deepspeed_patches import cpu_adam, skip_shared_memory_operator
+from mm_moslora.training.deepspeed_start import skip_shared_memory_operator
+from mm_moslora.training.engine.deepspeed_patches import cpu_adam
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 

@@ -16,7 +16,7 @@ from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import ProjectorConfig, SourceConfig, VisionConfig
 from mm_moslora.models import vlm
 from mm_moslora.models.batching import padded_batch
-from mm_moslora.training.engine.engine_base import Engine
+from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.image_dependence import ImageCheck, noise_like, to_replace, with_noise
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ModelError, TrainingError
@@ -110,8 +110,8 @@ def test_data_without_images_is_no_reason_to_stop(recipe, tmp_path, monkeypatch)
 
 def test_it_is_done_once_a_start_and_changes_nothing(recipe, tmp_path, monkeypatch):
     asked = []
-    evaluate = Engine.evaluate
-    monkeypatch.setattr(Engine, "evaluate", lambda *args: asked.append(1) or evaluate(*args))
+    evaluate = TrainingEngine.evaluate
+    monkeypatch.setattr(TrainingEngine, "evaluate", lambda *args: asked.append(1) or evaluate(*args))
     train(recipe)
     assert len(asked) == 2
     monkeypatch.setattr(ImageCheck, "__call__", lambda *_: None)

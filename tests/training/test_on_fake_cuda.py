@@ -61,7 +61,7 @@ def test_of_a_ready_made_model_only_its_own_code_waits(found):
 
 def test_measuring_and_answering_wait_where_the_host_must_decide(found):
     case = of(found, "bf16")
-    assert case["norms"] == {"mm_moslora engine_base.py component_norms: reads a value": 1}
+    assert case["norms"] == {"mm_moslora parameter_shards.py component_norms: reads a value": 1}
     assert case["evaluate"] == {"mm_moslora engine_base.py evaluate: reads a value": 1}
     tokens, forks = 4, 2
     assert sum(case["generate"].values()) <= 2 * tokens + forks

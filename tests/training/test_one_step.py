@@ -1,6 +1,7 @@
 """`examples/one_step.py` and `examples/own_loop.py` compute what `mm-moslora train` computes."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from preloaded import Preloaded
 from safetensors.torch import load_file
 from trials import losses, make_parts, make_recipe
 
@@ -24,7 +26,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_parts(tmp_path_factory.mktemp("parts"), records=3)
 
 
-def test_one_flat_step_is_a_step_of_train(parts: dict[str, Path], tmp_path: Path) -> None:
+def printed(command: list[str | Path]) -> str:
+    """What an example prints; its process has imported the libraries, and nothing of this package."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+
+def test_one_flat_step_is_a_step_of_train(parts: dict[str, Path], tmp_path: Path, python: Preloaded) -> None:
     images = parts["records"].parent / "images"
     record = {
         "image": "0.png",
@@ -35,11 +43,11 @@ def test_one_flat_step_is_a_step_of_train(parts: dict[str, Path], tmp_path: Path
     }
     (tmp_path / "one.jsonl").write_text(json.dumps(record) + "\n")
     command = [
-        sys.executable, str(EXAMPLES / "one_step.py"), "--language", str(parts["language"]),
+        python.stock, str(EXAMPLES / "one_step.py"), "--language", str(parts["language"]),
         "--vision", str(parts["vision"]), "--picture", str(images / "0.png"),
         "--question", "what is the color?", "--answer", "red", "--rank", "4", "--output", str(tmp_path / "flat"),
     ]  # fmt: skip
-    words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    words = printed(command).split()
 
     recipe = make_recipe(parts, tmp_path / "run", "none", steps=2, global_batch=1, micro_batch=1)
     recipe = replace(
@@ -70,14 +78,16 @@ def test_the_flat_step_stays_flat() -> None:
     assert "def " not in text
 
 
-def test_a_plain_loop_learns_and_its_adapter_is_read_back(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_plain_loop_learns_and_its_adapter_is_read_back(
+    parts: dict[str, Path], tmp_path: Path, python: Preloaded
+) -> None:
     text, line = tmp_path / "lines.txt", "what is the color of the circle? red"
     text.write_text(f"{line}\n" * 8)
     command = [
-        sys.executable, str(EXAMPLES / "own_loop.py"), str(parts["language"]), str(text), str(tmp_path / "out"),
+        python.stock, str(EXAMPLES / "own_loop.py"), str(parts["language"]), str(text), str(tmp_path / "out"),
         "--epochs", "120", "--lr", "5e-3",
     ]  # fmt: skip
-    *epochs, said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()
+    *epochs, said = printed(command).strip().splitlines()
     first, last = (float(entry.split()[-1]) for entry in (epochs[0], epochs[-1]))
     assert last < first - 1
     assert said.startswith(line[: len(line) // 2])

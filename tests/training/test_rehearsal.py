@@ -10,7 +10,7 @@ import torch
 
 from mm_moslora.config import TrainConfig
 from mm_moslora.training import rehearsal
-from mm_moslora.training.engine import Engine, TorchEngine
+from mm_moslora.training.engine import TorchEngine, TrainingEngine
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import CheckpointError, TrainingError
@@ -80,12 +80,12 @@ def test_the_self_test_finds_gradients_that_are_off(monkeypatch):
     """As in DeepSpeed 0.17.6 to 0.18.2: their ZeRO-2 gave a third of the gradient."""
     train_config = TrainConfig(zero="none")
     rehearsal.self_test(train_config, "fp32")
-    real = Engine.step
+    real = TrainingEngine.step
 
     def third(self, micro_batches, lr_factor):
         result = real(self, micro_batches, lr_factor)
         return replace(result, grad_norm=result.grad_norm / 3)
 
-    monkeypatch.setattr(Engine, "step", third)
+    monkeypatch.setattr(TrainingEngine, "step", third)
     with pytest.raises(TrainingError, match="computes wrong gradients"):
         rehearsal.self_test(train_config, "fp32")

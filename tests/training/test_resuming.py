@@ -15,7 +15,7 @@ from trials import hexed, with_train
 from mm_moslora.config import ProjectorConfig, Recipe, load_recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
-from mm_moslora.training.resume import changed_keys
+from mm_moslora.training.checkpointing.resume_choice import changed_keys
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import CheckpointError, ModelError
 
@@ -202,7 +202,7 @@ def test_a_machine_with_another_precision_or_token_budget_is_told(recipe, monkey
     recipe = replace(recipe, data=replace(recipe.data, max_length=64))
     for here, tokens, step in (("bf16", 256, 2), ("bf16", 256, 4), ("fp32", 128, 6)):
         monkeypatch.setattr("mm_moslora.training.run_setup.token_budget", lambda *_, tokens=tokens, **__: tokens)
-        for module in ("run_setup", "resume"):
+        for module in ("run_setup", "checkpointing.resume_choice"):
             monkeypatch.setattr(f"mm_moslora.training.{module}.resolve_precision", lambda _, here=here: here)
         assert train(recipe, stop_at=step).step == step
         assert ("precision on this machine: bf16 -> fp32" in caplog.text) == (here == "fp32")

@@ -17,11 +17,12 @@ import pytest
 from between import just_before, somebody_builds
 from preloaded import Preloaded
 from trials import losses, write
+from waiting import wait_until
 
 from mm_moslora.launch import child_processes
 from mm_moslora.launch.child_processes import STOP_SIGNALS
 from mm_moslora.launch.launcher import leave_mark, stopped_text
-from mm_moslora.training import training_loop
+from mm_moslora.training import run_saves, training_loop
 from mm_moslora.training.supervision import stop_signals
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -51,10 +52,7 @@ def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(reci
                 words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 preexec_fn=heard_by_default,
             )  # fmt: skip
-            deadline = time.monotonic() + 120
-            while not list(run.glob("heartbeat/*.json")):
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: list(run.glob("heartbeat/*.json")), process=process)
             process.send_signal(number)
             said, errors = process.communicate(timeout=150)
             assert process.returncode == 75, errors
@@ -131,14 +129,14 @@ def test_the_first_signal_is_remembered_and_the_third_ctrl_c_stops_at_once(numbe
 
 def test_a_scheduler_that_repeats_itself_does_not_cost_the_save(recipe, monkeypatch, caplog):
     monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
-    real = training_loop.snapshot
+    real = run_saves.snapshot
 
     def slow(run):
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             signal.raise_signal(number)
         return real(run)
 
-    monkeypatch.setattr(training_loop, "snapshot", slow)
+    monkeypatch.setattr(run_saves, "snapshot", slow)
     just_before(
         monkeypatch,
         training_loop._Loop,

@@ -15,7 +15,7 @@ from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.task import THINKING_TOKENS
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from tiny import make_tokenizer
 from tokenizers import AddedToken
 
@@ -85,7 +85,7 @@ def test_auto_answers_what_it_was_trained_on(recipe, qwen3, tmp_path, caplog) ->
     )
     run = Path(recipe.train.output)
     model, task = open_model(str(run)), get_task(f"llava:{recipe.data.train[0].path}")
-    [result] = evaluate(model, task, tmp_path / "eval", modes=("own",), baselines=(), settings=Settings())
+    [result] = evaluate(model, task, tmp_path / "eval", modes=("own",), baselines=(), settings=EvaluationSettings())
     assert result.score == 1.0
     assert result.about["decoding"]["max_new_tokens"] == 256  # half the context of this model
     assert result.likelihood["nats"] > -1.0
@@ -150,11 +150,13 @@ def test_the_length_of_answers_decides_their_identity(recipe, qwen3, tmp_path) -
     train(recipe)
     model, task = open_model(recipe.train.output), get_task(f"llava:{recipe.data.train[0].path}")
     for limit in (3, 5):
-        settings = Settings(max_new_tokens=limit)
+        settings = EvaluationSettings(max_new_tokens=limit)
         [result] = evaluate(model, task, tmp_path / f"eval{limit}", modes=("own",), baselines=(), settings=settings)
         assert result.about["decoding"]["max_new_tokens"] == limit
     with pytest.raises(EvalError, match="Choose another output folder"):
-        evaluate(model, task, tmp_path / "eval3", modes=("own",), baselines=(), settings=Settings(max_new_tokens=5))
+        evaluate(
+            model, task, tmp_path / "eval3", modes=("own",), baselines=(), settings=EvaluationSettings(max_new_tokens=5)
+        )
 
 
 def test_the_budget_is_that_of_the_default_length_of_training() -> None:

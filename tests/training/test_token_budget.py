@@ -11,8 +11,9 @@ import pytest
 import torch
 from trials import with_train
 
-from mm_moslora.training import run_setup, token_budget
+from mm_moslora.training import run_setup
 from mm_moslora.training.deepspeed_presets import ZeroSettings
+from mm_moslora.training.metrics import token_budget
 from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, GIB, MODEL_ERROR, StepMemory
 from mm_moslora.utils import distributed

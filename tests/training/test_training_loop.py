@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 from trials import bounded, hexed, losses, with_train
+from waiting import wait_until
 
 from mm_moslora.config import OptimConfig, SourceConfig
 from mm_moslora.models.load_model import load
@@ -59,8 +60,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(recipe):
 
     def interrupt() -> None:
         path = Path(recipe.train.output) / "metrics.jsonl"
-        while not (path.is_file() and len(path.read_text().splitlines()) >= 3):
-            time.sleep(0.01)
+        wait_until(lambda: path.is_file() and len(path.read_text().splitlines()) >= 3)
         os.kill(os.getpid(), signal.SIGTERM)
 
     helper = threading.Thread(target=interrupt)
@@ -154,7 +154,7 @@ def test_files_of_the_user_in_the_run_folder_are_left_alone(recipe):
 
 
 def test_two_runs_in_one_folder_are_refused(recipe):
-    from mm_moslora.training.run_setup import exclusive
+    from mm_moslora.training.supervision.run_folder import exclusive
 
     pid = os.fork()
     if pid == 0:
@@ -162,10 +162,8 @@ def test_two_runs_in_one_folder_are_refused(recipe):
             time.sleep(120)
         os._exit(0)
     try:
-        lock, deadline = Path(recipe.train.output) / "run.lock", time.monotonic() + 60
-        while not (lock.is_file() and lock.read_text()):  # written by whoever holds it
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        lock = Path(recipe.train.output) / "run.lock"
+        wait_until(lambda: lock.is_file() and lock.read_text())  # written by whoever holds it
         with pytest.raises(TrainingError, match=f"in use by another run \\(process {pid} on"):
             train(recipe)
     finally:

@@ -17,14 +17,14 @@ import torch
 from between import just_before
 from mm_moslora_eval.protocol.task_registry import tasks_of
 from mm_moslora_eval.run.in_training import measure
-from mm_moslora_eval.run.task_runner import _Job
+from mm_moslora_eval.run.task_runner import _AnswerJob
 from trials import colour_task
 
 from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver
-from mm_moslora.training.engine import Engine
+from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.run_setup import prepare
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
@@ -127,7 +127,7 @@ def test_what_was_measured_before_the_step_a_run_goes_on_from_counts(recipe):
 def test_a_finished_run_that_is_started_again_measures_and_writes_nothing(recipe, monkeypatch):
     chosen = watched(recipe, samples=2, sample_tokens=3, tasks=["fake"])
     for memory, stop_at in ((3.0, 4), (2.0, None)):
-        monkeypatch.setattr("mm_moslora.training.run_logging.peak_memory_gib", lambda memory=memory: memory)
+        monkeypatch.setattr("mm_moslora.training.supervision.run_summary.peak_memory_gib", lambda memory=memory: memory)
         train(chosen, measure=unruly, stop_at=stop_at)
     run = Path(chosen.train.output)
     its_session = ("state.json", "run.lock")
@@ -139,7 +139,7 @@ def test_a_finished_run_that_is_started_again_measures_and_writes_nothing(recipe
     def never(moment):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("mm_moslora.training.run_logging.peak_memory_gib", lambda: 99.0)
+    monkeypatch.setattr("mm_moslora.training.supervision.run_summary.peak_memory_gib", lambda: 99.0)
     again = train(replace(chosen, name="again"), measure=never)
     assert again.finished
     assert again.checkpoint == run / "checkpoint-000006"
@@ -338,8 +338,8 @@ def test_signals_cut_validations_short_and_nothing_is_lost(recipe, records, tmp_
     run = Path(chosen.train.output)
     told = functools.partial(signal.raise_signal, signal.SIGTERM)
     for owner, name, call, step in (
-        (Engine, "evaluate", 5, 4), (Validator, "_answer", 1, 4), (_Job, "_store", 2, 4), (Engine, "evaluate", 5, 6),
-        (_Job, "_store", 2, 6),
+        (TrainingEngine, "evaluate", 5, 4), (Validator, "_answer", 1, 4), (_AnswerJob, "_store", 2, 4),
+        (TrainingEngine, "evaluate", 5, 6), (_AnswerJob, "_store", 2, 6),
     ):  # fmt: skip
         calls = itertools.count(1)
         with monkeypatch.context() as patch:
@@ -361,7 +361,7 @@ def test_a_validation_that_is_done_again_may_be_cut_short_again_and_end_the_run(
         calls = itertools.count(1)
         with monkeypatch.context() as patch:
             told = functools.partial(signal.raise_signal, signal.SIGTERM)
-            just_before(patch, Engine, "evaluate", told, when=lambda *_, n=calls, first=first: next(n) == first)
+            just_before(patch, TrainingEngine, "evaluate", told, when=lambda *_, n=calls, first=first: next(n) == first)
             stopped = train(chosen, measure=unruly)
         assert (stopped.step, stopped.stopped_by) == (4, signal.SIGTERM)
     result = train(chosen, measure=unruly)

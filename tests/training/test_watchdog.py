@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -17,13 +16,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from between import just_before
 from preloaded import Preloaded
+from waiting import wait_until
 
-from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision import watchdog
+from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.watchdog import Watchdog
-from mm_moslora.utils import heartbeat
+from mm_moslora.utils import distributed, heartbeat
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.heartbeat import Heartbeat
 
@@ -91,7 +92,7 @@ def test_a_torchrun_that_waits_for_a_lost_host_is_ended(restarts_left, monkeypat
             os.environ["TORCHELASTIC_MAX_RESTARTS"] = str(restarts_left)
             watchdog.release_torchrun()
         else:
-            time.sleep(2)
+            time.sleep(2 if restarts_left else 60)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(torchrun, 0)[1]) == (0 if restarts_left else -signal.SIGKILL)
 
@@ -104,7 +105,7 @@ def test_a_rank_that_failed_is_noticed_in_every_phase(phase, told, misses, tmp_p
     """On NCCL the ranks that wait for it in a collective would hear nothing for minutes."""
     monkeypatch.setattr(watchdog, "_GONE_SECONDS", 0.1)
     monkeypatch.setattr(Watchdog, "_give_up", lambda self, why: gave_up.append(self._phase) or self._stop.set())
-    gave_up = []
+    gave_up, looks, beats = [], count_calls(monkeypatch, "_misses_a_rank"), count_calls(monkeypatch, "_say")
     watched = Watchdog(tmp_path)
     watched.interval = 0.02
     other = {"rank": 1, "host": "elsewhere", "pid": 1, "step": 3, "phase": told}
@@ -113,14 +114,25 @@ def test_a_rank_that_failed_is_noticed_in_every_phase(phase, told, misses, tmp_p
         path = tmp_path / "heartbeat" / "rank-00001.json"
         path.write_text(json.dumps(other))
         os.utime(path, (time.time() - 1,) * 2)
-        time.sleep(0.4)
+        begun = len(looks)
+        wait_until(lambda: gave_up or len(looks) > begun + 2)
         assert gave_up == [phase] * misses
         if not misses:
             watched.phase(heartbeat.FAILING, 3, 600)
+            begun = len(beats)
+            wait_until(lambda: len(beats) > begun + 1)  # a look that had begun before is over
             path.write_text(json.dumps(other | {"phase": "failed: DataError: no such picture"}))
             os.utime(path, (time.time() - 1,) * 2)
-            time.sleep(0.3)
+            begun = len(beats)
+            wait_until(lambda: gave_up or len(beats) > begun + 15)  # some three times as long as until a look
             assert not gave_up, "it would end before its trackers know why"
+
+
+def count_calls(monkeypatch, name: str) -> list[None]:
+    """A list that grows with each call of a method of the watchdog."""
+    calls, method = [], getattr(Watchdog, name)
+    monkeypatch.setattr(Watchdog, name, lambda self: calls.append(None) or method(self))
+    return calls
 
 
 LEAVING = """
@@ -190,21 +202,26 @@ with Watchdog(Path(sys.argv[1])):
     for _ in range(3):
         threading.Thread(target=work, daemon=True).start()
     print(os.getpid(), flush=True)
-    time.sleep(2)
+    sys.stdin.read()
     os._exit(0)
 """
 
 
 def test_a_busy_process_survives_being_asked_for_its_stacks(python: Preloaded, tmp_path: Path) -> None:
-    process = subprocess.Popen([python.ours, "-c", BUSY, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [python.ours, "-c", BUSY, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
-    pid = int(process.stdout.readline())
-    while process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR2)
-        time.sleep(0.0005)
+    pid, stacks = int(process.stdout.readline()), tmp_path / "stacks" / "rank-00000.txt"
+
+    def asked_often() -> bool:
+        os.kill(pid, signal.SIGUSR2)
+        return stacks.stat().st_size > 100_000
+
+    wait_until(asked_often, process=process, pause=0.0005)
+    process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "<string>" in (tmp_path / "stacks" / "rank-00000.txt").read_text()
+    assert "<string>" in stacks.read_text()
 
 
 def test_a_process_that_only_a_file_names_is_not_signalled(tmp_path: Path) -> None:
@@ -218,10 +235,12 @@ def test_a_process_that_only_a_file_names_is_not_signalled(tmp_path: Path) -> No
             for number, pid in enumerate([*(other.pid for other in others), os.getppid(), 1, 0, -1], start=1):
                 beat = {"rank": number, "host": socket.gethostname(), "pid": pid, "step": 0, "phase": "step"}
                 (tmp_path / "heartbeat" / f"rank-{number:05d}.json").write_text(json.dumps(beat))
-            with mock.patch.object(watchdog.distributed, "world_size", return_value=9):
+            with (
+                mock.patch.object(watchdog.distributed, "world_size", return_value=9),
+                mock.patch.object(watchdog.os, "kill") as kill,
+            ):
                 watching._ask_for_stacks()
-        time.sleep(0.5)
-        assert [other.poll() for other in others] == [None, None]
+        assert not kill.called
     finally:
         for other in others:
             other.kill()
@@ -245,3 +264,11 @@ def test_ranks_of_one_launcher_are_asked_for_their_stacks() -> None:
         assert not watchdog._is_sibling(replace(beat, host="elsewhere"))
     finally:
         signal.signal(signal.SIGUSR2, previous)
+
+
+def test_the_line_at_which_a_rank_stands_within_a_step_on_a_gpu_accuses_nobody(monkeypatch):
+    """Collectives are queued there: the host waits at the next value that it reads."""
+    assert watchdog._blocking_line("step")
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+    assert not watchdog._blocking_line("step")
+    assert watchdog._blocking_line("data")

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 
 
 def test_one_holder_at_a_time_and_the_file_keeps_its_text(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text("kept\n")
-    with held(path, wait=False):
+    with lock_file(path, wait=False):
         with pytest.raises(BlockingIOError):
-            held(path, wait=False)
+            lock_file(path, wait=False)
         assert path.read_text() == "kept\n"
-    with held(path, wait=True):
+    with lock_file(path, wait=True):
         pass
     assert path.read_text() == "kept\n"
 
 
 def test_a_process_that_outlives_its_parents_lock_does_not_keep_it(tmp_path: Path) -> None:
     begun, begins = os.pipe()
-    with held(tmp_path / "lock", wait=False):
+    with lock_file(tmp_path / "lock", wait=False):
         child = os.fork()
         if not child:
             os.write(begins, b"x")
@@ -33,7 +33,7 @@ def test_a_process_that_outlives_its_parents_lock_does_not_keep_it(tmp_path: Pat
             os._exit(0)
         os.read(begun, 1)
     try:
-        with held(tmp_path / "lock", wait=False):
+        with lock_file(tmp_path / "lock", wait=False):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -41,7 +41,7 @@ def test_a_process_that_outlives_its_parents_lock_does_not_keep_it(tmp_path: Pat
 
 
 def test_leaving_the_block_in_a_forked_process_frees_nothing(tmp_path: Path) -> None:
-    lock = held(tmp_path / "lock", wait=False)
+    lock = lock_file(tmp_path / "lock", wait=False)
     with lock:
         child = os.fork()
         if not child:
@@ -50,13 +50,13 @@ def test_leaving_the_block_in_a_forked_process_frees_nothing(tmp_path: Path) -> 
             os._exit(0 if os.write(reused, b"x") == 1 else 1)
         assert os.waitpid(child, 0)[1] == 0
         with pytest.raises(BlockingIOError):
-            held(tmp_path / "lock", wait=False)
+            lock_file(tmp_path / "lock", wait=False)
 
 
 def test_locks_leave_nothing_behind_in_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "register_at_fork", lambda **_: pytest.fail("it would be kept for ever"))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with held(tmp_path / "lock", wait=True), pytest.raises(BlockingIOError):
-            held(tmp_path / "lock", wait=False)
+        with lock_file(tmp_path / "lock", wait=True), pytest.raises(BlockingIOError):
+            lock_file(tmp_path / "lock", wait=False)
     assert len(os.listdir("/proc/self/fd")) == before

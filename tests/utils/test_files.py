@@ -11,7 +11,7 @@ import pytest
 
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 
 ROOT = Path(__file__).parents[2]
 PATH_METHODS = {"unlink", "rmdir", "rename", "replace", "hardlink_to"}
@@ -93,7 +93,7 @@ ASIDE = "a temporary file, which `replacing` names"
 WRITES = {
     "eval/mm_moslora_eval/report/run_evidence.py:_copied": ASIDE,
     "eval/mm_moslora_eval/run/in_training.py:give_way": NEW,
-    "eval/mm_moslora_eval/run/sample_thumbnails.py:keep": ASIDE,
+    "eval/mm_moslora_eval/run/sample_thumbnails.py:store_thumbnails": ASIDE,
     "eval/mm_moslora_eval/run/submissions.py:keep_submission": ASIDE,
     "eval/mm_moslora_eval/run/submissions.py:write_submission": ASIDE,
     "mm_moslora/adapters/folders/export_adapter.py:_write_components": ASIDE,
@@ -217,7 +217,7 @@ def test_nothing_is_written_through_a_link_or_into_a_pipe(kind, tmp_path):
     for write in (
         files.writing_in_place,
         lambda path: files.writing_in_place(path, append=True),
-        lambda path: held(path, wait=False),
+        lambda path: lock_file(path, wait=False),
     ):
         with pytest.raises(ConfigError, match=rf"{kind} is {words}, .* Delete it, or choose another folder"):
             write(path)
@@ -239,13 +239,13 @@ def test_a_hard_link_keeps_what_it_had(tmp_path):
     files.writing_in_place(run / "log.txt", append=True).close()
     files.writing_in_place(run / "stacks.txt").close()
     files.replace_text(run / "state.json", "{}")
-    with held(run / "run.lock", wait=False) as lock:
+    with lock_file(run / "run.lock", wait=False) as lock:
         files.write_owner(lock, "process 1")
     assert mine.read_text() == "years\n"
     assert (run / "metrics.jsonl").read_text() == "years\na line\n"
     assert (run / files.MARK).read_text() == "years\nrun\n"
     assert (run / "stacks.txt").read_text() == ""
-    with held(tmp_path / "run.lock", wait=False) as lock:
+    with lock_file(tmp_path / "run.lock", wait=False) as lock:
         files.write_owner(lock, "a long owner")
         files.write_owner(lock, "process 1")
     assert (tmp_path / "run.lock").read_text() == "process 1"

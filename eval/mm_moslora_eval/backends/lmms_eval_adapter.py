@@ -53,9 +53,9 @@ class MoSLoRALmms(lmms):  # type: ignore[misc,valid-type]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer lmms-eval's generation requests, in their order."""
-        asked = [self._request(number, *instance.args) for number, instance in enumerate(requests)]
-        answers = [""] * len(asked)
-        for index, answer in self.answering.generate(asked, batch_size=self.batch_size_per_gpu):
+        prepared = [self._request(number, *instance.args) for number, instance in enumerate(requests)]
+        answers = [""] * len(prepared)
+        for index, answer in self.answering.generate(prepared, batch_size=self.batch_size_per_gpu):
             answers[index] = answer.text.strip()
         return answers
 
@@ -64,14 +64,14 @@ class MoSLoRALmms(lmms):  # type: ignore[misc,valid-type]
 
         Tasks of lmms-eval that expect a mean loss (smaller is better) for images must not be run with it.
         """
-        asked = []
+        prepared = []
         for number, instance in enumerate(requests):
             context, target, visual, doc_id, task, split = instance.args
             text = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
             request = self._request(number, context, {}, visual, doc_id, task, split)
-            asked.append(OptionRequest(request=request, options=(text,)))
-        scores: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
-        for index, (score,) in self.answering.loglikelihood(asked, batch_size=self.batch_size_per_gpu):
+            prepared.append(OptionRequest(request=request, options=(text,)))
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(prepared)
+        for index, (score,) in self.answering.loglikelihood(prepared, batch_size=self.batch_size_per_gpu):
             scores[index] = (score.logprob, score.greedy)
         return scores
 

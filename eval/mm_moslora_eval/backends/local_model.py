@@ -6,13 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from mm_moslora.data.chat.chat_template import THINK_END
+from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.data.chat.record_forms import IMAGE
+from mm_moslora.data.chat.records import Turn
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import (
     ContinuationScore,
@@ -78,7 +80,7 @@ class LocalModel:
             limit = max(request.max_new_tokens for request in chosen)
             thinks = self.encoder.asks_to_think
             references = [[ids] if not thinks and (ids := self._encoded(item.reference)) else [] for item in chosen]
-            beams, stops = chosen[0].beams, self.stop_ids
+            beams, stops = chosen[0].beams, self.stop_ids  # the requests of a call are of one task
             if beams > 1:
                 answers = generate_beams(self.model, prompts, beams=beams, max_new_tokens=limit, stop_ids=stops)
                 scores = score_options(self.model, prompts, references)
@@ -88,14 +90,14 @@ class LocalModel:
                 )
             if thinks:
                 scores = self._behind_thinking(prompts, chosen, answers)
-            for index, request, tokens, found in zip(indices, chosen, answers, scores, strict=True):
-                yield index, self._answer(request, tokens, found)
+            for index, request, tokens, score in zip(indices, chosen, answers, scores, strict=True):
+                yield index, self._answer(request, tokens, score)
 
     def _behind_thinking(
         self, prompts: Sequence[Prompt], requests: Sequence[Request], answers: Sequence[Sequence[int]]
     ) -> list[list[ContinuationScore]]:
         """Scores of the references behind the thinking that the model wrote; none where its block has no end."""
-        found: list[list[ContinuationScore]] = [[] for _ in prompts]
+        by_prompt: list[list[ContinuationScore]] = [[] for _ in prompts]
         longer, options, owners = [], [], []
         for number, (prompt, request, tokens) in enumerate(zip(prompts, requests, answers, strict=True)):
             thinking, end, rest = (self.encoder.opened() + self.encoder.decode_answer(tokens)).partition(THINK_END)
@@ -103,8 +105,8 @@ class LocalModel:
                 continue
             block = thinking + end + rest[: len(rest) - len(rest.lstrip())]
             before, whole = (self.encoder.encode_answer(block + text) for text in ("", request.reference))
-            shared = next((place for place, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]),
-                          min(len(before), len(whole)))  # fmt: skip
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+            shared = len(list(same))
             if shared == len(whole):
                 continue
             ids = torch.cat([prompt.input_ids, torch.tensor(whole[:shared], dtype=torch.long)])
@@ -113,8 +115,8 @@ class LocalModel:
             owners.append(number)
         scores = score_options(self.model, longer, options) if longer else []
         for owner, score in zip(owners, scores, strict=True):
-            found[owner] = score
-        return found
+            by_prompt[owner] = score
+        return by_prompt
 
     def loglikelihood(
         self, requests: Sequence[OptionRequest], *, batch_size: int
@@ -122,14 +124,14 @@ class LocalModel:
         """See `Model.loglikelihood`; a prompt is computed once for all its options."""
         raw = [index for index, item in enumerate(requests) if item.request.raw]
         yield from self._continuations(requests, raw, batch_size)
-        asked = [index for index, item in enumerate(requests) if not item.request.raw]
-        for numbers, prompts in self._prompts([requests[index].request for index in asked], batch_size):
-            indices = [asked[number] for number in numbers]
+        chat = [index for index, item in enumerate(requests) if not item.request.raw]
+        for numbers, prompts in self._prompts([requests[index].request for index in chat], batch_size):
+            indices = [chat[number] for number in numbers]
             offered = [requests[index].options for index in indices]
             encoded = [[self._encoded(text) for text in options] for options in offered]
             scores = score_options(self.model, prompts, encoded)
-            for index, found in zip(indices, scores, strict=True):
-                yield index, _option_scores(found)
+            for index, option_scores in zip(indices, scores, strict=True):
+                yield index, _option_scores(option_scores)
 
     def _continuations(
         self, requests: Sequence[OptionRequest], indices: Sequence[int], batch_size: int
@@ -146,10 +148,10 @@ class LocalModel:
                     prompts.append(Prompt(input_ids=torch.tensor(context)))
                     options.append([option for own, option in pairs if own == context])
                     owners.append(index)
-            found: dict[int, list[ContinuationScore]] = defaultdict(list)
+            by_request: dict[int, list[ContinuationScore]] = defaultdict(list)
             for owner, scores in zip(owners, score_options(self.model, prompts, options), strict=True):
-                found[owner] += scores
-            yield from ((index, _option_scores(scores)) for index, scores in found.items())
+                by_request[owner] += scores
+            yield from ((index, _option_scores(scores)) for index, scores in by_request.items())
 
     def _pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], list[int]]:
         """Token ids of a context and its continuation: the whole is tokenised and cut after the context's own ids."""
@@ -188,8 +190,8 @@ class LocalModel:
         tokens = tokens[: request.max_new_tokens]
         text = self.encoder.opened() + self.encoder.decode_answer(tokens)
         for stop in request.stop:
-            text, found, _ = text.partition(stop)
-            stopped |= bool(found)
+            text, mark, _ = text.partition(stop)
+            stopped |= bool(mark)
         return Answer(
             text=text, tokens=len(tokens) + stopped, finish_reason="stop" if stopped else "length",
             reference=next(iter(_option_scores(reference)), None),
@@ -218,11 +220,11 @@ def _size(request: Request) -> int:
 
 def _turn(message: Message) -> Turn:
     """The message with the offsets of its images, so that a typed `<image>` stays text."""
-    places, text = [], ""
+    offsets, text = [], ""
     for part in message.content:
         if isinstance(part, str):
             text += part
         else:
-            places.append(len(text))
+            offsets.append(len(text))
             text += IMAGE
-    return Turn(role=message.role, text=text, places=tuple(places) if message.role == "user" else None)
+    return Turn(role=message.role, text=text, offsets=tuple(offsets) if message.role == "user" else None)

@@ -369,15 +369,16 @@ class EndpointModel:
         }
         choice = self.endpoint.chat(payload)["choices"][0]
         first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
-        known: dict[str, float] = {}
+        logprobs: dict[str, float] = {}
         for entry in first:
+            # `A` and ` A` are two tokens: the likelier one counts, so the probability of a letter is a lower bound.
             text = str(entry["token"]).strip()
-            known[text] = max(known.get(text, float("-inf")), float(entry["logprob"]))
-        missing = [option for option in item.options if option not in known]
+            logprobs[text] = max(logprobs.get(text, float("-inf")), float(entry["logprob"]))
+        missing = [option for option in item.options if option not in logprobs]
         if missing:
             raise RuntimeError(f"the endpoint gives no probability for option {missing[0]!r} among its first tokens")
-        best = max(known, key=lambda text: known[text])
-        return tuple(OptionScore(logprob=known[option], tokens=1, greedy=option == best) for option in item.options)
+        best = max(logprobs, key=lambda text: logprobs[text])
+        return tuple(OptionScore(logprob=logprobs[option], tokens=1, greedy=option == best) for option in item.options)
 
 
 def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> list[dict[str, Any]]:

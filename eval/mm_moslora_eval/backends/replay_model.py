@@ -11,7 +11,7 @@ from typing import Any
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_bytes
-from mm_moslora_eval.backends.stored_answers import StoredAnswer, read_answers
+from mm_moslora_eval.backends.stored_answers import ReplayedAnswer, read_answers
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ class ReplayModel:
         data = read_bytes(path, most=MOST_BYTES)
         self._path = path
         self._fingerprint = hashlib.sha256(data).hexdigest()
-        self._by_column: dict[str, dict[str, list[StoredAnswer]]] = defaultdict(lambda: defaultdict(list))
-        known: dict[Any, str | None] = {}
+        self._by_column: dict[str, dict[str, list[ReplayedAnswer]]] = defaultdict(lambda: defaultdict(list))
+        texts: dict[Any, str | None] = {}
         for answer in read_answers(path, data):
-            asked = (tuple(answer.names.items()), answer.prompt)
-            if known.setdefault(asked, answer.text) != answer.text:
+            question = (tuple(answer.names.items()), answer.prompt)
+            if texts.setdefault(question, answer.text) != answer.text:
                 name = next(iter(answer.names.values()))
                 raise EvalError(f"{path} holds two different answers to {name!r}; keep one.")
             for column, name in answer.names.items():
@@ -83,11 +83,11 @@ class ReplayModel:
         self._choose_column([item.request for item in requests])
         for index, item in enumerate(requests):
             row = self._stored(item.request).row
-            known: Any = row.get("options") if isinstance(row.get("options"), dict) else row.get("logprobs")
-            found: list[Any] = [known.get(option) if isinstance(known, dict) else None for option in item.options]
-            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in found):
+            stored: Any = row.get("options") if isinstance(row.get("options"), dict) else row.get("logprobs")
+            logprobs: list[Any] = [stored.get(option) if isinstance(stored, dict) else None for option in item.options]
+            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in logprobs):
                 raise RuntimeError(f"no stored log-likelihood for every option of {item.request.id!r}")
-            yield index, tuple(OptionScore(logprob=float(value), tokens=0) for value in found)
+            yield index, tuple(OptionScore(logprob=float(value), tokens=0) for value in logprobs)
 
     def close(self) -> None:
         """Name the answers that nobody asked for; where all were there already, no question was put."""
@@ -110,18 +110,18 @@ class ReplayModel:
                 default="id",
             )
 
-    def _stored(self, request: Request) -> StoredAnswer:
+    def _stored(self, request: Request) -> ReplayedAnswer:
         rows = self._by_column[self._column or "id"]
         name = next((name for name in _names(request) if name in rows), None)
-        found = [] if name is None else rows[name]
+        answers = [] if name is None else rows[name]
         self._asked.add(name or "")
-        if len({answer.text for answer in found}) > 1:  # LLaVA's MME: two questions on a picture share its name
-            found = _with_prompt(found, request)
-        if not found:
+        if len({answer.text for answer in answers}) > 1:  # LLaVA's MME: two questions on a picture share its name
+            answers = _with_prompt(answers, request)
+        if not answers:
             raise RuntimeError(f"{self._path} holds no answer to {request.id!r}")
-        if len({answer.text for answer in found}) > 1:
-            raise RuntimeError(f"{self._path} holds {len(found)} answers to {request.id!r} and its prompt")
-        return found[0]
+        if len({answer.text for answer in answers}) > 1:
+            raise RuntimeError(f"{self._path} holds {len(answers)} answers to {request.id!r} and its prompt")
+        return answers[0]
 
 
 def _names(request: Request) -> tuple[str, ...]:
@@ -130,11 +130,11 @@ def _names(request: Request) -> tuple[str, ...]:
     return (*names, *(f"{name}.0" for name in names if name.isdecimal()))
 
 
-def _with_prompt(found: Sequence[StoredAnswer], request: Request) -> list[StoredAnswer]:
+def _with_prompt(answers: Sequence[ReplayedAnswer], request: Request) -> list[ReplayedAnswer]:
     """The rows with the request's prompt, or else with its question, ignoring the instruction after it."""
-    asked = request.messages[-1].text
+    prompt = request.messages[-1].text
     for reading in (_flat, _question):
-        same = [answer for answer in found if answer.prompt is not None and reading(answer.prompt) == reading(asked)]
+        same = [answer for answer in answers if answer.prompt is not None and reading(answer.prompt) == reading(prompt)]
         if same:
             return same
     return []

@@ -26,8 +26,8 @@ _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredAnswer:
-    """One row of such a file."""
+class ReplayedAnswer:
+    """One row of a file of answers."""
 
     names: Mapping[str, str]
     """Column -> id of the question; `doc.index` is the column `index` of lmms-eval's document."""
@@ -38,7 +38,7 @@ class StoredAnswer:
     row: Mapping[str, Any]
 
 
-def read_answers(path: Path, data: bytes) -> Iterator[StoredAnswer]:
+def read_answers(path: Path, data: bytes) -> Iterator[ReplayedAnswer]:
     """The rows of a file.
 
     Args:
@@ -61,14 +61,14 @@ def read_answers(path: Path, data: bytes) -> Iterator[StoredAnswer]:
             raise EvalError(
                 f"{path}, row {number} has no answer; expected a column {', '.join(TEXTS)}, or lmms-eval's `resps`."
             )
-        yield StoredAnswer(names=names, prompt=_prompt(row), text=text, fault=fault, row=row)
+        yield ReplayedAnswer(names=names, prompt=_prompt(row), text=text, fault=fault, row=row)
 
 
 def _names(row: Mapping[str, Any]) -> dict[str, str]:
-    given = {column: row.get(column) for column in IDS}
+    values = {column: row.get(column) for column in IDS}
     return {
         column: str(value)
-        for column, value in given.items()
+        for column, value in values.items()
         if isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
     }
 
@@ -89,12 +89,12 @@ def _text(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _prompt(row: Mapping[str, Any]) -> str | None:
-    given = next((row[key] for key in _PROMPTS if isinstance(row.get(key), str)), None)
-    asked = row.get("arguments")
-    while given is None and isinstance(asked, list | dict) and asked:
-        asked = asked[0] if isinstance(asked, list) else next(iter(asked.values()))
-        given = asked if isinstance(asked, str) else None
-    return given
+    prompt = next((row[key] for key in _PROMPTS if isinstance(row.get(key), str)), None)
+    arguments = row.get("arguments")
+    while prompt is None and isinstance(arguments, list | dict) and arguments:
+        arguments = arguments[0] if isinstance(arguments, list) else next(iter(arguments.values()))
+        prompt = arguments if isinstance(arguments, str) else None
+    return prompt
 
 
 def _rows(path: Path, data: bytes) -> Iterator[Mapping[str, Any]]:
@@ -138,9 +138,9 @@ def _workbook(data: bytes) -> Iterator[dict[str, str]]:
             shared = [_plain(item) for item in _parsed(book, "xl/sharedStrings.xml").iter(f"{_MAIN}si")]
         head: dict[int, str] = {}
         for row in _parsed(book, sheet).iter(f"{_MAIN}row"):
-            cells = {_column(cell, place): _value(cell, shared) for place, cell in enumerate(row.iter(f"{_MAIN}c"))}
+            cells = {_column(cell, column): _value(cell, shared) for column, cell in enumerate(row.iter(f"{_MAIN}c"))}
             if head:
-                yield {name: cells[place] for place, name in head.items() if cells.get(place)}
+                yield {name: cells[column] for column, name in head.items() if cells.get(column)}
             else:
                 head = cells
 
@@ -154,12 +154,12 @@ def _parsed(book: zipfile.ZipFile, name: str) -> ElementTree.Element:
     return ElementTree.fromstring(text)  # noqa: S314  (size and entities are checked)
 
 
-def _column(cell: ElementTree.Element, place: int) -> int:
+def _column(cell: ElementTree.Element, default: int) -> int:
     letters = "".join(filter(str.isalpha, cell.get("r", "")))
     number = 0
     for letter in letters:
         number = 26 * number + ord(letter) - ord("A") + 1
-    return number - 1 if letters else place
+    return number - 1 if letters else default
 
 
 def _value(cell: ElementTree.Element, shared: list[str]) -> str:

@@ -222,18 +222,19 @@ class TransformersModel:
     def _answer(self, request: Request, tokens: list[int], reference: OptionScore | None) -> Answer:
         ends: Any = self.model.generation_config.eos_token_id
         stops = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
-        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+        end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
         stopped = end < min(len(tokens), request.max_new_tokens)
         text = str(self._tokenizer.decode(tokens[: min(end, request.max_new_tokens)], skip_special_tokens=True))
         text = text if self._encoder is None else self._encoder.opened() + text
         for stop in request.stop:
-            text, found, _ = text.partition(stop)
-            stopped |= bool(found)
+            text, mark, _ = text.partition(stop)
+            stopped |= bool(mark)
         used = min(end + stopped, request.max_new_tokens)
         return Answer(text=text, tokens=used, finish_reason="stop" if stopped else "length", reference=reference)
 
     def _scores(self, inputs: dict[str, Tensor], texts: Sequence[str]) -> list[OptionScore | None]:
         """Scores of one continuation per prompt, padded on the right; None for a text without tokens."""
+        # A tokenizer that joins text with the end of the prompt would give the model other tokens than these.
         ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         longest = max(len(row) for row in ids)
         if not longest:
@@ -241,14 +242,14 @@ class TransformersModel:
         device = inputs["input_ids"].device
         more = torch.tensor([row + [self._tokenizer.pad_token_id] * (longest - len(row)) for row in ids], device=device)
         valid = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
-        given = dict(inputs)
-        given["input_ids"] = torch.cat([inputs["input_ids"], more], dim=1)
-        given["attention_mask"] = torch.cat([inputs["attention_mask"], valid], dim=1)
+        extended = dict(inputs)
+        extended["input_ids"] = torch.cat([inputs["input_ids"], more], dim=1)
+        extended["attention_mask"] = torch.cat([inputs["attention_mask"], valid], dim=1)
         for name in _GROWING:
-            if name in given:
-                given[name] = torch.cat([given[name], torch.zeros_like(more)], dim=1)
+            if name in extended:
+                extended[name] = torch.cat([extended[name], torch.zeros_like(more)], dim=1)
         few = {"logits_to_keep": longest + 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}
-        logits: Any = self.model(**given, **few).logits
+        logits: Any = self.model(**extended, **few).logits
         # The model may insert visual tokens, so positions count from the end.
         steps = logits[:, -longest - 1 : -1].float().log_softmax(dim=-1)
         picked = steps.gather(2, more[..., None])[..., 0]

@@ -82,8 +82,8 @@ class VisualTokens:
     def close(self) -> None:
         """Drop the cached tokens and stop the threads."""
         if (store := self._states.store) is not None:
-            asked = store.counts.read + store.counts.encoded
-            logger.info("Features of %d of %d pictures were in %s.", store.counts.read, asked, store.folder)
+            total = store.counts.read + store.counts.encoded
+            logger.info("Features of %d of %d pictures were in %s.", store.counts.read, total, store.folder)
         self._cache.forget()
         self._decoding.clear()
         if self._pool is not None:
@@ -97,5 +97,5 @@ class VisualTokens:
     def _decode(self, image: ImageLike) -> Tensor:
         if self._assembly.image_processing is None:
             raise EvalError("The task shows pictures, but this model has no vision encoder. Choose a text task.")
-        (seen,) = self._assembly.image_processing.see([open_image(image)])
+        (seen,) = self._assembly.image_processing.process([open_image(image)])
         return seen.tensors["pixel_values"][0]

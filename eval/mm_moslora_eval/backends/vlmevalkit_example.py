@@ -3,8 +3,8 @@
 In VLMEvalKit's `vlmeval/config.py` add
 
     from functools import partial
-    from mm_moslora_eval.backends.vlmevalkit_example import MoSLoRAModel
-    supported_VLM["my_model"] = partial(MoSLoRAModel, model_path="FOLDER")
+    from mm_moslora_eval.backends.vlmevalkit_example import VLMEvalKitModel
+    supported_VLM["my_model"] = partial(VLMEvalKitModel, model_path="FOLDER")
 
 and run `python run.py --data MMBench_DEV_EN --model my_model`.
 """
@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.utils.errors import renamed
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Part, Request
 
 
-class MoSLoRAModel:
+class VLMEvalKitModel:
     """VLMEvalKit's model interface: `generate(message, dataset)` with a list of `{type, value}` parts.
 
     Args:
@@ -58,3 +59,6 @@ class MoSLoRAModel:
         )  # fmt: skip
         ((_, answer),) = self.model.generate([request], batch_size=1)
         return answer.text.strip()
+
+
+__getattr__ = renamed({"MoSLoRAModel": "VLMEvalKitModel"})

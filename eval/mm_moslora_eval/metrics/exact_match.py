@@ -80,9 +80,9 @@ def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str
         options: letter -> text.
     """
     if options:
-        held = [letter for letter, option in options.items() if _holds(text, option)]
+        matching = [letter for letter, option in options.items() if _holds(text, option)]
         texts = [
-            letter for letter in held if not any(_longer(options[other], options[letter]) for other in held)
+            letter for letter in matching if not any(_longer(options[other], options[letter]) for other in matching)
         ]  # fmt: skip
         named = extract_letter(text, options) or (texts[0] if len(texts) == 1 else "")
         return float(named in references)
@@ -95,10 +95,10 @@ def _answers(text: str, reference: str) -> bool:
 
 
 def _holds(text: str, reference: str) -> bool:
-    wanted, given = plain_words(reference), plain_words(text)
+    wanted, answer = plain_words(reference), plain_words(text)
     if _WITHOUT_SPACES.search(wanted):
-        return wanted in given
-    return bool(wanted) and f" {wanted} " in f" {given} "
+        return wanted in answer
+    return bool(wanted) and f" {wanted} " in f" {answer} "
 
 
 def _longer(option: str, part: str) -> bool:

@@ -45,12 +45,11 @@ def mmvet_scores(grades: Iterable[tuple[str, float]]) -> dict[str, dict[str, flo
     capabilities: dict[str, list[float]] = defaultdict(list)
     combinations: dict[str, list[float]] = defaultdict(list)
     for category, grade in grades:
-        for name in MMVET_CAPABILITIES:
-            if name in category:
-                capabilities[name].append(grade)
-        capabilities["Overall"].append(grade)
-        combinations[category.replace(",", "_")].append(grade)
-        combinations["Overall"].append(grade)
+        # By substring, as in the source: no capability's name is a part of another's.
+        for name in (*(name for name in MMVET_CAPABILITIES if name in category), "Overall"):
+            capabilities[name].append(grade)
+        for name in (category.replace(",", "_"), "Overall"):
+            combinations[name].append(grade)
     return {"by_capability": _percent(capabilities), "by_integration": _percent(combinations)}
 
 

@@ -17,7 +17,7 @@ _LAST_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class MathVistaQuestion:
     """The columns that determine the form of a MathVista answer."""
 
     question_type: str
@@ -36,7 +36,7 @@ def _attempt(convert: Callable[[], str]) -> str | None:
         return None
 
 
-def normalize_official(text: str, question: Question) -> str | None:
+def normalize_official(text: str, question: MathVistaQuestion) -> str | None:
     """The official form: a choice by letter or by similarity, or a number of the right type; None if that fails.
 
     An empty text becomes the most similar choice too, as in the source.
@@ -66,7 +66,7 @@ def equal(normalized: str | None, reference: str) -> bool:
     return normalized is not None and normalized.strip() == reference.strip()
 
 
-def extract_without_judge(text: str, question: Question) -> str:
+def extract_without_judge(text: str, question: MathVistaQuestion) -> str:
     """Extraction without a language model, a lower bound: the text itself if it fits, else its last number or letter.
 
     No other harness defines this step, so a score that uses it must state it.
@@ -75,7 +75,7 @@ def extract_without_judge(text: str, question: Question) -> str:
     if question.question_type == "multi_choice":
         if stripped in question.choices:
             return stripped
-        return vlmevalkit(stripped, dict(zip(letters(len(question.choices)), question.choices, strict=True)))
+        return vlmevalkit(stripped, _named(question))
     if question.answer_type in ("integer", "float"):
         if plain_number(stripped) is not None:
             return stripped
@@ -84,7 +84,7 @@ def extract_without_judge(text: str, question: Question) -> str:
     return stripped
 
 
-def prefetch_vlmevalkit(text: str, question: Question, reference: str) -> str | int | float | bool:
+def prefetch_vlmevalkit(text: str, question: MathVistaQuestion, reference: str) -> str | int | float | bool:
     """VLMEvalKit's check before it asks a judge: the letter or the number if it is correct, else False."""
     if question.question_type == "multi_choice":
         return vlmevalkit(text, _named(question)) or False
@@ -92,13 +92,13 @@ def prefetch_vlmevalkit(text: str, question: Question, reference: str) -> str | 
     return answer if answer is not None and answer == gold else False
 
 
-def extract_vlmevalkit(text: str, question: Question, reference: str) -> str:
+def extract_vlmevalkit(text: str, question: MathVistaQuestion, reference: str) -> str:
     """VLMEvalKit's own extraction before it asks a judge, as text; empty if it would ask."""
-    found = prefetch_vlmevalkit(text, question, reference)
-    return str(found) if found else ""
+    extracted = prefetch_vlmevalkit(text, question, reference)
+    return str(extracted) if extracted else ""
 
 
-def correct_vlmevalkit(text: str, question: Question, reference: str) -> bool:
+def correct_vlmevalkit(text: str, question: MathVistaQuestion, reference: str) -> bool:
     """VLMEvalKit's verdict on an extracted answer; precision is not used and text or list answers never match."""
     if question.question_type == "multi_choice":
         named = _named(question)
@@ -108,12 +108,12 @@ def correct_vlmevalkit(text: str, question: Question, reference: str) -> bool:
     return answer is not None and answer == gold_value
 
 
-def _named(question: Question) -> dict[str, str]:
+def _named(question: MathVistaQuestion) -> dict[str, str]:
     return dict(zip(letters(len(question.choices)), question.choices, strict=True))
 
 
 def _vlmevalkit_pair(
-    text: str, question: Question, reference: str
+    text: str, question: MathVistaQuestion, reference: str
 ) -> tuple[str | int | float | None, str | int | float | None]:
     convert = {"integer": int, "float": float}.get(question.answer_type)
     if convert is None:

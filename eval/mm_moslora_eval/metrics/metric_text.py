@@ -42,8 +42,3 @@ def plain_number(text: str) -> float | None:
 def letters(count: int) -> list[str]:
     """The first option letters: A, B, C, ..."""
     return list(string.ascii_uppercase[:count])
-
-
-def first_maximum(items: Sequence[str], positions: Sequence[int]) -> str:
-    """The item with the largest position; the first of several."""
-    return items[max(range(len(items)), key=lambda index: positions[index])]

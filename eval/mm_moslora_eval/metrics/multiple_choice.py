@@ -10,7 +10,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
-from mm_moslora_eval.metrics.metric_text import first_maximum, letters, strip_each
+from mm_moslora_eval.metrics.metric_text import letters, strip_each
 
 Options = Mapping[str, str]
 
@@ -62,34 +62,22 @@ def _option_token(text: str, options: Options, *, last: int | None) -> str | Non
     if any(refusal in text for refusal in _REFUSALS):
         return "Z"
     tokens = text.translate(_BETWEEN_TOKENS).split()
-    found = [letter for letter in options if letter in tokens]
-    if not found and "Z" in tokens:
+    letters_in_text = [letter for letter in options if letter in tokens]
+    if not letters_in_text and "Z" in tokens:
         return "Z"
-    if len(found) == 1 and (last is None or tokens.index(found[0]) >= len(tokens) - last):
-        return found[0]
+    if len(letters_in_text) == 1 and (last is None or tokens.index(letters_in_text[0]) >= len(tokens) - last):
+        return letters_in_text[0]
     return None
 
 
 def _option_text(text: str, options: Options) -> str:
     lowered = text.lower()
-    found = [letter for letter, value in options.items() if str(value).lower() in lowered]
-    return found[0] if len(found) == 1 else ""
+    matching = [letter for letter, value in options.items() if str(value).lower() in lowered]
+    return matching[0] if len(matching) == 1 else ""
 
 
-_AFFIXES = (
-    ("", "."),
-    ("", ","),
-    ("", ":"),
-    ("", ")"),
-    ("", ")."),
-    ("(", ")"),
-    ("(", ")."),
-    (":", ""),
-    (":", ","),
-    (":", "."),
-    (":", ")"),
-    (":", ")."),
-)
+_AFFIXED = ["X.", "X,", "X:", "X)", "X).", "(X)", "(X).", ":X", ":X,", ":X.", ":X)", ":X)."]
+"""Forms of a letter with signs around it, in the order in which they are tried."""
 
 
 def lmms_eval_mmbench(text: str, options: Options) -> str:
@@ -98,8 +86,8 @@ def lmms_eval_mmbench(text: str, options: Options) -> str:
     The first stage finds a token that is a letter, bare or with one of twelve affixes, else the text of one option. If
     it finds nothing, the second stage is lmms-eval's general extractor.
     """
-    known = {key: options[key] for key in options if key in "ABCD"}
-    return _affixed_letter(text) or _option_text(text, known) or lmms_eval(text, known)
+    four = {key: options[key] for key in options if key in "ABCD"}
+    return _affixed_letter(text) or _option_text(text, four) or lmms_eval(text, four)
 
 
 def _affixed_letter(text: str) -> str:
@@ -110,10 +98,10 @@ def _affixed_letter(text: str) -> str:
     # A single "A" in a longer answer counts as an article.
     if len(bare) == 1 and not ("A" in tokens and len(tokens) > 3):
         return bare[0]
-    for prefix, suffix in _AFFIXES:
-        found = [letter for letter in "ABCDE" if f"{prefix}{letter}{suffix}" in tokens]
-        if len(found) == 1:
-            return found[0]
+    for form in _AFFIXED:
+        matching = [letter for letter in "ABCDE" if form.replace("X", letter) in tokens]
+        if len(matching) == 1:
+            return matching[0]
     return ""
 
 
@@ -136,29 +124,29 @@ def lmms_eval(text: str, options: Options) -> str:
     choices = list(options) or letters(8)
     stripped = strip_each(text.strip(), ",.!?;:'\"")
     padded = f" {stripped} "
-    found = [
+    candidates = [
         (rank, padded.rfind(form.format(letter)), letter)
         for form, rank in (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
         for letter in choices
         if form.format(letter) in padded
     ]
-    found += _after_phrases(padded, choices)
+    candidates += _after_phrases(padded, choices)
     bare = padded.strip()
     for letter in choices:
         if bare.startswith(letter) and not bare[1:2].isalpha():
-            found.append((10, 0, letter))
+            candidates.append((10, 0, letter))
         if bare.endswith(letter) and not bare[-2:-1].isalpha():
-            found.append((9, len(padded) - 1, letter))
-    if not found:
-        found = [(0, padded.rfind(letter), letter) for letter in choices if letter in padded]
-    if not found:
+            candidates.append((9, len(padded) - 1, letter))
+    if not candidates:
+        candidates = [(0, padded.rfind(letter), letter) for letter in choices if letter in padded]
+    if not candidates:
         return ""
-    return max(found, key=lambda item: item[:2])[2]
+    return max(candidates, key=lambda item: item[:2])[2]
 
 
 def _after_phrases(text: str, choices: Sequence[str]) -> list[tuple[int, int, str]]:
     lowered = text.lower()
-    found = []
+    candidates = []
     for phrase in _PHRASES:
         start = lowered.find(phrase)
         if start == -1:
@@ -166,8 +154,8 @@ def _after_phrases(text: str, choices: Sequence[str]) -> list[tuple[int, int, st
         for letter in choices:
             position = text.find(letter, start + len(phrase))
             if position != -1:
-                found.append((7, position, letter))
-    return found
+                candidates.append((7, position, letter))
+    return candidates
 
 
 def mmmu_official(text: str, options: Options) -> str:
@@ -184,16 +172,16 @@ def _mmmu(text: str, options: Options, *, forms: Sequence[str]) -> str:
     padded = f" {strip_each(text, ',.!?;:' + chr(39))} "
     bracketed = [letter for letter in options if f"({letter})" in padded]
     if bracketed:
-        return first_maximum(bracketed, [padded.rfind(f"({letter})") for letter in bracketed])
+        return max(bracketed, key=lambda letter: padded.rfind(f"({letter})"))
     for form in forms:
-        found = [letter for letter in options if form.format(letter) in padded]
-        if found:
-            return first_maximum(found, [padded.rfind(f" {letter} ") for letter in found])
+        matching = [letter for letter in options if form.format(letter) in padded]
+        if matching:
+            return max(matching, key=lambda letter: padded.rfind(f" {letter} "))
     lowered = padded.lower()
     if len(padded.split()) > 5:
-        found = [letter for letter, value in options.items() if value.lower() in lowered]
-        if found:
-            return first_maximum(found, [lowered.rfind(options[letter].lower()) for letter in found])
+        matching = [letter for letter, value in options.items() if value.lower() in lowered]
+        if matching:
+            return max(matching, key=lambda letter: lowered.rfind(options[letter].lower()))
     return ""
 
 
@@ -209,8 +197,8 @@ def scienceqa_llava(text: str, options: Options) -> str:
         return text
     if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
         return text[0]
-    found = _SQA_PHRASE.findall(text)
-    return found[0] if len(found) == 1 else ""
+    letters_named = _SQA_PHRASE.findall(text)
+    return letters_named[0] if len(letters_named) == 1 else ""
 
 
 def scienceqa_lmms_eval(text: str, reference: str) -> float:

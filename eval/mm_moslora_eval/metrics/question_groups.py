@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 ROTATION = 1_000_000
 """Difference between the indices of consecutive rotations of one question in MMBench."""
@@ -40,23 +40,16 @@ def macro_average(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The option that a model prefers, by three normalisations of its log-likelihoods."""
-
-    raw: int
-    """Index of the largest sum (`acc`)."""
-    per_character: int
-    """Index of the largest sum per character (`acc_norm`)."""
-    per_byte: int
-    """Index of the largest sum per UTF-8 byte (`acc_bytes`)."""
+OptionMeasure = Literal["sum", "per_character", "per_byte"]
 
 
-def loglikelihood_choice(options: Sequence[str], loglikelihoods: Sequence[float]) -> Choice:
-    """lm-eval's choice among continuations (without the space before them); ties go to the first."""
-    indices = range(len(options))
-    return Choice(
-        raw=max(indices, key=lambda i: loglikelihoods[i]),
-        per_character=max(indices, key=lambda i: loglikelihoods[i] / max(1, len(options[i]))),
-        per_byte=max(indices, key=lambda i: loglikelihoods[i] / max(1, len(options[i].encode()))),
-    )
+def preferred_option(options: Sequence[str], loglikelihoods: Sequence[float], *, by: OptionMeasure) -> int:
+    """Index of lm-eval's choice among continuations (without the space before them); ties go to the first.
+
+    Args:
+        options: the continuations.
+        loglikelihoods: their sums of log-probabilities.
+        by: the sum (`acc`), or the sum per character (`acc_norm`) or per UTF-8 byte (`acc_bytes`).
+    """
+    lengths = [1 if by == "sum" else max(1, len(text if by == "per_character" else text.encode())) for text in options]
+    return max(range(len(options)), key=lambda index: loglikelihoods[index] / lengths[index])

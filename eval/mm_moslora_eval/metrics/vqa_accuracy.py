@@ -68,8 +68,8 @@ def _words(text: str, contractions: dict[str, str] = _CONTRACTIONS) -> str:
 def plain_words(text: str) -> str:
     """Words in lower case, without articles, small numbers as digits; combining marks such as vowel signs are kept."""
     composed = unicodedata.normalize("NFC", text)
-    kept = [sign.isalnum() or sign == "'" or unicodedata.category(sign).startswith("M") for sign in composed]
-    return _words("".join(sign if of_word else " " for sign, of_word in zip(composed, kept, strict=True)))
+    of_words = [sign.isalnum() or sign == "'" or unicodedata.category(sign).startswith("M") for sign in composed]
+    return _words("".join(sign if of_word else " " for sign, of_word in zip(composed, of_words, strict=True)))
 
 
 def _one_line(text: str) -> str:

@@ -144,9 +144,9 @@ def _yes_no(ask: Callable[[Scene], Sequence[tuple[str, bool]]], more: Callable[[
     rows: list[Row] = []
     for number, scene in enumerate(SCENES):
         first = len(rows)
-        for place, (question, right) in enumerate(ask(scene)):
+        for turn, (question, right) in enumerate(ask(scene)):
             # VLMEvalKit's files store a picture once; other rows refer to the row that holds it.
-            image = scene.encoded if place == 0 else str(first)
+            image = scene.encoded if turn == 0 else str(first)
             answer = "Yes" if right else "No"
             rows.append(
                 {"index": len(rows), "image": image, "question": question, "answer": answer} | more(number, scene)
@@ -157,7 +157,9 @@ def _yes_no(ask: Callable[[Scene], Sequence[tuple[str, bool]]], more: Callable[[
 def _pope() -> list[Row]:
     splits = ("random", "popular", "adversarial")
     rows = _yes_no(
-        lambda s: [(f"Is there a {shape} in the image?", shape == s.shape) for shape in (s.shape, _other(s.shape))],
+        lambda s: [
+            (f"Is there a {shape} in the image?", shape == s.shape) for shape in (s.shape, _next(SHAPES, s.shape))
+        ],
         lambda number, _: {"category": splits[number % 3], "image_path": ""},
     )
     return [{**row, "answer": row["answer"].lower()} for row in rows]
@@ -167,7 +169,7 @@ def _mme() -> list[Row]:
     categories = ("existence", "color", "count", "OCR", "position", "commonsense_reasoning")
     ask = "Is the shape {}? Please answer yes or no."
     return _yes_no(
-        lambda s: [(ask.format(colour), colour == s.colour) for colour in (s.colour, _colour(s.colour))],
+        lambda s: [(ask.format(colour), colour == s.colour) for colour in (s.colour, _next([*COLOURS], s.colour))],
         lambda number, _: {"category": categories[number], "image_path": f"{number}.png"},
     )
 
@@ -177,22 +179,27 @@ def _hallusion() -> list[Row]:
         lambda s: [(f"Are there {n} shapes? Please answer yes or no.", n == s.count) for n in (s.count, s.count + 1)],
         lambda number, _: {"category": ("VD", "VS")[number % 2], "l2-category": ("figure", "chart")[number % 2]},
     )
-    for place, row in enumerate(rows):
-        row["index"] = f"{row['category']}_{row['l2-category']}_{place // 4}_{place // 2 % 2}_{place % 2}_x"
-        row["set_id"], row["figure_id"], row["question_id"] = place // 4, place // 2 % 2, place % 2
+    for index, row in enumerate(rows):
+        row["index"] = f"{row['category']}_{row['l2-category']}_{index // 4}_{index // 2 % 2}_{index % 2}_x"
+        row["set_id"], row["figure_id"], row["question_id"] = index // 4, index // 2 % 2, index % 2
         if len(row["image"]) < 64:
-            row["image"] = rows[place - 1]["index"]
+            row["image"] = rows[index - 1]["index"]
     return rows
+
+
+def _rows(question: str, values: Callable[[Scene], Row], **more: Any) -> list[Row]:
+    """A row for each scene; a function in `more` gives the value for the number of the scene."""
+    return [
+        {"index": number, "image": scene.encoded, "question": question, **values(scene)}
+        | {key: value(number) if callable(value) else value for key, value in more.items()}
+        for number, scene in enumerate(SCENES)
+    ]
 
 
 def _choice(question: str, answer: Callable[[Scene], str], options: Sequence[str], **more: Any) -> list[Row]:
-    rows = []
-    for number, scene in enumerate(SCENES):
-        letters = dict(zip("ABCD", options, strict=False))
-        right = next(letter for letter, text in letters.items() if text == answer(scene))
-        row = {"index": number, "image": scene.encoded, "question": question, **letters, "answer": right}
-        rows.append(row | {key: value(number) if callable(value) else value for key, value in more.items()})
-    return rows
+    letters = dict(zip("ABCD", options, strict=False))
+    right = {text: letter for letter, text in letters.items()}
+    return _rows(question, lambda scene: {**letters, "answer": right[answer(scene)]}, **more)
 
 
 def _mmbench() -> list[Row]:
@@ -214,20 +221,12 @@ def _mmbench() -> list[Row]:
 
 
 def _open(question: str, answer: Callable[[Scene], Any], **more: Any) -> list[Row]:
-    return [
-        {"index": number, "image": scene.encoded, "question": question, "answer": answer(scene)}
-        | {key: value(number) if callable(value) else value for key, value in more.items()}
-        for number, scene in enumerate(SCENES)
-    ]
+    return _rows(question, lambda scene: {"answer": answer(scene)}, **more)
 
 
-def _other(shape: str) -> str:
-    return SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
-
-
-def _colour(colour: str) -> str:
-    names = list(COLOURS)
-    return names[(names.index(colour) + 1) % len(names)]
+def _next(items: Sequence[str], item: str) -> str:
+    """Another item, for a question whose answer is no."""
+    return items[(items.index(item) + 1) % len(items)]
 
 
 def _boolq() -> list[Row]:

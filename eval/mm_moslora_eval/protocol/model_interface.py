@@ -37,10 +37,10 @@ class Message:
         """The content without line breaks between images and text, for chat templates that write their own."""
         images = [False, *(not isinstance(part, str) for part in self.content), False]
         stripped: list[Part] = []
-        for place, part in enumerate(self.content):
+        for index, part in enumerate(self.content):
             if isinstance(part, str):
-                part = part.removeprefix("\n") if images[place] else part
-                part = part.removesuffix("\n") if images[place + 2] else part
+                part = part.removeprefix("\n") if images[index] else part
+                part = part.removesuffix("\n") if images[index + 2] else part
             if part != "":
                 stripped.append(part)
         return tuple(stripped)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora_eval import sources
-from mm_moslora_eval.protocol.task_prompt import Prompt
+from mm_moslora_eval.metrics.question_groups import OptionMeasure
+from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
 from mm_moslora_eval.sources import Source
@@ -30,7 +31,7 @@ class Decoding:
     kind: Literal["generate", "loglikelihood", "continuation"] = "generate"
     """loglikelihood: the option with the most likely letter after the prompt. continuation: the option with the most
     likely text after the bare text of the prompt, without a chat template (lm-evaluation-harness)."""
-    choice: Literal["sum", "per_character", "per_byte"] = "sum"
+    choice: OptionMeasure = "sum"
     """Score of an option: its log-probability, or that divided by its length (`acc`, `acc_norm`, `acc_bytes`)."""
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
@@ -77,7 +78,7 @@ class Task:
     """Incremented with every change that can change a score."""
     title: str = ""
     source: Source
-    prompt: Prompt = field(default_factory=Prompt)
+    prompt: TaskPrompt = field(default_factory=TaskPrompt)
     decoding: Decoding = field(default_factory=Decoding)
     extraction: str = "text"
     """A name in `answer_scoring.EXTRACTORS`."""
@@ -144,7 +145,7 @@ class Task:
         return self.reference.replace("{answer}", answer) if answer else ""
 
     @property
-    def asked(self) -> str:
+    def request_hash(self) -> str:
         """Hash of everything that determines the answers, so without extraction, metric and aggregation.
 
         The places of images are left out, since the key of every answer covers them.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mm_moslora.utils.errors import EvalError, suggestion
+from mm_moslora.utils.errors import EvalError, renamed, suggestion
 from mm_moslora_eval.protocol.coded_prompts import WORDINGS
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Part
 from mm_moslora_eval.sources.document import Document
@@ -18,7 +18,7 @@ _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class TaskPrompt:
     """The wording of a task.
 
     `template` and `fragments` name fields in braces: `question`, `hint`, `options`, `instruction`, a further column of
@@ -64,9 +64,9 @@ class Prompt:
         if self.images not in ("first", "last"):
             raise EvalError(f"prompt.images is {self.images!r}, expected first or last.")
         if self.function is not None and self.function not in WORDINGS:
-            known = ", ".join(sorted(WORDINGS))
+            functions = ", ".join(sorted(WORDINGS))
             raise EvalError(
-                f"prompt.function is {self.function!r}, known: {known}.{suggestion(self.function, WORDINGS)}"
+                f"prompt.function is {self.function!r}, known: {functions}.{suggestion(self.function, WORDINGS)}"
             )
 
     def text(self, document: Document) -> str:
@@ -154,11 +154,14 @@ class Prompt:
         (text,) = texts
         if not images:
             return (text,)
-        places: tuple[Part, ...] = (IMAGE,) * images
+        pictures: tuple[Part, ...] = (IMAGE,) * images
         separator = self.image_separator
-        return (*places, separator + text) if self.images == "first" else (text + separator, *places)
+        return (*pictures, separator + text) if self.images == "first" else (text + separator, *pictures)
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:
     """Replace `{name}` in one pass, so that braces within the values stay as they are."""
     return _FIELD.sub(lambda match: fields.get(match.group(1), ""), template)
+
+
+__getattr__ = renamed({"Prompt": "TaskPrompt"})

@@ -13,7 +13,7 @@ from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
-from mm_moslora_eval.protocol.task_prompt import Prompt
+from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.sources.source import Source
 
 ENTRY_POINTS = "mm_moslora_eval.tasks"
@@ -62,14 +62,14 @@ def _build(data: dict[str, Any], path: Path, where: str) -> Task:
 
 def all_tasks() -> dict[str, Task]:
     """Every registered task by `name@protocol`, shipped ones first."""
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     for path in sorted(task_folder().glob("*.yaml")):
         for task in load_file(path):
-            found[task.id] = task
+            tasks[task.id] = task
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         for task in entry.load()():
-            found.setdefault(task.id, task)
-    return found
+            tasks.setdefault(task.id, task)
+    return tasks
 
 
 def get_task(name: str) -> Task:
@@ -83,7 +83,7 @@ def get_task(name: str) -> Task:
         EvalError: no such task; the message suggests one.
     """
     kind, separator, rest = name.partition(":")
-    if separator and kind in ("llava", "tsv"):
+    if separator and (kind == "llava" or kind == "tsv"):
         return _from_data(kind, rest)
     stem, protocol = name_and_protocol(name)
     if stem.endswith(_TASK_FILES):
@@ -101,8 +101,8 @@ def get_task(name: str) -> Task:
     if matching and not protocol:
         return matching[0]
     if matching:
-        known = ", ".join(task.protocol for task in matching)
-        raise EvalError(f"Task {stem!r} has no protocol {protocol!r}; it has {known}.")
+        protocols = ", ".join(task.protocol for task in matching)
+        raise EvalError(f"Task {stem!r} has no protocol {protocol!r}; it has {protocols}.")
     names = sorted({task.name for task in tasks.values()})
     raise EvalError(
         f"No task {name!r}.{suggestion(stem, names)} See `mm-moslora eval list`, "
@@ -144,37 +144,21 @@ def _from_data(kind: str, rest: str) -> Task:
         raise EvalError(f"{kind}: needs a file, such as {kind}:questions.{'jsonl' if kind == 'llava' else 'tsv'}.")
     name = "".join(character if character.isalnum() or character in "-_." else "_" for character in Path(path).stem)
     name = name.lstrip("-.") or "questions"
-    if kind == "llava":
-        return Task(
-            name=name,
-            folder=str(Path.cwd()),  # paths on a command line start there
-            title=f"questions of {os.path.basename(path)}",
-            source=Source(kind="llava", path=path, image_folder=folder or None),
-            prompt=Prompt(
-                template="{hint_line}{question}{option_lines}{instruction}",
-                fragments=_LINES,
-                instruction="\nAnswer with the option's letter from the given choices directly.",
-                open_instruction="",  # LLaVA's question files contain their own instruction
-            ),
-            extraction="letter_or_text",
-            metric="letter_or_exact",
-        )
+    llava = kind == "llava"
+    prompt = TaskPrompt(
+        template="{hint_line}{question}{option_lines}{instruction}", fragments=_LINES,
+        instruction="\nAnswer with the option's letter from the given choices directly.",
+        # LLaVA's question files contain their own instruction.
+        open_instruction="" if llava else "\nAnswer the question using a single word or phrase.",
+        chinese_instruction=None if llava else "\n请直接回答选项字母。",
+    )  # fmt: skip
     return Task(
-        name=name,
-        folder=str(Path.cwd()),
-        title=f"rows of {os.path.basename(path)}",
-        source=Source(kind="tsv", path=path),
-        prompt=Prompt(
-            template="{hint_line}{question}{option_lines}{instruction}",
-            fragments=_LINES,
-            instruction="\nAnswer with the option's letter from the given choices directly.",
-            open_instruction="\nAnswer the question using a single word or phrase.",
-            chinese_instruction="\n请直接回答选项字母。",
-        ),
-        decoding=Decoding(max_new_tokens=32),
-        extraction="letter_or_text",
-        metric="letter_or_vqa",
-    )
+        name=name, title=f"{'questions' if llava else 'rows'} of {os.path.basename(path)}",
+        folder=str(Path.cwd()),  # paths on a command line start there
+        source=Source(kind="llava" if llava else "tsv", path=path, image_folder=folder or None),
+        prompt=prompt, decoding=Decoding() if llava else Decoding(max_new_tokens=32),
+        extraction="letter_or_text", metric="letter_or_exact" if llava else "letter_or_vqa",
+    )  # fmt: skip
 
 
 _LINES = {"hint_line": "{hint}\n", "option_lines": "\n{options}"}

@@ -17,16 +17,16 @@ from markupsafe import Markup
 
 from mm_moslora.reporting.page_templates import render_page, write_page
 from mm_moslora.reporting.verdicts import SCORE_NAMES, amount_text, between, own_pictures, resting_on, score_text
-from mm_moslora.utils.errors import ConfigError, DataError, EvalError
+from mm_moslora.utils.errors import ConfigError, DataError, EvalError, MoSLoRAError
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.protocol.task import shown_name
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_views import SAMPLES, read_json, view_below
-from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
+from mm_moslora_eval.run.evaluate_suite import PairedComparison, compare, read_samples
 from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
-from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
+from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, shown_samples, spread, stored_thumbnails, verdict
 from mm_moslora_eval.run.stored_types import SHOWN, Scoring
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
 from mm_moslora_eval.sources.image_controls import open_image
@@ -68,7 +68,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         environments=_environments(results, data),
         invocations=provenance.read(run)[-MOST_INVOCATIONS:],
         rows=[_row(result) for result in results],
-        tasks=[_task(name, found, run) for name, found in tasks.items()],
+        tasks=[_task(name, group, run) for name, group in tasks.items()],
     )
     return write_page(out or run / "report.html", lambda: page)
 
@@ -81,8 +81,8 @@ def names_of(results: Sequence[TaskResult]) -> list[str]:
         about = result.about
         selection = about.get("selection", {})
         part = f", {selection['name']} of {selection.get('of')}" if selection.get("name", "all") != "all" else ""
-        asked = about.get("asked_as", result.protocol)
-        part += f", asked as {asked}" if asked != result.protocol else ""
+        asked_as = about.get("asked_as", result.protocol)
+        part += f", asked as {asked_as}" if asked_as != result.protocol else ""
         path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
         rules = ", ".join(str(result.about.get(rule, "?")) for rule in RULES)
         checksum = f" [{str(result.subject[3])[:8]}]"
@@ -105,11 +105,11 @@ def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[d
     """The environments in which answers were computed, and in which they were scored."""
     computed: list[dict[str, Any]] = []
     for result in results:
-        computed += [found for found in result.about.get("computed_by") or () if found not in computed]
+        computed += [one for one in result.about.get("computed_by") or () if one not in computed]
     shown = []
-    for number, found in enumerate(computed, start=1):
-        code = found.get("code") or {}
-        facts = found["model"] | found["environment"] | ({"commit": code["commit"]} if code else {})
+    for number, environment in enumerate(computed, start=1):
+        code = environment.get("code") or {}
+        facts = environment["model"] | environment["environment"] | ({"commit": code["commit"]} if code else {})
         shown.append({"title": f"Answered with{f' ({number})' if len(computed) > 1 else ''}", "facts": facts})
     with suppress(ConfigError):
         scored = build_known(Scoring, data.get("scored") or data, source="results.json")
@@ -117,7 +117,7 @@ def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[d
     return shown
 
 
-def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
+def write_comparison(comparisons: Sequence[PairedComparison], out: Path) -> Path:
     """Write comparisons as a page, including the samples that changed.
 
     Raises:
@@ -134,7 +134,7 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
                     {"a": a, "b": b, "gained": a["score"] > b["score"]} for a, b in spread(item.samples, MOST_SAMPLES)
                 ],
                 "verdict": f"{between(item.score.as_difference)}: {item.score.as_difference.points}.",
-                "basis": resting_on(item.score.found.n, item.score.found.clusters, item.score.found.groups),
+                "basis": resting_on(item.score.estimate.n, item.score.estimate.clusters, item.score.estimate.groups),
             }
             for item in comparisons
         ],
@@ -198,17 +198,9 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
     remarks = [(result.mode, remark) for result in results for remark in result.remarks]
     verdicts: list[str] = []
     try:
-        galleries = [_gallery(run, place, result) for result in results if (place := _place(run, result)) is not None]
+        galleries = [_gallery(run, view, result) for result in results if (view := _samples_view(run, result))]
         verdicts = _verdicts(results, run)
-    except (
-        EvalError,
-        ConfigError,
-        OSError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:  # of a damaged view
+    except (MoSLoRAError, OSError, LookupError, AttributeError, TypeError, ValueError) as error:  # of a damaged view
         logger.warning("%s: its samples are left out (%s).", name, error)
         remarks.append(("samples", f"left out, since they are damaged ({type(error).__name__}: {error})"))
     return {
@@ -229,26 +221,26 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
     }
 
 
-def _place(run: Path, result: TaskResult) -> Path | None:
+def _samples_view(run: Path, result: TaskResult) -> Path | None:
     """Folder of the samples of a result; None for a baseline and for missing samples.
 
     Raises:
         FileError: it leads out of the run.
     """
-    place = view_below(run, result.folder or f"{result.task}@{result.protocol}/{result.mode}")
-    return place if (place / SAMPLES).is_file() else None
+    view = view_below(run, result.folder or f"{result.task}@{result.protocol}/{result.mode}")
+    return view if (view / SAMPLES).is_file() else None
 
 
 def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
     """Whether the model uses the pictures: own pictures against the controls, sample by sample."""
-    scored = {result.mode: place for result in results if result.scored and (place := _place(run, result))}
+    scored = {result.mode: view for result in results if result.scored and (view := _samples_view(run, result))}
     sentences = []
     for control, words in (("blind", "a plain picture"), ("wrong", "another item's picture")):
         if not {"own", control} <= scored.keys():
             continue
-        found = compare(scored["own"], scored[control])
-        score = found.score
-        nats = f" A: own, B: {words}. {found.nats.text}" if found.nats is not None else ""
+        comparison = compare(scored["own"], scored[control])
+        score = comparison.score
+        nats = f" A: own, B: {words}. {comparison.nats.text}" if comparison.nats is not None else ""
         sentences.append(
             f"{own_pictures(score.as_difference, control=words)} {score.wins} questions gained, "
             f"{score.losses} lost.{nats}"
@@ -260,8 +252,8 @@ def _categories(result: TaskResult) -> list[dict[str, Any]]:
     if len(result.categories) < 2:
         return []
     shown = list(result.categories.items())[:MOST_CATEGORIES]
-    known = [high for _, numbers in shown if (high := numbers.get("high")) is not None]
-    top = max([1.0, *(value for value in known if value == value)])  # of a sum or CIDEr, the largest one
+    bounds = [high for _, numbers in shown if (high := numbers.get("high")) is not None]
+    top = max([1.0, *(value for value in bounds if value == value)])  # of a sum or CIDEr, the largest one
     return [
         {key: None if (value := numbers.get(key)) != value else value for key in ("n", "score", "low", "high")}
         | {"name": name, "top": top}
@@ -269,8 +261,8 @@ def _categories(result: TaskResult) -> list[dict[str, Any]]:
     ]
 
 
-def _gallery(run: Path, place: Path, result: TaskResult) -> dict[str, Any]:
-    rows = [row for row in read_samples(place) if row.keys() >= SHOWN and row["answers"] is not None]
+def _gallery(run: Path, view: Path, result: TaskResult) -> dict[str, Any]:
+    rows = [row for row in read_samples(view) if row.keys() >= SHOWN and row["answers"] is not None]
     shown = [row | {"verdict": verdict(row), "thumbnails": _thumbnails(run, row)} for row in shown_samples(rows)]
     counts = dict(Counter(verdict(row) for row in rows))
     return {
@@ -281,7 +273,7 @@ def _gallery(run: Path, place: Path, result: TaskResult) -> dict[str, Any]:
 
 def _thumbnails(run: Path, row: dict[str, Any]) -> list[Markup]:
     made = []
-    for _, data in kept(run, row):
+    for _, data in stored_thumbnails(run, row):
         try:
             picture = open_image(data)
         except DataError:
@@ -293,9 +285,9 @@ def _thumbnails(run: Path, row: dict[str, Any]) -> list[Markup]:
     return made
 
 
-def _difference_bar(item: Comparison) -> dict[str, float]:
+def _difference_bar(item: PairedComparison) -> dict[str, float]:
     """Positions in percent on a scale that is symmetric around 0."""
-    pair = item.score.found
+    pair = item.score.estimate
     numbers = [abs(value) for value in (pair.low, pair.high, pair.value) if not math.isnan(value)]
     reach = max([*numbers, 1e-9]) * 1.15
     return {

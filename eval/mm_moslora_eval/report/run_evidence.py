@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
+from mm_moslora.utils import files
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.file_locks import held
-from mm_moslora.utils.files import make_subfolder, replacing
+from mm_moslora.utils.file_locks import lock_file
+from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_aside
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.run.answer_views import SAMPLES, find_view, read_json, read_scored, read_view, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
-from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, kept, spread
+from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, spread, stored_thumbnails
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
 from mm_moslora_eval.scoring.measured_scores import difference_of_scores
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS
@@ -67,12 +68,12 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
         for named in _complete_subjects(list(_named_results(results, before, output)))
     ]
     try:
-        with held(run / ".evaluation.lock", wait=True):  # another evaluation of the run may write at the same time
-            known = _known(run / "evaluation.json")
-            rows = _better(rows, known)
-            _name_metrics(rows, known)
+        with lock_file(run / ".evaluation.lock", wait=True):  # another evaluation of the run may write at the same time
+            stored = _stored_rows(run / "evaluation.json")
+            rows = _better(rows, stored)
+            _name_metrics(rows, stored)
             if newest:  # reports show the last checkpoint
-                _merge(run / "evaluation.json", known, rows)
+                _merge(run / "evaluation.json", stored, rows)
                 subjects = {row["subject"] for row in rows}
                 _keep_samples(run, [result for result in results if _subject(result) in subjects], output)
             if rows:
@@ -116,22 +117,22 @@ def _named_results(results: Sequence[TaskResult], before: Sequence[TaskResult], 
 
 
 def before_tuning(
-    result: TaskResult, place: Path, *, own: Sequence[Scored], label: str = "Before tuning"
+    result: TaskResult, view: Path, *, own: Sequence[Scored], label: str = "Before tuning"
 ) -> list[NamedResult]:
     """The scores of the model before tuning, strict and lenient.
 
     Args:
         result: its result.
-        place: the folder of its samples.
+        view: the folder of its samples.
         own: samples of the tuned model; empty if it was not evaluated.
         label: display name.
     """
     if not result.scored:
         return []
-    less = ahead_by(result, own, read_scored(place)) if own else None
+    less = ahead_by(result, own, read_scored(view)) if own else None
     rows = [NamedResult(name="untuned", label=label, result=result, less=less)]
-    if (found := lenient_result(place)) is not None:
-        lenient, samples = found
+    if (rescored := lenient_result(view)) is not None:
+        lenient, samples = rescored
         less = ahead_by(lenient, own, samples) if own else None
         rows.append(
             NamedResult(name="untuned_lenient", label=f"{label}, right word anywhere", result=lenient, less=less)
@@ -139,12 +140,12 @@ def before_tuning(
     return rows
 
 
-def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
+def lenient_result(folder: Path) -> tuple[TaskResult, list[Scored]] | None:
     """The lenient score of a view, in which every answer with the right word counts, and the samples.
 
     None if a judge reads the answers, or if the score is no sum of right answers, as for captions.
     """
-    view = find_view(place)
+    view = find_view(folder)
     task = task_of(view)
     if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
         return None
@@ -166,10 +167,10 @@ def _aggregation(result: TaskResult) -> str:
 def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
     """Samples of the tuned model with its own pictures on the documents of another result; empty if it has none."""
     task, _, view = result.folder.partition("/")
-    place = output / task / "own" / view.partition("/")[2]
-    if not (place / SAMPLES).is_file():
+    own_view = output / task / "own" / view.partition("/")[2]
+    if not (own_view / SAMPLES).is_file():
         return []
-    samples = read_scored(place)
+    samples = read_scored(own_view)
     return samples if with_scores(samples) else []
 
 
@@ -217,7 +218,7 @@ def _row(named: NamedResult, *, step: int, model: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Known:
+class _StoredRow:
     """Types of the keys of a stored row or sample that decide on its place."""
 
     name: str = ""
@@ -229,30 +230,28 @@ class _Known:
     failed: int = 0
 
 
-def _known(path: Path) -> list[dict[str, Any]]:
+def _stored_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of earlier evaluations; a damaged file is renamed, because it may hold scores of other tasks."""
-    from mm_moslora.utils.files import read_json, set_aside
-
     try:
-        rows = read_json(path, list)
+        rows = files.read_json(path, list)
     except FileNotFoundError:
         return []
     except ValueError as error:
         logger.warning("%s is damaged (%s) and is now %s.", path, error, set_aside(path, "corrupt").name)
         return []
-    found = []
+    accepted = []
     for row in rows:
         try:
-            build_known(_Known, row, source="a row")
-            found.append(row)
+            build_known(_StoredRow, row, source="a row")
+            accepted.append(row)
         except ConfigError as error:
             logger.warning("%s: a damaged row was left out (%s).", path, error)
-    return found
+    return accepted
 
 
-def _better(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _better(rows: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without subjects with more failed samples than the stored rows, which then stay unchanged."""
-    failed = {(row.get("subject"), row.get("name")): row.get("failed") or 0 for row in known}
+    failed = {(row.get("subject"), row.get("name")): row.get("failed") or 0 for row in stored}
     worse = {
         row["subject"]: row for row in rows if row["failed"] > failed.get((row["subject"], row["name"]), row["failed"])
     }
@@ -264,9 +263,9 @@ def _better(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> 
     return [row for row in rows if row["subject"] not in worse]
 
 
-def _name_metrics(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> None:
+def _name_metrics(rows: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> None:
     """Give every row its name for trackers: that of the task, unless another subject has it."""
-    taken = {row["metric"]: row.get("subject") for row in known if row.get("metric")}
+    taken = {row["metric"]: row.get("subject") for row in stored if row.get("metric")}
     for row in rows:
         whole = row["selection"] == "all"
         name = row["task"] if whole else f"{row['task']}/{row['selection'].replace(' ', '-')}"
@@ -276,21 +275,20 @@ def _name_metrics(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]
         row["metric"] = name
 
 
-def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
+def _merge(path: Path, stored: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
     """Replace older rows of the same subject and name by newer ones; tuned rows come first.
 
     Rows of another model than that of the newer rows lose their subject, so that scores of two steps are not compared.
     """
-    from mm_moslora.utils.files import replace_json
-
     models = {row["subject"]: row["model"] for row in rows if row["model"]}
-    kept = [row for row in known if row.get("model") in (None, models.get(row.get("subject"), row.get("model")))]
-    measured = {row.get("subject"): row.get("model") for row in known if row.get("name") == "tuned"}
+    remaining = [row for row in stored if row.get("model") in (None, models.get(row.get("subject"), row.get("model")))]
+    measured = {row.get("subject"): row.get("model") for row in stored if row.get("name") == "tuned"}
     others = {subject for subject, model in models.items() if measured.get(subject, model) != model}
-    kept = [row | {"less": None} if row.get("subject") in others else row for row in kept]  # less another model
+    # Their differences are from a model that is no longer shown.
+    remaining = [row | {"less": None} if row.get("subject") in others else row for row in remaining]
     replaced = {(row["task"], row["n"]) for row in rows}  # replace rows of releases without subjects
-    kept = [row for row in kept if row.get("subject") or (row.get("task"), row.get("n")) not in replaced]
-    merged = {(row.get("subject"), row.get("task"), row.get("name")): row for row in [*kept, *rows]}
+    remaining = [row for row in remaining if row.get("subject") or (row.get("task"), row.get("n")) not in replaced]
+    merged = {(row.get("subject"), row.get("task"), row.get("name")): row for row in [*remaining, *rows]}
     modes = [name for name, _ in _MODES.values()]
     names = ["tuned", "untuned", "untuned_lenient", *modes, *(name for _, _, name in merged)]
     subjects = [key[:2] for key in merged]
@@ -300,11 +298,9 @@ def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str,
 
 def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> None:
     """Keep some evenly spread questions of every task, with the answers and copies of the pictures."""
-    from mm_moslora.utils.files import replace_json
-
     own = [result for result in results if result.mode == "own"]
     subjects = {_subject(result) for result in own}
-    known = [row for row in _known(run / "samples.json") if row.get("subject") not in subjects]
+    stored = [row for row in _stored_rows(run / "samples.json") if row.get("subject") not in subjects]
     rows: list[dict[str, Any]] = []
     for result in own:
         after = read_samples(output / result.folder)
@@ -325,7 +321,7 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
                 }
             )  # fmt: skip
     if rows:  # the subject with the most documents comes first
-        replace_json(run / "samples.json", sorted([*known, *rows], key=lambda row: -int(row.get("n") or 0)))
+        replace_json(run / "samples.json", sorted([*stored, *rows], key=lambda row: -int(row.get("n") or 0)))
 
 
 def _right(score: float | None, *, graded: bool) -> bool | None:
@@ -335,11 +331,11 @@ def _right(score: float | None, *, graded: bool) -> bool | None:
 
 def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | None:
     """A copy of the evaluation's thumbnail of a question's first picture."""
-    found = kept(output, row)
-    if not found:
+    thumbnails = stored_thumbnails(output, row)
+    if not thumbnails:
         return None
-    kept_name, data = found[0]
-    copy = run / "pictures" / f"{name}{Path(kept_name).suffix}"
+    file_name, data = thumbnails[0]
+    copy = run / "pictures" / f"{name}{Path(file_name).suffix}"
     make_subfolder(copy.parent)
     with replacing(copy) as part:
         part.write_bytes(data)
@@ -352,7 +348,7 @@ def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapt
     from mm_moslora.utils.run_paths import RUN_LOCK
 
     try:
-        lock = held(run / RUN_LOCK, wait=False)
+        lock = lock_file(run / RUN_LOCK, wait=False)
     except BlockingIOError:
         logger.warning("%s still trains; its trackers get no scores until it is evaluated again.", run)
         return

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 from mm_moslora.utils.untrusted_files import MOST_BYTES, FileError, FileFault, read_bytes
@@ -50,7 +50,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_folder(folder: Path) -> dict[str, Row]:
     """Every stored answer by key; later files and lines take priority, but an error never replaces an answer."""
-    found: dict[str, Row] = {}
+    answers: dict[str, Row] = {}
     merged = folder / MERGED
     for path in [merged, *sorted(folder.glob("answers-*.jsonl"))]:
         try:
@@ -60,9 +60,9 @@ def read_folder(folder: Path) -> dict[str, Row]:
                 raise
             continue  # not written yet, or just merged by rank 0
         for row in rows:
-            if row.get("error") is None or found.get(row["key"], row).get("error") is not None:
-                found[row["key"]] = row
-    return found
+            if row.get("error") is None or answers.get(row["key"], row).get("error") is not None:
+                answers[row["key"]] = row
+    return answers
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -91,7 +91,7 @@ class AnswerLog:
 
     def __enter__(self) -> AnswerLog:
         self._stream = self._open.enter_context(self.path.open("x", encoding="utf-8"))
-        self._open.enter_context(held(self.path, wait=False))  # the lock marks a file that is still written
+        self._open.enter_context(lock_file(self.path, wait=False))  # the lock marks a file that is still written
         return self
 
     def __exit__(
@@ -133,7 +133,7 @@ def merge(folder: Path, keys: Iterable[str]) -> None:
 def _is_ended(path: Path, stack: ExitStack) -> bool:
     """Whether no process writes the file any more; it then stays locked until the stack is closed."""
     try:
-        stack.enter_context(held(path, wait=False))
+        stack.enter_context(lock_file(path, wait=False))
     except OSError:
         return False
     return True

@@ -23,7 +23,7 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line, read_folder
 from mm_moslora_eval.run.answer_views import SHARDS, TASK, read_json
 from mm_moslora_eval.run.request_preparation import FORMAT
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.image_controls import ImageMode
 
 DONE = "shard.json"
@@ -37,9 +37,9 @@ def folder_of_shard(output: Path, shard: Shard) -> Path:
 
 
 def work_of(
-    tasks: Sequence[tuple[Task, str]], modes: Sequence[ImageMode], settings: Settings, *, model: str
+    tasks: Sequence[tuple[Task, str]], modes: Sequence[ImageMode], settings: EvaluationSettings, *, model: str
 ) -> dict[str, Any]:
-    """What all shards of an evaluation, and its merge, have in common.
+    """The settings that all shards of an evaluation, and its merge, must share.
 
     Args:
         tasks: with the checksums of their data.
@@ -55,10 +55,10 @@ def work_of(
 
 def finish(folder: Path, model: Model, work: dict[str, Any]) -> None:
     """Note in the folder of a shard that all its answers are there."""
-    views = [view for place in _places(work) for view in sorted((folder / place).glob(f"*/{TASK}"))]
+    views = [view for mode_folder in _mode_folders(work) for view in sorted((folder / mode_folder).glob(f"*/{TASK}"))]
     done = _Done(
         work=work,
-        answers={place: len(read_folder(folder / place)) for place in _places(work)},
+        answers={mode_folder: len(read_folder(folder / mode_folder)) for mode_folder in _mode_folders(work)},
         model=StoredModel(
             name=model.name, fingerprint=model.fingerprint, thinking_tokens=int(getattr(model, "thinking_tokens", 0)),
             computed_by=_once(item for view in views for item in read_json(view)["computed_by"]),
@@ -73,20 +73,20 @@ def is_finished(folder: Path, work: dict[str, Any]) -> bool:
         done = build_strictly(_Done, read_json(folder / DONE), source=DONE)
     except (ConfigError, EvalError):
         return False
-    rows = {place: read_folder(folder / place).values() for place in _places(work)}
-    whole = all(len(rows[place]) >= done.answers.get(place, 1) for place in rows)
-    return done.work == work and whole and all(row.get("error") is None for found in rows.values() for row in found)
+    rows = {mode_folder: read_folder(folder / mode_folder).values() for mode_folder in _mode_folders(work)}
+    whole = all(len(rows[mode_folder]) >= done.answers.get(mode_folder, 1) for mode_folder in rows)
+    return done.work == work and whole and all(row.get("error") is None for answers in rows.values() for row in answers)
 
 
-def _places(work: dict[str, Any]) -> list[str]:
+def _mode_folders(work: dict[str, Any]) -> list[str]:
     return [f"{task}/{mode}" for task in work["tasks"] for mode in work["--modes"]]
 
 
 def _once(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept: list[dict[str, Any]] = []
+    distinct: list[dict[str, Any]] = []
     for item in items:
-        kept += [item] if item not in kept else []
-    return kept
+        distinct += [item] if item not in distinct else []
+    return distinct
 
 
 @dataclass(kw_only=True)
@@ -129,7 +129,7 @@ def gather(output: Path, work: dict[str, Any]) -> StoredModel:
         ConfigError: shards are missing, belong to other work, or are damaged.
         EvalError: the same.
     """
-    lines: dict[str, list[str]] = {place: [] for place in _places(work)}
+    lines: dict[str, list[str]] = {mode_folder: [] for mode_folder in _mode_folders(work)}
     model: StoredModel | None = None
     for shard, path in finished(output / SHARDS, f"/{DONE}").items():
         what = f"Shard {shard} ({path.parent})"
@@ -143,17 +143,17 @@ def gather(output: Path, work: dict[str, Any]) -> StoredModel:
         own, others = ({"model": {**asdict(one), "computed_by": 0}} for one in (done.model, model))
         refuse_others(own, others, what=what)
         model.computed_by = _once([*model.computed_by, *done.model.computed_by])
-        for place in lines:
-            rows = read_folder(path.parent / place)
-            if len(rows) < (count := done.answers.get(place, 0)):
+        for mode_folder in lines:
+            rows = read_folder(path.parent / mode_folder)
+            if len(rows) < (count := done.answers.get(mode_folder, 0)):
                 discard(path)
                 raise EvalError(
-                    f"{what} is damaged: {len(rows)} of {count} answers of {place} can be read. Run it again with "
-                    f"--shard {shard}, which asks only what is missing; then merge."
+                    f"{what} is damaged: {len(rows)} of {count} answers of {mode_folder} can be read. Run it again "
+                    f"with --shard {shard}, which asks only what is missing; then merge."
                 )
-            lines[place] += map(line, rows.values())
+            lines[mode_folder] += map(line, rows.values())
     assert model is not None, "there is a shard, or `finished` raises"
-    for place, texts in lines.items():
-        make_subfolder(output / place, below=output)
-        replace_text(output / place / "answers-shards.jsonl", "".join(texts))
+    for mode_folder, texts in lines.items():
+        make_subfolder(output / mode_folder, below=output)
+        replace_text(output / mode_folder / "answers-shards.jsonl", "".join(texts))
     return model

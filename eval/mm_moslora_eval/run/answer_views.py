@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class DocumentSelection:
     """The documents of a data set that were asked."""
 
     name: str
@@ -56,42 +56,40 @@ class Selection:
         """Display text; empty for a whole data set."""
         return "" if self.name == "all" else f"{self.name} of {self.of}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
-
-def selection_of(items: Sequence[Item], data: DataSet) -> Selection:
+def selection_of(items: Sequence[Item], data: DataSet) -> DocumentSelection:
     """The selection that the items make of their data set."""
-    ids, known = [item.document.id for item in items], [document.id for document in data.documents]
-    name = "all" if ids == known else f"first {len(ids)}" if ids == known[: len(ids)] else f"{len(ids)} chosen"
+    ids, all_ids = [item.document.id for item in items], [document.id for document in data.documents]
+    name = "all" if ids == all_ids else f"first {len(ids)}" if ids == all_ids[: len(ids)] else f"{len(ids)} chosen"
     content = [[item.document.hash, list(item.own_ids)] for item in items]
-    return Selection(name=name, n=len(ids), of=len(known), sha256=digest(content))
+    return DocumentSelection(name=name, n=len(ids), of=len(all_ids), sha256=digest(content))
 
 
 def views_below(folder: Path) -> list[Path]:
     """Every view in a run, a task folder or a mode of it; shards are no views."""
-    found = (path.parent for path in folder.glob(f"**/{TASK}"))
-    return sorted(view for view in found if SHARDS not in view.relative_to(folder).parts)
+    views = (path.parent for path in folder.glob(f"**/{TASK}"))
+    return sorted(view for view in views if SHARDS not in view.relative_to(folder).parts)
 
 
-def find_view(place: Path) -> Path:
+def find_view(folder: Path) -> Path:
     """The view of a folder: the folder itself, or of several views the one with the most documents, then the latest.
 
     A view that was scored by another protocol must be named explicitly.
 
     Args:
-        place: a view, or TASK@PROTOCOL/MODE.
+        folder: a view, or TASK@PROTOCOL/MODE.
 
     Raises:
         EvalError: there is no view.
     """
-    if (place / TASK).is_file() or (place / DOCUMENTS).is_file():
-        return place
-    found = [path.parent for path in place.glob(f"*/{TASK}")] if place.is_dir() else []
-    if not found:
-        raise EvalError(f"{place / TASK} is missing; expected the folder TASK@PROTOCOL/MODE of a run, or a view in it.")
-    own = [view for view in found if RESCORED not in view.name] or found
+    if (folder / TASK).is_file() or (folder / DOCUMENTS).is_file():
+        return folder
+    views = [path.parent for path in folder.glob(f"*/{TASK}")] if folder.is_dir() else []
+    if not views:
+        raise EvalError(
+            f"{folder / TASK} is missing; expected the folder TASK@PROTOCOL/MODE of a run, or a view in it."
+        )
+    own = [view for view in views if RESCORED not in view.name] or views
     return max(own, key=lambda view: (_count(view), (view / TASK).stat().st_mtime_ns, view.name))
 
 
@@ -131,10 +129,10 @@ def folder_of(view: Path) -> str:
     return view.relative_to(run_of(view)).as_posix()
 
 
-def task_of(place: Path) -> Task | None:
+def task_of(view: Path) -> Task | None:
     """The rules by which a view was scored; None if the samples are no answers to a task."""
-    path = place / TASK
-    return build_strictly(Task, read_view(place)["task"], source=str(path)) if path.is_file() else None
+    path = view / TASK
+    return build_strictly(Task, read_view(view)["task"], source=str(path)) if path.is_file() else None
 
 
 def read_view(view: Path) -> dict[str, Any]:
@@ -163,22 +161,22 @@ def documents_of(view: Path) -> list[dict[str, Any]]:
 
 
 def write_samples(
-    view: Path, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]], scored: Sequence[Scored]
+    view: Path, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], scored: Sequence[Scored]
 ) -> None:
     """Write `samples.jsonl`: every document with its answer and its score."""
     samples = [
         _sample(index, row, answer, one)
-        for index, (row, answer, one) in enumerate(zip(rows, given, scored, strict=True))
+        for index, (row, answer, one) in enumerate(zip(rows, answers, scored, strict=True))
     ]
     replace_text(view / SAMPLES, "".join(line(sample) for sample in samples))
 
 
 def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Scored) -> dict[str, Any]:
     error = last_line(answer["error"])
-    kept = ("id", "category", "question", "hint", "options", "answers", "prompt", "images", "paths", "cluster")
+    copied = ("id", "category", "question", "hint", "options", "answers", "prompt", "images", "paths", "cluster")
     return {
         "index": index,
-        **{name: row[name] for name in kept},
+        **{name: row[name] for name in copied},
         "text": answer["text"],
         "parsed": scored.parsed,
         "numbers": list(scored.numbers),
@@ -199,13 +197,13 @@ def last_line(error: str | None) -> str | None:
     return (error.strip().splitlines() or ["no message"])[-1] if error else None
 
 
-def read_scored(place: Path) -> list[Scored]:
+def read_scored(folder: Path) -> list[Scored]:
     """The samples of a task folder; the score of one without a score is nan.
 
     Raises:
         EvalError: it is not a task folder, or it is not scored.
     """
-    view = find_view(place)
+    view = find_view(folder)
     path = view / SAMPLES
     if not path.is_file():
         raise EvalError(f"{path} is missing; score the folder first.")
@@ -234,9 +232,9 @@ def has_scores(view: Path) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of a run; see `_inside`."""
+    """The rows of a JSONL file of a run. Anybody may have made it: a link must not lead out of its folder."""
     try:
-        return parse_lines(read_text(_inside(path)))
+        return parse_lines(read_text(find_below(Path(os.path.realpath(path.parent)), path.name)))
     except StrictJsonError as error:
         raise EvalError(f"{path} {error}.") from error
 
@@ -247,8 +245,3 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(files.read_json(path))
     except (OSError, ValueError) as error:
         raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
-
-
-def _inside(path: Path) -> Path:
-    """The path, unless a link leads out of its folder: anybody may have made a run."""
-    return find_below(Path(os.path.realpath(path.parent)), path.name)

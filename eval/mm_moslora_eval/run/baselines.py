@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mm_moslora.utils.errors import DataError
@@ -48,7 +48,7 @@ def read_training_answers(path: Path, *, image_folder: Path | None = None) -> li
 
     folder = str(image_folder) if image_folder else None
     source = open_source(SourceConfig(path=str(path), image_folder=folder, follow_links=True))  # no picture is opened
-    found: list[TrainingAnswer] = []
+    answers: list[TrainingAnswer] = []
     unusable = 0
     for row in range(len(source)):
         try:
@@ -57,14 +57,14 @@ def read_training_answers(path: Path, *, image_folder: Path | None = None) -> li
             unusable += 1
             continue
         pairs = zip(turns[::2], turns[1::2], strict=False)
-        found += [TrainingAnswer(question.text, answer.text) for question, answer in pairs]
-    if not found:
+        answers += [TrainingAnswer(question.text, answer.text) for question, answer in pairs]
+    if not answers:
         raise DataError(f"{path} holds no question with an answer that can be read. Give the training file.")
     if unusable:
         logger.warning(
             "%s: %d of %d records cannot be used; baselines learn from the rest.", path, unusable, len(source)
         )
-    return found
+    return answers
 
 
 def baseline(
@@ -83,7 +83,7 @@ def baseline(
         "learned_from": learned_from(training),
         "majority_answer": _most_frequent([item.answer for item in training or _answers_of(documents)]),
         "data": data.to_dict(),
-        "selection": selection_of(items, data).to_dict(),
+        "selection": asdict(selection_of(items, data)),
     }
     if own:
         about["own_less_this"] = difference_of_scores(task.aggregation, [own], [scored]).as_difference.to_dict()
@@ -109,13 +109,13 @@ def answer_without_model(
     source = training or _answers_of(documents)
     overall = _most_frequent([item.answer for item in source])
     by_question: dict[str, list[str]] = defaultdict(list)
-    for known_answer in source:
-        by_question[_key(known_answer.question)].append(known_answer.answer)
+    for example in source:
+        by_question[_key(example.question)].append(example.answer)
     needed = 1 if training else 2
     scored = []
     for document, cluster in zip(documents, clusters, strict=True):
-        known = by_question.get(_key(document.question), [])
-        answer = _most_frequent(known) if name == "question_majority" and len(known) >= needed else overall
+        same = by_question.get(_key(document.question), [])
+        answer = _most_frequent(same) if name == "question_majority" and len(same) >= needed else overall
         scored.append(score_answer(document, answer, extraction=task.extraction, metric=task.metric, cluster=cluster))
     return scored
 

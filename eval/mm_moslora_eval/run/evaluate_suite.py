@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,9 @@ from mm_moslora_eval.run.answer_views import (
 )
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
-from mm_moslora_eval.run.sample_thumbnails import keep
-from mm_moslora_eval.run.stored_types import Sample, check_row
-from mm_moslora_eval.run.task_runner import Settings, open_run, run_task, select
+from mm_moslora_eval.run.sample_thumbnails import store_thumbnails
+from mm_moslora_eval.run.stored_types import StoredSample, check_row
+from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores
@@ -57,9 +58,10 @@ def evaluate(
     modes: Sequence[ImageMode] = MODES,
     baselines: Sequence[str] = BASELINES,
     training: Sequence[TrainingAnswer] = (),
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     progress: ModeProgress | None = None,
     judge: Judge | None = None,
+    locked: bool = False,
 ) -> list[TaskResult]:
     """Ask, score and write one task in several image modes, with baselines.
 
@@ -73,6 +75,7 @@ def evaluate(
         settings: batch size, limits, rank.
         progress: called with (mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
+        locked: the caller has opened the run folder (`task_runner.open_run`), over several tasks.
 
     Returns:
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
@@ -80,47 +83,29 @@ def evaluate(
     Raises:
         EvalError: see `task_runner.run_task` and `task_runner.open_run`.
     """
-    settings = settings or Settings()
-    with open_run(output, model, rank=settings.rank):
-        return evaluate_held(
-            model, task, output, modes=modes, baselines=baselines, training=training, settings=settings,
-            progress=progress, judge=judge,
-        )  # fmt: skip
-
-
-def evaluate_held(
-    model: Model,
-    task: Task,
-    output: Path,
-    *,
-    modes: Sequence[ImageMode],
-    baselines: Sequence[str],
-    training: Sequence[TrainingAnswer],
-    settings: Settings,
-    progress: ModeProgress | None,
-    judge: Judge | None,
-) -> list[TaskResult]:
-    """`evaluate` for a caller that holds the run folder (`task_runner.open_run`) over several tasks."""
-    data = task.load()
-    hasher = Hasher()
-    results: list[TaskResult] = []
-    for mode in modes:
-        told = None if progress is None else partial(progress, mode)
-        view = run_task(model, task, output, mode=mode, settings=settings, data=data, progress=told, hasher=hasher)
-        if settings.rank == 0 and settings.shard is None:
-            results.append(score_folder(view, judge=judge))
-            keep(output, read_samples(view), data.documents, mode=mode, hasher=hasher)
-            _write(output, results[-1:])
-    if settings.shard is not None:  # all shards together are scored
-        return []
-    documents = select(data, settings)
-    if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
-        asked = next((result for result in results if result.mode == "own" and result.scored), None)
-        own = read_scored(output / asked.folder) if asked is not None and baselines else []
-        floors = [baseline(name, task, documents, data=data, training=training, own=own) for name in baselines]
-        _write(output, floors)
-        results += floors
-    return results
+    settings = settings or EvaluationSettings()
+    with nullcontext() if locked else open_run(output, model, rank=settings.rank):
+        data, hasher = task.load(), Hasher()
+        results: list[TaskResult] = []
+        for mode in modes:
+            report = None if progress is None else partial(progress, mode)
+            view = run_task(
+                model, task, output, mode=mode, settings=settings, data=data, progress=report, hasher=hasher
+            )
+            if settings.rank == 0 and settings.shard is None:
+                results.append(score_folder(view, judge=judge))
+                store_thumbnails(output, read_samples(view), data.documents, mode=mode, hasher=hasher)
+                _write(output, results[-1:])
+        if settings.shard is not None:  # all shards together are scored
+            return []
+        documents = select(data, settings)
+        if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
+            own_result = next((result for result in results if result.mode == "own" and result.scored), None)
+            own = read_scored(output / own_result.folder) if own_result is not None and baselines else []
+            floors = [baseline(name, task, documents, data=data, training=training, own=own) for name in baselines]
+            _write(output, floors)
+            results += floors
+        return results
 
 
 def _write(output: Path, results: Sequence[TaskResult]) -> None:
@@ -132,12 +117,12 @@ def _write(output: Path, results: Sequence[TaskResult]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PairedComparison:
     """Two systems on the same samples, A - B; each may have run with several seeds."""
 
     task: str
     aggregation: str
-    """Of the task; the comparison is of its score."""
+    """The task's aggregation, whose score is compared."""
     score: ScoreDifference
     nats: LikelihoodDifference | None
     """The difference in the log-likelihood of the references; None where a run has none."""
@@ -163,18 +148,18 @@ class Comparison:
         )
 
 
-def read_samples(place: Path) -> list[dict[str, Any]]:
+def read_samples(source: Path) -> list[dict[str, Any]]:
     """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE.
 
     Raises:
         EvalError: the file is missing or damaged.
     """
-    path = find_view(place) / SAMPLES if place.is_dir() else Path(os.path.realpath(place))  # a user's path
+    path = find_view(source) / SAMPLES if source.is_dir() else Path(os.path.realpath(source))  # a user's path
     if not path.is_file():
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
     rows = read_lines(path)
     for row in rows:
-        check_row(Sample, row, source=f"{path}: sample {row.get('id')!r}")
+        check_row(StoredSample, row, source=f"{path}: sample {row.get('id')!r}")
     return rows
 
 
@@ -192,11 +177,11 @@ def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple
         return [_alike(runs_a, runs_b)]
     # Samples lie in views, and in the folders of releases without views.
     below = [[*run.glob(f"*/*/{SAMPLES}"), *run.glob(f"*/*/*/{SAMPLES}")] for run in everything]
-    found = [{folder_of(path.parent): path.parent for path in paths} for paths in below]
-    shared = sorted(set.intersection(*(set(views) for views in found)))
+    views_of_runs = [{folder_of(path.parent): path.parent for path in paths} for paths in below]
+    shared = sorted(set.intersection(*(set(views) for views in views_of_runs)))
     if not shared:
         named = ", ".join(str(run) for run in everything)
-        tasks = [{name.rpartition("/")[0] for name in views} for views in found]
+        tasks = [{name.rpartition("/")[0] for name in views} for views in views_of_runs]
         same = sorted(set.intersection(*tasks))
         if same:
             raise EvalError(
@@ -205,24 +190,24 @@ def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple
         raise EvalError(
             f"{named} have no scored task in common. Give two run folders, or two folders TASK@PROTOCOL/MODE."
         )
-    sides = [[views[name] for views in found] for name in shared]
+    sides = [[views[name] for views in views_of_runs] for name in shared]
     return [(side[: len(runs_a)], side[len(runs_a) :]) for side in sides]
 
 
 def _alike(a: Sequence[Path], b: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The views of the same documents in all folders; if there are none, the default view of each folder."""
-    places = [*a, *b]
-    below = [{path.parent.name for path in place.glob(f"*/{SAMPLES}")} for place in places]
+    folders = [*a, *b]
+    below = [{path.parent.name for path in folder.glob(f"*/{SAMPLES}")} for folder in folders]
     shared = set.intersection(*below) if below else set()
     if shared:
-        largest = find_view(places[0]).name
+        largest = find_view(folders[0]).name
         name = largest if largest in shared else sorted(shared)[0]
-        return [place / name for place in a], [place / name for place in b]
-    meant = [find_view(place) if place.is_dir() else place for place in places]
-    return meant[: len(a)], meant[len(a) :]
+        return [folder / name for folder in a], [folder / name for folder in b]
+    views = [find_view(folder) if folder.is_dir() else folder for folder in folders]
+    return views[: len(a)], views[len(a) :]
 
 
-def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Comparison:
+def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> PairedComparison:
     """Compare the samples of task folders (of two systems, or of two image modes of one run).
 
     Several folders of one system are its seeds: every sample counts with its mean over them.
@@ -230,22 +215,22 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     Raises:
         EvalError: they hold different documents, or are unscored.
     """
-    given = [[runs] if isinstance(runs, Path) else list(runs) for runs in (runs_a, runs_b)]
-    places_a, places_b = _alike(*given)
-    places = [*places_a, *places_b]
-    a, b = ([_by_id(place) for place in side] for side in (places_a, places_b))
+    systems = [[runs] if isinstance(runs, Path) else list(runs) for runs in (runs_a, runs_b)]
+    views_a, views_b = _alike(*systems)
+    views = [*views_a, *views_b]
+    a, b = ([_by_id(view) for view in side] for side in (views_a, views_b))
     first = a[0]
-    for place, rows in zip(places, [*a, *b], strict=True):
-        _check_same(places[0], first, place, rows)
-        _check_rules(places[0], place)
-    aggregation = _described(places[0]).get("task", {}).get("aggregation", "mean")
+    for view, rows in zip(views, [*a, *b], strict=True):
+        _check_same(views[0], first, view, rows)
+        _check_rules(views[0], view)
+    aggregation = _described(views[0]).get("task", {}).get("aggregation", "mean")
     grids = [[[nats_of(rows[name]) for name in first] for rows in side] for side in (a, b)]
-    documents = _documents(places[0], first)
+    documents = _documents(views[0], first)
     sides = ([[scored_row(rows[name], documents[name]) for name in documents] for rows in side] for side in (a, b))
     score = difference_of_scores(aggregation, *sides)
     shown = [_worst_rotations(side[0]) if aggregation == "circular" else side[0] for side in (a, b)]
-    return Comparison(
-        task=_named(places[0]),
+    return PairedComparison(
+        task=_named(views[0]),
         aggregation=aggregation,
         score=score,
         nats=likelihood_difference(grids[0], grids[1], [row["cluster"] for row in first.values()]),
@@ -253,9 +238,9 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     )
 
 
-def _documents(place: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Document]:
+def _documents(source: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Document]:
     """The documents of a view; of a file of samples without its view, what the samples hold of them."""
-    view = place if place.is_dir() else place.parent
+    view = source if source.is_dir() else source.parent
     if (view / DOCUMENTS).is_file():
         return {row["id"]: Document.from_dict(row) for row in documents_of(view) if row["id"] in rows}
     parts = ("id", "question", "options", "category")
@@ -273,46 +258,46 @@ def _worst_rotations(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     return questions
 
 
-def _described(place: Path) -> dict[str, Any]:
-    view = place if place.is_dir() else place.parent
+def _described(source: Path) -> dict[str, Any]:
+    view = source if source.is_dir() else source.parent
     return read_view(view) if (view / TASK).is_file() else {}
 
 
-def _named(place: Path) -> str:
+def _named(source: Path) -> str:
     """NAME@PROTOCOL, with the selection if it is not the whole data set."""
-    described = _described(place)
+    described = _described(source)
     if not described:
-        return place.parent.name
+        return source.parent.name
     selection = described.get("selection", {})
     part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
     return f"{described['task']['name']}@{described['task']['protocol']}{part}"
 
 
-def _by_id(place: Path) -> dict[str, dict[str, Any]]:
-    rows = {row["id"]: row for row in read_samples(place)}
+def _by_id(source: Path) -> dict[str, dict[str, Any]]:
+    rows = {row["id"]: row for row in read_samples(source)}
     if all(row["score"] is None for row in rows.values()):
-        raise EvalError(f"{place} is unscored, so there is nothing to compare; score it with a judge first.")
+        raise EvalError(f"{source} is unscored, so there is nothing to compare; score it with a judge first.")
     return rows
 
 
-def _check_same(place_a: Path, a: dict[str, dict[str, Any]], place_b: Path, b: dict[str, dict[str, Any]]) -> None:
+def _check_same(view_a: Path, a: dict[str, dict[str, Any]], view_b: Path, b: dict[str, dict[str, Any]]) -> None:
     if a.keys() != b.keys():
         odd = sorted(a.keys() ^ b.keys())
         raise EvalError(
-            f"{place_a} and {place_b} hold different documents: {len(odd)} are in one only (first: {odd[0]!r}). "
+            f"{view_a} and {view_b} hold different documents: {len(odd)} are in one only (first: {odd[0]!r}). "
             "Evaluate both on the same data and limit."
         )
     if any((row["question"], row["answers"]) != (b[name]["question"], b[name]["answers"]) for name, row in a.items()):
-        raise EvalError(f"{place_a} and {place_b} use the same ids for different questions; they are not comparable.")
+        raise EvalError(f"{view_a} and {view_b} use the same ids for different questions; they are not comparable.")
 
 
-def _check_rules(place_a: Path, place_b: Path) -> None:
-    a, b = (_described(place).get("task") for place in (place_a, place_b))
+def _check_rules(view_a: Path, view_b: Path) -> None:
+    a, b = (_described(view).get("task") for view in (view_a, view_b))
     if not a or not b:
         return
     odd = [f"{rule} {a.get(rule)!r} and {b.get(rule)!r}" for rule in ("version", *RULES) if a.get(rule) != b.get(rule)]
     if odd:
         raise EvalError(
-            f"{place_a} and {place_b} were scored by different rules: {', '.join(odd)}. Score both by one protocol, "
+            f"{view_a} and {view_b} were scored by different rules: {', '.join(odd)}. Score both by one protocol, "
             "with mm-moslora eval score."
         )

@@ -12,7 +12,7 @@ from mm_moslora.utils.files import MARK, make_subfolder, mark, remove
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_registry import tasks_of
 from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.task_runner import RUN, Settings
+from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings
 
 if TYPE_CHECKING:
     from mm_moslora.training.validation import Moment
@@ -32,16 +32,16 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     Raises:
         EvalError: see `task_registry.tasks_of`; or every sample fails.
     """
-    settings = Settings(batch_size=moment.batch_size, limit=moment.config.task_limit or None)
+    settings = EvaluationSettings(batch_size=moment.batch_size, limit=moment.config.task_limit or None)
     _start_over(moment.folder)
     model = LocalModel(moment.assembly, name=f"{moment.name} at step {moment.step}")
     metrics: dict[str, float] = {}
-    asked = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
+    stop_file = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
 
     def give_way(*_: object) -> None:
         if moment.stop.received:
-            asked.touch()
-        if asked.exists():
+            stop_file.touch()
+        if stop_file.exists():
             raise _CutShort
 
     cut = False
@@ -50,9 +50,9 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
             for result in evaluate(
                 model, task, moment.folder, modes=("own",), baselines=(), settings=settings, progress=give_way
             ):
-                found = {"score": result.score, **result.metrics}
+                values = {"score": result.score, **result.metrics}
                 metrics |= {
-                    f"eval/{result.task}/{name}": value for name, value in found.items() if math.isfinite(value)
+                    f"eval/{result.task}/{name}": value for name, value in values.items() if math.isfinite(value)
                 }
     except _CutShort:
         cut = True

@@ -90,21 +90,21 @@ class Judge:
             {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
             for temperature in _TEMPERATURES
         ]
-        asked = [{"url": self.endpoint.url, "model": self.endpoint.model, "request": request} for request in requests]
-        places = [self._cache / f"{digest(one)}.json" for one in asked]
-        for place in places:
-            found = _read(_kept_reply(place), read)
-            if found is not None:
+        endpoint = {"url": self.endpoint.url, "model": self.endpoint.model}
+        cache_files = [self._cache / f"{digest(endpoint | {'request': request})}.json" for request in requests]
+        for cache_file in cache_files:
+            value = _read(_cached_reply(cache_file), read)
+            if value is not None:
                 with self._counting:
                     self.cached += 1
-                return found
-        for place, request in zip(places, requests, strict=True):
+                return value
+        for cache_file, request in zip(cache_files, requests, strict=True):
             text = self._request(request)
-            found = _read(text, read)
-            if found is not None:
-                stored = {"url": redact_text(self.endpoint.url), "model": self.endpoint.model, "request": request}
-                replace_text(place, json.dumps(stored | {"reply": text}, indent=2) + "\n")  # half a pair is no UTF-8
-                return found
+            value = _read(text, read)
+            if value is not None:
+                stored = endpoint | {"url": redact_text(self.endpoint.url), "request": request, "reply": text}
+                replace_text(cache_file, json.dumps(stored, indent=2) + "\n")  # half a surrogate pair is no UTF-8
+                return value
             with self._counting:
                 self.unreadable, self.last_unreadable = self.unreadable + 1, text
         return None
@@ -137,14 +137,14 @@ def _read(reply: str | None, read: Callable[[str], _T | None]) -> tuple[_T, str]
     return None if value is None else (value, text)
 
 
-def _kept_reply(place: Path) -> str | None:
+def _cached_reply(cache_file: Path) -> str | None:
     """A cached reply; None if there is none, or if it is damaged and will be requested again."""
     try:
-        return str(read_json(place)["reply"])
+        return str(read_json(cache_file)["reply"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s is damaged (%s: %s); the judge is asked again.", place, type(error).__name__, error)
+        logger.warning("%s is damaged (%s: %s); the judge is asked again.", cache_file, type(error).__name__, error)
         return None
 
 
@@ -211,8 +211,8 @@ Ratings = Callable[[str], tuple[float, float]]
 def _grade_mmvet(judge: Judge, document: Document, answer: str, *, read: GradeOf) -> Grade | None:
     """MM-Vet: the grade, 0 to 1."""
     prompt = _MMVET + judge_scores.mmvet_table_row(document.question, "<OR>".join(document.answers), answer)
-    found = judge.ask(prompt, read, max_tokens=8)
-    return None if found is None else Grade(score=found[0], parsed=found[1])
+    graded = judge.ask(prompt, read, max_tokens=8)
+    return None if graded is None else Grade(score=graded[0], parsed=graded[1])
 
 
 def _grade_llavabench(judge: Judge, document: Document, answer: str, *, read: Ratings) -> Grade | None:
@@ -222,8 +222,8 @@ def _grade_llavabench(judge: Judge, document: Document, answer: str, *, read: Ra
         caption=document.extra.get("caption", "(no description)"), question=document.question, reference=reference,
         answer=answer,
     )  # fmt: skip
-    found = judge.ask(prompt, partial(judge_scores.ratings_within, read=read), max_tokens=1024)
-    return None if found is None else Grade(score=found[0][1] / 10, parsed=found[1], numbers=found[0])
+    rated = judge.ask(prompt, partial(judge_scores.ratings_within, read=read), max_tokens=1024)
+    return None if rated is None else Grade(score=rated[0][1] / 10, parsed=rated[1], numbers=rated[0])
 
 
 def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str | None:
@@ -233,18 +233,18 @@ def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str | N
     short = stripped in (*question.choices, *document.options)
     if not stripped or short or (question.answer_type in ("integer", "float") and _is_number(stripped)):
         return answer
-    return _asked_for_answer(judge, document, answer)
+    return _copied_answer(judge, document, answer)
 
 
-def _asked_for_answer(judge: Judge, document: Document, answer: str) -> str | None:
+def _copied_answer(judge: Judge, document: Document, answer: str) -> str | None:
     """The answer that the judge copies out, empty if it finds none; None if its replies cannot be read."""
     named = zip(letters(len(choices := mathvista_question(document).choices)), choices, strict=True)
     written = "; ".join(f"({letter}) {text}" for letter, text in named) or "none"
     prompt = _MATHVISTA.format(question=document.question, choices=written, answer=answer)
-    found = judge.ask(prompt, str.strip, max_tokens=64)
-    if found is None:
+    copied = judge.ask(prompt, str.strip, max_tokens=64)
+    if copied is None:
         return None
-    return "" if found[0].lower().rstrip(".") == "none" else found[0]
+    return "" if copied[0].lower().rstrip(".") == "none" else copied[0]
 
 
 JUDGE_EXTRACTIONS: dict[str, tuple[Callable[[Judge, Document, str], str | None], str]] = {
@@ -252,7 +252,7 @@ JUDGE_EXTRACTIONS: dict[str, tuple[Callable[[Judge, Document, str], str | None],
     "mathvista_vlmevalkit": (
         # VLMEvalKit's check comes first: an answer that it can read needs no judge.
         lambda judge, document, answer: (
-            EXTRACTORS["mathvista_vlmevalkit"](answer, document) or _asked_for_answer(judge, document, answer)
+            EXTRACTORS["mathvista_vlmevalkit"](answer, document) or _copied_answer(judge, document, answer)
         ),
         "text",
     ),
@@ -295,26 +295,26 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
         BudgetError: see `Judge.ask`.
         EvalError: the judge cannot be reached, or too many of its replies cannot be read.
     """
-    grader = GRADERS.get(task.metric) or partial(_grade_found, task=task)
+    grader = GRADERS.get(task.metric) or partial(_grade_extracted, task=task)
     seen = [without_thinking(sample.text) for sample in samples]
-    asked = [index for index, sample in enumerate(samples) if not sample.failed and not seen[index].unclosed]
+    answered = [index for index, sample in enumerate(samples) if not sample.failed and not seen[index].unclosed]
     result = [replace(sample, score=0.0, parsed="", judged=True) for sample in samples]
     ungraded = 0
     try:
         for number, grade in in_parallel(
-            lambda index: grader(judge, samples[index].document, seen[index].text), asked, workers=_WORKERS,
+            lambda index: grader(judge, samples[index].document, seen[index].text), answered, workers=_WORKERS,
             fatal=Exception,
         ):  # fmt: skip
             ungraded += grade is None
-            if ungraded > MOST_UNREADABLE * len(asked):
+            if ungraded > MOST_UNREADABLE * len(answered):
                 raise EvalError(
-                    f"The judge's replies to {ungraded} of {len(asked)} answers cannot be read, so nothing more is "
+                    f"The judge's replies to {ungraded} of {len(answered)} answers cannot be read, so nothing more is "
                     f"asked; the last one is {judge.last_unreadable[:_SHOWN]!r}. Replies that can be read are kept: "
                     "mend the judge (more room for its thinking: --judge-thinking-tokens), then score again."
                 )
-            found = grade or Grade(score=math.nan, parsed="")
-            result[asked[number]] = replace(
-                result[asked[number]], score=found.score, parsed=found.parsed, numbers=found.numbers
+            final = grade or Grade(score=math.nan, parsed="")
+            result[answered[number]] = replace(
+                result[answered[number]], score=final.score, parsed=final.parsed, numbers=final.numbers
             )
     except EvalError:
         raise
@@ -323,7 +323,7 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
     return result
 
 
-def _grade_found(judge: Judge, document: Document, answer: str, *, task: Task) -> Grade | None:
+def _grade_extracted(judge: Judge, document: Document, answer: str, *, task: Task) -> Grade | None:
     """The score of the answer that a judge finds."""
     find, then = JUDGE_EXTRACTIONS[task.extraction]
     text = find(judge, document, answer)

@@ -31,12 +31,9 @@ FILE = "invocations.jsonl"
 
 def environment() -> dict[str, str]:
     """Versions of the software that can change an answer or a score."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
-    for package in ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy"):
-        version = installed_version(package)
-        if version is not None:
-            found[package] = version
-    return found
+    versions = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
+    packages = ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy")
+    return versions | {name: version for name in packages if (version := installed_version(name)) is not None}
 
 
 def circumstances(model: Model) -> dict[str, Any]:
@@ -61,11 +58,11 @@ def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
 
 def read(folder: Path) -> list[Call]:
     """The recorded calls; an incomplete or damaged line is left out."""
-    found = []
+    calls = []
     for row in parse_lines(read_text_below(folder, FILE) or "", skip_damaged=True):
         with suppress(ConfigError):
-            found.append(build_known(Call, row, source=FILE))
-    return found
+            calls.append(build_known(Call, row, source=FILE))
+    return calls
 
 
 @lru_cache(maxsize=1)

@@ -78,8 +78,8 @@ class Preparation:
         shown = documents if pool is None or mode != "wrong" else pool
         identified = {document.id: self._identify(document, hasher) for document in shown}
         beside = [ids for ids, problem in identified.values() if problem is None]
-        known = [name for ids in beside for name in ids]
-        self._other = derangement(known, seed=seed, apart=beside) if mode == "wrong" and known else {}
+        names = [name for ids in beside for name in ids]
+        self._other = derangement(names, seed=seed, apart=beside) if mode == "wrong" and names else {}
         self.items = tuple(
             self._item(index, document, *identified[document.id], fingerprint)
             for index, document in enumerate(documents)
@@ -108,7 +108,7 @@ class Preparation:
         if problem is None:
             try:
                 messages = task.prompt.messages(document)
-                own = tuple(own[place] for place in task.prompt.image_order(document))
+                own = tuple(own[number] for number in task.prompt.image_order(document))
             except EvalError as error:
                 problem = str(error)
         shown = own
@@ -119,7 +119,7 @@ class Preparation:
         conversation = [[message.role, message.text] for message in messages]
         decided = {
             "format": FORMAT,
-            "task": task.asked,
+            "task": task.request_hash,
             "id": document.id,
             "document": document.hash,
             "prompt": digest(conversation),
@@ -196,6 +196,7 @@ def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
     for item in items:
         groups.setdefault(_shown(item), []).append(item)
     ordered = sorted(groups.values(), key=lambda group: (-sum(item.cost for item in group), group[0].index))
+    # Longest first to the least loaded rank: at most 4/3 of the best division (Graham 1969).
     loads = [0.0] * world_size
     share: list[list[Item]] = []
     for group in ordered:
@@ -208,17 +209,17 @@ def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
 
 
 def windows(share: Sequence[Item], size: int) -> list[list[Item]]:
-    """What is handed to the model at a time, about `size` items of a share: questions on one picture stay together.
+    """The items that the model gets at a time, about `size` of a share: questions on one picture stay together.
 
     Batches are made within a window, so a window has the same answers wherever it is asked.
     """
-    found: list[list[Item]] = []
+    filled: list[list[Item]] = []
     for _, group in groupby(share, _shown):
         items = list(group)
-        if not found or len(found[-1]) + len(items) > size:
-            found.append([])
-        found[-1] += items
-    return found
+        if not filled or len(filled[-1]) + len(items) > size:
+            filled.append([])
+        filled[-1] += items
+    return filled
 
 
 def _shown(item: Item) -> Hashable:

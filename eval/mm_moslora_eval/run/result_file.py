@@ -93,8 +93,8 @@ class TaskResult:
     """n, score and stderr over the samples that were answered."""
     metrics: dict[str, float] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
-    """The numbers of `reference_likelihood.Likelihood`, or the reason `none`; empty for a baseline and for results of
-    earlier versions."""
+    """See `reference_likelihood.mean_likelihood`, or the reason `none`; empty for a baseline and for results of earlier
+    versions."""
     clusters: int | None = None
     """Pictures on which the interval rests, with samples that share none; None in results of earlier versions."""
     groups: int | None = None
@@ -136,15 +136,16 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; nan becomes None."""
-        return _plain(asdict(self))  # type: ignore[no-any-return]
+        return strict_json(asdict(self))  # type: ignore[no-any-return]
 
 
-def _plain(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
+    """Plain data with None for NaN and infinity, which JSON has not."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+        return [strict_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def result_from_dict(data: dict[str, Any]) -> TaskResult:
@@ -163,14 +164,14 @@ def result_from_dict(data: dict[str, Any]) -> TaskResult:
     return TaskResult(**{**data, **numbers, "counts": counts, "about": about, "remarks": remarks})
 
 
-def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
+def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
     """Score the answers of one view and write its `samples.jsonl`.
 
     A task that needs a judge stays unscored without one or if the judge fails. Then its score is nan,
     `about["unscored"]` is the reason, and a submission file is written to the samples' folder.
 
     Args:
-        place: the folder that `task_runner.run_task` returned, or TASK@PROTOCOL/MODE.
+        folder: the folder that `task_runner.run_task` returned, or TASK@PROTOCOL/MODE.
         rules: a task with the extraction, metric and aggregation to use instead of the original ones; the samples are
             then written to a further view.
         judge: grades free answers.
@@ -178,11 +179,12 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
     Raises:
         EvalError: files are missing or of another format, or documents have no answer yet.
     """
-    view = find_view(place)
-    found = read_json(view / TASK).get("format")
-    if found != FORMAT:
+    view = find_view(folder)
+    stored_format = read_json(view / TASK).get("format")
+    if stored_format != FORMAT:
         raise EvalError(
-            f"{view} has format {found!r}, this version reads {FORMAT}; score it with the version that wrote it."
+            f"{view} has format {stored_format!r}, this version reads {FORMAT}; score it with the version that wrote "
+            "it."
         )
     described = read_view(view)
     task = build_strictly(Task, described["task"], source=str(view / TASK))
@@ -196,38 +198,37 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
         )
     if rules is not None:
         view, task = _with_rules(view, described, task, rules)
-    given = [answers[row["key"]] for row in rows]
+    in_order = [answers[row["key"]] for row in rows]
     about = {key: described[key] for key in ABOUT if key in described}
-    about["date"] = max((str(answer["time"]) for answer in given if answer.get("time")), default=None)
-    texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, given, strict=True)]
+    about["date"] = max((str(answer["time"]) for answer in in_order if answer.get("time")), default=None)
+    texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, in_order, strict=True)]
     check_ids(task.aggregation, [document for document, _ in texts])
     scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
     if judge is not None:
         about["judge"] = judge.to_dict()
     settled: dict[str, Any] = {
         "mode": described["mode"], "folder": folder_of(view),
-        "truncated": sum(answer["finish_reason"] == "length" for answer in given),
-        "errors": [last_line(answer["error"]) for answer in given],
-        "likelihood": _likelihood(task, rows, given),
+        "truncated": sum(answer["finish_reason"] == "length" for answer in in_order),
+        "errors": [last_line(answer["error"]) for answer in in_order],
+        "likelihood": _likelihood(task, rows, in_order),
     }  # fmt: skip
     if reason is not None:
         if not has_scores(view):  # keep the scores of an earlier judge
-            write_samples(view, rows, given, scored)
+            write_samples(view, rows, in_order, scored)
         from mm_moslora_eval.run.submissions import keep_submission
 
         about["unscored"] = f"{reason.text} {keep_submission(view, task.name)}"
         about |= {"judge_failed": True} if reason.failed else {}
         return unscored(task, scored, about=about, **settled)
-    write_samples(view, rows, given, scored)
+    write_samples(view, rows, in_order, scored)
     return summarise(task, scored, about=about, **settled)
 
 
-def _likelihood(task: Task, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    found = mean_likelihood(given, [row["cluster"] for row in rows])
-    if found is not None:
-        return found.to_dict()
+def _likelihood(task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if likelihood := mean_likelihood(answers, [row["cluster"] for row in rows]):
+        return likelihood
     referenced = any(row["answers"] for row in rows)
-    return {"none": reason_without(given, referenced=referenced, judged=task.metric in JUDGED)}
+    return {"none": reason_without(answers, referenced=referenced, judged=task.metric in JUDGED)}
 
 
 ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as", "asked_to_think")
@@ -235,18 +236,18 @@ ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "a
 
 def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) -> tuple[Path, Task]:
     """A view of the same answers under another protocol's rules; prompt and decoding stay the original ones."""
-    kept = replace(
+    rescored = replace(
         task, protocol=rules.protocol, version=rules.version, extraction=rules.extraction, metric=rules.metric,
         aggregation=rules.aggregation, published=rules.published, notes=rules.notes, differences=rules.differences,
     )  # fmt: skip
-    described |= {"task": kept.to_dict()}
+    described |= {"task": rescored.to_dict()}
     if rules.protocol != task.protocol:
         described |= {"asked_as": described.get("asked_as", task.protocol)}
         source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
         make_subfolder(view)
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
-    return view, kept
+    return view, rescored
 
 
 @dataclass(frozen=True)
@@ -259,14 +260,14 @@ class _Unscored:
 
 
 def _scored(
-    task: Task, given: Sequence[tuple[Document, str | None]], clusters: Sequence[str], judge: Judge | None
+    task: Task, answers: Sequence[tuple[Document, str | None]], clusters: Sequence[str], judge: Judge | None
 ) -> tuple[list[Scored], _Unscored | None]:
     """Samples with their scores, or the reason for missing scores."""
     plain = [
         Scored(document=document, text=text or "", parsed=text or "", score=math.nan, failed=text is None, cluster=name)
-        for (document, text), name in zip(given, clusters, strict=True)
+        for (document, text), name in zip(answers, clusters, strict=True)
     ]
-    if all(not document.answers for document, _ in given) and task.metric not in JUDGED:
+    if all(not document.answers for document, _ in answers) and task.metric not in JUDGED:
         return plain, _Unscored("The data holds no reference answers.")
     if task.metric in JUDGED and judge is None:
         return plain, _Unscored("Only a judge can score this task, and none was given (--judge).")
@@ -281,17 +282,24 @@ def _scored(
     rules = {"extraction": task.extraction, "metric": task.metric}
     return [
         score_answer(document, text, cluster=cluster, **rules)
-        for (document, text), cluster in zip(given, clusters, strict=True)
+        for (document, text), cluster in zip(answers, clusters, strict=True)
     ], None
+
+
+_PROTOCOL = (
+    "title", "prompt", "decoding", "extraction", "metric", "aggregation", "expected_count", "licence", "unverified",
+    "published", "notes", "differences",
+)  # fmt: skip
+"""Parts of a task that a result repeats."""
 
 
 def unscored(
     task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
     errors: Sequence[str | None] = (), likelihood: dict[str, Any] | None = None,
 ) -> TaskResult:  # fmt: skip
-    """The result of a task that has answers but no score."""
+    """The result of a task that has answers but no score. See `summarise`."""
     failed = sum(sample.failed for sample in samples)
-    nan = math.nan
+    nan, parts = math.nan, strict_json(task.to_dict())
     return TaskResult(
         task=task.name, protocol=task.protocol, version=task.version, mode=mode, n=len(samples), score=nan, stderr=nan,
         low=nan, high=nan, stderr_kind="none",
@@ -299,9 +307,8 @@ def unscored(
             total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
             dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
         ),
-        completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
-        likelihood=likelihood or {},
-        remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
+        completed={"n": len(samples) - failed}, about={name: parts[name] for name in _PROTOCOL} | about, folder=folder,
+        likelihood=likelihood or {}, remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
     )  # fmt: skip
 
 
@@ -310,23 +317,6 @@ def _thinking(samples: Sequence[Scored]) -> dict[str, int]:
     return {
         "thinking": sum(answer.thought for answer in answers),
         "unclosed_thinking": sum(answer.unclosed for answer in answers),
-    }
-
-
-def _protocol(task: Task) -> dict[str, Any]:
-    return {
-        "title": task.title,
-        "prompt": asdict(task.prompt),
-        "decoding": asdict(task.decoding),
-        "extraction": task.extraction,
-        "metric": task.metric,
-        "aggregation": task.aggregation,
-        "expected_count": task.expected_count,
-        "licence": task.licence,
-        "unverified": list(task.unverified),
-        "published": [asdict(row) for row in task.published],
-        "notes": task.notes,
-        "differences": list(task.differences),
     }
 
 
@@ -346,53 +336,33 @@ def summarise(
         errors: the error of each sample; None for samples that did not fail.
         likelihood: see `TaskResult.likelihood`.
     """
-    graded = with_scores(scored)
-    headline = aggregate(task.aggregation, graded)
-    done = [sample for sample in graded if not sample.failed]
-    failed = len(graded) - len(done)
-    completed = headline if failed == 0 else aggregate(task.aggregation, done) if done else None
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
-    return TaskResult(
-        task=task.name,
-        protocol=task.protocol,
-        version=task.version,
-        mode=mode,
-        n=len(scored),
-        score=headline.score,
-        stderr=headline.stderr,
-        low=headline.low,
-        high=headline.high,
-        stderr_kind=headline.stderr_kind,
-        clusters=headline.clusters,
-        groups=headline.groups,
-        counts=Counts(
-            total=len(scored),
-            scored=len(done),
-            failed=failed,
-            not_inferable=sum(not sample.parsed.strip() for sample in done),
-            truncated=truncated,
-            dropped=about.get("data", {}).get("dropped", 0),
-            ungraded=len(scored) - len(graded),
-            **_thinking(done),
-        ),
-        completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
-        metrics=headline.metrics,
-        likelihood=likelihood or {},
+    result = unscored(
+        task, scored, mode=mode, about=about, truncated=truncated, folder=folder, errors=errors, likelihood=likelihood
+    )
+    graded = with_scores(scored)
+    done = [sample for sample in graded if not sample.failed]
+    headline = aggregate(task.aggregation, graded)
+    completed: dict[str, float] = {"n": len(done)}
+    if done:
+        answered = headline if len(done) == len(graded) else aggregate(task.aggregation, done)
+        completed |= {"score": answered.value, "stderr": answered.stderr}
+    counts = replace(
+        result.counts, scored=len(done), not_inferable=sum(not sample.parsed.strip() for sample in done),
+        ungraded=len(scored) - len(graded), **_thinking(done),
+    )  # fmt: skip
+    remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
+    if folder:
+        remarks += [*answers_alike(done), *(wordy(done) if task.metric not in JUDGED else ())]
+    return replace(
+        result, score=headline.value, stderr=headline.stderr, low=headline.low, high=headline.high,
+        stderr_kind=headline.stderr_kind, clusters=headline.clusters, groups=headline.groups, counts=counts,
+        completed=completed, metrics=dict(headline.metrics), remarks=tuple(remarks),
         categories={
-            name: {"n": part.n, "score": part.score, "stderr": part.stderr, "low": part.low, "high": part.high}
+            name: {"n": part.n, "score": part.value, "stderr": part.stderr, "low": part.low, "high": part.high}
             for name, part in by_category(task.aggregation, graded).items()
         },
-        about=_protocol(task) | about,
-        folder=folder,
-        remarks=(
-            *_asked(task, about),
-            *failures(errors),
-            *ungraded(scored),
-            *thinking(done),
-            *(answers_alike(done) if folder else ()),
-            *(wordy(done) if folder and task.metric not in JUDGED else ()),
-        ),
-    )
+    )  # fmt: skip
 
 
 def _asked(task: Task, about: dict[str, Any]) -> Iterator[str]:
@@ -416,14 +386,14 @@ def read_results(folder: Path) -> list[TaskResult]:
         raise EvalError(
             f"{path} has format {data.get('format')!r}, this version reads {FORMAT}; choose another folder."
         )
-    found = []
+    results = []
     entries = data.get("results")
     for number, item in enumerate(entries if isinstance(entries, list) else [entries]):
         try:
-            found.append(result_from_dict(item))
+            results.append(result_from_dict(item))
         except (ConfigError, KeyError, TypeError) as error:
             logger.warning("%s: entry %d is damaged (%s); score its task again.", path, number, error)
-    return found
+    return results
 
 
 def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResult]:

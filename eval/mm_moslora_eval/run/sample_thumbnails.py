@@ -62,7 +62,7 @@ def shown_samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(chosen, key=lambda row: int(row["index"]))
 
 
-def keep(
+def store_thumbnails(
     run: Path, rows: Sequence[dict[str, Any]], documents: Iterable[Document], *, mode: ImageMode, hasher: Hasher
 ) -> None:
     """Write small copies of the pictures of the samples for a report.
@@ -77,7 +77,7 @@ def keep(
     if mode == "blind":
         return
     chosen = [*shown_samples(rows), *spread(rows, MOST_EVIDENCE)]
-    wanted = {name for row in chosen for name in row["images"][:MOST_PICTURES] if _place(run, name) is None}
+    wanted = {name for row in chosen for name in row["images"][:MOST_PICTURES] if _file_of(run, name) is None}
     for document in documents:
         for image in document.images if wanted and document.problem is None else ():
             try:
@@ -94,19 +94,19 @@ def keep(
                 continue
 
 
-def kept(run: Path, row: dict[str, Any]) -> list[tuple[str, bytes]]:
+def stored_thumbnails(run: Path, row: dict[str, Any]) -> list[tuple[str, bytes]]:
     """Names and bytes of the small copies of a sample's pictures in an evaluation's folder."""
-    found = []
+    thumbnails = []
     for name in list(row.get("images") or ())[:MOST_PICTURES]:
-        if (path := _place(run, name)) is not None:
+        if (path := _file_of(run, name)) is not None:
             try:
-                found.append((path.name, read_bytes(path, most=_MOST_BYTES)))
+                thumbnails.append((path.name, read_bytes(path, most=_MOST_BYTES)))
             except FileError:
                 continue
-    return found
+    return thumbnails
 
 
-def _place(run: Path, name: object) -> Path | None:
+def _file_of(run: Path, name: object) -> Path | None:
     if not isinstance(name, str) or not _IDENTITY.fullmatch(name):
         return None
     for suffix in ("jpg", "png"):

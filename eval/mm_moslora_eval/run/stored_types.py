@@ -111,7 +111,7 @@ class _Likelihood:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class StoredSample:
     """A row of `samples.jsonl`."""
 
     id: str
@@ -139,7 +139,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSample(Sample):
+class TaskSample(StoredSample):
     """A sample that answers a task."""
 
     text: str | None = field()

@@ -24,7 +24,7 @@ _XLSX_CELL = 32_767
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 
 
-def write_submission(place: Path, out: Path, *, form: str) -> int:
+def write_submission(folder: Path, out: Path, *, form: str) -> int:
     """Write the answers of a view, or of TASK@PROTOCOL/MODE of a run, in one of `FORMS`.
 
     Returns:
@@ -34,7 +34,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
         EvalError: an unknown form, a folder without answers, or documents that have not been asked.
         ConfigError: `out` is a folder, or a file that exists.
     """
-    content, missing = submission(place, form=form)
+    content, missing = submission(folder, form=form)
     output_file(out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as part:
         part.write_bytes(content)
@@ -50,7 +50,7 @@ def keep_submission(view: Path, task: str) -> str:
     return f"The answers were written to {path} in the form {form!r}."
 
 
-def submission(place: Path, *, form: str) -> tuple[bytes, int]:
+def submission(folder: Path, *, form: str) -> tuple[bytes, int]:
     """The content of a submission file, and the number of documents without an answer.
 
     Raises:
@@ -58,12 +58,12 @@ def submission(place: Path, *, form: str) -> tuple[bytes, int]:
     """
     if form not in FORMS:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, FORMS)} Known: {', '.join(FORMS)}.")
-    view = find_view(place)
+    view = find_view(folder)
     documents = documents_of(view)
     answers = read_folder(answers_folder(view))
     missing = [row["id"] for row in documents if row["key"] not in answers]
     if missing:
-        raise EvalError(f"{place}: {len(missing)} documents have no answer yet (first: {missing[0]!r}); run it again.")
+        raise EvalError(f"{folder}: {len(missing)} documents have no answer yet (first: {missing[0]!r}); run it again.")
     rows = [row | {"text": without_thinking(answers[row["key"]]["text"] or "").text} for row in documents]
     return FORMS[form](rows), sum(answers[row["key"]]["text"] is None for row in documents)
 
@@ -77,8 +77,8 @@ def _json(data: Any) -> bytes:
 
 
 def _image_name(row: Row) -> str:
-    given = row["extra"].get("image_path") or next((path for path in row["paths"] if path), None) or row["id"]
-    name = PurePath(given)
+    path_or_id = row["extra"].get("image_path") or next((path for path in row["paths"] if path), None) or row["id"]
+    name = PurePath(path_or_id)
     return name.name if name.suffix else f"{name.name}.jpg"  # VizWiz's ids of pictures have no suffix
 
 
@@ -109,8 +109,8 @@ def _columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         }  # fmt: skip
         cells = {**row["extra"], **row["options"], **cells}
         table.append([str(cells.get(name, "")) for name in head])
-    used = [place for place, name in enumerate(head) if name in _ALWAYS or any(cells[place] for cells in table)]
-    return [head[place] for place in used], [[cells[place] for place in used] for cells in table]
+    used = [column for column, name in enumerate(head) if name in _ALWAYS or any(cells[column] for cells in table)]
+    return [head[column] for column in used], [[cells[column] for column in used] for cells in table]
 
 
 _ALWAYS = ("index", "question", "answer", "prediction")

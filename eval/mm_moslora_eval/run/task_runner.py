@@ -23,7 +23,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,15 +31,15 @@ from typing import Any
 
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, read_json, refuse_strangers, replace_text
 from mm_moslora.utils.text_format import whole_number
-from mm_moslora_eval.metrics.question_groups import loglikelihood_choice
+from mm_moslora_eval.metrics.question_groups import preferred_option
 from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
-from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, Selection, read_view, selection_of
+from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
@@ -60,7 +60,7 @@ _FILES = ("results.json", "report.html", provenance.FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class EvaluationSettings:
     """Settings of a run; `max_new_tokens` changes answers, and `seed`, because it chooses the wrong pictures."""
 
     batch_size: int = 8
@@ -94,7 +94,11 @@ class Settings:
             raise EvalError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
 
 
-def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
+Settings = EvaluationSettings
+"""The same class under the shorter name that scripts of users import."""
+
+
+def select(data: DataSet, settings: EvaluationSettings) -> tuple[Document, ...]:
     """The documents that the settings select.
 
     Raises:
@@ -124,7 +128,7 @@ def hold_run(folder: Path, *, rank: int = 0, wait: bool = False, below: Path | N
         raise EvalError(f"The run folder {folder} cannot be made ({error.strerror}). Choose another one.") from error
     for attempt in range(_LOCK_ATTEMPTS):
         try:
-            lock = held(folder / f".rank-{rank}.lock", wait=wait)
+            lock = lock_file(folder / f".rank-{rank}.lock", wait=wait)
             break
         except BlockingIOError as error:
             if attempt == _LOCK_ATTEMPTS - 1:
@@ -162,16 +166,16 @@ def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
 def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
     """Write the owner of a folder, or refuse a folder with another owner."""
     try:
-        found = read_json(path)
+        stored = read_json(path)
     except FileNotFoundError:
         replace_text(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return
     except ValueError as error:
         raise EvalError(f"{path} is damaged ({error}). Restore it, or choose another folder.") from error
     for key, value in identity.items():
-        if _compared(found.get(key)) != _compared(value):
+        if _compared(stored.get(key)) != _compared(value):
             raise EvalError(
-                f"{what} holds another run: its {key} is {found.get(key)!r}, this one's is {value!r}. "
+                f"{what} holds another run: its {key} is {stored.get(key)!r}, this one's is {value!r}. "
                 "Choose another output folder."
             )
 
@@ -187,7 +191,7 @@ def run_task(
     folder: Path,
     *,
     mode: ImageMode = "own",
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     data: DataSet | None = None,
     progress: Progress | None = None,
     hasher: Hasher | None = None,
@@ -214,7 +218,7 @@ def run_task(
         EvalError: the folder belongs to another protocol, or every sample fails.
         ConfigError: a link is at the place of a folder of the run.
     """
-    settings = settings or Settings()
+    settings = settings or EvaluationSettings()
     task = task.within(settings.max_new_tokens, thinking_tokens=_thinking_tokens(model))
     data = data or task.load()
     documents = select(data, settings)
@@ -222,16 +226,17 @@ def run_task(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
         pool=data.documents,
     )  # fmt: skip
-    place = folder / task.id / mode
-    make_subfolder(place, below=folder)
-    _claim(place / "asked.json", {"format": FORMAT, "task": task.id, "asked": task.asked}, what=str(place))
+    mode_folder = folder / task.id / mode
+    make_subfolder(mode_folder, below=folder)
+    identity = {"format": FORMAT, "task": task.id, "asked": task.request_hash}
+    _claim(mode_folder / "asked.json", identity, what=str(mode_folder))
     share = partial(settings.share, work.items, name=f"{task.id}/{mode}")
     items = work.items
     if settings.shard is not None:
         items = tuple(chain(*chain(*map(share, range(settings.world_size)))))
-    job = _Job(model, task, work, items, place, settings, progress)
+    job = _AnswerJob(model, task, work, items, mode_folder, settings, progress)
     selection = selection_of(work.items, data)
-    view = place / selection.folder
+    view = mode_folder / selection.folder
     if settings.rank == 0:
         make_subfolder(view)
         more = bool(job.missing(items, retry=settings.retry_failed))
@@ -240,7 +245,7 @@ def run_task(
     if settings.rank == 0:
         _wait_for_others(folder, job, settings)
         job.answer(window for rank in range(settings.world_size) for window in share(rank))  # what died ranks left
-        merge(place, [item.key for item in items])
+        merge(mode_folder, [item.key for item in items])
     return view
 
 
@@ -249,8 +254,8 @@ def _thinking_tokens(model: Model) -> int:
 
 
 def _describe(
-    view: Path, model: Model, task: Task, data: DataSet, work: Preparation, selection: Selection, mode: ImageMode,
-    settings: Settings, *, asks: bool,
+    view: Path, model: Model, task: Task, data: DataSet, work: Preparation, selection: DocumentSelection,
+    mode: ImageMode, settings: EvaluationSettings, *, asks: bool,
 ) -> None:  # fmt: skip
     """Write the description of a view; `asks` means that this call has something to ask."""
     rows = [
@@ -273,7 +278,7 @@ def _describe(
         "seed": settings.seed,
         "model": {"name": model.name, "fingerprint": model.fingerprint},
         "data": data.to_dict(),
-        "selection": selection.to_dict(),
+        "selection": asdict(selection),
         "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
         "computed_by": _computed_by(view, model, asks=asks),
         "asked_to_think": _thinking_tokens(model) > 0,
@@ -284,14 +289,14 @@ def _describe(
 def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:
     """All environments in which answers of a view were computed."""
     try:
-        known = list(read_view(view)["computed_by"])
+        before = list(read_view(view)["computed_by"])
     except (EvalError, KeyError):
-        known = []
+        before = []
     now = getattr(model, "computed_by", None) or [provenance.circumstances(model)]
-    return known + [item for item in now if item not in known] if asks or not known else known
+    return before + [item for item in now if item not in before] if asks or not before else before
 
 
-def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
+def _wait_for_others(folder: Path, job: _AnswerJob, settings: EvaluationSettings) -> None:
     """Wait until all documents are answered, or until the ranks with missing answers have ended.
 
     A rank that has not been seen may still be starting, so its share is taken over only after `grace_seconds`.
@@ -300,7 +305,7 @@ def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
     seen: set[Path] = set()
     started = time.monotonic()
     while job.missing(job.items):
-        alive = {path for path in others if _held(path)}
+        alive = {path for path in others if _is_locked(path)}
         seen |= alive
         starting = len(seen) < len(others) and time.monotonic() - started < settings.grace_seconds
         if not alive and not starting:
@@ -308,45 +313,42 @@ def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _held(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
     try:
-        with held(path, wait=False):
+        with lock_file(path, wait=False):
             return False
     except OSError:
         return True
 
 
-class _Job:
+@dataclass
+class _AnswerJob:
     """One rank's work on the answers of one task folder."""
 
-    def __init__(
-        self,
-        model: Model,
-        task: Task,
-        work: Preparation,
-        items: Sequence[Item],
-        place: Path,
-        settings: Settings,
-        progress: Progress | None,
-    ) -> None:
-        self.work, self.items = work, items
-        self._model, self._task, self._place = model, task, place
-        self._settings, self._progress = settings, progress
-        self._answered = self._failed = 0
-        self._asked_here: set[str] = set()
-        self._known: set[str] = set()
-        self._done = 0
-        """Items with a known answer."""
+    model: Model
+    task: Task
+    work: Preparation
+    items: Sequence[Item]
+    folder: Path
+    settings: EvaluationSettings
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        self._answered = self._failed = self._done = 0
+        self._asked_by_this_rank: set[str] = set()
+        self._stored: set[str] = set()
 
     def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
         """Items without an answer; with `retry` also failed items of an earlier run."""
-        rows = read_folder(self._place)
+        rows = read_folder(self.folder)
         again = (
-            {key for key, row in rows.items() if row.get("error") is not None} - self._asked_here if retry else set()
+            {key for key, row in rows.items() if row.get("error") is not None} - self._asked_by_this_rank
+            if retry
+            else set()
         )
-        self._known = rows.keys() - again
-        self._done = sum(item.key in self._known for item in self.items)
-        return [item for item in items if item.key not in self._known]
+        self._stored = rows.keys() - again
+        self._done = sum(item.key in self._stored for item in self.items)
+        return [item for item in items if item.key not in self._stored]
 
     def answer(self, share: Iterable[Sequence[Item]], *, retry: bool = False) -> None:
         """Ask the items of windows that have no answer."""
@@ -355,7 +357,7 @@ class _Job:
         pending = [[item for item in window if item.key in missing] for window in share] if missing else []
         if not any(pending):
             return
-        with AnswerLog(self._place, rank=self._settings.rank, batch_size=self._settings.batch_size) as log:
+        with AnswerLog(self.folder, rank=self.settings.rank, batch_size=self.settings.batch_size) as log:
             for window in filter(None, pending):
                 self._window(window, log)
 
@@ -367,13 +369,13 @@ class _Job:
             else:
                 self._store(item, log, error=item.problem)
         try:
-            for item, row in self._ask(list(left.values()), self._settings.batch_size):
+            for item, row in self._ask(list(left.values()), self.settings.batch_size):
                 self._store(item, log, **row)
                 del left[item.key]
         except EvalError:
             raise
         except Exception as error:  # one bad sample must not lose the answers of the others
-            logger.warning("%s: a batch failed (%s: %s); asking one by one", self._task.id, type(error).__name__, error)
+            logger.warning("%s: a batch failed (%s: %s); asking one by one", self.task.id, type(error).__name__, error)
         for item in left.values():
             self._single(item, log)
 
@@ -394,45 +396,45 @@ class _Job:
             return
         started = time.monotonic()
         produced: Iterable[tuple[int, Any]]
-        if self._task.decoding.kind != "generate":
-            produced = self._model.loglikelihood(
+        if self.task.decoding.kind != "generate":
+            produced = self.model.loglikelihood(
                 [self.work.option_request(item) for item in items], batch_size=batch_size
             )
         else:
-            produced = self._model.generate([self.work.request(item) for item in items], batch_size=batch_size)
+            produced = self.model.generate([self.work.request(item) for item in items], batch_size=batch_size)
         seen: set[int] = set()
         for index, result in produced:
             if index in seen or not 0 <= index < len(items):
                 raise EvalError(
-                    f"Model {self._model.name!r} answered request {index} of {len(items)} twice or never had it."
+                    f"Model {self.model.name!r} answered request {index} of {len(items)} twice or never had it."
                 )
             seen.add(index)
             seconds = time.monotonic() - started
-            row = _row(items[index], result, self._task)
+            row = _row(items[index], result, self.task)
             yield items[index], row | {"seconds": round(seconds / len(seen), 4)}
 
     def _store(self, item: Item, log: AnswerLog, *, error: str | None = None, **answer: Any) -> None:
-        row: Row = {"key": item.key, "task": self._task.id, "version": self._task.version, "id": item.document.id}
+        row: Row = {"key": item.key, "task": self.task.id, "version": self.task.version, "id": item.document.id}
         row |= {"text": None, "tokens": 0, "finish_reason": None, "options": None, "reference": None}
         row |= {"error": error, "seconds": None}
         row |= answer
         row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         log.add(row)
-        self._asked_here.add(item.key)
-        self._done += item.key not in self._known
-        self._known.add(item.key)
+        self._asked_by_this_rank.add(item.key)
+        self._done += item.key not in self._stored
+        self._stored.add(item.key)
         self._answered += error is None
         self._failed += error is not None and item.problem is None
         self._report()
         if self._failed >= _HOPELESS and not self._answered:
             raise EvalError(
-                f"The first {self._failed} samples of {self._task.id} all failed, so the fault is not in one sample. "
+                f"The first {self._failed} samples of {self.task.id} all failed, so the fault is not in one sample. "
                 f"The last one: {(error or '').strip().splitlines()[-1]}"
             )
 
     def _report(self) -> None:
-        if self._progress is not None:
-            self._progress(self._done, len(self.items))
+        if self.progress is not None:
+            self.progress(self._done, len(self.items))
 
 
 def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
@@ -442,16 +444,15 @@ def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
         row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
         return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
     letters = list(item.document.options)
-    _refuse_unordered(dict(zip(letters, (score.logprob for score in result), strict=True)))
-    chosen = loglikelihood_choice(list(item.document.options.values()), [score.logprob for score in result])
-    by_choice = {"sum": chosen.raw, "per_character": chosen.per_character, "per_byte": chosen.per_byte}
-    best = by_choice[task.decoding.choice]
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
+    _refuse_unordered(scores)
+    texts = list(item.document.options.values())
+    best = preferred_option(texts, list(scores.values()), by=task.decoding.choice)
     right = item.document.reference
-    found = result[letters.index(right)] if right in letters else None
+    reference = result[letters.index(right)] if right in letters else None
     return {
         "text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores,
-        "reference": _reference(right, found),
+        "reference": _reference(right, reference),
     }  # fmt: skip
 
 

@@ -35,11 +35,11 @@ def _mmmu_mixed(extract: Callable[[str, multiple_choice.Options], str]) -> Extra
     return lambda text, document: extract(text, document.options) if document.options else text
 
 
-def mathvista_question(document: Document) -> mathvista.Question:
+def mathvista_question(document: Document) -> mathvista.MathVistaQuestion:
     """The columns that determine the form of the answer to a MathVista document."""
     extra = document.extra
     precision = extra.get("precision")
-    return mathvista.Question(
+    return mathvista.MathVistaQuestion(
         question_type=extra.get("question_type", "multi_choice" if document.options else "free_form"),
         answer_type=extra.get("answer_type", "text"),
         # VLMEvalKit's file has the choices in one cell and no option columns.
@@ -112,6 +112,10 @@ def _all(metric: Callable[[str, Sequence[str]], float]) -> Metric:
     return lambda parsed, document: metric(parsed, document.answers)
 
 
+def _letter_or(metric: Metric) -> Metric:
+    return lambda parsed, document: float(parsed in document.answers) if document.options else metric(parsed, document)
+
+
 def _mmmu_vlmevalkit_score(parsed: str, document: Document) -> float:
     # As in the source, the answer to an open question is option A, unless it is a single capital letter.
     answers = document.answers
@@ -140,14 +144,8 @@ METRICS: dict[str, Metric] = {
     "scienceqa_lmms_eval": _best(multiple_choice.scienceqa_lmms_eval),
     "ai2d_lmms_eval": _best(multiple_choice.ai2d_lmms_eval),
     "vqa": _all(vqa_accuracy.soft_accuracy),
-    "letter_or_vqa": lambda parsed, document: (
-        float(parsed in document.answers) if document.options else vqa_accuracy.soft_accuracy(parsed, document.answers)
-    ),
-    "letter_or_exact": lambda parsed, document: (
-        float(parsed in document.answers)
-        if document.options
-        else exact_match.best(exact_match.exact_match, parsed, document.answers)
-    ),
+    "letter_or_vqa": _letter_or(_all(vqa_accuracy.soft_accuracy)),
+    "letter_or_exact": _letter_or(_best(exact_match.exact_match)),
     "vqa_textvqa": _all(vqa_accuracy.textvqa),
     "vqa_vlmevalkit": _all(vqa_accuracy.vlmevalkit),
     "vqa_vqav2_official": _all(vqa_accuracy.vqav2_official),
@@ -226,11 +224,11 @@ def score_answer(
 
 def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
     """The same answers scored leniently: an answer that contains the right word is right; no score decreases."""
-    found = []
+    lenient = []
     for sample in samples:
         visible, document = without_thinking(sample.text), sample.document
         if not sample.failed and not visible.unclosed:
-            held = exact_match.holds_answer(visible.text, document.answers, document.options)
-            sample = replace(sample, score=max(sample.score, held))
-        found.append(sample)
-    return found
+            right = exact_match.holds_answer(visible.text, document.answers, document.options)
+            sample = replace(sample, score=max(sample.score, right))
+        lenient.append(sample)
+    return lenient

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
 NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
-"""Of 95 %, in both tails together."""
+"""Quantile of the two-sided 95 % interval of a normal distribution."""
 ROUNDING = 1e-12
 """A standard error below this value is a rounding error: all values are equal."""
 

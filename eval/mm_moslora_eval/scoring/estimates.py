@@ -11,8 +11,8 @@ of freedom), Korn and Graubard 1998 (exact intervals on an effective number of s
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,14 +65,14 @@ def mean_of(values: Sequence[float], *, low: float = 0.0, high: float = 1.0) -> 
 
 def minus(a: Sequence[Ratio], b: Sequence[Ratio]) -> list[Ratio]:
     """The difference of two scores on the same samples; ratios with the same lower sum become one."""
-    found: dict[bytes, Ratio] = {}
+    by_bottom: dict[bytes, Ratio] = {}
     for ratio in (*a, *(ratio * -1.0 for ratio in b)):
         key = np.asarray(ratio.bottom, float).tobytes()
-        if (other := found.get(key)) is not None:
+        if (other := by_bottom.get(key)) is not None:
             top = np.asarray(other.top, float) + ratio.top
             ratio = replace(ratio, top=top, low=other.low + ratio.low, high=other.high + ratio.high)
-        found[key] = ratio
-    return list(found.values())
+        by_bottom[key] = ratio
+    return list(by_bottom.values())
 
 
 def value_of(ratios: Sequence[Ratio]) -> float:
@@ -81,7 +81,7 @@ def value_of(ratios: Sequence[Ratio]) -> float:
 
 
 def contributions(ratios: Sequence[Ratio]) -> Column:
-    """What every sample brings to the score: the mean of these is the score, and their error its error."""
+    """A value for each sample: the mean of the values is the score, and their error is its error."""
     if len(ratios) == 1 and np.all(np.asarray(ratios[0].bottom) == 1):
         return np.asarray(ratios[0].top, float)  # a mean, to the last digit
     parts = np.array([len(ratio.top) * ratio.values()[1] for ratio in ratios], float)
@@ -89,7 +89,7 @@ def contributions(ratios: Sequence[Ratio]) -> Column:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class ScoreEstimate:
     """A score, or a difference of two, with its error for other pictures."""
 
     value: float
@@ -104,6 +104,13 @@ class Estimate:
     low: float
     high: float
     """95 % interval; NaN where neither the samples nor the bounds of the score give one."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers of an aggregation, by name."""
+
+    @property
+    def stderr_kind(self) -> str:
+        """`clustered` where several samples share a picture, else `analytic`."""
+        return "clustered" if self.clusters < self.n else "analytic"
 
     @property
     def groups(self) -> int:
@@ -134,7 +141,7 @@ class Estimate:
         return Difference(value=self.value, low=self.low, high=self.high, groups=self.groups, unit=unit)
 
 
-def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> Estimate:
+def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> ScoreEstimate:
     """Measure a score or a difference of scores.
 
     The error counts samples of one cluster together (CR2 of Bell and McCaffrey). Where one of several ratios is the
@@ -153,37 +160,37 @@ def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> Estimate:
     low, high = sum(ratio.low for ratio in ratios), sum(ratio.high for ratio in ratios)
     variance, degrees = _error(ratios, numbers, count)
     stderr = math.sqrt(variance) if variance > (ROUNDING * max(1.0, abs(value))) ** 2 else 0.0
-    found = Estimate(
+    without_interval = ScoreEstimate(
         value=value, n=len(numbers), clusters=count, stderr=stderr if count > 1 else math.nan, degrees=degrees,
         low=math.nan, high=math.nan,
     )  # fmt: skip
-    bounds = _interval(found, low, high)
-    return replace(found, low=bounds[0], high=bounds[1])
+    bounds = _interval(without_interval, low, high)
+    return replace(without_interval, low=bounds[0], high=bounds[1])
 
 
-def _interval(found: Estimate, low: float, high: float) -> tuple[float, float]:
-    value, score = found.value, low == 0 and math.isfinite(high)
+def _interval(estimate: ScoreEstimate, low: float, high: float) -> tuple[float, float]:
+    value, score = estimate.value, low == 0 and math.isfinite(high)
     if not high - low > 0:
         return math.nan, math.nan
-    if not score and found.n < 2:
+    if not score and estimate.n < 2:
         return math.nan, math.nan
-    if found.stderr > 0:
-        quantile = t_quantile(LEVEL, found.degrees)
+    if estimate.stderr > 0:
+        quantile = t_quantile(LEVEL, estimate.degrees)
         if score and min(value, high - value) > ROUNDING * high:
             share = value / high
-            independent = share * (1 - share) * (high / found.stderr * NORMAL_QUANTILE / quantile) ** 2
+            independent = share * (1 - share) * (high / estimate.stderr * NORMAL_QUANTILE / quantile) ** 2
             bounds = binomial_interval(share * independent, independent)
             return bounds[0] * high, bounds[1] * high
-        bounds = (value - quantile * found.stderr, value + quantile * found.stderr)
+        bounds = (value - quantile * estimate.stderr, value + quantile * estimate.stderr)
         return bounds if low < 0 < high else (max(low, bounds[0]), min(high, bounds[1]))
     if not math.isfinite(high - low):
         return math.nan, math.nan
     if not score:
-        bounds = alike_interval(value / high, found.groups)
+        bounds = alike_interval(value / high, estimate.groups)
     elif min(value, high - value) <= ROUNDING * high:
-        bounds = binomial_interval(found.groups * round(value / high), found.groups)
+        bounds = binomial_interval(estimate.groups * round(value / high), estimate.groups)
     else:  # as many other pictures as exact bounds allow have the least or the largest score
-        unseen = alike_interval(0.0, found.groups)[1]
+        unseen = alike_interval(0.0, estimate.groups)[1]
         bounds = (value * (1 - unseen) / high, (value + unseen * (high - value)) / high)
     return bounds[0] * high, bounds[1] * high
 
@@ -222,13 +229,13 @@ def _error(ratios: Sequence[Ratio], numbers: NDArray[np.int_], count: int) -> tu
     crossed = (rows * columns).sum(axis=0)
     trace = float((diagonal - crossed).sum())
     products = float((diagonal**2 - 2 * diagonal * crossed).sum() + ((rows @ rows.T) * (columns @ columns.T)).sum())
-    known = trace > 0 and products > 0
+    defined = trace > 0 and products > 0
     variance = float(np.square(brought).sum())
     variance += unseen if lone or variance > ROUNDING**2 else 0.0
-    return variance, max(1.0, trace**2 / products if known else count - 1.0)
+    return variance, max(1.0, trace**2 / products if defined else count - 1.0)
 
 
-def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> Estimate:
+def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> ScoreEstimate:
     """The mean difference A - B of scores from 0 to 1 on the same samples.
 
     Args:

@@ -1,4 +1,4 @@
-"""What scored samples show: the score of a task, of its categories, and the difference of two systems.
+"""The score of a task and of its categories, and the difference of two systems, from scored samples.
 
 Every score, interval, p-value and power of the evaluation comes from here (of arms with several seeds, from
 `mm_moslora.compare`).
@@ -8,49 +8,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
 from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
-from mm_moslora_eval.scoring.estimates import LEVEL, Estimate, contributions, estimate, minus, value_of
+from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, CAPTIONS, POPE, Samples, splits_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class Aggregate:
-    """The numbers of a set of scored samples."""
-
-    n: int
-    score: float
-    stderr: float
-    low: float
-    high: float
-    """95 % interval."""
-    stderr_kind: str
-    """clustered, where several samples share a picture, or analytic."""
-    clusters: int
-    """Pictures on which the interval rests, with samples that share none."""
-    groups: int
-    """Equally large ones with the same degrees of freedom."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Further numbers, by name."""
-
-
-def aggregate(aggregation: str, samples: Samples) -> Aggregate:
-    """The score of a set of samples."""
-    found = AGGREGATIONS[aggregation](samples)
-    return _aggregate(estimate(found.ratios, clusters_of(samples)), found.metrics)
-
-
-def _aggregate(found: Estimate, metrics: Mapping[str, float]) -> Aggregate:
-    return Aggregate(
-        n=found.n, score=found.value, stderr=found.stderr, low=found.low, high=found.high, clusters=found.clusters,
-        groups=found.groups, stderr_kind="clustered" if found.clusters < found.n else "analytic",
-        metrics=dict(metrics),
-    )  # fmt: skip
+def aggregate(aggregation: str, samples: Samples) -> ScoreEstimate:
+    """The score of a set of samples, with the further numbers of the aggregation."""
+    summed = AGGREGATIONS[aggregation](samples)
+    return replace(estimate(summed.ratios, clusters_of(samples)), metrics=summed.metrics)
 
 
 def clusters_of(samples: Samples) -> list[Hashable]:
@@ -58,20 +30,20 @@ def clusters_of(samples: Samples) -> list[Hashable]:
     return [index if sample.cluster is None else sample.cluster for index, sample in enumerate(samples)]
 
 
-def by_category(aggregation: str, samples: Samples) -> dict[str, Aggregate]:
-    """The same score of each category and second-level category; of MME, the sum of the sub-task.
+def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
+    """The task's score of each category and second-level category; for MME the sum of the sub-task.
 
     Captions are weighed by the words of the whole set.
     """
-    places: dict[str, list[int]] = defaultdict(list)
+    members_of: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         document = sample.document
         own = splits_of(sample) if aggregation in POPE else [document.category]
         for name in {*own, document.extra.get("l2-category")} - {None, ""}:
-            places[str(name)].append(index)
+            members_of[str(name)].append(index)
     whole = AGGREGATIONS[aggregation](samples).ratios if aggregation in CAPTIONS else []
-    found = {}
-    for name, indices in sorted(places.items()):
+    measured = {}
+    for name, indices in sorted(members_of.items()):
         members = [samples[index] for index in indices]
         if aggregation in POPE:  # a sample of this split alone
             members = [replace(one, document=replace(one.document, category=name)) for one in members]
@@ -79,8 +51,8 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, Aggregate]:
             replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
             for ratio in whole
         ] or AGGREGATIONS[aggregation](members).ratios
-        found[name] = _aggregate(estimate(ratios, clusters_of(members)), {})
-    return found
+        measured[name] = estimate(ratios, clusters_of(members))
+    return measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +61,8 @@ class ScoreDifference:
 
     a: float
     b: float
-    found: Estimate
-    """Of the difference."""
+    estimate: ScoreEstimate
+    """Estimate of A - B."""
     unit: str
     """Name of the score; empty for a share of right answers."""
     seeds_a: tuple[float, ...]
@@ -121,7 +93,7 @@ class ScoreDifference:
     @property
     def as_difference(self) -> Difference:
         """The difference in the form for verdicts."""
-        return self.found.as_difference(self.unit)
+        return self.estimate.as_difference(self.unit)
 
 
 def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Samples]) -> ScoreDifference:
@@ -141,7 +113,7 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
     scores = [[_by_question(aggregation, samples) for samples in side] for side in runs]
     x, y = ({name: fmean(run[name] for run in side) for name in side[0]} for side in scores)
     return ScoreDifference(
-        a=value_of(left), b=value_of(right), found=estimate(minus(left, right), clusters_of(first)),
+        a=value_of(left), b=value_of(right), estimate=estimate(minus(left, right), clusters_of(first)),
         unit=SCORE_NAMES.get(aggregation, ""), seeds_a=tuple(map(value_of, sums[0])),
         seeds_b=tuple(map(value_of, sums[1])), questions=len(x),
         wins=sum(x[name] > y[name] for name in x), changed=tuple(name for name in x if x[name] != y[name]),
@@ -166,7 +138,7 @@ def smallest_shown(questions: int) -> float:
 
 
 def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
-    """What every sample brings to the task's score; their mean is that score.
+    """A value for each sample, such that the mean of the values is the task's score.
 
     For a mean these are the samples' own scores, for captions the CIDEr-D of each.
     """

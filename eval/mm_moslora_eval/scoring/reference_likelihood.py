@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from mm_moslora_eval.scoring.estimates import Estimate, Ratio, estimate, mean_of, minus, value_of
+from mm_moslora_eval.scoring.estimates import Ratio, ScoreEstimate, estimate, mean_of, minus, value_of
 
 LARGEST = 1e9
 """Largest score or log-likelihood: sums of squares of such numbers are finite."""
@@ -22,51 +22,37 @@ _NOT_GIVEN = "the backend gives no log-likelihoods of given texts"
 _EARLIER = "the answers were stored by a version without log-likelihoods"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Likelihood:
-    """The mean over documents."""
-
-    n: int
-    """Documents with a log-likelihood."""
-    missing: int
-    """Documents without: they failed, or it is not finite."""
-    nats: float
-    """Mean of the sum over a reference's tokens, 0 or less."""
-    stderr: float
-    low: float
-    high: float
-    """95 % interval, clustered by picture."""
-    per_token: float
-    """Mean over documents of the log-likelihood by token."""
-    per_token_stderr: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-
 def nats_of(row: Mapping[str, Any]) -> float:
     """The log-likelihood of a stored answer or sample; NaN without one, or with one that no model computes."""
     value = (row.get("reference") or {}).get("logprob")
     return value if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
 
 
-def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> Likelihood | None:
-    """The mean over stored answers' `reference`; None if no answer has a log-likelihood."""
-    known = [(nats_of(row), row, cluster) for row, cluster in zip(rows, clusters, strict=True)]
-    known = [item for item in known if not math.isnan(item[0])]
-    if not known:
-        return None
-    values, by = [value for value, _, _ in known], [cluster for _, _, cluster in known]
+def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> dict[str, float]:
+    """Means over the stored answers' `reference`; empty if no answer has a log-likelihood.
+
+    Returns:
+        `nats`, the mean of the sums over a reference's tokens (0 or less), with `stderr`, `low` and `high` (95 %,
+        clustered by picture); `n`, the answers that have one, and `missing`, those that failed or have none that is
+        finite; `per_token`, the mean of the log-likelihoods by token, with `per_token_stderr`.
+    """
+    with_nats = [(nats_of(row), row, cluster) for row, cluster in zip(rows, clusters, strict=True)]
+    with_nats = [item for item in with_nats if not math.isnan(item[0])]
+    if not with_nats:
+        return {}
+    values, by = [value for value, _, _ in with_nats], [cluster for _, _, cluster in with_nats]
     spread = [
-        (v / n, cluster) for v, row, cluster in known if isinstance(n := row["reference"].get("tokens"), int) and n > 0
+        (value / n, cluster)
+        for value, row, cluster in with_nats
+        if isinstance(n := row["reference"].get("tokens"), int) and n > 0
     ]
-    found = estimate([_mean(values)], by)
+    nats = estimate([_mean(values)], by)
     tokens = estimate([_mean([value for value, _ in spread])], [cluster for _, cluster in spread]) if spread else None
-    return Likelihood(
-        n=found.n, missing=len(rows) - found.n, nats=found.value, stderr=found.stderr, low=found.low, high=found.high,
-        per_token=tokens.value if tokens else math.nan, per_token_stderr=tokens.stderr if tokens else math.nan,
-    )  # fmt: skip
+    return {
+        "n": nats.n, "missing": len(rows) - nats.n, "nats": nats.value, "stderr": nats.stderr, "low": nats.low,
+        "high": nats.high, "per_token": tokens.value if tokens else math.nan,
+        "per_token_stderr": tokens.stderr if tokens else math.nan,
+    }  # fmt: skip
 
 
 def _mean(nats: Sequence[float]) -> Ratio:
@@ -79,24 +65,24 @@ class LikelihoodDifference:
 
     a: float
     b: float
-    found: Estimate
-    """Of the difference."""
+    estimate: ScoreEstimate
+    """Estimate of A - B."""
     left_out: int
     """Documents that lack one in some run."""
 
     @property
     def text(self) -> str:
         """The difference as a sentence."""
-        pair = self.found
+        pair = self.estimate
         rest = f"; {self.left_out} documents without one are left out" if self.left_out else ""
         if pair.n > 1 and pair.stderr == 0:
-            found = f"A - B {pair.value:+.4f} on every document"
+            difference = f"A - B {pair.value:+.4f} on every document"
         else:
             bounds = (
                 f" (95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g})" if pair.low == pair.low else ""
             )
-            found = f"A {self.a:.4f}, B {self.b:.4f}, A - B {pair.value:+.4f}{bounds}"
-        return f"Log-likelihood of the reference, nats: {found}{rest}."
+            difference = f"A {self.a:.4f}, B {self.b:.4f}, A - B {pair.value:+.4f}{bounds}"
+        return f"Log-likelihood of the reference, nats: {difference}{rest}."
 
 
 def likelihood_difference(
@@ -110,14 +96,14 @@ def likelihood_difference(
         clusters: the cluster of each document.
     """
     columns = [(*column, cluster) for *column, cluster in zip(*a, *b, clusters, strict=True)]
-    kept = [column for column in columns if all(math.isfinite(value) for value in column[:-1])]
-    if not kept:
+    complete = [column for column in columns if all(math.isfinite(value) for value in column[:-1])]
+    if not complete:
         return None
-    left = [_mean([fmean(column[: len(a)]) for column in kept])]
-    right = [_mean([fmean(column[len(a) : -1]) for column in kept])]
+    left = [_mean([fmean(column[: len(a)]) for column in complete])]
+    right = [_mean([fmean(column[len(a) : -1]) for column in complete])]
     return LikelihoodDifference(
-        a=value_of(left), b=value_of(right), left_out=len(columns) - len(kept),
-        found=estimate(minus(left, right), [column[-1] for column in kept]),
+        a=value_of(left), b=value_of(right), left_out=len(columns) - len(complete),
+        estimate=estimate(minus(left, right), [column[-1] for column in complete]),
     )  # fmt: skip
 
 

@@ -40,12 +40,12 @@ def mean(samples: Samples) -> Summed:
 
 def _within(keys: Sequence[Hashable], values: Sequence[float]) -> list[Ratio]:
     """The mean of the values of each key, all of which weigh equally."""
-    names, found = list(dict.fromkeys(keys)), []
+    names, ratios = list(dict.fromkeys(keys)), []
     for name in names:
         among = [float(key == name) for key in keys]
         right = [value * inside for value, inside in zip(values, among, strict=True)]
-        found.append(Ratio(top=right, bottom=among) * (1 / len(names)))
-    return found
+        ratios.append(Ratio(top=right, bottom=among) * (1 / len(names)))
+    return ratios
 
 
 def _verdicts(samples: Samples) -> list[tuple[str, str]]:
@@ -140,14 +140,14 @@ def _mme_pair(sample: Scored) -> str:
     return str(extra.get("question_id") or extra.get("image_path") or sample.cluster)
 
 
-def _hallusion_place(sample: Scored) -> dict[str, str]:
+def _hallusion_columns(sample: Scored) -> dict[str, str]:
     """Columns of the original data, or the parts of VLMEvalKit's index (`VD_figure_v_set_figure_question`)."""
     extra = sample.document.extra
     parts = sample.document.id.split("_")
     from_id = dict(zip(("set_id", "figure_id", "question_id"), parts[-3:], strict=False)) if len(parts) >= 6 else {}
-    place = {key: extra.get(key, from_id.get(key, "")) for key in ("set_id", "figure_id", "question_id")}
+    numbers = {key: extra.get(key, from_id.get(key, "")) for key in ("set_id", "figure_id", "question_id")}
     subcategory = extra.get("subcategory", extra.get("l2-category", ""))
-    return {"category": sample.document.category or "", "subcategory": subcategory, **place}
+    return {"category": sample.document.category or "", "subcategory": subcategory, **numbers}
 
 
 def hallusionbench(samples: Samples) -> Summed:
@@ -159,18 +159,18 @@ def hallusionbench_vlmevalkit(samples: Samples) -> Summed:
     """The same with VLMEvalKit's grouping, by sub-category only; with the three shares of every category."""
     members: dict[str, list[Scored]] = defaultdict(list)
     for sample in samples:
-        place = _hallusion_place(sample)
-        for name in dict.fromkeys((place["category"], place["subcategory"])):
+        columns = _hallusion_columns(sample)
+        for name in dict.fromkeys((columns["category"], columns["subcategory"])):
             members[name].append(sample)
-    found = _hallusion(samples, ("subcategory",))
+    whole = _hallusion(samples, ("subcategory",))
     shares = {name: _hallusion(some, ("subcategory",)).metrics for name, some in sorted(members.items()) if name}
     by_name = {f"{number}_{name}": share for name, item in shares.items() for number, share in item.items()}
-    return Summed(ratios=found.ratios, metrics=found.metrics | by_name)
+    return Summed(ratios=whole.ratios, metrics=whole.metrics | by_name)
 
 
 def _hallusion(samples: Samples, within: Sequence[str]) -> Summed:
     right = [sample.score == 1.0 for sample in samples]
-    metrics = yes_no.hallusionbench([_hallusion_place(sample) for sample in samples], right, within=within)
+    metrics = yes_no.hallusionbench([_hallusion_columns(sample) for sample in samples], right, within=within)
     return Summed(ratios=[mean_of([float(hit) for hit in right])], metrics=metrics)
 
 

@@ -25,14 +25,14 @@ _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|/\S+")
 
 def failures(errors: Sequence[str | None]) -> Iterator[str]:
     """The most common error; errors that differ only in names and numbers count as one."""
-    found = [error for error in errors if error is not None]
-    if not found:
+    messages = [error for error in errors if error is not None]
+    if not messages:
         return
-    kinds = Counter(_PARTICULAR.sub("...", error) for error in found)
+    kinds = Counter(_PARTICULAR.sub("...", error) for error in messages)
     kind, count = kinds.most_common(1)[0]
-    example = next(error for error in found if _PARTICULAR.sub("...", error) == kind)
-    most = "all" if count == len(found) else f"{count} of them"
-    yield f"{len(found)} of {len(errors)} samples failed, {most} with this error: {_short(example)}"
+    example = next(error for error in messages if _PARTICULAR.sub("...", error) == kind)
+    most = "all" if count == len(messages) else f"{count} of them"
+    yield f"{len(messages)} of {len(errors)} samples failed, {most} with this error: {_short(example)}"
 
 
 def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
@@ -61,11 +61,11 @@ def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
     """A remark if (nearly) all answers are the same though the references differ, or if no answer can be read."""
     if len(answered) < FEWEST:
         return
-    unread = [sample for sample in answered if not _given(sample)]
+    unread = [sample for sample in answered if not _answer_of(sample)]
     if len(unread) == len(answered):
         commonest, _ = Counter(_plain(sample.text) for sample in unread).most_common(1)[0]
         yield f"None of {len(answered)} answers could be read; the most common is {_short(commonest)!r}."
-    answers = Counter(_plain(_given(sample)) for sample in answered if _given(sample))
+    answers = Counter(_plain(_answer_of(sample)) for sample in answered if _answer_of(sample))
     if not answers:
         return
     commonest, count = answers.most_common(1)[0]
@@ -93,7 +93,7 @@ def wordy(answered: Sequence[Scored]) -> Iterator[str]:
         )
 
 
-def _given(sample: Scored) -> str:
+def _answer_of(sample: Scored) -> str:
     """The model's answer: the extracted one, or the text where a judge read it, whose reply is no answer."""
     return without_thinking(sample.text).text.strip() if sample.judged else sample.parsed.strip()
 

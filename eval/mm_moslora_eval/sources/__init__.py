@@ -49,7 +49,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
 
 def _checksum(path: Path, expected_md5: str | None) -> str:
     with opened(path, most=None) as stream:
-        found = sha256_of(stream)
+        sha256 = sha256_of(stream)
         stream.seek(0)
         md5 = hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
     if expected_md5 is not None and md5 != expected_md5:
@@ -57,4 +57,4 @@ def _checksum(path: Path, expected_md5: str | None) -> str:
             f"{path} has MD5 {md5}, the protocol expects {expected_md5}: it is another version or damaged. "
             "Fetch it again, or copy the task file and change `source.md5`."
         )
-    return found
+    return sha256

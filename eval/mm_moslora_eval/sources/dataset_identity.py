@@ -16,10 +16,10 @@ _DERIVED = "cache-"
 def folder_checksum(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's files; equal for a copy in another place."""
     whole = hashlib.sha256()
-    for place, folders, names in os.walk(folder):
+    for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            path = Path(place, name)
+            path = Path(directory, name)
             if name.startswith((".", _DERIVED)) or not path.is_file():
                 continue
             with opened(path, most=None) as stream:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_STORED = ("id", "question", "options", "answers", "category", "hint", "extra", "problem")
+"""Fields of a document that are stored: all but its images."""
 CONTEXT = "context_"
 """Prefix of the extra columns with a context per option (WinoGrande)."""
 
@@ -33,7 +35,7 @@ class StoredImage:
     reader: Callable[[int, str, int], bytes]
     row: int
     column: str
-    place: int = 0
+    number: int = 0
     """Its number in a list of pictures."""
 
     def read(self) -> bytes:
@@ -42,7 +44,7 @@ class StoredImage:
         Raises:
             DataError: it cannot be read.
         """
-        return self.reader(self.row, self.column, self.place)
+        return self.reader(self.row, self.column, self.number)
 
 
 ImageLike: TypeAlias = "Path | Image | bytes | StoredImage"
@@ -69,30 +71,13 @@ class Document:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, as plain data."""
-        return {
-            "id": self.id,
-            "question": self.question,
-            "options": dict(self.options),
-            "answers": list(self.answers),
-            "category": self.category,
-            "hint": self.hint,
-            "extra": dict(self.extra),
-            "problem": self.problem,
-        }
+        plain = {name: getattr(self, name) for name in _STORED}
+        return plain | {"options": dict(self.options), "answers": list(self.answers), "extra": dict(self.extra)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Document:
         """The inverse of `to_dict`; the document has no images."""
-        return cls(
-            id=data["id"],
-            question=data["question"],
-            options=dict(data["options"]),
-            answers=tuple(data["answers"]),
-            category=data["category"],
-            hint=data["hint"],
-            extra=dict(data["extra"]),
-            problem=data["problem"],
-        )
+        return cls(**{name: data[name] for name in _STORED} | {"answers": tuple(data["answers"])})
 
     @property
     def reference(self) -> str:

@@ -14,7 +14,7 @@ from mm_moslora_eval.sources.dataset_identity import folder_checksum
 from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
-from mm_moslora_eval.sources.source_images import Pictures, found, rules_of
+from mm_moslora_eval.sources.source_images import Pictures, pictures_of_record, rules_of
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
         )
     from mm_moslora.data.sources.hf_tables import hub_revision, hub_store
 
-    place = find_data(source.path, beside=beside)
-    table, sha256 = _open(source, place)
+    local = find_data(source.path, beside=beside)
+    table, sha256 = _open(source, local)
     revision = hub_revision(table)
     if source.lm_eval_task is not None:
         documents = checked(_choices(table, source), source=source.path)
@@ -58,12 +58,12 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
                 f"Columns: {', '.join(table.column_names)}."
             )
     rows = len(table)
-    if place is None and source.image_folder is None:  # from the hub: below the fetched files
+    if local is None and source.image_folder is None:  # from the hub: below the fetched files
         folder = hub_store(source.path)[0].resolve()
     else:
-        folder = picture_folder(source.image_folder, place or Path(source.path), beside=beside)
+        folder = picture_folder(source.image_folder, local or Path(source.path), beside=beside)
     rules = rules_of(folder, follow_links=source.follow_links)
-    documents = checked(_documents(table, source, rules, of_hub=place is None), source=source.path)
+    documents = checked(_documents(table, source, rules, of_hub=local is None), source=source.path)
     dropped = rows - len(documents)
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
 
@@ -118,8 +118,8 @@ def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool)
             images: tuple[ImageLike, ...] = pictures.of(number)
             problem = None
             if not pictures.columns:
-                given = [value for name in names for value in _listed(row.get(name))]
-                images, problem = found(given, file=file, row=number, rules=rules)
+                named = [value for name in names for value in _listed(row.get(name))]
+                images, problem = pictures_of_record(named, file=file, row=number, rules=rules)
             read = document(row, columns, default_id=str(number), images=images, answer_is=source.answer_is)
             yield read.with_problem(problem)
 

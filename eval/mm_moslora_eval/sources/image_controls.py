@@ -42,7 +42,7 @@ class Hasher:
 
 
 def _digest(image: Path | StoredImage) -> str:
-    from mm_moslora.data.images.record_picture import MAX_BYTES
+    from mm_moslora.data.images.picture_faults import MAX_BYTES
 
     if isinstance(image, StoredImage):
         return hashlib.sha256(image.read()).hexdigest()
@@ -96,15 +96,16 @@ def derangement(identities: Iterable[str], *, seed: int, apart: Iterable[Sequenc
 
 def _companions(documents: Iterable[Sequence[str]]) -> dict[str, set[str]]:
     """Picture -> all pictures that occur in a document with it, including itself."""
-    found: dict[str, set[str]] = {}
+    companions: dict[str, set[str]] = {}
     for names in documents:
         for name in names if len(set(names)) > 1 else ():
-            found.setdefault(name, {name}).update(names)
-    return found
+            companions.setdefault(name, {name}).update(names)
+    return companions
 
 
 def _spread_apart(other: dict[str, str], companions: Mapping[str, set[str]]) -> dict[str, str]:
     """The permutation with pictures exchanged until, if possible, none replaces a picture of the same document."""
+    # Quadratic, but only in pictures of documents with several; without a partner to exchange, a pair stays.
     names = list(other)
     for name in companions:
         if other[name] not in companions[name]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,14 @@ from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_text
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.source_files import matches
-from mm_moslora_eval.sources.source_images import found
+from mm_moslora_eval.sources.source_images import pictures_of_record
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
 _THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 Record = Mapping[str, Any]
-Found = tuple[tuple[ImageLike, ...], str | None]
+RecordPictures = tuple[tuple[ImageLike, ...], str | None]
 """The pictures of a record, and the problem with them if there is one."""
 
 
@@ -40,13 +41,15 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
         EvalError: a line that is not a JSON object, or a record without question or answer; names the row.
     """
     for row, record in _records(path):
-        place = f"{path}, record {row}"
         if not matches(record, where):
             yield None
-        elif "conversations" in record:
-            yield from _conversation(record, found(record.get("image"), file=path, row=row, rules=rules), place, row)
+            continue
+        position = f"{path}, record {row}"
+        pictures = pictures_of_record(record.get("image"), file=path, row=row, rules=rules)
+        if "conversations" in record:
+            yield from _conversation(record, pictures, position, row)
         else:
-            yield _question(record, found(record.get("image"), file=path, row=row, rules=rules), place)
+            yield _question(record, pictures, position)
 
 
 def reference_of(answer: str) -> str:
@@ -100,15 +103,15 @@ def _text(value: Any) -> str | None:
 _KNOWN = {"question_id", "id", "image", "text", "question", "category", "answer", "answers", "options", "hint"}
 
 
-def _question(record: Record, shown: Found, where: str) -> Document:
+def _question(record: Record, shown: RecordPictures, where: str) -> Document:
     question = record.get("text", record.get("question"))
     name = record.get("question_id", record.get("id"))
     if not isinstance(question, str) or not _is_plain(name):
         raise EvalError(f"{where} needs `question_id` and `text`; found {', '.join(record) or 'nothing'}.")
-    given = record["answers"] if record.get("answers") is not None else record.get("answer")
-    answers, odd = _answers(given)
-    given = record.get("options") or {}
-    options = given if isinstance(given, dict) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False))
+    answers, odd = _answers(record["answers"] if record.get("answers") is not None else record.get("answer"))
+    options = record.get("options") or {}
+    if not isinstance(options, dict):
+        options = dict(zip(string.ascii_uppercase, options, strict=False))
     images, problem = shown
     return Document(
         id=str(name),
@@ -123,7 +126,7 @@ def _question(record: Record, shown: Found, where: str) -> Document:
     )
 
 
-def _conversation(record: Record, shown: Found, where: str, row: int) -> Iterator[Document]:
+def _conversation(record: Record, shown: RecordPictures, where: str, row: int) -> Iterator[Document]:
     turns = record["conversations"]
     name = str(record.get("id", row))
     images, problem = shown

@@ -21,7 +21,13 @@ def find_file(path: str, *, beside: Path | None = None) -> Path:
     Raises:
         EvalError: it is in none of these places.
     """
-    return _found(path, "Data file", Path.is_file, _places(path, beside))
+    file = _first(path, "Data file", Path.is_file, beside)
+    if file is None:
+        tried = ", ".join(map(str, _candidates(path, beside)))
+        raise EvalError(
+            f"Data file {path!r} was not found; looked at {tried}. Put it there or set MM_MOSLORA_DATA to its folder."
+        )
+    return file
 
 
 def find_data(path: str, *, beside: Path | None = None) -> Path | None:
@@ -30,11 +36,7 @@ def find_data(path: str, *, beside: Path | None = None) -> Path | None:
     Raises:
         EvalError: it exists only in the working directory.
     """
-    places = _places(path, beside)
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        _refuse_working_directory(path, "Data set", Path.exists, places)
-    return found.resolve() if found is not None else None
+    return _first(path, "Data set", Path.exists, beside)
 
 
 def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None = None) -> Path:
@@ -49,11 +51,11 @@ def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None 
     if folder.is_dir():
         return folder.resolve()
     other = data.parent / image_folder
-    there = f" There is {other}; image folders are relative to the file that names them." if other.is_dir() else ""
-    raise EvalError(f"The image folder {image_folder!r} of {data} would be {folder}, which is no folder.{there}")
+    hint = f" There is {other}; image folders are relative to the file that names them." if other.is_dir() else ""
+    raise EvalError(f"The image folder {image_folder!r} of {data} would be {folder}, which is no folder.{hint}")
 
 
-def _places(path: str, beside: Path | None) -> list[Path]:
+def _candidates(path: str, beside: Path | None) -> list[Path]:
     first = resolve_model_paths(beside or Path.cwd(), path)
     if Path(path).expanduser().is_absolute():
         return [first]
@@ -61,24 +63,16 @@ def _places(path: str, beside: Path | None) -> list[Path]:
     return [first, *(Path(root) / path for root in roots if root)]
 
 
-def _found(path: str, what: str, is_there: Callable[[Path], bool], places: list[Path]) -> Path:
-    for place in places:
-        if is_there(place):
-            return place.resolve()
-    _refuse_working_directory(path, what, is_there, places)
-    looked = ", ".join(str(place) for place in places)
-    raise EvalError(
-        f"{what} {path!r} was not found; looked at {looked}. Put it there or set MM_MOSLORA_DATA to its folder."
-    )
-
-
-def _refuse_working_directory(path: str, what: str, is_there: Callable[[Path], bool], places: list[Path]) -> None:
-    here = Path.cwd() / path
-    if is_there(here):
+def _first(path: str, what: str, exists: Callable[[Path], bool], beside: Path | None) -> Path | None:
+    """The first candidate that exists, resolved; a path that exists in the working directory alone is refused."""
+    candidates = _candidates(path, beside)
+    existing = next((candidate for candidate in candidates if exists(candidate)), None)
+    if existing is None and exists(Path.cwd() / path):
         raise EvalError(
-            f"{what} {path!r} is not at {places[0]}, but at {here}. Paths in a task file are relative to the task "
-            "file, not to the working directory: correct the path, or write an absolute one."
+            f"{what} {path!r} is not at {candidates[0]}, but at {Path.cwd() / path}. Paths in a task file are relative "
+            "to the task file, not to the working directory: correct the path, or write an absolute one."
         )
+    return existing.resolve() if existing is not None else None
 
 
 def matches(row: Mapping[str, Any], where: Mapping[str, str] | None) -> bool:

@@ -24,13 +24,15 @@ def rules_of(folder: Path, *, follow_links: bool) -> PictureRules:
     return PictureRules(folder=folder, follow_links=follow_links)
 
 
-def found(given: Any, *, file: Path, row: int, rules: PictureRules) -> tuple[tuple[ImageLike, ...], str | None]:
+def pictures_of_record(
+    images: Any, *, file: Path, row: int, rules: PictureRules
+) -> tuple[tuple[ImageLike, ...], str | None]:
     """The pictures that a record gives (names, bytes, objects with either, a list, None), and the first problem."""
     from mm_moslora.data.images.record_picture import LocalPicture, find_picture
     from mm_moslora.data.record_faults import RecordError, Where
 
     where = Where(file=file, line=None, row=row)
-    items = given if isinstance(given, list | tuple) else [] if given in (None, "") else [given]
+    items = images if isinstance(images, list | tuple) else [] if images in (None, "") else [images]
     pictures: list[ImageLike] = []
     for index, item in enumerate(items):
         try:
@@ -68,9 +70,9 @@ class Pictures:
     def of(self, row: int) -> tuple[StoredImage, ...]:
         """The pictures of a row, in the order of the columns."""
         return tuple(
-            StoredImage(self._read, row, name, place)
+            StoredImage(self._read, row, name, number)
             for name in self.columns
-            for place in range(self._counts[name][row])
+            for number in range(self._counts[name][row])
         )
 
     def _count(self, name: str, rows: int) -> list[int]:
@@ -82,23 +84,23 @@ class Pictures:
             if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
                 counts += [value or 0 for value in pyarrow.compute.list_value_length(column).to_pylist()]
             else:
-                counts += [int(there) for there in column.is_valid().to_pylist()]
+                counts += [int(valid) for valid in column.is_valid().to_pylist()]
         return counts
 
-    def _read(self, row: int, name: str, place: int) -> bytes:
+    def _read(self, row: int, name: str, number: int) -> bytes:
         from mm_moslora.data.images.record_picture import LocalPicture, find_picture, read_picture
         from mm_moslora.data.record_faults import Where
         from mm_moslora.data.sources.hf_tables import fetched_file
 
         value = self._arrow[row : row + 1].column(name)[0].as_py()  # type: ignore[index]
         if isinstance(value, list):
-            value = value[place]
+            value = value[number]
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         fetched = fetched_file(value.get("path"), self._store)
         if fetched is not None:
             return fetched.read()
-        picture = find_picture(value, place, Where(file=self._file, line=None, row=row), self._rules)
+        picture = find_picture(value, number, Where(file=self._file, line=None, row=row), self._rules)
         return read_picture(picture.path) if isinstance(picture, LocalPicture) else picture.read()
 
 

@@ -21,7 +21,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.source_files import matches
-from mm_moslora_eval.sources.source_images import found
+from mm_moslora_eval.sources.source_images import pictures_of_record
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
@@ -53,13 +53,13 @@ def read(
     Raises:
         EvalError: no header, a missing column, an unclosed quote, or a row of another width; names the row.
     """
-    rows = list(_rows(path, required=("index", "answer", *(where or ()))))
+    rows = read_columns(path, required=("index", "answer", *(where or ())))
     pictures = {row["index"]: row.get("image", "") for row in rows}
     for number, row in enumerate(rows, start=2):
         if not matches(row, where):
             yield None
             continue
-        images, problem = _images(row, pictures, partial(found, file=path, row=number, rules=rules))
+        images, problem = _images(row, pictures, partial(pictures_of_record, file=path, row=number, rules=rules))
         if drop_without_image and not images and problem is None:
             yield None
             continue
@@ -84,7 +84,7 @@ def document(
     options = {key: value for key, value in cells.items() if len(key) == 1 and "A" <= key <= "Z"}
     answer = cells.get("answer", cells.get("answers", ""))
     answers = tuple(parse_list(answer)) if answer_lists else ()
-    known = {"index", "image", "question", "hint", "answer", "answers", "category", *options}
+    columns = {"index", "image", "question", "hint", "answer", "answers", "category", *options}
     return Document(
         id=str(cells.get("index", "")),
         images=images,
@@ -93,7 +93,7 @@ def document(
         answers=answers or ((answer,) if answer else ()),
         category=cells.get("category"),
         hint=cells.get("hint"),
-        extra={key: value for key, value in cells.items() if key not in known},
+        extra={key: value for key, value in cells.items() if key not in columns},
         problem=problem,
     )
 
@@ -103,33 +103,28 @@ def parse_list(text: str) -> list[str]:
     stripped = text.strip()
     if not _LIST.fullmatch(stripped):
         return []
-    found = (single or double for single, double in _LIST_ITEM.findall(stripped))
+    items = (single or double for single, double in _LIST_ITEM.findall(stripped))
     return [
         re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match.group(1), match.group(1)), item)
-        for item in found
+        for item in items
     ]
 
 
 def read_columns(path: Path, *, required: tuple[str, ...] = ("index",)) -> list[Row]:
     """The rows of any TSV with these columns, with unchanged cells."""
-    return list(_rows(path, required=required))
-
-
-def _rows(path: Path, *, required: tuple[str, ...] = ("index", "answer")) -> Iterator[Row]:
     # A cell may contain a picture of many megabytes.
     csv.field_size_limit(sys.maxsize)
     for strict in (True, False):
         try:
             with opened(path, most=None) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
-                rows = list(_checked_rows(csv.reader(stream, delimiter="\t", strict=strict), path, required))
+                return list(_checked_rows(csv.reader(stream, delimiter="\t", strict=strict), path, required))
         except csv.Error as error:
-            if strict and "unexpected end of data" not in str(error):
-                continue  # text after a closing quote: harmless, and common in the field's files
-            raise EvalError(f"{path} is not a valid TSV ({error}): a quote is opened and never closed.") from error
+            # Text after a closing quote is harmless, and common in the field's files.
+            if not strict or "unexpected end of data" in str(error):
+                raise EvalError(f"{path} is not a valid TSV ({error}): a quote is opened and never closed.") from error
         except UnicodeDecodeError as error:
             raise EvalError(f"{path} is not UTF-8 text ({error}); convert it.") from error
-        yield from rows
-        return
+    raise AssertionError("the second attempt returns or raises")
 
 
 def _checked_rows(reader: Iterator[list[str]], path: Path, required: tuple[str, ...]) -> Iterator[Row]:

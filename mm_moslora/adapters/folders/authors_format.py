@@ -4,7 +4,7 @@
 
     PEFT 0.10 fork   adapter_config.json (lora_use_mixer) + adapter_model; the mixer is lora_AB.weight [R, R]
     SDXL script      pytorch_lora_weights.safetensors of diffusers; diffusers renames lora_A to lora.down, and with it
-                     lora_AB to lora.downB (lora_linear_layer.downB in text encoders). The file tells no alpha: it is R
+                     lora_AB to lora.downB (lora_linear_layer.downB in text encoders). It has no alpha, which is R
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def with_known_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         AdapterError: a part of a mixer that is not its weight, or a weight that is no square matrix of finite floats.
     """
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         ends = dict.fromkeys(_MIXERS, MIXER) | _OF_DIFFUSERS
         end = next((end for end in ends if name.endswith(end)), None)
@@ -66,16 +66,16 @@ def with_known_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         if end in _MIXERS:
             _check_mixer(name, tensor)
-        found[name if end is None else name.removesuffix(end) + ends[end]] = tensor
-    return found
+        renamed[name if end is None else name.removesuffix(end) + ends[end]] = tensor
+    return renamed
 
 
 def _check_mixer(name: str, tensor: Tensor) -> None:
     square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
     if not (square and tensor.is_floating_point() and torch.isfinite(tensor).all()):
-        found = f"{list(tensor.shape)} of {tensor.dtype}"
-        found = "NaN or infinity" if square and tensor.is_floating_point() else found
-        raise AdapterError(f"{name} holds {found}, expected [R, R] of finite floats. Copy the file again.")
+        content = f"{list(tensor.shape)} of {tensor.dtype}"
+        content = "NaN or infinity" if square and tensor.is_floating_point() else content
+        raise AdapterError(f"{name} holds {content}, expected [R, R] of finite floats. Copy the file again.")
     attach_form([tensor], "dense")
 
 
@@ -99,9 +99,9 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
         path = adapted_path(name)
         if path is None or name.removesuffix(".lora_A.weight") in mixers:
             continue
-        told = pattern.get(get_pattern_key(list(pattern), path), config.get(USE_MIXER))
+        has_mixer = pattern.get(get_pattern_key(list(pattern), path), config.get(USE_MIXER))
         # Their embeddings and convolutions have no mixer, whatever the configuration says.
-        if told and name.endswith(".lora_A.weight") and tensor.ndim == 2:
+        if has_mixer and name.endswith(".lora_A.weight") and tensor.ndim == 2:
             raise AdapterError(
                 f"{source} holds no lora_AB of {path!r}, though its configuration announces one. With another matrix "
                 "in its place the adapter would be wrong. Copy the folder again."
@@ -111,10 +111,10 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
 
 
 def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFIG) -> None:
-    """Refuse mixers among the tensors of these names, whose folder has no word of them.
+    """Refuse mixers in a folder whose configuration declares none.
 
     Raises:
-        AdapterError: there is a mixer.
+        AdapterError: one of the names is a mixer's.
     """
     if name := names_mixers(names):
         raise AdapterError(
@@ -124,13 +124,13 @@ def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFI
         )
 
 
-def check_options(config: Mapping[str, Any], known: set[str], source: str, *, file: str = STOCK_CONFIG) -> None:
-    """Refuse options of a configuration with mixers that are not `known` and change what the adapter computes.
+def check_options(config: Mapping[str, Any], understood: set[str], source: str, *, file: str = STOCK_CONFIG) -> None:
+    """Refuse options of a configuration with mixers that are not `understood` and change what the adapter computes.
 
     Raises:
         AdapterError: such an option is set.
     """
-    unknown = sorted(key for key, value in config.items() if value and key not in known | _WITHOUT_MEANING)
+    unknown = sorted(key for key, value in config.items() if value and key not in understood | _WITHOUT_MEANING)
     if unknown:
         raise AdapterError(
             f"{source} sets {unknown[0]} to {config[unknown[0]]!r}, which is not understood. The adapter may compute "

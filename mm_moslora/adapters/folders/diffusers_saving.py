@@ -115,10 +115,10 @@ def patch_diffusers() -> bool:
 
     @functools.wraps(stock_write)
     def write_lora_layers(state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        told = kwargs.get("lora_adapter_metadata")
-        if told:  # LoraConfig of the reader takes its own fields only
-            kept = {key: value for key, value in told.items() if key.rpartition(".")[2] not in _OWN_FIELDS}
-            kwargs["lora_adapter_metadata"] = kept
+        metadata = kwargs.get("lora_adapter_metadata")
+        if metadata:  # LoraConfig of the reader takes its own fields only
+            of_lora = {key: value for key, value in metadata.items() if key.rpartition(".")[2] not in _OWN_FIELDS}
+            kwargs["lora_adapter_metadata"] = of_lora
         stock_write(without_mixers(state_dict), *args, **kwargs)
 
     @functools.wraps(stock_save)

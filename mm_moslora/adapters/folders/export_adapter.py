@@ -30,14 +30,14 @@ from mm_moslora.adapters.folder_format import (
     STOCK_WEIGHTS,
     PlainPair,
     adapted_path,
+    is_inner,
     target_paths,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, mixer_matrices
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.folders.save_folder import stock_config
-from mm_moslora.adapters.tree import is_inner
+from mm_moslora.adapters.folders.save_folder import config_to_dict, stock_config
 from mm_moslora.kernels.lora.lora_math import fold
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import output_file, replacing, staging
@@ -77,8 +77,8 @@ def export_adapter(
         OSError: `out` cannot be written.
     """
     if layout not in get_args(Layout):
-        known = get_args(Layout)
-        raise AdapterError(f"The layout is {layout!r}, expected one of {', '.join(known)}.{suggestion(layout, known)}")
+        hint = suggestion(layout, get_args(Layout))
+        raise AdapterError(f"The layout is {layout!r}, expected one of {', '.join(get_args(Layout))}.{hint}")
     folders = folder if isinstance(folder, Mapping) else {component: folder}
     for name in folders:
         if name not in COMPONENTS:
@@ -177,13 +177,13 @@ def largest_difference(
     content = read_folder(folder)
     written = read_tensors(Path(out) / (DIFFUSERS_WEIGHTS if layout == "diffusers" else STOCK_WEIGHTS))
     prefix = f"{component}." if layout == "diffusers" else PREFIX
-    found = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}
+    exported = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}
     generator = torch.Generator().manual_seed(0)
     mixers = mixer_matrices(content.tensors, mixer_form=content.config.mixer_form)
     worst = 0.0
     for path in target_paths(content.tensors):
         A, B = (content.tensors.get(f"{PREFIX}{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
-        own_A, own_B = (found.get(f"{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
+        own_A, own_B = (exported.get(f"{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
         if A is None or B is None or own_A is None or own_B is None:
             raise AdapterError(f"{out} has no factors for {path}, which {folder} adapts. Export it again.")
         x = torch.randn(A[0].numel(), 8, generator=generator, dtype=torch.float64)
@@ -250,4 +250,4 @@ def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, An
         tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
     names = sorted({path.rpartition(".")[2] for path in pairs})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", inference_mode=True)
-    return tensors, {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return tensors, config_to_dict(config)

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import (
     FACTORS_B,
     MIXER,
@@ -18,7 +19,6 @@ from mm_moslora.adapters.folder_format import (
     mixers_in,
     target_paths,
 )
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
 from mm_moslora.adapters.mixer import form_named, form_of
 from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
@@ -59,10 +59,10 @@ def check_tensors(
             )
 
 
-def without_place(
+def unexpected_entry(
     tensors: Mapping[str, Tensor], config: LoraConfig, *, embeddings: Mapping[str, tuple[int, ...]] | None = None
 ) -> str | None:
-    """The first name besides the factors that cannot belong to an adapter of this configuration; None: there is none.
+    """The first entry, factors apart, that an adapter of this configuration cannot have; None: all belong to it.
 
     PEFT writes the base's embeddings beside the factors when they are adapted, when the vocabulary was resized, and on
     request.
@@ -124,7 +124,7 @@ def fold_state_dict(
 
     Args:
         tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
-        mixer_form: of the mixers; None takes what their reader told (`mixer.tell_form`), else reads M itself,
+        mixer_form: of the mixers; None takes the form that is attached to them (`mixer.attach_form`), else M itself,
             ``[R, R]`` or the ``[R]`` of a diagonal.
         names_of_B: the ends of B's names.
 
@@ -145,8 +145,8 @@ def fold_state_dict(
         if mixer is not None:
             rank = tensor.shape[1]
             if mixer.shape != (rank, rank) or not torch.isfinite(mixer).all():
-                found = f"{list(mixer.shape)}" if mixer.shape != (rank, rank) else "NaN or infinity"
-                raise AdapterError(f"The mixer of {name} is {found}, expected {[rank, rank]} of finite numbers.")
+                content = f"{list(mixer.shape)}" if mixer.shape != (rank, rank) else "NaN or infinity"
+                raise AdapterError(f"The mixer of {name} is {content}, expected {[rank, rank]} of finite numbers.")
             tensor = fold_right(tensor, mixer).to(tensor.dtype)
         folded[name] = tensor.contiguous()
     if matrices:
@@ -160,6 +160,6 @@ def fold_state_dict(
 def mixer_matrices(tensors: Mapping[str, Tensor], *, mixer_form: str | None = None) -> dict[str, Tensor]:
     """M ``[R, R]`` of every mixer, by what stands before ``.lora_mixer.`` in its name; see `fold_state_dict`."""
     return {
-        start: (form_of(found) if mixer_form is None else form_named(mixer_form)).matrix(found)
-        for start, found in mixers_in(tensors).items()
+        start: (form_of(parts) if mixer_form is None else form_named(mixer_form)).matrix(parts)
+        for start, parts in mixers_in(tensors).items()
     }

@@ -78,8 +78,9 @@ def read_foreign(root: Path, *, trainable: bool = False, component: str | None =
     if (root / DIFFUSERS_WEIGHTS).is_file():
         return _read_diffusers(root, component, trainable=trainable)
     if (root / PADDLE_CONFIG).is_file():
-        told, stock, tensors = paddle_adapter(root)
-        return _with_mixers(stock, told, tensors, root) if told.get(USE_MIXER) else _plain(stock, tensors, trainable)
+        options, stock, tensors = paddle_adapter(root)
+        mixed = options.get(USE_MIXER)
+        return _with_mixers(stock, options, tensors, root) if mixed else _plain(stock, tensors, trainable)
     if inside := adapters_inside(root):
         raise AdapterError(inside)
     raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
@@ -93,35 +94,37 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
             "here. Load it with PEFT itself."
         )
     if declares_mixers(data):
-        config, tensors = read_authors(root, data)
-        config.target_modules = target_paths(tensors)
-        return AdapterFolder(config=config, tensors=tensors, base={})
+        return _content(*read_authors(root, data))
     tensors = peft_tensors(root, pickled=False)
     check_declared(tensors, str(root))
     stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
     return _plain(stock, tensors, trainable)
 
 
-def _with_mixers(stock: LoraConfig, told: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> AdapterFolder:
-    config = from_lora_config(stock, **mixer_settings(told, tensors, str(source)))
-    config.target_modules = target_paths(tensors)
-    return AdapterFolder(config=config, tensors=tensors, base={})
+def _with_mixers(
+    stock: LoraConfig, options: Mapping[str, Any], tensors: dict[str, Tensor], source: Path
+) -> AdapterFolder:
+    return _content(from_lora_config(stock, **mixer_settings(options, tensors, str(source))), tensors)
 
 
 def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> AdapterFolder:
     config = from_lora_config(stock, mixer_trainable=trainable and not stock.use_dora)
-    config.target_modules = target_paths(tensors)
     if config.mixer_trainable:
         # The mixers are not in the file; the identity makes them exactly this adapter.
         adapted = {adapted_path(name): len(tensor) for name, tensor in tensors.items() if adapted_path(name)}
         tensors |= {f"{PREFIX}{path}{MIXER}": torch.eye(rank) for path, rank in adapted.items()}
+    return _content(config, tensors)
+
+
+def _content(config: MoSLoRAConfig, tensors: dict[str, Tensor]) -> AdapterFolder:
+    config.target_modules = target_paths(tensors)
     return AdapterFolder(config=config, tensors=tensors, base={})
 
 
 def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> AdapterFolder:
     path = root / DIFFUSERS_WEIGHTS
-    held = with_known_names(read_tensors(path))
-    present = sorted({name.partition(".")[0] for name in held})
+    all_tensors = with_known_names(read_tensors(path))
+    present = sorted({name.partition(".")[0] for name in all_tensors})
     if component is None and len(present) == 1:
         component = present[0]
     if component not in present:
@@ -132,7 +135,8 @@ def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> Ad
             else f"{path} holds no tensors. Copy the folder again."
         )
     start = f"{component}."
-    tensors = {PREFIX + name.removeprefix(start): tensor for name, tensor in held.items() if name.startswith(start)}
+    names = [name for name in all_tensors if name.startswith(start)]
+    tensors = {PREFIX + name.removeprefix(start): all_tensors[name] for name in names}
     if unknown := sorted(name for name in tensors if not is_factor(name)):
         raise AdapterError(
             f"{path} holds {start}{unknown[0].removeprefix(PREFIX)}, which is not understood: A, M and B are "

@@ -94,7 +94,7 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
 
 
 def write_file(writer: gguf.GGUFWriter, path: Path) -> None:
-    """Write what a writer was given, and read it back.
+    """Write the content of a writer to a file, and read it back.
 
     Args:
         writer: made without a path.

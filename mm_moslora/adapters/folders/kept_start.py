@@ -1,4 +1,4 @@
-"""What an adapter folder keeps of the start of training: the mixers, and how A and B lie to what they were.
+"""What an adapter folder keeps of the start of training: the mixers, and Gram matrices of A and B with their start.
 
 ::
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """How the rows of a factor lie to those of its start, or of another adapter's factor."""
+    """Products of the rows of a factor with those of its start, or of another adapter's factor."""
 
     cross: Tensor
     """``F F0^T`` ``[R, R0]``, float64."""
@@ -86,24 +86,24 @@ class ModuleStart:
             B: the whole factor, now.
         """
         start = layer.starts.get(adapter_name, Start())
-        known = start.mixer is not None and adapter_name in layer.lora_mixer
-        form = cast(Mixer, layer.lora_mixer[adapter_name]).form if known else None
+        has_start = start.mixer is not None and adapter_name in layer.lora_mixer
+        form = cast(Mixer, layer.lora_mixer[adapter_name]).form if has_start else None
         M = form.matrix(start.mixer or {}) if form is not None and form.fixed else None
         return cls(M=M, **_overlaps(start, A, B))
 
     @classmethod
-    def read(cls, kept: Mapping[str, Tensor], path: str, form: MixerForm, rank: int) -> ModuleStart:
+    def read(cls, stored: Mapping[str, Tensor], path: str, form: MixerForm, rank: int) -> ModuleStart:
         """From the tensors of a folder; parts of another shape, and NaN, are not known.
 
         Args:
-            kept: of `read_start`.
+            stored: of `read_start`.
             path: module path.
             form: of the folder's mixers.
             rank: R of the module.
         """
 
         def part(name: str, shape: tuple[int, ...]) -> Tensor | None:
-            tensor = kept.get(f"{PREFIX}{path}{START_PART}{name}")
+            tensor = stored.get(f"{PREFIX}{path}{START_PART}{name}")
             fits = tensor is not None and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())
             return tensor if fits else None
 
@@ -112,9 +112,9 @@ class ModuleStart:
             return None if cross is None or start is None else Overlap(cross=cross.double(), start=start.double())
 
         mixer = {name: part(name, shape) for name, shape in form.shapes(rank).items()}
-        known = {name: tensor for name, tensor in mixer.items() if tensor is not None}
-        whole = form.fixed and len(known) == len(mixer)
-        return cls(M=form.matrix(known) if whole else None, rows=overlap("rows"), columns=overlap("columns"))
+        parts = {name: tensor for name, tensor in mixer.items() if tensor is not None}
+        whole = form.fixed and len(parts) == len(mixer)
+        return cls(M=form.matrix(parts) if whole else None, rows=overlap("rows"), columns=overlap("columns"))
 
 
 def _overlaps(start: Start, A: Tensor, B: Tensor) -> dict[str, Overlap | None]:
@@ -139,10 +139,10 @@ def start_tensors(starts: Mapping[str, Start], tensors: Mapping[str, Tensor]) ->
         starts: of `starts_of`.
         tensors: A, M and B of the adapter under their names in the folder.
     """
-    kept: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for path, start in starts.items():
         name = f"{PREFIX}{path}"
-        kept |= {f"{name}{START_PART}{part}": tensor for part, tensor in (start.mixer or {}).items()}
+        stored |= {f"{name}{START_PART}{part}": tensor for part, tensor in (start.mixer or {}).items()}
         A, B = (
             next((tensors[name + end].flatten(1) for end in ends if name + end in tensors), None)
             for ends in (FACTORS_A, FACTORS_B)
@@ -151,20 +151,20 @@ def start_tensors(starts: Mapping[str, Start], tensors: Mapping[str, Tensor]) ->
             continue
         for side, overlap in _overlaps(start, A, B).items():
             if overlap is not None:
-                kept[f"{name}{START_PART}{side}.cross"] = overlap.cross
-                kept[f"{name}{START_PART}{side}.start"] = overlap.start
-    return kept
+                stored[f"{name}{START_PART}{side}.cross"] = overlap.cross
+                stored[f"{name}{START_PART}{side}.start"] = overlap.start
+    return stored
 
 
-def set_starts(model: nn.Module, adapter_name: str, kept: Mapping[str, Tensor]) -> None:
+def set_starts(model: nn.Module, adapter_name: str, stored: Mapping[str, Tensor]) -> None:
     """Give the layers of an adapter the start of their mixers; those that the folder does not know have none.
 
     Args:
         model: holds the adapter.
         adapter_name: the adapter.
-        kept: of `read_start`.
+        stored: of `read_start`.
     """
-    mixers = mixer_starts(kept)
+    mixers = mixer_starts(stored)
     for path, layer in named_adapter_layers(model):
         if layer.holds(adapter_name):
             layer.keep_start(adapter_name, mixers.get(path, {}))
@@ -181,16 +181,16 @@ def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "defaul
         folder: of the checkpoint; where it keeps no start, nothing changes.
         adapter_name: the adapter.
     """
-    kept, starts = read_start(folder, read_manifest(folder)), starts_of(model, adapter_name)
-    if not kept:
+    stored, starts = read_start(folder, read_manifest(folder)), starts_of(model, adapter_name)
+    if not stored:
         return
-    mixers, again = mixer_starts(kept), {}
+    mixers, again = mixer_starts(stored), {}
     if any(start.A is not None or start.B is not None for start in starts.values()):  # on the first rank
         again = start_tensors(starts, read_tensors(folder / OWN_WEIGHTS))
 
     def same(path: str, side: str) -> bool:
         names = (f"{PREFIX}{path}{START_PART}{side}.{part}" for part in ("cross", "start"))
-        return all(name in again and name in kept and _close(again[name], kept[name]) for name in names)
+        return all(name in again and name in stored and _close(again[name], stored[name]) for name in names)
 
     for path, layer in named_adapter_layers(model):
         if layer.holds(adapter_name):
@@ -199,22 +199,22 @@ def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "defaul
             layer.starts[adapter_name] = Start(mixer=mixers.get(path), A=A, B=B)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and bool((found - expected).norm() <= 1e-5 * expected.norm())
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and bool((actual - expected).norm() <= 1e-5 * expected.norm())
 
 
-def mixer_starts(kept: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def mixer_starts(stored: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of mixers at the start, by module path and name.
 
     Args:
-        kept: of `read_start`.
+        stored: of `read_start`.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in kept.items():
+    mixers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in stored.items():
         path, _, name = key.removeprefix(PREFIX).rpartition(START_PART)
         if "." not in name:
-            found.setdefault(path, {})[name] = tensor
-    return found
+            mixers.setdefault(path, {})[name] = tensor
+    return mixers
 
 
 def read_start(root: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import inject
 from mm_moslora.adapters.folder_format import (
-    MIXER_PART,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
     STOCK_WEIGHTS,
+    is_inner,
     mixers_in,
     read_manifest,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
-from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank, without_place
+from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank, unexpected_entry
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
 from mm_moslora.adapters.folders.kept_start import read_start, set_starts
 from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
-from mm_moslora.adapters.tree import base_fingerprint, is_inner, named_adapter_layers, named_base_modules
+from mm_moslora.adapters.tree import base_fingerprint, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.run_paths import why_no_adapter_folder
@@ -72,8 +72,8 @@ def load_adapter(
     paths = sorted(config.target_modules or ())
     check_tensors(content.tensors, _planned_shapes(model, config, paths, content.tensors, source), source=source)
     config.inference_mode = not trainable
-    known = isinstance(model, peft.PeftModel) and adapter_name in model.peft_config
-    if isinstance(model, peft.PeftModel) and known:
+    exists = isinstance(model, peft.PeftModel) and adapter_name in model.peft_config
+    if isinstance(model, peft.PeftModel) and exists:
         _check_same(model, adapter_name, content, source)
         wrapped = model
     else:
@@ -87,7 +87,7 @@ def load_adapter(
     except AdapterError:
         if wrapped is not model:
             wrapped.unload()
-        elif not known:
+        elif not exists:
             wrapped.delete_adapter(adapter_name)
         raise
     wrapped.set_requires_grad(adapter_name, requires_grad=trainable)
@@ -144,9 +144,9 @@ def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name
 def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder, source: str) -> None:
     """Refuse values for an existing adapter that would compute other outputs with them."""
     layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
-    found = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
     expected = expected_shapes(model, adapter_name)
-    differing = sorted(name for name in expected if found.get(name) != expected[name])
+    differing = sorted(name for name in expected if shapes.get(name) != expected[name])
     own, theirs = content.config, cast(MoSLoRAConfig, model.peft_config[adapter_name])
     outer = [path for path in layers if not is_inner(path)]
     scaled = [path for path in outer if layers[path].scaling[adapter_name] != own.scaling_for(path)]
@@ -155,15 +155,15 @@ def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder
         problem = "it is in other modules"
     elif differing:
         problem = (
-            f"{differing[0]} is {expected[differing[0]]} there and {found.get(differing[0], 'missing')} in the folder"
+            f"{differing[0]} is {expected[differing[0]]} there and {shapes.get(differing[0], 'missing')} in the folder"
         )
     elif own.mixer_form != theirs.mixer_form and mixers_in(content.tensors):
         problem = f"mixer_form is {theirs.mixer_form!r} there and {own.mixer_form!r} in the folder"
     elif own.use_dora != theirs.use_dora:
         problem = f"use_dora is {theirs.use_dora} there and {own.use_dora} in the folder"
     elif scaled:
-        there = layers[scaled[0]].scaling[adapter_name]
-        problem = f"the scaling of {scaled[0]} is {there:g} there and {own.scaling_for(scaled[0]):g} in the folder"
+        scaling = layers[scaled[0]].scaling[adapter_name]
+        problem = f"the scaling of {scaled[0]} is {scaling:g} there and {own.scaling_for(scaled[0]):g} in the folder"
     elif any(adapter_name in layer.merged_adapters for layer in layers.values()):
         problem = "it is merged into the weights"
     if problem:
@@ -186,17 +186,17 @@ def _usable(source: str) -> Iterator[None]:
 
 def _misfit(model: peft.PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> str | None:
     """Why an adapter's tensors do not fit the model that it was put into; None if they do."""
-    wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    lost = wanted.keys() - tensors.keys()
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    lost = expected.keys() - tensors.keys()
     if lost:
         return f"lacks {min(lost)!r}"
-    places = wanted
-    if tensors.keys() - wanted.keys():  # the base's embeddings, which PEFT saves when the vocabulary was resized
-        places = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
+    known_tensors = expected
+    if tensors.keys() - expected.keys():  # the base's embeddings, which PEFT saves when the vocabulary was resized
+        known_tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
     for name, tensor in tensors.items():
-        if name not in places:
+        if name not in known_tensors:
             return f"holds {name!r}, for which the model has no place"
-        shape = getattr(places[name], "ds_shape", places[name].shape)
+        shape = getattr(known_tensors[name], "ds_shape", known_tensors[name].shape)
         if tensor.shape != shape:
             return f"holds {name!r} of shape {list(tensor.shape)}, expected {list(shape)}"
     return None
@@ -218,17 +218,17 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
         raise AdapterError(why_no_adapter_folder(root))
     has_config, has_weights = (root / OWN_CONFIG).is_file(), (root / OWN_WEIGHTS).is_file()
     if has_config != has_weights:
-        there, lost = (OWN_CONFIG, OWN_WEIGHTS) if has_config else (OWN_WEIGHTS, OWN_CONFIG)
+        present, missing = (OWN_CONFIG, OWN_WEIGHTS) if has_config else (OWN_WEIGHTS, OWN_CONFIG)
         raise AdapterError(
-            f"{root} has {there} but no {lost}. Copy the whole folder; or delete {there} to load the folded factors as "
-            "plain LoRA."
+            f"{root} has {present} but no {missing}. Copy the whole folder; or delete {present} to load the folded "
+            "factors as plain LoRA."
         )
     with _usable(str(root)):
         content = _read_own(root) if has_config else read_foreign(root, trainable=trainable, component=component)
     if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))
-    if extra := without_place(content.tensors, content.config):
+    if extra := unexpected_entry(content.tensors, content.config):
         raise AdapterError(
             f"{root} holds {extra!r}, for which its configuration has no place. Load the folder that was saved, or "
             "save it again with the option that the entry belongs to (modules_to_save, lora_bias, bias, use_dora)."
@@ -265,11 +265,11 @@ def _stale(root: Path, name: str) -> str:
     return f"{root / name} is damaged or truncated: its sha256 differs from {OWN_CONFIG}. Copy the folder again."
 
 
-def _check_base(model: nn.Module, saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> None:
-    for key in sorted(saved.keys() & given.keys()):
-        if saved[key] is not None and given[key] is not None and saved[key] != given[key]:
+def _check_base(model: nn.Module, saved: Mapping[str, Any], base: Mapping[str, Any], source: str) -> None:
+    for key in sorted(saved.keys() & base.keys()):
+        if saved[key] is not None and base[key] is not None and saved[key] != base[key]:
             raise AdapterError(
-                f"{source} was made for a base with {key} {saved[key]!r}, this one has {given[key]!r}. Load the base "
+                f"{source} was made for a base with {key} {saved[key]!r}, this one has {base[key]!r}. Load the base "
                 "it was made for."
             )
     expected = saved.get("fingerprint")
@@ -286,20 +286,12 @@ def _planned_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the folder must have to fit the model."""
     modules = dict(named_base_modules(model))
-    mixers, form = mixers_in(tensors), form_named(config.mixer_form)
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = shapes_by_rank(config, tensors)
     for path in paths:
         if path not in modules:
             raise AdapterError(f"{source} adapts {path!r}, which the model lacks.{suggestion(path, modules)}")
-        reason = why_not_adaptable(modules[path])
-        if reason:
+        if reason := why_not_adaptable(modules[path]):
             raise AdapterError(f"{source} adapts {path!r}, which cannot carry MoSLoRA: {reason}")
-        rank = config.rank_for(path)
-        for name, shape in factor_shapes(modules[path], rank).items():
-            shapes[f"{PREFIX}{path}.{name}"] = shape
-            if name.endswith(("lora_A.weight", "lora_embedding_A")):
-                inner = name.removesuffix("lora_A.weight").removesuffix("lora_embedding_A")
-                start = f"{PREFIX}{path}.{inner}".removesuffix(".")
-                if start in mixers or not config.is_plain(path):
-                    shapes |= {f"{start}{MIXER_PART}{part}": shape for part, shape in form.shapes(rank).items()}
+        factors = factor_shapes(modules[path], config.rank_for(path))
+        shapes |= {f"{PREFIX}{path}.{name}": shape for name, shape in factors.items()}
     return shapes

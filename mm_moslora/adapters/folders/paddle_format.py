@@ -66,15 +66,15 @@ def paddle_adapter(root: Path) -> tuple[dict[str, Any], LoraConfig, dict[str, Te
         use_rslora=bool(config.get("rslora")), target_modules=["all"],
     )  # fmt: skip
     scaling = stock.lora_alpha / (math.sqrt(stock.r) if stock.use_rslora else stock.r)
-    if not math.isclose(told := config.get("scaling", scaling), scaling, rel_tol=1e-6):
+    if not math.isclose(stated := config.get("scaling", scaling), scaling, rel_tol=1e-6):
         raise AdapterError(
-            f"{root / PADDLE_CONFIG} tells a scaling of {told:g}, and its rank and alpha one of {scaling:g}. Copy the "
+            f"{root / PADDLE_CONFIG} stores the scaling {stated:g}; its rank and alpha give {scaling:g}. Copy the "
             "folder again."
         )
-    held = _read(root)
-    _check_targets(config.get("target_modules") or [], held, root)
+    stored = _read(root)
+    _check_targets(config.get("target_modules") or [], stored, root)
     renamed: dict[str, Tensor] = {}
-    for name, tensor in held.items():
+    for name, tensor in stored.items():
         _add(renamed, {_name(name, root): tensor.t()}, root)
     tensors = with_known_names(renamed)
     if not config.get(USE_MIXER):
@@ -164,17 +164,17 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path.parent} lacks {_PICKLED} and peft_model.safetensors. Copy the folder again.")
     try:
         with opened(path, most=None) as stream:
-            held = _Arrays(stream).load()
-        found = {}
-        for name, value in dict(held).items():
+            arrays = _Arrays(stream).load()
+        tensors = {}
+        for name, value in dict(arrays).items():
             if name == _NAME_TABLE:
                 continue
             array = value[1] if isinstance(value, tuple) else value  # newer versions add the tensor's name
-            found[str(name)] = _tensor(array)
+            tensors[str(name)] = _tensor(array)
     except Exception as error:  # a broken pickle raises nearly anything, and its sizes MemoryError
         what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
         raise AdapterError(f"{path} is damaged, or holds more than arrays ({what}). Copy the folder again.") from error
-    return found
+    return tensors
 
 
 def _tensor(array: Any) -> Tensor:

@@ -55,14 +55,14 @@ def permitted_options(kind: type[Any], options: Mapping[str, Any], source: str) 
         AdapterError: a value is neither a number, nor a known word, nor the name of a module.
     """
     hints = typing.get_type_hints(kind)
-    known = {item.name: item for item in dataclasses.fields(kind) if item.init and item.name not in _OF_FOLDERS}
-    for name, value in ((name, value) for name, value in options.items() if name in known):
-        if value != known[name].default and (odd := next(_refused(name, value, hints[name]), None)):
+    fields = {item.name: item for item in dataclasses.fields(kind) if item.init and item.name not in _OF_FOLDERS}
+    for name, value in ((name, value) for name, value in options.items() if name in fields):
+        if value != fields[name].default and (odd := next(_refused(name, value, hints[name]), None)):
             raise AdapterError(
                 f"{source} sets {odd[0]} to {odd[1]!r}. Options may be numbers, words that PEFT lists, and names of "
                 "modules; others may name files, models or code, which PEFT would open. Leave it out."
             )
-    return {name: value for name, value in options.items() if name in known}
+    return {name: value for name, value in options.items() if name in fields}
 
 
 def _refused(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any]]:

@@ -11,10 +11,12 @@ from typing import Any
 
 import peft
 import torch
+from peft import LoraConfig
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import (
     FORMAT,
     FORMAT_VERSION,
@@ -33,7 +35,7 @@ from mm_moslora.adapters.folder_format import (
 )
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state_dict, shapes_by_rank
 from mm_moslora.adapters.folders.kept_start import read_start, start_tensors, starts_of
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions, Start
+from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
@@ -148,16 +150,16 @@ def adapter_tensors(
     if state is not None:
         own = {_bare(name): name for name in full}
         parameters = {_bare(name) for name, _ in model.named_parameters()}
-        given = {_bare(name): tensor for name, tensor in state.items()}
+        values = {_bare(name): tensor for name, tensor in state.items()}
         lost = sorted(
-            name for name in parameters - given.keys() if "lora_" in name and f".{adapter_name}." in f"{name}."
+            name for name in parameters - values.keys() if "lora_" in name and f".{adapter_name}." in f"{name}."
         )
         if lost:
             raise AdapterError(
                 f"The state to save lacks {len(lost)} parameters of adapter {adapter_name!r}, first {lost[0]!r}. "
                 "Gather all of them before saving."
             )
-        full |= {own[name]: tensor for name, tensor in given.items() if name in own}
+        full |= {own[name]: tensor for name, tensor in values.items() if name in own}
     tensors = get_peft_model_state_dict(model, state_dict=full, adapter_name=adapter_name, save_embedding_layers=False)
     for name, tensor in tensors.items():
         if reason := why_not_whole(tensor):
@@ -220,8 +222,8 @@ def _refused_by_readers() -> bytes:
 
     Trainers look for the file before they load a checkpoint, with `load_adapter` then, which does not read it.
     """
-    told = "nothing: the mixers of this adapter depend on their input and only mm_moslora.adapters loads them"
-    header = json.dumps({"weights": {"dtype": told, "shape": [], "data_offsets": [0, 0]}}).encode()
+    message = "nothing: the mixers of this adapter depend on their input and only mm_moslora.adapters loads them"
+    header = json.dumps({"weights": {"dtype": message, "shape": [], "data_offsets": [0, 0]}}).encode()
     return len(header).to_bytes(8, "little") + header
 
 
@@ -264,13 +266,12 @@ def stock_config(
     if paths is not None:
         changes |= {"target_modules": list(paths), "exclude_modules": None}
         changes |= {"layers_to_transform": None, "layers_pattern": None}
-    data = config.to_lora_config(**changes).to_dict()
+    data = config_to_dict(config.to_lora_config(**changes))
     alpha = data["lora_alpha"]
-    data["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(data.items())}
+    return data | {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
 
 
-def config_to_dict(config: AdapterOptions) -> dict[str, Any]:
+def config_to_dict(config: LoraConfig) -> dict[str, Any]:
     """Plain JSON data of a configuration; `config_from_dict` reads it back equal."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
 
@@ -327,8 +328,8 @@ def _is_intact(folder: Path) -> bool:
     """Whether the folder holds A, M and B, their fold where there is one, and no other weights."""
     try:
         files = read_json(folder / OWN_CONFIG)["files"]
-        there = {name for name in (STOCK_WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()}
-        return OWN_WEIGHTS in there == set(files) and all(sha256_of(folder / name) == files[name] for name in there)
+        present = {name for name in (STOCK_WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()}
+        return OWN_WEIGHTS in present == set(files) and all(sha256_of(folder / name) == files[name] for name in present)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

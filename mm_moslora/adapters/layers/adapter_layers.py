@@ -2,7 +2,7 @@
 
 Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
-`MoSLoRALayer` is the base of all layer types, which are in `fused_linear`, `other_layer_types`, `quantised_layers` and
+`MoSLoRALayer` is the base of all layer types, which are in `fused_linear`, `other_layer_types` and
 `bitsandbytes_layers`; `layer_dispatch` chooses.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig
@@ -20,6 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import START_PART
 from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer, orthonormal_rows
 from mm_moslora.adapters.layers.form_checks import check_form
@@ -27,46 +28,6 @@ from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.mixer import MixerForm, form_named, random_stream_of_mixers
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold
 from mm_moslora.utils.errors import AdapterError
-
-
-@runtime_checkable
-class AdapterOptions(Protocol):
-    """What layers and folders need to know of a configuration; `MoSLoRAConfig` has it."""
-
-    mixer_trainable: bool
-    use_dora: bool
-    task_type: Any
-
-    @property
-    def mixer_form(self) -> str:
-        """How M is made of tensors; see `form_named`."""
-
-    @property
-    def factor_form(self) -> str:
-        """free, mixed, svd, stella or orthonormal."""
-
-    @property
-    def has_mixer(self) -> bool:
-        """Whether any module can get a mixer."""
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the start of A and B is taken out of the base weight."""
-
-    def is_plain(self, module_path: str) -> bool:
-        """Whether one module is plain LoRA."""
-
-    def mixer_for(self, module_path: str) -> str:
-        """The initialisation of one module's mixer."""
-
-    def rank_for(self, module_path: str) -> int:
-        """The rank of one module."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field."""
-
-    def to_lora_config(self, **changes: Any) -> LoraConfig:
-        """The same without the mixer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +117,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             self._check_input_dependent(form, config)
         self.factor_form[adapter_name] = config.factor_form
         if config.factor_form != "free":
-            self._place_factors(adapter_name, config)
+            self._start_outer_factors(adapter_name, config)
         with random_stream_of_mixers():
             if like.is_meta:
                 tensors = {name: torch.empty(shape, device="meta") for name, shape in form.shapes(rank).items()}
@@ -186,7 +147,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
 
     @torch.no_grad()
     def _mix_start(self, adapter_name: str, config: AdapterOptions) -> None:
-        """Put the start of a mixer into A (into B of an embedding, whose A is zero); plain LoRA goes on from there."""
+        """Multiply the start of a mixer into A (into B of an embedding, whose A is zero); what trains is plain LoRA."""
         kind, factor = config.mixer_for(self._module_path), self.outer_factors(adapter_name)[self.random_factor]
         if kind == "none" or factor.is_meta:
             return
@@ -195,7 +156,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             M = form.matrix(form.start(rank, kind)).to(factor.device)
         factor.copy_(fold(factor.T, M.T).T if self.random_factor else fold(factor, M))
 
-    def _place_factors(self, adapter_name: str, config: AdapterOptions) -> None:
+    def _start_outer_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """The truncated SVD of the base weight (LoRA-XS), or random orthonormal factors."""
         if not isinstance(self, lora.Linear):
             raise AdapterError(
@@ -220,17 +181,22 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             A.data.copy_(orthonormal_rows(*A.shape))
             B.data.copy_(orthonormal_rows(*B.shape[::-1]).T)
 
+    def _outer(self) -> list[Any]:
+        """PEFT's dictionaries of A and B: of modules, or of parameters where a layer keeps them bare."""
+        return [getattr(self, name.partition(".")[0]) for name in self.outer_names]
+
     def holds(self, adapter_name: str) -> bool:
         """Whether this layer has factors of that adapter."""
-        return adapter_name in self.lora_A
+        return adapter_name in self._outer()[0]
 
     def adapter_names(self) -> list[str]:
         """The adapters in this layer, sorted."""
-        return sorted(self.lora_A)
+        return sorted(self._outer()[0].keys())
 
     def outer_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """A and B of one adapter, the parameters themselves."""
-        return cast(Tensor, self.lora_A[adapter_name].weight), cast(Tensor, self.lora_B[adapter_name].weight)
+        """A and B of one adapter, the parameters themselves; ``[R, V]`` and ``[D_out, R]`` in an embedding."""
+        A, B = (factors[adapter_name] for factors in self._outer())
+        return getattr(A, "weight", A), getattr(B, "weight", B)
 
     def factors(self, adapter_name: str) -> Factors:
         """A, M, B and s of one adapter; A and B are the parameters themselves, and so is a dense M.
@@ -246,7 +212,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         """The tensors of one adapter's mixer by name; empty: the frozen identity.
 
         Raises:
-            AdapterError: something else than a `Mixer` is in its place.
+            AdapterError: another module has replaced the `Mixer`.
         """
         if adapter_name not in self.lora_mixer:
             return {}
@@ -260,15 +226,15 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return cast("dict[str, Tensor]", mixer.tensors())
 
     def keep_start(self, adapter_name: str, mixer: Mapping[str, Tensor]) -> None:
-        """Take these tensors as the mixer's start; it is not known where they are not whole tensors of its form."""
+        """Keep these tensors as the mixer's start; tensors of another form, shards and NaN leave the start unknown."""
         self.starts.pop(adapter_name, None)
         if adapter_name not in self.lora_mixer:
             return
         shapes = cast(MixerForm, self.lora_mixer[adapter_name].form).shapes(self.r[adapter_name])
         fit = {name: tuple(tensor.shape) for name, tensor in mixer.items()} == shapes
         if fit and all(bool(tensor.isfinite().all()) for tensor in mixer.values()):
-            kept = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in mixer.items()}
-            self.starts[adapter_name] = Start(mixer=kept)
+            copies = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in mixer.items()}
+            self.starts[adapter_name] = Start(mixer=copies)
 
     def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M's tensors."""
@@ -307,9 +273,9 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             factor = next((state_dict[name] for name in names if name in state_dict), None)
             mixed = any(name.startswith(start) for name in state_dict)
             if factor is not None or mixed:
-                kept = f"{prefix}{START_PART[1:]}{adapter_name}."
-                found = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(kept)}
-                self.keep_start(adapter_name, {name.removeprefix(kept): tensor for name, tensor in found.items()})
+                begin = f"{prefix}{START_PART[1:]}{adapter_name}."
+                stored = [name for name in state_dict if name.startswith(begin)]
+                self.keep_start(adapter_name, {name.removeprefix(begin): state_dict.pop(name) for name in stored})
             if factor is not None and not mixed:
                 identity = cast(MixerForm, mixer.form).identity(factor.shape[0])
                 state_dict |= {f"{start}{name}": tensor.to(factor) for name, tensor in identity.items()}

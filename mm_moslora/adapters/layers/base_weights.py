@@ -10,7 +10,7 @@ dense weight is kept in between.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -74,24 +74,18 @@ def learns_through(layer: nn.Module, x: Tensor) -> bool:
     return layer.training or (x.requires_grad and torch.is_grad_enabled())
 
 
-@dataclass(frozen=True, slots=True)
-class _FourBit:
-    """The weight of a `bitsandbytes.nn.Linear4bit`."""
+def _dense_four_bit(weight: Any, dtype: torch.dtype) -> Tensor:
+    """``[D_out, D_in]``, scaled in float32 and rounded once, as in bitsandbytes' forward pass."""
+    from bitsandbytes.functional import dequantize_4bit
 
-    weight: Any
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """``[D_out, D_in]``, scaled in float32 and rounded once, as in bitsandbytes' forward pass."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        state = self.weight.quant_state
-        if state.dtype != dtype:
-            state = copy.copy(state)
-            state.dtype = dtype
-        return dequantize_4bit(self.weight.detach().view(-1, 1), state)
+    state = weight.quant_state
+    if state.dtype != dtype:
+        state = copy.copy(state)
+        state.dtype = dtype
+    return dequantize_4bit(weight.detach().view(-1, 1), state)
 
 
-def _four_bit(base: Any, x: Tensor) -> _FourBit | None:
+def _four_bit(base: Any, x: Tensor) -> Packed | None:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     weight = base.weight
@@ -110,7 +104,7 @@ def _four_bit(base: Any, x: Tensor) -> _FourBit | None:
     elif x.dtype != dtype:
         return None
     unpack(weight)
-    return _FourBit(weight)
+    return partial(_dense_four_bit, weight)
 
 
 def unpack(weight: Any) -> None:
@@ -141,20 +135,10 @@ def stop_repacking(model: nn.Module) -> None:
             cast(Any, module).support_avx512bf16_for_cpu = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Int8:
-    """torchao's `Int8Tensor`."""
-
-    weight: Any
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """``[D_out, D_in]``, scaled in float32; torchao scales the product and keeps a dense weight for backward."""
-        return cast(Tensor, self.weight.dequantize(dtype))
-
-
-def _int8(base: Any, x: Tensor) -> _Int8 | None:
+def _int8(base: Any, x: Tensor) -> Packed | None:
     weight = base.weight
     only_weight = weight.act_quant_kwargs is None and weight.act_pre_scale is None
     if type(base).forward is not nn.Linear.forward or not only_weight or weight.requires_grad or autocasts(x.device):
         return None
-    return _Int8(weight) if x.dtype == weight.dtype else None
+    # Scaled in float32. torchao itself scales the product, and keeps a dense weight for the backward pass.
+    return cast(Packed, weight.dequantize) if x.dtype == weight.dtype else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
@@ -16,25 +16,28 @@ from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant
 from mm_moslora.utils.errors import AdapterError
 
 
-def _refuse_dora_on_cpu(layer: Any, config: LoraConfig) -> None:
-    # PEFT's DoRA dequantises the weight at every step. On a CPU bitsandbytes 0.50 has repacked it before (4-bit) or
-    # lost its scales (8-bit): the result is wrong, or an error inside of bitsandbytes.
-    if config.use_dora and layer.get_base_layer().weight.device.type == "cpu":
-        raise AdapterError(
-            "use_dora on a bitsandbytes layer works on a GPU only: on a CPU PEFT cannot read the quantised weight back."
-            " Unset use_dora, or load the base unquantised."
-        )
+class _DoraOnGpus(MoSLoRALayer):
+    """Refuses DoRA on a CPU.
 
-
-class MoSLoRALinear4bit(FusedLinear, Linear4bit):
-    """`bitsandbytes.nn.Linear4bit` with LoRA and a mixer (QMoSLoRA)."""
+    PEFT's DoRA dequantises the weight at every step. On a CPU bitsandbytes 0.50 has repacked it before (4-bit) or lost
+    its scales (8-bit): the result is wrong, or an error inside of bitsandbytes.
+    """
 
     dora_variant = DoraMixerVariant
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The mixer's variant; see the base class."""
-        _refuse_dora_on_cpu(self, config)
+        weight = cast(Tensor, self.get_base_layer().weight)
+        if config.use_dora and weight.device.type == "cpu":
+            raise AdapterError(
+                "use_dora on a bitsandbytes layer works on a GPU only: on a CPU PEFT cannot read the quantised weight "
+                "back. Unset use_dora, or load the base unquantised."
+            )
         return super().resolve_lora_variant(config=config, **kwargs)
+
+
+class MoSLoRALinear4bit(_DoraOnGpus, FusedLinear, Linear4bit):
+    """`bitsandbytes.nn.Linear4bit` with LoRA and a mixer (QMoSLoRA)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``, in the dtype of x even under autocast."""
@@ -53,12 +56,5 @@ class MoSLoRALinear4bit(FusedLinear, Linear4bit):
         super().unmerge()
 
 
-class MoSLoRALinear8bit(MoSLoRALayer, Linear8bitLt):
+class MoSLoRALinear8bit(_DoraOnGpus, Linear8bitLt):
     """`bitsandbytes.nn.Linear8bitLt` with LoRA and a mixer."""
-
-    dora_variant = DoraMixerVariant
-
-    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
-        """The mixer's variant; see the base class."""
-        _refuse_dora_on_cpu(self, config)
-        return super().resolve_lora_variant(config=config, **kwargs)

@@ -29,7 +29,7 @@ class _Factor(nn.Module):
             return super()._apply(fn, recurse)
         except NotImplementedError:
             # Loading through the meta device fills it later; until then PEFT moves all but parameters that are empty.
-            if any(buffer is not None and buffer.is_meta for buffer in self._buffers.values()):
+            if any(buffer.is_meta for buffer in self.buffers(recurse=False)):
                 return self
             raise
 
@@ -70,9 +70,7 @@ class Mixer(_Factor):
 
     def learning(self) -> list[Tensor]:
         """The parameters that train."""
-        return [
-            parameter for parameter in self._parameters.values() if parameter is not None and parameter.requires_grad
-        ]
+        return [parameter for parameter in self.parameters(recurse=False) if parameter.requires_grad]
 
     def matrix(self) -> Tensor:
         """M as ``[R, R]``; the parameter itself where the form is dense.
@@ -139,6 +137,4 @@ def orthonormal_rows(rank: int, width: int) -> Tensor:
         rank: R, at most `width`.
         width: length of a row.
     """
-    rows = torch.empty(rank, width, dtype=torch.float32, device="cpu")
-    nn.init.orthogonal_(rows)
-    return rows
+    return nn.init.orthogonal_(torch.empty(rank, width, dtype=torch.float32, device="cpu"))

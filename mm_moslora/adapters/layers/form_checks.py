@@ -28,27 +28,26 @@ def check_form(form: MixerForm, rank: int, tensors: Mapping[str, Tensor]) -> Non
     shapes = {name: tuple(shape) for name, shape in form.shapes(rank).items()}
     with torch.random.fork_rng(devices=[]):
         identity = form.identity(rank)
-    for method, given in (("identity", identity), ("start", tensors)):
-        found = {name: tuple(tensor.shape) for name, tensor in given.items()}
-        if found != shapes or not found:
+    copied, z = copy.deepcopy(form), torch.eye(rank)
+    for method, result in (("identity", identity), ("start", tensors)):
+        actual = {name: tuple(tensor.shape) for name, tensor in result.items()}
+        if actual != shapes or not actual:
             raise AdapterError(
                 f"The mixer form {form.spec!r} names the tensors {shapes} in shapes({rank}), and its {method} gives "
-                f"{found}. Both must name the same tensors, at least one."
+                f"{actual}. Both must name the same tensors, at least one."
             )
-    copied, z = copy.deepcopy(form), torch.eye(rank)
-    for method, given in (("identity", identity), ("start", tensors)):
-        M = copied.matrix(given) if form.fixed else None
+        M = copied.matrix(result) if form.fixed else None
         if M is not None and M.shape != (rank, rank):
             raise AdapterError(
                 f"matrix of the mixer form {form.spec!r} gives {list(M.shape)} for its {method}, expected "
                 f"{[rank, rank]}."
             )
-        if method == "identity" and not _close(copied.apply(z, given), z):
+        if method == "identity" and not _close(copied.apply(z, result), z):
             raise AdapterError(
                 f"identity of the mixer form {form.spec!r} does not make M the identity: with its tensors the form "
                 "changes subspace coordinates. Plain LoRA is loaded with them."
             )
-        weight = given.get("weight")
+        weight = result.get("weight")
         if weight is not None and (M is None or not _close(M, weight if weight.ndim == 2 else torch.diag(weight))):
             raise AdapterError(
                 f"The mixer form {form.spec!r} calls a tensor 'weight' that is not M itself (nor its diagonal); "
@@ -78,9 +77,9 @@ def check_named(form: MixerForm, spec: str, rank: int, device: torch.device) -> 
         identity = fresh.identity(rank)
     steps = {name: torch.linspace(-0.1, 0.1, tensor.numel()).view(tensor.shape) for name, tensor in identity.items()}
     tensors = {name: tensor + steps[name] for name, tensor in identity.items()}
-    z, place = torch.linspace(-1, 1, 2 * rank).view(2, rank), "cpu" if device.type == "meta" else device
-    there = live.apply(z.to(place), {name: tensor.to(place) for name, tensor in tensors.items()}).cpu()
-    if not _close(there, fresh.apply(z, tensors)):
+    z, run_on = torch.linspace(-1, 1, 2 * rank).view(2, rank), "cpu" if device.type == "meta" else device
+    live_output = live.apply(z.to(run_on), {name: tensor.to(run_on) for name, tensor in tensors.items()}).cpu()
+    if not _close(live_output, fresh.apply(z, tensors)):
         raise AdapterError(
             f"The mixer form {spec!r} in the model computes something else than a new one does from the same tensors: "
             "it keeps values outside of them, which no folder holds. Return them from shapes, identity and start, or "
@@ -88,5 +87,5 @@ def check_named(form: MixerForm, spec: str, rank: int, device: torch.device) -> 
         )
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and torch.allclose(actual, expected, atol=1e-3, rtol=1e-3)

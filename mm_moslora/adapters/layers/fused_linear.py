@@ -16,6 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
@@ -130,15 +131,26 @@ class MoSLoRALinear(FusedLinear, lora.Linear):
     dora_variant = DoraMixerVariant
 
 
+class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
+    """A linear layer with torchao's int8 weight, LoRA and a mixer.
+
+    Merging needs the base model to be loaded by transformers with a `TorchAoConfig`, as in PEFT.
+    """
+
+
 class SiblingProjections:
     """Layers that read one input."""
 
     def __init__(self, layers: Sequence[FusedLinear]) -> None:
-        """Nothing is computed before the first layer is called."""
+        """Nothing is computed before the first layer is called.
+
+        Args:
+            layers: in the order of their calls: a model that calls another one first computes layer by layer.
+        """
         self.layers = tuple(layers)
         self._together = self._together_before = True
         self._input: Tensor | None = None
-        self._version = -1
+        self._input_version = -1
         self._ready: dict[int, Tensor] = {}
 
     def output(self, layer: FusedLinear, x: Tensor) -> Tensor | None:
@@ -150,7 +162,8 @@ class SiblingProjections:
         """
         if layer is self.layers[0]:
             return self._compute(x) if torch.is_grad_enabled() and self._may_compute() else None
-        if self._input is not x or self._version != x._version:
+        # The same tensor has other values after a change in place, which its version shows.
+        if self._input is not x or self._input_version != x._version:
             # After a pass by single layers no result is left, and the family stays together.
             self._together = self._together and not self._ready
             return None
@@ -177,7 +190,7 @@ class SiblingProjections:
         if len(chosen) < 2 or chosen[0][0] is not self.layers[0]:
             return None
         own, *others = fused_linears(x, [operands for _, operands in chosen])
-        self._input, self._version = x, x._version
+        self._input, self._input_version = x, x._version
         self._ready = {id(layer): result for (layer, _), result in zip(chosen[1:], others, strict=True)}
         return own
 
@@ -196,20 +209,21 @@ def link_siblings(model: nn.Module) -> int:
         model: PEFT model, or the base model with adapters inside.
 
     Returns:
-        The number of families found.
+        The number of families that were linked.
     """
-    found = 0
+    linked = 0
     for parent in model.modules():
         if _SECOND_INPUTS & set(inspect.signature(type(parent).forward).parameters):
             continue
+        children = dict(parent.named_children())
         for names in _FAMILIES:
-            layers = [child for name in names if isinstance(child := parent._modules.get(name), FusedLinear)]
+            layers = [child for name in names if isinstance(child := children.get(name), FusedLinear)]
             if len(layers) > 1 and len({layer.widths[0] for layer in layers}) == 1:
                 family = SiblingProjections(layers)
                 for layer in layers:
                     layer.siblings = family
-                found += 1
-    return found
+                linked += 1
+    return linked
 
 
 @contextmanager
@@ -224,9 +238,9 @@ def use_kernel(model: nn.Module, kernel: Kernel) -> Iterator[None]:
     Raises:
         AdapterError: another name.
     """
-    known = get_args(Kernel)
-    if kernel not in known:
-        raise AdapterError(f"The kernel is {kernel!r}, expected one of {', '.join(known)}.{suggestion(kernel, known)}")
+    if kernel not in get_args(Kernel):
+        hint = suggestion(kernel, get_args(Kernel))
+        raise AdapterError(f"The kernel is {kernel!r}, expected one of {', '.join(get_args(Kernel))}.{hint}")
     before = [(layer, layer.kernel) for layer in model.modules() if isinstance(layer, FusedLinear)]
     try:
         for layer, _ in before:

@@ -1,7 +1,7 @@
 """The adapted layer for a module, by its type.
 
 `create_layer` is the only entrance. It raises for module types that are not supported. PEFT's dispatch would silently
-put plain LoRA on a quantised layer.
+put plain LoRA on a quantised layer, whose class takes every variant that it does not know for plain LoRA.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.layers.adapter_layers import AdapterOptions
+from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.layers.base_weights import quantisation
-from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
+from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, MoSLoRATorchaoLinear
 from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
-from mm_moslora.adapters.layers.quantised_layers import create_quantised_layer
 from mm_moslora.kernels.lora.lora_linear import is_plain
 from mm_moslora.utils.errors import AdapterError
 
@@ -48,8 +47,14 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
     # Per layer, not in the user's configuration: one model may hold both layouts.
     own: Any = copy.copy(config)
     own.fan_in_fan_out, own.module_path = is_conv1d, path
-    if kind := quantisation(base):
-        return create_quantised_layer(target, adapter_name, kind=kind, config=own, **kwargs)
+    kind = quantisation(base)
+    if kind == "torchao int8":
+        return MoSLoRATorchaoLinear(target, adapter_name, config=own, **kwargs)
+    if kind is not None:
+        from mm_moslora.adapters.layers import bitsandbytes_layers as layers
+
+        layer = layers.MoSLoRALinear4bit if kind == "bitsandbytes 4-bit" else layers.MoSLoRALinear8bit
+        return layer(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.Embedding):
         return MoSLoRAEmbedding(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.Conv2d):
@@ -99,22 +104,17 @@ def why_not_adaptable(base: nn.Module) -> str | None:
 def factor_shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     """Shapes of A and B of one module to adapt, under their names behind the module's path."""
     if isinstance(base, nn.Embedding):
-        return {
-            "lora_embedding_A": (rank, base.num_embeddings),
-            "lora_embedding_B": (base.embedding_dim, rank),
-        }
+        return {"lora_embedding_A": (rank, base.num_embeddings), "lora_embedding_B": (base.embedding_dim, rank)}
     if isinstance(base, nn.Conv2d):
-        return {
-            "lora_A.weight": (rank, base.in_channels, *base.kernel_size),
-            "lora_B.weight": (base.out_channels, rank, 1, 1),
-        }
+        shape_of_A = (rank, base.in_channels, *base.kernel_size)
+        return {"lora_A.weight": shape_of_A, "lora_B.weight": (base.out_channels, rank, 1, 1)}
     if isinstance(base, nn.MultiheadAttention):
         width = base.embed_dim
-        inner = {name: (rank, width) if "_A" in name else (width, rank) for name in ("lora_A.weight", "lora_B.weight")}
         return {
             "lora_A.weight": (rank, width),
             "lora_B.weight": (3 * width, rank),
-            **{f"base_layer.out_proj.{name}": shape for name, shape in inner.items()},
+            "base_layer.out_proj.lora_A.weight": (rank, width),
+            "base_layer.out_proj.lora_B.weight": (width, rank),
         }
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         width_in, width_out = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]

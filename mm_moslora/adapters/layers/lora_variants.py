@@ -9,7 +9,7 @@ DoRA (arXiv 2402.09353) scales every row of ``W + s B A`` to a trained length. W
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.lora import variants as stock
 from peft.tuners.lora.dora import DoraConv2dLayer, DoraEmbeddingLayer, DoraLinearLayer
@@ -98,80 +98,70 @@ class MixedFactor:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``M(A(x))``."""
-        z: Tensor = self._A(x)
-        if self._channels_first:
-            mixed: Tensor = self._mixer(z.movedim(1, -1)).movedim(-1, 1)
-            return mixed
-        straight: Tensor = self._mixer(z)
-        return straight
+        z = self._A(x).movedim(1, -1) if self._channels_first else self._A(x)
+        mixed: Tensor = self._mixer(z)
+        return mixed.movedim(-1, 1) if self._channels_first else mixed
 
 
-def _start_magnitude(module: Any, adapter_name: str, magnitude: nn.Module) -> None:
-    factors = module.factors(adapter_name)
-    folded = fold(factors.A, factors.M).to(factors.A.dtype)
-    magnitude.update_layer(  # type: ignore[operator]
-        base_layer=module.get_base_layer(), lora_A=folded, lora_B=factors.B, scaling=factors.scaling
-    )
-    module.lora_magnitude_vector[adapter_name] = magnitude
+class _Dora:
+    """DoRA around ``W + s B M A``; merging is PEFT's, through `get_delta_weight`."""
 
+    magnitudes: ClassVar[type[DoraLinearLayer]]
+    """PEFT's module of the trained lengths."""
+    channels_first: ClassVar[bool] = False
 
-def _dora_branch(module: Any, adapter_name: str, x: Tensor, result: Tensor, *, channels_first: bool) -> Tensor:
-    dropout = module.lora_dropout[adapter_name]
-    drops = module.training and not isinstance(dropout, nn.Identity)
-    A = MixedFactor(module.lora_A[adapter_name], module.lora_mixer[adapter_name], channels_first=channels_first)
-    total: Tensor = result + module.lora_magnitude_vector[adapter_name](
-        dropout(x) if drops else x,
-        lora_A=A,
-        lora_B=module.lora_B[adapter_name],
-        scaling=module.scaling[adapter_name],
-        base_layer=module.get_base_layer(),
-        base_result=None if drops else result,
-        adapter_name=adapter_name,
-    )
-    return total
-
-
-class DoraMixerVariant(stock.DoraLinearVariant):
-    """DoRA around ``W + s B M A`` on a linear layer; merging is PEFT's, through `get_delta_weight`."""
-
-    @staticmethod
-    def init(module: Any, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
+    @classmethod
+    def init(cls, module: Any, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
         """Create the mixer and the magnitudes."""
         module.start_factors(adapter_name, config)
-        _start_magnitude(module, adapter_name, DoraLinearLayer(fan_in_fan_out=getattr(module, "fan_in_fan_out", False)))
+        factors = module.factors(adapter_name)
+        # PEFT hands over the factors of an embedding transposed.
+        transposed = cls.magnitudes is DoraEmbeddingLayer or getattr(module, "fan_in_fan_out", False)
+        magnitude = cls.magnitudes(fan_in_fan_out=transposed)
+        folded = fold(factors.A, factors.M).to(factors.A.dtype)
+        magnitude.update_layer(
+            base_layer=module.get_base_layer(), lora_A=folded, lora_B=factors.B, scaling=factors.scaling
+        )
+        module.lora_magnitude_vector[adapter_name] = magnitude
 
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output ``[..., D_out]``."""
-        return _dora_branch(module, active_adapter, x, result, channels_first=False)
+    @classmethod
+    def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's output, shaped like `result`."""
+        dropout = module.lora_dropout[active_adapter]
+        drops = module.training and not isinstance(dropout, nn.Identity)
+        mixer = module.lora_mixer[active_adapter]
+        total: Tensor = result + module.lora_magnitude_vector[active_adapter](
+            dropout(x) if drops else x,
+            lora_A=MixedFactor(module.lora_A[active_adapter], mixer, channels_first=cls.channels_first),
+            lora_B=module.lora_B[active_adapter],
+            scaling=module.scaling[active_adapter],
+            base_layer=module.get_base_layer(),
+            base_result=None if drops else result,
+            adapter_name=active_adapter,
+        )
+        return total
 
 
-class DoraConvolutionVariant(stock.DoraConv2dVariant):
-    """DoRA around ``W + s B M A`` on a convolution."""
+class DoraMixerVariant(_Dora, stock.DoraLinearVariant):
+    """DoRA with a mixer on a linear layer."""
 
-    @staticmethod
-    def init(module: Any, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
-        """Create the mixer and the magnitudes."""
-        module.start_factors(adapter_name, config)
-        _start_magnitude(module, adapter_name, DoraConv2dLayer(fan_in_fan_out=False))
-
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output ``[N, D_out, H, W]``."""
-        return _dora_branch(module, active_adapter, x, result, channels_first=True)
+    magnitudes = DoraLinearLayer
 
 
-class DoraEmbeddingVariant(stock.DoraEmbeddingVariant):
-    """DoRA around ``W + s B M A`` on an embedding."""
+class DoraConvolutionVariant(_Dora, stock.DoraConv2dVariant):
+    """DoRA with a mixer on a convolution."""
 
-    @staticmethod
-    def init(module: Any, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
-        """Create the mixer and the magnitudes."""
-        module.start_factors(adapter_name, config)
-        _start_magnitude(module, adapter_name, DoraEmbeddingLayer(fan_in_fan_out=True))
+    magnitudes = DoraConv2dLayer
+    channels_first = True
 
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+
+class DoraEmbeddingVariant(_Dora, stock.DoraEmbeddingVariant):
+    """DoRA with a mixer on an embedding."""
+
+    magnitudes = DoraEmbeddingLayer
+
+    @classmethod
+    def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The looked-up rows, ``[..., D_out]``."""
         factors = module.factors(active_adapter)
         magnitude, branch = module.lora_magnitude_vector[active_adapter](

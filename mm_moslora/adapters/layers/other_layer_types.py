@@ -35,18 +35,6 @@ class MoSLoRAEmbedding(MoSLoRALayer, StockEmbedding):
     random_factor = 1
     dora_variant = DoraEmbeddingVariant
 
-    def holds(self, adapter_name: str) -> bool:
-        """Whether this layer has factors of that adapter."""
-        return adapter_name in self.lora_embedding_A
-
-    def adapter_names(self) -> list[str]:
-        """The adapters in this layer, sorted."""
-        return sorted(self.lora_embedding_A.keys())
-
-    def outer_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """A ``[R, V]`` and B ``[D_out, R]`` of one adapter."""
-        return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
-
     def wide_delta(self, adapter_name: str) -> Tensor:
         """``(s B M A)^T``, ``[V, D_out]`` like the base weight."""
         factors = self.factors(adapter_name)

@@ -59,5 +59,5 @@ def _is_only_read(kind: type[nn.Module], name: str) -> bool:
 def _code_of(kind: type) -> str:
     """The source of a class at the top of its module."""
     module = inspect.getsource(sys.modules[kind.__module__])
-    found = re.search(rf"^class {kind.__name__}\b.*?(?=^[^\s#)]|\Z)", module, re.MULTILINE | re.DOTALL)
-    return found[0] if found else ""
+    match = re.search(rf"^class {kind.__name__}\b.*?(?=^[^\s#)]|\Z)", module, re.MULTILINE | re.DOTALL)
+    return match[0] if match else ""

@@ -34,7 +34,7 @@ class Samples:
 
 _READ = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
 """Starts that read data, and the options of their own."""
-_TOGETHER = 16
+_BATCH = 16
 """Samples of a batch for EVA, which takes the supervised tokens of one at a time."""
 _PASSES, _LEAST = 20, 200
 """Passes of EVA over the samples, and at least so many batches, until its directions must have converged."""
@@ -56,7 +56,7 @@ def without_data(config: peft.PeftConfig) -> peft.PeftConfig:
 
 
 def read_before(model: nn.Module, config: peft.PeftConfig, samples: Samples) -> None:
-    """What CorDA and LoRA-GA read before PEFT adds the layers, kept on the layers; see `forget`."""
+    """Run CorDA's and LoRA-GA's passes before PEFT adds the layers; PEFT keeps the results on the layers (`forget`)."""
     lora: Any = config
     training = model.training
     if lora.init_lora_weights == "corda":
@@ -78,22 +78,22 @@ def read_after(wrapped: peft.PeftModel, samples: Samples) -> None:
     config: Any = wrapped.peft_config["default"]
     if config.init_lora_weights != "eva":
         return
-    found, count = samples.batches(_TOGETHER), itertools.count(1)
-    most = max(_LEAST, _PASSES * len(found))
+    batches, count = samples.batches(_BATCH), itertools.count(1)
+    most = max(_LEAST, _PASSES * len(batches))
     progress = samples.progress("find EVA's directions, at most", most)
 
     def forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         progress(min(done := next(count), most))
         if done > most:
             raise AdapterError(
-                f"EVA's directions have not converged after {most} batches of {_TOGETHER} samples. A batch must have "
+                f"EVA's directions have not converged after {most} batches of {_BATCH} samples. A batch must have "
                 f"more supervised tokens than {config.eva_config.rho:g} times the rank, {config.r}. Lower the rank, or "
                 "set adapter.peft.eva_config to {use_label_mask: false}, which takes all tokens."
             )
         _loss(model, inputs)
 
     initialize_lora_eva_weights(
-        wrapped, found, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
+        wrapped, batches, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
     )
 
 

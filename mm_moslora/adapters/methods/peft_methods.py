@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
-from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, read_json
+from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, bare_name, read_json
 from mm_moslora.adapters.folders.permitted_options import permitted_options
 from mm_moslora.adapters.merge_adapter import why_not_merged
 from mm_moslora.adapters.methods.data_starts import Samples, forget, read_after, read_before, reads_data, without_data
-from mm_moslora.adapters.tree import adapted_layers, bare_name, base_model
+from mm_moslora.adapters.tree import adapted_layers, base_model
 from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
 from mm_moslora.utils.files import staging
 from mm_moslora.utils.run_paths import writing
@@ -67,17 +67,17 @@ class Method:
             "dropout": ("lora_dropout", f"{own}_dropout", "dropout"),
         }  # fmt: skip
         defaults = {item.name: item.default for item in dataclasses.fields(self.config)}
-        found = {}
+        shared = {}
         for key, names in wanted.items():
-            # None or 0 says that another option decides (the block size of OFT), or that there is no such part.
-            there = [name for name in names if isinstance(given := defaults.get(name), int | float) and given >= 0]
-            if there and (key == "dropout" or defaults[there[0]]):
-                found[key] = there[0]
-        return found
+            # None or 0: another option decides (the block size of OFT), or the method has no such part.
+            present = [name for name in names if isinstance(value := defaults.get(name), int | float) and value >= 0]
+            if present and (key == "dropout" or defaults[present[0]]):
+                shared[key] = present[0]
+        return shared
 
 
 def _open_words(hint: Any) -> Any:
-    """A type with any text in the place of words that include a pattern, such as `pissa_niter_[number of iters]`."""
+    """A type in which any text replaces words with a pattern, such as `pissa_niter_[number of iters]`."""
     if typing.get_origin(hint) is Literal:
         return str if any("[" in str(word) for word in typing.get_args(hint)) else hint
     if typing.get_origin(hint) in (Union, types.UnionType):
@@ -123,8 +123,8 @@ def method_named(name: str) -> Method:
     Raises:
         AdapterError: PEFT has none of this name, or it cannot be trained as an adapter of layers here.
     """
-    known = {kind.value: kind for kind in PEFT_TYPE_TO_TUNER_MAPPING}
-    kind = known.get(name.upper())
+    kinds = {kind.value: kind for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+    kind = kinds.get(name.upper())
     if kind is None and name.lower() in _lora_starts():
         raise AdapterError(
             f"{name} is a start of PEFT's LORA: write peft:LORA@init_lora_weights={name.lower()} (in a recipe, type: "
@@ -132,7 +132,7 @@ def method_named(name: str) -> Method:
         )
     if kind is None:
         raise AdapterError(
-            f"PEFT {peft.__version__} has no method {name!r}.{suggestion(name.upper(), known)} It has: "
+            f"PEFT {peft.__version__} has no method {name!r}.{suggestion(name.upper(), kinds)} It has: "
             f"{', '.join(method_names())}."
         )
     if reason := why_not_method(kind):
@@ -167,9 +167,9 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
             "adapter.peft.save_only_topk_weights saves what inference needs, from which training cannot go on. "
             "Leave it out."
         )
-    given = {option: shared[key] for key, option in method.shared.items()}
+    values = {option: shared[key] for key, option in method.shared.items()}
     whole = {
-        key: int(value) if float(value).is_integer() and key != "dropout" else value for key, value in given.items()
+        key: int(value) if float(value).is_integer() and key != "dropout" else value for key, value in values.items()
     }
     with _explained(f"PEFT's {method.name} does not take these options"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*_config` is not specified. Using default")
@@ -282,8 +282,8 @@ def _check_learning(layer: nn.Module, name: str) -> None:
         raise AdapterError(f"PEFT's {name} trains nothing in a layer that it is given")
     x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(trained[0])
     with torch.enable_grad():
-        found = torch.autograd.grad(layer(x).float().square().sum(), trained, allow_unused=True)
-    if not any(gradient is not None and gradient.any() for gradient in found):
+        gradients = torch.autograd.grad(layer(x).float().square().sum(), trained, allow_unused=True)
+    if not any(gradient is not None and gradient.any() for gradient in gradients):
         raise AdapterError(f"PEFT's {name} has no gradient in a layer that is called by itself")
 
 
@@ -346,35 +346,35 @@ def _tensors(model: peft.PeftModel, state: Mapping[str, Tensor]) -> dict[str, Te
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in values
     }
-    found = get_peft_model_state_dict(model, state_dict=full, save_embedding_layers=False)
-    return {bare_name(name): tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+    saved = get_peft_model_state_dict(model, state_dict=full, save_embedding_layers=False)
+    return {bare_name(name): tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in saved.items()}
 
 
 def load_method(model: nn.Module, folder: str | Path) -> peft.PeftModel:
     """Load a folder of PEFT into a model, for use.
 
     Raises:
-        AdapterError: PEFT cannot read the folder, it does not fit the model, it is of a method that is not taken here,
+        AdapterError: PEFT cannot read the folder, it does not fit the model, it is of a method that is not loaded,
             or an option of it may name a file, a model or code (`permitted_options`).
     """
-    place = Path(folder).resolve()  # else PEFT asks the hub for weights that the folder lacks
-    data = read_json(place / STOCK_CONFIG)
-    found = data.get("peft_type")
-    if found not in method_names():
+    path = Path(folder).resolve()  # else PEFT asks the hub for weights that the folder lacks
+    data = read_json(path / STOCK_CONFIG)
+    name = data.get("peft_type")
+    if name not in method_names():
         raise AdapterError(
-            f"{place} has peft_type {found!r}, which is not loaded, since it changes more than layers: it may bring "
+            f"{path} has peft_type {name!r}, which is not loaded, since it changes more than layers: it may bring "
             f"models or code. Expected one of {', '.join(method_names())}."
         )
-    kind = method_named(found).config
-    options = permitted_options(kind, data, str(place / STOCK_CONFIG))
-    with _explained(f"{place}, an adapter of PEFT's {found}, does not load"):
+    kind = method_named(name).config
+    options = permitted_options(kind, data, str(path / STOCK_CONFIG))
+    with _explained(f"{path}, an adapter of PEFT's {name}, does not load"):
         # Without the name of the base, which PEFT would look up on the hub.
         config = kind(task_type=data.get("task_type"), **options)
-        loaded = peft.PeftModel.from_pretrained(cast(Any, model), str(place), config=config).eval()
+        loaded = peft.PeftModel.from_pretrained(cast(Any, model), str(path), config=config).eval()
     has = get_peft_model_state_dict(loaded).keys()
-    if strays := sorted(load_peft_weights(str(place), device="cpu").keys() ^ has):
+    if strays := sorted(load_peft_weights(str(path), device="cpu").keys() ^ has):
         where = "has no place for" if strays[0] not in has else "lacks"
-        raise AdapterError(f"{place} has peft_type {found!r} and {where} {strays[0]}: its two files do not fit.")
+        raise AdapterError(f"{path} has peft_type {name!r} and {where} {strays[0]}: its two files do not fit.")
     return loaded
 
 
@@ -393,9 +393,9 @@ def restore_method(model: peft.PeftModel, folder: Path, *, start: Mapping[str, T
         _check_start(load_file(folder / STOCK_WEIGHTS), start, folder)
         return
     with _explained(f"{folder} does not fit the adapter of this run"):
-        found: Any = set_peft_model_state_dict(model, load_file(folder / STOCK_WEIGHTS))
-    if found.unexpected_keys:
-        raise AdapterError(f"{folder} holds {found.unexpected_keys[0]}, which the adapter of this run does not have.")
+        result: Any = set_peft_model_state_dict(model, load_file(folder / STOCK_WEIGHTS))
+    if result.unexpected_keys:
+        raise AdapterError(f"{folder} holds {result.unexpected_keys[0]}, which the adapter of this run does not have.")
 
 
 def _check_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], folder: Path) -> None:
@@ -403,9 +403,9 @@ def _check_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], fol
     for name in (name for name in start if name.endswith(FACTORS_A)):
         other = name.replace("lora_A", "lora_B")
         rank = len(start[name])
-        kept = -tensors[other][:, rank:].float() @ tensors[name][rank:].float()
+        subtracted = -tensors[other][:, rank:].float() @ tensors[name][rank:].float()
         again = start[other].float() @ start[name].float()
-        if (kept - again).abs().max() > 1e-3 * kept.abs().max():
+        if (subtracted - again).abs().max() > 1e-3 * subtracted.abs().max():
             raise AdapterError(
                 f"{name} starts otherwise here than in {folder}: this machine, or changed training data that the start "
                 "reads, takes another start out of the base weights. Go on where the run began, with the same data, or "
@@ -426,11 +426,11 @@ def what_fails(config: peft.PeftConfig, *, bias: bool) -> list[str]:
         added = add_method(tree, alone, targets=["q_proj"])
     except AdapterError:
         return []
-    found = []
+    failures = []
     if reason := why_not_merged(added.model):
-        found.append(f"cannot be merged ({reason.partition(': ')[2]}), evaluated live")
+        failures.append(f"cannot be merged ({reason.partition(': ')[2]}), evaluated live")
     try:
         take_method(added.model, state={}, start=added.start)
     except Exception as error:
-        found.append(f"cannot be saved ({reason_of(error)})")
-    return found
+        failures.append(f"cannot be saved ({reason_of(error)})")
+    return failures

@@ -1,7 +1,7 @@
 """A tokenizer's chat template: its scaffold, and the tokens of scaffold and contents.
 
 The scaffold is the fixed text around the contents of a conversation. A template is rendered once per sequence of roles
-with a marker in place of every content. The text between the markers is the scaffold. A second rendering, with white
+with a marker for every content. The text between the markers is the scaffold. A second rendering, with white
 space around the markers, detects templates that trim contents.
 
 Special tokens are recognised in the scaffold, which is trusted, and never in contents, which come from users. Both are
@@ -15,17 +15,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config.llava_chat_templates import without_note
-from mm_moslora.data.chat.record_keys import REASONING
+from mm_moslora.data.chat.guarded_tokens import RenamedTokens, SpecialTextError
 from mm_moslora.data.chat.records import Turn
-from mm_moslora.data.record_faults import Code
-from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.errors import ConfigError
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] }}"
@@ -34,12 +32,12 @@ PLAIN_TEMPLATE = (
 )
 """For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
 _PLANS = 512
-THINK, THINK_END = "<think>", "</think>"
+"""Sequences of roles whose scaffold is remembered; conversations of other lengths or with a system turn differ."""
 _ANCHORS = ("\n", "a", ".", "0", "\u4e2d")
 """Texts before which the tokens of a continuation are found."""
 
 # Letters, quotes and brackets reveal templates that change or escape contents; the symbol occurs in no template.
-_MARK = "<&\"'\u241fSlot {}\u241f>"
+MARK = "<&\"'\u241fSlot {}\u241f>"
 _LEFT = {"keep": "\n \t", "lines": " \t", "space": ""}
 """Kind of trimming -> remainder of the white space that was put before a marker."""
 _RIGHT = {"keep": "\t \n", "lines": "\t ", "space": ""}
@@ -48,7 +46,7 @@ _RIGHT = {"keep": "\t \n", "lines": "\t ", "space": ""}
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """The place of one content."""
+    """Where one content stands in the scaffold."""
 
     before: str
     """Scaffold between the previous content and this one."""
@@ -69,24 +67,12 @@ class Slot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TemplatePlan:
     """The scaffold of a sequence of roles."""
 
     slots: tuple[Slot, ...]
     tail: str
     """Scaffold after the last content."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thought:
-    """A template's form of an answer that begins with thinking."""
-
-    before: str
-    """Scaffold between the previous content and the text that the model writes."""
-    opening: str
-    """Text that the model writes before the thinking."""
-    closing: str
-    """Text that the model writes between the thinking and the answer."""
 
 
 class Template:
@@ -102,39 +88,12 @@ class Template:
         if source is None:
             source = ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
         self.source = without_note(source)
-        self._plans: dict[tuple[str, ...], Plan] = {}
-        self._thoughts: dict[tuple[str, ...], Thought | None] = {}
+        self.plan = lru_cache(maxsize=_PLANS)(self._plan)
+        """The scaffold of a sequence of roles, see `_plan`."""
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """The contents that need a slot each, the shape to plan for, and the turn number of each content."""
         return list(turns), tuple(turn.role for turn in turns), list(range(len(turns)))
-
-    def plan(self, roles: tuple[str, ...]) -> Plan:
-        """The scaffold of these roles.
-
-        Raises:
-            ConfigError: the template refuses the roles, leaves contents out, reorders or changes them.
-        """
-        plan = self._plans.get(roles)
-        if plan is None:
-            plan = self._make(roles)
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            self._plans[roles] = plan
-        return plan
-
-    @property
-    def knows_thinking(self) -> bool:
-        """Whether the template handles `<think>` in an answer specially."""
-        return THINK_END in str(self.source)
-
-    def thought(self, roles: tuple[str, ...]) -> Thought | None:
-        """The form of thinking at the start of the last of these roles, an answer; None where the template drops it."""
-        if roles not in self._thoughts:
-            if len(self._thoughts) >= _PLANS:
-                self._thoughts.clear()
-            self._thoughts[roles] = self._think(roles) if self.knows_thinking else None
-        return self._thoughts[roles]
 
     def accepts(self, roles: tuple[str, ...]) -> bool:
         """Whether the template accepts these roles and renders all their contents."""
@@ -161,15 +120,20 @@ class Template:
         rest = without[len(header) :] if without.startswith(header) else ""
         return bool(rest.strip()) and rest.lstrip() != between.lstrip()
 
-    def _owners(self, roles: tuple[str, ...]) -> list[int]:
+    def owners(self, roles: tuple[str, ...]) -> list[int]:
         """The turn number of every content."""
         return list(range(len(roles)))
 
-    def _make(self, roles: tuple[str, ...]) -> Plan:
-        owners = self._owners(roles)
-        marks = [_MARK.format(index) for index in range(len(owners))]
-        pieces = self._cut(self._render(roles, marks), marks, roles)
-        wide = self._cut(self._render(roles, [_LEFT["keep"] + mark + _RIGHT["keep"] for mark in marks]), marks, roles)
+    def _plan(self, roles: tuple[str, ...]) -> TemplatePlan:
+        """The scaffold of these roles.
+
+        Raises:
+            ConfigError: the template refuses the roles, leaves contents out, reorders or changes them.
+        """
+        owners = self.owners(roles)
+        marks = [MARK.format(index) for index in range(len(owners))]
+        pieces = self._cut(self.render(roles, marks), marks, roles)
+        wide = self._cut(self.render(roles, [_LEFT["keep"] + mark + _RIGHT["keep"] for mark in marks]), marks, roles)
         # Trimming at the end of one content and at the start of the next changes the same stretch of scaffold.
         trims = [
             _trims(pieces[index], wide[index], roles, first=index == 0, last=index == len(owners))
@@ -185,23 +149,7 @@ class Template:
                 before = before[: len(before) - len(lead)]
             slots.append(Slot(before=before, lead=lead, left=trims[index][1], right=trims[index + 1][0]))
             text += marks[index]
-        return Plan(slots=tuple(slots), tail=pieces[-1])
-
-    def _think(self, roles: tuple[str, ...]) -> Thought | None:
-        """Render an answer that thinks behind the generation prompt: the template's own, or that with thinking on."""
-        marks = [_MARK.format(index) for index in range(len(self._owners(roles)))]
-        thinking, answer = _MARK.format("think"), marks[-1]
-        texts = [self._render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])]
-        texts += [self._render(roles, marks, reasoning={key: thinking}) for key in REASONING]
-        switches: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True})
-        for switch in switches:
-            prompt = self._render(roles[:-1], marks[:-1], prompt=True, **switch)
-            for text in texts:
-                opening, shown, rest = text.removeprefix(prompt).partition(thinking)
-                closing, found, _ = rest.partition(answer)
-                if text.startswith(prompt) and shown and found and THINK_END not in opening:
-                    return Thought(before=prompt.rpartition(marks[-2])[2], opening=opening, closing=closing)
-        return None
+        return TemplatePlan(slots=tuple(slots), tail=pieces[-1])
 
     def _lead(self, roles: tuple[str, ...], marks: list[str], text: str) -> str:
         """White space after the generation prompt, which the model writes itself.
@@ -209,15 +157,15 @@ class Template:
         Any other text between the generation prompt and an answer (an empty thinking block, a header of a template
         without a generation prompt) belongs to the prompt, both in training and in inference.
         """
-        prompt = self._render(roles, marks, prompt=True)
+        prompt = self.render(roles, marks, prompt=True)
         rest = text.removeprefix(prompt)
         return rest if len(rest) < len(text) and not rest.strip() else ""
 
     def _cut(self, text: str, marks: list[str], roles: tuple[str, ...]) -> list[str]:
         pieces = []
         for mark in marks:
-            before, found, text = text.partition(mark)
-            if not found:
+            before, match, text = text.partition(mark)
+            if not match:
                 raise ConfigError(
                     "The tokenizer's chat template leaves out, reorders or changes contents, so labels cannot be built "
                     f"for the roles {', '.join(roles)}. Use another template."
@@ -231,10 +179,10 @@ class Template:
 
     def generation_prompt(self) -> str:
         """The text that the template itself writes between a question and the answer to generate."""
-        mark = _MARK.format(0)
-        return self._render(("user",), [mark], prompt=True).rpartition(mark)[2]
+        mark = MARK.format(0)
+        return self.render(("user",), [mark], prompt=True).rpartition(mark)[2]
 
-    def _render(
+    def render(
         self,
         roles: Sequence[str],
         contents: Sequence[str],
@@ -243,6 +191,18 @@ class Template:
         reasoning: dict[str, str] | None = None,
         **switch: Any,
     ) -> str:
+        """The text of a conversation.
+
+        Args:
+            roles: of its turns.
+            contents: one for each of `owners`.
+            prompt: with the generation prompt at its end.
+            reasoning: more keys of the last message.
+            switch: more variables of the template.
+
+        Raises:
+            ConfigError: the template refuses the roles.
+        """
         messages = self._messages(roles, contents)
         messages[-1] |= reasoning or {}
         try:
@@ -270,7 +230,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
 
 
-class Piece(NamedTuple):
+class TextSpan(NamedTuple):
     """A stretch of text."""
 
     text: str
@@ -278,14 +238,8 @@ class Piece(NamedTuple):
     """Whether special tokens are recognised in it."""
 
 
-class SpecialTextError(DataError):
-    """Untrusted text spells special tokens and this tokenizer cannot read them as text."""
-
-    code = Code.SPECIAL_TEXT
-
-
 class Tokens:
-    """Tokenises pieces.
+    """Tokenises spans.
 
     Args:
         tokenizer: a fast tokenizer (a slow one works until untrusted text spells a special token).
@@ -307,9 +261,6 @@ class Tokens:
         longest_first = sorted(self.guarded, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._counted = set(self.guarded.values()) - {tokenizer.unk_token_id}  # unknown characters give unk, too
-        self._copy: Tokenizer | None = None
-        self._names: dict[str, str] = {}
-        self._back: dict[int, int] = {}
 
     def text_of(self, number: int) -> str:
         """The text of a guarded token; empty for any other id."""
@@ -320,42 +271,28 @@ class Tokens:
         """The first guarded token that a text spells."""
         return self._pattern.search(text)
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Token ids of consecutive pieces.
+    def encode(self, spans: Sequence[TextSpan]) -> list[int]:
+        """Token ids of consecutive spans.
 
         Raises:
             SpecialTextError: untrusted text spells a special token and the tokenizer is not a fast one.
         """
-        text = "".join(piece.text for piece in pieces)
+        text = "".join(span.text for span in spans)
         if not text:
             return []
         wanted = [
-            self.guarded[match[0]] for piece in pieces if piece.trusted for match in self._pattern.finditer(piece.text)
+            self.guarded[match[0]] for span in spans if span.trusted for match in self._pattern.finditer(span.text)
         ]
         wanted = [number for number in wanted if number in self._counted]
-        if not any(not piece.trusted and self._pattern.search(piece.text) for piece in pieces):
+        if not any(not span.trusted and self._pattern.search(span.text) for span in spans):
             ids = list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
             if [number for number in ids if number in self._counted] == wanted:
                 return ids
-        return self._encode_guarded(pieces, wanted)
-
-    def encode_behind(self, pieces: Sequence[Piece]) -> list[int]:
-        """Token ids of pieces in the middle of a text, without the prefix that a tokenizer adds at its start."""
-        for anchor in _ANCHORS:
-            lead = self.encode([Piece(anchor, False)])
-            ids = self.encode([Piece(anchor, False), *pieces])
-            if ids[: len(lead)] == lead:
-                return ids[len(lead) :]
-        return self.encode(pieces)
-
-    def _encode_guarded(self, pieces: Sequence[Piece], wanted: list[int]) -> list[int]:
-        if self._copy is None:
-            self._copy = self._private_copy()
         text = "".join(
-            self._pattern.sub(lambda match: self._names[match[0]], piece.text) if piece.trusted else piece.text
-            for piece in pieces
+            self._pattern.sub(lambda match: self._renamed.names[match[0]], span.text) if span.trusted else span.text
+            for span in spans
         )
-        ids = [self._back.get(number, number) for number in self._copy.encode(text, add_special_tokens=False).ids]
+        ids = self._renamed.encode(text)
         if [number for number in ids if number in self._counted] != wanted:
             raise SpecialTextError(
                 f"text {ascii(text)[:120]} spells special tokens in a way that cannot be kept apart; "
@@ -363,31 +300,15 @@ class Tokens:
             )
         return ids
 
-    def _private_copy(self) -> Tokenizer:
-        """A copy of the tokenizer with private names of the guarded tokens, which no text spells."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise SpecialTextError(
-                f"the text spells special tokens, and {type(self.tokenizer).__name__} is not a fast tokenizer, so they "
-                "cannot be read as text; remove them from the text, or use a fast tokenizer"
-            )
-        self._names = {text: f"\ue0f1\ue0f2{number}\ue0f3" for text, number in self.guarded.items()}
-        copy = Tokenizer(backend.model)  # shares the vocabulary
-        if backend.normalizer is not None:
-            copy.normalizer = backend.normalizer
-        if backend.pre_tokenizer is not None:
-            copy.pre_tokenizer = backend.pre_tokenizer
-        known = dict(sorted(backend.get_added_tokens_decoder().items()))
-        for token in known.values():
-            token.content = self._names.get(token.content, token.content)
-        copy.add_tokens(list(known.values()))
-        # Tokens of the base vocabulary get new ids under their private names.
-        for number, token in known.items():
-            found = copy.token_to_id(token.content)
-            if found is None:
-                raise ConfigError(f"The tokenizer cannot be copied: its token {token.content!r} is lost.")
-            if found != number:
-                self._back[found] = number
-        if any(backend.model.id_to_token(number) is not None for number in self._back):
-            raise ConfigError("The tokenizer cannot be copied: ids of its vocabulary are not consecutive.")
-        return copy
+    @cached_property
+    def _renamed(self) -> RenamedTokens:
+        return RenamedTokens(self.tokenizer, self.guarded)
+
+    def encode_behind(self, spans: Sequence[TextSpan]) -> list[int]:
+        """Token ids of spans in the middle of a text, without the prefix that a tokenizer adds at its start."""
+        for anchor in _ANCHORS:
+            lead = self.encode([TextSpan(anchor, False)])
+            ids = self.encode([TextSpan(anchor, False), *spans])
+            if ids[: len(lead)] == lead:
+                return ids[len(lead) :]
+        return self.encode(spans)

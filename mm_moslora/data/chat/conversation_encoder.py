@@ -10,9 +10,7 @@ answer begins.
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -24,15 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
-from mm_moslora.data.chat.chat_template import THINK, THINK_END, Piece, Slot, Template, Thought, Tokens
+from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, thinks, written
+from mm_moslora.data.chat.chat_template import Template, TextSpan, Tokens
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
-from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.data.chat.record_forms import IMAGE
+from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
 
-_THINKING = re.compile(rf"\s*{THINK}(.*?){THINK_END}\s*", re.DOTALL)
 _PROBE = ("user", "assistant", "user", "assistant")
-_ONE = _PROBE[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +59,14 @@ class TooLong(DataError):  # noqa: N818  (the name of the fault)
 
 @dataclass(kw_only=True)
 class _Growing:
-    """A conversation so far."""
+    """A conversation so far, as token ids."""
 
     ids: list[int] = field(default_factory=list)
     supervised: list[bool] = field(default_factory=list)
     images: int = 0
     context: str = ""
     """The special token at the end of `ids`, as text; tokenisation restarts after it."""
-    run: list[Piece] = field(default_factory=list)
+    run: list[TextSpan] = field(default_factory=list)
     """Text that is not tokenised yet."""
     pictures: Sequence[Sequence[int]] | None = None
     """Placeholder ids of every picture, where they differ."""
@@ -80,6 +78,16 @@ class _Growing:
     def add(self, tokens: list[int], *, supervised: bool) -> None:
         self.ids += tokens
         self.supervised += [supervised] * len(tokens)
+
+    def encoded(self, limit: int | None = None) -> Encoded:
+        """Its first tokens, or all."""
+        return Encoded(
+            input_ids=torch.tensor(self.ids[:limit], dtype=torch.long),
+            supervised=torch.tensor(self.supervised[:limit], dtype=torch.bool),
+            images=self.images,
+            thoughts=self.thoughts,
+            dropped_thoughts=self.dropped_thoughts,
+        )
 
 
 class EncoderParts(Protocol):
@@ -98,10 +106,12 @@ class EncoderParts(Protocol):
     @property
     def image_token_id(self) -> int | None:
         """Vocabulary id of the placeholder."""
+        ...
 
     @property
     def template_processor(self) -> Any:
         """Processor of a ready-made model."""
+        ...
 
     @property
     def thinking(self) -> Thinking:
@@ -109,7 +119,7 @@ class EncoderParts(Protocol):
         ...
 
 
-class ConversationEncoder:
+class ConversationEncoder(AnswerThinking):
     """Tokenises conversations for one tokenizer and its chat template.
 
     Args:
@@ -136,10 +146,9 @@ class ConversationEncoder:
         thinking: Thinking = "auto",
     ) -> None:
         self.tokenizer = tokenizer
-        self.thinking = thinking
+        super().__init__(Template(tokenizer) if processor is None else ProcessorTemplate(processor), thinking)
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         self.system_prompt = system_prompt
-        self.template = Template(tokenizer) if processor is None else ProcessorTemplate(processor)
         probe = self.template.plan(_PROBE)
         self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots] + [probe.tail])
         self.notes = notes_of(str(self.template.source))
@@ -156,40 +165,6 @@ class ConversationEncoder:
             processor=parts.template_processor,
             thinking=parts.thinking,
         )
-
-    def asking(self, thinking: Thinking) -> ConversationEncoder:
-        """The same encoder with another form of thinking."""
-        other = copy.copy(self)
-        other.thinking = thinking
-        return other
-
-    @property
-    def learns_thinking(self) -> bool:
-        """Whether thinking at the start of an answer can be learned: the template renders it, or takes it as text."""
-        return not self.template.knows_thinking or self.template.thought(_ONE) is not None
-
-    @property
-    def asks_to_think(self) -> bool:
-        """Whether prompts leave it to the model to think before it answers."""
-        return self.thinking == "always" and self.learns_thinking
-
-    @property
-    def has_switch(self) -> bool:
-        """Whether the template has two forms of prompts: one to think, one to answer at once."""
-        thought = self.template.thought(_ONE)
-        return thought is not None and thought.before != self.template.plan(_ONE).slots[1].before
-
-    @property
-    def answer_prompt(self) -> str:
-        """The text between a question and the answer to generate."""
-        thought = self.template.thought(_ONE) if self.asks_to_think else None
-        return thought.before if thought else self.template.plan(_ONE).slots[1].before
-
-    def opened(self, thinking: bool | None = None) -> str:
-        """The part of a thinking block that a prompt itself holds at its end; see `encode_prompt`."""
-        thought = self.template.thought(_ONE) if (self.asks_to_think if thinking is None else thinking) else None
-        _, found, rest = thought.before.rpartition(THINK) if thought else ("", "", "")
-        return found + rest if found and THINK_END not in rest else ""
 
     def fingerprint(self) -> str:
         """A hash of everything that determines the ids of a conversation."""
@@ -226,27 +201,19 @@ class ConversationEncoder:
         """
         if not turns or turns[-1].role != "assistant":
             raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
-        grown = self._grow(turns, pictures)
-        if whole:
-            grown.supervised = [False] + [True] * (len(grown.ids) - 1)
+        grown = self._grow(turns, pictures, whole=whole)
         if max_length is None or len(grown.ids) <= max_length:
-            return _encoded(grown)
+            return grown.encoded()
         if truncate and not grown.images and any(grown.supervised[:max_length]):
-            kept = max((count for count, length in grown.ends if length <= max_length), default=0)
-            return replace(
-                _encoded(grown),
-                input_ids=torch.tensor(grown.ids[:max_length], dtype=torch.long),
-                supervised=torch.tensor(grown.supervised[:max_length], dtype=torch.bool),
-                dropped_turns=len(turns) - kept,
-            )
+            fitting = max((count for count, length in grown.ends if length <= max_length), default=0)
+            return replace(grown.encoded(max_length), dropped_turns=len(turns) - fitting)
+        # Pairs go from the end alone, so the last answers of long records are never learned.
         for count, length in reversed(grown.ends[:-1]):
             if length <= max_length:
                 # Encoded again, because some templates write the last turn differently.
-                shorter = self._grow(turns[:count], pictures)
-                if whole:
-                    shorter.supervised = [False] + [True] * (len(shorter.ids) - 1)
+                shorter = self._grow(turns[:count], pictures, whole=whole)
                 if len(shorter.ids) <= max_length:
-                    return replace(_encoded(shorter), dropped_turns=len(turns) - count)
+                    return replace(shorter.encoded(), dropped_turns=len(turns) - count)
         raise TooLong(
             f"the first question and answer take {grown.ends[0][1]} tokens, data.max_length is {max_length}; "
             "raise data.max_length or shorten the record"
@@ -275,12 +242,12 @@ class ConversationEncoder:
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer after a generation prompt, as in training, without the end of turn."""
-        plan = self.template.plan(_ONE)
-        thought = self.template.thought(_ONE) if self.thinking == "always" else None
-        thinking, text = self._apart(text) if thought else (None, text)
+        plan = self.template.plan(EXCHANGE)
+        thought = self.thought(EXCHANGE) if self.thinking == "always" else None
+        thinking, text = self.apart(text) if thought else (None, text)
         before = thought.before if thought else plan.slots[1].before
-        prompt = [Piece(plan.slots[0].before, True), Piece("a", False), Piece(before, True)]
-        answer = [*_written(thought, thinking or "", plan.slots[1]), Piece(plan.slots[1].trim([text])[0], False)]
+        prompt = [TextSpan(plan.slots[0].before, True), TextSpan("a", False), TextSpan(before, True)]
+        answer = [*written(thought, thinking or "", plan.slots[1]), TextSpan(plan.slots[1].trim([text])[0], False)]
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
     def decode_answer(self, ids: Sequence[int]) -> str:
@@ -289,11 +256,17 @@ class ConversationEncoder:
         An answer that is put back into the conversation as this text gives the same tokens again.
         """
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        return text.removeprefix(self.template.plan(_ONE).slots[1].lead)
+        return text.removeprefix(self.template.plan(EXCHANGE).slots[1].lead)
 
     def _grow(
-        self, turns: Sequence[Turn], pictures: Sequence[Sequence[int]] | None = None, *, prompt: bool = False
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Sequence[int]] | None = None,
+        *,
+        prompt: bool = False,
+        whole: bool = False,
     ) -> _Growing:
+        """Tokenise turns, up to the last answer of a `prompt`; `whole`: supervise all tokens but the first."""
         turns, added = self._with_system(turns)
         turns, shape, numbers = self.template.lay_out(turns)
         plan = self.template.plan(shape)
@@ -306,25 +279,31 @@ class ConversationEncoder:
                 for number, part in enumerate(slot.trim(parts)):
                     if number:
                         self._add_image(grown)
-                    grown.run.append(Piece(part, False))
+                    grown.run.append(TextSpan(part, False))
                 continue
-            thinking, text = self._apart(turn.text)
+            thinking, text = self.apart(turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
-            thought = self.template.thought(shape) if shown else None
+            thought = self.thought(shape) if shown else None
             if thinking:
                 grown.thoughts += thought is not None
                 grown.dropped_thoughts += thought is None
-            elif not self.template.knows_thinking:
+            elif not self.knows_thinking:
                 grown.thoughts += thinks(text)
             self._add_scaffold(grown, thought.before if thought else scaffold[index])
             if prompt and index == len(turns) - 1:
                 self._flush(grown)
                 return grown
             end = self._end_of_turn(scaffold[index + 1], plan.tail)
-            answer = [*_written(thought, thinking or "", slot), Piece(slot.trim([text])[0], False), Piece(end, True)]
+            answer = [
+                *written(thought, thinking or "", slot),
+                TextSpan(slot.trim([text])[0], False),
+                TextSpan(end, True),
+            ]
             self._add_answer(grown, answer, end)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
+        if whole:
+            grown.supervised = [False] + [True] * (len(grown.ids) - 1)
         return grown
 
     def _add_scaffold(self, grown: _Growing, text: str) -> None:
@@ -332,7 +311,7 @@ class ConversationEncoder:
         for index, part in enumerate(text.split(self.template.image_text) if self.template.image_text else [text]):
             if index:
                 self._add_image(grown)
-            grown.run.append(Piece(part, True))
+            grown.run.append(TextSpan(part, True))
 
     def _add_image(self, grown: _Growing) -> None:
         self._flush(grown)
@@ -363,22 +342,13 @@ class ConversationEncoder:
 
     def _flush(self, grown: _Growing) -> list[int]:
         """Tokenise the pending text as the continuation of the context; returns the ids of both."""
-        ids = self.tokens.encode([Piece(grown.context, True), *grown.run])
+        ids = self.tokens.encode([TextSpan(grown.context, True), *grown.run])
         grown.add(ids[1:] if grown.context else ids, supervised=False)
         grown.run = []
         return ids
 
-    def _apart(self, text: str) -> tuple[str | None, str]:
-        """The thinking at the start of an answer (None: the template's form without thinking), and the rest."""
-        apart = self.template.knows_thinking or self.thinking == "never"
-        found = _THINKING.match(text) if apart else None
-        thinking = found[1].strip("\n") if found else None
-        if self.thinking == "always":
-            thinking = thinking or ""
-        return thinking, text[found.end() :] if found else text
-
-    def _add_answer(self, grown: _Growing, answer: list[Piece], end: str) -> None:
-        before = [Piece(grown.context, True), *grown.run]
+    def _add_answer(self, grown: _Growing, answer: list[TextSpan], end: str) -> None:
+        before = [TextSpan(grown.context, True), *grown.run]
         prompt = self._flush(grown)
         grown.add(self._answer(before, answer, prompt), supervised=True)
         ending = self.tokens.first_special(end)
@@ -395,7 +365,7 @@ class ConversationEncoder:
         text = str(self.tokenizer.eos_token)
         grown.context = text if text in self.tokens.guarded else ""
 
-    def _answer(self, before: list[Piece], answer: list[Piece], prompt: list[int]) -> list[int]:
+    def _answer(self, before: list[TextSpan], answer: list[TextSpan], prompt: list[int]) -> list[int]:
         """Ids of an answer, tokenised so that the prompt before it keeps the ids that it has in inference."""
         whole = self.tokens.encode([*before, *answer])
         if whole[: len(prompt)] == prompt:
@@ -408,37 +378,9 @@ class ConversationEncoder:
         Empty when the template has neither.
         """
         last = self.tokens.first_special(tail)
-        here = self.tokens.first_special(behind)
-        if last is not None and here is not None and here[0] == last[0]:
-            return behind[: here.end()]
+        ending = self.tokens.first_special(behind)
+        if last is not None and ending is not None and ending[0] == last[0]:
+            return behind[: ending.end()]
         if last is not None or not self.notes.name or not behind.startswith(tail):
             return ""
         return tail.rstrip() or tail
-
-
-def begins_with_block(answer: str) -> bool:
-    """Whether an answer begins with a block of thinking, empty or not."""
-    return _THINKING.match(answer) is not None
-
-
-def thinks(answer: str) -> bool:
-    """Whether an answer begins with thinking that is not empty."""
-    found = _THINKING.match(answer)
-    return found is not None and bool(found[1].strip())
-
-
-def _written(thought: Thought | None, thinking: str, slot: Slot) -> list[Piece]:
-    """The text that the model writes before the answer itself."""
-    if thought is None:
-        return [Piece(slot.lead, True)]
-    return [Piece(thought.opening, True), Piece(thinking, False), Piece(thought.closing, True)]
-
-
-def _encoded(grown: _Growing) -> Encoded:
-    return Encoded(
-        input_ids=torch.tensor(grown.ids, dtype=torch.long),
-        supervised=torch.tensor(grown.supervised, dtype=torch.bool),
-        images=grown.images,
-        thoughts=grown.thoughts,
-        dropped_thoughts=grown.dropped_thoughts,
-    )

@@ -61,19 +61,20 @@ class ProcessorTemplate(Template):
                 numbers.append(number)
                 continue
             kinds = ""
-            for place, text in enumerate(texts):
-                kinds += "i" if place else ""
+            for index, text in enumerate(texts):
+                kinds += "i" if index else ""
                 # Templates write line breaks around a picture themselves.
-                text = text.removeprefix("\n") if place else text
-                text = text.removesuffix("\n") if place + 1 < len(texts) else text
+                text = text.removeprefix("\n") if index else text
+                text = text.removesuffix("\n") if index + 1 < len(texts) else text
                 if text:
                     kinds += "t"
-                    contents.append(Turn(role=turn.role, text=text, places=()))
+                    contents.append(Turn(role=turn.role, text=text, offsets=()))
                     numbers.append(number)
             shape.append(f"{turn.role}:{kinds}")
         return contents, tuple(shape), numbers
 
-    def _owners(self, roles: tuple[str, ...]) -> list[int]:
+    def owners(self, roles: tuple[str, ...]) -> list[int]:
+        """See `Template.owners`."""
         return [turn for turn, shape in enumerate(roles) for _ in range(_kinds(shape).count("t"))]
 
     def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:

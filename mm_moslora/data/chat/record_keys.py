@@ -1,4 +1,4 @@
-"""The keys of records and turns: those that are read, and those that other trainers follow and this one does not.
+"""The keys and texts of records and turns: what is read, and what other trainers follow and this one does not.
 
 A key of the second kind changes what another trainer would learn from the record, so it is a fault here. Any other key
 is data about the record; `data check` counts and names it.
@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
+from mm_moslora.utils.untrusted_files import BAD_CHARACTER
 
+MAX_TEXT = 2_000_000
+"""Characters of one turn; longer ones are refused."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of an answer's thinking in chat messages (transformers, vLLM, OpenRouter, gpt-oss)."""
 _SHOWN = {"id", "image", "images", "video", "videos"}
@@ -82,8 +85,8 @@ def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where) -> 
         if _is_empty(value) or (weighs and (role != "assistant" or neutral)):
             continue
         plain = weighs and isinstance(value, int | float | str)
-        found = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
-        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}", found, _OF_TURN[key])
+        shown = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
+        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}", shown, _OF_TURN[key])
 
 
 def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) -> str:
@@ -92,10 +95,10 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) ->
     Raises:
         RecordError: it is no text, holds a block's tags, is given twice, or belongs to no answer.
     """
-    given = {key: turn[key] for key in REASONING if not _is_empty(turn.get(key))}
-    if not given:
+    texts = {key: turn[key] for key in REASONING if not _is_empty(turn.get(key))}
+    if not texts:
         return ""
-    (key, value), *more = given.items()
+    (key, value), *more = texts.items()
     twice = bool(more) or _text_of(turn.get("value", turn.get("content"))).lstrip().startswith("<think>")
     tagged = isinstance(value, str) and ("<think>" in value or "</think>" in value)
     if twice or tagged or role != "assistant" or not isinstance(value, str):
@@ -107,16 +110,40 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) ->
     return f"<think>\n{value.strip()}\n</think>\n\n"
 
 
+def checked_text(value: Any, field: str, where: Where) -> str:
+    """A text of a record.
+
+    Raises:
+        RecordError: it is no string, too long, or has characters that are no text.
+    """
+    if not isinstance(value, str):
+        raise where.error(Code.BAD_TEXT, field, f"text is {kind_of(value)}", "write a string")
+    if len(value) > MAX_TEXT:
+        raise where.error(Code.TOO_LARGE, field, f"has {len(value)} characters", f"stay below {MAX_TEXT}")
+    check_characters(value, field, where)
+    return value
+
+
+def check_characters(text: str, field: str, where: Where) -> None:
+    """Refuse half a surrogate pair, NUL and other control characters; see `checked_text`."""
+    bad = BAD_CHARACTER.search(text)
+    if bad:
+        what = f"holds U+{ord(bad[0]):04X} at character {bad.start()}"
+        surrogate = bad[0] >= "\ud800"
+        remedy = "write the whole surrogate pair" if surrogate else "remove control characters"
+        raise where.error(Code.BAD_CHARACTER, field, what, remedy)
+
+
 def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of a record, of its turns as `conversations[].key`, and of their parts, that are not read."""
     form = _form(value)
-    found = [str(key) for key in value if key not in READ.get(form, _SHOWN)]
+    ignored = [str(key) for key in value if key not in READ.get(form, _SHOWN)]
     turns = _objects(value.get(form))
     read = {"user", "assistant"} if form == "texts" else READ_OF_TURN
-    found += [f"{form}[].{key}" for turn in turns for key in turn if key not in read]
+    ignored += [f"{form}[].{key}" for turn in turns for key in turn if key not in read]
     parts = [part for turn in turns for part in _objects(turn.get("value", turn.get("content")))]
-    found += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
-    return tuple(dict.fromkeys(found))
+    ignored += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
+    return tuple(dict.fromkeys(ignored))
 
 
 def _form(value: Mapping[str, Any]) -> str:

@@ -1,52 +1,63 @@
-"""Strict reading of training records from any source into one form.
+"""Reads records: the bytes of a JSON list or a JSONL file, strictly, into one form of turns and pictures.
 
 Accepted forms are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
-(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`. A video becomes
-several frames, which are pictures like any other. Every fault has the form
-`CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
+(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`; `record_forms`
+reads those besides conversations. A video becomes several frames, which are pictures like any other. Every fault has
+the form `CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
+
+A JSON file is read once to find the start and end of each value (`json_scan`, about 200 MB/s), so memory stays bounded.
+A value is parsed when it is read. Parsing is strict: JSON that readers interpret differently (a key written twice) is
+an error. NaN and Infinity, which pandas writes into empty cells, are accepted as numbers. They make a record unusable
+only in a field that needs another type.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from mm_moslora.data.chat.record_keys import check_record, check_turn, ignored_keys, thinking_of
+from mm_moslora.data.chat.record_forms import (
+    IMAGE,
+    VIDEO,
+    Mark,
+    filled_marks,
+    formless,
+    single_texts,
+    text_of_parts,
+    video_mark,
+)
+from mm_moslora.data.chat.record_keys import (
+    check_characters,
+    check_record,
+    check_turn,
+    checked_text,
+    ignored_keys,
+    thinking_of,
+)
 from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
 from mm_moslora.data.images.remote_files import find_remote
 from mm_moslora.data.images.video_clip import Clip, find_clip
-from mm_moslora.data.record_faults import Code, RecordError, Where, is_nothing, kind_of
-from mm_moslora.utils.untrusted_files import BAD_CHARACTER
+from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
+from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list, scan_list_carefully
+from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
+from mm_moslora.utils.untrusted_files import opened
 
 Role = Literal["system", "user", "assistant"]
+T = TypeVar("T")
 
-IMAGE = "<image>"
-"""Marks the place of an image in a question."""
-VIDEO = "<video>"
-"""Marks the place of a video in a question of a record that names videos."""
-MAX_TEXT = 2_000_000
-"""Characters of one turn; longer ones are refused."""
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
     "system": "system",
 }  # fmt: skip
-
-
-_SHOWN = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
-"""Type of a content part -> image or video."""
 _ANY_MARK = re.compile(f"{IMAGE}|{VIDEO}")
-
-
-class _Mark(NamedTuple):
-    """The place of an image or a video in a conversation."""
-
-    kind: str
-    """image or video."""
-    given: Any = None
-    """The image or video, if the conversation itself names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +68,17 @@ class Turn:
     """The speaker."""
     text: str
     """The content; `<image>` in a user's text is replaced by the next image."""
-    places: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
     """Offsets of the `<image>` that are images, for a source that distinguishes them from typed text; None: all are."""
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
         if self.role != "user":
             return [self.text]
-        if self.places is None:
+        if self.offsets is None:
             return self.text.split(IMAGE)
-        starts = [0, *(place + len(IMAGE) for place in self.places)]
-        ends = [*self.places, len(self.text)]
+        starts = [0, *(offset + len(IMAGE) for offset in self.offsets)]
+        ends = [*self.offsets, len(self.text)]
         return [self.text[start:end] for start, end in zip(starts, ends, strict=True)]
 
     @property
@@ -79,25 +90,25 @@ class Turn:
     def asking(cls, text: str, *, images: int = 0) -> Turn:
         """A question in which `<image>` is text, with images before it, each on a separate line."""
         mark = f"{IMAGE}\n"
-        return cls(role="user", text=mark * images + text, places=tuple(len(mark) * i for i in range(images)))
+        return cls(role="user", text=mark * images + text, offsets=tuple(len(mark) * i for i in range(images)))
 
     def showing(self, counts: Sequence[int]) -> Turn:
         """The same turn with each of its images replaced by this many consecutive images."""
         first, *rest = self.parts()
-        result, places = first, []
+        result, offsets = first, []
         for count, part in zip(counts, rest, strict=True):
-            places += [len(result) + len(IMAGE) * index for index in range(count)]
+            offsets += [len(result) + len(IMAGE) * index for index in range(count)]
             result += IMAGE * count + part
-        return Turn(role=self.role, text=result, places=tuple(places))
+        return Turn(role=self.role, text=result, offsets=tuple(offsets))
 
     def preceded_by(self, text: str) -> Turn:
         """The same turn with literal text before it."""
         first, *rest = self.parts()
-        result, places = text + first, []
+        result, offsets = text + first, []
         for part in rest:
-            places.append(len(result))
+            offsets.append(len(result))
             result += IMAGE + part
-        return Turn(role=self.role, text=result, places=tuple(places))
+        return Turn(role=self.role, text=result, offsets=tuple(offsets))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +120,9 @@ class Record:
     turns: tuple[Turn, ...]
     """An optional system turn, then questions and answers in turn."""
     images: tuple[Picture, ...] = ()
-    """In order of their places."""
+    """In order of their placeholders."""
     where: Where
-    """Its place in the source, for messages."""
+    """Source and number, for messages."""
     ignored: tuple[str, ...] = ()
     """Its keys, and those of its turns, that are not read."""
 
@@ -138,56 +149,27 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     where = where.named(name)
     check_record(value, where)
     named = {"image": _names(value, "image", where), "video": _names(value, "video", where)}
-    turns, marks, marked = _turns(value, where, videos=_marked_videos(value, named))
-    if not marked:
-        marks = [_Mark(kind, item) for kind, items in named.items() for item in items]
+    turns, marks, marked = _turns(value, where, videos=video_mark(value, named))
+    if marked:
+        marks = filled_marks(marks, named, where)
+    else:
+        marks = [Mark(kind, item) for kind, items in named.items() for item in items]
         if marks and not any(turn.images for turn in turns):
             turns = _images_asked_first(turns, len(marks))
-    else:
-        marks = _filled(marks, named, where)
-    shown = [_found(mark, index, where, rules) for index, mark in enumerate(marks)]
+    shown = [_named_by(mark, index, where, rules) for index, mark in enumerate(marks)]
     _check_roles(turns, where)
-    _check_places(turns, len(shown), where)
+    _check_image_count(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
         turns = _with_frames(turns, shown)
     images = tuple(picture for item in shown for picture in (item.pictures() if isinstance(item, Clip) else [item]))
     return Record(id=name, turns=tuple(turns), images=images, where=where, ignored=ignored_keys(value))
 
 
-def _found(mark: _Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
+def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
+    """The picture or video of a placeholder."""
     if mark.kind == "video":
-        return find_clip(mark.given, index, where, rules)
-    return find_remote(mark.given, index, where, rules) or find_picture(mark.given, index, where, rules)
-
-
-def _marked_videos(value: Mapping[str, Any], named: Mapping[str, list[Any]]) -> str | None:
-    """The placeholder of videos in the texts of a record: `<video>`, or `<image>` as in LLaVA-Video if there is no
-    `<video>`; None for a record without a video, in which `<video>` is text."""
-    if not named["video"]:
-        return None
-    return VIDEO if named["image"] or VIDEO in json.dumps(value, ensure_ascii=True, default=str) else IMAGE
-
-
-def _filled(marks: list[_Mark], named: dict[str, list[Any]], where: Where) -> list[_Mark]:
-    """Assign the images or videos that a record names to the places in its conversation.
-
-    Raises:
-        RecordError: they are named twice, or their number differs from that of the places.
-    """
-    names = {kind: list(items) for kind, items in named.items() if items}
-    if not names:
-        return marks
-    for kind in names:
-        if any(mark.given is not None for mark in marks):
-            raise where.error(Code.IMAGE_COUNT, kind, f"{kind}s are named here and in the messages", "name them once")
-    if "video" not in names:  # `_check_places` counts these and names the turns
-        return [_Mark("image", item) for item in names["image"]]
-    for kind in ("image", "video"):
-        places = sum(mark.kind == kind for mark in marks)
-        if places != len(named[kind]):
-            what = f"{places} <{kind}> in the questions, {len(named[kind])} {kind}s"
-            raise where.error(Code.IMAGE_COUNT, "conversations", what, f"write one <{kind}> per {kind}, in human turns")
-    return [_Mark(mark.kind, names[mark.kind].pop(0)) for mark in marks]
+        return find_clip(mark.item, index, where, rules)
+    return find_remote(mark.item, index, where, rules) or find_picture(mark.item, index, where, rules)
 
 
 def _with_frames(turns: list[Turn], shown: Sequence[Picture | Clip]) -> list[Turn]:
@@ -206,8 +188,8 @@ def _images_asked_first(turns: list[Turn], count: int) -> list[Turn]:
     if first is None:
         return turns
     text = turns[first].text
-    asked = Turn.asking(text, images=count) if text else Turn(role="user", text=IMAGE * count)
-    return [*turns[:first], asked, *turns[first + 1 :]]
+    question = Turn.asking(text, images=count) if text else Turn(role="user", text=IMAGE * count)
+    return [*turns[:first], question, *turns[first + 1 :]]
 
 
 def _id(value: Mapping[str, Any], where: Where) -> str:
@@ -217,37 +199,35 @@ def _id(value: Mapping[str, Any], where: Where) -> str:
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise where.error(Code.BAD_ID, "id", f"is {kind_of(name)}", "write a string or an integer")
     if isinstance(name, str):
-        _check_characters(name, "id", where)
+        check_characters(name, "id", where)
     return str(name)
 
 
 def _names(value: Mapping[str, Any], kind: str, where: Where) -> list[Any]:
     """The values of `image` or `images`, or of `video` or `videos`; null and NaN, which mark the empty cells of
     tables, count as absent."""
-    given, several = (None if is_nothing(value.get(key)) else value[key] for key in (kind, f"{kind}s"))
-    if given is not None and several is not None:
+    names = [value[key] for key in (kind, f"{kind}s") if not is_nothing(value.get(key))]
+    if len(names) > 1:
         raise where.error(Code.IMAGE_COUNT, kind, f"both `{kind}` and `{kind}s` are given", "keep one of them")
-    given = several if given is None else given
-    if given is None:
-        return []
-    return list(given) if isinstance(given, list | tuple) else [given]
+    return list(names[0]) if names and isinstance(names[0], list | tuple) else names
 
 
-def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tuple[list[Turn], list[_Mark], bool]:
-    """The turns, their images and videos, and whether the form marks the places of these."""
+def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tuple[list[Turn], list[Mark], bool]:
+    """The turns, their images and videos, and whether the form marks where these belong."""
     turns: list[Turn] = []
-    marks: list[_Mark] = []
+    marks: list[Mark] = []
     if value.get("system") and not is_nothing(value["system"]):  # ShareGPT and Alpaca keep it beside the conversation
-        turns.append(Turn(role="system", text=_text(value["system"], "system", where)))
-    for find in (_pairs, _question_and_answer):
-        simple = find(value, where)
-        if simple is not None:
-            return turns + simple, [], False
+        turns.append(Turn(role="system", text=checked_text(value["system"], "system", where)))
+    if (texts := single_texts(value, where)) is not None:
+        single = [
+            Turn(role="assistant", text=text) if index % 2 else Turn.asking(text) for index, text in enumerate(texts)
+        ]
+        return turns + single, [], False
     key = "messages" if "messages" in value and "conversations" not in value else "conversations"
     items = value.get(key)
     if not isinstance(items, list) or not items:
         if key not in value:
-            raise _formless(value, key, where)
+            raise formless(value, key, where)
         what = f"is {kind_of(items)}" if items else "is empty"
         raise where.error(Code.NO_TURNS, key, what, "add at least a question and an answer")
     for index, item in enumerate(items):
@@ -257,93 +237,28 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         speaker = item.get("from", item.get("role"))
         role = _ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            found = json.dumps(speaker, ensure_ascii=True, default=str)[:60]
-            raise where.error(
-                Code.BAD_ROLE, field, f"role is {found}", "use human and gpt, or user and assistant, and system first"
-            )
+            what = f"role is {json.dumps(speaker, ensure_ascii=True, default=str)[:60]}"
+            raise where.error(Code.BAD_ROLE, field, what, "use human and gpt, or user and assistant, and system first")
         check_turn(item, role, field, where)
         thinking = thinking_of(item, role, field, where)
         content = item.get("value", item.get("content"))
         if isinstance(content, list):
-            turn = _of_parts(role, content, field, where, marks)
+            text, offsets, own = text_of_parts(role, content, field, where)
+            turn, marks = Turn(role=role, text=text, offsets=tuple(offsets)), marks + own
         else:
-            turn = _of_text(role, _text(content, field, where), videos, marks)
-        turns.append(Turn(role=role, text=_text(thinking, field, where) + turn.text) if thinking else turn)
+            turn = _of_text(role, checked_text(content, field, where), videos, marks)
+        turns.append(Turn(role=role, text=checked_text(thinking, field, where) + turn.text) if thinking else turn)
     return turns, marks, True
 
 
-def _formless(value: Mapping[str, Any], key: str, where: Where) -> RecordError:
-    """The error of a record in none of the forms; names the keys that it has."""
-    found = ", ".join(ascii(str(name)[:40]) for name in list(value)[:8])
-    remedy = (
-        "write conversations, messages, texts, question and answer, or caption; for a table, map its columns with "
-        "`columns` of the source"
-    )
-    return where.error(Code.NO_TURNS, key, f"is missing; the record has {found or 'no key'}", remedy)
-
-
-def _pairs(value: Mapping[str, Any], where: Where) -> list[Turn] | None:
-    """`texts`: a list of objects with `user` and `assistant`."""
-    items = value.get("texts")
-    if not isinstance(items, list) or "conversations" in value or "messages" in value:
-        return None
-    turns: list[Turn] = []
-    for index, item in enumerate(items):
-        field = f"texts[{index}]"
-        if not isinstance(item, Mapping):
-            raise where.error(Code.BAD_TURN, field, f"is {kind_of(item)}", "write an object with user and assistant")
-        check_turn(item, "assistant", field, where)
-        turns += [Turn.asking(_text(item.get("user"), f"{field}.user", where)),
-                  Turn(role="assistant", text=_text(item.get("assistant"), f"{field}.assistant", where))]  # fmt: skip
-    if not turns:
-        raise where.error(Code.NO_TURNS, "texts", "is empty", "add at least a question and an answer")
-    return turns
-
-
-def _question_and_answer(value: Mapping[str, Any], where: Where) -> list[Turn] | None:
-    """`question` and `answer`, or `caption` alone."""
-    if "conversations" in value or "messages" in value:
-        return None
-    if "question" in value and "answer" in value:
-        question, answer = (_text(value[key], key, where) for key in ("question", "answer"))
-    elif "caption" in value:
-        question, answer = "", _text(value["caption"], "caption", where)
-    else:
-        return None
-    return [Turn.asking(question), Turn(role="assistant", text=answer)]
-
-
-def _of_text(role: Role, text: str, videos: str | None, marks: list[_Mark]) -> Turn:
+def _of_text(role: Role, text: str, videos: str | None, marks: list[Mark]) -> Turn:
     """A turn with placeholders of images in its text; with `videos` also of videos, which are recorded."""
     if role != "user":
         return Turn(role=role, text=text)
     if videos is None:
         return Turn(role=role, text=_image_first(text))
-    marks += [_Mark("video" if found == videos else "image") for found in _ANY_MARK.findall(text)]
+    marks += [Mark("video" if mark == videos else "image") for mark in _ANY_MARK.findall(text)]
     return Turn(role=role, text=_image_first(text.replace(VIDEO, IMAGE)))
-
-
-def _of_parts(role: Role, content: list[Any], field: str, where: Where, marks: list[_Mark]) -> Turn:
-    """A turn of content parts, as chat messages have them."""
-    text = ""
-    places: list[int] = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if isinstance(part, Mapping):
-            check_turn(part, role, f"{field}.content[{index}]", where)
-        if isinstance(kind, str) and kind in _SHOWN and role == "user":
-            shown = _SHOWN[kind]
-            keys = (shown, f"{shown}_url", "path", "url")
-            marks.append(_Mark(shown, next((part[key] for key in keys if part.get(key)), None)))
-            places.append(len(text))
-            text += f"{IMAGE}\n"
-        elif kind == "text":
-            text += _text(part.get("text"), f"{field}.content[{index}]", where)
-        else:
-            found = json.dumps(part, ensure_ascii=True, default=str)[:60]
-            remedy = "use parts of type text, and of type image or video in the user's turns"
-            raise where.error(Code.BAD_TURN, f"{field}.content[{index}]", f"is {found}", remedy)
-    return Turn(role=role, text=text, places=tuple(places))
 
 
 def _image_first(text: str) -> str:
@@ -355,24 +270,6 @@ def _image_first(text: str) -> str:
         return text
     rest = text.replace(IMAGE, "").strip()
     return f"{IMAGE}\n{rest}" if rest else IMAGE
-
-
-def _text(value: Any, field: str, where: Where) -> str:
-    if not isinstance(value, str):
-        raise where.error(Code.BAD_TEXT, field, f"text is {kind_of(value)}", "write a string")
-    if len(value) > MAX_TEXT:
-        raise where.error(Code.TOO_LARGE, field, f"has {len(value)} characters", f"stay below {MAX_TEXT}")
-    _check_characters(value, field, where)
-    return value
-
-
-def _check_characters(text: str, field: str, where: Where) -> None:
-    bad = BAD_CHARACTER.search(text)
-    if bad:
-        what = f"holds U+{ord(bad[0]):04X} at character {bad.start()}"
-        surrogate = bad[0] >= "\ud800"
-        remedy = "write the whole surrogate pair" if surrogate else "remove control characters"
-        raise where.error(Code.BAD_CHARACTER, field, what, remedy)
 
 
 def _check_roles(turns: list[Turn], where: Where) -> None:
@@ -393,13 +290,131 @@ def _check_roles(turns: list[Turn], where: Where) -> None:
         )
 
 
-def _check_places(turns: list[Turn], images: int, where: Where) -> None:
-    places = sum(turn.images for turn in turns)
-    if places == images:
+def _check_image_count(turns: list[Turn], images: int, where: Where) -> None:
+    marked = sum(turn.images for turn in turns)
+    if marked == images:
         return
-    asked = [index for index, turn in enumerate(turns) if turn.images]
-    what = f"{places} {IMAGE} in the questions (turns {asked}), {images} images"
+    with_images = [index for index, turn in enumerate(turns) if turn.images]
+    what = f"{marked} {IMAGE} in the questions (turns {with_images}), {images} images"
     ignored = [index for index, turn in enumerate(turns) if turn.role != "user" and IMAGE in turn.text]
     if ignored:
         what += f"; the ones in turns {ignored} do not count"
     raise where.error(Code.IMAGE_COUNT, "conversations", what, f"write one {IMAGE} per image, in human turns")
+
+
+class RecordSource(ABC):
+    """Random access to the records of one source.
+
+    Args:
+        path: path of the source, for messages.
+        rules: rules for its pictures.
+    """
+
+    def __init__(self, path: Path, rules: PictureRules) -> None:
+        self.path, self.rules = path, rules
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def value(self, row: int) -> Any:
+        """The unchecked value of a row.
+
+        Raises:
+            StrictJsonError: it is not strict JSON.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes with the source's texts; computing it may read them all."""
+
+    def content(self) -> str:
+        """A hash that copies elsewhere share; empty where none is known."""
+        return ""
+
+    def commit(self) -> str | None:
+        """The commit of a data set of the hub."""
+        return None
+
+    def where(self, row: int) -> Where:
+        """Source, line and number of a record, for messages."""
+        return Where(file=self.path, line=None, row=row)
+
+    def __getitem__(self, row: int) -> Record:
+        """Read and check one record.
+
+        Raises:
+            RecordError: the record cannot be used.
+        """
+        return self.parsed(row, parse_record)
+
+    def parsed(self, row: int, parse: Callable[[Any, Where, PictureRules], T]) -> T:
+        """Read one value, and check it by the function that knows its form; see `__getitem__`."""
+        where = self.where(row)
+        try:
+            value = self.value(row)
+        except StrictJsonError as fault:
+            code = Code.TOO_DEEP if fault.deep else Code.TOO_LARGE if fault.large else Code.BAD_JSON
+            raise where.error(code, "-", str(fault), "repair or remove the record") from fault
+        return parse(value, where, self.rules)
+
+
+class RecordFile(RecordSource):
+    """The records of a JSON list or a JSONL file.
+
+    Args:
+        path: the file; in JSONL blank lines do not count. A byte order mark and CRLF are accepted.
+        rules: rules for its pictures; None: files below the file's folder.
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or a list that breaks off or has no values.
+    """
+
+    def __init__(self, path: Path, rules: PictureRules | None = None) -> None:
+        super().__init__(path, rules or PictureRules(folder=path.parent.resolve()))
+        require_file(path)
+        with opened(path, most=None) as stream:
+            head = stream.read(4096)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+            raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. Convert it (iconv -f UTF-16 -t UTF-8).")
+        self._lines: array[int] | None = None
+        if head.removeprefix(BOM).lstrip()[:1] == b"[":
+            self._starts, self._ends = scan_list(path) or scan_list_carefully(path)
+        else:
+            self._starts, self._ends, self._lines = scan_lines(path)
+        if not self._starts:
+            raise DataError(f"{path} is empty: 0 records. Check the export that wrote it.")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, row: int) -> Where:
+        """See `RecordSource.where`; a JSONL file has lines."""
+        return Where(file=self.path, line=None if self._lines is None else self._lines[row], row=row)
+
+    def value(self, row: int) -> Any:
+        """The parsed value of a row."""
+        start, end = self._starts[row], self._ends[row]
+        if end - start > MAX_VALUE_BYTES:
+            raise StrictJsonError(f"takes {end - start} bytes, at most {MAX_VALUE_BYTES} are read", large=True)
+        with opened(self.path, most=None) as stream:
+            stream.seek(start)
+            raw = stream.read(end - start)
+        return parse_json(raw, constants=True, surrogates=True)
+
+    def fingerprint(self) -> str:
+        """A hash of the file's bytes."""
+        with opened(self.path, most=None) as stream:
+            return sha256_of(stream)
+
+    content = fingerprint
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path without a file.
+
+    Raises:
+        DataError: there is no file.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")

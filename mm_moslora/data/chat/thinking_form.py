@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, begins_with_block, thinks
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.answer_thinking import begins_with_block, thinks
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.records import RecordSource, Turn
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.record_source import RecordSource
 
-LOOKED_AT = 1000
-"""Records that are looked at, evenly spaced; a share of one half is then known to 3 points."""
+SAMPLED = 1000
+"""Largest number of records that are sampled, evenly spaced; a share of one half is then known to 3 points."""
 
 MIXED_THINKING = (
     "the answers that think are learned behind another prompt; set model.thinking to always, so that the model writes "
@@ -38,8 +38,8 @@ class ThinkingForm:
     thinking: int
     """Records whose last answer begins with thinking that is learned."""
     records: int
-    """Usable records that were looked at."""
-    asked: bool
+    """Usable records of the sample."""
+    asks: bool
     """Whether the model is asked to think."""
     answers: int
     """All answers of these records."""
@@ -63,15 +63,15 @@ class ThinkingForm:
     @property
     def words(self) -> str:
         """The form in one sentence, without its full stop."""
-        asked = "to think before it answers" if self.asked else "to answer at once"
-        words = f"{self.thinking} of {self.records} records end with an answer that thinks; the model is asked {asked}"
+        form = "to think before it answers" if self.asks else "to answer at once"
+        words = f"{self.thinking} of {self.records} records end with an answer that thinks; the model is asked {form}"
         if not self.mixed:
             return words
         return f"{words}, by {self.prompt!r}, but {self.aside} of {self.answers} answers are learned in another form"
 
 
 def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tuple[ConversationEncoder, ThinkingForm]:
-    """An encoder whose form of thinking follows the records where it is `auto`, and what was found.
+    """An encoder whose form of thinking follows the records where it is `auto`, and what the records showed.
 
     Where most answers think, `auto` becomes `always`: every answer is learned behind the prompt that is asked.
 
@@ -80,7 +80,7 @@ def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tupl
         files: the sources of the training data.
     """
     total = sum(len(file) for file in files)
-    numbers = [total * place // LOOKED_AT for place in range(LOOKED_AT)] if total > LOOKED_AT else range(total)
+    numbers = [total * sample // SAMPLED for sample in range(SAMPLED)] if total > SAMPLED else range(total)
     endings: Counter[Ending] = Counter()
     start, wanted = 0, iter(numbers)
     number = next(wanted, None)
@@ -115,7 +115,7 @@ def form_of(encoder: ConversationEncoder, endings: Counter[Ending]) -> ThinkingF
         aside += records * end
     return ThinkingForm(
         thinking=sum(records for (last, _), records in endings.items() if learned and thinks(last)),
-        records=endings.total(), asked=encoder.asks_to_think, aside=aside + before, earlier=before,
+        records=endings.total(), asks=encoder.asks_to_think, aside=aside + before, earlier=before,
         answers=sum(answers * records for (_, answers), records in endings.items()), prompt=encoder.answer_prompt,
     )  # fmt: skip
 
@@ -127,9 +127,9 @@ def _aside(encoder: ConversationEncoder, answers: Sequence[str]) -> list[bool]:
     ids = encoded.input_ids.tolist()
     result = []
     for number, text in enumerate(answers):
-        asked = encoder.encode_prompt(turns[: 2 * number + 1]).tolist()
-        learned = len(asked) < len(ids) and bool(encoded.supervised[len(asked)])
-        if encoder.asks_to_think and encoder.template.knows_thinking:
-            asked += encoder.encode_answer(text)  # its block, empty or not
-        result.append(not learned or ids[: len(asked)] != asked)
+        prompt = encoder.encode_prompt(turns[: 2 * number + 1]).tolist()
+        learned = len(prompt) < len(ids) and bool(encoded.supervised[len(prompt)])
+        if encoder.asks_to_think and encoder.knows_thinking:
+            prompt += encoder.encode_answer(text)  # its block, empty or not
+        result.append(not learned or ids[: len(prompt)] != prompt)
     return result

@@ -39,14 +39,14 @@ def leakage(
     train: Mapping[str, Fingerprint | None], held_out: Mapping[str, Fingerprint | None], *, name: str
 ) -> tuple[Finding, list[Match]]:
     """Whether pictures of the training data occur among held-out ones, as the same file or as a similar picture."""
-    known = {path: mark for path, mark in train.items() if mark is not None}
+    hashed = {path: mark for path, mark in train.items() if mark is not None}
     others = {path: mark for path, mark in held_out.items() if mark is not None}
-    found = matches(known, others)
+    pairs = matches(hashed, others)
     title = f"leakage into {name}"
-    if not found:
-        return Finding("ok", title, f"none of {len(known)} training pictures looks like one of {len(others)}"), []
-    detail = f"training pictures that look like held-out ones: {len(found)}"
-    return Finding("warn", title, detail, "remove them from one of the sets; otherwise scores are too high"), found
+    if not pairs:
+        return Finding("ok", title, f"none of {len(hashed)} training pictures looks like one of {len(others)}"), []
+    detail = f"training pictures that look like held-out ones: {len(pairs)}"
+    return Finding("warn", title, detail, "remove them from one of the sets; otherwise scores are too high"), pairs
 
 
 def repeated_records(train: CheckReport, validation: CheckReport) -> Finding:
@@ -161,8 +161,8 @@ def _answers(report: CheckReport) -> Finding:
 
 
 def _longest(report: CheckReport) -> Finding:
-    found: Sequence[int] = sorted(report.lengths)[-1:]
-    longest = found[0] if found else 0
+    lengths: Sequence[int] = sorted(report.lengths)[-1:]
+    longest = lengths[0] if lengths else 0
     mean = report.tokens / max(1, report.usable)
     return Finding("ok", "longest record", f"{longest} tokens, {longest / max(1, mean):.1f} times the average")
 

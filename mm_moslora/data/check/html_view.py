@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.images.record_picture import ImageError
+from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.record_faults import RecordError
 
 THUMBNAIL = 224
@@ -40,7 +40,7 @@ figure { display: inline-block; margin: 0 .8rem .8rem 0; } figcaption { font-siz
 
 
 @dataclass(frozen=True)
-class Sample:
+class RecordSample:
     """A record with its tokens, or with the fault for which it has none."""
 
     record: Record | None
@@ -48,7 +48,7 @@ class Sample:
     fault: RecordError | None = None
 
 
-def page(samples: Sequence[Sample], encoder: ConversationEncoder, *, title: str) -> str:
+def page(samples: Sequence[RecordSample], encoder: ConversationEncoder, *, title: str) -> str:
     """The page as HTML text.
 
     Args:
@@ -70,7 +70,7 @@ def page(samples: Sequence[Sample], encoder: ConversationEncoder, *, title: str)
     )
 
 
-def _card(sample: Sample, encoder: ConversationEncoder) -> str:
+def _card(sample: RecordSample, encoder: ConversationEncoder) -> str:
     if sample.fault is not None or sample.record is None or sample.encoded is None:
         return f'<article><h2 class="bad">cannot be used</h2><p>{escape(str(sample.fault))}</p></article>'
     record, encoded = sample.record, sample.encoded
@@ -110,32 +110,32 @@ def _spans(encoded: Encoded, encoder: ConversationEncoder) -> Iterator[str]:
     special = {number for number, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
     ids, flags = encoded.input_ids.tolist(), encoded.supervised.tolist()
     texts = _texts(ids, encoder.tokenizer)
-    place = 0
-    while place < len(ids):
-        number = ids[place]
+    index = 0
+    while index < len(ids):
+        number = ids[index]
         if number == encoder.image_token_id:
-            end = place
-            while end < len(ids) and ids[end] == number and (end - place < (encoder.tokens_per_image or len(ids))):
+            end = index
+            while end < len(ids) and ids[end] == number and (end - index < (encoder.tokens_per_image or len(ids))):
                 end += 1
-            yield f'<span class="i" title="{number}">image: {end - place} tokens</span>'
-            place = end
+            yield f'<span class="i" title="{number}">image: {end - index} tokens</span>'
+            index = end
             continue
-        classes = " ".join(["s"] * flags[place] + ["x"] * (number in special))
+        classes = " ".join(["s"] * flags[index] + ["x"] * (number in special))
         attribute = f' class="{classes}"' if classes else ""
-        yield f'<span{attribute} title="{number}">{escape(texts[place])}</span>'
-        place += 1
+        yield f'<span{attribute} title="{number}">{escape(texts[index])}</span>'
+        index += 1
 
 
 def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text that each token adds; part of a character is shown as a dot, the whole character with its last token."""
     texts = []
-    known = whole = 0  # the text is known of tokens before `whole`; tokens from `known` on are decoded again as context
-    for place in range(len(ids)):
-        before = str(tokenizer.decode(ids[known:whole], clean_up_tokenization_spaces=False))
-        text = str(tokenizer.decode(ids[known : place + 1], clean_up_tokenization_spaces=False))
+    start = whole = 0  # the text of tokens before `whole` is out; tokens from `start` on are decoded again as context
+    for index in range(len(ids)):
+        before = str(tokenizer.decode(ids[start:whole], clean_up_tokenization_spaces=False))
+        text = str(tokenizer.decode(ids[start : index + 1], clean_up_tokenization_spaces=False))
         if text.endswith("\ufffd"):
             texts.append("·")
             continue
         texts.append(text[len(before) :])
-        known, whole = whole, place + 1
+        start, whole = whole, index + 1
     return texts

@@ -6,27 +6,28 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
-from mm_moslora.data.images.record_picture import ImageError
+from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
-from mm_moslora.data.sources.record_source import RecordSource
-from mm_moslora.data.training_set import encode_record, image_fault, placeholders_of
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import DataError
 
 _TOGETHER = 128
 _SHORT_ANSWER = 60
+_OF_RECIPE = ("sources", "max_length", "max_bad_share", "too_long", "form")
+"""Fields of a report that all its parts have in common, or that follow from the others."""
 
 
 @dataclass(kw_only=True)
@@ -139,21 +140,19 @@ class CheckReport:
         bounds = [max(1, self.max_length >> shift) for shift in range(bins - 1, -1, -1)]
         counts = [0] * bins
         for length in self.lengths:
-            counts[next(place for place, bound in enumerate(bounds) if length <= bound)] += 1
+            counts[next(index for index, bound in enumerate(bounds) if length <= bound)] += 1
         return list(zip(bounds, counts, strict=True))
 
     def add(self, other: CheckReport) -> None:
         """Add the report of further records."""
-        for name in ("records", "text_only", "one_image", "several_images", "videos", "pictures", "answers",
-                     "supervised_tokens", "truncated", "thoughts", "dropped_thoughts",
-                     "special_text", "separator_text",
-                     "endless"):  # fmt: skip
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images", "ignored",
-                     "endings"):  # fmt: skip
-            getattr(self, name).update(getattr(other, name))
-        self.lengths += other.lengths
-        self.faults += other.faults
+        for name in (item.name for item in fields(self) if item.name not in _OF_RECIPE):
+            own, more = getattr(self, name), getattr(other, name)
+            if isinstance(own, dict):  # counters, too
+                own.update(more)
+            elif isinstance(own, list):  # in place: a sum would copy the lengths of all records for every chunk
+                own.extend(more)
+            else:
+                setattr(self, name, own + more)
 
 
 def check(
@@ -195,7 +194,9 @@ def check(
         max_bad_share=share,
         too_long=config.too_long,
     )
-    look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
+    check_rows = _RowCheck(
+        files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty
+    )
     chunks: Sequence[tuple[int, range]] = [
         (number, range(start, min(len(file), start + _TOGETHER)))
         for number, file in enumerate(files)
@@ -207,7 +208,7 @@ def check(
         raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
     if processes is None:
         processes = usable_processes() if total > 2 * _TOGETHER else 1
-    for part in in_processes(look, chunks, processes=processes):
+    for part in in_processes(check_rows, chunks, processes=processes):
         report.add(part)
         if on_progress is not None:
             on_progress(report.records, total)
@@ -215,7 +216,7 @@ def check(
     return report
 
 
-class _Look:
+class _RowCheck:
     """Check some rows of a source; runs in a worker process."""
 
     def __init__(
@@ -253,23 +254,23 @@ class _Look:
         return report
 
     def _pictures(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
-        seen: dict[str, Fingerprint | None] = {}
+        hashes: dict[str, Fingerprint | None] = {}
         for number, picture in enumerate(record.images):
             if number >= encoded.images or picture.name in report.images:
                 continue
             try:
                 size = picture.size()
-                seen[picture.name] = fingerprint(picture.rgb()) if self.decode else None
+                hashes[picture.name] = fingerprint(picture.rgb()) if self.decode else None
             except ImageError as error:
                 raise image_fault(record, number, error) from error
             if size is not None:
                 report.sizes[size] += 1
-        report.images.update(seen)
+        report.images.update(hashes)
 
     def _count(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
-        kept = record.turns[: len(record.turns) - encoded.dropped_turns]
-        answers = [turn.text for turn in kept if turn.role == "assistant"]
-        texts = [part for turn in kept for part in turn.parts()]
+        fitting = record.turns[: len(record.turns) - encoded.dropped_turns]
+        answers = [turn.text for turn in fitting if turn.role == "assistant"]
+        texts = [part for turn in fitting for part in turn.parts()]
         report.ids[record.id] += 1
         content = repr([(turn.role, turn.text) for turn in record.turns] + record.image_names)
         report.contents[hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).digest()] += 1
@@ -281,8 +282,8 @@ class _Look:
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
         report.ignored.update(record.ignored)
-        if kept:  # else a text without questions
-            report.endings[ending(kept)] += 1
+        if fitting:  # else a text without questions
+            report.endings[ending(fitting)] += 1
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
@@ -305,9 +306,9 @@ def _ends(encoded: Encoded) -> set[int]:
 def _separators(encoder: ConversationEncoder) -> re.Pattern[str] | None:
     """Ordinary text that the template writes between turns; in a user's text it looks like a change of speaker."""
     plan = encoder.template.plan(("user", "assistant", "user", "assistant"))
-    found: set[str] = set()
+    lines: set[str] = set()
     for text in (plan.slots[1].before, plan.slots[2].before, plan.slots[3].before):
         for special in encoder.tokens.guarded:
             text = text.replace(special, "\n")
-        found |= {line.strip() for line in text.splitlines() if len(line.strip()) > 2 and not line.strip().isalnum()}
-    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None
+        lines |= {line.strip() for line in text.splitlines() if len(line.strip()) > 2 and not line.strip().isalnum()}
+    return re.compile("|".join(map(re.escape, sorted(lines, key=len, reverse=True)))) if lines else None

@@ -57,14 +57,14 @@ def read_report(data: Any, *, source: str) -> CheckReport:
 
 def _plain_fault(fault: RecordError) -> list[Any]:
     where = fault.where
-    place = [str(where.file), where.line, where.row, where.id]
-    return [*place, fault.code, fault.field, fault.what, fault.remedy, fault.path]
+    record = [str(where.file), where.line, where.row, where.id]
+    return [*record, fault.code, fault.field, fault.what, fault.remedy, fault.path]
 
 
-def _mark(given: Any) -> Fingerprint | None:
-    if given is None:
+def _mark(value: Any) -> Fingerprint | None:
+    if value is None:
         return None
-    gradient, (red, green, blue) = given
+    gradient, (red, green, blue) = value
     return Fingerprint(int(gradient), (int(red), int(green), int(blue)))
 
 

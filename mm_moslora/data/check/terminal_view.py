@@ -104,21 +104,21 @@ def view_report(report: CheckReport, *, everything: bool = False) -> list[Render
     return parts
 
 
-def view_findings(found: Sequence[Finding]) -> Table:
+def view_findings(rows: Sequence[Finding]) -> Table:
     """Findings as a table."""
     colours = {"ok": "green", "warn": "yellow", "bad": "bold red"}
     table = Table(title="Findings", title_justify="left", box=None)
     for name in ("", "check", "found", "remedy"):
         table.add_column(name)
-    for item in found:
+    for item in rows:
         status = Text(item.status, style=colours[item.status])
         table.add_row(status, Text(item.name), Text(item.detail), Text(item.remedy))
     return table
 
 
-def view_matches(found: Sequence[Match], *, everything: bool = False) -> Text:
+def view_matches(matches: Sequence[Match], *, everything: bool = False) -> Text:
     """Training pictures with the held-out pictures that they look like, one pair per line."""
-    lines = [f"{a} is in both" if a == b else f"{a} looks like {b}" for a, b in found]
+    lines = [f"{a} is in both" if a == b else f"{a} looks like {b}" for a, b in matches]
     return _listed(lines, None if everything else SHOWN)
 
 

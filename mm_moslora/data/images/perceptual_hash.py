@@ -47,14 +47,14 @@ def matches(first: Mapping[str, Fingerprint], second: Mapping[str, Fingerprint])
     for name, mark in second.items():
         for band in _bands(mark.gradient):
             table[band].append(name)
-    found = []
+    pairs = []
     for name, mark in first.items():
         near = {other for band in _bands(mark.gradient) for other in table.get(band, ())}
         alike = [other for other in near if _alike(mark, second[other])]
         ranked = sorted(((mark.gradient ^ second[other].gradient).bit_count(), other) for other in alike)
         if ranked:
-            found.append(Match(name, ranked[0][1]))
-    return found
+            pairs.append(Match(name, ranked[0][1]))
+    return pairs
 
 
 def _bands(gradient: int) -> Iterable[tuple[int, int]]:

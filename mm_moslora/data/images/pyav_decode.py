@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from mm_moslora.data.images.record_picture import ImageError, check_size
+from mm_moslora.data.images.picture_faults import ImageError, check_size
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.package_requirements import install_command
@@ -30,7 +30,7 @@ MAX_DECODED = 64_000_000_000
 """Most pixels of all frames that are decoded to reach the shown ones: 31,000 frames of 1920 x 1080."""
 
 
-def places(frames: int, count: int) -> list[int]:
+def frame_indices(frames: int, count: int) -> list[int]:
     """Numbers of the frames to take: `count` at even distances, the first and last frame included."""
     if count == 1:
         return [0]
@@ -110,8 +110,8 @@ def _container(av: Any, stream: BinaryIO, name: str) -> Any:
 def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Image]:
     """Frames at even distances: one pass without decoding lists them, then each is decoded from its key frame on."""
     times, keys = _times(container, track, name)
-    wanted = [times[place] for place in places(len(times), count)]
-    found: dict[int, Image.Image] = {}
+    wanted = [times[index] for index in frame_indices(len(times), count)]
+    pictures: dict[int, Image.Image] = {}
     frames: Iterator[Any] = iter(())
     current: Any = None
     decoded = 0
@@ -127,8 +127,8 @@ def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Imag
             current = following
             decoded += current.width * current.height
             check_decoded(decoded, name)
-        found[time] = _picture(current, count, name)
-    return [found[time] for time in wanted]
+        pictures[time] = _picture(current, count, name)
+    return [pictures[time] for time in wanted]
 
 
 def _from(key: int, container: Any, track: Any, name: str) -> Iterator[Any]:

@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from mm_moslora.data.images.picture_faults import MAX_BYTES, ImageError
 from mm_moslora.data.images.record_picture import (
     DATA_URL,
-    MAX_BYTES,
-    ImageError,
     PictureRules,
     check_image_bytes,
     content_of,
@@ -91,13 +90,13 @@ class RemotePicture:
             raise ImageError(Code.IMAGE_MISSING, self.name, what, remedy) from error
 
 
-def find_remote(given: Any, index: int, where: Where, rules: PictureRules) -> RemotePicture | None:
+def find_remote(value: Any, index: int, where: Where, rules: PictureRules) -> RemotePicture | None:
     """The picture that a record names by a URL; None for any other name, or where the source allows no hosts.
 
     Raises:
         RecordError: BAD_IMAGE_NAME, the URL may not be fetched.
     """
-    name = content_of(given)
+    name = content_of(value)
     plain = not isinstance(name, str) or not SCHEME.match(name) or DATA_URL.match(name) or BAD_CHARACTER.search(name)
     if plain or not rules.hosts:
         return None

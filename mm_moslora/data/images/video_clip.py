@@ -2,7 +2,7 @@
 
 Rules:
 
-- Of F frames the n at places round(i (F - 1) / (n - 1)) are taken, which include the first and the last. A video with
+- Of F frames the n at indices round(i (F - 1) / (n - 1)) are taken, which include the first and the last. A video with
   fewer than n frames repeats some. For n = 1 the first frame is taken.
 - Frames become 8-bit RGB with the file's rotation applied, by the rules for pictures (`record_picture`).
 - The content decides the kind, not the suffix. Pillow reads GIF, WebP and PNG. The frames of a folder are its pictures
@@ -23,23 +23,21 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from mm_moslora.data.images.picture_faults import FAULT_CODES, ImageError, faults_of_pictures
 from mm_moslora.data.images.pyav_decode import (
     MAX_FRAMES,
     check_decoded,
     check_pixels,
     check_shown,
     decode_frames,
-    places,
+    frame_indices,
 )
 from mm_moslora.data.images.record_picture import (
-    FAULT_CODES,
-    ImageError,
     PictureRules,
     StoredPicture,
     as_rgb,
     check_image,
     content_of,
-    faults_of_pictures,
     find_file,
     open_image,
 )
@@ -112,7 +110,7 @@ class Clip:
     def _decoded(self, count: int) -> list[Image.Image]:
         if self._is_folder():
             files = self._files()
-            shown = [files[place] for place in places(len(files), count)]
+            shown = [files[index] for index in frame_indices(len(files), count)]
             sizes = [check_image(path) for path in shown]
             check_shown(
                 sum(width * height for width, height in sizes), f"{count} frames of its pictures' sizes", self.name
@@ -127,19 +125,19 @@ class Clip:
         """The pictures of a folder of frames, in order."""
         assert isinstance(self.source, Path)
         try:
-            found = sorted((path for path in self.source.iterdir() if path.suffix.lower() in _PICTURES), key=_natural)
+            frames = sorted((path for path in self.source.iterdir() if path.suffix.lower() in _PICTURES), key=_natural)
         except OSError as error:
             remedy = "check its permissions"
             raise ImageError(Code.IMAGE_MISSING, self.name, f"cannot be opened ({error.strerror})", remedy) from error
-        if not found:
+        if not frames:
             what = f"is a folder without pictures ({', '.join(_PICTURES)})"
             raise ImageError(Code.VIDEO_FORMAT, self.name, what, "put the frames there, named in order")
-        for path in found:
+        for path in frames:
             if self.root is not None and not Path(os.path.realpath(path)).is_relative_to(self.root):
                 what = f"holds {path.name!a}, which links out of {self.root}"
                 remedy = "copy the frames there, or set follow_links for this source"
                 raise ImageError(Code.PATH_ESCAPES, self.name, what, remedy)
-        return found
+        return frames
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
@@ -177,11 +175,11 @@ class Frame:
         return self.clip.size()
 
 
-def find_clip(given: Any, index: int, where: Where, rules: PictureRules) -> Clip:
+def find_clip(value: Any, index: int, where: Where, rules: PictureRules) -> Clip:
     """The video that a record names.
 
     Args:
-        given: a path below the image folder (of a file, or of a folder of frames), bytes, or an object with `bytes` or
+        value: a path below the image folder (of a file, or of a folder of frames), bytes, or an object with `bytes` or
             `path` as in Hugging Face tables.
         index: number of the video within the record.
         where: for messages.
@@ -190,7 +188,7 @@ def find_clip(given: Any, index: int, where: Where, rules: PictureRules) -> Clip
     Raises:
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
     """
-    field_name, data = f"video[{index}]", content_of(given)
+    field_name, data = f"video[{index}]", content_of(value)
     if isinstance(data, StoredPicture):
         return Clip(data.read, data.name, rules.video_frames)
     if isinstance(data, bytes):
@@ -222,12 +220,12 @@ def _of_animation(stream: BinaryIO, count: int, *, shown: int, name: str) -> lis
         frames = int(getattr(image, "n_frames", 1)) if count > 1 else 1
         if frames > MAX_FRAMES:
             raise ImageError(Code.VIDEO_TOO_LONG, name, f"has {frames} frames", f"stay below {MAX_FRAMES}")
-        found: dict[int, Image.Image] = {}
-        wanted = places(frames, count)
-        for place in range(max(wanted) + 1):
-            image.seek(place)
+        pictures: dict[int, Image.Image] = {}
+        wanted = frame_indices(frames, count)
+        for index in range(max(wanted) + 1):
+            image.seek(index)
             check_pixels(image.size, shown, name)  # a frame beyond the edge makes a GIF larger
             check_decoded(frames * image.width * image.height, name, most=_MAX_COMPOSED)
-            if place in wanted:
-                found[place] = as_rgb(image.copy())
-        return [found[place] for place in wanted]
+            if index in wanted:
+                pictures[index] = as_rgb(image.copy())
+        return [pictures[index] for index in wanted]

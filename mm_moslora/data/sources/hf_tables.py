@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config import SourceConfig
+from mm_moslora.data.chat.records import RecordSource
 from mm_moslora.data.images.record_picture import PictureRules, StoredPicture, read_picture
 from mm_moslora.data.images.remote_files import is_of_set, read_hub_file
-from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.utils.errors import DataError, suggestion
-from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import building, is_built
 from mm_moslora.utils.run_paths import cache_folder
 from mm_moslora.utils.untrusted_data import parse_object
@@ -68,15 +68,15 @@ class TableSource(RecordSource):
     def value(self, row: int) -> dict[str, Any]:
         """A row with references to its pictures, which are not read yet."""
         slice_ = self._table[row]
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for own in slice_.column_names:
             cell = slice_.column(own)[0]
             value = _pictures(cell, f"{self.path}:{row}#{own}", self._store)
             if own in self._classes and value is not None:
                 value = self._classes[own][value] if value >= 0 else None
             if value is not None:
-                found[self._names.get(own, own)] = value
-        return found
+                values[self._names.get(own, own)] = value
+        return values
 
     def fingerprint(self) -> str:
         """The fingerprint that `datasets` computes."""
@@ -94,9 +94,9 @@ class TableSource(RecordSource):
 def hub_revision(table: Any) -> str | None:
     """The commit at which a data set from the hub was read; None for local data or if `datasets` does not record it."""
     named = [str(name) for name in (getattr(table.info, "download_checksums", None) or {})]
-    found = [match for name in named if name.startswith("hf://") and (match := re.search(r"@([0-9a-f]{40})/", name))]
-    if found:
-        return found[0][1]
+    commits = [match for name in named if name.startswith("hf://") and (match := re.search(r"@([0-9a-f]{40})/", name))]
+    if commits:
+        return commits[0][1]
     folders = (Path(file["filename"]).parent.name for file in table.cache_files)  # .../CONFIG/VERSION/COMMIT/...
     return next((folder for folder in folders if re.fullmatch(r"[0-9a-f]{40}", folder)), None)
 
@@ -153,8 +153,8 @@ def fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
     for folder in store:
         try:
             if isinstance(path, str) and os.path.isabs(path):
-                found = find_below(Path(os.path.realpath(folder)), path)
-                return StoredPicture(path, partial(read_picture, found))
+                file = find_below(Path(os.path.realpath(folder)), path)
+                return StoredPicture(path, partial(read_picture, file))
         except FileError:
             continue
     return None
@@ -301,7 +301,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
     key = hashlib.sha256(json.dumps([arguments, state, config.limit], sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_folder("data") / "streams" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(folder.with_suffix(".lock"), wait=True):
+    with lock_file(folder.with_suffix(".lock"), wait=True):
         if not is_built(folder):
             stream = undecoded(load_checked(**arguments, streaming=True)).take(config.limit)
             table = datasets.Dataset.from_generator(

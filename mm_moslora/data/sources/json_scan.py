@@ -37,7 +37,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _SPACES = np.zeros(256, dtype=bool)
 _SPACES[list(b" \t\r\n")] = True
 
-_Places = NDArray[np.int64]
+_Offsets = NDArray[np.int64]
 
 
 def scan_lines(path: Path) -> tuple[array[int], array[int], array[int]]:
@@ -55,8 +55,8 @@ def scan_lines(path: Path) -> tuple[array[int], array[int], array[int]]:
             full = np.zeros(len(first), dtype=bool)
             inside = first < last
             full[inside] = raw[first[inside]] > 32
-            for place in np.flatnonzero(inside & ~full):  # lines that begin with white space are rare
-                full[place] = bool(chunk[first[place] : last[place]].strip())
+            for line in np.flatnonzero(inside & ~full):  # lines that begin with white space are rare
+                full[line] = bool(chunk[first[line] : last[line]].strip())
             full[0] |= filled
             whole = np.flatnonzero(full[:-1])
             begins = first + offset
@@ -110,7 +110,7 @@ def scan_list(path: Path) -> tuple[array[int], array[int]] | None:
 class _Part:
     """The values that lie completely in a buffer."""
 
-    def __init__(self, starts: _Places, ends: _Places, closed: int) -> None:
+    def __init__(self, starts: _Offsets, ends: _Offsets, closed: int) -> None:
         self.starts, self.ends, self.closed = starts, ends, closed
 
 
@@ -118,27 +118,27 @@ def _scan(buffer: bytes) -> _Part | None:
     """The values of a buffer that begins between two values; None when other text lies between values."""
     kinds = _KINDS[np.frombuffer(buffer, dtype=np.uint8)]
     _drop_escaped(kinds)
-    places = np.flatnonzero(kinds)
-    found = kinds[places]
-    quotes = found == _QUOTE
+    offsets = np.flatnonzero(kinds)
+    characters = kinds[offsets]
+    quotes = characters == _QUOTE
     inside = np.logical_xor.accumulate(quotes) if len(quotes) else quotes
     outside = ~inside
-    step = np.zeros(len(found), dtype=np.int32)
-    step[outside & (found == _OPEN)] = 1
-    step[outside & (found == _CLOSE)] = -1
+    step = np.zeros(len(characters), dtype=np.int32)
+    step[outside & (characters == _OPEN)] = 1
+    step[outside & (characters == _CLOSE)] = -1
     depth = np.cumsum(step, dtype=np.int32)
     closing = np.flatnonzero(depth < 0)
     closed = -1
     if len(closing):
-        closed = int(places[closing[0]])
+        closed = int(offsets[closing[0]])
         if buffer[closed : closed + 1] != b"]":
             return None
         stop = int(closing[0])
-        places, step, depth, quotes = places[:stop], step[:stop], depth[:stop], quotes[:stop]
+        offsets, step, depth, quotes = offsets[:stop], step[:stop], depth[:stop], quotes[:stop]
     if np.any(quotes & (depth == 0)):  # a bare string
         return None
-    starts = places[(step == 1) & (depth == 1)]
-    ends = places[(step == -1) & (depth == 0)] + 1
+    starts = offsets[(step == 1) & (depth == 1)]
+    ends = offsets[(step == -1) & (depth == 0)] + 1
     if closed >= 0 and len(starts) != len(ends):
         return None
     return _Part(starts[: len(ends)], ends, closed)
@@ -243,9 +243,9 @@ class _Window:
             raise DataError(f"{self.path} is not UTF-8 ({error.reason}). Convert it to UTF-8.") from error
         return True
 
-    def _move(self, place: int) -> None:
-        self.byte += len(self.text[self.at : place].encode("utf-8"))
-        self.at = place
+    def _move(self, index: int) -> None:
+        self.byte += len(self.text[self.at : index].encode("utf-8"))
+        self.at = index
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""

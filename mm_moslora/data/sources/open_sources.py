@@ -6,21 +6,19 @@ Every source has random access by row number, so that the order of training depe
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mm_moslora.config import HeldOut, SourceConfig
+from mm_moslora.data.chat.preference_records import parse_pair
+from mm_moslora.data.chat.records import Record, RecordFile, RecordSource, require_file
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.sources.record_source import (
-    ChosenAnswers,
-    RecordFile,
-    RecordSource,
-    Selection,
-    require_file,
-)
+from mm_moslora.data.record_faults import Where
 from mm_moslora.utils.errors import DataError
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -91,9 +89,9 @@ def _limited(source: RecordSource, config: SourceConfig) -> RecordSource:
         return source
     rows = range(config.limit)
     if config.limit_by == "first":
-        return Selection(source, rows)
+        return SelectedRecords(source, rows)
     # A fixed seed, so that runs that differ only in their seed see the same records.
-    return Selection(source, sorted(random.Random("limit").sample(range(len(source)), config.limit)))
+    return SelectedRecords(source, sorted(random.Random("limit").sample(range(len(source)), config.limit)))
 
 
 def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
@@ -105,9 +103,9 @@ def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
             f"data source {config.path!r}: hold_out is {config.hold_out} of {len(source)} records, so that none is "
             "left to train on. Lower it."
         )
-    held = set(random.Random("hold_out").sample(range(len(source)), config.hold_out))
+    chosen = set(random.Random("hold_out").sample(range(len(source)), config.hold_out))
     wanted = isinstance(config, HeldOut)
-    return Selection(source, [row for row in range(len(source)) if (row in held) == wanted])
+    return SelectedRecords(source, [row for row in range(len(source)) if (row in chosen) == wanted])
 
 
 def open_sources(sources: Sequence[SourceConfig], *, pairs: bool = False) -> list[RecordSource]:
@@ -149,3 +147,55 @@ def _kind_of(config: SourceConfig) -> str:
     if lower.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):
         return "webdataset"
     return "json"
+
+
+class SelectedRecords(RecordSource):
+    """Some rows of a source.
+
+    Args:
+        source: the whole source.
+        rows: numbers of the rows, in order.
+    """
+
+    def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
+        super().__init__(source.path, source.rules)
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, row: int) -> Where:
+        """See `RecordSource.where`; in the whole source."""
+        return self.source.where(self.rows[row])
+
+    def value(self, row: int) -> Any:
+        """The value in the whole source."""
+        return self.source.value(self.rows[row])
+
+    def fingerprint(self) -> str:
+        """A hash of the whole source and the chosen rows."""
+        choice = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
+        return f"{self.source.fingerprint()}-{choice[:16]}"
+
+    def content(self) -> str:
+        """See `RecordSource.content`."""
+        return self.source.content()
+
+    def commit(self) -> str | None:
+        """See `RecordSource.commit`."""
+        return self.source.commit()
+
+
+class ChosenAnswers(SelectedRecords):
+    """The pairs of a source as conversations with their chosen answers; a record that is no pair is an error.
+
+    Args:
+        source: of preference records.
+    """
+
+    def __init__(self, source: RecordSource) -> None:
+        super().__init__(source, range(len(source)))
+
+    def __getitem__(self, row: int) -> Record:
+        """See `RecordSource.__getitem__`."""
+        return self.parsed(row, parse_pair).chosen

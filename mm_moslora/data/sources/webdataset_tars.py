@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.data.chat.records import RecordSource
 from mm_moslora.data.images.record_picture import PictureRules, StoredPicture
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.record_faults import Where
 from mm_moslora.data.sources.json_scan import MAX_VALUE_BYTES
-from mm_moslora.data.sources.record_source import RecordSource
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
@@ -50,10 +50,10 @@ class TarSource(RecordSource):
         self.files = files_of(pattern)
         self._keys: list[str] = []
         self._file, self._firsts = array("L"), array("Q")
-        self._places: list[tuple[str, int, int]] = []
+        self._members: list[tuple[str, int, int]] = []
         for number, path in enumerate(self.files):
             self._index(number, path)
-        self._firsts.append(len(self._places))
+        self._firsts.append(len(self._members))
         if not self._keys:
             raise DataError(f"{pattern} is empty: 0 records. Check the export that wrote it.")
 
@@ -67,10 +67,12 @@ class TarSource(RecordSource):
     def value(self, row: int) -> Any:
         """The record's object with references to its pictures."""
         path = self.files[self._file[row]]
-        members = {kind: (start, size) for kind, start, size in self._places[self._firsts[row] : self._firsts[row + 1]]}
+        members = {
+            kind: (start, size) for kind, start, size in self._members[self._firsts[row] : self._firsts[row + 1]]
+        }
         shown = {
-            kind: StoredPicture(f"{path}:{self._keys[row]}.{kind}", partial(_bytes, path, *place))
-            for kind, place in members.items()
+            kind: StoredPicture(f"{path}:{self._keys[row]}.{kind}", partial(_bytes, path, *span))
+            for kind, span in members.items()
             if _shown_as(kind)
         }
         if "json" in members:
@@ -99,8 +101,8 @@ class TarSource(RecordSource):
         own |= {Path(name).name: picture for name, picture in own.items()}
         for name, members in _named(shown).items():
             single = name.removesuffix("s")
-            given = value.get(single) if value.get(single) is not None else value.get(name)
-            items = members if given is None else given if isinstance(given, list) else [given]
+            listed = value.get(single) if value.get(single) is not None else value.get(name)
+            items = members if listed is None else listed if isinstance(listed, list) else [listed]
             value = {key: item for key, item in value.items() if key not in (single, name)}
             value[name] = [own.get(item, item) if isinstance(item, str) else item for item in items]
         return value
@@ -114,9 +116,9 @@ class TarSource(RecordSource):
             if key != last:
                 self._keys.append(key)
                 self._file.append(number)
-                self._firsts.append(len(self._places))
+                self._firsts.append(len(self._members))
                 last = key
-            self._places.append((kind.lower(), start, size))
+            self._members.append((kind.lower(), start, size))
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -169,10 +171,10 @@ def _shown_as(kind: str) -> str | None:
 
 def _named(shown: dict[str, StoredPicture]) -> dict[str, list[StoredPicture]]:
     """The pictures and videos among the members, by kind."""
-    found: dict[str, list[StoredPicture]] = {}
+    pictures: dict[str, list[StoredPicture]] = {}
     for kind in sorted(shown):
-        found.setdefault(str(_shown_as(kind)), []).append(shown[kind])
-    return found
+        pictures.setdefault(str(_shown_as(kind)), []).append(shown[kind])
+    return pictures
 
 
 def files_of(pattern: str) -> list[Path]:
@@ -189,7 +191,7 @@ def files_of(pattern: str) -> list[Path]:
             for number in range(int(first), int(last) + 1)
         ]
         return [path for name in names for path in files_of(name)]
-    found = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
-    if not found:
+    files = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
+    if not files:
         raise DataError(f"{pattern} does not exist or is no file. Check its path.")
-    return found
+    return files

@@ -28,10 +28,10 @@ def require_attention(requested: str) -> None:
         ConfigError: no such name, or no such package.
     """
     internal = {PICTURES, *NATIVE.values()}  # for towers, and for the choice of `model.kernels`
-    known = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name not in internal)]
-    if "/" not in requested and requested not in known:
+    names = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name not in internal)]
+    if "/" not in requested and requested not in names:
         raise ConfigError(
-            f"model.attention is {requested!r}, expected one of {', '.join(known)}.{suggestion(requested, known)}"
+            f"model.attention is {requested!r}, expected one of {', '.join(names)}.{suggestion(requested, names)}"
         )
     if requested in FLASH and not is_installed(requested):
         package = "flash-attn" if requested == FLASH[-1] else f"flash-attn-{requested[-1]}"
@@ -87,8 +87,8 @@ def choose_attention(
             return AttentionChoice(name=name, words=name, faults=tuple(faults))
         faults.append(f"{name} does not run here: {fault}")
     if requested in FLASH:
-        found = faults[0] if faults else f"{type(decoder).__name__} in {shape.dtype} does not take it"
-        raise ConfigError(f"model.attention is {requested!r}, but {found}. Set model.attention to auto.")
+        reason = faults[0] if faults else f"{type(decoder).__name__} in {shape.dtype} does not take it"
+        raise ConfigError(f"model.attention is {requested!r}, but {reason}. Set model.attention to auto.")
     tried = pytorch_kernel(shape)
     return AttentionChoice(name=SEGMENTS, words=tried.words, faults=(*faults, *tried.faults))
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,31 +34,17 @@ from transformers.utils import import_utils
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")
 """transformers' names for the packages, in the order in which they are tried."""
 LENGTHS = (70, 1, 133)
-"""Segments of the row on which a kernel is tried: more than a block of it, one token, more than two blocks."""
-WORST = 0.02
+"""Segments of the row on which a kernel is tried: more than a block of it, one token, more than two blocks.
+
+A fault that only longer rows show is not seen."""
+TOLERANCE = 0.02
 """Largest relative error; half precision gives 0.002 to 0.006."""
 OLDEST_CAPABILITY = (8, 0)
 """Of a GPU that PyTorch's kernel runs on."""
 
 
-class VarlenKernel(Protocol):
-    """Causal attention within the segments of a row."""
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None, window: int
-    ) -> Tensor:
-        """``[T, H, E]``.
-
-        Args:
-            query: ``[T, H, E]``.
-            key: ``[T, K, E]``.
-            value: ``[T, K, E]``.
-            ends: starts of the segments and the end of the last one, int32.
-            longest: tokens of the longest segment.
-            scale: factor on the scores; None: ``E ** -0.5``.
-            window: number of earlier tokens that a token sees; -1: all.
-        """
-        ...
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None, int], Tensor]
+"""Causal attention within the segments of a row; see `_varlen_attn`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +60,7 @@ class HeadShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class KernelTrial:
     """What runs, and what was tried before it."""
 
     kernel: VarlenKernel | None
@@ -86,14 +72,14 @@ class Tried:
 
 
 @cache
-def pytorch_kernel(shape: HeadShape) -> Tried:
+def pytorch_kernel(shape: HeadShape) -> KernelTrial:
     """PyTorch's kernel where it runs and is right, with shared heads if it can; else nothing.
 
     Args:
         shape: of the calls to come.
     """
     if reason := _why_not_pytorch(shape):
-        return Tried(kernel=None, words=f"a loop over segments, since {reason}")
+        return KernelTrial(kernel=None, words=f"a loop over segments, since {reason}")
     faults: list[str] = []
     for repeats, words in ((False, "PyTorch's varlen_attn"), (True, "PyTorch's varlen_attn with repeated heads")):
         if repeats and shape.groups == 1:
@@ -101,10 +87,10 @@ def pytorch_kernel(shape: HeadShape) -> Tried:
         kernel: VarlenKernel = partial(_varlen_attn, repeats=repeats)
         fault = fault_of(partial(_of_row, kernel), shape)
         if fault is None:
-            return Tried(kernel=kernel, words=words, faults=tuple(faults))
+            return KernelTrial(kernel=kernel, words=words, faults=tuple(faults))
         shared = " with shared heads" if shape.groups > 1 and not repeats else ""
         faults.append(f"PyTorch's varlen_attn{shared} does not run here: {fault}")
-    return Tried(kernel=None, words="a loop over segments, which takes a call for each", faults=tuple(faults))
+    return KernelTrial(kernel=None, words="a loop over segments, which takes a call for each", faults=tuple(faults))
 
 
 def _why_not_pytorch(shape: HeadShape) -> str | None:
@@ -119,22 +105,27 @@ def _why_not_pytorch(shape: HeadShape) -> str | None:
         return "this PyTorch was built without FlashAttention"
     capability = torch.cuda.get_device_capability(shape.device)
     if capability < OLDEST_CAPABILITY:
-        found, least = (".".join(map(str, pair)) for pair in (capability, OLDEST_CAPABILITY))
-        return f"the GPU has compute capability {found}, and PyTorch's varlen_attn needs {least}"
+        actual, least = (".".join(map(str, pair)) for pair in (capability, OLDEST_CAPABILITY))
+        return f"the GPU has compute capability {actual}, and PyTorch's varlen_attn needs {least}"
     return None
 
 
 def _varlen_attn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ends: Tensor,
-    longest: int,
-    scale: float | None,
-    window: int,
-    *,
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None, window: int, *,
     repeats: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
+    """``[T, H, E]``.
+
+    Args:
+        query: ``[T, H, E]``.
+        key: ``[T, K, E]``.
+        value: ``[T, K, E]``.
+        ends: starts of the segments and the end of the last one, int32.
+        longest: tokens of the longest segment.
+        scale: factor on the scores; None: ``E ** -0.5``.
+        window: number of earlier tokens that a token sees; -1: all.
+        repeats: give the kernel as many heads of keys as of queries.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     groups, options = query.shape[1] // key.shape[1], {}
@@ -194,20 +185,20 @@ def fault_of(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], shape: 
     Returns:
         The error, or which result differs by how much.
     """
-    given, ends = _small_row(shape), torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
+    inputs, ends = _small_row(shape), torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
     try:
         # The caller may be in inference mode, under autocast or in a backward pass.
         with torch.inference_mode(mode=False), torch.enable_grad(), torch.autocast(shape.device.type, enabled=False):
-            *rows, pull = (tensor.to(shape.device, copy=True) for tensor in given)
+            *rows, pull = (tensor.to(shape.device, copy=True) for tensor in inputs)
             q, k, v = leaves = [row.requires_grad_() for row in rows]
             output = attend(q, k, v, ends.to(shape.device))
-            found = [output, *torch.autograd.grad(output, leaves, pull)]
-            found = [tensor.detach().to("cpu", torch.float32) for tensor in found]
+            results = [output, *torch.autograd.grad(output, leaves, pull)]
+            results = [tensor.detach().to("cpu", torch.float32) for tensor in results]
     except Exception as error:  # an unsuitable build fails in many ways
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    for what, mine, exact in zip(("output", "dq", "dk", "dv"), found, _by_products(*given), strict=True):
+    for what, mine, exact in zip(("output", "dq", "dk", "dv"), results, _by_products(*inputs), strict=True):
         apart = float((mine - exact).norm() / exact.norm())
-        if not apart <= WORST:  # also where it is not a number
+        if not apart <= TOLERANCE:  # also where it is not a number
             return f"its {what} differs from products in fp32 by {apart:.1%}"
     return None
 

@@ -87,7 +87,7 @@ def attend_backward(
     *,
     out: tuple[Tensor, Tensor, Tensor],
     causal: bool = True,
-    kept: Iterator[Tensor] | None = None,
+    probabilities: Iterator[Tensor] | None = None,
 ) -> None:
     """The gradients of q, k and v from that of `attend`'s result.
 
@@ -99,18 +99,18 @@ def attend_backward(
         scale: factor on the scores.
         out: are overwritten with the gradients of q, k and v.
         causal: as for `attend`.
-        kept: what `attend` kept, in its order; None: P is recomputed.
+        probabilities: what `attend` kept, in its order; None: P is recomputed.
     """
-    rows, keys, values, pulls = (
-        _grouped(q.contiguous(), k),
-        k.contiguous(),
-        v.contiguous(),
-        _grouped(grad.contiguous(), k),
-    )
+    rows, pulls = (_grouped(tensor.contiguous(), k) for tensor in (q, grad))
+    keys, values = k.contiguous(), v.contiguous()
     dq = _grouped(out[0], k)
     dk, dv = (torch.zeros_like(keys, dtype=_wide(q.dtype)) for _ in range(2))
-    again = _probabilities(rows, keys, scale, causal=causal)
-    for heads, queries, P in again if kept is None else ((*place, next(kept)) for place in _blocks(rows)):
+    blocks = _probabilities(rows, keys, scale, causal=causal)
+    if probabilities is not None:
+        blocks = (
+            (*slices, P) for slices, P in zip(_blocks(rows), probabilities, strict=False)
+        )  # those of later segments stay
+    for heads, queries, P in blocks:
         seen = P.shape[-1]
         own, pull = (tensor[heads, :, queries].flatten(1, 2) for tensor in (rows, pulls))
         _add_product(dv[heads, :seen], P.to(q.dtype).mT, pull)
@@ -150,9 +150,9 @@ def attend_by_kernel_backward(
     """`attend_backward` for `attend_by_kernel`, from its output ``[H, T, E]`` and its logarithms."""
     rows = _batched(q, k, v)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    found = backward(grad.contiguous()[None], *rows, output[None], sums, 0.0, causal, scale=scale)
-    out[0].copy_(found[0][0])
-    for target, shared in zip(out[1:], found[1:], strict=True):
+    gradients = backward(grad.contiguous()[None], *rows, output[None], sums, 0.0, causal, scale=scale)
+    out[0].copy_(gradients[0][0])
+    for target, shared in zip(out[1:], gradients[1:], strict=True):
         target.copy_(shared[0] if len(q) == len(k) else _grouped(shared[0], k).sum(1))
 
 

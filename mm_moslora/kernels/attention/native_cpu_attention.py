@@ -48,8 +48,8 @@ def runs_native(query: Tensor, key: Tensor, value: Tensor, *, segments: int) -> 
         value: ``[1, K, S, E]``.
         segments: their number.
     """
-    given = {(tensor.dtype, tensor.device.type) for tensor in (query, key, value)}
-    if len(given) != 1 or query.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+    kinds = {(tensor.dtype, tensor.device.type) for tensor in (query, key, value)}
+    if len(kinds) != 1 or query.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
         return False
     busy = segments * key.shape[1]
     return takes(query.dtype, query.shape[-1]) and 2 * busy >= torch.get_num_threads()
@@ -95,8 +95,8 @@ class _Attention(torch.autograd.Function):
             torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for tensor in (query, key, value)
         ]
-        given = (_whole(grad.transpose(1, 2)), query, key, value, output.transpose(1, 2))
-        _call("attend_backward", given, logarithms, gradients, ctx.lengths, ctx.scale, ctx.causal)
+        inputs = (_whole(grad.transpose(1, 2)), query, key, value, output.transpose(1, 2))
+        _call("attend_backward", inputs, logarithms, gradients, ctx.lengths, ctx.scale, ctx.causal)
         return (*gradients, None, None, None)
 
 
@@ -107,22 +107,22 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _call(
     name: str,
-    given: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
     logarithms: Tensor,
-    found: tuple[()] | list[Tensor],
+    outputs: tuple[()] | list[Tensor],
     lengths: tuple[int, ...],
     scale: float,
     causal: bool,
 ) -> None:
-    _, heads, _, width = given[-1].shape
-    key = given[-3]
+    _, heads, _, width = inputs[-1].shape
+    key = inputs[-3]
     ends = torch.tensor([0, *accumulate(lengths)])
     library()[f"{name}_{SUFFIXES[key.dtype]}"](
-        *_places(given), logarithms.data_ptr(), *_places(found), ends.data_ptr(), len(lengths), heads, key.shape[1],
-        width, scale, int(causal), torch.get_num_threads(),
+        *_addresses(inputs), logarithms.data_ptr(), *_addresses(outputs), ends.data_ptr(), len(lengths), heads,
+        key.shape[1], width, scale, int(causal), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _places(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[int]:
+def _addresses(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[int]:
     """The address, the token stride and the head stride of every ``[1, H, S, E]``."""
     return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(2), tensor.stride(1))]

@@ -139,12 +139,9 @@ def varlen_kernel(query: Tensor, key: Tensor) -> VarlenKernel | None:
         query: ``[1, H, S, E]``.
         key: ``[1, H_kv, S, E]``.
     """
-    if query.device.type != "cuda":
-        return None
     groups = query.shape[1] // key.shape[1]
-    return pytorch_kernel(
-        HeadShape(device=query.device, dtype=query.dtype, width=query.shape[-1], groups=groups)
-    ).kernel
+    shape = HeadShape(device=query.device, dtype=query.dtype, width=query.shape[-1], groups=groups)
+    return pytorch_kernel(shape).kernel if query.device.type == "cuda" else None
 
 
 def picture_attention(
@@ -185,8 +182,8 @@ def picture_attention(
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for tensor in (query, key, value))
         output = _on_cpu(q, k, v, scaling, (patches,) * pictures, causal=False, native=native)
         return output[0].unflatten(0, (pictures, patches)), None
-    given = {"dropout": dropout, "scaling": scaling, **rest}
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
+    options = {"dropout": dropout, "scaling": scaling, **rest}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
 
 
 def _on_cpu(
@@ -228,26 +225,26 @@ class _CpuSegments(torch.autograd.Function):
     ) -> Tensor:
         _, heads, tokens, width = query.shape
         output = query.new_empty(1, tokens, heads, width)
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
         keeps_output = query.is_meta
         with torch.autocast("cpu", enabled=False):  # autocast would round the scores
             for (q, k, v), (o,) in _segments(lengths, (query, key, value), (output.transpose(1, 2),), causal=causal):
                 if not products_are_faster(q):
                     keeps_output = True
-                    kept.append(attend_by_kernel(q, k, v, scale, out=o, causal=causal))
+                    saved.append(attend_by_kernel(q, k, v, scale, out=o, causal=causal))
                 else:
-                    keep = kept if learns and keeps_probabilities(q) else None
+                    keep = saved if learns and keeps_probabilities(q) else None
                     attend(q, k, v, scale, out=o, causal=causal, keep=keep)
         ctx.scale, ctx.lengths, ctx.causal = scale, lengths, causal
         if query.is_meta:
-            kept = [query.new_empty(heads, tokens, dtype=torch.float32)]
-        ctx.save_for_backward(query, key, value, output if keeps_output else None, *kept)
+            saved = [query.new_empty(heads, tokens, dtype=torch.float32)]
+        ctx.save_for_backward(query, key, value, output if keeps_output else None, *saved)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *kept = ctx.saved_tensors
-        tensors, given = (query, key, value), iter(kept)
+        query, key, value, output, *saved = ctx.saved_tensors
+        tensors, remaining = (query, key, value), iter(saved)
         gradients = [
             torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for tensor in tensors
@@ -258,53 +255,55 @@ class _CpuSegments(torch.autograd.Function):
             for (pull, o, q, k, v), grads in _segments(ctx.lengths, rows, gradients, causal=ctx.causal):
                 out = (grads[0], grads[1], grads[2])
                 if not products_are_faster(q):
-                    attend_by_kernel_backward(pull, q, k, v, o, next(given), ctx.scale, out=out, causal=ctx.causal)
+                    attend_by_kernel_backward(pull, q, k, v, o, next(remaining), ctx.scale, out=out, causal=ctx.causal)
                 else:
-                    known = given if keeps_probabilities(q) and not q.is_meta else None
-                    attend_backward(pull, q, k, v, ctx.scale, out=out, causal=ctx.causal, kept=known)
+                    probabilities = remaining if keeps_probabilities(q) and not q.is_meta else None
+                    attend_backward(pull, q, k, v, ctx.scale, out=out, causal=ctx.causal, probabilities=probabilities)
         return (*gradients, None, None, None, None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Together:
+class _PaddedSegments:
     """Segments of about the same length, padded at their ends to the longest one's, ``L``.
 
     Causal attention needs no mask then: no token sees the padding, and the gradients of the padding are zero.
     """
 
     longest: int
-    places: Tensor
-    """Of their tokens in the row, and anywhere for padding, ``[G * L]``."""
+    positions: Tensor
+    """Positions of their tokens in the row, and any position for padding, ``[G * L]``."""
     tokens: Tensor
-    """Where `places` has a token."""
+    """Indices of `positions` with a token."""
     padding: Tensor
-    """Where it has none."""
+    """The other indices."""
 
     @classmethod
-    def of(cls, segments: Sequence[range]) -> _Together:
+    def of(cls, segments: Sequence[range]) -> _PaddedSegments:
         """Segments, as ranges of the row."""
         longest = max(map(len, segments))
-        places = [place for segment in segments for place in (*segment, *[-1] * (longest - len(segment)))]
-        found = torch.tensor(places, device="cpu")
+        positions = [position for segment in segments for position in (*segment, *[-1] * (longest - len(segment)))]
+        padded = torch.tensor(positions, device="cpu")
         return cls(
-            longest=longest, places=found.clamp(0), tokens=(found >= 0).nonzero()[:, 0],
-            padding=(found < 0).nonzero()[:, 0],
+            longest=longest, positions=padded.clamp(0), tokens=(padded >= 0).nonzero()[:, 0],
+            padding=(padded < 0).nonzero()[:, 0],
         )  # fmt: skip
 
     def gather(self, row: Tensor) -> Tensor:
         """The segments' heads one below the other, ``[G * H, L, E]`` of ``[1, H, S, E]``."""
-        found = row[0].transpose(0, 1).index_select(0, self.places).index_fill_(0, self.padding, 0.0)
-        return found.unflatten(0, (-1, self.longest)).transpose(1, 2).flatten(0, 1)
+        rows = row[0].transpose(0, 1).index_select(0, self.positions).index_fill_(0, self.padding, 0.0)
+        return rows.unflatten(0, (-1, self.longest)).transpose(1, 2).flatten(0, 1)
 
     def scatter(self, heads: Tensor, row: Tensor) -> None:
         """Write what `gather` would give into the row."""
-        found = heads.unflatten(0, (-1, row.shape[1])).transpose(1, 2).flatten(0, 1).index_select(0, self.tokens)
-        row[0].transpose(0, 1).index_copy_(0, self.places[self.tokens], found)
+        rows = heads.unflatten(0, (-1, row.shape[1])).transpose(1, 2).flatten(0, 1).index_select(0, self.tokens)
+        row[0].transpose(0, 1).index_copy_(0, self.positions[self.tokens], rows)
 
 
 ALIKE = 1.25
-"""Causal segments go together if the longest has at most this many times the tokens of the shortest."""
-TOGETHER = 4096
+"""Causal segments go together if the longest has at most this many times the tokens of the shortest.
+
+The padding makes a segment compute at most 1.25^2 = 1.6 times its scores."""
+MOST_TOKENS = 4096
 """Most tokens of segments that go together, padding included: their copies take memory, and more are no faster."""
 
 
@@ -314,17 +313,19 @@ def _ends(lengths: tuple[int, ...]) -> Iterable[tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=16)
-def _parts(lengths: tuple[int, ...], *, causal: bool) -> tuple[slice | _Together, ...]:
+def _parts(lengths: tuple[int, ...], *, causal: bool) -> tuple[slice | _PaddedSegments, ...]:
     """The row in parts that are computed at once: a long segment alone, short ones of about one length together."""
     segments = sorted((range(*pair) for pair in _ends(lengths)), key=len)
-    found: list[list[range]] = []
+    groups: list[list[range]] = []
     for segment in segments:
-        alike = found and len(segment) <= SHORT and len(segment) <= len(found[-1][0]) * (ALIKE if causal else 1)
-        if alike and (1 + len(found[-1])) * len(segment) <= TOGETHER:
-            found[-1].append(segment)
+        alike = groups and len(segment) <= SHORT and len(segment) <= len(groups[-1][0]) * (ALIKE if causal else 1)
+        if alike and (1 + len(groups[-1])) * len(segment) <= MOST_TOKENS:
+            groups[-1].append(segment)
         else:
-            found.append([segment])
-    return tuple(_Together.of(group) if len(group) > 1 else slice(group[0].start, group[0].stop) for group in found)
+            groups.append([segment])
+    return tuple(
+        _PaddedSegments.of(group) if len(group) > 1 else slice(group[0].start, group[0].stop) for group in groups
+    )
 
 
 def _segments(
@@ -337,7 +338,7 @@ def _segments(
             yield [row[0][:, part] for row in read], [row[0][:, part] for row in written]
             continue
         heads = [
-            row.new_empty(len(part.places) // part.longest * row.shape[1], part.longest, row.shape[3])
+            row.new_empty(len(part.positions) // part.longest * row.shape[1], part.longest, row.shape[3])
             for row in written
         ]
         yield [part.gather(row) for row in read], heads

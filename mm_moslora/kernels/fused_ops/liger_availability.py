@@ -26,9 +26,9 @@ def installed_liger() -> str | None:
         return None
 
 
-def fits(found: str) -> bool:
+def fits(installed: str) -> bool:
     """Whether a version of liger-kernel is one of `LIGER_RANGE`."""
-    return Version(found) in SpecifierSet(LIGER_RANGE, prereleases=True)
+    return Version(installed) in SpecifierSet(LIGER_RANGE, prereleases=True)
 
 
 def why_not_liger(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -38,15 +38,15 @@ def why_not_liger(device: torch.device, dtype: torch.dtype) -> str | None:
         device: the model's.
         dtype: that the model computes in.
     """
-    found = installed_liger()
-    if found is None:
+    installed = installed_liger()
+    if installed is None:
         return "liger-kernel is not installed"
-    if not fits(found):
-        return f"liger-kernel is {found}, expected {LIGER_RANGE}"
+    if not fits(installed):
+        return f"liger-kernel is {installed}, expected {LIGER_RANGE}"
     if (reason := why_not_triton(device, dtype)) is not None:
         return reason
     try:
         importlib.import_module("liger_kernel.ops")
     except Exception as error:  # a Triton that does not fit torch or the driver fails in many ways
-        return f"liger-kernel {found} does not import ({type(error).__name__}: {error})"
+        return f"liger-kernel {installed} does not import ({type(error).__name__}: {error})"
     return None

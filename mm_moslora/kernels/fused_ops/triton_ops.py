@@ -127,8 +127,8 @@ def _tile(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
 def _rms_norm(  # type: ignore[no-untyped-def]
     x, weight, inverse, y, rows, width, eps, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row, column, place, inside = _tile(rows, width, ROWS, BLOCK)
-    values = tl.load(x + place, mask=inside, other=0.0)
+    row, column, offset, inside = _tile(rows, width, ROWS, BLOCK)
+    values = tl.load(x + offset, mask=inside, other=0.0)
     wide = values.to(tl.float32)
     if RECOMPUTE:
         scale = tl.load(inverse + row, mask=row < rows, other=0.0)
@@ -138,20 +138,20 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     # A product of two half-precision numbers is exact in fp32 and rounded once.
     scaled = (wide * scale[:, None]).to(values.dtype).to(tl.float32)
     scaled *= tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + place, scaled.to(values.dtype), mask=inside)
+    tl.store(y + offset, scaled.to(values.dtype), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm_backward(  # type: ignore[no-untyped-def]
     grad, x, weight, inverse, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row, column, place, inside = _tile(rows, width, ROWS, BLOCK)
+    row, column, offset, inside = _tile(rows, width, ROWS, BLOCK)
     scale = tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
-    direction = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
-    given = tl.load(grad + place, mask=inside, other=0.0)
-    pull = given.to(tl.float32) * tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    direction = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) * scale
+    upstream = tl.load(grad + offset, mask=inside, other=0.0)
+    pull = upstream.to(tl.float32) * tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     mean = tl.sum(pull * direction, axis=1)[:, None] / width
-    tl.store(grad + place, ((pull - direction * mean) * scale).to(given.dtype), mask=inside)
+    tl.store(grad + offset, ((pull - direction * mean) * scale).to(upstream.dtype), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -165,35 +165,35 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
     for start in range(0, SUMMED, ROWS):
         row = first + start + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (column < width)[None, :]
-        place = row[:, None] * width + column[None, :]
-        values = tl.load(x + place, mask=inside, other=0.0)
+        offset = row[:, None] * width + column[None, :]
+        values = tl.load(x + offset, mask=inside, other=0.0)
         scale = tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
         direction = (values.to(tl.float32) * scale).to(values.dtype).to(tl.float32)
-        total += tl.sum(tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * direction, axis=0)
+        total += tl.sum(tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32) * direction, axis=0)
     tl.store(parts + tl.program_id(0).to(tl.int64) * width + column, total, mask=column < width)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gated_silu(e, g, h, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    gate = tl.load(e + place, mask=inside, other=0.0)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < count
+    gate = tl.load(e + offset, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    value = wide * tl.sigmoid(wide) * tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(h + place, value.to(gate.dtype), mask=inside)
+    value = wide * tl.sigmoid(wide) * tl.load(g + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h + offset, value.to(gate.dtype), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gated_silu_backward(grad, e, g, of_g, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The gradient of e overwrites `grad`."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    given = tl.load(grad + place, mask=inside, other=0.0)
-    pull, wide = given.to(tl.float32), tl.load(e + place, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < count
+    upstream = tl.load(grad + offset, mask=inside, other=0.0)
+    pull, wide = upstream.to(tl.float32), tl.load(e + offset, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(wide)
-    tl.store(of_g + place, (pull * wide * share).to(given.dtype), mask=inside)
-    pull *= tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(grad + place, (pull * share * (1 + wide * (1 - share))).to(given.dtype), mask=inside)
+    tl.store(of_g + offset, (pull * wide * share).to(upstream.dtype), mask=inside)
+    pull *= tl.load(g + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad + offset, (pull * share * (1 + wide * (1 - share))).to(upstream.dtype), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -212,9 +212,9 @@ def _rotate(  # type: ignore[no-untyped-def]
     first = tl.load(source, mask=inside, other=0.0)
     second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
     wide = first.to(tl.float32)
-    place = y + (token * heads + head) * 2 * half + column
-    tl.store(place, (wide * c - second * s).to(first.dtype), mask=inside)
-    tl.store(place + half, (second * c + wide * s).to(first.dtype), mask=inside)
+    target = y + (token * heads + head) * 2 * half + column
+    tl.store(target, (wide * c - second * s).to(first.dtype), mask=inside)
+    tl.store(target + half, (second * c + wide * s).to(first.dtype), mask=inside)
 
 
 TRITON_OPS = FusedOps(

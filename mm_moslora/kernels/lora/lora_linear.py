@@ -14,9 +14,9 @@ layers' own parts of dX are added up by the products themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,8 @@ PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
 """Types of weights that are the numbers they show; other types (quantised ones) have products of their own."""
 
 
-class Packed(Protocol):
-    """A base weight that its layer keeps quantised."""
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """``[D_out, D_in]``, made for one product.
-
-        Args:
-            dtype: the compute dtype.
-        """
-        ...
+Packed = Callable[[torch.dtype], Tensor]
+"""A base weight that its layer keeps quantised: makes it dense, ``[D_out, D_in]``, for one product in a dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +158,8 @@ class _FusedLinears(torch.autograd.Function):
         needs_x, _, *needs = ctx.needs_input_grad
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dX, found = LoraMatmul(tensors, ctx.rules, ctx.dtype).gradients(rows, z, flat, needs, needs_x=needs_x)
-        return None if dX is None else dX.view(ctx.shape), None, *found
+        dX, gradients = LoraMatmul(tensors, ctx.rules, ctx.dtype).gradients(rows, z, flat, needs, needs_x=needs_x)
+        return None if dX is None else dX.view(ctx.shape), None, *gradients
 
 
 class LoraMatmul:
@@ -240,7 +232,7 @@ class LoraMatmul:
             )
         dX: Tensor | None = None
         dAs: dict[int, Tensor] = {}
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         used = next((grad for grad in grads if grad is not None), None)
         if used is None:
             return None, [None] * len(needs)
@@ -250,16 +242,21 @@ class LoraMatmul:
             for index, grad in enumerate(grads):
                 needs_W, needs_bias, needs_A, needs_C = needs[TENSORS * index : TENSORS * (index + 1)]
                 A, dA = self.As[index], dAs.get(index)
-                dW = self._weight_gradient(index, grad, x) if needs_W and grad is not None else None
-                dbias = grad.sum(0) if needs_bias and grad is not None else None
-                dC = self._product_gradient(index, grad, z) if needs_C and grad is not None and z is not None else None
-                found += [dW, dbias, dA.to(A.dtype) if needs_A and A is not None and dA is not None else None, dC]
-        return dX, found
+                W, dW, dbias, dC = self.weights[index], None, None, None
+                if needs_W and grad is not None and W is not None and x is not None:
+                    dW = (grad.t() @ x).to(W.dtype)
+                if needs_bias and grad is not None:
+                    dbias = grad.sum(0)
+                if needs_C and grad is not None and z is not None:
+                    # z^T dY is faster than dY^T z where D_out is large.
+                    dC = (self._part(z, index, 1).t() @ grad).t()
+                gradients += [dW, dbias, dA.to(A.dtype) if needs_A and A is not None and dA is not None else None, dC]
+        return dX, gradients
 
     def _input_gradients(
         self, x: Tensor | None, grads: Sequence[Tensor | None], *, needs_x: bool
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """``dX`` (None if it is not needed) and every ``dA``, by the layer's place."""
+        """``dX`` (None if it is not needed) and every ``dA``, by the layer's index."""
         us = {
             i: grad @ C
             for i, (grad, C) in enumerate(zip(grads, self.Cs, strict=True))
@@ -299,7 +296,7 @@ class LoraMatmul:
         if weight is not None:
             return weight.to(self.dtype)
         assert packed is not None
-        return packed.dense(self.dtype)
+        return packed(self.dtype)
 
     def _masked_gradients(
         self, x: Tensor, us: dict[int, Tensor], *, needs_x: bool
@@ -314,28 +311,16 @@ class LoraMatmul:
             if dX is not None and index == first:
                 kept.keep_(torch.mm(u, A, out=dX[block]))
             elif dX is not None:
-                kept.add(dX[block], u @ A)
+                dX[block].add_(kept.keep_(u @ A))
             gradients[index].add_(u.t() @ kept.keep(x[block]))
         return dX, gradients
-
-    def _product_gradient(self, index: int, grad: Tensor, z: Tensor) -> Tensor:
-        """``dC`` of one layer."""
-        # z^T dY is faster than dY^T z where D_out is large.
-        return (self._part(z, index, 1).t() @ grad).t()
-
-    def _weight_gradient(self, index: int, grad: Tensor, x: Tensor | None) -> Tensor:
-        """``dW`` of one layer."""
-        weight = self.weights[index]
-        assert weight is not None
-        assert x is not None
-        return (grad.t() @ x).to(weight.dtype)
 
     def _factor(self, index: int) -> Tensor:
         assert self.A is not None
         return self._part(self.A, index, 0)
 
     def _part(self, whole: Tensor, index: int, dim: int) -> Tensor:
-        """One layer's rows or columns of what all layers have on top of or beside each other."""
+        """The rows (0) or columns (1) of one layer in a matrix that stacks those of all layers."""
         return whole.narrow(dim, sum(self.ranks[:index]), self.ranks[index])
 
 

@@ -227,8 +227,8 @@ class _ProductGradient:
             with torch.no_grad():
                 grads = mixer_gradients(total, self.B, M, self.scaling)
             learns_B = any(factor is self.B for factor in self.learning)
-            found = zip((self.B, M), grads, (learns_B, len(self.learning) > learns_B), strict=True)
-            pairs = [(factor, grad) for factor, grad, learns in found if learns and factor is not None]
+            candidates = zip((self.B, M), grads, (learns_B, len(self.learning) > learns_B), strict=True)
+            pairs = [(factor, grad) for factor, grad, learns in candidates if learns and factor is not None]
             torch.autograd.backward([factor for factor, _ in pairs], [grad for _, grad in pairs])
 
 

@@ -56,7 +56,10 @@ def _triton_module(device: torch.device, dtype: torch.dtype) -> Any | None:
 
 
 def exact_rate(dropout: float) -> float:
-    """The dropout probability that `kept_bits` can draw: a multiple of 2^-15 below 1."""
+    """The dropout probability that `kept_bits` can draw: a multiple of 2^-15 below 1.
+
+    It is off by at most 2^-15. Layers scale by the exact rate, so that the mean of the output has no bias.
+    """
     return min(round(dropout * _STEPS), _STEPS - 1) / _STEPS
 
 
@@ -107,10 +110,10 @@ def kept_rows(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[
     """
     if (kernels := triton_kernels(rows)) is not None:
         copies = kernels.kept_copies(rows, kernel_masks(masks))
-        yield from ((place, slice(0, rows.shape[0]), copy) for place, copy in zip(masks, copies, strict=True))
+        yield from ((index, slice(0, rows.shape[0]), copy) for index, copy in zip(masks, copies, strict=True))
         return
-    for place, block, kept in kept_blocks(rows, masks):
-        yield place, block, kept.keep(rows[block])
+    for index, block, kept in kept_blocks(rows, masks):
+        yield index, block, kept.keep(rows[block])
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,6 @@ class KeptBits:
             rows.view(self.bits.dtype).bitwise_and_(self.bits)
         return rows
 
-    def add(self, total: Tensor, rows: Tensor) -> None:
-        """Add the entries of `rows` that stay to `total`; `rows` may change; both ``[T, D]`` and contiguous."""
-        total.add_(self.keep_(rows))
-
 
 _EVERYTHING = KeptBits(None)
 
@@ -148,10 +147,10 @@ def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tupl
     Yields:
         The layer's index, the rows, and the entries of them that stay.
     """
-    sources = {place: kept_bits(rows, mask.rate, mask.seed) for place, mask in masks.items() if mask is not None}
+    sources = {index: kept_bits(rows, mask.rate, mask.seed) for index, mask in masks.items() if mask is not None}
     for block in _blocks(rows):
-        for place in masks:  # one mask at a time: they are as large as the rows
-            yield place, block, KeptBits(next(sources[place])[1]) if place in sources else _EVERYTHING
+        for index in masks:  # one mask at a time: they are as large as the rows
+            yield index, block, KeptBits(next(sources[index])[1]) if index in sources else _EVERYTHING
 
 
 def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:

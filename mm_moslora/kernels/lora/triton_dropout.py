@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOGETHER = 3
+MASKS_PER_KERNEL = 3
 """Masks that one kernel draws: query, key and value."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kept_copies(rows: Tensor, masks: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Copies of `rows` with zeros where a mask drops entries; up to `TOGETHER` from one read.
+    """Copies of `rows` with zeros where a mask drops entries; up to `MASKS_PER_KERNEL` from one read.
 
     Args:
         rows: ``[T, D]``.
@@ -32,7 +32,7 @@ def kept_copies(rows: Tensor, masks: Sequence[tuple[int, int]]) -> list[Tensor]:
         ``[T, D]`` each.
     """
     rows = rows.contiguous()
-    found: list[Tensor] = []
+    all_copies: list[Tensor] = []
     for some in _chunks(masks):
         copies = rows.new_empty(len(some), *rows.shape)
         grid = (triton.cdiv(rows.shape[0], 4), triton.cdiv(rows.shape[1], 512))
@@ -41,8 +41,8 @@ def kept_copies(rows: Tensor, masks: Sequence[tuple[int, int]]) -> list[Tensor]:
                 rows, copies, rows.numel(), *rows.shape, *_filled(some), MASKS=len(some), ROWS=4, COLUMNS=512,
                 num_warps=4,
             )  # fmt: skip
-        found += copies.unbind()
-    return found
+        all_copies += copies.unbind()
+    return all_copies
 
 
 def add_kept_products(
@@ -61,7 +61,7 @@ def add_kept_products(
     tokens, inner = (32, 32) if total.dtype == torch.float32 else (64, 64)
     for some in _chunks(list(zip(us, As, masks, strict=True))):
         u, A = _joined([one for one, _, _ in some], 1), _joined([one for _, one, _ in some], 0)
-        ranks = [one.shape[1] for one, _, _ in some] + [0] * (TOGETHER - len(some))
+        ranks = [one.shape[1] for one, _, _ in some] + [0] * (MASKS_PER_KERNEL - len(some))
         grid = (triton.cdiv(total.shape[0], tokens), triton.cdiv(total.shape[1], 64))
         with torch.cuda.device_of(total):
             _add_kept[grid](
@@ -71,7 +71,7 @@ def add_kept_products(
 
 
 def _chunks(items: Sequence[Any]) -> list[tuple[Any, ...]]:
-    return [tuple(items[start : start + TOGETHER]) for start in range(0, len(items), TOGETHER)]
+    return [tuple(items[start : start + MASKS_PER_KERNEL]) for start in range(0, len(items), MASKS_PER_KERNEL)]
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
@@ -79,8 +79,8 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _filled(masks: Sequence[tuple[int, int]]) -> list[int]:
-    """The seeds, then the thresholds, of `TOGETHER` masks."""
-    filled = [*masks, *[(0, 0)] * (TOGETHER - len(masks))]
+    """The seeds, then the thresholds, of `MASKS_PER_KERNEL` masks."""
+    filled = [*masks, *[(0, 0)] * (MASKS_PER_KERNEL - len(masks))]
     return [seed for seed, _ in filled] + [dropped for _, dropped in filled]
 
 
@@ -106,15 +106,15 @@ def _keep(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     group = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
     inside = (row < tokens)[:, None] & (column < width)[None, :]
-    place = row.to(tl.int64)[:, None] * width + column[None, :]
-    values = tl.load(x + place, mask=inside, other=0.0)
-    tl.store(copies + place, tl.where(_kept(seed0, dropped0, row, group), values, 0.0), mask=inside)
+    offset = row.to(tl.int64)[:, None] * width + column[None, :]
+    values = tl.load(x + offset, mask=inside, other=0.0)
+    tl.store(copies + offset, tl.where(_kept(seed0, dropped0, row, group), values, 0.0), mask=inside)
     if MASKS > 1:
         copies += size
-        tl.store(copies + place, tl.where(_kept(seed1, dropped1, row, group), values, 0.0), mask=inside)
+        tl.store(copies + offset, tl.where(_kept(seed1, dropped1, row, group), values, 0.0), mask=inside)
     if MASKS > 2:
         copies += size
-        tl.store(copies + place, tl.where(_kept(seed2, dropped2, row, group), values, 0.0), mask=inside)
+        tl.store(copies + offset, tl.where(_kept(seed2, dropped2, row, group), values, 0.0), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -148,14 +148,14 @@ def _add_kept(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     group = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-    found = _kept_product(u, A, stride, tokens, width, seed0, dropped0, row, column, group, 0, RANK0, RANKS)
+    product = _kept_product(u, A, stride, tokens, width, seed0, dropped0, row, column, group, 0, RANK0, RANKS)
     if MASKS > 1:
-        found += _kept_product(u, A, stride, tokens, width, seed1, dropped1, row, column, group, RANK0, RANK1, RANKS)
+        product += _kept_product(u, A, stride, tokens, width, seed1, dropped1, row, column, group, RANK0, RANK1, RANKS)
     if MASKS > 2:
-        found += _kept_product(
+        product += _kept_product(
             u, A, stride, tokens, width, seed2, dropped2, row, column, group, RANK0 + RANK1, RANK2, RANKS
         )
-    place = total + row.to(tl.int64)[:, None] * width + column[None, :]
+    target = total + row.to(tl.int64)[:, None] * width + column[None, :]
     inside = (row < tokens)[:, None] & (column < width)[None, :]
-    before = tl.load(place, mask=inside, other=0.0)
-    tl.store(place, (before.to(tl.float32) + found).to(before.dtype), mask=inside)
+    before = tl.load(target, mask=inside, other=0.0)
+    tl.store(target, (before.to(tl.float32) + product).to(before.dtype), mask=inside)

@@ -118,15 +118,8 @@ def _compile(compiler: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as made:
-            sources = map(str, sorted(FOLDER.glob("*.cpp")))
-            command = [
-                compiler,
-                *FLAGS,
-                *sources,
-                "-o",
-                str(made),
-                "-lstdc++",
-            ]  # gcc, as CXX may name it, needs it said
+            # gcc, as CXX may name it, links the C++ library only where it is named.
+            command = [compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(made), "-lstdc++"]
             try:
                 _run([*command, "-fopenmp"])
             except NativeError:

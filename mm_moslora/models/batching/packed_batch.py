@@ -88,10 +88,10 @@ def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
     host = batch.on_host  # the model reads ids and grids one by one
     inputs = text_inputs(model, host.input_ids.split(batch.segment_lengths))
     grids = host.image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
-    found = int(inputs["mm_token_type_ids"].sum())
+    tokens = int(inputs["mm_token_type_ids"].sum())
     expected = int(grids.prod(dim=1).sum()) // inner.visual.spatial_merge_size**2
-    if found != expected:
-        raise ValueError(f"Image features and image tokens do not match, tokens: {found}, features: {expected}")
+    if tokens != expected:
+        raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}, features: {expected}")
     parts, _ = inner.get_rope_index(**inputs, image_grid_thw=grids)  # [3, G, T]
     flat = parts[:, inputs["attention_mask"].bool()][:, None]
     return torch.cat((plain[None], flat.to(plain.device, non_blocking=True)))
@@ -107,13 +107,13 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """
     if batch.pixel_values is None:
         return {}
-    given = picture_inputs(model, batch.pixel_values, readable(batch))
+    inputs = picture_inputs(model, batch.pixel_values, readable(batch))
     if not has_mrope(model):
-        return given
+        return inputs
     inner: Any = model.base_model
     if not takes(model, _ENCODED):
         raise ModelError(
             f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {_ENCODED}: it "
             "would ignore the pictures. Install a release in the range that `mm-moslora doctor` names."
         )
-    return {_ENCODED: {"image": inner.get_image_features(**given, return_dict=True)}}
+    return {_ENCODED: {"image": inner.get_image_features(**inputs, return_dict=True)}}

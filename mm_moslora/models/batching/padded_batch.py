@@ -55,8 +55,8 @@ def padded_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
         if "do not match" not in str(error):
             raise
         raise ModelError(f"{error}. Records: {', '.join(batch.ids[:4])}.") from error
-    places = _in_rows(host, hidden.shape[1]).to(hidden.device, non_blocking=True)
-    chosen = hidden.flatten(0, 1)[places]
+    positions = _in_rows(host, hidden.shape[1]).to(hidden.device, non_blocking=True)
+    chosen = hidden.flatten(0, 1)[positions]
     if len(rows) > len(batch.segment_lengths):
         chosen = chosen + 0.0 * hidden[-1].sum()
     return chosen
@@ -126,7 +126,7 @@ class PaddedCollator:
 
 
 def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Ids and mask ``[G, T]`` in main memory, and the places of pictures for models that take them.
+    """Ids and mask ``[G, T]`` in main memory, and the positions of pictures for models that take them.
 
     Args:
         model: an image-text-to-text model of transformers.

@@ -115,15 +115,15 @@ def _second_of(model: PreTrainedModel, *rows: Tensor) -> Tensor:
     return hidden[len(rows[0]) - 1 :]
 
 
-def _small(given: PreTrainedConfig, names: Mapping[str, int]) -> PreTrainedConfig:
+def _small(original: PreTrainedConfig, names: Mapping[str, int]) -> PreTrainedConfig:
     """A copy of a decoder's configuration in which these names have at most these values."""
-    config = copy.deepcopy(given)
+    config = copy.deepcopy(original)
     for name in ("quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(config, name, None) is not None:
             setattr(config, name, 0 if name.endswith("id") else None)  # some classes refuse to have no token
     layers = _layers(config)
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == _depth(given):
+        if isinstance(value, list | tuple) and len(value) == _depth(original):
             setattr(config, name, type(value)(value[:layers]))
         elif isinstance(value, int) and not isinstance(value, bool):
             least = _WORDS if name == "vocab_size" else 64 if "intermediate_size" in name else names.get(name)

@@ -44,19 +44,19 @@ class Prompt:
 
 
 @torch.inference_mode()
-def encode_images(model: PreTrainedModel, pixel_values: Tensor, memory: StepFeatureCache | None = None) -> Tensor:
+def encode_images(model: PreTrainedModel, pixel_values: Tensor, cache: StepFeatureCache | None = None) -> Tensor:
     """Visual tokens ``[N, Q, D]`` of pictures ``[N, 3, H, W]``; encode each picture once and reuse it.
 
     Args:
         model: with a vision tower.
         pixel_values: of the pictures.
-        memory: the tower's features of pictures that were encoded before.
+        cache: the tower's features of pictures that were encoded before.
     """
-    return image_features(model, pixel_values, memory=memory)
+    return image_features(model, pixel_values, cache=cache)
 
 
 def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:
-    """Embeddings ``[T, D]`` of a prompt with the visual tokens in their places.
+    """Embeddings ``[T, D]`` of a prompt with the visual tokens at their placeholders.
 
     Raises:
         ModelError: the prompt has more or fewer placeholders than visual tokens.
@@ -66,15 +66,15 @@ def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:
     row = table(ids.to(table.weight.device, non_blocking=True))
     if not is_multimodal(model):
         return row
-    places = ids == model.config.image_token_id
-    found, given = int(places.sum()), 0 if prompt.features is None else prompt.features.shape[0]
-    if found != given:
+    is_image = ids == model.config.image_token_id
+    placeholders, visual = int(is_image.sum()), 0 if prompt.features is None else prompt.features.shape[0]
+    if placeholders != visual:
         raise ModelError(
-            f"A prompt holds {found} image placeholders, but its images give {given} visual tokens. "
+            f"A prompt holds {placeholders} image placeholders, but its images give {visual} visual tokens. "
             "Pass as many images as the conversation mentions."
         )
     if prompt.features is not None:
-        row = row.masked_scatter(places[:, None].to(row.device, non_blocking=True), prompt.features.to(row.dtype))
+        row = row.masked_scatter(is_image[:, None].to(row.device, non_blocking=True), prompt.features.to(row.dtype))
     return row
 
 
@@ -105,10 +105,10 @@ def stream(
     Raises:
         ModelError: see `likeliest`; ask one by one to know which prompt it is.
     """
-    yield from _continued(model, _read(model, prompts), max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    yield from continued(model, _read(model, prompts), max_new_tokens=max_new_tokens, stop_ids=stop_ids)
 
 
-def _continued(
+def continued(
     model: PreTrainedModel, state: Decoder, *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> Iterator[list[int | None]]:
     """`stream` from the ends of prompts; the state is used up."""
@@ -178,11 +178,11 @@ def generate_beams(
     )
     generate: Any = model.generate
     with _generation_settings(model, settings):
-        found = generate(
+        answers = generate(
             inputs_embeds=embeddings, attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
             logits_processor=LogitsProcessorList([_require_finite]),
         )  # fmt: skip
-    return [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in found.tolist()]
+    return [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in answers.tolist()]
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def generate_and_score(
     """
     state = _read(model, prompts)
     scores = _score(model, state, options)
-    steps = _continued(model, state, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    steps = continued(model, state, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
     return _gathered(steps, len(prompts)), scores
 
 
@@ -275,15 +275,15 @@ def _score(
         first.device, non_blocking=True
     )
     steps = first[torch.tensor(rows).to(first.device, non_blocking=True)][:, None]
-    found = [(steps.gather(2, tokens[:, :1, None]), steps.argmax(-1))]
+    chosen = [(steps.gather(2, tokens[:, :1, None]), steps.argmax(-1))]
     if max(lengths) > 1:
         state = state.forked(rows)
         valid = torch.arange(max(lengths) - 1)[None] < torch.tensor(lengths)[:, None] - 1
         embeddings = model.get_input_embeddings()(tokens[:, :-1])
         steps = state.extend(embeddings, valid.long().to(first.device, non_blocking=True), keep=0).log_softmax(dim=-1)
-        found.append((steps.gather(2, tokens[:, 1:, None]), steps.argmax(-1)))
-    logprobs = torch.cat([picked[..., 0] for picked, _ in found], dim=1).tolist()
-    best = torch.cat([tops for _, tops in found], dim=1).tolist()
+        chosen.append((steps.gather(2, tokens[:, 1:, None]), steps.argmax(-1)))
+    logprobs = torch.cat([picked[..., 0] for picked, _ in chosen], dim=1).tolist()
+    best = torch.cat([tops for _, tops in chosen], dim=1).tolist()
     if any(math.isnan(value) for (_, option), row in zip(flat, logprobs, strict=True) for value in row[: len(option)]):
         raise ModelError("The model's logits are NaN, so no option can be chosen. Its weights are damaged.")
     for index, (row, option) in enumerate(flat):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -53,9 +54,9 @@ class SharedPrefix:
         chosen = [self.group_of[row] for row in rows]
         used = sorted(set(chosen))
         if len(used) < len(self.valid):
-            kept = torch.tensor(used).to(self.valid.device, non_blocking=True)
-            self.keys, self.values = [k[kept] for k in self.keys], [v[kept] for v in self.values]
-            self.valid = self.valid[kept]
+            groups = torch.tensor(used).to(self.valid.device, non_blocking=True)
+            self.keys, self.values = [k[groups] for k in self.keys], [v[groups] for v in self.values]
+            self.valid = self.valid[groups]
         number = {old: new for new, old in enumerate(used)}
         self.group_of = [number[group] for group in chosen]
         self._arrange()
@@ -68,10 +69,10 @@ class SharedPrefix:
         widest = max(len(rows) for rows in members)
         device = self.valid.device
         self._rows = torch.tensor([rows + [0] * (widest - len(rows)) for rows in members]).to(device, non_blocking=True)
-        places = {row: group * widest + i for group, rows in enumerate(members) for i, row in enumerate(rows)}
+        slots = {row: group * widest + i for group, rows in enumerate(members) for i, row in enumerate(rows)}
         self._padded = not bool(self.valid.all())
-        places_of_rows = torch.tensor([places[row] for row in range(len(self.group_of))])
-        self._places = places_of_rows.to(device, non_blocking=True)
+        slot_of_row = torch.tensor([slots[row] for row in range(len(self.group_of))])
+        self._slots = slot_of_row.to(device, non_blocking=True)
 
     def scores(self, query: Tensor, layer: int) -> Tensor:
         """Attention scores ``[B, H, t, L]`` of scaled queries ``[B, H, t, E]``."""
@@ -92,7 +93,7 @@ class SharedPrefix:
     def _scatter(self, groups: Tensor) -> Tensor:
         """``[G, H, R * t, X]`` -> ``[B, H, t, X]``."""
         rows = groups.unflatten(2, (self._rows.shape[1], -1)).transpose(1, 2).flatten(0, 1)
-        return rows if len(self.valid) == 1 else rows[self._places]
+        return rows if len(self.valid) == 1 else rows[self._slots]
 
 
 def shared_prefix_attention(
@@ -261,9 +262,9 @@ class Decoder:
         """
         positions: list[Tensor] = []
 
-        def note(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
-            if given.get("position_ids") is not None:
-                positions.append(given["position_ids"])
+        def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs.get("position_ids") is not None:
+                positions.append(kwargs["position_ids"])
 
         hook = self._model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -282,12 +283,9 @@ class Decoder:
             rows: embeddings ``[t_b, D]`` of different lengths; they are padded on the left here.
             head: False where the logits are not needed, because the rows go on at once.
         """
-        longest = max(row.shape[0] for row in rows)
-        embeddings = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
-        valid = torch.zeros(len(rows), longest, dtype=torch.long, device=embeddings.device)
-        for index, row in enumerate(rows):
-            embeddings[index, longest - row.shape[0] :] = row
-            valid[index, longest - row.shape[0] :] = 1
+        embeddings = pad_sequence(list(rows), batch_first=True, padding_side="left")
+        tokens = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
+        valid = pad_sequence(tokens, batch_first=True, padding_side="left")
         self.extend(embeddings, valid, keep=1 if head else torch.empty(0, dtype=torch.long, device=valid.device))
 
     def extend(self, embeddings: Tensor, valid: Tensor, *, keep: int | Tensor = 1) -> Tensor:

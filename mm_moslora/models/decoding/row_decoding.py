@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import ProcessedImage, join_images
 from mm_moslora.models.batching.padded_batch import padded_inputs
-from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest
+from mm_moslora.models.decoding.generation import continued
+from mm_moslora.models.decoding.prefix_cache import Decoder
 
 
 @torch.inference_mode()
@@ -54,11 +55,6 @@ def stream_padded_row(
         ModelError: see `likeliest`.
     """
     decoder = prefill_row(model, prompt, pictures)
-    for number in range(max_new_tokens):
-        chosen, (number_of_token,) = likeliest(decoder.logits)
-        if number_of_token in stop_ids:
-            return
-        yield number_of_token
-        if number + 1 < max_new_tokens:
-            token = chosen[:, None]
-            decoder.extend(model.get_input_embeddings()(token), torch.ones_like(token))
+    for (token,) in continued(model, decoder, max_new_tokens=max_new_tokens, stop_ids=stop_ids):
+        assert token is not None, "the only row has not ended"
+        yield token

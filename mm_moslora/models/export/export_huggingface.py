@@ -262,8 +262,8 @@ def _probe(assembly: Parts, model: PreTrainedModel) -> Tensor:
     text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"][0]
     if assembly.image_processing is None:
         return model(input_ids=text[None]).logits[0]
-    (seen,) = assembly.image_processing.see([Image.linear_gradient("L").convert("RGB")])
-    ids = torch.cat([torch.tensor(seen.placeholders), text])
-    others = {name: value for name, value in seen.tensors.items() if name != "pixel_values"}
-    inputs = padded_inputs(model, [ids], seen.tensors["pixel_values"], others, answers=[len(ids)])
+    (picture,) = assembly.image_processing.process([Image.linear_gradient("L").convert("RGB")])
+    ids = torch.cat([torch.tensor(picture.placeholders), text])
+    others = {name: value for name, value in picture.tensors.items() if name != "pixel_values"}
+    inputs = padded_inputs(model, [ids], picture.tensors["pixel_values"], others, answers=[len(ids)])
     return model(**inputs).logits[0]

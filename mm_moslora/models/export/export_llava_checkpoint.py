@@ -68,8 +68,8 @@ def why_not_original(model: PreTrainedModel, tower: str | None) -> str | None:
     if config.vision_config.model_type != "clip_vision_model":
         return f"LLaVA's code builds CLIP towers only, this one is {config.vision_config.model_type}. {nearest}"
     if decoder_family(config.text_config.model_type).llava_class is None:
-        known = ", ".join(name for name, family in DECODERS.items() if family.llava_class)
-        return f"LLaVA's code has no class for {config.text_config.model_type}, only {known}. {nearest}"
+        classes = ", ".join(name for name, family in DECODERS.items() if family.llava_class)
+        return f"LLaVA's code has no class for {config.text_config.model_type}, only {classes}. {nearest}"
     if not isinstance(config.vision_feature_layer, int):
         return f"LLaVA's code reads one feature layer, here are {config.vision_feature_layer}. {nearest}"
     if not tower:

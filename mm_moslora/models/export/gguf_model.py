@@ -234,10 +234,10 @@ def _vision_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if name.startswith("post_layernorm") or (layer and int(layer[1]) >= used):
             continue
         path = f"vision_tower.vision_model.{name}"
-        found = names.get_name(path, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        gguf_name = names.get_name(path, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise ModelError(f"llama.cpp has no name for {path!r}. Export with --to llava instead.")
-        yield found, value.detach()
+        yield gguf_name, value.detach()
     for name, value in inner.multi_modal_projector.state_dict().items():
         layer_name, _, kind = name.partition(".")
         yield f"{_PROJECTOR[layer_name]}.{kind}", value.detach()
@@ -257,11 +257,11 @@ def _difference(path: Path, tensors: Mapping[str, Tensor]) -> float:
     Raises:
         ModelError: the file lacks one, or holds it in another shape.
     """
-    found = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+    written = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
     largest = 0.0
     for name, value in tensors.items():
-        if name not in found or found[name].size != value.numel():
+        if name not in written or written[name].size != value.numel():
             raise ModelError(f"{path} lost the tensor {name!r}. Do not use it.")
-        stored = found[name].astype(np.float32).reshape(tuple(value.shape))
+        stored = written[name].astype(np.float32).reshape(tuple(value.shape))
         largest = max(largest, float(np.abs(stored - value.float().cpu().numpy()).max()))
     return largest

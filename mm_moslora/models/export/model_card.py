@@ -81,10 +81,10 @@ def _made_of(assembly: Parts, licence: str | None, adapter_of: str | None) -> st
     loads = f"It loads as `{model}`." if adapter_of is None else _of_an_adapter(model, adapter_of)
     if isinstance(assembly.model, VlmForConditionalGeneration):
         loads += " Install `mm-moslora` and `import mm_moslora.models` first."
-    held = f"Licence: {licence}." if licence else "The licences of these parts hold for it; look them up before use."
+    terms = f"Licence: {licence}." if licence else "The licences of these parts hold for it; look them up before use."
     return "\n".join(
         [f"Tuned with MoSLoRA (arXiv 2406.11909) by mm_moslora {__version__}. {loads}", "", "| part | name |",
-         "| --- | --- |", *rows, "", held]
+         "| --- | --- |", *rows, "", terms]
     )  # fmt: skip
 
 

@@ -36,11 +36,11 @@ def require_backend(backend: str) -> None:
     Raises:
         ConfigError: unknown backend, or a compiler is missing.
     """
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if backend not in backends:
         raise ConfigError(
-            f"train.compile is {backend!r}, expected a backend of torch.compile: {', '.join(known)}."
-            f"{suggestion(backend, known)}"
+            f"train.compile is {backend!r}, expected a backend of torch.compile: {', '.join(backends)}."
+            f"{suggestion(backend, backends)}"
         )
     on_cpu = backend == "inductor" and not torch.cuda.is_available()
     if on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):

@@ -1,11 +1,12 @@
-"""Decoder layers that keep little for the backward pass ("lean"), for the model families of `LEAN_LAYERS`.
+"""Decoder layers and a loss head that keep little for the backward pass ("lean").
 
-Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
+Shapes: ``S`` tokens, ``K`` supervised positions, ``C`` vocabulary, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E``
+head width.
 
-`use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging, generation and
-gradient checkpointing work unchanged. A layer falls back to its stock forward pass where a call is not plain training
-on a padding-free row: with a cache, without gradients, with LLM.int8 weights, several adapters, or weights that ZeRO-3
-has released (the engine of this package lets it gather them, a layer at a time).
+`kernel_selection.use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging,
+generation and gradient checkpointing work unchanged. A layer falls back to its stock forward pass where a call is not
+plain training on a padding-free row: with a cache, without gradients, with LLM.int8 weights, several adapters, or
+weights that ZeRO-3 has released (the engine of this package lets it gather them, a layer at a time).
 
 A layer is three autograd nodes: norm, query, key and value; the output projection; norm and gated MLP. What a cheap
 elementwise pass can recompute is not kept: the norm's output is recomputed from its input, the product of the gated MLP
@@ -15,29 +16,39 @@ anyway, except the input of the output projection. `mm_moslora.kernels.lora.lora
 layers.
 
 The last layer computes what follows its attention at the supervised positions alone, since the head reads no others.
+The head computes the cross entropy a block of logits at a time. The loss of an optimiser step is ``sum over supervised
+tokens / global count of supervised tokens``; it does not depend on the split into ranks, micro-batches or packs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole
-from mm_moslora.batch import WHOLE_ROW, Batch, RowShare
+from mm_moslora.batch import Batch
 from mm_moslora.kernels.attention.segment_attention import StepContext, segment_arguments
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
 from mm_moslora.kernels.lora.lora_linear import TENSORS, LinearOperands, LinearRules, LoraMatmul, fused_linears
 from mm_moslora.kernels.lora.lora_math import autocasts
-from mm_moslora.models.families import LEAN_LAYERS
-from mm_moslora.models.transformers_patches import mix_in
+from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
+
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Largest block of logits, counted in fp32. On a CPU a few hundred positions: every block reads the head's weights."""
+SMALLEST_CHUNK = 128
+"""Smallest block in positions; below it the matrix products lose speed."""
+CACHED_BYTES = 2 * 2**20
+"""Bytes of fp32 logits that a CPU takes through all passes of the softmax at once."""
 
 
 class LeanLayer(nn.Module):
@@ -84,7 +95,7 @@ def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, 
     query = rotate(query, factors, passes, norm=getattr(attention, "q_norm", None))
     key = rotate(key, factors, passes, norm=getattr(attention, "k_norm", None))
     function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-    rest = {name: given for name, given in kwargs.items() if name not in ("position_embeddings", "use_cache", "cache")}
+    rest = {name: value for name, value in kwargs.items() if name not in ("position_embeddings", "use_cache", "cache")}
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     attended, _ = function(
         attention,
@@ -115,13 +126,12 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[LinearOp
     if any(norm.weight.dtype != hidden.dtype for norm in norms) or not fetches_whole(layer):
         return None
     attention_modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    found: list[LinearOperands] = []
+    operands: list[LinearOperands] = []
     for module in (*attention_modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-        operands = _operands(module, hidden)
-        if operands is None:
+        if (operand := _operands(module, hidden)) is None:
             return None
-        found.append(operands)
-    return found
+        operands.append(operand)
+    return operands
 
 
 def _operands(module: nn.Module, x: Tensor) -> LinearOperands | None:
@@ -130,33 +140,6 @@ def _operands(module: nn.Module, x: Tensor) -> LinearOperands | None:
         return module.fused_operands(x, plain_too=True)
     weight = weight_of(module, x)
     return None if weight is None else LinearOperands(weight=weight, bias=cast(nn.Linear, module).bias)
-
-
-def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
-    """Make the decoder layers of a model lean, in place.
-
-    Args:
-        model: causal language model or VLM, with or without adapters.
-        depth: number of decoder layers of the whole model, where `model` holds only some of them; None: it holds all.
-
-    Returns:
-        The number of layers changed; 0 where the family is unknown.
-    """
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None:
-        return 0
-    changed = 0
-    for layer in layers:
-        activation = type(getattr(getattr(layer, "mlp", None), "act_fn", None)).__name__
-        if type(layer).__name__ in LEAN_LAYERS and activation in ("SiLUActivation", "SiLU"):
-            mix_in(layer, LeanLayer)
-            changed += 1
-    if changed:
-        last = layers[len(layers) - 1]
-        # The first layers may get visual features added to their outputs at visual positions.
-        visual = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", ()))
-        last.is_last = isinstance(last, LeanLayer) and (depth or len(layers)) > visual
-    return changed
 
 
 def drops_positions(model: PreTrainedModel) -> bool:
@@ -296,10 +279,10 @@ class _NormedLinears(torch.autograd.Function):
         needs_x, needs_weight, *needs = ctx.needs_input_grad
         y = ctx.passes.recompute_rms_norm(x, weight, inverse)
         matmul = LoraMatmul(flat, ctx.rules, y.dtype)
-        dy, found = matmul.gradients(y, z, grads, needs[3:], needs_x=needs_x or needs_weight)
+        dy, gradients = matmul.gradients(y, z, grads, needs[3:], needs_x=needs_x or needs_weight)
         del y
         dx, dweight = _norm_gradients(ctx.passes, dy, x, weight, inverse, needs_weight=needs_weight)
-        return dx, dweight, None, None, None, *found
+        return dx, dweight, None, None, None, *gradients
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -328,15 +311,15 @@ class _GatedMlp(torch.autograd.Function):
         needs_up, needs_down = needs[3 : 3 + 2 * TENSORS], needs[3 + 2 * TENSORS :]
         down = LoraMatmul(flat[2 * TENSORS :], ctx.rules[1], x.dtype)
         h, activated = ctx.passes.recompute_gated(e, g)
-        dh, found_down = down.gradients(h, z_down, (grad,), needs_down, needs_x=True)
+        dh, down_gradients = down.gradients(h, z_down, (grad,), needs_down, needs_x=True)
         del h
         pulls = ctx.passes.gated_silu_backward(dh, e, g, activated)
         y = ctx.passes.recompute_rms_norm(x, weight, inverse)
         up = LoraMatmul(flat[: 2 * TENSORS], ctx.rules[0], x.dtype)
-        dy, found = up.gradients(y, z, pulls, needs_up, needs_x=needs_x or needs_weight)
+        dy, up_gradients = up.gradients(y, z, pulls, needs_up, needs_x=needs_x or needs_weight)
         del y, pulls
         dx, dweight = _norm_gradients(ctx.passes, dy, x, weight, inverse, needs_weight=needs_weight)
-        return None if dx is None else dx.add_(grad), dweight, None, None, None, *found, *found_down
+        return None if dx is None else dx.add_(grad), dweight, None, None, None, *up_gradients, *down_gradients
 
 
 class _Rotate(torch.autograd.Function):
@@ -372,3 +355,109 @@ def _norm_gradients(
         return None, None
     dweight = passes.rms_norm_weight_gradient(dy, x, inverse).to(weight.dtype) if needs_weight else None
     return passes.rms_norm_backward(dy, x, weight, inverse), dweight
+
+
+def token_loss_sum(logits: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
+    """Sum of the cross entropies, in fp32.
+
+    Args:
+        logits: ``[K, C]`` in any floating dtype; for ``K = 0`` the sum and its gradient are 0.
+        targets: int64 ``[K]``.
+        right: see `head_loss_sum`.
+    """
+    if right is not None and targets.numel():
+        values = logits.detach()
+        right += (values.gather(1, targets[:, None]) == values.amax(-1, keepdim=True)).sum()
+    return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+class LossHead(nn.Linear):
+    """A language-model head that can compute the loss; `kernel_selection.use_loss_head` mixes it into a plain head."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+        """Logits ``[..., C]``; with targets ``[K]``, the sum of the cross entropies of ``input`` ``[K, D]`` instead.
+
+        The loss is part of the head's call: an engine that gathers weights per module (ZeRO-3) does it once, for any
+        number of chunks.
+        """
+        if targets is None:
+            return super().forward(input)
+        if torch.is_autocast_enabled(input.device.type):
+            return token_loss_sum(super().forward(input), targets, right)
+        return cast(Tensor, _ChunkedLoss.apply(input, self.weight, targets, right))
+
+
+def head_loss_sum(model: PreTrainedModel, hidden: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
+    """Sum of the cross entropies of the head's logits, fp32 scalar.
+
+    Args:
+        model: its head is used.
+        hidden: ``[K, D]``.
+        targets: int64 ``[K]``.
+        right: int64 scalar to which the number of positions is added at which no token is more probable than the
+            target.
+    """
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        return cast(Tensor, head(hidden, targets, right=right))
+    return token_loss_sum(head(hidden), targets, right)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The gradients of a chunk are computed with its loss: nothing of size ``K x C`` is kept or computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, right: Tensor | None) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        count = hidden.shape[0]
+        most = max(SMALLEST_CHUNK, budget // (4 * weight.shape[0]))
+        rows = max(1, ceil(count / max(1, ceil(count / most))))  # equal blocks, no small one at the end
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, count, rows):
+            part = hidden[start : start + rows]
+            logits = part @ weight.t()
+            wanted = targets[start : start + rows, None]
+            total += _loss_(logits, wanted, right=right, pull=needs_hidden or needs_weight)
+            if d_hidden is not None:
+                torch.mm(logits, weight, out=d_hidden[start : start + rows])
+            if d_weight is not None:
+                d_weight.addmm_(logits.t().float(), part.float())
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        # In fp32: a loss scale (fp16) may overflow the narrow dtype where its product with a small gradient does not.
+        scaled = None if d_hidden is None else (d_hidden.float() * grad).to(d_hidden.dtype)
+        return scaled, None if d_weight is None else (d_weight * grad).to(ctx.dtype), None, None
+
+
+def _loss_(logits: Tensor, wanted: Tensor, *, right: Tensor | None, pull: bool) -> Tensor:
+    """Sum of the cross entropies, in fp32; on a CPU a few rows at a time.
+
+    Args:
+        logits: ``[K, C]``, overwritten; with `pull` by their gradient.
+        wanted: targets, int64 ``[K, 1]``.
+        right: see `head_loss_sum`.
+        pull: whether the gradient is computed.
+    """
+    rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, logits.shape[0])
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for block, own in zip(logits.split(rows), wanted.split(rows), strict=True):
+        wide = block.float()
+        picked, top = wide.gather(1, own), wide.amax(-1, keepdim=True)
+        if right is not None:  # a tie counts as right; logits in bf16 tie more often than in fp32
+            right += (picked == top).sum()
+        norm = wide.sub_(top).exp_().sum(-1, keepdim=True)
+        total += (top + norm.log() - picked).sum()
+        if not pull:
+            continue
+        wide.div_(norm).scatter_add_(1, own, torch.full_like(own, -1, dtype=wide.dtype))
+        if wide is not block:
+            block.copy_(wide)
+    return total

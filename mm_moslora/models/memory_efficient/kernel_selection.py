@@ -1,4 +1,7 @@
-"""The choice of kernels: PyTorch's, Triton's between the products of lean layers on a GPU, C++ attention on a CPU."""
+"""Makes decoder layers and the loss head lean, and chooses the kernels of lean layers and of attention.
+
+They are PyTorch's, Triton's between the products of lean layers on a GPU, and the C++ attention on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from importlib.metadata import version
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from mm_moslora.kernels.attention.attention_choice import head_shape
@@ -20,10 +24,46 @@ from mm_moslora.kernels.lora.seeded_dropout import set_dropout_kernels
 from mm_moslora.kernels.native import NativeError, library
 from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.models.families import LEAN_LAYERS
-from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
+from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, LossHead
+from mm_moslora.models.transformers_patches import mix_in
 from mm_moslora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+
+def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
+    """Make the decoder layers of a model lean, in place.
+
+    Args:
+        model: causal language model or VLM, with or without adapters.
+        depth: number of decoder layers of the whole model, where `model` holds only some of them; None: it holds all.
+
+    Returns:
+        The number of layers changed; 0 where the family is unknown.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        return 0
+    changed = 0
+    for layer in layers:
+        activation = type(getattr(getattr(layer, "mlp", None), "act_fn", None)).__name__
+        if type(layer).__name__ in LEAN_LAYERS and activation in ("SiLUActivation", "SiLU"):
+            mix_in(layer, LeanLayer)
+            changed += 1
+    if changed:
+        last = layers[len(layers) - 1]
+        # The first layers may get visual features added to their outputs at visual positions.
+        visual = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", ()))
+        last.is_last = isinstance(last, LeanLayer) and (depth or len(layers)) > visual
+    return changed
+
+
+def use_loss_head(model: PreTrainedModel) -> bool:
+    """Make the model's head compute the loss in chunks, in place; False where it is not a plain linear layer."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None and "forward" not in head.__dict__:
+        mix_in(head, LossHead)
+    return isinstance(head, LossHead)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +186,7 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
     """Set the kernels of a model's lean layers, in place.
 
     Args:
-        model: after `mm_moslora.models.memory_efficient.decoder_layers.use_lean_layers`.
+        model: after `use_lean_layers`.
         kernels: from `choose_kernels`.
         lean: as for `choose_kernels`.
 

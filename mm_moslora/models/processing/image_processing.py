@@ -1,12 +1,10 @@
-"""Turns pictures into tensors and placeholder ids.
+"""Turns pictures into squares of a fixed number of visual tokens, for assembled models without anyres.
 
-An assembled model without anyres takes one square per picture and a fixed number of visual tokens. For any other model
-its processor decides how many tokens a picture takes.
+Shapes: ``H x W`` pixels.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +15,7 @@ from torch import Tensor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
-from mm_moslora.models.families import processor_family
 from mm_moslora.models.vision.feature_cache import pixel_hash
-
-_OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
 
 class SquareImageProcessing:
@@ -38,8 +33,8 @@ class SquareImageProcessing:
         self._transform = image_transform(image_processor)
         self._placeholders = (image_token_id,) * tokens
 
-    def see(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
-        """See `ImageProcessing.see`."""
+    def process(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
+        """See `ImageProcessing.process`."""
         return [
             ProcessedImage(
                 placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=pixel_hash(pixels)
@@ -102,79 +97,8 @@ def _on_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     return square
 
 
-class ProcessorImageProcessing:
-    """Pictures as a processor of transformers prepares them, with its tiles, patches and wrapper tokens.
-
-    Args:
-        processor: with `image_token`.
-        image_token_id: the token that visual features replace.
-    """
-
-    fixed = False
-
-    def __init__(self, processor: Any, *, image_token_id: int) -> None:
-        self.processor, self.image_token_id = processor, image_token_id
-        self._family = processor_family(processor)
-        self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
-
-    def see(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
-        """See `ImageProcessing.see`."""
-        if len(images) > 1 and self._family.untiled_when_several:
-            return self._several(images)
-        return [self._one(image) for image in images]
-
-    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
-        """See `ImageProcessing.placeholders`."""
-        if len(sizes) > 1 and self._family.untiled_when_several:
-            return [seen.placeholders for seen in self._several([Image.new("RGB", (8, 8)) for _ in sizes])]
-        return [self._count(*size) for size in sizes]
-
-    def _one(self, image: Image.Image) -> ProcessedImage:
-        ids, tensors = self._call([image])
-        if self._family.one_image_list:
-            tensors = {name: value[0] for name, value in tensors.items()}
-        if self._family.adds_text:
-            ids = [number for number in ids if number == self.image_token_id]
-        return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
-
-    def _several(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
-        """Several pictures of one sample, for a processor that does not tile them then (LLaVA-OneVision)."""
-        ids, tensors = self._call(images)
-        count = len(images)
-        tensors["batch_num_images"] = torch.full((count,), count)
-        share = len(ids) // count
-        return [
-            ProcessedImage(
-                placeholders=tuple(ids[index * share : (index + 1) * share]),
-                tensors={name: value[index : index + 1] for name, value in tensors.items()},
-            )
-            for index in range(count)
-        ]
-
-    def _call(self, images: Sequence[Image.Image]) -> tuple[list[int], dict[str, Tensor]]:
-        output = self.processor(
-            text=[self.processor.image_token * len(images)], images=[list(images)], return_tensors="pt",
-            add_special_tokens=False,
-        )  # fmt: skip
-        tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
-        return output["input_ids"][0].tolist(), tensors
-
-    def _count_tokens(self, width: int, height: int) -> tuple[int, ...]:
-        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
-        if count is None:
-            return self._one(Image.new("RGB", (width, height))).placeholders
-        visual = int(count(image_sizes=[(height, width)])["num_image_tokens"][0])
-        return (self.image_token_id,) * (visual + self._uncounted)
-
-    @functools.cached_property
-    def _uncounted(self) -> int:
-        """Tokens around the visual ones, which some processors count and others do not."""
-        counted = self.processor._get_num_multimodal_tokens(image_sizes=[(32, 32)])["num_image_tokens"][0]
-        return len(self._one(Image.new("RGB", (32, 32))).placeholders) - int(counted)
-
-
 def dummy_image_example(image_processing: ImageProcessing) -> Example:
     """A grey picture and its placeholders without supervision, for ranks without pictures."""
-    (seen,) = image_processing.see([Image.new("RGB", (32, 32), (127, 127, 127))])
-    ids = torch.tensor(seen.placeholders)
-    return Example(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), pictures=[seen])
+    (picture,) = image_processing.process([Image.new("RGB", (32, 32), (127, 127, 127))])
+    ids = torch.tensor(picture.placeholders)
+    return Example(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), pictures=[picture])

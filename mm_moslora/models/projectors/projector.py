@@ -3,7 +3,7 @@
 Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
 
 Every class takes a `ProjectorShape`, maps ``[N, P, V]`` to ``[N, Q, D]``, computes ``Q`` from the shape (`tokens`) and
-ends in a linear layer (`last`).
+ends in a linear layer: the last of its modules, unless it has an attribute `last`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import re
 from dataclasses import replace
 
 from mm_moslora.models.projectors.projector_layers import (
-    AvgPoolProjector,
     DeepMlpProjector,
     FusedMlpProjector,
     LinearProjector,
     MlpProjector,
-    PixelShuffleProjector,
     ProjectorShape,
 )
 from mm_moslora.models.projectors.resamplers import CAbstractorProjector, PerceiverProjector, QFormerProjector
+from mm_moslora.models.projectors.square_projectors import AvgPoolProjector, PixelShuffleProjector
 from mm_moslora.utils.errors import ModelError, suggestion
 
 Projector = (

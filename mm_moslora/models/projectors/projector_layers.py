@@ -1,6 +1,6 @@
-"""Projectors without learned queries: linear, MLPs of any depth, and those that fold or pool squares of patches.
+"""Projectors with a token per patch: a linear layer, and MLPs of any depth.
 
-Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
+Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``D`` LLM width.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-from mm_moslora.utils.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +39,6 @@ class LinearProjector(nn.Module):
         """Project ``[N, P, V]`` to ``[N, P, D]``."""
         return self.linear(features)
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear
-
     @staticmethod
     def tokens(shape: ProjectorShape) -> int:
         """Visual tokens per image."""
@@ -66,11 +58,6 @@ class MlpProjector(nn.Module):
         """Project ``[N, P, V]`` to ``[N, P, D]``."""
         return self.linear_2(self.act(self.linear_1(features)))
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_2
-
     tokens = staticmethod(LinearProjector.tokens)
 
 
@@ -87,13 +74,6 @@ class DeepMlpProjector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Project ``[N, P, V]`` to ``[N, P, D]``."""
         return self.layers(features)
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        layer = self.layers[-1]
-        assert isinstance(layer, nn.Linear)
-        return layer
 
     tokens = staticmethod(LinearProjector.tokens)
 
@@ -113,78 +93,4 @@ class FusedMlpProjector(nn.Module):
         """Project ``[N, P, V]`` to ``[N, P, D]``."""
         return self.linear_3(self.act(self.linear_2(self.act(self.linear_1(features)))))
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_3
-
     tokens = staticmethod(LinearProjector.tokens)
-
-
-class AvgPoolProjector(nn.Module):
-    """The mean of every square of ``shuffle x shuffle`` patches, then the two-layer MLP.
-
-    ``[N, P, V] -> [N, ceil(grid / shuffle)^2, D]``; squares at the edge may be smaller.
-    """
-
-    def __init__(self, shape: ProjectorShape) -> None:
-        super().__init__()
-        self.grid, self.shuffle = shape.grid, shape.shuffle
-        self.linear_1 = nn.Linear(shape.vision_width, shape.language_width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(shape.language_width, shape.language_width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Project ``[N, P, V]`` to ``[N, Q, D]``."""
-        patches = features.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        pooled = F.avg_pool2d(patches, self.shuffle, ceil_mode=True)
-        return self.linear_2(self.act(self.linear_1(pooled.flatten(2).transpose(1, 2))))
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_2
-
-    @staticmethod
-    def tokens(shape: ProjectorShape) -> int:
-        """Visual tokens per image."""
-        return (-(-shape.grid // shape.shuffle)) ** 2
-
-
-class PixelShuffleProjector(nn.Module):
-    """Fold squares of ``shuffle x shuffle`` patches into one token, then norm and MLP (as in InternVL).
-
-    ``[N, P, V] -> [N, P / shuffle^2, D]``: fewer visual tokens, with all features.
-    """
-
-    def __init__(self, shape: ProjectorShape) -> None:
-        super().__init__()
-        if shape.grid % shape.shuffle:
-            raise ModelError(
-                f"model.projector.shuffle is {shape.shuffle}, which does not divide the grid of {shape.grid} x "
-                f"{shape.grid} patches. Divisors: {[n for n in range(1, shape.grid + 1) if shape.grid % n == 0]}."
-            )
-        self.grid, self.shuffle = shape.grid, shape.shuffle
-        folded = shape.vision_width * shape.shuffle**2
-        self.norm = nn.LayerNorm(folded)
-        self.linear_1 = nn.Linear(folded, shape.language_width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(shape.language_width, shape.language_width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Project ``[N, P, V]`` to ``[N, P / shuffle^2, D]``."""
-        images, _, width = features.shape
-        side, s = self.grid // self.shuffle, self.shuffle
-        squares = features.view(images, side, s, side, s, width).permute(0, 1, 3, 2, 4, 5)
-        folded = squares.reshape(images, side * side, s * s * width)
-        return self.linear_2(self.act(self.linear_1(self.norm(folded))))
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_2
-
-    @staticmethod
-    def tokens(shape: ProjectorShape) -> int:
-        """Visual tokens per image."""
-        return (shape.grid // shape.shuffle) ** 2

@@ -82,8 +82,8 @@ def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *
     layers = linear_layers(projector)
     rows, pictures, moments = 0, 0, _Moments(layers[0].in_features, layers[-1])
     for features, words in pairs:
-        places = torch.linspace(0, features.shape[1] - 1, min(features.shape[1], TOKENS_TO_FIT)).round().long()
-        x = features[:, places.to(features.device)].double()
+        chosen = torch.linspace(0, features.shape[1] - 1, min(features.shape[1], TOKENS_TO_FIT)).round().long()
+        x = features[:, chosen.to(features.device)].double()
         if not bool(x.isfinite().all()):
             raise ModelError(
                 "The vision tower gives features that are not finite for a picture of the training data: the projector "
@@ -123,10 +123,10 @@ def _write(layers: Sequence[nn.Linear], weight: Tensor, mean: Tensor, covariance
     if len(layers) > 1:
         variances, directions = torch.linalg.eigh(covariance)
         room = min(layer.out_features for layer in layers[:-1]) // 2
-        kept = min(room, int((variances > 1e-6 * variances[-1]).sum()))
-        out, spread = directions[:, -kept:], variances[-kept:].sqrt()
+        rank = min(room, int((variances > 1e-6 * variances[-1]).sum()))
+        out, spread = directions[:, -rank:], variances[-rank:].sqrt()
         weight = (out / spread).T @ weight
-        signs = torch.cat([torch.eye(kept), -torch.eye(kept)]).to(weight)
+        signs = torch.cat([torch.eye(rank), -torch.eye(rank)]).to(weight)
         _set(layers[0], signs @ weight, -signs @ weight @ mean)
         for layer in layers[1:-1]:
             _set(layer, signs @ signs.T, 0)
@@ -169,18 +169,18 @@ def linear_layers(projector: nn.Module) -> list[nn.Linear]:
 
 def last_layer(projector: nn.Module) -> nn.Linear:
     """The linear layer that puts out the visual tokens."""
-    return cast(nn.Linear, projector.last if hasattr(projector, "last") else projector.linear_2)
+    return cast(nn.Linear, getattr(projector, "last", linear_layers(projector)[-1]))
 
 
 @contextmanager
 def inputs_of(layer: nn.Module) -> Iterator[Callable[[], Tensor]]:
     """Record a layer's inputs within the block; the function returns those since its last call, in fp32."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float()))
+    inputs: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().float()))
 
     def taken() -> Tensor:
-        taken, seen[:] = torch.cat(seen), []
-        return taken
+        joined, inputs[:] = torch.cat(inputs), []
+        return joined
 
     try:
         yield taken

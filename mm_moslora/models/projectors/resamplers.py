@@ -81,11 +81,6 @@ class PerceiverProjector(nn.Module):
             queries = block(queries, patches)
         return self.linear(self.norm(queries))
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear
-
     @staticmethod
     def tokens(shape: ProjectorShape) -> int:
         """Visual tokens per image."""
@@ -113,11 +108,6 @@ class QFormerProjector(nn.Module):
         """Project ``[N, P, V]`` to ``[N, Q, D]``."""
         queries = self.queries.expand(len(features), -1, -1)
         return self.linear(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear
 
     tokens = staticmethod(PerceiverProjector.tokens)
 
@@ -154,11 +144,6 @@ class CAbstractorProjector(nn.Module):
         patches = (features + self.places).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         pooled = F.adaptive_avg_pool2d(self.before(patches), self.side)
         return self.linear_2(self.act(self.linear_1(self.after(pooled).flatten(2).transpose(1, 2))))
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that puts out the visual tokens."""
-        return self.linear_2
 
     @staticmethod
     def tokens(shape: ProjectorShape) -> int:

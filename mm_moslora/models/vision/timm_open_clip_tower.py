@@ -175,9 +175,9 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     Buffers do not change (rotary frequencies and running statistics lose too much in half precision), nor do modules
     that require fp32.
     """
-    kept = {id(parameter) for parameter in fp32_parameters(module)}
+    in_fp32 = {id(parameter) for parameter in fp32_parameters(module)}
     for parameter in module.parameters():
-        if id(parameter) not in kept:
+        if id(parameter) not in in_fp32:
             parameter.data = parameter.data.to(dtype)
 
 
@@ -221,8 +221,8 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
             logger.warning(_RANDOM, config.name)
         elif weights:
             tower.tower = timm.create_model(name, pretrained=True, num_classes=0)
-        known = timm.get_pretrained_cfg(name)
-        pretrained_cfg = known.to_dict() if known else {}
+        settings = timm.get_pretrained_cfg(name)
+        pretrained_cfg = settings.to_dict() if settings else {}
     size = int((pretrained_cfg.get("input_size") or (3, 224, 224))[-1])
     tower.config.hidden_size, tower.config.image_size = (
         int(cast(Any, tower.tower).num_features),
@@ -248,15 +248,15 @@ def require_named(name: str | None) -> None:
     if library == "open_clip":
         import open_clip
 
-        known = open_clip.list_models()
-        there = model in known or "/" in model  # a name on the hub is looked up there
+        names = open_clip.list_models()
+        exists = model in names or "/" in model  # a name on the hub is looked up there
     else:
         import timm
 
-        known = timm.list_models()
-        there = timm.is_model(model) or "/" in model
-    if not there:
-        raise ModelError(f"{library} has no model {model!r}.{suggestion(model, known)}")
+        names = timm.list_models()
+        exists = timm.is_model(model) or "/" in model
+    if not exists:
+        raise ModelError(f"{library} has no model {model!r}.{suggestion(model, names)}")
 
 
 def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
@@ -290,17 +290,17 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
         tower.tower.load_state_dict(whole.visual.state_dict())
     else:
         logger.warning(_RANDOM, config.name)
-    known = PixelStatistics(
+    statistics = PixelStatistics(
         size=int(size[0] if isinstance(size, list | tuple) else size),
         mean=tuple(preprocess.get("mean", CLIP.mean)),
         std=tuple(preprocess.get("std", CLIP.std)),
     )
-    converted = to_transformers(tower.tower) if config.image_size in (None, known.size) else None
+    converted = to_transformers(tower.tower) if config.image_size in (None, statistics.size) else None
     if converted is not None:
-        return converted, known
+        return converted, statistics
     trunk = getattr(tower.tower, "trunk", None)
     tower.config.hidden_size = int(trunk.num_features) if trunk is not None else architecture["vision_cfg"]["width"]
-    return tower, known
+    return tower, statistics
 
 
 def _load_tower(tower: WrappedVisionModel, weights: Path, *, prefixes: tuple[str, ...]) -> None:
@@ -312,10 +312,10 @@ def _load_tower(tower: WrappedVisionModel, weights: Path, *, prefixes: tuple[str
     state = load_file(weights)
     prefix = next(item for item in prefixes if any(key.startswith(item) for key in state))
     expected = tower.tower.state_dict()
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    missing = [key for key in expected if key not in found and not key.endswith("num_batches_tracked")]
+    weights_by_name = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    missing = [key for key in expected if key not in weights_by_name and not key.endswith("num_batches_tracked")]
     # An open_clip tower ends in a projection to the text space, which is never used; a trunk-only file lacks it.
     missing = [key for key in missing if not key.startswith(("head.", "proj"))]
     if missing:
         raise ModelError(f"{weights} lacks {len(missing)} weights of the tower, the first is {missing[0]!r}.")
-    tower.tower.load_state_dict({key: value for key, value in found.items() if key in expected}, strict=False)
+    tower.tower.load_state_dict({key: value for key, value in weights_by_name.items() if key in expected}, strict=False)

@@ -26,7 +26,6 @@ from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import TOWERS, tower_family
 from mm_moslora.models.model_sizes import config_to_count, refuse_adapter_beside
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
-from mm_moslora.models.vision.repeated_layers import repeated_layers
 from mm_moslora.models.vision.timm_open_clip_tower import (
     BICUBIC,
     PixelStatistics,
@@ -154,7 +153,7 @@ def _load_beside(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pass:
+class _TowerRun:
     """One picture through an architecture; equal ones give features of the same shape."""
 
     tower: type[PreTrainedModel]
@@ -166,12 +165,11 @@ class _Pass:
 
 
 @lru_cache(maxsize=64)
-def _features(run: _Pass) -> tuple[int, ...]:
+def _features(run: _TowerRun) -> tuple[int, ...]:
     """Shape of the features, ``[1, tokens, V]``, from the architecture without weights (on the meta device)."""
     with torch.device("meta"):
         twin = cast(Any, run.tower)(run.config).eval()
-        with repeated_layers(twin):
-            output = twin(torch.zeros(1, 3, run.size, run.size), output_hidden_states=run.layers)
+        output = twin(torch.zeros(1, 3, run.size, run.size), output_hidden_states=run.layers)
     layers = [run.layers] if isinstance(run.layers, int) else run.layers
     return tuple(torch.cat([output.hidden_states[layer] for layer in layers], dim=-1).shape)
 
@@ -194,7 +192,9 @@ def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatisti
     layers = config.feature_layer if isinstance(config.feature_layer, int) else tuple(config.feature_layer)
     try:
         _, total, width = _features(
-            _Pass(tower=type(tower), text=tower.config.to_json_string(), size=size, layers=layers, config=tower.config)
+            _TowerRun(
+                tower=type(tower), text=tower.config.to_json_string(), size=size, layers=layers, config=tower.config
+            )
         )
     except (IndexError, RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise ModelError(

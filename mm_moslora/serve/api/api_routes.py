@@ -19,16 +19,16 @@ from mm_moslora.serve.api.chat_replies import DONE, Reply, frame
 from mm_moslora.serve.api.http_server import App, Receive, Scope, Send
 from mm_moslora.serve.api.prometheus_metrics import CONTENT_TYPE, Metrics
 from mm_moslora.serve.api.request_guard import Guard
-from mm_moslora.serve.api.request_intake import Held, Intake, unless_left
+from mm_moslora.serve.api.request_intake import Intake, Reservation, unless_left
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import Engine, Job, Piece
+from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
 from mm_moslora.serve.inference.prompt_preparation import Prepared
 from mm_moslora.serve.inference.request_images import Fetch
 from mm_moslora.utils.errors import suggestion
 
 
 def create_app(
-    engine: Engine, limits: Limits, *, key: str | None = None, local: bool = True, fetch: Fetch | None = None
+    engine: GenerationEngine, limits: Limits, *, key: str | None = None, local: bool = True, fetch: Fetch | None = None
 ) -> App:
     """The ASGI application around an engine, which it starts and stops.
 
@@ -65,7 +65,7 @@ def create_app(
         return JSONResponse({"object": "list", "data": [described(name) for name in engine.models.variants]})
 
     async def one_model(request: Request) -> Response:
-        return JSONResponse(described(_known(engine, request.path_params["name"])))
+        return JSONResponse(described(_checked_name(engine, request.path_params["name"])))
 
     routes = [
         Route("/v1/chat/completions", _Chat(engine, limits, metrics, intake), methods=["POST"]),
@@ -78,7 +78,7 @@ def create_app(
     return Guard(app, limits=limits, metrics=metrics, key=key, local=local)
 
 
-def _known(engine: Engine, name: str) -> str:
+def _checked_name(engine: GenerationEngine, name: str) -> str:
     if name not in engine.models.variants:
         shown = name if len(name) <= 80 else name[:80] + "…"
         raise ApiError(
@@ -92,7 +92,7 @@ def _known(engine: Engine, name: str) -> str:
 class _Chat:
     """The ASGI application of `/v1/chat/completions`; what a request holds is released when its answer is sent."""
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, intake: Intake) -> None:
+    def __init__(self, engine: GenerationEngine, limits: Limits, metrics: Metrics, intake: Intake) -> None:
         self._engine, self._limits, self._metrics, self._intake = engine, limits, metrics, intake
         self._busy = 0
         """Requests with a complete body and an unfinished answer."""
@@ -100,20 +100,20 @@ class _Chat:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         self._refuse_if_busy()
-        with Held(self._intake.bodies) as held:
+        with Reservation(self._intake.bodies) as reservation:
             # A slow upload does not count towards the requests that wait for an answer.
-            body = await self._intake.body(request, held)
+            body = await self._intake.body(request, reservation)
             self._refuse_if_busy()
             self._busy += 1
             try:
-                wanted = await self._intake.parsed(request, body)
-                _known(self._engine, wanted.model)
-                self._metrics.images.inc(len(wanted.pictures))
-                prepared = await self._intake.prepared(request, wanted, held)
-                wanted = replace(wanted, messages=())
-                reply = Reply(request=wanted, prompt_tokens=len(prepared.input_ids))
+                chat = await self._intake.parsed(request, body)
+                _checked_name(self._engine, chat.model)
+                self._metrics.images.inc(len(chat.pictures))
+                prepared = await self._intake.prepared(request, chat, reservation)
+                chat = replace(chat, messages=())
+                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids))
                 last = await unless_left(receive, self._answer(request, prepared, reply, send))
-                if wanted.stream:
+                if chat.stream:
                     await send({"type": "http.response.body", "body": last, "more_body": False})
                 else:
                     await JSONResponse(reply.whole())(scope, receive, send)
@@ -125,36 +125,36 @@ class _Chat:
             raise busy(f"{self._busy} requests are under way")
 
     async def _answer(self, request: Request, prepared: Prepared, reply: Reply, send: Send) -> bytes:
-        """Generate an answer and send it but for its end, which is returned; the jobs are cancelled when this is."""
-        happened: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        loop, wanted = asyncio.get_running_loop(), reply.request
+        """Generate an answer and send all but its end, which is returned; a cancelled call cancels its jobs."""
+        events: asyncio.Queue[tuple[int, AnswerPart]] = asyncio.Queue()
+        loop, chat = asyncio.get_running_loop(), reply.request
 
-        def deliver(choice: int, piece: Piece) -> None:
-            loop.call_soon_threadsafe(happened.put_nowait, (choice, piece))
+        def deliver(choice: int, part: AnswerPart) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, (choice, part))
 
         jobs = [
-            Job(
-                model=wanted.model, input_ids=prepared.input_ids, seen=prepared.seen, sampling=wanted.sampling,
-                stop=wanted.stop, thinking=wanted.thinking, choice=choice, deliver=partial(deliver, choice),
+            GenerationJob(
+                model=chat.model, input_ids=prepared.input_ids, images=prepared.images, sampling=chat.sampling,
+                stop=chat.stop, thinking=chat.thinking, choice=choice, deliver=partial(deliver, choice),
                 deadline=time.monotonic() + self._limits.request_seconds,
             )
-            for choice in range(wanted.choices)
+            for choice in range(chat.choices)
         ]  # fmt: skip
         started = False
         self._engine.submit(jobs)
         try:
             while not reply.finished:
-                events = reply.add(*_checked(await happened.get(), request))
+                chunk = reply.add(*_checked(await events.get(), request))
                 if not started:  # until then a failure gets its own status
                     self._metrics.first_token.observe(time.monotonic() - jobs[0].submitted)
-                if wanted.stream:
+                if chat.stream:
                     if not started:
                         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
                         await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 started = True
         except ApiError as error:
-            if not (started and wanted.stream):
+            if not (started and chat.stream):
                 raise
             return frame(error.body()) + DONE
         finally:
@@ -163,7 +163,7 @@ class _Chat:
         return reply.closing()
 
 
-def _checked(item: tuple[int, Piece], request: Request) -> tuple[int, Piece]:
+def _checked(item: tuple[int, AnswerPart], request: Request) -> tuple[int, AnswerPart]:
     """An event of an answer, unless it is a failure."""
     ending = item[1].ending
     if ending == "failed":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm_moslora.serve.api.chat_request import ChatRequest
-from mm_moslora.serve.inference.continuous_batching import Ending, Piece
+from mm_moslora.serve.inference.continuous_batching import AnswerPart, Ending
 from mm_moslora.serve.inference.text_stream import ThinkingSplit
 
 DONE = b"data: [DONE]\n\n"
@@ -45,20 +45,20 @@ class Reply:
         """Whether every answer has ended."""
         return all(choice.ending for choice in self._choices)
 
-    def add(self, index: int, piece: Piece) -> bytes:
+    def add(self, index: int, part: AnswerPart) -> bytes:
         """Record an event of one answer; returns its events where the request asks for a stream."""
         choice = self._choices[index]
-        thinking, text = choice.split.add(piece.text, last=piece.ending is not None)
+        thinking, text = choice.split.add(part.text, last=part.ending is not None)
         choice.thoughts += thinking
         choice.text += text
-        choice.tokens, choice.ending = piece.tokens, piece.ending
+        choice.tokens, choice.ending = part.tokens, part.ending
         if not self.request.stream:
             return b""
         deltas: list[dict[str, str]] = [] if choice.opened else [{"role": "assistant", "content": ""}]
         choice.opened = True
         deltas += [{key: new} for key, new in (("reasoning_content", thinking), ("content", text)) if new]
         events = b"".join(self._event(index, delta) for delta in deltas)
-        return events + (self._event(index, {}, piece.ending) if piece.ending else b"")
+        return events + (self._event(index, {}, part.ending) if part.ending else b"")
 
     def whole(self) -> dict[str, Any]:
         """The reply to a request without streaming."""
@@ -80,8 +80,8 @@ class Reply:
         return frame(self._object("chat.completion.chunk", []) | {"usage": self._usage()}) + DONE
 
     def _event(self, index: int, delta: dict[str, str], ending: str | None = None) -> bytes:
-        one = {"index": index, "delta": delta, "finish_reason": ending, "logprobs": None}
-        return frame(self._object("chat.completion.chunk", [one]))
+        choice = {"index": index, "delta": delta, "finish_reason": ending, "logprobs": None}
+        return frame(self._object("chat.completion.chunk", [choice]))
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

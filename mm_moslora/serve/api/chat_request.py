@@ -25,7 +25,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(kw_only=True)
-class Picture:
+class MessagePicture:
     """A picture of a message, not yet decoded."""
 
     url: str
@@ -35,12 +35,12 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Message:
+class ChatMessage:
     """One message."""
 
     role: str
     """system, user or assistant."""
-    parts: tuple[str | Picture, ...]
+    parts: tuple[str | MessagePicture, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ChatRequest:
     """A checked request for a chat completion."""
 
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     sampling: Sampling
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
@@ -58,9 +58,9 @@ class ChatRequest:
     choices: int = 1
 
     @property
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[MessagePicture]:
         """The pictures of all messages."""
-        return [part for message in self.messages for part in message.parts if isinstance(part, Picture)]
+        return [part for message in self.messages for part in message.parts if isinstance(part, MessagePicture)]
 
     @property
     def characters(self) -> int:
@@ -98,7 +98,7 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
             raise _unsupported(f"{name} is not supported by this server", name)
     options = _field(body, "stream_options", "an object", lambda value: isinstance(value, dict)) or {}
     longest = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    made = ChatRequest(
+    request = ChatRequest(
         model=_text(body.get("model"), "model"),
         messages=_messages(body.get("messages"), limits),
         sampling=Sampling(
@@ -115,15 +115,15 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
         include_usage=_switch(options, "include_usage", "stream_options.") or False,
         choices=_whole(body, "n", 1, limits.choices) or 1,
     )
-    if (count := len(made.pictures)) > limits.images:
+    if (count := len(request.pictures)) > limits.images:
         raise ApiError(
             f"The request holds {count} pictures, at most {limits.images} are allowed.",
             param="messages", code="too_many_images",
         )  # fmt: skip
-    return made
+    return request
 
 
-def _messages(value: Any, limits: Limits) -> tuple[Message, ...]:
+def _messages(value: Any, limits: Limits) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not value:
         raise _wrong("messages", "a list of at least one message")
     if len(value) > limits.messages:
@@ -145,7 +145,7 @@ def _messages(value: Any, limits: Limits) -> tuple[Message, ...]:
     return messages
 
 
-def _message(value: Any, where: str, limits: Limits) -> Message:
+def _message(value: Any, where: str, limits: Limits) -> ChatMessage:
     if not isinstance(value, dict):
         raise _wrong(where, "an object with role and content")
     role, content = value.get("role"), value.get("content")
@@ -154,15 +154,17 @@ def _message(value: Any, where: str, limits: Limits) -> Message:
     role = "system" if role == "developer" else role
     where += ".content"
     if isinstance(content, str):
-        return Message(role=role, parts=(_text(content, where, empty=True),))
+        return ChatMessage(role=role, parts=(_text(content, where, empty=True),))
     if not isinstance(content, list) or not content:
         raise _wrong(where, "a text, or a list of parts")
     if len(content) > limits.parts:
         raise _wrong(where, f"at most {limits.parts} parts")
-    return Message(role=role, parts=tuple(_part(item, f"{where}[{index}]", role) for index, item in enumerate(content)))
+    return ChatMessage(
+        role=role, parts=tuple(_part(item, f"{where}[{index}]", role) for index, item in enumerate(content))
+    )
 
 
-def _part(value: Any, where: str, role: str) -> str | Picture:
+def _part(value: Any, where: str, role: str) -> str | MessagePicture:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
         return _text(value.get("text"), f"{where}.text", empty=True)
@@ -172,28 +174,28 @@ def _part(value: Any, where: str, role: str) -> str | Picture:
         raise ApiError(f"{where} is a picture of the {role}; only user messages hold pictures.", param=where)
     image = value.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
-    return Picture(url=_text(url, f"{where}.image_url.url"), where=f"{where}.image_url")
+    return MessagePicture(url=_text(url, f"{where}.image_url.url"), where=f"{where}.image_url")
 
 
 def _thinking(body: Mapping[str, Any]) -> bool | None:
     """The switch of vLLM and SGLang: `chat_template_kwargs: {"enable_thinking": false}`."""
     name = "chat_template_kwargs"
-    given = _field(body, name, "an object with enable_thinking", lambda value: isinstance(value, dict)) or {}
-    if others := sorted(given.keys() - {"enable_thinking"}):
+    options = _field(body, name, "an object with enable_thinking", lambda value: isinstance(value, dict)) or {}
+    if others := sorted(options.keys() - {"enable_thinking"}):
         other = ascii(others[0])[1:-1][:60]
         raise _unsupported(f"{name}.{other} is not supported by this server, only enable_thinking", name)
-    return _switch(given, "enable_thinking", f"{name}.")
+    return _switch(options, "enable_thinking", f"{name}.")
 
 
 def _stop(value: Any, limits: Limits) -> tuple[str, ...]:
-    given = [] if value is None else [value] if isinstance(value, str) else value
+    stops = [] if value is None else [value] if isinstance(value, str) else value
     if (
-        not isinstance(given, list)
-        or len(given) > limits.stops
-        or not all(isinstance(item, str) and 0 < len(item) <= limits.stop_characters for item in given)
+        not isinstance(stops, list)
+        or len(stops) > limits.stops
+        or not all(isinstance(item, str) and 0 < len(item) <= limits.stop_characters for item in stops)
     ):
         raise _wrong("stop", f"up to {limits.stops} texts of 1 to {limits.stop_characters} characters")
-    return tuple(_text(item, "stop") for item in given)
+    return tuple(_text(item, "stop") for item in stops)
 
 
 def _text(value: Any, where: str, *, empty: bool = False) -> str:
@@ -217,15 +219,15 @@ def _field(
 
 
 def _switch(body: Mapping[str, Any], name: str, prefix: str = "") -> bool | None:
-    made: bool | None = _field(body, name, "true or false", lambda value: isinstance(value, bool), prefix=prefix)
-    return made
+    switch: bool | None = _field(body, name, "true or false", lambda value: isinstance(value, bool), prefix=prefix)
+    return switch
 
 
 def _whole(body: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
-    made: int | None = _field(
+    number: int | None = _field(
         body, name, f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
     )
-    return made
+    return number
 
 
 def _number(body: Mapping[str, Any], name: str, low: float, high: float, *, default: float = 0.0) -> float:

@@ -47,7 +47,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bound(host: str, port: int) -> list[socket.socket]:
-    """A socket on an address (rather IPv4; port 0: a free one), taken before costly work; it does not listen yet.
+    """A bound socket (IPv4 if possible; port 0: a free port), taken before costly work; it does not listen yet.
 
     Raises:
         ConfigError: the address is not of this machine, or the port is taken or not allowed.
@@ -55,17 +55,17 @@ def bound(host: str, port: int) -> list[socket.socket]:
     try:
         if not 0 <= port <= LARGEST_PORT:  # the system would take the remainder of a division
             raise OverflowError(f"ports are 0 to {LARGEST_PORT}")
-        known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = min(known, key=lambda item: item[0] != socket.AF_INET)
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(addresses, key=lambda item: item[0] != socket.AF_INET)
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(
             f"Nothing can listen on {host}, port {port} ({getattr(error, 'strerror', None) or error}). Correct the "
             "address, end what uses the port, or choose another one with --port; 0 takes a free one."
         ) from error
-    return [found]
+    return [listener]
 
 
 def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Callable[[], object]) -> None:

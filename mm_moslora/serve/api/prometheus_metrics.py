@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from mm_moslora.serve.api.request_intake import Intake
-from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -18,7 +18,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Metrics:
     """Counters of one server; the engine and the memory that requests hold are read whenever they are requested."""
 
-    def __init__(self, engine: Engine, intake: Intake) -> None:
+    def __init__(self, engine: GenerationEngine, intake: Intake) -> None:
         self._engine, self._intake, self._registry = engine, intake, CollectorRegistry()
         at: dict[str, Any] = {"registry": self._registry, "namespace": "mm_moslora"}
         self.requests = Counter("requests", "Requests by route and status.", ["route", "status"], **at)

@@ -104,7 +104,7 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, counted, watched)
-        except asyncio.CancelledError:  # the server has waited for as long as it does
+        except asyncio.CancelledError:  # the time in which answers may end is over
             await self._refuse(stopping(), scope, receive, watched, started=status != 0)
         except SlowReaderError:
             logger.warning("%s: the client stopped reading; dropped.", request_id)
@@ -132,9 +132,9 @@ class Guard:
             raise self._too_large()
         if self._key is None or scope["path"] == "/health":  # load balancers send no key
             return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         # Digests are compared, so that the duration reveals nothing about the key, not even its length.
-        same = hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self._key)
+        same = hmac.compare_digest(hashlib.sha256(token.strip()).digest(), self._key)
         if scheme.lower() != b"bearer" or not same:
             raise ApiError(
                 "A key is required: send the header `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"
@@ -179,6 +179,6 @@ def read_key() -> str | None:
     return key
 
 
-def _is_of_this_machine(found: re.Match[bytes] | None) -> bool:
+def _is_of_this_machine(match: re.Match[bytes] | None) -> bool:
     """Whether the host of a matched address is `localhost` or any loopback address, such as 127.0.0.2."""
-    return found is not None and is_loopback((found[1] or found[2]).decode("ascii").lower())
+    return match is not None and is_loopback((match[1] or match[2]).decode("ascii").lower())

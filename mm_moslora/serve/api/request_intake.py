@@ -63,7 +63,7 @@ class Budget:
                 await self._freed.wait()
 
 
-class Held:
+class Reservation:
     """The share of a budget that one request holds, released at the end of a `with` block."""
 
     def __init__(self, budget: Budget) -> None:
@@ -81,7 +81,7 @@ class Held:
             self._budget.give(self._count - count)
         self._count = count
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +100,7 @@ class Intake:
         """Start no further work."""
         self._workers.shutdown(wait=False, cancel_futures=True)
 
-    async def body(self, request: Request, held: Held) -> bytearray:
+    async def body(self, request: Request, reservation: Reservation) -> bytearray:
         """Read the body of a request, with limits on its content and time while it arrives; `Guard` limits its size.
 
         Raises:
@@ -116,7 +116,7 @@ class Intake:
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for chunk in request.stream():
-                    held.set(len(body) + len(chunk))
+                    reservation.set(len(body) + len(chunk))
                     body += chunk
                     items += chunk.count(b",") + chunk.count(b"[") + chunk.count(b"{")
                     escapes += chunk.count(b"\\")
@@ -142,11 +142,11 @@ class Intake:
         """
         limits = self._limits
         work = self._workers.submit(lambda: chat_request(read_json(body, limits), limits))
-        made = await self._in_worker(request, work, threading.Event(), limits.prepare_seconds)
+        parsed = await self._in_worker(request, work, threading.Event(), limits.prepare_seconds)
         body.clear()
-        return made
+        return parsed
 
-    async def prepared(self, request: Request, wanted: ChatRequest, held: Held) -> Prepared:
+    async def prepared(self, request: Request, chat: ChatRequest, reservation: Reservation) -> Prepared:
         """The tokens and pixels of a request.
 
         Raises:
@@ -154,11 +154,11 @@ class Intake:
         """
         limits, models, stop = self._limits, self._models, threading.Event()
         deadline = time.monotonic() + limits.prepare_seconds
-        refuse_unfit(wanted, models, limits)
-        reading = self._workers.submit(picture_files, wanted.pictures, limits, fetch=self._fetch, stop=stop)
+        refuse_unfit(chat, models, limits)
+        reading = self._workers.submit(picture_files, chat.pictures, limits, fetch=self._fetch, stop=stop)
         files = await self._in_worker(request, reading, stop, limits.prepare_seconds)
         memory = memory_of(files, limits, squares=models.pads_to_squares)
-        held.set(sum(len(file.data) for file in files) + wanted.characters)
+        reservation.set(sum(len(file.data) for file in files) + chat.characters)
         try:
             await self.pictures.wait(memory, deadline - time.monotonic())
         except TimeoutError:
@@ -169,10 +169,10 @@ class Intake:
             with suppress(RuntimeError):  # the loop has closed
                 loop.call_soon_threadsafe(self.pictures.give, memory)
 
-        opening = self._workers.submit(prepare, wanted, files, models, limits, stop=stop)
+        opening = self._workers.submit(prepare, chat, files, models, limits, stop=stop)
         opening.add_done_callback(release)  # the thread may still run for a moment after its result is abandoned
         result = await self._in_worker(request, opening, stop, deadline - time.monotonic())
-        held.set(result.bytes)
+        reservation.set(result.bytes)
         return result
 
     async def _in_worker(
@@ -189,24 +189,24 @@ class Intake:
 
 
 async def unless_left(receive: Receive, work: Awaitable[_Result], *, seconds: float | None = None) -> _Result:
-    """The result of something that is cancelled when the client leaves.
+    """The result of `work`, which is cancelled when the client leaves.
 
     Raises:
         ApiError: the client left.
-        TimeoutError: it took longer than these seconds.
+        TimeoutError: it took longer than `seconds`.
     """
 
-    async def left() -> None:
+    async def client_leaves() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client_leaves())
     try:
         await asyncio.wait((task, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise client_left() if leaving.done() else TimeoutError
     finally:
-        for one in (task, leaving):
-            one.cancel()
+        for future in (task, leaving):
+            future.cancel()
         await asyncio.gather(task, leaving, return_exceptions=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route, Router
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route, Router
+from starlette.staticfiles import StaticFiles
 
 from mm_moslora.reporting.inline_images import thumbnail
 from mm_moslora.serve.api.http_server import App, Server, bound
@@ -29,7 +28,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+_STATIC = Path(__file__).with_name("static")
 
 
 def serve_board(folder: Path, *, port: int) -> None:
@@ -47,9 +46,8 @@ def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) 
     """
     board = _Board(Folder(folder), stopping)
     routes = [
-        Route("/", board.asset("board.html")),
-        Route("/board.js", board.asset("board.js")),
-        Route("/board.css", board.asset("board.css")),
+        Route("/", lambda _: FileResponse(_STATIC / "board.html")),
+        Mount("/static", StaticFiles(directory=_STATIC)),
         Route("/api/runs", board.runs),
         Route("/api/run", board.run),
         Route("/api/picture", board.picture),
@@ -62,16 +60,6 @@ def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) 
 class _Board:
     def __init__(self, folder: Folder, stopping: Callable[[], bool]) -> None:
         self._folder, self._stopping = folder, stopping
-
-    def asset(self, name: str) -> Callable[[Request], Response]:
-        """A handler that returns a file of the package."""
-        text = resources.files("mm_moslora.serve.dashboard").joinpath("static", name).read_text(encoding="utf-8")
-        kind = _KINDS[Path(name).suffix]
-
-        def give(_: Request) -> Response:
-            return Response(text, media_type=kind)
-
-        return give
 
     async def runs(self, _: Request) -> Response:
         return JSONResponse(await asyncio.to_thread(self._rows))
@@ -88,8 +76,8 @@ class _Board:
 
     async def picture(self, request: Request) -> Response:
         """`?id=NAME&number=N`: the thumbnail of a sample's picture. The client never sends a path."""
-        found = await asyncio.to_thread(self._thumbnail, request.query_params)
-        return PlainTextResponse("no picture", status_code=404) if found is None else found
+        image = await asyncio.to_thread(self._thumbnail, request.query_params)
+        return PlainTextResponse("no picture", status_code=404) if image is None else image
 
     def _thumbnail(self, query: Any) -> Response | None:
         name, number = query.get("id", ""), query.get("number", "")
@@ -113,9 +101,8 @@ class _Board:
             quiet = 0.0
             while not self._stopping() and not await request.is_disconnected():
                 text = json.dumps(await asyncio.to_thread(self._rows))
-                digest = hashlib.sha256(text.encode()).hexdigest()
-                if digest != before:
-                    before, quiet = digest, 0.0
+                if text != before:
+                    before, quiet = text, 0.0
                     yield f"event: runs\ndata: {text}\n\n"
                 elif quiet > 15:  # proxies and browsers close silent connections
                     quiet = 0.0

@@ -24,13 +24,14 @@ from mm_moslora.utils.untrusted_data import encodable, without_constants
 DEEPEST = 4
 """Depth of the search for runs below the folder."""
 MOST_RUNS = 500
+"""Runs that are listed. The search goes level by level, so the deepest ones are left out."""
 POINTS = 400
 """Points per curve; longer curves are averaged in buckets."""
 MOST_SAMPLES = 200
 _REST, _AT_ONCE = 3.0, 0.3
-"""Runs that have grown are read again for a quarter of the time, since a page looks every second: the multiple of the
-time of a reading in which none is read, and seconds of it that may come later."""
-_PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", "heartbeat", "stacks", ".")
+"""A page asks every second, and reading grown runs again takes at most a quarter of the time: after a reading there is
+a pause of `_REST` times its duration, which ends `_AT_ONCE` seconds early."""
+_IGNORED = ("checkpoint-", "tensorboard", "wandb", "heartbeat", "stacks", ".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +69,12 @@ class Folder:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per run, the newest first."""
-        found = self._find()
+        runs = self._find()
         with self._lock:
-            self._read = {name: shown for name, shown in self._read.items() if name in found}
+            self._read = {name: shown for name, shown in self._read.items() if name in runs}
             # The one that was read longest ago comes first: it may be the only one that is read now.
-            order = sorted(found, key=lambda name: self._read[name].read if name in self._read else 0.0)
-            rows = [_state(found[name]) | self._shown(name, found[name]).row for name in order]
+            order = sorted(runs, key=lambda name: self._read[name].read if name in self._read else 0.0)
+            rows = [_state(runs[name]) | self._shown(name, runs[name]).row for name in order]
         return sorted(rows, key=lambda row: -row["changed"])
 
     def detail(self, name: str) -> dict[str, Any] | None:
@@ -86,29 +87,29 @@ class Folder:
         return self._find().get(name)
 
     def _find(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+        runs: dict[str, Path] = {}
         queue = [(self.root, 0)]
-        while queue and len(found) < MOST_RUNS:
+        while queue and len(runs) < MOST_RUNS:
             folder, depth = queue.pop(0)
             stages: list[Path] = []
             if is_run(folder):
-                found[_id_of(folder.relative_to(self.root))] = folder
+                runs[_id_of(folder.relative_to(self.root))] = folder
                 stages = stage_folders(folder)
             if depth < DEEPEST:
                 queue += [(child, depth + 1) for child in _children(folder) if child not in stages]
-        return found
+        return runs
 
     def _shown(self, name: str, path: Path) -> Shown:
         stamp = _stamp(path)
         with self._lock:
-            known = self._read.get(name)
+            run = self._read.get(name)
             began = time.monotonic()
-            again = known is not None and known.stamp != stamp and began > self._rest_until - _AT_ONCE
-            if known is None or again:
-                known = self._read[name] = _read(name, path, stamp)
-            if again:
-                self._rest_until = max(began, self._rest_until) + _REST * (known.read - began)
-        return known
+            grown = run is not None and run.stamp != stamp and began > self._rest_until - _AT_ONCE
+            if run is None or grown:
+                run = self._read[name] = _read(name, path, stamp)
+            if grown:
+                self._rest_until = max(began, self._rest_until) + _REST * (run.read - began)
+        return run
 
 
 def _id_of(path: Path) -> str:
@@ -120,22 +121,22 @@ def _children(folder: Path) -> list[Path]:
     try:
         return sorted(
             item for item in folder.iterdir()
-            if item.is_dir() and not item.is_symlink() and not item.name.startswith(_PASSED_OVER)
+            if item.is_dir() and not item.is_symlink() and not item.name.startswith(_IGNORED)
         )  # fmt: skip
     except OSError:
         return []
 
 
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    marks = []
-    for place in [folder, *stage_folders(folder)]:
+    files = []
+    for source in [folder, *stage_folders(folder)]:
         for name in (*MARKS, "mixers.json", "config.yaml", "alerts.jsonl"):
             try:
-                status = (place / name).stat()
+                status = (source / name).stat()
             except OSError:
                 continue
-            marks.append((f"{place.name}/{name}", status.st_mtime_ns, status.st_size))
-    return tuple(marks)
+            files.append((f"{source.name}/{name}", status.st_mtime_ns, status.st_size))
+    return tuple(files)
 
 
 def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Shown:

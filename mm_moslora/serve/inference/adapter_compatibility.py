@@ -63,13 +63,13 @@ def _differing_keys(served: Path, added: Path) -> list[str]:
 
 def _flat(prefix: str, part: Any) -> dict[str, str]:
     free = _OTHERWISE_FREE[type(part)]
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for item in dataclasses.fields(part):
         value, key = getattr(part, item.name), f"{prefix}.{item.name}"
         if item.name in free:
             continue
-        found |= _flat(key, value) if type(value) in _OTHERWISE_FREE else {key: repr(value)}
-    return found
+        settings |= _flat(key, value) if type(value) in _OTHERWISE_FREE else {key: repr(value)}
+    return settings
 
 
 def _differing_parts(assembly: Parts, added: ModelConfig) -> list[str]:

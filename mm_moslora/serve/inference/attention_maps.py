@@ -30,7 +30,7 @@ SIDE = 448
 
 @torch.inference_mode()
 def attention_maps(
-    models: Models, name: str, *, input_ids: Tensor, seen: Sequence[ProcessedImage], answer: Sequence[int]
+    models: Models, name: str, *, input_ids: Tensor, images: Sequence[ProcessedImage], answer: Sequence[int]
 ) -> list[Tensor] | None:
     """Mean attention of the answer to each picture's tokens.
 
@@ -38,7 +38,7 @@ def attention_maps(
         models: no other thread may use it meanwhile.
         name: a variant.
         input_ids: int64 ``[T - A]``, placeholders expanded.
-        seen: its pictures in order.
+        images: its pictures in order.
         answer: token ids.
 
     Returns:
@@ -47,17 +47,17 @@ def attention_maps(
     """
     side = math.isqrt(models.assembly.tokens_per_image)
     length = len(input_ids) + len(answer)
-    if not seen or not answer or length > LONGEST or side * side != models.assembly.tokens_per_image:
+    if not images or not answer or length > LONGEST or side * side != models.assembly.tokens_per_image:
         return None
     model = models.assembly.model
     ids = torch.cat([input_ids, torch.tensor(list(answer))])
     with models.use(name), attention_within(model, "eager"):  # the fast ones do not give their weights out
-        embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, seen)))
+        embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, images)))
         weights = model.get_decoder()(inputs_embeds=embedded[None], output_attentions=True, use_cache=False).attentions
     asking = range(len(input_ids) - 1, length - 1)  # the outputs at these positions became the answer
     attention = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0).cpu()
-    maps = attention[ids == models.assembly.image_token_id].view(len(seen), side, side)
-    return [one / one.max().clamp_min(1e-12) for one in maps]
+    maps = attention[ids == models.assembly.image_token_id].view(len(images), side, side)
+    return [heat / heat.max().clamp_min(1e-12) for heat in maps]
 
 
 def overlay(pixels: Tensor, weights: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:

@@ -40,7 +40,7 @@ Ending = Literal["stop", "length", "failed", "late", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class AnswerPart:
     """An event of an answer."""
 
     text: str = ""
@@ -51,19 +51,19 @@ class Piece:
 
 
 @dataclass(kw_only=True, eq=False)
-class Job(Draw):
+class GenerationJob(Draw):
     """One answer to generate."""
 
     model: str
     """Name of a variant."""
     input_ids: Tensor
     """int64 ``[T]``, placeholders expanded."""
-    seen: Sequence[ProcessedImage]
+    images: Sequence[ProcessedImage]
     """Its pictures, in order."""
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
     """The form of the prompt; see `ConversationEncoder.encode_prompt`."""
-    deliver: Callable[[Piece], object]
+    deliver: Callable[[AnswerPart], object]
     """Callback, called from the engine's thread, which may use the model meanwhile."""
     deadline: float
     """Deadline on the monotonic clock, seconds."""
@@ -86,7 +86,7 @@ class _Group:
     """Answers of one variant that are decoded together: a row of the decoder per job."""
 
     decoder: Decoder | None
-    jobs: list[Job]
+    jobs: list[GenerationJob]
 
     def keep(self, numbers: Sequence[int]) -> None:
         """Drop all other rows."""
@@ -99,13 +99,13 @@ class _Group:
             self.decoder = None
 
 
-class Engine:
+class GenerationEngine:
     """Generates answers in its own thread; no other thread may use the models while it runs."""
 
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits = models, limits
         self._groups: dict[str, list[_Group]] = {name: [] for name in models.variants}
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[GenerationJob] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
@@ -134,7 +134,7 @@ class Engine:
         """Answers in the queue."""
         return len(self._waiting)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[GenerationJob]) -> None:
         """Queue the answers of one request, all or none.
 
         Raises:
@@ -178,13 +178,13 @@ class Engine:
             self._groups[name] = [group for group in self._groups[name] if group.jobs]
         self.running = len(self._decoded())
 
-    def _admit(self, name: str, jobs: list[Job], *, again: bool = False) -> None:
+    def _admit(self, name: str, jobs: list[GenerationJob], *, resumed: bool = False) -> None:
         """Read prompts in one batch; after an error, one by one."""
         if len(jobs) == 1 and jobs[0].cancelled:  # cancelled while others were read
             self._deliver(jobs[0], ending="cancelled")
             return
         try:
-            self._read(name, jobs, again)
+            self._read(name, jobs, resumed)
         except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
@@ -205,9 +205,9 @@ class Engine:
                 return
             _log("A decoding step failed; each row is read again by itself", error)
             for job in jobs:
-                self._admit(name, [job], again=True)
+                self._admit(name, [job], resumed=True)
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, job: GenerationJob, error: Exception) -> None:
         """End one answer after an error."""
         self.failures += 1
         _log("An answer failed", error)
@@ -224,7 +224,7 @@ class Engine:
         for job in jobs:
             self._fail(job, error)
 
-    def _decoded(self) -> list[Job]:
+    def _decoded(self) -> list[GenerationJob]:
         return [job for groups in self._groups.values() for group in groups for job in group.jobs]
 
     def _drop(self) -> None:
@@ -237,22 +237,22 @@ class Engine:
         for job in gone:
             self._deliver(job, ending="cancelled" if job.cancelled else "late")
         for group in [group for groups in self._groups.values() for group in groups]:
-            kept = []
+            rows = []
             for number, job in enumerate(group.jobs):
                 if job.cancelled:
                     self._deliver(job, ending="cancelled")
                 elif now > job.deadline:
                     self._deliver(job, job.text.finish(), "length")
                 else:
-                    kept.append(number)
-            group.keep(kept)
+                    rows.append(number)
+            group.keep(rows)
 
-    def _admissible(self) -> dict[str, list[Job]]:
+    def _admissible(self) -> dict[str, list[GenerationJob]]:
         """The next jobs in order of arrival, as many as fit, by variant."""
         running = self._decoded()
         rows, tokens = len(running), sum(job.room for job in running)
         most = min(self.limits.batch, rows + _ADMITTED_AT_ONCE)
-        chosen: dict[str, list[Job]] = {}
+        chosen: dict[str, list[GenerationJob]] = {}
         with self._changed:
             while self._waiting and rows < most:
                 job = self._waiting[0]
@@ -263,14 +263,14 @@ class Engine:
                 rows, tokens = rows + 1, tokens + job.room
         return chosen
 
-    def _read(self, name: str, jobs: list[Job], again: bool) -> None:
+    def _read(self, name: str, jobs: list[GenerationJob], resumed: bool) -> None:
         """Run prompts and add their rows to the batch, or a prompt and its answer so far in a batch of its own."""
         with self.models.use(name):
-            decoder = self.models.read(name, [(job.input_ids, job.seen) for job in jobs])
-            if again and jobs[0].tokens:
+            decoder = self.models.read(name, [(job.input_ids, job.images) for job in jobs])
+            if resumed and jobs[0].tokens:
                 self._run_tokens(decoder, torch.tensor([jobs[0].tokens]))
         groups = self._groups[name]
-        if again:
+        if resumed:
             groups.insert(0, _Group(decoder, jobs))  # new jobs join the last group
             return
         if groups and groups[-1].decoder is not None and self.models.joins:
@@ -289,7 +289,7 @@ class Engine:
             try:
                 if isinstance(token, ModelError):
                     raise token
-                goes_on = self._say(job, token)
+                goes_on = self._deliver_token(job, token)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -308,7 +308,7 @@ class Engine:
         ids = tokens.to(decoder.logits.device)
         decoder.extend(table(ids), torch.ones_like(ids))
 
-    def _say(self, job: Job, token: int) -> bool:
+    def _deliver_token(self, job: GenerationJob, token: int) -> bool:
         """Deliver one token; returns whether the answer continues."""
         if token in self.models.stops:
             self._deliver(job, job.text.finish(), "stop")
@@ -316,21 +316,21 @@ class Engine:
         job.tokens.append(token)
         job.occurrences[token] += 1
         self.answer_tokens += 1
-        piece = job.text.add(token)
+        text = job.text.add(token)
         if job.text.stopped:
-            self._deliver(job, piece, "stop")
+            self._deliver(job, text, "stop")
         elif len(job.tokens) >= job.sampling.max_tokens:
-            self._deliver(job, piece + job.text.finish(), "length")
+            self._deliver(job, text + job.text.finish(), "length")
         else:
-            if piece:
-                self._deliver(job, piece)
+            if text:
+                self._deliver(job, text)
             return True
         return False
 
     @staticmethod
-    def _deliver(job: Job, text: str = "", ending: Ending | None = None) -> None:
+    def _deliver(job: GenerationJob, text: str = "", ending: Ending | None = None) -> None:
         try:
-            job.deliver(Piece(text=text, ending=ending, tokens=len(job.tokens)))
+            job.deliver(AnswerPart(text=text, ending=ending, tokens=len(job.tokens)))
         except RuntimeError:  # the client's event loop is closed
             job.cancelled = True
 

@@ -14,9 +14,10 @@ from operator import attrgetter
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
-from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.data.chat.record_forms import IMAGE
+from mm_moslora.data.chat.records import Turn
 from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.api.chat_request import ChatRequest, Message, Picture
+from mm_moslora.serve.api.chat_request import ChatMessage, ChatRequest, MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.request_images import PictureFile, open_pictures, refuse_stopped
 from mm_moslora.serve.inference.served_models import Models
@@ -28,12 +29,12 @@ class Prepared:
     """A request as model inputs."""
 
     input_ids: Tensor
-    seen: list[ProcessedImage]
+    images: list[ProcessedImage]
 
     @property
     def bytes(self) -> int:
         """Bytes of memory of the tensors."""
-        tensors = [self.input_ids, *(tensor for item in self.seen for tensor in item.tensors.values())]
+        tensors = [self.input_ids, *(tensor for item in self.images for tensor in item.tensors.values())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -43,7 +44,7 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
     Raises:
         ApiError: the model has no vision encoder, or the texts are too long for it.
     """
-    if request.pictures and not models.sees:
+    if request.pictures and not models.takes_pictures:
         raise ApiError(
             f"{request.model} has no vision encoder; send text only.", param="messages", code="images_not_supported"
         )
@@ -77,7 +78,7 @@ def prepare(
     pictures = open_pictures(files, stop=stop)
     refuse_stopped(stop)
     try:
-        ids, seen = models.prompt(turns_of(request.messages), pictures, thinking=request.thinking)
+        ids, images = models.prompt(turns_of(request.messages), pictures, thinking=request.thinking)
     except ModelError as error:
         raise ApiError(str(error), param="messages", code="invalid_image") from None
     except MoSLoRAError:
@@ -87,7 +88,7 @@ def prepare(
         ) from None  # fmt: skip
     if len(ids) + tokens > longest:
         raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
-    return Prepared(input_ids=ids, seen=seen)
+    return Prepared(input_ids=ids, images=images)
 
 
 def _longest(models: Models, limits: Limits) -> int:
@@ -103,7 +104,7 @@ def _too_long(what: str, tokens: int, longest: int) -> ApiError:
     )  # fmt: skip
 
 
-def turns_of(messages: Sequence[Message]) -> list[Turn]:
+def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
     """Messages as turns: consecutive messages of one role become one turn, and so do all system messages."""
     turns: list[Turn] = []
     for role, same in itertools.groupby(messages, key=attrgetter("role")):
@@ -116,22 +117,22 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
     return turns
 
 
-def _question(parts: Sequence[str | Picture]) -> Turn:
+def _question(parts: Sequence[str | MessagePicture]) -> Turn:
     """A user turn. Pictures keep their places in the message, each on its own line.
 
     Most clients send the text first and the pictures after it, while models are trained with the pictures first.
     Pictures at the end of a message are therefore moved to its beginning.
     """
     last_text = max((index for index, part in enumerate(parts) if isinstance(part, str)), default=-1)
-    first_picture = next((index for index, part in enumerate(parts) if isinstance(part, Picture)), len(parts))
+    first_picture = next((index for index, part in enumerate(parts) if isinstance(part, MessagePicture)), len(parts))
     if first_picture > last_text:
         parts = [*parts[first_picture:], *parts[:first_picture]]
-    text, places = "", []
+    text, offsets = "", []
     for index, part in enumerate(parts):
-        if isinstance(part, Picture):
-            places.append(len(text))
+        if isinstance(part, MessagePicture):
+            offsets.append(len(text))
             text += f"{IMAGE}\n"
         else:
             behind_text = index > 0 and isinstance(parts[index - 1], str)
             text += f"\n{part}" if behind_text else part
-    return Turn(role="user", text=text, places=tuple(places))
+    return Turn(role="user", text=text, offsets=tuple(offsets))

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from mm_moslora.data.images.record_picture import FORMATS, ImageError, check_size, open_image_bytes
+from mm_moslora.data.images.picture_faults import FORMATS, ImageError, check_size
+from mm_moslora.data.images.record_picture import open_image_bytes
 from mm_moslora.data.record_faults import Code
 from mm_moslora.serve.api.api_errors import ApiError, client_left
-from mm_moslora.serve.api.chat_request import Picture
+from mm_moslora.serve.api.chat_request import MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils import http_fetch
 
@@ -54,7 +55,7 @@ class PictureFile:
 
 
 def picture_files(
-    pictures: Sequence[Picture], limits: Limits, *, fetch: Fetch | None = None, stop: threading.Event
+    pictures: Sequence[MessagePicture], limits: Limits, *, fetch: Fetch | None = None, stop: threading.Event
 ) -> list[PictureFile]:
     """The bytes and headers of the pictures of one request, in order; no pixel is decoded, and the URLs are emptied.
 
@@ -67,7 +68,7 @@ def picture_files(
     Raises:
         ApiError: names the picture that is wrong. The text is this project's own, never a decoder's.
     """
-    files, left = [], limits.images_pixels
+    files, pixels_left = [], limits.images_pixels
     for picture in pictures:
         refuse_stopped(stop)
         file = _with_header(_bytes(picture, fetch), picture.where)
@@ -77,11 +78,11 @@ def picture_files(
                 check_size(file.size, "picture")
         except ImageError as error:
             raise _wrong(file.where, _SAID[error.code]) from None
-        left -= file.pixels
+        pixels_left -= file.pixels
         if file.pixels > limits.image_pixels:
             what = f"has {file.pixels} pixels, at most {limits.image_pixels} are allowed; scale it down"
             raise _wrong(file.where, what)
-        if left < 0:
+        if pixels_left < 0:
             what = f"takes the request above {limits.images_pixels} pixels in all; scale pictures down"
             raise _wrong(file.where, what)
         files.append(file)
@@ -99,22 +100,22 @@ def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) ->
     Raises:
         ApiError: more than `pictures_bytes`.
     """
-    kept, most, allowed = 0, 0, limits.pictures_bytes
+    copies, peak, allowed = 0, 0, limits.pictures_bytes
     for file in files:
         wide = file.mode in ("I", "F", "LAB") or file.mode.startswith("I;16")
         clear = file.mode in ("RGBA", "RGBa", "LA", "La", "PA") or file.mode.endswith(";transparency")
-        kept += 4 * file.pixels
+        copies += 4 * file.pixels
         # Besides the copy that is kept: copies in the file's mode and intermediate ones, then the image processor's
         # before it scales the picture down.
-        most = max(most, file.pixels * (24 if wide else 12 if clear else 8))
-        most = max(most, 6 * (max(file.size) ** 2 if squares else file.pixels))
-        if kept + most > allowed:
+        peak = max(peak, file.pixels * (24 if wide else 12 if clear else 8))
+        peak = max(peak, 6 * (max(file.size) ** 2 if squares else file.pixels))
+        if copies + peak > allowed:
             raise _wrong(
                 file.where,
-                f"takes the request to {(kept + most) // 2**20} MiB of memory when it is opened ({file.size[0]} x "
+                f"takes the request to {(copies + peak) // 2**20} MiB of memory when it is opened ({file.size[0]} x "
                 f"{file.size[1]} pixels, {file.mode}), at most {allowed // 2**20} are allowed; scale pictures down",
             )
-    return kept + most
+    return copies + peak
 
 
 def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> list[Image.Image]:
@@ -166,7 +167,7 @@ def fetch_from(hosts: Collection[str]) -> Fetch | None:
     return fetch
 
 
-def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
+def _bytes(picture: MessagePicture, fetch: Fetch | None) -> bytes:
     url = picture.url
     if not url[:5].lower().startswith("data:"):
         if fetch is None or not url[:8].lower().startswith("https://"):

@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 class Variant:
     """One model that clients can name."""
 
-    name: str
     adapter: str | None
     """The adapter's name in PEFT; None: no adapter is active."""
     projector: nn.Module | None
@@ -79,7 +78,7 @@ class Models:
         return next(iter(self.variants))
 
     @property
-    def sees(self) -> bool:
+    def takes_pictures(self) -> bool:
         """Whether the model has a vision encoder."""
         return self.assembly.image_processing is not None
 
@@ -120,11 +119,11 @@ class Models:
         with self._alone:
             processing = self.assembly.image_processing
             try:
-                seen = processing.see(pictures) if processing and pictures else []
+                images = processing.process(pictures) if processing and pictures else []
             except Exception as error:  # processors raise nearly anything
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
-            placeholders = [item.placeholders for item in seen]
-            return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), seen
+            placeholders = [item.placeholders for item in images]
+            return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), images
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.
@@ -135,11 +134,11 @@ class Models:
         """
         model = self.assembly.model
         if has_own_forward(model):
-            ((ids, seen),) = prompts
-            return prefill_row(model, ids, seen)
+            ((ids, images),) = prompts
+            return prefill_row(model, ids, images)
         decoder = Decoder(model)
-        made = [Prompt(input_ids=ids, features=self.image_tokens(name, seen)) for ids, seen in prompts]
-        decoder.append([embed_prompt(model, prompt) for prompt in made])
+        with_features = [Prompt(input_ids=ids, features=self.image_tokens(name, images)) for ids, images in prompts]
+        decoder.append([embed_prompt(model, prompt) for prompt in with_features])
         return decoder
 
     @contextmanager
@@ -160,18 +159,18 @@ class Models:
                 peft_model.set_adapter(variant.adapter, inference_mode=True)
             yield
 
-    def image_tokens(self, name: str, seen: Sequence[ProcessedImage]) -> Tensor | None:
+    def image_tokens(self, name: str, images: Sequence[ProcessedImage]) -> Tensor | None:
         """Visual tokens of pictures, ``[N * Q, D]``; None without pictures. The variant must be active."""
-        if not seen:
+        if not images:
             return None
-        pixels = [item.tensors["pixel_values"][0] for item in seen]
+        pixels = [item.tensors["pixel_values"][0] for item in images]
         keys = [f"{self._vision_keys[name]} {hashlib.sha256(item.numpy().tobytes()).hexdigest()}" for item in pixels]
 
         def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
             if not numbers:
                 return []
-            made = encode_images(self.assembly.model, torch.stack([pixels[number] for number in numbers]))
-            return [row.clone() for row in made]  # a row without its own storage would keep the others in memory
+            encoded = encode_images(self.assembly.model, torch.stack([pixels[number] for number in numbers]))
+            return [row.clone() for row in encoded]  # a row without its own storage would keep the others in memory
 
         return torch.cat(self.features.get_many(keys, encode))
 
@@ -226,14 +225,12 @@ def load_models(
     assembly = load(path, merge=alone, dtype=dtype)
     own, newline = _projector(assembly)
     active = None if assembly.peft_model is None else str(assembly.peft_model.active_adapter)
-    variants = {main: Variant(name=main, adapter=active, projector=own, newline=newline, source=path.name)}
+    variants = {main: Variant(adapter=active, projector=own, newline=newline, source=path.name)}
     for number, (other, folder) in enumerate(further.items()):
         variants[other] = _add(assembly, other, folder, adapter=f"served{number}", main=path)
     if with_base:
         projector, newline = _untuned_projector(assembly, path)
-        variants[f"{main}-base"] = Variant(
-            name=f"{main}-base", adapter=None, projector=projector, newline=newline, source=path.name
-        )
+        variants[f"{main}-base"] = Variant(adapter=None, projector=projector, newline=newline, source=path.name)
     assembly.model.requires_grad_(False).eval()
     device = distributed.device()
     for part in (assembly.model, *(part for item in variants.values() for part in (item.projector, item.newline))):
@@ -285,7 +282,7 @@ def _add(assembly: Parts, name: str, path: Path, *, adapter: str, main: Path) ->
         )
     model: Any = assembly.model if assembly.peft_model is None else assembly.peft_model
     assembly.peft_model = adapters.load_adapter(model, folder, adapter_name=adapter)
-    return Variant(name=name, adapter=adapter, projector=projector, newline=newline, source=path.name)
+    return Variant(adapter=adapter, projector=projector, newline=newline, source=path.name)
 
 
 def _projector(assembly: Parts) -> tuple[nn.Module | None, nn.Parameter | None]:
@@ -318,6 +315,6 @@ def _read_projector(assembly: Parts, file: Path | None) -> tuple[nn.Module | Non
     own, newline = _projector(assembly)
     if own is None or assembly.is_pretrained_vlm or file is None or not file.is_file():
         return own, newline
-    made, line = copy.deepcopy(own), copy.deepcopy(newline)
-    load_projector(made, file, newline=line)
-    return made.requires_grad_(False).eval(), line
+    projector, newline = copy.deepcopy(own), copy.deepcopy(newline)
+    load_projector(projector, file, newline=newline)
+    return projector.requires_grad_(False).eval(), newline

@@ -114,8 +114,8 @@ def _drawn(distances: Tensor, draws: Sequence[Draw]) -> Tensor:
         top_p = _on(distances, [draws[number].sampling.top_p for number in nuclear], torch.float64)
         sorted_ones, order = probabilities[rows].sort(dim=-1, descending=True)
         beyond = sorted_ones.cumsum(dim=-1) - sorted_ones >= top_p[:, None]
-        kept = probabilities[rows].masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-        probabilities = probabilities.index_copy(0, rows, kept)
+        nucleus = probabilities[rows].masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+        probabilities = probabilities.index_copy(0, rows, nucleus)
     # What torch.multinomial does, with a generator for each row: the largest of probabilities over exponential noise.
     noise = torch.empty(distances.shape, dtype=torch.float64, pin_memory=distances.is_cuda)
     for row, draw in zip(noise, draws, strict=True):

@@ -1,1 +1,1 @@
-"""Checkpoint folders: listing, verification and the commit protocol."""
+"""Checkpoint folders: listing, verification, the commit protocol, and the choice of one to resume from."""

@@ -300,13 +300,13 @@ def parse_manifest(path: Path) -> Manifest:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Choose an earlier checkpoint.") from error
-    found = data.get("format")
-    if isinstance(found, int) and found != FORMAT and data.get("version") != __version__:  # else a damaged number
+    stored = data.get("format")
+    if isinstance(stored, int) and stored != FORMAT and data.get("version") != __version__:  # else a damaged number
         raise OtherFormatError(
-            f"{path} has format {found}, this version reads {FORMAT}. It was written by mm_moslora "
+            f"{path} has format {stored}, this version reads {FORMAT}. It was written by mm_moslora "
             f"{data.get('version')}; use that version, or choose another train.output."
         )
-    if found != FORMAT or data.get("checksum") != _checksum(data):
+    if stored != FORMAT or data.get("checksum") != _checksum(data):
         raise CheckpointError(f"{path} was altered: its checksum differs. Choose an earlier checkpoint.")
     return Manifest(**{key: data[key] for key in Manifest.__dataclass_fields__ if key in data})
 

@@ -85,13 +85,13 @@ class Retention:
     best: str | None = None
     """Also keep the checkpoint of this name."""
 
-    def superfluous(self, found: Sequence[tuple[int, Path]]) -> list[Path]:
+    def superfluous(self, present: Sequence[tuple[int, Path]]) -> list[Path]:
         """The checkpoints that may be deleted, oldest first."""
         if self.last < 1:
             return []
         return [
             folder
-            for step, folder in found[: -self.last]
+            for step, folder in present[: -self.last]
             if not (self.every and step % self.every == 0) and folder.name != self.best
         ]
 
@@ -105,10 +105,10 @@ def remove_old(run: Path, retention: Retention) -> None:
     Raises:
         CheckpointError: the newest is damaged; nothing was deleted.
     """
-    found = checkpoints(run)
-    superfluous = retention.superfluous(found)
+    present = checkpoints(run)
+    superfluous = retention.superfluous(present)
     if superfluous:
-        read_manifest(found[-1][1])
+        read_manifest(present[-1][1])
     for folder in superfluous:
         if reason := _why_kept(folder):
             logger.warning("%s would be deleted by train.keep_last, but %s; it is kept.", folder, reason)

@@ -12,40 +12,29 @@ from typing import Any
 import torch
 
 from mm_moslora.config import TrainConfig
+from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.deepspeed_presets import stage_of
+from mm_moslora.training.deepspeed_start import import_deepspeed, prepare_deepspeed
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_settings import (
     check_operators,
     check_settings,
     deepspeed_config,
     deepspeed_refuses,
-    import_deepspeed,
     largest_adapter,
-    prepare_deepspeed,
 )
-from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, StepResult
+from mm_moslora.training.engine.engine_base import TrainingEngine
+from mm_moslora.training.engine.parameter_shards import ParameterShard
+from mm_moslora.training.engine.step_result import StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError, MoSLoRAError
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError, renamed
 
 __all__ = [
-    "DeepSpeedEngine",
-    "Engine",
-    "LossModule",
-    "OptimizerSettings",
-    "Piece",
-    "StepResult",
-    "TorchEngine",
-    "build_engine",
-    "check_engine",
-    "check_file",
-    "deepspeed_config",
+    "LossModule", "OptimizerSettings", "ParameterShard", "StepResult", "TorchEngine", "TrainingEngine",
     "largest_adapter",
-    "prepare_deepspeed",
-    "refuse_ranks",
-    "weights_place",
-]
+]  # fmt: skip
 
 
 def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) -> None:
@@ -102,7 +91,7 @@ def refuse_ranks(train: TrainConfig, world: int) -> None:
     """Refuse a number of ranks on which an engine does not run.
 
     Args:
-        train: the recipe's `train`, with a preset in the place of `zero: auto`.
+        train: the recipe's `train`, with the preset that `zero: auto` chooses.
         world: ranks of the run.
 
     Raises:
@@ -120,7 +109,7 @@ def refuse_ranks(train: TrainConfig, world: int) -> None:
         )
 
 
-def weights_place(train: TrainConfig, *, quantised: bool) -> torch.device | None:
+def weights_device(train: TrainConfig, *, quantised: bool) -> torch.device | None:
     """Where this rank reads frozen and initial weights to; None: main memory.
 
     Below ZeRO-3 that is the device that trains. Under ZeRO-3 rank 0 reads them into main memory, and the engine sends
@@ -143,11 +132,11 @@ def build_engine(
     *,
     precision: str,
     optimizer: OptimizerSettings,
-) -> Engine:
+) -> TrainingEngine:
     """The engine that `train.zero` names.
 
     Args:
-        module: on the CPU or on the device that trains; under ZeRO-3 see `weights_place`.
+        module: on the CPU or on the device that trains; under ZeRO-3 see `weights_device`.
         groups: from `parameter_groups`.
         train: the recipe's `train`.
         precision: resolved.
@@ -164,3 +153,6 @@ def build_engine(
         if lost or not train.zero.endswith(".json"):
             raise
         raise deepspeed_refuses(train.zero, error) from error
+
+
+__getattr__ = renamed({"Engine": "TrainingEngine", "Piece": "ParameterShard"})

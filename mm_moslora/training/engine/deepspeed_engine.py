@@ -1,6 +1,6 @@
 """The engine on DeepSpeed ZeRO, any stage.
 
-Masters and moments lie in attributes of DeepSpeed's optimisers that are not documented. The methods behind `pieces`
+Masters and moments lie in attributes of DeepSpeed's optimisers that are not documented. The methods behind `shards`
 read them; `deepspeed_patches` holds what the project replaces and corrects.
 """
 
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.vision.timm_open_clip_tower import fp32_parameters
+from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.deepspeed_presets import wants_cpu_adam
 from mm_moslora.training.engine import deepspeed_patches
-from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, Update
+from mm_moslora.training.engine.engine_base import TrainingEngine
+from mm_moslora.training.engine.parameter_shards import ParameterShard
+from mm_moslora.training.engine.step_result import Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils.errors import ConfigError, TrainingError
 
@@ -40,15 +43,11 @@ class _Arriving:
         return values
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(TrainingEngine):
     """DeepSpeed ZeRO, any stage."""
 
     def __init__(
-        self,
-        module: LossModule,
-        groups: Sequence[ParameterGroup],
-        optimizer: OptimizerSettings,
-        config: dict[str, Any],
+        self, module: LossModule, groups: Sequence[ParameterGroup], optimizer: OptimizerSettings, config: dict[str, Any]
     ) -> None:
         super().__init__(module, groups)
         import deepspeed
@@ -82,7 +81,7 @@ class DeepSpeedEngine(Engine):
             parameter.data = value.to(parameter.device)
         if self.stage == 0:
             deepspeed_patches.undo_warm_up_step(self.engine)
-        self._convert_before(adamw)
+        self.manifold.convert_before(adamw)
 
     def _begin_step(self, with_images: list[float]) -> None:
         deepspeed_patches.clear_gradients(self.engine, self.stage)
@@ -142,23 +141,23 @@ class DeepSpeedEngine(Engine):
 
     @property
     def loss_scale(self) -> float:
-        """See `Engine.loss_scale`."""
+        """See `TrainingEngine.loss_scale`."""
         return float(getattr(self._scaler, "cur_scale", 1.0) or 1.0)
 
     @property
     def can_lower_scale(self) -> bool:
-        """See `Engine.can_lower_scale`: the scale is dynamic and not yet at its minimum."""
+        """See `TrainingEngine.can_lower_scale`: the scale is dynamic and not yet at its minimum."""
         least = getattr(self._scaler, "min_scale", getattr(self._scaler, "min_loss_scale", None))
         return bool(self.scaler_state()) and self.loss_scale > float(least or 1.0)
 
     def scaler_state(self) -> dict[str, float]:
-        """See `Engine.scaler_state`."""
+        """See `TrainingEngine.scaler_state`."""
         scaler = self._scaler
         dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
         return {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)} if dynamic else {}
 
     def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:
-        """See `Engine.trainable_state`; gathers the fp32 masters from all ranks, one parameter at a time."""
+        """See `TrainingEngine.trainable_state`; gathers the fp32 masters from all ranks, one parameter at a time."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         state, masters = {}, self._masters_of_stage_0()
@@ -184,39 +183,41 @@ class DeepSpeedEngine(Engine):
         groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         return {id(low): high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
 
-    def pieces(self) -> list[Piece]:
-        """See `Engine.pieces`; at stage 0 every rank holds all parameters whole."""
-        find = self._whole_pieces if self.stage == 0 else self._flat_pieces if self.stage < 3 else self._shard_pieces
-        return list(find(self.engine.optimizer))
+    def shards(self) -> list[ParameterShard]:
+        """See `TrainingEngine.shards`; at stage 0 every rank holds all parameters whole."""
+        of_stage = [self._whole_parameters, self._parts_of_groups, self._parts_of_groups, self._parts_of_parameters]
+        return list(of_stage[self.stage](self.engine.optimizer))
 
-    def _whole_pieces(self, optimizer: Any) -> Iterator[Piece]:
+    def _whole_parameters(self, optimizer: Any) -> Iterator[ParameterShard]:
         masters = self._masters_of_stage_0()
         adam = optimizer.optimizer if masters else optimizer
         for name, parameter in self._named_trainable():
-            yield Piece.of(name, adam, masters.get(id(parameter), parameter))
+            yield ParameterShard.of(name, adam, masters.get(id(parameter), parameter))
 
-    def _flat_pieces(self, optimizer: Any) -> Iterator[Piece]:
+    def _parts_of_groups(self, optimizer: Any) -> Iterator[ParameterShard]:
         group_of = {id(parameter): index for index, group in enumerate(optimizer.bit16_groups) for parameter in group}
         for name, parameter in self._named_trainable():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # another rank's
                 continue
             flat = optimizer.single_partition_of_fp32_groups[group_of[id(parameter)]]
-            start, place = mapping.lp_fragment_address.start, mapping.hp_fragment_address
-            yield Piece.of(name, optimizer.optimizer, flat, start=start, offset=place.start, length=place.numel)
+            start, in_flat = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+            yield ParameterShard.of(
+                name, optimizer.optimizer, flat, start=start, offset=in_flat.start, length=in_flat.numel
+            )
 
-    def _shard_pieces(self, optimizer: Any) -> Iterator[Piece]:
+    def _parts_of_parameters(self, optimizer: Any) -> Iterator[ParameterShard]:
         for name, parameter in self._named_trainable():
             group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = length * optimizer._get_param_partition_rank(parameter)
             length = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]  # the rest is padding
             if length > 0:
                 flat = optimizer.fp32_partitioned_groups_flat[group]
-                yield Piece.of(name, optimizer.optimizer, flat, start=start, offset=offset, length=length)
+                yield ParameterShard.of(name, optimizer.optimizer, flat, start=start, offset=offset, length=length)
 
     @torch.no_grad()
     def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
-        """See `Engine.refresh`."""
+        """See `TrainingEngine.refresh`."""
         if self.stage == 3:
             deepspeed_patches.reload_masters(self.engine)
         else:
@@ -227,7 +228,7 @@ class DeepSpeedEngine(Engine):
                 setattr(self._scaler, key, value)
 
     def gathered(self) -> AbstractContextManager[Any]:
-        """See `Engine.gathered`."""
+        """See `TrainingEngine.gathered`."""
         if self.stage < 3:
             return nullcontext()
         return deepspeed_patches.whole(self.engine, self.module)

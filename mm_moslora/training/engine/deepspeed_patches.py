@@ -18,13 +18,6 @@ from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.utils import distributed
 
 
-def skip_shared_memory_operator() -> None:
-    """On CPUs: leave out an operator that only inference uses. It takes minutes to build, and needs ninja."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def restore_linear() -> None:
     """Put back `torch.nn.functional.linear`, which ZeRO-3 replaces for the rest of the process.
 
@@ -201,10 +194,10 @@ def gather_persistent_together(engine: Any) -> None:
     DeepSpeed sends one gather for each, 672 in a step for the adapters of a 7B model. With `zero_hpz_partition_size` it
     gathers them from each host's copies of before the step, which it drops only afterwards.
     """
-    kept = engine.optimizer.persistent_parameters
-    if not kept:
+    persistent = engine.optimizer.persistent_parameters
+    if not persistent:
         return
-    one_by_one = kept[0].all_gather
+    one_by_one = persistent[0].all_gather
 
     def together(param_list: Sequence[Any] | None = None, **options: Any) -> Any:
         if param_list is None or options:
@@ -217,7 +210,7 @@ def gather_persistent_together(engine: Any) -> None:
                 some[0].all_gather_coalesced(some).wait()
         return None
 
-    kept[0].all_gather = together
+    persistent[0].all_gather = together
 
 
 @contextmanager
@@ -242,9 +235,9 @@ def whole(engine: Any, module: nn.Module) -> Iterator[None]:
             for table, hooks in before:  # in the order in which they were
                 table.clear()
                 table.update(hooks)
-    kept = engine.optimizer.persistent_parameters
-    if kept:
-        kept[0].all_gather(kept)
+    persistent = engine.optimizer.persistent_parameters
+    if persistent:
+        persistent[0].all_gather(persistent)
 
 
 @torch.no_grad()

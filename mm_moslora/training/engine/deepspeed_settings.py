@@ -1,4 +1,4 @@
-"""DeepSpeed's settings, from a preset or file and the recipe, and its start on this machine."""
+"""DeepSpeed's settings, from a preset or file and the recipe, and whether it can run them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ import os
 from collections.abc import Iterable, KeysView, Mapping
 from typing import Any
 
-import torch
-
 from mm_moslora.config import TrainConfig
 from mm_moslora.training.deepspeed_presets import fill_zero, read_preset, wants_cpu_adam
-from mm_moslora.training.engine.deepspeed_patches import skip_shared_memory_operator
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.hardware import extensions_folder, stale_locks
-from mm_moslora.utils.package_requirements import install_command
 from mm_moslora.utils.run_paths import shipped_folder
 
 logger = logging.getLogger(__name__)
@@ -53,9 +48,9 @@ def deepspeed_config(
         "steps_per_print": 10**9,
     }
     for key, value in filled.items():
-        given = config.get(key, "auto")
+        of_file = config.get(key, "auto")
         if isinstance(value, dict):
-            merged = dict(given) if isinstance(given, dict) else {}
+            merged = dict(of_file) if isinstance(of_file, dict) else {}
             merged.update({name: item for name, item in value.items() if merged.get(name, "auto") == "auto"})
             if merged["enabled"] != value["enabled"]:
                 raise ConfigError(
@@ -63,7 +58,7 @@ def deepspeed_config(
                     'Write "auto" in the DeepSpeed file or change train.precision.'
                 )
             config[key] = merged
-        elif given == "auto" or key == "train_micro_batch_size_per_gpu":
+        elif of_file == "auto" or key == "train_micro_batch_size_per_gpu":
             config[key] = value
     zero = config.get("zero_optimization", {})
     swapped = zero.get("offload_param")
@@ -85,11 +80,11 @@ def nvme_folder() -> str:
     Raises:
         ConfigError: the variable is not set, or it names no folder.
     """
-    given = os.environ.get(NVME_FOLDER, "")
-    if not given or not os.path.isdir(given):
-        found = f"is {given!r}, which is no folder" if given else "is not set"
-        raise ConfigError(f"{NVME_FOLDER} {found}. Set it to a folder on a fast local disk of every host.")
-    return given
+    folder = os.environ.get(NVME_FOLDER, "")
+    if not folder or not os.path.isdir(folder):
+        fault = f"is {folder!r}, which is no folder" if folder else "is not set"
+        raise ConfigError(f"{NVME_FOLDER} {fault}. Set it to a folder on a fast local disk of every host.")
+    return folder
 
 
 def check_operators(config: Mapping[str, Any], zero: str) -> None:
@@ -139,13 +134,13 @@ def check_settings(config: dict[str, Any], zero: str) -> None:
     """
     import deepspeed
 
-    given = _Noted(config)
+    settings = _ReadKeys(config)
     try:
-        deepspeed.DeepSpeedConfig(given)
+        deepspeed.DeepSpeedConfig(settings)
     except Exception as error:
         raise deepspeed_refuses(zero, error) from error
-    for key in [key for key in config if key not in given.asked]:
-        if close := difflib.get_close_matches(key, given.asked, n=1, cutoff=0.8):
+    for key in [key for key in config if key not in settings.read_keys]:
+        if close := difflib.get_close_matches(key, settings.read_keys, n=1, cutoff=0.8):
             raise ConfigError(f"train.zero {zero}: DeepSpeed knows no key {key!r}. Did you mean {close[0]!r}?")
         if distributed.is_main():
             logger.warning("train.zero %s: DeepSpeed knows no key %r and ignores it.", zero, key)
@@ -165,23 +160,23 @@ def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:
     )
 
 
-class _Noted(dict[str, Any]):
+class _ReadKeys(dict[str, Any]):
     """Settings that record the keys that are read, also in copies of them."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__(content)
-        self.asked: set[str] = set()
+        self.read_keys: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().get(key, default)
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
+        self.read_keys.add(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self.asked.add(str(key))
+        self.read_keys.add(str(key))
         return super().__contains__(key)
 
     def keys(self) -> Any:
@@ -192,55 +187,3 @@ def largest_adapter(groups: Iterable[ParameterGroup]) -> int:
     """Elements of the largest A, B or mixer among the trained parameters; 0 without adapters."""
     members = (pair for group in groups for pair in zip(group.names, group.parameters, strict=True))
     return max((parameter.numel() for name, parameter in members if "lora_" in name), default=0)
-
-
-def import_deepspeed(zero: str) -> None:
-    """Import DeepSpeed for the device of this machine.
-
-    Args:
-        zero: the recipe's `train.zero`.
-
-    Raises:
-        ConfigError: it does not import.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
-    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # DeepSpeed requires it
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"train.zero is {zero!r}, but deepspeed does not import ({error}). Install it "
-            f"({install_command('deepspeed')}), or run one process with train.zero none."
-        ) from error
-
-
-def prepare_deepspeed(zero: str) -> None:
-    """Start DeepSpeed, also on a machine without a compiler.
-
-    Args:
-        zero: the recipe's `train.zero`.
-
-    Raises:
-        ConfigError: it does not import.
-    """
-    import_deepspeed(zero)
-    import deepspeed.comm as comm
-
-    warn_of_stale_locks()
-    if os.environ["DS_ACCELERATOR"] == "cpu":
-        skip_shared_memory_operator()
-    comm.init_distributed(dist_backend=None, verbose=False)
-
-
-def warn_of_stale_locks() -> None:
-    """Warn of the locks that killed builds leave: a process that needs the same operator waits for them silently."""
-    folder = extensions_folder(os.environ)
-    locks = stale_locks(folder) if folder.is_dir() and distributed.local_rank() == 0 else []
-    if locks:
-        logger.warning(
-            "A killed build left %s. If an operator must be built, this run will wait for ever; when nothing is being "
-            "built now: rm %s",
-            ", ".join(map(str, locks)), " ".join(map(str, locks)),
-        )  # fmt: skip

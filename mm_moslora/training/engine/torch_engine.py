@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.batch import Batch
-from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, Update
+from mm_moslora.models.vlm import LossModule
+from mm_moslora.training.engine.engine_base import TrainingEngine
+from mm_moslora.training.engine.parameter_shards import ParameterShard
+from mm_moslora.training.engine.step_result import Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 
 
-class TorchEngine(Engine):
+class TorchEngine(TrainingEngine):
     """One process, no DeepSpeed: AdamW on fp32 masters, gradients accumulated in fp32."""
 
     def __init__(self, module: LossModule, groups: Sequence[ParameterGroup], optimizer: OptimizerSettings) -> None:
@@ -31,7 +34,7 @@ class TorchEngine(Engine):
             for pair in zip(masters, group.parameters, strict=True)
         ]
         """Masters and the parameters of the model."""
-        self._convert_before(self.optimizer)
+        self.manifold.convert_before(self.optimizer)
 
     def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor:
         return self.module(batch, needs_vision, right)
@@ -41,10 +44,10 @@ class TorchEngine(Engine):
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
-        given = [pair for pair in self.pairs if pair[1].grad is not None]
-        gradients = _in_fp32([cast(Tensor, parameter.grad) for _, parameter in given])
+        with_gradient = [pair for pair in self.pairs if pair[1].grad is not None]
+        gradients = _in_fp32([cast(Tensor, parameter.grad) for _, parameter in with_gradient])
         sums: list[tuple[Tensor, Tensor]] = []
-        for (master, parameter), gradient in zip(given, gradients, strict=True):
+        for (master, parameter), gradient in zip(with_gradient, gradients, strict=True):
             parameter.grad = None
             if master.grad is None:
                 master.grad = gradient
@@ -74,20 +77,20 @@ class TorchEngine(Engine):
         torch._foreach_copy_([parameter for _, parameter in self.pairs], [master for master, _ in self.pairs])
 
     def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:
-        """See `Engine.trainable_state`."""
+        """See `TrainingEngine.trainable_state`."""
         masters = [master for group in self.masters for master in group]
         named = zip(self._named_trainable(), masters, strict=True)
         device = "cpu" if keep else "meta"
         return {name: master.detach().to(device, copy=True) for (name, _), master in named if only in name}
 
-    def pieces(self) -> list[Piece]:
-        """See `Engine.pieces`."""
+    def shards(self) -> list[ParameterShard]:
+        """See `TrainingEngine.shards`."""
         masters = [master for group in self.masters for master in group]
         named = zip(self._named_trainable(), masters, strict=True)
-        return [Piece.of(name, self.optimizer, master) for (name, _), master in named]
+        return [ParameterShard.of(name, self.optimizer, master) for (name, _), master in named]
 
     def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
-        """See `Engine.refresh`."""
+        """See `TrainingEngine.refresh`."""
         self._copy_masters()
 
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mm_moslora.batch import RowShare
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.gpu_attention import FLASH
 from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS
+from mm_moslora.models.memory_efficient.row_share import RowShare
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError

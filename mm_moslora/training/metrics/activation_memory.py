@@ -29,7 +29,6 @@ from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.transformers_patches import wrap_checkpointing
-from mm_moslora.models.vision.repeated_layers import DENSE, repeated_layers
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
 from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
@@ -39,6 +38,8 @@ NF4_BYTES = 0.516
 """Bytes per weight: 4 bits, and 0.127 bits for the doubly quantised scales."""
 PROBE = 256
 """Number of tokens for which activations are counted."""
+_DENSE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+"""Matrix products with weights; all other products belong to attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,19 +129,19 @@ def activation_memory(
             f"The memory of a step cannot be counted: PEFT's {adapter.peft['type']} computes nothing without weights "
             f"({reason_of(error)})."
         ) from error
-    kept = (most - least) / (PROBE - 1)
+    per_layer = (most - least) / (PROBE - 1)
     image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
     return ActivationMemory(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
-        tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=kept,
-        products=round(bones.layers * (least - kept)),
+        tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=per_layer,
+        products=round(bones.layers * (least - per_layer)),
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four tensors of its inner width and four of the model's width.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
         workspace_per_image=image.workspace, vision_checkpointing=vision_checkpointing,
         made_dense=max(linears, default=0) * size, dequantised=packed * (each + size),
-        is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
+        is_lean=per_layer <= (10 * config.hidden_size + 2.5 * inner) * size,
         elements=dict(elements), largest_adapter=max(adapters, default=0),
         counter=FlopCounter(bones.model, layers=bones.layers, picture=image.cost), model=bones.model,
     )  # fmt: skip
@@ -149,23 +150,23 @@ def activation_memory(
 def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
     """Bytes that autograd keeps for the backward pass of a computation; each storage counts once, weights do not."""
     own = {parameter.untyped_storage()._cdata for parameter in weights.parameters()}
-    seen: dict[int, Tensor] = {}
+    storages: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage()._cdata not in own:
-            seen[tensor.untyped_storage()._cdata] = tensor
+            storages[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    total = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     del result
     return total
 
 
 def _kept_by_layer(bones: MetaModel, dtype: torch.dtype, tokens: int) -> int:
     decoder: Any = bones.model.get_decoder()
-    layer: Any = bones.held[0]
+    layer: Any = bones.decoder_layers[0]
     width = bones.model.config.get_text_config().hidden_size
     with torch.device("meta"):
         hidden = torch.zeros(1, tokens, width, dtype=dtype, requires_grad=True)
@@ -197,20 +198,20 @@ def _per_image(bones: MetaModel, dtype: torch.dtype, *, checkpointing: bool) -> 
         return _PerImage()
     tower = bones.model.get_submodule(tower_path(bones.model))
     size = torch.finfo(dtype).bits // 8
-    with repeated_layers(tower), _MetaAndHost():
+    with _MetaAndHost():
         look = _look(bones, tower, dtype)
-        with torch.no_grad(), _widest(tower) as widest, _watched(tower) as seen:
+        with torch.no_grad(), _widest(tower) as widest, _watched(tower) as measured:
             look()
         largest = _largest_again(tower) if checkpointing else [0]
         with _FusedAttention():
-            kept = kept_bytes(look, bones.model) + max(largest)
-    tiles, patches, width = _tiles(bones.image, tower, seen)
+            saved = kept_bytes(look, bones.model) + max(largest)
+    tiles, patches, width = _tiles(bones.image, tower, measured)
     # The widest layer's input and output, the residual stream and a norm's copies of it, and the picture itself.
-    workspace = max(widest) + 4 * patches * width * size + seen.pixels.numel() * (4 + size)
-    flops = seen.counter.get_flop_counts()["Global"]
-    attention = sum(number for kind, number in flops.items() if kind not in DENSE)
+    workspace = max(widest) + 4 * patches * width * size + measured.pixels.numel() * (4 + size)
+    flops = measured.counter.get_flop_counts()["Global"]
+    attention = sum(number for kind, number in flops.items() if kind not in _DENSE)
     cost = PictureCost(flops=float(sum(flops.values())), attention=float(attention), patches=patches, tiles=tiles)
-    return _PerImage(kept=float(kept), workspace=float(workspace), tiles=tiles, cost=cost)
+    return _PerImage(kept=float(saved), workspace=float(workspace), tiles=tiles, cost=cost)
 
 
 def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[], object]:
@@ -233,7 +234,7 @@ def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[]
 
 
 @dataclass(kw_only=True)
-class _Pass:
+class _MeasuredPass:
     """One pass through a tower."""
 
     counter: FlopCounterMode
@@ -241,33 +242,33 @@ class _Pass:
     output: Any = None
 
 
-def _tiles(spec: ImageSpec | None, tower: Any, seen: _Pass) -> tuple[int, int, int]:
+def _tiles(spec: ImageSpec | None, tower: Any, measured: _MeasuredPass) -> tuple[int, int, int]:
     """Tiles of a picture, patches of all tiles (prefix tokens included), and the width of one patch."""
-    tiles = seen.pixels.shape[0]
+    tiles = measured.pixels.shape[0]
     if spec is not None:
         return tiles, tiles * (spec.tokens + spec.prefix), spec.width
     width = getattr(tower.config, "embed_dim", None) or tower.config.hidden_size
-    if seen.pixels.ndim == 2:  # Qwen-VL takes the patches themselves
+    if measured.pixels.ndim == 2:  # Qwen-VL takes the patches themselves
         return 1, tiles, width
-    return tiles, seen.output.last_hidden_state.shape[:2].numel(), width
+    return tiles, measured.output.last_hidden_state.shape[:2].numel(), width
 
 
 @contextmanager
-def _watched(tower: nn.Module) -> Iterator[_Pass]:
+def _watched(tower: nn.Module) -> Iterator[_MeasuredPass]:
     """Input, output and FLOPs of a tower."""
-    found, stack = _Pass(counter=FlopCounterMode(display=False)), ExitStack()
+    measured, stack = _MeasuredPass(counter=FlopCounterMode(display=False)), ExitStack()
 
-    def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found.pixels = next(item for item in (*args, *named.values()) if isinstance(item, Tensor))
-        stack.enter_context(found.counter)
+    def before(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        measured.pixels = next(item for item in (*args, *keywords.values()) if isinstance(item, Tensor))
+        stack.enter_context(measured.counter)
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         stack.close()
-        found.output = output
+        measured.output = output
 
     handles = [tower.register_forward_pre_hook(before, with_kwargs=True), tower.register_forward_hook(after)]
     try:
-        yield found
+        yield measured
     finally:
         for handle in handles:
             handle.remove()
@@ -277,17 +278,17 @@ def _watched(tower: nn.Module) -> Iterator[_Pass]:
 def _largest_again(tower: Any) -> list[int]:
     """Checkpoint a tower's layers, and record the bytes that each keeps when the backward pass recomputes it."""
     checkpoint_layers(tower)
-    found: list[int] = [0]
+    sizes: list[int] = [0]
 
     def noting(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any) -> Any:
-            found.append(kept_bytes(lambda: function(*args), layer))
+            sizes.append(kept_bytes(lambda: function(*args), layer))
             return checkpoint(function, *args)
 
         return run
 
     wrap_checkpointing(tower, noting)
-    return found
+    return sizes
 
 
 _nothing = functools.partial(torch.zeros, device="meta")
@@ -327,15 +328,15 @@ class _MetaAndHost(TorchDispatchMode):
 @contextmanager
 def _widest(module: nn.Module) -> Iterator[list[int]]:
     """Bytes of the inputs and outputs of each leaf module."""
-    found: list[int] = [0]
+    sizes: list[int] = [0]
 
     def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         tensors = [item for item in (*inputs, output) if isinstance(item, Tensor)]
-        found.append(sum(item.nbytes for item in tensors))
+        sizes.append(sum(item.nbytes for item in tensors))
 
     handles = [leaf.register_forward_hook(note) for leaf in module.modules() if not list(leaf.children())]
     try:
-        yield found
+        yield sizes
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
 
-from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
+from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
 from mm_moslora.training.metrics.gpu_specs import PER_HOST
@@ -57,11 +57,11 @@ class StepMemory:
 
     size: ActivationMemory
     zero: str
-    """The recipe's `train.zero`, with a preset in the place of auto."""
+    """The recipe's `train.zero`; for auto, the preset that it chooses."""
     world: int
     """GPUs."""
     on_host: int = PER_HOST
-    """GPUs of one host, if there are so many."""
+    """Most GPUs of one host."""
     checkpointing: bool | int
     """Of the decoder: all layers, none, or so many from the first."""
     offload: bool = False
@@ -104,7 +104,7 @@ class StepMemory:
         inputs = min(2, again) if self.offload else again
         # The first layers are recomputed, one at a time, when those behind them are freed.
         whole_layers = max(size.layers - again, min(1, again))
-        kept = inputs * size.width * b + whole_layers * size.kept_per_layer + size.kept_elsewhere
+        per_token = inputs * size.width * b + whole_layers * size.kept_per_layer + size.kept_elsewhere
         rows = min(supervised, max(SMALLEST_CHUNK, self.logit_chunk // (4 * size.vocabulary)))
         frozen, copies, whole, gathered = self._weights()
         gradients = trained * (b if zero else 4) / (self.world if stage > 1 else 1)
@@ -113,7 +113,7 @@ class StepMemory:
             adapters=trained * b * copies + whole,
             gradients=0 if off and stage > 1 else gradients,
             optimiser=(1 - off) * trained * (8 + masters) / (self.world if stage else 1),
-            activations=tokens * kept + images * size.kept_per_image + size.products,
+            activations=tokens * per_token + images * size.kept_per_image + size.products,
             workspace=2 * row + tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
             logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
             buffers=self._buckets() + gathered,
@@ -128,14 +128,14 @@ class StepMemory:
         size, zero = self.size, self.settings
         if zero is None:
             return 0.0
-        trained, b, here = size.trainable, size.value_bytes, min(self.on_host, self.world)
+        trained, b, ranks = size.trainable, size.value_bytes, min(self.on_host, self.world)
         frozen = self._weights()[0]
         loading = size.weight_bytes + trained * b if zero.stage == 3 and not packed else 0.0
         weights = (frozen + trained * b) * (1 / self.world + (1 / zero.secondary if zero.secondary > 1 else 0))
         states = trained * (8 + (0 if b == 4 else 4)) * zero.optimizer_off
         gradients = trained * b if zero.optimizer_off and zero.stage > 1 else 0
         offloaded = (states + gradients) / self.world + (weights if zero.parameters_off == "cpu" else 0)
-        return max(loading, here * offloaded)
+        return max(loading, ranks * offloaded)
 
     @property
     def generating(self) -> float:
@@ -223,7 +223,7 @@ class StepMemory:
             key: the recipe's key for them.
         """
         most = self.most_tokens(FREE_SHARE * capacity)
-        found = [f"lower {key} to {most}"] if most >= SHORTEST else []
+        remedies = [f"lower {key} to {most}"] if most >= SHORTEST else []
         stages, last = ((self.zero, "zero3"), "zero3_offload") if self.world > 1 else ((self.zero,), "zero2_offload")
         mild = ((self.checkpointing, self.offload), (True, self.offload))
         tries = (product(stages, mild), product(stages, ((True, True),)), product((last,), (*mild, (True, True))))
@@ -233,6 +233,6 @@ class StepMemory:
                 changes = [f"train.zero to {zero}"] if zero != self.zero else []
                 changes += ["train.gradient_checkpointing to true"] if checkpointing is not self.checkpointing else []
                 changes += ["train.activation_offload to true"] if offload != self.offload else []
-                found.append("set " + " and ".join(changes))
+                remedies.append("set " + " and ".join(changes))
                 break
-        return ", or ".join([*found, "take larger or more GPUs"])
+        return ", or ".join([*remedies, "take larger or more GPUs"])

@@ -75,8 +75,8 @@ class Gpus:
 def device_peak(name: str) -> float | None:
     """Dense half-precision peak of a device, FLOP/s, by the name from its driver; None where it is unknown."""
     words = name.upper().replace("-", " ")
-    found = [key for key in DENSE_TFLOPS if f" {key} " in f" {words} ".replace(" NVIDIA ", " ")]
-    return DENSE_TFLOPS[max(found, key=len)] * 1e12 if found else None
+    keys = [key for key in DENSE_TFLOPS if f" {key} " in f" {words} ".replace(" NVIDIA ", " ")]
+    return DENSE_TFLOPS[max(keys, key=len)] * 1e12 if keys else None
 
 
 def parse_gpus(text: str) -> Gpus:
@@ -89,12 +89,12 @@ def parse_gpus(text: str) -> Gpus:
     if match is None or not re.fullmatch("[1-9][0-9]{0,5}", match[1] or "1"):
         raise ConfigError(f"{text!r} is not a list of GPUs, expected COUNTxNAME-MEMORY such as 8xA100-80G.")
     name = match[2].upper() + (f"-{match[3]}G" if match[3] else "")
-    found = [key for key in MEMORY_GB if key == name or (not match[3] and key.startswith(f"{name}-"))]
-    if len(found) != 1:
+    keys = [key for key in MEMORY_GB if key == name or (not match[3] and key.startswith(f"{name}-"))]
+    if len(keys) != 1:
         raise ConfigError(f"{text!r} names no known GPU.{suggestion(name, MEMORY_GB)} Known: {', '.join(MEMORY_GB)}.")
-    peak, memory, bandwidth, own = MEMORY_GB[found[0]]
+    peak, memory, bandwidth, own = MEMORY_GB[keys[0]]
     return Gpus(
-        name=found[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
+        name=keys[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
         peak_fp32=FP32_TFLOPS[peak] * 1e12, has_bf16=peak not in WITHOUT_BF16, bandwidth=bandwidth * 1e9,
         memory_bandwidth=own * 1e9, network=1e9 * (FAST_NETWORK_GB if bandwidth >= FAST_LINK_GB else NETWORK_GB),
     )  # fmt: skip

@@ -18,6 +18,9 @@ from mm_moslora.adapters.folders.kept_start import ModuleStart
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_adapter_layers
+from mm_moslora.tracking import Trackers
+from mm_moslora.training.supervision.run_summary import only_measuring
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import replace_json
 
@@ -39,7 +42,7 @@ def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Args:
         model: the model with its adapters; it supplies the parameters that do not train.
-        state: parameter name to full fp32 value, from `Engine.trainable_state`; its tensors are kept.
+        state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`; its tensors are kept.
     """
     for _, layer, name, (A, mixer, B) in _factors(model, state):
         layer.starts[name] = Start(mixer=mixer, A=A if A.any() else None, B=B if B.any() else None)
@@ -65,12 +68,12 @@ def _factors(
             yield path, layer, name, (A.cpu(), {part: value.cpu().float() for part, value in mixer.items()}, B.cpu())
 
 
-def _whole(state: Mapping[str, Tensor], held: Tensor, *names: str) -> Tensor:
+def _whole(state: Mapping[str, Tensor], own: Tensor, *names: str) -> Tensor:
     """A tensor of the state under one of its names; one that a layer holds and does not train, as it is."""
-    found = next((state[name] for name in names if name in state), None)
-    if found is None and held.requires_grad:
+    full = next((state[name] for name in names if name in state), None)
+    if full is None and own.requires_grad:
         raise AdapterError(f"The state to measure lacks {' and '.join(names)}, which trains.")
-    return held if found is None else found
+    return own if full is None else full
 
 
 @torch.no_grad()
@@ -79,7 +82,7 @@ def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[Modul
 
     Args:
         model: see `keep_start`.
-        state: parameter name to full fp32 value, from `Engine.trainable_state`, since live weights may be shards.
+        state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`: live weights may be shards.
     """
     reports = []
     for path, layer, name, (A, mixer, B) in _factors(model, state):
@@ -100,8 +103,8 @@ def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
     Returns:
         Finite numbers only (a rank-deficient mixer has no condition number); empty without adapters.
     """
-    found = summary(reports) if reports else {}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    means = summary(reports) if reports else {}
+    return {name: value for name, value in means.items() if math.isfinite(value)}
 
 
 def write_mixers(path: Path, reports: Sequence[ModuleReport]) -> list[dict[str, object]]:
@@ -130,3 +133,27 @@ def _picture(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
     if max(cells.shape) > LARGEST:
         cells = torch.nn.functional.adaptive_avg_pool2d(cells[None], LARGEST)[0]
     return [[float(f"{value:.4g}") for value in row] for row in cells.tolist()]
+
+
+def log_adapter(
+    model: nn.Module, state: Mapping[str, Tensor], trackers: Trackers, step: int, *, file: Path | None = None,
+    metrics: bool = True,
+) -> None:  # fmt: skip
+    """Log the measures of an adapter, on rank 0; without an adapter there are none.
+
+    Args:
+        model: with the adapter inside.
+        state: parameter name to full fp32 value.
+        trackers: the receivers.
+        step: of the state.
+        file: for the measures at the end of a run, which trackers get whole, too.
+        metrics: log the means, too; False where those of the step are logged already.
+    """
+    if not distributed.is_main():
+        return
+    with only_measuring("The adapter"):
+        reports = adapter_reports(model, state)
+        if metrics and (means := adapter_metrics(reports)):
+            trackers.log(means, step)
+        if file is not None:
+            trackers.log_mixers(write_mixers(file, reports), step)

@@ -135,12 +135,12 @@ class FlopCounter:
     ) -> None:
         decoder: Any = model.get_decoder()
         config = model.config.get_text_config()
-        held = list(decoder.layers)
-        count = layers or len(held)
+        blocks = list(decoder.layers)
+        count = layers or len(blocks)
         behind = ("o_proj", "dense", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
         self.drops = drops_positions(model)
-        self.decoder = _count([module for layer in held for module in _with_paths(layer)]).times(count / len(held))
-        self.behind = _count([(path, m) for path, m in _with_paths(held[-1]) if path.rpartition(".")[2] in behind])
+        self.decoder = _count([module for layer in blocks for module in _with_paths(layer)]).times(count / len(blocks))
+        self.behind = _count([(path, m) for path, m in _with_paths(blocks[-1]) if path.rpartition(".")[2] in behind])
         head = model.get_output_embeddings()
         self.head, self.head_trains = head.weight.shape[-1] * head.weight.shape[0], head.weight.requires_grad
         if hasattr(head.weight, "ds_numel"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import MutableMapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import asdict
 
 import torch
 from transformers import PreTrainedModel
@@ -14,25 +14,27 @@ from mm_moslora.training.engine import StepResult
 from mm_moslora.training.metrics.gpu_specs import device_peak
 from mm_moslora.training.metrics.step_flops import FlopCounter, Flops, StepShape
 from mm_moslora.training.metrics.vision_flops import VisionWork
+from mm_moslora.training.supervision.run_summary import peak_memory_gib
 from mm_moslora.utils import distributed
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankFigures:
-    """Measurements of one rank; metrics hold the largest and the smallest over all ranks."""
+def rank_figures(*, seconds: float, data_seconds: float = 0.0, work_seconds: float = 0.0) -> dict[str, float]:
+    """Measurements of this rank by name; metrics hold the largest and the smallest over all ranks.
 
-    step_seconds: float
-    """Seconds of the last step, waiting for data included."""
-    data_seconds: float = 0.0
-    """Seconds that the last step waited for data."""
-    work_seconds: float = 0.0
-    """Seconds per step since the last record, without waiting for other ranks at step boundaries."""
-    memory_gib: float = 0.0
-    """Peak memory."""
-    memory_reserved_gib: float = 0.0
-    """Peak memory reserved by an accelerator's allocator."""
-    allocator_retries: float = 0.0
-    """Number of times that this allocator freed its cache and retried."""
+    Args:
+        seconds: of the last step, waiting for data included.
+        data_seconds: that the last step waited for data.
+        work_seconds: per step since the last record, without waiting for other ranks at step boundaries.
+    """
+    on_gpu = torch.cuda.is_available()
+    return {
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "work_seconds": work_seconds,
+        "memory_gib": peak_memory_gib(),
+        "memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0,
+        "allocator_retries": float(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if on_gpu else 0.0,
+    }
 
 
 class Clock:
@@ -71,7 +73,7 @@ class Clock:
         self.tick()
 
     def record(self, step: int, total: int) -> tuple[dict[str, float], float]:
-        """Metrics since the last record, and this rank's `RankFigures.work_seconds`.
+        """Metrics since the last record, and this rank's `work_seconds` for `rank_figures`.
 
         Rates include all time in between: saves, validations and waiting.
 
@@ -117,26 +119,25 @@ class Speedometer:
         peaks = [peak for (peak,) in distributed.table_over_ranks([device_peak(device_name) or 0.0])]
         self.peak = sum(peaks) if all(peaks) else None
         """Of all ranks together."""
-        known = self.peak is not None and hasattr(model.get_decoder(), "layers")
-        self.counter = FlopCounter(model) if known else None
+        counts = self.peak is not None and hasattr(model.get_decoder(), "layers")
+        self.counter = FlopCounter(model) if counts else None
 
-    def of(self, result: StepResult, micro_batches: Sequence[Batch], own: RankFigures) -> dict[str, float]:
+    def of(self, result: StepResult, micro_batches: Sequence[Batch], own: Mapping[str, float]) -> dict[str, float]:
         """Metrics of one step; every rank calls it.
 
         Args:
             result: of the step, over all ranks.
             micro_batches: this rank's.
-            own: this rank's.
+            own: this rank's `rank_figures`.
         """
-        names, values = zip(*asdict(own).items(), strict=True)
         tokens = sum(batch.tokens for batch in micro_batches) / self.copies
-        table = distributed.table_over_ranks([tokens, *values, *self._seen(micro_batches)])
+        table = distributed.table_over_ranks([tokens, *own.values(), *self._seen(micro_batches)])
         loads, *columns = zip(*table, strict=True)
-        figures = dict(zip(names, columns[: len(names)], strict=True))
+        figures = dict(zip(own, columns[: len(own)], strict=True))
         world = len(table)
         metrics = {"padding_share": 1.0 - result.tokens / max(1.0, world * max(loads))} | _spread(figures)
-        seen = [sum(column) / self.copies for column in columns[len(names) :]]
-        needed = self._needed(result, seen, micro_batches=world * len(micro_batches) // self.copies)
+        work = [sum(column) / self.copies for column in columns[len(own) :]]
+        needed = self._needed(result, work, micro_batches=world * len(micro_batches) // self.copies)
         if needed is not None and self.peak is not None:
             metrics["mfu"] = needed.total / (max(1e-9, *figures["step_seconds"]) * self.peak)
         return metrics
@@ -155,14 +156,14 @@ class Speedometer:
             return [0.0, *asdict(VisionWork()).values()]
         pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
         shape = self.counter.shape
-        seen = VisionWork() if shape is None else sum((shape.of_batch(batch) for batch in micro_batches), VisionWork())
-        return [pairs, *asdict(seen).values()]
+        vision = VisionWork() if shape is None else sum(map(shape.of_batch, micro_batches), VisionWork())
+        return [pairs, *asdict(vision).values()]
 
-    def _needed(self, result: StepResult, seen: Sequence[float], *, micro_batches: int) -> Flops | None:
+    def _needed(self, result: StepResult, work: Sequence[float], *, micro_batches: int) -> Flops | None:
         if self.counter is None:
             return None
-        pairs, *looked_at = seen
-        vision_work = VisionWork(**dict(zip(asdict(VisionWork()), looked_at, strict=True)))
+        pairs, *vision = work
+        vision_work = VisionWork(**dict(zip(asdict(VisionWork()), vision, strict=True)))
         return self.counter.count(
             StepShape(
                 tokens=result.tokens, supervised=result.supervised_tokens, images=result.images, pairs=pairs,

@@ -68,8 +68,8 @@ class TowerShape:
 
     def of_tile(self, height: int, width: int) -> VisionWork:
         """One tile, by its size in pixels."""
-        seen = (height // self.patch) * (width // self.patch)
-        return self._all_pairs(seen + self.prefix, tokens=seen / self.patches_per_row)
+        patches = (height // self.patch) * (width // self.patch)
+        return self._all_pairs(patches + self.prefix, tokens=patches / self.patches_per_row)
 
     def of_batch(self, batch: Batch) -> VisionWork:
         """The pictures of a micro-batch, on any device."""
@@ -109,18 +109,18 @@ class TowerShape:
         whole, side = self.layers, 0
         if (everywhere := getattr(self.config, "fullatt_block_indexes", None)) is not None:
             whole, side = len(everywhere), self.config.window_size // self.patch // merged
-        found = VisionWork()
+        work = VisionWork()
         for frames, rows, columns in grids.tolist():
             patches = rows * columns
             pairs = whole * patches**2
             if side:
                 squares = _squares(rows // merged, side) * _squares(columns // merged, side)
                 pairs += (self.layers - whole) * merged**4 * squares
-            found += VisionWork(
+            work += VisionWork(
                 patches=frames * patches, pairs=frames * pairs * self.width,
                 tokens=frames * patches / self.patches_per_row,
             )  # fmt: skip
-        return found
+        return work
 
 
 def _squares(length: int, side: int) -> int:
@@ -130,9 +130,9 @@ def _squares(length: int, side: int) -> int:
 
 def _prefix(tower: Any) -> int:
     """Tokens of a tower before the first patch."""
-    found = 0
+    tokens = 0
     for name, parameter in tower.named_parameters():
         if name.rpartition(".")[2] in _BEFORE_PATCHES:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3, `shape` is that of the shard
-            found += math.prod(shape) // shape[-1]
-    return found
+            tokens += math.prod(shape) // shape[-1]
+    return tokens

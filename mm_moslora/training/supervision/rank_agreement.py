@@ -45,13 +45,13 @@ def settings_of(recipe: YamlRecipe) -> dict[str, Any]:
     Args:
         recipe: resolved.
     """
-    found = {key: value for key, value in leaves(recipe.to_dict()).items() if not may_differ_by_host(key, value)}
-    if str(zero := found.get("train.zero", "")).endswith(".json"):
+    facts = {key: value for key, value in leaves(recipe.to_dict()).items() if not may_differ_by_host(key, value)}
+    if str(zero := facts.get("train.zero", "")).endswith(".json"):
         try:
-            found |= leaves(read_json(Path(zero).expanduser(), linked=True), "train.zero.") | {"train.zero": "a file"}
+            facts |= leaves(read_json(Path(zero).expanduser(), linked=True), "train.zero.") | {"train.zero": "a file"}
         except (OSError, ValueError) as error:
-            found["train.zero"] = f"a file that cannot be read ({error})"
-    return found
+            facts["train.zero"] = f"a file that cannot be read ({error})"
+    return facts
 
 
 def agree_on_recipe(recipe: YamlRecipe, **more: object) -> None:
@@ -90,12 +90,12 @@ def agree(facts: Mapping[str, object], remedy: str) -> None:
         return
     everywhere = distributed.gather_objects((socket.gethostname(), own))
     hosts = dict(enumerate(host for host, _ in everywhere))
-    names = {name: None for _, found in everywhere for name in found}
-    values = {name: {rank: found.get(name, "missing") for rank, (_, found) in enumerate(everywhere)} for name in names}
+    names = {name: None for _, items in everywhere for name in items}
+    values = {name: {rank: items.get(name, "missing") for rank, (_, items) in enumerate(everywhere)} for name in names}
     odd = [name for name in names if len({*values[name].values()}) > 1]
-    told = [f"{name} is {grouped(values[name], hosts)}" for name in odd[:_MOST_NAMED]]
+    differences = [f"{name} is {grouped(values[name], hosts)}" for name in odd[:_MOST_NAMED]]
     more = f", and {len(odd) - _MOST_NAMED} more differ" if len(odd) > _MOST_NAMED else ""
-    raise DistributedError(f"The ranks do not agree: {'. '.join(told)}{more}. {remedy} Nothing was trained.")
+    raise DistributedError(f"The ranks do not agree: {'. '.join(differences)}{more}. {remedy} Nothing was trained.")
 
 
 def grouped(values: Mapping[int, str], hosts: Mapping[int, str]) -> str:
@@ -108,22 +108,22 @@ def grouped(values: Mapping[int, str], hosts: Mapping[int, str]) -> str:
     ranks = defaultdict(list)
     for rank, value in values.items():
         ranks[value].append(rank)
-    return "; ".join(f"{value[:_MOST_SHOWN]} on {named(found, hosts)}" for value, found in ranks.items())
+    return "; ".join(f"{value[:_MOST_SHOWN]} on {named(members, hosts)}" for value, members in ranks.items())
 
 
 def named(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
     """`rank 4 (host-b)`, `ranks 0-3 (host-a, host-b)`."""
     ranks = list(ranks)
-    places = dict.fromkeys(host for rank, host in hosts.items() if rank in ranks)
-    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)} ({', '.join(places)})"
+    names = dict.fromkeys(host for rank, host in hosts.items() if rank in ranks)
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)} ({', '.join(names)})"
 
 
 def spans(ranks: Iterable[int]) -> str:
     """`0-3, 6`."""
-    found: list[list[int]] = []
+    ends: list[list[int]] = []
     for rank in sorted(ranks):
-        if found and rank == found[-1][1] + 1:
-            found[-1][1] = rank
+        if ends and rank == ends[-1][1] + 1:
+            ends[-1][1] = rank
         else:
-            found.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+            ends.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)

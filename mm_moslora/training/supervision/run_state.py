@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Ending:
+class RunEnding:
     """The run's own record of its end; an exception adds its message."""
 
     finished: bool = False
@@ -33,7 +33,7 @@ class Ending:
 
 
 @contextmanager
-def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
+def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[RunEnding]:
     """Keep `state.json` of a run folder up to date while a run is active; see `mm_moslora.reporting.run_data`.
 
     A process that is killed leaves "running"; readers check its process id and the heartbeats. Where rank 0 is gone, a
@@ -52,7 +52,7 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[En
     before = _read_state(folder)
     if distributed.is_main():
         _write(folder, {"state": "running", **began})
-    ending = Ending()
+    ending = RunEnding()
     try:
         yield ending
     except BaseException as error:
@@ -83,10 +83,10 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
         reason: why it fails.
         ranks: the ranks to blame.
     """
-    told = _read_state(folder)
-    if told is not None and told.get("state") == "running":
+    state = _read_state(folder)
+    if state is not None and state.get("state") == "running":
         over = {"state": "failed", "reason": redact_text(reason), "ranks": list(ranks), "ended": time.time()}
-        _write(folder, told | over)
+        _write(folder, state | over)
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:

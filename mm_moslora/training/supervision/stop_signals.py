@@ -11,12 +11,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from mm_moslora.launch.child_processes import (
-    REQUESTS_TO_END_UNSAVED,
-    RequestCounter,
-    install_handler,
-    restore_handlers,
-)
+from mm_moslora.launch.child_processes import REQUESTS_TO_END_UNSAVED, RequestCounter, install_handler, restore_handlers
 from mm_moslora.utils.text_format import whole_number
 
 _AGAIN_SECONDS = 30.0

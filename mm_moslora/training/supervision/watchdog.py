@@ -46,8 +46,8 @@ _STANDSTILL = 10
 """Multiple of the heartbeat interval: a longer gap means that the process did not run."""
 _CULPRIT_SECONDS = 4.0  # a failing rank needs a moment to write its heartbeat
 _GONE_SECONDS = 5.0
-"""Seconds that a rank may be gone, and between two looks at the others. On gloo, ranks that wait for it mostly fail by
-themselves, with a more specific error; on NCCL they would wait for the timeout of a collective."""
+"""Seconds that a rank may be gone, and between two readings of the other heartbeats. On gloo, ranks that wait for it
+mostly fail by themselves, with a more specific error; on NCCL they would wait for the timeout of a collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +123,8 @@ class Watchdog:
                 discard(self._stacks_path)
         self._phase = heartbeat.ENDED
         if error is not None:
-            told = redact_text(f"{kind.__name__ if kind else ''}: {error}")
-            self._phase = f"{heartbeat.FAILED}{told}"[:500]
+            reason = redact_text(f"{kind.__name__ if kind else ''}: {error}")
+            self._phase = f"{heartbeat.FAILED}{reason}"[:500]
         self._say()
 
     def phase(self, what: str, step: int, limit_seconds: float) -> None:
@@ -200,7 +200,7 @@ class Watchdog:
     def _give_up(self, why: str, *, hint: str = "") -> None:
         faulthandler.dump_traceback(file=self._stacks_file, all_threads=True)
         self._stacks_file.flush()
-        self._place, self._gave_up = _own_place(self._phase), True
+        self._place, self._gave_up = _blocking_line(self._phase), True
         self._say()
         self._ask_for_stacks()
         time.sleep(2 * self.interval)  # time for the others to reach their limits
@@ -249,17 +249,17 @@ class Watchdog:
             if dead or any(beat.failure for beat in others) or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        told = [(beat, f"{beat.who} died; last seen at step {beat.step} ({beat.phase})") for beat in dead]
-        told += [(beat, f"{beat.who} {beat.phase} at step {beat.step}") for beat in others if beat.failure]
-        told += [(beat, f"{beat.who} does not wait for others: it is in {beat.place}") for beat in beats if beat.place]
-        told += [
+        blame = [(beat, f"{beat.who} died; last seen at step {beat.step} ({beat.phase})") for beat in dead]
+        blame += [(beat, f"{beat.who} {beat.phase} at step {beat.step}") for beat in others if beat.failure]
+        blame += [(beat, f"{beat.who} does not wait for others: it is in {beat.place}") for beat in beats if beat.place]
+        blame += [
             (beat, f"{beat.who} did not run for {beat.stood_still:.0f} s: it was stopped, or its machine slept")
             for beat in beats if beat.stood_still
         ]  # fmt: skip
-        told = told or self._behind(beats, others)
-        if told:
-            text = "; ".join(text for _, text in told)
-            return Blame(text=f"{text}.", ranks=tuple(dict.fromkeys(beat.rank for beat, _ in told)))
+        blame = blame or self._behind(beats, others)
+        if blame:
+            text = "; ".join(text for _, text in blame)
+            return Blame(text=f"{text}.", ranks=tuple(dict.fromkeys(beat.rank for beat, _ in blame)))
         if missing := set(range(distributed.world_size())) - {beat.rank for beat in beats}:
             return _without_heartbeat(missing)
         if len(beats) == 1:
@@ -331,14 +331,14 @@ def _is_sibling(beat: Heartbeat) -> bool:
     """Whether a process of this machine has this one's parent, and handles SIGUSR2."""
     try:
         lines = Path(f"/proc/{beat.pid}/status").read_text(encoding="utf-8").splitlines()
-        told = dict(line.split(":", 1) for line in lines)
-        handled = int(told["SigCgt"], 16) >> (signal.SIGUSR2 - 1) & 1
-        return beat.is_here() and bool(handled) and int(told["PPid"]) == os.getppid()
+        status = dict(line.split(":", 1) for line in lines)
+        handled = int(status["SigCgt"], 16) >> (signal.SIGUSR2 - 1) & 1
+        return beat.is_here() and bool(handled) and int(status["PPid"]) == os.getppid()
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _own_place(phase: str) -> str:
+def _blocking_line(phase: str) -> str:
     """Function and line of the main thread; empty when it waits for other ranks.
 
     On a GPU, collectives are queued and the host continues until it reads a value. Within a step, the position of the

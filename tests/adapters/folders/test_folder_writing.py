@@ -11,12 +11,17 @@ import pytest
 from adapters.adapter_models import llama
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, export_adapter, save_adapter
-from mm_moslora.adapters.adapter_inspection import inspection
+from mm_moslora.adapters.adapter_inspection import inspect_adapter
+from mm_moslora.reporting.lens_maps import draw_lens
 from mm_moslora.utils.errors import AdapterError, ConfigError
 
 
 def _model():
     return add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
+
+
+def _draw(folder: Path, picture: Path) -> Path:
+    return draw_lens([report.row() for report in inspect_adapter(folder)], picture)
 
 
 WAYS: dict[str, Callable[[Path, Path], object]] = {
@@ -25,7 +30,7 @@ WAYS: dict[str, Callable[[Path, Path], object]] = {
     "vllm": lambda folder, out: export_adapter(folder, out, layout="vllm"),
     "diffusers": lambda folder, out: export_adapter(folder, out, layout="diffusers"),
     "gguf": lambda folder, out: export_adapter(folder, out, layout="gguf", model_config=llama().config.to_dict()),
-    "picture": lambda folder, out: inspection(folder, picture=f"{out}.png"),
+    "picture": lambda folder, out: _draw(folder, out.with_suffix(".png")),
 }
 
 
@@ -59,7 +64,7 @@ def test_the_error_names_the_path(way: str, place: str, folder: Path, tmp_path: 
 
 def test_a_picture_of_no_format_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"ends in 'doc', expected one of .*png"):
-        inspection(folder, picture=tmp_path / "mixers.doc")
+        _draw(folder, tmp_path / "mixers.doc")
 
 
 @pytest.mark.parametrize("way", ["peft", "vllm", "gguf"])

@@ -101,7 +101,7 @@ NARROW = {f"{V}A": torch.ones(32, 2), f"{V}AB": torch.ones(2, 2), f"{V}B": torch
         (lambda held: {n: t for n, t in held.items() if not n.endswith("AB")}, {}, "announces mixers"),
         (lambda held: held | NARROW, {}, r"v_proj.* has shape \[2, 32\], expected \[4, 32\]"),
         (lambda held: held, {"lora_use_mixer": False}, "declares none"),
-        (lambda held: held, {"scaling": 4.0}, "tells a scaling of 4"),
+        (lambda held: held, {"scaling": 4.0}, "stores the scaling 4"),
         (lambda held: held, {"tensor_parallel_degree": 2}, "one of 2 parts"),
         (lambda held: held, {"use_mora": True}, r"use_mora.*not understood.*lora_config\.json"),
         (lambda held: held, {"pissa": True}, "pissa.*not understood"),

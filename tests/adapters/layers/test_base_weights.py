@@ -112,7 +112,7 @@ def exact(model: nn.Module) -> nn.Module:
     for layer, own in zip(layers(twin), layers(model), strict=True):
         base, plain = own.get_base_layer(), layer.get_base_layer()
         x = torch.zeros(1, own.in_features, dtype=getattr(base, "compute_dtype", None) or base.weight.dtype)
-        plain.weight.data = weight_of(base, x).dense(FULL)
+        plain.weight.data = weight_of(base, x)(FULL)
         if base.bias is not None:
             plain.bias.data = base.bias.detach()
     return twin.double()
@@ -165,7 +165,7 @@ def test_a_weight_is_made_dense_with_the_values_that_bitsandbytes_multiplies_wit
     torch.manual_seed(0)
     base = four_bit(nn.Linear(WIDTH, INNER, bias=False).to(stored), compute=compute, quant=quant)
     columns = torch.eye(WIDTH, dtype=compute).requires_grad_()
-    dense = weight_of(base, columns).dense(compute)
+    dense = weight_of(base, columns)(compute)
     assert torch.equal(dense, base(columns).t())
     assert base.weight.quant_state.dtype == stored
     if stored == compute:  # otherwise bitsandbytes multiplies with a value rounded otherwise in its backward pass

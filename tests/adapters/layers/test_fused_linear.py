@@ -31,7 +31,7 @@ from mm_moslora.kernels.lora import mixed_product
 from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
 from mm_moslora.kernels.lora.mixed_product import combine
 from mm_moslora.kernels.lora.seeded_dropout import KeptBits, kept_bits
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.utils.errors import AdapterError
 
 

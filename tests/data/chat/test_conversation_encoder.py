@@ -48,7 +48,7 @@ def runs(encoded: Encoded) -> list[list[int]]:
 
 def literal(texts: list[str]) -> list[Turn]:
     """Turns in which every `<image>` is typed text."""
-    return [Turn(role="assistant" if index % 2 else "user", text=text, places=()) for index, text in enumerate(texts)]
+    return [Turn(role="assistant" if index % 2 else "user", text=text, offsets=()) for index, text in enumerate(texts)]
 
 
 class TestSupervision:
@@ -68,10 +68,6 @@ class TestSupervision:
         encoded = encoder.encode(literal([*texts, answer]))
         assert torch.equal(encoded.input_ids[: len(prompt)], prompt)
         assert encoded.supervised[len(prompt) :].all()
-
-    def test_every_answer_ends_with_one_supervised_end_of_turn_token(self, setup: Setup) -> None:
-        encoded = setup.encoder().encode(turns("one?", "red", "two?", "blue", "three?", "green"))
-        assert [run[-1] for run in runs(encoded)] == [setup.tokenizer.eos_token_id] * 3
 
     def test_the_answer_alone_has_the_ids_of_the_trained_answer(self, setup: Setup) -> None:
         encoder = setup.encoder()
@@ -203,7 +199,7 @@ class TestSystemPrompts:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = "{{ raise_exception('no') if messages[0]['role'] == 'system' }}" + CHATML
         encoder = ConversationEncoder(tokenizer, image_token_id=7, tokens_per_image=2, system_prompt="<image>?")
-        question = Turn(role="user", text="<image>\nwhat?", places=(0,))
+        question = Turn(role="user", text="<image>\nwhat?", offsets=(0,))
         ids = encoder.encode_prompt([question]).tolist()
         assert ids.count(7) == 2
         assert tokenizer.decode(ids[: ids.index(7)]).endswith("<image>?\n\n")

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.chat.records import parse_record
+from mm_moslora.data.chat import records
+from mm_moslora.data.chat.records import RecordFile, parse_record
 from mm_moslora.data.images.record_picture import LocalPicture, PictureRules
 from mm_moslora.data.record_faults import Code, RecordError, Where
-from mm_moslora.data.sources import json_scan, record_source
-from mm_moslora.data.sources.record_source import RecordFile
+from mm_moslora.data.sources import json_scan
 from mm_moslora.utils.errors import DataError
 
 QA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -93,9 +93,12 @@ ROWS = {
     "a list": ([], Code.NOT_AN_OBJECT, "a list"),
     "a string": ("x", Code.NOT_AN_OBJECT, "a string"),
     "null": (None, Code.NOT_AN_OBJECT, "null"),
+    "a number": (7, Code.NOT_AN_OBJECT, "a number"),
     "id object": ({"id": {}, "conversations": QA}, Code.BAD_ID, "an object"),
     "no conversations": ({"id": "x"}, Code.NO_TURNS, "missing"),
     "misspelt": ({"id": "x", "conversation": QA}, Code.NO_TURNS, "the record has 'id', 'conversation'; write conv"),
+    "null conversations": ({"conversations": None}, Code.NO_TURNS, "conversations"),
+    "messages are an object": ({"messages": {}}, Code.NO_TURNS, "messages"),
     "empty conversations": ({"id": "x", "conversations": []}, Code.NO_TURNS, "empty"),
     "turn is a string": ({"id": "x", "conversations": ["hi"]}, Code.BAD_TURN, "a string"),
     "role": (chat(("bing", "q"), ("gpt", "a")), Code.BAD_ROLE, '"bing"'),
@@ -109,6 +112,8 @@ ROWS = {
     "infinite id": ({"id": float("inf"), "conversations": QA}, Code.BAD_ID, "a number"),
     "null text": (chat(("human", None), ("gpt", "a")), Code.BAD_TEXT, "null"),
     "number text": (chat(("human", "q"), ("gpt", 5)), Code.BAD_TEXT, "a number"),
+    "null answer": (chat(("human", "q"), ("gpt", None)), Code.BAD_TEXT, "null"),
+    "no letter in the answer": (chat(("human", "q"), ("gpt", "")), Code.EMPTY_ANSWER, "conversations[1]"),
     "empty answer": (chat(("human", "q"), ("gpt", " \n")), Code.EMPTY_ANSWER, "conversations[1]"),
     "surrogate": (chat(("human", "q\ud83d"), ("gpt", "a")), Code.BAD_CHARACTER, "U+D83D"),
     "nul": (chat(("human", "q"), ("gpt", "a\0")), Code.BAD_CHARACTER, "U+0000 at character 1"),
@@ -142,6 +147,8 @@ ROWS = {
     "image nan": (with_image(float("nan")), Code.IMAGE_COUNT, "0 images"),
     "image object": (with_image({"file": "a.png"}), Code.BAD_IMAGE_NAME, "an object"),
     "list of lists": (with_image([["a.png"]]), Code.BAD_IMAGE_NAME, "a list"),
+    "null in a list": (with_image([None]), Code.BAD_IMAGE_NAME, "null"),
+    "no letter in the name": (with_image(""), Code.BAD_IMAGE_NAME, "empty"),
     "empty name": (with_image(" "), Code.BAD_IMAGE_NAME, "empty"),
 }  # fmt: skip
 
@@ -247,7 +254,7 @@ class TestFiles:
             assert [file.value(row) for row in range(len(file))] == values
 
     def test_a_record_beyond_the_limit_is_not_read(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(record_source, "MAX_VALUE_BYTES", 100)
+        monkeypatch.setattr(records, "MAX_VALUE_BYTES", 100)
         path = tmp_path / "d.jsonl"
         path.write_text(json.dumps({"id": "x" * 200}) + "\n" + json.dumps({"conversations": QA}))
         file = RecordFile(path)

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.config.llava_chat_templates import note_thinking, notes_thinking
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.thinking_form import LOOKED_AT
+from mm_moslora.data.chat.thinking_form import SAMPLED
 from mm_moslora.data.check.check_findings import findings
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.training_set import TrainingSet
@@ -89,7 +89,7 @@ def test_every_answer_behind_another_prompt_is_counted(write, name, answer, thin
     ids = encoded.input_ids.tolist()
     for place in (1, 3, 5):
         prompt = encoder.encode_prompt(record.turns[:place]).tolist()
-        block = encoder.encode_answer(record.turns[place].text)[:2] if data.form.asked else []
+        block = encoder.encode_answer(record.turns[place].text)[:2] if data.form.asks else []
         follows = bool(encoded.supervised[len(prompt)]) and not encoded.supervised[len(prompt) - 1]
         aside += ids[: len(prompt) + len(block)] != prompt + block or not follows
     assert (data.form.answers, data.form.aside) == (3, aside)
@@ -122,7 +122,7 @@ def test_few_answers_behind_another_prompt_need_no_warning(write) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "glm4moe", "nemotron_3_nano", "qwen3_5_nothink", "qwen3_8", "lfm2_2_5"])
 def test_auto_follows_the_data(write, name) -> None:
     forms = {kind: settled(write, records(*DATA[kind]), tokenizer_of(name)).form for kind in DATA}
-    asked = {kind: form.asked for kind, form in forms.items()}
+    asked = {kind: form.asks for kind, form in forms.items()}
     assert asked == {"all": True, "most": True, "half": False, "few": False, "none": False}
     two_prompts = name != "lfm2_2_5"
     assert {kind for kind, form in forms.items() if form.mixed} == ({"half", "few"} if two_prompts else set())
@@ -133,27 +133,27 @@ def test_auto_follows_the_data(write, name) -> None:
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
 def test_a_template_that_drops_thinking_is_not_asked_to_think(write, name) -> None:
     form = settled(write, records(8, 0), tokenizer_of(name)).form
-    assert (form.thinking, form.asked, form.mixed) == (0, False, False)
+    assert (form.thinking, form.asks, form.mixed) == (0, False, False)
 
 
 def test_thinking_as_plain_text_is_followed_too(write) -> None:
     form = settled(write, records(8, 0), shared_tokenizer("bytes-chatml")).form
-    assert (form.asked, form.mixed) == (True, False)
+    assert (form.asks, form.mixed) == (True, False)
 
 
 def test_a_choice_of_the_recipe_stands(write) -> None:
     tokenizer = tokenizer_of("qwen3")
-    assert not settled(write, records(8, 0), tokenizer, "never").form.asked
-    assert settled(write, records(0, 8), tokenizer, "always").form.asked
+    assert not settled(write, records(8, 0), tokenizer, "never").form.asks
+    assert settled(write, records(0, 8), tokenizer, "always").form.asks
 
 
 def test_large_data_are_looked_at_in_all_places(write) -> None:
     """Files are often sorted: the records that think may be the last ones."""
-    given = records(0, LOOKED_AT) + records(2 * LOOKED_AT, 0)
+    given = records(0, SAMPLED) + records(2 * SAMPLED, 0)
     data = settled(write, given, tokenizer_of("qwen3"))
-    assert data.form.records == LOOKED_AT
-    assert data.form.asked
-    assert data.form.thinking == pytest.approx(LOOKED_AT * 2 / 3, abs=2)
+    assert data.form.records == SAMPLED
+    assert data.form.asks
+    assert data.form.thinking == pytest.approx(SAMPLED * 2 / 3, abs=2)
 
 
 def test_bad_records_are_left_to_the_training_set(write) -> None:

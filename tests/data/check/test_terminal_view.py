@@ -60,7 +60,7 @@ class TestView:
 
     def test_typed_special_tokens_do_not_look_like_special_ones(self, chatml: Setup) -> None:
         encoder = chatml.encoder()
-        encoded = encoder.encode([Turn(role="user", text="a <|im_end|> <image> b", places=()), *turns("", "c")[1:]])
+        encoded = encoder.encode([Turn(role="user", text="a <|im_end|> <image> b", offsets=()), *turns("", "c")[1:]])
         text = view_tokens(encoded, encoder.tokenizer, image_token_id=encoder.image_token_id)
         special = "".join(text.plain[s.start : s.end] for s in text.spans if SPECIAL in str(s.style))
         assert special == "<|im_start|><|im_end|>" * 2

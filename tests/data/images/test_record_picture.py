@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_moslora.data.images import record_picture
-from mm_moslora.data.images.record_picture import ImageError, check_image, open_image, open_image_bytes
+from mm_moslora.data.images import picture_modes, record_picture
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import check_image, open_image, open_image_bytes
 from mm_moslora.data.record_faults import Code
 
 
@@ -60,6 +61,7 @@ class TestPixels:
         assert opened.size == (16, 32)
         assert opened.getpixel((2, 2)) == (0, 0, 0)
         assert opened.getpixel((14, 30)) == (255, 255, 255)
+        assert open_image_bytes(data(stored, "JPEG", exif=exif)).size == (16, 32)
 
     @pytest.mark.filterwarnings("ignore::UserWarning")
     @pytest.mark.parametrize(
@@ -139,6 +141,7 @@ BAD = {
     "empty": (b"", Code.IMAGE_EMPTY, "0 bytes"),
     "html": (b"<!DOCTYPE html><html>404", Code.IMAGE_FORMAT, "HTML page"),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid", Code.IMAGE_FORMAT, "git lfs pull"),
+    "svg without a header": (b"<svg xmlns='x'/>", Code.IMAGE_FORMAT, "SVG"),
     "svg": (b"<?xml version='1.0'?><svg/>", Code.IMAGE_FORMAT, "XML or SVG"),
     "noise": (bytes(range(256)), Code.IMAGE_FORMAT, "no picture"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", Code.IMAGE_FORMAT, "PostScript"),
@@ -149,6 +152,8 @@ BAD = {
     "beyond our own limit": (png(8001, 8000), Code.IMAGE_TOO_LARGE, "8001 x 8000"),
     "too long": (png(20_000, 101), Code.IMAGE_TOO_LARGE, "sides of 16384"),
     "a line": (png(1, 201), Code.IMAGE_ASPECT, "factor of 200"),
+    "a flat line": (png(201, 1), Code.IMAGE_ASPECT, "factor of 200"),
+    "no width": (png(0, 5), Code.IMAGE_FORMAT, "accepted format"),
 }
 
 
@@ -223,5 +228,5 @@ def test_transparency_in_strips_gives_the_pixels_of_the_whole(mode: str, monkeyp
         image = image.convert(mode)
     layer = image.convert("RGBA")
     whole = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
-    monkeypatch.setattr(record_picture, "_STRIP", 100)  # strips of one row
+    monkeypatch.setattr(picture_modes, "_STRIP", 100)  # strips of one row
     assert record_picture.as_rgb(image).tobytes() == whole.tobytes()

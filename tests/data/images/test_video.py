@@ -19,10 +19,11 @@ from video_files import number_of, write_animation, write_frames, write_video
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import Record, parse_record
-from mm_moslora.data.check.html_view import Sample, page
+from mm_moslora.data.check.html_view import RecordSample, page
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.images import pyav_decode, video_clip
-from mm_moslora.data.images.record_picture import ImageError, PictureRules
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.record_faults import Code, RecordError, Where
 from mm_moslora.data.sources.open_sources import open_source
@@ -69,7 +70,7 @@ class TestFrames:
     def test_the_rule_of_places_holds_for_any_numbers(self) -> None:
         for frames in range(1, 40):
             for count in range(1, 20):
-                found = pyav_decode.places(frames, count)
+                found = pyav_decode.frame_indices(frames, count)
                 assert found == sorted(found)
                 assert (len(found), found[0]) == (count, 0)
                 assert count == 1 or found[-1] == frames - 1
@@ -373,6 +374,6 @@ class TestInTraining:
         assert dict(report.bad) == {Code.VIDEO_FORMAT: 1}
         assert report.sizes == {(64, 48): 3}
         record = open_source(sources[0])[0]
-        html = page([Sample(record, chatml_encoder().encode(record.turns))], chatml_encoder(), title="t")
+        html = page([RecordSample(record, chatml_encoder().encode(record.turns))], chatml_encoder(), title="t")
         assert html.count("<figure>") == html.count("image: 4 tokens") == 3
         assert "good.mp4#frame=3of3, 64 x 48" in html

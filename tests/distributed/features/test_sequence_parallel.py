@@ -9,7 +9,8 @@ import torch
 from tiny import make_records
 from trials import full, make_recipe, metrics, with_train, write
 
-from mm_moslora.batch import Batch, Example, RowShare
+from mm_moslora.batch import Batch, Example
+from mm_moslora.models.memory_efficient.row_share import RowShare
 
 KEYS = ("loss", "grad_norm", "tokens_seen", "images", "weight_norm/adapter", "momentum_norm/mixer")
 

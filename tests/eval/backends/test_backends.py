@@ -24,13 +24,13 @@ from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.submissions import write_submission
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_server import serve
 
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 
 
 def request(name: str, text: str, *images: bytes, **options: object) -> Request:
@@ -103,7 +103,7 @@ def test_the_log_likelihood_of_the_reference_is_that_of_transformers(exported: P
         given = processor(text=[text], images=[[shown]], return_tensors="pt")
         ids = torch.tensor([processor.tokenizer.encode(texts[index], add_special_tokens=False)])
         row = torch.cat([given["input_ids"], ids], dim=1)
-        (seen,) = model.assembly.image_processing.see([shown])  # type: ignore[attr-defined]
+        (seen,) = model.assembly.image_processing.process([shown])  # type: ignore[attr-defined]
         pixels = {"ours": seen.tensors["pixel_values"], "theirs": given["pixel_values"]}
         for answer, values in ((found[index], pixels["ours"]), (batched[index], pixels["theirs"])):
             with torch.inference_mode():
@@ -375,7 +375,7 @@ def test_logits_that_are_not_numbers_are_failed_samples_of_a_transformers_model(
     model = open_model(f"hf:{exported}", precision="fp32")
     task = get_task(f"llava:{question_file}")
     task = dataclasses.replace(task, decoding=dataclasses.replace(task.decoding, beams=beams, max_new_tokens=3))
-    some = Settings(batch_size=4, limit=4, rank=0, world_size=1)
+    some = EvaluationSettings(batch_size=4, limit=4, rank=0, world_size=1)
     (before,) = evaluate(model, task, tmp_path / "a", modes=("own",), baselines=(), settings=some)
     assert before.counts.failed == 0
     head = model.model.lm_head

@@ -15,7 +15,7 @@ from mm_moslora_eval.report import run_evidence
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, write_results
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import write_questions
@@ -30,7 +30,7 @@ NATS = {"n": 4, "missing": 0, "nats": -1.0, "stderr": 0.1, "low": -2.0, "high": 
 
 
 def evaluated_again(run: Path, *, data: Path | None = None) -> list[TaskResult]:
-    settings = Settings(batch_size=4, rank=0, world_size=1)
+    settings = EvaluationSettings(batch_size=4, rank=0, world_size=1)
     task = f"llava:{data or run.parent / 'data' / 'questions.jsonl'}"
     return eval_commands.run(
         FakeModel(), [task], run, settings=settings, modes=("own", "wrong"), baselines=("majority",)
@@ -69,14 +69,16 @@ def test_an_odd_value_in_an_entry_hides_no_other_result_and_stops_no_evaluation(
 ) -> None:
     stored = json.loads((run / "results.json").read_text())
     first, *others = stored["results"]
-    for entry in _each(first, number):
+    entries = list(_each(first, number))
+    for entry in entries:
         (run / "results.json").write_text(json.dumps(stored | {"results": [entry, *others]}))
         found = read_results(run)
         assert [result.to_dict() for result in found[-len(others) :]] == others
         assert "majority" in eval_commands.table(found)
-        assert "none (majority)" in write_report(run).read_text(encoding="utf-8")
-        write_results(run, evaluated[1])
-        assert {result.mode for result in read_results(run)} >= {"own", "wrong", "majority"}
+    (run / "results.json").write_text(json.dumps(stored | {"results": [*entries, *others]}))
+    assert "none (majority)" in write_report(run).read_text(encoding="utf-8")
+    write_results(run, evaluated[1])
+    assert {result.mode for result in read_results(run)} >= {"own", "wrong", "majority"}
 
 
 @pytest.mark.parametrize("value", ODD)
@@ -145,7 +147,7 @@ def test_scores_join_those_of_a_run_with_an_odd_row(tmp_path: Path, key: str, va
            "metric": "t", "mean": 0.5, "protocol": "own", "selection": "all"}  # fmt: skip
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps([row | {key: value}, row | {"task": "u", "metric": "u", "subject": "v"}, value]))
-    known = run_evidence._known(path)
+    known = run_evidence._stored_rows(path)
     rows = run_evidence._better([row | {"mean": 0.75}], known)
     run_evidence._name_metrics(rows, known)
     run_evidence._merge(path, known, rows)

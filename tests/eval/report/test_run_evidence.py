@@ -18,6 +18,7 @@ from mm_moslora_eval.report import run_evidence
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.sources.image_controls import MODES, Hasher
+from trials import write_questions
 from wandb_files import read_finished
 
 from mm_moslora import cli
@@ -43,13 +44,7 @@ def measured(
 ) -> Path:
     """A run with trackers, measured before and after, and once more at its middle."""
     folder = tmp_path_factory.mktemp("measured")
-    rows = [json.loads(line) for line in records.read_text().splitlines()]
-    questions = [
-        {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
-         "answer": row["conversations"][1]["value"]}
-        for row in rows if "image" in row
-    ]  # fmt: skip
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    write_questions(records, folder / "test.jsonl")
     (folder / "recipe.yaml").write_text(
         RECIPE.format(
             language=language_folder, vision=vision_folder, records=records, images=records.parent / "images",

@@ -24,7 +24,7 @@ from mm_moslora_eval.run.answer_log import AnswerLog, merge, read_folder
 from mm_moslora_eval.run.answer_views import view_below
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.task_runner import Settings, hold_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings, hold_run
 
 from mm_moslora import cli as command_line
 from mm_moslora.utils.errors import ConfigError, EvalError, MoSLoRAError
@@ -32,7 +32,7 @@ from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
 ROW = {"tokens": 1, "finish_reason": "stop", "options": None, "error": None}
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 
 
 def asked(run: Path, data: Path, *, model: FakeModel | None = None, modes: Any = ("own",), **changes: Any) -> Any:
@@ -111,7 +111,7 @@ def test_runs_on_other_documents_are_not_compared(tmp_path: Path) -> None:
         eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
     asked(tmp_path / "a", data, limit=5)
     ((result, text),) = eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
-    assert result.score.found.n == 5
+    assert result.score.estimate.n == 5
     assert text.startswith("questions@own, first 5 of 12: ")
 
 
@@ -132,7 +132,7 @@ def test_scores_by_unlike_rules_are_neither_compared_nor_put_under_one_heading(t
     assert "by letter_or_text, anls, mean, version 1" in table
     assert "by letter_or_text, letter_or_exact, mean, version 1" in table
     with pytest.raises(EvalError, match="different rules"):
-        eval_commands.compare(tmp_path / "a" / "questions@own" / "own", tmp_path / "a" / "questions@own" / "wrong")
+        eval_commands.compare_runs(*(str(tmp_path / "a" / "questions@own" / mode) for mode in ("own", "wrong")))
 
 
 def test_a_changed_picture_is_another_view_and_the_old_one_stays(tmp_path: Path) -> None:

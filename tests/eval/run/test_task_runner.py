@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import json
 import os
@@ -23,8 +24,9 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import read_results, score_folder
-from mm_moslora_eval.run.task_runner import Settings, open_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run
 from mm_moslora_eval.sources.image_controls import MODES
+from waiting import wait_until
 
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError, EvalError
@@ -33,7 +35,7 @@ from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
 ROOT = Path(__file__).parents[3]
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 
 
 def task_of(path: Path):
@@ -267,7 +269,7 @@ def test_questions_on_one_picture_are_asked_together(question_file: Path, tmp_pa
         task_of(question_file),
         tmp_path / "run",
         modes=("own",),
-        settings=Settings(batch_size=1, rank=0, world_size=1),
+        settings=EvaluationSettings(batch_size=1, rank=0, world_size=1),
     )
     pictures = [request.images[0] for request in model.requests]
     changes = sum(a != b for a, b in itertools.pairwise(pictures))
@@ -301,7 +303,7 @@ def test_unfinished_answers_are_not_scored(question_file: Path, tmp_path: Path, 
 
 
 def test_limit_can_grow_and_keeps_what_is_answered(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
-    few = Settings(batch_size=4, limit=5, rank=0, world_size=1)
+    few = EvaluationSettings(batch_size=4, limit=5, rank=0, world_size=1)
     (result,) = evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=few)
     assert result.n == 5
     more = FakeModel()
@@ -342,15 +344,16 @@ def test_a_hostile_answer_is_only_text(question_file: Path, tmp_path: Path) -> N
 def test_compare_two_modes(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
     evaluate(model, task_of(question_file), tmp_path / "run", settings=ONE)
     place = tmp_path / "run" / "questions@own"
-    result, text = eval_commands.compare(place / "own", place / "wrong")
+    ((result, text),) = eval_commands.compare_runs(str(place / "own"), str(place / "wrong"))
     score = result.score
     assert score.wins + score.losses + score.ties == score.questions == 12
     assert len(result.samples) == score.wins + score.losses
-    assert score.found.value == pytest.approx(score.a - score.b)
+    assert score.estimate.value == pytest.approx(score.a - score.b)
     assert "A wins" in text
     assert "The interval rests on 4 pictures with 12 questions." in text
-    assert score.found.detectable > 4 * score.found.stderr  # of a t-test with 3 degrees of freedom; a normal one: 2.8
-    few = Settings(batch_size=4, limit=5, rank=0, world_size=1)
+    # A t-test with 3 degrees of freedom; a normal one has 2.8.
+    assert score.estimate.detectable > 4 * score.estimate.stderr
+    few = EvaluationSettings(batch_size=4, limit=5, rank=0, world_size=1)
     evaluate(model, task_of(question_file), tmp_path / "other", modes=("own",), settings=few)
     with pytest.raises(EvalError, match="different documents"):
         compare(place / "own", tmp_path / "other" / "questions@own" / "own")
@@ -394,20 +397,16 @@ def test_input_07_two_ranks_share_the_work(tmp_path: Path) -> None:
     assert sorted(names) == sorted([f"q{n}" for n in range(13) if n != 5] * 2)
 
 
-def _wait_for_an_answer(log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    started = log.stat().st_size if log.exists() else 0
-    deadline = time.monotonic() + 60
-    while (log.stat().st_size if log.exists() else 0) == started and time.monotonic() < deadline:
-        if all(process.poll() is not None for process in processes):
-            return
-        time.sleep(0.01)
-
-
 def _without_times(path: Path) -> bytes:
     return re.sub(rb'"(date|time|seconds)": ("[^"]*"|[0-9.e-]+|null)', b"", path.read_bytes())
 
 
+def _answered_or_ended(log: Path, size: int, processes: list[subprocess.Popen[bytes]]) -> bool:
+    return log.stat().st_size > size or all(process.poll() is not None for process in processes)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("start_at_once")
 def test_kill_9_at_random_points(tmp_path: Path) -> None:
     """Two ranks, killed ten times at random points, write the files of an undisturbed run, except times."""
     data = write_questions(tmp_path / "data", count=120, pictures=24)
@@ -416,8 +415,9 @@ def test_kill_9_at_random_points(tmp_path: Path) -> None:
     kills = 0
     run, log = tmp_path / "run", tmp_path / "run.log"
     for _ in range(10):
+        log.touch()
         processes = _start(data, run, log, 2, 0.02)
-        _wait_for_an_answer(log, processes)
+        wait_until(functools.partial(_answered_or_ended, log, log.stat().st_size, processes))
         generator.shuffle(processes)
         for process in processes:  # one rank first, the other a moment later
             time.sleep(generator.uniform(0.0, 0.15))

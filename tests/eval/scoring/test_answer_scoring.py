@@ -17,7 +17,7 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.baselines import TrainingAnswer, baseline
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation, deal
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.estimates import paired
@@ -107,7 +107,7 @@ def test_equal_scores_have_the_interval_of_their_number_of_pictures(right: float
         for i in range(40)
     ]
     found = aggregate("mean", samples)
-    assert (found.stderr_kind, found.score, found.clusters) == ("clustered", right, 10)
+    assert (found.stderr_kind, found.value, found.clusters) == ("clustered", right, 10)
     assert (found.low, found.high) == error_bars.binomial_interval(10 * right, 10)
 
 
@@ -176,7 +176,7 @@ def scored(rows: list[tuple[str, str, str, float]], **extra: str) -> list[Scored
 def test_circular_counts_a_question_only_when_every_rotation_is_right() -> None:
     rows = [("1", "c", "i1", 1.0), ("1000001", "c", "i1", 1.0), ("2", "c", "i2", 1.0), ("1000002", "c", "i2", 0.0)]
     result = aggregate("circular", scored(rows))
-    assert result.score == 0.5
+    assert result.value == 0.5
     assert result.metrics == {"questions": 2.0, "vanilla": 0.75}
 
 
@@ -187,7 +187,7 @@ def test_a_pope_question_of_several_splits_counts_in_each() -> None:
     assert (both["tp"], both["fn"], both["recall"]) == (3.0, 1.0, 0.75)
     splits = aggregate("pope_splits", samples)
     assert splits.metrics["f1_random"] == splits.metrics["f1_adversarial"] == 1.0
-    assert splits.score == pytest.approx((1 + 1 + 2 / 3) / 3)
+    assert splits.value == pytest.approx((1 + 1 + 2 / 3) / 3)
 
 
 def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
@@ -197,26 +197,26 @@ def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
         replace(one, document=replace(one.document, extra={"image_path": name}))
         for one, name in zip(scored(rows), names, strict=True)
     ]
-    assert aggregate("mme", samples).score == pytest.approx(100 * 2 / 3 + 50)
+    assert aggregate("mme", samples).value == pytest.approx(100 * 2 / 3 + 50)
 
 
 def test_a_sum_is_compared_sample_by_sample() -> None:
     a = scored([(str(n), "OCR", f"i{n // 2}", 1.0) for n in range(40)])
     b = [replace(one, score=float(n % 4 != 0)) for n, one in enumerate(a)]
     same = difference_of_scores("mme", [b], [b])
-    assert (same.a, same.found.value, same.found.stderr) == (same.b, 0.0, 0.0)
+    assert (same.a, same.estimate.value, same.estimate.stderr) == (same.b, 0.0, 0.0)
     better = difference_of_scores("mme", [a], [list(reversed(b))])
-    assert (better.a, better.b, better.found.value) == (200.0, 75.0 + 50.0, 75.0)
-    assert 0 < better.found.low < 75.0 < better.found.high <= 200
+    assert (better.a, better.b, better.estimate.value) == (200.0, 75.0 + 50.0, 75.0)
+    assert 0 < better.estimate.low < 75.0 < better.estimate.high <= 200
     assert (better.wins, better.losses, better.ties) == (10, 0, 30)
     found = better.as_difference
-    assert (found.value, found.low, found.unit, found.groups) == (75.0, better.found.low, "perception", 20)
+    assert (found.value, found.low, found.unit, found.groups) == (75.0, better.estimate.low, "perception", 20)
 
 
 def test_mme_survives_an_image_with_one_question() -> None:
     rows = [("a", "OCR", "i1", 1.0), ("b", "OCR", "i1", 0.0), ("c", "OCR", "i2", 1.0)]
     result = aggregate("mme", scored(rows))
-    assert result.score == pytest.approx(100 * 2 / 3 + 50)
+    assert result.value == pytest.approx(100 * 2 / 3 + 50)
 
 
 def baseline_documents() -> tuple[tuple[Document, ...], DataSet]:
@@ -253,7 +253,7 @@ def test_option_scoring_needs_no_parsing(tmp_path: Path, write_tsv: Any, encoded
     by_likelihood = task(
         name="ll", source=chosen.source, decoding=Decoding(kind="loglikelihood"), extraction="letter", metric="equal"
     )
-    one = Settings(batch_size=2, rank=0, world_size=1)
+    one = EvaluationSettings(batch_size=2, rank=0, world_size=1)
     (result,) = evaluate(FakeModel(), by_likelihood, tmp_path / "run", modes=("own",), baselines=(), settings=one)
     assert result.score == 0.5  # the fake always prefers B
     assert result.counts.not_inferable == 0

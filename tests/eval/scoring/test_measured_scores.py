@@ -13,9 +13,9 @@ from mm_moslora_eval.eval_commands import comparison_text, table
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
-from mm_moslora_eval.run.task_runner import Settings
-from mm_moslora_eval.scoring.estimates import Ratio, estimate, mean_of, paired
-from mm_moslora_eval.scoring.measured_scores import Aggregate, aggregate, by_category, difference_of_scores
+from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.scoring.estimates import Ratio, ScoreEstimate, estimate, mean_of, paired
+from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
@@ -24,7 +24,7 @@ from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 SUB_TASKS = ("existence", "count", "OCR", "scene")
 
 
@@ -52,7 +52,7 @@ def test_no_interval_is_a_point(name: str, score: float) -> None:
     found = aggregate(name, samples([score] * 20, pictures=10))
     assert (found.clusters, found.stderr) == (10, 0.0)
     assert found.groups == (5 if "pope" in name and score else 10)  # F1 rests on the pictures that show something
-    assert found.low <= found.score <= found.high
+    assert found.low <= found.value <= found.high
     whole = {"mme": 200.0, "caption": 10.0, "caption_plain": 10.0, "llavabench": 10.0}.get(name, 1.0)
     assert found.high - found.low > 0.2 * whole
 
@@ -61,7 +61,7 @@ def test_no_interval_is_a_point(name: str, score: float) -> None:
 def test_an_interval_stays_within_the_bounds_of_the_score(name: str) -> None:
     scores = [float(index != 3) for index in range(40)]
     found = aggregate(name, samples(scores, pictures=20, categories=4))
-    assert 0 <= found.low < found.score < found.high <= (800 if name == "mme" else 10)
+    assert 0 <= found.low < found.value < found.high <= (800 if name == "mme" else 10)
 
 
 def test_few_pictures_give_a_wide_interval_and_are_named() -> None:
@@ -76,7 +76,7 @@ def test_few_pictures_give_a_wide_interval_and_are_named() -> None:
 def test_categories_with_one_picture_each_show_no_error_and_widen_the_interval() -> None:
     found = aggregate("macro", samples([1.0, 1.0, 1.0, 0.0], pictures=4, categories=4))
     alike = aggregate("mean", samples([1.0, 1.0, 1.0, 0.0], pictures=4))
-    assert found.score == alike.score
+    assert found.value == alike.value
     assert found.stderr >= 0.25
     assert found.high - found.low > 0.6
 
@@ -115,25 +115,26 @@ def test_a_difference_of_several_seeds_is_of_their_mean_scores() -> None:
     best = samples([1.0] * 40, pictures=20, categories=4)
     runs = [samples([float(index % 5 != seed) for index in range(40)], pictures=20, categories=4) for seed in (0, 1)]
     found = difference_of_scores("mme", [best], runs)
-    scores = [aggregate("mme", run).score for run in runs]
+    scores = [aggregate("mme", run).value for run in runs]
     assert found.seeds_b == pytest.approx(scores)
-    assert found.found.value == pytest.approx(800 - sum(scores) / 2)
-    assert found.found.low < found.found.value < found.found.high
+    assert found.estimate.value == pytest.approx(800 - sum(scores) / 2)
+    assert found.estimate.low < found.estimate.value < found.estimate.high
     turned = difference_of_scores("mme", runs, [best])
-    assert (turned.found.value, turned.found.p_value) == pytest.approx((-found.found.value, found.found.p_value))
+    one, other = turned.estimate, found.estimate
+    assert (one.value, one.p_value) == pytest.approx((-other.value, other.p_value))
 
 
-def parts_of(name: str, scores: Sequence[float]) -> dict[str, Aggregate]:
+def parts_of(name: str, scores: Sequence[float]) -> dict[str, ScoreEstimate]:
     return by_category(name, samples(scores, pictures=20, categories=4))
 
 
 def test_categories_have_the_score_of_the_task() -> None:
     scores = [float(index % 8 != 0) for index in range(40)]  # of the sub-task `existence`, pictures 0, 8 and 16 once
     parts, whole = parts_of("mme", scores), aggregate("mme", samples(scores, pictures=20, categories=4))
-    assert sum(part.score for part in parts.values()) == pytest.approx(whole.score)
-    assert parts["count"].score == 200.0
+    assert sum(part.value for part in parts.values()) == pytest.approx(whole.value)
+    assert parts["count"].value == 200.0
     assert parts["count"].low < 160
-    assert all(0 <= part.score <= 1 for part in parts_of("pope", scores).values())
+    assert all(0 <= part.value <= 1 for part in parts_of("pope", scores).values())
 
 
 def test_captions_of_a_category_are_weighed_by_the_words_of_the_set() -> None:
@@ -148,8 +149,8 @@ def test_captions_of_a_category_are_weighed_by_the_words_of_the_set() -> None:
     ]  # fmt: skip
     parts, whole = by_category("caption_plain", made), aggregate("caption_plain", made)
     alone = aggregate("caption_plain", made[:2])
-    assert parts["land"].score > alone.score
-    assert (2 * parts["land"].score + parts["water"].score) / 3 == pytest.approx(whole.score)
+    assert parts["land"].value > alone.value
+    assert (2 * parts["land"].value + parts["water"].value) / 3 == pytest.approx(whole.value)
 
 
 class Captioner(FakeModel):

@@ -58,7 +58,7 @@ def test_a_caption_that_is_only_punctuation_has_no_tokens_and_scores_nothing() -
 
 
 def test_mathvista_floats_need_a_precision() -> None:
-    unsaid = mathvista.Question(question_type="free_form", answer_type="float")
+    unsaid = mathvista.MathVistaQuestion(question_type="free_form", answer_type="float")
     assert mathvista.normalize_official("1.25", unsaid) is None
 
 

@@ -149,7 +149,7 @@ def test_the_standard_error_is_that_of_drawing_whole_pictures(name: str) -> None
     samples = prepared(name, seed=3)
     number = NUMBERS.get(name, plain)
     found = aggregate(name, samples)
-    assert found.score == pytest.approx(number(samples, np.ones((1, len(samples))))[0], abs=5e-4)  # llavabench rounds
+    assert found.value == pytest.approx(number(samples, np.ones((1, len(samples))))[0], abs=5e-4)  # llavabench rounds
     assert found.stderr == pytest.approx(number(samples, weights_of(samples)).std(ddof=1), rel=0.1)
 
 
@@ -163,7 +163,7 @@ def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) 
         for s, w in zip(b, worse, strict=True)
     ]
     weights = weights_of(a)
-    found = difference_of_scores(name, [a], [b]).found
+    found = difference_of_scores(name, [a], [b]).estimate
     expected = NUMBERS[name](a, weights) - NUMBERS[name](b, weights)
     assert found.stderr == pytest.approx(expected.std(ddof=1), rel=0.1)
 
@@ -172,6 +172,6 @@ def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) 
 def test_contributions_of_samples_have_the_mean_and_the_error_of_the_score(name: str) -> None:
     samples = prepared(name, seed=3)
     brought = score_by_sample(name, samples)
-    assert np.mean(brought) == pytest.approx(aggregate(name, samples).score)
+    assert np.mean(brought) == pytest.approx(aggregate(name, samples).value)
     expected = NUMBERS.get(name, plain)(samples, weights_of(samples)).std(ddof=1)
     assert clustered_stderr(brought, [sample.cluster for sample in samples]) == pytest.approx(expected, rel=0.1)

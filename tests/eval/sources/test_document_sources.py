@@ -14,7 +14,7 @@ from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import load
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import Hasher
@@ -27,7 +27,7 @@ from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
 Writer = Callable[..., Path]
-ONE = Settings(batch_size=4, rank=0, world_size=1)
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 
 
 def documents(path: Path) -> dict[str, Document]:

@@ -12,7 +12,7 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
-from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import hf_dataset
 from mm_moslora_eval.sources.document import Document, StoredImage
 from mm_moslora_eval.sources.image_controls import Hasher, mean_image, open_image
@@ -166,7 +166,7 @@ def test_pictures_stay_on_the_disk_and_are_those_of_the_file(tmp_path: Path) -> 
 def test_a_stored_picture_goes_through_a_whole_run(tmp_path: Path) -> None:
     path = parquet(tmp_path, ROWS["lmms-lab-encoder/ChartQA"])
     (tmp_path / "mine.yaml").write_text(f"name: mine\nsource: {{kind: hf, path: {path}}}\n")
-    one = Settings(batch_size=2, rank=0, world_size=1)
+    one = EvaluationSettings(batch_size=2, rank=0, world_size=1)
     for mode in ("own", "blind"):
         run = tmp_path / mode
         task = get_task(str(tmp_path / "mine.yaml"))

@@ -78,7 +78,7 @@ def test_products_of_what_stays_are_added_and_rounded_once(ranks: tuple[int, ...
         exact += mask.double() * (us[-1].double() @ As[-1].double())
     triton_dropout.add_kept_products(total, us, As, masks)
     eps = torch.finfo(dtype).eps
-    again = len(ranks) > triton_dropout.TOGETHER  # a second kernel rounds again
+    again = len(ranks) > triton_dropout.MASKS_PER_KERNEL  # a second kernel rounds again
     torch.testing.assert_close(total, exact.to(dtype), rtol=2 * eps, atol=1e-4 + 16 * eps * again)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mm_moslora.config import Recipe
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
-from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.training.preflight import check_zero
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError

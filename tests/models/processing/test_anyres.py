@@ -35,7 +35,7 @@ def test_a_picture_takes_the_whole_view_its_tiles_and_a_newline_per_row(kind, la
     # A grid of 4 x 4 patches per view. Wide: one row of two tiles; the padding above and below is cut off.
     expected = {(64, 32): 16 + 4 * (8 + 1), (32, 64): 16 + 8 * (4 + 1), (64, 64): 16 + 8 * (8 + 1)}
     for size, tokens in expected.items():
-        (seen,) = assembly.image_processing.see([picture(*size)])
+        (seen,) = assembly.image_processing.process([picture(*size)])
         assert len(seen.placeholders) == tokens == len(parts.image_processing.placeholders([size])[0])
         features = assembly.model.model.get_image_features(**seen.tensors).pooler_output
         assert features[0].shape == (tokens, 64)

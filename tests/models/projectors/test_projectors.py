@@ -19,6 +19,7 @@ from mm_moslora.models.projectors.projector_start import (
     fit_to_words,
     fold_into,
     inputs_of,
+    last_layer,
     linear_layers,
 )
 from mm_moslora.utils.errors import ConfigError, ModelError
@@ -45,8 +46,7 @@ def test_a_projector_gives_as_many_tokens_as_it_says_and_uses_every_weight(kind,
     output.pow(2).sum().backward()
     # A frozen tower gives features without a graph; what still trains must all be reached.
     assert [name for name, p in projector.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert isinstance(projector.last, nn.Linear)
-    assert projector.last.out_features == 40
+    assert last_layer(projector).out_features == 40
     assert not list(projector.buffers())  # a model that is made empty and then filled would miss them
     save_file({k: v.contiguous() for k, v in projector.state_dict().items()}, tmp_path / "p.safetensors")
     torch.manual_seed(1)
@@ -152,7 +152,7 @@ def test_the_fit_is_that_of_numpys_least_squares():
     ridge = np.diag((24 / 50 * x.var(0) * len(x)) ** 0.5)
     weight = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([y, np.zeros((24, 40))]), rcond=None)[0].T
     fitted = x @ weight.T
-    np.testing.assert_allclose(projector.last.weight, weight / np.sqrt((fitted**2).mean()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(last_layer(projector).weight, weight / np.sqrt((fitted**2).mean()), rtol=1e-4, atol=1e-5)
     assert share == pytest.approx((fitted**2).sum() / (y**2).sum(), rel=1e-6)
 
 
@@ -193,12 +193,12 @@ def test_layers_too_narrow_for_all_directions_keep_those_that_differ_most():
 @torch.no_grad()
 def test_what_does_not_differ_is_not_fitted(same):
     projector = build_projector("linear", SHAPE)
-    before = projector.last.weight.clone()
+    before = last_layer(projector).weight.clone()
     hidden, words = torch.randn(9, 36, 24), torch.randn(9, 40)
     hidden = hidden[:1, :1].expand(9, 36, 24) if same == "pictures" else hidden
     words = words[:1].expand(9, 40) if same == "words" else words
     assert fit_to_words(projector, [] if same == "nothing" else [(hidden, words)], size=1.0) is None
-    torch.testing.assert_close(projector.last.weight, before, rtol=0, atol=0)
+    torch.testing.assert_close(last_layer(projector).weight, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "perceiver", "qformer"])

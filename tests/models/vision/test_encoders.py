@@ -14,7 +14,6 @@ from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.models.vision import vision_tower
 from mm_moslora.models.vision.open_clip_conversion import to_transformers
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.models.vlm import part_of
@@ -145,7 +144,7 @@ def test_an_architecture_is_measured_once_for_a_size_and_a_layer(vision_folder, 
     wanted = {(28, -2): (16, 32), (56, -2): (64, 32)}
     assert {key: features(*key) for key in wanted} == wanted
     assert features(28, [-1, -2]) == (16, 64)
-    monkeypatch.setattr(vision_tower, "repeated_layers", lambda _: pytest.fail("it runs again"))
+    monkeypatch.setattr(CLIPVisionModel, "forward", lambda *_, **__: pytest.fail("it runs again"))
     assert {key: features(*key) for key in wanted} == wanted
 
 

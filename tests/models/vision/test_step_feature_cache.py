@@ -13,7 +13,7 @@ from tiny import make_vision
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, OptimConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.memory_efficient.kernel_selection import use_loss_head
 from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, StepFeatureCache, pixel_hash, tower_hash
 from mm_moslora.models.vlm import image_features
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
@@ -34,7 +34,7 @@ def assembly(language_folder, vision_folder):
 def batch(assembly, *colours):
     examples = []
     for number, colour in enumerate(colours):
-        seen = assembly.image_processing.see([Image.new("RGB", (20, 24), colour)])
+        seen = assembly.image_processing.process([Image.new("RGB", (20, 24), colour)])
         ids = torch.tensor([1, *seen[0].placeholders, 5 + number, 6, 7])
         supervised = torch.arange(len(ids)) >= len(ids) - 2
         examples.append(Example(id=str(number), input_ids=ids, supervised=supervised, pictures=seen))
@@ -99,19 +99,19 @@ def test_a_damaged_entry_is_encoded_again_and_logged(assembly, tmp_path, caplog)
     pixels = torch.stack([torch.full((3, 28, 28), value) for value in (0.1, 0.2, 0.3)])
     keys = [pixel_hash(row) for row in pixels]
     memory = StepFeatureCache(store(assembly, tmp_path))
-    expected = image_features(assembly.model, pixels, keys=keys, memory=memory)
+    expected = image_features(assembly.model, pixels, keys=keys, cache=memory)
     first, second, _ = sorted(tmp_path.glob("*/*/*.safetensors"))
     content = bytearray(first.read_bytes())
     content[-3] ^= 1
     first.write_bytes(content)
     second.write_bytes(second.read_bytes()[:40])
     memory = StepFeatureCache(store(assembly, tmp_path))
-    found = image_features(assembly.model, pixels, keys=keys, memory=memory)
+    found = image_features(assembly.model, pixels, keys=keys, cache=memory)
     torch.testing.assert_close(found, expected)
     assert (memory.store.counts.read, memory.store.counts.written) == (1, 2)
     assert caplog.text.count("are damaged") == 2
     again = StepFeatureCache(store(assembly, tmp_path))
-    image_features(assembly.model, pixels, keys=keys, memory=again)
+    image_features(assembly.model, pixels, keys=keys, cache=again)
     assert (again.store.counts.read, again.store.counts.encoded) == (3, 0)
 
 
@@ -124,10 +124,10 @@ def test_other_weights_layers_and_pictures_have_other_names(assembly):
     names.add(tower_hash(tower.to(torch.bfloat16), -2))
     assert len(names) == 5
     rgb = Image.new("RGB", (20, 20), RED)
-    assert assembly.image_processing.see([rgb])[0].key == assembly.image_processing.see([rgb.copy()])[0].key
+    assert assembly.image_processing.process([rgb])[0].key == assembly.image_processing.process([rgb.copy()])[0].key
     assert (
-        assembly.image_processing.see([rgb])[0].key
-        != assembly.image_processing.see([Image.new("RGB", (20, 20), (210, 40, 41))])[0].key
+        assembly.image_processing.process([rgb])[0].key
+        != assembly.image_processing.process([Image.new("RGB", (20, 20), (210, 40, 41))])[0].key
     )
 
 
@@ -137,7 +137,7 @@ def test_beyond_the_limit_nothing_is_added_and_it_is_logged(assembly, tmp_path, 
     one = 17 * 32 * 4 / 2**30  # tokens with CLS, width, bytes
     memory = StepFeatureCache(store(assembly, tmp_path, limit_gib=2.5 * one))
     expected = image_features(assembly.model, pixels)
-    torch.testing.assert_close(image_features(assembly.model, pixels, keys=keys, memory=memory), expected)
+    torch.testing.assert_close(image_features(assembly.model, pixels, keys=keys, cache=memory), expected)
     assert (memory.store.counts.encoded, memory.store.counts.written) == (3, 2)
     assert "reached its limit" in caplog.text
 
@@ -192,7 +192,7 @@ def test_a_full_disk_stops_the_cache_and_not_the_run(assembly, tmp_path, monkeyp
 
     monkeypatch.setattr("mm_moslora.models.vision.feature_cache.save_file", no_room)
     pixels = torch.zeros(1, 3, 28, 28)
-    found = image_features(assembly.model, pixels, keys=[pixel_hash(pixels[0])], memory=memory)
+    found = image_features(assembly.model, pixels, keys=[pixel_hash(pixels[0])], cache=memory)
     assert torch.isfinite(found).all()
     assert (memory.store.counts.encoded, memory.store.counts.written) == (1, 0)
     assert "No space left" in caplog.text

@@ -1,47 +1,65 @@
-"""`mm-moslora plan`: printing only; the arithmetic is in `mm_moslora.planning.run_plan`."""
+"""The verb `plan`. Parsing and printing only; the arithmetic is in `mm_moslora.planning.run_plan`."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.launch_verbs import refuse_early
+from mm_moslora.config import load_recipe, override_items, require_sft
+from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from mm_moslora.config import Recipe
-    from mm_moslora.planning.run_plan import Option, Plan
+    from mm_moslora.planning.run_plan import Option, RunPlan
     from mm_moslora.training.metrics.gpu_memory import Memory
 
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 SHOWN = 12
 
 
-def show_plan(
-    recipe: Recipe,
+def plan(
+    recipe: str,
+    *overrides: Overrides,
     gpus: str,
-    *,
-    samples: int | None,
-    tokens_per_sample: float | None,
-    supervised: float,
-    picture: str | None,
-    price: float | None,
-    network: float | None,
+    samples: int | None = None,
+    tokens_per_sample: float | None = None,
+    supervised: float = 0.15,
+    picture: str | None = None,
+    price: float | None = None,
+    network: float | None = None,
 ) -> int:
-    """Print a plan; returns 1 when no setting fits.
+    """Memory per GPU, tokens per second, hours and cost of a recipe, before anything is loaded.
 
-    Args:
-        recipe: resolved.
-        gpus: such as `8xA100-80G`.
-        samples: samples of an epoch; None: looked up by the data file's name, or counted in the recipe's data.
-        tokens_per_sample: mean, visual tokens included; None: looked up like `samples`.
-        supervised: supervised share of the tokens.
-        picture: such as `640x480`; None: the model's fixed input size, or 640x480.
-        price: price per GPU and hour, in any currency.
-        network: GB/s between hosts, all adapters of a host together; None: assumed by the card.
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset.
+    gpus
+        Count, card and memory: 8xA100-80G, 1xRTX4090.
+    samples
+        Records of an epoch; known for LLaVA's and the commonsense data sets, else counted in the recipe's data.
+    tokens_per_sample
+        Mean tokens of a record, visual tokens included.
+    supervised
+        Share of the tokens that is supervised, with --samples.
+    picture
+        Typical width and height of a picture in pixels, for models that cut pictures into tiles or take them in any
+        size; default: 640x480.
+    price
+        Price per GPU and hour, in any currency.
+    network
+        Bandwidth between hosts of eight GPUs in GB/s, all network adapters of a host together; default: 200 for A100
+        and later, 12.5 (100 Gb/s) for cards with slower links.
     """
+    resolved = load_recipe(recipe, override_items(overrides))
+    require_sft(resolved, "plan")
+    refuse_early(resolved)
     from mm_moslora.training.metrics.gpu_specs import parse_gpus
-    from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
     cards = parse_gpus(gpus)
     if samples is not None and samples < 1:
@@ -63,86 +81,85 @@ def show_plan(
     from rich.console import Console
 
     from mm_moslora.planning.recipe_data import size_of
-    from mm_moslora.planning.run_plan import LLAVA_VISUAL, DataSize, known_data, plan
+    from mm_moslora.planning.run_plan import LLAVA_VISUAL, DataSize, known_data
+    from mm_moslora.planning.run_plan import plan as compute
 
     data, found_by = None, ""
     if samples is not None and tokens_per_sample is not None:
-        pictures = 0.0 if recipe.model.vision is None and recipe.model.vlm is None else 1.0
+        pictures = 0.0 if resolved.model.vision is None and resolved.model.vlm is None else 1.0
         data = DataSize(samples=samples, tokens=tokens_per_sample, supervised=supervised, pictures=pictures)
-    elif known_data(recipe.data.train, LLAVA_VISUAL) is None:
+    elif known_data(resolved.data.train, LLAVA_VISUAL) is None:
         try:
-            data, found_by = size_of(recipe)
+            data, found_by = size_of(resolved)
         except (DataError, ModelError) as error:
             raise ConfigError(
                 f"The size of the data is not known: {error} Give --samples and --tokens-per-sample."
             ) from error
-    found = plan(recipe, cards, data, picture=size)
+    computed = compute(resolved, cards, data, picture=size)
     console = Console()
     if found_by:
         console.print(found_by)
-    console.print(_parts(found))
-    console.print(_memory(found.best or min(found.options, key=lambda option: option.memory.total)))
-    console.print(_options(found))
-    _verdict(console, found, price)
-    return 0 if found.best is not None else 1
+    console.print(_parts(computed))
+    console.print(_memory(computed.best or min(computed.options, key=lambda option: option.memory.total)))
+    console.print(_options(computed))
+    _verdict(console, computed, price)
+    return 0 if computed.best is not None else 1
 
 
 def _size(picture: str) -> tuple[int, int]:
     """Width and height of `640x480`."""
-    from mm_moslora.utils.errors import ConfigError
-
     match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", picture)
     if match is None:
         raise ConfigError(f"--picture is {picture!r}, expected width and height in pixels: 640x480.")
     return int(match[1]), int(match[2])
 
 
-def _pictures(found: Plan) -> str:
+def _pictures(plan: RunPlan) -> str:
     """Print the assumed picture size, for models with a cost per picture that depends on it."""
     from rich.markup import escape
 
-    size = found.activation_memory
-    assert found.picture is not None
+    size = plan.activation_memory
+    assert plan.picture is not None
     tiles = "" if size.tiles == 1 else f"{size.tiles} tiles, "
-    width, height = found.picture
+    width, height = plan.picture
     line = f"Pictures: of {width} x {height} pixels (--picture), {tiles}{size.tokens_per_image:,} tokens each."
     if size.unseen:
         line += f" [yellow]Computed from the configuration, not by the model's processor[/]: {escape(size.unseen)}"
     return line
 
 
-def _links(found: Plan) -> str:
+def _links(plan: RunPlan) -> str:
     """The assumed bandwidths."""
     from mm_moslora.training.metrics.gpu_specs import PER_HOST
 
-    gpus = found.gpus
+    gpus = plan.gpus
     line = f"Assumed bandwidth: {gpus.bandwidth / 1e9:g} GB/s between the GPUs of a host"
     if gpus.count > PER_HOST:
         line += f", {gpus.network / 1e9:g} GB/s between hosts of {PER_HOST} GPUs (--network)"
     return line + "."
 
 
-def _parts(found: Plan) -> Any:
+def _parts(plan: RunPlan) -> Any:
     from rich.table import Table
 
     table = Table("part", "parameters", "trainable", box=None)
-    for name, (total, trainable) in found.activation_memory.parts.items():
+    for name, (total, trainable) in plan.activation_memory.parts.items():
         table.add_row(name, f"{total:,}", f"{trainable:,}")
     return table
 
 
-def _options(found: Plan) -> Any:
+def _options(plan: RunPlan) -> Any:
     from rich.table import Table
 
     table = Table("setting", "GiB", "tokens/s", "time", "fits", box=None)
-    fastest = sorted(found.options, key=lambda option: -option.tokens_per_second)
-    chosen = [option for option in fastest if option is found.best]
-    others = [option for option in fastest if option is not found.best]
+    fastest = sorted(plan.options, key=lambda option: -option.tokens_per_second)
+    chosen = [option for option in fastest if option is plan.best]
+    others = [option for option in fastest if option is not plan.best]
     fitting = [option for option in others if option.fits][: SHOWN // 2]
     for option in [*chosen, *fitting, *[option for option in others if not option.fits][: SHOWN // 2]]:
         table.add_row(
-            ("[bold]" if option is found.best else "") + option.label,
-            f"{option.peak / 2**30:.1f}", f"{option.tokens_per_second:,.0f}", _hours(found.hours(option)),
+            ("[bold]" if option is plan.best else "") + option.label,
+            f"{option.peak / 2**30:.1f}", f"{option.tokens_per_second:,.0f}", _hours(plan.hours(option)),
             "[green]yes[/]" if option.fits else f"[red]no[/]: {_reason(option)}",
         )  # fmt: skip
     return table
@@ -171,61 +188,61 @@ def _reason(option: Option) -> str:
     return f"{name} take {getattr(needed, name) / 2**30:.0f} GiB"
 
 
-def expected(found: Plan, option: Option) -> str:
+def expected(plan: RunPlan, option: Option) -> str:
     """`60 of 75 GiB per GPU, 3.9 h (3.2 h to 4.9 h)`."""
-    hours = found.hours(option)
+    hours = plan.hours(option)
     return (
-        f"{option.peak / 2**30:.0f} of {found.gpus.memory / 2**30:.0f} GiB per GPU, {_hours(hours)} "
+        f"{option.peak / 2**30:.0f} of {plan.gpus.memory / 2**30:.0f} GiB per GPU, {_hours(hours)} "
         f"({_hours(hours / 1.2)} to {_hours(hours / 0.8)})"
     )
 
 
-def as_it_stands(found: Plan, own: Option) -> str:
+def as_it_stands(plan: RunPlan, own: Option) -> str:
     """The estimate for the recipe's own setting; the shipped recipes repeat this sentence in their heads."""
-    outcome = expected(found, own) if own.fits else f"does not fit, {_reason(own)}"
+    outcome = expected(plan, own) if own.fits else f"does not fit, {_reason(own)}"
     return f"As it stands ({own.label}): {outcome}."
 
 
-def _verdict(console: Any, found: Plan, price: float | None) -> None:
+def _verdict(console: Any, plan: RunPlan, price: float | None) -> None:
     from mm_moslora.planning.run_plan import utilisation
 
-    gpus, best = found.gpus, found.best
-    epochs = "1 epoch" if found.epochs == 1 else f"{found.epochs:g} epochs"
-    rows = found.data.per_row
+    gpus, best = plan.gpus, plan.best
+    epochs = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:g} epochs"
+    rows = plan.data.per_row
     packed = "" if rows == 1 else f"{rows:.1f} to a packed row (batch sizes count rows), "
     console.print(
-        f"Data: {found.data.samples:,} samples of {found.data.tokens:,.0f} tokens, {packed}{epochs}. "
-        f"FLOPs per sample: {found.flops.total / 1e12:.1f} T "
-        f"(base {found.flops.base / found.flops.total:.0%}, adapters {found.flops.adapters / found.flops.total:.0%}, "
-        f"attention {found.flops.attention / found.flops.total:.0%}, head {found.flops.head / found.flops.total:.0%}, "
-        f"vision {found.flops.vision / found.flops.total:.0%})."
+        f"Data: {plan.data.samples:,} samples of {plan.data.tokens:,.0f} tokens, {packed}{epochs}. "
+        f"FLOPs per sample: {plan.flops.total / 1e12:.1f} T "
+        f"(base {plan.flops.base / plan.flops.total:.0%}, adapters {plan.flops.adapters / plan.flops.total:.0%}, "
+        f"attention {plan.flops.attention / plan.flops.total:.0%}, head {plan.flops.head / plan.flops.total:.0%}, "
+        f"vision {plan.flops.vision / plan.flops.total:.0%})."
     )
-    if found.picture is not None:
-        console.print(_pictures(found))
-    if found.idle:
+    if plan.picture is not None:
+        console.print(_pictures(plan))
+    if plan.idle:
         console.print(
-            f"[yellow]{found.idle} of {gpus.count} GPUs are idle[/]: the {'records' if rows == 1 else 'rows'} "
-            f"of a step keep {gpus.count - found.idle} busy. Take fewer GPUs, or raise train.global_batch."
+            f"[yellow]{plan.idle} of {gpus.count} GPUs are idle[/]: the {'records' if rows == 1 else 'rows'} "
+            f"of a step keep {gpus.count - plan.idle} busy. Take fewer GPUs, or raise train.global_batch."
         )
     if gpus.count > 1:
-        console.print(_links(found))
-    console.print(f"{as_it_stands(found, found.own)} {found.remedy}".rstrip())
-    if found.own.main_memory:
+        console.print(_links(plan))
+    console.print(f"{as_it_stands(plan, plan.own)} {plan.remedy}".rstrip())
+    if plan.own.main_memory:
         console.print(
-            f"Main memory of the first host: about {found.own.main_memory / 2**30:.0f} GiB, for the weights that rank "
+            f"Main memory of the first host: about {plan.own.main_memory / 2**30:.0f} GiB, for the weights that rank "
             "0 reads under ZeRO-3, or for what is offloaded."
         )
     if best is None:
-        remedy = "" if found.own.generating == found.own.peak else " Take more or larger GPUs, or nf4."
+        remedy = "" if plan.own.generating == plan.own.peak else " Take more or larger GPUs, or nf4."
         console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}[/] without offloading.{remedy}")
         return
-    share = utilisation(gpus, found.activation_memory)
+    share = utilisation(gpus, plan.activation_memory)
     console.print(
-        f"[bold]{best.label}[/]: {expected(found, best)}, {best.tokens_per_second:,.0f} tokens/s at {share:.0%} "
+        f"[bold]{best.label}[/]: {expected(plan, best)}, {best.tokens_per_second:,.0f} tokens/s at {share:.0%} "
         "of the peak."
     )
     if price is not None:
-        console.print(f"Cost: {found.hours(best) * gpus.count * price:,.2f} at {price:g} per GPU and hour.")
+        console.print(f"Cost: {plan.hours(best) * gpus.count * price:,.2f} at {price:g} per GPU and hour.")
     console.print(
         f"--train.zero {best.zero} --train.micro_batch {best.micro_batch} "
         f"--train.gradient_checkpointing {str(best.checkpointing).lower()}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.training.engine import weights_place
+from mm_moslora.training.engine import weights_device
 from mm_moslora.utils import distributed
 
 GPU, META = torch.device("cuda", 1), torch.device("meta")
@@ -35,4 +35,4 @@ def test_weights_go_to_the_device_below_zero3_and_to_rank_0_alone_under_it(
     monkeypatch.setenv("RANK", str(rank))
     for device, expected in ((GPU, on_gpu), (torch.device("cpu"), on_cpu)):
         monkeypatch.setattr(distributed, "device", lambda found=device: found)
-        assert weights_place(TrainConfig(output="run", zero=zero), quantised=quantised) == expected
+        assert weights_device(TrainConfig(output="run", zero=zero), quantised=quantised) == expected

@@ -1,0 +1,47 @@
+"""The results of an optimiser step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """The result of one optimiser step."""
+
+    loss: float
+    """Mean cross entropy per supervised token, over all ranks."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """False when the step was skipped because a loss or gradient was not finite."""
+    supervised_tokens: int
+    """Over all ranks."""
+    tokens: int
+    """Over all ranks, visual tokens included."""
+    images: int
+    """Over all ranks."""
+    samples: int = 0
+    """Over all ranks."""
+    right_tokens: int = 0
+    """Supervised tokens that had the highest probability, over all ranks."""
+    wait_seconds: float = field(default=0.0, compare=False)
+    """Seconds that this rank waited for the others at the start of the step."""
+    own_loss_is_finite: bool = True
+    """Whether this rank's part of the loss is finite; checked only for skipped steps."""
+    rescaling: bool = False
+    """Whether the step was skipped because the loss scale of fp16 was too large; it has been lowered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """The result of the optimiser's part of a step."""
+
+    total: float
+    """Sum of all token losses."""
+    right: float
+    """See `StepResult.right_tokens`."""
+    grad_norm: float
+    """See `StepResult.grad_norm`."""
+    applied: bool
+    """See `StepResult.applied`."""

@@ -1,0 +1,114 @@
+"""The checkpoints that a run writes while it trains: their start and end, failures, and which ones stay."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from mm_moslora.training.checkpointing.checkpoint_folder import Saver, folder_name
+from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
+from mm_moslora.training.run_logging import RunLog
+from mm_moslora.training.snapshot import Snapshot, snapshot
+from mm_moslora.training.supervision.watchdog import Watchdog
+from mm_moslora.training.validation import Best
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import CheckpointError
+from mm_moslora.utils.run_paths import checkpoints
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_SAVES = 3
+"""Consecutive failed saves before the run stops, since training without checkpoints risks the work."""
+ALERT_LENGTH = 1000
+"""Maximum characters of an alert."""
+
+
+class RunSaves:
+    """Writes the checkpoints of one session; all ranks call each method together.
+
+    Args:
+        log: of the run.
+        watchdog: gets the phases of a save and their time limits.
+        best: names a checkpoint that stays.
+        saved_at: step of the newest checkpoint in the run folder; -1: there is none.
+    """
+
+    def __init__(self, log: RunLog, watchdog: Watchdog, *, best: Best, saved_at: int) -> None:
+        self.run, self.log, self.best, self.saved_at = log.run, log, best, saved_at
+        self.saver, self.tidier = Saver(log.run.folder), Tidier(log.run.folder)
+        self._watchdog, self._failed_in_a_row = watchdog, 0
+
+    def start(self) -> Snapshot:
+        """Copy the state and start to write it; a failure is counted and does not stop the run at once."""
+        self._phase()
+        self.finish()
+        started = time.monotonic()
+        taken = snapshot(self.run)
+        try:
+            self.saver.start(taken.manifest, taken.write, size=taken.size)
+        except CheckpointError as error:
+            self._count_failure(error)
+            return taken
+        self.saved_at = self.run.step
+        if not self.run.recipe.train.background_save:
+            self.finish()
+        self.log.extra["save_seconds"] = time.monotonic() - started
+        return taken
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and commit it."""
+        if self.saver.pending is None:
+            return
+        self._phase()
+        try:
+            folder = self.saver.finish()
+        except CheckpointError as error:
+            self.saved_at = -1
+            self._count_failure(error)
+            return
+        self._failed_in_a_row = 0
+        self.tidy()
+        logger.debug("Saved %s.", folder)
+
+    def finish_last(self) -> Path:
+        """The checkpoint of this step, committed.
+
+        Raises:
+            CheckpointError: it cannot be written: a failure of the last one is an error.
+        """
+        self.finish()
+        if self.saved_at != self.run.step:
+            self.start()
+            self.finish()
+        folder = self.run.folder / folder_name(self.run.step)
+        if self.saved_at != self.run.step:
+            raise CheckpointError(f"The last checkpoint, {folder}, could not be written; the reason is above.")
+        return folder
+
+    def tidy(self) -> None:
+        """Record the best checkpoint, and apply the retention policy."""
+        if not distributed.is_main():
+            return
+        train, folder = self.run.recipe.train, self.run.folder
+        best_step = self.best.among([step for step, _ in checkpoints(folder)])
+        best = None if best_step is None else folder_name(best_step)
+        if self.best.step >= 0:
+            self.best.write(folder, best)
+        self.tidier.start(Retention(last=train.keep_last, every=train.keep_every, best=best))
+
+    def _phase(self) -> None:
+        """Time limit of a save: a background save blocks no longer than a step; waiting for a disk may take longer."""
+        train = self.run.recipe.train
+        brief = train.background_save and not self.saver.busy
+        minutes = train.step_timeout_minutes if brief else train.timeout_minutes
+        self._watchdog.phase("save", self.run.step, minutes * 60)
+
+    def _count_failure(self, error: CheckpointError) -> None:
+        self._failed_in_a_row += 1
+        self.log.extra["failed_saves"] = self._failed_in_a_row
+        if self._failed_in_a_row >= MAX_FAILED_SAVES:
+            raise CheckpointError(f"{error} The last {self._failed_in_a_row} saves failed; stopped.")
+        if distributed.is_main():
+            logger.error("%s Training continues.", error)
+        self.log.trackers.alert("Save failed", f"Step {self.run.step}: {error}"[:ALERT_LENGTH])

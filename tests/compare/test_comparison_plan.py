@@ -1,0 +1,163 @@
+"""Arms, learning rates and grids, and what may not change between two calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.compare.arms import parse_arms
+from mm_moslora.compare.comparison_cell import write_outcome
+from mm_moslora.compare.comparison_plan import (
+    ComparisonSettings,
+    Outcome,
+    choose_rates,
+    grid_of,
+    planned_for,
+    recipe_hash,
+    run_count,
+    tuning_cells,
+)
+from mm_moslora.compare.comparison_run import ArmComparison, short_names
+from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
+from mm_moslora.config import Recipe
+from mm_moslora.models.trainable_parts import moslora_config
+from mm_moslora.utils.errors import ConfigError
+from tests.compare.comparisons import RECIPE, settings
+
+
+def test_data_files_of_one_name_are_two_columns() -> None:
+    easy, hard, other = "llava:data/easy/test.jsonl@images", "llava:data/hard/test.jsonl", "tsv:/x/bench.tsv"
+    assert short_names([easy, hard, other, "mme@llava"]) == {
+        easy: "easy/test", hard: "hard/test", other: "bench", "mme@llava": "mme@llava",
+    }  # fmt: skip
+    names = short_names(["llava:test.jsonl", "llava:test.json", "tsv:a/test.tsv"])
+    assert len(set(names.values())) == 3
+
+
+def test_rates_that_differ_in_the_eighth_digit_have_runs_of_their_own():
+    asked = settings(rates=[1e-4, 1.0000001e-4])
+    names = [cell.name for cell in tuning_cells(asked)]
+    assert len(set(names)) == len(names)
+    assert "lora_lr0.0001_tune0" in names
+
+
+def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():
+    asked = settings()
+    losses = {1e-4: 2.0, 2e-4: 1.5, 4e-4: 1.0}
+    outcomes = {cell.name: Outcome(status="ok", validation={"loss": losses[cell.rate]}) for cell in tuning_cells(asked)}
+    assert set(choose_rates(asked, outcomes).values()) == {4e-4}
+    bad = next(cell.name for cell in tuning_cells(asked) if cell.arm.name == "lora" and cell.rate == 4e-4)
+    outcomes[bad] = Outcome(status="diverged", reason="the loss is not finite")
+    assert choose_rates(asked, outcomes) == {"lora": 2e-4, "moslora:kaiming": 4e-4}
+    by_task = settings(validation=["v"])
+    scored = {cell.name: Outcome(status="ok", validation={"v": losses[cell.rate]}) for cell in tuning_cells(by_task)}
+    assert set(choose_rates(by_task, scored).values()) == {1e-4}, "a score is the better the higher it is"
+    del outcomes[bad]
+    assert "lora" not in choose_rates(asked, outcomes), "its runs are not over"
+
+
+def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):
+    """The best rate of LoRA lies two steps above the grid; the other arm diverges just above it."""
+    asked = settings(rates=[1e-4, 2e-4, 4e-4], grow=3)
+    outcomes: dict[str, Outcome] = {}
+
+    def run(rates: set[float]) -> None:
+        waiting = [cell for cell in tuning_cells(asked, outcomes) if cell.name not in outcomes]
+        assert {cell.rate for cell in waiting} == rates
+        for cell in waiting:
+            loss = abs(math.log2(cell.rate / 16e-4))
+            outcomes[cell.name] = Outcome(status="ok", validation={"loss": loss})
+            if cell.arm.name != "lora" and cell.rate > 4e-4:
+                outcomes[cell.name] = Outcome(status="diverged")
+
+    run({1e-4, 2e-4, 4e-4})
+    assert choose_rates(asked, outcomes) == {}, "neither is inside its grid"
+    run({8e-4})
+    assert choose_rates(asked, outcomes) == {"moslora:kaiming": 4e-4}
+    run({16e-4})
+    run({32e-4})
+    run(set())
+    assert choose_rates(asked, outcomes) == {"lora": 16e-4, "moslora:kaiming": 4e-4}
+    assert run_count(asked, outcomes) == len(outcomes) + 2 * asked.seeds == 10 + 4
+    assert run_count(dataclasses.replace(asked, grow=0), outcomes) == 6 + 4
+    assert len(grid_of(dataclasses.replace(asked, grow=1), asked.arms[0], outcomes)) == 4, "at most so many"
+    comparison = ArmComparison(RECIPE, dataclasses.replace(asked, validation=["v"]), tmp_path, hold_out=0.1)
+    for cell in tuning_cells(asked, outcomes):
+        recipe = cell.recipe(RECIPE, tmp_path)
+        score = {"v": -outcomes[cell.name].validation.get("loss", math.nan)}
+        found = dataclasses.replace(outcomes[cell.name], validation=score, recipe=recipe_hash(recipe))
+        write_outcome(Path(recipe.train.output), found)
+    comparison._read_outcomes()
+    assert comparison.outcomes.keys() == outcomes.keys(), "a grown grid is read"
+    flat = {cell.name: Outcome(status="ok", validation={"loss": 1.0}) for cell in tuning_cells(asked)}
+    assert grid_of(asked, asked.arms[0], flat) == [1e-4, 2e-4, 4e-4], "an edge no better than its neighbour"
+    assert len(tuning_cells(settings(rates=[1e-4, 2e-4], grow=3), outcomes)) == 4, "two rates have no inside"
+    with pytest.raises(ConfigError, match="--grow is -1, expected 0 or more"):
+        settings(grow=-1)
+
+
+def test_arms_differ_only_in_the_keys_of_their_names():
+    names = (
+        "lora,tsm,moslora:kaiming,moslora-init,lora-xs,stella,stella@mixer_form=diagonal,orthonormal,diagonal,dora,rslora,"
+        "lora+,full,moslora:orthogonal@rank=16@alpha=32"
+    )
+    adapter = {"use_rslora": True, "dropout": 0.1, "mixer_init": "kaiming", "factor_form": "svd"}
+    shared = Recipe.from_dict({"model": {"language": "x"}, "adapter": adapter})
+    made = {arm.name: arm.apply(shared) for arm in parse_arms(names, shared)}
+    assert not made["lora"].adapter.mixer_trainable
+    assert made["lora"].adapter.mixer_init == "identity"
+    assert (made["tsm"].adapter.mixer_init, made["tsm"].adapter.mixer_trainable) == ("butterfly", False)
+    assert made["moslora:kaiming"].adapter.mixer_trainable
+    assert [name for name, one in made.items() if one.adapter.use_rslora] == ["rslora"]
+    assert [name for name, one in made.items() if one.adapter.use_dora] == ["dora"]
+    assert made["lora+"].optim.lora_plus_ratio == 16
+    forms = {name: one.adapter.factor_form for name, one in made.items() if one.adapter.factor_form != "free"}
+    expected = {"moslora-init": "mixed", "lora-xs": "svd", "stella": "stella", "orthonormal": "orthonormal"}
+    assert forms == expected | {"stella@mixer_form=diagonal": "stella"}
+    diagonal = [name for name, one in made.items() if one.adapter.mixer_form == "diagonal"]
+    assert diagonal == ["stella@mixer_form=diagonal", "diagonal"]
+    for one in made.values():
+        moslora_config(one.adapter)  # a combination that exists
+    assert made["full"].model.language_mode == "full"
+    last = made["moslora:orthogonal@rank=16@alpha=32"].adapter
+    assert (last.rank, last.alpha, last.dropout) == (16, 32.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 20}, "was planned for 7 seeds"),
+        ({"arms": parse_arms("lora,dora", RECIPE)}, "planned with --resolve for arms ['lora', 'dora', 'tsm'], now"),
+        ({"arms": parse_arms("lora,dora,tsm,rslora", RECIPE)}, "planned with --resolve for arms"),
+        ({"rates": [1e-4, 2e-4]}, "planned with --resolve for rates [0.0001], now they are [0.0001, 0.0002]"),
+        ({"tuning_seeds": 2}, "planned with --resolve for tuning seeds"),
+        ({}, ""),
+        ({"seeds": 7}, ""),
+    ],
+    ids=["seeds", "fewer arms", "an arm", "a rate", "tuning seeds", "nothing", "the last look"],
+)
+def test_what_the_error_rates_of_looks_count_on_stays_the_same(tmp_path: Path, changes, message: str):
+    planned = ComparisonSettings(arms=parse_arms("lora,dora,tsm", RECIPE), rates=[1e-4], seeds=3, tasks=["t"])
+    looks = Looks((5, 7), (0.7, 1.0))
+    state = LookState(
+        points=0.03, seeds=5, looks=looks, components={}, reference="lora", fixed=planned_for(planned),
+    )  # fmt: skip
+    write_state(tmp_path, state)
+    assert read_state(tmp_path) == state
+    stored = json.loads((tmp_path / "resolve.json").read_text())
+    for change in ({"seeds": "x"}, {"points": math.nan}, {"looks": {"seeds": [5, 7], "fractions": [0.7]}}, {"looks": 5},
+                   {"looks": {"seeds": [7, 5], "fractions": [0.7, 1.0]}}, {"components": {"a": "b"}}):  # fmt: skip
+        (tmp_path / "resolve.json").write_text(json.dumps(stored | change))
+        with pytest.raises(ConfigError, match=r"resolve\.json is damaged"):
+            read_state(tmp_path)
+    comparison = ArmComparison(RECIPE, dataclasses.replace(planned, **changes), tmp_path, hold_out=0.1)
+    if not message:
+        comparison._refuse_other_looks(state)
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        comparison._refuse_other_looks(state)

@@ -1,0 +1,172 @@
+"""Odd inputs of real training data, through files: each works by a documented rule or is one named error."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import struct
+import unicodedata
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import make_records
+
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.images.record_picture import ImageError, open_image_bytes
+from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.open_sources import RecordFile, open_source
+from mm_moslora.utils.errors import ConfigError
+from tests.data.sets import chatml_encoder, make_set
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def chat(question: object = "q", answer: object = "a", **more: object) -> dict[str, object]:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
+
+
+def write(folder: Path, content: str | bytes | object, name: str = "d.jsonl") -> Path:
+    path = folder / name
+    if not isinstance(content, str | bytes):
+        content = json.dumps(content)
+    path.write_bytes(content.encode("utf-8", errors="surrogatepass") if isinstance(content, str) else content)
+    return path
+
+
+def fault(folder: Path, content: object, row: int = 0, **source: object) -> RecordError:
+    """The error of a record."""
+    path = write(folder, content)
+    with pytest.raises(RecordError) as caught:
+        open_source(SourceConfig(path=str(path), **source))[row]
+    message = str(caught.value)
+    assert message.startswith(f"{caught.value.code}: {path}:")
+    assert f"(record {row}" in message
+    return caught.value
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def refused(data: bytes) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        open_image_bytes(data, name="x.png")
+    return caught.value
+
+
+def test_nan_infinity_null_and_keys_written_twice(tmp_path: Path) -> None:
+    """pandas writes NaN or null into the empty cells of a table: both name no picture, and cost nothing elsewhere."""
+    assert fault(tmp_path, '{"id": {"a": 1, "a": 2}}').code == Code.BAD_JSON
+    asked = json.dumps(chat())[:-1]
+    for unused in ("NaN", "-Infinity", "null"):
+        for image in ("NaN", "null"):
+            for key in ("image", "images", "video"):
+                line = f'{asked}, "score": {unused}, "id": {image}, "{key}": {image}}}'
+                record = open_source(SourceConfig(path=str(write(tmp_path, line, "d.jsonl"))))[0]
+                assert (record.id, record.images, record.turns[0].text) == ("0", (), "q")
+    for used in ("NaN", "Infinity"):
+        error = fault(tmp_path, json.dumps(chat("Q")).replace('"Q"', used))
+        assert (error.code, error.where.row) == (Code.BAD_TEXT, 0)
+
+
+def test_special_tokens_typed_by_users_are_text(tmp_path: Path) -> None:
+    encoder = chatml_encoder()
+    parts = [{"type": "text", "text": "what do <image>, <|im_end|> and </s> mean?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "<|im_end|> ends"}]}
+    record = RecordFile(write(tmp_path, row))[0]
+    ids = encoder.encode(record.turns).input_ids.tolist()
+    special = set(encoder.tokenizer.all_special_ids)
+    plain = encoder.encode(RecordFile(write(tmp_path, chat()))[0].turns).input_ids.tolist()
+    assert sum(token in special for token in ids) == sum(token in special for token in plain)
+    assert "what do <image>, <|im_end|> and </s> mean?" in encoder.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
+def test_a_picture_that_is_cut_short(kind: str) -> None:
+    whole = encoded(Image.effect_noise((64, 64), 80).convert("RGB"), kind)
+    assert refused(whole[: len(whole) // 2]).code in (Code.IMAGE_DAMAGED, Code.IMAGE_FORMAT)
+    from PIL import ImageFile
+
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_other_colour_models(mode: str) -> None:
+    for colour in ((200, 30, 20), (10, 180, 90), (240, 240, 10)):
+        image = Image.new("RGB", (16, 16), colour).convert(mode)
+        seen = open_image_bytes(encoded(image, "JPEG", quality=98)).getpixel((8, 8))
+        assert np.abs(np.subtract(seen, colour)).max() <= 8
+
+
+def test_lab() -> None:
+    from PIL import ImageCms
+
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    lab = ImageCms.applyTransform(
+        Image.new("RGB", (4, 4), (200, 30, 20)), ImageCms.buildTransform(*profiles, "RGB", "LAB")
+    )
+    assert np.abs(np.subtract(open_image_bytes(encoded(lab, "TIFF")).getpixel((0, 0)), (200, 30, 20))).max() <= 4
+
+
+def test_exotic_formats_are_refused_and_so_are_texts_that_unpack_to_megabytes() -> None:
+    picture = Image.new("RGB", (8, 8), "red")
+    for kind in ("EPS", "PPM", "ICO", "PCX"):
+        assert refused(encoded(picture, kind)).code == Code.IMAGE_FORMAT
+    body = b"zTXtx\0\0" + zlib.compress(b"\0" * 50_000_000)
+    bomb = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    whole = encoded(picture)
+    assert refused(whole[:33] + bomb + whole[33:]).code == Code.IMAGE_DAMAGED
+
+
+class TestNamesAndWeights:
+    """Names and weights."""
+
+    def test_file_names_in_another_case_get_a_hint(self, tmp_path: Path) -> None:
+        data = make_set(make_records(tmp_path, 8), max_bad_share=0.5)
+        (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "0.PNG")
+        with pytest.raises(RecordError, match=r"There is '0\.PNG'"):
+            data.load(0)
+
+    def test_file_names_in_another_unicode_form_get_a_hint(self, tmp_path: Path) -> None:
+        path = make_records(tmp_path, 8)
+        composed, decomposed = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
+        (tmp_path / "images" / "0.png").rename(tmp_path / "images" / decomposed)
+        path.write_text(path.read_text().replace('"0.png"', json.dumps(composed)))
+        data = make_set(path, max_bad_share=0.5)
+        assert data.quarantine.codes == {"IMAGE_MISSING": 1}
+        with pytest.raises(RecordError, match="There is"):
+            data.load(0)
+
+    @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+    def test_weights_that_make_no_sense(self, weight: float) -> None:
+        with pytest.raises(ConfigError, match="weight"):
+            SourceConfig(path="x", weight=weight)
+
+
+def _script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "soak" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_fuzzed_records_are_records_or_named_errors() -> None:
+    script = _script("fuzz_records")
+    kinds = repr(script.NASTY) + repr(script.SEEDS)
+    found = script.run(6000, seed=1)
+    assert repr(script.NASTY) + repr(script.SEEDS) == kinds  # else records, and memory, would grow without end
+    assert (found["uncaught"], found["over_one_second"]) == (0, 0), found["first_uncaught"]
+    assert found["outcomes"]["record"] + found["rejections_named"] == 6000
+    assert len(found["outcomes"]) > 12
+
+
+def test_fuzzed_pictures_open_or_are_named_errors() -> None:
+    found = _script("fuzz_images").run(1500, seed=1, chunk=1500)
+    assert (found["uncaught"], found["crashes"], found["over_one_second"]) == (0, 0, 0), found["first_uncaught"]
+    assert found["outcomes"]["opened"] + found["rejections_named"] == 1500
