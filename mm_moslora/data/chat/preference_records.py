@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.record_keys import READ_OF_PAIR, REJECTED
-from mm_moslora.data.chat.records import IMAGE, Record, parse_record
+from mm_moslora.data.chat.records import Record, parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 
