@@ -136,7 +136,7 @@ def _complete_reference(model: nn.Module) -> None:
 def arguments_of(run: PreferenceRun) -> DPOConfig:
     """The trainer's arguments for a recipe; optimiser and schedule are given to it, trackers get its logs."""
     train, preference, total = run.recipe.train, run.recipe.preference, run.total_steps
-    cuda = distributed.device().type == "cuda"
+    vision = run.recipe.model.vision
     return DPOConfig(
         output_dir=str(run.folder),
         beta=preference.beta,
@@ -151,7 +151,7 @@ def arguments_of(run: PreferenceRun) -> DPOConfig:
         gradient_checkpointing=bool(train.gradient_checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=run.precision == "bf16",
-        use_cpu=not cuda,
+        use_cpu=distributed.device().type != "cuda",
         seed=train.seed,
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,
@@ -162,6 +162,8 @@ def arguments_of(run: PreferenceRun) -> DPOConfig:
         dataloader_num_workers=run.recipe.data.workers or 0,
         remove_unused_columns=False,  # `PairCollator` reads numbers, not inputs of the model
         max_length=None,  # the encoder bounds it
+        # A batch without pictures leaves the adapters of a tower without gradients.
+        ddp_find_unused_parameters=vision is not None and vision.mode == "adapter",
         ddp_timeout=int(train.timeout_minutes * 60),
         report_to="none",
         disable_tqdm=True,

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from pairs import logged, make_recipe, plain_recipe
+from vlms import FAMILIES, make_vlm
 
 from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import Recipe
@@ -163,6 +164,17 @@ def test_the_reference_is_the_adapter_that_a_run_starts_from(
     shutil.rmtree(before.checkpoint.parent)
     train_preferences(recipe)
     assert logged(tmp_path / "run") == logged(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"qwen2_5_vl"}))
+def test_every_family_of_ready_made_models_learns(family: str, picture_pairs: Path, tmp_path: Path) -> None:
+    model = {"vlm": str(make_vlm(tmp_path / family, family)), "vision": {"mode": "adapter"}}
+    whole = {"steps": 12, "global_batch": 12, "micro_batch": 6}
+    train_preferences(make_recipe(tmp_path / "run", picture_pairs, model, train=whole))
+    losses = logged(tmp_path / "run")
+    assert losses[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert losses[-1] < LOG_2 - 0.01
 
 
 def test_an_assembled_model_learns_after_its_tuning(recipe: Recipe, picture_pairs: Path, tmp_path: Path) -> None:
