@@ -33,7 +33,9 @@ def needs(recipe: Recipe) -> list[Need]:
 
 def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     zero = recipe.train.zero
-    if zero != "none":
+    if recipe.objective == "dpo":
+        yield "trl", "trl", "objective dpo"
+    elif zero != "none":
         yield "deepspeed", "deepspeed", f"train.zero {zero}"
     for tracker in recipe.track.trackers:
         yield tracker, tracker, f"track.trackers {tracker}"

@@ -24,7 +24,7 @@ from mm_moslora.config import (
 )
 from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.config.optimizer_traits import OPTIMIZERS
-from mm_moslora.data.chat.record_keys import READ
+from mm_moslora.data.chat.record_keys import READ, READ_OF_PAIR
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
 from mm_moslora.training.supervision.run_folder import refuse_folder, refuse_resume
@@ -113,7 +113,7 @@ def check_names(recipe: Recipe) -> None:
         from mm_moslora.models.memory_efficient.compiled_layers import require_backend
 
         require_backend(train.compile)
-    columns = sorted(set().union(*READ.values()))
+    columns = sorted(set().union(*READ.values(), READ_OF_PAIR if recipe.objective == "dpo" else ()))
     for source in (*recipe.data.train, *recipe.data.validation):
         if odd := [key for key in source.columns if key not in columns]:
             raise ConfigError(

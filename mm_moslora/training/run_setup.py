@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mm_moslora.config import DataConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
+from mm_moslora.data.preference_set import PreferenceSet
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
@@ -83,10 +84,10 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         if not (late := reads_data(adapter_start)):  # some adapters start from samples, which need the tokenizer first
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
-    data = _pinned(recipe.data, checkpoint)
+    data = pinned(recipe.data, checkpoint)
     training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
-    recipe = _with_form_of_thinking(recipe, assembly, training_set)
+    recipe = with_form_of_thinking(recipe, assembly, training_set)
     validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
     if checkpoint is None or late:
         start_projector(model_start.projector, assembly, training_set)
@@ -98,7 +99,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     model = assembly.model.train()
     prepare_execution(model, recipe, kernels, precision)
     # Read before the engine, which shards it under ZeRO-3.
-    frozen_projector = _frozen_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
+    frozen_projector = whole_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
     engine = _engine(assembly, recipe, precision)
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
     if distributed.is_main():
@@ -113,7 +114,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     )  # fmt: skip
 
 
-def _frozen_projector(assembly: Parts) -> dict[str, Tensor]:
+def whole_projector(assembly: Parts) -> dict[str, Tensor]:
     """Full weights of the projector on rank 0, before ZeRO-3 shards them; empty on others and without a projector."""
     model = assembly.model
     if not distributed.is_main() or not is_multimodal(model) or assembly.is_pretrained_vlm:
@@ -155,7 +156,7 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def _with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
+def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet | PreferenceSet) -> Recipe:
     """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
 
     A resumed run keeps the form of its checkpoint.
@@ -169,7 +170,7 @@ def _with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet) -
     return replace(recipe, model=replace(recipe.model, thinking=data.encoder.thinking))
 
 
-def _pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
+def pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
     """The data with the commits of a checkpoint, for data sets of the hub."""
     commits = {} if checkpoint is None else stored_commits(checkpoint)
     train = [

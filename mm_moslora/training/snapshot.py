@@ -12,6 +12,7 @@ import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters
 from mm_moslora.adapters.methods.peft_methods import TakenMethod
+from mm_moslora.config import Recipe
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.trainable_parts import component_of
@@ -61,7 +64,7 @@ class Snapshot:
     def write(self, folder: Path) -> None:
         """Write this rank's part into a checkpoint's folder; see `Saver.start`."""
         if distributed.is_main():
-            write_model(self, folder)
+            write_model(self.run, folder, weights=self.weights, adapter=self.adapter)
         own = rank_folder(folder)
         self.optimizer.write(own)
         self.random_state.write(own)
@@ -115,16 +118,43 @@ def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def write_model(taken: Snapshot, folder: Path) -> None:
+class SavedRun(Protocol):
+    """What a checkpoint for use needs of a run, of whatever trainer."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Resolved."""
+        ...
+
+    @property
+    def assembly(self) -> Parts:
+        """The model with its processor."""
+        ...
+
+    @property
+    def frozen_projector(self) -> dict[str, Tensor]:
+        """See `Run.frozen_projector`."""
+        ...
+
+
+def write_model(
+    run: SavedRun, folder: Path, *, weights: dict[str, Tensor], adapter: adapters.TakenAdapter | TakenMethod | None
+) -> None:
     """Write the part of a checkpoint for use: recipe, adapter, projector, other trained weights, processor.
 
     It reads no weight of the live model, which may be training meanwhile.
+
+    Args:
+        run: the run.
+        folder: of the checkpoint.
+        weights: see `Snapshot.weights`.
+        adapter: see `Snapshot.adapter`.
     """
-    run, state, assembly = taken.run, taken.weights, taken.run.assembly
+    state, assembly = weights, run.assembly
     model = assembly.model
     (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
-    if taken.adapter is not None:
-        taken.adapter.write(folder / "adapter")
+    if adapter is not None:
+        adapter.write(folder / "adapter")
     if is_multimodal(model) and not assembly.is_pretrained_vlm:
         trained = {name.removeprefix(PROJECTOR): value for name, value in state.items() if name.startswith(PROJECTOR)}
         newline = state.get(f"model.{NEWLINE}")

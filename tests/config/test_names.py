@@ -67,6 +67,7 @@ MISSPELT = {  # overrides, the last of them misspelt
     "adapter.peft.KEY": ("adapter.peft={type: HIRA, rr: 3}",),
     "train.zero": ("train.zero=zerro2",),
     "train.compile": ("train.compile=inductr",),
+    "preference.loss_type": ("preference.loss_type=[sigmoidd]",),
     "validate.tasks": ("validate.tasks=[popee]",),
     "validate.best": (
         "train.validate_every=1", "data.validation=[{path: held.json}]", f"validate.best={LOSS}s",

@@ -388,3 +388,14 @@ def test_uvicorn_calls_the_methods_that_are_overridden() -> None:
     assert parameters(protocol.connection_lost) == ["self", "exc"]
     assert parameters(protocol.send_400_response) == ["self", "msg"]
     assert {"connections", "cycle", "conn"} <= set(protocol.__init__.__code__.co_names)
+
+
+def test_trl_reads_its_data_and_writes_checkpoints_by_methods() -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    named = parameters(DPOTrainer._prepare_dataset)
+    assert named == ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert parameters(DPOTrainer._send_telemetry) == ["self"]
+    assert parameters(DPOTrainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters(DPOTrainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
