@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters
 from mm_moslora.adapters.methods.peft_methods import TakenMethod
+from mm_moslora.data.preprocessing_print import write_preprocessing
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.trainable_parts import component_of
@@ -141,6 +142,7 @@ def write_model(taken: Snapshot, folder: Path) -> None:
         save_processor(assembly.processor, folder / "processor")
     else:
         assembly.tokenizer.save_pretrained(folder / "processor")
+    write_preprocessing(run.preprocessing, folder)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
