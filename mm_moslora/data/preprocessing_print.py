@@ -30,6 +30,7 @@ from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import DataError, ModelError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import PREPROCESSING, find_checkpoint
+from mm_moslora.utils.untrusted_data import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +281,7 @@ def _settings(parts: PreprocessingParts, encoder: ConversationEncoder) -> dict[s
     if images is not None:
         values |= {"image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast")}
         values |= {f"image.{key}": value for key, value in images.to_dict().items() if key not in _NO_SETTINGS}
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=_plain))
+    plain: dict[str, Any] = parse_json(json.dumps(values, default=_plain))
     return {name: _without_unset(value) for name, value in sorted(plain.items())}
 
 
