@@ -106,17 +106,17 @@ def preprocessing_of(parts: PreprocessingParts, *, video_frames: Sequence[int] =
             Turn.asking(_QUESTIONS[0], images=len(pictures)), Turn(role="assistant", text=_ANSWER),
             Turn.asking(_QUESTIONS[1]),
         ]  # fmt: skip
-        ids = encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in pictures])
+        ids = encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in pictures]).tolist()
+        settings = _settings(parts, encoder)
+        texts = {number: str(parts.tokenizer.decode([number])) for number in set(ids)}
     except Exception as error:  # processors raise nearly anything
         logger.warning("The preprocessing has no fingerprint, since it refuses the probe: %s", error)
         return {}
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("mm_moslora", "transformers", "tokenizers", "pillow")},
-        "settings": _settings(parts, encoder) | ({"video_frames": sorted(set(video_frames))} if video_frames else {}),
-        "prompt": [
-            [number, len(list(same)), str(parts.tokenizer.decode([number]))] for number, same in groupby(ids.tolist())
-        ],
+        "settings": settings | ({"video_frames": sorted(set(video_frames))} if video_frames else {}),
+        "prompt": [[number, len(list(same)), texts[number]] for number, same in groupby(ids)],
         "tokens_per_picture": {
             f"{width}x{height}": len(ids) for (width, height), ids in zip(COUNTED_SIZES, counts, strict=False)
         },

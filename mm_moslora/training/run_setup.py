@@ -91,8 +91,10 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
     recipe = _with_form_of_thinking(recipe, assembly, training_set)
-    if checkpoint is not None and distributed.is_main():
-        check_preprocessing(checkpoint, assembly, accepted=True)
+    if checkpoint is not None:
+        with distributed.failing_together("Comparing pictures and prompts with the checkpoint's"):
+            if distributed.is_main():
+                check_preprocessing(checkpoint, assembly, accepted=True)
     validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
     if checkpoint is None or late:
         start_projector(model_start.projector, assembly, training_set)
