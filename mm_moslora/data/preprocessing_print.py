@@ -24,12 +24,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mm_moslora import __version__
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, EncoderParts
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import DataError, ModelError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import PREPROCESSING, find_checkpoint
+from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import parse_json
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,9 @@ _STRETCHES = 24
 """Stretches of a tensor of pixels of which mean and standard deviation are compared."""
 _QUESTIONS = ("What is in the picture?\nAnswer with 1 word; caf\u00e9 \u4e2d\u6587 is none.", "Is it 3.14 metres wide?")
 _ANSWER = "Squares."
+_LIBRARIES = ("transformers", "tokenizers", "pillow")
+_LONGEST = 2**20
+"""Tokens of a prompt, and characters of a token: a file of anybody must not fill the memory."""
 _NO_SETTINGS = frozenset({"image_processor_type", "processor_class", "_processor_class"})
 _FLAT = "{%- set messages = flat.messages -%}"
 """Ends what exports put before the chat template of a language model; it changes no prompt."""
@@ -114,7 +119,7 @@ def preprocessing_of(parts: PreprocessingParts, *, video_frames: Sequence[int] =
         return {}
     return {
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("mm_moslora", "transformers", "tokenizers", "pillow")},
+        "versions": {"mm_moslora": __version__} | {name: version(name) for name in _LIBRARIES},
         "settings": settings | ({"video_frames": sorted(set(video_frames))} if video_frames else {}),
         "prompt": [[number, len(list(same)), texts[number]] for number, same in groupby(ids)],
         "tokens_per_picture": {
@@ -143,7 +148,9 @@ def stored_preprocessing(path: str | Path) -> dict[str, Any]:
         stored: dict[str, Any] = read_json(file)
         if stored.get("format") != FORMAT:
             raise ValueError(f"has format {stored.get('format')!r}, this version reads {FORMAT}")
-        [(int(number), int(count), str(token)) for number, count, token in stored["prompt"]]
+        counts = [int(count) for number, count, token in stored["prompt"] if int(number) >= 0 and len(token) < _LONGEST]
+        if len(counts) < len(stored["prompt"]) or not 0 <= sum(counts) < _LONGEST:
+            raise ValueError("holds a prompt that no model reads")
         [(item["shape"], [float(value) for value in item["values"]]) for item in stored["tensors"].values()]
         [dict(stored[key]) for key in ("settings", "versions", "tokens_per_picture")]
         [int(frames) for frames in stored["settings"].get("video_frames", ())]
@@ -180,7 +187,7 @@ def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:
             f"{', '.join(['input_ids', *sorted(stored['tensors'])])}."
         )
     differing = [] if ids is None else _differing_ids(_tensor(ids).flatten().tolist(), stored["prompt"])
-    return differing + _differing_tensors(tensors, stored["tensors"])
+    return [visible(line) for line in differing + _differing_tensors(tensors, stored["tensors"])]
 
 
 def check_preprocessing(path: str | Path, parts: PreprocessingParts, *, accepted: bool = False) -> bool:
@@ -241,6 +248,7 @@ def _refuse(path: str | Path, differing: Sequence[str], notes: Mapping[str, Sequ
     text = (
         f"Pictures or prompts are prepared otherwise than in the training of {path}: {'; '.join(differing)}.{reasons}"
     )
+    text = visible(text)
     if not accepted:
         raise ModelError(
             f"{text} The answers would be worse. Restore the settings or versions of the training, or accept the "

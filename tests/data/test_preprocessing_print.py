@@ -183,7 +183,8 @@ def test_an_export_whose_processor_was_changed_is_refused_as_hf(assembled, tmp_p
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "prompt": [[1, 2]]}',
-             '{"format": 1, "prompt": [], "tensors": {"a": 1}, "settings": {}, "versions": {}}'],
+             '{"format": 1, "prompt": [], "tensors": {"a": 1}, "settings": {}, "versions": {}}',
+             '{"format": 1, "prompt": [[1, 9999999999999, "a"]], "tensors": {}, "settings": {}, "versions": {}}'],
 )  # fmt: skip
 def test_a_damaged_file_is_one_error_that_says_what_to_do(text, assembled, tmp_path):
     folder = exported(load_parts(assembled()), tmp_path / "export")
