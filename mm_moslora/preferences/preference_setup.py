@@ -14,6 +14,7 @@ from mm_moslora.batch import IGNORED
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preference_set import PreferenceSet
+from mm_moslora.data.preprocessing_print import preprocessing_of
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import resolve_model_paths, trained_on
@@ -44,6 +45,8 @@ class PreferenceRun:
     """Weights of the projector of an assembled model, on rank 0."""
     trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
     """See `Run.trained_on`."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """See `Run.preprocessing`."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -100,6 +103,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, pairs=pairs,
         held_out=held_out, frozen_projector=whole_projector(assembly),
         trained_on=trained_on(recipe.model, pairs.commits, before=checkpoint),
+        preprocessing=preprocessing_of(assembly, video_frames=[source.video_frames for source in recipe.data.train]),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from mm_moslora.config import DataConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.preference_set import PreferenceSet
+from mm_moslora.data.preprocessing_print import check_preprocessing, preprocessing_of
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
@@ -53,6 +55,8 @@ class Run:
     """Full weights of a frozen projector; under ZeRO-3 the model holds shards."""
     trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
     """Fingerprints and commits of the base model's parts, see `mm_moslora.models.model_paths`."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """See `mm_moslora.data.preprocessing_print`."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -88,6 +92,10 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
     recipe = with_form_of_thinking(recipe, assembly, training_set)
+    if checkpoint is not None:
+        with distributed.failing_together("Comparing pictures and prompts with the checkpoint's"):
+            if distributed.is_main():
+                check_preprocessing(checkpoint, assembly, accepted=True)
     validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
     if checkpoint is None or late:
         start_projector(model_start.projector, assembly, training_set)
@@ -111,6 +119,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
         trained_on=trained_on(parts, training_set.commits, before=checkpoint),
+        preprocessing=preprocessing_of(assembly, video_frames=[source.video_frames for source in recipe.data.train]),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mm_moslora import adapters
 from mm_moslora.adapters.methods.peft_methods import TakenMethod
 from mm_moslora.config import Recipe
+from mm_moslora.data.preprocessing_print import write_preprocessing
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
@@ -136,6 +137,11 @@ class SavedRun(Protocol):
         """See `Run.frozen_projector`."""
         ...
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """See `Run.preprocessing`."""
+        ...
+
 
 def write_model(
     run: SavedRun, folder: Path, *, weights: dict[str, Tensor], adapter: adapters.TakenAdapter | TakenMethod | None
@@ -171,6 +177,7 @@ def write_model(
         save_processor(assembly.processor, folder / "processor")
     else:
         assembly.tokenizer.save_pretrained(folder / "processor")
+    write_preprocessing(run.preprocessing, folder)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

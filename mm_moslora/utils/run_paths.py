@@ -33,6 +33,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"
 """File in a shared adapter folder: its base model, where that is not a published model."""
 PROJECTOR = "projector.safetensors"
+PREPROCESSING = "preprocessing.json"
+"""File in checkpoints and exports: what becomes of a fixed conversation and picture."""
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = ("scripts", "deepspeed_configs", "recipes", "tutorials")
 """Folders that are shipped with the package: launch scripts, DeepSpeed presets, recipes, tutorials."""
