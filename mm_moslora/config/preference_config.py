@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
-from mm_moslora.config.run_config import TrainConfig, ValidateConfig
+from mm_moslora.config.run_config import OptimConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.value_checks import require
 from mm_moslora.utils.errors import suggestion
 
@@ -64,6 +64,7 @@ _NOT_FOLLOWED = {
     "model": ("quantisation", "attention", "lean_layers", "kernels"),
     "adapter": ("peft", "dropout"),
     "data": ("mixing", "epoch_records", "train_on", "cache", "pack_tokens"),
+    "optim": ("optimizer",),
     "train": ("micro_tokens", "sequence_parallel", "activation_offload", "vision_gradient_checkpointing", "compile"),
     "validate": ("samples", "tasks", "best", "patience"),
 }  # fmt: skip
@@ -71,7 +72,13 @@ _NOT_FOLLOWED = {
 
 
 def refuse_unfit(
-    *, model: ModelConfig, adapter: AdapterConfig, data: DataConfig, train: TrainConfig, validate: ValidateConfig
+    *,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    data: DataConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    validate: ValidateConfig,
 ) -> None:
     """Refuse settings that learning from preferences cannot follow, before anything is loaded.
 
@@ -79,13 +86,14 @@ def refuse_unfit(
         model: section of the recipe, as are the others.
         adapter: see `model`.
         data: see `model`.
+        optim: see `model`.
         train: see `model`.
         validate: see `model`.
 
     Raises:
         ConfigError: names the key and what to do.
     """
-    sections = {"model": model, "adapter": adapter, "data": data, "train": train, "validate": validate}
+    sections = {"model": model, "adapter": adapter, "data": data, "optim": optim, "train": train, "validate": validate}
     changed = [f"{name}.{key}" for name, keys in _NOT_FOLLOWED.items() for key in _changed(sections[name], keys)]
     changed += [f"data.train.{index}.weight" for index, source in enumerate(data.train) if source.weight != 1]
     require(

@@ -81,7 +81,12 @@ class Recipe(YamlRecipe):
     def __post_init__(self) -> None:
         if self.objective == "dpo":
             refuse_unfit(
-                model=self.model, adapter=self.adapter, data=self.data, train=self.train, validate=self.validate
+                model=self.model,
+                adapter=self.adapter,
+                data=self.data,
+                optim=self.optim,
+                train=self.train,
+                validate=self.validate,
             )
         require(
             self.objective == "dpo" or self.preference == PreferenceConfig(),

@@ -26,6 +26,7 @@ from mm_moslora.preferences.preference_setup import REFERENCE, PairCollator, Pre
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
+from mm_moslora.training.engine.optimizers import KINDS
 from mm_moslora.training.parameter_groups import OptimizerSettings, parameter_groups
 from mm_moslora.training.snapshot import write_model
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -57,7 +58,7 @@ class PairTrainer(DPOTrainer):
         """Step of the last checkpoint."""
         groups, optim = parameter_groups(run.assembly.model, run.recipe.optim), run.recipe.optim
         settings = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
-        optimizer = settings.adamw(groups, [group.parameters for group in groups], fused=False)
+        optimizer = KINDS["adamw"].make(settings, groups, [group.parameters for group in groups], fused=False)
         schedule = LambdaLR(optimizer, partial(lr_factor, total=run.total_steps, config=optim))
         if run.recipe.adapter.factor_form in ("stella", "orthonormal"):
             keep_orthonormal(run.peft_model, optimizer)
