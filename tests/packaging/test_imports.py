@@ -6,12 +6,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
+SHARED_WITH_DIFFUSION = {"checkpointing", "supervision", "deepspeed_start", "metrics.mixer_metrics"}
+"""Of `mm_moslora.training`, what docs/architecture.md allows diffusion to import."""
 
 
 @pytest.fixture
@@ -97,6 +100,23 @@ def test_two_public_classes_of_one_name_are_refused_with_both_files(check_import
     (second / "three.py").unlink()
     (twice,) = check_imports.names_used_twice([first, second])
     assert "(first/one.py, first/one.py)" in twice
+
+
+def modules_of(folder: Path) -> set[str]:
+    """Names of the modules and packages of a folder."""
+    return {path.stem for path in folder.iterdir() if not path.name.startswith("__")}
+
+
+def test_the_contract_of_diffusion_forbids_every_other_module_of_training() -> None:
+    """A new module of training is forbidden too."""
+    settings = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = (one for one in settings["contracts"] if one.get("source_modules") == ["mm_moslora.diffusion"])
+    training = CHECKOUT / "mm_moslora" / "training"
+    modules = modules_of(training) - {"metrics"} | {f"metrics.{name}" for name in modules_of(training / "metrics")}
+    assert modules >= SHARED_WITH_DIFFUSION
+    assert set(contract["forbidden_modules"]) == {
+        f"mm_moslora.training.{name}" for name in modules - SHARED_WITH_DIFFUSION
+    }
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
