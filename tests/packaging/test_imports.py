@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -117,6 +118,34 @@ def test_the_contract_of_diffusion_forbids_every_other_module_of_training() -> N
     assert set(contract["forbidden_modules"]) == {
         f"mm_moslora.training.{name}" for name in modules - SHARED_WITH_DIFFUSION
     }
+
+
+IMPORTED_BY_NAME = {
+    "kernels/lora/seeded_dropout.py: mm_moslora.kernels.lora.triton_dropout": "Triton may be missing",
+    "kernels/triton_availability.py: mm_moslora.kernels.triton_trial": "Triton may be missing",
+}
+"""Imports that no contract sees, with the reason."""
+
+
+def imported_by_name(source: str) -> set[str]:
+    """Modules of the project that calls of `import_module` and `__import__` name."""
+    return {
+        node.args[0].value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).endswith(("import_module", "__import__"))
+        if isinstance(node.args[0], ast.Constant) and str(node.args[0].value).startswith("mm_moslora")
+    }
+
+
+def test_imports_by_name_are_listed_since_no_contract_sees_them() -> None:
+    found = {
+        f"{path.relative_to(folder).as_posix()}: {name}"
+        for folder in (CHECKOUT / "mm_moslora", CHECKOUT / "eval" / "mm_moslora_eval")
+        for path in folder.rglob("*.py")
+        for name in imported_by_name(path.read_text())
+    }
+    assert found == {*IMPORTED_BY_NAME}, "use an import statement, which import-linter reads"
+    assert imported_by_name("importlib.import_module('mm_moslora.cli')\nimport_module('torch')") == {"mm_moslora.cli"}
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
