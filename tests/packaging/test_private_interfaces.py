@@ -33,8 +33,8 @@ def _root(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def _definitions(tree: ast.Module) -> Counter[str]:
-    """Functions, classes, variables and attributes of `self` that a module defines."""
+def _definitions(tree: ast.AST) -> Counter[str]:
+    """Functions, classes, variables and attributes of `self` that a module or class defines."""
     names: Counter[str] = Counter()
     for node in ast.walk(tree):
         match node:
@@ -48,17 +48,38 @@ def _definitions(tree: ast.Module) -> Counter[str]:
     return names
 
 
-def foreign_privates(tree: ast.Module, everywhere: set[str]) -> Iterator[str]:
+def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def _with_classes(node: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Every node with the class it stands in."""
+    for child in ast.iter_child_nodes(node):
+        yield inside, child
+        yield from _with_classes(child, child.name if isinstance(child, ast.ClassDef) else inside)
+
+
+def _members(name: str, classes: dict[str, ast.ClassDef]) -> set[str]:
+    """What a class and its bases among these classes define."""
+    if name not in classes:
+        return set()
+    others = {other: node for other, node in classes.items() if other != name}
+    bases = (ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in classes[name].bases)
+    return set(_definitions(classes[name])).union(*(_members(base, others) for base in bases))
+
+
+def foreign_privates(tree: ast.Module, project: dict[str, ast.ClassDef]) -> Iterator[str]:
     """Private names of libraries that a module imports, reads, sets or calls.
 
-    An attribute of `self` is a library's where no module of the project defines it, one of `super()` where this module
-    defines it once, as the override, and one of anything else where this module does not define it.
+    An attribute of `self` is a library's where neither the class nor its bases in the project define it, one of
+    `super()` where this module defines it once, as the override, and one of anything else where this module does not
+    define it.
 
     Args:
         tree: of the module.
-        everywhere: what all modules of the project define.
+        project: the classes of all modules by name.
     """
-    own, imported = _definitions(tree), set()
+    own, classes, imported = _definitions(tree), project | _classes(tree), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
@@ -66,7 +87,7 @@ def foreign_privates(tree: ast.Module, everywhere: set[str]) -> Iterator[str]:
             if not paths[0].startswith("mm_moslora"):
                 imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
                 yield from (part for path in paths for part in path.split(".") if PRIVATE.fullmatch(part))
-    for node in ast.walk(tree):
+    for inside, node in _with_classes(tree):
         match node:
             case ast.Attribute(value=value, attr=name):
                 pass
@@ -81,7 +102,7 @@ def foreign_privates(tree: ast.Module, everywhere: set[str]) -> Iterator[str]:
             continue
         match value:
             case ast.Name(id="self" | "cls"):
-                defined = name in everywhere
+                defined = name in (_members(inside, classes) if inside else own)
             case ast.Call(func=ast.Name(id="super")):
                 defined = own[name] > 1
             case _:
@@ -110,7 +131,7 @@ def test_private_names_of_libraries_are_in_the_table_of_patches_and_the_table_ha
         for path in folder.rglob("*.py")
     }
     trees = {module: ast.parse(source) for module, source in sources.items()}
-    everywhere = {name for tree in trees.values() for name in _definitions(tree)}
+    project = {name: node for tree in trees.values() for name, node in _classes(tree).items()}
     table = table_of_patches((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
 
     def covers(modules: set[str], module: str) -> bool:
@@ -119,7 +140,7 @@ def test_private_names_of_libraries_are_in_the_table_of_patches_and_the_table_ha
     missing = {
         f"{module}: {name}"
         for module, tree in trees.items()
-        for name in set(foreign_privates(tree, everywhere)) - DOCUMENTED
+        for name in set(foreign_privates(tree, project)) - DOCUMENTED
         if not any(name in names and covers(modules, module) for modules, names in table)
     }
     stale = {
@@ -142,10 +163,21 @@ class Layer(Base):
     def _own(self): self._set = torch._e.f()
     def _override(self): return super()._override(), self._own(), self._set, self._unknown
 def use(layer): return layer._own, layer._g, other._own, getattr(layer, "_h", None), layer.config._i
+class Other(Module):
+    def read(self): return self._inherited, self._set
+class Base:
+    def _inherited(self): return self._j
+class Unrelated:
+    _j = None
+class Lower(Layer):
+    def read(self): return self._inherited
 """
-    tree = ast.parse(source)
-    found = set(foreign_privates(tree, set(_definitions(tree))))
-    assert found == {"_a", "_c", "_d", "_e", "_override", "_unknown", "_g", "_own", "_h", "_i"}
+    assert set(foreign_privates(ast.parse(source), {})) == {
+        "_a", "_c", "_d", "_e", "_override", "_unknown", "_g", "_own", "_h", "_i", "_inherited", "_set", "_j"
+    }  # fmt: skip
+    assert set(foreign_privates(ast.parse("class Upper(Base):\n  def f(self): self._k, self._l"), _classes(
+        ast.parse("class Base:\n  def _k(self): ...\nclass Third:\n  _l = 1")
+    ))) == {"_l"}  # fmt: skip
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
