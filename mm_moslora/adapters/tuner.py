@@ -296,8 +296,8 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
         lost = unmatched_patterns(config, paths)
         if lost:
             raise AdapterError(
-                f"{', '.join(lost)} matches none of the modules to adapt. A key is a regular expression for the end of "
-                "a module path."
+                f"{', '.join(lost)} matches none of the {len(paths)} modules (the first: {', '.join(paths[:5])}). A "
+                "key is a regular expression for the end of a module path."
             )
 
 

@@ -146,8 +146,9 @@ def _fit(assembly: Parts, data: TrainingSet, *, to_answers: bool) -> None:
             logger.info("Projector fitted: visual tokens explain %.0f %% of the variance of the answers.", 100 * share)
             return
         logger.warning("The projector is not fitted to the answers: the answers, or the pictures, are all equal.")
-    factor = embedding_scale(image_features(model, torch.cat(pictures[:PICTURES_TO_SCALE])), words)
-    for parameter in last_layer(projector).parameters():
+    with last_layer(projector) as last:
+        factor = embedding_scale(image_features(model, torch.cat(pictures[:PICTURES_TO_SCALE])), words)
+    for parameter in last().parameters():
         parameter.mul_(factor)
     logger.info("Projector output scaled by %.3g to the norm of word embeddings.", factor)
 

@@ -111,6 +111,13 @@ def test_get_peft_model_refuses_names_that_match_nothing(options: dict, message:
     assert torch.equal(logits(peft.get_peft_model(base, config())), logits(llama()))
 
 
+def test_a_pattern_that_matches_nothing_names_the_modules_that_it_could_match() -> None:
+    first = ", ".join(f"model.layers.{index}.self_attn.q_proj" for index in range(5))
+    with pytest.raises(AdapterError) as caught:
+        add_moslora(llama(num_hidden_layers=7), config(target_modules=["q_proj"], alpha_pattern={"k_proj": 4}))
+    assert f"alpha_pattern['k_proj'] matches none of the 7 modules (the first: {first})." in str(caught.value)
+
+
 def test_a_peft_model_is_not_wrapped_again() -> None:
     """What it saved named modules of no base."""
     model = adapted()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import make_tokenizer
 from tokenizers import AddedToken
 
@@ -17,7 +20,7 @@ from mm_moslora.serve.api.chat_request import chat_request
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import AnswerPart
 from mm_moslora.serve.inference.prompt_preparation import refuse_unfit
-from mm_moslora.serve.inference.text_stream import TextStream
+from mm_moslora.serve.inference.text_stream import TextStream, ThinkingSplit
 
 SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
 TEXTS = {
@@ -57,6 +60,22 @@ def test_thinking_and_content_are_apart_however_the_text_is_cut(text, size) -> N
     deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in events.decode().split("\n\n") if line]
     streamed = ["".join(delta.get(key, "") for delta in deltas) for key in ("reasoning_content", "content")]
     assert tuple(streamed) == TEXTS[text]
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<thi", "nk>", "</", "\n", " ", "a"]), max_size=9))
+def test_pieces_are_split_as_the_whole_is(pieces) -> None:
+    split = ThinkingSplit()
+    parts = [split.add(piece) for piece in pieces] + [split.add("", last=True)]
+    joined = "".join(thinking for thinking, _ in parts), "".join(content for _, content in parts)
+    assert joined == ThinkingSplit().add("".join(pieces), last=True)
+
+
+@pytest.mark.parametrize("begun", ["<think>\n", "<think>a</think>", ""])
+def test_what_is_settled_is_not_kept_so_that_long_answers_take_linear_time(begun) -> None:
+    split = ThinkingSplit()
+    for piece in [begun, *["word "] * 20_000]:
+        split.add(piece)
+    assert len(pickle.dumps(split)) < 1000
 
 
 def test_the_switch_is_read() -> None:

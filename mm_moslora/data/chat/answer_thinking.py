@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Self
 
 from mm_moslora.config import Thinking
-from mm_moslora.data.chat.chat_template import MARK, Slot, Template, TextSpan
+from mm_moslora.data.chat.chat_template import MARK, Slot, Template, TextSpan, remembered
 from mm_moslora.data.chat.record_keys import REASONING
 
 THINK, THINK_END = "<think>", "</think>"
@@ -40,8 +39,11 @@ class AnswerThinking:
 
     def __init__(self, template: Template, thinking: Thinking) -> None:
         self.template, self.thinking = template, thinking
-        self.thought = lru_cache(maxsize=512)(self._thought)
+        self._thoughts: dict[tuple[str, ...], Thought | None] = {}
+
+    def thought(self, roles: tuple[str, ...]) -> Thought | None:
         """The form of thinking at the start of the last of these roles, an answer; None where the template drops it."""
+        return remembered(self._thoughts, roles, self._new_thought)
 
     @property
     def knows_thinking(self) -> bool:
@@ -90,7 +92,7 @@ class AnswerThinking:
             thinking = thinking or ""
         return thinking, text[block.end() :] if block else text
 
-    def _thought(self, roles: tuple[str, ...]) -> Thought | None:
+    def _new_thought(self, roles: tuple[str, ...]) -> Thought | None:
         """Render an answer that thinks behind the generation prompt: the template's own, or that with thinking on."""
         if not self.knows_thinking:
             return None

@@ -13,10 +13,11 @@ is rewritten with these names. Contents are not, so they cannot match them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,13 +26,14 @@ from mm_moslora.data.chat.guarded_tokens import RenamedTokens, SpecialTextError
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import ConfigError
 
+Value = TypeVar("Value")
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 """For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
-_PLANS = 512
+_REMEMBERED = 512
 """Sequences of roles whose scaffold is remembered; conversations of other lengths or with a system turn differ."""
 _ANCHORS = ("\n", "a", ".", "0", "\u4e2d")
 """Texts before which the tokens of a continuation are found."""
@@ -88,12 +90,19 @@ class Template:
         if source is None:
             source = ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
         self.source = without_note(source)
-        self.plan = lru_cache(maxsize=_PLANS)(self._plan)
-        """The scaffold of a sequence of roles, see `_plan`."""
+        self._plans: dict[tuple[str, ...], TemplatePlan] = {}
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """The contents that need a slot each, the shape to plan for, and the turn number of each content."""
         return list(turns), tuple(turn.role for turn in turns), list(range(len(turns)))
+
+    def plan(self, roles: tuple[str, ...]) -> TemplatePlan:
+        """The scaffold of these roles.
+
+        Raises:
+            ConfigError: the template refuses the roles, leaves contents out, reorders or changes them.
+        """
+        return remembered(self._plans, roles, self._new_plan)
 
     def accepts(self, roles: tuple[str, ...]) -> bool:
         """Whether the template accepts these roles and renders all their contents."""
@@ -124,12 +133,7 @@ class Template:
         """The turn number of every content."""
         return list(range(len(roles)))
 
-    def _plan(self, roles: tuple[str, ...]) -> TemplatePlan:
-        """The scaffold of these roles.
-
-        Raises:
-            ConfigError: the template refuses the roles, leaves contents out, reorders or changes them.
-        """
+    def _new_plan(self, roles: tuple[str, ...]) -> TemplatePlan:
         owners = self.owners(roles)
         marks = [MARK.format(index) for index in range(len(owners))]
         pieces = self._cut(self.render(roles, marks), marks, roles)
@@ -212,6 +216,19 @@ class Template:
         except Exception as error:  # templates may raise any exception
             raise ConfigError(f"The tokenizer's chat template refuses the roles {', '.join(roles)}: {error}") from error
         return str(text)
+
+
+def remembered(
+    values: dict[tuple[str, ...], Value], roles: tuple[str, ...], make: Callable[[tuple[str, ...]], Value]
+) -> Value:
+    """The value of these roles, made once; a plain dictionary holds it, so that an encoder can be pickled."""
+    with suppress(KeyError):
+        return values[roles]
+    value = make(roles)
+    if len(values) >= _REMEMBERED:
+        values.clear()
+    values[roles] = value
+    return value
 
 
 def _trims(plain: str, wide: str, roles: tuple[str, ...], *, first: bool, last: bool) -> tuple[str, str]:

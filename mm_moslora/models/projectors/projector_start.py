@@ -163,13 +163,43 @@ class _Moments:
 
 
 def linear_layers(projector: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a projector, in the order in which they are applied."""
+    """The linear layers of a projector in the order of registration, which a fit takes for that of their calls."""
     return [module for module in projector.modules() if isinstance(module, nn.Linear)]
 
 
-def last_layer(projector: nn.Module) -> nn.Linear:
-    """The linear layer that puts out the visual tokens."""
-    return cast(nn.Linear, getattr(projector, "last", linear_layers(projector)[-1]))
+@contextmanager
+def last_layer(projector: nn.Module) -> Iterator[Callable[[], nn.Module]]:
+    """Watch a pass within the block; the function then returns the layer that put out the visual tokens.
+
+    It is the projector's `last` where its class has one, else the layer whose output lies in the memory of the tokens.
+    Where none does, since `forward` copies its result, it is the layer that was called last.
+    """
+    outputs: list[tuple[nn.Module, Tensor]] = []
+    layers = [module for module in projector.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    hooks = [
+        module.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
+        for module in [*layers, projector]
+    ]
+
+    def last() -> nn.Module:
+        if hasattr(projector, "last"):
+            return cast(nn.Module, projector.last)
+        *called, (_, tokens) = outputs
+        if not called:
+            raise ModelError(
+                f"{type(projector).__name__} calls no linear layer or convolution, so its output cannot be scaled. "
+                "Give it a property `last`, the layer that puts out the visual tokens, or leave "
+                "model.projector.scale_to_embeddings out."
+            )
+        memory = tokens.untyped_storage().data_ptr()
+        inside = [layer for layer, output in called if output.untyped_storage().data_ptr() == memory]
+        return inside[-1] if inside else called[-1][0]
+
+    try:
+        yield last
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

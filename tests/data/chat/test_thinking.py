@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
+import pickle
 
 import pytest
 import torch
@@ -138,3 +140,16 @@ def test_turns_are_not_changed(tokenizer):
     given = [Turn(role="user", text="what is it?"), Turn(role="assistant", text=THINKING[0])]
     ConversationEncoder(tokenizer).encode(given)
     assert given[1].text == THINKING[0]
+
+
+def test_an_encoder_can_be_pickled_and_copied(tokenizer):
+    """Data loaders that spawn their workers pickle it."""
+    conversation = turns("a", "<think>\nb\n</think>\n\nc")
+    encoder = ConversationEncoder(tokenizer)
+    fresh = copy.deepcopy(encoder)
+    expected = encoder.encode(conversation).input_ids
+    for twin in (pickle.loads(pickle.dumps(encoder)), copy.deepcopy(encoder)):
+        assert torch.equal(twin.encode(conversation).input_ids, expected)
+    fresh.template.source += "!"
+    roles = ("user", "assistant") * 3
+    assert fresh.template.plan(roles).tail == encoder.template.plan(roles).tail + "!"

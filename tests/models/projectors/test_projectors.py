@@ -40,19 +40,73 @@ def test_a_projector_gives_as_many_tokens_as_it_says_and_uses_every_weight(kind,
     torch.manual_seed(0)
     projector = build_projector(kind, SHAPE)
     features = torch.randn(3, 36, 24, generator=torch.Generator().manual_seed(0))
-    output = projector(features)
+    with last_layer(projector) as last:
+        output = projector(features)
+    assert last() is linear_layers(projector)[-1]
     assert output.shape == (3, tokens, 40)
     assert projector_tokens(kind, SHAPE) == tokens
     output.pow(2).sum().backward()
     # A frozen tower gives features without a graph; what still trains must all be reached.
     assert [name for name, p in projector.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert last_layer(projector).out_features == 40
     assert not list(projector.buffers())  # a model that is made empty and then filled would miss them
     save_file({k: v.contiguous() for k, v in projector.state_dict().items()}, tmp_path / "p.safetensors")
     torch.manual_seed(1)
     twin = build_projector(kind, SHAPE)
     twin.load_state_dict(load_file(tmp_path / "p.safetensors"))
     torch.testing.assert_close(twin(features), output, rtol=0, atol=0)
+
+
+class Reversed(nn.Module):
+    """Its layers are registered from the last to the first, and one that is called later gives no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.inner, self.unused = nn.Linear(8, 16), nn.Linear(4, 8), nn.Linear(16, 2)
+
+    def forward(self, x):
+        tokens = self.out(self.inner(x))
+        self.unused(tokens)
+        return tokens.transpose(1, 2).transpose(1, 2)
+
+
+class ReversedCopy(Reversed):
+    def forward(self, x):
+        return self.out(self.inner(x)).clone()
+
+
+class Convolution(nn.Module):
+    """`[N, P, V] -> [N, P, D]`, without a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Conv2d(4, 16, 1)
+
+    def forward(self, x):
+        return self.out(x.transpose(1, 2)[..., None]).flatten(2).transpose(1, 2)
+
+
+class NamedConvolution(Convolution):
+    last = property(lambda self: self.out)
+
+
+@pytest.mark.parametrize("kind", [Reversed, ReversedCopy, Convolution, NamedConvolution])
+@torch.no_grad()
+def test_the_last_layer_is_the_one_that_puts_out_the_tokens(kind):
+    projector, features = kind(), torch.randn(2, 9, 4)
+    with last_layer(projector) as last:
+        tokens = projector(features)
+    assert last() is projector.out
+    for parameter in last().parameters():
+        parameter.mul_(3)
+    torch.testing.assert_close(projector(features), 3 * tokens)
+
+
+def test_a_projector_without_a_layer_to_scale_is_refused():
+    projector = nn.Sequential(nn.LayerNorm(4))
+    with last_layer(projector) as last:
+        projector(torch.randn(2, 9, 4))
+    with pytest.raises(ModelError, match="property `last`"):
+        last()
 
 
 def attention(q, k, v, heads):
@@ -152,7 +206,9 @@ def test_the_fit_is_that_of_numpys_least_squares():
     ridge = np.diag((24 / 50 * x.var(0) * len(x)) ** 0.5)
     weight = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([y, np.zeros((24, 40))]), rcond=None)[0].T
     fitted = x @ weight.T
-    np.testing.assert_allclose(last_layer(projector).weight, weight / np.sqrt((fitted**2).mean()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        linear_layers(projector)[-1].weight, weight / np.sqrt((fitted**2).mean()), rtol=1e-4, atol=1e-5
+    )
     assert share == pytest.approx((fitted**2).sum() / (y**2).sum(), rel=1e-6)
 
 
@@ -193,12 +249,12 @@ def test_layers_too_narrow_for_all_directions_keep_those_that_differ_most():
 @torch.no_grad()
 def test_what_does_not_differ_is_not_fitted(same):
     projector = build_projector("linear", SHAPE)
-    before = last_layer(projector).weight.clone()
+    before = linear_layers(projector)[-1].weight.clone()
     hidden, words = torch.randn(9, 36, 24), torch.randn(9, 40)
     hidden = hidden[:1, :1].expand(9, 36, 24) if same == "pictures" else hidden
     words = words[:1].expand(9, 40) if same == "words" else words
     assert fit_to_words(projector, [] if same == "nothing" else [(hidden, words)], size=1.0) is None
-    torch.testing.assert_close(last_layer(projector).weight, before, rtol=0, atol=0)
+    torch.testing.assert_close(linear_layers(projector)[-1].weight, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "perceiver", "qformer"])
