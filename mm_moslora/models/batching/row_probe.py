@@ -25,7 +25,7 @@ from mm_moslora.utils.errors import reason_of
 logger = logging.getLogger(__name__)
 
 _WORDS, _LENGTHS = 97, (21, 17)
-_MOST = 300_000_000
+LARGEST = 300_000_000
 """Parameters of the largest model that is made: 1.2 GB in fp32."""
 _ROUNDING = 2e-6
 """Share of the largest hidden value. Experts that get other tokens beside them round otherwise, by 1e-7."""
@@ -38,6 +38,8 @@ _FEWER = {
 }  # fmt: skip
 _NARROW = {"hidden_size": 64, "d_model": 64, "n_embd": 64, "word_embed_proj_dim": 64, "lru_width": 64}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "n_head": 4, "n_heads": 4}
+CUTS = (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER)
+"""Most values of fields, tried in this order: narrow, then with its own widths."""
 _FINDINGS: dict[str, RowFinding] = {}
 
 
@@ -75,9 +77,9 @@ def rows_of(model: PreTrainedModel, attention: str) -> RowFinding:
 
 def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
     fault = ""
-    for names in (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER):  # narrow, then with its own widths
+    for names in CUTS:
         try:
-            config = _small(decoder.config, names)
+            config = small_decoder(decoder.config, names)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
                 torch.manual_seed(0)
                 made = _made(type(decoder), config)
@@ -92,7 +94,7 @@ def _made(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
     build: Any = kind._from_config
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in build(copy.deepcopy(config)).parameters())
-    if size > _MOST:
+    if size > LARGEST:
         raise ValueError(f"its smallest model has {size} parameters")
     made: PreTrainedModel = build(config, dtype=torch.float32).eval()
     return made
@@ -115,8 +117,13 @@ def _second_of(model: PreTrainedModel, *rows: Tensor) -> Tensor:
     return hidden[len(rows[0]) - 1 :]
 
 
-def _small(original: PreTrainedConfig, names: Mapping[str, int]) -> PreTrainedConfig:
-    """A copy of a decoder's configuration in which these names have at most these values."""
+def small_decoder(original: PreTrainedConfig, names: Mapping[str, int]) -> PreTrainedConfig:
+    """A copy of a decoder's configuration in which these names have at most these values.
+
+    Args:
+        original: not changed.
+        names: one of `CUTS`.
+    """
     config = copy.deepcopy(original)
     for name in ("quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(config, name, None) is not None:
