@@ -84,7 +84,8 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
         ModelError: no configuration, or the model does not load.
         ConfigError: `gpus` names no known card.
     """
-    cards = parse_gpus(gpus) if gpus else None
+    if gpus:
+        parse_gpus(gpus)  # before anything is loaded
     config = sizes_of(name, revision, key="--model")
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or hasattr(config, "vision_config")
     if sees:
@@ -94,8 +95,13 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
     if small and not sees:
         raise ModelError(f"--random builds vision-language models, and {name} is a language model. Leave it out.")
     parts = _small_parts(config, load_pretrained_processor(name, revision)) if small else load_parts(model)
-    findings = _findings(parts, (_parts_found, _rows, _labels, _thinking, _logits, _exports, _step), failed="bad")
-    if cards is not None:
+    owner = parts.template_processor or parts.tokenizer
+    failed: Status = (
+        "bad" if owner.chat_template or parts.tokenizer.chat_template else "warn"
+    )  # nothing to compare with
+    probes = (_parts_found, _rows, _labels, _thinking, _exports, _logits, _step)
+    findings = _findings(parts, probes, failed=failed)
+    if gpus:
         recipe = Recipe(model=model)
         findings += _findings(parts, (lambda _: _memory(recipe, gpus),), failed="warn")
     return list(findings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ _DEPTH = 2
 _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "layers", "encoder_layers", "vt_num_hidden_layers")
 _TOKEN = re.compile(r"^(\w+_token)_(?:id|index)$")
 _MISSING = re.compile(r"has no attribute '?(\w+?_token)(?:_ids?)?'?$")
+_TOKENS = ("mm_tokens_per_image", "image_seq_length", "image_seq_len", "num_image_tokens")
+"""Visual tokens of a picture, in configurations and processors."""
 _GRID = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
 """Settings of image processors and their names in the configurations of towers."""
 _PATIENCE = 16
@@ -49,6 +52,11 @@ def default_config(kind: str) -> PreTrainedConfig:
     for name, part in type(config).sub_configs.items():
         if "vision" in name and getattr(config, name, None) is None and part is not AutoConfig:
             setattr(config, name, part())
+    tower = getattr(config, "vision_config", None)
+    side, patch = side_of(tower, "image_size"), side_of(tower, "patch_size")
+    tokens = next((getattr(config, name) for name in _TOKENS if isinstance(getattr(config, name, None), int)), 0)
+    if side and patch and (side // patch) ** 2 < tokens:  # some towers' own default is smaller than the family's
+        tower.image_size = patch * math.ceil(tokens**0.5)
     return config
 
 
@@ -207,9 +215,10 @@ def _arguments(processor_class: type, config: Any, tokenizer: Any) -> dict[str, 
             arguments[name] = transformers.SequenceFeatureExtractor(1, 16_000, 0.0)
         elif name == "num_additional_image_tokens":
             arguments[name] = int(vision.model_type == "clip_vision_model")
-        elif name != "chat_template":
-            owners = [owner for owner in (config, vision) if getattr(owner, name, None) is not None]
-            arguments |= {name: getattr(owners[0], name)} if owners else {}
+        elif owner := next((owner for owner in (config, vision) if getattr(owner, name, None) is not None), None):
+            arguments[name] = getattr(owner, name)
+        elif name in _TOKENS and (side := side_of(vision, "image_size")):
+            arguments[name] = (side // side_of(vision, "patch_size") // getattr(config, "scale_factor", 1)) ** 2
     return arguments
 
 
