@@ -117,6 +117,8 @@ def _cut(
     config, text = copy.deepcopy(original), original.get_text_config()
     small = small_decoder(text, names)
     small.vocab_size = words or text.vocab_size
+    if hasattr(small, "vocab_size_per_layer_input"):
+        small.vocab_size_per_layer_input = small.vocab_size
     if text is original:
         config = small
     elif hasattr(config, "vocab_size"):
