@@ -26,7 +26,7 @@ from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import named_adapter_layers
-from mm_moslora.utils.errors import AdapterError, renamed
+from mm_moslora.utils.errors import AdapterError
 
 MEASURES = (
     "norm_update", "effective_rank", "stable_rank", "effective_pairs", "orthogonal_distance", "condition", "moved",
@@ -362,8 +362,3 @@ def summary(reports: Sequence[ModuleReport]) -> dict[str, float]:
 
 def _natural(path: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in path.split("."))
-
-
-__getattr__ = renamed(
-    {"draw": "mm_moslora.reporting.lens_maps.draw_lens", "table": "mm_moslora.reporting.lens_maps.measures_table"}
-)

@@ -23,7 +23,7 @@ from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, Memory, StepMemor
 from mm_moslora.training.metrics.gpu_specs import Gpus
 from mm_moslora.training.metrics.step_flops import Flops, StepShape
 from mm_moslora.training.preflight import check_model, check_zero
-from mm_moslora.utils.errors import ConfigError, renamed
+from mm_moslora.utils.errors import ConfigError
 
 STAGES = ("zero1", "zero2", "zero3")
 
@@ -302,6 +302,3 @@ def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> 
         return f"train.micro_tokens up to {fits} fits, or leave it out."
     change = step.remedies(gpus.memory, longest=recipe.data.longest, key=recipe.data.longest_key)
     return f"To make it fit, {change}."
-
-
-__getattr__ = renamed({"Plan": "RunPlan"})

@@ -6,8 +6,7 @@ Every message states what was found, what was expected and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from typing import NoReturn
+from collections.abc import Iterable
 
 
 class MoSLoRAError(Exception):
@@ -70,21 +69,3 @@ def reason_of(error: BaseException) -> str:
     if "trust_remote_code" in text:
         return "it comes with Python code of its own, which is never run; choose one that transformers itself knows"
     return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def renamed(names: Mapping[str, str]) -> Callable[[str], NoReturn]:
-    """A module's `__getattr__`: who imports a name of an earlier version is told the name of today.
-
-    Args:
-        names: old name -> what to import instead.
-
-    Raises:
-        ImportError: from the function, for one of the names; AttributeError for any other.
-    """
-
-    def missing(name: str) -> NoReturn:
-        if name in names:
-            raise ImportError(f"{name} has another name: import {names[name]}. CHANGELOG.md lists all of them.")
-        raise AttributeError(f"no attribute {name!r}")
-
-    return missing

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.utils.errors import renamed
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Part, Request
 
@@ -59,6 +58,3 @@ class VLMEvalKitModel:
         )  # fmt: skip
         ((_, answer),) = self.model.generate([request], batch_size=1)
         return answer.text.strip()
-
-
-__getattr__ = renamed({"MoSLoRAModel": "VLMEvalKitModel"})

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mm_moslora.utils.errors import EvalError, renamed, suggestion
+from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora_eval.protocol.coded_prompts import WORDINGS
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Part
 from mm_moslora_eval.sources.document import Document
@@ -162,6 +162,3 @@ class TaskPrompt:
 def _fill(template: str, fields: Mapping[str, str]) -> str:
     """Replace `{name}` in one pass, so that braces within the values stay as they are."""
     return _FIELD.sub(lambda match: fields.get(match.group(1), ""), template)
-
-
-__getattr__ = renamed({"Prompt": "TaskPrompt"})

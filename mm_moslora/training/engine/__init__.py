@@ -29,7 +29,7 @@ from mm_moslora.training.engine.step_result import StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError, MoSLoRAError, renamed
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 
 __all__ = [
     "LossModule", "OptimizerSettings", "ParameterShard", "StepResult", "TorchEngine", "TrainingEngine",
@@ -153,6 +153,3 @@ def build_engine(
         if lost or not train.zero.endswith(".json"):
             raise
         raise deepspeed_refuses(train.zero, error) from error
-
-
-__getattr__ = renamed({"Engine": "TrainingEngine", "Piece": "ParameterShard"})
