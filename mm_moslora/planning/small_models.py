@@ -119,6 +119,7 @@ def _cut(
     small.vocab_size = words or text.vocab_size
     if hasattr(small, "vocab_size_per_layer_input"):
         small.vocab_size_per_layer_input = small.vocab_size
+    _fit_sections(small)
     if text is original:
         config = small
     elif hasattr(config, "vocab_size"):
@@ -134,6 +135,17 @@ def _cut(
     if text is not original:
         _follow(config, widths, keep)
     return config
+
+
+def _fit_sections(config: Any) -> None:
+    """Positions of three parts share the rotary half of a head, which is smaller now."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if sections := rope.get("mrope_section"):
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+        scaled = [part * half // sum(sections) for part in sections]
+        scaled[0] += half - sum(scaled)
+        config.rope_parameters = rope | {"mrope_section": scaled}
 
 
 def _shallow(config: Any) -> Any:
@@ -226,7 +238,9 @@ def _arguments(processor_class: type, config: Any, tokenizer: Any) -> dict[str, 
 
 def _picture_part(classes: Any, config: Any) -> Any:
     """An image or video processor with pictures of the tower's size, where that has one."""
-    known = classes.get(config.model_type)
+    own = PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    kinds = [config.model_type, *(kind for kind, name in PROCESSOR_MAPPING_NAMES.items() if name == own)]
+    known = next((classes[kind] for kind in kinds if classes.get(kind)), None)
     if known is None:
         raise ModelError("transformers names no processor of pictures or videos for it")
     name = known if isinstance(known, str) else known.get("torchvision") or known.get("pil")
