@@ -251,7 +251,7 @@ def _labels(parts: Parts) -> Iterator[ModelFinding]:
             faults.append(f"token {other if other is not None else len(expected)} is not that of the processor")
         runs = _runs(example)
         learned = [
-            parts.tokenizer.decode(run, skip_special_tokens=True).strip() for run, supervised in runs if supervised
+            str(parts.tokenizer.decode(run, skip_special_tokens=True)).strip() for run, supervised in runs if supervised
         ]
         answers = [turn.text for turn in turns if turn.role == "assistant"]
         if learned != answers:
@@ -321,8 +321,9 @@ def _logits(parts: Parts) -> Iterator[ModelFinding]:
 
 def _as_trained(parts: Parts) -> Recipe:
     """Put in adapters that change nothing yet; dropout is off."""
-    kind = {"vlm": "probe"} if parts.is_pretrained_vlm else {"language": "probe"}
-    recipe = Recipe(model=ModelConfig(**kind, kernels="torch"), adapter=AdapterConfig(dropout=0.0))
+    seen = parts.is_pretrained_vlm
+    model = ModelConfig(vlm="probe" if seen else None, language=None if seen else "probe", kernels="torch")
+    recipe = Recipe(model=model, adapter=AdapterConfig(dropout=0.0))
     attach_adapters(parts, recipe.model, recipe.adapter)
     for module in parts.model.train().modules():
         for name, value in vars(module).items():

@@ -11,15 +11,13 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto import image_processing_auto, processing_auto, video_processing_auto
 
 from mm_moslora.models.batching.row_probe import CUTS, LARGEST, small_decoder
 from mm_moslora.models.pretrained_vlm import side_of
@@ -33,6 +31,9 @@ _TOKENS = ("mm_tokens_per_image", "image_seq_length", "image_seq_len", "num_imag
 """Visual tokens of a picture, in configurations and processors."""
 _GRID = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
 """Settings of image processors and their names in the configurations of towers."""
+_PROCESSORS: dict[str, str] = cast(Any, processing_auto).PROCESSOR_MAPPING_NAMES
+_OF_PICTURES: Any = cast(Any, image_processing_auto).IMAGE_PROCESSOR_MAPPING_NAMES
+_OF_VIDEOS: Any = cast(Any, video_processing_auto).VIDEO_PROCESSOR_MAPPING_NAMES
 _PATIENCE = 16
 """Special tokens that a processor may ask for, one after the other."""
 _CHATML = (
@@ -52,7 +53,7 @@ def default_config(kind: str) -> PreTrainedConfig:
     for name, part in type(config).sub_configs.items():
         if "vision" in name and getattr(config, name, None) is None and part is not AutoConfig:
             setattr(config, name, part())
-    tower = getattr(config, "vision_config", None)
+    tower: Any = getattr(config, "vision_config", None)
     side, patch = side_of(tower, "image_size"), side_of(tower, "patch_size")
     tokens = next((getattr(config, name) for name in _TOKENS if isinstance(getattr(config, name, None), int)), 0)
     if side and patch and (side // patch) ** 2 < tokens:  # some towers' own default is smaller than the family's
@@ -119,7 +120,7 @@ def _cut(
     small.vocab_size = words or text.vocab_size
     if hasattr(small, "vocab_size_per_layer_input"):
         small.vocab_size_per_layer_input = small.vocab_size
-    _fit_sections(small)
+    _fit_sections(small, grids=hasattr(getattr(original, "vision_config", None), "spatial_merge_size"))
     if text is original:
         config = small
     elif hasattr(config, "vocab_size"):
@@ -137,10 +138,10 @@ def _cut(
     return config
 
 
-def _fit_sections(config: Any) -> None:
-    """Positions of three parts share the rotary half of a head, which is smaller now."""
+def _fit_sections(config: Any, *, grids: bool) -> None:
+    """Positions of three parts share the rotary half of a head, which is smaller now; some classes have a default."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if sections := rope.get("mrope_section"):
+    if sections := rope.get("mrope_section", [1, 1, 1] if grids else None):
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
         scaled = [part * half // sum(sections) for part in sections]
@@ -179,7 +180,7 @@ def stand_in_processor(config: PreTrainedConfig) -> Any:
         ModelError: transformers has no processor for it, or it is not made from its parts alone.
     """
     kind = config.model_type
-    if (name := PROCESSOR_MAPPING_NAMES.get(kind)) is None:
+    if (name := _PROCESSORS.get(kind)) is None:
         raise ModelError(f"transformers {transformers.__version__} names no processor for {kind}")
     processor_class = getattr(transformers, name)
     tokens = [match[1] for key in config.to_dict() if (match := _TOKEN.match(key))]
@@ -216,15 +217,15 @@ def stand_in_processor(config: PreTrainedConfig) -> Any:
 
 def _arguments(processor_class: type, config: Any, tokenizer: Any) -> dict[str, Any]:
     """Arguments of a processor's constructor: its parts by default, and settings that the configuration has, too."""
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     arguments: dict[str, Any] = {}
     for name in inspect.signature(processor_class).parameters:
         if name == "tokenizer":
             arguments[name] = tokenizer
         elif name == "image_processor":
-            arguments[name] = _picture_part(IMAGE_PROCESSOR_MAPPING_NAMES, config)
+            arguments[name] = _picture_part(_OF_PICTURES, config)
         elif name == "video_processor":
-            arguments[name] = _picture_part(VIDEO_PROCESSOR_MAPPING_NAMES, config)
+            arguments[name] = _picture_part(_OF_VIDEOS, config)
         elif name == "feature_extractor":
             arguments[name] = transformers.SequenceFeatureExtractor(1, 16_000, 0.0)
         elif name == "num_additional_image_tokens":
@@ -238,8 +239,8 @@ def _arguments(processor_class: type, config: Any, tokenizer: Any) -> dict[str, 
 
 def _picture_part(classes: Any, config: Any) -> Any:
     """An image or video processor with pictures of the tower's size, where that has one."""
-    own = PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    kinds = [config.model_type, *(kind for kind, name in PROCESSOR_MAPPING_NAMES.items() if name == own)]
+    own = _PROCESSORS.get(config.model_type)
+    kinds = [config.model_type, *(kind for kind, name in _PROCESSORS.items() if name == own)]
     known = next((classes[kind] for kind in kinds if classes.get(kind)), None)
     if known is None:
         raise ModelError("transformers names no processor of pictures or videos for it")
