@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import image_processing_auto, processing_auto, video_processing_auto
 
-from mm_moslora.models.batching.row_probe import CUTS, LARGEST, small_decoder
+from mm_moslora.models.batching.row_probe import CUTS, small_decoder
 from mm_moslora.models.pretrained_vlm import side_of
 from mm_moslora.utils.errors import ModelError, reason_of
 
@@ -34,6 +34,8 @@ _GRID = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size
 _PROCESSORS: dict[str, str] = cast(Any, processing_auto).PROCESSOR_MAPPING_NAMES
 _OF_PICTURES: Any = cast(Any, image_processing_auto).IMAGE_PROCESSOR_MAPPING_NAMES
 _OF_VIDEOS: Any = cast(Any, video_processing_auto).VIDEO_PROCESSOR_MAPPING_NAMES
+_LARGEST = 450_000_000
+"""Parameters of the largest model that is made: 1.8 GB in fp32, of which a tower with its own width takes most."""
 _PATIENCE = 16
 """Special tokens that a processor may ask for, one after the other."""
 _CHATML = (
@@ -91,7 +93,7 @@ def _made(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         shape = AutoModelForImageTextToText.from_config(copy.deepcopy(config), trust_remote_code=False)
     size = sum(parameter.numel() for parameter in shape.parameters())
-    if size > LARGEST:
+    if size > _LARGEST:
         raise ModelError(f"its smallest model has {size:,} parameters")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(0)

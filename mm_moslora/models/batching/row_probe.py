@@ -25,7 +25,7 @@ from mm_moslora.utils.errors import reason_of
 logger = logging.getLogger(__name__)
 
 _WORDS, _LENGTHS = 97, (21, 17)
-LARGEST = 300_000_000
+_MOST = 300_000_000
 """Parameters of the largest model that is made: 1.2 GB in fp32."""
 _ROUNDING = 2e-6
 """Share of the largest hidden value. Experts that get other tokens beside them round otherwise, by 1e-7."""
@@ -94,7 +94,7 @@ def _made(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
     build: Any = kind._from_config
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in build(copy.deepcopy(config)).parameters())
-    if size > LARGEST:
+    if size > _MOST:
         raise ValueError(f"its smallest model has {size} parameters")
     made: PreTrainedModel = build(config, dtype=torch.float32).eval()
     return made
