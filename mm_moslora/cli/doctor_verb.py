@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
 from mm_moslora.config import load_recipe, override_items
-from mm_moslora.utils.errors import MoSLoRAError
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
 
-def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool = False, limit: float = 180.0) -> int:
-    """Check versions, accelerator, threads and stale locks; exit code 1 when a finding is bad.
+def doctor(
+    recipe: str | None = None,
+    *overrides: Overrides,
+    distributed: bool = False,
+    limit: float = 180.0,
+    model: str | None = None,
+    revision: str | None = None,
+    random: bool = False,
+    gpus: str = "",
+    families: bool = False,
+) -> int:
+    """Check versions, accelerator, threads and stale locks, or a model; exit code 1 when a finding is bad.
 
     Parameters
     ----------
@@ -33,7 +43,30 @@ def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool =
         as without this option. `mm-moslora launch --doctor RECIPE` starts it as it starts a run.
     limit
         Seconds for --distributed, after which a message names the ranks that are missing or hang.
+    model
+        Folder or hub id of a model: what would train and how, its labels, its logits, and whether conversations of one
+        row see each other, by probes of the model itself.
+    revision
+        With --model: on the hub.
+    random
+        With --model: build the class small from its configuration, without its weights.
+    gpus
+        With --model: count memory on these cards, for example 8xA100-80G.
+    families
+        Print a table of the image-text-to-text families of the installed transformers, probed on small random models.
+        Exit code 1 if one would train wrongly.
     """
+    if (model or families) and (recipe is not None or distributed or (model and families)):
+        raise ConfigError("--model, --families, --distributed and a recipe ask for different checks. Give one of them.")
+    if not model and (revision or random or gpus):
+        raise ConfigError("--revision, --random and --gpus describe the model of --model, which is missing.")
+    if families:
+        return _families()
+    if model:
+        quiet_libraries()
+        from mm_moslora.planning.model_doctor import diagnose_model
+
+        return _report(diagnose_model(model, revision=revision, small=random, gpus=gpus))
     from mm_moslora.launch.rank_logs import keep_rank_log
     from mm_moslora.planning.doctor import diagnose
 
@@ -50,6 +83,15 @@ def doctor(recipe: str | None = None, *overrides: Overrides, distributed: bool =
     from mm_moslora.utils.distributed import is_main
 
     return _report(diagnose_ranks(resolved, limit=limit), show=is_main())
+
+
+def _families() -> int:
+    quiet_libraries()
+    from mm_moslora.planning.model_doctor import family_table
+
+    lines, wrong = family_table()
+    print("\n".join(lines))
+    return int(wrong)
 
 
 def _settings(recipe: Recipe) -> Diagnosis:

@@ -1,0 +1,280 @@
+"""Small random models of any image-text-to-text class of transformers, and a processor of their family without files.
+
+Nothing is downloaded and no family is named. Configurations are cut by the names of their fields, and of several cuts
+the first is taken that the class itself computes with.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import image_processing_auto, processing_auto, video_processing_auto
+
+from mm_moslora.adapters.experts.small_models import SIZES, small_config
+from mm_moslora.models.pretrained_vlm import side_of
+from mm_moslora.utils.errors import ModelError, reason_of
+
+_DEPTH = 2
+_DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "layers", "encoder_layers", "vt_num_hidden_layers")
+_TOKEN = re.compile(r"^(\w+_token)_(?:id|index)$")
+_MISSING = re.compile(r"has no attribute '?(\w+?_token)(?:_ids?)?'?$")
+_TOKENS = ("mm_tokens_per_image", "image_seq_length", "image_seq_len", "num_image_tokens")
+"""Visual tokens of a picture, in configurations and processors."""
+_GRID = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
+"""Settings of image processors and their names in the configurations of towers."""
+_PROCESSORS: dict[str, str] = cast(Any, processing_auto).PROCESSOR_MAPPING_NAMES
+_OF_PICTURES: Any = cast(Any, image_processing_auto).IMAGE_PROCESSOR_MAPPING_NAMES
+_OF_VIDEOS: Any = cast(Any, video_processing_auto).VIDEO_PROCESSOR_MAPPING_NAMES
+_LARGEST = 450_000_000
+"""Parameters of the largest model that is made: 1.8 GB in fp32, of which a tower with its own width takes most."""
+_PATIENCE = 16
+"""Special tokens that a processor may ask for, one after the other."""
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def default_config(kind: str) -> PreTrainedConfig:
+    """The configuration that a family has by itself, with the vision part that some leave out.
+
+    Args:
+        kind: the family's `model_type`.
+    """
+    config: PreTrainedConfig = AutoConfig.for_model(kind)
+    for name, part in type(config).sub_configs.items():
+        if "vision" in name and getattr(config, name, None) is None and part is not AutoConfig:
+            setattr(config, name, part())
+    tower: Any = getattr(config, "vision_config", None)
+    side, patch = side_of(tower, "image_size"), side_of(tower, "patch_size")
+    tokens = next((getattr(config, name) for name in _TOKENS if isinstance(getattr(config, name, None), int)), 0)
+    if side and patch and (side // patch) ** 2 < tokens:  # some towers' own default is smaller than the family's
+        tower.image_size = patch * math.ceil(tokens**0.5)
+    return config
+
+
+def small_vlm(
+    config: PreTrainedConfig, *, words: int | None = None, accept: Callable[[PreTrainedModel], object]
+) -> PreTrainedModel:
+    """A small random model of a configuration's class, on the CPU in fp32, ready for evaluation.
+
+    Args:
+        config: of the large model; not changed.
+        words: size of the vocabulary; None: its own.
+        accept: raises where the model does not compute what it should.
+
+    Raises:
+        ModelError: the class computes with none of the cuts; names the first fault.
+    """
+    faults = []
+    for names in SIZES:
+        for follow in (("hidden_size", "embed_dim"), ()) if "hidden_size" in names else ((),):
+            try:
+                model = _made(_cut(config, names, words=words, keep=follow))
+                accept(model)
+            except Exception as error:  # configurations fit together in ways that only their classes know
+                faults.append(f"{type(error).__name__}: {reason_of(error)}")
+            else:
+                return model
+    raise ModelError("; ".join(dict.fromkeys(faults)))
+
+
+def _made(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        shape = AutoModelForImageTextToText.from_config(copy.deepcopy(config), trust_remote_code=False)
+    size = sum(parameter.numel() for parameter in shape.parameters())
+    if size > _LARGEST:
+        raise ModelError(f"its smallest model has {size:,} parameters")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config, trust_remote_code=False, dtype=torch.float32
+        )
+        for module in model.modules():  # attention of fresh weights is nearly uniform, whatever the positions
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model.eval()
+
+
+def _cut(
+    original: PreTrainedConfig, names: dict[str, int], *, words: int | None, keep: Sequence[str]
+) -> PreTrainedConfig:
+    """A copy with a small decoder and two layers in the other parts.
+
+    Args:
+        original: not changed.
+        names: see `small_config`.
+        words: size of the vocabulary.
+        keep: fields of other parts that stay although they equal the decoder's width.
+    """
+    config, text = copy.deepcopy(original), original.get_text_config()
+    small = small_config(text, names)
+    small.vocab_size = words or text.vocab_size
+    if hasattr(small, "vocab_size_per_layer_input"):
+        small.vocab_size_per_layer_input = small.vocab_size
+    _fit_sections(small, grids=hasattr(getattr(original, "vision_config", None), "spatial_merge_size"))
+    if text is original:
+        config = small
+    elif hasattr(config, "vocab_size"):
+        config.vocab_size = small.vocab_size
+    widths = (getattr(text, "hidden_size", None), getattr(small, "hidden_size", None))
+    for name, part in list(vars(original).items()):
+        if part is text:
+            setattr(config, name, small)
+        elif isinstance(part, PreTrainedConfig):
+            shallow = copy.deepcopy(part)
+            _follow(_shallow(shallow), widths, keep)
+            setattr(config, name, shallow)
+    if text is not original:
+        _follow(config, widths, keep)
+    return config
+
+
+def _fit_sections(config: Any, *, grids: bool) -> None:
+    """Positions of three parts share the rotary half of a head, which is smaller now; some classes have a default."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if sections := rope.get("mrope_section", [1, 1, 1] if grids else None):
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+        scaled = [part * half // sum(sections) for part in sections]
+        scaled[0] += half - sum(scaled)
+        config.rope_parameters = rope | {"mrope_section": scaled}
+
+
+def _shallow(config: Any) -> Any:
+    depth = next((getattr(config, name) for name in _DEPTHS if isinstance(getattr(config, name, None), int)), 0)
+    for name, value in list(vars(config).items()):
+        if name in _DEPTHS and isinstance(value, int):
+            setattr(config, name, min(value, _DEPTH))
+        elif isinstance(value, list | tuple) and depth > _DEPTH:
+            if len(value) == depth:
+                setattr(config, name, value[:_DEPTH])
+            elif "index" in name and all(isinstance(item, int) for item in value):
+                setattr(config, name, sorted({min(item, _DEPTH - 1) for item in value}))
+    return config
+
+
+def _follow(config: Any, widths: tuple[int | None, int | None], keep: Sequence[str]) -> None:
+    """What equals the decoder's width in another part is a width of what that part gives to the decoder."""
+    for name, value in list(vars(config).items()):
+        out = name == "out_hidden_size" or (name == "hidden_size" and hasattr(config, "embed_dim"))
+        if type(value) is int and (out or (value == widths[0] and name not in keep)):
+            setattr(config, name, widths[1])
+
+
+def stand_in_processor(config: PreTrainedConfig) -> Any:
+    """A processor of a family's own class over a byte-level vocabulary, with ChatML; the configuration gets its tokens.
+
+    Args:
+        config: of the family, changed in place: the numbers of its special tokens.
+
+    Raises:
+        ModelError: transformers has no processor for it, or it is not made from its parts alone.
+    """
+    kind = config.model_type
+    if (name := _PROCESSORS.get(kind)) is None:
+        raise ModelError(f"transformers {transformers.__version__} names no processor for {kind}")
+    processor_class = getattr(transformers, name)
+    tokens = [match[1] for key in config.to_dict() if (match := _TOKEN.match(key))]
+    texts: list[str] = []
+    for _ in range(_PATIENCE):
+        try:
+            processor = processor_class(**_arguments(processor_class, config, _tokenizer(tokens, texts)))
+            vocabulary = processor.tokenizer.get_vocab()
+            own = [
+                value for key, value in vars(processor).items()
+                if key.endswith("token") and isinstance(value, str) and value not in vocabulary
+            ]  # fmt: skip
+            if not own:
+                break
+            texts += own
+        except AttributeError as error:
+            if (match := _MISSING.search(str(error))) is None or match[1] in tokens:
+                raise ModelError(f"{name} is not made from its parts alone: {reason_of(error)}") from error
+            tokens.append(match[1])
+        except Exception as error:
+            raise ModelError(f"{name} is not made from its parts alone: {reason_of(error)}") from error
+    else:
+        raise ModelError(f"{name} asks for ever more special tokens")
+    if getattr(processor, "image_token", None) is None:
+        raise ModelError(f"{name} has no image token")
+    processor.chat_template = _CHATML.replace("IMAGE", processor.image_token)
+    for key in config.to_dict():
+        if match := _TOKEN.match(key):
+            token = getattr(processor, match[1], None) or getattr(processor.tokenizer, match[1], None)
+            if isinstance(token, str):
+                setattr(config, key, processor.tokenizer.convert_tokens_to_ids(token))
+    return processor
+
+
+def _arguments(processor_class: type, config: Any, tokenizer: Any) -> dict[str, Any]:
+    """Arguments of a processor's constructor: its parts by default, and settings that the configuration has, too."""
+    vision: Any = getattr(config, "vision_config", None)
+    arguments: dict[str, Any] = {}
+    for name in inspect.signature(processor_class).parameters:
+        if name == "tokenizer":
+            arguments[name] = tokenizer
+        elif name == "image_processor":
+            arguments[name] = _picture_part(_OF_PICTURES, config)
+        elif name == "video_processor":
+            arguments[name] = _picture_part(_OF_VIDEOS, config)
+        elif name == "feature_extractor":
+            arguments[name] = transformers.SequenceFeatureExtractor(1, 16_000, 0.0)
+        elif name == "num_additional_image_tokens":
+            arguments[name] = int(vision.model_type == "clip_vision_model")
+        elif owner := next((owner for owner in (config, vision) if getattr(owner, name, None) is not None), None):
+            arguments[name] = getattr(owner, name)
+        elif name in _TOKENS and (side := side_of(vision, "image_size")):
+            arguments[name] = (side // side_of(vision, "patch_size") // getattr(config, "scale_factor", 1)) ** 2
+    return arguments
+
+
+def _picture_part(classes: Any, config: Any) -> Any:
+    """An image or video processor with pictures of the tower's size, where that has one."""
+    own = _PROCESSORS.get(config.model_type)
+    kinds = [config.model_type, *(kind for kind, name in _PROCESSORS.items() if name == own)]
+    known = next((classes[kind] for kind in kinds if classes.get(kind)), None)
+    if known is None:
+        raise ModelError("transformers names no processor of pictures or videos for it")
+    name = known if isinstance(known, str) else known.get("torchvision") or known.get("pil")
+    part = getattr(transformers, name)
+    side = side_of(getattr(config, "vision_config", None), "image_size")
+    sizes = {
+        key: dict.fromkeys(value, side)
+        for key in ("size", "crop_size")
+        if isinstance(value := getattr(part, key, None), dict) and value and "longest_edge" not in value
+    }
+    vision = getattr(config, "vision_config", None)
+    grid = {
+        key: getattr(vision, name)
+        for key, name in _GRID.items()
+        if hasattr(part, key) and isinstance(getattr(vision, name, None), int)
+    }
+    return part(**(sizes if side else {}), **grid)
+
+
+def _tokenizer(tokens: Sequence[str], texts: Sequence[str]) -> Any:
+    """A byte-level tokenizer with ChatML's markers, these named special tokens and these texts as special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": "<|begin|>"}
+    extra = {name: f"<|{name}|>" for name in tokens if name not in named}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **named)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", *texts]}, replace_extra_special_tokens=False
+    )
+    return tokenizer

@@ -1,0 +1,92 @@
+"""`doctor --model` and `--families` find what would train wrongly, by probes of the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_language
+from vlms import make_vlm
+
+from mm_moslora.cli.doctor_verb import doctor
+from mm_moslora.models.batching import packed_batch
+from mm_moslora.planning import model_doctor
+from mm_moslora.planning.model_doctor import diagnose_model, family_table
+from mm_moslora.utils.errors import ConfigError, ModelError
+
+
+def by_name(findings):
+    return {item.name: item for item in findings}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_vlm(tmp_path_factory.mktemp("qwen"), "qwen2_5_vl")
+
+
+def test_a_model_that_trains_right_gets_no_bad_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(model=str(folder), gpus="1xA100-80G") == 0
+    shown = capsys.readouterr().out
+    for text in ("padding-free", "does not move the other", "[[A red square.<|im_end|>]]", "no <think>", "GiB per GPU"):
+        assert text in " ".join(shown.split())
+
+
+def test_small_random_models_need_no_weights(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    found = by_name(diagnose_model(str(tmp_path), small=True))
+    assert {item.status for item in found.values()} == {"ok"}
+    assert "of the largest" in found["logits"].detail
+
+
+def test_a_language_model_is_probed_without_pictures(tmp_path: Path) -> None:
+    found = by_name(diagnose_model(str(make_language(tmp_path))))
+    assert {item.status for item in found.values()} == {"ok"}
+    assert "[[Two, as you wish.<|im_end|>]]" in found["labels"].detail
+    with pytest.raises(ModelError, match="--random builds vision-language models"):
+        diagnose_model(str(tmp_path), small=True)
+
+
+def test_wrong_positions_are_found_by_the_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = packed_batch._positions
+    monkeypatch.setattr(packed_batch, "_positions", lambda *given: real(*given).flip(-1))
+    found = by_name(diagnose_model(str(folder), small=True))
+    assert found["logits"].status == "bad"
+
+
+def test_a_supervised_question_is_found_by_the_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = model_doctor._example
+
+    def supervise_all(*given):
+        example = real(*given)
+        example.supervised[1:] = True
+        return example
+
+    monkeypatch.setattr(model_doctor, "_example", supervise_all)
+    found = by_name(diagnose_model(str(folder), small=True))
+    assert found["labels"].status == "bad"
+    assert "is learned, expected ['A red square.']" in found["labels"].detail
+
+
+def test_the_table_has_a_row_for_every_family_and_the_reason_why_one_is_not_tried() -> None:
+    torch.manual_seed(0)
+    lines, wrong = family_table(["qwen2_vl", "udop"])
+    assert not wrong
+    assert lines[2].startswith("| `qwen2_vl` | padding-free, lean layers | apart | right | equal |")
+    assert lines[3].startswith("| `udop` | not tried: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "a", "families": True}, "Give one of them"),
+        ({"recipe": "llava_665k", "model": "a"}, "Give one of them"),
+        ({"random": True}, "--model, which is missing"),
+        ({"model": "no/such", "gpus": "3xPotato"}, "no known GPU"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(given, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        doctor(**given)
