@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
-from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, thinks, written
+from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
 from mm_moslora.data.chat.chat_template import Template, TextSpan, Tokens
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
@@ -248,7 +248,7 @@ class ConversationEncoder(AnswerThinking):
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer after a generation prompt, as in training, without the end of turn."""
         plan = self.template.plan(EXCHANGE)
-        thought = self.thought(EXCHANGE) if self.thinking == "always" else None
+        thought = self.thought(EXCHANGE) if self.writes_block else None
         thinking, text = self.apart(text) if thought else (None, text)
         before = thought.before if thought else plan.slots[1].before
         prompt = [TextSpan(plan.slots[0].before, True), TextSpan("a", False), TextSpan(before, True)]
@@ -300,11 +300,16 @@ class ConversationEncoder(AnswerThinking):
                 self._flush(grown)
                 return grown
             end = self._end_of_turn(scaffold[index + 1], plan.tail)
-            answer = [
-                *written(thought, thinking or "", slot),
-                TextSpan(slot.trim([text])[0], False),
-                TextSpan(end, True),
-            ]
+            content = slot.trim([text])[0]
+            block = written(thought, thinking or "", slot)
+            if self.thinking == "mask":
+                if length := 0 if self.knows_thinking else masked_block(content):
+                    block.append(TextSpan(content[:length], False))
+                    content = content[length:]
+                if thought or length:  # in tokens of its own, as a part of the prompt
+                    grown.run += block
+                    block = []
+            answer = [*block, TextSpan(content, False), TextSpan(end, True)]
             self._add_answer(grown, answer, end, weight=turn.weight)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))

@@ -135,8 +135,10 @@ def _aside(encoder: ConversationEncoder, answers: Sequence[str]) -> list[bool]:
     result = []
     for number, text in enumerate(answers):
         prompt = encoder.encode_prompt(turns[: 2 * number + 1]).tolist()
-        learned = len(prompt) < len(ids) and bool(encoded.supervised[len(prompt)])
-        if encoder.asks_to_think and encoder.knows_thinking:
+        start = len(prompt)
+        if encoder.asks_to_think and (encoder.knows_thinking or encoder.thinking == "mask"):
             prompt += encoder.encode_answer(text)  # its block, empty or not
+            start = len(prompt) - 1 if encoder.thinking == "mask" else start
+        learned = start < len(ids) and bool(encoded.supervised[start])
         result.append(not learned or ids[: len(prompt)] != prompt)
     return result
