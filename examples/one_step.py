@@ -5,7 +5,8 @@
         --picture cat.jpg --question "What is shown?" --answer "A cat." --output runs/one_step
 
 Read it from top to bottom: every stage of `mm-moslora train` is here once, for one conversation on one device in fp32.
-The two losses that it prints are those of the first two steps of a run over this one conversation.
+The two losses that it prints are those of the first two steps of a run over this one conversation in fp32, without
+dropout and warm-up.
 """
 
 import argparse

@@ -89,7 +89,7 @@ class CellRun:
             raise ConfigError(f"{run_folder / ORDER} is damaged ({error}). Repeat the comparison's command.") from error
         if (run.run_folder, run.folder) != (run_folder, folder):
             raise ConfigError(
-                f"{run_folder / ORDER} is of {run.run_folder}. Repeat the comparison's command in this place."
+                f"{run_folder / ORDER} is of {run.run_folder}. Repeat the comparison's command for this folder."
             )
         return run
 

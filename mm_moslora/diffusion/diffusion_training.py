@@ -80,10 +80,10 @@ def train_diffusion(
         exclusive(folder),
         record_run_state(folder) as ending,
     ):
-        found = find_resume(recipe, folder, resume)
-        run = prepare(recipe, folder, precision, base=found[1].base if found else {})
+        checkpoint = find_resume(recipe, folder, resume)
+        run = prepare(recipe, folder, precision, base=checkpoint[1].base if checkpoint else {})
         agree_on_data({"the fingerprint of data.pictures": run.data[:12]})
-        session = _Session(run, build_trackers(recipe.track), found, stop or StopRequest())
+        session = _Session(run, build_trackers(recipe.track), checkpoint, stop or StopRequest())
         ending.begun = True
         result = session.go(stop_at)
         ending.finished = result.step >= result.total_steps
@@ -94,7 +94,7 @@ class _Session:
     """The state of one training session."""
 
     def __init__(
-        self, run: DiffusionRun, trackers: Trackers, found: tuple[Path, Manifest] | None, stop: StopRequest
+        self, run: DiffusionRun, trackers: Trackers, checkpoint: tuple[Path, Manifest] | None, stop: StopRequest
     ) -> None:
         from diffusers.optimization import get_scheduler
 
@@ -114,9 +114,9 @@ class _Session:
         self.accelerator = make_accelerator(run)
         self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
         self.checkpoints = Checkpoints(run, self.trainable, self.optimizer, self.schedule, self.accelerator)
-        self.stopped_by, self.skipped_in_a_row, self.fresh = 0, 0, found is None
-        if found is not None:
-            self.checkpoints.restore(*found)
+        self.stopped_by, self.skipped_in_a_row, self.fresh = 0, 0, checkpoint is None
+        if checkpoint is not None:
+            self.checkpoints.restore(*checkpoint)
 
     def go(self, stop_at: int | None) -> DiffusionResult:
         """Train until the last step, `stop_at`, or a signal."""

@@ -66,7 +66,7 @@ def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
     Raises:
         ConfigError: shards are missing, or of two divisions.
     """
-    files = _found(folder, suffix)
+    files = _files_by_shard(folder, suffix)
     if not files:
         raise ConfigError(f"{folder} holds no finished shard. Run the command with --shard 1/N to N/N first.")
     of = max(shard.of for shard in files)
@@ -87,14 +87,14 @@ def refuse_other_divisions(folder: Path, suffix: str, *, of: int) -> None:
     Raises:
         ConfigError: it names some of them.
     """
-    if others := sorted(shard for shard in _found(folder, suffix) if shard.of != of):
+    if others := sorted(shard for shard in _files_by_shard(folder, suffix) if shard.of != of):
         raise ConfigError(
             f"{folder} holds shards of a division by {others[0].of}, expected those of one by {of}. Give "
             f"--shards {others[0].of}, or move them away: {', '.join(shard.name for shard in others[:5])}."
         )
 
 
-def _found(folder: Path, suffix: str) -> dict[Shard, Path]:
+def _files_by_shard(folder: Path, suffix: str) -> dict[Shard, Path]:
     files = {}
     for path in folder.glob(f"*-of-*{suffix}"):
         name = _NAME.fullmatch(str(path.relative_to(folder)).removesuffix(suffix))

@@ -122,7 +122,7 @@ def test_a_run_by_hand_that_does_not_exist_or_is_damaged_is_one_line(tmp_path: P
     assert f"there are {place.name}." in capsys.readouterr().err
     shutil.copytree(tmp_path, tmp_path.with_name("copy"))
     assert cli.run(["compare", str(tmp_path.with_name("copy")), "--cell", place.name]) == 1
-    assert "Repeat the comparison's command in this place" in capsys.readouterr().err
+    assert "Repeat the comparison's command for this folder" in capsys.readouterr().err
     for text in ("{", "[]", "{}", '{"cell": {}, "settings": {}, "odd": 1}'):
         (place / "cell.json").write_text(text)
         assert cli.run(["compare", str(tmp_path), "--cell", place.name]) == 1

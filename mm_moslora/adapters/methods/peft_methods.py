@@ -101,7 +101,7 @@ def why_not_method(kind: peft.PeftType) -> str | None:
     if tuner.forward is not BaseTuner.forward:
         return "a part of it is PEFT's own forward pass around the model, which training here does not run"
     if hasattr(tuner, "update_and_allocate"):
-        return "it must be told of every step (update_and_allocate), which training here does not do"
+        return "it needs a call after every step (update_and_allocate), which training here does not make"
     return None
 
 

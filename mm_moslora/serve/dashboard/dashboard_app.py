@@ -53,7 +53,7 @@ def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) 
         Route("/api/picture", board.picture),
         Route("/events", board.events),
     ]
-    headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff"}
+    headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
     return Guard(Router(routes, redirect_slashes=False), limits=_LIMITS, headers=headers)
 
 

@@ -1,0 +1,103 @@
+"""Modules and names of earlier versions: importing one says where it is today."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import NoReturn
+
+_PACKAGE = "mm_moslora."
+_HARNESS = "mm_moslora_eval."
+MODULES = {
+    _PACKAGE + "data.sources.record_source": "data.chat.records",
+    _PACKAGE + "models.memory_efficient.loss_head": "models.memory_efficient.decoder_layers",
+    _PACKAGE + "training.token_budget": "training.metrics.token_budget",
+    _PACKAGE + "training.precision": "models.precision",
+}
+"""Module of before -> module below `mm_moslora` that holds its names now."""
+NAMES = {
+    _PACKAGE + "adapters.adapter_inspection": {
+        "draw": "reporting.lens_maps.draw_lens", "table": "reporting.lens_maps.measures_table",
+    },
+    _PACKAGE + "batch": {
+        "RowShare": "models.memory_efficient.row_share.RowShare",
+        "WHOLE_ROW": "models.memory_efficient.row_share.WHOLE_ROW",
+    },
+    _PACKAGE + "compare.comparison_plan": {"Settings": "ComparisonSettings"},
+    _PACKAGE + "compare.comparison_run": {"Comparison": "ArmComparison"},
+    _PACKAGE + "data.chat.chat_template": {"Plan": "TemplatePlan", "Piece": "TextSpan"},
+    _PACKAGE + "data.training_set": {
+        "encode_record": "data.record_examples.encode_record",
+        "placeholders_of": "data.record_examples.placeholders_of",
+        "cache_places": "source_caches",
+    },
+    _PACKAGE + "launch.jobs": {"Engine": "JobEngine"},
+    _PACKAGE + "launch.slurm_job": {"Job": "SlurmJob"},
+    _PACKAGE + "planning.doctor": {"Finding": "Diagnosis"},
+    _PACKAGE + "planning.run_plan": {"Plan": "RunPlan"},
+    _PACKAGE + "serve.inference.continuous_batching": {
+        "Engine": "GenerationEngine", "Job": "GenerationJob", "Piece": "AnswerPart",
+    },
+    _PACKAGE + "tracking": {"Sample": "SampleAnswer"},
+    _PACKAGE + "tracking.tracker": {"Sample": "SampleAnswer"},
+    _PACKAGE + "training.engine": {
+        "Engine": "TrainingEngine", "Piece": "ParameterShard", "weights_place": "weights_device",
+    },
+    _PACKAGE + "training.resume": {
+        "find_resume": "training.checkpointing.resume_choice.find_resume",
+        "choose_checkpoint": "training.checkpointing.resume_choice.choose_checkpoint",
+    },
+    _PACKAGE + "training.run_setup": {"exclusive": "training.supervision.run_folder.exclusive"},
+    _PACKAGE + "utils.file_locks": {"held": "lock_file"},
+    _HARNESS + "backends.vlmevalkit_example": {"MoSLoRAModel": "VLMEvalKitModel"},
+    _HARNESS + "eval_commands": {"compare": "compare_runs"},
+    _HARNESS + "protocol.task_prompt": {"Prompt": "TaskPrompt"},
+    _HARNESS + "run.answer_views": {"Selection": "DocumentSelection"},
+    _HARNESS + "run.evaluate_suite": {"Comparison": "PairedComparison", "evaluate_held": "evaluate"},
+    _HARNESS + "run.stored_types": {"Sample": "StoredSample"},
+    _HARNESS + "scoring.estimates": {"Estimate": "ScoreEstimate"},
+}  # fmt: skip
+"""Module -> name of before -> what replaces it: a name of the same module, or one below `mm_moslora`."""
+
+
+def _missing(module: str, name: str) -> NoReturn:
+    """A module's `__getattr__`."""
+    new = NAMES[module].get(name)
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = _PACKAGE + new if "." in new else f"{module}.{new}"
+    # An AttributeError would lose its text: `from MODULE import NAME` replaces it.
+    raise ImportError(f"{module}.{name} is {new} now; CHANGELOG.md has a table of what moved.", name=name)
+
+
+class _Renames(MetaPathFinder):
+    """Comes before Python's own finders; it adds `__getattr__` to modules that lost a name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in MODULES:
+            new = _PACKAGE + MODULES[fullname]
+            raise ModuleNotFoundError(
+                f"{fullname} is {new} now; CHANGELOG.md has a table of what moved.", name=fullname
+            )
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in NAMES else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                module.__dict__.setdefault("__getattr__", partial(_missing, fullname))
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Answer imports of earlier names from now on."""
+    if not any(isinstance(finder, _Renames) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Renames())
