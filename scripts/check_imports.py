@@ -1,5 +1,9 @@
 """Check what import-linter does not: import circles between files, full folders, duplicate names.
 
+Of `mm_moslora` and `mm_moslora_eval`: imports, the number of modules in a folder, and the names of modules and of
+public classes, which are the `class` statements at the top of modules (aliases and classes inside others do not
+count). Of `scripts/`: imports only.
+
     python scripts/check_imports.py           # exit code 1 and one line per fault
     python scripts/check_imports.py --draw    # also update the package graph in docs/architecture.md
 

@@ -20,12 +20,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.adapter_options import check_expression
-from mm_moslora.adapters.folder_format import is_inner
+from mm_moslora.adapters.experts.expert_targets import not_excluded, refuse_left_out_experts, resolve_parameters
+from mm_moslora.adapters.folder_format import is_inner, wrapper_paths
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.tree import named_adapter_layers, named_base_modules, unwrapped
+from mm_moslora.adapters.tree import matched_path, named_adapter_layers, named_base_modules, unwrapped
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class AdaptedModule:
     """One row of the table of adapted modules."""
 
     path: str
-    """Module path in the base model."""
+    """Path of the module, or of the stacked parameter, in the base model."""
     in_features: int
     """D_in."""
     out_features: int
@@ -87,9 +88,10 @@ def resolve_in(
     targets: str | Sequence[str],
     *,
     why_not: Callable[[nn.Module], str | None],
+    with_experts: bool | None = None,
 ) -> list[str]:
     """Module paths to adapt inside several components; see `resolve_targets`. `why_not` gives the reason why a layer
-    cannot be adapted."""
+    cannot be adapted; `with_experts`: whether stacked parameters are adapted besides; None: they cannot be."""
     modules = dict(named_base_modules(model))
     heads = _head_modules(model)
     resolved: dict[str, None] = {}
@@ -97,7 +99,7 @@ def resolve_in(
     for component in components:
         inside = _modules_of(component, modules)
         prefix = f"{component}." if component else ""
-        paths = _match(inside, targets, heads)
+        paths = _match(inside, targets, heads, with_experts=with_experts)
         resolved |= dict.fromkeys(prefix + path for path in paths)
         empty += [] if paths else [component]
     where = " and ".join(repr(name) if name else "the model" for name in components)
@@ -133,9 +135,14 @@ def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.M
     return {path.removeprefix(prefix): module for path, module in modules.items() if path.startswith(prefix)}
 
 
-def _match(inside: dict[str, nn.Module], targets: str | Sequence[str], heads: set[int]) -> list[str]:
+def _match(
+    inside: dict[str, nn.Module], targets: str | Sequence[str], heads: set[int], *, with_experts: bool | None
+) -> list[str]:
     if targets == ALL_LINEAR:
-        _check_experts(inside)
+        if not with_experts:
+            size = sum(p.numel() for module in inside.values() if _is_linear(module) for p in module.parameters())
+            hint = " MoSLoRA adapts them with target_parameters." if with_experts is None else None
+            refuse_left_out_experts(inside, linear=size, names=_linear_names(inside), hint=hint)
         linear = [
             path
             for path, module in inside.items()
@@ -153,29 +160,6 @@ def _match(inside: dict[str, nn.Module], targets: str | Sequence[str], heads: se
         pattern = re.compile(targets)
         return [path for path in inside if pattern.fullmatch(path)]
     return [path for path in inside if any(f".{path}".endswith(f".{name}") for name in targets)]
-
-
-def _check_experts(inside: dict[str, nn.Module]) -> None:
-    """Refuse `all-linear` where most linear maps may be stacked parameters, as transformers keeps experts.
-
-    Raises:
-        AdapterError: a module that is no layer holds a parameter ``[E, D_out, D_in]`` with E above 1.
-    """
-    stacked = {
-        f"{path}.{name}": parameter.numel()
-        for path, module in inside.items()
-        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and len(parameter) > 1
-    }
-    if stacked:
-        linear = sum(p.numel() for module in inside.values() if _is_linear(module) for p in module.parameters())
-        share = sum(stacked.values()) / (sum(stacked.values()) + linear)
-        raise AdapterError(
-            f"all-linear would leave out {share:.0%} of the weights of linear maps: {len(stacked)} parameters hold "
-            f"several matrices each, as experts do, such as {min(stacked)!r}. They cannot carry MoSLoRA. Name the "
-            f"linear layers to adapt.{_linear_names(inside)}"
-        )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -221,7 +205,8 @@ def add_moslora(
     Args:
         model: any module tree, or a PEFT model that gets one more adapter. Changed in place; frozen but for the adapter
             when it is the first.
-        config: the adapter's configuration; not changed. Its `exclude_modules`, `layers_to_transform`,
+        config: the adapter's configuration; not changed. Its `target_parameters` names stacked parameters of experts
+            besides, and an empty `targets` adapts these alone. Its `exclude_modules`, `layers_to_transform`,
             `layers_pattern` and `modules_to_save` take modules out of the targets, as in PEFT.
         component: module path of the component to adapt, or several that share this adapter; empty is the whole model.
         targets: see `resolve_targets`; None takes the configuration's `target_modules`, `all-linear` if it has none.
@@ -237,12 +222,20 @@ def add_moslora(
     """
     _check_arguments(model, config, adapter_name)
     components = [component] if isinstance(component, str) else list(component)
-    targets = (config.target_modules or ALL_LINEAR) if targets is None else targets
-    paths = chosen_paths(config, resolve_in(model, components, targets, why_not=why_not_adaptable))
-    for path in paths:
+    own = copy.copy(config)
+    experts = not_excluded(config, resolve_parameters(model, components, config.target_parameters or ()))
+    own.target_parameters = experts or None
+    if targets is None:
+        none = experts and config.target_modules is not None and not config.target_modules
+        targets = [] if none else config.target_modules or ALL_LINEAR
+    paths = []
+    if targets or not experts:
+        resolved = resolve_in(model, components, targets, why_not=why_not_adaptable, with_experts=bool(experts))
+        paths = chosen_paths(own, resolved)
+    for path in (*paths, *experts):
         if config.mixer_for(path) == "butterfly" and config.rank_for(path) % 2:
             raise AdapterError(f"{path} has rank {config.rank_for(path)}, but a butterfly mixer needs an even one.")
-    return inject(model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    return inject(model, own, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def _check_arguments(model: object, config: object, adapter_name: object) -> None:
@@ -319,7 +312,8 @@ def inject(
         )
     adapted = {path for path, layer in named_adapter_layers(wrapped) if layer.holds(adapter_name)}
     adapted = {path for path in adapted if not is_inner(path)}
-    assert adapted == set(paths), f"asked for {sorted(set(paths) ^ adapted)[:_SHOWN]} and PEFT did otherwise"
+    asked = {*paths, *wrapper_paths(own.target_parameters or ())}
+    assert adapted == asked, f"asked for {sorted(asked ^ adapted)[:_SHOWN]} and PEFT did otherwise"
     return wrapped
 
 
@@ -336,7 +330,7 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
             width_in, width_out = layer.widths
             rows.append(
                 AdaptedModule(
-                    path=path,
+                    path=path if is_inner(path) else matched_path(path, layer),
                     in_features=width_in,
                     out_features=width_out,
                     rank=layer.r[name],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.folder_format import is_inner
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import quantisation
+from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts
 from mm_moslora.adapters.layers.fused_linear import use_kernel
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tied_weights import untie
@@ -134,6 +135,8 @@ def _check_finite(path: str, layer: MoSLoRALayer) -> None:
 @torch.no_grad()
 def _merge_layer(layer: BaseTunerLayer, tolerance: float | None) -> tuple[float, float]:
     """Merge one layer; its relative output difference and the limit for it."""
+    if isinstance(layer, MoSLoRAExperts):
+        return _merge_experts(layer, tolerance)
     base = layer.get_base_layer()
     quantised = quantisation(base) is not None
     if not quantised:
@@ -153,6 +156,19 @@ def _merge_layer(layer: BaseTunerLayer, tolerance: float | None) -> tuple[float,
     scale = live.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     limit = _QUANTISED_TOLERANCE if quantised else _TOLERANCE[like.dtype]
     return float((live - merged).abs().max() / scale), limit if tolerance is None else tolerance
+
+
+def _merge_experts(layer: MoSLoRAExperts, tolerance: float | None) -> tuple[float, float]:
+    """The same for a stacked parameter: what the module that holds it reads, on random inputs of every expert."""
+    generator, products = torch.Generator().manual_seed(0), []
+    for step in (lambda: None, layer.merge):
+        step()
+        with layer.adapted_parameter() as weight:
+            x = torch.randn(_PROBES, weight.shape[1], generator=generator.manual_seed(0)).to(weight)
+            products.append((x @ weight).float())
+            limit = _TOLERANCE[weight.dtype] if tolerance is None else tolerance
+    live, merged = products
+    return float((live - merged).abs().max() / live.abs().max().clamp_min(torch.finfo(torch.float32).tiny)), limit
 
 
 def _probes(layer: BaseTunerLayer, base: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

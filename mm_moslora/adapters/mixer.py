@@ -286,6 +286,71 @@ class LowRank(MixerForm):
         return product + torch.eye(len(product), dtype=product.dtype, device=product.device)
 
 
+class PerExpert(MixerForm):
+    """A mixer of its own for every expert: the tensors of another form, stacked; M is ``[E, R, R]``."""
+
+    def __init__(self, inner: MixerForm, experts: int) -> None:
+        """Stack a form.
+
+        Args:
+            inner: form of one expert's mixer.
+            experts: E.
+        """
+        super().__init__(inner.spec, inner.size)
+        self.inner, self.experts = inner, experts
+
+    @classmethod
+    def around(cls, form: MixerForm, tensors: Mapping[str, Tensor], columns: int) -> MixerForm:
+        """The form of a mixer in a folder: a stacked one where its tensors are not those of a single layer.
+
+        Args:
+            form: that the configuration names.
+            tensors: of the mixer.
+            columns: of B: R, or R E for the factors of E experts.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        experts = next((shape[0] for shape in shapes.values() if shape), 0)
+        if shapes == form.shapes(columns) or not experts or columns % experts:
+            return form
+        stacked = cls(form, experts)
+        return stacked if shapes == stacked.shapes(columns // experts) else form
+
+    @property
+    def fixed(self) -> bool:
+        """Whether M is one matrix for all inputs."""
+        return self.inner.fixed
+
+    def check(self, rank: int) -> None:
+        """See the form of one expert."""
+        self.inner.check(rank)
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Those of one expert's, E times."""
+        return {name: (self.experts, *shape) for name, shape in self.inner.shapes(rank).items()}
+
+    def identity(self, rank: int) -> dict[str, Tensor]:
+        """The identity for every expert."""
+        return self._stacked(self.inner.identity(rank) for _ in range(self.experts))
+
+    def start(self, rank: int, kind: str) -> dict[str, Tensor]:
+        """A start for every expert."""
+        return self._stacked(self.inner.start(rank, kind) for _ in range(self.experts))
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """M ``[E, R, R]``."""
+        return torch.stack([self.inner.matrix(self.of_expert(tensors, expert)) for expert in range(self.experts)])
+
+    @staticmethod
+    def of_expert(tensors: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:
+        """The tensors of one expert's mixer."""
+        return {name: tensor[expert] for name, tensor in tensors.items()}
+
+    @staticmethod
+    def _stacked(tensors: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        mixers = list(tensors)
+        return {name: torch.stack([mixer[name] for mixer in mixers]) for name in mixers[0]}
+
+
 MIXER_FORMS: dict[str, type[MixerForm]] = {
     "dense": Dense,
     "diagonal": Diagonal,

@@ -7,6 +7,8 @@ without this package loads the folder as plain LoRA; `peft_patches` enters the c
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from typing import Any, cast
 
 import peft
@@ -17,6 +19,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_options import unmatched_patterns
+from mm_moslora.adapters.experts.expert_probe import refuse_mishandled
+from mm_moslora.adapters.experts.expert_targets import check_nesting, not_excluded, resolve_parameters
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
@@ -39,7 +43,7 @@ from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import attach_form, attached_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tied_weights import untie
-from mm_moslora.adapters.tree import base_model, named_adapter_layers
+from mm_moslora.adapters.tree import base_model, named_adapter_layers, named_base_modules
 from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
 from mm_moslora.utils.errors import AdapterError, suggestion
 
@@ -83,6 +87,9 @@ class MoSLoRAModel(LoraModel):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # PEFT calls this first with model and configuration, before it changes anything.
         if isinstance(peft_config, MoSLoRAConfig):
+            for name, value in self._whole_targets.items():
+                setattr(peft_config, name, value)
+            _resolve_experts(self.model, peft_config)
             _check_names(self.model, peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -98,10 +105,15 @@ class MoSLoRAModel(LoraModel):
         if not isinstance(config, MoSLoRAConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
+        self._whole_targets = _whole_targets(model, config)
+        _resolve_experts(model, config)
         layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
         before = {id(layer) for layer in layers if layer.holds(adapter_name)}
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # It looks at modules only; `unmatched_patterns` has looked at parameters, too.
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match any")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             _take_out(model, adapter_name, spared=before)
             raise
@@ -129,6 +141,7 @@ class MoSLoRAModel(LoraModel):
                 )
             # PEFT adapts the out_proj of MultiheadAttention with the whole.
             called = lora_config.inference_mode or isinstance(parent, nn.MultiheadAttention)
+            called = called or kwargs.get("parameter_name") is not None  # `refuse_mishandled` has tried the layout
             if not called and (reason := why_not_called(parent, target_name)):
                 raise AdapterError(f"Target {current_key!r} cannot carry MoSLoRA: {reason}")
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
@@ -235,17 +248,37 @@ def _embeddings(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _whole_targets(model: nn.Module, config: MoSLoRAConfig) -> dict[str, Any]:
+    """Options of a configuration that names whole paths of modules; empty for every other one.
+
+    PEFT reads every name that ends in `gate_proj` or `w1`, in a model whose experts once were modules, as an expert's,
+    also that of a dense layer beside them.
+    """
+    names, modules = config.target_modules, dict(named_base_modules(model))
+    if not names or isinstance(names, str) or any(name not in modules for name in names):
+        return {}
+    options = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+    return {name: copy.copy(getattr(config, name)) for name in options}
+
+
+def _resolve_experts(model: nn.Module, config: MoSLoRAConfig) -> None:
+    """Give the configuration whole paths of the parameters that it adapts, in the order in which PEFT nests them.
+
+    Raises:
+        AdapterError: see `resolve_parameters`, `MoSLoRAConfig.check_experts` and `refuse_mishandled`.
+    """
+    if config.target_parameters:
+        config.target_parameters = not_excluded(config, resolve_parameters(model, [""], config.target_parameters))
+        check_nesting(config.nested_as, config.target_parameters)
+        config.check_experts()
+        refuse_mishandled(model, config.target_parameters)
+
+
 def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
     if isinstance(model, peft.PeftModel):
         raise AdapterError(
             "The model is a PeftModel already. A second wrapper saves names that no loader reads. Give it another "
             "adapter with add_moslora or model.add_adapter, or take the first one out (model.unload())."
-        )
-    if config.target_parameters:
-        raise AdapterError(
-            f"The model holds {', '.join(config.target_parameters)} as parameters and not as linear layers (PEFT takes "
-            "the old names of experts for target_parameters), which cannot carry MoSLoRA. Name linear layers, or take "
-            "peft.LoraConfig."
         )
     paths = [path for path, _ in model.named_modules() if path]
     targets: Any = config.target_modules
@@ -258,6 +291,7 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
                 raise AdapterError(f"Target {target!r} matches no module of the model.{suggestion(target, names)}")
     if targets is not None and targets != "all-linear":
         paths = [path for path in paths if check_target_module_exists(config, path)]
+    paths += config.target_parameters or ()
     if not config.inference_mode:  # what was trained loads, whatever its configuration says besides
         lost = unmatched_patterns(config, paths)
         if lost:

@@ -25,7 +25,7 @@ from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config
-from mm_moslora.adapters.tree import named_adapter_layers, unwrapped
+from mm_moslora.adapters.tree import matched_path, named_adapter_layers, unwrapped
 from mm_moslora.kernels.lora.lora_math import delta_weight
 from mm_moslora.utils.errors import AdapterError
 
@@ -143,7 +143,7 @@ def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALa
             raise AdapterError(f"The model has no adapter {name!r}; it has {sorted(configs)}.")
         if configs[name].use_dora:
             raise AdapterError(f"Adapter {name!r} uses DoRA: its update is not a sum of factors. Merge it instead.")
-        for option in ("trainable_token_indices", "lora_bias"):
+        for option in ("trainable_token_indices", "lora_bias", "target_parameters"):
             if getattr(configs[name], option):
                 raise AdapterError(f"Adapter {name!r} has {option}, which cannot be added up. Merge it instead.")
     layers = dict(named_adapter_layers(_tuner(model).model))
@@ -205,6 +205,8 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
                 f"{folder} has {key}={getattr(content.config, key)!r}, the adapter in the model "
                 f"{getattr(current, key)!r}. Load it as an adapter of its own."
             )
+    if list(content.config.target_parameters or ()) != list(current.target_parameters or ()):
+        raise AdapterError(f"{folder} adapts other experts than the adapter in the model. Load it as one of its own.")
     for path, layer in layers.items():
         for name, _ in layer.named_factor_shapes(adapter_name):
             kind, _, rest = name.partition(".")
@@ -215,7 +217,7 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
             else:
                 owner.copy_(value)
         # The out_proj of an attention follows the attention.
-        layer.lora_alpha[adapter_name] = content.config.alpha_for(path.partition(".base_layer.")[0])
+        layer.lora_alpha[adapter_name] = content.config.alpha_for(matched_path(path, layer))
         layer.set_scale(adapter_name, 1.0)
     set_starts(model, adapter_name, content.start)
     current.lora_alpha = content.config.lora_alpha

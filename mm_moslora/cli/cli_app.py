@@ -256,6 +256,10 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
 
     from mm_moslora.training.training_loop import train
 
+    if recipe.objective == "dpo":
+        from mm_moslora.preferences.preference_training import train_preferences
+
+        return train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop)
     tasks = measure if recipe.validate.tasks else None
     return train(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.shard_jobs import refuse_two_engines
-from mm_moslora.config import load_recipe, override_items
+from mm_moslora.config import load_recipe, override_items, require_sft
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redacted_command
 
@@ -133,6 +133,7 @@ def compare(
         return 0 if run_cell(Path(recipe), cell, stop_at=stop_at) else EXIT_REQUEUE
     refuse_two_engines(slurm=slurm, ray=ray, parallel=parallel)
     shared = load_recipe(recipe, override_items(overrides))
+    require_sft(shared, "compare")
     from mm_moslora.compare.arms import parse_arms, size_lines, split
     from mm_moslora.compare.comparison_plan import LOSS, ComparisonSettings
     from mm_moslora.compare.comparison_run import ARRAY, ArmComparison, RunBudget, exclusive

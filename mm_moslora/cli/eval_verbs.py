@@ -24,6 +24,13 @@ Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request 
 Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
 JudgeBudget = Annotated[int | None, Parameter(help="Most tokens to spend on the judge.")]
 JudgeThinking = Annotated[int, Parameter(help="Tokens that the judge may spend on thinking in each reply.")]
+OtherPreprocessing = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
+    ),
+]
 JudgeName = Annotated[
     str | None, Parameter(help="URL#MODEL of an OpenAI-compatible judge; the key is read from the environment.")
 ]
@@ -58,6 +65,7 @@ def eval_run(
     report: bool = True,
     untuned: bool = False,
     track: bool = True,
+    other_preprocessing: OtherPreprocessing = False,
 ) -> int:
     """Evaluate a model on tasks and score the answers; the same command again asks only what is missing.
 
@@ -145,7 +153,9 @@ def eval_run(
         ),
     }
     before, bars = [], eval_commands.Bars(len(names) * (len(modes) + untuned))
-    opened = partial(open_model, name, precision=precision, reference=reference, **patience)
+    opened = partial(
+        open_model, name, precision=precision, reference=reference, other_preprocessing=other_preprocessing, **patience
+    )
     if untuned:
         start = partial(opened, untuned=True)
         before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)

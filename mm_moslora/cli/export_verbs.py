@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.eval_verbs import OtherPreprocessing, quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
 from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.files import refuse_full_folder
@@ -17,7 +17,13 @@ Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "tex
 
 
 def merge(
-    model: Path, output: Path, *, dtype: Dtype = "fp32", base: str | None = None, licence: str | None = None
+    model: Path,
+    output: Path,
+    *,
+    dtype: Dtype = "fp32",
+    base: str | None = None,
+    licence: str | None = None,
+    other_preprocessing: OtherPreprocessing = False,
 ) -> int:
     """Merge the adapter into the base and write one Hugging Face folder; prints the largest change of the logits.
 
@@ -34,7 +40,10 @@ def merge(
     licence
         For the model card, as the hub knows it (apache-2.0, ...).
     """
-    return _hand_on(model, output, to="hf", dtype=dtype, base=base, licence=licence, needs_adapter=True)
+    return _hand_on(
+        model, output, to="hf", dtype=dtype, base=base, licence=licence, other_preprocessing=other_preprocessing,
+        needs_adapter=True,
+    )  # fmt: skip
 
 
 def export(
@@ -47,6 +56,7 @@ def export(
     vision: str | None = None,
     component: Component = "unet",
     licence: str | None = None,
+    other_preprocessing: OtherPreprocessing = False,
 ) -> int:
     """Export a tuned model; prints the largest difference between the model and the written files, read back.
 
@@ -75,17 +85,23 @@ def export(
     """
     if to in ("vllm", "diffusers"):
         return _hand_on_adapter(model, output, to=to, component=component)
-    return _hand_on(model, output, to=to, dtype=dtype, base=base, vision=vision, licence=licence)
+    return _hand_on(
+        model, output, to=to, dtype=dtype, base=base, vision=vision, licence=licence,
+        other_preprocessing=other_preprocessing,
+    )  # fmt: skip
 
 
 def _hand_on_adapter(model: Path, output: Path, *, to: Literal["vllm", "diffusers"], component: Component) -> int:
     folder = adapter_folder(model)
     quiet_libraries()
     from mm_moslora.adapters.folders.export_adapter import export_adapter, largest_difference
+    from mm_moslora.data.preprocessing_print import stored_preprocessing, write_preprocessing
 
     with new_folder(output) as part:
         export_adapter(folder, part, layout=to, component=component)
         difference = largest_difference(folder, part, layout=to, component=component)
+        if to == "vllm" and (folder.parent / MANIFEST).is_file():
+            write_preprocessing(stored_preprocessing(folder.parent), part)
     reader = "vllm serve --enable-lora" if to == "vllm" else "pipeline.load_lora_weights"
     print(f"{output}: the adapter alone, folded to plain LoRA, for {reader}.")
     print(
@@ -102,11 +118,13 @@ def _hand_on(
     dtype: Dtype,
     base: str | None,
     licence: str | None,
+    other_preprocessing: bool,
     vision: str | None = None,
     needs_adapter: bool = False,
 ) -> int:
     find_checkpoint(model)
     quiet_libraries()
+    from mm_moslora.data.preprocessing_print import check_preprocessing, hand_on_preprocessing
     from mm_moslora.models.export.export_huggingface import export_lora, export_model, merge_adapter
     from mm_moslora.models.export.model_card import write_card
     from mm_moslora.models.load_model import load
@@ -116,9 +134,11 @@ def _hand_on(
     if to == "lora":
         # An assembled base is not published anywhere, so it is written too, in full precision.
         assembly = load(model, merge=False, base=base, quantised=not _writes_base(model))
+        check_preprocessing(model, assembly, accepted=other_preprocessing)
         with new_folder(output) as part:
             lora = export_lora(assembly, part, dtype=dtype_of(dtype), final=output)
             write_card(assembly, part, source=model, licence=licence, adapter_of=lora.base)
+            hand_on_preprocessing(model, assembly, part)
         print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it. Base: {lora.base}")
         print(f"Loads with peft.{lora.loader}" + ("." if lora.stock else " after `import mm_moslora.models`."))
         difference = lora.max_logit_difference
@@ -127,6 +147,7 @@ def _hand_on(
     if to == "gguf" and dtype == "bf16":
         raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
     assembly = load(model, merge=False, base=base)
+    check_preprocessing(model, assembly, accepted=other_preprocessing)
     if needs_adapter and assembly.peft_model is None:
         raise ConfigError(f"{model} has no adapter to merge. Write it unchanged with mm-moslora export --to hf.")
     moved = merge_adapter(assembly, dtype_of("fp32" if to == "gguf" else dtype))
@@ -155,6 +176,7 @@ def _hand_on(
             if not result.stock:
                 lines.append("Loads with transformers after `import mm_moslora.models`.")
         write_card(assembly, part, source=model, licence=licence)
+        hand_on_preprocessing(model, assembly, part)
     print(f"{output}: " + "\n".join(lines))
     return 0
 

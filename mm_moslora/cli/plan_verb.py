@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
-from mm_moslora.config import load_recipe, override_items
+from mm_moslora.config import load_recipe, override_items, require_sft
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def plan(
         and later, 12.5 (100 Gb/s) for cards with slower links.
     """
     resolved = load_recipe(recipe, override_items(overrides))
+    require_sft(resolved, "plan")
     refuse_early(resolved)
     from mm_moslora.training.metrics.gpu_specs import parse_gpus
 

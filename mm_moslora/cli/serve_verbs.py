@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.eval_verbs import OtherPreprocessing, quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.run_paths import find_checkpoint
@@ -24,6 +24,7 @@ def chat(
     image: Path | None = None,
     question: str | None = None,
     max_new_tokens: int = 128,
+    other_preprocessing: OtherPreprocessing = False,
 ) -> int:
     """Chat with a model in the terminal.
 
@@ -44,7 +45,7 @@ def chat(
     quiet_libraries()
     from mm_moslora.serve.terminal_chat import Chat, interactive
 
-    talk = Chat.from_folder(model, max_new_tokens=max_new_tokens)
+    talk = Chat.from_folder(model, max_new_tokens=max_new_tokens, other_preprocessing=other_preprocessing)
     if image is not None:
         talk.show(image)
     if question is not None:
@@ -70,6 +71,7 @@ def serve(
     max_image_megapixels: int = 40,
     request_seconds: float = 120.0,
     allow_image_host: tuple[str, ...] = (),
+    other_preprocessing: OtherPreprocessing = False,
 ) -> int:
     """Serve a model to OpenAI clients: /v1/chat/completions, /v1/models, /health, /metrics.
 
@@ -128,14 +130,19 @@ def serve(
     from mm_moslora.serve.inference.request_images import fetch_from
     from mm_moslora.serve.inference.served_models import load_models
 
-    models = load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
+    models = load_models(
+        model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision),
+        other_preprocessing=other_preprocessing,
+    )  # fmt: skip
     engine = GenerationEngine(models, limits)
     app = create_app(engine, limits, key=key, local=local, fetch=fetch_from(allow_image_host))
     run_app(app, sockets, limits=limits, end=engine.stop)
     return 0
 
 
-def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
+def demo(
+    model: Path, *, port: int = 7860, max_new_tokens: int = 128, other_preprocessing: OtherPreprocessing = False
+) -> int:
     """Open a web page to chat with a model and the model before tuning, with attention drawn over the picture.
 
     Parameters
@@ -159,7 +166,8 @@ def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
     from mm_moslora.serve.inference.served_models import load_models, why_no_base
 
     reason = why_no_base(model)
-    talk = Demo(load_models(model, with_base=reason is None), max_new_tokens=max_new_tokens, why_no_base=reason)
+    models = load_models(model, with_base=reason is None, other_preprocessing=other_preprocessing)
+    talk = Demo(models, max_new_tokens=max_new_tokens, why_no_base=reason)
     print(f"http://127.0.0.1:{port}" if port else "The address follows.")
     try:
         launch(talk, port=port)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.recipe import Recipe
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.package_requirements import install_command, is_installed
@@ -32,12 +33,17 @@ def needs(recipe: Recipe) -> list[Need]:
 
 def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     zero = recipe.train.zero
-    if zero != "none":
+    if recipe.objective == "dpo":
+        yield "trl", "trl", "objective dpo"
+    elif zero != "none":
         yield "deepspeed", "deepspeed", f"train.zero {zero}"
     for tracker in recipe.track.trackers:
         yield tracker, tracker, f"track.trackers {tracker}"
     if recipe.model.quantisation != "none":
         yield "bitsandbytes", "bitsandbytes", f"model.quantisation {recipe.model.quantisation}"
+    optimizer = OPTIMIZERS[recipe.optim.optimizer]
+    if optimizer.package:
+        yield optimizer.package, optimizer.module, f"optim.optimizer {recipe.optim.optimizer}"
     if recipe.model.kernels == "liger":
         yield "liger-kernel", "liger_kernel", "model.kernels liger"
     vision = recipe.model.vision

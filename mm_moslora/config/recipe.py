@@ -13,6 +13,8 @@ import yaml
 
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.config.preference_config import Objective, PreferenceConfig, refuse_unfit
 from mm_moslora.config.recipe_paths import from_working_folder
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.strict_reading import parse_scalar, parse_text, plain, set_dotted, takes_text
@@ -63,15 +65,33 @@ class Recipe(YamlRecipe):
 
     name: str = "run"
     """Display name."""
+    objective: Objective = "sft"
+    """sft: learn the answers of records. dpo: learn from pairs of a chosen and a rejected answer, with TRL (see
+    `preference`)."""
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """objective dpo only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
+        if self.objective == "dpo":
+            refuse_unfit(
+                model=self.model,
+                adapter=self.adapter,
+                data=self.data,
+                optim=self.optim,
+                train=self.train,
+                validate=self.validate,
+            )
+        require(
+            self.objective == "dpo" or self.preference == PreferenceConfig(),
+            "preference is set, which only objective: dpo reads. Set the objective, or leave it out.",
+        )
         require(
             self.train.compile is None or self.model.kernels not in ("triton", "liger"),
             f"model.kernels is {self.model.kernels!r} and train.compile is {self.train.compile!r}: both would run "
@@ -104,8 +124,26 @@ class Recipe(YamlRecipe):
         several = train.micro_tokens is not None or train.global_batch > train.micro_batch * takers
         small = self.model.language_mode in ("adapter", "frozen")  # ZeRO-1 keeps all gradients on every rank
         earlier = None if before == "none" and world > 1 else before
-        chosen = earlier or ("zero1" if several and small else "zero2")
+        whole = bool(OPTIMIZERS[self.optim.optimizer].whole_because)
+        chosen = earlier or ("zero0" if whole else "zero1" if several and small else "zero2")
         return replace(self, train=replace(train, zero=chosen))
+
+
+def require_sft(recipe: Recipe, verb: str) -> None:
+    """Refuse a recipe that learns from preferences, for a verb that is about tuning.
+
+    Args:
+        recipe: resolved.
+        verb: its name, for the message.
+
+    Raises:
+        ConfigError: it has another objective.
+    """
+    require(
+        recipe.objective == "sft",
+        f"`{verb}` takes recipes with objective: sft, and objective is {recipe.objective}. What it would say holds for "
+        "tuning alone.",
+    )
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

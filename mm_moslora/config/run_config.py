@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
 from mm_moslora.config.value_checks import at_least, check_adam, require
 from mm_moslora.utils.errors import suggestion
 
@@ -14,8 +15,12 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, one learning rate per kind of parameter, linear warm-up."""
+    """The optimiser, one learning rate per kind of parameter, linear warm-up."""
 
+    optimizer: OptimizerName = "adamw"
+    """adamw_8bit, paged_adamw_8bit, paged_adamw_32bit: bitsandbytes, moments in 8 bits, or where the driver may move
+    them to main memory. adamw_torch_8bit: torchao, in 8 bits. muon: matrices by Muon, embeddings, heads, biases and
+    norms by AdamW. schedule_free_adamw: the weights to use are an average; needs schedule constant."""
     lr: float = 2e-4
     """Peak learning rate of adapter factors A and B (and of fully trained language layers)."""
     mixer_lr: float | None = None
@@ -50,6 +55,17 @@ class OptimConfig:
         for name in ("weight_decay", "mixer_weight_decay", "warmup", "max_grad_norm"):
             at_least(f"optim.{name}", getattr(self, name), 0)
         check_adam(self.betas, self.eps)
+        require(
+            self.optimizer in OPTIMIZERS,
+            f"optim.optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}."
+            f"{suggestion(self.optimizer, OPTIMIZERS)}",
+        )
+        require(
+            OPTIMIZERS[self.optimizer].takes_schedule or (self.schedule == "constant" and self.betas[0] > 0),
+            f"optim.optimizer is {self.optimizer}, which averages weights in the place of a decay of the learning "
+            f"rate, with optim.schedule {self.schedule} and optim.betas {list(self.betas)}. Set optim.schedule to "
+            "constant, and the first of optim.betas above 0; optim.warmup stays.",
+        )
         require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1.")
         require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")
 
@@ -74,8 +90,8 @@ class TrainConfig:
     `plan`; on a CPU any number."""
     zero: str = "auto"
     """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch.
-    auto: zero1, which reduces gradients once in a step, where adapters train and ranks take several micro-batches in a
-    step; else zero2. A resumed run keeps its stage."""
+    auto: zero0 where optim.optimizer is another than adamw; zero1, which reduces gradients once in a step, where
+    adapters train and ranks take several micro-batches in a step; else zero2. A resumed run keeps its stage."""
     sequence_parallel: int = 1
     """Ranks that compute every packed row together, each a part of its tokens (DeepSpeed's Ulysses): for examples too
     long for one GPU. A divisor of the number of ranks and of the attention heads."""

@@ -30,7 +30,8 @@ class Quarantine:
         self._numbers: set[int] = set()
         self._lines: list[str] | None = []
         self._late = None if path is None else Appender(path)
-        self._first: RecordError | None = None
+        self.first: RecordError | None = None
+        """The first bad record."""
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -51,7 +52,7 @@ class Quarantine:
         if index in self._numbers:
             return
         self._numbers.add(index)
-        self._first = self._first or error
+        self.first = self.first or error
         self.codes[error.code.value] = self.codes.get(error.code.value, 0) + 1
         line = _line(index, error)
         if self._lines is not None:
@@ -86,9 +87,9 @@ class Quarantine:
         see = f"All are in {self.path}." if self.path is not None else ""
         raise DataError(
             f"{bad} of {self.total} records ({bad / self.total:.1%}) cannot be used, more than data.max_bad_share "
-            f"({self.config.max_bad_share:.1%}): {summary(self.codes)}. The first one: {self._first}. {see} "
+            f"({self.config.max_bad_share:.1%}): {summary(self.codes)}. The first one: {self.first}. {see} "
             f"Repair the data or raise data.max_bad_share.{remedy}"
-        ) from self._first
+        ) from self.first
 
 
 def summary(codes: dict[str, int]) -> str:

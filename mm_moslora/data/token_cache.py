@@ -178,8 +178,8 @@ class SourceCache:
         self.source, self._encode, self._on_progress = source, encode, on_progress
         self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
 
-    def open(self) -> TokenCache:
-        """Open the cache; build it first if it does not exist or is damaged, of all its shards if they are there."""
+    def load(self) -> TokenCache:
+        """The cache; build it first if it does not exist or is damaged, of all its shards if they are there."""
         if is_built(self.folder):
             with suppress(OSError, ValueError):
                 return self._read()

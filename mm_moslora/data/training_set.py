@@ -118,7 +118,7 @@ class TrainingSet(RecordExamples):
         self.words = array("L", bytes(array("L").itemsize * len(self))) if config.order == "llava" else array("L")
         """White-space separated words per record, which LLaVA uses as its length; only with `data.order` llava."""
         if config.cache is not None:
-            self.caches = [cache.open() for cache in source_caches(self, on_progress=on_progress)]
+            self.caches = [cache.load() for cache in source_caches(self, on_progress=on_progress)]
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
         self._build(on_progress)
         self.members = [

@@ -130,6 +130,7 @@ def moslora_config(adapter: AdapterConfig, **more: Any) -> adapters.MoSLoRAConfi
         factor_form=adapter.factor_form,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
+        target_parameters=list(adapter.target_parameters) or None,
         **({"task_type": "CAUSAL_LM"} | more),
     )
 

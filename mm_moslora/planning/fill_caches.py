@@ -85,7 +85,7 @@ def _tokens(recipe: Recipe, files: Sequence[RecordSource], parts: DataParts, sha
         examples = RecordExamples(files, parts.encoder, parts.image_processing, recipe.data)
         caches = source_caches(examples, on_progress=progress.of)
         if shard is None:
-            return sum(len(cache.open().lengths) for cache in caches)
+            return sum(len(cache.load().lengths) for cache in caches)
         return sum(cache.fill(shard) for cache in caches)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from mm_moslora.config import Recipe, SourceConfig
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.training.deepspeed_presets import ZeroSettings
@@ -186,11 +187,13 @@ def _simplest(options: list[Option]) -> Option | None:
     return min(options, key=lambda o: (bool(o.checkpointing), order[o.zero], -o.micro_batch), default=None)
 
 
-def settings(global_batch: int, gpus: Gpus, *, together: int = 1) -> Iterator[tuple[str, bool, int]]:
+def settings(
+    global_batch: int, gpus: Gpus, *, together: int = 1, optimizer: str = "adamw"
+) -> Iterator[tuple[str, bool, int]]:
     """ZeRO stage, checkpointing and micro-batch to try; the global batch is kept, and `together` ranks share a row."""
     share = max(1, global_batch * together // gpus.count)
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share and global_batch % size == 0]
-    stages = STAGES if gpus.count > 1 else ("zero0",)
+    stages = STAGES if gpus.count > 1 and not OPTIMIZERS[optimizer].whole_because else ("zero0",)
     for zero in stages:
         for checkpointing in (False, True):
             for micro_batch in sizes:
@@ -226,9 +229,10 @@ def plan(
         recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
         picture=picture or PICTURE, dtype=torch.float32 if in_fp32 else torch.bfloat16,
     )  # fmt: skip
-    planned = recipe.for_ranks(gpus.count).train
+    chosen = recipe.for_ranks(gpus.count)
+    planned = chosen.train
     refuse_ranks(planned, gpus.count)
-    check_zero(planned, recipe.adapter)
+    check_zero(chosen)
     if planned.zero.endswith(".json"):
         resolved = "fp32" if in_fp32 else "bf16" if train.precision == "auto" else train.precision
         check_file(planned, precision=resolved, max_grad_norm=recipe.optim.max_grad_norm, trains_here=False)
@@ -249,8 +253,9 @@ def plan(
 
     def option(zero: str, checkpointing: bool | int, micro_batch: int, *, offload: bool = False) -> Option:
         step = StepMemory(
-            size=size, zero=zero, world=gpus.count, checkpointing=checkpointing, offload=offload, together=together
-        )
+            size=size, zero=zero, world=gpus.count, checkpointing=checkpointing, offload=offload, together=together,
+            optimizer=recipe.optim.optimizer,
+        )  # fmt: skip
         budget = train.micro_tokens or step.token_budget(gpus.memory, longest=longest) or longest
         tokens = min(budget, micro_batch * longest)
         needed, generating = step.worst(tokens), step.generating if generates else 0.0
@@ -266,7 +271,10 @@ def plan(
             main_memory=step.main_memory(packed=recipe.model.quantisation != "none"),
         )  # fmt: skip
 
-    options = [option(*setting) for setting in settings(train.global_batch, gpus, together=together)]
+    options = [
+        option(*setting)
+        for setting in settings(train.global_batch, gpus, together=together, optimizer=recipe.optim.optimizer)
+    ]
     own = option(
         planned.zero, train.gradient_checkpointing,
         min(train.micro_batch, share), offload=train.activation_offload,
@@ -290,7 +298,7 @@ def plan(
 def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> str:
     step = StepMemory(
         size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload,
-        together=recipe.train.sequence_parallel,
+        together=recipe.train.sequence_parallel, optimizer=recipe.optim.optimizer,
     )  # fmt: skip
     if own.generating and (reason := step.cannot_generate(gpus.memory)):
         return reason

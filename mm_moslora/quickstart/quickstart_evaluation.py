@@ -23,6 +23,7 @@ from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings, claim_run
 from mm_moslora_eval.sources.image_controls import MODES, ImageMode
 
 from mm_moslora.config import Precision
+from mm_moslora.data.preprocessing_print import check_preprocessing
 from mm_moslora.models.load_model import load
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.quickstart.instruction_data import DatasetFiles
@@ -136,6 +137,7 @@ def _evaluate(
 ) -> list[TaskResult]:
     dtype = dtype_of(resolve_precision(precision))
     assembly = load(folder / run, dtype=dtype)
+    check_preprocessing(folder / run, assembly)
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     model = LocalModel(assembly, name=system)
     count = read_text(Path(task.source.path)).count("\n")

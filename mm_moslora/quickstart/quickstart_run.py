@@ -337,6 +337,7 @@ _EXPORTED = ("architecture", "stock", "max_logit_difference")
 
 def _export(folder: Path, *, model: str) -> dict[str, Any]:
     """The tuned model as a Hugging Face folder, verified; an export of weights with another digest is replaced."""
+    from mm_moslora.data.preprocessing_print import check_preprocessing, hand_on_preprocessing
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.load_model import load
 
@@ -345,7 +346,10 @@ def _export(folder: Path, *, model: str) -> dict[str, Any]:
     if is_built(target) and exported is not None and exported.get("model") == model:
         return dict(exported)
     with building(target, replaces=MARK) as part:
-        result = export_model(load(folder / "tune"), part)
+        assembly = load(folder / "tune")
+        check_preprocessing(folder / "tune", assembly)
+        result = export_model(assembly, part)
+        hand_on_preprocessing(folder / "tune", assembly, part)
     facts = {name: getattr(result, name) for name in _EXPORTED} | {"model": model}
     replace_json(note, facts)
     return facts

@@ -18,6 +18,7 @@ from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.images.video_clip import Clip
+from mm_moslora.data.preprocessing_print import check_preprocessing, trained_video_frames
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_token_ids, stream
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
@@ -39,15 +40,15 @@ Ask a question, or paste the path of a picture or a video to show it.
   /help         this list
   /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
 VIDEO_FRAMES = 8
-"""Frames that are sampled from a video."""
+"""Frames that are sampled from a video, where the model's folder names none."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 class Chat:
     """A conversation with one model."""
 
-    def __init__(self, assembly: Parts, *, max_new_tokens: int = 128) -> None:
-        self.assembly, self.max_new_tokens = assembly, max_new_tokens
+    def __init__(self, assembly: Parts, *, max_new_tokens: int = 128, video_frames: int = VIDEO_FRAMES) -> None:
+        self.assembly, self.max_new_tokens, self.video_frames = assembly, max_new_tokens, video_frames
         self.encoder = ConversationEncoder.of(assembly)
         self.reset()
 
@@ -62,11 +63,13 @@ class Chat:
         self._pending_by_turn: list[list[int]] = []
 
     @classmethod
-    def from_folder(cls, folder: Path, *, max_new_tokens: int = 128) -> Chat:
+    def from_folder(cls, folder: Path, *, max_new_tokens: int = 128, other_preprocessing: bool = False) -> Chat:
         """Load a run, a checkpoint or an export onto this process's accelerator and start a conversation."""
         assembly = load(folder)
+        check_preprocessing(folder, assembly, accepted=other_preprocessing)
         assembly.model.to(distributed.device())  # type: ignore[arg-type]
-        return cls(assembly, max_new_tokens=max_new_tokens)
+        frames = trained_video_frames(folder) or VIDEO_FRAMES
+        return cls(assembly, max_new_tokens=max_new_tokens, video_frames=frames)
 
     def show(self, path: Path) -> None:
         """Attach a picture file to the next question.
@@ -76,13 +79,13 @@ class Chat:
         """
         self.look(open_image(path), name=str(path))
 
-    def watch(self, path: Path, *, frames: int = VIDEO_FRAMES) -> None:
+    def watch(self, path: Path, *, frames: int | None = None) -> None:
         """Attach frames of a video file, or of a folder of frames, to the next question, sampled as in training.
 
         Raises:
             DataError: the path is not a video, or the model has no vision encoder.
         """
-        self.look(*Clip(path, str(path), frames).frames(), name=str(path))
+        self.look(*Clip(path, str(path), frames or self.video_frames).frames(), name=str(path))
 
     def look(self, *pictures: Image.Image, name: str = "picture") -> None:
         """Attach RGB pictures, one or the frames of a video, to the next question.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import OptimConfig
@@ -19,7 +19,8 @@ class ParameterGroup:
     """Parameters that share a learning rate and a weight decay."""
 
     name: str
-    """adapter, mixer, projector, vision or language; biases and norms get the suffix `/no_decay`."""
+    """adapter, mixer, projector, vision or language; biases and norms get the suffix `/no_decay`, and what
+    Muon leaves to AdamW gets `/adamw`."""
     peak_lr: float
     """Learning rate at the end of the warm-up."""
     weight_decay: float
@@ -28,35 +29,19 @@ class ParameterGroup:
     """Parameter names, in the model's order."""
     parameters: tuple[nn.Parameter, ...]
     """The parameters, in the order of `names`."""
+    matrices: bool = False
+    """Whether they are matrices between hidden features; told apart only for Muon."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """The recipe's settings for AdamW and clipping."""
+    """The recipe's settings for the optimiser and clipping."""
 
+    name: str = "adamw"
+    """The recipe's `optim.optimizer`."""
     betas: tuple[float, float]
     eps: float
     max_grad_norm: float
-
-    def adamw(
-        self, groups: Sequence[ParameterGroup], parameters: Sequence[Sequence[nn.Parameter]], *, fused: bool
-    ) -> torch.optim.AdamW:
-        """Torch's AdamW over the groups. Weight decay is always passed, since its defaults differ between libraries.
-
-        Args:
-            groups: their rates and decays.
-            parameters: what it steps, by group.
-            fused: one kernel reads and writes all states of many parameters; for states on a GPU.
-        """
-        return torch.optim.AdamW(
-            [
-                {"params": list(members), "lr": group.peak_lr, "weight_decay": group.weight_decay}
-                for group, members in zip(groups, parameters, strict=True)
-            ],
-            betas=self.betas,
-            eps=self.eps,
-            fused=fused or None,  # on a CPU the order of operations, and so the bits, would be another
-        )
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:
@@ -69,10 +54,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
     Raises:
         ConfigError: no parameter is trainable, or there is a rate for B and an adapter without B.
     """
-    sorted_in: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
+    sorted_in: dict[tuple[str, float, float, bool], list[tuple[str, nn.Parameter]]] = {}
+    vocabulary = _vocabulary(model) if config.optimizer == "muon" else set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            sorted_in.setdefault(_group_of(name, parameter, config), []).append((name, parameter))
+            label, lr, decay = _group_of(name, parameter, config)
+            matrices = config.optimizer == "muon" and parameter.ndim == 2 and id(parameter) not in vocabulary
+            label += "/adamw" if config.optimizer == "muon" and not matrices else ""
+            sorted_in.setdefault((label, lr, decay, matrices), []).append((name, parameter))
     if not sorted_in:
         raise ConfigError("The model has no trainable parameter.")
     adapters = [name for members in sorted_in.values() for name, _ in members if is_adapter_parameter(name)]
@@ -83,11 +72,24 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
         )
     return [
         ParameterGroup(
-            name=label, peak_lr=lr, weight_decay=decay,
+            name=label, peak_lr=lr, weight_decay=decay, matrices=matrices,
             names=tuple(name for name, _ in members), parameters=tuple(parameter for _, parameter in members),
         )
-        for (label, lr, decay), members in sorted_in.items()
+        for (label, lr, decay, matrices), members in sorted_in.items()
     ]  # fmt: skip
+
+
+def _vocabulary(model: nn.Module) -> set[int]:
+    """Ids of the weights and adapters of tables and heads: a row for each token or position is no hidden direction."""
+    modules: list[nn.Module | None] = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            modules.append(module)
+        elif isinstance(module, PreTrainedModel):
+            modules.append(module.get_output_embeddings())
+            with suppress(NotImplementedError):  # some towers name none
+                modules.append(module.get_input_embeddings())
+    return {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
 
 
 def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[str, float, float]:

@@ -17,14 +17,14 @@ from mm_moslora.config import (
     DataConfig,
     ModelConfig,
     Recipe,
-    TrainConfig,
     refuse_all_frozen,
     refuse_lacking,
     refuse_without_effect,
     usual_names,
 )
 from mm_moslora.config.llava_chat_templates import require_template
-from mm_moslora.data.chat.record_keys import READ
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.data.chat.record_keys import READ, READ_OF_PAIR
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
 from mm_moslora.training.supervision.run_folder import refuse_folder, refuse_resume
@@ -60,7 +60,7 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
     run = Path(recipe.train.output)
     refuse_folder(run)
     refuse_resume(run, resume)
-    check_zero(recipe.train, recipe.adapter)  # again: its file must be here
+    check_zero(recipe)  # again: its file must be here
     refuse_lacking(recipe)
     check_data(recipe.data)
     _check_caches(recipe)
@@ -84,7 +84,7 @@ def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> Non
     refuse_all_frozen(recipe.model)
     own = Path(recipe.train.zero)
     if own.suffix != ".json" or own.is_file():
-        check_zero(recipe.train, recipe.adapter)
+        check_zero(recipe)
     _check_measuring(recipe, tasks)
 
 
@@ -113,7 +113,7 @@ def check_names(recipe: Recipe) -> None:
         from mm_moslora.models.memory_efficient.compiled_layers import require_backend
 
         require_backend(train.compile)
-    columns = sorted(set().union(*READ.values()))
+    columns = sorted(set().union(*READ.values(), READ_OF_PAIR if recipe.objective == "dpo" else ()))
     for source in (*recipe.data.train, *recipe.data.validation):
         if odd := [key for key in source.columns if key not in columns]:
             raise ConfigError(
@@ -132,7 +132,7 @@ def check_adapter_names(adapter: AdapterConfig) -> None:
             f"adapter.targets is {targets!r}, expected {' or '.join(sorted(words))}, or a list of names of layers."
             f"{hint}"
         )
-    if adapter.peft or adapter.mixer_form not in usual_names.MIXER_FORMS:
+    if adapter.peft or adapter.target_parameters or adapter.mixer_form not in usual_names.MIXER_FORMS:
         from mm_moslora.models.trainable_parts import adapter_config
 
         adapter_config(adapter)
@@ -159,16 +159,22 @@ def check_data(config: DataConfig) -> None:
         require_sources(config.validation)
 
 
-def check_zero(train: TrainConfig, adapter: AdapterConfig) -> None:
+def check_zero(recipe: Recipe) -> None:
     """Refuse settings of a run that the engine in `train.zero` does not take; `plan` asks the same.
 
     Args:
-        train: the recipe's `train`.
-        adapter: the recipe's `adapter`.
+        recipe: its `train`, `adapter` and `optim` count.
 
     Raises:
         ConfigError: names the key, what was found and what was expected.
     """
+    train, adapter, optimizer = recipe.train, recipe.adapter, recipe.optim.optimizer
+    traits = OPTIMIZERS[optimizer]
+    if traits.off_manifold_because and adapter.factor_form in ("stella", "orthonormal"):
+        raise ConfigError(
+            f"optim.optimizer is {optimizer}, which cannot keep the factors of adapter.factor_form "
+            f"{adapter.factor_form} orthonormal: {traits.off_manifold_because}. Choose an AdamW, or another form."
+        )
     if train.zero == "none":
         if train.precision == "fp16":
             raise ConfigError(
@@ -187,6 +193,12 @@ def check_zero(train: TrainConfig, adapter: AdapterConfig) -> None:
             "checkpoints cannot read it. Choose cpu; weights may be there (offload_param)."
         )
     stage = settings.get("stage", 0)
+    if traits.whole_because and stage:
+        raise ConfigError(
+            f"optim.optimizer is {optimizer}, and train.zero {train.zero} is a ZeRO-{stage}, which gives a rank flat "
+            f"parts of parameters: {traits.whole_because}. Choose zero0, none or auto, or optim.optimizer adamw, whose "
+            "states ZeRO divides over the ranks."
+        )
     offloads = isinstance(offload, dict) and offload.get("device") == "cpu" and stage == 3
     share = offload.get("ratio", "auto") if offloads else "auto"
     if share not in ("auto", 1) and not wants_cpu_adam(preset):
@@ -292,10 +304,13 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     from mm_moslora.models.trainable_parts import adapter_config, start_folder
     from mm_moslora.models.vision.timm_open_clip_tower import require_named
     from mm_moslora.training.engine import check_engine
+    from mm_moslora.training.engine.optimizers import require_optimizer
+    from mm_moslora.utils import distributed
 
     model, train = recipe.model, recipe.train
-    check_zero(train, recipe.adapter)  # again: a resumed run may have another engine than its recipe names
+    check_zero(recipe)  # again: a resumed run may have another engine than its recipe names
     check_engine(train, precision=resolve_precision(train.precision), max_grad_norm=recipe.optim.max_grad_norm)
+    require_optimizer(recipe.optim.optimizer, distributed.device())
     if train.compile is not None:
         require_backend(train.compile)
     require_attention(model.attention)

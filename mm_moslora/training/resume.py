@@ -97,16 +97,22 @@ def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
     for shard in engine.shards():
         for kind, target in {MASTER: shard.master, **shard.moments}.items():
             value = stored.whole(kind, shard.name)
+            if value.dtype != target.dtype:
+                raise CheckpointError(
+                    f"{folders[0].parent}: {kind} of {shard.name} is {value.dtype}, expected {target.dtype}. Install "
+                    "the release of the optimiser's package that wrote the checkpoint."
+                )
             if shard.start + target.numel() > value.numel():
                 raise CheckpointError(
                     f"{folders[0].parent}: {shard.name} has {value.numel()} elements, expected at least "
                     f"{shard.start + target.numel()}."
                 )
             target.copy_(value.narrow(0, shard.start, target.numel()))
-        groups[id(shard.step)].append(shard)
+        groups[id(shard.counter)].append(shard)
     for members in groups.values():
         # A flat group has one count. Parameters that were stepped alone may differ; the largest count is taken.
-        members[0].step.fill_(max(stored.steps.get(shard.name, 0.0) for shard in members))
+        for name in members[0].count_names:
+            members[0].set_count(name, max(stored.counts.get(shard.name, {}).get(name, 0.0) for shard in members))
     engine.refresh(lambda name: stored.whole(MASTER, name), stored.scaler)
 
 
@@ -122,7 +128,7 @@ class StoredOptimizer:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
-        self.steps: dict[str, float] = {}
+        self.counts: dict[str, dict[str, float]] = {}
         self.scaler: dict[str, float] = {}
         self._parts: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
         if not self.folders:
@@ -133,7 +139,7 @@ class StoredOptimizer:
                 file = safe_open(folder / OPTIMIZER, framework="pt")
             except OSError as error:
                 raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
-            self.steps |= details["steps"]
+            self.counts |= {name: {"step": step} for name, step in details["steps"].items()} | details.get("counts", {})
             self.scaler = self.scaler or details["scaler"]
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 kind, start, name = key.split(".", 2)

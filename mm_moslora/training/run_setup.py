@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 from mm_moslora.config import DataConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
+from mm_moslora.data.preference_set import PreferenceSet
+from mm_moslora.data.preprocessing_print import check_preprocessing, preprocessing_of
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
@@ -52,6 +55,8 @@ class Run:
     """Full weights of a frozen projector; under ZeRO-3 the model holds shards."""
     trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
     """Fingerprints and commits of the base model's parts, see `mm_moslora.models.model_paths`."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """See `mm_moslora.data.preprocessing_print`."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -83,10 +88,14 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         if not (late := reads_data(adapter_start)):  # some adapters start from samples, which need the tokenizer first
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
-    data = _pinned(recipe.data, checkpoint)
+    data = pinned(recipe.data, checkpoint)
     training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
     assert training_set is not None
-    recipe = _with_form_of_thinking(recipe, assembly, training_set)
+    recipe = with_form_of_thinking(recipe, assembly, training_set)
+    if checkpoint is not None:
+        with distributed.failing_together("Comparing pictures and prompts with the checkpoint's"):
+            if distributed.is_main():
+                check_preprocessing(checkpoint, assembly, accepted=True)
     validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
     if checkpoint is None or late:
         start_projector(model_start.projector, assembly, training_set)
@@ -98,7 +107,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     model = assembly.model.train()
     prepare_execution(model, recipe, kernels, precision)
     # Read before the engine, which shards it under ZeRO-3.
-    frozen_projector = _frozen_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
+    frozen_projector = whole_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
     engine = _engine(assembly, recipe, precision)
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
     if distributed.is_main():
@@ -110,10 +119,11 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
         trained_on=trained_on(parts, training_set.commits, before=checkpoint),
+        preprocessing=preprocessing_of(assembly, video_frames=[source.video_frames for source in recipe.data.train]),
     )  # fmt: skip
 
 
-def _frozen_projector(assembly: Parts) -> dict[str, Tensor]:
+def whole_projector(assembly: Parts) -> dict[str, Tensor]:
     """Full weights of the projector on rank 0, before ZeRO-3 shards them; empty on others and without a projector."""
     model = assembly.model
     if not distributed.is_main() or not is_multimodal(model) or assembly.is_pretrained_vlm:
@@ -134,7 +144,9 @@ def _engine(assembly: Parts, recipe: Recipe, precision: str) -> TrainingEngine:
         memory=StepFeatureCache(_feature_store(recipe.model, model)),
         share=row_share(recipe.train.sequence_parallel),
     )
-    optimizer = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
+    optimizer = OptimizerSettings(
+        name=optim.optimizer, betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm
+    )
     groups = parameter_groups(module, optim)
     return build_engine(module, groups, recipe.train, precision=precision, optimizer=optimizer)
 
@@ -153,7 +165,7 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def _with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet) -> Recipe:
+def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet | PreferenceSet) -> Recipe:
     """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
 
     A resumed run keeps the form of its checkpoint.
@@ -167,7 +179,7 @@ def _with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet) -
     return replace(recipe, model=replace(recipe.model, thinking=data.encoder.thinking))
 
 
-def _pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
+def pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
     """The data with the commits of a checkpoint, for data sets of the hub."""
     commits = {} if checkpoint is None else stored_commits(checkpoint)
     train = [

@@ -12,6 +12,7 @@ import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters
 from mm_moslora.adapters.methods.peft_methods import TakenMethod
+from mm_moslora.config import Recipe
+from mm_moslora.data.preprocessing_print import write_preprocessing
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.trainable_parts import component_of
@@ -61,7 +65,7 @@ class Snapshot:
     def write(self, folder: Path) -> None:
         """Write this rank's part into a checkpoint's folder; see `Saver.start`."""
         if distributed.is_main():
-            write_model(self, folder)
+            write_model(self.run, folder, weights=self.weights, adapter=self.adapter)
         own = rank_folder(folder)
         self.optimizer.write(own)
         self.random_state.write(own)
@@ -115,16 +119,48 @@ def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def write_model(taken: Snapshot, folder: Path) -> None:
+class SavedRun(Protocol):
+    """What a checkpoint for use needs of a run, of whatever trainer."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Resolved."""
+        ...
+
+    @property
+    def assembly(self) -> Parts:
+        """The model with its processor."""
+        ...
+
+    @property
+    def frozen_projector(self) -> dict[str, Tensor]:
+        """See `Run.frozen_projector`."""
+        ...
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """See `Run.preprocessing`."""
+        ...
+
+
+def write_model(
+    run: SavedRun, folder: Path, *, weights: dict[str, Tensor], adapter: adapters.TakenAdapter | TakenMethod | None
+) -> None:
     """Write the part of a checkpoint for use: recipe, adapter, projector, other trained weights, processor.
 
     It reads no weight of the live model, which may be training meanwhile.
+
+    Args:
+        run: the run.
+        folder: of the checkpoint.
+        weights: see `Snapshot.weights`.
+        adapter: see `Snapshot.adapter`.
     """
-    run, state, assembly = taken.run, taken.weights, taken.run.assembly
+    state, assembly = weights, run.assembly
     model = assembly.model
     (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
-    if taken.adapter is not None:
-        taken.adapter.write(folder / "adapter")
+    if adapter is not None:
+        adapter.write(folder / "adapter")
     if is_multimodal(model) and not assembly.is_pretrained_vlm:
         trained = {name.removeprefix(PROJECTOR): value for name, value in state.items() if name.startswith(PROJECTOR)}
         newline = state.get(f"model.{NEWLINE}")
@@ -141,6 +177,7 @@ def write_model(taken: Snapshot, folder: Path) -> None:
         save_processor(assembly.processor, folder / "processor")
     else:
         assembly.tokenizer.save_pretrained(folder / "processor")
+    write_preprocessing(run.preprocessing, folder)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,8 +190,8 @@ class OptimizerState:
 
     tensors: dict[str, Tensor]
     """`KIND.START.NAME` to flat values."""
-    steps: dict[str, float]
-    """Adam's step count by parameter name."""
+    counts: dict[str, dict[str, float]]
+    """The numbers of its state by parameter name: Adam's `step`."""
     scaler: dict[str, float]
     """Dynamic loss scale (fp16)."""
 
@@ -167,8 +204,8 @@ class OptimizerState:
         for shard in shards:
             for kind, value in {MASTER: shard.master, **shard.moments}.items():
                 tensors[f"{kind}.{shard.start}.{shard.name}"] = value.detach().to("cpu", copy=True).contiguous()
-        steps = {shard.name: float(shard.step) for shard in shards}
-        return cls(tensors=tensors, steps=steps, scaler=engine.scaler_state())
+        counts = {shard.name: shard.counts for shard in shards}
+        return cls(tensors=tensors, counts=counts, scaler=engine.scaler_state())
 
     @property
     def bytes(self) -> int:
@@ -178,7 +215,9 @@ class OptimizerState:
     def write(self, folder: Path) -> None:
         """Write both files into a folder that exists."""
         save_file(self.tensors, folder / OPTIMIZER)
-        details = {"steps": self.steps, "scaler": self.scaler}
+        steps = {name: counts["step"] for name, counts in self.counts.items() if "step" in counts}
+        others = {name: counts for name, counts in self.counts.items() if name not in steps and counts}
+        details = {"steps": steps, "scaler": self.scaler} | ({"counts": others} if others else {})
         (folder / OPTIMIZER_DETAILS).write_text(json.dumps(details), encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mm_moslora.batch import Batch
-from mm_moslora.config import OptimConfig, Recipe
+from mm_moslora.config import OptimConfig, Recipe, require_sft
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.tracking import build_trackers
@@ -91,6 +91,7 @@ def train(
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
+    require_sft(recipe, "training_loop.train")
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     if distributed.device().type == "cpu":
         keep_freed_memory()

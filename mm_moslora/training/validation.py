@@ -207,11 +207,12 @@ class Validator:
 
 @contextmanager
 def undisturbed(engine: TrainingEngine) -> Iterator[None]:
-    """Evaluation mode inside the block; generators and training mode are restored after it."""
+    """Evaluation mode and the weights to use inside the block; generators, training mode and weights are restored."""
     before = RandomState.now()
     engine.module.eval()
     try:
-        yield
+        with engine.averaged():
+            yield
     finally:
         engine.module.train()
         before.restore()

@@ -21,7 +21,7 @@ RUN_FILES = (
     RUN_LOCK, "config.yaml", "summary.json", "state.json", "latest", "best.json", "best", "metrics.jsonl",
     "tracked_samples.jsonl", "alerts.jsonl", "evaluations.jsonl", "environment.json", "mixers.json", "quarantine.jsonl",
     "validation_quarantine.jsonl", "heartbeat", "stacks", "validation", "tensorboard", "evaluation.json",
-    "samples.json", "pictures", "drawings.json", "subject_scores.json", "STOPPED",
+    "experts.json", "samples.json", "pictures", "drawings.json", "subject_scores.json", "STOPPED",
 )  # fmt: skip
 """Files that a run writes into its folder, besides checkpoints and files of tracking services."""
 MANIFEST = "manifest.json"
@@ -33,6 +33,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"
 """File in a shared adapter folder: its base model, where that is not a published model."""
 PROJECTOR = "projector.safetensors"
+PREPROCESSING = "preprocessing.json"
+"""File in checkpoints and exports: what becomes of a fixed conversation and picture."""
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = ("scripts", "deepspeed_configs", "recipes", "tutorials")
 """Folders that are shipped with the package: launch scripts, DeepSpeed presets, recipes, tutorials."""

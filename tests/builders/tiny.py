@@ -48,6 +48,23 @@ def make_language(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
     return folder
 
 
+def make_experts(folder: Path, *, layers: int = 2) -> Path:
+    """A tiny Qwen3-MoE: four experts as stacked parameters, two for each token."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, moe_intermediate_size=32, head_dim=16,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_vision(folder: Path, kind: str = "dinov2") -> Path:
     """A tiny vision tower: dinov2, with registers or without (28 px, patch 7), clip, siglip, vit or dinov3 (32, 8)."""
     import torch

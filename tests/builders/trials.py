@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from tiny import make_language, make_records, make_vision
 
 from mm_moslora.config import (
@@ -21,6 +22,7 @@ from mm_moslora.config import (
     TrainConfig,
     VisionConfig,
 )
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -70,6 +72,15 @@ def bounded(recipe: Recipe, micro_batch: int, **train) -> Recipe:
 def full(recipe: Recipe) -> Recipe:
     """The same with a language model that trains whole, without adapters."""
     return replace(recipe, model=replace(recipe.model, language_mode="full"))
+
+
+def with_optimizer(recipe: Recipe, name: str) -> Recipe:
+    """The same with another optimiser; a test without its package is skipped."""
+    package = OPTIMIZERS[name].module
+    if package:
+        lowest = "0.50" if package == "bitsandbytes" else None  # earlier ones step on GPUs only
+        pytest.importorskip(package, minversion=lowest, reason=f"optim.optimizer {name} needs {package}")
+    return replace(recipe, optim=replace(recipe.optim, optimizer=name, schedule="constant"))
 
 
 def colour_task(images: Path, folder: Path) -> str:

@@ -53,7 +53,7 @@ IDS = {  # of hubs and hosts, and names inside of data
 }  # fmt: skip
 LAYERS = {  # names and patterns of layers, which `plan` and `train` look for in the model
     "adapter.mixer_pattern.KEY", "adapter.rank_pattern.KEY", "adapter.alpha_pattern.KEY",
-    "adapter.text_encoder_targets",
+    "adapter.text_encoder_targets", "adapter.target_parameters",
 }  # fmt: skip
 MISSPELT = {  # overrides, the last of them misspelt
     "model.vision.name": ("model.vision.name=open_clp:ViT-B-32",),
@@ -67,6 +67,7 @@ MISSPELT = {  # overrides, the last of them misspelt
     "adapter.peft.KEY": ("adapter.peft={type: HIRA, rr: 3}",),
     "train.zero": ("train.zero=zerro2",),
     "train.compile": ("train.compile=inductr",),
+    "preference.loss_type": ("preference.loss_type=[sigmoidd]",),
     "validate.tasks": ("validate.tasks=[popee]",),
     "validate.best": (
         "train.validate_every=1", "data.validation=[{path: held.json}]", f"validate.best={LOSS}s",

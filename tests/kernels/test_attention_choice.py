@@ -24,7 +24,7 @@ def choose(language, monkeypatch, installed, faults=None, requested="auto"):
     """The choice for a GPU while the model is on the CPU, with flash-attention packages and kernels that fail."""
     monkeypatch.setattr(attention_choice, "is_installed", lambda name: name in installed)
     monkeypatch.setattr(attention_choice, "flash_fault", lambda name, _: (faults or {}).get(name))
-    found = gpu_attention.Tried(kernel=None, words="PyTorch's")
+    found = gpu_attention.KernelTrial(kernel=None, words="PyTorch's")
     monkeypatch.setattr(attention_choice, "pytorch_kernel", lambda _: found)
     return attention_choice.choose_attention(language, requested, device=torch.device("cuda", 0))
 

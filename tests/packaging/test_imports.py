@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
+SHARED_WITH_DIFFUSION = {"checkpointing", "supervision", "deepspeed_start", "metrics.mixer_metrics"}
+"""Of `mm_moslora.training`, what docs/architecture.md allows diffusion to import."""
 
 
 @pytest.fixture
@@ -97,6 +101,51 @@ def test_two_public_classes_of_one_name_are_refused_with_both_files(check_import
     (second / "three.py").unlink()
     (twice,) = check_imports.names_used_twice([first, second])
     assert "(first/one.py, first/one.py)" in twice
+
+
+def modules_of(folder: Path) -> set[str]:
+    """Names of the modules and packages of a folder."""
+    return {path.stem for path in folder.iterdir() if not path.name.startswith("__")}
+
+
+def test_the_contract_of_diffusion_forbids_every_other_module_of_training() -> None:
+    """A new module of training is forbidden too."""
+    settings = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = (one for one in settings["contracts"] if one.get("source_modules") == ["mm_moslora.diffusion"])
+    training = CHECKOUT / "mm_moslora" / "training"
+    modules = modules_of(training) - {"metrics"} | {f"metrics.{name}" for name in modules_of(training / "metrics")}
+    assert modules >= SHARED_WITH_DIFFUSION
+    assert set(contract["forbidden_modules"]) == {
+        f"mm_moslora.training.{name}" for name in modules - SHARED_WITH_DIFFUSION
+    }
+
+
+IMPORTED_BY_NAME = {
+    "kernels/lora/seeded_dropout.py: mm_moslora.kernels.lora.triton_dropout": "Triton may be missing",
+    "kernels/triton_availability.py: mm_moslora.kernels.triton_trial": "Triton may be missing",
+}
+"""Imports that no contract sees, with the reason."""
+
+
+def imported_by_name(source: str) -> set[str]:
+    """Modules of the project that calls of `import_module` and `__import__` name."""
+    return {
+        node.args[0].value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).endswith(("import_module", "__import__"))
+        if isinstance(node.args[0], ast.Constant) and str(node.args[0].value).startswith("mm_moslora")
+    }
+
+
+def test_imports_by_name_are_listed_since_no_contract_sees_them() -> None:
+    found = {
+        f"{path.relative_to(folder).as_posix()}: {name}"
+        for folder in (CHECKOUT / "mm_moslora", CHECKOUT / "eval" / "mm_moslora_eval")
+        for path in folder.rglob("*.py")
+        for name in imported_by_name(path.read_text())
+    }
+    assert found == {*IMPORTED_BY_NAME}, "use an import statement, which import-linter reads"
+    assert imported_by_name("importlib.import_module('mm_moslora.cli')\nimport_module('torch')") == {"mm_moslora.cli"}
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -33,8 +33,8 @@ def _root(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def _definitions(tree: ast.Module) -> Counter[str]:
-    """Functions, classes, variables and attributes of `self` that a module defines."""
+def _definitions(tree: ast.AST) -> Counter[str]:
+    """Functions, classes, variables and attributes of `self` that a module or class defines."""
     names: Counter[str] = Counter()
     for node in ast.walk(tree):
         match node:
@@ -48,17 +48,38 @@ def _definitions(tree: ast.Module) -> Counter[str]:
     return names
 
 
-def foreign_privates(tree: ast.Module, everywhere: set[str]) -> Iterator[str]:
+def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def _with_classes(node: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Every node with the class it stands in."""
+    for child in ast.iter_child_nodes(node):
+        yield inside, child
+        yield from _with_classes(child, child.name if isinstance(child, ast.ClassDef) else inside)
+
+
+def _members(name: str, classes: dict[str, ast.ClassDef]) -> set[str]:
+    """What a class and its bases among these classes define."""
+    if name not in classes:
+        return set()
+    others = {other: node for other, node in classes.items() if other != name}
+    bases = (ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in classes[name].bases)
+    return set(_definitions(classes[name])).union(*(_members(base, others) for base in bases))
+
+
+def foreign_privates(tree: ast.Module, project: dict[str, ast.ClassDef]) -> Iterator[str]:
     """Private names of libraries that a module imports, reads, sets or calls.
 
-    An attribute of `self` is a library's where no module of the project defines it, one of `super()` where this module
-    defines it once, as the override, and one of anything else where this module does not define it.
+    An attribute of `self` is a library's where neither the class nor its bases in the project define it, one of
+    `super()` where this module defines it once, as the override, and one of anything else where this module does not
+    define it.
 
     Args:
         tree: of the module.
-        everywhere: what all modules of the project define.
+        project: the classes of all modules by name.
     """
-    own, imported = _definitions(tree), set()
+    own, classes, imported = _definitions(tree), project | _classes(tree), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
@@ -66,7 +87,7 @@ def foreign_privates(tree: ast.Module, everywhere: set[str]) -> Iterator[str]:
             if not paths[0].startswith("mm_moslora"):
                 imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
                 yield from (part for path in paths for part in path.split(".") if PRIVATE.fullmatch(part))
-    for node in ast.walk(tree):
+    for inside, node in _with_classes(tree):
         match node:
             case ast.Attribute(value=value, attr=name):
                 pass
@@ -81,7 +102,7 @@ def foreign_privates(tree: ast.Module, everywhere: set[str]) -> Iterator[str]:
             continue
         match value:
             case ast.Name(id="self" | "cls"):
-                defined = name in everywhere
+                defined = name in (_members(inside, classes) if inside else own)
             case ast.Call(func=ast.Name(id="super")):
                 defined = own[name] > 1
             case _:
@@ -110,7 +131,7 @@ def test_private_names_of_libraries_are_in_the_table_of_patches_and_the_table_ha
         for path in folder.rglob("*.py")
     }
     trees = {module: ast.parse(source) for module, source in sources.items()}
-    everywhere = {name for tree in trees.values() for name in _definitions(tree)}
+    project = {name: node for tree in trees.values() for name, node in _classes(tree).items()}
     table = table_of_patches((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
 
     def covers(modules: set[str], module: str) -> bool:
@@ -119,7 +140,7 @@ def test_private_names_of_libraries_are_in_the_table_of_patches_and_the_table_ha
     missing = {
         f"{module}: {name}"
         for module, tree in trees.items()
-        for name in set(foreign_privates(tree, everywhere)) - DOCUMENTED
+        for name in set(foreign_privates(tree, project)) - DOCUMENTED
         if not any(name in names and covers(modules, module) for modules, names in table)
     }
     stale = {
@@ -142,10 +163,21 @@ class Layer(Base):
     def _own(self): self._set = torch._e.f()
     def _override(self): return super()._override(), self._own(), self._set, self._unknown
 def use(layer): return layer._own, layer._g, other._own, getattr(layer, "_h", None), layer.config._i
+class Other(Module):
+    def read(self): return self._inherited, self._set
+class Base:
+    def _inherited(self): return self._j
+class Unrelated:
+    _j = None
+class Lower(Layer):
+    def read(self): return self._inherited
 """
-    tree = ast.parse(source)
-    found = set(foreign_privates(tree, set(_definitions(tree))))
-    assert found == {"_a", "_c", "_d", "_e", "_override", "_unknown", "_g", "_own", "_h", "_i"}
+    assert set(foreign_privates(ast.parse(source), {})) == {
+        "_a", "_c", "_d", "_e", "_override", "_unknown", "_g", "_own", "_h", "_i", "_inherited", "_set", "_j"
+    }  # fmt: skip
+    assert set(foreign_privates(ast.parse("class Upper(Base):\n  def f(self): self._k, self._l"), _classes(
+        ast.parse("class Base:\n  def _k(self): ...\nclass Third:\n  _l = 1")
+    ))) == {"_l"}  # fmt: skip
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -158,6 +190,24 @@ def test_peft_takes_custom_layers_and_embeds_by_methods() -> None:
     assert parameters(lora.Embedding._get_embed_scale) == ["self"]
     assert parameters(lora.layer.MultiheadAttention._check_forward_args) == ["self", "x", "args", "kwargs"]
     assert lora.Linear(nn.Linear(2, 2), "chosen", config=peft.LoraConfig(r=1), r=1)._active_adapter == ["chosen"]
+
+
+def test_peft_nests_wrappers_of_parameters_by_the_name_of_their_class() -> None:
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
+
+    assert '__class__.__name__ == "ParamWrapper"' in inspect.getsource(BaseTuner._inject_parameters)
+    assert parameters(ParamWrapper._activate_lora) == ["self", "active_adapters"]
+    assert parameters(ParamWrapper.get_delta_factors) == ["self", "adapter_name"]
+    assert "_did_swap_in_out_features" in inspect.getsource(ParamWrapper.update_layer)
+
+
+def test_transformers_names_routers_among_what_it_records() -> None:
+    from transformers.models.mixtral import modeling_mixtral as mixtral
+
+    recorder = mixtral.MixtralPreTrainedModel._can_record_outputs["router_logits"]
+    assert (recorder.target_class, recorder.index, recorder.layer_name) == (mixtral.MixtralTopKRouter, 0, None)
+    assert hasattr(mixtral, "load_balancing_loss_func")
 
 
 def test_peft_keeps_what_runs_outside_of_a_methods_layers_in_the_tuner() -> None:
@@ -326,6 +376,11 @@ def test_bitsandbytes_packs_for_cpus_where_it_is_undone() -> None:
     assert layer.weight.quant_state is None
 
 
+def test_torchao_makes_the_state_of_its_adamw_by_a_method() -> None:
+    optim = pytest.importorskip("torchao.optim", reason="torchao is not installed")
+    assert list(inspect.signature(optim.AdamW8bit._new_buffer).parameters) == ["self", "p", "signed"]
+
+
 def test_torchao_keeps_the_forms_of_quantised_activations_on_the_tensor() -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -365,3 +420,14 @@ def test_uvicorn_calls_the_methods_that_are_overridden() -> None:
     assert parameters(protocol.connection_lost) == ["self", "exc"]
     assert parameters(protocol.send_400_response) == ["self", "msg"]
     assert {"connections", "cycle", "conn"} <= set(protocol.__init__.__code__.co_names)
+
+
+def test_trl_reads_its_data_and_writes_checkpoints_by_methods() -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    named = parameters(DPOTrainer._prepare_dataset)
+    assert named == ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert parameters(DPOTrainer._send_telemetry) == ["self"]
+    assert parameters(DPOTrainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters(DPOTrainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
+import faulthandler
 import io
 import socket
 import threading
@@ -98,7 +99,9 @@ def listening(app: Any, limits: Any, *, end: Any = lambda: None) -> Iterator[int
     finally:
         server.should_exit = server.hurries = True
         thread.join(120)  # a busy machine takes long for one step of a model
-        assert not thread.is_alive(), "the server did not stop"
+        if thread.is_alive():
+            faulthandler.dump_traceback()
+            raise AssertionError("the server did not stop")
 
 
 @contextmanager

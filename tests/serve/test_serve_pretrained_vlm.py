@@ -120,7 +120,7 @@ def test_bad_input_gets_the_same_error_format_and_the_server_continues(
 
     good = asking("the shape?", data_url(picture(40, 40, (9, 9, 9))))
     with monkeypatch.context() as patch:
-        patch.setattr(image_processing, "see", refuse)
+        patch.setattr(image_processing, "process", refuse)
         refused = server.post(good)
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "invalid_image"

@@ -26,11 +26,13 @@ def lm_eval_model(folder: Path, *, batch_size: int = 8, dtype: str = "auto") -> 
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise EvalError(f"lm-eval is not installed ({error}); run: {install_command('lm-eval')}") from error
+    from mm_moslora.data.preprocessing_print import check_preprocessing
     from mm_moslora.models.load_model import load
     from mm_moslora.models.precision import dtype_of, resolve_precision
     from mm_moslora.utils import distributed
 
     assembly = load(folder, dtype=dtype_of(resolve_precision(dtype)))  # type: ignore[arg-type]
+    check_preprocessing(folder, assembly)
     model: Any = assembly.model.to(distributed.device())  # type: ignore[arg-type]
     # The harness chooses a backend by the configuration's type and has none for a vision-language model.
     return HFLM(pretrained=model, tokenizer=assembly.tokenizer, backend="causal", batch_size=batch_size)

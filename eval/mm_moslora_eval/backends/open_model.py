@@ -67,6 +67,7 @@ def open_model(
     features: Path | None = None,
     timeout: float = 300.0,
     attempts: int = 6,
+    other_preprocessing: bool = False,
 ) -> Model:
     """Load a model.
 
@@ -78,6 +79,7 @@ def open_model(
         features: folder of the vision tower's features of pictures, which are encoded once for all models with it.
         timeout: seconds for one attempt at a request to an endpoint.
         attempts: attempts at such a request.
+        other_preprocessing: accept that pictures or prompts are prepared otherwise than in training.
 
     Raises:
         EvalError: the name has another form, or there is no loadable model.
@@ -102,8 +104,11 @@ def open_model(
     if separator and kind == "hf":
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
-        return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
+        return TransformersModel.from_pretrained(
+            rest, dtype=dtype, reference=reference, other_preprocessing=other_preprocessing
+        )
     from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+    from mm_moslora.data.preprocessing_print import check_preprocessing
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.load_model import load, model_of, recipe_of
     from mm_moslora.models.vision.feature_cache import FeatureStore
@@ -122,6 +127,8 @@ def open_model(
     else:
         assembly = load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
+    if check_preprocessing(folder, assembly, accepted=other_preprocessing):
+        name = f"{name}, other preprocessing"
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if has_own_forward(assembly.model):
         from mm_moslora_eval.backends.transformers_model import TransformersModel

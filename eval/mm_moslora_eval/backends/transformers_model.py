@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.preprocessing_print import check_processor
 from mm_moslora.models.model_sizes import refuse_adapter_beside
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError, reason_of
@@ -88,11 +89,13 @@ class TransformersModel:
         dtype: torch.dtype | str = "auto",
         reference: bool = False,
         device: torch.device | None = None,
+        other_preprocessing: bool = False,
     ) -> TransformersModel:
         """Load by hub id or folder, onto this rank's accelerator or the given device.
 
         Raises:
             EvalError: there is no loadable model of this name.
+            ModelError: an export's processor prepares inputs otherwise than the training did.
         """
         import mm_moslora.models.processing.llava_processor
         import mm_moslora.models.vlm  # noqa: F401  (registers this project's model type with the Auto classes)
@@ -109,8 +112,11 @@ class TransformersModel:
             raise EvalError(
                 f"{name!r} does not load with transformers ({reason_of(error)}). Give a hub id or a folder as hf:ID."
             ) from error
+        shown = f"hf:{name}"
+        if check_processor(name, processor, accepted=other_preprocessing):
+            shown += ", other preprocessing"
         model.to(device or distributed.device())
-        return cls(model, processor, name=f"hf:{name}", reference=reference)
+        return cls(model, processor, name=shown, reference=reference)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -300,13 +300,22 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
     answered = [index for index, sample in enumerate(samples) if not sample.failed and not seen[index].unclosed]
     result = [replace(sample, score=0.0, parsed="", judged=True) for sample in samples]
     ungraded = 0
+    most = MOST_UNREADABLE * len(answered)
+    unread: list[int] = []
+
+    def grade_of(index: int) -> Grade | None:
+        # Counted where the replies come, so that no worker asks on while this thread waits for its turn.
+        if len(unread) > most:
+            return None
+        grade = grader(judge, samples[index].document, seen[index].text)
+        if grade is None:
+            unread.append(index)
+        return grade
+
     try:
-        for number, grade in in_parallel(
-            lambda index: grader(judge, samples[index].document, seen[index].text), answered, workers=_WORKERS,
-            fatal=Exception,
-        ):  # fmt: skip
+        for number, grade in in_parallel(grade_of, answered, workers=_WORKERS, fatal=Exception):
             ungraded += grade is None
-            if ungraded > MOST_UNREADABLE * len(answered):
+            if ungraded > most:
                 raise EvalError(
                     f"The judge's replies to {ungraded} of {len(answered)} answers cannot be read, so nothing more is "
                     f"asked; the last one is {judge.last_unreadable[:_SHOWN]!r}. Replies that can be read are kept: "

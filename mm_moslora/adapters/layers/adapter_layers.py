@@ -112,7 +112,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """Create the mixer, and set A and B as the form of the factors demands."""
         like, _ = self.outer_factors(adapter_name)
-        rank, form = self.r[adapter_name], form_named(config.mixer_form)
+        rank, form = self.r[adapter_name], self.new_form(config)
         if not form.fixed:
             self._check_input_dependent(form, config)
         self.factor_form[adapter_name] = config.factor_form
@@ -136,6 +136,10 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         self.lora_mixer[adapter_name] = Mixer(form, tensors, trainable=config.mixer_trainable)
         if not like.is_meta:
             self.keep_start(adapter_name, tensors)
+
+    def new_form(self, config: AdapterOptions) -> MixerForm:
+        """The form of a new mixer."""
+        return form_named(config.mixer_form)
 
     def _check_input_dependent(self, form: MixerForm, config: AdapterOptions) -> None:
         if config.use_dora or isinstance(self, lora.layer.MultiheadAttention):
@@ -277,6 +281,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
                 stored = [name for name in state_dict if name.startswith(begin)]
                 self.keep_start(adapter_name, {name.removeprefix(begin): state_dict.pop(name) for name in stored})
             if factor is not None and not mixed:
-                identity = cast(MixerForm, mixer.form).identity(factor.shape[0])
+                identity = cast(MixerForm, mixer.form).identity(self.r[adapter_name])
                 state_dict |= {f"{start}{name}": tensor.to(factor) for name, tensor in identity.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.layers.base_weights import quantisation
+from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts, why_not_adaptable_parameter
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, MoSLoRATorchaoLinear
 from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
 from mm_moslora.kernels.lora.lora_linear import is_plain
@@ -32,7 +33,8 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
         AdapterError: a module type or a quantised weight that cannot be adapted.
     """
     path = kwargs.get("target_name", "")
-    kwargs.pop("parameter_name", None)  # None always: `MoSLoRAConfig` refuses target_parameters
+    if parameter := kwargs.pop("parameter_name", None):
+        return _create_experts(target, adapter_name, parameter=parameter, config=config, **kwargs)
     if getattr(config, "target_modules_to_tie", None) and not config.is_plain(path):
         raise AdapterError(
             "ensure_weight_tying with the embedding among the targets: the tied head would need the embedding's mixer "
@@ -67,6 +69,19 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
             )
         return MoSLoRAMultiheadAttention(base, adapter_name, config=own, **kwargs)
     return MoSLoRALinear(target, adapter_name, config=own, is_target_conv_1d_layer=is_conv1d, **kwargs)
+
+
+def _create_experts(
+    target: nn.Module, adapter_name: str, *, parameter: str, config: AdapterOptions, **kwargs: Any
+) -> nn.Module:
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    path = kwargs.get("target_name", parameter)
+    if reason := why_not_adaptable_parameter(base, parameter):
+        raise AdapterError(f"{path} cannot carry MoSLoRA: {reason}")
+    own: Any = copy.copy(config)
+    own.module_path = path
+    config.check_experts()
+    return MoSLoRAExperts(target, adapter_name, parameter_name=parameter, config=own, **kwargs)
 
 
 def why_not_adaptable(base: nn.Module) -> str | None:

@@ -31,16 +31,19 @@ READ_OF_TURN = {"from", "value", "role", "content", *REASONING, *WEIGHING}
 """Keys of a turn that are read."""
 READ_OF_PART = {"type", "text", "image", "image_url", "video", "video_url", "path", "url"}
 """Keys of a content part that are read."""
-_PREFERENCE = (
-    "it is a preference record, of which only chosen answers may be learned: write them as answers of their own"
-)
+REJECTED = ("rejected", "rejected_response", "rejected_messages")
+"""Keys of a rejected answer (TRL and LLaMA-Factory; ms-swift)."""
+READ_OF_PAIR = {"prompt", "chosen", *REJECTED}
+"""Keys of a preference record that are read besides those of its conversation."""
+_PREFERENCE = "it is a preference record: set objective: dpo to learn from its pair, or keep the chosen answer alone"
+_AVOIDED = "answers to be avoided are learned in pairs alone (objective: dpo); drop the record"
 _TOOLS = "tools are not supported; write the calls and their results as text, or drop the record"
 _WEIGHTS = "write loss: false or a weight into the turn of the answer, or drop the key"
 _SOUND = "sounds are not supported; drop the key where the answers need no sound, or drop the record"
 _QUESTION = "write it into the question, or earlier turns and their answer as conversations, and drop the key"
 _CLASS = "; drop the key if it names a class"
 _OF_RECORD = {
-    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"), _PREFERENCE),
+    **dict.fromkeys(("chosen", *REJECTED, "rejected_images"), _PREFERENCE),
     "tools": _TOOLS,
     "functions": _TOOLS,
     "audio": _SOUND,
@@ -74,7 +77,7 @@ def check_record(value: Mapping[str, Any], where: Where) -> None:
     for key in ("label", "labels", "kto_tag"):  # KTO, PRM; any other label is data about the record
         if _avoids(value.get(key)):
             what = f"is {ascii(value[key])[:60]}, an answer to be avoided"
-            raise where.error(Code.UNFOLLOWED_KEY, key, what, _PREFERENCE + _CLASS)
+            raise where.error(Code.UNFOLLOWED_KEY, key, what, _AVOIDED + _CLASS)
 
 
 def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where, *, part: bool = False) -> None:

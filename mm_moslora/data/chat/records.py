@@ -17,10 +17,10 @@ import json
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mm_moslora.data.chat.record_forms import (
     IMAGE,
@@ -52,6 +52,7 @@ from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
 
 Role = Literal["system", "user", "assistant"]
+T = TypeVar("T")
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -368,13 +369,17 @@ class RecordSource(ABC):
         Raises:
             RecordError: the record cannot be used.
         """
+        return self.parsed(row, parse_record)
+
+    def parsed(self, row: int, parse: Callable[[Any, Where, PictureRules], T]) -> T:
+        """Read one value, and check it by the function that knows its form; see `__getitem__`."""
         where = self.where(row)
         try:
             value = self.value(row)
         except StrictJsonError as fault:
             code = Code.TOO_DEEP if fault.deep else Code.TOO_LARGE if fault.large else Code.BAD_JSON
             raise where.error(code, "-", str(fault), "repair or remove the record") from fault
-        return parse_record(value, where, self.rules)
+        return parse(value, where, self.rules)
 
 
 class RecordFile(RecordSource):

@@ -169,6 +169,7 @@ def check(
     decode: bool = True,
     processes: int | None = None,
     shard: Shard | None = None,
+    pairs: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check sources as a run would use them.
@@ -182,12 +183,13 @@ def check(
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
         shard: check only this stretch of the records; the reports of all shards, added in order, are the whole one.
+        pairs: the sources hold preference records, whose chosen answers are counted.
         on_progress: called with (records done, all records).
 
     Raises:
         DataError: a source cannot be read at all.
     """
-    files = open_sources(sources)
+    files = open_sources(sources, pairs=pairs)
     share = 0.0 if config.on_bad == "error" else config.max_bad_share
     empty = partial(
         CheckReport,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.config import HeldOut, SourceConfig
-from mm_moslora.data.chat.records import RecordFile, RecordSource, require_file
+from mm_moslora.data.chat.preference_records import parse_pair
+from mm_moslora.data.chat.records import Record, RecordFile, RecordSource, require_file
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.utils.errors import DataError
@@ -107,14 +108,19 @@ def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
     return SelectedRecords(source, [row for row in range(len(source)) if (row in chosen) == wanted])
 
 
-def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:
+def open_sources(sources: Sequence[SourceConfig], *, pairs: bool = False) -> list[RecordSource]:
     """Open several sources.
+
+    Args:
+        sources: to be opened.
+        pairs: they hold preference records, which become conversations with their chosen answers.
 
     Raises:
         DataError: no source is named, or one cannot be read.
     """
     require_sources(sources)
-    return [open_source(source) for source in sources]
+    opened = [open_source(source) for source in sources]
+    return [ChosenAnswers(source) for source in opened] if pairs else opened
 
 
 def _rules(config: SourceConfig, beside: Path) -> PictureRules:
@@ -178,3 +184,18 @@ class SelectedRecords(RecordSource):
     def commit(self) -> str | None:
         """See `RecordSource.commit`."""
         return self.source.commit()
+
+
+class ChosenAnswers(SelectedRecords):
+    """The pairs of a source as conversations with their chosen answers; a record that is no pair is an error.
+
+    Args:
+        source: of preference records.
+    """
+
+    def __init__(self, source: RecordSource) -> None:
+        super().__init__(source, range(len(source)))
+
+    def __getitem__(self, row: int) -> Record:
+        """See `RecordSource.__getitem__`."""
+        return self.parsed(row, parse_pair).chosen

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from mm_moslora import adapters
+from mm_moslora.adapters.experts.expert_targets import layers_read_as_experts
 from mm_moslora.adapters.folders.save_folder import name_base
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.batching.padded_batch import padded_inputs
@@ -143,6 +144,11 @@ def export_lora(
         adapters.save_adapter(assembly.peft_model, part, base=assembly.base)
         assembly.peft_model.unload()
         assembly.peft_model = None
+        if misread := layers_read_as_experts(model, peft.LoraConfig.from_pretrained(str(part))):
+            raise ModelError(
+                f"PEFT {peft.__version__} takes {misread[0]} for an expert by its name and would load this adapter "
+                "wrongly. Export the whole model (--to hf), or load the checkpoint with mm_moslora.adapters."
+            )
         if published is None:
             cast_parameters(model, dtype)
             export_model(assembly, part / BASE)

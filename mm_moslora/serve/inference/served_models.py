@@ -25,6 +25,7 @@ from mm_moslora import adapters
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.preprocessing_print import check_preprocessing
 from mm_moslora.models.assembly import Parts, load_projector
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.decoding.prefix_cache import Decoder
@@ -199,6 +200,7 @@ def load_models(
     further: Mapping[str, Path] | None = None,
     with_base: bool = False,
     dtype: torch.dtype = torch.float32,
+    other_preprocessing: bool = False,
 ) -> Models:
     """Load a run, a checkpoint or an export, and further adapters of the same base.
 
@@ -208,6 +210,7 @@ def load_models(
         further: runs, checkpoints or adapter folders by their names for clients.
         with_base: also offer the model before tuning, as `NAME-base`.
         dtype: dtype of the base.
+        other_preprocessing: accept that pictures or prompts are prepared otherwise than in training.
 
     Raises:
         ConfigError: two models have the same name.
@@ -223,6 +226,7 @@ def load_models(
         raise ModelError(f"The model before tuning cannot be served: {why}. Leave out --with-base.")
     alone = len(names) == 1
     assembly = load(path, merge=alone, dtype=dtype)
+    check_preprocessing(path, assembly, accepted=other_preprocessing)
     own, newline = _projector(assembly)
     active = None if assembly.peft_model is None else str(assembly.peft_model.active_adapter)
     variants = {main: Variant(adapter=active, projector=own, newline=newline, source=path.name)}

@@ -20,6 +20,7 @@ from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.deepspeed_presets import wants_cpu_adam
 from mm_moslora.training.engine import deepspeed_patches
 from mm_moslora.training.engine.engine_base import TrainingEngine
+from mm_moslora.training.engine.optimizers import KINDS, set_rates
 from mm_moslora.training.engine.parameter_shards import ParameterShard
 from mm_moslora.training.engine.step_result import Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
@@ -49,7 +50,7 @@ class DeepSpeedEngine(TrainingEngine):
     def __init__(
         self, module: LossModule, groups: Sequence[ParameterGroup], optimizer: OptimizerSettings, config: dict[str, Any]
     ) -> None:
-        super().__init__(module, groups)
+        super().__init__(module, groups, KINDS[optimizer.name])
         import deepspeed
 
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
@@ -62,13 +63,16 @@ class DeepSpeedEngine(TrainingEngine):
         if self.stage == 3:
             deepspeed_patches.shard_from_main(module, config, device=self.device)
         on_gpu = self.device.type == "cuda" and not config.get("zero_optimization", {}).get("offload_optimizer")
-        adamw: torch.optim.Optimizer = optimizer.adamw(groups, [group.parameters for group in groups], fused=on_gpu)
-        if wants_cpu_adam(config):
-            adamw = deepspeed_patches.cpu_adam(adamw)
+        stepping = self.kind.make(optimizer, groups, [group.parameters for group in groups], fused=on_gpu)
+        if wants_cpu_adam(config) and optimizer.name == "adamw":
+            stepping = deepspeed_patches.cpu_adam(stepping)
         precise = []
         if self.stage < 3:  # stage 3 cuts them up in the dtype of the others
             precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
+        with deepspeed_patches.without_steps(stepping) if self.stage == 0 else nullcontext():
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=stepping, config=config, dist_init_required=False
+            )
         assert self.engine.device == self.device, f"DeepSpeed computes on {self.engine.device}, not on {self.device}"
         self.shares_products = self.stage < 3
         self.replicated = self.stage == 0
@@ -79,9 +83,7 @@ class DeepSpeedEngine(TrainingEngine):
             deepspeed_patches.gather_persistent_together(self.engine)
         for parameter, value in precise:
             parameter.data = value.to(parameter.device)
-        if self.stage == 0:
-            deepspeed_patches.undo_warm_up_step(self.engine)
-        self.manifold.convert_before(adamw)
+        self.manifold.convert_before(stepping)
 
     def _begin_step(self, with_images: list[float]) -> None:
         deepspeed_patches.clear_gradients(self.engine, self.stage)
@@ -118,8 +120,7 @@ class DeepSpeedEngine(TrainingEngine):
             self.engine.zero_grad()
             self.engine.optimizer.zero_grad()
             return Update(total=loss, right=right, grad_norm=own_norm, applied=False)
-        for settings, group in zip(self.engine.optimizer.param_groups, self.groups, strict=True):
-            settings["lr"] = group.peak_lr * lr_factor
+        set_rates(self.engine.optimizer, self.groups, lr_factor)
         self.engine.step()
         norm = own_norm
         if norm is None:
@@ -190,9 +191,9 @@ class DeepSpeedEngine(TrainingEngine):
 
     def _whole_parameters(self, optimizer: Any) -> Iterator[ParameterShard]:
         masters = self._masters_of_stage_0()
-        adam = optimizer.optimizer if masters else optimizer
+        inner = optimizer.optimizer if masters else optimizer
         for name, parameter in self._named_trainable():
-            yield ParameterShard.of(name, adam, masters.get(id(parameter), parameter))
+            yield ParameterShard.of(name, inner, masters.get(id(parameter), parameter), kind=self.kind)
 
     def _parts_of_groups(self, optimizer: Any) -> Iterator[ParameterShard]:
         group_of = {id(parameter): index for index, group in enumerate(optimizer.bit16_groups) for parameter in group}

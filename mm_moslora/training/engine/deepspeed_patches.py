@@ -28,18 +28,22 @@ def restore_linear() -> None:
     nn.functional.linear = getattr(Replacing, "linear_bk", nn.functional.linear)
 
 
-@torch.no_grad()
-def undo_warm_up_step(engine: Any) -> None:
-    """DeepSpeed's half-precision optimiser of stage 0 takes one AdamW step with zero gradients when it is made.
+@contextmanager
+def without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """DeepSpeed's half-precision optimiser of stage 0 steps with zero gradients when it is made; not within this block.
 
-    That step decays the weights and leaves Adam's step count at one; without it, stage 0 gives the numbers of the
-    other stages.
+    Such a step decays the weights and leaves counts at one. Without it, stage 0 gives the numbers of the other stages.
     """
-    wrapper = engine.optimizer
-    for masters, weights in zip(getattr(wrapper, "fp32_groups", ()), getattr(wrapper, "fp16_groups", ()), strict=True):
-        wrapper.optimizer.state.clear()
-        for master, weight in zip(masters, weights, strict=True):
-            master.copy_(weight)
+    own = vars(optimizer)
+    before = own.get("step")  # of DeepSpeed's AdamW for main memory it was replaced already
+    own["step"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["step"]
+        else:
+            own["step"] = before
 
 
 def cpu_adam(adamw: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW
 from mm_moslora.models.vlm import LossModule
+from mm_moslora.training.engine.optimizers import OptimizerKind
 from mm_moslora.training.engine.parameter_shards import ParameterShard, component_norms
 from mm_moslora.training.engine.step_result import StepResult, Update
 from mm_moslora.training.engine.stiefel_manifold import StiefelFactors
@@ -36,8 +37,8 @@ class TrainingEngine(ABC):
     replicated = False
     """Whether every rank holds all shards."""
 
-    def __init__(self, module: LossModule, groups: Sequence[ParameterGroup]) -> None:
-        self.module = module
+    def __init__(self, module: LossModule, groups: Sequence[ParameterGroup], kind: OptimizerKind) -> None:
+        self.module, self.kind = module, kind
         self.groups = list(groups)
         self.device = distributed.device()
         self.manifold = StiefelFactors(module, self._named_trainable(), self.device, shards=self.shards)
@@ -159,14 +160,40 @@ class TrainingEngine(ABC):
         """
 
     def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
-        """Full fp32 values of trainable parameters by their names in the model, on the CPU. All ranks take part.
+        """Full fp32 values to use of trainable parameters by their names in the model, on the CPU. All ranks take part.
 
         Args:
             only: part of the names of the wanted parameters; all have the empty one.
             keep: whether this rank keeps the values; if not, it gets tensors of their shapes on the meta device.
         """
         state = self._trainable_state(only=only, keep=keep)
+        if self.kind.averages and keep:
+            state |= {name: value.cpu() for name, value in self._averages() if name in state}
         return {name.removeprefix(MODEL): value for name, value in state.items()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the model has the weights to use: of schedule-free optimisers the average.
+
+        No step is taken and no state is copied within it.
+        """
+        if not self.kind.averages:
+            yield
+            return
+        parameters, averages = dict(self._named_trainable()), list(self._averages())
+        before = {name: parameters[name].detach().clone() for name, _ in averages}
+        try:
+            _overwrite(parameters, dict(averages))
+            yield
+        finally:
+            _overwrite(parameters, before)
+
+    def _averages(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights to use, fp32, by their names in the engine's module, from whole shards."""
+        parameters = dict(self._named_trainable())
+        for shard in self.shards():
+            average = self.kind.average(shard.parameter, shard.moments, shard.counter)
+            yield shard.name, average.view_as(parameters[shard.name])
 
     @abstractmethod
     def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:
@@ -190,7 +217,7 @@ class TrainingEngine(ABC):
         return {}
 
     def component_norms(self) -> dict[str, float]:
-        """Norms of the weights and of Adam's momentum by component; see `parameter_shards.component_norms`."""
+        """Norms of the weights and of the momentum by component; see `parameter_shards.component_norms`."""
         copies = distributed.world_size() if self.replicated else 1
         return component_norms(self.shards(), self.groups, device=self.device, copies=copies)
 
@@ -203,3 +230,9 @@ class TrainingEngine(ABC):
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]
+
+
+@torch.no_grad()
+def _overwrite(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

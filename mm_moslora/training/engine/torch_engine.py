@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from mm_moslora.batch import Batch
 from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.engine.engine_base import TrainingEngine
+from mm_moslora.training.engine.optimizers import KINDS, set_rates
 from mm_moslora.training.engine.parameter_shards import ParameterShard
 from mm_moslora.training.engine.step_result import Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 
 
 class TorchEngine(TrainingEngine):
-    """One process, no DeepSpeed: AdamW on fp32 masters, gradients accumulated in fp32."""
+    """One process, no DeepSpeed: the optimiser on fp32 masters, gradients accumulated in fp32."""
 
     def __init__(self, module: LossModule, groups: Sequence[ParameterGroup], optimizer: OptimizerSettings) -> None:
-        super().__init__(module, groups)
+        super().__init__(module, groups, KINDS[optimizer.name])
         self.module.to(self.device)
         self.settings = optimizer
         self.masters = [
             [nn.Parameter(parameter.detach().float().clone()) for parameter in group.parameters] for group in groups
         ]
-        self.optimizer = optimizer.adamw(groups, self.masters, fused=self.device.type == "cuda")
+        self.optimizer = self.kind.make(optimizer, groups, self.masters, fused=self.device.type == "cuda")
         self.pairs = [
             pair
             for masters, group in zip(self.masters, groups, strict=True)
@@ -65,8 +66,7 @@ class TorchEngine(TrainingEngine):
         loss, right, norm = torch.cat((sums, clipped.double()[None])).tolist()
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
-            for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-                settings["lr"] = group.peak_lr * lr_factor
+            set_rates(self.optimizer, self.groups, lr_factor)
             self.optimizer.step()
             self._copy_masters()
         self.optimizer.zero_grad(set_to_none=True)
@@ -87,7 +87,7 @@ class TorchEngine(TrainingEngine):
         """See `TrainingEngine.shards`."""
         masters = [master for group in self.masters for master in group]
         named = zip(self._named_trainable(), masters, strict=True)
-        return [ParameterShard.of(name, self.optimizer, master) for (name, _), master in named]
+        return [ParameterShard.of(name, self.optimizer, master, kind=self.kind) for (name, _), master in named]
 
     def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
         """See `TrainingEngine.refresh`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
 
+from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerTraits
 from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
@@ -68,6 +69,8 @@ class StepMemory:
     """Whether the inputs of checkpointed layers are in main memory; two of them are on the GPU at a time."""
     together: int = 1
     """Ranks that compute a row together (`train.sequence_parallel`), each a part of its tokens and all its pictures."""
+    optimizer: str = "adamw"
+    """The recipe's `optim.optimizer`."""
     logit_chunk: int = CHUNK_BYTES["cuda"]
     """Bytes of fp32 logits at a time."""
 
@@ -87,6 +90,10 @@ class StepMemory:
         return self.settings.stage if self.settings else 0
 
     @property
+    def _traits(self) -> OptimizerTraits:
+        return OPTIMIZERS[self.optimizer]
+
+    @property
     def share_again(self) -> float:
         """Share of the decoder layers that the backward pass recomputes."""
         every = self.checkpointing is True
@@ -99,6 +106,7 @@ class StepMemory:
         tokens, supervised = tokens / self.together, supervised / self.together
         trained, b = size.trainable, size.value_bytes
         masters = 0 if b == 4 and zero else 4
+        states = 0 if self._traits.paged else self._traits.state_bytes  # paged ones leave for what needs the room
         off = zero.optimizer_off if zero else 0.0
         again = round(self.share_again * size.layers)
         inputs = min(2, again) if self.offload else again
@@ -112,7 +120,7 @@ class StepMemory:
             weights=frozen * copies,
             adapters=trained * b * copies + whole,
             gradients=0 if off and stage > 1 else gradients,
-            optimiser=(1 - off) * trained * (8 + masters) / (self.world if stage else 1),
+            optimiser=(1 - off) * trained * (states + masters) / (self.world if stage else 1),
             activations=tokens * per_token + images * size.kept_per_image + size.products,
             workspace=2 * row + tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
             logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
@@ -120,15 +128,17 @@ class StepMemory:
         )
 
     def main_memory(self, *, packed: bool = False) -> float:
-        """Bytes of the first host's main memory for weights and optimiser: read by rank 0 under ZeRO-3, and offloaded.
+        """Bytes of the first host's main memory for weights and optimiser: read under ZeRO-3, offloaded, or paged.
 
         Args:
             packed: the base is quantised, which every rank reads to its GPU.
         """
         size, zero = self.size, self.settings
+        trained, b, ranks = size.trainable, size.value_bytes, min(self.on_host, self.world)
+        if self._traits.paged:  # on ZeRO-0 or plain torch
+            return ranks * trained * self._traits.state_bytes
         if zero is None:
             return 0.0
-        trained, b, ranks = size.trainable, size.value_bytes, min(self.on_host, self.world)
         frozen = self._weights()[0]
         loading = size.weight_bytes + trained * b if zero.stage == 3 and not packed else 0.0
         weights = (frozen + trained * b) * (1 / self.world + (1 / zero.secondary if zero.secondary > 1 else 0))
@@ -226,7 +236,10 @@ class StepMemory:
         remedies = [f"lower {key} to {most}"] if most >= SHORTEST else []
         stages, last = ((self.zero, "zero3"), "zero3_offload") if self.world > 1 else ((self.zero,), "zero2_offload")
         mild = ((self.checkpointing, self.offload), (True, self.offload))
-        tries = (product(stages, mild), product(stages, ((True, True),)), product((last,), (*mild, (True, True))))
+        lasts: tuple[str, ...] = (last,)
+        if self._traits.whole_because:
+            stages, lasts = (self.zero,), ()
+        tries = (product(stages, mild), product(stages, ((True, True),)), product(lasts, (*mild, (True, True))))
         for zero, (checkpointing, offload) in itertools.chain(*tries):
             other = replace(self, zero=zero, checkpointing=checkpointing, offload=offload)
             if other.token_budget(capacity, longest=longest):

@@ -13,9 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_inspection import ModuleReport, describe, summary
-from mm_moslora.adapters.folders.kept_start import ModuleStart
+from mm_moslora.adapters.adapter_inspection import ModuleReport, layer_reports, summary
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
+from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.tracking import Trackers
@@ -45,7 +45,9 @@ def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`; its tensors are kept.
     """
     for _, layer, name, (A, mixer, B) in _factors(model, state):
-        layer.starts[name] = Start(mixer=mixer, A=A if A.any() else None, B=B if B.any() else None)
+        stacked = isinstance(layer, MoSLoRAExperts)  # of experts the overlaps, [R E, R E] in float64, would be large
+        A0, B0 = (factor if factor.any() and not stacked else None for factor in (A, B))
+        layer.starts[name] = Start(mixer=mixer, A=A0, B=B0)
 
 
 def _factors(
@@ -89,8 +91,7 @@ def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[Modul
         form = cast(Mixer, layer.lora_mixer[name]).form if mixer else None
         if form is None or form.fixed:
             M = None if form is None else form.matrix(mixer)
-            start = ModuleStart.of(layer, name, A, B)
-            reports.append(describe(path, A, M, B, layer.scaling[name], start=start))
+            reports += layer_reports(path, layer, name, A, M, B)
     return reports
 
 

@@ -64,6 +64,7 @@ def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: 
     step = StepMemory(
         size=size, zero=train.zero, world=distributed.world_size(), on_host=distributed.ranks_of_host(),
         checkpointing=train.gradient_checkpointing, offload=train.activation_offload, together=train.sequence_parallel,
+        optimizer=recipe.optim.optimizer,
     )  # fmt: skip
     if generates and (reason := step.cannot_generate(capacity)):
         raise TrainingError(reason)

@@ -271,7 +271,6 @@ def test_other_variants_are_refused_with_a_mixer_only() -> None:
         {"kasa_config": peft.tuners.lora.config.KasaConfig()},
         {"velora_config": peft.tuners.lora.config.VeloraConfig()},
         {"monteclora_config": peft.tuners.lora.config.MontecloraConfig()},
-        {"target_parameters": ["mlp.experts.gate_up_proj"]},
         {"layer_replication": [(0, 2), (0, 2)]},
     ],
 )

@@ -1,0 +1,98 @@
+"""Small random models of a class: a copy of its configuration with fewer and narrower layers, for probes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+WORDS = 97
+"""Size of their vocabularies."""
+_MOST = 300_000_000
+"""Parameters of the largest model that is made: 1.2 GB in fp32."""
+_LAYERS = 8
+"""Most layers, where no list in the configuration shows when all kinds have occurred."""
+_FEWER = {
+    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2,
+    "num_experts_per_token": 2, "moe_k": 2, "n_group": 1, "num_expert_group": 1, "topk_group": 1,
+    "num_nextn_predict_layers": 0, "vocab_size_per_layer_input": WORDS,
+}  # fmt: skip
+_NARROW = {"hidden_size": 64, "d_model": 64, "n_embd": 64, "word_embed_proj_dim": 64, "lru_width": 64}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "n_head": 4, "n_heads": 4}
+SIZES: tuple[dict[str, int], ...] = (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER)
+"""What to try in this order: narrow models, then models with their own widths."""
+
+EQUAL_HEADS: Mapping[str, int] = SIZES[0] | {"num_key_value_heads": 4}
+"""For attention that takes as many keys as queries, as latent attention does, and repeats them all the same."""
+
+
+def small_model(kind: type[PreTrainedModel], config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedModel:
+    """A model of a class in fp32 and evaluation mode, with random weights, on the default device.
+
+    Args:
+        kind: of a decoder.
+        config: of the model in question; not changed.
+        sizes: one of `SIZES`. Configurations fit together in ways that only their classes know, so some raise.
+
+    Raises:
+        ValueError: even the smallest is too large.
+    """
+    config, build = small_config(config, sizes), kind._from_config
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in build(copy.deepcopy(config)).parameters())
+    if size > _MOST:
+        raise ValueError(f"its smallest model has {size} parameters")
+    made: PreTrainedModel = build(config, dtype=torch.float32).eval()
+    return made
+
+
+def small_config(original: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
+    """A copy of a decoder's configuration in which these names have at most these values."""
+    config: Any = copy.deepcopy(original)
+    for name in ("quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0 if name.endswith("id") else None)  # some classes refuse to have no token
+    layers = _layers(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == _depth(original):
+            setattr(config, name, type(value)(value[:layers]))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            least = WORDS if name == "vocab_size" else 64 if "intermediate_size" in name else sizes.get(name)
+            if least is not None and value > least:
+                setattr(config, name, least)
+    config.num_hidden_layers = layers
+    if "hidden_size" in sizes:
+        _fit(config)
+    return config  # type: ignore[no-any-return]
+
+
+def _fit(config: Any) -> None:
+    """Make the heads of a narrow state-space layer fill its width."""
+    for heads, width, expand in (
+        ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+        ("num_heads", "head_dim", "expand"),
+    ):
+        if all(isinstance(getattr(config, name, None), int) for name in (heads, width, expand)):
+            setattr(config, heads, 4)
+            setattr(config, width, getattr(config, expand) * 64 // 4)
+
+
+def _depth(config: Any) -> int:
+    return int(config.num_hidden_layers)
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of every layer, where a configuration lists them."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return [str(kind) for kind in kinds]
+
+
+def _layers(config: Any) -> int:
+    """As few layers as hold every kind."""
+    kinds = layer_kinds(config)
+    if not kinds:
+        return min(_depth(config), _LAYERS)
+    return max(min(2, len(kinds)), *(kinds.index(kind) + 1 for kind in set(kinds)))

@@ -1,0 +1,375 @@
+"""The fingerprint of a model's preprocessing: what becomes of one fixed conversation and of a few fixed pictures.
+
+Training stores it in every checkpoint, and `export` in every export. Loading compares it with what the loaded parts
+make of the same conversation. The probe decides; the named settings beside it explain a difference. A setting that
+changes nothing, such as the name of a class in another release of transformers, is therefore no difference.
+
+`compare` does the same for the inputs that another program made, such as vLLM or a processor of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from itertools import chain, groupby, takewhile
+from operator import eq
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mm_moslora import __version__
+from mm_moslora.batch import ImageProcessing
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, EncoderParts
+from mm_moslora.data.chat.records import Turn
+from mm_moslora.utils.errors import DataError, ModelError
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.run_paths import PREPROCESSING, find_checkpoint
+from mm_moslora.utils.text_format import visible
+from mm_moslora.utils.untrusted_data import parse_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+TOLERANCE = 0.03
+"""Largest accepted difference of the statistics of pixels, whose spread is near 1. The two backends of pictures of
+transformers 5.24 differed by up to 0.017, at 28 pixels."""
+PROBE_SIZE = (1344, 1008)
+"""Width and height of the picture: more pixels than most budgets allow, and no multiple of most patches."""
+COUNTED_SIZES = ((64, 48), (480, 640), (2048, 1536))
+"""Pictures whose tokens are counted, so that limits show on both sides."""
+_STRETCHES = 24
+"""Stretches of a tensor of pixels of which mean and standard deviation are compared."""
+_QUESTIONS = ("What is in the picture?\nAnswer with 1 word; caf\u00e9 \u4e2d\u6587 is none.", "Is it 3.14 metres wide?")
+_ANSWER = "Squares."
+_LIBRARIES = ("transformers", "tokenizers", "pillow")
+_LONGEST = 2**20
+"""Tokens of a prompt, and characters of a token: a file of anybody must not fill the memory."""
+_NO_SETTINGS = frozenset({"image_processor_type", "processor_class", "_processor_class"})
+_FLAT = "{%- set messages = flat.messages -%}"
+"""Ends what exports put before the chat template of a language model; it changes no prompt."""
+_SHOWN = 60
+"""Characters shown of a long value, from shortly before the first difference on."""
+
+
+class PreprocessingParts(EncoderParts, Protocol):
+    """The attributes of a model that prepare its inputs."""
+
+    @property
+    def processor(self) -> Any:
+        """None for a language model alone."""
+        ...
+
+    @property
+    def image_processing(self) -> ImageProcessing | None:
+        """None for a language model alone."""
+        ...
+
+
+def probe_picture() -> Image.Image:
+    """The picture: two gradients and squares of 16 pixels, the same on every machine."""
+    width, height = PROBE_SIZE
+    y, x = np.mgrid[:height, :width]
+    channels = (x * 255 // (width - 1), y * 255 // (height - 1), ((x // 16 + y // 16) % 2) * 255)
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def probe_messages(*, picture: bool = True) -> list[dict[str, Any]]:
+    """The conversation as messages for `apply_chat_template`, which ends with a question.
+
+    Args:
+        picture: False for a language model alone, whose contents are strings.
+    """
+    texts = [("user", _QUESTIONS[0]), ("assistant", _ANSWER), ("user", _QUESTIONS[1])]
+    if not picture:
+        return [{"role": role, "content": text} for role, text in texts]
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts
+    ]
+    messages[0]["content"].insert(0, {"type": "image"})
+    return messages
+
+
+def preprocessing_of(parts: PreprocessingParts, *, video_frames: Sequence[int] = ()) -> dict[str, Any]:
+    """The fingerprint of a model's preprocessing; empty, with a warning, where its parts refuse the probe.
+
+    Args:
+        parts: of a model, with or without its weights.
+        video_frames: frames that training took from a video.
+    """
+    try:
+        encoder, images = ConversationEncoder.of(parts), parts.image_processing
+        pictures = [] if images is None else images.process([probe_picture()])
+        counts = [] if images is None else images.placeholders(COUNTED_SIZES)
+        turns = [
+            Turn.asking(_QUESTIONS[0], images=len(pictures)), Turn(role="assistant", text=_ANSWER),
+            Turn.asking(_QUESTIONS[1]),
+        ]  # fmt: skip
+        ids = encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in pictures]).tolist()
+        settings = _settings(parts, encoder)
+        texts = {number: str(parts.tokenizer.decode([number])) for number in set(ids)}
+    except Exception as error:  # processors raise nearly anything
+        logger.warning("The preprocessing has no fingerprint, since it refuses the probe: %s", error)
+        return {}
+    return {
+        "format": FORMAT,
+        "versions": {"mm_moslora": __version__} | {name: version(name) for name in _LIBRARIES},
+        "settings": settings | ({"video_frames": sorted(set(video_frames))} if video_frames else {}),
+        "prompt": [[number, len(list(same)), texts[number]] for number, same in groupby(ids)],
+        "tokens_per_picture": {
+            f"{width}x{height}": len(ids) for (width, height), ids in zip(COUNTED_SIZES, counts, strict=False)
+        },
+        "tensors": {name: _summary(value) for item in pictures for name, value in sorted(item.tensors.items())},
+    }
+
+
+def write_preprocessing(fingerprint: Mapping[str, Any], folder: Path) -> None:
+    """Write a fingerprint into a new folder; nothing where it is empty."""
+    if fingerprint:
+        text = json.dumps(fingerprint, indent=1, ensure_ascii=False)
+        (folder / PREPROCESSING).write_text(text + "\n", encoding="utf-8")
+
+
+def stored_preprocessing(path: str | Path) -> dict[str, Any]:
+    """The fingerprint of a run, a checkpoint or an export; empty in those of earlier versions.
+
+    Raises:
+        ModelError: the file is damaged, or of a later version.
+    """
+    folder = Path(path)
+    file = (folder if (folder / PREPROCESSING).is_file() else find_checkpoint(folder)) / PREPROCESSING
+    try:
+        stored: dict[str, Any] = read_json(file)
+        if stored.get("format") != FORMAT:
+            raise ValueError(f"has format {stored.get('format')!r}, this version reads {FORMAT}")
+        counts = [int(count) for number, count, token in stored["prompt"] if int(number) >= 0 and len(token) < _LONGEST]
+        if len(counts) < len(stored["prompt"]) or not 0 <= sum(counts) < _LONGEST:
+            raise ValueError("holds a prompt that no model reads")
+        [(item["shape"], [float(value) for value in item["values"]]) for item in stored["tensors"].values()]
+        [dict(stored[key]) for key in ("settings", "versions", "tokens_per_picture")]
+        [int(frames) for frames in stored["settings"].get("video_frames", ())]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{file} cannot be read ({error}). Copy the folder again, or delete this file: pictures and prompts are "
+            "then not compared with those of the training."
+        ) from error
+    return stored
+
+
+def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:
+    """What differs between a training's preprocessing and another program's; empty: they agree.
+
+    Args:
+        path: a run, a checkpoint or an export.
+        inputs: what a processor returns for `probe_messages` and `probe_picture`, or as much of it as can be had, such
+            as `{"input_ids": request_output.prompt_token_ids}` of vLLM.
+
+    Raises:
+        DataError: there is nothing to compare: the folder has no fingerprint, or `inputs` none of its names.
+        ModelError: there is no model, or its fingerprint cannot be read.
+    """
+    stored = stored_preprocessing(path)
+    if not stored:
+        raise DataError(f"{path} has no {PREPROCESSING}: an earlier version wrote it. Export it again.")
+    ids = inputs.get("input_ids")
+    tensors = {name: _summary(_tensor(inputs[name])) for name in stored["tensors"] if name in inputs}
+    if ids is None and not tensors:
+        raise DataError(
+            f"The inputs are {', '.join(sorted(inputs)) or 'empty'}; expected some of "
+            f"{', '.join(['input_ids', *sorted(stored['tensors'])])}."
+        )
+    differing = [] if ids is None else _differing_ids(_tensor(ids).flatten().tolist(), stored["prompt"])
+    return [visible(line) for line in differing + _differing_tensors(tensors, stored["tensors"])]
+
+
+def check_preprocessing(path: str | Path, parts: PreprocessingParts, *, accepted: bool = False) -> bool:
+    """Compare the preprocessing of loaded parts with that of the folder that they were loaded from.
+
+    Args:
+        path: a run, a checkpoint or an export.
+        parts: loaded from it.
+        accepted: log the differences, and go on.
+
+    Returns:
+        Whether they differ.
+
+    Raises:
+        ModelError: they differ, and this is not accepted; the text has both values.
+    """
+    if not (stored := stored_preprocessing(path)) or not (own := preprocessing_of(parts)):
+        return False
+    notes = {key: _differing_values(own[key], stored[key]) for key in ("settings", "versions")}
+    return _refuse(path, differences(own, stored), notes, accepted=accepted)
+
+
+def check_processor(path: str | Path, processor: Any, *, accepted: bool = False) -> bool:
+    """The same for a processor, or a language model's tokenizer, as transformers alone calls it.
+
+    A processor without a chat template is not compared, since every program words its prompts itself.
+    """
+    template = getattr(processor, "chat_template", None)
+    if not (Path(path) / PREPROCESSING).is_file() or template is None:
+        return False
+    sees = getattr(processor, "image_processor", None) is not None
+    messages = probe_messages(picture=sees)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    bos = getattr(processor, "tokenizer", processor).bos_token
+    more = {"images": [[probe_picture()]]} if sees else {}
+    special = bos is None or not text.startswith(bos)
+    inputs = processor(text=[text], return_tensors="pt", add_special_tokens=special, **more)
+    return _refuse(path, compare(path, inputs), {}, accepted=accepted)
+
+
+def hand_on_preprocessing(path: str | Path, parts: PreprocessingParts, folder: Path) -> None:
+    """Write the fingerprint of a trained model into its export; what the parts make now, where the two differ."""
+    stored = stored_preprocessing(path)
+    own = preprocessing_of(parts, video_frames=stored.get("settings", {}).get("video_frames", ()))
+    write_preprocessing(stored if stored and own and not differences(own, stored) else own, folder)
+
+
+def trained_video_frames(path: str | Path) -> int | None:
+    """Frames that training took from every video; None where it is not stored, or sources differ in it."""
+    frames = stored_preprocessing(path).get("settings", {}).get("video_frames", ())
+    return int(frames[0]) if len(frames) == 1 else None
+
+
+def _refuse(path: str | Path, differing: Sequence[str], notes: Mapping[str, Sequence[str]], *, accepted: bool) -> bool:
+    if not differing:
+        return False
+    reasons = "".join(f" Different {name}: {'; '.join(items)}." for name, items in notes.items() if items)
+    text = (
+        f"Pictures or prompts are prepared otherwise than in the training of {path}: {'; '.join(differing)}.{reasons}"
+    )
+    text = visible(text)
+    if not accepted:
+        raise ModelError(
+            f"{text} The answers would be worse. Restore the settings or versions of the training, or accept the "
+            "difference with --other-preprocessing."
+        )
+    logger.warning("%s This is accepted.", text)
+    return True
+
+
+def differences(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, for people: what the first has `here`, and the second `in training`."""
+    ids = list(chain.from_iterable([number] * count for number, count, _ in own["prompt"]))
+    names = {number: token for number, _, token in own["prompt"]}
+    counts, expected = (
+        {f"the number of tokens of a picture of {size}": count for size, count in item["tokens_per_picture"].items()}
+        for item in (own, stored)
+    )
+    missing = [f"{name} is missing here" for name in sorted(stored["tensors"].keys() - own["tensors"].keys())]
+    return (
+        _differing_ids(ids, stored["prompt"], names)
+        + _differing_values(counts, expected)
+        + _differing_tensors(own["tensors"], stored["tensors"])
+        + missing
+    )
+
+
+def _settings(parts: PreprocessingParts, encoder: ConversationEncoder) -> dict[str, Any]:
+    """Named settings in a form that JSON gives back unchanged."""
+    tokenizer: PreTrainedTokenizerBase = parts.tokenizer
+    images = getattr(parts.processor, "image_processor", None)
+    values = {
+        "processor": type(parts.processor or tokenizer).__name__,
+        "chat_template": str(encoder.template.source).rpartition(_FLAT)[2],
+        "special_tokens": tokenizer.special_tokens_map,
+        "thinking": encoder.thinking,
+        "image_token": parts.image_token_id,
+    }
+    if images is not None:
+        values |= {"image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast")}
+        values |= {f"image.{key}": value for key, value in images.to_dict().items() if key not in _NO_SETTINGS}
+    plain: dict[str, Any] = parse_json(json.dumps(values, default=_plain))
+    return {name: _without_unset(value) for name, value in sorted(plain.items())}
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if hasattr(value, "items") else str(value)
+
+
+def _without_unset(value: Any) -> Any:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+def _tensor(value: Any) -> Tensor:
+    """A tensor of an array, of nested lists, or of a list of tensors of one shape."""
+    if isinstance(value, list) and value and isinstance(value[0], Tensor | np.ndarray):
+        return torch.stack([torch.as_tensor(item) for item in value])
+    return torch.as_tensor(value)
+
+
+def _summary(value: Tensor) -> dict[str, Any]:
+    """Shape without leading ones, which programs differ in, and values: all of a few, statistics of many."""
+    shape = list(value.shape)
+    while shape and shape[0] == 1:
+        del shape[0]
+    flat = value.detach().flatten().double().cpu()
+    if len(flat) > 2 * _STRETCHES:
+        flat = torch.cat([torch.stack([part.mean(), part.std()]) for part in flat.tensor_split(_STRETCHES)])
+    return {"shape": shape, "values": [round(number, 4) for number in flat.tolist()]}
+
+
+def _differing_tensors(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    differing = []
+    for name in sorted(own.keys() & stored.keys()):
+        (shape, values), (old_shape, old_values) = (
+            (item[name]["shape"], item[name]["values"]) for item in (own, stored)
+        )
+        if shape != old_shape or len(values) != len(old_values):
+            differing.append(f"{name} has shape {shape} here, {old_shape} in training")
+            continue
+        far = max(range(len(values)), key=lambda index: abs(values[index] - old_values[index]), default=None)
+        if far is not None and not abs(values[far] - old_values[far]) <= TOLERANCE:
+            what = ("mean", "spread")[far % 2] if len(values) == 2 * _STRETCHES else "a value"
+            differing.append(f"{name}: {what} {values[far]:.4g} here, {old_values[far]:.4g} in training")
+    return differing
+
+
+def _differing_ids(own: list[int], runs: Sequence[Sequence[Any]], names: Mapping[int, str] | None = None) -> list[str]:
+    """The first difference of a prompt's tokens; runs of one token are its number, count and text."""
+    stored = list(chain.from_iterable([number] * count for number, count, _ in runs))
+    if own == stored:
+        return []
+    first = _agreement(own, stored)
+    texts = {number: str(token) for number, _, token in runs} | dict(names or {})
+    shown = [_tokens(ids[max(0, first - 2) :], texts) for ids in (own, stored)]
+    lengths = f"{len(own)} tokens here, {len(stored)} in training"
+    return [f"the prompt ({lengths}) has from token {first} on {shown[0]} here, {shown[1]} in training"]
+
+
+def _agreement(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    return sum(takewhile(bool, map(eq, one, other)))
+
+
+def _tokens(ids: Sequence[int], texts: Mapping[int, str]) -> str:
+    """The next few different tokens, for people; of another program's tokens the texts may not be known."""
+    groups = [(number, len(list(same))) for number, same in groupby(ids)][:8]
+    words = [texts.get(number, f"[{number}]") + (f"*{count}" if count > 1 else "") for number, count in groups]
+    return repr("".join(words)) if words else "nothing"
+
+
+def _differing_values(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    keys = sorted(key for key in own.keys() & stored.keys() if own[key] != stored[key])
+    return [
+        f"{key} is {a} here, {b} in training" for key in keys for a, b in [_around(str(own[key]), str(stored[key]))]
+    ]
+
+
+def _around(one: str, other: str) -> tuple[str, str]:
+    """Two texts, long ones from shortly before their first difference on."""
+    if max(len(one), len(other)) <= _SHOWN:
+        return one, other
+    start = max(0, _agreement(one, other) - _SHOWN // 3)
+    lead = "..." if start else ""
+    return tuple(f"{lead}{text[start : start + _SHOWN]!r}" for text in (one, other))  # type: ignore[return-value]

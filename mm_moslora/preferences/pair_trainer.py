@@ -1,0 +1,222 @@
+"""TRL's DPOTrainer on a preference run: the project's batches, optimiser, trackers and checkpoints.
+
+It imports TRL, so it is imported where the run is known to need it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from mm_moslora.adapters import keep_orthonormal, load_adapter, take_adapter
+from mm_moslora.adapters.folders.kept_start import restore_start
+from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
+from mm_moslora.preferences.preference_setup import REFERENCE, PairCollator, PreferenceRun, rows_of
+from mm_moslora.tracking import Trackers
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
+from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
+from mm_moslora.training.engine.optimizers import KINDS
+from mm_moslora.training.parameter_groups import OptimizerSettings, parameter_groups
+from mm_moslora.training.snapshot import write_model
+from mm_moslora.training.supervision.stop_signals import StopRequest
+from mm_moslora.training.training_loop import lr_factor
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import DivergedError
+from mm_moslora.utils.progress_bar import Progress
+
+logger = logging.getLogger(__name__)
+
+_HELD_OUT = "eval_"
+"""Prefix of the trainer's measures on held-out pairs; here it is `validation_`, as in other runs."""
+_OF_SESSION = "train_"
+"""Prefix of the trainer's totals of a session."""
+
+
+class PairTrainer(DPOTrainer):
+    """TRL's DPOTrainer for one run; `train` continues from a checkpoint's `rank_folder`.
+
+    Args:
+        run: the run; its PEFT model gets the frozen copy `ref` of the start's adapter, which is the reference.
+        saver: writes its checkpoints.
+        tidier: deletes old ones.
+    """
+
+    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
+        self.run, self.saver, self.tidier = run, saver, tidier
+        self.saved_at = -1
+        """Step of the last checkpoint."""
+        groups, optim = parameter_groups(run.assembly.model, run.recipe.optim), run.recipe.optim
+        settings = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
+        optimizer = KINDS["adamw"].make(settings, groups, [group.parameters for group in groups], fused=False)
+        schedule = LambdaLR(optimizer, partial(lr_factor, total=run.total_steps, config=optim))
+        if run.recipe.adapter.factor_form in ("stella", "orthonormal"):
+            keep_orthonormal(run.peft_model, optimizer)
+        super().__init__(
+            model=run.peft_model,
+            args=arguments_of(run),
+            data_collator=PairCollator(run=run),
+            train_dataset=rows_of(run.pairs, held_out=False),
+            eval_dataset=None if run.held_out is None else rows_of(run.held_out, held_out=True),
+            processing_class=run.assembly.processor or run.assembly.tokenizer,
+            optimizers=(optimizer, schedule),
+        )
+        self.remove_callback(PrinterCallback)
+        _complete_reference(run.peft_model)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        """The rows as they are: the collator tokenises."""
+        return dataset
+
+    def _send_telemetry(self) -> None:
+        """Send nothing."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint of this project; all ranks take part, and rank 0 holds all of the state."""
+        run, peft_model = self.run, self.run.peft_model
+        adapter = take_adapter(peft_model, base=run.assembly.base)
+        started = run.recipe.adapter.weights is not None
+        reference = take_adapter(peft_model, adapter_name="ref", base=run.assembly.base) if started else None
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = {"optimizer.pt": self.optimizer.state_dict(), "scheduler.pt": self.lr_scheduler.state_dict()}
+        trained = {name: p for name, p in run.assembly.model.named_parameters() if p.requires_grad}
+
+        def write(folder: Path) -> None:
+            if not distributed.is_main():
+                return
+            write_model(run, folder, weights={}, adapter=adapter)
+            own = rank_folder(folder)
+            for name, content in state.items():
+                torch.save(content, own / name)
+            self.state.save_to_json(str(own / "trainer_state.json"))
+            if reference is not None:
+                reference.write(own / REFERENCE)
+
+        manifest = Manifest(
+            step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
+            base=run.assembly.base | run.trained_on, counters=dict(run.counters),
+            trainable={name: list(p.shape) for name, p in trained.items()}, files={}, data=run.pairs.fingerprint,
+            precision=run.precision,
+        )  # fmt: skip
+        self.saver.start(manifest, write, size=16 * sum(p.numel() for p in trained.values()))
+        self.saver.finish()
+        self.saved_at = run.step
+        if distributed.is_main():
+            self.tidier.start(Retention(last=run.recipe.train.keep_last, every=run.recipe.train.keep_every))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.load_factors(Path(resume_from_checkpoint).parents[1])
+
+    def load_factors(self, checkpoint: Path) -> None:
+        """Put the trained factors of a checkpoint in the place of those of the start."""
+        peft_model, folder = self.run.peft_model, checkpoint / "adapter"
+        load_adapter(peft_model, folder, trainable=True)
+        restore_frozen_factors(peft_model, folder)
+        restore_start(peft_model, folder)
+
+
+def _complete_reference(model: nn.Module) -> None:
+    """Copy frozen factors into the reference, too: they are buffers, and TRL copies parameters."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if ".default." in name:
+                model.get_buffer(name.replace(".default.", ".ref.")).copy_(buffer)
+
+
+def arguments_of(run: PreferenceRun) -> DPOConfig:
+    """The trainer's arguments for a recipe; optimiser and schedule are given to it, trackers get its logs."""
+    train, preference, total = run.recipe.train, run.recipe.preference, run.total_steps
+    vision = run.recipe.model.vision
+    return DPOConfig(
+        output_dir=str(run.folder),
+        beta=preference.beta,
+        loss_type=list(preference.loss_type),
+        loss_weights=preference.loss_weights,
+        label_smoothing=preference.label_smoothing,
+        max_steps=total,
+        per_device_train_batch_size=train.micro_batch,
+        per_device_eval_batch_size=train.micro_batch,
+        gradient_accumulation_steps=run.accumulation,
+        max_grad_norm=run.recipe.optim.max_grad_norm,
+        gradient_checkpointing=bool(train.gradient_checkpointing),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=run.precision == "bf16",
+        use_cpu=distributed.device().type != "cuda",
+        seed=train.seed,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=train.save_every or total,
+        eval_strategy="no" if run.held_out is None else "steps",
+        eval_steps=train.validate_every or total,
+        dataloader_num_workers=run.recipe.data.workers or 0,
+        remove_unused_columns=False,  # `PairCollator` reads numbers, not inputs of the model
+        max_length=None,  # the encoder bounds it
+        # A batch without pictures leaves the adapters of a tower without gradients.
+        ddp_find_unused_parameters=vision is not None and vision.mode == "adapter",
+        ddp_timeout=int(train.timeout_minutes * 60),
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class RunCallback(TrainerCallback):
+    """Counts steps, logs to the run's trackers, and stops the trainer on a signal or at a step.
+
+    Args:
+        run: the run.
+        trackers: the receivers.
+        stop: the signals.
+        stop_at: save and stop after this step.
+    """
+
+    def __init__(self, run: PreferenceRun, trackers: Trackers, stop: StopRequest, *, stop_at: int | None) -> None:
+        self.run, self.trackers, self.stop, self.stop_at = run, trackers, stop, stop_at
+        self.stopped_by = 0
+        self.progress = Progress("train", run.total_steps, initial=run.step)
+        self.last_loss = math.nan
+        self._clock = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Count the step; the ranks agree on a signal."""
+        counters, now = self.run.counters, time.monotonic()
+        counters["steps"] = float(state.global_step)
+        counters["samples"] = counters.get("samples", 0.0) + self.run.recipe.train.global_batch
+        counters["seconds"] = counters.get("seconds", 0.0) + now - self._clock
+        self._clock = now
+        (number,) = distributed.max_over_ranks([float(self.stop.received)])
+        self.stopped_by = int(number)
+        if number or state.global_step == self.stop_at:
+            control.should_training_stop = control.should_save = True
+        if control.should_training_stop:
+            control.should_log = True
+        self.progress.update(state.global_step, f"loss {self.last_loss:.4f}")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hand the trainer's measures to the trackers.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        logs: dict[str, Any] = kwargs["logs"]
+        self.last_loss = float(logs.get("loss", self.last_loss))
+        held_out = {f"validation_{name[len(_HELD_OUT) :]}": logs[name] for name in logs if name.startswith(_HELD_OUT)}
+        own = {name: value for name, value in logs.items() if not name.startswith((_HELD_OUT, _OF_SESSION))}
+        if measures := held_out or (own if "loss" in own else {}):
+            self.trackers.log({name: float(value) for name, value in measures.items()}, state.global_step)
+        if "loss" in logs and not math.isfinite(self.last_loss):
+            raise DivergedError(
+                f"The loss of step {state.global_step} is {self.last_loss}. Earlier checkpoints are untouched. Lower "
+                "optim.lr, raise preference.beta, or use fp32."
+            )

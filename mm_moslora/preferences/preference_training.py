@@ -1,0 +1,174 @@
+"""Training from preferences: load, pair, train, save. Any start continues where the last checkpoint ended."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm_moslora.adapters.adapter_inspection import inspect_model
+from mm_moslora.config import Recipe
+from mm_moslora.models.precision import run_arithmetic
+from mm_moslora.models.trainable_parts import component_table
+from mm_moslora.preferences.preference_setup import PreferenceRun, prepare
+from mm_moslora.tracking import build_trackers
+from mm_moslora.tracking.tracker import Ending
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, amend, folder_name, rank_folder
+from mm_moslora.training.checkpointing.resume_choice import find_resume
+from mm_moslora.training.checkpointing.run_checkpoints import Tidier, set_aside_newer
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, write_mixers
+from mm_moslora.training.preflight import check_recipe
+from mm_moslora.training.run_setup import trainable_table
+from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
+from mm_moslora.training.supervision.run_folder import exclusive
+from mm_moslora.training.supervision.run_state import record_run_state
+from mm_moslora.training.supervision.run_summary import only_measuring, write_summary
+from mm_moslora.training.supervision.stop_signals import StopRequest
+from mm_moslora.training.training_loop import FINISHED_AT, TrainResult
+from mm_moslora.utils import distributed, files
+from mm_moslora.utils.distributed import seed_everything
+from mm_moslora.utils.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def train_preferences(
+    recipe: Recipe, *, resume: str = "auto", stop_at: int | None = None, stop: StopRequest | None = None
+) -> TrainResult:
+    """Train a recipe with `objective: dpo`, from the start or from a checkpoint.
+
+    Args:
+        recipe: resolved.
+        resume: `auto`, `required`, `never`, or a checkpoint folder.
+        stop_at: save and return after this optimiser step, as after a signal; None: train to the end.
+        stop: handles signals from the first step on; earlier signals count, too.
+
+    Raises:
+        MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
+    """
+    if recipe.objective != "dpo":
+        raise ConfigError(f"objective is {recipe.objective}, which is no learning from preferences. Set it to dpo.")
+    distributed.join(timeout_minutes=recipe.train.timeout_minutes)
+    folder = Path(recipe.train.output)
+    agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
+    with distributed.failing_together("Checking the recipe"):
+        check_recipe(recipe, resume=resume)
+    with (
+        run_arithmetic(deterministic=recipe.train.deterministic),
+        exclusive(folder),
+        record_run_state(folder) as ending,
+    ):
+        seed_everything(recipe.train.seed)
+        found = find_resume(recipe, resume)
+        run = prepare(recipe, checkpoint=None if found is None else found[0])
+        agree_on_data(run.identity())
+        ending.begun = True
+        result = _Session(run, found, stop or StopRequest()).go(stop_at)
+        ending.finished = result.finished
+    return result
+
+
+class _Session:
+    """The state of one training session."""
+
+    def __init__(self, run: PreferenceRun, found: tuple[Path, Manifest] | None, stop: StopRequest) -> None:
+        self.run, self.stop, self.found = run, stop, found
+        self.saver, self.tidier = Saver(run.folder), Tidier(run.folder)
+        self.trackers = build_trackers(run.recipe.track)
+        self.components = [vars(row) for row in component_table(run.assembly)]  # before TRL adds the reference
+        if distributed.is_main():
+            for line in trainable_table(run.assembly):
+                logger.info("%s", line)
+            keep_start(run.assembly.model, _factors(run))
+        if found is not None:
+            self._restore(*found)
+
+    def _restore(self, folder: Path, manifest: Manifest) -> None:
+        if manifest.data != self.run.pairs.fingerprint:
+            raise CheckpointError(
+                f"The pairs differ from those of {folder}: records were added, removed, changed in length or became "
+                "unusable. Restore the data, or start another run from the checkpoint's weights (adapter.weights)."
+            )
+        self.run.counters.update(manifest.counters)
+        if distributed.is_main() and folder.resolve().parent == self.run.folder.resolve():
+            set_aside_newer(self.run.folder, self.run.step)
+
+    def go(self, stop_at: int | None) -> TrainResult:
+        """Train until the last step, `stop_at`, or a signal."""
+        with warnings.catch_warnings():
+            return self._go(stop_at)
+
+    def _go(self, stop_at: int | None) -> TrainResult:
+        from mm_moslora.preferences.pair_trainer import PairTrainer, RunCallback
+
+        run = self.run
+        if run.step >= run.total_steps and run.counters.get(FINISHED_AT) == run.step:
+            logger.info("The run is finished at step %d. Nothing is left to train.", run.step)
+            return self._result(0)
+        if distributed.is_main():
+            files.replace_text(run.folder / "config.yaml", run.recipe.to_yaml())
+        warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's uses of names that transformers renames
+        trainer = PairTrainer(run, saver=self.saver, tidier=self.tidier)
+        write_summary(run, run.total_steps, self._of_run)
+        callback = RunCallback(run, self.trackers, self.stop, stop_at=stop_at)
+        trainer.add_callback(callback)
+        ending: Ending = "failed"
+        resumed = None if self.found is None else self.found[0]
+        self.trackers.start(run.recipe.to_dict(), run.folder, resume_step=None if resumed is None else run.step)
+        try:
+            distributed.barrier()
+            with self.stop:
+                if run.step < run.total_steps:
+                    trainer.train(resume_from_checkpoint=None if resumed is None else str(rank_folder(resumed, 0)))
+                elif resumed is not None:  # it ended before it was measured
+                    trainer.load_factors(resumed)
+                if run.step >= run.total_steps:
+                    self._finish()
+                write_summary(run, run.total_steps, self._of_run)
+                self.tidier.wait()
+            ending = "stopped" if run.step < run.total_steps else "finished"
+        except KeyboardInterrupt:
+            ending = "stopped"
+            raise
+        finally:
+            self.trackers.finish(ending=ending)
+        return self._result(callback.stopped_by)
+
+    def _finish(self) -> None:
+        """Measure the adapter at the end; the last checkpoint records that this is done."""
+        run = self.run
+        run.counters[FINISHED_AT] = float(run.step)
+        if distributed.is_main():
+            with only_measuring("The adapter"):
+                reports = inspect_model(run.peft_model)
+                self.trackers.log_mixers(write_mixers(run.folder / "mixers.json", reports), run.step)
+            amend(run.folder / folder_name(run.step), run.counters)
+
+    def _result(self, stopped_by: int) -> TrainResult:
+        run = self.run
+        return TrainResult(
+            checkpoint=run.folder / folder_name(run.step), step=run.step, total_steps=run.total_steps,
+            stopped_by=stopped_by,
+        )  # fmt: skip
+
+    def _of_run(self) -> dict[str, Any]:
+        """What the run's `summary.json` has beside the parts of all runs."""
+        run, data = self.run, dict(self.run.pairs.statistics())
+        if run.held_out is not None:
+            data["validation_records"] = float(len(run.held_out.usable))
+        return {
+            "components": self.components, "tokens_per_image": run.assembly.tokens_per_image,
+            "base": run.assembly.base, "data": data,
+        }  # fmt: skip
+
+
+def _factors(run: PreferenceRun) -> dict[str, torch.Tensor]:
+    """The adapter's factors in fp32 in main memory."""
+    return {
+        name: parameter.detach().to("cpu", copy=True).float()
+        for name, parameter in run.assembly.model.named_parameters()
+        if ADAPTERS in name
+    }

@@ -1,0 +1,255 @@
+"""The optimisers of `optim.optimizer`: how each is built, what it keeps of a parameter, and the weights it is after.
+
+What a checkpoint holds is read from the state itself, so a kind says only how a state begins and which counts it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
+from mm_moslora.utils.errors import ConfigError, reason_of
+
+State = MutableMapping[str, Any]
+Groups = Sequence[ParameterGroup]
+
+
+class OptimizerKind:
+    """Torch's AdamW, and what all kinds share."""
+
+    counts: tuple[str, ...] = ("step",)
+    """Numbers beside the tensors, by their keys in `counter`."""
+    averages = False
+    """Whether the weights to use are an average, and not those that train."""
+
+    def make(
+        self, settings: OptimizerSettings, groups: Groups, parameters: Sequence[Sequence[nn.Parameter]], *, fused: bool
+    ) -> torch.optim.Optimizer:
+        """The optimiser, with one group for each of `groups`, in their order.
+
+        Args:
+            settings: the recipe's.
+            groups: their rates and decays.
+            parameters: what it steps, by group.
+            fused: one kernel reads and writes all states of many parameters; for AdamW's states on a GPU.
+        """
+        # On a CPU a fused kernel has another order of operations, and so other bits.
+        return torch.optim.AdamW(
+            _as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps, fused=fused or None
+        )
+
+    def begin(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        """Make the state of a parameter as the optimiser's first step makes it."""
+        state, fused = optimizer.state[parameter], optimizer.defaults.get("fused")
+        state["step"] = torch.zeros((), device=parameter.device if fused else None)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def counter(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> State:
+        """Where the counts of a parameter are; parameters that are counted together share it."""
+        return cast(State, optimizer.state[parameter])
+
+    def momentum(self, state: State) -> Tensor:
+        """The mean of the last gradients, or what is kept in its place: 0 where there was no gradient."""
+        return cast(Tensor, state["exp_avg"])
+
+    def average(self, parameter: Tensor, state: Mapping[str, Tensor], counter: State) -> Tensor:
+        """The value to use of a parameter that trains; for kinds that average.
+
+        Args:
+            parameter: what the optimiser steps, whole.
+            state: the tensors of its state, flat.
+            counter: see `counter`.
+        """
+        raise NotImplementedError
+
+
+class _BitsAndBytes(OptimizerKind):
+    """An AdamW of bitsandbytes: in 8 bits, or in memory that the driver moves to main memory and back."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def make(
+        self, settings: OptimizerSettings, groups: Groups, parameters: Any, *, fused: bool
+    ) -> torch.optim.Optimizer:
+        import bitsandbytes
+
+        kind = getattr(bitsandbytes.optim, self.name)
+        made: torch.optim.Optimizer = kind(_as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps)
+        return made
+
+    def begin(self, optimizer: Any, parameter: Tensor) -> None:
+        optimizer.init_state(*_position_of(optimizer, parameter))
+
+    def momentum(self, state: State) -> Tensor:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        if state["state1"].dtype != torch.uint8:  # also of parameters with fewer than 4,096 values
+            return cast(Tensor, state["state1"])
+        return dequantize_blockwise(state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=256)
+
+
+class _TorchAO(OptimizerKind):
+    """torchao's AdamW in 8 bits, which torch.compile makes one kernel of; states are tensors of a class of its own."""
+
+    def make(
+        self, settings: OptimizerSettings, groups: Groups, parameters: Any, *, fused: bool
+    ) -> torch.optim.Optimizer:
+        from torchao.optim import AdamW8bit
+
+        made: torch.optim.Optimizer = AdamW8bit(_as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps)  # type: ignore[no-untyped-call]
+        return made
+
+    def begin(self, optimizer: Any, parameter: Tensor) -> None:
+        optimizer.state[parameter].update(
+            step=torch.tensor(0.0), exp_avg=optimizer._new_buffer(parameter, True),
+            exp_avg_sq=optimizer._new_buffer(parameter, False),
+        )  # fmt: skip
+
+    def momentum(self, state: State) -> Tensor:
+        value = state["exp_avg"]
+        return cast(Tensor, value.dequantize() if hasattr(value, "dequantize") else value)
+
+
+class _MuonAndAdamW(torch.optim.Optimizer):
+    """Torch's Muon for the groups of matrices, AdamW for the others; both have the groups and the state of this one."""
+
+    def __init__(
+        self, settings: OptimizerSettings, groups: Groups, dicts: list[dict[str, Any]], *, fused: bool
+    ) -> None:
+        matrices = [made for made, group in zip(dicts, groups, strict=True) if group.matrices]
+        others = [made for made, group in zip(dicts, groups, strict=True) if not group.matrices]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            # With this factor on the rate a step has the length of AdamW's, so that its rates serve.
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, betas=settings.betas, eps=settings.eps, fused=fused or None))
+        super().__init__(dicts, {"fused": fused})
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step both."""
+        for part in self.parts:
+            part.step()
+
+
+class _Muon(OptimizerKind):
+    def make(
+        self, settings: OptimizerSettings, groups: Groups, parameters: Any, *, fused: bool
+    ) -> torch.optim.Optimizer:
+        return _MuonAndAdamW(settings, groups, _as_dicts(groups, parameters), fused=fused)
+
+    def begin(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        if "ns_steps" in _position_of(optimizer, parameter)[0]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        else:
+            super().begin(optimizer, parameter)
+
+    def momentum(self, state: State) -> Tensor:
+        return cast(Tensor, state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"])
+
+
+class _ScheduleFree(OptimizerKind):
+    """Schedule-free AdamW: gradients are taken at y, an interpolation of z, which steps, and x, the average to use.
+
+    The optimiser stays in its training mode. x is computed from y and z where it is read, since turning y into x and
+    back in place, as the package does, does not give y's bits again.
+    """
+
+    counts = ("k", "weight_sum", "lr_max")
+    averages = True
+
+    def make(
+        self, settings: OptimizerSettings, groups: Groups, parameters: Any, *, fused: bool
+    ) -> torch.optim.Optimizer:
+        from schedulefree import AdamWScheduleFree
+
+        made: Any = AdamWScheduleFree(_as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps)
+        made.train()
+        return cast(torch.optim.Optimizer, made)
+
+    def begin(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        optimizer.state[parameter].update(z=parameter.detach().clone(), exp_avg_sq=torch.zeros_like(parameter))
+
+    def counter(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> State:
+        return _position_of(optimizer, parameter)[0]
+
+    def momentum(self, state: State) -> Tensor:
+        return cast(Tensor, state["exp_avg_sq"]).sqrt()
+
+    def average(self, parameter: Tensor, state: Mapping[str, Tensor], counter: State) -> Tensor:
+        return parameter.detach().lerp(state["z"].view_as(parameter), 1 - 1 / counter["betas"][0])
+
+
+KINDS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind(),
+    "adamw_8bit": _BitsAndBytes("AdamW8bit"),
+    "paged_adamw_32bit": _BitsAndBytes("PagedAdamW32bit"),
+    "paged_adamw_8bit": _BitsAndBytes("PagedAdamW8bit"),
+    "adamw_torch_8bit": _TorchAO(),
+    "muon": _Muon(),
+    "schedule_free_adamw": _ScheduleFree(),
+}
+
+
+def set_rates(optimizer: torch.optim.Optimizer, groups: Groups, factor: float) -> None:
+    """Set every group's learning rate to its peak times a factor."""
+    for settings, group in zip(optimizer.param_groups, groups, strict=True):
+        if isinstance(settings["lr"], Tensor):  # compiled steps read it from where it is
+            settings["lr"].fill_(group.peak_lr * factor)
+        else:
+            settings["lr"] = group.peak_lr * factor
+
+
+def require_optimizer(name: str, device: torch.device) -> None:
+    """Try one step on a device.
+
+    Raises:
+        ConfigError: the optimiser's library cannot step there.
+    """
+    if name == "adamw":
+        return
+    # From 4,096 values on states have 8 bits.
+    trial = nn.Parameter(torch.ones(64, 64, device=device))
+    group = ParameterGroup(
+        name="trial", peak_lr=0.5, weight_decay=0.0, names=("trial",), parameters=(trial,), matrices=True
+    )
+    settings = OptimizerSettings(name=name, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    try:
+        optimizer = KINDS[name].make(settings, [group], [[trial]], fused=False)
+        trial.grad = torch.ones_like(trial)
+        optimizer.step()
+        if not bool((trial < 1).all()):
+            raise RuntimeError("a step left the weights as they were")
+    except Exception as error:
+        raise ConfigError(
+            f"optim.optimizer is {name}, which does not step on this machine ({device.type}; {reason_of(error)}). "
+            f"Choose another of {', '.join(OPTIMIZERS)}."
+        ) from error
+
+
+def _as_dicts(groups: Groups, parameters: Sequence[Sequence[nn.Parameter]]) -> list[dict[str, Any]]:
+    """Groups as optimisers take them. Weight decay is always passed, since its defaults differ between libraries."""
+    return [
+        {"params": list(members), "lr": group.peak_lr, "weight_decay": group.weight_decay}
+        for group, members in zip(groups, parameters, strict=True)
+    ]
+
+
+def _position_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[dict[str, Any], Tensor, int, int]:
+    """The group of a parameter, the parameter, and the numbers of both."""
+    return next(
+        (group, member, index, number)
+        for index, group in enumerate(optimizer.param_groups)
+        for number, member in enumerate(group["params"])
+        if member is parameter
+    )

@@ -1,0 +1,70 @@
+"""Preference records, recipes that learn from them, and what ranks call."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiny import COLOURS
+
+from mm_moslora.config import Recipe
+
+
+def make_pairs(folder: Path, count: int = 12, *, pictures: bool = True) -> Path:
+    """Pairs in the form of ms-swift: the colour of the picture, or one that the question names, and another colour."""
+    from PIL import Image
+
+    (folder / "images" if pictures else folder).mkdir(parents=True, exist_ok=True)
+    names, lines = list(COLOURS), []
+    for index in range(count):
+        right, wrong = names[index % 3], names[(index + 1) % 3]
+        record: dict[str, Any] = {"id": f"p{index}", "rejected_response": wrong}
+        question = f"say {right} {index}"
+        if pictures:
+            Image.new("RGB", (32 + index % 3, 32), COLOURS[right]).save(folder / "images" / f"{index}.png")
+            record["images"] = [f"{index}.png"]
+            question = f"<image>what is the color? {index}"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": right}]
+        lines.append(json.dumps(record | {"messages": turns}))
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def plain_recipe(output: Path, pairs: Path, model: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """A recipe of six steps as plain data; sections are merged."""
+    images = pairs.parent / "images"
+    source = {"path": str(pairs)} | ({"image_folder": str(images)} if images.is_dir() else {})
+    plain: dict[str, Any] = {
+        "name": output.name, "objective": "dpo", "model": model, "adapter": {"rank": 4, "alpha": 8},
+        "data": {"train": [source], "max_length": 256},
+        "optim": {"lr": 5e-3, "warmup": 0, "schedule": "constant"},
+        "train": {"output": str(output), "steps": 6, "global_batch": 4, "micro_batch": 2, "precision": "fp32"},
+        "track": {"trackers": []},
+    }  # fmt: skip
+    for name, section in sections.items():
+        plain[name] = {**plain.get(name, {}), **section} if isinstance(section, dict) else section
+    return plain
+
+
+def make_recipe(output: Path, pairs: Path, model: dict[str, Any], **sections: Any) -> Recipe:
+    """See `plain_recipe`."""
+    return Recipe.from_dict(plain_recipe(output, pairs, model, **sections))
+
+
+def logged(run: Path, name: str = "loss") -> list[float]:
+    """A measure of every step of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def train(*arguments: str) -> int:
+    """Train recipes one after the other, `RECIPE[@STOP]`, on every rank."""
+    from mm_moslora.config import load_recipe
+    from mm_moslora.preferences.preference_training import train_preferences
+
+    for argument in arguments:
+        path, _, stop_at = argument.partition("@")
+        train_preferences(load_recipe(path), stop_at=int(stop_at) if stop_at else None)
+    return 0

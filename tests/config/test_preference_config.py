@@ -1,0 +1,79 @@
+"""Settings that learning from preferences cannot follow are refused before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pairs import make_recipe
+
+from mm_moslora.config import Recipe
+from mm_moslora.config.preference_config import LOSS_TYPES
+from mm_moslora.utils.errors import ConfigError
+
+MODEL = {"vlm": "org/model"}
+ASSEMBLED = {"language": "org/model", "vision": {"name": "org/tower"}}
+
+
+def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    parts = model if model and "language" in model else {**MODEL, **(model or {})}
+    return make_recipe(Path("run"), Path("pairs.jsonl"), parts, **sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": "grpo"}, "objective"),
+        ({"objective": "sft", "preference": {"beta": 0.2}}, "preference is set, which only objective: dpo reads"),
+        ({"preference": {"beta": 0}}, "preference.beta is 0"),
+        ({"preference": {"bta": 1}}, "bta"),
+        ({"preference": {"loss_type": []}}, "preference.loss_type is empty"),
+        ({"preference": {"loss_type": ["sigmiod"]}}, "Did you mean .*sigmoid"),
+        ({"preference": {"loss_weights": [1.0, 2.0]}}, "2 numbers and preference.loss_type 1 losses"),
+        ({"preference": {"loss_weights": [-1.0]}}, "expected 0 or more"),
+        ({"preference": {"loss_weights": [0.0]}}, "one above 0"),
+        ({"preference": {"loss_type": ["exo_pair"]}}, "exo_pair needs more than 0"),
+        ({"preference": {"label_smoothing": 0.5}}, "expected 0 to below 0.5"),
+        ({"model": {"language_mode": "full"}}, "model.language_mode is full: the reference"),
+        ({"model": {"projector": {"mode": "full"}}}, "the projector trains.*model.projector.mode"),
+        ({"model": {"vision": {"mode": "full"}}}, "model.vision.mode is full"),
+        ({"model": {"kernels": "triton"}}, "model.kernels is set, which objective: dpo does not follow"),
+        ({"adapter": {"dropout": 0.1}}, "adapter.dropout is set"),
+        ({"adapter": {"rank": 4, "peft": {"type": "LORA"}}}, "adapter.peft is set"),
+        ({"data": {"pack_tokens": 512}}, "data.pack_tokens is set"),
+        ({"data": {"too_long": "truncate"}}, "data.too_long is truncate"),
+        ({"data": {"order": "llava"}}, "pairs are always drawn at random"),
+        ({"data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "weight": 2}]}}, "data.train.1.weight is set"),
+        ({"train": {"zero": "zero2"}}, "train.zero is zero2.*without DeepSpeed"),
+        ({"train": {"precision": "fp16"}}, "Choose bf16 or fp32"),
+        ({"train": {"gradient_checkpointing": 3}}, "train.gradient_checkpointing is 3"),
+        ({"train": {"compile": "inductor", "micro_tokens": 512}}, "train.micro_tokens, train.compile are set"),
+        ({"validate": {"best": "validation_loss", "patience": 2}}, "validate.best, validate.patience are set"),
+    ],
+)
+def test_what_the_objective_cannot_follow_is_named(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(**sections)
+
+
+def test_the_projector_of_an_assembled_model_is_frozen_by_hand() -> None:
+    with pytest.raises(ConfigError, match=r"the projector trains"):
+        read(ASSEMBLED)
+    frozen = {**ASSEMBLED, "projector": {"mode": "frozen", "weights": "runs/align"}}
+    assert read(frozen).model.projector.mode == "frozen"
+
+
+def test_a_recipe_survives_a_round_trip() -> None:
+    mixture = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+    recipe = read(preference=mixture, train={"gradient_checkpointing": True})
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_the_losses_are_those_of_trl() -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    from trl import DPOConfig
+
+    text = str(DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+    assert tuple(re.findall(r"`'(\w+)'`", text)) == LOSS_TYPES

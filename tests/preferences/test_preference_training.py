@@ -1,0 +1,352 @@
+"""Runs with `objective: dpo` on tiny real models: what they learn, what they save, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pairs import logged, make_recipe, plain_recipe
+from vlms import FAMILIES, make_vlm
+
+from mm_moslora.cli.cli_app import run as command
+from mm_moslora.config import Recipe
+from mm_moslora.data.preference_set import last_answer
+from mm_moslora.models.batching.padded_batch import PaddedCollator
+from mm_moslora.models.load_model import load
+from mm_moslora.preferences import preference_training
+from mm_moslora.preferences.preference_setup import PairCollator, PreferenceRun, prepare
+from mm_moslora.preferences.preference_training import train_preferences
+from mm_moslora.training.supervision.stop_signals import StopRequest
+from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError
+from mm_moslora.utils.files import read_json, sha256_of
+
+pytest.importorskip("trl", reason="trl is not installed")
+LOG_2 = math.log(2)
+
+
+def trained(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PreferenceRun:
+    """Train, and give the live run."""
+    runs = []
+
+    def remembering(*args: Any, **kwargs: Any) -> PreferenceRun:
+        runs.append(prepare(*args, **kwargs))
+        return runs[-1]
+
+    monkeypatch.setattr(preference_training, "prepare", remembering)
+    train_preferences(recipe, **options)
+    return runs[0]
+
+
+@torch.no_grad()
+def logits(model: Any, run: PreferenceRun, number: int = 0) -> torch.Tensor:
+    """Of the chosen and the rejected answer of a pair."""
+    inputs = PaddedCollator(model=run.assembly.model)(list(run.pairs.pair(number)))
+    inputs.pop("labels")
+    found: torch.Tensor = model.eval()(**inputs).logits
+    return found
+
+
+def adapter_of(checkpoint: Path) -> str:
+    return sha256_of(checkpoint / "adapter" / "moslora.safetensors")
+
+
+@pytest.fixture(params=["text", "pictures"])
+def parts(request: Any, language_folder: Path, vlm: Path, picture_pairs: Path, text_pairs: Path) -> tuple[Path, Any]:
+    """Pairs, and the model that learns from them."""
+    if request.param == "text":
+        return text_pairs, {"language": str(language_folder)}
+    return picture_pairs, {"vlm": str(vlm)}
+
+
+def test_the_first_loss_is_log_2_the_margin_grows_and_the_loader_gives_the_trained_logits(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path / "run", *parts, train={"steps": 24, "global_batch": 12, "micro_batch": 12})
+    run = trained(recipe, monkeypatch)
+    losses, margins = logged(run.folder), logged(run.folder, "rewards/margins")
+    assert losses[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert margins[0] == 0
+    assert margins[-1] > margins[12] > margins[4] > 0
+    assert margins[-1] > 0.2
+    assert losses[-1] < 0.62
+    assert logged(run.folder, "rewards/accuracies")[-1] == 1
+    live = logits(run.assembly.model, run)
+    torch.testing.assert_close(logits(load(run.folder, merge=False).model, run), live, rtol=0, atol=0)
+    torch.testing.assert_close(logits(load(run.folder).model, run), live, rtol=1e-4, atol=1e-4)
+    state = read_json(run.folder / "state.json")
+    assert state["state"] == "finished"
+    summary = read_json(run.folder / "summary.json")
+    assert summary["steps"] == 24
+    assert summary["data"]["records"] == 12
+
+
+def test_labels_are_those_of_trl_on_the_last_answer_alone(vlm: Path, picture_pairs: Path, tmp_path: Path) -> None:
+    """TRL's own collator renders the processor's template: the same ids, masks and pixels."""
+    from transformers import AutoProcessor
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    run = prepare(make_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)}))
+    ours = PairCollator(run=run)([{"pair": number, "held_out": 0} for number in (0, 1)])
+    rows = []
+    for number in (0, 1):
+        record = run.pairs._pair(number)
+        turns = {side: getattr(record, side).turns[-1].text for side in ("chosen", "rejected")}
+        asked = record.chosen.turns[0].parts()[-1].lstrip("\n")
+        content = [{"type": "image"}, {"type": "text", "text": asked}]
+        rows.append(
+            {"images": [record.chosen.images[0].rgb()], "prompt": [{"role": "user", "content": content}]}
+            | {side: [{"role": "assistant", "content": text}] for side, text in turns.items()}
+        )
+    theirs = DataCollatorForVisionPreference(AutoProcessor.from_pretrained(vlm))(rows)
+    # TRL's completion holds the line break after the end of turn, too, which nobody generates.
+    width = ours["input_ids"].shape[1]
+    kept = theirs["attention_mask"][:, :width].bool() & ours["attention_mask"].bool()
+    assert torch.equal(ours["input_ids"][kept], theirs["input_ids"][:, :width][kept])
+    extra = theirs["completion_mask"][:, :width] - ours["completion_mask"]
+    assert int(extra.abs().sum(1).max()) <= 1
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+
+
+def test_the_mixture_of_mpo_is_the_weighted_sum_of_its_losses(
+    vlm: Path, picture_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.5}
+    whole = {"steps": 1, "global_batch": 12, "micro_batch": 12}
+    recipe = make_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)}, preference=mixture, train=whole)
+    run = trained(recipe, monkeypatch)
+    batch = PairCollator(run=prepare(recipe))([{"pair": number, "held_out": 0} for number in range(12)])
+    mask = batch.pop("completion_mask")
+    with torch.no_grad(), run.peft_model.disable_adapter():
+        found = run.assembly.model.eval()(**batch).logits.log_softmax(-1)
+    words = found[:12, :-1].gather(-1, batch["input_ids"][:12, 1:, None])[..., 0][mask[:12, 1:].bool()]
+    assert logged(run.folder)[0] == pytest.approx((0.8 + 2 * 0.2) * LOG_2 - float(words.mean()), abs=1e-5)
+
+
+def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: Path) -> None:
+    straight = train_preferences(make_recipe(tmp_path / "straight", *parts))
+    recipe = make_recipe(tmp_path / "resumed", *parts, train={"save_every": 2})
+    first = train_preferences(recipe, stop_at=3)
+    assert (first.step, first.finished) == (3, False)
+    second = train_preferences(recipe, resume="required")
+    assert (second.step, second.finished) == (6, True)
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
+    assert adapter_of(second.checkpoint) == adapter_of(straight.checkpoint)
+    again = train_preferences(recipe)
+    assert again.checkpoint == second.checkpoint
+    assert [path.name for path in sorted((tmp_path / "resumed").glob("checkpoint-*"))] == [
+        "checkpoint-000004", "checkpoint-000006",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "adapter", [{}, {"mixer_trainable": False}, {"factor_form": "svd"}, {"factor_form": "stella"}, {"use_dora": True}]
+)
+def test_the_reference_is_the_adapter_that_a_run_starts_from(
+    adapter: dict[str, Any], language_folder: Path, text_pairs: Path, tmp_path: Path
+) -> None:
+    """Also of a resumed run whose start has gone, and with frozen mixers and factors."""
+    model, options = {"language": str(language_folder)}, {"rank": 4, "alpha": 8, **adapter}
+    before = train_preferences(make_recipe(tmp_path / "before", text_pairs, model, adapter=options))
+    options["weights"] = str(tmp_path / "before")
+    straight = make_recipe(tmp_path / "straight", text_pairs, model, adapter=options)
+    train_preferences(straight)
+    assert logged(tmp_path / "straight")[0] == pytest.approx(LOG_2, abs=1e-6)
+    recipe = make_recipe(tmp_path / "run", text_pairs, model, adapter=options)
+    train_preferences(recipe, stop_at=2)
+    shutil.rmtree(before.checkpoint.parent)
+    train_preferences(recipe)
+    assert logged(tmp_path / "run") == logged(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"qwen2_5_vl"}))
+def test_every_family_of_ready_made_models_learns(family: str, picture_pairs: Path, tmp_path: Path) -> None:
+    model = {"vlm": str(make_vlm(tmp_path / family, family)), "vision": {"mode": "adapter"}}
+    whole = {"steps": 12, "global_batch": 12, "micro_batch": 6}
+    train_preferences(make_recipe(tmp_path / "run", picture_pairs, model, train=whole))
+    losses = logged(tmp_path / "run")
+    assert losses[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert losses[-1] < LOG_2 - 0.01
+
+
+def test_an_assembled_model_learns_after_its_tuning(recipe: Recipe, picture_pairs: Path, tmp_path: Path) -> None:
+    from mm_moslora.training.training_loop import train
+
+    train(recipe)
+    tuned, parts = recipe.train.output, recipe.model
+    assert parts.vision is not None
+    model = {
+        "language": parts.language, "vision": {"name": parts.vision.name},
+        "projector": {"weights": tuned, "mode": "frozen"},
+    }  # fmt: skip
+    pairs = make_recipe(tmp_path / "dpo", picture_pairs, model, adapter={"weights": tuned})
+    result = train_preferences(pairs)
+    assert logged(tmp_path / "dpo")[0] == pytest.approx(LOG_2, abs=1e-6)
+    projector = "projector.safetensors"
+    tuned_projector = next(Path(tuned).glob(f"checkpoint-*6/{projector}"))
+    assert sha256_of(result.checkpoint / projector) == sha256_of(tuned_projector)
+    assert load(tmp_path / "dpo").image_processing is not None
+
+
+def test_held_out_pairs_are_measured(text_pairs: Path, language_folder: Path, tmp_path: Path) -> None:
+    source = {"path": str(text_pairs), "hold_out": 4}
+    recipe = make_recipe(
+        tmp_path / "run", text_pairs, {"language": str(language_folder)}, data={"train": [source]},
+        train={"validate_every": 4},
+    )  # fmt: skip
+    train_preferences(recipe)
+    assert len(logged(tmp_path / "run", "validation_loss")) == 2
+    assert len(logged(tmp_path / "run", "validation_rewards/margins")) == 2
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert (summary["data"]["records"], summary["data"]["validation_records"]) == (8, 4)
+
+
+def test_half_precision_and_recomputed_layers_train_the_adapter_in_fp32(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"precision": "bf16", "gradient_checkpointing": True, "steps": 3}
+    run = trained(make_recipe(tmp_path / "run", *parts, train=changes), monkeypatch)
+    assert logged(run.folder)[0] == pytest.approx(LOG_2, abs=1e-6)
+    dtypes = {p.requires_grad: p.dtype for name, p in run.assembly.model.named_parameters() if ".ref." not in name}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_an_end_that_was_not_measured_is_measured_by_the_next_start(
+    text_pairs: Path, language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)})
+    with monkeypatch.context() as patch:
+        patch.setattr(preference_training._Session, "_finish", lambda _: None)
+        train_preferences(recipe)
+    mixers = tmp_path / "run" / "mixers.json"
+    assert not mixers.exists()
+    assert train_preferences(recipe).finished
+    assert any(row["norm_update"] > 0 for row in read_json(mixers, list))
+    digest = sha256_of(mixers)
+    train_preferences(recipe)
+    assert sha256_of(mixers) == digest
+
+
+def test_each_loop_refuses_the_other_objective(recipe: Recipe, text_pairs: Path, language_folder: Path) -> None:
+    from mm_moslora.training.training_loop import train
+
+    with pytest.raises(ConfigError, match="objective is sft"):
+        train_preferences(recipe)
+    with pytest.raises(ConfigError, match="takes recipes with objective: sft"):
+        train(make_recipe(Path("run"), text_pairs, {"language": str(language_folder)}))
+
+
+def test_data_check_counts_what_is_no_pair(
+    text_pairs: Path, language_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    equal = text_pairs.read_text().splitlines()[0].replace('"rejected_response": "green"', '"rejected_response": "red"')
+    file, recipe = tmp_path / "some.jsonl", tmp_path / "pairs.yaml"
+    file.write_text(f"{equal}\n{text_pairs.read_text()}")
+    recipe.write_text(yaml.safe_dump(plain_recipe(tmp_path / "run", file, {"language": str(language_folder)})))
+    assert command(["data", "check", str(recipe), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["train"]["bad"] == {"EQUAL_ANSWERS": 1}
+    recipe.write_text(yaml.safe_dump(plain_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)})))
+    assert command(["data", "check", str(recipe)]) == 0
+    assert command(["data", "view", str(recipe)]) == 0
+    assert command(["plan", str(recipe), "--gpus", "1xA100-80G"]) == 1
+    assert "`plan` takes recipes with objective: sft" in capsys.readouterr().err
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(text_pairs: Path, language_folder: Path, tmp_path: Path) -> None:
+    recipe, stop = make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)}), StopRequest()
+    stop.received = signal.SIGTERM
+    result = train_preferences(recipe, stop=stop)
+    assert (result.stopped_by, result.step, result.finished) == (signal.SIGTERM, 1, False)
+    assert (result.checkpoint / "manifest.json").is_file()
+    assert train_preferences(recipe).finished
+
+
+def test_the_command_line_trains_exports_and_continues(
+    vlm: Path, picture_pairs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    file = tmp_path / "pairs.yaml"
+    file.write_text(yaml.safe_dump(plain_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)})))
+    assert command(["train", str(file), "--stop-at", "2"]) == 0
+    assert command(["train", str(file)]) == 0
+    assert "checkpoint-000006 (step 6 of 6)" in capsys.readouterr().out
+    assert command(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    assert load(tmp_path / "model").processor is not None
+    assert command(["adapters", "inspect", str(tmp_path / "run")]) == 0
+
+
+def test_another_objective_is_another_run(text_pairs: Path, language_folder: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)})
+    train_preferences(recipe)
+    with pytest.raises(CheckpointError, match=r"preference.beta: 0.1 -> 0.2"):
+        train_preferences(
+            make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)}, preference={"beta": 0.2})
+        )
+
+
+def test_records_without_pairs_are_counted_and_named(language_folder: Path, text_pairs: Path, tmp_path: Path) -> None:
+    lines = text_pairs.read_text().splitlines()
+    equal = lines[0].replace('"rejected_response": "green"', '"rejected_response": " red "')
+    plain = lines[1].replace('"rejected_response": "blue", ', "")
+    file = tmp_path / "some.jsonl"
+    file.write_text("\n".join([equal, plain, *lines]) + "\n")
+    recipe = make_recipe(tmp_path / "run", file, {"language": str(language_folder)}, data={"max_bad_share": 0.2})
+    train_preferences(recipe)
+    bad = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    assert ["EQUAL_ANSWERS" in bad[0], "NO_PAIR" in bad[1], len(bad)] == [True, True, 2]
+    strict = make_recipe(tmp_path / "strict", file, {"language": str(language_folder)})
+    with pytest.raises(DataError, match=r"2 of 14 records .* EQUAL_ANSWERS 1, NO_PAIR 1"):
+        train_preferences(strict)
+
+
+def test_pairs_that_do_not_fit_are_left_out_or_named(language_folder: Path, text_pairs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.jsonl"
+    long = text_pairs.read_text().splitlines()[0].replace("say", "say " * 300)
+    file.write_text(f"{long}\n{text_pairs.read_text()}")
+    model = {"language": str(language_folder)}
+    with pytest.raises(DataError, match="TOO_LONG 1"):
+        train_preferences(make_recipe(tmp_path / "a", file, model, train={"steps": 1}))
+    train_preferences(make_recipe(tmp_path / "b", file, model, train={"steps": 1}, data={"too_long": "drop"}))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(language_folder: Path, text_pairs: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path / "run", text_pairs, {"language": str(language_folder)}, optim={"lr": 1e30, "max_grad_norm": 0.0}
+    )
+    with pytest.raises(DivergedError, match=r"loss of step \d is"):
+        train_preferences(recipe)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(
+    language_folder: Path, text_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mm_moslora.preferences import preference_setup
+
+    monkeypatch.setattr(preference_setup.distributed, "world_size", lambda: 3)
+    with pytest.raises(ConfigError, match=r"multiple of train.micro_batch times the number of ranks \(2 x 3\)"):
+        prepare(make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)}))
+
+
+def test_a_picture_that_is_damaged_inside_is_replaced(vlm: Path, picture_pairs: Path, tmp_path: Path) -> None:
+    shutil.copytree(picture_pairs.parent, tmp_path / "data")
+    picture = tmp_path / "data" / "images" / "0.png"
+    picture.write_bytes(picture.read_bytes()[:45])
+    pairs = tmp_path / "data" / "pairs.jsonl"
+    recipe = make_recipe(tmp_path / "run", pairs, {"vlm": str(vlm)}, data={"max_bad_share": 0.1})
+    run = prepare(recipe)
+    assert len(run.pairs.usable) == 12
+    assert [example.id for example in run.pairs.pair(0)] == ["p1", "p1"]
+    assert run.pairs.quarantine.codes == {"IMAGE_DAMAGED": 1}
+
+
+def test_the_last_answer_is_the_last_run_of_supervised_tokens() -> None:
+    flags = torch.tensor([0, 0, 1, 1, 0, 1, 1, 0]).bool()
+    assert last_answer(flags).tolist() == [False] * 5 + [True, True, False]
+    assert last_answer(flags[:4]).tolist() == [False, False, True, True]

@@ -1,0 +1,267 @@
+"""Every optimiser of `optim.optimizer` on a tiny model: it learns, resumes bit for bit, and is refused where it must be
+refused."""
+
+from __future__ import annotations
+
+import json
+import typing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trials import full, hexed, losses, make_recipe, with_optimizer, with_train
+
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora
+from mm_moslora.cli import run as command
+from mm_moslora.config import AdapterConfig, OptimConfig, Recipe, SourceConfig
+from mm_moslora.config.needed_packages import refuse_lacking
+from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
+from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
+from mm_moslora.training.engine import TrainingEngine
+from mm_moslora.training.engine.optimizers import KINDS, require_optimizer
+from mm_moslora.training.parameter_groups import parameter_groups
+from mm_moslora.training.preflight import check_settings
+from mm_moslora.training.snapshot import OPTIMIZER, OPTIMIZER_DETAILS
+from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.package_requirements import is_installed
+
+NAMES = typing.get_args(OptimizerName)
+PRESET = "llava15_7b_moslora"
+
+
+def chosen(recipe: Recipe, name: str, **train_keys: Any) -> Recipe:
+    """The recipe with an optimiser, and a language model that trains whole: states in 8 bits begin at 4,096 values."""
+    return with_train(with_optimizer(full(recipe), name), **train_keys)
+
+
+def with_held_out(recipe: Recipe) -> Recipe:
+    source = recipe.data.train[0]
+    held_out = SourceConfig(path=source.path, image_folder=source.image_folder)
+    return replace(recipe, data=replace(recipe.data, validation=[held_out]))
+
+
+def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(rank_folder(checkpoint, 0) / OPTIMIZER)
+
+
+def test_the_names_are_those_of_the_tables():
+    assert tuple(OPTIMIZERS) == tuple(KINDS) == NAMES
+    assert OptimConfig().optimizer == "adamw"
+    with pytest.raises(ConfigError, match="Did you mean 'muon'"):
+        OptimConfig(optimizer="mwon")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_and_a_stopped_run_continues_bit_for_bit(name, recipe, tmp_path):
+    """With a rehearsal, held-out records measured at every step, and checkpoints between."""
+    straight = chosen(recipe, name, output=str(tmp_path / "straight"), steps=6)
+    train(straight)
+    values = losses(tmp_path / "straight")
+    assert values[-1] < values[0]
+    measured = with_train(with_held_out(straight), output=str(tmp_path / "run"), validate_every=1, save_every=1)
+    assert not train(measured, stop_at=3).finished
+    assert train(measured).finished
+    assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
+    for file in ("language.safetensors", "projector.safetensors"):
+        ours, theirs = (load_file(tmp_path / run / "checkpoint-000006" / file) for run in ("run", "straight"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (state_of(tmp_path / run / "checkpoint-000006") for run in ("run", "straight"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_has_the_bytes_that_plans_count(name, recipe, tmp_path):
+    train(chosen(recipe, name, steps=1, rehearsal=False))
+    state = state_of(tmp_path / "run" / "checkpoint-000001")
+    masters = {key.partition(".")[2]: value for key, value in state.items() if key.startswith("master.")}
+    large = {key for key, value in masters.items() if value.numel() >= 4096 and value.numel() % 256 == 0}
+    large -= {key for key in large if name == "muon" and f"momentum_buffer.{key}" not in state}  # the vocabulary's
+    values = sum(masters[key].numel() for key in large)
+    held = sum(value.nbytes for key, value in state.items() if key.partition(".")[2] in large) - 4 * values
+    assert values
+    assert held == pytest.approx(OPTIMIZERS[name].state_bytes * values, rel=1e-6)
+
+
+def test_muon_takes_matrices_and_leaves_the_vocabulary_to_adamw(recipe, tmp_path):
+    train(chosen(recipe, "muon", steps=1, rehearsal=False))
+    kinds: dict[str, set[str]] = {}
+    for key in state_of(tmp_path / "run" / "checkpoint-000001"):
+        kind, _, parameter = key.split(".", 2)
+        kinds.setdefault(parameter, set()).add(kind)
+    matrices = {name for name, held in kinds.items() if held == {"master", "momentum_buffer"}}
+    others = {name for name, held in kinds.items() if held == {"master", "exp_avg", "exp_avg_sq"}}
+    assert matrices | others == kinds.keys()
+    assert any(name.endswith("q_proj.weight") for name in matrices)
+    assert any("norm" in name for name in others)
+    assert {name for name in others if "embed_tokens" in name or "lm_head" in name}
+    assert not {name for name in matrices if "embed_tokens" in name or "lm_head" in name}
+    assert set(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])) >= {
+        "lr/language", "lr/language/adamw",
+    }  # fmt: skip
+
+
+def test_muon_leaves_adapters_of_tables_and_heads_to_adamw(language_folder):
+    model = AutoModelForCausalLM.from_pretrained(language_folder)
+    targets = ["embed_tokens", "q_proj", "lm_head"]
+    adapted = add_moslora(model, MoSLoRAConfig(r=4, lora_alpha=8, target_modules=targets)).get_base_model()
+    groups = parameter_groups(adapted, OptimConfig(optimizer="muon"))
+    names = {matrices: [n for g in groups if g.matrices == matrices for n in g.names] for matrices in (True, False)}
+    assert names[True]
+    assert all("q_proj" in name for name in names[True])
+    assert {part for part in targets if any(part in name for name in names[False])} == {"embed_tokens", "lm_head"}
+
+
+def test_muon_steps_as_torchs_two_optimisers_do():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    other = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    other.load_state_dict(model.state_dict())
+    from mm_moslora.training.parameter_groups import OptimizerSettings
+
+    groups = parameter_groups(model, OptimConfig(optimizer="muon", lr=1e-2, weight_decay=0.1))
+    settings = OptimizerSettings(name="muon", betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
+    ours = KINDS["muon"].make(settings, groups, [group.parameters for group in groups], fused=False)
+    muon = torch.optim.Muon(
+        [other[1].weight, other[2].weight], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [other[0].weight], "weight_decay": 0.1},
+            {"params": [other[1].bias, other[2].bias], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+    )
+    for step in range(3):
+        tokens = torch.arange(8).roll(step)
+        for net, optimizers in ((model, (ours,)), (other, (muon, adamw))):
+            net.zero_grad()
+            net(tokens).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_schedule_free_saves_and_measures_the_average(recipe, tmp_path, monkeypatch):
+    """As the package's own `eval()` gives it; what trains is saved beside it."""
+    measured = []
+    plain = TrainingEngine.evaluate
+
+    def evaluate(engine, batches):
+        average = engine.trainable_state()
+        live = {name: p.detach() for name, p in engine.module.model.named_parameters() if name in average}
+        measured.append(all(torch.equal(live[name], average[name]) for name in average))
+        return plain(engine, batches)
+
+    monkeypatch.setattr(TrainingEngine, "evaluate", evaluate)
+    run = chosen(recipe, "schedule_free_adamw", steps=4, validate_every=2, rehearsal=False)
+    train(with_held_out(run))
+    assert measured
+    assert all(measured)
+    folder = tmp_path / "run" / "checkpoint-000004"
+    state, moved = state_of(folder), 0
+    for name, value in load_file(folder / "language.safetensors").items():
+        training, z = state[f"master.0.model.{name}"], state[f"z.0.model.{name}"]
+        assert torch.equal(value.flatten(), training.lerp(z, 1 - 1 / 0.9))
+        moved += not torch.equal(value.flatten(), training)
+    assert moved
+    counts = json.loads((rank_folder(folder, 0) / OPTIMIZER_DETAILS).read_text())["counts"]
+    assert {tuple(sorted(numbers)) for numbers in counts.values()} == {("k", "lr_max", "weight_sum")}
+    assert {numbers["k"] for numbers in counts.values()} == {4.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        *((f"optim.optimizer={name} optim.schedule=constant train.zero={zero}", f"optim.optimizer is {name}, and "
+           f"train.zero {zero} is a ZeRO-") for name in NAMES[1:] for zero in ("zero1", "zero2_offload", "zero3")),
+        ("optim.optimizer=muon adapter.factor_form=stella", "cannot keep the factors of adapter.factor_form stella"),
+        ("optim.optimizer=schedule_free_adamw optim.schedule=constant adapter.factor_form=orthonormal",
+         "the average of orthonormal matrices is not orthonormal"),
+        ("optim.optimizer=schedule_free_adamw", "Set optim.schedule to constant"),
+        ("optim.optimizer=schedule_free_adamw optim.schedule=constant optim.betas=[0,0.9]", "above 0"),
+        ("optim.optimizer=adamw_8bitt", "Did you mean 'adamw_8bit'"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["config", "doctor"])
+def test_it_is_refused_by_name_before_anything_is_loaded(verb, overrides, message, capsys, monkeypatch):
+    monkeypatch.setattr("mm_moslora.planning.doctor.diagnose", lambda *_: [])
+    assert command([verb, PRESET, *overrides.split()]) == 1
+    said = capsys.readouterr()
+    assert message.split()[0] in " ".join((said.out + said.err).split())
+    if verb == "config":
+        assert message in " ".join((said.out + said.err).split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_auto_chooses_a_stage_that_it_has(name, recipe):
+    auto = with_train(replace(recipe, optim=OptimConfig(optimizer=name, schedule="constant")), zero="auto")
+    for world in (1, 4):
+        on_ranks = auto.for_ranks(world)
+        assert (on_ranks.train.zero == "zero0") == (name != "adamw")
+        check_settings(on_ranks)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if OPTIMIZERS[name].package])
+def test_a_missing_package_is_named_with_its_command(name, recipe, monkeypatch):
+    lacking = OPTIMIZERS[name].module
+    monkeypatch.setattr(
+        "mm_moslora.config.needed_packages.is_installed", lambda module: module != lacking and is_installed(module)
+    )
+    optim = OptimConfig(optimizer=name, schedule="constant")
+    with pytest.raises(ConfigError, match=rf"optim\.optimizer {name} needs {OPTIMIZERS[name].package}.*pip install"):
+        refuse_lacking(replace(recipe, optim=optim))
+
+
+def test_an_optimiser_that_cannot_step_here_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(torch.optim.Muon, "step", lambda self: 1 / 0)
+    with pytest.raises(ConfigError, match=r"optim\.optimizer is muon, which does not step .*division by zero"):
+        require_optimizer("muon", torch.device("cpu"))
+    monkeypatch.setattr(torch.optim.Muon, "step", lambda self: None)
+    with pytest.raises(ConfigError, match="a step left the weights as they were"):
+        require_optimizer("muon", torch.device("cpu"))
+
+
+def test_another_optimiser_is_another_run(recipe):
+    train(with_train(recipe, steps=1, rehearsal=False))
+    with pytest.raises(CheckpointError, match=r"optim\.optimizer: 'adamw' -> 'muon'"):
+        train(with_train(replace(recipe, optim=replace(recipe.optim, optimizer="muon")), steps=1))
+
+
+def test_8_bits_keep_factors_orthonormal(recipe, tmp_path):
+    adapter = AdapterConfig(rank=4, alpha=8, factor_form="stella")
+    train(with_train(with_optimizer(replace(recipe, adapter=adapter), "adamw_8bit"), steps=3))
+    for name, value in load_file(tmp_path / "run" / "checkpoint-000003" / "adapter" / "moslora.safetensors").items():
+        if "lora_A" in name:
+            torch.testing.assert_close(value @ value.T, torch.eye(len(value)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["adamw_8bit", "muon", "schedule_free_adamw"])
+def test_stage_0_resumes_bit_for_bit_and_plain_torch_reads_its_state(
+    name, precision, language_folder, vision_folder, records, tmp_path
+):
+    parts = {"language": language_folder, "vision": vision_folder, "records": records}
+    recipe = chosen(make_recipe(parts, tmp_path / "straight", "zero0", rehearsal=True), name, precision=precision)
+    train(recipe)
+    values = losses(tmp_path / "straight")
+    run = with_train(recipe, output=str(tmp_path / "run"))
+    train(run, stop_at=2)
+    assert train(run).finished
+    assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
+    assert values[-1] < values[0]
+    if precision == "fp32":
+        plain = with_train(recipe, output=str(tmp_path / "plain"), zero="none")
+        train(plain)
+        assert losses(tmp_path / "plain") == pytest.approx(values, rel=2e-3)
+        other = with_train(recipe, output=str(tmp_path / "other"))
+        train(other, stop_at=2)
+        assert train(with_train(other, zero="none")).finished
+        assert losses(tmp_path / "other") == pytest.approx(values, rel=2e-3)
