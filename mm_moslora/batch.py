@@ -62,6 +62,8 @@ class Example:
     """int64 ``[T]``; every image placeholder is already expanded to one token per visual token."""
     supervised: Tensor
     """bool ``[T]``; True for the tokens of an answer and its end-of-turn token."""
+    weights: Tensor | None = None
+    """fp32 ``[T]``; weights of the tokens in the loss, above 0 where supervised; None: these weigh 1."""
     pictures: Sequence[ProcessedImage] = ()
     """In the order of their placeholders."""
 
@@ -77,7 +79,16 @@ class Example:
 
     @property
     def labels(self) -> Tensor:
-        """The ids of supervised tokens, `IGNORED` elsewhere and for the first token, which no position predicts."""
+        """The ids of supervised tokens, `IGNORED` elsewhere and for the first token, which no position predicts.
+
+        Raises:
+            DataError: the tokens have weights, which a loss from labels would not use.
+        """
+        if self.weights is not None:
+            raise DataError(
+                f"Record {self.id} weighs its answers by other numbers than 0 and 1, which labels cannot hold. Train "
+                "with `mm-moslora train`, or write loss: false or no weight into its turns."
+            )
         labels = self.input_ids.masked_fill(~self.supervised, IGNORED)
         labels[0] = IGNORED
         return labels
@@ -128,6 +139,8 @@ class Batch:
     """int64 ``[K]``; positions before a supervised token. Only these reach the language-model head."""
     targets: Tensor
     """int64 ``[K]``; the supervised next tokens."""
+    weights: Tensor | None = None
+    """fp32 ``[K]``; weights of the targets in the loss. None: all weigh 1."""
     pixel_values: Tensor | None = None
     """float32 ``[N, 3, H, W]`` of all images in the order of their placeholders; None for text only. The shapes of
     ready-made models differ, with images, tiles or patches first."""
@@ -152,7 +165,8 @@ class Batch:
             examples: at least one; their order is kept.
         """
         assert examples, "a batch needs at least one example"
-        position_ids, positions, targets = [], [], []
+        position_ids, positions, targets, weights = [], [], [], []
+        weighed = any(example.weights is not None for example in examples)
         offset = 0
         for example in examples:
             position_ids.append(torch.arange(example.length))
@@ -160,6 +174,9 @@ class Batch:
             supervised = example.supervised[1:].nonzero().flatten()
             positions.append(supervised + offset)
             targets.append(example.input_ids[1:][supervised])
+            if weighed:
+                own = example.supervised.float() if example.weights is None else example.weights
+                weights.append(own[1:][supervised])
             offset += example.length
         pictures = [picture for example in examples for picture in example.pictures]
         tensors = join_images([picture.tensors for picture in pictures])
@@ -170,6 +187,7 @@ class Batch:
             segment_lengths=tuple(example.length for example in examples),
             target_positions=torch.cat(positions),
             targets=torch.cat(targets),
+            weights=torch.cat(weights) if weighed else None,
             pixel_values=tensors.pop("pixel_values", None),
             image_inputs=tensors,
             images=len(pictures),
@@ -192,6 +210,12 @@ class Batch:
         return int(self.targets.shape[0])
 
     @property
+    def loss_weight(self) -> float:
+        """Sum of the weights of the supervised tokens; their number where all weigh 1."""
+        weights = self.on_host.weights
+        return float(self.supervised_tokens if weights is None else weights.sum(dtype=torch.float64))
+
+    @property
     def on_host(self) -> Batch:
         """The same batch in main memory, where reading values does not wait for an accelerator."""
         return self.host or self
@@ -209,8 +233,8 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        names = ("input_ids", "position_ids", "target_positions", "targets")
-        pixels = None if self.pixel_values is None else change(self.pixel_values)
+        names = ("input_ids", "position_ids", "target_positions", "targets", "weights", "pixel_values")
         inputs = {name: change(value) for name, value in self.image_inputs.items()}
-        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
-        return replace(self, pixel_values=pixels, image_inputs=inputs, **changed)
+        tensors = {name: getattr(self, name) for name in names}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, image_inputs=inputs, **changed)

@@ -83,6 +83,9 @@ class DataConfig:
     record with pictures is never cut, nor one that would keep no supervised token; truncate refuses these."""
     train_on: Literal["answers", "all"] = "answers"
     """Tokens that the loss is on: answers and their ends of turn, or the whole text (with model.language alone)."""
+    supervise: Literal["all", "last"] = "all"
+    """Answers that are learned, with the weights that a record gives them: all, or the last of each record; the others
+    are context."""
     order: Literal["grouped", "llava", "random", "sequential"] = "grouped"
     """grouped: steps of one modality and similar lengths, so that ranks finish together. llava: the same records per
     step as LLaVA's own grouping. random. sequential: the order of the files."""
@@ -125,6 +128,11 @@ class DataConfig:
         require(
             self.pack_tokens == 0 or self.pack_tokens >= self.max_length,
             f"data.pack_tokens is {self.pack_tokens}, expected 0 or at least data.max_length ({self.max_length}).",
+        )
+        require(
+            self.train_on == "answers" or self.supervise == "all",
+            f"data.train_on is {self.train_on!r} and data.supervise {self.supervise!r}: the whole text and the last "
+            "answer alone exclude each other. Leave one of them out.",
         )
         require(
             self.epoch_records is None or (self.mixing == "parts" and self.epoch_records >= 1),

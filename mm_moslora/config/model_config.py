@@ -9,7 +9,7 @@ from mm_moslora.config.value_checks import at_least, require
 from mm_moslora.utils.errors import ConfigError, ModelError
 
 Mode = Literal["frozen", "adapter", "last_n", "full"]
-Thinking = Literal["auto", "always", "never"]
+Thinking = Literal["auto", "always", "never", "mask"]
 MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
 ModuleMixerInit = Literal[MixerInit, "none"]
 
@@ -129,7 +129,8 @@ class ModelConfig:
     """Handling of `<think>...</think>` at the start of an answer, for chat templates that support it. auto: always,
     where most records end with an answer that thinks; else thinking is learned, and all other answers and prompts get
     the template's empty block. always: prompts do not contain the block, so that the model writes it when it answers.
-    never: thinking is removed from the records."""
+    mask: as always, and the block is not learned: the answer is, behind it. never: thinking is removed from the
+    records."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
     quantisation: Literal["none", "nf4", "int8"] = "none"

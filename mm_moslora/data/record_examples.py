@@ -95,6 +95,7 @@ class RecordExamples:
             id=record.id,
             input_ids=encoded.input_ids,
             supervised=encoded.supervised,
+            weights=encoded.weights,
             pictures=pictures[: encoded.images],
         )
 
@@ -128,7 +129,7 @@ def encode_record(
     Args:
         record: to be tokenised.
         encoder: of the model.
-        config: `max_length`, `too_long` and `train_on`.
+        config: `max_length`, `too_long`, `train_on` and `supervise`.
         vision: whether the model has a vision encoder.
         pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
 
@@ -142,7 +143,7 @@ def encode_record(
         )
     try:
         return encoder.encode(
-            record.turns,
+            record.learned(config.supervise),
             max_length=config.max_length,
             pictures=pictures,
             truncate=config.too_long == "truncate",

@@ -2,8 +2,9 @@
 
 A cache is named by a hash of its inputs: the source's content, tokenizer, template, length limit. The first process
 builds it while the others wait; it appears complete or not at all. Shards may tokenise a stretch each; once all are
-there, the cache is built of them. An image is stored as one id, however many tokens it expands to. Checksums find
-damage: a record is then tokenised again, and a cache with a damaged table is built again.
+there, the cache is built of them. An image is stored as one id, however many tokens it expands to. Weights are stored
+for records with other ones than 0 and 1. Checksums find damage: a record is then tokenised again, and a cache with a
+damaged table is built again.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,13 +36,19 @@ from mm_moslora.utils.untrusted_data import read_value
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Version of the format, part of a cache's name."""
+VERSION = 2
+"""Version of the format and of the keys that are read in records, part of a cache's name. Caches of version 1 hold
+faults of records with weights, and are not read."""
 _ROWS = 512
 """Records that a process tokenises at a time."""
 _LAST, _SUMS = "faults.json", "sums.json"
 _SUMMED = ("table.npy", _LAST)
-"""Files that are read as a whole; `_SUMS` holds their sha256, which caches of earlier versions lack."""
+"""Files that are read as a whole; `_SUMS` holds their sha256."""
+_STREAMS: dict[str, tuple[type[np.generic], int]] = {
+    "ids": (np.int32, 0), "supervised": (np.bool_, 0), "weights": (np.float32, 6)
+}  # fmt: skip
+"""What `NAME.bin` holds of all records, one after the other -> its type, and the column of the table with its count."""
+_COLUMNS = 7
 
 Encode = Callable[[Record], Encoded]
 
@@ -67,9 +74,10 @@ class _TokenisedRecords:
 
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
+    weights: NDArray[np.float32]
     table: NDArray[np.int32]
-    """One row per record: stored ids, expanded length, images, images named, turns dropped, checksum of the stored ids
-    and their flags. Tables of earlier versions lack the last one."""
+    """One row per record: stored ids, expanded length, images, images named, turns dropped, checksum of the stored ids,
+    flags and weights, stored weights (none, or one for every id)."""
     faults: list[_Fault]
 
 
@@ -93,16 +101,21 @@ class TokenCache:
         self.folder, self.source, self.encode = folder, source, encode
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         table, faults = _load(folder, range(len(source)))
-        self._ids = np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")
-        self._supervised = np.memmap(folder / "supervised.bin", dtype=np.bool_, mode="r")
+        self._streams = [
+            (
+                np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r"),
+                np.cumsum([0, *table[:, column]], dtype=np.int64),
+            )
+            for name, (dtype, column) in _STREAMS.items()
+        ]
+        """Every stream with the start of each record, and its end."""
         self.lengths: NDArray[np.int32] = table[:, 1]
         """Tokens of every record, visual tokens included; 0 for a bad one."""
         self.has_image: NDArray[np.bool_] = table[:, 3] > 0
         self.dropped: NDArray[np.int32] = table[:, 4]
         """Turns that did not fit."""
         self._images = table[:, 2]
-        self._checksums = table[:, 5] if table.shape[1] > 5 else None
-        self._starts = np.concatenate([[0], np.cumsum(table[:, 0], dtype=np.int64)])
+        self._checksums = table[:, 5]
         self.faults = {fault.row: fault for fault in faults}
 
     def fault(self, row: int) -> RecordError:
@@ -120,18 +133,18 @@ class TokenCache:
         """
         if row in self.faults:
             raise self.fault(row)
-        part = slice(self._starts[row], self._starts[row + 1])
-        stored, supervised = np.array(self._ids[part]), np.array(self._supervised[part])
-        if self._checksums is not None and _checksum(stored, supervised) != self._checksums[row]:
+        stored, supervised, weights = (np.array(data[starts[row] : starts[row + 1]]) for data, starts in self._streams)
+        if _checksum(stored, supervised, weights) != self._checksums[row]:
             logger.warning("Record %d in the cache %s is damaged; it is tokenised again.", row, self.folder)
             return self.encode(self.source[row])
         ids = stored.astype(np.int64)
         if self._images[row] and self.tokens_per_image > 1:
             times = np.where(ids == self.image_token_id, self.tokens_per_image, 1)
             ids, supervised = np.repeat(ids, times), np.repeat(supervised, times)
+            weights = np.repeat(weights, times) if len(weights) else weights
         return Encoded(
             input_ids=torch.from_numpy(ids), supervised=torch.from_numpy(supervised), images=int(self._images[row]),
-            dropped_turns=int(self.dropped[row]),
+            weights=torch.from_numpy(weights) if len(weights) else None, dropped_turns=int(self.dropped[row]),
         )  # fmt: skip
 
 
@@ -231,18 +244,19 @@ class SourceCache:
 
 def _write(folder: Path, parts: Iterable[_TokenisedRecords]) -> None:
     """Write a cache, or a shard of one; the caller holds the lock."""
-    tables: list[NDArray[np.int32]] = [np.zeros((0, 6), np.int32)]
+    tables: list[NDArray[np.int32]] = [np.zeros((0, _COLUMNS), np.int32)]
     faults: list[_Fault] = []
     with building(folder) as part:
-        with (part / "ids.bin").open("wb") as ids, (part / "supervised.bin").open("wb") as supervised:
+        with ExitStack() as stack:
+            streams = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in _STREAMS}
             for rows in parts:
-                ids.write(rows.ids.tobytes())
-                supervised.write(rows.supervised.tobytes())
+                for name, stream in streams.items():
+                    stream.write(getattr(rows, name).tobytes())
                 tables.append(rows.table)
                 faults += rows.faults
-            if not ids.tell():  # an empty file cannot be mapped
-                ids.write(bytes(4))
-                supervised.write(bytes(1))
+            for name, stream in streams.items():
+                if not stream.tell():  # an empty file cannot be mapped
+                    stream.write(bytes(np.dtype(_STREAMS[name][0]).itemsize))
         np.save(part / "table.npy", np.concatenate(tables))
         (part / _LAST).write_text(json.dumps(faults), encoding="utf-8")
         (part / _SUMS).write_text(json.dumps(_sums(part)), encoding="utf-8")
@@ -256,7 +270,7 @@ def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list
     Raises:
         OSError, ValueError: it is damaged.
     """
-    if (folder / _SUMS).exists() and read_json(folder / _SUMS) != _sums(folder):
+    if read_json(folder / _SUMS) != _sums(folder):
         raise ValueError("the checksum of its table differs")
     try:
         table = np.lib.format.open_memmap(folder / "table.npy", mode="r")
@@ -265,12 +279,14 @@ def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list
         ]
     except Exception as error:  # what numpy raises for a damaged header depends on the damage
         raise ValueError(str(error)) from error
-    if table.dtype != np.int32 or table.shape not in ((len(numbers), 5), (len(numbers), 6)) or (table < 0).any():
+    if table.dtype != np.int32 or table.shape != (len(numbers), _COLUMNS) or (table < 0).any():
         raise ValueError(f"table.npy has {table.dtype} {table.shape}, expected rows of {len(numbers)} records")
-    tokens = max(1, int(table[:, 0].sum(dtype=np.int64)))
-    for name, size in (("ids.bin", 4 * tokens), ("supervised.bin", tokens)):
-        if (stored := (folder / name).stat().st_size) != size:
-            raise ValueError(f"{name} has {stored} bytes, expected {size}")
+    if ((table[:, 6] != 0) & (table[:, 6] != table[:, 0])).any():
+        raise ValueError("table.npy has a record with another number of weights than of ids")
+    for name, (dtype, column) in _STREAMS.items():
+        size = np.dtype(dtype).itemsize * max(1, int(table[:, column].sum(dtype=np.int64)))
+        if (stored := (folder / f"{name}.bin").stat().st_size) != size:
+            raise ValueError(f"{name}.bin has {stored} bytes, expected {size}")
     codes = {code.value for code in Code}
     if any(item.code not in codes or item.row not in numbers or table[item.row - numbers[0], 1] for item in faults):
         raise ValueError(f"{_LAST} has an unknown fault, or one of a record without faults")
@@ -285,21 +301,22 @@ def _read(part: Path, numbers: Sequence[int]) -> _TokenisedRecords:
     """
     try:
         table, faults = _load(part, numbers)
-        count = int(table[:, 0].sum())
-        ids = np.fromfile(part / "ids.bin", dtype=np.int32, count=count)
-        supervised = np.fromfile(part / "supervised.bin", dtype=np.bool_, count=count)
+        streams: dict[str, Any] = {
+            name: np.fromfile(part / f"{name}.bin", dtype=dtype, count=int(table[:, column].sum(dtype=np.int64)))
+            for name, (dtype, column) in _STREAMS.items()
+        }
     except (OSError, ValueError) as error:
         raise DataError(f"{part} is damaged ({error}). Delete this folder, and run its shard again.") from error
-    return _TokenisedRecords(ids=ids, supervised=supervised, table=table, faults=faults)
+    return _TokenisedRecords(**streams, table=table, faults=faults)
 
 
 def _sums(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in _SUMMED}
 
 
-def _checksum(ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> int:
+def _checksum(*stored: NDArray[Any]) -> int:
     """A checksum that an `int32` holds."""
-    return zlib.crc32(supervised.tobytes(), zlib.crc32(ids.tobytes())) & 0x7FFFFFFF
+    return functools.reduce(lambda value, data: zlib.crc32(data.tobytes(), value), stored, 0) & 0x7FFFFFFF
 
 
 def _tokenise(
@@ -307,7 +324,8 @@ def _tokenise(
 ) -> _TokenisedRecords:
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-    table = np.zeros((len(rows), 6), dtype=np.int32)
+    weights: list[NDArray[np.float32]] = [np.zeros(0, np.float32)]
+    table = np.zeros((len(rows), _COLUMNS), dtype=np.int32)
     faults: list[_Fault] = []
     for index, row in enumerate(rows):
         try:
@@ -322,11 +340,15 @@ def _tokenise(
         keep = fold(tokens)
         ids.append(tokens[keep])
         supervised.append(encoded.supervised.numpy()[keep])
+        weights.append(weights[0] if encoded.weights is None else encoded.weights.numpy()[keep])
         table[index] = (
             len(ids[-1]), len(tokens), encoded.images, len(record.images), encoded.dropped_turns,
-            _checksum(ids[-1], supervised[-1]),
+            _checksum(ids[-1], supervised[-1], weights[-1]), len(weights[-1]),
         )  # fmt: skip
-    return _TokenisedRecords(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
+    return _TokenisedRecords(
+        ids=np.concatenate(ids), supervised=np.concatenate(supervised), weights=np.concatenate(weights), table=table,
+        faults=faults,
+    )  # fmt: skip
 
 
 def _first_of_images(

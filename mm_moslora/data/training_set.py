@@ -41,6 +41,7 @@ def source_caches(
     fixed = processing is None or processing.fixed
     # The settings besides `max_length` that change the tokens; the defaults add nothing to the name of a cache.
     texts = " truncate" * (config.too_long == "truncate") + " all" * (config.train_on == "all")
+    texts += " last" * (config.supervise == "last")
     images: object = processing is not None
     if processing is not None and not processing.fixed:
         images = [len(ids) for ids in processing.placeholders([(2**side, 512) for side in range(6, 12)])]
@@ -93,7 +94,7 @@ class TrainingSet(RecordExamples):
         files = open_sources(sources)
         self.form: ThinkingForm | None = None
         if settle:
-            encoder, self.form = settled(encoder, files)
+            encoder, self.form = settled(encoder, files, config.supervise)
         super().__init__(files, encoder, image_processing, config)
         self.quarantine = Quarantine(quarantine_path, len(self), config)
         self.estimated = len(self) > exact_limit and config.cache is None

@@ -81,7 +81,7 @@ class Parts:
     def ask(self, thinking: Thinking) -> None:
         """Choose the form in which the model is asked; chat templates record it, so that every export holds it."""
         self.thinking = thinking
-        for owner in (self.tokenizer, self.processor) if thinking == "always" else ():
+        for owner in (self.tokenizer, self.processor) if thinking in ("always", "mask") else ():
             if isinstance(getattr(owner, "chat_template", None), str):
                 owner.chat_template = note_thinking(owner.chat_template)
 

@@ -308,7 +308,7 @@ class LossModule(nn.Module):
         """Features that a frozen tower has already computed."""
 
     def forward(self, batch: Batch, needs_vision: bool, right: Tensor | None = None) -> Tensor:
-        """Sum of cross entropies over the supervised tokens of the batch, or of this rank's part, fp32 scalar.
+        """Weighted sum of cross entropies over the supervised tokens of the batch, or of this rank's part; fp32 scalar.
 
         Args:
             batch: on the model's device.
@@ -319,5 +319,6 @@ class LossModule(nn.Module):
         vision = (needs_vision or self.language_is_frozen) and not batch.images
         dummy = self.dummy.to(batch.input_ids.device) if self.dummy and vision else None
         hidden = supervised_hidden(self.model, batch, dummy=dummy, cache=self.pictures, share=self.share)
-        targets = batch.targets if self.share.of == 1 else batch.targets[self.share.targets(batch)]
-        return head_loss_sum(self.model, hidden, targets, right)
+        own = slice(None) if self.share.of == 1 else self.share.targets(batch)
+        weights = None if batch.weights is None else batch.weights[own]
+        return head_loss_sum(self.model, hidden, batch.targets[own], right, weights)

@@ -298,7 +298,8 @@ def _folder(folder: Path) -> dict[str, Fingerprint | None]:
 
 def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
     names = (
-        "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "tokens",
+        "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "context_answers",
+        "weighed", "tokens",
         "supervised_tokens", "supervised_share", "refused", "dropped", "truncated", "thoughts", "dropped_thoughts",
         "special_text", "separator_text", "endless", "duplicates", "ok",
     )  # fmt: skip
@@ -360,7 +361,8 @@ def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[Re
 def parts_of(recipe: Recipe) -> DataParts:
     """Load them, with the form of thinking that the training data decide."""
     parts = load_parts(recipe.model, weights="none")
-    encoder, _ = settled(ConversationEncoder.of(parts), open_sources(recipe.data.train, pairs=_pairs(recipe)))
+    files = open_sources(recipe.data.train, pairs=_pairs(recipe))
+    encoder, _ = settled(ConversationEncoder.of(parts), files, recipe.data.supervise)
     return DataParts(encoder, parts.image_processing)
 
 

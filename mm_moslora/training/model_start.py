@@ -103,7 +103,7 @@ def _batches(model: PreTrainedModel, data: TrainingSet, size: int) -> list[dict[
     examples = []
     for index in range(count):
         if (example := data[len(data) * index // count]) is not None:
-            examples.append(example)
+            examples.append(replace(example, weights=None))
         progress.update(index + 1)
     if not examples:
         raise TrainingError("The adapter's start reads samples of the training data, and none of them can be used.")

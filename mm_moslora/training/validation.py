@@ -150,7 +150,7 @@ class Validator:
 
     def _loss(self, held_out: TrainingSet) -> dict[str, float]:
         recipe = self.run.recipe
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         together = self.run.engine.copies
         loader = BatchLoader(
             held_out, rank=distributed.rank() // together, world_size=distributed.world_size() // together,
@@ -161,8 +161,8 @@ class Validator:
             for _ in range(loader.steps_per_epoch):
                 self._give_way(self.stop.received)
                 sums += self.run.engine.evaluate(next(batches))
-        loss, right, count = sums.tolist()
-        return {LOSS: loss / max(1.0, count), ACCURACY: right / max(1.0, count)}
+        loss, right, weight, count = sums.tolist()
+        return {LOSS: loss / (weight or 1.0), ACCURACY: right / max(1.0, count)}
 
     def _answers(self, held_out: TrainingSet) -> list[SampleAnswer]:
         """Answers to the same evenly spaced records every time, on rank 0: files are often sorted by content."""

@@ -281,3 +281,25 @@ def test_checkpointing_a_component_changes_no_number(parts, ranks, tmp_path):
     assert losses(tmp_path / "saving") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
     assert losses(tmp_path / "away") == losses(tmp_path / "saving")
     assert losses(tmp_path / "some") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+
+
+def test_weights_of_answers_are_summed_over_ranks(parts, ranks, tmp_path):
+    """One rank's records weigh eight times the other's; the ranks that share a row count its weights once."""
+    lines = [json.loads(line) for line in parts["records"].read_text().splitlines()]
+    for number, record in enumerate(lines):
+        for answer in record["conversations"][1::2]:
+            answer["weight"] = (0.25, 2.0, 1.0)[number % 3]
+    path = parts["records"].with_name("weighted.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    weighted = parts | {"records": path}
+    kinds = {"zero2": {}, "zero3": {}, "together": {"zero": "zero2", "sequence_parallel": 2}, "none": {}}
+    recipes = {
+        name: make_recipe(weighted, tmp_path / name, kind.pop("zero", name), order="sequential", **SMALL, **kind)
+        for name, kind in kinds.items()
+    }
+    ranks.run([write(recipes[name]) for name in ("zero2", "zero3", "together")])
+    ranks.run([write(recipes["none"])], ranks=1)
+    expected = [(line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "none")]
+    for name in ("zero2", "zero3", "together"):
+        found = [(line["loss"], line["grad_norm"]) for line in metrics(tmp_path / name)]
+        assert sum(found, ()) == pytest.approx(sum(expected, ()), rel=1e-5), name

@@ -32,7 +32,7 @@ class Small(nn.Module):
 def micro_batch(seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(6, 4, generator=generator), torch.randn(6, 7, generator=generator)
-    batch = SimpleNamespace(x=x, y=y, supervised_tokens=6, tokens=6, images=0, ids=range(6))
+    batch = SimpleNamespace(x=x, y=y, supervised_tokens=6, loss_weight=6, tokens=6, images=0, ids=range(6))
     batch.to = lambda _: batch
     return batch
 

@@ -62,9 +62,14 @@ class AnswerThinking:
         return not self.knows_thinking or self.thought(EXCHANGE) is not None
 
     @property
+    def writes_block(self) -> bool:
+        """Whether the block of the last answer, empty or not, belongs to what the model writes."""
+        return self.thinking in ("always", "mask")
+
+    @property
     def asks_to_think(self) -> bool:
         """Whether prompts leave it to the model to think before it answers."""
-        return self.thinking == "always" and self.learns_thinking
+        return self.writes_block and self.learns_thinking
 
     @property
     def has_switch(self) -> bool:
@@ -88,7 +93,7 @@ class AnswerThinking:
         """The thinking at the start of an answer (None: the template's form without thinking), and the rest."""
         block = _BLOCK.match(text) if self.knows_thinking or self.thinking == "never" else None
         thinking = block[1].strip("\n") if block else None
-        if self.thinking == "always":
+        if self.writes_block:
             thinking = thinking or ""
         return thinking, text[block.end() :] if block else text
 
@@ -116,6 +121,12 @@ def written(thought: Thought | None, thinking: str, slot: Slot) -> list[TextSpan
     if thought is None:
         return [TextSpan(slot.lead, True)]
     return [TextSpan(thought.opening, True), TextSpan(thinking, False), TextSpan(thought.closing, True)]
+
+
+def masked_block(text: str) -> int:
+    """Characters of the block of thinking at the start of an answer that is plain text; 0 without one."""
+    block = _BLOCK.match(text)
+    return block.end() if block else 0
 
 
 def begins_with_block(answer: str) -> bool:

@@ -1,10 +1,10 @@
-"""Encodes turns as token ids, each with a supervised flag.
+"""Encodes turns as token ids, each with a supervised flag, and with a weight where answers weigh differently.
 
 Shapes: ``T`` tokens of one conversation.
 
 The scaffold of the chat template (`chat_template`) may contain special tokens; contents are plain text even where they
-spell them. Images are ids, never text. Token ids and flags are appended together, segment by segment, so labels need no
-search for turns. Training and inference share every step: a prompt is a training conversation that stops where the
+spell them. Images are ids, never text. Token ids and weights are appended together, segment by segment, so labels need
+no search for turns. Training and inference share every step: a prompt is a training conversation that stops where the
 answer begins.
 """
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
-from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, thinks, written
+from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
 from mm_moslora.data.chat.chat_template import Template, TextSpan, Tokens
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
@@ -40,7 +40,9 @@ class Encoded:
     input_ids: Tensor
     """int64 ``[T]``."""
     supervised: Tensor
-    """bool ``[T]``: true for answers and the end-of-turn token after each, or for all but the first."""
+    """bool ``[T]``: true for learned answers and the end-of-turn token after each, or for all but the first."""
+    weights: Tensor | None = None
+    """fp32 ``[T]``, see `mm_moslora.batch.Example.weights`; None: all supervised tokens weigh 1."""
     images: int = 0
     """Images in the turns that were kept."""
     dropped_turns: int = 0
@@ -62,7 +64,9 @@ class _Growing:
     """A conversation so far, as token ids."""
 
     ids: list[int] = field(default_factory=list)
-    supervised: list[bool] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    base: float = 0.0
+    """Weight of tokens outside answers."""
     images: int = 0
     context: str = ""
     """The special token at the end of `ids`, as text; tokenisation restarts after it."""
@@ -75,15 +79,17 @@ class _Growing:
     ends: list[tuple[int, int]] = field(default_factory=list)
     """Turns and tokens up to the end of every answer."""
 
-    def add(self, tokens: list[int], *, supervised: bool) -> None:
+    def add(self, tokens: list[int], weight: float | None = None) -> None:
         self.ids += tokens
-        self.supervised += [supervised] * len(tokens)
+        self.weights += [self.base if weight is None else weight] * len(tokens)
 
     def encoded(self, limit: int | None = None) -> Encoded:
         """Its first tokens, or all."""
+        weights = torch.tensor(self.weights[:limit])
         return Encoded(
             input_ids=torch.tensor(self.ids[:limit], dtype=torch.long),
-            supervised=torch.tensor(self.supervised[:limit], dtype=torch.bool),
+            supervised=weights > 0,
+            weights=None if {*self.weights} <= {0.0, 1.0} else weights,
             images=self.images,
             thoughts=self.thoughts,
             dropped_thoughts=self.dropped_thoughts,
@@ -193,7 +199,7 @@ class ConversationEncoder(AnswerThinking):
             max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
             pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
             truncate: cut a longer text off instead, within an answer too, where it has no pictures.
-            whole: supervise every token but the first; for texts without pictures.
+            whole: supervise every token but the first and those of answers that weigh 0; for texts without pictures.
 
         Raises:
             TooLong: not even the first pair fits, or no supervised token would be left.
@@ -204,7 +210,7 @@ class ConversationEncoder(AnswerThinking):
         grown = self._grow(turns, pictures, whole=whole)
         if max_length is None or len(grown.ids) <= max_length:
             return grown.encoded()
-        if truncate and not grown.images and any(grown.supervised[:max_length]):
+        if truncate and not grown.images and any(grown.weights[:max_length]):
             fitting = max((count for count, length in grown.ends if length <= max_length), default=0)
             return replace(grown.encoded(max_length), dropped_turns=len(turns) - fitting)
         # Pairs go from the end alone, so the last answers of long records are never learned.
@@ -212,12 +218,11 @@ class ConversationEncoder(AnswerThinking):
             if length <= max_length:
                 # Encoded again, because some templates write the last turn differently.
                 shorter = self._grow(turns[:count], pictures, whole=whole)
-                if len(shorter.ids) <= max_length:
+                if len(shorter.ids) <= max_length and any(shorter.weights):
                     return replace(shorter.encoded(), dropped_turns=len(turns) - count)
-        raise TooLong(
-            f"the first question and answer take {grown.ends[0][1]} tokens, data.max_length is {max_length}; "
-            "raise data.max_length or shorten the record"
-        )
+        first = grown.ends[0][1]
+        what = f"the first question and answer take {first} tokens" if first > max_length else "no learned answer fits"
+        raise TooLong(f"{what}, data.max_length is {max_length}; raise data.max_length or shorten the record")
 
     def encode_prompt(
         self,
@@ -243,7 +248,7 @@ class ConversationEncoder(AnswerThinking):
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer after a generation prompt, as in training, without the end of turn."""
         plan = self.template.plan(EXCHANGE)
-        thought = self.thought(EXCHANGE) if self.thinking == "always" else None
+        thought = self.thought(EXCHANGE) if self.writes_block else None
         thinking, text = self.apart(text) if thought else (None, text)
         before = thought.before if thought else plan.slots[1].before
         prompt = [TextSpan(plan.slots[0].before, True), TextSpan("a", False), TextSpan(before, True)]
@@ -266,11 +271,12 @@ class ConversationEncoder(AnswerThinking):
         prompt: bool = False,
         whole: bool = False,
     ) -> _Growing:
-        """Tokenise turns, up to the last answer of a `prompt`; `whole`: supervise all tokens but the first."""
+        """Tokenise turns, up to the last answer of a `prompt`; `whole`: supervise questions and scaffold, too."""
         turns, added = self._with_system(turns)
         turns, shape, numbers = self.template.lay_out(turns)
         plan = self.template.plan(shape)
-        grown = _Growing(ids=list(self._bos), supervised=[False] * len(self._bos), pictures=pictures)
+        grown = _Growing(pictures=pictures, base=float(whole))
+        grown.add(self._bos)
         scaffold = [*(slot.before for slot in plan.slots), plan.tail]
         for index, (turn, slot) in enumerate(zip(turns, plan.slots, strict=True)):
             if turn.role != "assistant":
@@ -294,16 +300,21 @@ class ConversationEncoder(AnswerThinking):
                 self._flush(grown)
                 return grown
             end = self._end_of_turn(scaffold[index + 1], plan.tail)
-            answer = [
-                *written(thought, thinking or "", slot),
-                TextSpan(slot.trim([text])[0], False),
-                TextSpan(end, True),
-            ]
-            self._add_answer(grown, answer, end)
+            content = slot.trim([text])[0]
+            block = written(thought, thinking or "", slot)
+            if self.thinking == "mask":
+                if length := 0 if self.knows_thinking else masked_block(content):
+                    block.append(TextSpan(content[:length], False))
+                    content = content[length:]
+                if thought or length:  # in tokens of its own, as a part of the prompt
+                    grown.run += block
+                    block = []
+            answer = [*block, TextSpan(content, False), TextSpan(end, True)]
+            self._add_answer(grown, answer, end, weight=turn.weight)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
         if whole:
-            grown.supervised = [False] + [True] * (len(grown.ids) - 1)
+            grown.weights[0] = 0.0
         return grown
 
     def _add_scaffold(self, grown: _Growing, text: str) -> None:
@@ -318,7 +329,7 @@ class ConversationEncoder(AnswerThinking):
         ids = [int(self.image_token_id or 0)] * self.tokens_per_image
         if grown.pictures is not None:
             ids = list(grown.pictures[grown.images])
-        grown.add(ids, supervised=False)
+        grown.add(ids)
         grown.images += 1
         # LLaVA tokenises the text after a picture separately.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
@@ -343,14 +354,14 @@ class ConversationEncoder(AnswerThinking):
     def _flush(self, grown: _Growing) -> list[int]:
         """Tokenise the pending text as the continuation of the context; returns the ids of both."""
         ids = self.tokens.encode([TextSpan(grown.context, True), *grown.run])
-        grown.add(ids[1:] if grown.context else ids, supervised=False)
+        grown.add(ids[1:] if grown.context else ids)
         grown.run = []
         return ids
 
-    def _add_answer(self, grown: _Growing, answer: list[TextSpan], end: str) -> None:
+    def _add_answer(self, grown: _Growing, answer: list[TextSpan], end: str, *, weight: float) -> None:
         before = [TextSpan(grown.context, True), *grown.run]
         prompt = self._flush(grown)
-        grown.add(self._answer(before, answer, prompt), supervised=True)
+        grown.add(self._answer(before, answer, prompt), weight)
         ending = self.tokens.first_special(end)
         if ending is not None:
             grown.context = ending[0]
@@ -361,7 +372,7 @@ class ConversationEncoder(AnswerThinking):
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ConfigError("The chat template ends no answer and the tokenizer has no end-of-sequence token.")
-        grown.add([int(eos)], supervised=True)
+        grown.add([int(eos)], weight)
         text = str(self.tokenizer.eos_token)
         grown.context = text if text in self.tokens.guarded else ""
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mm_moslora.data.chat.record_keys import check_turn, checked_text
+from mm_moslora.data.chat.record_keys import check_turn, checked_text, weight_of
 from mm_moslora.data.record_faults import Code, RecordError, Where, kind_of
 
 IMAGE = "<image>"
@@ -30,8 +30,8 @@ class Mark(NamedTuple):
     """The image or video, if the conversation itself names it."""
 
 
-def single_texts(value: Mapping[str, Any], where: Where) -> list[str] | None:
-    """Questions and answers in turn, of a form in which `<image>` is text; None for a conversation.
+def single_texts(value: Mapping[str, Any], where: Where) -> list[tuple[str, float]] | None:
+    """Questions and answers in turn with their weights, of a form in which `<image>` is text; None for a conversation.
 
     The form is `texts` (objects with `user` and `assistant`), `question` and `answer`, or `caption` alone.
 
@@ -42,20 +42,21 @@ def single_texts(value: Mapping[str, Any], where: Where) -> list[str] | None:
         return None
     items = value.get("texts")
     if isinstance(items, list):
-        texts = []
+        texts: list[tuple[str, float]] = []
         for index, item in enumerate(items):
             field = f"texts[{index}]"
             if not isinstance(item, Mapping):
                 what, remedy = f"is {kind_of(item)}", "write an object with user and assistant"
                 raise where.error(Code.BAD_TURN, field, what, remedy)
             check_turn(item, "assistant", field, where)
-            texts += [checked_text(item.get(name), f"{field}.{name}", where) for name in ("user", "assistant")]
+            weight = weight_of(item, field, where)
+            texts += [(checked_text(item.get(key), f"{field}.{key}", where), weight) for key in ("user", "assistant")]
         if not texts:
             raise where.error(Code.NO_TURNS, "texts", "is empty", "add at least a question and an answer")
         return texts
     if "question" in value and "answer" in value:
-        return [checked_text(value[key], key, where) for key in ("question", "answer")]
-    return ["", checked_text(value["caption"], "caption", where)] if "caption" in value else None
+        return [(checked_text(value[key], key, where), 1.0) for key in ("question", "answer")]
+    return [("", 1.0), (checked_text(value["caption"], "caption", where), 1.0)] if "caption" in value else None
 
 
 def text_of_parts(role: str, content: list[Any], field: str, where: Where) -> tuple[str, list[int], list[Mark]]:
@@ -70,7 +71,7 @@ def text_of_parts(role: str, content: list[Any], field: str, where: Where) -> tu
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, Mapping):
-            check_turn(part, role, f"{field}.content[{index}]", where)
+            check_turn(part, role, f"{field}.content[{index}]", where, part=True)
         if isinstance(kind, str) and kind in _SHOWN and role == "user":
             shown = _SHOWN[kind]
             keys = (shown, f"{shown}_url", "path", "url")

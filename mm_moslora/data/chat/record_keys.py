@@ -25,7 +25,9 @@ READ = {
     "caption": _SHOWN | {"caption", "system"},
 }
 """Form of a record, by the key that decides it -> keys that are read."""
-READ_OF_TURN = {"from", "value", "role", "content", *REASONING}
+WEIGHING = ("loss", "loss_scale", "loss_weight", "train", "training", "weight")
+"""Keys of an answer's weight in the loss: a truth value (ms-swift, Axolotl) or a number (OpenAI, ms-swift)."""
+READ_OF_TURN = {"from", "value", "role", "content", *REASONING, *WEIGHING}
 """Keys of a turn that are read."""
 READ_OF_PART = {"type", "text", "image", "image_url", "video", "video_url", "path", "url"}
 """Keys of a content part that are read."""
@@ -36,7 +38,7 @@ READ_OF_PAIR = {"prompt", "chosen", *REJECTED}
 _PREFERENCE = "it is a preference record: set objective: dpo to learn from its pair, or keep the chosen answer alone"
 _AVOIDED = "answers to be avoided are learned in pairs alone (objective: dpo); drop the record"
 _TOOLS = "tools are not supported; write the calls and their results as text, or drop the record"
-_WEIGHTS = "every answer of a record is learned with the same weight; drop the key, or split off what is to be learned"
+_WEIGHTS = "write loss: false or a weight into the turn of the answer, or drop the key"
 _SOUND = "sounds are not supported; drop the key where the answers need no sound, or drop the record"
 _QUESTION = "write it into the question, or earlier turns and their answer as conversations, and drop the key"
 _CLASS = "; drop the key if it names a class"
@@ -52,13 +54,14 @@ _OF_RECORD = {
 """Key of a record that ms-swift, LLaMA-Factory, TRL or Unsloth follow -> what to do."""
 _OF_QUESTION = dict.fromkeys(("instruction", "input", "history"), _QUESTION)
 """The same of a record with one question or caption."""
-_WEIGHING = dict.fromkeys(
-    ("loss", "loss_scale", "loss_weight", "loss_mask", "mask", "train", "training", "train_detail", "weight"), _WEIGHTS
-)
-_NEUTRAL = {"1", "1.0", "true", "default"}
-"""Weights that change nothing; those of `mask` are read both ways."""
-_OF_TURN = {"tool_calls": _TOOLS, "function_call": _TOOLS, **_WEIGHING}
-"""The same of a turn."""
+_MASKING = dict.fromkeys(("loss_mask", "mask", "train_detail"), _WEIGHTS)
+_OF_TURN = {"tool_calls": _TOOLS, "function_call": _TOOLS, **_MASKING}
+"""The same of a turn. Trainers read `mask` both ways."""
+_OF_PART = _OF_TURN | dict.fromkeys(WEIGHING, _WEIGHTS)
+"""The same of a content part: an answer has one weight."""
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+"""Bounds of a weight that is not 0; far from those of fp32, in which losses are summed."""
+_WORDS = {"true": 1.0, "false": 0.0, "default": 1.0}
 
 
 def check_record(value: Mapping[str, Any], where: Where) -> None:
@@ -77,16 +80,37 @@ def check_record(value: Mapping[str, Any], where: Where) -> None:
             raise where.error(Code.UNFOLLOWED_KEY, key, what, _AVOIDED + _CLASS)
 
 
-def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where) -> None:
+def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where, *, part: bool = False) -> None:
     """Refuse a turn, or a part of one, with such a key; see `check_record`."""
-    for key in turn.keys() & _OF_TURN.keys():
-        weighs, value = key in _WEIGHING, turn[key]
-        neutral = key != "mask" and str(value).lower() in _NEUTRAL
-        if _is_empty(value) or (weighs and (role != "assistant" or neutral)):
+    remedies = _OF_PART if part else _OF_TURN
+    for key in turn.keys() & remedies.keys():
+        value, weighs = turn[key], remedies[key] is _WEIGHTS
+        if _is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
             continue
         plain = weighs and isinstance(value, int | float | str)
         shown = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
-        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}", shown, _OF_TURN[key])
+        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}", shown, remedies[key])
+
+
+def weight_of(turn: Mapping[str, Any], field: str, where: Where) -> float:
+    """The weight in the loss that the turn of an answer gives to its tokens; 1 without a key.
+
+    Raises:
+        RecordError: it is no number of 0 or more, or two keys give different ones.
+    """
+    weight = 1.0
+    for key in WEIGHING:
+        if (value := turn.get(key)) is None or (isinstance(value, str) and not value.strip()):
+            continue
+        number = _number(value)
+        if number is None or not (number == 0 or LEAST_WEIGHT <= number <= MOST_WEIGHT):
+            shown = ascii(value)[:60] if isinstance(value, int | float | str) else kind_of(value)
+            remedy = f"write true, false, 0 (not learned), or a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            raise where.error(Code.BAD_WEIGHT, f"{field}.{key}", f"is {shown}", remedy)
+        if weight not in (1.0, number) and number != 1.0:
+            raise where.error(Code.BAD_WEIGHT, f"{field}.{key}", f"is {number:g} beside {weight:g}", "write one weight")
+        weight = number if number != 1.0 else weight
+    return weight
 
 
 def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) -> str:
@@ -139,7 +163,7 @@ def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:
     form = _form(value)
     ignored = [str(key) for key in value if key not in READ.get(form, _SHOWN)]
     turns = _objects(value.get(form))
-    read = {"user", "assistant"} if form == "texts" else READ_OF_TURN
+    read = {"user", "assistant", *WEIGHING} if form == "texts" else READ_OF_TURN
     ignored += [f"{form}[].{key}" for turn in turns for key in turn if key not in read]
     parts = [part for turn in turns for part in _objects(turn.get("value", turn.get("content")))]
     ignored += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
@@ -158,6 +182,16 @@ def _objects(value: Any) -> list[Mapping[str, Any]]:
 def _text_of(content: Any) -> str:
     """A content's text, or that of its parts."""
     return content if isinstance(content, str) else "".join(str(part.get("text")) for part in _objects(content))
+
+
+def _number(value: Any) -> float | None:
+    """A weight as a number, from JSON or from the strings of a table; None: it is none."""
+    if isinstance(value, str):
+        value = _WORDS.get(value.strip().lower(), value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _avoids(value: Any) -> bool:

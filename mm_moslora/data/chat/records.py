@@ -18,7 +18,7 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,6 +39,7 @@ from mm_moslora.data.chat.record_keys import (
     checked_text,
     ignored_keys,
     thinking_of,
+    weight_of,
 )
 from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
 from mm_moslora.data.images.remote_files import find_remote
@@ -70,6 +71,8 @@ class Turn:
     """The content; `<image>` in a user's text is replaced by the next image."""
     offsets: tuple[int, ...] | None = None
     """Offsets of the `<image>` that are images, for a source that distinguishes them from typed text; None: all are."""
+    weight: float = 1.0
+    """Of the tokens of an answer in the loss; 0: it is context."""
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
@@ -125,6 +128,20 @@ class Record:
     """Source and number, for messages."""
     ignored: tuple[str, ...] = ()
     """Its keys, and those of its turns, that are not read."""
+
+    def learned(self, supervise: Literal["all", "last"]) -> tuple[Turn, ...]:
+        """The turns with their weights under `DataConfig.supervise`.
+
+        Raises:
+            RecordError: no answer is learned.
+        """
+        if supervise == "all":
+            return self.turns
+        *earlier, last = self.turns
+        if not last.weight:
+            what, remedy = "the last answer weighs 0, and data.supervise is last", "drop the record"
+            raise self.where.error(Code.BAD_WEIGHT, "conversations", what, remedy)
+        return *(replace(turn, weight=0.0) for turn in earlier), last
 
     @property
     def image_names(self) -> list[str]:
@@ -220,7 +237,8 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         turns.append(Turn(role="system", text=checked_text(value["system"], "system", where)))
     if (texts := single_texts(value, where)) is not None:
         single = [
-            Turn(role="assistant", text=text) if index % 2 else Turn.asking(text) for index, text in enumerate(texts)
+            Turn(role="assistant", text=text, weight=weight) if index % 2 else Turn.asking(text)
+            for index, (text, weight) in enumerate(texts)
         ]
         return turns + single, [], False
     key = "messages" if "messages" in value and "conversations" not in value else "conversations"
@@ -247,7 +265,10 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
             turn, marks = Turn(role=role, text=text, offsets=tuple(offsets)), marks + own
         else:
             turn = _of_text(role, checked_text(content, field, where), videos, marks)
-        turns.append(Turn(role=role, text=checked_text(thinking, field, where) + turn.text) if thinking else turn)
+        if role == "assistant":
+            text = checked_text(thinking, field, where) + turn.text
+            turn = replace(turn, text=text, weight=weight_of(item, field, where))
+        turns.append(turn)
     return turns, marks, True
 
 
@@ -288,6 +309,8 @@ def _check_roles(turns: list[Turn], where: Where) -> None:
         raise where.error(
             Code.NO_ANSWER, f"conversations[{len(turns) - 1}]", "nothing is answered", "end with a gpt turn"
         )
+    if not any(turn.weight for turn in turns if turn.role == "assistant"):
+        raise where.error(Code.BAD_WEIGHT, "conversations", "all answers weigh 0", "drop the record")
 
 
 def _check_image_count(turns: list[Turn], images: int, where: Where) -> None:

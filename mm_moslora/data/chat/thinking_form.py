@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 from mm_moslora.data.chat.answer_thinking import begins_with_block, thinks
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
@@ -28,7 +29,8 @@ EARLIER_ANSWERS = (
 FEW_ASIDE = 0.01
 """Up to this share of answers behind another prompt needs no warning."""
 Ending = tuple[str, int]
-"""The last answer of a record with a letter for every text, and the number of its answers."""
+"""The last answer of a record with a letter for every text, empty where it is not learned, and the number of those
+before it that are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class ThinkingForm:
     asks: bool
     """Whether the model is asked to think."""
     answers: int
-    """All answers of these records."""
+    """All learned answers of these records."""
     aside: int
     """Answers that are learned behind another prompt than the one that is asked, or without the block it asks for."""
     earlier: int
@@ -70,7 +72,9 @@ class ThinkingForm:
         return f"{words}, by {self.prompt!r}, but {self.aside} of {self.answers} answers are learned in another form"
 
 
-def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tuple[ConversationEncoder, ThinkingForm]:
+def settled(
+    encoder: ConversationEncoder, files: Sequence[RecordSource], supervise: Literal["all", "last"] = "all"
+) -> tuple[ConversationEncoder, ThinkingForm]:
     """An encoder whose form of thinking follows the records where it is `auto`, and what the records showed.
 
     Where most answers think, `auto` becomes `always`: every answer is learned behind the prompt that is asked.
@@ -78,6 +82,7 @@ def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tupl
     Args:
         encoder: of the model.
         files: the sources of the training data.
+        supervise: see `DataConfig.supervise`.
     """
     total = sum(len(file) for file in files)
     numbers = [total * sample // SAMPLED for sample in range(SAMPLED)] if total > SAMPLED else range(total)
@@ -87,7 +92,7 @@ def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tupl
     for file in files:
         while number is not None and number < start + len(file):
             with suppress(RecordError):  # the training set counts it
-                if turns := file[number - start].turns:  # else a text without questions
+                if turns := file[number - start].learned(supervise):  # else a text without questions
                     endings[ending(turns)] += 1
             number = next(wanted, None)
         start += len(file)
@@ -99,24 +104,26 @@ def settled(encoder: ConversationEncoder, files: Sequence[RecordSource]) -> tupl
 
 
 def ending(turns: Sequence[Turn]) -> Ending:
-    """What decides the form of a conversation's answers."""
+    """What decides the form of a conversation's answers that are learned."""
     text = turns[-1].text
     block = "<think>a</think>" if thinks(text) else "<think></think>" if begins_with_block(text) else ""
-    return f"{block}a", sum(turn.role == "assistant" for turn in turns)
+    last = f"{block}a" if turns[-1].weight else ""
+    return last, sum(turn.role == "assistant" and turn.weight > 0 for turn in turns[:-1])
 
 
 def form_of(encoder: ConversationEncoder, endings: Counter[Ending]) -> ThinkingForm:
     """The form of records with these endings."""
     learned = encoder.learns_thinking and encoder.thinking != "never"
     aside, before = 0, 0
-    for (last, answers), records in endings.items():
-        *earlier, end = _aside(encoder, ["a"] * (answers > 1) + [last])
-        before += records * (answers - 1) * sum(earlier)
-        aside += records * end
+    for (last, count), records in endings.items():
+        *earlier, end = _aside(encoder, ["a"] * (count > 0) + [last or "a"])
+        before += records * count * sum(earlier)
+        aside += records * end * bool(last)
     return ThinkingForm(
         thinking=sum(records for (last, _), records in endings.items() if learned and thinks(last)),
         records=endings.total(), asks=encoder.asks_to_think, aside=aside + before, earlier=before,
-        answers=sum(answers * records for (_, answers), records in endings.items()), prompt=encoder.answer_prompt,
+        answers=sum((count + bool(last)) * records for (last, count), records in endings.items()),
+        prompt=encoder.answer_prompt,
     )  # fmt: skip
 
 
@@ -128,8 +135,10 @@ def _aside(encoder: ConversationEncoder, answers: Sequence[str]) -> list[bool]:
     result = []
     for number, text in enumerate(answers):
         prompt = encoder.encode_prompt(turns[: 2 * number + 1]).tolist()
-        learned = len(prompt) < len(ids) and bool(encoded.supervised[len(prompt)])
-        if encoder.asks_to_think and encoder.knows_thinking:
+        start = len(prompt)
+        if encoder.asks_to_think and (encoder.knows_thinking or encoder.thinking == "mask"):
             prompt += encoder.encode_answer(text)  # its block, empty or not
+            start = len(prompt) - 1 if encoder.thinking == "mask" else start
+        learned = start < len(ids) and bool(encoded.supervised[start])
         result.append(not learned or ids[: len(prompt)] != prompt)
     return result

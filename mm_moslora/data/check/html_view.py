@@ -65,8 +65,8 @@ def page(samples: Sequence[RecordSample], encoder: ConversationEncoder, *, title
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" '
         'content="mm_moslora"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>{escape(title)}</h1><p>Point at a token to see its number in the vocabulary. The model is trained "
-        f"to predict the coloured ones.</p>{key}{cards}</body></html>\n"
+        f"<body><h1>{escape(title)}</h1><p>Point at a token to see its number in the vocabulary, and its weight where "
+        f"records have weights. The model is trained to predict the coloured ones.</p>{key}{cards}</body></html>\n"
     )
 
 
@@ -122,7 +122,8 @@ def _spans(encoded: Encoded, encoder: ConversationEncoder) -> Iterator[str]:
             continue
         classes = " ".join(["s"] * flags[index] + ["x"] * (number in special))
         attribute = f' class="{classes}"' if classes else ""
-        yield f'<span{attribute} title="{number}">{escape(texts[index])}</span>'
+        weight = "" if encoded.weights is None or not flags[index] else f", weight {float(encoded.weights[index]):g}"
+        yield f'<span{attribute} title="{number}{weight}">{escape(texts[index])}</span>'
         index += 1
 
 

@@ -64,6 +64,10 @@ class CheckReport:
     """Width and height in pixels of the pictures that were read."""
     answers: int = 0
     """Answers that are trained on."""
+    context_answers: int = 0
+    """Answers that weigh 0 in the loss, by their record or `data.supervise`."""
+    weighed: int = 0
+    """Usable records with other weights than 0 and 1."""
     supervised_tokens: int = 0
     """Tokens of the answers and their ends of turn."""
     lengths: list[int] = field(default_factory=list)
@@ -268,7 +272,7 @@ class _RowCheck:
         report.images.update(hashes)
 
     def _count(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
-        fitting = record.turns[: len(record.turns) - encoded.dropped_turns]
+        fitting = record.learned(self.config.supervise)[: len(record.turns) - encoded.dropped_turns]
         answers = [turn.text for turn in fitting if turn.role == "assistant"]
         texts = [part for turn in fitting for part in turn.parts()]
         report.ids[record.id] += 1
@@ -276,7 +280,10 @@ class _RowCheck:
         report.contents[hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).digest()] += 1
         report.lengths.append(int(encoded.input_ids.shape[0]))
         report.supervised_tokens += int(encoded.supervised.sum())
-        report.answers += len(answers)
+        learned = sum(turn.weight > 0 for turn in fitting if turn.role == "assistant")
+        report.answers += learned
+        report.context_answers += len(answers) - learned
+        report.weighed += encoded.weights is not None
         report.turns[len(answers)] += 1
         report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
         report.truncated += encoded.dropped_turns > 0

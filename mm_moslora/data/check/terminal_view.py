@@ -36,6 +36,9 @@ def view_record(record: Record, encoded: Encoded, encoder: ConversationEncoder) 
     """
     supervised, tokens = int(encoded.supervised.sum()), int(encoded.input_ids.shape[0])
     share = f"{supervised} of {tokens} tokens supervised ({supervised / tokens:.0%})"
+    if encoded.weights is not None:
+        weights = encoded.weights[encoded.supervised].unique().tolist()
+        share += f", weights {', '.join(f'{weight:g}' for weight in weights)}"
     dropped = f", {encoded.dropped_turns} turns dropped" if encoded.dropped_turns else ""
     names = record.image_names
     text = view_tokens(encoded, encoder.tokenizer, image_token_id=encoder.image_token_id)
@@ -151,7 +154,9 @@ def _counts(report: CheckReport) -> Table:
         "records": report.records, "usable": report.usable, "text only": report.text_only,
         "with one image": report.one_image, "with several images": report.several_images,
         "with a video": report.videos,
-        "different image files": len(report.images), "answers": report.answers, "tokens": report.tokens,
+        "different image files": len(report.images), "answers": report.answers,
+        "answers as context (weight 0)": report.context_answers, "records with weights": report.weighed,
+        "tokens": report.tokens,
         "supervised tokens": report.supervised_tokens, "cut at the end (too long)": report.truncated,
         "answers with thinking": report.thoughts, "answers with thinking left out": report.dropped_thoughts,
         "spelling special tokens (kept as text)": report.special_text,

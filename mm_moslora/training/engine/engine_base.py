@@ -52,15 +52,15 @@ class TrainingEngine(ABC):
             micro_batches: this rank's; every rank must pass the same number.
             lr_factor: factor on each group's peak learning rate.
         """
-        # One collective before the passes: the loss of a token is divided by the supervised tokens of all ranks and
-        # micro-batches, so that the gradient does not depend on how a step is split.
+        # One collective before the passes: the loss of a token is divided by the weights of the supervised tokens of
+        # all ranks and micro-batches, so that the gradient does not depend on how a step is split.
         started = time.monotonic()
-        counts, with_images = self._counts_of_all_ranks(micro_batches)
+        counts, weight, with_images = self._counts_of_all_ranks(micro_batches)
         wait_seconds = time.monotonic() - started
         self._begin_step(with_images)
         self.module.pictures.begin_step(micro_batches)
         # Backends average gradients over ranks, and the loss is a sum over all of them.
-        scale = distributed.world_size() / max(1.0, counts["supervised_tokens"])
+        scale = distributed.world_size() / weight
         # The sums stay on the device and are read after the last backward pass, so that the host waits once.
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -82,15 +82,16 @@ class TrainingEngine(ABC):
         if update.applied:
             self.manifold.end_update()
         return StepResult(
-            loss=update.total / max(1.0, counts["supervised_tokens"]), grad_norm=update.grad_norm,
+            loss=update.total / weight, grad_norm=update.grad_norm,
             applied=update.applied, right_tokens=int(update.right), wait_seconds=wait_seconds,
             own_loss_is_finite=update.applied or math.isfinite(float(total)),
             rescaling=math.isfinite(update.total) and not update.applied and can_lower_scale,
             **{name: int(count) for name, count in counts.items()},
         )  # fmt: skip
 
-    def _counts_of_all_ranks(self, micro_batches: Sequence[Batch]) -> tuple[dict[str, float], list[float]]:
-        """Counts of a step by their names in `StepResult`, and the number of ranks with pictures by micro-batch."""
+    def _counts_of_all_ranks(self, micro_batches: Sequence[Batch]) -> tuple[dict[str, float], float, list[float]]:
+        """Counts of a step by their names in `StepResult`, the sum of the weights of its supervised tokens (1 where it
+        has none), and the number of ranks with pictures by micro-batch."""
         filled = [batch for batch in micro_batches if batch.supervised_tokens]  # others keep ranks in step
         own = {
             "supervised_tokens": float(sum(batch.supervised_tokens for batch in filled)),
@@ -98,9 +99,12 @@ class TrainingEngine(ABC):
             "images": float(sum(batch.images for batch in filled)),
             "samples": float(sum(len(batch.ids) for batch in filled)),
         }
-        sums = distributed.sum_over_ranks([*own.values(), *(float(batch.images > 0) for batch in micro_batches)])
+        weight = sum(batch.loss_weight for batch in filled)
+        with_images = (float(batch.images > 0) for batch in micro_batches)
+        sums = [*distributed.sum_over_ranks([*own.values(), weight, *with_images])]
         # Ranks that share a row count it once each.
-        return {name: total / self.copies for name, total in zip(own, sums, strict=False)}, sums[len(own) :]
+        counts = {name: sums.pop(0) / self.copies for name in own}
+        return counts, sums.pop(0) / self.copies or 1.0, sums
 
     def _begin_step(self, with_images: list[float]) -> None:  # noqa: B027  (most engines need nothing)
         """Prepare for a step.
@@ -124,17 +128,18 @@ class TrainingEngine(ABC):
         """Measure batches without a gradient.
 
         Returns:
-            fp64 ``[3]`` on the CPU, over all ranks: sum of the cross entropies, supervised tokens that had the highest
-            probability, supervised tokens.
+            fp64 ``[4]`` on the CPU, over all ranks: weighted sum of the cross entropies, supervised tokens that had the
+            highest probability, sum of the weights, supervised tokens.
         """
-        counts, with_images = self._counts_of_all_ranks(micro_batches)
+        counts, weight, with_images = self._counts_of_all_ranks(micro_batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         for batch, ranks in zip(micro_batches, with_images, strict=True):
             total += self._evaluate(batch.to(self.device), ranks > 0, right)
         sums = torch.stack((total, right.double()))
         distributed.add_up(sums)
-        return torch.tensor([*sums.tolist(), counts["supervised_tokens"]], dtype=torch.float64)
+        count = counts["supervised_tokens"]
+        return torch.tensor([*sums.tolist(), weight if count else 0.0, count], dtype=torch.float64)
 
     @abstractmethod
     def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor: ...

@@ -10,7 +10,7 @@ class StepResult:
     """The result of one optimiser step."""
 
     loss: float
-    """Mean cross entropy per supervised token, over all ranks."""
+    """Mean cross entropy per supervised token, weighted where records have weights, over all ranks."""
     grad_norm: float
     """Global gradient norm before clipping."""
     applied: bool
@@ -38,7 +38,7 @@ class Update:
     """The result of the optimiser's part of a step."""
 
     total: float
-    """Sum of all token losses."""
+    """Weighted sum of all token losses."""
     right: float
     """See `StepResult.right_tokens`."""
     grad_norm: float

@@ -28,13 +28,9 @@ def chat(*, record: dict | None = None, llava: bool = False, user: dict | None =
 
 @pytest.mark.parametrize("llava", [False, True])
 @pytest.mark.parametrize(("key", "bad", "neutral"), [
-    ("loss", [False, 0, "False"], [True, None, 1, "True", "1.0"]),
-    ("loss_weight", [0.0, 0.5], [1, 1.0, None]),
     ("loss_mask", [0, False], [1, True, None]),
     ("mask", [True, False, 1], [None, ""]),
-    ("loss_scale", [0.5, "react"], [1, 1.0, "default", None]),
-    ("train", [False], [True, None]),
-    ("weight", [0, 2, 0.5], [1, 1.0, None, float("nan")]),
+    ("train_detail", [[{"begin_offset": 0}]], [[], None]),
     ("tool_calls", [[{"function": {"name": "f"}}]], [[], None]),
 ])  # fmt: skip
 def test_keys_of_turns(key, bad, neutral, llava) -> None:
@@ -95,12 +91,10 @@ def test_a_system_text_is_read_beside_every_form(form) -> None:
 
 
 @pytest.mark.parametrize("key", ["loss", "weight", "train", "loss_weight"])
-def test_weights_of_parts_and_pairs_are_faults(key) -> None:
+def test_weights_of_parts_are_faults(key) -> None:
     part = {"type": "text", "text": "42"}
     with pytest.raises(RecordError, match=rf"UNFOLLOWED_KEY: .*messages\[1\]\.content\[0\]\.{key}: is 0"):
         parsed(chat(content=[part | {key: 0}]))
-    with pytest.raises(RecordError, match=rf"UNFOLLOWED_KEY: .*texts\[0\]\.{key}: is False"):
-        parsed({"texts": [{"user": "what?", "assistant": "42", key: False}]})
     assert parsed(chat(content=[part | {key: 1}])).turns[1].text == "42"
     assert parsed(chat(user={"content": [{"type": "text", "text": "what?", key: 0}]})).turns[0].text == "what?"
 
@@ -166,7 +160,7 @@ def test_other_keys_are_counted_and_named(write) -> None:
 
 
 def test_faults_are_counted_like_others(write) -> None:
-    file = write(chat(loss=False), chat(), chat(record={"chosen": "a"}))
+    file = write(chat(loss_mask=0), chat(), chat(record={"chosen": "a"}))
     report = check([SourceConfig(path=str(file))], ConversationEncoder(shared_tokenizer("bytes-chatml")),
                    config=DataConfig(), vision=False)  # fmt: skip
     assert (report.usable, dict(report.bad)) == (1, {"UNFOLLOWED_KEY": 2})

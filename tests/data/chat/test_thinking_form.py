@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,25 @@ def test_a_request_may_ask_otherwise() -> None:
     assert encoder.has_switch
     assert ConversationEncoder(tokenizer_of("qwen3"), thinking="always").opened() == ""
     assert not ConversationEncoder(tokenizer_of("lfm2_2_5")).has_switch
+
+
+@pytest.mark.parametrize("answers", [(PLAIN,), (THOUGHT,), (THOUGHT, PLAIN), (PLAIN, THOUGHT)])
+@pytest.mark.parametrize("name", [*THINKING, *TEMPLATES])
+def test_thinking_that_is_masked_stands_in_the_record_and_is_not_learned(write, name, answers) -> None:
+    """The tokens, the prompts and the form are those of `always`; the answer and its end alone are learned."""
+    always, masked = (
+        settled(write, [conversation(*answers)], tokenizer_of(name), thinking) for thinking in ("always", "mask")
+    )
+    encoded, expected = masked.encode(masked.record(0)), always.encode(always.record(0))
+    assert encoded.input_ids.tolist() == expected.input_ids.tolist()
+    assert (encoded.thoughts, encoded.dropped_thoughts) == (expected.thoughts, expected.dropped_thoughts)
+    # An empty block that the template itself writes before an earlier answer is in its place, and need not be learned.
+    assert replace(masked.form, aside=always.form.aside, earlier=always.form.earlier) == always.form
+    assert masked.form.aside <= always.form.aside
+    tokenizer, ids = masked.encoder.tokenizer, encoded.input_ids
+    text = tokenizer.decode(ids[encoded.supervised])
+    assert text.count("a ball") == len(answers)
+    assert "think" not in text
+    assert "It is round" not in text
+    prompt = masked.encoder.encode_prompt(masked.record(0).turns[:1])
+    assert prompt.tolist() == always.encoder.encode_prompt(always.record(0).turns[:1]).tolist()
