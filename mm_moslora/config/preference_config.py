@@ -63,7 +63,7 @@ class PreferenceConfig:
 _NOT_FOLLOWED = {
     "model": ("quantisation", "attention", "lean_layers", "kernels"),
     "adapter": ("peft", "dropout"),
-    "data": ("mixing", "epoch_records", "train_on", "cache", "pack_tokens"),
+    "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "pack_tokens"),
     "optim": ("optimizer",),
     "train": ("micro_tokens", "sequence_parallel", "activation_offload", "vision_gradient_checkpointing", "compile"),
     "validate": ("samples", "tasks", "best", "patience"),

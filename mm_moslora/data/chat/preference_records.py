@@ -57,6 +57,9 @@ def parse_pair(value: Any, where: Where, rules: PictureRules) -> PreferencePair:
     if chosen.turns[:-1] != rejected.turns[:-1]:
         what = "answers another conversation than the chosen answer"
         raise where.error(Code.NO_PAIR, "rejected", what, "only the last answers may differ")
+    if any(turn.weight != 1 for turn in (*chosen.turns, *rejected.turns)):
+        remedy = "drop the keys of weights: the last answers of a pair count, and all of them alike"
+        raise where.error(Code.UNFOLLOWED_KEY, "weight", "weighs an answer of a pair", remedy)
     if chosen.turns[-1].text.strip() == rejected.turns[-1].text.strip():
         remedy = "drop the record: it prefers nothing"
         raise where.error(Code.EQUAL_ANSWERS, "rejected", "equals the chosen answer", remedy)
