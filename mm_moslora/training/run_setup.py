@@ -56,7 +56,7 @@ class Run:
     trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
     """Fingerprints and commits of the base model's parts, see `mm_moslora.models.model_paths`."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """See `mm_moslora.data.preprocessing_print`."""
+    """See `mm_moslora.data.preprocessing_print`; rank 0 has it, which writes it."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -112,6 +112,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
     if distributed.is_main():
         keep_start(model, state)
+    frames = [source.video_frames for source in recipe.data.train]
     return Run(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly,
         training_set=training_set, validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
@@ -119,7 +120,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
         trained_on=trained_on(parts, training_set.commits, before=checkpoint),
-        preprocessing=preprocessing_of(assembly, video_frames=[source.video_frames for source in recipe.data.train]),
+        preprocessing=preprocessing_of(assembly, video_frames=frames) if distributed.is_main() else {},
     )  # fmt: skip
 
 
