@@ -131,7 +131,7 @@ def test_caches_by_shards_have_the_bytes_of_undivided_ones(
     monkeypatch.setattr(token_cache, "_ROWS", 4)
     assert run(["data", "cache", recipe]) == 0
     whole = caches(tmp_path)
-    assert len(whole[0]) == 10
+    assert len(whole[0]) == 12
     assert len(whole[1]) > 16
     for number in reversed(range(1, of + 1)):
         assert run(["data", "cache", recipe, "--shard", f"{number}/{of}"]) == 0
