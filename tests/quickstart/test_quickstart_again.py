@@ -179,6 +179,8 @@ def test_an_export_of_another_model_is_replaced(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("mm_moslora.models.export.export_huggingface.export_model", export_model)
     monkeypatch.setattr("mm_moslora.models.load_model.load", lambda _: None)
+    monkeypatch.setattr("mm_moslora.data.preprocessing_print.check_preprocessing", lambda *_: True)
+    monkeypatch.setattr("mm_moslora.data.preprocessing_print.hand_on_preprocessing", lambda *_: None)
     for model, count in (("one", 1), ("one", 1), ("two", 2), ("two", 2)):
         quickstart_run._export(tmp_path, model=model)
         assert (tmp_path / "export" / "model.safetensors").read_text() == str(count)
