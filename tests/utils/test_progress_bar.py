@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,8 @@ def test_the_time_left_is_told_from_the_second_piece_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("mm_moslora.utils.progress_bar.time.monotonic", lambda: clock[-1])
+    # The module's clock alone: the event loop of a server in this process would wait for hours on another one.
+    monkeypatch.setattr("mm_moslora.utils.progress_bar.time", SimpleNamespace(monotonic=lambda: clock[-1]))
     monkeypatch.setattr("sys.stderr.isatty", lambda: False)
     caplog.set_level(logging.INFO, "mm_moslora")
     progress = Progress("task", 48, unit="document")
