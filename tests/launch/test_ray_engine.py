@@ -18,7 +18,7 @@ from waiting import wait_until
 from mm_moslora.launch import ray_engine
 from mm_moslora.launch.jobs import Job, run_jobs
 from mm_moslora.launch.ray_engine import RayEngine, open_engine
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, reason_of
 from tests.launch.test_jobs import CHECKOUT, job, starts
 
 ray = pytest.importorskip("ray", reason="needs the extra ray; make test-extras has it")
@@ -136,8 +136,8 @@ def test_odd_addresses_and_errors_are_one_line() -> None:
     for address in (f"{'a' * 70}:6379", "localhost:99999999"):
         with pytest.raises(ConfigError, match="nothing answers there"):
             RayEngine(address)
-    assert ray_engine._first_line(ValueError("")) == "ValueError"
-    assert ray_engine._first_line(ValueError("\n a\nb")) == "a"
+    assert reason_of(ValueError("")) == "ValueError"
+    assert reason_of(ValueError("\n a\nb")) == "a"
     if socket.has_dualstack_ipv6():
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
             ray_engine._require_listener(f"[::1]:{server.getsockname()[1]}")

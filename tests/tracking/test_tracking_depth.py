@@ -219,7 +219,7 @@ def test_trackio_gives_it_back(tmp_path: Path, sample: SampleAnswer, adapter: Pa
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=240, cwd=root,
-        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "store")},
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[1.0, 0.5]" in done.stdout
