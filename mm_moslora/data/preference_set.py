@@ -176,7 +176,7 @@ class PreferenceSet(RecordExamples):
 
 def last_answer(supervised: Tensor) -> Tensor:
     """The flags of the last answer alone, bool ``[T]``; a question stands between two answers."""
-    places = supervised.nonzero().flatten()
-    gaps = (places.diff() > 1).nonzero().flatten()
-    start = places[gaps[-1] + 1] if len(gaps) else places[0]
+    positions = supervised.nonzero().flatten()
+    gaps = (positions.diff() > 1).nonzero().flatten()
+    start = positions[gaps[-1] + 1] if len(gaps) else positions[0]
     return supervised & (torch.arange(len(supervised)) >= start)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, groupby, takewhile
 from operator import eq
@@ -32,7 +33,7 @@ from mm_moslora.utils.errors import DataError, ModelError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import PREPROCESSING, find_checkpoint
 from mm_moslora.utils.text_format import visible
-from mm_moslora.utils.untrusted_data import parse_json
+from mm_moslora.utils.untrusted_data import build_strictly, parse_json, read_value
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,26 @@ _FLAT = "{%- set messages = flat.messages -%}"
 """Ends what exports put before the chat template of a language model; it changes no prompt."""
 _SHOWN = 60
 """Characters shown of a long value, from shortly before the first difference on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Summary:
+    """See `_summary`."""
+
+    shape: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fingerprint:
+    """The content of `preprocessing.json`."""
+
+    format: int
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    prompt: list[tuple[int, int, str]]
+    tokens_per_picture: dict[str, int]
+    tensors: dict[str, _Summary]
 
 
 class PreprocessingParts(EncoderParts, Protocol):
@@ -148,12 +169,12 @@ def stored_preprocessing(path: str | Path) -> dict[str, Any]:
         stored: dict[str, Any] = read_json(file)
         if stored.get("format") != FORMAT:
             raise ValueError(f"has format {stored.get('format')!r}, this version reads {FORMAT}")
-        counts = [int(count) for number, count, token in stored["prompt"] if int(number) >= 0 and len(token) < _LONGEST]
-        if len(counts) < len(stored["prompt"]) or not 0 <= sum(counts) < _LONGEST:
+        fingerprint = asdict(build_strictly(_Fingerprint, stored, source=str(file)))
+        counts = [count for number, count, _ in fingerprint["prompt"] if number >= 0 and count > 0]
+        if len(counts) < len(fingerprint["prompt"]) or sum(counts) > _LONGEST:
             raise ValueError("holds a prompt that no model reads")
-        [(item["shape"], [float(value) for value in item["values"]]) for item in stored["tensors"].values()]
-        [dict(stored[key]) for key in ("settings", "versions", "tokens_per_picture")]
-        [int(frames) for frames in stored["settings"].get("video_frames", ())]
+        read_value(list[int], fingerprint["settings"].get("video_frames", []), source=str(file), where="video_frames")
+        return fingerprint
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,7 +182,6 @@ def stored_preprocessing(path: str | Path) -> dict[str, Any]:
             f"{file} cannot be read ({error}). Copy the folder again, or delete this file: pictures and prompts are "
             "then not compared with those of the training."
         ) from error
-    return stored
 
 
 def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:

@@ -223,18 +223,18 @@ def _rows(parts: Parts) -> Iterator[ModelFinding]:
             name="rows", brief=f"padding-free, {'lean' if layers else 'stock'} layers",
             detail=f"padding-free: conversations stand in one row without padding; decoder layers are {form}",
         )  # fmt: skip
-    found = rows_of(model, "auto")
-    if found.apart:
+    finding = rows_of(model, "auto")
+    if finding.apart:
         yield ModelFinding(
             name="row probe", brief="apart", detail="changing one conversation of a row does not move the other"
         )
         return
-    what = "may see each other, since the probe failed" if found.moved is None else "see each other"
-    reason = found.fault if found.moved is None else f"a change of one moves the other by {found.moved:.1g}"
+    what = "may see each other, since the probe failed" if finding.moved is None else "see each other"
+    reason = finding.fault if finding.moved is None else f"a change of one moves the other by {finding.moved:.1g}"
     padded = needs_padding(model)
     yield ModelFinding(
         name="row probe", status="ok" if padded else "warn",
-        brief=f"no answer: {reason}" if found.moved is None else f"mixed by {found.moved:.1g}",
+        brief=f"no answer: {reason}" if finding.moved is None else f"mixed by {finding.moved:.1g}",
         detail=f"in one row, conversations {what} ({reason}){'; training never puts two into one' if padded else ''}",
         remedy="" if padded else "Set train.micro_batch to 1 and data.pack_tokens to 0; training refuses other values.",
     )  # fmt: skip

@@ -62,11 +62,11 @@ def train_preferences(
         record_run_state(folder) as ending,
     ):
         seed_everything(recipe.train.seed)
-        found = find_resume(recipe, resume)
-        run = prepare(recipe, checkpoint=None if found is None else found[0])
+        checkpoint = find_resume(recipe, resume)
+        run = prepare(recipe, checkpoint=None if checkpoint is None else checkpoint[0])
         agree_on_data(run.identity())
         ending.begun = True
-        result = _Session(run, found, stop or StopRequest()).go(stop_at)
+        result = _Session(run, checkpoint, stop or StopRequest()).go(stop_at)
         ending.finished = result.finished
     return result
 
@@ -74,8 +74,8 @@ def train_preferences(
 class _Session:
     """The state of one training session."""
 
-    def __init__(self, run: PreferenceRun, found: tuple[Path, Manifest] | None, stop: StopRequest) -> None:
-        self.run, self.stop, self.found = run, stop, found
+    def __init__(self, run: PreferenceRun, checkpoint: tuple[Path, Manifest] | None, stop: StopRequest) -> None:
+        self.run, self.stop, self.checkpoint = run, stop, checkpoint
         self.saver, self.tidier = Saver(run.folder), Tidier(run.folder)
         self.trackers = build_trackers(run.recipe.track)
         self.components = [vars(row) for row in component_table(run.assembly)]  # before TRL adds the reference
@@ -83,8 +83,8 @@ class _Session:
             for line in trainable_table(run.assembly):
                 logger.info("%s", line)
             keep_start(run.assembly.model, _factors(run))
-        if found is not None:
-            self._restore(*found)
+        if checkpoint is not None:
+            self._restore(*checkpoint)
 
     def _restore(self, folder: Path, manifest: Manifest) -> None:
         if manifest.data != self.run.pairs.fingerprint:
@@ -116,7 +116,7 @@ class _Session:
         callback = RunCallback(run, self.trackers, self.stop, stop_at=stop_at)
         trainer.add_callback(callback)
         ending: Ending = "failed"
-        resumed = None if self.found is None else self.found[0]
+        resumed = None if self.checkpoint is None else self.checkpoint[0]
         self.trackers.start(run.recipe.to_dict(), run.folder, resume_step=None if resumed is None else run.step)
         try:
             distributed.barrier()

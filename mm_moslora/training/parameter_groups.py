@@ -30,7 +30,7 @@ class ParameterGroup:
     parameters: tuple[nn.Parameter, ...]
     """The parameters, in the order of `names`."""
     matrices: bool = False
-    """Whether they are matrices between hidden features; told apart only for Muon."""
+    """Whether they are matrices between hidden features; set for Muon alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

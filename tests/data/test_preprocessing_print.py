@@ -181,10 +181,19 @@ def test_an_export_whose_processor_was_changed_is_refused_as_hf(assembled, tmp_p
     assert open_model(f"hf:{folder}", other_preprocessing=True).name.endswith(", other preprocessing")
 
 
+def damaged(**changes):
+    """A fingerprint that is right but for these keys."""
+    right = {"format": 1, "versions": {}, "settings": {}, "prompt": [], "tokens_per_picture": {}, "tensors": {}}
+    return json.dumps(right | changes)
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "prompt": [[1, 2]]}',
              '{"format": 1, "prompt": [], "tensors": {"a": 1}, "settings": {}, "versions": {}}',
-             '{"format": 1, "prompt": [[1, 9999999999999, "a"]], "tensors": {}, "settings": {}, "versions": {}}'],
+             '{"format": 1, "prompt": [[1, 9999999999999, "a"]], "tensors": {}, "settings": {}, "versions": {}}',
+             damaged(prompt=[[1, 10**9, "a"], [1, 1 - 10**9, "a"]]), damaged(prompt=[[1, "3", "a"]]),
+             damaged(tensors={"a": {"shape": [1], "values": ["1.0", "x"]}}), damaged(tokens_per_picture={"1x1": []}),
+             damaged(settings={"video_frames": 3}), damaged(settings={"video_frames": ["x"]})],
 )  # fmt: skip
 def test_a_damaged_file_is_one_error_that_says_what_to_do(text, assembled, tmp_path):
     folder = exported(load_parts(assembled()), tmp_path / "export")
