@@ -84,14 +84,10 @@ class ProcessorImageProcessing:
         shapes = self._shapes(len(metadata.frames_indices or ()), metadata.height or 1, metadata.width or 1)
         return str(self.processor.replace_video_token(shapes | {"video_metadata": [_copied(metadata)]}, video_idx=0))
 
-    def _video_shapes(self, frames: int, height: int, width: int) -> dict[str, Tensor]:
-        """What a video processor makes of a video, with one value in place of all pixels."""
-        black = np.zeros((frames, height, width, 3), dtype=np.uint8)
-        output = self.processor.video_processor([black], do_sample_frames=False, return_tensors="pt")
-        return {
-            name: value.new_zeros(()).expand(value.shape) if value.is_floating_point() else value
-            for name, value in output.items()
-        }
+    def _video_shapes(self, frames: int, height: int, width: int) -> dict[str, Any]:
+        """What a video processor makes of a video without its pixels."""
+        video = torch.empty((frames, 3, height, width), dtype=torch.uint8, device="meta")
+        return dict(self.processor.video_processor([video], do_sample_frames=False, return_tensors="pt"))
 
     def _one(self, image: Image.Image) -> ProcessedImage:
         ids, tensors = self._call([image])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import escape
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from mm_moslora.config import (
     TrainConfig,
 )
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.check.html_view import RecordSample, page
+from mm_moslora.data.check.terminal_view import view_tokens
 from mm_moslora.data.preprocessing_print import trained_videos
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import load_parts
@@ -130,3 +133,13 @@ def test_a_run_learns_from_videos_beside_pictures_and_chat_shows_them_alike(fami
     chat.ask(ASK)
     learned = data_of(chat.assembly, tmp_path, rows[:1], video_frames=3)[0]
     assert learned.input_ids[: len(seen[0])].tolist() == seen[0].tolist()
+
+
+def test_the_tokens_of_a_video_are_shown_as_one(folders, clips):
+    parts = load_parts(ModelConfig(vlm=str(folders["qwen2_5_vl"])), weights="none")
+    data = data_of(parts, clips, [asked("a.mp4")], video_frames=4)
+    record, encoded = data.record(0), data.encode(data.record(0))
+    count = encoded.input_ids.tolist().count(parts.processor.video_token_id)
+    shown = f"<|video_pad|> x {count}"
+    assert escape(shown) in page([RecordSample(record, encoded)], data.encoder, title="t")
+    assert shown in view_tokens(encoded, parts.tokenizer).plain
