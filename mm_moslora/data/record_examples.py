@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
@@ -17,6 +18,7 @@ from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.token_cache import TokenCache
+from mm_moslora.utils.errors import reason_of
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -117,7 +119,8 @@ class RecordExamples:
                 images.append(picture.video() if isinstance(picture, Clip) else picture.rgb())
             except ImageError as error:
                 raise image_fault(record, number, error) from error
-        return self.image_processing.process(images)
+        with _refusals(record):
+            return self.image_processing.process(images)
 
 
 def encode_record(
@@ -185,4 +188,19 @@ def placeholders_of(record: Record, image_processing: ImageProcessing | None) ->
             sizes.append(picture.metadata() if isinstance(picture, Clip) else picture.size() or _NOT_FETCHED)
         except ImageError as error:
             raise image_fault(record, number, error) from error
-    return image_processing.placeholders(sizes)
+    with _refusals(record):
+        return image_processing.placeholders(sizes)
+
+
+@contextmanager
+def _refusals(record: Record) -> Iterator[None]:
+    """Turn what a model's processor raises for a video into the error of its record."""
+    clips = [picture for picture in record.images if isinstance(picture, Clip)]
+    try:
+        yield
+    except Exception as error:  # processors raise nearly anything
+        if not clips:
+            raise
+        what = f"{clips[0].name}: the model's video processor refuses it ({reason_of(error)})"
+        remedy = "cut or convert it, or change video_frames or video_fps"
+        raise record.where.error(Code.VIDEO_FORMAT, "video", what, remedy, path=clips[0].name) from error

@@ -6,7 +6,7 @@ Rules:
   the file (`Video`).
 - For others every frame is a picture. Of F frames the n at indices round(i (F - 1) / (n - 1)) are taken, which include
   the first and the last. A video with fewer than n frames repeats some. For n = 1 the first frame is taken. A rate r
-  stands for n = max(1, floor(F r / fps)).
+  stands for n = max(1, floor(F min(1, r / fps))).
 - Frames become 8-bit RGB with the file's rotation applied, by the rules for pictures (`record_picture`).
 - The content decides the kind, not the suffix. Pillow reads GIF, WebP and PNG. The frames of a folder are its pictures
   in natural order of their names. FFmpeg reads everything else through PyAV (`pyav_decode`).
@@ -171,8 +171,10 @@ class Clip:
             frames = self.count if self.fps is None else None
             self._indices = self.sampling.sample(_metadata(facts), frames=frames, fps=self.fps)
         else:
-            rate = 0.0 if self.fps is None or facts.fps is None else self.fps / facts.fps
-            self._indices = frame_indices(facts.frames, max(1, int(facts.frames * rate)) if rate else self.count)
+            count = self.count
+            if self.fps is not None and facts.fps is not None:
+                count = max(1, int(facts.frames * min(1.0, self.fps / facts.fps)))
+            self._indices = frame_indices(facts.frames, count)
         if (shown := len(self._indices)) > MAX_SHOWN:
             remedy = "lower video_frames or video_fps of its source"
             raise ImageError(Code.VIDEO_TOO_LONG, self.name, f"gives {shown} frames, at most {MAX_SHOWN}", remedy)

@@ -55,7 +55,7 @@ def data_of(parts, folder, rows, **settings):
     path = folder / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     source = SourceConfig(path=str(path), **settings)
-    config = DataConfig(train=[source], max_length=4096, order="sequential")
+    config = DataConfig(train=[source], max_length=4096, order="sequential", max_bad_share=0.5)
     return TrainingSet([source], ConversationEncoder.of(parts), parts.image_processing, config=config)
 
 
@@ -133,6 +133,14 @@ def test_a_run_learns_from_videos_beside_pictures_and_chat_shows_them_alike(fami
     chat.ask(ASK)
     learned = data_of(chat.assembly, tmp_path, rows[:1], video_frames=3)[0]
     assert learned.input_ids[: len(seen[0])].tolist() == seen[0].tolist()
+
+
+def test_a_video_that_the_processor_refuses_costs_one_record(folders, tmp_path):
+    parts = load_parts(ModelConfig(vlm=str(folders["qwen3_vl"])), weights="none")
+    write_video(tmp_path / "one.mp4", 1)
+    data = data_of(parts, tmp_path, [asked("one.mp4"), {"question": "is it red?", "answer": "no"}], video_fps=2.0)
+    assert data.usable == [1]
+    assert "the model's video processor refuses it (t:1 must be larger" in str(data.quarantine.first)
 
 
 def test_the_tokens_of_a_video_are_shown_as_one(folders, clips):
