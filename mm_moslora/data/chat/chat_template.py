@@ -210,12 +210,12 @@ class Template:
         messages = self._messages(roles, contents)
         messages[-1] |= reasoning or {}
         try:
-            text = self._written(messages, add_generation_prompt=prompt, **switch)
+            text = self.rendered(messages, add_generation_prompt=prompt, **switch)
         except Exception as error:  # templates may raise any exception
             raise ConfigError(f"The tokenizer's chat template refuses the roles {', '.join(roles)}: {error}") from error
         return text
 
-    def _written(self, messages: list[dict[str, Any]], **settings: Any) -> str:
+    def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
         """What the template makes of messages."""
         text = self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **settings)
         return str(text)

@@ -94,11 +94,12 @@ class ProcessorTemplate(Template):
             messages.append({"role": shape.partition(":")[0], "content": parts})
         return messages
 
-    def _written(self, messages: list[dict[str, Any]], **settings: Any) -> str:
+    def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
+        """See `Template.rendered`."""
         if any(part["type"] == "video" for message in messages for part in message["content"]):
             # Some processors have another template for conversations with videos.
             return str(self._processor.apply_chat_template(messages, tokenize=False, **settings))
-        return super()._written(messages, **settings)
+        return super().rendered(messages, **settings)
 
 
 def _kinds(shape: str) -> str:
