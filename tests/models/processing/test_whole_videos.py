@@ -115,7 +115,7 @@ def test_a_run_learns_from_videos_beside_pictures_and_chat_shows_them_alike(fami
     recipe = Recipe(
         model=ModelConfig(vlm=str(folders[family])), adapter=AdapterConfig(rank=4, alpha=8),
         data=DataConfig(train=[SourceConfig(path=str(tmp_path / "rows.jsonl"), video_frames=3)], max_bad_share=0.5,
-                        cache=str(tmp_path / "cache")),
+                        cache=str(tmp_path / "cache"), pack_tokens=2048),
         optim=OptimConfig(lr=1e-2), track=TrackConfig(trackers=[]),
         train=TrainConfig(output=str(tmp_path / "run"), steps=3, global_batch=3, micro_batch=3, zero="none",
                           precision="fp32"),
