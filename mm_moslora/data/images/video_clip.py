@@ -20,7 +20,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -130,7 +130,8 @@ class Clip:
         if len({frame.size for frame in frames}) > 1:
             what = "has frames of different sizes, and the model takes a video as a whole"
             raise ImageError(Code.VIDEO_FORMAT, self.name, what, "bring all frames to one size")
-        return Video(metadata=self.metadata(), frames=frames)
+        width, height = frames[0].size  # headers name that before a rotation
+        return Video(metadata=replace(self.metadata(), width=width, height=height), frames=frames)
 
     def rgb(self) -> Image.Image:
         """See `Picture`; the shown frames are decoded."""

@@ -179,7 +179,9 @@ def picture_inputs(
     return {
         name: value
         if name in HOST_INPUTS
-        else value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        else value.to(
+            device, dtype if value.is_floating_point() and name not in READ_INPUTS else None, non_blocking=True
+        )
         for name, value in inputs.items()
     }
 

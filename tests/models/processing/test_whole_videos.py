@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import supervised_logits
 from transformers.video_utils import load_video
 from video_files import write_frames, write_video
-from vlms import make_video_vlm
+from vlms import make_video_vlm, make_vlm
 
 from mm_moslora.batch import Batch
 from mm_moslora.config import (
@@ -30,6 +30,7 @@ from mm_moslora.data.check.terminal_view import view_tokens
 from mm_moslora.data.preprocessing_print import trained_videos
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import load_parts
+from mm_moslora.planning.model_doctor import diagnose_model
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.training_loop import train
 
@@ -151,3 +152,12 @@ def test_the_tokens_of_a_video_are_shown_as_one(folders, clips):
     shown = f"<|video_pad|> x {count}"
     assert escape(shown) in page([RecordSample(record, encoded)], data.encoder, title="t")
     assert shown in view_tokens(encoded, parts.tokenizer).plain
+
+
+def test_the_doctor_says_how_a_model_takes_videos(folders, tmp_path):
+    for folder, expected in (
+        (folders["smolvlm"], "stays a video"),
+        (make_vlm(tmp_path, "qwen2_vl"), "becomes pictures"),
+    ):
+        found = next(item for item in diagnose_model(str(folder)) if item.name == "class and parts")
+        assert found.detail.endswith(f"; a video {expected}")
