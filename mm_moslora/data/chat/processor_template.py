@@ -46,7 +46,21 @@ class ProcessorTemplate(Template):
                 "instruction-tuned checkpoint, or put a chat_template.jinja into its folder."
             )
         super().__init__(processor.tokenizer)
+        self.processor = processor
         self.source, self.image_text = without_note(source), str(processor.image_token)
+
+    def missing_bos(self) -> list[int]:
+        """See `Template.missing_bos`; also what the processor itself puts before a text."""
+        if ids := super().missing_bos():
+            return ids
+        start = self.plan(("user", "assistant")).slots[0].before or "a"
+        own = self.tokenizer.encode(start, add_special_tokens=False)
+        try:
+            given = list(self.processor(text=[start], add_special_tokens=False)["input_ids"][0])
+        except Exception:  # some take no text without a picture
+            return []
+        lead = given[: len(given) - len(own)]
+        return lead if lead + own == given else []
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """See `Template.lay_out`; a question with pictures has one content per text between them."""

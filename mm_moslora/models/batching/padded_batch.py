@@ -5,7 +5,8 @@ Prompts are read this way. Models without packed rows (`mm_moslora.models.batchi
 Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width.
 
 The models are classes of transformers and get the same inputs as from their processors: ids, mask, image inputs, and a
-type per token where they take it (Qwen-VL derives its three-part positions from it, PaliGemma its prefix).
+type per token where they take it (Qwen-VL derives its three-part positions from it, Gemma which tokens of a picture see
+each other, PaliGemma its prefix).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 
 from mm_moslora.adapters.tree import base_model
 from mm_moslora.batch import IGNORED, Batch, Example, usable
-from mm_moslora.models.families import HOST_INPUTS, READ_INPUTS, vlm_family
+from mm_moslora.models.families import HOST_INPUTS, PICTURE_TOKENS, READ_INPUTS, vlm_family
 from mm_moslora.utils.errors import ModelError
 
 
@@ -82,8 +83,8 @@ def padded_inputs(
         device: of the result; None: the model's.
     """
     device = model.device if device is None else device
-    whole = text_inputs(model, rows)
-    if takes(model, "token_type_ids"):
+    whole = text_inputs(model, rows, picture_tokens=image_inputs.get(PICTURE_TOKENS))
+    if vlm_family(model.config.model_type).prefix:
         starts = torch.tensor(list(answers))[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
     arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
@@ -125,19 +126,22 @@ class PaddedCollator:
         return inputs | {"labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 
 
-def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+def text_inputs(
+    model: PreTrainedModel, rows: Sequence[Tensor], *, picture_tokens: Tensor | None = None
+) -> dict[str, Tensor]:
     """Ids and mask ``[G, T]`` in main memory, and the positions of pictures for models that take them.
 
     Args:
         model: an image-text-to-text model of transformers.
         rows: ``G`` samples of ids in main memory, different lengths.
+        picture_tokens: see `PICTURE_TOKENS`; None: the image token.
     """
     ids = pad_sequence(list(rows), batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if takes(model, "mm_token_type_ids"):
-        inputs["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
-    return inputs
+    of_pictures = torch.tensor(model.config.image_token_id) if picture_tokens is None else picture_tokens.cpu()
+    pictures = (torch.isin(ids, of_pictures) & (mask == 1)).long()
+    return inputs | {name: pictures for name in ("mm_token_type_ids", "token_type_ids") if takes(model, name)}
 
 
 def takes(model: PreTrainedModel, keyword: str) -> bool:
@@ -163,6 +167,7 @@ def picture_inputs(
     """
     device = model.device if device is None else device
     inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
+    inputs.pop(PICTURE_TOKENS, None)
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
     if vlm_family(model.config.model_type).one_image_list:  # read in order: all pictures go into one sample

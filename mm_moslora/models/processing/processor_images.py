@@ -6,6 +6,7 @@ These are ready-made models, and assembled ones with anyres.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
-from mm_moslora.models.families import processor_family
+from mm_moslora.models.families import PICTURE_TOKENS, processor_family
 
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
@@ -74,7 +75,12 @@ class ProcessorImageProcessing:
             add_special_tokens=False,
         )  # fmt: skip
         tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
-        return output["input_ids"][0].tolist(), tensors
+        if self._marked - {self.image_token_id}:
+            tensors[PICTURE_TOKENS] = torch.tensor([sorted(self._marked)] * len(images))
+        ids = output["input_ids"][0].tolist()
+        # Some put the start of a text before it, which a picture is not.
+        start = {self.processor.tokenizer.bos_token_id, self.processor.tokenizer.eos_token_id}
+        return list(itertools.dropwhile(start.__contains__, ids)), tensors
 
     def _count_tokens(self, width: int, height: int) -> tuple[int, ...]:
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
@@ -82,6 +88,11 @@ class ProcessorImageProcessing:
             return self._one(Image.new("RGB", (width, height))).placeholders
         visual = int(count(image_sizes=[(height, width)])["num_image_tokens"][0])
         return (self.image_token_id,) * (visual + self._uncounted)
+
+    @functools.cached_property
+    def _marked(self) -> set[int]:
+        """The tokens whose type the processor gives as that of a picture."""
+        return {number for number in getattr(self.processor, "image_token_ids", ()) or () if number is not None}
 
     @functools.cached_property
     def _uncounted(self) -> int:
