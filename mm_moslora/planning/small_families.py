@@ -75,12 +75,18 @@ def default_config(kind: str) -> PreTrainedConfig:
     # Some defaults do not fit together: a tower smaller than the family's, patches that do not pair, odd heads.
     if side and patch and (side // patch) ** 2 < tokens:
         tower.image_size = patch * math.ceil(tokens**0.5)
-    elif side and patch and side // patch % (paired := getattr(config, "scale_factor", 1)):
+    elif side and patch and side // patch % (paired := _paired(config)):
         tower.image_size = patch * paired * math.ceil(side / patch / paired)
     width, heads = (getattr(tower, name, 0) for name in ("hidden_size", "num_attention_heads"))
     if isinstance(width, int) and isinstance(heads, int) and heads and width % heads:
         tower.num_attention_heads = math.gcd(width, heads)
     return config
+
+
+def _paired(config: Any) -> int:
+    """So many patches side by side are one visual token."""
+    values = (getattr(config, name, None) for name in ("scale_factor", "downsample_factor"))
+    return next((value for value in values if isinstance(value, int)), 1)
 
 
 def small_family_model(
@@ -277,7 +283,7 @@ def _arguments(processor_class: type, config: Any, tokenizer: Any) -> dict[str, 
         elif owner := next((owner for owner in (config, vision) if getattr(owner, name, None) is not None), None):
             arguments[name] = getattr(owner, name)
         elif name in _TOKENS and (side := side_of(vision, "image_size")):
-            arguments[name] = (side // side_of(vision, "patch_size") // getattr(config, "scale_factor", 1)) ** 2
+            arguments[name] = (side // side_of(vision, "patch_size") // _paired(config)) ** 2
     return arguments
 
 
@@ -299,7 +305,7 @@ def _picture_part(classes: Any, config: Any) -> Any:
         and value
         and (key == "max_image_size" or "longest_edge" not in value)
     }
-    if tile := getattr(part, "max_image_size", None):  # a picture of as many tiles as by default
+    if isinstance(tile := getattr(part, "max_image_size", None), dict):  # a picture of as many tiles as by default
         sizes["size"] = {key: value // tile.get(key, value) * side for key, value in part.size.items()}
     grid = {
         key: getattr(vision, name)
