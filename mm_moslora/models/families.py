@@ -125,6 +125,8 @@ class VlmFamily:
     """Whether the processor does not tile pictures that come together."""
     adds_text: bool = False
     """Whether the processor puts tokens behind a picture that belong to the question: BOS and a line break."""
+    patches_last: bool = False
+    """Whether pictures are strips of patches, which are joined along their last dimension."""
     prefix: bool = False
     """Whether all before the first answer sees each other; types of tokens then mark the answer and not pictures."""
     host_inputs: tuple[str, ...] = ()
@@ -153,6 +155,8 @@ VLMS = {
     "qwen2_5_vl": VlmFamily(**_QWEN),
     "qwen3_vl": VlmFamily(**_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}),
     "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True, prefix=True),
+    "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", patches_last=True),
+    "minicpmv4_7": VlmFamily(processor="MiniCPMV4_7Processor", patches_last=True),
     "fuyu": VlmFamily(tower="model.vision_embed_tokens", projectors=()),
 }  # fmt: skip
 

@@ -58,6 +58,8 @@ BLIND = (
     Turn(role="user", text="Say one."), Turn(role="assistant", text="One."),
     Turn(role="user", text="And two?"), Turn(role="assistant", text="Two, as you wish."),
 )  # fmt: skip
+_WIDE, _TALL = (64, 48), (90, 120)
+"""Sizes of two pictures: processors cut and join others otherwise."""
 _ROUND = DataSize(samples=100_000, tokens=600)
 """Size of the data for which memory is counted: the setting that is fastest depends little on it."""
 
@@ -188,37 +190,38 @@ def _small_model(config: PreTrainedConfig, owner: Any) -> PreTrainedModel:
 
 
 @functools.cache
-def _picture() -> Image.Image:
+def _picture(size: tuple[int, int]) -> Image.Image:
     """Noise with a tint, so that no tile is plain."""
-    noise = Image.effect_noise((64, 48), 60).convert("RGB")
+    noise = Image.effect_noise(size, 60).convert("RGB")
     return Image.blend(noise, Image.new("RGB", noise.size, (200, 30, 30)), 0.5)
 
 
-def _stock_inputs(owner: Any, turns: Sequence[Turn]) -> dict[str, Any]:
-    """What a processor or tokenizer itself makes of a conversation and `_picture`."""
+def _stock_inputs(owner: Any, turns: Sequence[Turn], size: tuple[int, int] = _WIDE) -> dict[str, Any]:
+    """What a processor or tokenizer itself makes of a conversation and a picture of this size."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         text = turn.text.replace("<image>\n", "")
-        parts = [{"type": "image", "image": _picture()}] * turn.images + [{"type": "text", "text": text}]
+        parts = [{"type": "image", "image": _picture(size)}] * turn.images + [{"type": "text", "text": text}]
         messages.append({"role": turn.role, "content": parts if hasattr(owner, "image_processor") else text})
     return dict(owner.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"))
 
 
-def _conversations(parts: Parts) -> list[Sequence[Turn]]:
-    """Two, or one where the processor takes no text without a picture."""
+def _conversations(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]:
+    """With sizes of their pictures; all with pictures where the processor takes no text alone."""
     if not is_multimodal(parts.model):
-        return [BLIND, BLIND[2:]]
+        return [(BLIND, _WIDE), (BLIND[2:], _WIDE)]
+    seeing = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
     try:
         _stock_inputs(parts.template_processor or parts.tokenizer, BLIND)
     except Exception:  # whatever the processor raises
-        return [SIGHTED]
-    return [BLIND, SIGHTED]
+        return seeing
+    return [(BLIND, _WIDE), *seeing]
 
 
-def _example(parts: Parts, turns: Sequence[Turn]) -> Example:
+def _example(parts: Parts, turns: Sequence[Turn], size: tuple[int, int] = _WIDE) -> Example:
     """A conversation as training encodes it."""
     processing = parts.image_processing
-    pictures = processing.process([_picture()]) if processing and any(turn.images for turn in turns) else []
+    pictures = processing.process([_picture(size)]) if processing and any(turn.images for turn in turns) else []
     encoded = ConversationEncoder.of(parts).encode(turns, pictures=[item.placeholders for item in pictures])
     return Example(id="probe", input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=pictures)
 
@@ -287,9 +290,9 @@ def _rows(parts: Parts) -> Iterator[ModelFinding]:
 
 def _labels(parts: Parts) -> Iterator[ModelFinding]:
     faults, shown = [], ""
-    for turns in _conversations(parts):
-        example = _example(parts, turns)
-        expected = _stock_inputs(parts.template_processor or parts.tokenizer, turns)["input_ids"][0].tolist()
+    for turns, size in _conversations(parts):
+        example = _example(parts, turns, size)
+        expected = _stock_inputs(parts.template_processor or parts.tokenizer, turns, size)["input_ids"][0].tolist()
         ids = example.input_ids.tolist()
         other = next((at for at, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), None)
         if other is not None or len(ids) > len(expected):
@@ -345,10 +348,10 @@ def _logits(parts: Parts) -> Iterator[ModelFinding]:
     """Compares, and leaves the model as training has it."""
     model, owner = parts.model, parts.template_processor or parts.tokenizer
     conversations = _conversations(parts)
-    examples, expected = [_example(parts, turns) for turns in conversations], []
+    examples, expected = [_example(parts, *conversation) for conversation in conversations], []
     with torch.no_grad():
-        for turns, example in zip(conversations, examples, strict=True):
-            logits = model(**_stock_inputs(owner, turns)).logits[0, : example.length - 1]
+        for conversation, example in zip(conversations, examples, strict=True):
+            logits = model(**_stock_inputs(owner, *conversation)).logits[0, : example.length - 1]
             expected.append(logits[example.supervised[1:]])
     recipe = _as_trained(parts)
     prepare_execution(model, recipe, kernels_of(recipe, "fp32"), "fp32")
@@ -383,7 +386,7 @@ def _step(parts: Parts) -> Iterator[ModelFinding]:
     if not any("lora_" in name for name, _ in parts.model.named_parameters()):  # the probe before says why
         yield ModelFinding(name="a training step", status="warn", detail="not tried: there is no adapter to train")
         return
-    batch = Batch.from_examples([_example(parts, turns) for turns in _conversations(parts)])
+    batch = Batch.from_examples([_example(parts, *conversation) for conversation in _conversations(parts)])
     loss: Tensor = LossModule(parts.model, None)(batch, bool(batch.images))
     loss.backward()
     trained = {name: weight for name, weight in parts.model.named_parameters() if weight.requires_grad}

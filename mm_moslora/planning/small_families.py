@@ -133,6 +133,9 @@ def _made(config: PreTrainedConfig) -> PreTrainedModel:
         for module in model.modules():  # attention of fresh weights is nearly uniform, whatever the positions
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for weight in model.parameters():  # some start at zero, and pictures behind them would not be seen
+            if weight.ndim > 1 and not weight.any():
+                nn.init.normal_(weight, std=weight.shape[0] ** -0.5)
     return model.eval()
 
 

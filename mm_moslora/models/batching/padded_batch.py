@@ -170,7 +170,10 @@ def picture_inputs(
     inputs.pop(PICTURE_TOKENS, None)
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
-    if vlm_family(model.config.model_type).one_image_list:  # read in order: all pictures go into one sample
+    family = vlm_family(model.config.model_type)
+    if family.patches_last:
+        inputs["pixel_values"] = pixel_values.movedim(0, -1)
+    if family.one_image_list:  # read in order: all pictures go into one sample
         inputs = {name: value[None] for name, value in inputs.items()}
     dtype = model.dtype
     return {

@@ -51,6 +51,8 @@ class ProcessorImageProcessing:
         ids, tensors = self._call([image])
         if self._family.one_image_list:
             tensors = {name: value[0] for name, value in tensors.items()}
+        if self._family.patches_last:
+            tensors["pixel_values"] = tensors["pixel_values"].movedim(-1, 0)
         if self._family.adds_text:
             ids = [number for number in ids if number == self.image_token_id]
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
