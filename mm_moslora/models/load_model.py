@@ -98,7 +98,7 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, packed: s
     stays = packed == "keep" and config.quantisation != "none"
     assembly = load_parts(config, dtype=dtype if stays else torch.float32)
     if packed == "dense" and is_packed(assembly.model):
-        assembly.model = make_dense(assembly.model, torch.float32)
+        make_dense(assembly.model, torch.float32)
         assembly.changed = True
     if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from mm_moslora_eval.backends.open_model import open_model
 from PIL import Image
 from tiny import supervised_logits
+from transformers import Qwen3VLMoeConfig
 from vlms import make_vlm
 
 from mm_moslora.adapters.layers.base_weights import quantisation
@@ -20,6 +22,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.load_model import load
+from mm_moslora.models.pretrained_vlm import outside_decoder
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import part_of
 from mm_moslora.serve.terminal_chat import Chat
@@ -103,6 +106,26 @@ def test_a_run_answers_in_the_terminal_and_in_the_harness(run: Path) -> None:
     assert isinstance(chat.ask("what color?"), str)
     model = open_model(str(run))
     assert model is not None
+
+
+def test_an_assembled_model_on_four_bits_is_loaded_and_exported_too(recipe: Recipe, tmp_path: Path) -> None:
+    chosen = replace(
+        recipe,
+        model=replace(recipe.model, quantisation="nf4"),
+        train=replace(recipe.train, steps=2, output=str(tmp_path / "run")),
+    )
+    train(chosen)
+    live = load(tmp_path / "run")
+    assert any(map(quantisation, live.model.modules()))
+    assert export(tmp_path / "run", tmp_path / "out", to="llava", dtype="fp32") == 0
+    exported = load(tmp_path / "out")
+    assert not any(map(quantisation, exported.model.modules()))
+    torch.testing.assert_close(logits_of(exported), logits_of(live), rtol=0, atol=1e-4)
+
+
+def test_experts_that_would_stay_dense_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"nf4, but \d+% of the language model's weights are experts .*gate_up_proj"):
+        outside_decoder(Qwen3VLMoeConfig(), "nf4")
 
 
 def test_what_cannot_be_packed_is_refused_by_name(tmp_path: Path) -> None:

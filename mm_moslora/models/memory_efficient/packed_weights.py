@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,12 +66,27 @@ def is_packed(model: nn.Module) -> bool:
     return any(quantisation(module) is not None for module in model.modules())
 
 
-def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Give packed layers dense weights with the values that they compute with.
+def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give layers of bitsandbytes dense weights with the values that they compute with.
 
     Args:
         model: without adapters, before its first forward pass; changed in place.
         dtype: of the weights.
     """
-    dense: PreTrainedModel = model.dequantize(dtype)
-    return dense
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    for path, layer in list(model.named_modules()):
+        if not (quantisation(layer) or "").startswith("bitsandbytes"):
+            continue
+        packed: Any = layer
+        with torch.device("meta"):
+            dense = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+        weight = dequantize_bnb_weight(packed.weight, getattr(packed, "state", None))
+        dense.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        dense.bias = packed.bias
+        model.set_submodule(path, dense.train(packed.training))
+    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
+        quantiser.remove_quantization_config(model)
+    for config in (model.config, model.config.get_text_config()):  # an assembled model has that of its language model
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
