@@ -125,8 +125,8 @@ class VlmFamily:
     """Whether the processor does not tile pictures that come together."""
     adds_text: bool = False
     """Whether the processor puts tokens behind a picture that belong to the question: BOS and a line break."""
-    patches_last: bool = False
-    """Whether pictures are strips of patches, which are joined along their last dimension."""
+    one_by_one: bool = False
+    """Whether pictures are encoded one by one: several in a call would be taken for others."""
     prefix: bool = False
     """Whether all before the first answer sees each other; types of tokens then mark the answer and not pictures."""
     host_inputs: tuple[str, ...] = ()
@@ -155,8 +155,10 @@ VLMS = {
     "qwen2_5_vl": VlmFamily(**_QWEN),
     "qwen3_vl": VlmFamily(**_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}),
     "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True, prefix=True),
-    "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", patches_last=True),
-    "minicpmv4_7": VlmFamily(processor="MiniCPMV4_7Processor", patches_last=True),
+    # The tower takes all pictures of a call for as large as the first.
+    "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", one_by_one=True),
+    "minicpmv4_7": VlmFamily(processor="MiniCPMV4_7Processor", one_by_one=True),
+    "molmo2": VlmFamily(processor="Molmo2Processor", one_by_one=True),  # image_token_pooling counts over all pictures
     "fuyu": VlmFamily(tower="model.vision_embed_tokens", projectors=()),
 }  # fmt: skip
 
@@ -171,7 +173,9 @@ PROJECTOR = re.compile(rf"(^|\.)({_PROJECTORS}|image_newline)(\.|$)")
 """Finds what belongs to a projector, the newline embedding behind rows of patches included."""
 PICTURE_TOKENS = "picture_tokens"
 """An image input that no model takes, ``[N, tokens]``: what processors mark as a picture's besides the image token."""
-HOST_INPUTS = frozenset({PICTURE_TOKENS}.union(*(family.host_inputs for family in VLMS.values())))
+PICTURE_SHAPES = "picture_shapes"
+"""Another one, ``[N, tensors, dimensions]``: the shapes of tensors that a batch holds flat."""
+HOST_INPUTS = frozenset({PICTURE_TOKENS, PICTURE_SHAPES}.union(*(family.host_inputs for family in VLMS.values())))
 """Image inputs that models read as numbers and do nothing else with: they stay in main memory."""
 READ_INPUTS = HOST_INPUTS.union(*(family.read_inputs for family in VLMS.values()))
 """Image inputs that the host reads: from main memory, so that it does not wait for the device."""

@@ -19,12 +19,10 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.batching.padded_batch import picture_inputs, readable, takes, text_inputs
+from mm_moslora.models.batching.single_pictures import ENCODED
 from mm_moslora.models.families import vlm_family
 from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
 from mm_moslora.utils.errors import ModelError
-
-_ENCODED = "mm_encoder_outputs"
-"""Keyword argument of Qwen-VL's forward pass: pictures that are already encoded."""
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -111,9 +109,9 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if not has_mrope(model):
         return inputs
     inner: Any = model.base_model
-    if not takes(model, _ENCODED):
+    if not takes(model, ENCODED):
         raise ModelError(
-            f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {_ENCODED}: it "
+            f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {ENCODED}: it "
             "would ignore the pictures. Install a release in the range that `mm-moslora doctor` names."
         )
-    return {_ENCODED: {"image": inner.get_image_features(**inputs, return_dict=True)}}
+    return {ENCODED: {"image": inner.get_image_features(**inputs, return_dict=True)}}

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from mm_moslora.adapters.tree import base_model
 from mm_moslora.batch import IGNORED, Batch, Example, usable
-from mm_moslora.models.families import HOST_INPUTS, PICTURE_TOKENS, READ_INPUTS, vlm_family
+from mm_moslora.models.batching.single_pictures import encoded_one_by_one
+from mm_moslora.models.families import HOST_INPUTS, PICTURE_SHAPES, PICTURE_TOKENS, READ_INPUTS, vlm_family
 from mm_moslora.utils.errors import ModelError
 
 
@@ -111,8 +112,14 @@ class PaddedCollator:
 
         Raises:
             DataError: no example can be used.
+            ModelError: the model must encode pictures one by one.
         """
         batch = Batch.from_examples(usable(examples))
+        if PICTURE_SHAPES in batch.image_inputs:
+            raise ModelError(
+                f"{type(base_model(self.model)).__name__} must encode pictures one by one, which a collator cannot do. "
+                "Train it with mm-moslora train."
+            )
         rows = list(batch.input_ids.split(batch.segment_lengths))
         inputs = padded_inputs(
             cast(PreTrainedModel, base_model(self.model)),
@@ -170,18 +177,17 @@ def picture_inputs(
     inputs.pop(PICTURE_TOKENS, None)
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
-    family = vlm_family(model.config.model_type)
-    if family.patches_last:
-        inputs["pixel_values"] = pixel_values.movedim(0, -1)
-    if family.one_image_list:  # read in order: all pictures go into one sample
+    shapes = inputs.pop(PICTURE_SHAPES, None)
+    if vlm_family(model.config.model_type).one_image_list:  # read in order: all pictures go into one sample
         inputs = {name: value[None] for name, value in inputs.items()}
     dtype = model.dtype
-    return {
+    inputs = {
         name: value
         if name in HOST_INPUTS
         else value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
         for name, value in inputs.items()
     }
+    return inputs if shapes is None else encoded_one_by_one(model, inputs, shapes)
 
 
 def readable(batch: Batch) -> dict[str, Tensor]:

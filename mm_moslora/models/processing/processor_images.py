@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
+from mm_moslora.models.batching.single_pictures import flat
 from mm_moslora.models.families import PICTURE_TOKENS, processor_family
 
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
@@ -51,8 +52,8 @@ class ProcessorImageProcessing:
         ids, tensors = self._call([image])
         if self._family.one_image_list:
             tensors = {name: value[0] for name, value in tensors.items()}
-        if self._family.patches_last:
-            tensors["pixel_values"] = tensors["pixel_values"].movedim(-1, 0)
+        if self._family.one_by_one:
+            tensors = flat(tensors)
         if self._family.adds_text:
             ids = [number for number in ids if number == self.image_token_id]
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mm_moslora.models.assembly import pretrained_parts
-from mm_moslora.models.batching.padded_batch import padded_inputs
+from mm_moslora.models.batching.padded_batch import text_inputs
 from mm_moslora.planning.model_doctor import SIGHTED, _example, _stock_inputs
 from mm_moslora.planning.small_families import default_config, stand_in_processor
 
@@ -24,14 +24,10 @@ def test_ids_and_types_of_tokens_are_those_of_the_processor(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     (picture,) = example.pictures
-    others = {name: value for name, value in picture.tensors.items() if name != "pixel_values"}
-    given = padded_inputs(
-        model, [example.input_ids], picture.tensors["pixel_values"], others, answers=[example.length - 3],
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    marked = picture.tensors.get("picture_tokens")
+    given = text_inputs(model, [example.input_ids], picture_tokens=marked)
     name = "mm_token_type_ids" if "mm_token_type_ids" in expected else "token_type_ids"
     assert given[name].tolist() == expected[name][:, : example.length].tolist()
-    assert "picture_tokens" not in given
 
 
 def test_a_picture_in_the_middle_of_a_text_does_not_begin_one() -> None:
