@@ -39,7 +39,7 @@ def _names(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def encoded_one_by_one(model: PreTrainedModel, tensors: dict[str, Tensor], shapes: Tensor) -> dict[str, Any]:
-    """The keyword argument of a model for pictures, each encoded by itself.
+    """The keyword arguments of a model for pictures, each encoded by itself; others than pixels give positions.
 
     Args:
         model: an image-text-to-text model of transformers.
@@ -58,20 +58,21 @@ def encoded_one_by_one(model: PreTrainedModel, tensors: dict[str, Tensor], shape
     taken = inspect.signature(type(inner).get_image_features).parameters
     names = _names(tensors)
     parts = [tensors[name].split([_size(shape[at]) for shape in shapes.tolist()]) for at, name in enumerate(names)]
-    outputs: list[Any] = []
-    for number, shape in enumerate(shapes.tolist()):
-        whole = {
-            name: parts[at][number].view([side for side in shape[at] if side])
-            for at, name in enumerate(names)
-            if name in taken
-        }
-        outputs.append(inner.get_image_features(**whole, return_dict=True))
+    pictures = [
+        {name: parts[at][number].view([side for side in shape[at] if side]) for at, name in enumerate(names)}
+        for number, shape in enumerate(shapes.tolist())
+    ]
+    outputs: list[Any] = [
+        inner.get_image_features(**{name: picture[name] for name in names if name in taken}, return_dict=True)
+        for picture in pictures
+    ]
     features = [output.pooler_output for output in outputs]
     joined = outputs[0]
     joined.pooler_output = (
         torch.cat(features) if isinstance(features[0], Tensor) else [part for group in features for part in group]
     )
-    return {ENCODED: {"image": joined}}
+    others = {name: torch.cat([picture[name] for picture in pictures]) for name in names if name != "pixel_values"}
+    return others | {ENCODED: {"image": joined}}
 
 
 def _size(shape: list[int]) -> int:
