@@ -156,8 +156,8 @@ VLMS = {
     "qwen3_vl": VlmFamily(**_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}),
     "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True, prefix=True),
     # The tower takes all pictures of a call for as large as the first.
-    "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", one_by_one=True),
-    "minicpmv4_7": VlmFamily(processor="MiniCPMV4_7Processor", one_by_one=True),
+    "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", projectors=("merger",), one_by_one=True),
+    "minicpmv4_7": VlmFamily(processor="MiniCPMV4_7Processor", projectors=("merger",), one_by_one=True),
     "molmo2": VlmFamily(processor="Molmo2Processor", one_by_one=True),  # image_token_pooling counts over all pictures
     "fuyu": VlmFamily(tower="model.vision_embed_tokens", projectors=()),
 }  # fmt: skip

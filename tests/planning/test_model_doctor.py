@@ -84,14 +84,13 @@ def test_the_table_has_a_row_for_every_family_and_the_reason_why_one_is_not_trie
         doctor("qwen2_vk", families=True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "step"), [("qwen3_vl_moe", "32 layers, 16 stacks of experts"), ("gemma3", "42 layers")]
-)
-def test_experts_and_text_around_pictures_train_right(kind: str, step: str) -> None:
-    """Gemma 3 marks pictures by types of tokens, and puts line breaks around them that join those of the template."""
+@pytest.mark.parametrize("kind", ["gemma3", "minicpmv4_6"])
+def test_families_whose_pictures_are_peculiar_train_right(kind: str) -> None:
+    """Gemma 3 marks them by types of tokens, and its line breaks around them join those of the template; MiniCPM-V
+    takes several in a call for as large as the first."""
     lines, wrong = family_table([kind])
     assert not wrong
-    assert lines[2] == f"| `{kind}` | padded | apart | right | equal | {step} |"
+    assert [cell.strip() for cell in lines[2].split("|")][4:6] == ["right", "equal"]
 
 
 def test_a_refused_adapter_is_one_fault(monkeypatch: pytest.MonkeyPatch) -> None:
