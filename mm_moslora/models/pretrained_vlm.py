@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from mm_moslora.adapters.experts.expert_targets import short_names, stacked_parameters
 from mm_moslora.models.families import TOWER_PATHS
-from mm_moslora.models.model_sizes import refuse_adapter_beside
+from mm_moslora.models.model_sizes import load_base, refuse_adapter_beside
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
 
@@ -43,8 +43,13 @@ def load_pretrained_vlm(
     refuse_adapter_beside(name, revision)
     processor = load_pretrained_processor(name, revision)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=dtype, device_map=device, quantization_config=packed, trust_remote_code=False
+        model: PreTrainedModel = load_base(
+            AutoModelForImageTextToText,
+            name,
+            revision=revision,
+            dtype=dtype,
+            device_map=device,
+            quantization_config=packed,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(

@@ -46,7 +46,7 @@ def padded_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
     """
     host, shown = batch.on_host, batch
     rows = list(host.input_ids.split(batch.segment_lengths))
-    if dummy is not None and batch.pixel_values is None:
+    if dummy is not None and not batch.images:
         rows.append(dummy.on_host.input_ids)
         shown = dummy
     first_answer = _first_supervised(host) + [len(row) for row in rows[len(batch.segment_lengths) :]]
@@ -89,7 +89,7 @@ def padded_inputs(
         starts = torch.tensor(list(answers))[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
     arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
-    if pixel_values is not None:
+    if pixel_values is not None or image_inputs:
         arguments |= picture_inputs(model, pixel_values, image_inputs, device=device)
     return arguments
 
@@ -147,8 +147,10 @@ def text_inputs(
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     inputs = {"input_ids": ids, "attention_mask": mask}
     of_pictures = torch.tensor(model.config.image_token_id) if picture_tokens is None else picture_tokens.cpu()
-    pictures = (torch.isin(ids, of_pictures) & (mask == 1)).long()
-    return inputs | {name: pictures for name in ("mm_token_type_ids", "token_type_ids") if takes(model, name)}
+    types = torch.isin(ids, of_pictures).long()
+    if (video := getattr(model.config, "video_token_id", None)) is not None:
+        types += 2 * (ids == video)
+    return inputs | {name: types * mask for name in ("mm_token_type_ids", "token_type_ids") if takes(model, name)}
 
 
 def takes(model: PreTrainedModel, keyword: str) -> bool:
@@ -162,18 +164,23 @@ def takes(model: PreTrainedModel, keyword: str) -> bool:
 
 
 def picture_inputs(
-    model: PreTrainedModel, pixel_values: Tensor, image_inputs: dict[str, Tensor], *, device: torch.device | None = None
+    model: PreTrainedModel,
+    pixel_values: Tensor | None,
+    image_inputs: dict[str, Tensor],
+    *,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """The keyword arguments of a model for the pictures of all rows.
+    """The keyword arguments of a model for the pictures and videos of all rows.
 
     Args:
         model: an image-text-to-text model of transformers.
-        pixel_values: of all pictures in order.
+        pixel_values: of all pictures in order; None where only videos have inputs.
         image_inputs: the other inputs of the pictures, on any device; see `readable`.
         device: of the result; None: the model's.
     """
     device = model.device if device is None else device
-    inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
+    inputs: dict[str, Any] = {} if pixel_values is None else {"pixel_values": pixel_values}
+    inputs |= image_inputs
     inputs.pop(PICTURE_TOKENS, None)
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
@@ -184,7 +191,9 @@ def picture_inputs(
     inputs = {
         name: value
         if name in HOST_INPUTS
-        else value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        else value.to(
+            device, dtype if value.is_floating_point() and name not in READ_INPUTS else None, non_blocking=True
+        )
         for name, value in inputs.items()
     }
     return inputs if shapes is None else encoded_one_by_one(model, inputs, shapes)
