@@ -149,7 +149,7 @@ def text_inputs(
     of_pictures = torch.tensor(model.config.image_token_id) if picture_tokens is None else picture_tokens.cpu()
     types = torch.isin(ids, of_pictures).long()
     if (video := getattr(model.config, "video_token_id", None)) is not None:
-        types += 2 * (ids == video)
+        types += 2 * ((ids == video) & (types == 0))  # Molmo 2 has one token for both
     return inputs | {name: types * mask for name in ("mm_token_type_ids", "token_type_ids") if takes(model, name)}
 
 
