@@ -68,7 +68,8 @@ def padded_inputs(
     pixel_values: Tensor | None,
     image_inputs: dict[str, Tensor],
     *,
-    answers: Sequence[int],
+    answers: Sequence[int] | None,
+    left: bool = False,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of a model's forward pass.
@@ -78,13 +79,14 @@ def padded_inputs(
         rows: ``G`` samples of ids in main memory, different lengths.
         pixel_values: of all pictures in order.
         image_inputs: the other inputs of the pictures, on any device.
-        answers: the start of each sample's first answer.
+        answers: the start of each sample's first answer; None: these are prompts.
+        left: pad on the left, so that all samples end together.
         device: of the result; None: the model's.
     """
     device = model.device if device is None else device
-    whole = text_inputs(model, rows)
+    whole = text_inputs(model, rows, left=left)
     if takes(model, "token_type_ids"):
-        starts = torch.tensor(list(answers))[:, None]
+        starts = torch.tensor([whole["input_ids"].shape[1]] * len(rows) if answers is None else [*answers])[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
     arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
     if pixel_values is not None:
@@ -125,15 +127,17 @@ class PaddedCollator:
         return inputs | {"labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 
 
-def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor], *, left: bool = False) -> dict[str, Tensor]:
     """Ids and mask ``[G, T]`` in main memory, and the positions of pictures for models that take them.
 
     Args:
         model: an image-text-to-text model of transformers.
         rows: ``G`` samples of ids in main memory, different lengths.
+        left: see `padded_inputs`.
     """
-    ids = pad_sequence(list(rows), batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    side = "left" if left else "right"
+    ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if takes(model, "mm_token_type_ids"):
         inputs["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
