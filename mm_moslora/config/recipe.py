@@ -83,6 +83,12 @@ class Recipe(YamlRecipe):
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
+        for objective, section in (("dpo", "preference"), ("kto", "kto"), ("grpo", "grpo")):
+            value = getattr(self, section)
+            require(
+                self.objective == objective or value == type(value)(),
+                f"{section} is set, which only objective: {objective} reads. Set the objective, or leave it out.",
+            )
         if self.objective != "sft":
             refuse_unfit(
                 self.objective,
@@ -94,12 +100,6 @@ class Recipe(YamlRecipe):
                 validate=self.validate,
                 kto=self.kto,
                 grpo=self.grpo,
-            )
-        for objective, section in (("dpo", "preference"), ("kto", "kto"), ("grpo", "grpo")):
-            value = getattr(self, section)
-            require(
-                self.objective == objective or value == type(value)(),
-                f"{section} is set, which only objective: {objective} reads. Set the objective, or leave it out.",
             )
         require(
             self.train.compile is None or self.model.kernels not in ("triton", "liger"),

@@ -61,6 +61,10 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         )  # fmt: skip
         self.stops = stop_token_ids(run.assembly.model, run.assembly.tokenizer.eos_token_id)
         self.eos_token_ids = self.stops
+        config = run.assembly.model.config
+        places = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+        self.placeholders = [place for place in places if place is not None]
+        """Tokens that no answer may hold: each would ask the model for a picture."""
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Whatever is drawn depends on the step and the questions alone, so that a resumed run draws the same."""
@@ -99,6 +103,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
                 generation_config=GenerationConfig(
                     do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, min_p=0.0,
                     repetition_penalty=1.0, max_new_tokens=config.max_new_tokens, num_beams=1,
+                    suppress_tokens=self.placeholders or None,
                     eos_token_id=self.stops, pad_token_id=encoder.tokenizer.pad_token_id, use_cache=True,
                 ),
             )  # fmt: skip

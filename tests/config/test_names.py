@@ -29,6 +29,7 @@ from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, DiffusionRe
 from mm_moslora.kernels.attention.attention_choice import require_attention
 from mm_moslora.models.projectors.projector import PROJECTORS, projector_class
 from mm_moslora.models.projectors.projector_layers import LinearProjector
+from mm_moslora.preferences.rewards import REWARDS
 from mm_moslora.training.deepspeed_presets import read_preset
 from mm_moslora.training.preflight import LOSS, check_settings
 from mm_moslora.utils.errors import MoSLoRAError
@@ -42,7 +43,7 @@ FREE_TEXT = {
 PATHS = {
     "data.train.path", "data.train.image_folder", "data.validation.path", "data.validation.image_folder", "data.cache",
     "model.vision.feature_cache", "model.projector.weights", "adapter.weights", "train.output", "data.pictures",
-    "data.prior.pictures",
+    "data.prior.pictures", "grpo.reward_file",
 }  # fmt: skip
 IDS = {  # of hubs and hosts, and names inside of data
     "model.language", "model.vlm", "model.language_revision", "model.vlm_revision", "model.vision.revision",
@@ -68,6 +69,7 @@ MISSPELT = {  # overrides, the last of them misspelt
     "train.zero": ("train.zero=zerro2",),
     "train.compile": ("train.compile=inductr",),
     "preference.loss_type": ("preference.loss_type=[sigmoidd]",),
+    "grpo.rewards": ("grpo.rewards=[exactt]",),
     "validate.tasks": ("validate.tasks=[popee]",),
     "validate.best": (
         "train.validate_every=1", "data.validation=[{path: held.json}]", f"validate.best={LOSS}s",
@@ -161,6 +163,7 @@ REGISTRIES = {
     "data.train.columns.KEY": sorted(set().union(*READ.values())),
     "validate.tasks": sorted({task.name for task in all_tasks().values()}),
     "adapter.peft": peft_methods.method_names(),
+    "grpo.rewards": list(REWARDS),
     **{key: list(typing.get_args(kind)) for (of, key), kind in WORDS.items() if of is Recipe},
 }
 
@@ -175,7 +178,7 @@ def test_every_name_of_every_set_is_refused_where_it_is_misspelt(
         if wrong in REGISTRIES[key]:
             continue
         value = {"adapter.peft": f"{{type: {wrong}}}"}.get(key, wrong)
-        value = f"[{wrong}]" if key in ("track.trackers", "validate.tasks") else value
+        value = f"[{wrong}]" if key in ("track.trackers", "validate.tasks", "grpo.rewards") else value
         changed = override(key, value) if not key.endswith("KEY") else f"{key.removesuffix('.KEY')}={{{wrong}: column}}"
         changed = changed.replace("data.train.columns", "data.train.0.columns")
         assert "Did you mean" in refused(["config", PRESET, changed], capsys), wrong
@@ -195,6 +198,7 @@ def test_names_that_need_no_import_are_in_their_registries() -> None:
         projector_class(kind)
     sizeless = {name for name, form in MIXER_FORMS.items() if not form.size_means and form.__module__.startswith("mm_")}
     assert sizeless == set(usual_names.MIXER_FORMS)
+    assert tuple(REWARDS) == usual_names.REWARDS
     for name in usual_names.ATTENTION:
         if not name.startswith("flash"):  # needs its package
             require_attention(name)
