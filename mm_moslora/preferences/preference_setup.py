@@ -21,6 +21,7 @@ from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.preferences.rewards import Reward, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.model_start import resumed_start
 from mm_moslora.training.run_setup import pinned, whole_projector, with_form_of_thinking
@@ -42,6 +43,8 @@ class PreferenceRun:
     assembly: Parts
     records: AnswerSet[Any]
     held_out: AnswerSet[Any] | None
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    """See `find_rewards`."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the projector of an assembled model, on rank 0."""
     trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -93,6 +96,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     _check_batch(recipe)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))
     with distributed.failing_together("Loading the model"):
+        rewards = find_rewards(recipe.grpo)
         start, adapter = recipe.model, recipe.adapter
         if checkpoint is not None:
             if (reference := rank_folder(checkpoint, 0) / REFERENCE).is_dir():
@@ -111,7 +115,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     frames = [source.video_frames for source in recipe.data.train]
     return PreferenceRun(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, records=records,
-        held_out=held_out, frozen_projector=whole_projector(assembly),
+        held_out=held_out, rewards=rewards, frozen_projector=whole_projector(assembly),
         trained_on=trained_on(recipe.model, records.commits, before=checkpoint),
         preprocessing=preprocessing_of(assembly, video_frames=frames) if distributed.is_main() else {},
     )  # fmt: skip

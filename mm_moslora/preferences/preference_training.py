@@ -14,7 +14,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.preferences.preference_setup import PreferenceRun, prepare
-from mm_moslora.preferences.rewards import code_of, find_rewards
+from mm_moslora.preferences.rewards import code_of
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, amend, folder_name, rank_folder
@@ -62,7 +62,6 @@ def train_preferences(
     agree_on_recipe(recipe, resume=resume, stop_at=stop_at, reward_file=code_of(recipe.grpo))
     with distributed.failing_together("Checking the recipe"):
         check_recipe(recipe, resume=resume)
-        find_rewards(recipe.grpo)
     with (
         run_arithmetic(deterministic=recipe.train.deterministic),
         exclusive(folder),

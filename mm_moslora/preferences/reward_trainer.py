@@ -23,7 +23,7 @@ from mm_moslora.data.preference_set import Question
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.preferences.preference_setup import PreferenceRun
-from mm_moslora.preferences.rewards import Scorer, document_of, find_rewards
+from mm_moslora.preferences.rewards import Scorer, document_of
 from mm_moslora.preferences.trl_trainers import RunTrainer, arguments_of
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier
@@ -54,7 +54,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         """The questions of the rows in memory, by number."""
         self.shown: list[int] = []
         """The questions of the rows that TRL computes with now."""
-        scorers = [Scorer(name, reward) for name, reward in find_rewards(grpo).items()]
+        scorers = [Scorer(name, reward) for name, reward in run.rewards.items()]
         super().__init__(
             run, saver=saver, tidier=tidier, args=args, rollout_func=self._roll_out,
             reward_funcs=[self._reward_function(scorer) for scorer in scorers],
@@ -90,7 +90,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
     @torch.no_grad()
     def _roll_out(self, prompts: Sequence[Any], _: Any) -> dict[str, Any]:
         """Answers to the questions that are shown, as TRL takes them: ids up to their end of turn."""
-        model, encoder, config = self.run.assembly.model, self.run.records.encoder, self.run.recipe.grpo
+        model, config = self.run.assembly.model, self.run.recipe.grpo
         asked = [self.questions[number].prompt.input_ids for number in self.shown]
         inputs = padded_inputs(
             model, asked, *self._pictures(self.shown), answers=None, left=True, device=self.accelerator.device
@@ -104,7 +104,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
                     do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, min_p=0.0,
                     repetition_penalty=1.0, max_new_tokens=config.max_new_tokens, num_beams=1,
                     suppress_tokens=self.placeholders or None,
-                    eos_token_id=self.stops, pad_token_id=encoder.tokenizer.pad_token_id, use_cache=True,
+                    eos_token_id=self.stops, use_cache=True,
                 ),
             )  # fmt: skip
         model.train(training)
