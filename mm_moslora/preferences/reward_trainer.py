@@ -90,7 +90,8 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
     @torch.no_grad()
     def _roll_out(self, prompts: Sequence[Any], _: Any) -> dict[str, Any]:
         """Answers to the questions that are shown, as TRL takes them: ids up to their end of turn."""
-        model, config = self.run.assembly.model, self.run.recipe.grpo
+        config = self.run.recipe.grpo
+        model: Any = self.run.assembly.model
         asked = [self.questions[number].prompt.input_ids for number in self.shown]
         inputs = padded_inputs(
             model, asked, *self._pictures(self.shown), answers=None, left=True, device=self.accelerator.device

@@ -96,7 +96,7 @@ def test_labels_are_those_of_trl_on_the_last_answer_alone(vlm: Path, picture_pai
     ours = PairCollator(run=run)([{"item": number, "held_out": 0} for number in (0, 1)])
     rows = []
     for number in (0, 1):
-        record = run.records.pair(number)
+        record = run.records.pair(number)  # type: ignore[attr-defined]
         turns = {side: getattr(record, side).turns[-1].text for side in ("chosen", "rejected")}
         asked = record.chosen.turns[0].parts()[-1].lstrip("\n")
         content = [{"type": "image"}, {"type": "text", "text": asked}]
