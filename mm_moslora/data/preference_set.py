@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
+from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
 from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.judged_records import AskedQuestion, JudgedAnswer, parse_judged, parse_question
@@ -165,7 +165,7 @@ class AnswerSet(SourceExamples, Generic[Item]):
         self.usable += [index * self.sides + side for side in range(min(self.sides, len(records)))]
         self.with_pictures += bool(records[0].images)
 
-    def _encode(self, record: Record, pictures: Sequence[Sequence[int]] | None) -> Encoded:
+    def _encode(self, record: Record, pictures: Sequence[Placeholders] | None) -> Encoded:
         encoded = self.encode(record, None if self._fixed else pictures)
         if encoded.dropped_turns:
             what, limit = "does not fit with its last answer", self.config.max_length
