@@ -56,6 +56,7 @@ LAYERS = {  # names and patterns of layers, which `plan` and `train` look for in
     "adapter.mixer_pattern.KEY", "adapter.rank_pattern.KEY", "adapter.alpha_pattern.KEY",
     "adapter.text_encoder_targets", "adapter.target_parameters",
 }  # fmt: skip
+FITTING = ("objective=grpo", "train.zero=none", "model.projector.mode=frozen", "model.projector.weights=PROJECTOR")
 MISSPELT = {  # overrides, the last of them misspelt
     "model.vision.name": ("model.vision.name=open_clp:ViT-B-32",),
     "model.vision.fuse_with": ("model.vision.fuse_with=timmm:vit_small_patch16_224",),
@@ -69,7 +70,7 @@ MISSPELT = {  # overrides, the last of them misspelt
     "train.zero": ("train.zero=zerro2",),
     "train.compile": ("train.compile=inductr",),
     "preference.loss_type": ("preference.loss_type=[sigmoidd]",),
-    "grpo.rewards": ("grpo.rewards=[exactt]",),
+    "grpo.rewards": (*FITTING, "grpo.rewards=[exactt]"),
     "validate.tasks": ("validate.tasks=[popee]",),
     "validate.best": (
         "train.validate_every=1", "data.validation=[{path: held.json}]", f"validate.best={LOSS}s",
@@ -163,7 +164,6 @@ REGISTRIES = {
     "data.train.columns.KEY": sorted(set().union(*READ.values())),
     "validate.tasks": sorted({task.name for task in all_tasks().values()}),
     "adapter.peft": peft_methods.method_names(),
-    "grpo.rewards": list(REWARDS),
     **{key: list(typing.get_args(kind)) for (of, key), kind in WORDS.items() if of is Recipe},
 }
 
@@ -178,7 +178,7 @@ def test_every_name_of_every_set_is_refused_where_it_is_misspelt(
         if wrong in REGISTRIES[key]:
             continue
         value = {"adapter.peft": f"{{type: {wrong}}}"}.get(key, wrong)
-        value = f"[{wrong}]" if key in ("track.trackers", "validate.tasks", "grpo.rewards") else value
+        value = f"[{wrong}]" if key in ("track.trackers", "validate.tasks") else value
         changed = override(key, value) if not key.endswith("KEY") else f"{key.removesuffix('.KEY')}={{{wrong}: column}}"
         changed = changed.replace("data.train.columns", "data.train.0.columns")
         assert "Did you mean" in refused(["config", PRESET, changed], capsys), wrong

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pairs import make_recipe
 
-from mm_moslora.config import Recipe
+from mm_moslora.config import Recipe, usual_names
 from mm_moslora.config.preference_config import LOSS_TYPES
+from mm_moslora.training.preflight import check_settings
 from mm_moslora.utils.errors import ConfigError
 
 MODEL = {"vlm": "org/model"}
@@ -94,3 +95,11 @@ def test_the_losses_are_those_of_trl() -> None:
 def test_one_answer_to_a_micro_batch_is_enough_where_nothing_is_estimated() -> None:
     recipe = read(objective="kto", kto={"loss_type": "apo_zero_unpaired"}, train={"micro_batch": 1})
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("name", usual_names.REWARDS)
+def test_a_misspelt_reward_is_refused_with_its_name(name: str) -> None:
+    grpo = {"rewards": [f"{name}{name[-1]}"], "generations": 4}
+    with pytest.raises(ConfigError, match=rf"grpo.rewards holds .*Did you mean .*{name}"):
+        check_settings(read(objective="grpo", grpo=grpo))
+    check_settings(read(objective="grpo", grpo={"rewards": [name], "generations": 4}))
