@@ -212,7 +212,7 @@ class TrainingSet(RecordExamples):
             try:
                 record = self.record(index)
                 if self.words:
-                    self.words[index] = sum(len(turn.text.split()) for turn in record.turns)
+                    self.words[index] = sum(len(turn.said.split()) for turn in record.turns)
                     if cache is not None and not headers:
                         continue
                 self.lengths[index] = self._measure(index, record)
@@ -235,7 +235,7 @@ class TrainingSet(RecordExamples):
     def _measure(self, index: int, record: Record) -> int:
         """Tokens of a record, exact or estimated; for exact numbers the picture headers are checked."""
         if self.estimated:
-            characters = sum(len(turn.text) for turn in record.turns)
+            characters = sum(len(turn.said) for turn in record.turns)
             tokens = 1 + int(characters * self._per_character) + len(record.images) * self.encoder.tokens_per_image
             return min(tokens, self.config.max_length)
         encoded = self.encoded(index, record)
@@ -262,7 +262,7 @@ class TrainingSet(RecordExamples):
                 shortened += 1
             else:
                 tokens += int(encoded.input_ids.shape[0]) - encoded.images * self.encoder.tokens_per_image
-                characters += sum(len(turn.text) for turn in record.turns)
+                characters += sum(len(turn.said) for turn in record.turns)
         self.truncated = round(shortened / self._sampled * len(self))
         return tokens / max(1, characters)
 

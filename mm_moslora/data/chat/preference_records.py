@@ -60,7 +60,7 @@ def parse_pair(value: Any, where: Where, rules: PictureRules) -> PreferencePair:
     if any(turn.weight != 1 for turn in (*chosen.turns, *rejected.turns)):
         remedy = "drop the keys of weights: the last answers of a pair count, and all of them alike"
         raise where.error(Code.UNFOLLOWED_KEY, "weight", "weighs an answer of a pair", remedy)
-    if chosen.turns[-1].text.strip() == rejected.turns[-1].text.strip():
+    if chosen.turns[-1].said.strip() == rejected.turns[-1].said.strip():
         remedy = "drop the record: it prefers nothing"
         raise where.error(Code.EQUAL_ANSWERS, "rejected", "equals the chosen answer", remedy)
     return PreferencePair(chosen=chosen, rejected=rejected)

@@ -6,7 +6,7 @@ text. A template may write pictures before all texts, or wrap them; the scaffold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mm_moslora.config.llava_chat_templates import without_note
@@ -48,45 +48,24 @@ class ProcessorTemplate(Template):
         super().__init__(processor.tokenizer)
         self.source, self.image_text = without_note(source), str(processor.image_token)
 
-    def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
-        """See `Template.lay_out`; a question with pictures has one content per text between them."""
+    def contents_of(self, turn: Turn) -> tuple[list[Turn], str]:
+        """See `Template.contents_of`; a question with pictures has one content per text between them."""
+        texts = turn.parts()
+        if len(texts) == 1:
+            return super().contents_of(turn)
+        kinds = ""
         contents: list[Turn] = []
-        shape: list[str] = []
-        numbers: list[int] = []
-        for number, turn in enumerate(turns):
-            texts = turn.parts()
-            if len(texts) == 1:
-                contents.append(turn)
-                shape.append(turn.role)
-                numbers.append(number)
-                continue
-            kinds = ""
-            for index, text in enumerate(texts):
-                kinds += "i" if index else ""
-                # Templates write line breaks around a picture themselves.
-                text = text.removeprefix("\n") if index else text
-                text = text.removesuffix("\n") if index + 1 < len(texts) else text
-                if text:
-                    kinds += "t"
-                    contents.append(Turn(role=turn.role, text=text, offsets=()))
-                    numbers.append(number)
-            shape.append(f"{turn.role}:{kinds}")
-        return contents, tuple(shape), numbers
+        for index, text in enumerate(texts):
+            kinds += "i" if index else ""
+            # Templates write line breaks around a picture themselves.
+            text = text.removeprefix("\n") if index else text
+            text = text.removesuffix("\n") if index + 1 < len(texts) else text
+            if text:
+                kinds += "t"
+                contents.append(Turn(role=turn.role, text=text, offsets=()))
+        return contents, kinds
 
-    def owners(self, roles: tuple[str, ...]) -> list[int]:
-        """See `Template.owners`."""
-        return [turn for turn, shape in enumerate(roles) for _ in range(_kinds(shape).count("t"))]
-
-    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
-        texts = iter(contents)
-        messages = []
-        for shape in roles:
-            parts = [
-                {"type": "image"} if kind == "i" else {"type": "text", "text": next(texts)} for kind in _kinds(shape)
-            ]
-            messages.append({"role": shape.partition(":")[0], "content": parts})
-        return messages
-
-
-def _kinds(shape: str) -> str:
-    return shape.partition(":")[2] or "t"
+    def content(self, kinds: str, texts: Iterator[str]) -> Any:
+        """See `Template.content`."""
+        parts = [{"type": "image"} if kind == "i" else {"type": "text", "text": next(texts)} for kind in kinds or "t"]
+        return [part for part in parts if part.get("text") != ""] if kinds == "c" else parts
