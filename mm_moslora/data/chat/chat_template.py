@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ PROBE_TOOL = {
     },
 }  # fmt: skip
 """Its tool."""
+ASKED_WITH_TOOLS = (f"user{BREAK}{json.dumps([PROBE_TOOL])}", "assistant")
+"""The shortest conversation in which the tool is offered."""
 PROBE_RESULT = {"tool_call_id": "call00000", "name": "probe_tool", "content": "a result"}
 """Its result."""
 _REMEMBERED = 512
@@ -212,7 +215,8 @@ class Template:
         alone = self._cut(marks, marks, roles)[-1]
         same = takewhile(lambda pair: pair[0] == pair[1], zip(behind, alone, strict=False))
         text = "".join(letter for letter, _ in same).rstrip()
-        if not all(call["function"]["name"] in text for call in calls):
+        names = Counter(str(call["function"]["name"]) for call in calls)
+        if any(text.count(name) < count for name, count in names.items()):
             _left_out("calls of tools", roles)
         return text
 
@@ -293,7 +297,7 @@ class Template:
     @cached_property
     def calls_come_first(self) -> bool:
         """Whether calls begin before the text that stands before other answers (gpt-oss names the channel there)."""
-        asked = (f"user{BREAK}{json.dumps([PROBE_TOOL])}",)
+        asked = ASKED_WITH_TOOLS[:1]
         called = (*asked, f"assistant:c{BREAK}{json.dumps([PROBE_CALL])}", f"tool{BREAK}{json.dumps(PROBE_RESULT)}")
         try:
             text = self.render((*called, "assistant"), ["a", "", "b"])

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
-from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens, data_of
+from mm_moslora.data.chat.chat_template import ASKED_WITH_TOOLS, Template, TemplatePlan, TextSpan, Tokens, data_of
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.records import Turn
@@ -261,13 +261,18 @@ class ConversationEncoder(AnswerThinking):
         answer = [*written(thought, thinking or "", plan.slots[1]), TextSpan(plan.slots[1].trim([text])[0], False)]
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
-    def decode_answer(self, ids: Sequence[int]) -> str:
+    def decode_answer(self, ids: Sequence[int], *, calls: bool = False) -> str:
         """The text of a generated answer, without special tokens and without the template's space before it.
 
         An answer that is put back into the conversation as this text gives the same tokens again.
+
+        Args:
+            ids: the answer, or its first tokens.
+            calls: it may call tools: with special tokens, which calls are written with.
         """
-        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        return text.removeprefix(self.template.plan(EXCHANGE).slots[1].lead)
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=not calls))
+        lead = self.template.plan(ASKED_WITH_TOOLS if calls else EXCHANGE).slots[1].lead
+        return "" if calls and lead.startswith(text) else text.removeprefix(lead)
 
     def _grow(
         self,

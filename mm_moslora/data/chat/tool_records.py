@@ -110,7 +110,7 @@ class OpenCalls:
 
     def joined(self, text: str, further: str) -> str:
         """The JSON text of an answer's calls with further ones, which came as a turn of their own."""
-        return self.called([call for calls in (text, further) if calls for call in parse_json(calls, surrogates=True)])
+        return self.called(_all_calls(text, further))
 
     def answered(self, turn: Mapping[str, Any]) -> str:
         """The JSON text of the id and the name of the call that a turn of a tool answers.
@@ -129,6 +129,16 @@ class OpenCalls:
         call = fits[0]
         self._open.remove(call)
         return _text({"tool_call_id": call["id"], "name": _name(call)}, Code.NO_CALL)
+
+
+def joined_calls(*texts: str) -> str:
+    """The JSON text of the calls of several texts; empty without calls."""
+    calls = _all_calls(*texts)
+    return _text(calls, Code.BAD_CALL) if calls else ""
+
+
+def _all_calls(*texts: str) -> list[dict[str, Any]]:
+    return [call for text in texts if text for call in parse_json(text, surrogates=True)]
 
 
 def _name(call: Mapping[str, Any]) -> str:

@@ -29,7 +29,13 @@ WEATHER = {
     "function": {
         "name": "weather",
         "description": "The weather of a town.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Its name."}}},
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Its name."},
+                "days": {"type": "integer", "description": "How many."},
+            },
+        },
     },
 }
 CALL = {"name": "weather", "arguments": {"city": "Rome", "days": 2}}
