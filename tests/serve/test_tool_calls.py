@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trials import make_recipe
 
+from mm_moslora.cli import serve_verbs
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.serve.api.api_errors import ApiError
@@ -23,7 +24,9 @@ from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.prompt_preparation import refuse_unfit, turns_of
 from mm_moslora.serve.inference.served_models import load_models
 from mm_moslora.serve.inference.tool_replies import CallSplit, call_form
+from mm_moslora.serve.terminal_chat import Chat, interactive
 from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import DataError
 from tests.data.chat.test_tool_records import CALL, MESSAGES, RECORD, WEATHER, parsed, tokenizer
 from tests.serve.serve_tools import serving
 
@@ -194,3 +197,27 @@ def test_a_trained_model_calls_and_answers(run) -> None:
         assert chunks[-1].finish_reason == "tool_calls"
         forbidden = client.chat.completions.create(**body(USER, tool_choice="none")).choices[0]
         assert forbidden.message.tool_calls is None
+
+
+def test_the_terminal_names_calls_and_takes_results(run, monkeypatch, capsys) -> None:
+    chat = Chat.from_folder(run, tools=TOOLS)
+    lines = iter(["/result 5", "Is it hot?", f"/result {MESSAGES[2]['content']}", "/retry", "/history"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
+    interactive(chat)
+    said = capsys.readouterr().out
+    assert said.count('weather({"city": "Rome", "days": 2}) is called; give its result by /result TEXT.') == 2
+    assert "No call waits for a result." in said
+    assert "Yes, 30 degrees." in said
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+
+
+def test_the_verb_takes_a_file_of_tools_and_prints_calls(run, tmp_path, capsys) -> None:
+    (tmp_path / "tools.json").write_text(TOOLS)
+    assert serve_verbs.chat(run, question="Is it hot?", tools=tmp_path / "tools.json") == 0
+    assert capsys.readouterr().out.split("\n")[-2] == 'weather({"city": "Rome", "days": 2})'
+    for text in ("{", '{"name": "weather"}', "[1]"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DataError, match=r"--tools .*bad\.json: .*Give a JSON file"):
+            serve_verbs.chat(run, tools=tmp_path / "bad.json")
+    with pytest.raises(DataError, match="--tools"):
+        serve_verbs.chat(run, tools=tmp_path / "none.json")

@@ -98,6 +98,11 @@ class OpenCalls:
         self._open: list[dict[str, Any]] = []
         self._count = 0
 
+    @property
+    def waiting(self) -> list[dict[str, Any]]:
+        """The calls without a result."""
+        return list(self._open)
+
     def called(self, calls: list[dict[str, Any]]) -> str:
         """The JSON text of the calls of an answer, each with an id; empty without calls."""
         self._open = []
