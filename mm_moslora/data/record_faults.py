@@ -54,6 +54,8 @@ class Code(StrEnum):
     """The conversation ends with a question."""
     EMPTY_ANSWER = "EMPTY_ANSWER"
     """An answer without text."""
+    UNCLOSED_THINKING = "UNCLOSED_THINKING"
+    """An answer that opens a block of thinking and does not close it."""
     BAD_WEIGHT = "BAD_WEIGHT"
     """A weight of an answer that is negative, not finite or no number, two that differ, or no answer above 0."""
     UNFOLLOWED_KEY = "UNFOLLOWED_KEY"

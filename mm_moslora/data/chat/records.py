@@ -366,6 +366,9 @@ def _check_roles(turns: list[Turn], where: Where) -> None:
             remedy = "questions and answers take turns, a question first"
             raise where.error(Code.ROLES_DO_NOT_ALTERNATE, field, f"is {turn.role}, expected {expected}", remedy)
         expected = "user" if turn.role == "assistant" else "assistant"
+        if turn.role == "assistant" and turn.text.lstrip().startswith("<think>") and "</think>" not in turn.text:
+            what, remedy = "opens <think> and does not close it", "write </think> behind the thinking, or drop the record"
+            raise where.error(Code.UNCLOSED_THINKING, field, what, remedy)
         if turn.role == "assistant" and not turn.text.strip() and not turn.tools:
             raise where.error(
                 Code.EMPTY_ANSWER, field, "has no text to learn from", "write the answer or drop the turn"

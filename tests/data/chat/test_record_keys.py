@@ -112,6 +112,14 @@ def test_a_question_is_never_learned_so_its_weight_means_nothing() -> None:
     assert parsed(chat(user={"loss": False, "weight": 0})).turns[1].text == "42"
 
 
+@pytest.mark.parametrize("answer", ["<think>\nIt is", " <think>", "<think>a<think>"])
+def test_thinking_without_an_end_is_a_fault(answer) -> None:
+    with pytest.raises(RecordError, match=r"^UNCLOSED_THINKING: .*opens <think> and does not close it; write </think>"):
+        parsed(chat(content=answer))
+    assert parsed(chat(content=f"{answer}</think>42")).turns[1].text
+    assert parsed(chat(content="Write <think> first.")).turns[1].text == "Write <think> first."
+
+
 def test_calls_belong_to_answers_of_conversations() -> None:
     calls = {"tool_calls": [{"function": {"name": "f"}}]}
     for value in (chat(user=calls), {"texts": [{"user": "what?", "assistant": "42"} | calls]}):

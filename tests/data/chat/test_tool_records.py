@@ -55,7 +55,7 @@ def parsed(value: dict):
 def tokenizer(name: str):
     """A tiny tokenizer with a template of TRL's and the special tokens that it writes."""
     made, source = make_tokenizer(), SHIPPED.joinpath(f"{name}.jinja").read_text()
-    special = sorted(set(re.findall(r"<\|[a-z_]+\|>|<｜[^｜]+｜>|<[a-z_]+\|>|<\|[a-z_]+>", source)))
+    special = sorted(set(re.findall(r"<\|[A-Za-z_]+\|>|<｜[^｜]+｜>|<[a-z_]+\|>|<\|[a-z_]+>|<end_of_[a-z]+>", source)))
     made.add_tokens([AddedToken(text, special=True) for text in special if text not in made.get_vocab()])
     made.add_tokens(
         [AddedToken(text, special=False) for text in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
