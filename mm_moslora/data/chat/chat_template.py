@@ -44,7 +44,7 @@ PLAIN_TEMPLATE = (
 """For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
 BREAK = "\n"
 """Before the JSON text in a turn's part of a sequence of roles."""
-PROBE_CALL = {
+PROBE_CALL: dict[str, Any] = {
     "id": "call00000", "type": "function",
     "function": {"name": "probe_tool", "arguments": {"probe_key": "probe value", "second_key": "second value"}},
 }  # fmt: skip

@@ -367,7 +367,10 @@ def _check_roles(turns: list[Turn], where: Where) -> None:
             raise where.error(Code.ROLES_DO_NOT_ALTERNATE, field, f"is {turn.role}, expected {expected}", remedy)
         expected = "user" if turn.role == "assistant" else "assistant"
         if turn.role == "assistant" and turn.text.lstrip().startswith("<think>") and "</think>" not in turn.text:
-            what, remedy = "opens <think> and does not close it", "write </think> behind the thinking, or drop the record"
+            what, remedy = (
+                "opens <think> and does not close it",
+                "write </think> behind the thinking, or drop the record",
+            )
             raise where.error(Code.UNCLOSED_THINKING, field, what, remedy)
         if turn.role == "assistant" and not turn.text.strip() and not turn.tools:
             raise where.error(
