@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
+from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
@@ -63,7 +63,7 @@ class PreferenceSet(RecordExamples):
         quarantine_path: Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        files = open_sources(sources, pairs=True)
+        files = open_sources(sources, pairs=True, processing=image_processing)
         self.form: ThinkingForm | None = None
         if settle:
             encoder, self.form = settled(encoder, files)
@@ -164,7 +164,7 @@ class PreferenceSet(RecordExamples):
         self.usable.append(index)
         self.with_pictures += bool(pair.chosen.images)
 
-    def _encode(self, record: Record, pictures: Sequence[Sequence[int]] | None) -> Encoded:
+    def _encode(self, record: Record, pictures: Sequence[Placeholders] | None) -> Encoded:
         fixed = self.image_processing is None or self.image_processing.fixed
         encoded = self.encode(record, None if fixed else pictures)
         if encoded.dropped_turns:
