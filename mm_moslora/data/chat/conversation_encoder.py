@@ -24,7 +24,8 @@ from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
-from mm_moslora.data.chat.chat_template import ASKED_WITH_TOOLS, Template, TemplatePlan, TextSpan, Tokens, data_of
+from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens
+from mm_moslora.data.chat.conversation_shape import ASKED_WITH_TOOLS, data_of
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.records import Turn
