@@ -210,7 +210,7 @@ def _conversations(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]
     """With sizes of their pictures; all with pictures where the processor takes no text alone."""
     if not is_multimodal(parts.model):
         return [(BLIND, _WIDE), (BLIND[2:], _WIDE)]
-    seeing = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
+    seeing: list[tuple[Sequence[Turn], tuple[int, int]]] = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
     try:
         _stock_inputs(parts.template_processor or parts.tokenizer, BLIND)
     except Exception:  # whatever the processor raises
