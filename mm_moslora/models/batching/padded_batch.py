@@ -70,7 +70,8 @@ def padded_inputs(
     pixel_values: Tensor | None,
     image_inputs: dict[str, Tensor],
     *,
-    answers: Sequence[int],
+    answers: Sequence[int] | None,
+    left: bool = False,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of a model's forward pass.
@@ -80,13 +81,14 @@ def padded_inputs(
         rows: ``G`` samples of ids in main memory, different lengths.
         pixel_values: of all pictures in order.
         image_inputs: the other inputs of the pictures, on any device.
-        answers: the start of each sample's first answer.
+        answers: the start of each sample's first answer; None: these are prompts.
+        left: pad on the left, so that all samples end together.
         device: of the result; None: the model's.
     """
     device = model.device if device is None else device
-    whole = text_inputs(model, rows, picture_tokens=image_inputs.get(PICTURE_TOKENS))
+    whole = text_inputs(model, rows, picture_tokens=image_inputs.get(PICTURE_TOKENS), left=left)
     if vlm_family(model.config.model_type).prefix:
-        starts = torch.tensor(list(answers))[:, None]
+        starts = torch.tensor([whole["input_ids"].shape[1]] * len(rows) if answers is None else [*answers])[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
     arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
     if pixel_values is not None or image_inputs:
@@ -134,7 +136,7 @@ class PaddedCollator:
 
 
 def text_inputs(
-    model: PreTrainedModel, rows: Sequence[Tensor], *, picture_tokens: Tensor | None = None
+    model: PreTrainedModel, rows: Sequence[Tensor], *, picture_tokens: Tensor | None = None, left: bool = False
 ) -> dict[str, Tensor]:
     """Ids and mask ``[G, T]`` in main memory, and the positions of pictures for models that take them.
 
@@ -142,9 +144,11 @@ def text_inputs(
         model: an image-text-to-text model of transformers.
         rows: ``G`` samples of ids in main memory, different lengths.
         picture_tokens: see `PICTURE_TOKENS`; None: the image token.
+        left: see `padded_inputs`.
     """
-    ids = pad_sequence(list(rows), batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    side = "left" if left else "right"
+    ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     inputs = {"input_ids": ids, "attention_mask": mask}
     of_pictures = torch.tensor(model.config.image_token_id) if picture_tokens is None else picture_tokens.cpu()
     types = torch.isin(ids, of_pictures).long()

@@ -89,7 +89,9 @@ class ProcessorImageProcessing:
     def _video_shapes(self, frames: int, height: int, width: int) -> dict[str, Any]:
         """What a video processor makes of a video without its pixels."""
         video = torch.empty((frames, 3, height, width), dtype=torch.uint8, device="meta")
-        return dict(self.processor.video_processor([video], do_sample_frames=False, return_tensors="pt"))
+        # Another filter gives the same shapes; transformers warns that some are not for every device.
+        plain = {"do_sample_frames": False, "resample": Image.Resampling.BILINEAR, "return_tensors": "pt"}
+        return dict(self.processor.video_processor([video], **plain))
 
     def _one(self, image: Image.Image) -> ProcessedImage:
         ids, tensors = self._call([image])
