@@ -53,7 +53,7 @@ class Code(StrEnum):
     NO_ANSWER = "NO_ANSWER"
     """The conversation ends with a question."""
     EMPTY_ANSWER = "EMPTY_ANSWER"
-    """An answer without text, or of thinking that is not learned alone."""
+    """An answer without text, or of thinking alone that is not learned."""
     UNCLOSED_THINKING = "UNCLOSED_THINKING"
     """An answer that begins with a block of thinking without its end or its start, or with two blocks."""
     BAD_WEIGHT = "BAD_WEIGHT"

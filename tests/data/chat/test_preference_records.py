@@ -34,7 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "RLAIF-V": {"question": USER, **SIDES, "image": "a.png"},
     "a table, with empty cells": {
         "prompt": USER, **SIDES, "image": "a.png", "messages": None, "rejected_response": None, "rejected_images": None,
-        "rejected_videos": [], "positive_messages": None,
+        "rejected_videos": [],
     },
 }  # fmt: skip
 
