@@ -11,8 +11,7 @@ is rewritten with these names. Contents are not, so they cannot match them.
 
 Tools, calls and their results are no contents, because templates write them in forms of their own: the template gets
 them as they are, and they stand in the scaffold. Special tokens that they spell have private names there, too, and are
-text. A turn's part of a sequence of roles is `role`, `role:kinds` (`t` a text, `i` a picture, `c` calls without text),
-and after a line break the JSON text of `Turn.tools`.
+text. `conversation_shape` has the form in which a template gets them.
 """
 
 from __future__ import annotations
@@ -30,10 +29,22 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config.llava_chat_templates import without_note
+from mm_moslora.data.chat.conversation_shape import (
+    ASKED_WITH_TOOLS,
+    BREAK,
+    PROBE_CALL,
+    PROBE_RESULT,
+    data_of,
+    kinds_of,
+    named,
+    parsed_data,
+    role_of,
+    slots_of,
+    with_text_arguments,
+)
 from mm_moslora.data.chat.guarded_tokens import PRIVATE, PRIVATE_NAME, RenamedTokens, SpecialTextError
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.untrusted_data import MAX_DEPTH, parse_json
 
 Value = TypeVar("Value")
 PLAIN_TEMPLATE = (
@@ -42,27 +53,6 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 """For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
-BREAK = "\n"
-"""Before the JSON text in a turn's part of a sequence of roles."""
-PROBE_CALL: dict[str, Any] = {
-    "id": "call00000", "type": "function",
-    "function": {"name": "probe_tool", "arguments": {"probe_key": "probe value", "second_key": "second value"}},
-}  # fmt: skip
-"""A call that shows how a template writes calls."""
-PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool", "description": "A tool.", "parameters": {
-            "type": "object",
-            "properties": {key: {"type": "string", "description": "A text."} for key in ("probe_key", "second_key")},
-        },
-    },
-}  # fmt: skip
-"""Its tool."""
-ASKED_WITH_TOOLS = (f"user{BREAK}{json.dumps([PROBE_TOOL])}", "assistant")
-"""The shortest conversation in which the tool is offered."""
-PROBE_RESULT = {"tool_call_id": "call00000", "name": "probe_tool", "content": "a result"}
-"""Its result."""
 _REMEMBERED = 512
 """Sequences of roles whose scaffold is remembered; conversations of other lengths or with a system turn differ."""
 _ANCHORS = ("\n", "a", ".", "0", "\u4e2d")
@@ -133,7 +123,7 @@ class Template:
             own, kinds = self.contents_of(turn)
             data = turn.tools
             if turn.role == "tool":
-                data = json.dumps(_parsed(data or "{}") | {"content": turn.text}, ensure_ascii=False)
+                data = json.dumps(parsed_data(data or "{}") | {"content": turn.text}, ensure_ascii=False)
             contents += own
             numbers += [number] * len(own)
             shape.append(f"{turn.role}{kinds and ':'}{kinds}{data and BREAK}{data}")
@@ -180,7 +170,7 @@ class Template:
 
     def owners(self, roles: tuple[str, ...]) -> list[int]:
         """The turn number of every content."""
-        return [turn for turn, shape in enumerate(roles) for _ in range(_slots(shape))]
+        return [turn for turn, shape in enumerate(roles) for _ in range(slots_of(shape))]
 
     def _new_plan(self, roles: tuple[str, ...]) -> TemplatePlan:
         owners = self.owners(roles)
@@ -258,7 +248,7 @@ class Template:
             if start < end:
                 raise ConfigError(
                     "The tokenizer's chat template leaves out, reorders or changes contents, so labels cannot be built "
-                    f"for the roles {_named(roles)}. Use another template."
+                    f"for the roles {named(roles)}. Use another template."
                 )
             pieces.append(text[end:start])
             end = start + len(mark)
@@ -286,7 +276,7 @@ class Template:
             else:
                 message["content"] = self.content(kinds_of(shape), texts)
             if role == "assistant" and data:
-                message["tool_calls"] = _with_text_arguments(data) if self.arguments_are_text else data
+                message["tool_calls"] = with_text_arguments(data) if self.arguments_are_text else data
             messages.append(message)
         return messages
 
@@ -348,7 +338,7 @@ class Template:
                 switch["tools"] = tools
             return self.rendered(messages, add_generation_prompt=prompt, **switch)
         except Exception as error:  # templates may raise any exception
-            raise ConfigError(f"The tokenizer's chat template refuses the roles {_named(roles)}: {error}") from error
+            raise ConfigError(f"The tokenizer's chat template refuses the roles {named(roles)}: {error}") from error
 
     def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
         """What the template makes of messages."""
@@ -356,46 +346,8 @@ class Template:
         return str(text)
 
 
-def role_of(shape: str) -> str:
-    """The role of a turn's part of a sequence of roles."""
-    return shape.partition(BREAK)[0].partition(":")[0]
-
-
-def kinds_of(shape: str) -> str:
-    """The kinds of its contents; empty: one text."""
-    return shape.partition(BREAK)[0].partition(":")[2]
-
-
-def data_of(shape: str) -> Any:
-    """What it gives to the template besides contents, see `Turn.tools`; None: nothing."""
-    data = shape.partition(BREAK)[2]
-    return _parsed(data) if data else None
-
-
-def _parsed(data: str) -> Any:
-    return parse_json(data, max_depth=2 * MAX_DEPTH, surrogates=True)
-
-
-def _slots(shape: str) -> int:
-    """The number of contents that have a slot."""
-    kinds = kinds_of(shape) or "t"
-    return 0 if role_of(shape) == "tool" else kinds.count("t") + kinds.count("c")
-
-
-def _named(roles: Sequence[str]) -> str:
-    return ", ".join(shape.partition(BREAK)[0] for shape in roles)
-
-
-def _with_text_arguments(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        call
-        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
-        for call in calls
-    ]
-
-
 def _left_out(what: str, roles: Sequence[str]) -> NoReturn:
-    raise ConfigError(f"The tokenizer's chat template leaves out {what} (roles {_named(roles)}). Use another template.")
+    raise ConfigError(f"The tokenizer's chat template leaves out {what} (roles {named(roles)}). Use another template.")
 
 
 def remembered(
@@ -418,7 +370,7 @@ def _trims(plain: str, wide: str, roles: tuple[str, ...], *, first: bool, last: 
             if behind + plain + ahead == wide:
                 return right, left
     raise ConfigError(
-        f"The tokenizer's chat template changes contents, so labels cannot be built for the roles {_named(roles)}. "
+        f"The tokenizer's chat template changes contents, so labels cannot be built for the roles {named(roles)}. "
         "Use another template."
     )
 

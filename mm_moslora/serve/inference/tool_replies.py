@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers.utils.chat_parsing import ResponseParser, parse_response
 
-from mm_moslora.data.chat.chat_template import BREAK, PROBE_CALL, PROBE_TOOL
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.conversation_shape import BREAK, PROBE_CALL, PROBE_TOOL
 from mm_moslora.data.chat.record_keys import REASONING
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
