@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
 from mm_moslora.config import DataConfig, Objective, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong, UnrenderedTools
+from mm_moslora.data.chat.conversation_encoder import (
+    ConversationEncoder,
+    Encoded,
+    TooLong,
+    UnlearnedThinking,
+    UnrenderedTools,
+)
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
@@ -185,6 +191,7 @@ def encode_record(
         RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
             has no vision encoder.
     """
+    _check_asked(record, config)
     if record.images and not vision:
         raise record.where.error(
             Code.NO_VISION, "image", f"{len(record.images)} images", "set model.vision, or drop the record"
@@ -197,9 +204,20 @@ def encode_record(
             truncate=config.too_long == "truncate",
             whole=config.train_on == "all",
         )
-    except (TooLong, SpecialTextError, UnrenderedTools) as error:
+    except (TooLong, SpecialTextError, UnlearnedThinking, UnrenderedTools) as error:
         what, _, remedy = str(error).partition("; ")
         raise record.where.error(error.code, "conversations", what, remedy) from error
+
+
+def _check_asked(record: Record, config: DataConfig) -> None:
+    """Refuse a question that its own keys ask to be learned where it is context, or the other way round."""
+    learned = config.train_on == "all"
+    for field, weight in (asked for turn in record.turns for asked in turn.asked):
+        if weight != learned:
+            what = (
+                f"asks for another weight than {learned:d}, which data.train_on: {config.train_on} gives to questions"
+            )
+            raise record.where.error(Code.UNFOLLOWED_KEY, field, what, "drop the key, or set data.train_on")
 
 
 def image_fault(record: Record, number: int, error: ImageError) -> RecordError:

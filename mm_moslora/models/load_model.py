@@ -163,9 +163,8 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
     try:
         assembly = _load_exported(named, dtype=torch.float32, revision=revision)
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"The base model {str(named)!r} of {folder} does not load ({first}). Give it with --base."
+            f"The base model {str(named)!r} of {folder} does not load ({reason_of(error)}). Give it with --base."
         ) from error
     template = folder / "chat_template.jinja"
     if template.is_file() and notes_thinking(read_text(template)):

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
-from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
+from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, says_something, thinks, written
 from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens
 from mm_moslora.data.chat.conversation_shape import ASKED_WITH_TOOLS, data_of
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
@@ -60,6 +60,12 @@ class UnrenderedTools(DataError):  # noqa: N818  (the name of the fault)
     """The chat template leaves out or refuses tools, their calls or their results."""
 
     code = Code.TOOLS_NOT_RENDERED
+
+
+class UnlearnedThinking(DataError):  # noqa: N818  (the name of the fault)
+    """An answer is thinking alone, and its thinking is not learned."""
+
+    code = Code.EMPTY_ANSWER
 
 
 class TooLong(DataError):  # noqa: N818  (the name of the fault)
@@ -212,6 +218,7 @@ class ConversationEncoder(AnswerThinking):
 
         Raises:
             TooLong: not even the first pair fits, or no supervised token would be left.
+            UnlearnedThinking: a learned answer would be its end of turn alone.
             DataError: a text spells special tokens and the tokenizer cannot read them as text.
         """
         if not turns or turns[-1].role != "assistant":
@@ -327,6 +334,12 @@ class ConversationEncoder(AnswerThinking):
                 if thought or length:  # in tokens of its own, as a part of the prompt
                     grown.run += block
                     block = []
+            said = "".join(span.text for span in (*block, TextSpan(content, False)) if not span.trusted)
+            if turn.weight and turn.text.strip() and not (prompt or turn.tools or says_something(said)):
+                raise UnlearnedThinking(
+                    f"conversations[{numbers[index] - added}] is thinking alone, which model.thinking or the chat "
+                    "template leaves out of what is learned; write an answer behind it, or drop the record"
+                )
             answer = [*block, TextSpan(content, False), *self.tokens.spans(end)]
             self._add_answer(grown, answer, end, weight=turn.weight)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]

@@ -25,6 +25,7 @@ from transformers.video_utils import VideoMetadata
 from mm_moslora.batch import ProcessedImage, Video, VideoSampling
 from mm_moslora.models.batching.single_pictures import flat
 from mm_moslora.models.families import PICTURE_TOKENS, processor_family
+from mm_moslora.utils.errors import ModelError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +119,17 @@ class ProcessorImageProcessing:
         ]
 
     def _call(self, images: Sequence[Image.Image]) -> tuple[list[int], dict[str, Tensor]]:
-        output = self.processor(
-            text=[self.processor.image_token * len(images)], images=[list(images)], return_tensors="pt",
-            add_special_tokens=False,
-        )  # fmt: skip
+        try:
+            output = self.processor(
+                text=[self.processor.image_token * len(images)], images=[list(images)], return_tensors="pt",
+                add_special_tokens=False,
+            )  # fmt: skip
+        except Exception as error:  # processors raise nearly anything
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise ModelError(
+                f"{type(self.processor).__name__} prepares no picture of {sizes} pixels: {reason_of(error)}. Compare "
+                "do_resize and the sizes of its preprocessor_config.json with those of the model on the hub."
+            ) from error
         tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
         if self._marked - {self.image_token_id}:
             tensors[PICTURE_TOKENS] = torch.tensor([sorted(self._marked)] * len(images))
