@@ -5,6 +5,7 @@ The objectives are `dpo` (pairs of answers), `kto` (good and bad answers) and `g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.run_config import OptimConfig, TrainConfig, ValidateConfig
-from mm_moslora.config.value_checks import require
+from mm_moslora.config.value_checks import positive, require
 from mm_moslora.utils.errors import suggestion
 
 Objective = Literal["sft", "dpo", "kto", "grpo"]
@@ -23,6 +24,8 @@ LOSS_TYPES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 """Losses of TRL's DPOTrainer."""
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""Losses that read `label_smoothing`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,11 @@ class PreferenceConfig:
     loss_weights: list[float] | None = None
     """One weight per loss (MPO: 0.8, 0.2, 1.0); None: 1 each."""
     label_smoothing: float = 0.0
-    """robust: probability that a pair is the wrong way round, below 0.5. exo_pair: its epsilon, more than 0."""
+    """robust, aot, aot_unpaired: probability that a pair is the wrong way round, below 0.5. exo_pair: its epsilon, more
+    than 0."""
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, f"preference.beta is {self.beta}, expected more than 0.")
+        positive("preference.beta", self.beta)
         require(bool(self.loss_type), f"preference.loss_type is empty, expected any of {', '.join(LOSS_TYPES)}.")
         for name in self.loss_type:
             require(
@@ -54,11 +58,16 @@ class PreferenceConfig:
             "losses, expected one weight per loss.",
         )
         require(
-            weights is None or (min(weights) >= 0 and max(weights) > 0),
-            f"preference.loss_weights is {weights}, expected 0 or more, and one above 0.",
+            weights is None or (all(0 <= weight < math.inf for weight in weights) and any(weights)),
+            f"preference.loss_weights is {weights}, expected 0 or more, finite, and one above 0.",
         )
         smoothing = self.label_smoothing
         require(0 <= smoothing < 0.5, f"preference.label_smoothing is {smoothing}, expected 0 to below 0.5.")
+        require(
+            smoothing == 0 or not {*SMOOTHED}.isdisjoint(self.loss_type),
+            f"preference.label_smoothing is {smoothing}, which {', '.join(self.loss_type)} does not read. Leave it "
+            f"out, or add any of {', '.join(SMOOTHED)} to preference.loss_type.",
+        )
         require(
             smoothing > 0 or "exo_pair" not in self.loss_type,
             "preference.label_smoothing is 0, and exo_pair needs more than 0, such as 0.001.",
@@ -79,10 +88,8 @@ class KtoConfig:
     """Of bad answers in the loss."""
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, f"kto.beta is {self.beta}, expected more than 0.")
-        for name in ("desirable_weight", "undesirable_weight"):
-            value = getattr(self, name)
-            require(value > 0, f"kto.{name} is {value}, expected more than 0.")
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            positive(f"kto.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +128,18 @@ class GrpoConfig:
             "expected one weight per reward.",
         )
         require(
+            weights is None or (all(map(math.isfinite, weights)) and any(weights)),
+            f"grpo.reward_weights is {weights}, expected finite numbers, and one other than 0.",
+        )
+        require(
             self.reward_file is None or self.trust_reward_file,
             f"grpo.reward_file is {self.reward_file!r}, and grpo.trust_reward_file is false. The file would be "
             "executed on this machine. Read it, and set grpo.trust_reward_file: true if you trust it.",
         )
         require(self.generations >= 2, f"grpo.generations is {self.generations}, expected 2 or more to compare.")
         require(self.max_new_tokens >= 1, f"grpo.max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
-        require(self.temperature > 0, f"grpo.temperature is {self.temperature}, expected more than 0.")
-        require(self.beta >= 0, f"grpo.beta is {self.beta}, expected 0 or more.")
+        positive("grpo.temperature", self.temperature)
+        require(0 <= self.beta < math.inf, f"grpo.beta is {self.beta}, expected 0 or more, and finite.")
 
 
 _NOT_FOLLOWED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mm_moslora.utils.errors import ConfigError
@@ -16,6 +17,11 @@ def require(condition: bool, message: str) -> None:
 def at_least(name: str, value: float, minimum: float) -> None:
     """Raise `ConfigError` unless the value of the named key is at least the minimum."""
     require(value >= minimum, f"{name} is {value}, expected at least {minimum}.")
+
+
+def positive(name: str, value: float) -> None:
+    """Raise `ConfigError` unless the value of the named key is more than 0, and finite."""
+    require(value > 0 and math.isfinite(value), f"{name} is {value}, expected more than 0, and finite.")
 
 
 def check_adam(betas: Sequence[float], eps: float) -> None:

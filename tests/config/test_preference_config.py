@@ -10,7 +10,7 @@ import pytest
 from pairs import make_recipe
 
 from mm_moslora.config import Recipe, usual_names
-from mm_moslora.config.preference_config import LOSS_TYPES
+from mm_moslora.config.preference_config import LOSS_TYPES, GrpoConfig, KtoConfig, PreferenceConfig
 from mm_moslora.training.preflight import check_settings
 from mm_moslora.utils.errors import ConfigError
 
@@ -49,6 +49,8 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         ({"preference": {"loss_weights": [0.0]}}, "one above 0"),
         ({"preference": {"loss_type": ["exo_pair"]}}, "exo_pair needs more than 0"),
         ({"preference": {"label_smoothing": 0.5}}, "expected 0 to below 0.5"),
+        ({"preference": {"label_smoothing": 0.3, "loss_type": ["sigmoid", "ipo"]}}, "sigmoid, ipo does not read"),
+        ({"objective": "grpo", "grpo": {"reward_weights": [0.0]}}, "one other than 0"),
         ({"model": {"language_mode": "full"}}, "model.language_mode is full: the reference"),
         ({"model": {"projector": {"mode": "full"}}}, "the projector trains.*model.projector.mode"),
         ({"model": {"vision": {"mode": "full"}}}, "model.vision.mode is full"),
@@ -69,6 +71,20 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
 def test_what_the_objective_cannot_follow_is_named(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(**sections)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused_from_python_too(value: float) -> None:
+    for section, key in [
+        (PreferenceConfig, "beta"), (KtoConfig, "beta"), (KtoConfig, "desirable_weight"),
+        (KtoConfig, "undesirable_weight"), (GrpoConfig, "beta"), (GrpoConfig, "temperature"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=key):
+            section(**{key: value})
+    with pytest.raises(ConfigError, match=r"loss_weights is .* finite"):
+        PreferenceConfig(loss_type=["sigmoid", "sft"], loss_weights=[1.0, value])
+    with pytest.raises(ConfigError, match=r"reward_weights is .* finite"):
+        GrpoConfig(rewards=["exact", "letter"], reward_weights=[1.0, value])
 
 
 def test_the_projector_of_an_assembled_model_is_frozen_by_hand() -> None:
