@@ -145,9 +145,8 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
         **_: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, None]:
         """Log-probabilities and entropies ``[B, C]`` of the answers, from rows as in training.
 
         Args:
@@ -157,11 +156,10 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
             logits_to_keep: ``C``.
             batch_size: rows of one forward pass.
             compute_entropy: whether entropies are asked for.
-            compute_aux_loss: whether the loss of balanced experts is asked for.
         """
         size = batch_size or len(input_ids)
         lengths = attention_mask[:, -logits_to_keep:].sum(1)
-        logps, entropies, losses = [], [], []
+        logps, entropies = [], []
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
             mask, answers = attention_mask[part].bool(), lengths[part]
@@ -173,9 +171,8 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
             )  # fmt: skip
             labels = arguments["input_ids"].masked_fill(arguments["attention_mask"] == 0, -100)
             labels[torch.arange(labels.shape[1], device=labels.device)[None] < begins[:, None]] = -100
-            more = {"output_router_logits": True} if compute_aux_loss else {}
             with self.accelerator.autocast():
-                output = model(**arguments, **more, labels=labels, use_cache=False, fused_lm_head=True)
+                output = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
             # Position t of an output predicts token t + 1.
             columns = torch.arange(logits_to_keep, device=labels.device)
             places = (begins[:, None] - 1 + columns).clamp(max=output.log_probs.shape[1] - 1)
@@ -183,13 +180,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
             logps.append(output.log_probs.gather(1, places) * real)
             if compute_entropy:
                 entropies.append(output.entropy.gather(1, places) * real)
-            if compute_aux_loss:
-                losses.append(output.aux_loss)
-        return (
-            torch.cat(logps),
-            torch.cat(entropies) if compute_entropy else None,
-            torch.stack(losses).mean() if compute_aux_loss else None,
-        )
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
@@ -29,6 +29,7 @@ from mm_moslora.tracking import Trackers
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
 from mm_moslora.training.engine.optimizers import KINDS
+from mm_moslora.training.metrics.expert_balance import ExpertBalance
 from mm_moslora.training.parameter_groups import OptimizerSettings, parameter_groups
 from mm_moslora.training.snapshot import write_model
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -144,7 +145,11 @@ def _complete_reference(model: nn.Module) -> None:
 
 
 class PairTrainer(RunTrainer, DPOTrainer):
-    """TRL's DPOTrainer for one run; for the arguments see `RunTrainer`."""
+    """TRL's DPOTrainer for one run; for the arguments see `RunTrainer`.
+
+    TRL averages over the pairs or tokens of a micro-batch. Weights by their numbers make this the mean over the step,
+    however it is split.
+    """
 
     def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
         preference = run.recipe.preference
@@ -157,6 +162,32 @@ class PairTrainer(RunTrainer, DPOTrainer):
             max_length=None,  # the encoder bounds it
         )
         super().__init__(run, saver=saver, tidier=tidier, args=args, data_collator=PairCollator(run=run))
+        self.given_weights = list(self.loss_weights)
+        self.mean_sizes = torch.zeros(2)
+        """Mean of `_sizes` over the micro-batches of the step, those of all ranks."""
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, whose sizes are noted."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            sizes = torch.stack([_sizes(batch["completion_mask"]) for batch in batches])
+            self.mean_sizes = self.accelerator.gather(sizes.to(device)).mean(0)
+        return batches, items
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self.model.training:
+            pairs, tokens = (_sizes(inputs["completion_mask"]) / self.mean_sizes).tolist()
+            shares = [tokens if name == "sft" else pairs for name in self.loss_types]
+            self.loss_weights = [share * weight for share, weight in zip(shares, self.given_weights, strict=True)]
+        else:
+            self.loss_weights = self.given_weights
+        return super()._compute_loss(model, inputs, return_outputs)
+
+
+def _sizes(completion_mask: Tensor) -> Tensor:
+    """Pairs of a micro-batch, and tokens of its chosen answers, fp64 ``[2]``."""
+    chosen = completion_mask.chunk(2)[0]
+    return torch.stack([chosen.new_tensor(len(chosen)), chosen[:, 1:].sum()]).double()
 
 
 class JudgedTrainer(RunTrainer, KTOTrainer):
@@ -194,6 +225,7 @@ def arguments_of(run: PreferenceRun) -> dict[str, Any]:
         "seed": train.seed,
         "logging_steps": train.log_every,
         "logging_nan_inf_filter": False,
+        "router_aux_loss_coef": 0.0,  # routers are frozen; `ExpertBalance` watches them
         "save_strategy": "steps",
         "save_steps": train.save_every or total,
         "eval_strategy": "no" if run.held_out is None else "steps",
@@ -223,6 +255,7 @@ class RunCallback(TrainerCallback):
         self.stopped_by = 0
         self.progress = Progress("train", run.total_steps, initial=run.step)
         self.last_loss = math.nan
+        self.experts = ExpertBalance(run.assembly.model)
         self._clock = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -250,7 +283,7 @@ class RunCallback(TrainerCallback):
         self.last_loss = float(logs.get("loss", self.last_loss))
         held_out = {f"validation_{name[len(_HELD_OUT) :]}": logs[name] for name in logs if name.startswith(_HELD_OUT)}
         own = {name: value for name, value in logs.items() if not name.startswith((_HELD_OUT, _OF_SESSION))}
-        if measures := held_out or (own if "loss" in own else {}):
+        if measures := held_out or (own | self.experts.metrics() if "loss" in own else {}):
             known = {name: float(value) for name, value in measures.items() if value is not None}
             self.trackers.log(known, state.global_step)
         if "loss" in logs and not math.isfinite(self.last_loss):

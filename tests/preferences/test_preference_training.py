@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from pairs import logged, make_recipe, plain_recipe
+from tiny import make_experts
 from vlms import FAMILIES, make_vlm
 
 from mm_moslora.cli.cli_app import run as command
@@ -129,6 +130,38 @@ def test_the_mixture_of_mpo_is_the_weighted_sum_of_its_losses(
         found = run.assembly.model.eval()(**batch).logits.log_softmax(-1)
     words = found[:12, :-1].gather(-1, batch["input_ids"][:12, 1:, None])[..., 0][mask[:12, 1:].bool()]
     assert logged(run.folder)[0] == pytest.approx((0.8 + 2 * 0.2) * LOG_2 - float(words.mean()), abs=1e-5)
+
+
+def test_no_loss_depends_on_the_split_into_micro_batches(
+    language_folder: Path, text_pairs: Path, tmp_path: Path
+) -> None:
+    """Answers of other lengths, and steps at the end of an epoch that hold fewer pairs."""
+    lines = [json.loads(line) for line in text_pairs.read_text().splitlines()[:7]]
+    for number, line in enumerate(lines):
+        line["messages"][-1]["content"] = "red green blue " * (1 + number % 3)
+    file = tmp_path / "uneven.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    mixture = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+    model = {"language": str(language_folder)}
+    for size in (4, 2, 1):
+        train = {"steps": 4, "global_batch": 4, "micro_batch": size}
+        train_preferences(make_recipe(tmp_path / f"{size}", file, model, preference=mixture, train=train))
+    for size in (2, 1):
+        assert logged(tmp_path / f"{size}") == pytest.approx(logged(tmp_path / "4"), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_frozen_routers_add_nothing_to_the_loss_and_their_balance_is_logged(
+    objective: str, text_pairs: Path, tmp_path: Path
+) -> None:
+    model = {"language": str(make_experts(tmp_path / "experts"))}
+    adapter = {"rank": 4, "alpha": 8, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    train = {"steps": 1, "global_batch": 24, "micro_batch": 24}
+    train_preferences(
+        make_recipe(tmp_path / "run", text_pairs, model, objective=objective, adapter=adapter, train=train)
+    )
+    assert logged(tmp_path / "run")[0] == pytest.approx(LOG_2 if objective == "dpo" else 0.5, abs=1e-6)
+    assert logged(tmp_path / "run", "experts/variation")[0] > 0
 
 
 def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: Path) -> None:
