@@ -155,13 +155,18 @@ class AnswerSet(SourceExamples, Generic[Item]):
         """Check a record as far as this is possible without decoding its pictures, and count it."""
         records = self.answered(index)
         pictures = placeholders_of(records[0], self.image_processing)
-        lengths = [len(self._encode(record, pictures).input_ids) for record in records]
+        encoded = [self._encode(record, pictures) for record in records]
+        learned = {tuple(one.input_ids[last_answer(one.supervised)].tolist()) for one in encoded}
+        if len(learned) < len(records):
+            what = "is learned as the same tokens as the chosen answer (model.thinking or the template drops the rest)"
+            remedy = "keep it (model.thinking: always), or drop the record: it prefers nothing"
+            raise records[-1].where.error(Code.EQUAL_ANSWERS, "rejected", what, remedy)
         for number, picture in enumerate(records[0].images):
             try:
                 picture.size()
             except ImageError as error:
                 raise image_fault(records[0], number, error) from error
-        self.lengths.extend(lengths)
+        self.lengths.extend(len(one.input_ids) for one in encoded)
         self.usable += [index * self.sides + side for side in range(min(self.sides, len(records)))]
         self.with_pictures += bool(records[0].images)
 

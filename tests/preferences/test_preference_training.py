@@ -17,8 +17,9 @@ from tiny import make_experts
 from vlms import FAMILIES, make_vlm
 
 from mm_moslora.cli.cli_app import run as command
-from mm_moslora.config import Recipe
-from mm_moslora.data.preference_set import last_answer
+from mm_moslora.config import DataConfig, Recipe, SourceConfig
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.preference_set import JudgedSet, PreferenceSet, last_answer
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.load_model import load
 from mm_moslora.preferences import preference_training
@@ -28,6 +29,7 @@ from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError
 from mm_moslora.utils.files import read_json, sha256_of
+from tests.data.chat.test_thinking_form import tokenizer_of
 
 pytest.importorskip("trl", reason="trl is not installed")
 LOG_2 = math.log(2)
@@ -314,6 +316,24 @@ def test_the_command_line_trains_exports_and_continues(
     assert command(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
     assert load(tmp_path / "model").processor is not None
     assert command(["adapters", "inspect", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("kind", [PreferenceSet, JudgedSet])
+@pytest.mark.parametrize("thinking", ["never", "mask", "always"])
+def test_answers_that_differ_in_dropped_thinking_alone_prefer_nothing(kind: Any, thinking: Any, tmp_path: Path) -> None:
+    lines = []
+    for chosen, rejected in (("right", "wrong"), ("right", "right")):
+        answers = [f"<think>\n{thought}\n</think>\n\n" for thought in (chosen, rejected)]
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"{answers[0]}red"}]
+        lines.append({"messages": turns, "rejected_response": f"{answers[1]}{'red' if chosen != rejected else 'blue'}"})
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    records = kind(
+        [SourceConfig(path=str(file))], ConversationEncoder(tokenizer_of("qwen3"), thinking=thinking), None,
+        config=DataConfig(max_bad_share=0.5),
+    )  # fmt: skip
+    assert records.quarantine.codes == ({} if thinking == "always" else {"EQUAL_ANSWERS": 1})
+    assert len(records.usable) == (2 if thinking == "always" else 1) * kind.sides
 
 
 def test_another_objective_is_another_run(text_pairs: Path, language_folder: Path, tmp_path: Path) -> None:
