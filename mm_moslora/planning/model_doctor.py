@@ -20,8 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mm_moslora.adapters.adapter_targets import AdaptableTargets, adaptable_targets
-from mm_moslora.batch import Batch, Example
+from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
+from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.models.assembly import Parts, load_parts, pretrained_parts
@@ -47,7 +48,7 @@ from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.planning.small_families import default_config, sees, small_family_model, stand_in_processor
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
-from mm_moslora.utils.errors import ConfigError, reason_of, suggestion
+from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError, reason_of, suggestion
 
 _EXACT = 1e-4
 """Largest difference of logits in fp32, as a share of the largest logit. Faults of positions or masks give 1e-2."""
@@ -97,20 +98,37 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
     else:
         model = ModelConfig(language=name, language_revision=revision)
     parts = load_parts(model, weights="none" if small else "all")
+    without = _without_template(parts)
     if small:
-        parts.model = _small_model(config, parts.template_processor or parts.tokenizer)
+        if without:
+            return [without]
+        parts.model = _small_model(config, parts.template_processor or parts.tokenizer, name)
         if parts.processor is None:
             refuse_head_extras(parts.model, name)
-    owner = parts.template_processor or parts.tokenizer
-    failed: Status = (
-        "bad" if owner.chat_template or parts.tokenizer.chat_template else "warn"
-    )  # nothing to compare with
+    owner = parts.template_processor
+    # A processor that writes prompts itself gives nothing to compare with.
+    failed: Status = "warn" if owner and not (owner.chat_template or parts.tokenizer.chat_template) else "bad"
     recipe = Recipe(model=model, adapter=_adapter(parts))
-    probes = (_parts_found, _experts, _rows, _labels, _thinking, _exports, _logits, _step)
-    findings = _findings(parts, probes, failed=failed)
+    probes: tuple[Probe, ...] = (_parts_found, _experts, _rows, _exports)
+    if without is None:
+        probes = (_parts_found, _experts, _rows, _labels, _prompts, _thinking, _exports, _logits, _step)
+    findings: list[Diagnosis] = [without] if without else []
+    findings += _findings(parts, probes, failed=failed)
     if gpus:
         findings += _findings(parts, (functools.partial(_memory, recipe=recipe, gpus=gpus),), failed="warn")
-    return list(findings)
+    return findings
+
+
+def _without_template(parts: Parts) -> ModelFinding | None:
+    """The finding of a model whose conversations cannot be encoded."""
+    try:
+        ConversationEncoder.of(parts)
+    except ConfigError as error:
+        return ModelFinding(
+            name="chat template", status="bad", detail=f"training refuses it: {error}",
+            remedy="No conversation was probed. Put a chat_template.jinja into its folder.",
+        )  # fmt: skip
+    return None
 
 
 def family_table(kinds: Sequence[str] = ()) -> tuple[list[str], bool]:
@@ -144,7 +162,7 @@ def family_table(kinds: Sequence[str] = ()) -> tuple[list[str], bool]:
                 config = default_config(kind)
                 processor = stand_in_processor(config)
                 parts = pretrained_parts(
-                    processor, model=_small_model(config, processor), base={"vlm": kind, "vlm_revision": None}
+                    processor, model=_small_model(config, processor, kind), base={"vlm": kind, "vlm_revision": None}
                 )
                 findings = _findings(parts, (_rows, _labels, _logits, _step), failed="warn")
         except Exception as error:  # whatever a family's classes raise is the finding
@@ -176,17 +194,22 @@ def _findings(parts: Parts, probes: Sequence[Probe], *, failed: Status) -> list[
     return findings
 
 
-def _small_model(config: PreTrainedConfig, owner: Any) -> PreTrainedModel:
+def _small_model(config: PreTrainedConfig, owner: Any, name: str) -> PreTrainedModel:
     """A small random model that computes with what its processor or tokenizer makes of a conversation."""
-    tokenizer, seeing = getattr(owner, "tokenizer", owner), sees(config)
-    inputs = _stock_inputs(owner, SIGHTED if seeing else BLIND)
-    words = max(len(tokenizer), int(getattr(config.get_text_config(), "pad_token_id", 0) or 0) + 1)
 
     def accept(model: PreTrainedModel) -> None:
         with torch.no_grad():
             model(**inputs)
 
-    return small_family_model(config, words=words, accept=accept)
+    try:
+        tokenizer = getattr(owner, "tokenizer", owner)
+        inputs = _stock_inputs(owner, SIGHTED if sees(config) else BLIND)
+        words = max(len(tokenizer), int(getattr(config.get_text_config(), "pad_token_id", 0) or 0) + 1)
+        return small_family_model(config, words=words, accept=accept)
+    except Exception as error:  # whatever its classes raise
+        raise ModelError(
+            f"No small model of {name} can be built from its configuration: {reason_of(error)}."
+        ) from error
 
 
 @functools.cache
@@ -197,13 +220,17 @@ def _picture(size: tuple[int, int]) -> Image.Image:
 
 
 def _stock_inputs(owner: Any, turns: Sequence[Turn], size: tuple[int, int] = _WIDE) -> dict[str, Any]:
-    """What a processor or tokenizer itself makes of a conversation and a picture of this size."""
+    """What a processor or tokenizer itself makes of a conversation and a picture of this size; of one that ends with a
+    question, the prompt. A tokenizer without a chat template gets the plain one."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         text = turn.text.replace("<image>\n", "")
         parts = [{"type": "image", "image": _picture(size)}] * turn.images + [{"type": "text", "text": text}]
         messages.append({"role": turn.role, "content": parts if hasattr(owner, "image_processor") else text})
-    return dict(owner.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"))
+    more: dict[str, Any] = {"add_generation_prompt": turns[-1].role == "user"}
+    if not hasattr(owner, "image_processor") and owner.chat_template is None:
+        more["chat_template"] = Template(owner).source
+    return dict(owner.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **more))
 
 
 def _conversations(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]:
@@ -220,10 +247,14 @@ def _conversations(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]
 
 def _example(parts: Parts, turns: Sequence[Turn], size: tuple[int, int] = _WIDE) -> Example:
     """A conversation as training encodes it."""
-    processing = parts.image_processing
-    pictures = processing.process([_picture(size)]) if processing and any(turn.images for turn in turns) else []
+    pictures = _pictures(parts, turns, size)
     encoded = ConversationEncoder.of(parts).encode(turns, pictures=[item.placeholders for item in pictures])
     return Example(id="probe", input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=pictures)
+
+
+def _pictures(parts: Parts, turns: Sequence[Turn], size: tuple[int, int]) -> Sequence[ProcessedImage]:
+    processing = parts.image_processing
+    return processing.process([_picture(size)]) if processing and any(turn.images for turn in turns) else []
 
 
 def _parts_found(parts: Parts) -> Iterator[ModelFinding]:
@@ -296,10 +327,8 @@ def _labels(parts: Parts) -> Iterator[ModelFinding]:
     for turns, size in _conversations(parts):
         example = _example(parts, turns, size)
         expected = _stock_inputs(parts.template_processor or parts.tokenizer, turns, size)["input_ids"][0].tolist()
-        ids = example.input_ids.tolist()
-        other = next((at for at, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), None)
-        if other is not None or len(ids) > len(expected):
-            faults.append(f"token {other if other is not None else len(expected)} is not that of the processor")
+        if (other := _differs_at(parts, example, expected)) is not None:
+            faults.append(f"token {other} is not that of the processor")
         runs = _runs(example)
         learned = [
             str(parts.tokenizer.decode(run, skip_special_tokens=True)).strip() for run, supervised in runs if supervised
@@ -313,6 +342,43 @@ def _labels(parts: Parts) -> Iterator[ModelFinding]:
         name="labels", status="bad" if faults else "ok", brief=f"wrong: {faults[0]}" if faults else "right",
         detail=f"{'; '.join(faults) or 'answers alone are learned, marked by [[ ]]'}: {shown}",
         remedy="Do not train it; report this with the command." if faults else "",
+    )  # fmt: skip
+
+
+def _differs_at(parts: Parts, example: Example, expected: Sequence[int]) -> int | None:
+    """The first token that is not that of the processor, but for ends of answers that its template does not write."""
+    ids, end = example.input_ids.tolist(), parts.tokenizer.eos_token_id
+    written = [n for n, learned in zip(ids, example.supervised.tolist(), strict=True) if not learned or n != end]
+    places = [_first_difference(own, expected) for own in (ids, written)]
+    return None if None in places else places[0]
+
+
+def _first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
+    """None where the ids begin the expected ones."""
+    different = (at for at, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1])
+    return next(different, len(expected) if len(ids) > len(expected) else None)
+
+
+def _prompts(parts: Parts) -> Iterator[ModelFinding]:
+    """Other programs ask by the template's generation prompt; this project asks as it trained."""
+    turns, size = _conversations(parts)[0]
+    encoder, question = ConversationEncoder.of(parts), turns[:1]
+    asked = _stock_inputs(parts.template_processor or parts.tokenizer, question, size)["input_ids"][0].tolist()
+    pictures = [item.placeholders for item in _pictures(parts, question, size)]
+    trained = [
+        encoder.encode_prompt(question, pictures=pictures, thinking=form).tolist() for form in (None, True, False)
+    ]
+    places = [_first_difference(asked, ids) for ids in trained]
+    if None in places:
+        yield ModelFinding(name="generation prompt", detail="answers are learned behind the template's own prompt")
+        return
+    at = max(place for place in places if place is not None)
+    theirs, ours = (_decoded(parts, ids[max(0, at - 4) :]) for ids in (asked, trained[0]))
+    yield ModelFinding(
+        name="generation prompt", status="warn",
+        detail=f"the template's generation prompt ends with '{theirs}', and answers are learned behind '{ours}': this "
+        "project asks as it trained, other programs such as vLLM do not",
+        remedy="Correct the chat template.",
     )  # fmt: skip
 
 
@@ -354,10 +420,12 @@ def _logits(parts: Parts) -> Iterator[ModelFinding]:
     examples, expected = [_example(parts, *conversation) for conversation in conversations], []
     with torch.no_grad():
         for conversation, example in zip(conversations, examples, strict=True):
-            logits = model(**_stock_inputs(owner, *conversation)).logits[0, : example.length - 1]
+            given = _stock_inputs(owner, *conversation)
+            if not example.pictures and given["input_ids"].shape[1] < example.length:  # ends of answers were added
+                given = {"input_ids": example.input_ids[None]}
+            logits = model(**given).logits[0, : example.length - 1]
             expected.append(logits[example.supervised[1:]])
-    recipe = _as_trained(parts)
-    prepare_execution(model, recipe, kernels_of(recipe, "fp32"), "fp32")
+    _as_trained(parts)
     with torch.enable_grad():
         ours = model.get_output_embeddings()(supervised_hidden(model, Batch.from_examples(examples)))
     theirs = torch.cat(expected)
@@ -370,8 +438,8 @@ def _logits(parts: Parts) -> Iterator[ModelFinding]:
     )  # fmt: skip
 
 
-def _as_trained(parts: Parts) -> Recipe:
-    """Put in adapters that change nothing yet; dropout is off."""
+def _as_trained(parts: Parts) -> None:
+    """Put in adapters that change nothing yet, and the kernels of training; dropout is off."""
     seen = parts.is_pretrained_vlm
     model = ModelConfig(vlm="probe" if seen else None, language=None if seen else "probe", kernels="torch")
     recipe = Recipe(model=model, adapter=_adapter(parts))
@@ -382,13 +450,16 @@ def _as_trained(parts: Parts) -> Recipe:
                 setattr(module, name, 0.0)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return recipe
+    prepare_execution(parts.model, recipe, kernels_of(recipe, "fp32"), "fp32")
 
 
 def _step(parts: Parts) -> Iterator[ModelFinding]:
-    if not any("lora_" in name for name, _ in parts.model.named_parameters()):  # the probe before says why
-        yield ModelFinding(name="a training step", status="warn", detail="not tried: there is no adapter to train")
-        return
+    if not any("lora_" in name for name, _ in parts.model.named_parameters()):  # the probe before failed
+        try:
+            _as_trained(parts)
+        except AdapterError:
+            yield ModelFinding(name="a training step", status="warn", detail="not tried: there is no adapter to train")
+            return
     batch = Batch.from_examples([_example(parts, *conversation) for conversation in _conversations(parts)])
     loss: Tensor = LossModule(parts.model, None)(batch, bool(batch.images))
     loss.backward()

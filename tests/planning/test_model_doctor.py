@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,34 @@ def test_a_language_model_is_probed_without_pictures(tmp_path: Path) -> None:
     found = by_name(diagnose_model(str(tmp_path), small=True))
     assert {item.status for item in found.values()} == {"ok"}
     assert "of the largest" in found["logits"].detail
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_model_that_sees_without_a_chat_template_is_bad(folder: Path, tmp_path: Path, small: bool) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "chat_template.jinja").unlink()
+    found = by_name(diagnose_model(str(copy), small=small))
+    assert found["chat template"].status == "bad"
+    assert "Qwen2_5_VLProcessor has no chat template" in found["chat template"].detail
+    assert not {"labels", "logits"} & found.keys()
+
+
+def test_templates_of_language_models_may_be_missing_and_end_no_answer(tmp_path: Path) -> None:
+    own = make_language(tmp_path) / "chat_template.jinja"
+    text = own.read_text()
+    own.write_text(text.replace("<|im_end|>", ""))
+    found = by_name(diagnose_model(str(tmp_path)))
+    assert {item.status for item in found.values()} == {"ok"}
+    assert "[[Two, as you wish.<|im_end|>]]" in found["labels"].detail
+    own.write_text(text.replace("<|im_start|>assistant", "<|im_start|>robot"))
+    found = by_name(diagnose_model(str(tmp_path)))
+    assert [item.name for item in found.values() if item.status != "ok"] == ["generation prompt"]
+    assert r"robot\n', and answers are learned behind" in found["generation prompt"].detail
+    own.unlink()
+    found = by_name(diagnose_model(str(tmp_path)))
+    assert {item.status for item in found.values()} == {"ok"}
+    assert r"user:\nAnd two?\nassistant:\n[[Two, as you wish.<|im_end|>]]" in found["labels"].detail
+    assert "14 layers" in found["a training step"].detail
 
 
 def test_wrong_positions_are_found_by_the_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

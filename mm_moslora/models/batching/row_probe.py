@@ -7,6 +7,7 @@ on, and masks without the positions that tell conversations apart, move it.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 
@@ -68,7 +69,9 @@ def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
                 torch.manual_seed(0)
                 made = small_model(type(decoder), decoder.config, sizes)
                 set_attention(made, choose_attention(made, attention, device=torch.device("cpu")).name)
-                return RowFinding(moved=_moved(made))
+                if math.isfinite(moved := _moved(made)):
+                    return RowFinding(moved=moved)
+                fault = fault or "its hidden states are not finite"
         except Exception as error:  # configurations fit together in ways that only their classes know
             fault = fault or f"{type(error).__name__}: {reason_of(error)}"
     return RowFinding(moved=None, fault=fault)
