@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -21,7 +20,7 @@ from mm_moslora.config import ModelConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.memory_efficient.packed_weights import packing
-from mm_moslora.models.model_sizes import base_sizes, few_layers, load_base
+from mm_moslora.models.model_sizes import base_sizes, few_layers, load_base, sizes_of
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
 
@@ -67,7 +66,7 @@ def language_model(
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-            config_only = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            config_only = sizes_of(name, revision, key="model.language")
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model.language is {name!r}, which does not load: {reason_of(error)}.") from error
         language = LanguageModel(config_only, tokenizer)

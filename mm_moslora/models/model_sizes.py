@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 Needed = Callable[[PreTrainedModel, set[str]], set[str]]
 LAYERS = 2
 """All decoder layers are alike, so two of them tell the size, the cost and the trainable parameters of any number."""
+_MOST = {re.compile(r"(^|_)(n_?layers?|layers?|depth)$"): 4096, re.compile(r"_(size|dim|width|heads|experts)$"): 2**31}
+"""Names of whole numbers in configurations, and the most that a model can be made of: classes build every layer."""
 
 
 @cache
@@ -42,8 +47,10 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
         revision: of the hub.
 
     Raises:
+        ModelError: it asks for a model that is too large for any machine.
         OSError, ValueError, KeyError: as `AutoConfig`, for other models.
     """
+    refuse_immense(name, revision)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
@@ -75,12 +82,14 @@ def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
         key: of the recipe.
 
     Raises:
-        ModelError: there is no configuration.
+        ModelError: there is no configuration, or none that a model can be made of.
     """
     require_model(key, name)
     try:
         return config_to_count(name, revision)
-    except (OSError, ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # configurations are texts of others, and their classes check little
         raise ModelError(
             f"{key} is {name!r}: its configuration cannot be read ({reason_of(error)}). Give a folder with its "
             "config.json, or go online."
@@ -93,6 +102,30 @@ def base_sizes(config: ModelConfig) -> Any:
         return sizes_of(config.vlm, config.vlm_revision, key="model.vlm")
     assert config.language is not None
     return sizes_of(config.language, config.language_revision, key="model.language")
+
+
+def refuse_immense(name: str, revision: str | None = None) -> None:
+    """Refuse a configuration with more layers or larger sizes than any model has, before its class builds them.
+
+    Args:
+        name: folder or hub id.
+        revision: of the hub.
+
+    Raises:
+        ModelError: names the value.
+    """
+    values: Any = {}
+    with contextlib.suppress(Exception):  # the loader says what is wrong
+        values, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    parts = [("", values)]
+    for path, part in parts:
+        for key, value in part.items() if isinstance(part, dict) else ():
+            parts += [(f"{path}{key}.", value)] if isinstance(value, dict) else []
+            most = next((most for names, most in _MOST.items() if names.search(str(key))), None)
+            if most is not None and isinstance(value, int | float) and value > most:
+                raise ModelError(
+                    f"{name}: {path}{key} of its config.json is {value:,}, expected at most {most:,}. Correct the file."
+                )
 
 
 def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
@@ -128,13 +161,22 @@ def load_base(
         **options: of `from_pretrained`.
 
     Raises:
-        ModelError: an adapter lies beside it, or a weight of the model is not in its files.
+        ModelError: an adapter lies beside it, its class cannot be built, or a weight of the model is not in its files.
         OSError, ValueError, KeyError, SafetensorError: as `from_pretrained`.
     """
     refuse_adapter_beside(str(name), revision)
-    model, info = loader.from_pretrained(
-        name, revision=revision, output_loading_info=True, trust_remote_code=False, **options
-    )
+    refuse_immense(str(name), revision)
+    try:
+        model, info = loader.from_pretrained(
+            name, revision=revision, output_loading_info=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # classes check little of a configuration
+        raise ModelError(
+            f"{name} cannot be built by transformers: {type(error).__name__}: {reason_of(error)}. Correct its "
+            "config.json, or give a complete copy."
+        ) from error
     missing = set(map(str, info["missing_keys"]))
     if missing := needed(model, missing) if missing and needed else missing:
         other = sorted(map(str, info["unexpected_keys"]))

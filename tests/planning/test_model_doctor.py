@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import make_language
+from transformers import LlamaConfig, LlamaForCausalLM
 from vlms import make_vlm
 
 from mm_moslora.cli.doctor_verb import doctor
 from mm_moslora.models.batching import packed_batch
 from mm_moslora.planning import model_doctor
 from mm_moslora.planning.model_doctor import diagnose_model, family_table
-from mm_moslora.utils.errors import AdapterError, ConfigError
+from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError
+from mm_moslora.utils.files import read_json
 
 
 def by_name(findings):
@@ -24,6 +28,14 @@ def by_name(findings):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_vlm(tmp_path_factory.mktemp("qwen"), "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model with a copy of its configuration."""
+    made = make_language(tmp_path_factory.mktemp("hostile"))
+    shutil.copy(made / "config.json", made / "original.json")
+    return made
 
 
 def test_a_model_that_trains_right_gets_no_bad_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +90,57 @@ def test_templates_of_language_models_may_be_missing_and_end_no_answer(tmp_path:
     assert {item.status for item in found.values()} == {"ok"}
     assert r"user:\nAnd two?\nassistant:\n[[Two, as you wish.<|im_end|>]]" in found["labels"].detail
     assert "14 layers" in found["a training step"].detail
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"num_hidden_layers": 10**9},
+            r"num_hidden_layers of its config.json is 1,000,000,000, expected at most 4,096",
+        ),
+        ({"vocab_size": 10**12}, r"vocab_size of its config.json is 1,000,000,000,000"),
+        ({"hidden_size": "64"}, r"configuration cannot be read .*hidden_size.* expected int"),
+        ({"num_attention_heads": 0}, r"configuration cannot be read .integer modulo by zero"),
+        ({"hidden_size": -64}, r"model.*(RuntimeError|ModelError|ValueError)"),
+        ({"dtype": "os.system"}, r"configuration cannot be read .*os.system"),
+    ],
+)
+def test_hostile_configurations_are_one_error_with_the_name_of_the_model(
+    hostile: Path, values: dict[str, Any], message: str, small: bool
+) -> None:
+    own = read_json(hostile / "original.json")
+    (hostile / "config.json").write_text(json.dumps(own | values))
+    with pytest.raises(ModelError, match=message) as caught:
+        diagnose_model(str(hostile), small=small)
+    assert str(hostile) in str(caught.value)
+
+
+def test_a_deep_configuration_and_a_huge_tower_are_one_error_too(hostile: Path, folder: Path, tmp_path: Path) -> None:
+    (hostile / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(ModelError, match="configuration cannot be read"):
+        diagnose_model(str(hostile))
+    copy = shutil.copytree(folder, tmp_path / "model")
+    own = read_json(copy / "config.json")
+    for wrong, message in ({"depth": 10**8}, "vision_config.depth of its"), ([], "cannot be read .*vision_config"):
+        tower = own["vision_config"] | wrong if isinstance(wrong, dict) else wrong
+        (copy / "config.json").write_text(json.dumps(own | {"vision_config": tower}))
+        with pytest.raises(ModelError, match=message):
+            diagnose_model(str(copy), small=True)
+
+
+def test_a_row_probe_without_numbers_is_no_answer(tmp_path: Path) -> None:
+    from mm_moslora.models.batching import row_probe
+
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        rms_norm_eps=float("nan"),
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    finding = row_probe._probed(model.get_decoder(), "auto")
+    assert (finding.moved, finding.fault, finding.apart) == (None, "its hidden states are not finite", False)
 
 
 def test_wrong_positions_are_found_by_the_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
