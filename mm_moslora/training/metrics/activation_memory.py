@@ -106,6 +106,9 @@ def activation_memory(
         vision_checkpointing: `train.vision_gradient_checkpointing`.
         dtype: the compute dtype.
         picture: width and height of a typical picture, for models with a cost that depends on it.
+
+    Raises:
+        ModelError: its configuration cannot be read, or it does not compute without weights.
     """
     bones = build_meta_model(model, adapter, dtype=dtype, picture=picture)
     parts = bones.parameters()
@@ -123,15 +126,16 @@ def activation_memory(
     adapters = (p.numel() for name, p, _ in bones.each() if is_adapter_parameter(name) and p.requires_grad)
     try:
         least, most = (_kept_by_layer(bones, dtype, tokens) for tokens in (1, PROBE))
-    except RuntimeError as error:
-        if not adapter.peft:
-            raise
+        image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever its classes raise on the meta device
+        what = f"PEFT's {adapter.peft['type']}" if adapter.peft else type(bones.model).__name__
         raise ModelError(
-            f"The memory of a step cannot be counted: PEFT's {adapter.peft['type']} computes nothing without weights "
-            f"({reason_of(error)})."
+            f"The memory of a step cannot be counted: {what} computes nothing without weights "
+            f"({type(error).__name__}: {reason_of(error)[:200]}). Find the largest train.micro_batch by a few steps."
         ) from error
     per_layer = (most - least) / (PROBE - 1)
-    image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
     return ActivationMemory(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
@@ -168,19 +172,17 @@ def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
 def _kept_by_layer(bones: MetaModel, dtype: torch.dtype, tokens: int) -> int:
     decoder: Any = bones.model.get_decoder()
     layer: Any = bones.decoder_layers[0]
-    width = bones.model.config.get_text_config().hidden_size
+    text = bones.model.config.get_text_config()
     with torch.device("meta"):
-        hidden = torch.zeros(1, tokens, width, dtype=dtype, requires_grad=True)
+        hidden = torch.zeros(1, tokens, text.hidden_size, dtype=dtype, requires_grad=True)
         positions = torch.zeros(1, tokens, dtype=torch.long)
         rope = positions.expand(3, 1, tokens) if has_mrope(bones.model) else positions
-        try:
-            embeddings = decoder.rotary_emb(hidden, rope)
-            arguments: dict[str, Any] = {"position_ids": positions, "position_embeddings": embeddings}
-            if not needs_padding(bones.model):
-                arguments |= segment_arguments((tokens,), hidden.device)
-            return kept_bytes(lambda: layer(hidden, attention_mask=None, **arguments), layer)
-        except (AttributeError, TypeError) as error:
-            raise ModelError(f"{type(layer).__name__} cannot be planned: {error}") from error
+        own = {"layer_type": text.layer_types[0]} if hasattr(decoder.rotary_emb, "layer_types") else {}
+        embeddings = decoder.rotary_emb(hidden, rope, **own)
+        arguments: dict[str, Any] = {"position_ids": positions, "position_embeddings": embeddings}
+        if not needs_padding(bones.model):
+            arguments |= segment_arguments((tokens,), hidden.device)
+        return kept_bytes(lambda: layer(hidden, attention_mask=None, **arguments), layer)
 
 
 @dataclass(frozen=True, kw_only=True)
