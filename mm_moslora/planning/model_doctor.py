@@ -14,17 +14,14 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mm_moslora.adapters.adapter_targets import AdaptableTargets, adaptable_targets
-from mm_moslora.batch import Batch, Example, ProcessedImage
+from mm_moslora.batch import Batch
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
-from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn
 from mm_moslora.models.assembly import Parts, load_parts, pretrained_parts
 from mm_moslora.models.batching.row_probe import rows_of
 from mm_moslora.models.export.export_huggingface import why_not_stock
@@ -44,6 +41,18 @@ from mm_moslora.models.vlm import (
     supervised_hidden,
 )
 from mm_moslora.planning.doctor import Diagnosis, Status
+from mm_moslora.planning.probe_conversations import (
+    BLIND,
+    SIGHTED,
+    conversations_of,
+    decoded,
+    differs_at,
+    example_of,
+    first_difference,
+    pictures_of,
+    runs_of,
+    stock_inputs,
+)
 from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.planning.small_families import default_config, sees, small_family_model, stand_in_processor
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
@@ -52,15 +61,6 @@ from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError, reaso
 
 _EXACT = 1e-4
 """Largest difference of logits in fp32, as a share of the largest logit. Faults of positions or masks give 1e-2."""
-_QUESTION, _ANSWER = "What is in the picture?", "A red square."
-SIGHTED = (Turn(role="user", text=f"<image>\n{_QUESTION}"), Turn(role="assistant", text=_ANSWER))
-"""The fixed conversation with a picture."""
-BLIND = (
-    Turn(role="user", text="Say one."), Turn(role="assistant", text="One."),
-    Turn(role="user", text="And two?"), Turn(role="assistant", text="Two, as you wish."),
-)  # fmt: skip
-_WIDE, _TALL = (64, 48), (90, 120)
-"""Sizes of two pictures: processors cut and join others otherwise."""
 _ROUND = DataSize(samples=100_000, tokens=600)
 """Size of the data for which memory is counted: the setting that is fastest depends little on it."""
 
@@ -203,58 +203,13 @@ def _small_model(config: PreTrainedConfig, owner: Any, name: str) -> PreTrainedM
 
     try:
         tokenizer = getattr(owner, "tokenizer", owner)
-        inputs = _stock_inputs(owner, SIGHTED if sees(config) else BLIND)
+        inputs = stock_inputs(owner, SIGHTED if sees(config) else BLIND)
         words = max(len(tokenizer), int(getattr(config.get_text_config(), "pad_token_id", 0) or 0) + 1)
         return small_family_model(config, words=words, accept=accept)
     except Exception as error:  # whatever its classes raise
         raise ModelError(
             f"No small model of {name} can be built from its configuration: {reason_of(error)}."
         ) from error
-
-
-@functools.cache
-def _picture(size: tuple[int, int]) -> Image.Image:
-    """Noise with a tint, so that no tile is plain."""
-    noise = Image.effect_noise(size, 60).convert("RGB")
-    return Image.blend(noise, Image.new("RGB", noise.size, (200, 30, 30)), 0.5)
-
-
-def _stock_inputs(owner: Any, turns: Sequence[Turn], size: tuple[int, int] = _WIDE) -> dict[str, Any]:
-    """What a processor or tokenizer itself makes of a conversation and a picture of this size; of one that ends with a
-    question, the prompt. A tokenizer without a chat template gets the plain one."""
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        text = turn.text.replace("<image>\n", "")
-        parts = [{"type": "image", "image": _picture(size)}] * turn.images + [{"type": "text", "text": text}]
-        messages.append({"role": turn.role, "content": parts if hasattr(owner, "image_processor") else text})
-    more: dict[str, Any] = {"add_generation_prompt": turns[-1].role == "user"}
-    if not hasattr(owner, "image_processor") and owner.chat_template is None:
-        more["chat_template"] = Template(owner).source
-    return dict(owner.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **more))
-
-
-def _conversations(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]:
-    """With sizes of their pictures; all with pictures where the processor takes no text alone."""
-    if not is_multimodal(parts.model):
-        return [(BLIND, _WIDE), (BLIND[2:], _WIDE)]
-    seeing: list[tuple[Sequence[Turn], tuple[int, int]]] = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
-    try:
-        _stock_inputs(parts.template_processor or parts.tokenizer, BLIND)
-    except Exception:  # whatever the processor raises
-        return seeing
-    return [(BLIND, _WIDE), *seeing]
-
-
-def _example(parts: Parts, turns: Sequence[Turn], size: tuple[int, int] = _WIDE) -> Example:
-    """A conversation as training encodes it."""
-    pictures = _pictures(parts, turns, size)
-    encoded = ConversationEncoder.of(parts).encode(turns, pictures=[item.placeholders for item in pictures])
-    return Example(id="probe", input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=pictures)
-
-
-def _pictures(parts: Parts, turns: Sequence[Turn], size: tuple[int, int]) -> Sequence[ProcessedImage]:
-    processing = parts.image_processing
-    return processing.process([_picture(size)]) if processing and any(turn.images for turn in turns) else []
 
 
 def _parts_found(parts: Parts) -> Iterator[ModelFinding]:
@@ -324,19 +279,19 @@ def _rows(parts: Parts) -> Iterator[ModelFinding]:
 
 def _labels(parts: Parts) -> Iterator[ModelFinding]:
     faults, shown = [], ""
-    for turns, size in _conversations(parts):
-        example = _example(parts, turns, size)
-        expected = _stock_inputs(parts.template_processor or parts.tokenizer, turns, size)["input_ids"][0].tolist()
-        if (other := _differs_at(parts, example, expected)) is not None:
+    for turns, size in conversations_of(parts):
+        example = example_of(parts, turns, size)
+        expected = stock_inputs(parts.template_processor or parts.tokenizer, turns, size)["input_ids"][0].tolist()
+        if (other := differs_at(parts, example, expected)) is not None:
             faults.append(f"token {other} is not that of the processor")
-        runs = _runs(example)
+        runs = runs_of(example)
         learned = [
             str(parts.tokenizer.decode(run, skip_special_tokens=True)).strip() for run, supervised in runs if supervised
         ]
         answers = [turn.text for turn in turns if turn.role == "assistant"]
         if learned != answers:
             faults.append(f"{learned} is learned, expected {answers}")
-        texts = [(_decoded(parts, run), supervised) for run, supervised in runs]
+        texts = [(decoded(parts, run), supervised) for run, supervised in runs]
         shown = "".join(f"[[{text}]]" if supervised else text for text, supervised in texts)
     yield ModelFinding(
         name="labels", status="bad" if faults else "ok", brief=f"wrong: {faults[0]}" if faults else "right",
@@ -345,59 +300,27 @@ def _labels(parts: Parts) -> Iterator[ModelFinding]:
     )  # fmt: skip
 
 
-def _differs_at(parts: Parts, example: Example, expected: Sequence[int]) -> int | None:
-    """The first token that is not that of the processor, but for ends of answers that its template does not write."""
-    ids, end = example.input_ids.tolist(), parts.tokenizer.eos_token_id
-    written = [n for n, learned in zip(ids, example.supervised.tolist(), strict=True) if not learned or n != end]
-    places = [_first_difference(own, expected) for own in (ids, written)]
-    return None if None in places else places[0]
-
-
-def _first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
-    """None where the ids begin the expected ones."""
-    different = (at for at, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1])
-    return next(different, len(expected) if len(ids) > len(expected) else None)
-
-
 def _prompts(parts: Parts) -> Iterator[ModelFinding]:
     """Other programs ask by the template's generation prompt; this project asks as it trained."""
-    turns, size = _conversations(parts)[0]
+    turns, size = conversations_of(parts)[0]
     encoder, question = ConversationEncoder.of(parts), turns[:1]
-    asked = _stock_inputs(parts.template_processor or parts.tokenizer, question, size)["input_ids"][0].tolist()
-    pictures = [item.placeholders for item in _pictures(parts, question, size)]
+    asked = stock_inputs(parts.template_processor or parts.tokenizer, question, size)["input_ids"][0].tolist()
+    pictures = [item.placeholders for item in pictures_of(parts, question, size)]
     trained = [
         encoder.encode_prompt(question, pictures=pictures, thinking=form).tolist() for form in (None, True, False)
     ]
-    places = [_first_difference(asked, ids) for ids in trained]
+    places = [first_difference(asked, ids) for ids in trained]
     if None in places:
         yield ModelFinding(name="generation prompt", detail="answers are learned behind the template's own prompt")
         return
     at = max(place for place in places if place is not None)
-    theirs, ours = (_decoded(parts, ids[max(0, at - 4) :]) for ids in (asked, trained[0]))
+    theirs, ours = (decoded(parts, ids[max(0, at - 4) :]) for ids in (asked, trained[0]))
     yield ModelFinding(
         name="generation prompt", status="warn",
         detail=f"the template's generation prompt ends with '{theirs}', and answers are learned behind '{ours}': this "
         "project asks as it trained, other programs such as vLLM do not",
         remedy="Correct the chat template.",
     )  # fmt: skip
-
-
-def _runs(example: Example) -> list[tuple[list[int], bool]]:
-    """Stretches of ids that are all supervised, or not at all."""
-    runs: list[tuple[list[int], bool]] = []
-    for number, supervised in zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True):
-        if not runs or runs[-1][1] != supervised:
-            runs.append(([], supervised))
-        runs[-1][0].append(number)
-    return runs
-
-
-def _decoded(parts: Parts, ids: Sequence[int]) -> str:
-    """Text with a run of image tokens as one."""
-    text, image = str(parts.tokenizer.decode(list(ids))), getattr(parts.processor, "image_token", None)
-    while image and image * 2 in text:
-        text = text.replace(image * 2, image)
-    return text.replace("\n", "\\n")
 
 
 def _thinking(parts: Parts) -> Iterator[ModelFinding]:
@@ -416,11 +339,11 @@ def _thinking(parts: Parts) -> Iterator[ModelFinding]:
 def _logits(parts: Parts) -> Iterator[ModelFinding]:
     """Compares, and leaves the model as training has it."""
     model, owner = parts.model, parts.template_processor or parts.tokenizer
-    conversations = _conversations(parts)
-    examples, expected = [_example(parts, *conversation) for conversation in conversations], []
+    conversations = conversations_of(parts)
+    examples, expected = [example_of(parts, *conversation) for conversation in conversations], []
     with torch.no_grad():
         for conversation, example in zip(conversations, examples, strict=True):
-            given = _stock_inputs(owner, *conversation)
+            given = stock_inputs(owner, *conversation)
             if not example.pictures and given["input_ids"].shape[1] < example.length:  # ends of answers were added
                 given = {"input_ids": example.input_ids[None]}
             logits = model(**given).logits[0, : example.length - 1]
@@ -460,7 +383,7 @@ def _step(parts: Parts) -> Iterator[ModelFinding]:
         except AdapterError:
             yield ModelFinding(name="a training step", status="warn", detail="not tried: there is no adapter to train")
             return
-    batch = Batch.from_examples([_example(parts, *conversation) for conversation in _conversations(parts)])
+    batch = Batch.from_examples([example_of(parts, *conversation) for conversation in conversations_of(parts)])
     loss: Tensor = LossModule(parts.model, None)(batch, bool(batch.images))
     loss.backward()
     trained = {name: weight for name, weight in parts.model.named_parameters() if weight.requires_grad}

@@ -13,7 +13,8 @@ from mm_moslora.batch import Batch
 from mm_moslora.cli.export_verbs import export
 from mm_moslora.config import Recipe
 from mm_moslora.models.load_model import load
-from mm_moslora.planning.model_doctor import _conversations, _example, _small_model
+from mm_moslora.planning.model_doctor import _small_model
+from mm_moslora.planning.probe_conversations import conversations_of, example_of
 from mm_moslora.planning.small_families import default_config, stand_in_processor
 from mm_moslora.training.training_loop import train
 
@@ -23,7 +24,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 def test_a_run_of_a_new_family_exports_and_loads_back(tmp_path: Path) -> None:
     config = default_config("qwen3_vl_moe")
     processor = stand_in_processor(config)
-    model = _small_model(config, processor)
+    model = _small_model(config, processor, config.model_type)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "base")
     rows = []
@@ -47,7 +48,7 @@ def test_a_run_of_a_new_family_exports_and_loads_back(tmp_path: Path) -> None:
     )  # fmt: skip
     train(recipe)
     tuned = load(tmp_path / "run", merge=False)
-    batch = Batch.from_examples([_example(tuned, *conversation) for conversation in _conversations(tuned)])
+    batch = Batch.from_examples([example_of(tuned, *conversation) for conversation in conversations_of(tuned)])
     assert export(tmp_path / "run", tmp_path / "out", to="hf", dtype="fp32") == 0
     with torch.no_grad():
         live, exported, before = (

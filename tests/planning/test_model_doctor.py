@@ -155,14 +155,14 @@ def test_wrong_positions_are_found_by_the_logits(folder: Path, monkeypatch: pyte
 
 
 def test_a_supervised_question_is_found_by_the_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = model_doctor._example
+    real = model_doctor.example_of
 
     def supervise_all(*given):
         example = real(*given)
         example.supervised[1:] = True
         return example
 
-    monkeypatch.setattr(model_doctor, "_example", supervise_all)
+    monkeypatch.setattr(model_doctor, "example_of", supervise_all)
     found = by_name(diagnose_model(str(folder), small=True))
     assert found["labels"].status == "bad"
     assert "is learned, expected ['A red square.']" in found["labels"].detail

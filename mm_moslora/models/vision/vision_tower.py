@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import TOWERS, tower_family
-from mm_moslora.models.model_sizes import config_to_count, load_base, refuse_adapter_beside
+from mm_moslora.models.model_sizes import config_to_count, load_base, refuse_adapter_beside, refuse_immense
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
 from mm_moslora.models.vision.timm_open_clip_tower import (
     BICUBIC,
@@ -216,12 +216,13 @@ def _load_transformers(
 
     if weights:
         refuse_adapter_beside(config.name, config.revision)
+    refuse_immense(config.name, config.revision)
     try:
         if weights:
             whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
         else:
             whole = config_to_count(config.name, config.revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # configurations are texts of others, and their classes check little
         raise ModelError(
             f"model.vision.name is {config.name!r}, which is no folder or hub id of a vision model "
             f"({reason_of(error)}). For other libraries write open_clip:MODEL or timm:MODEL."
@@ -243,7 +244,7 @@ def _load_transformers(
             loader, config.name, revision=config.revision, dtype=torch.float32, device_map=device,
             needed=partial(_reaching_the_features, config),
         )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model.vision.name is {config.name!r}, which does not load as a vision tower: {reason_of(error)}."
         ) from error

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from mm_moslora.models.assembly import pretrained_parts
 from mm_moslora.models.batching.padded_batch import text_inputs
-from mm_moslora.planning.model_doctor import SIGHTED, _example, _stock_inputs
+from mm_moslora.planning.probe_conversations import SIGHTED, example_of, stock_inputs
 from mm_moslora.planning.small_families import default_config, stand_in_processor
 
 
@@ -18,8 +18,8 @@ def test_ids_and_types_of_tokens_are_those_of_the_processor(kind: str) -> None:
     config = default_config(kind)
     processor = stand_in_processor(config)
     parts = pretrained_parts(processor, model=None, image_token_id=config.image_token_id, base={})
-    example = _example(parts, SIGHTED)
-    expected = _stock_inputs(processor, SIGHTED)
+    example = example_of(parts, SIGHTED)
+    expected = stock_inputs(processor, SIGHTED)
     assert example.input_ids.tolist() == expected["input_ids"][0, : example.length].tolist()
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -34,5 +34,5 @@ def test_a_picture_in_the_middle_of_a_text_does_not_begin_one() -> None:
     config = default_config("molmo2")
     processor = stand_in_processor(config)
     parts = pretrained_parts(processor, model=None, image_token_id=config.image_token_id, base={})
-    assert processor.tokenizer.bos_token_id not in _example(parts, SIGHTED).pictures[0].placeholders
-    assert _example(parts, SIGHTED).input_ids.tolist().count(processor.tokenizer.bos_token_id) == 1
+    assert processor.tokenizer.bos_token_id not in example_of(parts, SIGHTED).pictures[0].placeholders
+    assert example_of(parts, SIGHTED).input_ids.tolist().count(processor.tokenizer.bos_token_id) == 1
