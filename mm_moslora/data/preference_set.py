@@ -25,7 +25,7 @@ from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.quarantine import Quarantine, summary
-from mm_moslora.data.record_examples import RecordExamples, image_fault, placeholders_of
+from mm_moslora.data.record_examples import RecordExamples, decoded, image_fault, placeholders_of, written
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.utils.errors import DataError
@@ -138,8 +138,11 @@ class PreferenceSet(RecordExamples):
             RecordError: the record cannot be used.
         """
         pair = self._pair(index)
-        pictures = self.process(pair.chosen, len(pair.chosen.images))
-        return self._example(pair.chosen, pictures), self._example(pair.rejected, pictures)
+        images = decoded(pair.chosen, len(pair.chosen.images)) if self.image_processing is not None else []
+        pictures = self.image_processing.process(images) if self.image_processing is not None and images else []
+        sizes = [image.size for image in images]
+        chosen, rejected = (written(side, self.image_processing, sizes=sizes) for side in (pair.chosen, pair.rejected))
+        return self._example(chosen, pictures), self._example(rejected, pictures)
 
     def _example(self, record: Record, pictures: Sequence[ProcessedImage]) -> Example:
         encoded = self._encode(record, [picture.placeholders for picture in pictures])

@@ -5,17 +5,23 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
 
 from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
 from mm_moslora.config import DataConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
+from mm_moslora.data.chat.record_objects import filler
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.token_cache import TokenCache
+from mm_moslora.utils.errors import DataError
 
 _NOT_FETCHED = (448, 448)
 """Assumed pixels of a picture that is not fetched yet."""
@@ -63,9 +69,15 @@ class RecordExamples:
         return self.files[source][row]
 
     def encode(self, record: Record, pictures: Sequence[Sequence[int]] | None = None) -> Encoded:
-        """Tokenise a record; see `encode_record`. Picture headers are read if the token count depends on the size."""
+        """Tokenise a record; see `encode_record`. Picture headers are read if the tokens depend on the size.
+
+        Args:
+            record: to be tokenised; one with boxes may be `written` already.
+            pictures: see `encode_record`; None: as the headers say.
+        """
         pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
         vision = self.image_processing is not None
+        record = written(record, self.image_processing)
         return encode_record(record, self.encoder, config=self.config, vision=vision, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
@@ -84,10 +96,17 @@ class RecordExamples:
         Raises:
             RecordError: the record cannot be used.
         """
-        record = self.record(index)
-        if self.image_processing is not None and not self.image_processing.fixed:
-            pictures = self.process(record, len(record.images))
-            encoded = self.encode(record, [picture.placeholders for picture in pictures])
+        record, processing = self.record(index), self.image_processing
+        if processing is not None and (record.objects or not processing.fixed):
+            images = decoded(record, len(record.images))
+            pictures = processing.process(images)
+            # Boxes are written for the pictures themselves: a header, and so a cache, may be wrong.
+            exact = written(record, processing, sizes=[image.size for image in images])
+            encoded = self.encode(exact, [picture.placeholders for picture in pictures])
+            if processing.fixed and not torch.equal(encoded.input_ids, self.encoded(index, record).input_ids):
+                what = "are written for another size of the picture than its header or data.cache says"
+                remedy = "write the picture again, and delete the cache"
+                raise record.where.error(Code.BAD_BOX, "objects", what, remedy)
         else:
             encoded = self.encoded(index, record)
             pictures = self.process(record, encoded.images)
@@ -107,13 +126,52 @@ class RecordExamples:
         """
         if self.image_processing is None or not count:
             return []
-        images = []
-        for number, picture in enumerate(record.images[:count]):
-            try:
-                images.append(picture.rgb())
-            except ImageError as error:
-                raise image_fault(record, number, error) from error
-        return self.image_processing.process(images)
+        return self.image_processing.process(decoded(record, count))
+
+
+def decoded(record: Record, count: int) -> list[Image.Image]:
+    """The first pictures of a record as RGB.
+
+    Raises:
+        RecordError: a picture cannot be used.
+    """
+    images = []
+    for number, picture in enumerate(record.images[:count]):
+        try:
+            images.append(picture.rgb())
+        except ImageError as error:
+            raise image_fault(record, number, error) from error
+    return images
+
+
+def written(
+    record: Record, processing: ImageProcessing | None, *, sizes: Sequence[tuple[int, int]] | None = None
+) -> Record:
+    """A record with its boxes and points written into its texts, in the model's form; without them, the same record.
+
+    Args:
+        record: with `objects` or without.
+        processing: of the model; None: it has no vision encoder.
+        sizes: widths and heights of its pictures, upright; None: as their headers say, pictures of URLs are fetched.
+
+    Raises:
+        RecordError: a box does not lie in its picture, or in the part that the model sees; a picture has a fault.
+        ConfigError: the form of the model is not known.
+    """
+    if record.objects is None or processing is None:
+        return record
+    if sizes is None:
+        sizes = [_size(record, number) for number in range(len(record.images))]
+    fill = filler(record.objects, sizes, processing, record.where)
+    return replace(record, turns=tuple(turn.filled(fill) for turn in record.turns), objects=None)
+
+
+def _size(record: Record, number: int) -> tuple[int, int]:
+    picture = record.images[number]
+    try:
+        return picture.size() or picture.rgb().size
+    except ImageError as error:
+        raise image_fault(record, number, error) from error
 
 
 def encode_record(
@@ -124,7 +182,7 @@ def encode_record(
     vision: bool,
     pictures: Sequence[Sequence[int]] | None = None,
 ) -> Encoded:
-    """Tokenise a record.
+    """Tokenise a record whose boxes are `written`.
 
     Args:
         record: to be tokenised.
@@ -137,10 +195,11 @@ def encode_record(
         RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
             has no vision encoder.
     """
-    if record.images and not vision:
-        raise record.where.error(
-            Code.NO_VISION, "image", f"{len(record.images)} images", "set model.vision, or drop the record"
-        )
+    if (record.images or record.objects) and not vision:
+        what = f"{len(record.images)} images" if record.images else "objects of pictures"
+        raise record.where.error(Code.NO_VISION, "image", what, "set model.vision, or drop the record")
+    if record.objects is not None:
+        raise DataError("The boxes of the record are not in its texts. Call `written` before.")
     try:
         return encoder.encode(
             record.learned(config.supervise),

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config.llava_chat_templates import without_note
+from mm_moslora.data.chat.box_forms import SPECIAL
 from mm_moslora.data.chat.guarded_tokens import RenamedTokens, SpecialTextError
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import ConfigError
@@ -253,6 +254,21 @@ class TextSpan(NamedTuple):
     text: str
     trusted: bool
     """Whether special tokens are recognised in it."""
+
+
+_SPECIAL = re.compile(f"{SPECIAL[0]}([^{SPECIAL[1]}]*){SPECIAL[1]}")
+
+
+def contents(turn: Turn, spans: Sequence[TextSpan]) -> list[TextSpan]:
+    """The spans of a turn, with the special tokens apart that this project itself wrote into its texts."""
+    if not turn.marked:
+        return list(spans)
+    return [
+        TextSpan(text, span.trusted or bool(number % 2))
+        for span in spans
+        for number, text in enumerate(_SPECIAL.split(span.text))
+        if text
+    ]
 
 
 class Tokens:

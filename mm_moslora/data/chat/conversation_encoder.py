@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
-from mm_moslora.data.chat.chat_template import Template, TextSpan, Tokens
+from mm_moslora.data.chat.chat_template import Template, TextSpan, Tokens, contents
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.records import Turn
@@ -285,7 +285,7 @@ class ConversationEncoder(AnswerThinking):
                 for number, part in enumerate(slot.trim(parts)):
                     if number:
                         self._add_image(grown)
-                    grown.run.append(TextSpan(part, False))
+                    grown.run += contents(turn, [TextSpan(part, False)])
                 continue
             thinking, text = self.apart(turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
@@ -307,9 +307,9 @@ class ConversationEncoder(AnswerThinking):
                     block.append(TextSpan(content[:length], False))
                     content = content[length:]
                 if thought or length:  # in tokens of its own, as a part of the prompt
-                    grown.run += block
+                    grown.run += contents(turn, block)
                     block = []
-            answer = [*block, TextSpan(content, False), TextSpan(end, True)]
+            answer = [*contents(turn, [*block, TextSpan(content, False)]), TextSpan(end, True)]
             self._add_answer(grown, answer, end, weight=turn.weight)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))

@@ -7,6 +7,7 @@ text. A template may write pictures before all texts, or wrap them; the scaffold
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mm_moslora.config.llava_chat_templates import without_note
@@ -68,7 +69,7 @@ class ProcessorTemplate(Template):
                 text = text.removesuffix("\n") if index + 1 < len(texts) else text
                 if text:
                     kinds += "t"
-                    contents.append(Turn(role=turn.role, text=text, offsets=()))
+                    contents.append(replace(turn, text=text, offsets=()))
                     numbers.append(number)
             shape.append(f"{turn.role}:{kinds}")
         return contents, tuple(shape), numbers

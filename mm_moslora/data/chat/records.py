@@ -38,9 +38,11 @@ from mm_moslora.data.chat.record_keys import (
     check_turn,
     checked_text,
     ignored_keys,
+    is_empty,
     thinking_of,
     weight_of,
 )
+from mm_moslora.data.chat.record_objects import Objects, check_objects, objects_of
 from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
 from mm_moslora.data.images.remote_files import find_remote
 from mm_moslora.data.images.video_clip import Clip, find_clip
@@ -73,6 +75,8 @@ class Turn:
     """Offsets of the `<image>` that are images, for a source that distinguishes them from typed text; None: all are."""
     weight: float = 1.0
     """Of the tokens of an answer in the loss; 0: it is context."""
+    marked: bool = False
+    """Whether the characters `box_forms.SPECIAL` in the text enclose special tokens, which boxes have in some forms."""
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
@@ -89,6 +93,16 @@ class Turn:
         """Images in this turn."""
         return len(self.parts()) - 1
 
+    def filled(self, fill: Callable[[str], str]) -> Turn:
+        """The same turn with its texts changed, which hold special tokens afterwards; its images stay."""
+        first, *rest = map(fill, self.parts())
+        result, offsets = first, []
+        for part in rest:
+            offsets.append(len(result))
+            result += IMAGE + part
+        own = tuple(offsets) if self.role == "user" else None
+        return replace(self, text=result, offsets=own, marked=True)
+
     @classmethod
     def asking(cls, text: str, *, images: int = 0) -> Turn:
         """A question in which `<image>` is text, with images before it, each on a separate line."""
@@ -102,7 +116,7 @@ class Turn:
         for count, part in zip(counts, rest, strict=True):
             offsets += [len(result) + len(IMAGE) * index for index in range(count)]
             result += IMAGE * count + part
-        return Turn(role=self.role, text=result, offsets=tuple(offsets))
+        return replace(self, text=result, offsets=tuple(offsets))
 
     def preceded_by(self, text: str) -> Turn:
         """The same turn with literal text before it."""
@@ -111,7 +125,7 @@ class Turn:
         for part in rest:
             offsets.append(len(result))
             result += IMAGE + part
-        return Turn(role=self.role, text=result, offsets=tuple(offsets))
+        return replace(self, text=result, offsets=tuple(offsets))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +138,8 @@ class Record:
     """An optional system turn, then questions and answers in turn."""
     images: tuple[Picture, ...] = ()
     """In order of their placeholders."""
+    objects: Objects | None = None
+    """Boxes and points for the placeholders in the turns, which depend on the model; `record_examples` fills them."""
     where: Where
     """Source and number, for messages."""
     ignored: tuple[str, ...] = ()
@@ -179,7 +195,14 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     if any(isinstance(item, Clip) for item in shown):
         turns = _with_frames(turns, shown)
     images = tuple(picture for item in shown for picture in (item.pictures() if isinstance(item, Clip) else [item]))
-    return Record(id=name, turns=tuple(turns), images=images, where=where, ignored=ignored_keys(value))
+    objects = None if is_empty(value.get("objects")) else objects_of(value["objects"], where)
+    has_video = any(isinstance(item, Clip) for item in shown)
+    check_objects(
+        objects, [part for turn in turns for part in turn.parts()], images=len(images), where=where, has_video=has_video
+    )
+    return Record(
+        id=name, turns=tuple(turns), images=images, objects=objects, where=where, ignored=ignored_keys(value)
+    )
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
