@@ -31,8 +31,8 @@ from mm_moslora.config.recipe import (
 from mm_moslora.config.run_config import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
 
 __all__ = [
-    "RECIPES_FOLDER", "TRACKERS", "AdapterConfig", "BoxFormName", "DataConfig", "HeldOut", "Mode", "ModelConfig", "Need",
-    "OptimConfig", "Precision", "PreferenceConfig", "ProjectorConfig", "Recipe", "SourceConfig", "Thinking",
+    "RECIPES_FOLDER", "TRACKERS", "AdapterConfig", "BoxFormName", "DataConfig", "HeldOut", "Mode", "ModelConfig",
+    "Need", "OptimConfig", "Precision", "PreferenceConfig", "ProjectorConfig", "Recipe", "SourceConfig", "Thinking",
     "TrackConfig", "TrainConfig", "ValidateConfig", "VisionConfig", "YamlRecipe", "load_recipe", "needs",
     "override_items", "read_recipe", "recipe_names", "refuse_all_frozen", "refuse_lacking", "refuse_without_effect",
     "require_sft",

@@ -133,10 +133,10 @@ class ModelConfig:
     mask: as always, and the block is not learned: the answer is, behind it. never: thinking is removed from the
     records."""
     boxes: Literal["auto"] | BoxFormName = "auto"
-    """The form in which boxes and points of records are written, and those of answers are read. qwen3_vl: `[x1, y1, x2,
-    y2]` from 0 to 1000, objects as JSON with `bbox_2d`. qwen2_5_vl: the same in pixels of the resized picture. qwen2_vl:
-    `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, 0 to 999. internvl: `<box>[[x1, y1, x2, y2]]</box>`, 0 to 1000.
-    paligemma: four `<loc0000>`, y first. auto: that of the ready-made model, where its family or vocabulary has one;
+    """The form in which boxes and points of records are written, and those of answers are read. qwen3_vl: 0 to 1000,
+    `[x1, y1, x2, y2]`, lists as JSON with `bbox_2d`. qwen2_5_vl: the same in pixels of the resized picture. qwen2_vl: 0
+    to 999, `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`. internvl: 0 to 1000, `<box>[[x1, y1, x2, y2]]</box>`. paligemma:
+    0 to 1023, four `<loc0000>`, y first. auto: that of the ready-made model, where its family or vocabulary shows one;
     qwen3_vl for an assembled model."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""

@@ -65,6 +65,8 @@ class Request:
     """Other ids of the question that stored answers may use."""
     reference: str = ""
     """Text of the right answer, whose log-likelihood the model reports beside its own answer; empty: none."""
+    boxes: bool = False
+    """Whether boxes of the answer are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,9 @@ class Answer:
     """`length` if `max_new_tokens` cut the answer off."""
     reference: OptionScore | None = None
     """Score of `Request.reference`; None where the backend gives none."""
+    boxes: tuple[tuple[float, ...], ...] | None = None
+    """Boxes (x1, y1, x2, y2) and points (x, y) in pixels of the last picture's file, where they are wanted; None where
+    the backend does not read them."""
 
 
 @runtime_checkable

@@ -442,6 +442,7 @@ def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
         if not isinstance(result.text, str):  # a backend of another package
             raise TypeError(f"the model answered with {result.text!r}, expected text")
         row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+        row |= {} if result.boxes is None else {"boxes": result.boxes}
         return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
     letters = list(item.document.options)
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}

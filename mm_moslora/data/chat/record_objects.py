@@ -1,7 +1,8 @@
 """Boxes and points of records: the key `objects`, and the placeholders in the texts that they fill.
 
-Two forms are read: ms-swift's lists (`ref`, `bbox`, `bbox_type`, `image_id`), and a list of objects with `label`, `bbox`
-or `point`, and `image_id`. Coordinates are pixels of the picture's file, upright, or shares of it (`bbox_type: norm1`).
+Two forms are read: ms-swift's lists (`ref`, `bbox`, `bbox_type`, `image_id`), and a list of objects with `label`,
+`bbox` or `point`, and `image_id`. Coordinates are pixels of the picture's file, upright, or shares of its sides
+(`bbox_type: norm1`).
 `<ref-object>` and `<bbox>` stand for the next label and the next box or point, `<objects>` for all of them.
 """
 
@@ -156,7 +157,9 @@ def _label(value: Any, field: str, where: Where) -> str:
 
 def _numbers(value: Any, field: str, where: Where, *, counts: Sequence[int]) -> tuple[float, ...]:
     items = list(value) if isinstance(value, list | tuple) else []
-    if len(items) not in counts or not all(isinstance(item, int | float) and not isinstance(item, bool) for item in items):
+    if len(items) not in counts or not all(
+        isinstance(item, int | float) and not isinstance(item, bool) for item in items
+    ):
         shown = f"has {len(items)} values" if len(items) not in counts and items else f"is {ascii(value)[:60]}"
         remedy = f"write {' or '.join({4: 'x1, y1, x2, y2', 2: 'x, y'}[count] for count in counts)} as numbers"
         raise where.error(Code.BAD_BOX, field, shown, remedy)
@@ -257,6 +260,12 @@ def filler(
         return _MARKS.sub(lambda match: every if match[0] == ALL else next(texts[match[0]], match[0]), text)
 
     return fill
+
+
+def plain_filler(objects: Objects) -> Callable[[str], str]:
+    """As `filler`, for scores: labels as they are, and boxes as `[x1, y1, x2, y2]` as the record has them."""
+    texts = {REF: iter(objects.refs), BOX: map(_shown, (place.numbers for place in objects.places))}
+    return lambda text: _MARKS.sub(lambda match: next(texts.get(match[0], iter(())), match[0]), text)
 
 
 def _shown(numbers: Sequence[float]) -> str:

@@ -200,9 +200,7 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     check_objects(
         objects, [part for turn in turns for part in turn.parts()], images=len(images), where=where, has_video=has_video
     )
-    return Record(
-        id=name, turns=tuple(turns), images=images, objects=objects, where=where, ignored=ignored_keys(value)
-    )
+    return Record(id=name, turns=tuple(turns), images=images, objects=objects, where=where, ignored=ignored_keys(value))
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:

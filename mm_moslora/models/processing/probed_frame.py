@@ -48,8 +48,8 @@ def probed_frame(size: tuple[int, int], process: Callable[[Image.Image], Pixels]
     ends = [value for ramp in (across, down) for value in (np.nanmin(ramp), 1 - np.nanmax(ramp))]
     if max(ends) > _WHOLE:
         raise ModelError(
-            f"The image processor shows a part of a picture of {size[0]} x {size[1]} pixels, in patches whose places are "
-            "unknown, so boxes cannot be placed. Switch its cropping off, or write the coordinates into the texts."
+            f"The image processor shows a part of a picture of {size[0]} x {size[1]} pixels, in patches whose places "
+            "are unknown, so boxes cannot be placed. Switch its cropping off, or write the coordinates into the texts."
         )
     return None
 

@@ -111,12 +111,12 @@ class _Chat:
                 self._metrics.images.inc(len(chat.pictures))
                 prepared = await self._intake.prepared(request, chat, reservation)
                 chat = replace(chat, messages=())
-                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids))
+                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids), boxes=prepared.boxes)
                 last = await unless_left(receive, self._answer(request, prepared, reply, send))
                 if chat.stream:
                     await send({"type": "http.response.body", "body": last, "more_body": False})
                 else:
-                    await JSONResponse(reply.whole())(scope, receive, send)
+                    await JSONResponse(await asyncio.to_thread(reply.whole))(scope, receive, send)
             finally:
                 self._busy -= 1
 

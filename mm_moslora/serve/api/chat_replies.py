@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mm_moslora.data.chat.box_forms import FoundBox
 from mm_moslora.serve.api.chat_request import ChatRequest
 from mm_moslora.serve.inference.continuous_batching import AnswerPart, Ending
 from mm_moslora.serve.inference.text_stream import ThinkingSplit
@@ -34,6 +36,8 @@ class Reply:
 
     request: ChatRequest
     prompt_tokens: int
+    boxes: Callable[[str], list[FoundBox]] = lambda _: []
+    """Reads the boxes of an answer."""
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -66,7 +70,8 @@ class Reply:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None}
-                | ({"reasoning_content": choice.thoughts} if choice.thoughts else {}),
+                | ({"reasoning_content": choice.thoughts} if choice.thoughts else {})
+                | ({"boxes": [asdict(box) for box in boxes]} if (boxes := self.boxes(choice.text)) else {}),
                 "finish_reason": choice.ending, "logprobs": None,
             }
             for index, choice in enumerate(self._choices)

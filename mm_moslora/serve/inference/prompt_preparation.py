@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
+from mm_moslora.data.chat.box_forms import FoundBox
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.serve.api.api_errors import ApiError
@@ -30,6 +31,8 @@ class Prepared:
 
     input_ids: Tensor
     images: list[ProcessedImage]
+    boxes: Callable[[str], list[FoundBox]]
+    """Reads the boxes of an answer, in pixels of the last picture's file."""
 
     @property
     def bytes(self) -> int:
@@ -88,7 +91,8 @@ def prepare(
         ) from None  # fmt: skip
     if len(ids) + tokens > longest:
         raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
-    return Prepared(input_ids=ids, images=images)
+    last = pictures[-1].size if pictures else None
+    return Prepared(input_ids=ids, images=images, boxes=lambda text: models.boxes(text, last) if last else [])
 
 
 def _longest(models: Models, limits: Limits) -> int:

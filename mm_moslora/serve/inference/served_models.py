@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters
 from mm_moslora.batch import ProcessedImage
+from mm_moslora.data.chat.box_forms import FoundBox, read_boxes
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.preprocessing_print import check_preprocessing
@@ -125,6 +126,11 @@ class Models:
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
             placeholders = [item.placeholders for item in images]
             return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), images
+
+    def boxes(self, answer: str, size: tuple[int, int]) -> list[FoundBox]:
+        """The boxes in an answer about a picture of this width and height; see `read_boxes`. Thread-safe."""
+        with self._alone:
+            return read_boxes(answer, self.assembly.image_processing, size)
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.
