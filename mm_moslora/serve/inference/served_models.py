@@ -12,7 +12,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,10 @@ class Models:
             return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), images
 
     def boxes(self, answer: str, size: tuple[int, int]) -> list[FoundBox]:
-        """The boxes in an answer about a picture of this width and height; see `read_boxes`. Thread-safe."""
-        with self._alone:
+        """The boxes in an answer about a picture of this size, see `read_boxes`; none where they cannot be placed."""
+        with self._alone, suppress(ModelError):
             return read_boxes(answer, self.assembly.image_processing, size)
+        return []
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.

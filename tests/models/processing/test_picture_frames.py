@@ -1,4 +1,4 @@
-"""Where the pixels of a picture go: what a frame says is compared with where a drawn box is found in the model's pixels."""
+"""Where the pixels of a picture go: what a frame says, and where a drawn box is found in the model's pixels."""
 
 from __future__ import annotations
 
