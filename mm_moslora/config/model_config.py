@@ -119,6 +119,12 @@ class ModelConfig:
     centre-crop, or anyres: the whole image and tiles of it, with a newline embedding after every row (LLaVA-NeXT)."""
     anyres_tiles: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
     """anyres only: the tile grids (rows, columns) from which one is chosen by the image's shape."""
+    min_pixels: int | None = None
+    """Smaller pictures are enlarged to this many pixels, by processors that have such a budget (Qwen-VL, GLM-V,
+    PaddleOCR-VL and others, ready-made). None: as the model has it."""
+    max_pixels: int | None = None
+    """Larger pictures are shrunk to this many pixels, by the same processors; of an assembled model with anyres, larger
+    grids of tiles are left out. None: as the model has it."""
     chat_template: str | None = None
     """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3, or alpaca (that of LLM-Adapters); None: the
     tokenizer's own."""
@@ -189,6 +195,12 @@ class ModelConfig:
             self.lean_layers or self.kernels not in ("triton", "liger"),
             f"model.kernels is {self.kernels!r}, but model.lean_layers is false, and these kernels run only in lean "
             "layers. Set lean_layers: true, or kernels: auto.",
+        )
+        for name in ("min_pixels", "max_pixels"):
+            at_least(f"model.{name}", value if (value := getattr(self, name)) is not None else 1, 1)
+        require(
+            self.min_pixels is None or self.max_pixels is None or self.min_pixels <= self.max_pixels,
+            f"model.min_pixels is {self.min_pixels}, more than model.max_pixels, {self.max_pixels}.",
         )
         tiles = self.anyres_tiles
         require(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -36,6 +36,7 @@ from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pre
 from mm_moslora.models.processing.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 from mm_moslora.models.processing.llava_processor import build_processor
+from mm_moslora.models.processing.pixel_budget import fitting_tiles, limit_pixels
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.models.projectors.projector import build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
@@ -171,6 +172,7 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
         tower, spec = load_vision(config.vision, dtype=dtype, device=device)
     else:
         tower, spec = sketch_vision(config.vision)
+    config = replace(config, anyres_tiles=list(fitting_tiles(config, spec)))
     shape = projector_shape(config, spec, language.config)
     tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
     standard = is_standard(config, spec, tower)
@@ -237,6 +239,7 @@ def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, de
     else:
         model, processor = None, load_pretrained_processor(name, revision)
         token = pretrained_image_token(name, revision, processor)
+    limit_pixels(processor, config)
     set_system_prompt(processor, config.system_prompt)
     return pretrained_parts(
         processor, model=model, image_token_id=token, base=base, thinking=config.thinking, boxes=config.boxes

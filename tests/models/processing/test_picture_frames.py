@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import transformers as t
 from PIL import Image, ImageDraw
-from vlms import FAMILIES
+from tiny import make_vision
+from vlms import FAMILIES, make_vlm
 
+from mm_moslora.config import ModelConfig, VisionConfig
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.families import box_form_of
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 from mm_moslora.models.processing.llava_processor import image_processor
 from mm_moslora.models.processing.probed_frame import probed_frame
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.models.vision.vision_tower import ImageSpec
-from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.errors import ConfigError, ModelError
 
 SIZES = [(640, 480), (150, 450), (51, 37)]
 SPEC = ImageSpec(size=224, tokens=1, width=1, prefix=0, patch=14, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -110,3 +115,41 @@ def test_the_form_comes_from_the_vocabulary(token: str, form: str) -> None:
     _, processor = FAMILIES["llava"]()
     processor.tokenizer.add_tokens([token])
     assert box_form_of(processor) == form
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_budget_of_pixels_holds_and_is_exported(family: str, tmp_path: Path) -> None:
+    folder = make_vlm(tmp_path / "vlm", family)
+    parts = load_parts(ModelConfig(vlm=str(folder), max_pixels=64**2), weights="none")
+    free = load_parts(ModelConfig(vlm=str(folder), min_pixels=256**2, max_pixels=512**2), weights="none")
+    (few,), (many,) = (item.image_processing.placeholders([(900, 700)]) for item in (parts, free))
+    assert len(few) < 8 < len(many)
+    assert len(free.image_processing.placeholders([(20, 20)])[0]) > 8
+    parts.processor.save_pretrained(tmp_path / "out")
+    again = t.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert dict(again.image_processor.size)["longest_edge"] == 64**2
+
+
+def test_a_processor_without_a_budget_and_an_assembled_square_refuse_it(
+    language_folder: Path, vision_folder: Path, tmp_path: Path
+) -> None:
+    folder = make_vlm(tmp_path / "vlm", "internvl")
+    with pytest.raises(ModelError, match="GotOcr2ImageProcessor has no budget of pixels"):
+        load_parts(ModelConfig(vlm=str(folder), max_pixels=64**2), weights="none")
+    made = {"language": str(language_folder), "vision": VisionConfig(name=str(vision_folder))}
+    with pytest.raises(ModelError, match=r"Set model\.vision\.image_size to at most 10"):
+        load_parts(ModelConfig(**made, max_pixels=100), weights="none")
+    with pytest.raises(ModelError, match="Leave it out"):
+        load_parts(ModelConfig(**made, min_pixels=100), weights="none")
+    with pytest.raises(ConfigError, match=r"model\.min_pixels is 9, more than model\.max_pixels, 4"):
+        ModelConfig(**made, min_pixels=9, max_pixels=4)
+
+
+def test_a_cap_leaves_out_large_grids_of_an_assembled_model(language_folder: Path, tmp_path: Path) -> None:
+    tower = VisionConfig(name=str(make_vision(tmp_path / "clip", "clip")))
+    made = {"language": str(language_folder), "vision": tower, "image_aspect": "anyres"}
+    side = load_parts(ModelConfig(**made), weights="none").image.size
+    capped = load_parts(ModelConfig(**made, max_pixels=2 * side**2), weights="none")
+    assert capped.processor.image_processor.image_grid_pinpoints == [[side, 2 * side], [2 * side, side]]
+    with pytest.raises(ModelError, match="every grid of squares"):
+        load_parts(ModelConfig(**made, max_pixels=side**2), weights="none")
