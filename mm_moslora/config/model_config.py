@@ -11,6 +11,7 @@ from mm_moslora.utils.errors import ConfigError, ModelError
 Mode = Literal["frozen", "adapter", "last_n", "full"]
 Thinking = Literal["auto", "always", "never", "mask"]
 BoxFormName = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "paligemma"]
+BoxChoice = Literal["auto", BoxFormName]
 MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
 ModuleMixerInit = Literal[MixerInit, "none"]
 
@@ -138,7 +139,7 @@ class ModelConfig:
     the template's empty block. always: prompts do not contain the block, so that the model writes it when it answers.
     mask: as always, and the block is not learned: the answer is, behind it. never: thinking is removed from the
     records."""
-    boxes: Literal["auto"] | BoxFormName = "auto"
+    boxes: BoxChoice = "auto"
     """The form in which boxes and points of records are written, and those of answers are read. qwen3_vl: 0 to 1000,
     `[x1, y1, x2, y2]`, lists as JSON with `bbox_2d`. qwen2_5_vl: the same in pixels of the resized picture. qwen2_vl: 0
     to 999, `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`. internvl: 0 to 1000, `<box>[[x1, y1, x2, y2]]</box>`. paligemma:

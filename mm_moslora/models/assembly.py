@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import peft
 import torch
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from mm_moslora.batch import ImageProcessing
-from mm_moslora.config import BoxFormName, ModelConfig, Thinking, VisionConfig
+from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Thinking, VisionConfig
 from mm_moslora.config.llava_chat_templates import note_thinking
 from mm_moslora.models.families import box_form_of
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
@@ -72,7 +72,7 @@ class Parts:
     """Where the base came from, for the adapter folder."""
     thinking: Thinking = "auto"
     """The recipe's `model.thinking`; of a trained model, the form in which it is asked."""
-    boxes: Literal["auto"] | BoxFormName = "auto"
+    boxes: BoxChoice = "auto"
     """The recipe's `model.boxes`; of an export, the form that it was trained with."""
     changed: bool = False
     """Whether weights besides the adapter are other ones than `base` names."""
@@ -173,6 +173,7 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
     else:
         tower, spec = sketch_vision(config.vision)
     config = replace(config, anyres_tiles=list(fitting_tiles(config, spec)))
+    assert config.vision is not None
     shape = projector_shape(config, spec, language.config)
     tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
     standard = is_standard(config, spec, tower)
@@ -253,7 +254,7 @@ def pretrained_parts(
     image_token_id: int | None = None,
     base: dict[str, Any],
     thinking: Thinking = "auto",
-    boxes: Literal["auto"] | BoxFormName = "auto",
+    boxes: BoxChoice = "auto",
 ) -> Parts:
     """A ready-made model with its processor.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.adapters.folder_format import read_json
 from mm_moslora.adapters.mixer import form_named
-from mm_moslora.config import BoxFormName, ModelConfig, Recipe, Thinking
+from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Recipe, Thinking
 from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
@@ -221,7 +221,7 @@ def _thinking_of(template: Any) -> Thinking:
     return "always" if notes_thinking(template) else "auto"
 
 
-def trained_boxes(folder: str | Path) -> Literal["auto"] | BoxFormName:
+def trained_boxes(folder: str | Path) -> BoxChoice:
     """The form of boxes that an export was trained with; auto where it holds none."""
     try:
         form = read_json(Path(folder) / PREPROCESSING)["settings"]["boxes"]

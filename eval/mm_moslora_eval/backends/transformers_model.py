@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from mm_moslora.config import BoxFormName
+from mm_moslora.config import BoxChoice
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preprocessing_print import check_processor
 from mm_moslora.models.families import box_form_of
@@ -77,7 +77,7 @@ class TransformersModel:
         name: str,
         reference: bool = False,
         encoder: ConversationEncoder | None = None,
-        boxes: Literal["auto"] | BoxFormName | None = "auto",
+        boxes: BoxChoice | None = "auto",
     ) -> None:
         self._encoder, self._boxes = encoder, boxes
         self._thinks = encoder is not None and encoder.asks_to_think

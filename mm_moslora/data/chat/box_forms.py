@@ -51,9 +51,9 @@ class BoxForm:
     def marked(self) -> BoxForm:
         """The same form, with `SPECIAL` around the special tokens that it writes."""
         tokens = re.compile("|".join(map(re.escape, self.tokens)) or r"(?!)")
-        texts = {name: getattr(self, name) for name in ("box", "point", "label")}
         around = rf"{SPECIAL[0]}\g<0>{SPECIAL[1]}"
-        return replace(self, **{name: tokens.sub(around, text) for name, text in texts.items()})
+        box, point, label = (tokens.sub(around, text) for text in (self.box, self.point, self.label))
+        return replace(self, box=box, point=point, label=label)
 
 
 _QWEN2_TOKENS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
