@@ -9,6 +9,7 @@ from dataclasses import asdict
 from statistics import median, stdev
 from typing import Any
 
+from mm_moslora.compare.arms import Arm
 from mm_moslora.compare.comparison_controls import (
     OWN,
     Answers,
@@ -25,12 +26,14 @@ from mm_moslora.compare.comparison_plan import (
     Cell,
     ComparisonSettings,
     Outcome,
+    best_rate,
     choose_rates,
     grid_of,
     measured,
     reported_cells,
     run_count,
     tuning_cells,
+    tuning_scores,
 )
 from mm_moslora.compare.comparison_run import ArmComparison, short_names
 from mm_moslora.compare.comparison_text import says
@@ -89,7 +92,7 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
             "floors_learned_from": measured.learned_from,
             "resolve": None if state is None else asdict(state),
             "failures": [
-                {"arm": c.arm.name, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
+                {"arm": c.arm.group, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
                 for c, o in failures
             ],
         }
@@ -106,25 +109,28 @@ def _every(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> lis
 
 
 def _arm(
-    settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: Any, chosen: Mapping[str, float],
+    settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: Arm, chosen: Mapping[str, float],
     scores: Mapping[str, TaskAnswers],
 ) -> dict[str, Any]:  # fmt: skip
-    reported = [c for c in reported_cells(settings, chosen) if c.arm.name == arm.name]
+    reported = [c for c in reported_cells(settings, chosen) if c.arm.group == arm.name]
     over = [(c, outcomes[c.name]) for c in reported if c.name in outcomes]
     good = [(c, o) for c, o in over if o.status == "ok"]
     choosing = [value for _, outcome in good if (value := measured(settings, outcome)) is not None]
-    rate = chosen.get(arm.name)
-    grid = grid_of(settings, arm, outcomes) if settings.tunes else []
+    way = next((way for way in arm.ways if way.name in chosen), arm.ways[0])
+    rate = chosen.get(way.name)
+    grid = grid_of(settings, way, outcomes) if settings.chooses(arm) else []
     names = short_names([*settings.tasks, *settings.validation])
     own = {name: task.own for name, task in scores.items()}
     return {
         "name": arm.name,
         "about": arm.about,
-        "changes": dict(arm.changes),
+        "changes": dict(way.changes),
+        "chosen": way.name,
+        "alternatives": [_alternative(settings, outcomes, other) for other in arm.alternatives],
         "rate": rate,
         "edge": len(grid) > 2 and rate in (grid[0], grid[-1]),
         "grid": grid,
-        "curve": _curve(settings, outcomes, arm.name),
+        "curve": _curve(settings, outcomes, way.name),
         "spread": stdev(choosing) if len(choosing) > 1 else None,
         "seeds": [
             {
@@ -145,6 +151,14 @@ def _arm(
         "remarks": [f"{name}, {remark}" for name, task in scores.items() for remark in task.remarks],
         "cost": _cost([o for _, o in good]),
     }  # fmt: skip
+
+
+def _alternative(settings: ComparisonSettings, outcomes: Mapping[str, Outcome], way: Arm) -> dict[str, Any]:
+    """An alternative, whether its tuning runs are over, its best rate and that rate's validation score."""
+    scores = tuning_scores(settings, way, outcomes)
+    rate = best_rate(settings, scores or {})
+    value = scores[rate] if scores and rate is not None else None
+    return {"name": way.name, "over": scores is not None, "rate": rate, "value": value}
 
 
 def _curve(settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ class Answers:
         settings: the comparison's.
         outcomes: by the run's name.
         folder: the comparison's.
-        chosen: learning rate by arm.
+        chosen: learning rates, as `choose_rates` gives them.
         names: display names of tasks.
 
     Raises:
@@ -123,7 +123,7 @@ class Answers:
         good = [
             (cell.seed, outcome)
             for cell in self._cells
-            if cell.arm.name == arm and (outcome := self._outcomes.get(cell.name)) and outcome.status == "ok"
+            if cell.arm.group == arm and (outcome := self._outcomes.get(cell.name)) and outcome.status == "ok"
         ]
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
 

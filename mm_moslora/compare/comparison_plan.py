@@ -104,8 +104,12 @@ class ComparisonSettings:
 
     @property
     def tunes(self) -> bool:
-        """Whether there are several rates to choose from."""
-        return len(self.rates) > 1
+        """Whether there are several rates or alternatives to choose from."""
+        return any(self.chooses(arm) for arm in self.arms)
+
+    def chooses(self, arm: Arm) -> bool:
+        """Whether tuning runs choose a rate or an alternative of this arm."""
+        return len(self.rates) * len(arm.ways) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,16 +175,15 @@ def tuning_cells(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] =
         settings: the comparison's.
         outcomes: by the run's name; grids grow where they show a best rate at an edge.
     """
-    if not settings.tunes:
-        return []
-    grids = {arm.name: grid_of(settings, arm, outcomes) for arm in settings.arms}
+    ways = [way for arm in settings.arms if settings.chooses(arm) for way in arm.ways]
+    grids = {way.name: grid_of(settings, way, outcomes) for way in ways}
     rates = dict.fromkeys([*settings.rates, *(rate for grid in grids.values() for rate in grid)])
     return [
-        _tuning(arm, rate, seed)
+        _tuning(way, rate, seed)
         for seed in range(settings.tuning_seeds)
         for rate in rates
-        for arm in settings.arms
-        if rate in grids[arm.name]
+        for way in ways
+        if rate in grids[way.name]
     ]
 
 
@@ -220,18 +223,22 @@ def _scores(
 
 def best_rate(settings: ComparisonSettings, scores: Mapping[float, float]) -> float | None:
     """The rate with the best score; None without any."""
-    sign = 1 if tuple(settings.validation) == (LOSS,) else -1
-    # Of equal rates the smaller one, which is less likely to diverge.
-    return min(scores, key=lambda rate: (sign * scores[rate], rate)) if scores else None
+    return min(scores, key=lambda rate: _rank(settings, rate, scores[rate]), default=None)
+
+
+def _rank(settings: ComparisonSettings, rate: float, score: float) -> tuple[float, float]:
+    """Order of results, the best first; of equal ones the smaller rate, which is less likely to diverge."""
+    return (score if tuple(settings.validation) == (LOSS,) else -score), rate
 
 
 def reported_cells(settings: ComparisonSettings, chosen: Mapping[str, float]) -> list[Cell]:
-    """Reported runs of the arms with a chosen rate."""
+    """Reported runs of the arms with a chosen rate; `chosen` as `choose_rates` gives it."""
     return [
-        Cell(arm=arm, rate=chosen[arm.name], seed=seed, tuning=False)
+        Cell(arm=way, rate=chosen[way.name], seed=seed, tuning=False)
         for seed in range(settings.seeds)
         for arm in settings.arms
-        if arm.name in chosen and seed < settings.seeds_of(arm.name)
+        for way in arm.ways
+        if way.name in chosen and seed < settings.seeds_of(arm.name)
     ]
 
 
@@ -243,23 +250,40 @@ def run_count(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _N
 
 
 def choose_rates(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """The best rate of every arm after all its tuning runs have ended, if at least one succeeded."""
-    if not settings.tunes:
-        return {arm.name: settings.rates[0] for arm in settings.arms}
+    """The best rate of every arm after all its tuning runs have ended, if at least one succeeded.
+
+    Returns:
+        Rates by the arm's name; of an arm with alternatives, by the name of the best one.
+    """
     chosen = {}
     for arm in settings.arms:
-        scores = _scores(settings, arm, grid_of(settings, arm, outcomes), outcomes)
-        best = None if scores is None else best_rate(settings, scores)
-        if best is not None:
-            chosen[arm.name] = best
+        if not settings.chooses(arm):
+            chosen[arm.name] = settings.rates[0]
+            continue
+        scores: dict[tuple[str, float], float] = {}
+        for way in arm.ways:
+            of_way = tuning_scores(settings, way, outcomes)
+            if of_way is None:
+                break
+            scores |= {(way.name, rate): score for rate, score in of_way.items()}
+        else:
+            if scores:
+                name, rate = min(scores, key=lambda one: _rank(settings, one[1], scores[one]))
+                chosen[name] = rate
     return chosen
+
+
+def tuning_scores(settings: ComparisonSettings, way: Arm, outcomes: Mapping[str, Outcome]) -> dict[float, float] | None:
+    """Validation scores of the rates that worked; None while a run has not ended."""
+    return _scores(settings, way, grid_of(settings, way, outcomes), outcomes)
 
 
 def hopeless_arms(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[str]:
     """Arms without a working rate after all their tuning runs have ended."""
     chosen = choose_rates(settings, outcomes)
-    missing = {cell.arm.name for cell in tuning_cells(settings, outcomes) if cell.name not in outcomes}
-    return [arm.name for arm in settings.arms if arm.name not in chosen and arm.name not in missing]
+    missing = {cell.arm.group for cell in tuning_cells(settings, outcomes) if cell.name not in outcomes}
+    worked = {way.group for arm in settings.arms for way in arm.ways if way.name in chosen}
+    return [arm.name for arm in settings.arms if arm.name not in worked | missing]
 
 
 def validation_score(

@@ -188,7 +188,8 @@ class ArmComparison:
         seen = -1
         while seen < len(self.outcomes):  # outcomes of a grid show how it has grown
             seen = len(self.outcomes)
-            grids = {arm.name: grid_of(self.settings, arm, self.outcomes) for arm in self.settings.arms}
+            ways = [way for arm in self.settings.arms for way in arm.ways]
+            grids = {way.name: grid_of(self.settings, way, self.outcomes) for way in ways}
             one_each = [{arm: rate} for arm, grid in grids.items() for rate in grid]
             self._read_some([item for one in one_each for item in reported_cells(self.settings, one)])
             self._read_some(tuning_cells(self.settings, self.outcomes))
@@ -313,7 +314,7 @@ class ArmComparison:
         """The cost of every arm's missing runs; `probes` holds, by arm, a run of which the first steps were done."""
         hopeless, cells, costs = hopeless_arms(self.settings, self.outcomes), self._cells(), []
         for arm in self.settings.arms:
-            own = [item for item in cells if item.arm.name == arm.name]
+            own = [item for item in cells if item.arm.group == arm.name]
             ended = [self.outcomes[item.name] for item in own if item.name in self.outcomes]
             wanted = sum(item.tuning for item in own) + self.settings.seeds_of(arm.name)
             runs = 0 if arm.name in hopeless else max(0, wanted - len(ended))
@@ -323,7 +324,7 @@ class ArmComparison:
     def _log_cost(self, running: Sequence[CellRun]) -> None:
         """Log the cost once, after the first steps of the first run."""
         for job in () if self._cost_logged else running:
-            cost = cost_of(job.cell.arm.name, run_count(self.settings), (), job)
+            cost = cost_of(job.cell.arm.group, run_count(self.settings), (), job)
             if not math.isnan(cost.run_seconds):
                 logger.info("%s", cost_line(cost))
                 self._cost_logged = True
@@ -331,11 +332,11 @@ class ArmComparison:
 
     def probe(self, budget: RunBudget, engine: JobEngine) -> list[str]:
         """Do a few steps of a run of every arm, which keeps them; returns a table of the cost of all runs."""
-        first = {item.arm.name: item for item in reversed(self._ready())}
+        first = {item.arm.group: item for item in reversed(self._ready())}
         if not first:
             return ["Nothing is left to run."]
         good = {name for name, outcome in self.outcomes.items() if outcome.status == "ok"}
-        finished = {item.arm.name for item in self._cells() if item.name in good}
+        finished = {item.arm.group for item in self._cells() if item.name in good}
         runs = {
             arm.name: self._order(first[arm.name], budget)
             for arm in self.settings.arms

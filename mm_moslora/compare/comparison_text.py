@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mm_moslora.compare.comparison_plan import ALL, LOSS, ComparisonSettings
+from mm_moslora.compare.comparison_plan import ALL, LOSS, ComparisonSettings, tuning_cells
 from mm_moslora.compare.comparison_run import short_names
 from mm_moslora.reporting.verdicts import (
     AGAINST,
@@ -23,7 +23,7 @@ from mm_moslora.utils.text_format import aligned
 
 def plan_lines(settings: ComparisonSettings) -> list[str]:
     """The plan as text."""
-    tuning = len(settings.arms) * len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
+    tuning = len(tuning_cells(settings))
     reported = len(settings.arms) * settings.seeds
     names = short_names([*settings.tasks, *settings.validation])
     by = "held-out loss" if LOSS in settings.validation else ", ".join(names[task] for task in settings.validation)
@@ -34,6 +34,8 @@ def plan_lines(settings: ComparisonSettings) -> list[str]:
             f"{tuning} runs choose each arm's learning rate among {rates} by {by} on the validation split "
             f"({settings.tuning_seeds} seed{'s' * (settings.tuning_seeds > 1)} of their own)"
         )
+        if several := [arm.name for arm in settings.arms if arm.alternatives]:
+            lines.append(f"they choose between the values of {', '.join(several)}, too")
         if settings.grow and len(settings.rates) > 2:
             lines.append(
                 f"up to {settings.grow} further rates for an arm whose best rate lies at an edge of the grid "
@@ -108,6 +110,12 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured:
     grown = [rate for rate in arm["grid"] if rate not in results["settings"]["rates"]]
     if grown:
         lines.append(f"{arm['name']}: its grid grew by {', '.join(f'{rate:g}' for rate in grown)}.")
+    if arm["rate"] is not None and (alternatives := arm.get("alternatives")):
+        values = ", ".join(
+            f"{each['name']} " + ("without a rate that works" if each["value"] is None else f"{each['value']:.4g}")
+            for each in alternatives
+        )
+        lines.append(f"{arm['name']}: the tuning runs chose {arm['chosen']} ({values}).")
     if arm["edge"]:
         lines.append(
             f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr or "
@@ -116,7 +124,8 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured:
     if close := _uncertain_rate(arm, results["settings"]["tuning_seeds"]):
         lines.append(close)
     if arm["rate"] is None:
-        done = len({point["rate"] for point in arm["curve"]}) == len(arm["grid"])
+        tried = len({point["rate"] for point in arm["curve"]}) == len(arm["grid"])
+        done = tried and all(alternative["over"] for alternative in arm.get("alternatives", ()))
         lines.append(
             f"{arm['name']}: no learning rate of the grid worked; the arm is left out."
             if done

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
-from mm_moslora.config.value_checks import at_least, check_adam, require
+from mm_moslora.config.value_checks import at_least, check_adam, check_mixer_rate, require
 from mm_moslora.utils.errors import suggestion
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -24,7 +24,9 @@ class OptimConfig:
     lr: float = 2e-4
     """Peak learning rate of adapter factors A and B (and of fully trained language layers)."""
     mixer_lr: float | None = None
-    """Peak learning rate of the mixers; None: lr."""
+    """Peak learning rate of the mixers; None: mixer_factor times lr."""
+    mixer_factor: float = 1.0
+    """Learning rate of the mixers divided by that of A. Follows lr through a grid of rates, as mixer_lr does not."""
     projector_lr: float | None = None
     """Peak learning rate of the projector; None: lr."""
     vision_lr: float | None = None
@@ -68,6 +70,7 @@ class OptimConfig:
         )
         require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1.")
         require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")
+        check_mixer_rate(self.mixer_lr, self.mixer_factor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,3 +22,12 @@ def check_adam(betas: Sequence[float], eps: float) -> None:
     """Raise `ConfigError` unless `optim.betas` and `optim.eps` are Adam's."""
     require(eps > 0, f"optim.eps is {eps}, expected more than 0.")
     require(all(0 <= beta < 1 for beta in betas), f"optim.betas is {betas}, expected two numbers from 0 to 1.")
+
+
+def check_mixer_rate(mixer_lr: float | None, mixer_factor: float) -> None:
+    """Raise `ConfigError` unless at most one of `optim.mixer_lr` and `optim.mixer_factor` sets the mixers' rate."""
+    require(mixer_factor > 0, f"optim.mixer_factor is {mixer_factor}, expected more than 0.")
+    require(
+        mixer_lr is None or mixer_factor == 1,
+        f"optim.mixer_lr {mixer_lr} and optim.mixer_factor {mixer_factor:g} both set the rate of the mixers. Set one.",
+    )

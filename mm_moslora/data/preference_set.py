@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
+from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
@@ -25,7 +25,7 @@ from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.quarantine import Quarantine, summary
-from mm_moslora.data.record_examples import RecordExamples, decoded, image_fault, placeholders_of, written
+from mm_moslora.data.record_examples import RecordExamples, decoded, image_fault, placeholders_of, sizes_of, written
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.utils.errors import DataError
@@ -63,7 +63,7 @@ class PreferenceSet(RecordExamples):
         quarantine_path: Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        files = open_sources(sources, pairs=True)
+        files = open_sources(sources, pairs=True, processing=image_processing)
         self.form: ThinkingForm | None = None
         if settle:
             encoder, self.form = settled(encoder, files)
@@ -139,8 +139,7 @@ class PreferenceSet(RecordExamples):
         """
         pair = self._pair(index)
         images = decoded(pair.chosen, len(pair.chosen.images)) if self.image_processing is not None else []
-        pictures = self.image_processing.process(images) if self.image_processing is not None and images else []
-        sizes = [image.size for image in images]
+        pictures, sizes = self._processed(pair.chosen, images), sizes_of(images)
         chosen, rejected = (written(side, self.image_processing, sizes=sizes) for side in (pair.chosen, pair.rejected))
         return self._example(chosen, pictures), self._example(rejected, pictures)
 
@@ -167,7 +166,7 @@ class PreferenceSet(RecordExamples):
         self.usable.append(index)
         self.with_pictures += bool(pair.chosen.images)
 
-    def _encode(self, record: Record, pictures: Sequence[Sequence[int]] | None) -> Encoded:
+    def _encode(self, record: Record, pictures: Sequence[Placeholders] | None) -> Encoded:
         fixed = self.image_processing is None or self.image_processing.fixed
         encoded = self.encode(record, None if fixed else pictures)
         if encoded.dropped_turns:

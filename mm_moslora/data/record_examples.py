@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
-from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
+from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage, Video
 from mm_moslora.config import DataConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
@@ -18,10 +20,13 @@ from mm_moslora.data.chat.record_objects import filler
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture
-from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.token_cache import TokenCache
-from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.errors import DataError, reason_of
+
+if TYPE_CHECKING:
+    from transformers.video_utils import VideoMetadata
 
 _NOT_FETCHED = (448, 448)
 """Assumed pixels of a picture that is not fetched yet."""
@@ -68,7 +73,7 @@ class RecordExamples:
         source, row = self.source_and_row(index)
         return self.files[source][row]
 
-    def encode(self, record: Record, pictures: Sequence[Sequence[int]] | None = None) -> Encoded:
+    def encode(self, record: Record, pictures: Sequence[Placeholders] | None = None) -> Encoded:
         """Tokenise a record; see `encode_record`. Picture headers are read if the tokens depend on the size.
 
         Args:
@@ -99,9 +104,9 @@ class RecordExamples:
         record, processing = self.record(index), self.image_processing
         if processing is not None and (record.objects or not processing.fixed):
             images = decoded(record, len(record.images))
-            pictures = processing.process(images)
+            pictures = self._processed(record, images)
             # Boxes are written for the pictures themselves: a header, and so a cache, may be wrong.
-            exact = written(record, processing, sizes=[image.size for image in images])
+            exact = written(record, processing, sizes=sizes_of(images))
             encoded = self.encode(exact, [picture.placeholders for picture in pictures])
             if processing.fixed and not torch.equal(encoded.input_ids, self.encoded(index, record).input_ids):
                 what = "are written for another size of the picture than its header or data.cache says"
@@ -119,29 +124,40 @@ class RecordExamples:
         )
 
     def process(self, record: Record, count: int) -> list[ProcessedImage]:
-        """The first pictures of a record, ready for the model.
+        """The first pictures and videos of a record, ready for the model.
 
         Raises:
             RecordError: a picture cannot be used.
         """
-        if self.image_processing is None or not count:
+        if self.image_processing is None:
             return []
-        return self.image_processing.process(decoded(record, count))
+        return self._processed(record, decoded(record, count))
+
+    def _processed(self, record: Record, images: Sequence[Image.Image | Video]) -> list[ProcessedImage]:
+        if self.image_processing is None or not images:
+            return []
+        with _refusals(record):
+            return self.image_processing.process(images)
 
 
-def decoded(record: Record, count: int) -> list[Image.Image]:
-    """The first pictures of a record as RGB.
+def decoded(record: Record, count: int) -> list[Image.Image | Video]:
+    """The first pictures, as RGB, and videos of a record.
 
     Raises:
         RecordError: a picture cannot be used.
     """
-    images = []
+    images: list[Image.Image | Video] = []
     for number, picture in enumerate(record.images[:count]):
         try:
-            images.append(picture.rgb())
+            images.append(picture.video() if isinstance(picture, Clip) else picture.rgb())
         except ImageError as error:
             raise image_fault(record, number, error) from error
     return images
+
+
+def sizes_of(images: Sequence[Image.Image | Video]) -> list[tuple[int, int]]:
+    """Widths and heights of decoded pictures; records with boxes have no videos."""
+    return [(0, 0) if isinstance(image, Video) else image.size for image in images]
 
 
 def written(
@@ -169,7 +185,8 @@ def written(
 def _size(record: Record, number: int) -> tuple[int, int]:
     picture = record.images[number]
     try:
-        return picture.size() or picture.rgb().size
+        size = picture.size()
+        return picture.rgb().size if size is None and not isinstance(picture, Clip) else size or (0, 0)
     except ImageError as error:
         raise image_fault(record, number, error) from error
 
@@ -180,7 +197,7 @@ def encode_record(
     *,
     config: DataConfig,
     vision: bool,
-    pictures: Sequence[Sequence[int]] | None = None,
+    pictures: Sequence[Placeholders] | None = None,
 ) -> Encoded:
     """Tokenise a record whose boxes are `written`.
 
@@ -189,7 +206,7 @@ def encode_record(
         encoder: of the model.
         config: `max_length`, `too_long`, `train_on` and `supervise`.
         vision: whether the model has a vision encoder.
-        pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
+        pictures: placeholders of every picture and video, where they depend on it; None: all alike.
 
     Raises:
         RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
@@ -216,8 +233,8 @@ def encode_record(
 def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     """The error of a record with an unusable picture."""
     picture = record.images[number]
-    if isinstance(picture, Frame):
-        name = picture.clip.name
+    if isinstance(picture, Frame | Clip):
+        name = picture.clip.name if isinstance(picture, Frame) else picture.name
         return record.where.error(error.code, "video", f"{name}: {error.what}", error.remedy, path=name)
     hint = ""
     if error.code == Code.IMAGE_MISSING and isinstance(picture, LocalPicture):
@@ -226,18 +243,33 @@ def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     return record.where.error(error.code, f"image[{number}]", what, error.remedy + hint, path=picture.name)
 
 
-def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...]] | None:
-    """Placeholder ids of the pictures of a record, from their headers; None where all pictures take the same number.
+def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...] | str] | None:
+    """Placeholders of the pictures and videos of a record, from their headers; None where all take the same number.
 
     Raises:
         RecordError: a picture's header has a fault.
     """
     if image_processing is None or image_processing.fixed:
         return None
-    sizes = []
+    sizes: list[tuple[int, int] | VideoMetadata] = []
     for number, picture in enumerate(record.images):
         try:
-            sizes.append(picture.size() or _NOT_FETCHED)
+            sizes.append(picture.metadata() if isinstance(picture, Clip) else picture.size() or _NOT_FETCHED)
         except ImageError as error:
             raise image_fault(record, number, error) from error
-    return image_processing.placeholders(sizes)
+    with _refusals(record):
+        return image_processing.placeholders(sizes)
+
+
+@contextmanager
+def _refusals(record: Record) -> Iterator[None]:
+    """Turn what a model's processor raises for a video into the error of its record."""
+    clips = [picture for picture in record.images if isinstance(picture, Clip)]
+    try:
+        yield
+    except Exception as error:  # processors raise nearly anything
+        if not clips:
+            raise
+        what = f"{clips[0].name}: the model's video processor refuses it ({reason_of(error)})"
+        remedy = "cut or convert it, or change video_frames or video_fps"
+        raise record.where.error(Code.VIDEO_FORMAT, "video", what, remedy, path=clips[0].name) from error

@@ -17,6 +17,8 @@ from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import PictureRules
+from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.quarantine import Quarantine, summary
 from mm_moslora.data.record_examples import RecordExamples, image_fault
 from mm_moslora.data.record_faults import Code, RecordError
@@ -50,7 +52,7 @@ def source_caches(
         SourceCache(
             Path(config.cache), file, encoder, encode=examples.encode,
             # The cache also holds faults of names, so the rules of names are part of its settings.
-            settings=f"{config.max_length} {images} {file.rules}{texts}",
+            settings=f"{config.max_length} {images} {file.rules}{texts}{_of_videos(file.rules)}",
             tokens_per_image=encoder.tokens_per_image if processing is not None and fixed else 1,
             on_progress=on_progress,
         )
@@ -64,6 +66,11 @@ def _frames(processing: ImageProcessing) -> str:
         return repr([processing.frame(size) for size in ((640, 480), (300, 900))])
     except ModelError as error:  # records with boxes are refused for it
         return str(error)
+
+
+def _of_videos(rules: PictureRules) -> str:
+    """The rules for videos that differ from the defaults, which earlier versions had."""
+    return "".join(f" {value}" for value in (rules.video_fps, rules.videos) if value is not None)
 
 
 class TrainingSet(RecordExamples):
@@ -100,7 +107,7 @@ class TrainingSet(RecordExamples):
         on_progress: Callable[[int, int], None] | None = None,
         exact_limit: int = EXACT_LIMIT,
     ) -> None:
-        files = open_sources(sources)
+        files = open_sources(sources, processing=image_processing)
         self.form: ThinkingForm | None = None
         if settle:
             encoder, self.form = settled(encoder, files, config.supervise)
@@ -245,7 +252,8 @@ class TrainingSet(RecordExamples):
         """Tokens of a record, exact or estimated; for exact numbers the picture headers are checked."""
         if self.estimated:
             characters = sum(len(turn.text) for turn in record.turns)
-            tokens = 1 + int(characters * self._per_character) + len(record.images) * self.encoder.tokens_per_image
+            shown = sum(picture.count if isinstance(picture, Clip) else 1 for picture in record.images)
+            tokens = 1 + int(characters * self._per_character) + shown * self.encoder.tokens_per_image
             return min(tokens, self.config.max_length)
         encoded = self.encoded(index, record)
         for number, picture in enumerate(record.images[: encoded.images]):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mm_moslora.config import AdapterConfig, Precision, TrackConfig, YamlRecipe, read_recipe
-from mm_moslora.config.value_checks import at_least, check_adam, require
+from mm_moslora.config.value_checks import at_least, check_adam, check_mixer_rate, require
 
 DIFFUSION_RECIPES = Path(__file__).with_name("recipes")
 ATTENTION = "attention"
@@ -156,7 +156,9 @@ class DiffusionOptimConfig:
     text_encoder_lr: float | None = None
     """Peak learning rate of the text encoders' adapters; None: lr."""
     mixer_lr: float | None = None
-    """Peak learning rate of all mixers; None: that of their factors."""
+    """Peak learning rate of all mixers; None: mixer_factor times that of their factors."""
+    mixer_factor: float = 1.0
+    """Learning rate of the mixers divided by that of their factors."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit: moments in 8 bits, by bitsandbytes."""
     weight_decay: float = 0.0
@@ -179,6 +181,7 @@ class DiffusionOptimConfig:
         for name in ("lr", *decays, "warmup", "max_grad_norm", "text_encoder_lr", "mixer_lr"):
             at_least(f"optim.{name}", getattr(self, name) or 0, 0)
         check_adam(self.betas, self.eps)
+        check_mixer_rate(self.mixer_lr, self.mixer_factor)
 
 
 @dataclass(frozen=True, kw_only=True)

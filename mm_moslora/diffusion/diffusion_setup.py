@@ -178,12 +178,17 @@ def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.o
             continue
         is_text, is_mixer = name.startswith("text_encoder"), MIXERS in name
         lr = config.text_encoder_lr if is_text and config.text_encoder_lr is not None else config.lr
-        if is_mixer and config.mixer_lr is not None:
-            lr = config.mixer_lr
+        if is_mixer:
+            lr = lr * config.mixer_factor if config.mixer_lr is None else config.mixer_lr
         label = f"{'text encoder ' if is_text else ''}{'mixer' if is_mixer else 'adapter'}"
         decay = config.mixer_weight_decay if is_mixer else config.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault(f"{label}/{decay}", {"params": [], "lr": lr, "weight_decay": decay, "name": label})
         group["params"].append(parameter)
+    if config.mixer_factor != 1.0 and not any("mixer" in group["name"] for group in groups.values()):
+        raise ConfigError(
+            f"optim.mixer_factor is {config.mixer_factor:g}, which is of the mixers, and none trains. Leave it out, or "
+            "set adapter.mixer_trainable."
+        )
     kind: Any = torch.optim.AdamW
     if config.optimizer == "adamw_8bit":
         import bitsandbytes

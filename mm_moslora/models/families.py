@@ -137,7 +137,8 @@ class VlmFamily:
 
 _IDEFICS: dict[str, Any] = {"tower": "model.vision_model", "projectors": ("connector",), "one_image_list": True}
 _QWEN: dict[str, Any] = {
-    "tower": "model.visual", "projectors": ("merger",), "packed": True, "read_inputs": ("image_grid_thw",)
+    "tower": "model.visual", "projectors": ("merger",), "packed": True,
+    "read_inputs": ("image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
 }  # fmt: skip
 
 VLMS = {

@@ -21,7 +21,7 @@ from transformers import (
 from mm_moslora.config import ModelConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
-from mm_moslora.models.model_sizes import base_sizes, few_layers, refuse_adapter_beside
+from mm_moslora.models.model_sizes import base_sizes, few_layers, load_base
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.package_requirements import install_command, is_installed
@@ -93,17 +93,12 @@ def load_language(
     Raises:
         ModelError: nothing there, or not a causal language model.
     """
-    refuse_adapter_beside(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        language = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            dtype=dtype,
+        language = load_base(
+            AutoModelForCausalLM, name, revision=revision, dtype=dtype, device_map=device,
             quantization_config=_quantisation(quantisation, dtype),
-            device_map=device,
-            trust_remote_code=False,
-        )
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model.language is {name!r}, which does not load as a causal language model: {reason_of(error)}."

@@ -25,7 +25,7 @@ from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Recipe, Think
 from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
-from mm_moslora.models.model_sizes import refuse_adapter_beside
+from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.processing.llava_processor import takes_plain_contents
@@ -179,17 +179,14 @@ def _load_exported(folder: str | Path, *, dtype: torch.dtype, revision: str | No
 
 
 def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None) -> Parts:
-    refuse_adapter_beside(str(folder), revision)
     config, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
     base = {"exported": str(folder), "revision": revision}
     if "vision_config" not in config:
-        language = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, trust_remote_code=False)
+        language = load_base(AutoModelForCausalLM, folder, revision=revision, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
         thinking = _thinking_of(tokenizer.chat_template)
         return Parts(model=language.eval(), tokenizer=tokenizer, base=base, thinking=thinking)
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, revision=revision, dtype=dtype, trust_remote_code=False
-    ).eval()
+    model = load_base(AutoModelForImageTextToText, folder, revision=revision, dtype=dtype).eval()
     processor: Any = load_pretrained_processor(str(folder), revision)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
         thinking = _thinking_of(processor.chat_template)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mm_moslora.models.families import TOWER_PATHS
-from mm_moslora.models.model_sizes import refuse_adapter_beside
+from mm_moslora.models.model_sizes import load_base, refuse_adapter_beside
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
 
@@ -39,8 +39,8 @@ def load_pretrained_vlm(
     refuse_adapter_beside(name, revision)
     processor = load_pretrained_processor(name, revision)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
+        model: PreTrainedModel = load_base(
+            AutoModelForImageTextToText, name, revision=revision, dtype=dtype, device_map=device
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(

@@ -205,6 +205,9 @@ def _parts_found(parts: Parts) -> Iterator[ModelFinding]:
     tower = getattr(model.config, "vision_config", None)
     between = ", ".join(path.rpartition(".")[2] for path in projectors(model))
     seeing = f", tower {tower.model_type}, between them {between or 'nothing that a recipe can name'}" if tower else ""
+    if tower and parts.image_processing is not None:
+        whole = parts.image_processing.videos is not None
+        seeing += "; a video stays a video" if whole else "; a video becomes pictures"
     detail = f"{type(model).__name__}: decoder {type(model.get_decoder()).__name__}{seeing}"
     yield ModelFinding(name="class and parts", detail=detail)
 

@@ -347,14 +347,14 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
 
 
 def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[RecordSample]]:
-    files = open_sources(recipe.data.train, pairs=_pairs(recipe))
+    parts = parts_of(recipe)
+    files = open_sources(recipe.data.train, pairs=_pairs(recipe), processing=parts.image_processing)
     total = sum(len(file) for file in files)
     if not 0 <= start < total or count < 1:
         raise DataError(
             f"start is {start} and count is {count}, but data.train has {total} records. "
             f"Choose start from 0 to {total - 1} and a count of at least 1."
         )
-    parts = parts_of(recipe)
     return parts, [_sample(files, number, recipe, parts) for number in range(start, min(total, start + count))]
 
 

@@ -99,12 +99,14 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     held_out = None
     if data.held_out:
         held_out = _pairs(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
-    frames = [source.video_frames for source in recipe.data.train]
+    frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
+    fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
+    main = distributed.is_main()
     return PreferenceRun(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, pairs=pairs,
         held_out=held_out, frozen_projector=whole_projector(assembly),
         trained_on=trained_on(recipe.model, pairs.commits, before=checkpoint),
-        preprocessing=preprocessing_of(assembly, video_frames=frames) if distributed.is_main() else {},
+        preprocessing=preprocessing_of(assembly, video_frames=frames, video_fps=fps) if main else {},
     )  # fmt: skip
 
 

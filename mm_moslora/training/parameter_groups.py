@@ -70,6 +70,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
             f"optim.lora_plus_ratio is {config.lora_plus_ratio:g}, which is of LoRA's B, and the adapter trains none. "
             "Leave it out."
         )
+    if config.mixer_factor != 1.0 and not any("lora_mixer" in name for name in adapters):
+        raise ConfigError(
+            f"optim.mixer_factor is {config.mixer_factor:g}, which is of the mixers, and none trains. Leave it out, or "
+            "set adapter.mixer_trainable."
+        )
     return [
         ParameterGroup(
             name=label, peak_lr=lr, weight_decay=decay, matrices=matrices,
@@ -97,7 +102,7 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
     decay = config.weight_decay if len(shape) > 1 else 0.0
     if "lora_mixer" in name:
         # The scale of the initial mixer matters, and weight decay shrinks it, so it is a key of its own.
-        return "mixer", _or(config.mixer_lr, config.lr), config.mixer_weight_decay
+        return "mixer", _or(config.mixer_lr, config.lr * config.mixer_factor), config.mixer_weight_decay
     part = part_of(name)
     if part == "projector" and not is_adapter_parameter(name):
         label, lr = "projector", _or(config.projector_lr, config.lr)

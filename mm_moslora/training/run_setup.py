@@ -112,7 +112,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
     if distributed.is_main():
         keep_start(model, state)
-    frames = [source.video_frames for source in recipe.data.train]
+    frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
+    fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
+    main = distributed.is_main()
     return Run(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly,
         training_set=training_set, validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
@@ -120,7 +122,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
         trained_on=trained_on(parts, training_set.commits, before=checkpoint),
-        preprocessing=preprocessing_of(assembly, video_frames=frames) if distributed.is_main() else {},
+        preprocessing=preprocessing_of(assembly, video_frames=frames, video_fps=fps) if main else {},
     )  # fmt: skip
 
 

@@ -17,8 +17,10 @@ from mm_moslora.compare.comparison_plan import (
     Outcome,
     choose_rates,
     grid_of,
+    hopeless_arms,
     planned_for,
     recipe_hash,
+    reported_cells,
     run_count,
     tuning_cells,
 )
@@ -59,6 +61,42 @@ def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():
     assert set(choose_rates(by_task, scored).values()) == {1e-4}, "a score is the better the higher it is"
     del outcomes[bad]
     assert "lora" not in choose_rates(asked, outcomes), "its runs are not over"
+
+
+def test_a_value_of_an_arm_is_chosen_as_its_rate_is() -> None:
+    several = "moslora:orthogonal@optim.mixer_factor=1,6,24"
+    arms = parse_arms(f"lora,{several},rslora", RECIPE)
+    assert [arm.name for arm in arms] == ["lora", several, "rslora"]
+    assert [way.apply(RECIPE).optim.mixer_factor for way in arms[1].ways] == [1, 6, 24]
+    asked = settings(arms=arms, rates=[1e-4, 2e-4], seeds=2)
+    cells = tuning_cells(asked)
+    assert len(cells) == len({cell.name for cell in cells}) == 2 * (1 + 3 + 1)
+    losses = {cell.name: 2.0 + cell.rate for cell in cells}
+    best = f"{arms[1].ways[1].name.replace(':', '-').replace('@', '-')}_lr0.0002_tune0"
+    losses[best] = 1.0
+    outcomes = {name: Outcome(status="ok", validation={"loss": loss}) for name, loss in losses.items()}
+    assert choose_rates(asked, outcomes) == {"lora": 1e-4, arms[1].ways[1].name: 2e-4, "rslora": 1e-4}
+    reported = [cell for cell in reported_cells(asked, choose_rates(asked, outcomes)) if cell.arm.group == several]
+    assert [(cell.arm.apply(RECIPE).optim.mixer_factor, cell.rate, cell.seed) for cell in reported] == [
+        (6, 2e-4, 0), (6, 2e-4, 1),
+    ]  # fmt: skip
+    assert run_count(asked, outcomes) == 10 + 6
+    del outcomes[next(cell.name for cell in cells if cell.arm.name.endswith("=24"))]
+    assert several not in {way.group for way in arms[1].ways if way.name in choose_rates(asked, outcomes)}
+    assert hopeless_arms(asked, outcomes) == []
+    one_rate = dataclasses.replace(asked, rates=[1e-4])
+    assert {cell.arm.group for cell in tuning_cells(one_rate)} == {several}, "the others have nothing to choose"
+
+
+def test_values_combine_and_none_is_run_twice() -> None:
+    (arm, _) = parse_arms("moslora@rank=4,8@optim.mixer_factor=1,6,lora", RECIPE)
+    assert {(way.apply(RECIPE).adapter.rank, way.apply(RECIPE).optim.mixer_factor) for way in arm.ways} == {
+        (4, 1), (4, 6), (8, 1), (8, 6),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="given twice"):
+        parse_arms("moslora:orthogonal@rank=4,8,moslora:orthogonal@rank=8,lora", RECIPE)
+    with pytest.raises(ConfigError, match=r"mixer_factor is -1"):
+        parse_arms("lora,moslora@optim.mixer_factor=1,-1", RECIPE)
 
 
 def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):

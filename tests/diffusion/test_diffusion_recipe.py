@@ -45,6 +45,7 @@ def test_the_sdxl_recipe_has_the_settings_of_the_paper() -> None:
         ("adapter.factor_form=orthonormal", "Choose free, mixed or svd"),
         ("optim.betas=[2,3]", "expected two numbers from 0 to 1"),
         ("optim.eps=0", "optim.eps is 0"),
+        ("optim.mixer_factor=0", "optim.mixer_factor is 0"),
         ("validate.pictures=0", "To draw nothing: validate.prompts: []"),
         ("validate.dino=x", "validate.prompts is empty"),
         ("data.prior.weight=1", "missing data.prior.prompt"),

@@ -47,6 +47,20 @@ def test_mixers_decay_by_a_key_of_their_own():
     }  # fmt: skip
 
 
+def test_mixers_have_a_multiple_of_the_rate_of_a() -> None:
+    module = torch.nn.ModuleDict({n: torch.nn.Linear(2, 2, bias=False) for n in ("lora_A", "lora_mixer", "lora_B")})
+    rates = {
+        name: group.peak_lr
+        for group in parameter_groups(module, OptimConfig(lr=1e-3, mixer_factor=6, lora_plus_ratio=2))
+        for name in group.names
+    }
+    assert rates == {"lora_A.weight": 1e-3, "lora_mixer.weight": 6e-3, "lora_B.weight": 2e-3}
+    with pytest.raises(ConfigError, match=r"optim\.mixer_factor is 6, which is of the mixers, and none trains"):
+        parameter_groups(module["lora_A"], OptimConfig(mixer_factor=6))
+    with pytest.raises(ConfigError, match="both set the rate"):
+        OptimConfig(mixer_factor=6, mixer_lr=1e-3)
+
+
 def test_the_loss_goes_down(recipe):
     # A random language model has little for an adapter to build on, so this one trains whole.
     fast = replace(recipe, model=replace(recipe.model, language_mode="full"))

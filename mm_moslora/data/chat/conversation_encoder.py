@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
@@ -72,8 +73,8 @@ class _Growing:
     """The special token at the end of `ids`, as text; tokenisation restarts after it."""
     run: list[TextSpan] = field(default_factory=list)
     """Text that is not tokenised yet."""
-    pictures: Sequence[Sequence[int]] | None = None
-    """Placeholder ids of every picture, where they differ."""
+    pictures: Sequence[Placeholders] | None = None
+    """Placeholders of every picture and video, where they differ."""
     thoughts: int = 0
     dropped_thoughts: int = 0
     ends: list[tuple[int, int]] = field(default_factory=list)
@@ -188,7 +189,7 @@ class ConversationEncoder(AnswerThinking):
         turns: Sequence[Turn],
         *,
         max_length: int | None = None,
-        pictures: Sequence[Sequence[int]] | None = None,
+        pictures: Sequence[Placeholders] | None = None,
         truncate: bool = False,
         whole: bool = False,
     ) -> Encoded:
@@ -197,7 +198,7 @@ class ConversationEncoder(AnswerThinking):
         Args:
             turns: an optional system turn, then questions and answers in turn, ending with an answer.
             max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
-            pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
+            pictures: placeholders of every picture and video, where they depend on it; None: all alike.
             truncate: cut a longer text off instead, within an answer too, where it has no pictures.
             whole: supervise every token but the first and those of answers that weigh 0; for texts without pictures.
 
@@ -228,7 +229,7 @@ class ConversationEncoder(AnswerThinking):
         self,
         turns: Sequence[Turn],
         *,
-        pictures: Sequence[Sequence[int]] | None = None,
+        pictures: Sequence[Placeholders] | None = None,
         thinking: bool | None = None,
     ) -> Tensor:
         """Tokenise a prompt: int64 ``[T]``, which ends where the answer begins.
@@ -266,7 +267,7 @@ class ConversationEncoder(AnswerThinking):
     def _grow(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Sequence[int]] | None = None,
+        pictures: Sequence[Placeholders] | None = None,
         *,
         prompt: bool = False,
         whole: bool = False,
@@ -318,18 +319,24 @@ class ConversationEncoder(AnswerThinking):
         return grown
 
     def _add_scaffold(self, grown: _Growing, text: str) -> None:
-        """Append text of the template, with the pictures that the template places itself."""
-        for index, part in enumerate(text.split(self.template.image_text) if self.template.image_text else [text]):
-            if index:
-                self._add_image(grown)
-            grown.run.append(TextSpan(part, True))
+        """Append text of the template, with the pictures and videos that the template places itself."""
+        start = 0
+        for place in self.template.places.finditer(text):
+            grown.run.append(TextSpan(text[start : place.start()], True))
+            self._add_image(grown)
+            start = place.end()
+        grown.run.append(TextSpan(text[start:], True))
 
     def _add_image(self, grown: _Growing) -> None:
-        self._flush(grown)
-        ids = [int(self.image_token_id or 0)] * self.tokens_per_image
+        ids: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
         if grown.pictures is not None:
-            ids = list(grown.pictures[grown.images])
-        grown.add(ids)
+            ids = grown.pictures[grown.images]
+        if isinstance(ids, str):
+            grown.run.append(TextSpan(ids, True))
+            grown.images += 1
+            return
+        self._flush(grown)
+        grown.add(list(ids))
         grown.images += 1
         # LLaVA tokenises the text after a picture separately.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""

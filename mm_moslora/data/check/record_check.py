@@ -16,7 +16,7 @@ from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of, written
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
@@ -55,7 +55,7 @@ class CheckReport:
     several_images: int = 0
     """Usable records with more pictures."""
     videos: int = 0
-    """Usable records with a video; every frame counts as a picture."""
+    """Usable records with a video; every frame counts as a picture where the model takes no videos."""
     boxes: int = 0
     """Boxes and points of usable records."""
     pictures: int = 0
@@ -191,7 +191,7 @@ def check(
     Raises:
         DataError: a source cannot be read at all.
     """
-    files = open_sources(sources, pairs=pairs)
+    files = open_sources(sources, pairs=pairs, processing=image_processing)
     share = 0.0 if config.on_bad == "error" else config.max_bad_share
     empty = partial(
         CheckReport,
@@ -304,7 +304,7 @@ class _RowCheck:
         report.several_images += len(record.images) > 1
         report.pictures += encoded.images
         report.boxes += len(record.objects.places) if record.objects is not None else 0
-        report.videos += any(isinstance(picture, Frame) for picture in record.images)
+        report.videos += any(isinstance(picture, Frame | Clip) for picture in record.images)
 
 
 def _ends(encoded: Encoded) -> set[int]:

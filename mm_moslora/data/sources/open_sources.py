@@ -11,9 +11,11 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import HeldOut, SourceConfig
 from mm_moslora.data.chat.preference_records import parse_pair
 from mm_moslora.data.chat.records import Record, RecordFile, RecordSource, require_file
@@ -108,18 +110,23 @@ def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
     return SelectedRecords(source, [row for row in range(len(source)) if (row in chosen) == wanted])
 
 
-def open_sources(sources: Sequence[SourceConfig], *, pairs: bool = False) -> list[RecordSource]:
+def open_sources(
+    sources: Sequence[SourceConfig], *, pairs: bool = False, processing: ImageProcessing | None = None
+) -> list[RecordSource]:
     """Open several sources.
 
     Args:
         sources: to be opened.
         pairs: they hold preference records, which become conversations with their chosen answers.
+        processing: of the model, which decides whether a video stays one; without it a video becomes pictures.
 
     Raises:
         DataError: no source is named, or one cannot be read.
     """
     require_sources(sources)
     opened = [open_source(source) for source in sources]
+    for source in opened:
+        source.rules = replace(source.rules, videos=None if processing is None else processing.videos)
     return [ChosenAnswers(source) for source in opened] if pairs else opened
 
 
@@ -134,6 +141,7 @@ def _rules(config: SourceConfig, beside: Path) -> PictureRules:
         follow_links=config.follow_links,
         hosts=tuple(host.lower() for host in config.image_hosts),
         video_frames=config.video_frames,
+        video_fps=config.video_fps,
     )
 
 

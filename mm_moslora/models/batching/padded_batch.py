@@ -44,7 +44,7 @@ def padded_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
     """
     host, shown = batch.on_host, batch
     rows = list(host.input_ids.split(batch.segment_lengths))
-    if dummy is not None and batch.pixel_values is None:
+    if dummy is not None and not batch.images:
         rows.append(dummy.on_host.input_ids)
         shown = dummy
     first_answer = _first_supervised(host) + [len(row) for row in rows[len(batch.segment_lengths) :]]
@@ -87,7 +87,7 @@ def padded_inputs(
         starts = torch.tensor(list(answers))[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
     arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
-    if pixel_values is not None:
+    if pixel_values is not None or image_inputs:
         arguments |= picture_inputs(model, pixel_values, image_inputs, device=device)
     return arguments
 
@@ -136,7 +136,10 @@ def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Ten
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if takes(model, "mm_token_type_ids"):
-        inputs["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
+        types = (ids == model.config.image_token_id).long()
+        if (video := getattr(model.config, "video_token_id", None)) is not None:
+            types += 2 * (ids == video)
+        inputs["mm_token_type_ids"] = types * mask
     return inputs
 
 
@@ -151,18 +154,23 @@ def takes(model: PreTrainedModel, keyword: str) -> bool:
 
 
 def picture_inputs(
-    model: PreTrainedModel, pixel_values: Tensor, image_inputs: dict[str, Tensor], *, device: torch.device | None = None
+    model: PreTrainedModel,
+    pixel_values: Tensor | None,
+    image_inputs: dict[str, Tensor],
+    *,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """The keyword arguments of a model for the pictures of all rows.
+    """The keyword arguments of a model for the pictures and videos of all rows.
 
     Args:
         model: an image-text-to-text model of transformers.
-        pixel_values: of all pictures in order.
+        pixel_values: of all pictures in order; None where only videos have inputs.
         image_inputs: the other inputs of the pictures, on any device; see `readable`.
         device: of the result; None: the model's.
     """
     device = model.device if device is None else device
-    inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
+    inputs: dict[str, Any] = {} if pixel_values is None else {"pixel_values": pixel_values}
+    inputs |= image_inputs
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
     if vlm_family(model.config.model_type).one_image_list:  # read in order: all pictures go into one sample
@@ -171,7 +179,9 @@ def picture_inputs(
     return {
         name: value
         if name in HOST_INPUTS
-        else value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        else value.to(
+            device, dtype if value.is_floating_point() and name not in READ_INPUTS else None, non_blocking=True
+        )
         for name, value in inputs.items()
     }
 

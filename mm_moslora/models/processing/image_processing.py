@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from mm_moslora.batch import Example, ImageProcessing, PictureFrame, ProcessedIm
 from mm_moslora.config import BoxFormName
 from mm_moslora.models.processing.probed_frame import probed_frame
 from mm_moslora.models.vision.feature_cache import pixel_hash
+
+if TYPE_CHECKING:
+    from transformers.video_utils import VideoMetadata
 
 
 class SquareImageProcessing:
@@ -32,6 +35,7 @@ class SquareImageProcessing:
     """
 
     fixed = True
+    videos = None
 
     def __init__(
         self, image_processor: Any, *, image_token_id: int, tokens: int, boxes: BoxFormName | None = None
@@ -50,7 +54,7 @@ class SquareImageProcessing:
             for pixels in map(self._transform, images)
         ]
 
-    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+    def placeholders(self, sizes: Sequence[tuple[int, int] | VideoMetadata]) -> list[tuple[int, ...] | str]:
         """See `ImageProcessing.placeholders`."""
         return [self._placeholders] * len(sizes)
 
@@ -130,5 +134,6 @@ def _square(size: tuple[int, int]) -> tuple[int, int, int]:
 def dummy_image_example(image_processing: ImageProcessing) -> Example:
     """A grey picture and its placeholders without supervision, for ranks without pictures."""
     (picture,) = image_processing.process([Image.new("RGB", (32, 32), (127, 127, 127))])
+    assert not isinstance(picture.placeholders, str)
     ids = torch.tensor(picture.placeholders)
     return Example(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), pictures=[picture])
