@@ -6,13 +6,20 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from mm_moslora_eval.backends.transformers_model import TransformersModel
+from mm_moslora_eval.protocol.model_interface import Request
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run.task_runner import run_task
+from mm_moslora_eval.sources import Source
 from PIL import Image, ImageDraw
-from vlms import make_vlm
+from vlms import FAMILIES, make_vlm
 
 from mm_moslora.cli import run
 from mm_moslora.config import DataConfig, ModelConfig, SourceConfig, VisionConfig
@@ -22,7 +29,7 @@ from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, EvalError
 
 SIZE, BOX = (80, 40), [8, 10, 40, 30]
 PADDED = "[100, 375, 500, 625]"
@@ -176,4 +183,16 @@ def test_an_export_reads_its_boxes_back_and_evaluation_scores_them(
     assert results["iou_50"]["score"] == 0.5  # the other document has a bad box: it is counted, and wrong
     assert 0.4 < results["iou"]["score"] <= 0.5
     assert results["iou"]["counts"]["failed"] == 1
-    assert capsys.readouterr().out
+    capsys.readouterr()
+    boxes = Task(name="t", source=Source(kind="llava", path=str(data)), extraction="boxes", metric="iou")
+    with pytest.raises(EvalError, match="t@own scores boxes, and an endpoint gives texts alone"):
+        run_task(SimpleNamespace(name="an endpoint"), boxes, tmp_path / "asked")
+
+
+def test_a_ready_made_model_gives_its_boxes_in_pixels_of_the_file() -> None:
+    model, processor = FAMILIES["qwen2_5_vl"]()
+    backend = TransformersModel(model, processor, name="hf:tiny")
+    request = Request(id="q", messages=(), images=(Image.new("RGB", (640, 480)),), boxes=True)
+    tokens = processor.tokenizer.encode('[{"bbox_2d": [21, 14, 63, 42], "label": "dog"}]')  # of 84 x 56
+    assert backend._answer(request, tokens, None).boxes == ((160, 120, 480, 360),)
+    assert backend._answer(replace(request, boxes=False), tokens, None).boxes is None

@@ -45,6 +45,8 @@ class LocalModel:
         store: features of pictures on disk; None: this model encodes its own.
     """
 
+    reads_boxes = True
+
     def __init__(
         self, assembly: Parts, *, name: str, reference: bool = False, store: FeatureStore | None = None
     ) -> None:

@@ -69,6 +69,8 @@ class TransformersModel:
         boxes: the form of its boxes; auto: see `box_form_of`.
     """
 
+    reads_boxes = True
+
     def __init__(
         self,
         model: PreTrainedModel,
