@@ -7,21 +7,25 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage, Video
-from mm_moslora.config import DataConfig
+from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.record_objects import filler
 from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.images.video_clip import Clip, Frame
+from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.token_cache import TokenCache
 from mm_moslora.utils.errors import DataError, reason_of
 
@@ -189,6 +193,43 @@ def _size(record: Record, number: int) -> tuple[int, int]:
         return picture.rgb().size if size is None and not isinstance(picture, Clip) else size or (0, 0)
     except ImageError as error:
         raise image_fault(record, number, error) from error
+
+
+class SourceExamples(RecordExamples):
+    """The examples of a recipe's sources, with the form of thinking that these decide and a count of unusable records.
+
+    Args:
+        sources: at least one.
+        encoder: tokenises.
+        image_processing: turns pictures into tensors; None for a language model alone.
+        config: the recipe's `data`.
+        objective: what is learned from the records.
+        settle: let `thinking: auto` of the encoder follow these records, see `thinking_form.settled`.
+        quarantine_path: file for bad records.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        encoder: ConversationEncoder,
+        image_processing: ImageProcessing | None,
+        *,
+        config: DataConfig,
+        objective: Objective = "sft",
+        settle: bool = False,
+        quarantine_path: Path | None = None,
+    ) -> None:
+        files = open_sources(sources, objective=objective, processing=image_processing)
+        self.form: ThinkingForm | None = None
+        if settle:
+            encoder, self.form = settled(encoder, files, config.supervise)
+        super().__init__(files, encoder, image_processing, config)
+        self.quarantine = Quarantine(quarantine_path, len(self), config)
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """Commits of sources of the hub, by recipe key."""
+        return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
 
 def encode_record(

@@ -37,8 +37,9 @@ from mm_moslora.utils.untrusted_data import read_value
 logger = logging.getLogger(__name__)
 
 VERSION = 3
-"""Version of the format and of the keys that are read in records, part of a cache's name. Caches of earlier versions
-hold faults of records with weights or boxes, and are not read."""
+"""Version of the format and of what is read and written, part of a cache's name. Caches of version 1 hold faults of
+records with weights, those of version 2 faults of records with boxes, and other line breaks around pictures; neither is
+read."""
 _ROWS = 512
 """Records that a process tokenises at a time."""
 _LAST, _SUMS = "faults.json", "sums.json"

@@ -14,15 +14,13 @@ from mm_moslora.batch import Example, ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.images.video_clip import Clip
-from mm_moslora.data.quarantine import Quarantine, summary
-from mm_moslora.data.record_examples import RecordExamples, image_fault
+from mm_moslora.data.quarantine import summary
+from mm_moslora.data.record_examples import RecordExamples, SourceExamples, image_fault
 from mm_moslora.data.record_faults import Code, RecordError
-from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.token_cache import SourceCache, TokenCache
 from mm_moslora.utils.errors import DataError, ModelError
 
@@ -73,7 +71,7 @@ def _of_videos(rules: PictureRules) -> str:
     return "".join(f" {value}" for value in (rules.video_fps, rules.videos) if value is not None)
 
 
-class TrainingSet(RecordExamples):
+class TrainingSet(SourceExamples):
     """All records of some sources.
 
     The constructor reads and tokenises every record and reads the header of every picture, so that all ranks know the
@@ -107,12 +105,9 @@ class TrainingSet(RecordExamples):
         on_progress: Callable[[int, int], None] | None = None,
         exact_limit: int = EXACT_LIMIT,
     ) -> None:
-        files = open_sources(sources, processing=image_processing)
-        self.form: ThinkingForm | None = None
-        if settle:
-            encoder, self.form = settled(encoder, files, config.supervise)
-        super().__init__(files, encoder, image_processing, config)
-        self.quarantine = Quarantine(quarantine_path, len(self), config)
+        super().__init__(
+            sources, encoder, image_processing, config=config, settle=settle, quarantine_path=quarantine_path
+        )
         self.estimated = len(self) > exact_limit and config.cache is None
         """Whether `lengths` are estimates."""
         self.exact = not self.estimated and (image_processing is None or image_processing.fixed)
@@ -160,11 +155,6 @@ class TrainingSet(RecordExamples):
         usable, weights = array("L", self.usable), array("d", self.weights)
         parts = (self.lengths, self.has_image, self.words, usable, weights)
         return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
-
-    @property
-    def commits(self) -> dict[str, str]:
-        """Commits of sources of the hub, by recipe key."""
-        return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
     def identity(self, key: str) -> dict[str, object]:
         """What must be the same on every rank, by name, wherever the files lie.

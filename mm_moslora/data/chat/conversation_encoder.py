@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -329,17 +330,36 @@ class ConversationEncoder(AnswerThinking):
 
     def _add_image(self, grown: _Growing) -> None:
         ids: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
+        before, behind = "", ""
         if grown.pictures is not None:
             ids = grown.pictures[grown.images]
-        if isinstance(ids, str):
-            grown.run.append(TextSpan(ids, True))
-            grown.images += 1
-            return
+            if isinstance(ids, str):
+                grown.run.append(TextSpan(ids, True))
+                grown.images += 1
+                return
+            before, ids, behind = self._joined(tuple(ids))
+        grown.run += [TextSpan(before, True)] if before else []
         self._flush(grown)
         grown.add(list(ids))
         grown.images += 1
         # LLaVA tokenises the text after a picture separately.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
+        grown.run += [TextSpan(behind, True)] if behind else []
+
+    def _joined(self, ids: tuple[int, ...]) -> tuple[str, list[int], str]:
+        """A picture's placeholder without the text around it, such as line breaks, which joins the text beside it."""
+        own = [at for at, number in enumerate(ids) if number == self.image_token_id or number in self._added]
+        if not own or (own[0] == 0 and own[-1] == len(ids) - 1):
+            return "", list(ids), ""
+        before, core, behind = list(ids[: own[0]]), list(ids[own[0] : own[-1] + 1]), list(ids[own[-1] + 1 :])
+        texts = [str(self.tokenizer.decode(part, clean_up_tokenization_spaces=False)) for part in (before, behind)]
+        if [self.tokens.encode([TextSpan(text, True)]) for text in texts] != [before, behind]:
+            return "", list(ids), ""
+        return texts[0], core, texts[1]
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.added_tokens_decoder)
 
     def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
         """The turns with the system prompt, and the number of turns added for it."""

@@ -55,6 +55,19 @@ class ProcessorTemplate(Template):
         self.video_text = str(getattr(processor, "video_token", None) or processor.image_token)
         self.places = re.compile(f"{re.escape(processor.image_token)}|{re.escape(self.video_text)}")
 
+    def missing_bos(self) -> list[int]:
+        """See `Template.missing_bos`; also what the processor itself puts before a text."""
+        if ids := super().missing_bos():
+            return ids
+        start = self.plan(("user", "assistant")).slots[0].before or "a"
+        own = self.tokenizer.encode(start, add_special_tokens=False)
+        try:
+            given = list(self._processor(text=[start], add_special_tokens=False)["input_ids"][0])
+        except Exception:  # some take no text without a picture
+            return []
+        lead = given[: len(given) - len(own)]
+        return lead if lead + own == given else []
+
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """See `Template.lay_out`; a question with pictures has one content per text between them."""
         contents: list[Turn] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 
 from mm_moslora.batch import ImageProcessing
-from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
@@ -171,7 +171,7 @@ def check(
     decode: bool = True,
     processes: int | None = None,
     shard: Shard | None = None,
-    pairs: bool = False,
+    objective: Objective = "sft",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check sources as a run would use them.
@@ -185,13 +185,13 @@ def check(
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
         shard: check only this stretch of the records; the reports of all shards, added in order, are the whole one.
-        pairs: the sources hold preference records, whose chosen answers are counted.
+        objective: what is learned from the sources; of preference records the chosen answers are counted.
         on_progress: called with (records done, all records).
 
     Raises:
         DataError: a source cannot be read at all.
     """
-    files = open_sources(sources, pairs=pairs, processing=image_processing)
+    files = open_sources(sources, objective=objective, processing=image_processing)
     share = 0.0 if config.on_bad == "error" else config.max_bad_share
     empty = partial(
         CheckReport,

@@ -10,6 +10,7 @@ Qwen-VL). A small video shows which. For other models a video is several picture
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +25,8 @@ from transformers.video_utils import VideoMetadata
 
 from mm_moslora.batch import PictureFrame, ProcessedImage, Video, VideoSampling
 from mm_moslora.config import BoxFormName
-from mm_moslora.models.families import processor_family
+from mm_moslora.models.batching.single_pictures import flat
+from mm_moslora.models.families import PICTURE_TOKENS, processor_family
 from mm_moslora.models.processing.probed_frame import probed_frame
 from mm_moslora.utils.errors import ModelError
 
@@ -95,7 +97,9 @@ class ProcessorImageProcessing:
     def _video_shapes(self, frames: int, height: int, width: int) -> dict[str, Any]:
         """What a video processor makes of a video without its pixels."""
         video = torch.empty((frames, 3, height, width), dtype=torch.uint8, device="meta")
-        return dict(self.processor.video_processor([video], do_sample_frames=False, return_tensors="pt"))
+        # Another filter gives the same shapes; transformers warns that some are not for every device.
+        plain = {"do_sample_frames": False, "resample": Image.Resampling.BILINEAR, "return_tensors": "pt"}
+        return dict(self.processor.video_processor([video], **plain))
 
     def _frame(self, size: tuple[int, int]) -> PictureFrame:
         """See `ImageProcessing.frame`."""
@@ -131,6 +135,8 @@ class ProcessorImageProcessing:
         ids, tensors = self._call([image])
         if self._family.one_image_list:
             tensors = {name: value[0] for name, value in tensors.items()}
+        if self._family.one_by_one:
+            tensors = flat(tensors)
         if self._family.adds_text:
             ids = [number for number in ids if number == self.image_token_id]
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
@@ -155,7 +161,12 @@ class ProcessorImageProcessing:
             add_special_tokens=False,
         )  # fmt: skip
         tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
-        return output["input_ids"][0].tolist(), tensors
+        if self._marked - {self.image_token_id}:
+            tensors[PICTURE_TOKENS] = torch.tensor([sorted(self._marked)] * len(images))
+        ids = output["input_ids"][0].tolist()
+        # Some put the start of a text before it, which a picture is not.
+        start = {self.processor.tokenizer.bos_token_id, self.processor.tokenizer.eos_token_id}
+        return list(itertools.dropwhile(start.__contains__, ids)), tensors
 
     def _count_tokens(self, width: int, height: int) -> tuple[int, ...] | str:
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
@@ -163,6 +174,11 @@ class ProcessorImageProcessing:
             return self._one(Image.new("RGB", (width, height))).placeholders
         visual = int(count(image_sizes=[(height, width)])["num_image_tokens"][0])
         return (self.image_token_id,) * (visual + self._uncounted)
+
+    @functools.cached_property
+    def _marked(self) -> set[int]:
+        """The tokens whose type the processor gives as that of a picture."""
+        return {number for number in getattr(self.processor, "image_token_ids", ()) or () if number is not None}
 
     @functools.cached_property
     def _uncounted(self) -> int:
