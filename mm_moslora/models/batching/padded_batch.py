@@ -157,7 +157,7 @@ def text_inputs(
     types = torch.isin(ids, of_pictures).long()
     if (video := getattr(model.config, "video_token_id", None)) is not None:
         types += 2 * ((ids == video) & (types == 0))  # Molmo 2 has one token for both
-    return inputs | {name: types * mask for name in taken}
+    return inputs | dict.fromkeys(taken, types * mask)
 
 
 def takes(model: PreTrainedModel, keyword: str) -> bool:
