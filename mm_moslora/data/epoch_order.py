@@ -38,6 +38,16 @@ def source_repeats(sizes: Sequence[int], parts: Sequence[float], *, records: int
     return [part / total * wanted / size if size else 1.0 for part, size in zip(parts, sizes, strict=True)]
 
 
+def stream_parts(weights: Sequence[float]) -> list[float]:
+    """Parts of the records of sources without an end, by the ratios of their weights."""
+    return [weight / sum(weights) for weight in weights]
+
+
+def even_size(units: int, most: int) -> int:
+    """The largest size of steps of about the same number of units, at most `most`."""
+    return -(-units // -(-units // most))
+
+
 def records_of_epoch(members: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
     """Record numbers of one epoch, source by source.
 

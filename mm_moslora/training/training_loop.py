@@ -186,7 +186,9 @@ class _Loop:
         best = Best.of(run.folder, recipe.validate, resume_step=-1 if resumed_from is None else run.step)
         self.validator = Validator(run, measure, stop, trackers=trackers, best=best)
         self.image_check = ImageCheck(run)
-        self.log = RunLog(run, trackers, total_steps=self.total, steps_per_epoch=self.loader.steps_per_epoch)
+        # A stream has no epochs; the whole run is one.
+        per_epoch = self.loader.steps_per_epoch if self.loader.stream is None else self.total
+        self.log = RunLog(run, trackers, total_steps=self.total, steps_per_epoch=per_epoch)
         is_own = resumed_from is not None and resumed_from.resolve().parent == run.folder.resolve()
         if is_own and distributed.is_main():
             set_aside_newer(run.folder, run.step)

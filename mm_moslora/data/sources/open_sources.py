@@ -35,7 +35,9 @@ def require_sources(sources: Sequence[SourceConfig]) -> None:
     _require_apart(sources)
     for config in sources:
         kind, path = _kind_of(config), Path(config.path)
-        if kind == "json":
+        if config.endless and stream_files(config):
+            pass
+        elif kind == "json":
             require_file(path)
         elif kind == "webdataset":
             from mm_moslora.data.sources.webdataset_tars import files_of
@@ -43,7 +45,7 @@ def require_sources(sources: Sequence[SourceConfig]) -> None:
             files_of(config.path)
         elif path.suffix in TABLE_SUFFIXES and not path.exists() and not glob.glob(config.path):
             raise DataError(f"No file matches {config.path}. Check its path.")
-        _rules(config, path.parent)
+        rules_of(config)
 
 
 def _require_apart(sources: Sequence[SourceConfig]) -> None:
@@ -67,21 +69,42 @@ def open_source(config: SourceConfig) -> RecordSource:
     """Open one source by its configuration.
 
     Raises:
-        DataError: it is missing, of an unknown kind, or cannot be read.
+        DataError: it is missing, of an unknown kind, cannot be read, or has no end.
     """
+    if config.endless:
+        raise DataError(
+            f"data source {config.path!r} has streaming without limit, so it has no end, and only training reads it. "
+            "Name one of its files, or for a table set limit and limit_by: first."
+        )
     kind = _kind_of(config)
     if kind == "json":
-        source: RecordSource = RecordFile(Path(config.path), _rules(config, Path(config.path).parent))
+        source: RecordSource = RecordFile(Path(config.path), rules_of(config))
     elif kind == "webdataset":
         from mm_moslora.data.sources.webdataset_tars import TarSource
 
-        source = TarSource(config.path, _rules(config, Path(config.path).parent))
+        source = TarSource(config.path, rules_of(config))
     else:
         from mm_moslora.data.sources.hf_tables import TableSource
 
-        path = Path(config.path)
-        source = TableSource(config, _rules(config, path if path.is_dir() else path.parent))
+        source = TableSource(config, rules_of(config))
     return _held_apart(_limited(source, config), config)
+
+
+def stream_files(config: SourceConfig) -> list[Path]:
+    """The files of JSON records or tar files that make up a stream, in order; none for a table.
+
+    Raises:
+        DataError: no file matches.
+    """
+    from mm_moslora.data.sources.webdataset_tars import files_of
+
+    folder = Path(config.path)
+    if config.format == "auto" and folder.is_dir():
+        if (folder / "metadata.jsonl").is_file():  # a folder of pictures
+            return []
+        found = (sorted(folder.glob(pattern)) for pattern in ("*.jsonl", "*.tar"))
+        return next((files for files in found if files), [])
+    return [] if _kind_of(config) == "table" else files_of(config.path)
 
 
 def _limited(source: RecordSource, config: SourceConfig) -> RecordSource:
@@ -123,8 +146,14 @@ def open_sources(sources: Sequence[SourceConfig], *, pairs: bool = False) -> lis
     return [ChosenAnswers(source) for source in opened] if pairs else opened
 
 
-def _rules(config: SourceConfig, beside: Path) -> PictureRules:
-    folder = Path(config.image_folder) if config.image_folder else beside
+def rules_of(config: SourceConfig) -> PictureRules:
+    """Where a source's pictures may lie.
+
+    Raises:
+        DataError: `image_folder` is no folder.
+    """
+    path = Path(config.path)
+    folder = Path(config.image_folder) if config.image_folder else path if path.is_dir() else path.parent
     if config.image_folder and not folder.is_dir():
         raise DataError(
             f"image_folder of {config.path} is {folder}, which is no folder. Name the folder of its images."
