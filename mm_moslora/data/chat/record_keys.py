@@ -23,6 +23,8 @@ READ = {
     "texts": _SHOWN | {"texts", "system"},
     "question": _SHOWN | {"question", "answer", "system"},
     "caption": _SHOWN | {"caption", "system"},
+    "text_list": {"id", "text_list", "image_info", "images"},
+    "text": {"id", "text"},
 }
 """Form of a record, by the key that decides it -> keys that are read."""
 WEIGHING = ("loss", "loss_scale", "loss_weight", "train", "training", "weight")
@@ -72,7 +74,7 @@ def check_record(value: Mapping[str, Any], where: Where) -> None:
     """
     remedies = _OF_RECORD | (_OF_QUESTION if _form(value) in ("question", "caption") else {})
     for key in value.keys() & remedies.keys():
-        if not _is_empty(value[key]):
+        if not is_empty(value[key]):
             raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(value[key])}", remedies[key])
     for key in ("label", "labels", "kto_tag"):  # KTO, PRM; any other label is data about the record
         if _avoids(value.get(key)):
@@ -85,7 +87,7 @@ def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where, *, 
     remedies = _OF_PART if part else _OF_TURN
     for key in turn.keys() & remedies.keys():
         value, weighs = turn[key], remedies[key] is _WEIGHTS
-        if _is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
+        if is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
             continue
         plain = weighs and isinstance(value, int | float | str)
         shown = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
@@ -119,7 +121,7 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) ->
     Raises:
         RecordError: it is no text, holds a block's tags, is given twice, or belongs to no answer.
     """
-    texts = {key: turn[key] for key in REASONING if not _is_empty(turn.get(key))}
+    texts = {key: turn[key] for key in REASONING if not is_empty(turn.get(key))}
     if not texts:
         return ""
     (key, value), *more = texts.items()
@@ -201,9 +203,10 @@ def _avoids(value: Any) -> bool:
     return isinstance(value, bool | int | float | str) and str(value).strip().lower() in ("false", "0", "0.0")
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, NaN, an empty text, or a structure of such values."""
     if isinstance(value, Mapping):
-        return all(_is_empty(item) for item in value.values())
+        return all(is_empty(item) for item in value.values())
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return is_nothing(value) or (isinstance(value, list | tuple) and not value)

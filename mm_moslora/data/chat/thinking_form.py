@@ -94,7 +94,7 @@ def settled(
     for file in files:
         while number is not None and number < start + len(file):
             with suppress(RecordError):  # the training set counts it
-                if turns := file[number - start].learned(supervise):  # else a text without questions
+                if not (record := file[number - start]).is_document and (turns := record.learned(supervise)):
                     endings[ending(turns)] += 1
             number = next(wanted, None)
         start += len(file)
