@@ -25,6 +25,9 @@ class SourceConfig:
     weight: float = 1.0
     """Repeats of each record per epoch (0.5: every other record, 2: twice). With data.mixing parts, and with
     streams: the source's part of the records."""
+    replay: bool = False
+    """Older data that keeps a model from forgetting: `weight` is its share of all records (0.05: one in twenty),
+    however many records it and the other sources have."""
     limit: int | None = None
     """Use at most this many records."""
     limit_by: Literal["random", "first"] = "random"
@@ -50,6 +53,11 @@ class SourceConfig:
     def __post_init__(self) -> None:
         source = f"data source {self.path!r}"
         require(0 < self.weight <= 1e6, f"{source}: weight is {self.weight}, expected more than 0, finite.")
+        require(
+            not self.replay or self.weight < 1,
+            f"{source}: replay is set and weight is {self.weight}, expected its share of all records: below 1, such as "
+            "0.05.",
+        )
         at_least(f"{source}: video_frames", self.video_frames, 1)
         require(self.limit is None or self.limit >= 1, f"{source}: limit is {self.limit}, expected 1 or more.")
         at_least(f"{source}: hold_out", self.hold_out, 0)
@@ -148,6 +156,12 @@ class DataConfig:
                 f"data.validation, {source.path!r}: streaming is set without limit, and a validation has an end. Set "
                 "limit and limit_by: first, or name a file.",
             )
+        replayed = [source.weight for source in self.train if source.replay]
+        require(
+            not replayed or (len(replayed) < len(self.train) and sum(replayed) < 1),
+            f"data.train replays {len(replayed)} of {len(self.train)} sources, with {sum(replayed):g} of all records. "
+            "Leave at least one source without replay, and let the weights of the others add up to less than 1.",
+        )
         self._check_streams()
         at_least("data.max_length", self.max_length, 8)
         at_least("data.workers", self.workers or 0, 0)

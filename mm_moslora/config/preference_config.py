@@ -66,7 +66,7 @@ _NOT_FOLLOWED = {
     "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "shuffle_buffer", "pack_tokens"),
     "optim": ("optimizer",),
     "train": ("micro_tokens", "sequence_parallel", "activation_offload", "vision_gradient_checkpointing", "compile"),
-    "validate": ("samples", "tasks", "best", "patience"),
+    "validate": ("samples", "tasks", "forgetting", "general_text", "best", "patience"),
 }  # fmt: skip
 """Section -> keys of the project's own training loop."""
 

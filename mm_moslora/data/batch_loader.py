@@ -118,7 +118,10 @@ class BatchLoader:
         """The training set, or the window at hand of a stream."""
         self.rank, self.world_size, self.config, self.pin = rank, world_size, config, pin
         self.global_batch, self.limit, self.seed, self.start_step = global_batch, limit, seed, start_step
-        self.steps_per_epoch = len(self.plan(0))
+        plan = self.plan(0)
+        self.tokens_per_step = sum(self.data.lengths[number] for step in plan for number in step) / max(1, len(plan))
+        """Of all ranks, on average over these steps."""
+        self.steps_per_epoch = len(plan)
         """Optimiser steps per epoch; with packing those of the first epoch, as later ones differ by a few steps. Of a
         stream those of the window at hand."""
         self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=AHEAD)

@@ -15,7 +15,7 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
-from mm_moslora.data.epoch_order import source_repeats
+from mm_moslora.data.epoch_order import repeats_of
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.quarantine import Quarantine, summary
 from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples, image_fault
@@ -121,10 +121,13 @@ class TrainingSet(MeasuredRecords):
             [index for index in range(start, stop) if index not in self.quarantine]
             for start, stop in itertools.pairwise(self._starts)
         ]
-        self.weights = [source.weight for source in sources]
-        if config.mixing == "parts":
-            sizes = [len(numbers) for numbers in self.members]
-            self.weights = source_repeats(sizes, self.weights, records=config.epoch_records)
+        self.weights = repeats_of(
+            [len(numbers) for numbers in self.members],
+            [source.weight for source in sources],
+            [source.replay for source in sources],
+            mixing=config.mixing,
+            records=config.epoch_records,
+        )
         self._report()
 
     @property

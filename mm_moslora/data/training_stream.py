@@ -24,7 +24,7 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.thinking_form import SAMPLED, ThinkingForm, settled
-from mm_moslora.data.epoch_order import stream_parts
+from mm_moslora.data.epoch_order import with_replay
 from mm_moslora.data.quarantine import StreamQuarantine, summary
 from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples
 from mm_moslora.data.record_faults import RecordError
@@ -131,7 +131,9 @@ class TrainingStream(RecordExamples):
             open_endless(source, f"data.train.{index}", seed=seed, shuffled=shuffled)
             for index, source in enumerate(sources)
         ]
-        self.parts = stream_parts([source.weight for source in sources])
+        parts = with_replay([source.weight for source in sources], [source.replay for source in sources])
+        self.parts = [part / sum(parts) for part in parts]
+        """Parts of the records, by source."""
         self.size = -(-config.shuffle_buffer // global_batch) * global_batch
         """Usable records of a window."""
         self.quarantine = StreamQuarantine(quarantine_path, config, fresh=fresh)
