@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import Record, RecordSource, parse_record
 from mm_moslora.data.record_faults import RecordError, Where
 from mm_moslora.data.sources.open_sources import open_source, rules_of, stream_files
 from mm_moslora.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from mm_moslora.batch import ImageProcessing
 
 
 class EndlessSource(ABC):

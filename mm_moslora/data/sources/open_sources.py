@@ -12,15 +12,17 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import HeldOut, Objective, SourceConfig
 from mm_moslora.data.chat.judged_records import SHOWN
 from mm_moslora.data.chat.records import Record, RecordFile, RecordSource, require_file
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from mm_moslora.batch import ImageProcessing
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
