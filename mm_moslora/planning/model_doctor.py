@@ -109,7 +109,7 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
     probes = (_parts_found, _experts, _rows, _labels, _thinking, _exports, _logits, _step)
     findings = _findings(parts, probes, failed=failed)
     if gpus:
-        findings += _findings(parts, (lambda _: _memory(recipe, gpus),), failed="warn")
+        findings += _findings(parts, (functools.partial(_memory, recipe=recipe, gpus=gpus),), failed="warn")
     return list(findings)
 
 
@@ -210,7 +210,7 @@ def _conversations(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]
     """With sizes of their pictures; all with pictures where the processor takes no text alone."""
     if not is_multimodal(parts.model):
         return [(BLIND, _WIDE), (BLIND[2:], _WIDE)]
-    seeing = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
+    seeing: list[tuple[Sequence[Turn], tuple[int, int]]] = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
     try:
         _stock_inputs(parts.template_processor or parts.tokenizer, BLIND)
     except Exception:  # whatever the processor raises
@@ -419,7 +419,7 @@ def _exports(parts: Parts) -> Iterator[ModelFinding]:
     yield ModelFinding(name="exports", detail=f"export --to {', '.join(ways)}{reasons}")
 
 
-def _memory(recipe: Recipe, gpus: str) -> Iterator[ModelFinding]:
+def _memory(_: Parts, *, recipe: Recipe, gpus: str) -> Iterator[ModelFinding]:
     best = (planned := plan(recipe, parse_gpus(gpus), _ROUND)).best
     if best is None:
         peak = planned.own.peak / 2**30

@@ -358,18 +358,17 @@ class ConversationEncoder(AnswerThinking):
         grown.run += self.tokens.spans(text[start:])
 
     def _add_image(self, grown: _Growing) -> None:
-        ids: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
-        before, behind = "", ""
+        placed: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
         if grown.pictures is not None:
-            ids = grown.pictures[grown.images]
-            if isinstance(ids, str):
-                grown.run.append(TextSpan(ids, True))
-                grown.images += 1
-                return
-            before, ids, behind = self._joined(tuple(ids))
+            placed = grown.pictures[grown.images]
+        if isinstance(placed, str):
+            grown.run.append(TextSpan(placed, True))
+            grown.images += 1
+            return
+        before, ids, behind = self._joined(tuple(placed))
         grown.run += [TextSpan(before, True)] if before else []
         self._flush(grown)
-        grown.add(list(ids))
+        grown.add(ids)
         grown.images += 1
         # LLaVA tokenises the text after a picture separately.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
