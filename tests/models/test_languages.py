@@ -138,5 +138,9 @@ def test_a_model_without_a_tokenizer_says_why(tmp_path) -> None:
     t.LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"^model\.language is .* does not load as .*: Couldn't .*: \(1\) a .*, .*\.$"):
         load_language(str(tmp_path), None, dtype=torch.float32)
+    for config in (t.Qwen2Config(), t.GemmaConfig()):  # their empty tokenizers would make every text empty
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match="its tokenizer has no vocabulary"):
+            load_language(str(tmp_path), None, dtype=torch.float32)
     assert reason_of(ValueError("one of: \n(1) a, \n(2) b. \nInstall c")) == "one of: (1) a, (2) b"
     assert reason_of(ValueError("nothing:")) == "nothing:"
