@@ -106,7 +106,7 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
         "bad" if owner.chat_template or parts.tokenizer.chat_template else "warn"
     )  # nothing to compare with
     recipe = Recipe(model=model, adapter=_adapter(parts))
-    probes = (_parts_found, _experts, _rows, _labels, _thinking, _exports, _logits, _step)
+    probes = (_parts_found, _experts, _rows, _labels, _thinking, _boxes, _exports, _logits, _step)
     findings = _findings(parts, probes, failed=failed)
     if gpus:
         findings += _findings(parts, (functools.partial(_memory, recipe=recipe, gpus=gpus),), failed="warn")
@@ -187,6 +187,10 @@ def _small_model(config: PreTrainedConfig, owner: Any) -> PreTrainedModel:
             model(**inputs)
 
     return small_family_model(config, words=words, accept=accept)
+
+
+_BOXED = (1000, 750)
+"""Width and height of a picture with boxes."""
 
 
 @functools.cache
@@ -345,6 +349,20 @@ def _thinking(parts: Parts) -> Iterator[ModelFinding]:
         switch = "two forms of prompts, to think or to answer at once" if encoder.has_switch else "one form of prompts"
         detail = f"the chat template writes <think>, with {switch}"
     yield ModelFinding(name="thinking", detail=detail)
+
+
+def _boxes(parts: Parts) -> Iterator[ModelFinding]:
+    processing = parts.image_processing
+    if processing is None:
+        return
+    if processing.boxes is None:
+        detail = "neither family nor vocabulary shows a form; records with boxes need model.boxes"
+        yield ModelFinding(name="boxes", detail=detail)
+        return
+    frame = processing.frame(_BOXED)
+    seen = f"{frame.width:g} x {frame.height:g}" if processing.boxes == "qwen2_5_vl" else "shares of it"
+    detail = f"as {processing.boxes} writes them; of a picture of {_BOXED[0]} x {_BOXED[1]} pixels it counts {seen}"
+    yield ModelFinding(name="boxes", detail=detail)
 
 
 def _logits(parts: Parts) -> Iterator[ModelFinding]:

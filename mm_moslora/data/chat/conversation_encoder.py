@@ -25,7 +25,7 @@ from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, says_something, thinks, written
-from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens
+from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens, marked_spans
 from mm_moslora.data.chat.conversation_shape import ASKED_WITH_TOOLS, data_of
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
@@ -310,7 +310,7 @@ class ConversationEncoder(AnswerThinking):
                 for number, part in enumerate(slot.trim(parts)):
                     if number:
                         self._add_image(grown)
-                    grown.run.append(TextSpan(part, False))
+                    grown.run += marked_spans(turn, [TextSpan(part, False)])
                 continue
             thinking, text = self.apart(turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
@@ -332,7 +332,7 @@ class ConversationEncoder(AnswerThinking):
                     block.append(TextSpan(content[:length], False))
                     content = content[length:]
                 if thought or length:  # in tokens of its own, as a part of the prompt
-                    grown.run += block
+                    grown.run += marked_spans(turn, block)
                     block = []
             said = "".join(span.text for span in (*block, TextSpan(content, False)) if not span.trusted)
             if turn.weight and turn.text.strip() and not (prompt or turn.tools or says_something(said)):
@@ -340,7 +340,7 @@ class ConversationEncoder(AnswerThinking):
                     f"conversations[{numbers[index] - added}] is thinking alone, which model.thinking or the chat "
                     "template leaves out of what is learned; write an answer behind it, or drop the record"
                 )
-            answer = [*block, TextSpan(content, False), *self.tokens.spans(end)]
+            answer = [*marked_spans(turn, [*block, TextSpan(content, False)]), *self.tokens.spans(end)]
             self._add_answer(grown, answer, end, weight=turn.weight)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mm_moslora.data.boxes.record_objects import Objects, check_objects, objects_of
 from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
@@ -44,6 +45,7 @@ from mm_moslora.data.chat.record_keys import (
     content_of,
     given,
     ignored_keys,
+    is_empty,
     thinking_of,
     weight_of,
     weights_of_question,
@@ -97,6 +99,8 @@ class Turn:
     tools: str = ""
     """JSON text (`tool_records`): the tools that are offered, at the first turn; the calls of an answer; the id and the
     name of the call that a result answers."""
+    marked: bool = False
+    """Whether the characters `box_forms.SPECIAL` in the text enclose special tokens, which boxes have in some forms."""
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
@@ -117,6 +121,16 @@ class Turn:
     def images(self) -> int:
         """Images and videos in this turn."""
         return len(self.parts()) - 1
+
+    def filled(self, fill: Callable[[str], str]) -> Turn:
+        """The same turn with its texts changed, which hold special tokens afterwards; its images stay."""
+        first, *rest = map(fill, self.parts())
+        result, offsets = first, []
+        for mark, part in zip(self.marks, rest, strict=True):
+            offsets.append(len(result))
+            result += mark + part
+        own = tuple(offsets) if self.role == "user" else None
+        return replace(self, text=result, offsets=own, marked=True)
 
     @property
     def marks(self) -> list[str]:
@@ -160,6 +174,8 @@ class Record:
     """An optional system turn, then questions and answers in turn."""
     images: tuple[Picture, ...] = ()
     """In order of their placeholders."""
+    objects: Objects | None = None
+    """Boxes and points for the placeholders in the turns, which depend on the model; `record_examples` fills them."""
     where: Where
     """Source and number, for messages."""
     ignored: tuple[str, ...] = ()
@@ -215,7 +231,14 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     _check_image_count(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
         turns, shown = _with_videos(turns, shown, where)
-    return Record(id=name, turns=tuple(turns), images=tuple(shown), where=where, ignored=ignored_keys(value))
+    objects = None if is_empty(value.get("objects")) else objects_of(value["objects"], where)
+    check_objects(
+        objects, [part for turn in turns for part in turn.parts()], images=len(shown), where=where,
+        has_video=bool(named["video"]) or any(mark.kind == "video" for mark in marks),
+    )  # fmt: skip
+    return Record(
+        id=name, turns=tuple(turns), images=tuple(shown), objects=objects, where=where, ignored=ignored_keys(value)
+    )
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
