@@ -382,11 +382,11 @@ class ConversationEncoder(AnswerThinking):
         Raises:
             DataError: the template does not write it there.
         """
-        if not self.template.image_text:
+        if not isinstance(self.template, ProcessorTemplate):
             self._add_image(grown)
             return
         between = self.template.plan(("user:tit", "assistant")).slots[1].before
-        if between.count(self.template.image_text) != 1:
+        if len(self.template.places.findall(between)) != 1:
             raise DataError(
                 "The chat template of this model writes no picture between texts, as documents have them. Leave "
                 "records with interleaved texts and pictures out."
