@@ -196,7 +196,7 @@ def undisturbed(parts, ranks, tmp_path_factory):
     return Path(recipe.train.output)
 
 
-@pytest.mark.parametrize(("number", "rank"), [("SIGTERM", "1"), ("SIGUSR1", "0"), ("SIGINT", "1"), ("SIGINT", "all")])
+@pytest.mark.parametrize(("number", "rank"), [("SIGTERM", "1"), ("SIGUSR1", "0"), ("SIGINT", "all")])
 def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, undisturbed, parts, ranks, tmp_path):
     """A scheduler tells one rank or several, Ctrl-C in a terminal tells all."""
     recipe = make_recipe(parts, tmp_path / "run", "zero1")
