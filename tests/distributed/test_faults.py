@@ -216,7 +216,7 @@ def test_no_operator_of_deepspeeds_is_built_on_a_cpu_and_a_stale_lock_does_not_h
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (0, 0))
-    recipes = [make_recipe(parts, tmp_path / zero, zero, steps=1) for zero in (*STAGES, *OFFLOADED)]
+    recipes = [make_recipe(parts, tmp_path / zero, zero, steps=1) for zero in ("zero1", "zero3", *OFFLOADED)]
     group = ranks.run(["faults:no_builds", str(tmp_path / "cache"), *map(write, recipes)])
     assert f"rm {lock}" in group.output(0)
     built = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -43,7 +43,7 @@ def words_of(monkeypatch: pytest.MonkeyPatch, python: Preloaded) -> Callable[...
     """The words before the recipe: the shipped script, with resources that this machine has."""
     for name, value in {
         "PYTHON": str(python.ours), "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60", SECONDS_PER_STEP: "0.1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
 

@@ -85,7 +85,7 @@ def test_packed_rows_give_the_numbers_of_one_rank(parts, ranks, tmp_path):
     way = {2: ("zero1", "zero2"), 3: ("zero3",), 4: ("zero2",)}
 
     def recipe(name: str, zero: str, **train) -> Recipe:
-        made = make_recipe(parts, tmp_path / name, zero, micro_batch=1, global_batch=5, **train)
+        made = make_recipe(parts, tmp_path / name, zero, micro_batch=1, global_batch=5, steps=3, **train)
         return replace(made, data=replace(made.data, max_length=64, pack_tokens=150))
 
     ranks.run([write(recipe("none", "none"))], ranks=1)

@@ -29,6 +29,7 @@ SLEEPS = {
     "launch/test_launcher.py:test_ctrl_c_in_a_terminal_reaches_the_ranks_once": "time for a second signal",
     "launch/test_launcher.py:test_ranks_that_do_not_meet_are_told_once": "longer than ranks may be silent",
     "packaging/test_preloaded.py:_started": "a process, until a signal ends it",
+    "packaging/test_preloaded.py:test_a_signal_that_the_command_ignores_reaches_a_process_that_handles_it": "the same",
     "packaging/test_waiting.py:test_the_search_finds_them": "examples of this search",
     "quickstart/test_user_data.py:slowly": "makes the moment wider in which another call may come",
     "scripts/test_bench_parent.py:<module>": "a child, until its parent is gone",

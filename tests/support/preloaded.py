@@ -285,9 +285,9 @@ def _step_slowly(seconds: float) -> None:
 
     step = TrainingEngine.step
 
-    def slowly(*arguments: object) -> object:
+    def slowly(*arguments: object, **more: object) -> object:
         time.sleep(seconds)
-        return step(*arguments)
+        return step(*arguments, **more)
 
     TrainingEngine.step = slowly
 
